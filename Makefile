@@ -1,0 +1,64 @@
+# Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml changes.
+# The demo installs less than the tests do; both use the same .venv, in either order.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# more for pytest: make test ARGS='-k embedded'
+ARGS ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help demo test check format bench docs clean
+
+help:
+	@echo "make demo    three tenants, an application over HTTP, a fleet migration; leaves nothing behind"
+	@echo "make test    the whole suite on an embedded PostgreSQL, or on TENANCY_TEST_DSN"
+	@echo "make check   formatting, lint, types, documentation"
+	@echo "make format  apply formatting and safe fixes"
+	@echo "make bench   the benchmarks, one at a time"
+	@echo "make docs    build the documentation into site/"
+	@echo "make clean   remove .venv, caches and what was built"
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.agent_platform.demo
+
+# tests start hundreds of programs of this package: where bytecode is not kept, each would compile it anew
+test: $(VENV)/.dev
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore=tests/benchmarks $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict tenancy_orm tests
+	$(MAKE) --no-print-directory docs
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/benchmarks -s -p no:xdist $(ARGS)
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 lacks ensurepip, without which `python3 -m venv` fails half-way and leaves a broken .venv.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "Python cannot make virtual environments; run: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+# dev includes demo, so the demo need not install again
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

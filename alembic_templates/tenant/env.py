@@ -1,0 +1,19 @@
+"""Alembic's environment for the tenants' databases: see README."""
+
+from alembic import context
+
+from tenancy_orm.migrations import environment
+
+# The application's tables, for `revision --autogenerate` and `check`. None: those of TenancyConfig(metadata=...).
+# from myapp.models import Base
+# target_metadata = Base.metadata
+target_metadata = None
+
+environment.run(
+    context,
+    target_metadata=target_metadata,
+    # any option of Alembic's context.configure() that does not say which database:
+    # transaction_per_migration=True,
+    # compare_server_default=True,
+    # include_object=...,
+)

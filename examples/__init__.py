@@ -1,0 +1,1 @@
+"""Applications that use tenancy_orm, to run and to read."""

@@ -1,0 +1,1 @@
+"""A platform for AI agents, one PostgreSQL database per customer: see ``README.md``."""

@@ -1,0 +1,8 @@
+"""Alembic's environment for the tenants' databases: see README."""
+
+from alembic import context
+
+from examples.agent_platform.models import Base
+from tenancy_orm.migrations import environment
+
+environment.run(context, target_metadata=Base.metadata)

@@ -1,0 +1,1 @@
+"""A two-tenant application in one file: see ``app.py``."""

@@ -1,0 +1,36 @@
+"""The way in for web applications: binds the tenant of each request, and answers in its name when it refuses."""
+
+from .exempt import ExemptPaths
+from .middleware import TenancyMiddleware
+from .problems import Problem, problem_for
+from .resolvers import (
+    ApiKeyHeader,
+    BearerToken,
+    HeaderResolver,
+    KeyResolver,
+    PathPrefixResolver,
+    Resolver,
+    SubdomainResolver,
+    TenantResolver,
+    WebSocketKeyProtocol,
+)
+from .scopes import credential_of, demand_scopes, require_scope
+
+__all__ = [
+    "ApiKeyHeader",
+    "BearerToken",
+    "ExemptPaths",
+    "HeaderResolver",
+    "KeyResolver",
+    "PathPrefixResolver",
+    "Problem",
+    "Resolver",
+    "SubdomainResolver",
+    "TenancyMiddleware",
+    "TenantResolver",
+    "WebSocketKeyProtocol",
+    "credential_of",
+    "demand_scopes",
+    "problem_for",
+    "require_scope",
+]

@@ -1,0 +1,263 @@
+"""The middleware that binds every request to the tenant of its API key, or to none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..context import Status, Tenant, _current, close_generators_unbound, reset_current
+from ..control.directory import Credential
+from ..control.lifecycle import check_usable
+from ..control.quotas import REQUEST_RATE
+from ..errors import (
+    ConfigurationError,
+    CrossTenantError,
+    InvalidApiKeyError,
+    MalformedRequestError,
+    TenancyError,
+)
+from ..events import KeyRejected, QuotaRefused
+from .exempt import ExemptPaths
+from .problems import RATE_LIMITED, problem_for, rate_headers
+from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver, Resolver, TenantResolver
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..tenancy import Tenancy
+
+logger = logging.getLogger("tenancy_orm.asgi")
+
+CREDENTIAL: Final = "tenancy"
+"""Key of an ASGI scope: the ``Credential`` of the request, or None where it has none."""
+
+TENANCY: Final = "tenancy_orm.tenancy"
+"""Key of an ASGI scope: the ``Tenancy`` that the request is served by."""
+
+# bound here because attributes of an enum are slow to reach, and so that no call is made around the variable's own
+_ACTIVE, _TRIAL = Status.ACTIVE, Status.TRIAL
+_bind = _current.set
+_unbind = _current.reset
+_GONE = frozenset({Status.DELETED, Status.PURGED})
+
+_STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.close", "websocket.http.response.start"})
+
+
+class TenancyMiddleware:
+    """Binds each request to the tenant of its API key; pure ASGI, for HTTP and websockets.
+
+    The key decides. Whatever else names a tenant must name the same one, or the request is refused and recorded.
+    Requests that are not exempt and carry no valid key are refused, and so are more than the tenant's tier admits per
+    second. Inside, ``current_tenant()`` and
+    ``tenancy.session()`` are the tenant's, also in tasks, in threads started by ``asyncio.to_thread``, in background
+    tasks and streaming bodies; ``scope["tenancy"]`` holds the ``Credential``.
+
+    Outside, nothing is ever bound: the middleware binds "none" before anything else, the server's ``receive`` and
+    ``send`` run unbound, and the binding ends with the request. A server that carries context from one request of a
+    connection to the next (Kludex/uvicorn#2167) thus has nothing to carry.
+
+    Args:
+        app: The application.
+        tenancy: Whose keys and tenants; open by the time of the first request.
+        resolvers: What else names a tenant (``SubdomainResolver`` and the like), and where keys are looked for;
+            without any ``KeyResolver`` among them, in ``X-API-Key`` and ``Authorization: Bearer``.
+        exempt: Paths that need no key and get no tenant, even with one: ``/healthz``, ``/static/*``.
+        map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
+            answered as a problem document, where it has an answer. Everything else passes untouched.
+
+    Raises:
+        ConfigurationError: an exempt path or a resolver is malformed.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        tenancy: Tenancy,
+        resolvers: Iterable[Resolver] = (),
+        exempt: Iterable[str] = ("/healthz",),
+        map_errors: bool = True,
+    ) -> None:
+        self.app = app
+        self.tenancy = tenancy
+        self.map_errors = map_errors
+        given = tuple(resolvers)
+        self.keys = tuple(r for r in given if isinstance(r, KeyResolver)) or (ApiKeyHeader(), BearerToken())
+        self.namers = tuple(r for r in given if isinstance(r, TenantResolver))
+        if unknown := [r for r in given if not isinstance(r, (KeyResolver, TenantResolver))]:
+            raise ConfigurationError(f"{unknown[0]!r} is neither a KeyResolver nor a TenantResolver")
+        self.exempt = ExemptPaths(exempt)
+        self._key_headers = frozenset(header for resolver in self.keys for header in resolver.headers)
+        self._headers = self._key_headers.union(*(resolver.headers for resolver in self.namers))
+        self._entering = tuple(r for r in (*self.keys, *self.namers) if type(r).enter is not Resolver.enter)
+        # with the one header that a resolver reads, where it reads one: most requests have no use for the others
+        self._readers = tuple((r.headers[0] if len(r.headers) == 1 else None, r) for r in self.keys)
+        self._checks = bool(self.namers or self._entering)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        token = _bind(None)
+        outside = _Outside(receive, send)
+        admitted = False
+        try:
+            scope[TENANCY] = self.tenancy
+            scope[CREDENTIAL] = None
+            if not self.exempt.covers(scope):
+                headers = self._read(scope)
+                key = self._key(scope, headers)
+                directory = self.tenancy.directory
+                client = scope.get("client")
+                source = client[0] if client else None
+                credential = directory.peek(key, source)
+                if credential is None:
+                    # here rather than with every binding: 0.2 us, and a key that is known was looked up before
+                    close_generators_unbound()
+                    credential = await directory.authenticate(key, source=source)
+                tenant = credential.tenant
+                rate = self.tenancy.rates.acquire(tenant)
+                if rate.limit is not None:
+                    outside.headers = rate_headers(rate)
+                    if not rate.allowed:
+                        self._report_rate(tenant, rate.limit)
+                        await RATE_LIMITED(scope, outside.receive, outside.send)
+                        return
+                if self._checks or (tenant.status is not _ACTIVE and tenant.status is not _TRIAL):
+                    moved = self._check(scope, headers, credential)
+                    if moved is not None and scope["type"] == "http":
+                        await RedirectResponse(moved, 308)(scope, outside.receive, outside.send)
+                        return
+                scope[CREDENTIAL] = credential
+                _bind(tenant)
+            admitted = True
+            await self.app(scope, outside.receive, outside.send)
+        except TenancyError as error:
+            await self._answer(error, scope, outside, admitted=admitted)
+        finally:
+            reset_current(token)
+
+    # --- who it is --------------------------------------------------------------------------------------------------
+
+    def _read(self, scope: Scope) -> Headers:
+        found: dict[bytes, bytes] = {}
+        wanted = self._headers
+        for name, value in scope["headers"]:
+            if name in wanted:
+                if name in found:
+                    raise self._repeated(scope, name)
+                found[name] = value
+        return found
+
+    def _key(self, scope: Scope, headers: Headers) -> str:
+        found = None
+        for header, resolver in self._readers:
+            if header is not None and header not in headers:
+                continue
+            try:
+                key = resolver.key(scope, headers)
+            except InvalidApiKeyError as error:
+                raise self._rejected(scope, error.reason) from None
+            if key is not None:
+                if found is not None and key != found:
+                    raise self._rejected(scope, "ambiguous")
+                found = key
+        if found is None:
+            raise self._rejected(scope, "missing")
+        return found
+
+    def _repeated(self, scope: Scope, header: bytes) -> TenancyError:
+        if header in self._key_headers:
+            return self._rejected(scope, "ambiguous")
+        return MalformedRequestError(f"the header {header.decode('ascii').title()}")
+
+    def _rejected(self, scope: Scope, reason: str, key_id: str | None = None) -> InvalidApiKeyError:
+        self.tenancy.events.emit(KeyRejected(reason=reason, key_id=key_id, source=_source(scope)))
+        return InvalidApiKeyError(reason, key_id=key_id)
+
+    def _check(self, scope: Scope, headers: Headers, credential: Credential) -> str | None:
+        """Refuse what the key does not admit; returns the URL to send the request to, where it named a former slug."""
+        tenant = credential.tenant
+        moved = None
+        if tenant.status is not _ACTIVE and tenant.status is not _TRIAL:
+            if tenant.status in _GONE:
+                raise self._rejected(scope, tenant.status.value, credential.key_id)
+            check_usable(tenant)
+        for namer in self.namers:
+            named = namer.named(scope, headers)
+            if named is not None and not namer.matches(named, tenant):
+                self.tenancy.directory.report_cross_tenant(credential, named, namer.name, _source(scope))
+                raise CrossTenantError("a request", bound=tenant.slug, requested=named)
+            if named is not None and moved is None:
+                moved = namer.moved(scope, named, tenant)
+        for resolver in self._entering:
+            resolver.enter(scope)
+        return moved
+
+    # --- what is done about it --------------------------------------------------------------------------------------
+
+    def _report_rate(self, tenant: Tenant, limit: int) -> None:
+        self.tenancy.events.emit(
+            QuotaRefused(tenant_id=tenant.id, slug=tenant.slug, resource=REQUEST_RATE, limit=limit, used=limit)
+        )
+
+    async def _answer(self, error: TenancyError, scope: Scope, outside: _Outside, *, admitted: bool) -> None:
+        credential: Credential | None = scope[CREDENTIAL]
+        if credential is not None and isinstance(error, CrossTenantError):
+            # the application was led to another tenant by something in the request that it read itself
+            self.tenancy.directory.report_cross_tenant(credential, error.requested, "application", _source(scope))
+        if outside.started or (admitted and not self.map_errors):
+            raise error
+        problem = problem_for(error, tenant=None if credential is None else credential.tenant)
+        if problem is None:
+            raise error
+        if problem.status >= 500:
+            logger.warning("answered %d: %s", problem.status, error)
+        await problem(scope, outside.receive, outside.send)
+
+
+class _Outside:
+    """The server's side of a connection, entered with no tenant bound.
+
+    ``started`` tells whether anything was answered; ``headers`` are added to the answer.
+    """
+
+    # defaults of the class: most requests never set these
+    started = False
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+
+    async def receive(self) -> Message:
+        token = _bind(None)
+        try:
+            return await self._receive()
+        finally:
+            reset_current(token)
+
+    async def send(self, message: Message) -> None:
+        if not self.started and message["type"] in _STARTS:
+            self.started = True
+            if self.headers and "status" in message:
+                message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+        token = _bind(None)
+        try:
+            await self._send(message)
+        finally:
+            # as reset_current does; written out, since it runs with every message
+            try:  # noqa: SIM105
+                _unbind(token)
+            except ValueError:
+                pass
+
+
+def _source(scope: Scope) -> str | None:
+    client = scope.get("client")
+    return None if client is None else client[0]

@@ -1,0 +1,236 @@
+"""What a caller is told when a request is refused: problem documents (RFC 9457).
+
+They say what the caller can do about it, and nothing about the inside: no database, no server, no other tenant, and
+not why a key is not valid. HTTP codes live in this package alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from ..context import Tenant
+from ..control.rates import Allowed, Denied
+from ..errors import (
+    CheckoutTimeoutError,
+    ControlUnavailableError,
+    CrossTenantError,
+    InvalidApiKeyError,
+    MalformedRequestError,
+    MissingScopeError,
+    QuotaExceededError,
+    ServerUnavailableError,
+    TenancyError,
+    TenantMaintenanceError,
+    TenantNotFoundError,
+    TenantProvisioningError,
+    TenantSuspendedError,
+    TenantUnavailableError,
+    TooManyAttemptsError,
+)
+
+POLICY_VIOLATION = 1008
+"""The code that closes a websocket where the server cannot answer its handshake with a document (RFC 6455)."""
+
+_SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A refusal, and an ASGI application that answers with it.
+
+    ``code`` is the last part of the document's ``type``; ``members`` stand beside the standard ones.
+    """
+
+    status: int
+    code: str
+    title: str
+    detail: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    members: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def body(self) -> bytes:
+        """The document."""
+        document = {
+            "type": f"urn:tenancy:problem:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **self.members,
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse a websocket that is not yet accepted."""
+        prefix = ""
+        if scope["type"] == "websocket":
+            if "websocket.http.response" not in (scope.get("extensions") or {}):
+                await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": self.title})
+                return
+            prefix = "websocket."
+        headers = [
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", str(len(self.body)).encode()),
+            (b"cache-control", b"no-store"),
+            *self.headers,
+        ]
+        await send({"type": f"{prefix}http.response.start", "status": self.status, "headers": headers})
+        await send({"type": f"{prefix}http.response.body", "body": self.body})
+
+
+def _retry_after(seconds: int) -> tuple[tuple[bytes, bytes], ...]:
+    return ((b"retry-after", str(seconds).encode()),)
+
+
+MISSING_KEY = Problem(
+    401,
+    "missing-api-key",
+    "API key required",
+    "this request needs an API key",
+    ((b"www-authenticate", b"Bearer"),),
+)
+AMBIGUOUS_KEY = Problem(
+    401,
+    "ambiguous-api-key",
+    "More than one API key",
+    "send exactly one API key",
+    ((b"www-authenticate", b'Bearer error="invalid_request"'),),
+)
+INVALID_KEY = Problem(
+    401,
+    "invalid-api-key",
+    "API key not valid",
+    "the API key is not valid",
+    ((b"www-authenticate", b'Bearer error="invalid_token"'),),
+)
+CROSS_TENANT = Problem(
+    403, "cross-tenant", "Another tenant", "the request names another tenant than the one its API key belongs to"
+)
+SUSPENDED = Problem(403, "tenant-suspended", "Tenant suspended", "this tenant is suspended")
+UNAVAILABLE = Problem(403, "tenant-unavailable", "Tenant not available", "this tenant is not available")
+NOT_FOUND = Problem(404, "tenant-not-found", "No such tenant", "this tenant does not exist")
+PROVISIONING = Problem(
+    503,
+    "tenant-provisioning",
+    "Tenant not ready",
+    "this tenant is still being created; try again shortly",
+    _retry_after(2),
+)
+MAINTENANCE = Problem(
+    503,
+    "tenant-maintenance",
+    "Tenant in maintenance",
+    "this tenant is in maintenance; try again later",
+    _retry_after(60),
+)
+BUSY = Problem(503, "busy", "Too busy", "all connections to the database are in use; try again", _retry_after(1))
+DATABASE_AWAY = Problem(
+    503, "database-unavailable", "Database not available", "the database does not answer; try again", _retry_after(5)
+)
+CONTROL_AWAY = Problem(
+    503,
+    "keys-unavailable",
+    "API keys cannot be checked",
+    "the API key cannot be checked now; try again",
+    _retry_after(5),
+)
+RATE_LIMITED = Problem(429, "rate-limited", "Too many requests", "this tenant sends too many requests; slow down")
+
+
+def rate_headers(outcome: Allowed | Denied) -> list[tuple[bytes, bytes]]:
+    """Return the headers that tell a client its request rate (draft-ietf-httpapi-ratelimit-headers-10).
+
+    ``RateLimit-Policy`` gives how many requests may come at once (q), ``RateLimit`` how many still may (r) and in how
+    many seconds all may again (t). Without a limit there are none.
+    """
+    if outcome.limit is None:
+        return []
+    reset = math.ceil(outcome.reset)
+    headers = [
+        (b"ratelimit-policy", b'"tenant";q=%d' % outcome.limit),
+        (b"ratelimit", b'"tenant";r=%d;t=%d' % (outcome.remaining or 0, reset)),
+    ]
+    if isinstance(outcome, Denied):
+        headers += _retry_after(max(1, math.ceil(outcome.retry_after)))
+    return headers
+
+
+def problem_for(error: TenancyError, *, tenant: Tenant | None = None) -> Problem | None:
+    """Return the answer to ``error``, or None where it is no fault of the request's and nothing that passes.
+
+    Args:
+        error: What was raised.
+        tenant: Whose request it is: figures in an error about another tenant are left out.
+    """
+    for cls in type(error).__mro__:
+        answer = _ANSWERS.get(cls)
+        if answer is not None:
+            return answer if isinstance(answer, Problem) else answer(error, tenant)
+    return None
+
+
+def _bad_key(error: InvalidApiKeyError, tenant: Tenant | None) -> Problem:
+    # what the caller sees of its own request; malformed, unknown, revoked and expired keys share one answer
+    return {"missing": MISSING_KEY, "ambiguous": AMBIGUOUS_KEY}.get(error.reason, INVALID_KEY)
+
+
+def _malformed(error: MalformedRequestError, tenant: Tenant | None) -> Problem:
+    return Problem(400, "malformed-request", "Malformed request", str(error))
+
+
+def _too_many_attempts(error: TooManyAttemptsError, tenant: Tenant | None) -> Problem:
+    headers = _retry_after(max(1, math.ceil(error.retry_after)))
+    return Problem(429, "too-many-attempts", "Too many attempts", "too many invalid API keys; wait", headers)
+
+
+def _missing_scope(error: MissingScopeError, tenant: Tenant | None) -> Problem:
+    challenge = 'Bearer error="insufficient_scope"'
+    if _SCOPE_TOKEN.fullmatch(error.scope):
+        challenge += f', scope="{error.scope}"'
+    return Problem(
+        403,
+        "missing-scope",
+        "Scope missing",
+        str(error),
+        ((b"www-authenticate", challenge.encode()),),
+        {"scope": error.scope},
+    )
+
+
+def _quota(error: QuotaExceededError, tenant: Tenant | None) -> Problem:
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    members: dict[str, Any] = {}
+    if tenant is not None and error.tenant == tenant.slug:
+        members = {"resource": error.resource, "limit": error.limit, "used": error.used}
+    if error.resets_at is not None:
+        seconds = (error.resets_at - datetime.now(UTC)).total_seconds()
+        headers = _retry_after(max(1, math.ceil(seconds)))
+        members["resets_at"] = error.resets_at.astimezone(UTC).isoformat()
+    return Problem(429, "quota-exceeded", "Quota exceeded", "the request would pass a limit", headers, members)
+
+
+_ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], Problem]] = {
+    InvalidApiKeyError: _bad_key,
+    MalformedRequestError: _malformed,
+    CrossTenantError: CROSS_TENANT,
+    TooManyAttemptsError: _too_many_attempts,
+    MissingScopeError: _missing_scope,
+    TenantNotFoundError: NOT_FOUND,
+    TenantProvisioningError: PROVISIONING,
+    TenantMaintenanceError: MAINTENANCE,
+    TenantSuspendedError: SUSPENDED,
+    TenantUnavailableError: UNAVAILABLE,
+    QuotaExceededError: _quota,
+    CheckoutTimeoutError: BUSY,
+    ServerUnavailableError: DATABASE_AWAY,
+    ControlUnavailableError: CONTROL_AWAY,
+}

@@ -1,0 +1,287 @@
+"""What a request says about its tenant: the key that decides, and the names that must agree with it.
+
+Two families, told apart by their base class. A ``KeyResolver`` finds the API key. A ``TenantResolver`` finds a tenant
+that the request names besides its key: by sub-domain, path or header. A name is never looked up, only compared with
+the key's own tenant, so it opens nothing and tells nobody which tenants exist.
+
+All of them read ``scope`` and the headers that they declared, which the middleware collects in one pass.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from urllib.parse import quote
+
+from starlette.types import Scope
+
+from ..context import Tenant
+from ..errors import ConfigurationError, InvalidApiKeyError, MalformedRequestError
+
+Headers = Mapping[bytes, bytes]
+"""The headers that the resolvers declared, by lower-case name."""
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HOST = re.compile(rb"(\[[0-9a-f:.]+\]|[a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?(?::[0-9]{1,5})?")
+_DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
+
+
+class Resolver:
+    """Reads one thing from a request.
+
+    ``headers`` lists the header names it reads, as lower-case bytes. One that occurs twice is refused before any
+    resolver is asked.
+    """
+
+    headers: tuple[bytes, ...] = ()
+
+    def enter(self, scope: Scope) -> None:
+        """Adapt ``scope`` for the application once the request is accepted. Does nothing here."""
+
+
+class KeyResolver(Resolver, ABC):
+    """Finds the request's API key."""
+
+    @abstractmethod
+    def key(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the key as it was sent, however malformed, or None where none was sent this way."""
+
+
+class ApiKeyHeader(KeyResolver):
+    """The key is the whole value of a header.
+
+    Args:
+        name: The header's name, in any case.
+    """
+
+    def __init__(self, name: str = "X-API-Key") -> None:
+        self.name = name
+        self._header = _header(name)
+        self.headers = (self._header,)
+
+    def key(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the header's value."""
+        value = headers.get(self._header)
+        return None if value is None else value.decode("latin-1")
+
+
+class BearerToken(KeyResolver):
+    """The key is the token of ``Authorization: Bearer``. Other schemes are left to the application."""
+
+    headers = (b"authorization",)
+
+    def key(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the token."""
+        value = headers.get(b"authorization")
+        if value is None or value[:6].lower() != b"bearer" or value[6:7] not in (b"", b" "):
+            return None
+        return value[7:].strip(b" ").decode("latin-1")
+
+
+class WebSocketKeyProtocol(KeyResolver):
+    """The key is offered as a websocket sub-protocol: ``new WebSocket(url, ["chat", "tenancy.key." + key])``.
+
+    For browsers, which cannot set headers on a websocket. Opt in to it: proxies log sub-protocols more readily than
+    ``Authorization``. The application never sees the offer, so it cannot echo the key; a browser must therefore offer
+    a sub-protocol of the application's as well, and the application accept that one.
+
+    Args:
+        prefix: What precedes the key.
+    """
+
+    def __init__(self, prefix: str = "tenancy.key.") -> None:
+        if not _HEADER_NAME.fullmatch(prefix):
+            raise ConfigurationError(f"sub-protocol prefix {prefix!r} is not a token of RFC 9110")
+        self.prefix = prefix
+
+    def key(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the key among the offered sub-protocols.
+
+        Raises:
+            InvalidApiKeyError: several were offered.
+        """
+        offers = [offer for offer in scope.get("subprotocols", ()) if offer.startswith(self.prefix)]
+        if not offers:
+            return None
+        if len(offers) > 1:
+            raise InvalidApiKeyError("ambiguous")
+        return str(offers[0]).removeprefix(self.prefix)
+
+    def enter(self, scope: Scope) -> None:
+        """Take the key out of the offers."""
+        offers = scope.get("subprotocols")
+        if offers:
+            scope["subprotocols"] = [offer for offer in offers if not offer.startswith(self.prefix)]
+
+
+class TenantResolver(Resolver, ABC):
+    """Finds a tenant that the request names besides its key. ``name`` says where, in events and the audit log."""
+
+    name: str
+
+    @abstractmethod
+    def named(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the slug or id that the request names, or None where it names none.
+
+        Raises:
+            MalformedRequestError: what stands there can be neither.
+        """
+
+    def matches(self, named: str, tenant: Tenant) -> bool:
+        """Tell whether ``named`` is the slug, the id or an alias of ``tenant``, whose key the request carries."""
+        return named == tenant.slug or named in tenant.aliases or named == str(tenant.id)
+
+    def moved(self, scope: Scope, named: str, tenant: Tenant) -> str | None:
+        """Return the URL that a request naming ``tenant`` by a former slug is sent to, or None to serve it as it is."""
+        return None
+
+
+class HeaderResolver(TenantResolver):
+    """The tenant is named by a header.
+
+    Args:
+        name: The header's name, in any case.
+    """
+
+    name = "header"
+
+    def __init__(self, name: str = "X-Tenant") -> None:
+        self._title = name
+        self._header = _header(name)
+        self.headers = (self._header,)
+
+    def named(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the header's value."""
+        value = headers.get(self._header)
+        return None if value is None else _checked(value.decode("latin-1"), f"the header {self._title}")
+
+
+class SubdomainResolver(TenantResolver):
+    """The tenant is named by a sub-domain: ``acme.example.com``.
+
+    Only ``Host`` is read: behind a proxy that rewrites it, let the server restore it, since anybody can send
+    ``X-Forwarded-Host``.
+
+    Args:
+        domain: What follows the tenant's label.
+        reserved: Labels that are no tenants.
+        custom_domains: Whether hosts outside ``domain`` must be a verified domain of the tenant's own. Otherwise they
+            name no tenant, which an address or the name of a container needs.
+        redirect: Whether a request to a former slug's host is answered with 308 and the present one. Many clients send
+            no credentials along to another host, so it is served as it is by default.
+    """
+
+    name = "subdomain"
+    headers = (b"host",)
+
+    def __init__(
+        self,
+        domain: str,
+        *,
+        reserved: Iterable[str] = ("www", "api", "app"),
+        custom_domains: bool = False,
+        redirect: bool = False,
+    ) -> None:
+        self.redirect = redirect
+        self.domain = domain.lower().strip(".")
+        if not _DOMAIN.fullmatch(self.domain):
+            raise ConfigurationError(f"domain {domain!r} is not a domain name without a port")
+        self.reserved = frozenset(label.lower() for label in reserved)
+        self.custom_domains = custom_domains
+        self._suffix = f".{self.domain}"
+
+    def named(self, scope: Scope, headers: Headers) -> str | None:
+        """Return what stands before the domain."""
+        value = headers.get(b"host")
+        if value is None:
+            return None
+        host = parse_host(value)
+        if host == self.domain:
+            return None
+        if not host.endswith(self._suffix):
+            return host if self.custom_domains else None
+        label = host.removesuffix(self._suffix)
+        return None if label in self.reserved else label
+
+    def moved(self, scope: Scope, named: str, tenant: Tenant) -> str | None:
+        """Return the same URL on the host of the tenant's present slug."""
+        if not self.redirect or named == tenant.slug or "." in named or named not in tenant.aliases:
+            return None
+        host = dict(scope["headers"])[b"host"].decode("latin-1")
+        port = host[host.rindex(":") :] if ":" in host else ""
+        query = scope["query_string"].decode("latin-1")
+        path = quote(scope["path"], safe="/:@!$&'()*+,;=~")
+        return f"//{tenant.slug}{self._suffix}{port}{path}" + (f"?{query}" if query else "")
+
+
+class PathPrefixResolver(TenantResolver):
+    """The tenant is named by the path: ``/t/acme/orders`` with the template ``/t/{tenant}``.
+
+    The application then sees the prefix in ``root_path``, as below a Starlette ``Mount``: its routes match what
+    follows, and the URLs it builds keep the prefix. Paths that do not begin so name no tenant.
+
+    Args:
+        template: A path whose last segment is ``{tenant}``.
+    """
+
+    name = "path"
+
+    def __init__(self, template: str = "/t/{tenant}") -> None:
+        prefix, placeholder, rest = template.partition("{tenant}")
+        if not placeholder or rest or not re.fullmatch(r"/([A-Za-z0-9_-]+/)*", prefix):
+            raise ConfigurationError(f"path template {template!r} must look like /t/{{tenant}}")
+        self.template = template
+        self._prefix = prefix
+
+    def named(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the segment that follows the prefix."""
+        path = route_path(scope)
+        if not path.startswith(self._prefix):
+            return None
+        return _checked(path[len(self._prefix) :].partition("/")[0], "the path")
+
+    def enter(self, scope: Scope) -> None:
+        """Move the prefix into ``root_path``."""
+        named = self.named(scope, {})
+        if named is not None:
+            path: str = scope["path"]
+            taken = len(path) - len(route_path(scope)) + len(self._prefix) + len(named)
+            scope["root_path"] = path[:taken]
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path that an application's routes are matched with: what follows ``root_path``, as in Starlette."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if not root or not path.startswith(root):
+        return path
+    rest = path[len(root) :]
+    return rest if not rest or rest[0] == "/" else path
+
+
+@lru_cache(maxsize=4096)
+def parse_host(value: bytes) -> str:
+    """Return a ``Host`` header's name in lower case, without port and final dot.
+
+    Raises:
+        MalformedRequestError: it is not a host.
+    """
+    found = _HOST.fullmatch(value.lower()) if len(value) <= 262 else None
+    if found is None:
+        raise MalformedRequestError("the header Host")
+    return found[1].decode("ascii")
+
+
+def _checked(name: str, where: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise MalformedRequestError(where)
+    return name
+
+
+def _header(name: str) -> bytes:
+    if not _HEADER_NAME.fullmatch(name):
+        raise ConfigurationError(f"{name!r} is not the name of a header")
+    return name.lower().encode("ascii")

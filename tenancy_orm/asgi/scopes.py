@@ -1,0 +1,90 @@
+"""Scopes of API keys: what a route may demand of the key besides its tenant."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+from starlette.requests import HTTPConnection
+
+from ..control.directory import Credential
+from ..errors import ConfigurationError, InvalidApiKeyError
+from .middleware import CREDENTIAL
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def credential_of(connection: HTTPConnection) -> Credential | None:
+    """Return the credential that a request or websocket was admitted with; None on an exempt path.
+
+    Raises:
+        ConfigurationError: the request did not pass through ``TenancyMiddleware``.
+    """
+    try:
+        credential: Credential | None = connection.scope[CREDENTIAL]
+    except KeyError:
+        raise ConfigurationError("the request did not pass TenancyMiddleware; add it to the application") from None
+    return credential
+
+
+def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
+    """Return the credential of a request whose key has all ``scopes``; the scope ``*`` of a key stands for every scope.
+
+    Raises:
+        InvalidApiKeyError: the request has no key.
+        MissingScopeError: its key lacks one of them.
+    """
+    credential = credential_of(connection)
+    if credential is None:
+        raise InvalidApiKeyError("missing")
+    for scope in scopes:
+        credential.require_scope(scope)
+    return credential
+
+
+def require_scope(*scopes: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a Starlette endpoint so that it demands all ``scopes`` of the request's key.
+
+    The endpoint is a function or method with a parameter ``request`` or ``websocket``. What lacks a scope is
+    answered 403; a websocket is refused before it is accepted.
+
+    Raises:
+        ConfigurationError: (when decorating) no scope is given, or the endpoint has no such parameter.
+
+    Example:
+        >>> @require_scope("orders:write")
+        ... async def create_order(request): ...
+    """
+    if not scopes:
+        raise ConfigurationError("require_scope needs at least one scope")
+
+    def decorate(endpoint: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(endpoint)
+        name = next((name for name in signature.parameters if name in ("request", "websocket")), None)
+        if name is None:
+            raise ConfigurationError(f"{endpoint!r} has no parameter named request or websocket")
+        position = list(signature.parameters).index(name)
+
+        def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            demand_scopes(kwargs[name] if name in kwargs else args[position], *scopes)
+
+        if inspect.iscoroutinefunction(endpoint):
+
+            @wraps(endpoint)
+            async def checked(*args: P.args, **kwargs: P.kwargs) -> Any:
+                check(args, kwargs)
+                return await cast(Callable[P, Awaitable[Any]], endpoint)(*args, **kwargs)
+
+            return cast(Callable[P, T], checked)
+
+        @wraps(endpoint)
+        def checked_sync(*args: P.args, **kwargs: P.kwargs) -> T:
+            check(args, kwargs)
+            return endpoint(*args, **kwargs)
+
+        return checked_sync
+
+    return decorate

@@ -1,0 +1,16 @@
+"""The command line, ``tenancy``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; without the extra, say how to install it."""
+    try:
+        from .app import app
+    except ModuleNotFoundError as exc:
+        if exc.name not in ("typer", "rich", "click"):
+            raise
+        sys.exit(f"the command line needs {exc.name}; run: pip install 'tenancy-orm[cli]'")
+    app()

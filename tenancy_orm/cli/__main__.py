@@ -1,0 +1,5 @@
+"""``python -m tenancy_orm.cli``."""
+
+from . import main
+
+main()

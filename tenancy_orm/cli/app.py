@@ -1,0 +1,279 @@
+"""The root of the command line and the commands on tenants."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from ..errors import ConfigurationError
+from ..tenancy import Tenancy
+from . import audit, dev, keys, migrate, quotas, secrets
+from .output import console, print_fields, print_json, print_table, tenant_fields
+from .runtime import Json, TenantArgument, Yes, fail, guarded, operator, run
+
+app = typer.Typer(
+    name="tenancy",
+    help="Give every tenant a PostgreSQL database of its own.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(keys.app, name="keys")
+app.add_typer(migrate.app, name="migrate")
+app.add_typer(quotas.app, name="quotas")
+app.add_typer(audit.app, name="audit")
+app.add_typer(secrets.app, name="secrets")
+app.command("init")(dev.init)
+app.command("dev")(dev.dev)
+app.command("psql")(dev.psql)
+app.command("secret")(dev.secret)
+
+Reason = Annotated[str | None, typer.Option("--reason", "-r", help="Why; kept in the audit log.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tenancy-orm {installed_version('tenancy-orm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Settings file; ./tenancy.toml where there is one.")
+    ] = None,
+    application: Annotated[
+        str | None, typer.Option("--app", help="module:attribute of the application's Tenancy or TenancyConfig.")
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Give every tenant a PostgreSQL database of its own."""
+    if config is not None:
+        os.environ["TENANCY_CONFIG"] = str(config)
+    if application is not None:
+        os.environ["TENANCY_APP"] = application
+
+
+def parse_metadata(text: str | None) -> dict[str, Any] | None:
+    """Read a JSON object from the command line.
+
+    Raises:
+        ConfigurationError: it is not one.
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise ConfigurationError(f"--metadata is not JSON: {exc}") from None
+    if not isinstance(value, dict):
+        raise ConfigurationError("--metadata must be a JSON object")
+    return value
+
+
+def show_tenant(fields: dict[str, Any], as_json: bool) -> None:
+    """Print one tenant."""
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(fields["slug"], fields)
+
+
+@app.command()
+def create(
+    slug: Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.")],
+    tier: Annotated[str | None, typer.Option(help="A configured tier; the default one otherwise.")] = None,
+    metadata: Annotated[str | None, typer.Option(help="A JSON object kept with the tenant.")] = None,
+    trial: Annotated[bool, typer.Option("--trial", help="Begin as a trial.")] = False,
+    server: Annotated[str | None, typer.Option(help="The server to place it on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Create a tenant with its database, and print its API key: the only time it is shown."""
+    given = guarded(lambda: parse_metadata(metadata))
+
+    async def command(tenancy: Tenancy) -> dict[str, Any]:
+        created = await tenancy.tenants.create(
+            slug,
+            tier=tier,
+            metadata=given,
+            status="trial" if trial else "active",
+            server=server,
+            actor=operator(),
+        )
+        return {"api_key": created.api_key, "key_id": created.key_id, **tenant_fields(created.tenant)}
+
+    fields = run(command)
+    if as_json:
+        print_json(fields)
+        return
+    console.print(f"created [bold]{fields['slug']}[/] ({fields['tier']}) as {fields['id']}", highlight=False)
+    console.print("API key, shown this once:", highlight=False)
+    # plain, so that it can be selected whole and piped
+    print(fields["api_key"])
+
+
+@app.command("list")
+def list_tenants(
+    status: Annotated[list[str] | None, typer.Option(help="Only these statuses; repeatable.")] = None,
+    tier: Annotated[list[str] | None, typer.Option(help="Only these tiers; repeatable.")] = None,
+    limit: Annotated[int, typer.Option(help="How many at most, up to 1,000.")] = 100,
+    after: Annotated[UUID | None, typer.Option(help="Continue after this id.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List tenants in order of creation."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.tenants.list(status=status or (), tier=tier or (), limit=limit, after=after)
+
+    page = run(command)
+    if as_json:
+        print_json({"items": [tenant_fields(tenant) for tenant in page.items], "next": page.next})
+        return
+    rows = [(x.slug, x.status.value, x.tier, x.schema_revision, x.created_at, x.id) for x in page.items]
+    print_table("tenants", ("slug", "status", "tier", "revision", "created", "id"), rows)
+    if page.next:
+        console.print(f"more: --after {page.next}", highlight=False)
+
+
+@app.command()
+def show(tenant: TenantArgument, as_json: Json = False) -> None:
+    """Show one tenant."""
+
+    async def command(tenancy: Tenancy) -> dict[str, Any]:
+        return tenant_fields(await tenancy.tenants.get(tenant))
+
+    show_tenant(run(command), as_json)
+
+
+@app.command()
+def update(
+    tenant: TenantArgument,
+    tier: Annotated[str | None, typer.Option(help="Move it to this tier.")] = None,
+    metadata: Annotated[str | None, typer.Option(help="Replace its metadata by this JSON object.")] = None,
+    timezone: Annotated[str | None, typer.Option(help="IANA time zone of its daily and monthly quotas.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change a tenant's tier, metadata or time zone."""
+    given = guarded(lambda: parse_metadata(metadata))
+
+    async def command(tenancy: Tenancy) -> dict[str, Any]:
+        changed = await tenancy.tenants.update(tenant, tier=tier, metadata=given, timezone=timezone, actor=operator())
+        return tenant_fields(changed)
+
+    show_tenant(run(command), as_json)
+
+
+def _change(tenant: str, verb: str, as_json: bool, **options: Any) -> None:
+    async def command(tenancy: Tenancy) -> dict[str, Any]:
+        changed = await getattr(tenancy.tenants, verb)(tenant, actor=operator(), **options)
+        return tenant_fields(changed)
+
+    fields = run(command)
+    if as_json:
+        print_json(fields)
+    else:
+        console.print(f"[bold]{fields['slug']}[/] is {fields['status']}", highlight=False)
+
+
+@app.command()
+def suspend(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
+    """Refuse a tenant's requests and end its connections; its data stays."""
+    _change(tenant, "suspend", as_json, reason=reason)
+
+
+@app.command()
+def activate(tenant: TenantArgument, as_json: Json = False) -> None:
+    """Make a suspended, trial or maintained tenant active."""
+    _change(tenant, "activate", as_json)
+
+
+@app.command()
+def maintain(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
+    """Put a tenant into maintenance: its requests get 503 until it is activated."""
+    _change(tenant, "start_maintenance", as_json, reason=reason)
+
+
+@app.command()
+def delete(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
+    """Delete a tenant softly: its keys are refused, its data is kept until it is purged."""
+    _change(tenant, "delete", as_json, reason=reason)
+
+
+@app.command()
+def restore(tenant: TenantArgument, as_json: Json = False) -> None:
+    """Undo delete."""
+    _change(tenant, "restore", as_json)
+
+
+@app.command()
+def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> None:
+    """Remove a deleted tenant for good: its database, role, keys and secrets."""
+    if not yes and not typer.confirm(f"Remove the database of {tenant} for good?"):
+        fail("nothing was removed")
+
+    async def command(tenancy: Tenancy) -> dict[str, Any]:
+        found = await tenancy.tenants.get(tenant)
+        await tenancy.tenants.purge(found, actor=operator())
+        return {"id": str(found.id), "slug": found.slug, "status": "purged"}
+
+    fields = run(command)
+    if as_json:
+        print_json(fields)
+    else:
+        console.print(f"[bold]{fields['slug']}[/] is purged", highlight=False)
+
+
+@app.command()
+def rename(
+    tenant: TenantArgument,
+    slug: Annotated[str, typer.Argument(help="The new slug.")],
+    redirect_days: Annotated[float, typer.Option(help="How long the old slug leads to this tenant.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Give a tenant another slug; the old one redirects and is nobody else's for a while."""
+
+    async def command(tenancy: Tenancy) -> dict[str, Any]:
+        changed = await tenancy.tenants.rename(tenant, slug, redirect_seconds=redirect_days * 86_400, actor=operator())
+        return tenant_fields(changed)
+
+    show_tenant(run(command), as_json)
+
+
+@app.command("run-maintenance")
+def run_maintenance(as_json: Json = False) -> None:
+    """Do what is due: end trials, scheduled suspensions, purges after retention, reconcile. For a timer."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.run_maintenance(actor=operator())
+
+    report = run(command)
+    if as_json:
+        print_json(report)
+    else:
+        print_fields("maintenance", {name: getattr(report, name) for name in report.__slots__})
+    if report.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reconcile(as_json: Json = False) -> None:
+    """Finish or remove what interrupted creations and purges have left."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.provisioner.reconcile(actor=operator())
+
+    report = run(command)
+    if as_json:
+        print_json(report)
+    else:
+        print_fields("reconcile", asdict(report))
+    if report.errors:
+        raise typer.Exit(1)

@@ -1,0 +1,159 @@
+"""``tenancy init``, ``dev``, ``psql`` and ``secret``: setting up, and working by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import secrets
+import shutil
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import plain_url
+from ..errors import ConfigurationError
+from ..migrations.layout import init_directory
+from ..tenancy import Tenancy
+from .output import console, print_json
+from .runtime import Json, TenantArgument, guarded, operator, run
+
+_SETTINGS = """\
+# Settings of tenancy_orm. TENANCY_* environment variables win over this file; keep credentials there.
+{control_url}
+migrations = "{migrations}"
+# metadata = "app:Base.metadata"      # your models, for alembic revision --autogenerate
+# extensions = ["vector"]             # PostgreSQL extensions every tenant gets
+"""
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(help="The project's directory.")] = Path(),
+    control_url: Annotated[
+        str | None, typer.Option(help="The control database; without it, an embedded server for development.")
+    ] = None,
+    migrations: Annotated[str, typer.Option(help="Directory of the Alembic environment.")] = "migrations",
+    as_json: Json = False,
+) -> None:
+    """Set up a project: settings, Alembic environment and control database. What exists already is kept."""
+
+    def prepare() -> list[str]:
+        directory.mkdir(parents=True, exist_ok=True)
+        os.chdir(directory)
+        made = []
+        if "TENANCY_CONFIG" not in os.environ and not Path("tenancy.toml").exists():
+            Path("tenancy.toml").write_text(_settings(control_url, migrations))
+            made.append("tenancy.toml")
+        if control_url is not None:
+            os.environ["TENANCY_CONTROL_URL"] = control_url
+        had_ini = Path("alembic.ini").exists()
+        if init_directory(migrations):
+            made += [migrations] if had_ini else [migrations, "alembic.ini"]
+        return made
+
+    made = guarded(prepare)
+
+    async def command(tenancy: Tenancy) -> str:
+        return str(tenancy.control.installation)
+
+    installation = run(command, initialise=True)
+    if as_json:
+        print_json({"created": made, "installation": installation})
+        return
+    for name in made:
+        console.print(f"made {name}", highlight=False)
+    console.print(f"the control database is ready (installation {installation})", highlight=False)
+    console.print("next: tenancy create acme --tier pro", highlight=False)
+
+
+def _settings(control_url: str | None, migrations: str) -> str:
+    """The settings file of a new project; a URL with a password is not written into it."""
+    url = control_url or os.environ.get("TENANCY_CONTROL_URL") or "embedded:.tenancy"
+    if not url.startswith("embedded") and plain_url(url).password is not None:
+        return _SETTINGS.format(control_url="# control_url comes from TENANCY_CONTROL_URL", migrations=migrations)
+    return _SETTINGS.format(control_url=f'control_url = "{url}"', migrations=migrations)
+
+
+def dev(
+    directory: Annotated[Path, typer.Option(help="Where the embedded server keeps its data.")] = Path(".tenancy"),
+) -> None:
+    """Keep an embedded PostgreSQL running for development, until Ctrl-C."""
+    from ..testing.embedded import EmbeddedProvider
+
+    async def serve() -> None:
+        provided = await EmbeddedProvider().open(f"embedded:{directory}")
+        try:
+            stop = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop.set)
+            console.print(f"PostgreSQL is running in {directory}; use control_url 'embedded:{directory}'")
+            console.print("stop it with Ctrl-C", highlight=False)
+            await stop.wait()
+        finally:
+            await provided.close()
+
+    guarded(lambda: asyncio.run(serve()))
+
+
+def psql(
+    tenant: TenantArgument,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on to psql, after --.")] = None,
+) -> None:
+    """Open psql on a tenant's database, as the tenant's own role."""
+
+    async def command(tenancy: Tenancy) -> int:
+        found = await tenancy.tenants.get(tenant)
+        if found.placement is None:
+            raise ConfigurationError(f"tenant {found.slug!r} has no database")
+        server = tenancy.servers[found.placement.server]
+        password = tenancy.provisioner.password(found)
+        environment = {
+            **os.environ,
+            "PGHOST": server.host,
+            "PGPORT": str(server.port),
+            "PGUSER": found.placement.role,
+            "PGDATABASE": found.placement.database,
+            "PGPASSWORD": password,
+        }
+        async with tenancy.control.transaction() as connection:
+            await tenancy.audit.append(
+                connection, action="tenant.psql", tenant_id=found.id, slug=found.slug, actor=operator()
+            )
+        process = await asyncio.create_subprocess_exec(_find_psql(), *(arguments or []), env=environment)
+        try:
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                process.terminate()
+
+    # psql answers Ctrl-C itself
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status = run(command)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    raise typer.Exit(status)
+
+
+def _find_psql() -> str:
+    found = shutil.which("psql")
+    if found is None:
+        from ..testing.embedded import find_binary
+
+        found = str(find_binary("psql"))
+    return found
+
+
+def secret(as_json: Json = False) -> None:
+    """Print a new encryption key for TENANCY_ENCRYPTION_KEYS."""
+    key = base64.b64encode(secrets.token_bytes(32)).decode()
+    if as_json:
+        print_json({"encryption_key": key})
+    else:
+        print(f"1:{key}")
+
+
+__all__ = ["dev", "init", "psql", "secret"]

@@ -1,0 +1,117 @@
+"""``tenancy migrate``: one schema change for every tenant's database."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..migrations import FleetReport, TenantOutcome
+from ..tenancy import Tenancy
+from .output import console, errors, print_json, print_table
+from .runtime import EXIT_FAILED, Json, run
+
+app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
+
+Only = Annotated[list[str] | None, typer.Option("--tenant", "-t", help="Only this tenant; repeatable.")]
+Concurrency = Annotated[int, typer.Option(min=1, max=64, help="Tenants migrated at once.")]
+Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Begin no further tenant after a failure.")]
+
+
+@app.command()
+def upgrade(
+    revision: Annotated[str, typer.Argument(help="An Alembic revision.")] = "head",
+    tenant: Only = None,
+    concurrency: Concurrency = 8,
+    stop_on_failure: Stop = False,
+    as_json: Json = False,
+) -> None:
+    """Upgrade every tenant's database; one that fails does not stop the others."""
+    _run("upgrade", revision, tenant, concurrency, stop_on_failure, as_json)
+
+
+@app.command()
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="An Alembic revision, or -1.")],
+    tenant: Only = None,
+    concurrency: Concurrency = 8,
+    stop_on_failure: Stop = False,
+    as_json: Json = False,
+) -> None:
+    """Downgrade every tenant's database."""
+    _run("downgrade", revision, tenant, concurrency, stop_on_failure, as_json)
+
+
+@app.command()
+def stamp(
+    revision: Annotated[str, typer.Argument(help="An Alembic revision.")],
+    tenant: Only = None,
+    concurrency: Concurrency = 8,
+    as_json: Json = False,
+) -> None:
+    """Record a revision in every tenant's database without running anything."""
+    _run("stamp", revision, tenant, concurrency, False, as_json)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show the revision each tenant's database is at; exit status 1 where one is behind."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.migrations.status()
+
+    revisions = run(command)
+    if as_json:
+        print_json(list(revisions))
+    else:
+        shown = {True: "yes", False: "no", None: None}
+        rows = [(x.slug, x.revision, shown[x.at_head], x.error) for x in revisions]
+        print_table("schema revisions", ("tenant", "revision", "at head", "error"), rows)
+    if not all(x.at_head for x in revisions):
+        raise typer.Exit(EXIT_FAILED)
+
+
+class _Bar:
+    """Shows a run's progress as a bar."""
+
+    def __init__(self, bar: Progress, verb: str) -> None:
+        self._bar = bar
+        self._verb = verb
+        self._task = bar.add_task(verb, total=None)
+
+    def total(self, count: int) -> None:
+        self._bar.update(self._task, total=count)
+
+    def done(self, outcome: TenantOutcome) -> None:
+        self._bar.update(self._task, advance=1, description=f"{self._verb} {outcome.slug}")
+
+
+def _run(
+    verb: str, revision: str, tenants: list[str] | None, concurrency: int, stop_on_failure: bool, as_json: bool
+) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, disable=as_json) as bar:
+
+        async def command(tenancy: Tenancy) -> FleetReport:
+            migrate: Callable[..., Awaitable[FleetReport]] = getattr(tenancy.migrations, verb)
+            options: dict[str, Any] = {} if verb == "stamp" else {"stop_on_failure": stop_on_failure}
+            progress = _Bar(bar, verb)
+            return await migrate(revision, tenants=tenants, concurrency=concurrency, progress=progress, **options)
+
+        report = run(command)
+    _show(report, as_json)
+    if not report.ok:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _show(report: FleetReport, as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+        return
+    console.print(report.summary(), highlight=False)
+    if report.reasons:
+        revisions = {outcome.slug: outcome.after for outcome in report.failures}
+        rows = [(slug, revisions.get(slug), reason) for slug, reason in report.reasons.items()]
+        print_table("failed", ("tenant", "revision", "error"), rows)

@@ -1,0 +1,91 @@
+"""What commands print: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from enum import Enum
+from ipaddress import IPv4Network, IPv6Network
+from typing import Any
+from uuid import UUID
+
+from rich.console import Console
+from rich.table import Table
+
+from ..context import Tenant
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def tenant_fields(tenant: Tenant) -> dict[str, Any]:
+    """A tenant as JSON values: everything but its sealed password."""
+    placement = tenant.placement
+    return {
+        "id": str(tenant.id),
+        "slug": tenant.slug,
+        "status": tenant.status.value,
+        "tier": tenant.tier,
+        "server": placement.server if placement else None,
+        "database": placement.database if placement else None,
+        "schema_revision": tenant.schema_revision,
+        "metadata": dict(tenant.metadata),
+        "quotas": dict(tenant.quotas),
+        "reason": tenant.reason,
+        "timezone": tenant.timezone,
+        "trial_ends_at": tenant.trial_ends_at,
+        "created_at": tenant.created_at,
+        "updated_at": tenant.updated_at,
+        "deleted_at": tenant.deleted_at,
+    }
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON, one document, unstyled and unwrapped."""
+    print(json.dumps(value, default=_plain, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (UUID, IPv4Network, IPv6Network)):
+        return str(value)
+    if isinstance(value, Tenant):
+        return tenant_fields(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print rows under column headings; None is shown as a dash."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row))
+    console.print(table)
+
+
+def print_fields(title: str, fields: Mapping[str, Any]) -> None:
+    """Print names and values, one pair a line."""
+    print_table(title, ("field", "value"), fields.items())
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M:%S")
+    if isinstance(value, (Mapping, list, tuple)):
+        return json.dumps(value, default=_plain, ensure_ascii=False)
+    return str(value)

@@ -1,0 +1,55 @@
+"""``tenancy quotas``: limits and usage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+from ..tenancy import Tenancy
+from .output import print_json, print_table
+from .runtime import Json, TenantArgument, guarded, operator, run
+
+app = typer.Typer(help="Show and set limits and usage.", no_args_is_help=True)
+
+
+@app.command()
+def usage(tenant: TenantArgument, as_json: Json = False) -> None:
+    """Show what a tenant has used of each resource, and its limits."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.quotas.usage(tenant)
+
+    _show(tenant, run(command), as_json)
+
+
+@app.command("set")
+def set_limits(
+    tenant: TenantArgument,
+    limits: Annotated[list[str], typer.Argument(help="resource=amount; resource= takes the override away.")],
+    as_json: Json = False,
+) -> None:
+    """Override limits of the tenant's tier."""
+    overrides = guarded(lambda: dict(_parse(text) for text in limits))
+
+    async def command(tenancy: Tenancy) -> Any:
+        await tenancy.quotas.set(tenant, overrides, actor=operator())
+        return await tenancy.quotas.usage(tenant)
+
+    _show(tenant, run(command), as_json)
+
+
+def _parse(text: str) -> tuple[str, int | None]:
+    resource, separator, amount = text.partition("=")
+    if not separator or (amount and not amount.isdecimal()):
+        raise ConfigurationError(f"{text!r} is not of the form resource=amount")
+    return resource, int(amount) if amount else None
+
+
+def _show(tenant: str, found: Any, as_json: bool) -> None:
+    if as_json:
+        print_json(list(found))
+        return
+    rows = [(x.resource, x.used, x.limit, x.period, x.resets_at) for x in found]
+    print_table(f"quotas of {tenant}", ("resource", "used", "limit", "period", "resets at"), rows)

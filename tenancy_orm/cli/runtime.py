@@ -1,0 +1,89 @@
+"""What every command shares: opening the ``Tenancy``, reporting errors, exit statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+from rich.markup import escape
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..config import TenancyConfig, load_object
+from ..control.audit import Actor
+from ..errors import ConfigurationError, TenancyError
+from ..tenancy import Tenancy
+from .output import errors
+
+T = TypeVar("T")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+TenantArgument = Annotated[str, typer.Argument(help="A slug or an id.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+EXIT_FAILED = 1
+
+
+def operator() -> Actor:
+    """The person at this command line, for the audit log."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):
+        # a uid without a passwd entry, as in some containers
+        name = str(os.getuid())
+    return Actor("operator", f"cli:{name}")
+
+
+def load_tenancy() -> Tenancy:
+    """The application's ``Tenancy``: what ``TENANCY_APP`` names, else one from ``tenancy.toml`` and the environment.
+
+    Raises:
+        ConfigurationError: neither gives a configuration.
+    """
+    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds strings
+        # an installed script's path begins with its own directory; the application is in the working directory
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    path = os.environ.get("TENANCY_APP")
+    if not path:
+        return Tenancy(TenancyConfig.from_env())
+    found = load_object(path)
+    if isinstance(found, TenancyConfig):
+        return Tenancy(found)
+    if isinstance(found, Tenancy):
+        return found
+    raise ConfigurationError(f"TENANCY_APP={path!r} is neither a Tenancy nor a TenancyConfig")
+
+
+def run(command: Callable[[Tenancy], Awaitable[T]], *, initialise: bool | None = None) -> T:
+    """Open the ``Tenancy``, run ``command`` on it and close it; an error ends the program with its message."""
+
+    async def opened() -> T:
+        tenancy = load_tenancy()
+        await tenancy.open(initialise=initialise)
+        try:
+            return await command(tenancy)
+        finally:
+            await tenancy.close()
+
+    return guarded(lambda: asyncio.run(opened()))
+
+
+def guarded(action: Callable[[], T]) -> T:
+    """Call ``action``; turn an error of ours or of the database into a message and exit status 1."""
+    try:
+        return action()
+    except TenancyError as exc:
+        fail(str(exc))
+    except SQLAlchemyError as exc:
+        # the driver's message without SQLAlchemy's rendering of the statement and its parameters
+        fail(str(getattr(exc, "orig", None) or type(exc).__name__))
+
+
+def fail(message: str) -> NoReturn:
+    """Print ``message`` on standard error and exit with status 1."""
+    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(EXIT_FAILED)

@@ -1,0 +1,82 @@
+"""``tenancy secrets``: rotate the passwords of tenants' roles, and the keys that seal them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..control.sealed import ResealReport
+from ..provisioning.credentials import CONCURRENCY, RotationReport
+from ..tenancy import Tenancy
+from .output import console, errors, print_json, print_table
+from .runtime import EXIT_FAILED, Json, operator, run
+
+app = typer.Typer(help="Rotate passwords and the keys that seal them, while requests are served.", no_args_is_help=True)
+
+
+@app.command("rotate-passwords")
+def rotate_passwords(
+    tenant: Annotated[list[str] | None, typer.Option("--tenant", "-t", help="Only this tenant; repeatable.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Tenants at once.")] = CONCURRENCY,
+    as_json: Json = False,
+) -> None:
+    """Give every tenant's role a new password; one that fails does not stop the others."""
+
+    async def command(tenancy: Tenancy) -> RotationReport:
+        only = [await tenancy.tenants.get(each) for each in tenant] if tenant else None
+        with _progress(shown=not as_json) as advance:
+            return await tenancy.secrets.rotate_passwords(
+                only, concurrency=concurrency, progress=advance, actor=operator()
+            )
+
+    report = run(command)
+    _end("rotated", report.rotated, dict(report.failed), as_json)
+
+
+@app.command("rotate-key")
+def rotate_key(as_json: Json = False) -> None:
+    """Seal every tenant's password under the newest key; with a key wrapper, under a new one."""
+
+    async def command(tenancy: Tenancy) -> ResealReport:
+        return await tenancy.secrets.rotate_encryption_key(actor=operator())
+
+    report = run(command)
+    _end("resealed", report.resealed, dict(report.failed), as_json, key_id=report.key_id)
+
+
+@app.command("forget-keys")
+def forget_keys(as_json: Json = False) -> None:
+    """Delete the wrapped keys that nothing is sealed under any more; some hours after rotate-key."""
+
+    async def command(tenancy: Tenancy) -> list[str]:
+        return await tenancy.secrets.forget_unused_keys()
+
+    forgotten = run(command)
+    if as_json:
+        print_json({"forgotten": forgotten})
+    else:
+        console.print(f"{len(forgotten)} keys forgotten", highlight=False)
+
+
+@contextmanager
+def _progress(*, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Count the tenants that are done, where a person looks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, disable=not shown) as progress:
+        task = progress.add_task("passwords", total=None)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _end(verb: str, done: int, failed: dict[str, str], as_json: bool, **more: str) -> None:
+    if as_json:
+        print_json({verb: done, "failed": failed, **more})
+    else:
+        console.print(f"{done} passwords {verb}, {len(failed)} failed", highlight=False)
+        if failed:
+            print_table("failed", ("tenant", "reason"), failed.items())
+    if failed:
+        raise typer.Exit(EXIT_FAILED)

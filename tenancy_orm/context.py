@@ -1,0 +1,186 @@
+"""The current tenant: one context variable that holds a frozen identity, and nothing else.
+
+Tasks and ``asyncio.to_thread`` inherit the binding of the code that starts them; plain threads and executors do not,
+and see none. Only the edge of the package reads this variable; every function below ``tenancy.py`` takes the tenant
+as an argument.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
+
+from .errors import CrossTenantError, NoTenantError
+
+
+class Status(StrEnum):
+    """Where a tenant is in its life."""
+
+    PROVISIONING = "provisioning"
+    TRIAL = "trial"
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    MAINTENANCE = "maintenance"
+    DELETED = "deleted"
+    PURGED = "purged"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a tenant's data is: the server's name, its database and login role, and the sealed password.
+
+    ``sealed_password`` is ciphertext (AES-GCM, see ``control.secrets``); it is left out of every ``repr``.
+    """
+
+    server: str
+    database: str
+    role: str
+    sealed_password: bytes = field(repr=False)
+
+
+def _frozen(value: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    return MappingProxyType(dict(value or {}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tenant:
+    """A tenant as it was when it was looked up. Two are equal when their ids are.
+
+    Times are aware datetimes in UTC. ``metadata`` and ``quotas`` (overrides of the tier's limits) are read-only
+    mappings of JSON values. ``reason`` is what the operator gave when suspending. ``aliases`` are the former slugs that
+    still lead to it and the verified domains of its own.
+    """
+
+    id: UUID
+    slug: str
+    status: Status
+    tier: str
+    placement: Placement | None = field(default=None, repr=False)
+    schema_revision: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=_frozen, repr=False)
+    quotas: Mapping[str, Any] = field(default_factory=_frozen, repr=False)
+    reason: str | None = field(default=None, repr=False)
+    created_at: datetime | None = field(default=None, repr=False)
+    updated_at: datetime | None = field(default=None, repr=False)
+    deleted_at: datetime | None = field(default=None, repr=False)
+    trial_ends_at: datetime | None = field(default=None, repr=False)
+    timezone: str = field(default="UTC", repr=False)
+    aliases: frozenset[str] = field(default=frozenset(), repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by id alone: a tenant that was renamed or suspended meanwhile is the same tenant."""
+        return isinstance(other, Tenant) and other.id == self.id
+
+    def __hash__(self) -> int:
+        """Hash by id, as ``__eq__`` compares."""
+        return hash(self.id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by field, since a mapping proxy cannot be pickled."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        values["metadata"] = dict(self.metadata)
+        values["quotas"] = dict(self.quotas)
+        return (_restore, (values,))
+
+
+def _restore(values: dict[str, Any]) -> Tenant:
+    values["metadata"] = _frozen(values["metadata"])
+    values["quotas"] = _frozen(values["quotas"])
+    return Tenant(**values)
+
+
+_current: ContextVar[Tenant | None] = ContextVar("tenancy_orm.tenant", default=None)
+
+
+def current_tenant() -> Tenant:
+    """Return the tenant this code runs for.
+
+    Raises:
+        NoTenantError: none is bound.
+    """
+    tenant = _current.get()
+    if tenant is None:
+        raise NoTenantError
+    return tenant
+
+
+def current_tenant_or_none() -> Tenant | None:
+    """Return the tenant this code runs for, or None."""
+    return _current.get()
+
+
+def set_current(tenant: Tenant | None) -> Token[Tenant | None]:
+    """Bind ``tenant`` (or "none") for the rest of this context, whatever was bound: for the start of a request.
+
+    The middleware calls this on every request, since uvicorn on asyncio's stock loop lets a value set during one
+    request of a keep-alive connection be seen by the next (Kludex/uvicorn#2167).
+    """
+    if tenant is not None:
+        close_generators_unbound()
+    return _current.set(tenant)
+
+
+def reset_current(token: Token[Tenant | None]) -> None:
+    """Undo ``set_current``.
+
+    Where the generator that made the binding is finished in another context (an async generator closed by the event
+    loop, say), there is nothing to undo: that context never had the binding.
+    """
+    try:  # noqa: SIM105 - contextlib.suppress costs 0.4 us, and this runs with every message of every request
+        _current.reset(token)
+    except ValueError:
+        pass
+
+
+@contextmanager
+def bind(tenant: Tenant) -> Iterator[Tenant]:
+    """Run the body for ``tenant``. Binding the tenant that is bound already is allowed; another is refused.
+
+    Raises:
+        CrossTenantError: another tenant is bound.
+    """
+    bound = _current.get()
+    if bound is not None and bound.id != tenant.id:
+        raise CrossTenantError("switching the scope", bound=bound.slug, requested=tenant.slug)
+    close_generators_unbound()
+    token = _current.set(tenant)
+    try:
+        yield tenant
+    finally:
+        reset_current(token)
+
+
+class _UnboundFinalizer:
+    """Has the event loop close an abandoned async generator with no tenant bound."""
+
+    __slots__ = ("_finalizer",)
+
+    def __init__(self, finalizer: Callable[[AsyncGenerator[Any, Any]], None]) -> None:
+        self._finalizer = finalizer
+
+    def __call__(self, generator: AsyncGenerator[Any, Any]) -> None:
+        token = _current.set(None)
+        try:
+            self._finalizer(generator)
+        finally:
+            reset_current(token)
+
+
+def close_generators_unbound() -> None:
+    """Keep what an abandoned async generator does in its ``finally`` from being done for a stranger.
+
+    The garbage collector finds such a generator while any request runs, and the event loop then closes it in a task
+    with a copy of *that* context: with another tenant bound. The event loop sets its hook anew whenever it begins to
+    run, so this is called with every binding; by the middleware, whenever it looks a key up.
+    """
+    finalizer = sys.get_asyncgen_hooks().finalizer
+    if finalizer is not None and type(finalizer) is not _UnboundFinalizer:
+        sys.set_asyncgen_hooks(finalizer=_UnboundFinalizer(finalizer))

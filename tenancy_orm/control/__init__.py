@@ -1,0 +1,1 @@
+"""What tenants exist: the control database and everything that reads and writes it."""

@@ -1,0 +1,524 @@
+"""The audit log: who did what to which tenant, in one hash chain that cannot fork.
+
+Each entry carries the SHA-256 of its own content and of the entry before it. The head of the chain is one row; the
+database function ``tenancy.audit_append`` locks it, numbers, times, hashes and inserts the entry, and moves the head:
+no client can choose a sequence number, a time, a hash or the database role that is recorded. The log takes part in the
+caller's transaction: a change that is rolled back leaves no entry, and one without its entry cannot commit.
+
+``verify`` recomputes the chain. It finds any entry that was changed, removed or inserted, except that whoever can
+rewrite the whole table can also rewrite every hash from some entry on: against that, keep checkpoints elsewhere.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..context import Tenant
+from ..errors import AuditError
+from .chain import Chain, VerifyReport
+from .checkpoints import Checkpoint, Signer, Verifier
+from .database import ControlDatabase
+from .names import quote_identifier
+
+ActorKind = Literal["system", "operator", "key"]
+
+_BATCH = 500  # entries hashed between two waits for the server, so that the event loop is never held for long
+_TEXT_LENGTH = 256  # of what comes from outside: a request id, a source address, an actor's name
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who acts: the system itself, an operator, or the holder of an API key.
+
+    Args:
+        kind: "system", "operator" or "key".
+        id: The operator's name, or the public id of the key.
+        request_id: What ties the entry to the application's own logs.
+        source: The address it came from.
+    """
+
+    kind: ActorKind
+    id: str | None = None
+    request_id: str | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind here, where the mistake is, rather than in the database."""
+        if self.kind not in ("system", "operator", "key"):
+            raise ValueError(f"an actor is 'system', 'operator' or 'key', not {self.kind!r}")
+
+
+SYSTEM = Actor("system")
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """One entry of the log. ``before``, ``after`` and ``detail`` are JSON objects or None."""
+
+    sequence: int
+    occurred_at: datetime
+    action: str
+    tenant_id: UUID | None
+    slug: str | None
+    actor: Actor
+    before: Mapping[str, Any] | None = field(repr=False)
+    after: Mapping[str, Any] | None = field(repr=False)
+    detail: Mapping[str, Any] | None = field(repr=False)
+    database_role: str = field(repr=False)
+    hash: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSummary:
+    """How many entries of one action, by one kind of actor, one day (UTC) has, and for how many tenants."""
+
+    day: date
+    action: str
+    actor_kind: ActorKind
+    entries: int
+    tenants: int
+
+
+_APPEND = text(
+    "SELECT tenancy.audit_append(:action, CAST(:tenant_id AS uuid), :slug, :actor_kind, :actor_id, "
+    "CAST(:before AS jsonb), CAST(:after AS jsonb), CAST(:detail AS jsonb), :request_id, :source)"
+)
+
+_COLUMNS = (
+    "sequence, occurred_at, action, tenant_id, slug, actor_kind, actor_id, before, after, detail, request_id, "
+    "source, database_role, hash"
+)
+
+
+class AuditLog:
+    """Appends to the log and reads it; ``tenancy.audit``."""
+
+    def __init__(self, control: ControlDatabase, signer: Signer | None = None) -> None:
+        """Use ``control``; ``signer`` signs checkpoints and cuts, which need it."""
+        self._control = control
+        self._signer = signer or Signer({})
+
+    async def append(
+        self,
+        conn: AsyncConnection,
+        *,
+        action: str,
+        tenant_id: UUID | None = None,
+        slug: str | None = None,
+        actor: Actor = SYSTEM,
+        before: Mapping[str, Any] | None = None,
+        after: Mapping[str, Any] | None = None,
+        detail: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Append one entry in the transaction of ``conn`` and return its sequence number.
+
+        The chain's head stays locked until that transaction ends: make this its last statement. It also keeps the
+        order of locks the same everywhere (rows first, the head last), which is what rules out deadlocks.
+
+        Args:
+            conn: An open transaction on the control database, READ COMMITTED.
+            action: What was done, as ``noun.verb``: lower case letters, digits, dots and underscores.
+            tenant_id: Whom it was done to.
+            slug: ... as it was called then.
+            actor: Who did it.
+            before: The changed fields before the change. Never a secret; ``bytes`` are refused.
+            after: ... and after it.
+            detail: Anything else worth keeping.
+
+        Raises:
+            TypeError: a value is not JSON; datetimes, UUIDs and enums are written as text.
+        """
+        parameters = {
+            "action": action,
+            "tenant_id": tenant_id,
+            "slug": slug,
+            "actor_kind": actor.kind,
+            "actor_id": clean_text(actor.id),
+            "before": _encode(before),
+            "after": _encode(after),
+            "detail": _encode(detail),
+            "request_id": clean_text(actor.request_id),
+            "source": clean_text(actor.source),
+        }
+        sequence = await conn.scalar(_APPEND, parameters)
+        return int(sequence)
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    async def events(
+        self,
+        *,
+        tenant: str | UUID | Tenant | None = None,
+        actor: Actor | str | None = None,
+        action: str | Sequence[str] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 100,
+        after: int | AuditEvent | None = None,
+    ) -> list[AuditEvent]:
+        """Return entries, newest first.
+
+        Args:
+            tenant: Only this tenant's: an id, a ``Tenant``, or a slug. A slug that no tenant has any more finds the
+                entries that were made under it.
+            actor: Only this actor's: an ``Actor`` (its kind and, where given, its id), or the id alone.
+            action: Only this action, or these; one that ends in ``.`` stands for all that begin so.
+            since: Not before this time, an aware datetime.
+            until: Before this time.
+            limit: How many at most.
+            after: Continue a page after this entry, or this sequence number.
+        """
+        if isinstance(tenant, str):
+            async with self._control.connect() as conn:
+                tenant = await conn.scalar(_LIVE_TENANT, {"slug": tenant}) or tenant
+        tenant_id = tenant.id if isinstance(tenant, Tenant) else tenant
+        query, parameters = _query(tenant_id, actor, action, since, until, limit, after)
+        # one tenant's log is read as that tenant; everybody's, and a slug that is nobody's any more, cannot be
+        reading = self._control.viewing(tenant_id) if isinstance(tenant_id, UUID) else self._control.connect()
+        async with reading as conn:
+            rows = (await conn.execute(text(query), parameters)).all()
+        return [_event(row) for row in rows]
+
+    async def summary(self, *, since: date | None = None, until: date | None = None) -> list[AuditSummary]:
+        """Count entries by day (UTC), action and kind of actor, newest day first.
+
+        Args:
+            since: From this day on.
+            until: Before this day.
+        """
+        query = text(
+            "SELECT day, action, actor_kind, entries, tenants FROM tenancy.audit_summary "
+            "WHERE (CAST(:since AS date) IS NULL OR day >= :since) AND (CAST(:until AS date) IS NULL OR day < :until) "
+            "ORDER BY day DESC, entries DESC, action, actor_kind"
+        )
+        async with self._control.connect() as conn:
+            rows = (await conn.execute(query, {"since": since, "until": until})).all()
+        return [AuditSummary(*row) for row in rows]
+
+    # --- proof ------------------------------------------------------------------------------------------------------
+
+    async def verify(
+        self,
+        checkpoints: Checkpoint | Iterable[Checkpoint] = (),
+        *,
+        since: Checkpoint | None = None,
+        verifier: Verifier | None = None,
+    ) -> VerifyReport:
+        """Recompute the chain in order, in bounded memory and one snapshot, up to the first entry that does not hold.
+
+        Args:
+            checkpoints: Exported earlier and kept elsewhere: the log must agree with each. This is what detects a
+                rewrite of the whole chain, and a tail that was cut off.
+            since: Begin after this checkpoint instead of at the start: what precedes it is taken as verified.
+            verifier: Who vouches for signatures; the log's own signer where None.
+
+        Raises:
+            AuditError: a checkpoint's signature is not valid, or it is another installation's.
+        """
+        given = [checkpoints] if isinstance(checkpoints, Checkpoint) else list(checkpoints)
+        judge = verifier or self._signer
+        for checkpoint in (*given, *([since] if since else [])):
+            self._admit(checkpoint, judge)
+        async with self._control.transaction() as conn:
+            await conn.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+            cuts = await self._cuts(conn)
+            chain = Chain(cuts, given, judge, since)
+            async for batch in _stream(conn, since.occurred_at if since else None):
+                if not all(chain.follow(row) for row in batch):
+                    break
+            if chain.problem is None:
+                head = (await conn.execute(_HEAD)).one()
+                chain.finish(head.sequence, head.hash)
+        return chain.report()
+
+    @property
+    def public_keys(self) -> dict[str, str]:
+        """The public keys, in base64 by id, that verify this log's checkpoints: for ``checkpoints.Verifier``."""
+        return self._signer.public_keys
+
+    async def export_checkpoint(self) -> Checkpoint:
+        """Sign where the chain is now. Keep the result (``to_json``) where the database's operators cannot change it.
+
+        Raises:
+            AuditError: the log is empty.
+            ConfigurationError: there is no key to sign with.
+        """
+        async with self._control.connect() as conn:
+            head = (await conn.execute(_HEAD)).one()
+        if head.sequence == 0:
+            raise AuditError("the audit log is empty; there is nothing to sign")
+        return self._signer.sign(
+            "checkpoint",
+            installation=self._control.installation,
+            sequence=head.sequence,
+            digest=head.hash,
+            occurred_at=head.occurred_at,
+        )
+
+    def _admit(self, checkpoint: Checkpoint, judge: Verifier) -> None:
+        if checkpoint.installation != self._control.installation:
+            raise AuditError(f"the {checkpoint.kind} is of installation {checkpoint.installation}, not of this one")
+        judge.verify(checkpoint)
+
+    async def _cuts(self, conn: AsyncConnection) -> dict[int, Checkpoint]:
+        rows = (await conn.execute(text("SELECT * FROM tenancy.audit_cuts"))).all()
+        return {
+            row.sequence: Checkpoint(
+                kind="cut",
+                installation=self._control.installation,
+                sequence=row.sequence,
+                hash=row.hash,
+                occurred_at=row.occurred_at,
+                signed_at=row.cut_at,
+                key_id=row.key_id,
+                signature=row.signature,
+            )
+            for row in rows
+        }
+
+    # --- upkeep -----------------------------------------------------------------------------------------------------
+
+    async def ensure_partitions(self, months: int = 3) -> int:
+        """Make the partitions of this month and the next ``months``; returns how many were missing.
+
+        Appending makes them too, a month ahead of need; with this it never has to.
+        """
+        async with self._control.transaction() as conn:
+            made = await conn.scalar(text("SELECT tenancy.audit_ensure_partitions(:months)"), {"months": months})
+        return int(made)
+
+    async def prune(
+        self, *, before: datetime, detach: bool = False, actor: Actor = SYSTEM, lock_timeout: float = 5.0
+    ) -> Checkpoint | None:
+        """Remove the whole months that ended by ``before``; returns the signed cut, or None if there were none.
+
+        What is removed is verified first. The cut keeps the hash that the next entry continues, so that what remains
+        still verifies, and is itself an entry of the log. Run it as the owner of the tables: the application's role
+        may not.
+
+        Args:
+            before: An aware datetime; a month is removed when it ended by then.
+            detach: Leave the months behind as tables of their own, to be dumped elsewhere, instead of dropping them.
+            actor: Who does this.
+            lock_timeout: How long to wait for readers of the log, in seconds.
+
+        Raises:
+            AuditChainError: what would be removed does not hold: it is evidence, and stays.
+            AuditError: this role does not own the tables, or readers held them for longer than ``lock_timeout``.
+            ConfigurationError: there is no key to sign with.
+        """
+        last = await self._last_removed(before)
+        if last is None:
+            return None
+        try:
+            return await self._cut(before, last, detach, actor, lock_timeout)
+        except DBAPIError as exc:
+            reason = _REFUSED.get(getattr(exc.orig, "sqlstate", None) or "")
+            if reason is None:
+                raise
+            raise AuditError(f"old months of the audit log were not removed: {reason}") from exc
+
+    async def _cut(
+        self, before: datetime, last: Any, detach: bool, actor: Actor, lock_timeout: float
+    ) -> Checkpoint | None:
+        async with self._control.transaction() as conn:
+            await conn.execute(
+                text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": f"{int(lock_timeout * 1000)}ms"}
+            )
+            # the head first and the tables after it: the order in which every append locks them
+            await conn.execute(text("SELECT 1 FROM tenancy.audit_head FOR UPDATE"))
+            names = await self._ended(conn, before)
+            if not names:
+                return None  # another process was faster
+            cut = await self._record_cut(conn, last, names, actor)
+            for name in names:
+                table = f"tenancy.{quote_identifier(name)}"
+                await conn.exec_driver_sql(
+                    f"ALTER TABLE tenancy.audit_log DETACH PARTITION {table}" if detach else f"DROP TABLE {table}"
+                )
+        return cut
+
+    async def _ended(self, conn: AsyncConnection, before: datetime) -> list[str]:
+        return [name for name in await conn.scalars(_PARTITIONS) if _month_end(name) <= before]
+
+    async def _last_removed(self, before: datetime) -> Any:
+        """Verify what retention would remove; returns its last entry, or None if there is none."""
+        # a transaction of its own: its cursor keeps the tables in use to the end
+        async with self._control.transaction() as conn:
+            names = await self._ended(conn, before)
+            if not names:
+                return None
+            chain = Chain(await self._cuts(conn), [], self._signer, None)
+            async for batch in _stream(conn, None, max(map(_month_end, names))):
+                if not all(chain.follow(row) for row in batch):
+                    break
+        chain.report().raise_if_bad()
+        return chain.previous
+
+    async def _record_cut(self, conn: AsyncConnection, last: Any, names: Sequence[str], actor: Actor) -> Checkpoint:
+        cut = self._signer.sign(
+            "cut",
+            installation=self._control.installation,
+            sequence=last.sequence,
+            digest=last.hash,
+            occurred_at=last.occurred_at,
+        )
+        await conn.execute(
+            text(
+                "INSERT INTO tenancy.audit_cuts (sequence, occurred_at, hash, cut_at, key_id, signature) "
+                "VALUES (:sequence, :occurred_at, :hash, :cut_at, :key_id, :signature)"
+            ),
+            {
+                "sequence": cut.sequence,
+                "occurred_at": cut.occurred_at,
+                "hash": cut.hash,
+                "cut_at": cut.signed_at,
+                "key_id": cut.key_id,
+                "signature": cut.signature,
+            },
+        )
+        detail = {"sequence": cut.sequence, "hash": cut.hash.hex(), "months": list(names)}
+        await self.append(conn, action="audit.cut", actor=actor, detail=detail)
+        return cut
+
+
+_REFUSED = {
+    "42501": "only the owner of the control tables may; run it as the role that ran tenancy init",
+    "55P03": "a transaction that reads the log held it for too long; try again",
+}
+_LIVE_TENANT = text("SELECT id FROM tenancy.tenants WHERE slug = :slug AND status <> 'purged'")
+_HEAD = text("SELECT sequence, occurred_at, hash FROM tenancy.audit_head")
+_PARTITIONS = text(
+    "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+    "WHERE i.inhparent = 'tenancy.audit_log'::regclass ORDER BY c.relname"
+)
+_ENTRIES = (
+    "SELECT sequence, occurred_at, action, tenant_id, slug, actor_kind, actor_id, before::text AS before, "
+    "after::text AS after, detail::text AS detail, request_id, source, database_role, previous_hash, hash "
+    "FROM tenancy.audit_log WHERE occurred_at >= :since AND occurred_at < :until ORDER BY occurred_at, sequence"
+)
+_LATEST = datetime(9999, 12, 31, tzinfo=UTC)
+
+
+async def _stream(
+    conn: AsyncConnection, since: datetime | None, until: datetime | None = None
+) -> AsyncIterator[Sequence[Any]]:
+    """Yield entries in the chain's order, a batch at a time, through a server-side cursor."""
+    parameters = {"since": since or datetime(1, 1, 2, tzinfo=UTC), "until": until or _LATEST}
+    options = {"yield_per": _BATCH}
+    async with conn.stream(text(_ENTRIES), parameters, execution_options=options) as result:
+        async for batch in result.partitions(_BATCH):
+            yield batch
+
+
+def _month_end(partition: str) -> datetime:
+    """When the month of ``audit_log_y2026m11`` is over."""
+    year, month = int(partition[-7:-3]), int(partition[-2:])
+    return datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
+
+
+def _query(
+    tenant: str | UUID | None,
+    actor: Actor | str | None,
+    action: str | Sequence[str] | None,
+    since: datetime | None,
+    until: datetime | None,
+    limit: int,
+    after: int | AuditEvent | None,
+) -> tuple[str, dict[str, Any]]:
+    conditions: list[str] = []
+    parameters: dict[str, Any] = {"limit": limit}
+
+    def where(condition: str, **values: Any) -> None:
+        conditions.append(condition)
+        parameters.update(values)
+
+    if isinstance(tenant, UUID):
+        where("tenant_id = :tenant_id", tenant_id=tenant)
+    elif tenant is not None:
+        where("slug = :slug", slug=tenant)
+    if isinstance(actor, Actor):
+        where("actor_kind = :actor_kind", actor_kind=actor.kind)
+    actor_id = actor.id if isinstance(actor, Actor) else actor
+    if actor_id is not None:
+        where("actor_id = :actor_id", actor_id=actor_id)
+    if action is not None:
+        actions = [action] if isinstance(action, str) else list(action)
+        prefixes = [name for name in actions if name.endswith(".")]
+        where(
+            "(action = ANY(:actions) OR EXISTS (SELECT 1 FROM unnest(CAST(:prefixes AS text[])) AS p "
+            "WHERE starts_with(action, p)))"
+            if prefixes
+            else "action = ANY(:actions)",
+            actions=actions,
+            **({"prefixes": prefixes} if prefixes else {}),
+        )
+    if since is not None:
+        where("occurred_at >= :since", since=since)
+    if until is not None:
+        where("occurred_at < :until", until=until)
+    if after is not None:
+        where("sequence < :after", after=after.sequence if isinstance(after, AuditEvent) else after)
+    filters = f"WHERE {' AND '.join(conditions)} " if conditions else ""
+    query = f"SELECT {_COLUMNS} FROM tenancy.audit_log {filters}ORDER BY occurred_at DESC, sequence DESC LIMIT :limit"  # noqa: S608 - every part is a constant above, every value a parameter
+    return query, parameters
+
+
+def _event(row: Any) -> AuditEvent:
+    return AuditEvent(
+        sequence=row.sequence,
+        occurred_at=row.occurred_at,
+        action=row.action,
+        tenant_id=row.tenant_id,
+        slug=row.slug,
+        actor=Actor(row.actor_kind, row.actor_id, row.request_id, row.source),
+        before=row.before,
+        after=row.after,
+        detail=row.detail,
+        database_role=row.database_role,
+        hash=row.hash,
+    )
+
+
+def clean_text(value: str | None) -> str | None:
+    """Return ``value`` as PostgreSQL can keep it, shortened: what comes from outside must not fail the change."""
+    if value is None:
+        return None
+    return value[:_TEXT_LENGTH].replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with text that jsonb can keep, and without types that JSON does not have."""
+    if isinstance(value, enum.Enum):
+        return _plain(value.value)
+    if isinstance(value, str):
+        return value.replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+        return [_plain(item) for item in items]
+    if isinstance(value, (datetime, date)):
+        return value.isoformat()
+    if isinstance(value, UUID):
+        return str(value)
+    # bytes above all: what is not text is likely a secret
+    raise TypeError(f"the audit log keeps JSON values, not {type(value).__name__}")
+
+
+def _encode(value: Mapping[str, Any] | None) -> str | None:
+    if value is None:
+        return None
+    return json.dumps(_plain(value), allow_nan=False, ensure_ascii=False)

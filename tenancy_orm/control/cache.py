@@ -1,0 +1,61 @@
+"""A bounded dictionary whose hits cost no bookkeeping."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+_CHANCES = 32  # entries looked at for one that was not used, before the next one goes regardless
+
+
+class Entry(Protocol):
+    """What a cache entry must remember of itself; times are in seconds of any one clock."""
+
+    used: float
+    placed: float
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class SecondChance(Generic[K, E]):
+    """Remembers up to ``capacity`` entries, dropping first what was not used since it was placed.
+
+    A hit is ``entries.get`` and setting ``entry.used``; an LRU would move the entry on every hit instead.
+
+    Args:
+        capacity: How many entries.
+        dropped: Called with each entry that leaves for want of room.
+    """
+
+    __slots__ = ("_capacity", "_dropped", "entries")
+
+    def __init__(self, capacity: int, dropped: Callable[[K, E], None]) -> None:
+        self._capacity = capacity
+        self._dropped = dropped
+        # ordered, since popping the first key of a plain dict takes time in proportion to those popped before
+        self.entries: OrderedDict[K, E] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many entries there are."""
+        return len(self.entries)
+
+    def put(self, key: K, entry: E) -> None:
+        """Add or replace an entry."""
+        self.entries.pop(key, None)
+        while len(self.entries) >= self._capacity:
+            self._drop_one()
+        entry.placed = entry.used
+        self.entries[key] = entry
+
+    def _drop_one(self) -> None:
+        for chance in range(_CHANCES):
+            key, entry = self.entries.popitem(last=False)
+            if entry.used <= entry.placed or chance == _CHANCES - 1:
+                self._dropped(key, entry)
+                return
+            entry.placed = entry.used
+            self.entries[key] = entry

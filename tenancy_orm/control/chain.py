@@ -1,0 +1,188 @@
+"""The audit log's hash chain, followed entry by entry. Pure state, no I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from ..errors import AuditChainError, AuditError
+from .checkpoints import Checkpoint, Verifier
+
+GENESIS = bytes(32)  # the hash that the first entry continues
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What ``verify`` found.
+
+    Args:
+        entries: How many entries were recomputed and found right.
+        first: The first sequence number that the chain was followed from; None for an empty log.
+        last: The last one found right.
+        first_bad: The first sequence number that does not hold; None where all do.
+        problem: What is wrong with it.
+        confirmed: Sequence numbers of the given checkpoints that the log agrees with.
+        removed: ... and of those older than what retention kept, which nothing can be said about any more.
+    """
+
+    entries: int
+    first: int | None
+    last: int | None
+    first_bad: int | None = None
+    problem: str | None = None
+    confirmed: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the whole chain holds."""
+        return self.first_bad is None
+
+    def raise_if_bad(self) -> None:
+        """Raise where the chain does not hold.
+
+        Raises:
+            AuditChainError: with the first bad sequence number.
+        """
+        if self.first_bad is not None:
+            raise AuditChainError(
+                f"the audit log does not hold from entry {self.first_bad} on: {self.problem}", sequence=self.first_bad
+            )
+
+
+class Chain:
+    """Follows the chain entry by entry. Pure state, no I/O."""
+
+    def __init__(
+        self,
+        cuts: Mapping[int, Checkpoint],
+        checkpoints: Sequence[Checkpoint],
+        judge: Verifier,
+        since: Checkpoint | None,
+    ) -> None:
+        self._cuts = cuts
+        self._judge = judge
+        self._since = since
+        self._wanted: dict[int, list[Checkpoint]] = {}
+        for checkpoint in checkpoints:
+            self._wanted.setdefault(checkpoint.sequence, []).append(checkpoint)
+        self._begun = False
+        self._sequence = 0  # of the last entry that holds, or of what the first one continues
+        self._hash = GENESIS
+        self._first: int | None = None
+        self._entries = 0
+        self._confirmed: set[int] = set()
+        self.previous: Any = None
+        self.bad: int | None = None
+        self.problem: str | None = None
+
+    def follow(self, row: Any) -> bool:
+        """Take the next entry; False if it does not hold."""
+        if not self._begun and not self._begin(row.sequence):
+            return False
+        expected = self._sequence + 1
+        if row.sequence < expected and self._since is not None and self._entries == 0:
+            # of the checkpoint's own microsecond, up to the entry it is about
+            if row.sequence == self._since.sequence and row.hash != self._since.hash:
+                return self._fail(row.sequence, "the checkpoint to begin from holds another hash: it was rewritten")
+            return True
+        if row.sequence != expected:
+            return self._fail(min(row.sequence, expected), f"entry {expected} is missing or out of order")
+        if row.previous_hash != self._hash:
+            return self._fail(expected, "it does not continue the entry before it")
+        if hashlib.sha256(canonical(row)).digest() != row.hash:
+            return self._fail(expected, "its content is not what was hashed")
+        self._sequence, self._hash, self.previous = row.sequence, row.hash, row
+        self._entries += 1
+        self._first = self._first or row.sequence
+        return self._agree(row.sequence, row.hash)
+
+    def finish(self, head_sequence: int, head_hash: bytes) -> None:
+        """After the last entry: the chain must end where its head and every checkpoint say."""
+        if not self._begun and not self._begin(head_sequence + 1):
+            return
+        if self._sequence != head_sequence:
+            self._fail(min(self._sequence, head_sequence) + 1, f"the head of the chain is at entry {head_sequence}")
+        elif self._hash != head_hash:
+            self._fail(self._sequence, "the head of the chain holds another hash")
+        beyond = [sequence for sequence in self._wanted if sequence > self._sequence]
+        if beyond and self.problem is None:
+            self._fail(self._sequence + 1, f"the log ends here, but a checkpoint of entry {max(beyond)} was signed")
+
+    def report(self) -> VerifyReport:
+        """What has been found so far."""
+        start = (self._first or 0) - 1
+        outside = () if self._first is None or self._since else (s for s in self._wanted if s < start)
+        return VerifyReport(
+            entries=self._entries,
+            first=self._first,
+            last=None if self.previous is None else self.previous.sequence,
+            first_bad=self.bad,
+            problem=self.problem,
+            confirmed=tuple(sorted(self._confirmed)),
+            removed=tuple(sorted(outside)),
+        )
+
+    def _begin(self, first: int) -> bool:
+        """Find what the first entry continues: the checkpoint asked for, the genesis, or a signed cut."""
+        self._begun = True
+        if self._since is not None and first <= self._since.sequence + 1:
+            self._sequence, self._hash = self._since.sequence, self._since.hash
+            return True
+        if first == 1:
+            return True
+        cut = self._cuts.get(first - 1)
+        if cut is None:
+            return self._fail(1, f"the log begins at entry {first}, and no cut of retention says why")
+        try:
+            self._judge.verify(cut)
+        except AuditError as exc:
+            return self._fail(first, f"the log was cut before it, and {exc}")
+        self._sequence, self._hash = cut.sequence, cut.hash
+        return self._agree(cut.sequence, cut.hash)
+
+    def _agree(self, sequence: int, found: bytes) -> bool:
+        for checkpoint in self._wanted.get(sequence, ()):
+            if checkpoint.hash != found:
+                return self._fail(sequence, "a checkpoint signed earlier holds another hash: it was rewritten")
+            self._confirmed.add(sequence)
+        return True
+
+    def _fail(self, sequence: int, problem: str) -> bool:
+        self.bad, self.problem = sequence, problem
+        return False
+
+
+def canonical(row: Any) -> bytes:
+    """The bytes that are hashed for an entry; ``tenancy.audit_canonical`` writes the same.
+
+    A JSON array, with a comma and a space between items, of: the format's name, the previous hash in hexadecimal, the
+    sequence number, microseconds since 1970, the actor's kind and id, the action, the tenant's id and slug, the texts
+    of ``before``, ``after`` and ``detail`` as jsonb writes them, the request id, the source and the database role.
+    """
+    return json.dumps(
+        [
+            "tenancy-audit-1",
+            row.previous_hash.hex(),
+            row.sequence,
+            (row.occurred_at - _EPOCH) // timedelta(microseconds=1),
+            row.actor_kind,
+            row.actor_id,
+            row.action,
+            None if row.tenant_id is None else str(row.tenant_id),
+            row.slug,
+            row.before,
+            row.after,
+            row.detail,
+            row.request_id,
+            row.source,
+            row.database_role,
+        ],
+        ensure_ascii=False,
+    ).encode()

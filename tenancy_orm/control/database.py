@@ -1,0 +1,296 @@
+"""The control database: its engine, its schema, and its absence told apart from every other error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from ..config import Tier, plain_url
+from ..errors import AdministratorNeededError, ConfigurationError, ControlSchemaError, ControlUnavailableError
+from .grants import grant_application
+from .models import SCHEMA, installation, servers, tiers
+from .viewer import VIEW_AS, prepare_viewer
+
+# One migration of the control database at a time, whoever runs it: a lock key of our own in the database's key space.
+_MIGRATION_LOCK = 0x74656E616E637900
+
+_NO_SUCH_ROLE = ("22023", "42501")  # it does not exist, or is not granted
+_CONNECT_SQLSTATES = ("08", "57P", "53")  # connection, operator intervention, out of resources
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether ``error`` means that the server could not be reached, rather than that it refused a statement."""
+    if isinstance(error, (OSError, asyncio.TimeoutError, PoolTimeoutError)):
+        return True
+    if isinstance(error, DBAPIError):
+        if error.connection_invalidated:
+            return True
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        return isinstance(sqlstate, str) and sqlstate.startswith(_CONNECT_SQLSTATES)
+    if isinstance(error, asyncpg.InterfaceError):
+        return True
+    if isinstance(error, asyncpg.PostgresError):
+        return (error.sqlstate or "").startswith(_CONNECT_SQLSTATES)
+    return False
+
+
+Administrator: TypeAlias = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
+
+
+class ControlDatabase:
+    """The one database that knows the tenants.
+
+    Args:
+        url: ``postgresql://`` URL.
+        pool_size: Connections kept; as many again are opened under load and closed when returned.
+        connect_timeout: Seconds for a connect, and for waiting for one of the pool.
+        command_timeout: Seconds any one statement may take.
+        name_prefix: ``TenancyConfig.name_prefix``, for the name of the role that ``upgrade`` makes.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = 5,
+        connect_timeout: float = 10.0,
+        command_timeout: float = 30.0,
+        name_prefix: str = "tenancy",
+    ) -> None:
+        plain = plain_url(url)
+        self.listen_dsn = plain.render_as_string(hide_password=False)
+        self.database = plain.database or ""
+        self.address = (plain.host or "localhost", plain.port or 5432)
+        self._installation: UUID | None = None
+        self._name_prefix = name_prefix
+        self._viewer: str | None = None
+        self.engine: AsyncEngine = create_async_engine(
+            plain.set(drivername="postgresql+asyncpg"),
+            pool_size=pool_size,
+            max_overflow=pool_size,
+            pool_timeout=connect_timeout,
+            pool_use_lifo=True,
+            # parameters hold customers' data, digests and sealed passwords, which have no place in an error
+            hide_parameters=True,
+            connect_args={
+                "timeout": connect_timeout,
+                "command_timeout": command_timeout,
+                "server_settings": {"application_name": "tenancy-control"},
+            },
+        )
+
+    def __repr__(self) -> str:
+        """Name the database, without host or credentials."""
+        return f"ControlDatabase({self.database!r})"
+
+    @property
+    def installation(self) -> UUID:
+        """The id of this installation, known after ``open``."""
+        if self._installation is None:
+            raise ControlSchemaError("the control database is not open; open the Tenancy first")
+        return self._installation
+
+    async def open(self) -> None:
+        """Connect, check the schema's revision, and read the installation's id.
+
+        Raises:
+            ControlUnavailableError: the server does not answer.
+            ControlSchemaError: the schema is missing or at another revision; run ``tenancy init``.
+        """
+        expected = _script_directory().get_current_head()
+        async with self.connect() as connection:
+            found = await connection.scalar(text("SELECT to_regclass('tenancy.alembic_version')::text"))
+            if found is None:
+                raise ControlSchemaError("the control database is not initialised; run: tenancy init")
+            revision = await connection.scalar(text("SELECT version_num FROM tenancy.alembic_version"))
+            if revision != expected:
+                raise ControlSchemaError(
+                    f"the control database is at revision {revision}, this version needs {expected}; run: tenancy init"
+                )
+            row = (await connection.execute(select(installation.c.id, installation.c.viewer))).one()
+            self._installation, self._viewer = row.id, row.viewer
+
+    async def close(self) -> None:
+        """Close every pooled connection."""
+        await self.engine.dispose()
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[AsyncConnection]:
+        """Yield a connection in AUTOCOMMIT: for one reading statement, at one round trip.
+
+        Raises:
+            ControlUnavailableError: the server does not answer.
+        """
+        async with self._reachable(), self.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """Yield a connection in a transaction that commits when the body succeeds.
+
+        Raises:
+            ControlUnavailableError: the server does not answer, or went away; whether a commit took place is unknown
+                if the connection was lost during it.
+        """
+        async with self._reachable(), self.engine.begin() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def viewing(self, tenant_id: UUID) -> AsyncIterator[AsyncConnection]:
+        """Yield a connection that sees this tenant's rows alone, even in a query that does not ask for them.
+
+        It is a transaction that reads only, as the installation's viewer role, under row-level security. Columns that
+        are no tenant's business are refused (``viewer.VIEWER_COLUMNS``). When it ends the connection is as before.
+
+        Raises:
+            ControlUnavailableError: the server does not answer.
+            ControlSchemaError: there is no viewer role; run ``tenancy init``.
+            ConfigurationError: the role of the control URL may not take it on; run ``grant_application``.
+        """
+        if self._viewer is None:
+            raise ControlSchemaError("the control database has no role that reads for a tenant; run: tenancy init")
+        async with self.transaction() as connection:
+            try:
+                await connection.execute(VIEW_AS, {"tenant": str(tenant_id), "role": self._viewer})
+            except DBAPIError as exc:
+                if getattr(exc.orig, "sqlstate", None) not in _NO_SUCH_ROLE:
+                    raise
+                raise ConfigurationError(
+                    f"the control database's role cannot take on {self._viewer!r}; "
+                    "run tenancy init, and grant_application for the application's role"
+                ) from exc
+            yield connection
+
+    @asynccontextmanager
+    async def _reachable(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception as exc:
+            if not is_unavailable(exc):
+                raise
+            raise ControlUnavailableError("the control database is not available") from exc
+
+    # --- schema -----------------------------------------------------------------------------------------------------
+
+    async def upgrade(self, revision: str = "head", *, administrator: Administrator | None = None) -> None:
+        """Bring the schema to ``revision``; one process at a time, the others wait and find it done.
+
+        At the head it also makes the role that ``viewing`` takes on, and gives it its rights.
+
+        Args:
+            revision: A revision of the package's own migrations.
+            administrator: Connects to the same server as a role that may create roles, for what this one may not do.
+
+        Raises:
+            ControlUnavailableError: the server does not answer.
+            AdministratorNeededError: this role may not create that one, and there is no administrator.
+        """
+        async with self._reachable(), self.engine.connect() as connection:
+            await self._lock(connection)
+            try:
+                await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+                await connection.commit()
+                await connection.run_sync(_migrate, revision)
+                await connection.commit()
+                if revision == "head":
+                    await self._prepare_viewer(connection, administrator)
+            finally:
+                await connection.rollback()
+                await connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
+                await connection.commit()
+
+    async def _prepare_viewer(self, connection: AsyncConnection, administrator: Administrator | None) -> None:
+        # twice refused at the most: the role is created by one statement, and granted by another
+        for attempt in range(3):
+            try:
+                self._viewer = await prepare_viewer(connection, self._name_prefix)
+                await connection.commit()
+            except AdministratorNeededError as exc:
+                await connection.rollback()
+                if administrator is None or attempt == 2:
+                    raise
+                statements = exc.statements
+            else:
+                return
+            helper = await administrator()
+            try:
+                for statement in statements:
+                    await helper.execute(statement)
+            finally:
+                await helper.close(timeout=5)
+
+    @staticmethod
+    async def _lock(connection: AsyncConnection, *, timeout: float = 60.0) -> None:
+        """Poll for the lock: waiting in PostgreSQL would hold a snapshot that CREATE INDEX CONCURRENTLY waits for."""
+        async with asyncio.timeout(timeout):
+            while not await connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": _MIGRATION_LOCK}):
+                await connection.rollback()
+                await asyncio.sleep(0.05)
+        await connection.commit()
+
+    async def grant_application(self, role: str) -> None:
+        """Give the application's own role what it needs in this database and nothing else; run as the tables' owner.
+
+        Raises:
+            ConfigurationError: the role does not exist, or has rights that nothing here could take away.
+        """
+        async with self.transaction() as connection:
+            await grant_application(connection, role)
+
+    async def synchronise(self, tiers_by_name: Mapping[str, Tier], addresses: Mapping[str, tuple[str, int]]) -> None:
+        """Write the configured tiers and servers into the registry, where foreign keys and SQL functions need them.
+
+        Args:
+            tiers_by_name: Tiers, in ascending order of rank.
+            addresses: Host and port of each server by name; credentials stay in the configuration.
+        """
+        async with self.transaction() as connection:
+            for rank, tier in enumerate(tiers_by_name.values()):
+                limits = {
+                    name: {"amount": limit.amount, "period": limit.period, "soft": limit.soft}
+                    for name, limit in tier.limits.items()
+                }
+                statement = insert(tiers).values(name=tier.name, rank=rank, limits=limits)
+                changes = {"rank": statement.excluded.rank, "limits": statement.excluded.limits}
+                await connection.execute(
+                    statement.on_conflict_do_update(
+                        index_elements=["name"],
+                        set_=changes,
+                        where=(tiers.c.rank != changes["rank"]) | (tiers.c.limits != changes["limits"]),
+                    )
+                )
+            for name, (host, port) in addresses.items():
+                added = insert(servers).values(name=name, host=host, port=port)
+                address = {"host": added.excluded.host, "port": added.excluded.port}
+                await connection.execute(added.on_conflict_do_update(index_elements=["name"], set_=address))
+
+
+def _alembic_config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def _script_directory() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_alembic_config())
+
+
+def _migrate(connection: Connection, revision: str) -> None:
+    command.upgrade(_alembic_config(connection), revision)

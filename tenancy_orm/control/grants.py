@@ -1,0 +1,138 @@
+"""What the application's own database role may do in the control database: what it needs, and nothing else.
+
+The role that runs ``tenancy init`` owns the tables. An application that serves requests should log in as another one,
+which this module grants exactly what the code uses: it can read the audit log and append to it through
+``tenancy.audit_append``, and can neither change an entry, nor disable a trigger, nor choose an entry's sequence number,
+time, hash or database role.
+
+Row-level security guards the tables that hold tenants' rows. Their owner is above it; the application's role is not, so
+it gets a policy of its own on each that shows it every row, and it may take on the role that reads for one tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Final
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..errors import ConfigurationError
+from .models import SCHEMA
+from .names import quote_identifier
+from .viewer import admit_viewer, viewer_of
+
+# Every table and view of the schema is here; a test compares this with the catalogue.
+APPLICATION_TABLES: Final[Mapping[str, str]] = {
+    "alembic_version": "SELECT",
+    "installation": "SELECT",
+    "status_transitions": "SELECT",
+    "servers": "SELECT, INSERT, UPDATE",
+    "tiers": "SELECT, INSERT, UPDATE",
+    "tenants": "SELECT, INSERT, UPDATE, DELETE",
+    "api_keys": "SELECT, INSERT, UPDATE, DELETE",
+    "data_keys": "SELECT, INSERT, DELETE",
+    "former_slugs": "SELECT, INSERT, UPDATE, DELETE",
+    "domains": "SELECT, INSERT, UPDATE, DELETE",
+    "audit_log": "SELECT",
+    "audit_head": "SELECT",
+    "audit_cuts": "SELECT",
+    "audit_summary": "SELECT",
+    "usage": "SELECT, INSERT, UPDATE, DELETE",
+    "usage_keys": "SELECT, INSERT, DELETE",
+    "quota_holds": "SELECT, INSERT, UPDATE, DELETE",
+    "quota_leases": "SELECT, INSERT, UPDATE, DELETE",
+    "quota_pressure": "SELECT, INSERT, UPDATE, DELETE",
+    "usage_records": "SELECT, INSERT, UPDATE, DELETE",
+    "tenant_metrics": "SELECT, INSERT, DELETE",
+    "active_tenants": "SELECT",
+    "tier_distribution": "SELECT",
+}
+
+# The only functions that PUBLIC may not call: they run with their owner's rights.
+APPLICATION_FUNCTIONS: Final[tuple[str, ...]] = ("audit_append", "audit_ensure_partitions")
+
+_ROLE = text(
+    "SELECT r.rolsuper, pg_has_role(r.oid, c.relowner, 'MEMBER') AS owner "
+    "FROM pg_roles r, pg_class c WHERE r.rolname = :role AND c.oid = 'tenancy.audit_log'::regclass"
+)
+# without the partitions: no query of ours names one
+_PROTECTED = text(
+    "SELECT c.relname, EXISTS (SELECT 1 FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = :policy) AS admitted "
+    "FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relrowsecurity AND NOT c.relispartition "
+    "ORDER BY 1"
+)
+
+
+async def grant_application(conn: AsyncConnection, role: str) -> None:
+    """Give ``role`` exactly the privileges in this module, whatever it had before; run as the tables' owner.
+
+    Args:
+        conn: A transaction on the control database.
+        role: An existing role, a group or one that logs in.
+
+    Raises:
+        ConfigurationError: the role does not exist, is a superuser, or is a member of the tables' owner, so that
+            nothing here could hold it back.
+        ControlSchemaError: the control database has no viewer role.
+    """
+    row = (await conn.execute(_ROLE, {"role": role})).one_or_none()
+    if row is None:
+        raise ConfigurationError(f"role {role!r} does not exist; create it first")
+    if row.rolsuper or row.owner:
+        raise ConfigurationError(f"role {role!r} has the rights of the control tables' owner; use one that has not")
+    for statement in (*_revokes(role), *await _grants(conn, role)):
+        await conn.exec_driver_sql(statement)
+    policy = application_policy(role)
+    for table in await _protected(conn, policy, admitted=False):
+        await conn.exec_driver_sql(
+            f"CREATE POLICY {policy} ON {table} TO {quote_identifier(role)} USING (true) WITH CHECK (true)"
+        )
+    await admit_viewer(conn, await viewer_of(conn), role)
+
+
+async def revoke_application(conn: AsyncConnection, role: str) -> None:
+    """Take every privilege on the control tables from ``role``, and its policies; run as their owner."""
+    for statement in _revokes(role):
+        await conn.exec_driver_sql(statement)
+    policy = application_policy(role)
+    for table in await _protected(conn, policy, admitted=True):
+        await conn.exec_driver_sql(f"DROP POLICY {policy} ON {table}")
+    viewer = quote_identifier(await viewer_of(conn))
+    await conn.exec_driver_sql(f"REVOKE {viewer} FROM {quote_identifier(role)}")
+
+
+def application_policy(role: str) -> str:
+    """The name, an identifier, of the policy that shows ``role`` every row; a role's own name could be too long."""
+    return f"application_{sha256(role.encode()).hexdigest()[:16]}"
+
+
+async def _protected(conn: AsyncConnection, policy: str, *, admitted: bool) -> list[str]:
+    rows = await conn.execute(_PROTECTED, {"policy": policy})
+    return [f"{SCHEMA}.{quote_identifier(row.relname)}" for row in rows if row.admitted is admitted]
+
+
+def _revokes(role: str) -> list[str]:
+    grantee = quote_identifier(role)
+    return [
+        f"REVOKE ALL ON ALL {kind} IN SCHEMA {SCHEMA} FROM {grantee}" for kind in ("TABLES", "SEQUENCES", "FUNCTIONS")
+    ] + [f"REVOKE ALL ON SCHEMA {SCHEMA} FROM {grantee}"]
+
+
+async def _grants(conn: AsyncConnection, role: str) -> list[str]:
+    grantee = quote_identifier(role)
+    database = quote_identifier(str(await conn.scalar(text("SELECT current_database()"))))
+    statements = [
+        # PUBLIC has lost it where tenants' databases share the server
+        f"GRANT CONNECT ON DATABASE {database} TO {grantee}",
+        f"GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}",
+    ]
+    statements += [
+        f"GRANT {privileges} ON {SCHEMA}.{quote_identifier(table)} TO {grantee}"
+        for table, privileges in APPLICATION_TABLES.items()
+    ]
+    statements += [
+        f"GRANT EXECUTE ON FUNCTION {SCHEMA}.{quote_identifier(name)} TO {grantee}" for name in APPLICATION_FUNCTIONS
+    ]
+    return statements

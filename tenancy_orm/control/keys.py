@@ -1,0 +1,444 @@
+"""API keys: issue, rotate, revoke and list them. What one looks like is in ``key_format``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
+
+from sqlalchemy import Row, and_, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..config import TenancyConfig
+from ..context import Status, Tenant
+from ..errors import ApiKeyInactiveError, ApiKeyNotFoundError, ConfigurationError, TenantNotFoundError
+from ..events import EventBus, KeyIssued, KeyRevoked
+from .audit import SYSTEM, Actor, AuditLog
+from .database import ControlDatabase
+from .key_format import (
+    PLAIN,
+    KeyDigester,
+    NewKey,
+    ParsedKey,
+    generate_key,
+    parse_key,
+    scanner_pattern,
+)
+from .models import api_keys, tenants
+from .networks import Network, parse_networks
+
+if TYPE_CHECKING:
+    from .directory import Directory
+
+_SCOPE = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
+_MAX_SCOPES = 100
+_MAX_NETWORKS = 100
+_NAME_LENGTH = 200
+
+KeyState = Literal["active", "expired", "revoked"]
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKeyInfo:
+    """What is known of a key; the key itself is not kept anywhere. Times are aware datetimes in UTC.
+
+    ``last_used_at`` lags by up to ``TenancyConfig.key_usage_interval``.
+    """
+
+    key_id: str
+    tenant_id: UUID
+    prefix: str
+    name: str
+    scopes: frozenset[str]
+    networks: tuple[Network, ...]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    revoked_reason: str | None = None
+    last_used_at: datetime | None = None
+    rotated_from: str | None = None
+
+    @property
+    def state(self) -> KeyState:
+        """Whether it works now: "active", "expired" or "revoked"."""
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and self.expires_at <= datetime.now(UTC):
+            return "expired"
+        return "active"
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A key that was just issued. ``text`` is the key: it is shown here, and nowhere else ever again."""
+
+    text: str = field(repr=False)
+    info: ApiKeyInfo
+
+    @property
+    def key_id(self) -> str:
+        """The public id, by which it is listed, rotated and revoked."""
+        return self.info.key_id
+
+    def __str__(self) -> str:
+        """Name the key by its id; use ``text`` to show it."""
+        return f"API key {self.key_id}"
+
+
+KEY_COLUMNS = (
+    api_keys.c.id,
+    api_keys.c.tenant_id,
+    api_keys.c.prefix,
+    api_keys.c.name,
+    api_keys.c.scopes,
+    api_keys.c.networks,
+    api_keys.c.created_at,
+    api_keys.c.expires_at,
+    api_keys.c.revoked_at,
+    api_keys.c.revoked_reason,
+    api_keys.c.last_used_at,
+    api_keys.c.rotated_from,
+)
+
+
+def key_from_row(row: Row[*tuple[Any, ...]]) -> ApiKeyInfo:
+    """Build the value object from a row of ``KEY_COLUMNS``."""
+    return ApiKeyInfo(
+        key_id=row.id,
+        tenant_id=row.tenant_id,
+        prefix=row.prefix,
+        name=row.name,
+        scopes=frozenset(row.scopes),
+        networks=parse_networks(row.networks),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        revoked_reason=row.revoked_reason,
+        last_used_at=row.last_used_at,
+        rotated_from=row.rotated_from,
+    )
+
+
+def check_scopes(scopes: Iterable[str]) -> list[str]:
+    """Return the scopes, sorted and each once.
+
+    Raises:
+        ConfigurationError: one is malformed, or there are too many.
+    """
+    if isinstance(scopes, str):
+        raise ConfigurationError("scopes must be a sequence of scopes, not one string")
+    found = sorted(set(scopes))
+    if len(found) > _MAX_SCOPES:
+        raise ConfigurationError(f"a key has at most {_MAX_SCOPES} scopes, not {len(found)}")
+    for scope in found:
+        if not _SCOPE.fullmatch(scope):
+            raise ConfigurationError(
+                f"scope {scope!r} must be *, or 1 to 64 of letters, digits and . _ : / - from a letter or digit"
+            )
+    return found
+
+
+async def insert_key(
+    connection: AsyncConnection,
+    tenant_id: UUID,
+    key: NewKey,
+    *,
+    name: str = "",
+    scopes: Iterable[str] = (),
+    expires_at: datetime | None = None,
+    networks: Iterable[str | Network] = (),
+    rotated_from: str | None = None,
+) -> ApiKeyInfo:
+    """Insert the row of a new key in the caller's transaction, which also audits it.
+
+    Raises:
+        ConfigurationError: an argument is malformed.
+    """
+    allowed = parse_networks(networks)
+    if len(allowed) > _MAX_NETWORKS:
+        raise ConfigurationError(f"a key has at most {_MAX_NETWORKS} networks, not {len(allowed)}")
+    if len(name) > _NAME_LENGTH or not name.isprintable():
+        raise ConfigurationError(f"the name of a key must be at most {_NAME_LENGTH} printable characters")
+    values = {
+        "id": key.key_id,
+        "tenant_id": tenant_id,
+        "prefix": key.prefix,
+        "name": name,
+        "digest": key.digest,
+        "digest_version": key.digest_version,
+        "scopes": check_scopes(scopes),
+        "networks": [str(network) for network in allowed],
+        "expires_at": expires_at,
+        "rotated_from": rotated_from,
+    }
+    row = (await connection.execute(insert(api_keys).values(values).returning(*KEY_COLUMNS))).one()
+    return key_from_row(row)
+
+
+class KeyManager:
+    """Issues, rotates, revokes and lists API keys; ``tenancy.keys``.
+
+    Every change is audited in its own transaction, under ``actor``, and reaches every process through PostgreSQL's
+    NOTIFY. A ``tenant`` is a slug, an id or a ``Tenant``.
+    """
+
+    def __init__(
+        self,
+        control: ControlDatabase,
+        config: TenancyConfig,
+        directory: Directory,
+        audit: AuditLog,
+        events: EventBus,
+    ) -> None:
+        self._control = control
+        self._config = config
+        self._directory = directory
+        self._audit = audit
+        self._events = events
+        self._digester = KeyDigester(config.peppers)
+
+    async def issue(
+        self,
+        tenant: str | UUID | Tenant,
+        *,
+        name: str = "",
+        scopes: Sequence[str] = (),
+        expires_at: datetime | None = None,
+        networks: Sequence[str | Network] = (),
+        prefix: str | None = None,
+        actor: Actor = SYSTEM,
+    ) -> IssuedKey:
+        """Issue a key. A tenant can have any number of them.
+
+        Args:
+            tenant: Whose key.
+            name: What people call it.
+            scopes: What it may do, as the application's routes ask for it; ``*`` is everything, none is no scope.
+            expires_at: From when on it is refused, an aware datetime; never where None.
+            networks: From where it may be used, in CIDR notation; anywhere where empty.
+            prefix: One of the configured ones; ``TenancyConfig.key_prefix`` where None.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            ConfigurationError: an argument is malformed.
+            ControlUnavailableError: the control database does not answer.
+        """
+        owner = await self._directory.tenant(tenant)
+        key = generate_key(self._check_prefix(prefix), self._digester)
+        _check_expiry(expires_at)
+        async with self._control.transaction() as connection:
+            slug = await _hold_tenant(connection, owner.id)
+            info = await insert_key(
+                connection, owner.id, key, name=name, scopes=scopes, expires_at=expires_at, networks=networks
+            )
+            await self._write_audit(connection, "key.issue", info, slug, actor, after=_snapshot(info))
+        self._events.emit(KeyIssued(tenant_id=owner.id, slug=slug, key_id=key.key_id))
+        return IssuedKey(key.text, info)
+
+    async def rotate(
+        self,
+        key_id: str,
+        *,
+        overlap: timedelta | float = timedelta(days=1),
+        expires_at: datetime | None = None,
+        actor: Actor = SYSTEM,
+    ) -> IssuedKey:
+        """Replace a key by a new one of the same name, scopes and networks; both work until the overlap ends.
+
+        Args:
+            key_id: The key to replace.
+            overlap: How long the old key keeps working, in seconds where it is a number; 0 ends it now.
+            expires_at: When the new key expires; where None and the old one had an expiry, after as long a life as the
+                old one had.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            ApiKeyNotFoundError: no such key.
+            ApiKeyInactiveError: it is revoked, expired or rotated already.
+            ConfigurationError: an argument is malformed.
+        """
+        window = overlap if isinstance(overlap, timedelta) else timedelta(seconds=overlap)
+        if window < timedelta(0):
+            raise ConfigurationError("overlap must be 0 or more")
+        _check_expiry(expires_at)
+        async with self._control.transaction() as connection:
+            # the tenant first, as purge does, so that no key outlives a purge that runs at the same moment
+            tenant_id = await connection.scalar(select(api_keys.c.tenant_id).where(api_keys.c.id == key_id))
+            if tenant_id is None:
+                raise ApiKeyNotFoundError(key_id)
+            await _hold_tenant(connection, tenant_id)
+            old, slug = await self._locked(connection, key_id)
+            await _check_rotatable(connection, old)
+            if expires_at is None and old.expires_at is not None:
+                expires_at = datetime.now(UTC) + (old.expires_at - old.created_at)
+            key = generate_key(old.prefix or self._config.key_prefix, self._digester)
+            info = await insert_key(
+                connection,
+                old.tenant_id,
+                key,
+                name=old.name,
+                scopes=old.scopes,
+                networks=old.networks,
+                expires_at=expires_at,
+                rotated_from=old.key_id,
+            )
+            end = func.least(api_keys.c.expires_at, func.now() + window)
+            ending = await self._change(connection, key_id, expires_at=end)
+            await self._write_audit(
+                connection, "key.rotate", info, slug, actor, before=_snapshot(ending), after=_snapshot(info)
+            )
+        self._directory.invalidate(key_id=key_id)
+        self._events.emit(KeyIssued(tenant_id=info.tenant_id, slug=slug, key_id=info.key_id, rotated_from=key_id))
+        return IssuedKey(key.text, info)
+
+    async def revoke(self, key_id: str, reason: str | None = None, *, actor: Actor = SYSTEM) -> ApiKeyInfo:
+        """Refuse a key from now on, in every process. Revoking a revoked key changes nothing.
+
+        Raises:
+            ApiKeyNotFoundError: no such key.
+        """
+        async with self._control.transaction() as connection:
+            before, slug = await self._locked(connection, key_id)
+            if before.revoked_at is not None:
+                return before
+            info = await self._change(connection, key_id, revoked_at=func.now(), revoked_reason=reason)
+            await self._write_audit(
+                connection, "key.revoke", info, slug, actor, before=_snapshot(before), after=_snapshot(info)
+            )
+        self._directory.invalidate(key_id=key_id)
+        self._events.emit(KeyRevoked(tenant_id=info.tenant_id, slug=slug, key_id=key_id))
+        return info
+
+    async def get(self, key_id: str) -> ApiKeyInfo:
+        """Return what is known of one key.
+
+        Raises:
+            ApiKeyNotFoundError: no such key.
+        """
+        async with self._control.connect() as connection:
+            row = (await connection.execute(select(*KEY_COLUMNS).where(api_keys.c.id == key_id))).one_or_none()
+        if row is None:
+            raise ApiKeyNotFoundError(key_id)
+        return key_from_row(row)
+
+    async def list(self, tenant: str | UUID | Tenant) -> list[ApiKeyInfo]:
+        """Return all keys of a tenant, the oldest first; revoked and expired ones too.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+        """
+        owner = await self._directory.tenant(tenant)
+        query = (
+            select(*KEY_COLUMNS).where(api_keys.c.tenant_id == owner.id).order_by(api_keys.c.created_at, api_keys.c.id)
+        )
+        async with self._control.viewing(owner.id) as connection:
+            return [key_from_row(row) for row in await connection.execute(query)]
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _check_prefix(self, prefix: str | None) -> str:
+        if prefix is None:
+            return self._config.key_prefix
+        if prefix not in (self._config.key_prefix, *self._config.key_prefixes):
+            raise ConfigurationError(f"prefix {prefix!r} is neither key_prefix nor among key_prefixes")
+        return prefix
+
+    async def _locked(self, connection: AsyncConnection, key_id: str) -> tuple[ApiKeyInfo, str]:
+        query = (
+            select(*KEY_COLUMNS, tenants.c.slug)
+            .join(tenants, tenants.c.id == api_keys.c.tenant_id)
+            .where(api_keys.c.id == key_id)
+            .with_for_update(of=api_keys)
+        )
+        row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise ApiKeyNotFoundError(key_id)
+        return key_from_row(row), row.slug
+
+    async def _change(self, connection: AsyncConnection, key_id: str, **values: Any) -> ApiKeyInfo:
+        statement = update(api_keys).where(api_keys.c.id == key_id).values(**values).returning(*KEY_COLUMNS)
+        return key_from_row((await connection.execute(statement)).one())
+
+    async def _write_audit(
+        self,
+        connection: AsyncConnection,
+        action: str,
+        key: ApiKeyInfo,
+        slug: str,
+        actor: Actor,
+        *,
+        before: dict[str, Any] | None = None,
+        after: dict[str, Any] | None = None,
+    ) -> None:
+        await self._audit.append(
+            connection, action=action, tenant_id=key.tenant_id, slug=slug, actor=actor, before=before, after=after
+        )
+
+
+def _snapshot(key: ApiKeyInfo) -> dict[str, Any]:
+    """What the audit log keeps of a key: nothing of the secret."""
+    return {
+        "key_id": key.key_id,
+        "name": key.name,
+        "scopes": sorted(key.scopes),
+        "networks": [str(network) for network in key.networks],
+        "expires_at": key.expires_at,
+        "revoked_at": key.revoked_at,
+        "revoked_reason": key.revoked_reason,
+        "rotated_from": key.rotated_from,
+    }
+
+
+def _check_expiry(moment: datetime | None) -> None:
+    if moment is None:
+        return
+    if moment.tzinfo is None:
+        raise ConfigurationError("expires_at must be an aware datetime, with a time zone")
+    if moment <= datetime.now(UTC):
+        raise ConfigurationError("expires_at is in the past")
+
+
+async def _hold_tenant(connection: AsyncConnection, tenant_id: UUID) -> str:
+    """Keep the tenant from being purged until this transaction ends, and return its slug."""
+    query = select(tenants.c.slug, tenants.c.status).where(tenants.c.id == tenant_id).with_for_update(read=True)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None or row.status == Status.PURGED:
+        raise TenantNotFoundError(tenant_id)
+    return str(row.slug)
+
+
+async def _check_rotatable(connection: AsyncConnection, key: ApiKeyInfo) -> None:
+    if key.state != "active":
+        raise ApiKeyInactiveError(key.key_id, key.state)
+    successor = select(api_keys.c.id).where(
+        and_(
+            api_keys.c.tenant_id == key.tenant_id,
+            api_keys.c.rotated_from == key.key_id,
+            api_keys.c.revoked_at.is_(None),
+        )
+    )
+    if (await connection.execute(successor.limit(1))).first() is not None:
+        raise ApiKeyInactiveError(key.key_id, "rotated")
+
+
+__all__ = [
+    "KEY_COLUMNS",
+    "PLAIN",
+    "ApiKeyInfo",
+    "IssuedKey",
+    "KeyDigester",
+    "KeyManager",
+    "KeyState",
+    "NewKey",
+    "ParsedKey",
+    "check_scopes",
+    "generate_key",
+    "insert_key",
+    "key_from_row",
+    "parse_key",
+    "scanner_pattern",
+]

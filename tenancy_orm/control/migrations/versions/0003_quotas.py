@@ -1,0 +1,705 @@
+"""Quotas and usage: limits are resolved, and use is counted, by the database, where neither can be stale."""
+
+from tenancy_orm.control.scripts import run_script
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+TABLES = """
+CREATE TABLE tenancy.usage (
+    tenant_id uuid NOT NULL CONSTRAINT usage_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    resource text NOT NULL CONSTRAINT usage_resource_check CHECK (resource ~ '^[a-z][a-z0-9_.-]{0,62}$'),
+    period text NOT NULL
+        CONSTRAINT usage_period_check CHECK (period IN ('lifetime', 'day', 'month', 'concurrent')),
+    period_start timestamptz NOT NULL,
+    period_end timestamptz NOT NULL,
+    used bigint NOT NULL DEFAULT 0 CONSTRAINT usage_used_check CHECK (used >= 0),
+    -- the highest soft limit that was announced, and the limit it was a fraction of
+    soft_reached double precision NOT NULL DEFAULT 0,
+    soft_limit bigint,
+    -- when its usage record was made: nothing is counted in it from then on
+    closed_at timestamptz,
+    CONSTRAINT usage_pkey PRIMARY KEY (tenant_id, resource, period, period_start),
+    CONSTRAINT usage_period_end_check CHECK (period_end > period_start)
+) WITH (fillfactor = 50);  -- room for the next version of a row on its own page: then no index is touched
+CREATE INDEX usage_open_idx ON tenancy.usage (period_end) WHERE closed_at IS NULL;
+
+CREATE TABLE tenancy.usage_keys (
+    tenant_id uuid NOT NULL CONSTRAINT usage_keys_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    key text NOT NULL CONSTRAINT usage_keys_key_check CHECK (length(key) BETWEEN 1 AND 200),
+    resource text NOT NULL,
+    amount bigint NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT usage_keys_pkey PRIMARY KEY (tenant_id, key)
+);
+CREATE INDEX usage_keys_created_at_idx ON tenancy.usage_keys (created_at);
+
+-- what is held at this moment, for limits on concurrency; a holder that dies is forgotten at expires_at
+CREATE TABLE tenancy.quota_holds (
+    id uuid CONSTRAINT quota_holds_pkey PRIMARY KEY,
+    tenant_id uuid NOT NULL CONSTRAINT quota_holds_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    resource text NOT NULL,
+    amount bigint NOT NULL CONSTRAINT quota_holds_amount_check CHECK (amount > 0),
+    expires_at timestamptz NOT NULL
+);
+CREATE INDEX quota_holds_tenant_id_idx ON tenancy.quota_holds (tenant_id, resource);
+
+-- what a process took ahead of need and had not spent when it last spoke: it is counted as used until it is returned
+CREATE TABLE tenancy.quota_leases (
+    id uuid CONSTRAINT quota_leases_pkey PRIMARY KEY,
+    tenant_id uuid NOT NULL
+        CONSTRAINT quota_leases_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    resource text NOT NULL,
+    period text NOT NULL,
+    period_start timestamptz NOT NULL,
+    unspent bigint NOT NULL CONSTRAINT quota_leases_unspent_check CHECK (unspent > 0),
+    expires_at timestamptz NOT NULL,
+    -- somebody was refused for want of it
+    reclaim boolean NOT NULL DEFAULT false
+);
+CREATE INDEX quota_leases_tenant_id_idx ON tenancy.quota_leases (tenant_id, resource, period, period_start);
+
+-- since when a tenant has been near a limit, for the policies that propose a higher tier
+CREATE TABLE tenancy.quota_pressure (
+    tenant_id uuid NOT NULL
+        CONSTRAINT quota_pressure_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    resource text NOT NULL,
+    fraction double precision NOT NULL,
+    since timestamptz NOT NULL,
+    proposed_at timestamptz,
+    CONSTRAINT quota_pressure_pkey PRIMARY KEY (tenant_id, resource, fraction)
+);
+
+-- the outbox of billing: one record per closed period, sent at least once under a key that makes twice the same as once
+CREATE TABLE tenancy.usage_records (
+    id bigint GENERATED ALWAYS AS IDENTITY CONSTRAINT usage_records_pkey PRIMARY KEY,
+    tenant_id uuid NOT NULL
+        CONSTRAINT usage_records_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    resource text NOT NULL,
+    period text NOT NULL,
+    period_start timestamptz NOT NULL,
+    period_end timestamptz NOT NULL,
+    quantity bigint NOT NULL,
+    idempotency_key text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    sent_at timestamptz,
+    attempts integer NOT NULL DEFAULT 0,
+    due_at timestamptz NOT NULL DEFAULT now(),
+    failed_at timestamptz,
+    error text,
+    CONSTRAINT usage_records_period_key UNIQUE (tenant_id, resource, period, period_start),
+    CONSTRAINT usage_records_idempotency_key_key UNIQUE (idempotency_key)
+);
+CREATE INDEX usage_records_due_idx ON tenancy.usage_records (due_at) WHERE sent_at IS NULL AND failed_at IS NULL;
+
+-- what the sampler saw; counters are PostgreSQL's own, cumulative since its statistics were last reset
+CREATE TABLE tenancy.tenant_metrics (
+    tenant_id uuid NOT NULL
+        CONSTRAINT tenant_metrics_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    sampled_at timestamptz NOT NULL,
+    size_bytes bigint NOT NULL,
+    connections integer NOT NULL,
+    queries bigint NOT NULL,
+    errors bigint NOT NULL,
+    CONSTRAINT tenant_metrics_pkey PRIMARY KEY (tenant_id, sampled_at)
+);
+CREATE INDEX tenant_metrics_sampled_at_idx ON tenancy.tenant_metrics (sampled_at);
+"""
+
+# Functions in PL/pgSQL pin their search_path. Those with a body of standard SQL need not: its names were resolved when
+# the function was made, and without a SET clause PostgreSQL can inline them.
+PERIODS = """
+-- The first instant at which the clocks of a time zone show this date. AT TIME ZONE reads a midnight that happens twice
+-- as the second, and one that is skipped by the offset before the change, which is the instant of the change.
+CREATE FUNCTION tenancy.local_midnight(p_date date, p_timezone text) RETURNS timestamptz
+LANGUAGE sql STABLE STRICT
+RETURN (
+    SELECT coalesce(min(s.at - e.earlier) FILTER (
+        WHERE (s.at - e.earlier) AT TIME ZONE p_timezone = p_date::timestamp), min(s.at))
+    FROM (SELECT p_date::timestamp AT TIME ZONE p_timezone AS at) AS s,
+        (VALUES (interval '0'), (interval '30 minutes'), (interval '1 hour'), (interval '2 hours')) AS e (earlier)
+);
+
+CREATE FUNCTION tenancy.quota_period(
+    p_period text, p_timezone text, p_at timestamptz, OUT starts_at timestamptz, OUT ends_at timestamptz
+) LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_first date;
+BEGIN
+    IF p_period = 'day' THEN
+        v_first := (p_at AT TIME ZONE p_timezone)::date;
+        starts_at := tenancy.local_midnight(v_first, p_timezone);
+        ends_at := tenancy.local_midnight(v_first + 1, p_timezone);
+    ELSIF p_period = 'month' THEN
+        v_first := date_trunc('month', p_at AT TIME ZONE p_timezone)::date;
+        starts_at := tenancy.local_midnight(v_first, p_timezone);
+        ends_at := tenancy.local_midnight((v_first + interval '1 month')::date, p_timezone);
+    ELSE
+        starts_at := 'epoch';
+        ends_at := 'infinity';
+    END IF;
+END $$;
+
+-- The period that use at this time counts in. One that was begun is finished first: a tenant that moves its time zone
+-- about does not get a fresh quota each time.
+CREATE FUNCTION tenancy.quota_current(
+    p_tenant_id uuid, p_resource text, p_period text, p_timezone text, p_at timestamptz,
+    OUT starts_at timestamptz, OUT ends_at timestamptz, OUT used bigint
+) LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    SELECT u.period_start, u.period_end, u.used INTO starts_at, ends_at, used
+    FROM tenancy.usage AS u
+    WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource AND u.period = p_period AND u.period_start <= p_at
+    ORDER BY u.period_start DESC LIMIT 1;
+    IF ends_at IS NULL OR ends_at <= p_at THEN
+        SELECT p.starts_at, p.ends_at, 0 INTO starts_at, ends_at, used
+        FROM tenancy.quota_period(p_period, p_timezone, p_at) AS p;
+    END IF;
+END $$;
+"""
+
+LIMITS = """
+-- An override replaces what it names of the tier's limit: a number the amount, an object its own fields.
+CREATE FUNCTION tenancy.quota_merge(p_tier jsonb, p_override jsonb) RETURNS jsonb
+LANGUAGE sql IMMUTABLE
+RETURN CASE
+    WHEN p_override IS NULL THEN p_tier
+    WHEN jsonb_typeof(p_override) = 'object' THEN coalesce(p_tier, '{}') || p_override
+    ELSE coalesce(p_tier, '{}') || jsonb_build_object('amount', p_override)
+END;
+
+CREATE FUNCTION tenancy.quota_soft(p_limit jsonb) RETURNS double precision[]
+LANGUAGE sql IMMUTABLE
+RETURN ARRAY(
+    SELECT f.value::double precision
+    FROM jsonb_array_elements_text(coalesce(p_limit -> 'soft', '[0.8, 1]')) AS f ORDER BY 1);
+
+CREATE FUNCTION tenancy.quota_limits(p_tenant_id uuid)
+RETURNS TABLE (resource text, amount bigint, period text, soft double precision[])
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT
+        r.resource, (m.merged ->> 'amount')::bigint, coalesce(m.merged ->> 'period', 'lifetime'),
+        tenancy.quota_soft(m.merged)
+    FROM tenancy.tenants AS t
+    JOIN tenancy.tiers AS i ON i.name = t.tier
+    CROSS JOIN LATERAL (
+        SELECT k.resource FROM jsonb_object_keys(i.limits) AS k (resource)
+        UNION
+        SELECT k.resource FROM jsonb_object_keys(t.quotas) AS k (resource)
+    ) AS r
+    CROSS JOIN LATERAL (
+        SELECT tenancy.quota_merge(i.limits -> r.resource, t.quotas -> r.resource) AS merged
+    ) AS m
+    WHERE t.id = p_tenant_id AND r.resource <> 'requests_per_second';
+END;
+"""
+
+STATE = """
+CREATE TYPE tenancy.quota_state AS (
+    outcome text,  -- no_tenant, unknown, period, closed, counted, replayed, exceeded
+    slug text,
+    amount_limit bigint,
+    period text,
+    used bigint,
+    starts_at timestamptz,
+    ends_at timestamptz,
+    at timestamptz,
+    soft double precision[],
+    crossed double precision[],
+    granted bigint,
+    leased bigint
+);
+
+-- What a statement needs to know of one quota, read afresh: no process can act on a limit that has been changed.
+CREATE FUNCTION tenancy.quota_find(
+    p_tenant_id uuid, p_resource text, p_at timestamptz, p_concurrent boolean DEFAULT false
+) RETURNS tenancy.quota_state
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_state tenancy.quota_state;
+    v_merged jsonb;
+    v_timezone text;
+BEGIN
+    v_state.at := coalesce(p_at, clock_timestamp());
+    SELECT t.slug, t.timezone, tenancy.quota_merge(i.limits -> p_resource, t.quotas -> p_resource)
+    INTO v_state.slug, v_timezone, v_merged
+    FROM tenancy.tenants AS t JOIN tenancy.tiers AS i ON i.name = t.tier
+    WHERE t.id = p_tenant_id;
+    IF NOT FOUND THEN
+        v_state.outcome := 'no_tenant';
+        RETURN v_state;
+    END IF;
+    IF v_merged IS NULL OR p_resource = 'requests_per_second' THEN
+        v_state.outcome := 'unknown';
+        RETURN v_state;
+    END IF;
+    v_state.amount_limit := (v_merged ->> 'amount')::bigint;
+    v_state.period := coalesce(v_merged ->> 'period', 'lifetime');
+    IF (v_state.period = 'concurrent') <> p_concurrent THEN
+        v_state.outcome := 'period';
+        RETURN v_state;
+    END IF;
+    SELECT c.starts_at, c.ends_at, c.used INTO v_state.starts_at, v_state.ends_at, v_state.used
+    FROM tenancy.quota_current(p_tenant_id, p_resource, v_state.period, v_timezone, v_state.at) AS c;
+    v_state.soft := tenancy.quota_soft(v_merged);
+    IF p_at IS NOT NULL AND EXISTS (
+        SELECT 1 FROM tenancy.usage AS u
+        WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource AND u.period = v_state.period
+            AND u.period_start = v_state.starts_at AND u.closed_at IS NOT NULL
+    ) THEN
+        v_state.outcome := 'closed';
+    END IF;
+    RETURN v_state;
+END $$;
+
+-- Whether this much more is past the limit for certain, with nothing leased that could be had back. It writes nothing:
+-- a tenant that hammers on its limit costs a look.
+CREATE FUNCTION tenancy.quota_hopeless(
+    p_tenant_id uuid, p_resource text, p_state tenancy.quota_state, p_amount bigint
+) RETURNS boolean
+LANGUAGE sql STABLE
+RETURN coalesce((p_state).used + p_amount > (p_state).amount_limit, false) AND NOT EXISTS (
+    SELECT 1 FROM tenancy.quota_leases AS l
+    WHERE l.tenant_id = p_tenant_id AND l.resource = p_resource AND l.period = (p_state).period
+        AND l.period_start = (p_state).starts_at
+);
+
+-- Lock the row of this quota's period, making it where there is none, and return it.
+CREATE FUNCTION tenancy.quota_lock(p_tenant_id uuid, p_resource text, p_state tenancy.quota_state)
+RETURNS tenancy.usage
+LANGUAGE sql
+BEGIN ATOMIC
+    INSERT INTO tenancy.usage AS u (tenant_id, resource, period, period_start, period_end)
+    VALUES (p_tenant_id, p_resource, (p_state).period, (p_state).starts_at, (p_state).ends_at)
+    ON CONFLICT (tenant_id, resource, period, period_start) DO UPDATE SET used = u.used
+    RETURNING u;
+END;
+
+-- Which soft limits the usage has reached, each once per period and limit; the caller holds the row's lock.
+CREATE FUNCTION tenancy.quota_cross(
+    p_tenant_id uuid, p_resource text, p_state tenancy.quota_state, p_reached double precision, p_reached_limit bigint
+) RETURNS double precision[]
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_crossed double precision[];
+BEGIN
+    IF p_state.amount_limit IS NULL OR p_state.amount_limit = 0 THEN
+        RETURN NULL;
+    END IF;
+    v_crossed := ARRAY(
+        SELECT f FROM unnest(p_state.soft) AS f
+        WHERE p_state.used >= f * p_state.amount_limit
+            AND (p_reached_limit IS DISTINCT FROM p_state.amount_limit OR f > p_reached)
+        ORDER BY f);
+    IF v_crossed = '{}' THEN
+        RETURN NULL;
+    END IF;
+    UPDATE tenancy.usage
+    SET soft_reached = v_crossed[array_upper(v_crossed, 1)], soft_limit = p_state.amount_limit
+    WHERE tenant_id = p_tenant_id AND resource = p_resource
+        AND period = p_state.period AND period_start = p_state.starts_at;
+    RETURN v_crossed;
+END $$;
+
+-- Ask the processes that hold unspent leases of this quota to return them; how much they hold at most. The caller holds
+-- the row's lock, which every statement on leases takes before the leases' own.
+CREATE FUNCTION tenancy.quota_reclaim(p_tenant_id uuid, p_resource text, p_state tenancy.quota_state, p_own uuid)
+RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_unspent bigint;
+BEGIN
+    UPDATE tenancy.quota_leases
+    SET reclaim = true
+    WHERE tenant_id = p_tenant_id AND resource = p_resource AND period = p_state.period
+        AND period_start = p_state.starts_at AND id IS DISTINCT FROM p_own AND NOT reclaim;
+    -- one that has expired is a dead process's: what it had not spent is lost with it
+    SELECT sum(unspent) INTO v_unspent
+    FROM tenancy.quota_leases
+    WHERE tenant_id = p_tenant_id AND resource = p_resource AND period = p_state.period
+        AND period_start = p_state.starts_at AND id IS DISTINCT FROM p_own AND expires_at > clock_timestamp();
+    RETURN coalesce(v_unspent, 0);
+END $$;
+"""
+
+CONSUME = """
+CREATE FUNCTION tenancy.quota_consume(
+    p_tenant_id uuid, p_resource text, p_amount bigint, p_key text DEFAULT NULL, p_at timestamptz DEFAULT NULL
+) RETURNS tenancy.quota_state
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_state tenancy.quota_state;
+    v_reached double precision;
+    v_reached_limit bigint;
+BEGIN
+    v_state := tenancy.quota_find(p_tenant_id, p_resource, p_at);
+    IF v_state.outcome IS NOT NULL THEN
+        RETURN v_state;
+    END IF;
+    IF p_key IS NOT NULL AND EXISTS (
+        SELECT 1 FROM tenancy.usage_keys WHERE tenant_id = p_tenant_id AND key = p_key
+    ) THEN
+        v_state.outcome := 'replayed';
+        RETURN v_state;
+    END IF;
+    IF v_state.used + p_amount > v_state.amount_limit
+        AND tenancy.quota_hopeless(p_tenant_id, p_resource, v_state, p_amount)
+    THEN
+        v_state.outcome := 'exceeded';
+        RETURN v_state;
+    END IF;
+    IF p_key IS NOT NULL THEN
+        -- two at once with one key: the second waits here for the first
+        INSERT INTO tenancy.usage_keys (tenant_id, key, resource, amount)
+        VALUES (p_tenant_id, p_key, p_resource, p_amount) ON CONFLICT DO NOTHING;
+        IF NOT FOUND THEN
+            v_state.outcome := 'replayed';
+            RETURN v_state;
+        END IF;
+    END IF;
+    -- the check and the count are one statement on one locked row: any number of processes, never one too many
+    INSERT INTO tenancy.usage AS u (tenant_id, resource, period, period_start, period_end, used)
+    SELECT p_tenant_id, p_resource, v_state.period, v_state.starts_at, v_state.ends_at, p_amount
+    WHERE p_amount <= v_state.amount_limit OR v_state.amount_limit IS NULL
+    ON CONFLICT (tenant_id, resource, period, period_start) DO UPDATE SET used = u.used + p_amount
+    WHERE u.used + p_amount <= v_state.amount_limit OR v_state.amount_limit IS NULL
+    RETURNING u.used, u.soft_reached, u.soft_limit INTO v_state.used, v_reached, v_reached_limit;
+    IF FOUND THEN
+        v_state.outcome := 'counted';
+        -- they are in ascending order
+        IF v_state.used >= v_state.soft[1] * v_state.amount_limit THEN
+            v_state.crossed := tenancy.quota_cross(p_tenant_id, p_resource, v_state, v_reached, v_reached_limit);
+        END IF;
+        RETURN v_state;
+    END IF;
+    v_state.outcome := 'exceeded';
+    DELETE FROM tenancy.usage_keys WHERE tenant_id = p_tenant_id AND key = p_key;
+    SELECT l.used INTO v_state.used FROM tenancy.quota_lock(p_tenant_id, p_resource, v_state) AS l;
+    v_state.leased := tenancy.quota_reclaim(p_tenant_id, p_resource, v_state, NULL);
+    RETURN v_state;
+END $$;
+
+CREATE FUNCTION tenancy.quota_release(
+    p_tenant_id uuid, p_resource text, p_amount bigint, p_at timestamptz DEFAULT NULL
+) RETURNS tenancy.quota_state
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_state tenancy.quota_state;
+BEGIN
+    v_state := tenancy.quota_find(p_tenant_id, p_resource, p_at);
+    IF v_state.outcome IS NOT NULL THEN
+        RETURN v_state;
+    END IF;
+    UPDATE tenancy.usage AS u SET used = greatest(u.used - p_amount, 0)
+    WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
+        AND u.period = v_state.period AND u.period_start = v_state.starts_at
+    RETURNING u.used INTO v_state.used;
+    v_state.used := coalesce(v_state.used, 0);
+    v_state.outcome := 'counted';
+    RETURN v_state;
+END $$;
+
+-- Record a measured amount, such as the size of a database: it is what it is, whatever the limit.
+CREATE FUNCTION tenancy.quota_measure(p_tenant_id uuid, p_resource text, p_value bigint) RETURNS tenancy.quota_state
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_state tenancy.quota_state;
+    v_row tenancy.usage;
+BEGIN
+    v_state := tenancy.quota_find(p_tenant_id, p_resource, NULL);
+    IF v_state.outcome IS NOT NULL THEN
+        RETURN v_state;
+    END IF;
+    v_row := tenancy.quota_lock(p_tenant_id, p_resource, v_state);
+    -- a measure goes down too: a soft limit that it left by a tenth is announced anew when it comes back
+    IF v_state.amount_limit > 0 THEN
+        v_row.soft_reached := least(v_row.soft_reached, p_value / (0.9 * v_state.amount_limit));
+    END IF;
+    UPDATE tenancy.usage AS u SET used = p_value, soft_reached = v_row.soft_reached
+    WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
+        AND u.period = v_state.period AND u.period_start = v_state.starts_at;
+    v_state.used := p_value;
+    v_state.outcome := 'counted';
+    v_state.crossed := tenancy.quota_cross(p_tenant_id, p_resource, v_state, v_row.soft_reached, v_row.soft_limit);
+    RETURN v_state;
+END $$;
+"""
+
+HOLDS = """
+CREATE FUNCTION tenancy.quota_hold(
+    p_tenant_id uuid, p_resource text, p_amount bigint, p_id uuid, p_seconds double precision
+) RETURNS tenancy.quota_state
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_state tenancy.quota_state;
+    v_row tenancy.usage;
+BEGIN
+    v_state := tenancy.quota_find(p_tenant_id, p_resource, NULL, true);
+    IF v_state.outcome IS NOT NULL THEN
+        RETURN v_state;
+    END IF;
+    v_row := tenancy.quota_lock(p_tenant_id, p_resource, v_state);
+    DELETE FROM tenancy.quota_holds
+    WHERE tenant_id = p_tenant_id AND resource = p_resource AND expires_at <= clock_timestamp();
+    SELECT coalesce(sum(amount), 0) INTO v_state.used
+    FROM tenancy.quota_holds WHERE tenant_id = p_tenant_id AND resource = p_resource;
+    IF v_state.used + p_amount > v_state.amount_limit THEN
+        v_state.outcome := 'exceeded';
+        RETURN v_state;
+    END IF;
+    INSERT INTO tenancy.quota_holds (id, tenant_id, resource, amount, expires_at)
+    VALUES (p_id, p_tenant_id, p_resource, p_amount, clock_timestamp() + make_interval(secs => p_seconds));
+    v_state.used := v_state.used + p_amount;
+    v_state.outcome := 'counted';
+    v_state.crossed := tenancy.quota_cross(p_tenant_id, p_resource, v_state, v_row.soft_reached, v_row.soft_limit);
+    RETURN v_state;
+END $$;
+"""
+
+LEASES = """
+-- Take p_amount, of which the process has p_held in hand, and with it a block ahead of need. Near the limit the block
+-- shrinks to what is needed, so that no process holds what another is refused for.
+CREATE FUNCTION tenancy.quota_lease(
+    p_tenant_id uuid, p_resource text, p_id uuid, p_held bigint, p_amount bigint, p_block bigint,
+    p_seconds double precision
+) RETURNS tenancy.quota_state
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_state tenancy.quota_state;
+    v_row tenancy.usage;
+    v_needed bigint := p_amount - p_held;
+    v_left bigint;
+BEGIN
+    v_state := tenancy.quota_find(p_tenant_id, p_resource, NULL);
+    IF v_state.outcome IS NOT NULL THEN
+        RETURN v_state;
+    END IF;
+    IF tenancy.quota_hopeless(p_tenant_id, p_resource, v_state, v_needed) THEN
+        v_state.outcome := 'exceeded';
+        RETURN v_state;
+    END IF;
+    v_row := tenancy.quota_lock(p_tenant_id, p_resource, v_state);
+    v_state.used := v_row.used;
+    v_left := v_state.amount_limit - v_row.used;
+    IF v_left < v_needed THEN
+        v_state.outcome := 'exceeded';
+        v_state.leased := tenancy.quota_reclaim(p_tenant_id, p_resource, v_state, p_id);
+        IF p_held = 0 THEN
+            DELETE FROM tenancy.quota_leases WHERE id = p_id;
+        END IF;
+        RETURN v_state;
+    END IF;
+    v_state.granted := greatest(v_needed, least(p_block, coalesce(v_left / 8, p_block)));
+    UPDATE tenancy.usage AS u SET used = u.used + v_state.granted
+    WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
+        AND u.period = v_state.period AND u.period_start = v_state.starts_at
+    RETURNING u.used INTO v_state.used;
+    IF v_state.granted > v_needed THEN
+        INSERT INTO tenancy.quota_leases (id, tenant_id, resource, period, period_start, unspent, expires_at)
+        VALUES (p_id, p_tenant_id, p_resource, v_state.period, v_state.starts_at, v_state.granted - v_needed,
+            clock_timestamp() + make_interval(secs => p_seconds))
+        ON CONFLICT (id) DO UPDATE
+        SET unspent = excluded.unspent, expires_at = excluded.expires_at, period = excluded.period,
+            period_start = excluded.period_start;
+    ELSE
+        DELETE FROM tenancy.quota_leases WHERE id = p_id;
+    END IF;
+    v_state.outcome := 'counted';
+    v_state.crossed := tenancy.quota_cross(p_tenant_id, p_resource, v_state, v_row.soft_reached, v_row.soft_limit);
+    RETURN v_state;
+END $$;
+
+-- Give back what a lease has not spent; false where the lease is gone, or its period has been billed.
+CREATE FUNCTION tenancy.quota_return(p_id uuid, p_unspent bigint) RETURNS boolean
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_lease tenancy.quota_leases;
+BEGIN
+    SELECT * INTO v_lease FROM tenancy.quota_leases WHERE id = p_id;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    -- the usage row's lock comes first, as everywhere
+    PERFORM 1 FROM tenancy.usage AS u
+    WHERE u.tenant_id = v_lease.tenant_id AND u.resource = v_lease.resource
+        AND u.period = v_lease.period AND u.period_start = v_lease.period_start FOR UPDATE;
+    DELETE FROM tenancy.quota_leases WHERE id = p_id RETURNING * INTO v_lease;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    UPDATE tenancy.usage AS u SET used = greatest(u.used - least(p_unspent, v_lease.unspent), 0)
+    WHERE u.tenant_id = v_lease.tenant_id AND u.resource = v_lease.resource
+        AND u.period = v_lease.period AND u.period_start = v_lease.period_start AND u.closed_at IS NULL;
+    RETURN FOUND;
+END $$;
+"""
+
+READING = """
+CREATE FUNCTION tenancy.quota_usage(p_tenant_id uuid, p_at timestamptz DEFAULT NULL)
+RETURNS TABLE (resource text, amount_limit bigint, period text, used bigint, starts_at timestamptz, ends_at timestamptz)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT
+        l.resource, l.amount, l.period,
+        CASE WHEN l.period = 'concurrent' THEN (
+            SELECT coalesce(sum(h.amount), 0)::bigint FROM tenancy.quota_holds AS h
+            WHERE h.tenant_id = t.id AND h.resource = l.resource AND h.expires_at > clock_timestamp())
+        ELSE c.used END,
+        c.starts_at, c.ends_at
+    FROM tenancy.tenants AS t
+    CROSS JOIN LATERAL tenancy.quota_limits(t.id) AS l
+    CROSS JOIN LATERAL tenancy.quota_current(
+        t.id, l.resource, l.period, t.timezone, coalesce(p_at, statement_timestamp())) AS c
+    WHERE t.id = p_tenant_id
+    ORDER BY l.resource;
+END;
+
+-- How much of its limits every tenant uses, in the periods that run at this time; without limits and use nothing.
+CREATE FUNCTION tenancy.quota_utilisation(p_at timestamptz DEFAULT NULL)
+RETURNS TABLE (
+    tenant_id uuid, slug text, tier text, resource text, period text, used bigint, amount_limit bigint,
+    fraction double precision, ends_at timestamptz)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT
+        t.id, t.slug, t.tier, u.resource, u.period, u.used, l.amount,
+        CASE WHEN l.amount = 0 THEN 'infinity' ELSE u.used::double precision / l.amount END, u.period_end
+    FROM tenancy.usage AS u
+    JOIN tenancy.tenants AS t ON t.id = u.tenant_id
+    JOIN tenancy.tiers AS i ON i.name = t.tier
+    CROSS JOIN LATERAL (
+        SELECT tenancy.quota_merge(i.limits -> u.resource, t.quotas -> u.resource) AS merged
+    ) AS m
+    CROSS JOIN LATERAL (SELECT (m.merged ->> 'amount')::bigint AS amount) AS l
+    WHERE u.used > 0
+        AND u.period = coalesce(m.merged ->> 'period', 'lifetime')
+        AND u.period <> 'concurrent'
+        AND u.closed_at IS NULL
+        AND u.period_start <= coalesce(p_at, statement_timestamp())
+        AND u.period_end > coalesce(p_at, statement_timestamp())
+        AND l.amount IS NOT NULL
+        AND t.status IN ('trial', 'active', 'suspended', 'maintenance');
+END;
+
+CREATE FUNCTION tenancy.quota_at_risk(p_fraction double precision, p_at timestamptz DEFAULT NULL)
+RETURNS TABLE (
+    tenant_id uuid, slug text, tier text, resource text, period text, used bigint, amount_limit bigint,
+    fraction double precision, ends_at timestamptz)
+LANGUAGE sql STABLE
+BEGIN ATOMIC
+    SELECT u.* FROM tenancy.quota_utilisation(p_at) AS u WHERE u.fraction >= p_fraction;
+END;
+
+-- Note who is at p_fraction of a limit now, forget who no longer is, and return those who have been for p_seconds.
+CREATE FUNCTION tenancy.quota_note_pressure(
+    p_resource text, p_fraction double precision, p_seconds double precision, p_at timestamptz DEFAULT NULL
+) RETURNS TABLE (tenant_id uuid, slug text, tier text, used bigint, amount_limit bigint, since timestamptz)
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    v_at timestamptz := coalesce(p_at, statement_timestamp());
+BEGIN
+    DELETE FROM tenancy.quota_pressure AS p
+    WHERE p.resource = p_resource AND p.fraction = p_fraction AND NOT EXISTS (
+        SELECT 1 FROM tenancy.quota_at_risk(p_fraction, v_at) AS r
+        WHERE r.tenant_id = p.tenant_id AND r.resource = p_resource);
+    INSERT INTO tenancy.quota_pressure (tenant_id, resource, fraction, since)
+    SELECT r.tenant_id, p_resource, p_fraction, v_at
+    FROM tenancy.quota_at_risk(p_fraction, v_at) AS r WHERE r.resource = p_resource
+    ON CONFLICT DO NOTHING;
+    RETURN QUERY
+    SELECT r.tenant_id, r.slug, r.tier, r.used, r.amount_limit, p.since
+    FROM tenancy.quota_pressure AS p
+    JOIN tenancy.quota_at_risk(p_fraction, v_at) AS r ON r.tenant_id = p.tenant_id AND r.resource = p.resource
+    WHERE p.resource = p_resource AND p.fraction = p_fraction AND p.proposed_at IS NULL
+        AND p.since <= v_at - make_interval(secs => p_seconds)
+    ORDER BY p.since;
+END $$;
+
+-- Close the periods that ended p_seconds ago, some at a time, and make the record of each that was used.
+CREATE FUNCTION tenancy.usage_close(
+    p_seconds double precision, p_at timestamptz DEFAULT NULL, OUT closed integer, OUT made integer
+) LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_at timestamptz := coalesce(p_at, statement_timestamp());
+BEGIN
+    WITH ended AS (
+        UPDATE tenancy.usage AS u SET closed_at = v_at
+        FROM (
+            SELECT o.tenant_id, o.resource, o.period, o.period_start FROM tenancy.usage AS o
+            WHERE o.closed_at IS NULL AND o.period IN ('day', 'month')
+                AND o.period_end <= v_at - make_interval(secs => p_seconds)
+            ORDER BY o.period_end LIMIT 10000
+            FOR UPDATE SKIP LOCKED
+        ) AS o
+        WHERE u.tenant_id = o.tenant_id AND u.resource = o.resource AND u.period = o.period
+            AND u.period_start = o.period_start
+        RETURNING u.tenant_id, u.resource, u.period, u.period_start, u.period_end, u.used
+    ), recorded AS (
+    INSERT INTO tenancy.usage_records (
+        tenant_id, resource, period, period_start, period_end, quantity, due_at, idempotency_key)
+    SELECT
+        c.tenant_id, c.resource, c.period, c.period_start, c.period_end, c.used, v_at,
+        -- derived from what it is about, so that it stays the same whatever is lost and made again
+        encode(sha256(convert_to(concat_ws('|', i.id, c.tenant_id, c.resource, c.period,
+            extract(epoch FROM c.period_start)), 'UTF8')), 'hex')
+    FROM ended AS c CROSS JOIN tenancy.installation AS i
+    WHERE c.used > 0
+    ON CONFLICT DO NOTHING
+    RETURNING 1
+    )
+    SELECT (SELECT count(*) FROM ended), (SELECT count(*) FROM recorded) INTO closed, made;
+END $$;
+"""
+
+VIEWS = """
+-- tenants in use, with what the sampler saw last
+CREATE VIEW tenancy.active_tenants AS
+SELECT
+    t.id, t.slug, t.status, t.tier, t.server, t.created_at,
+    m.sampled_at, m.size_bytes, m.connections, m.queries, m.errors
+FROM tenancy.tenants AS t
+LEFT JOIN LATERAL (
+    SELECT s.* FROM tenancy.tenant_metrics AS s WHERE s.tenant_id = t.id ORDER BY s.sampled_at DESC LIMIT 1
+) AS m ON true
+WHERE t.status IN ('trial', 'active');
+
+CREATE VIEW tenancy.tier_distribution AS
+SELECT
+    i.name AS tier,
+    i.rank,
+    count(t.id) FILTER (WHERE t.status NOT IN ('purged', 'provisioning')) AS tenants,
+    count(t.id) FILTER (WHERE t.status IN ('trial', 'active')) AS active,
+    count(t.id) FILTER (WHERE t.status = 'trial') AS trials,
+    count(t.id) FILTER (WHERE t.status = 'suspended') AS suspended
+FROM tenancy.tiers AS i
+LEFT JOIN tenancy.tenants AS t ON t.tier = i.name
+GROUP BY i.name, i.rank;
+"""
+
+
+def upgrade() -> None:
+    """Create the tables of usage, the functions that count and the views that sum up."""
+    run_script(TABLES + PERIODS + LIMITS + STATE + CONSUME + HOLDS + LEASES + READING + VIEWS)
+
+
+def downgrade() -> None:
+    """Drop them, with all usage counted so far."""
+    run_script(
+        """
+        DROP VIEW tenancy.active_tenants, tenancy.tier_distribution;
+        DROP FUNCTION tenancy.usage_close, tenancy.quota_note_pressure, tenancy.quota_at_risk,
+            tenancy.quota_utilisation, tenancy.quota_usage, tenancy.quota_return, tenancy.quota_lease,
+            tenancy.quota_hold, tenancy.quota_measure, tenancy.quota_release, tenancy.quota_consume,
+            tenancy.quota_reclaim, tenancy.quota_cross, tenancy.quota_lock, tenancy.quota_hopeless,
+            tenancy.quota_find, tenancy.quota_limits,
+            tenancy.quota_soft, tenancy.quota_merge, tenancy.quota_current, tenancy.quota_period,
+            tenancy.local_midnight;
+        DROP TYPE tenancy.quota_state;
+        DROP TABLE tenancy.tenant_metrics, tenancy.usage_records, tenancy.quota_pressure, tenancy.quota_leases,
+            tenancy.quota_holds, tenancy.usage_keys, tenancy.usage;
+        """
+    )

@@ -1,0 +1,174 @@
+"""Row-level security: who looks as one tenant sees that tenant's rows, whatever the query forgets to ask."""
+
+from tenancy_orm.control.scripts import run_script
+
+revision = "0006"
+down_revision = "0005"
+branch_labels = None
+depends_on = None
+
+VIEWER = """
+-- the role that reads for one tenant; upgrade() creates it, for roles belong to the server and not to this database
+ALTER TABLE tenancy.installation ADD COLUMN viewer text;
+
+-- Whose rows a reader sees. NULL where nobody said, which equals no tenant: no rows at all.
+CREATE FUNCTION tenancy.viewing_tenant() RETURNS uuid
+LANGUAGE sql STABLE
+RETURN nullif(current_setting('tenancy.viewer', true), '')::uuid;
+
+CREATE FUNCTION tenancy.protect_rows(p_table regclass, p_column name) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', p_table);
+    EXECUTE format(
+        'CREATE POLICY tenant_rows ON %s FOR SELECT USING (%I = tenancy.viewing_tenant())', p_table, p_column);
+END $$;
+REVOKE ALL ON FUNCTION tenancy.protect_rows FROM PUBLIC;
+"""
+
+TABLES = """
+SELECT tenancy.protect_rows('tenancy.tenants', 'id');
+SELECT tenancy.protect_rows('tenancy.api_keys', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.domains', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.former_slugs', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.usage', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.usage_keys', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.usage_records', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.quota_holds', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.quota_leases', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.quota_pressure', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.tenant_metrics', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.audit_log', 'tenant_id');
+-- a query that names a partition is judged by the partition's own policies
+SELECT tenancy.protect_rows(inhrelid::regclass, 'tenant_id')
+FROM pg_inherits WHERE inhparent = 'tenancy.audit_log'::regclass;
+"""
+
+# From PostgreSQL 15 on a view can read with its reader's rights; before, with its owner's, whom no policy holds.
+VIEWS = """
+DO $$
+BEGIN
+    IF current_setting('server_version_num')::integer >= 150000 THEN
+        ALTER VIEW tenancy.active_tenants SET (security_invoker = true);
+        ALTER VIEW tenancy.audit_summary SET (security_invoker = true);
+        ALTER VIEW tenancy.tier_distribution SET (security_invoker = true);
+    END IF;
+END $$;
+"""
+
+# Roles that were granted as the application's before this revision keep seeing every row; as grants.py names it.
+APPLICATION = """
+DO $$
+DECLARE
+    v_role record;
+    v_table regclass;
+BEGIN
+    FOR v_role IN
+        SELECT r.rolname FROM pg_class AS c
+        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+        JOIN pg_roles AS r ON r.oid = a.grantee
+        WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner
+    LOOP
+        FOR v_table IN
+            SELECT oid::regclass FROM pg_class
+            WHERE relnamespace = 'tenancy'::regnamespace AND relrowsecurity AND NOT relispartition
+        LOOP
+            EXECUTE format(
+                'CREATE POLICY %I ON %s TO %I USING (true) WITH CHECK (true)',
+                'application_' || left(encode(sha256(convert_to(v_role.rolname, 'UTF8')), 'hex'), 16),
+                v_table, v_role.rolname);
+        END LOOP;
+    END LOOP;
+END $$;
+"""
+
+ENSURE_PARTITIONS = """
+CREATE OR REPLACE FUNCTION tenancy.audit_ensure_partitions(p_months integer DEFAULT 3) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
+DECLARE
+    v_head tenancy.audit_head;
+    v_first timestamp;
+    v_month timestamp;
+    v_name text;
+    v_made integer := 0;
+BEGIN
+    IF p_months NOT BETWEEN 0 AND 120 THEN
+        RAISE EXCEPTION 'months must be 0 to 120, not %', p_months USING ERRCODE = '22023';
+    END IF;
+    SELECT * INTO STRICT v_head FROM tenancy.audit_head FOR UPDATE;
+    v_first := date_trunc('month', greatest(clock_timestamp(), v_head.occurred_at) AT TIME ZONE 'UTC');
+    FOR v_ahead IN 0..p_months LOOP
+        v_month := v_first + make_interval(months => v_ahead);
+        v_name := 'audit_log_' || to_char(v_month, '"y"YYYY"m"MM');
+        IF to_regclass('tenancy.' || v_name) IS NOT NULL THEN
+            CONTINUE;
+        END IF;
+        -- made apart and then attached: PARTITION OF would lock out every reader of the log (ACCESS EXCLUSIVE)
+        EXECUTE format('CREATE TABLE tenancy.%I (LIKE tenancy.audit_log INCLUDING ALL)', v_name);
+        EXECUTE format(
+            'CREATE TRIGGER audit_log_refuse BEFORE UPDATE OR DELETE OR TRUNCATE ON tenancy.%I '
+            'FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse()', v_name);
+        EXECUTE format('ALTER TABLE tenancy.%I ENABLE ALWAYS TRIGGER audit_log_refuse', v_name);
+        {protect}
+        EXECUTE format(
+            'ALTER TABLE tenancy.audit_log ATTACH PARTITION tenancy.%I FOR VALUES FROM (%L) TO (%L)',
+            v_name, v_month AT TIME ZONE 'UTC', (v_month + interval '1 month') AT TIME ZONE 'UTC');
+        v_made := v_made + 1;
+    END LOOP;
+    UPDATE tenancy.audit_head
+    SET partitioned_until = greatest(
+        partitioned_until, (v_first + make_interval(months => p_months + 1)) AT TIME ZONE 'UTC');
+    RETURN v_made;
+END $$;
+"""
+
+PROTECT = """-- neither INCLUDING ALL nor attaching copies policies
+        PERFORM tenancy.protect_rows(format('tenancy.%I', v_name)::regclass, 'tenant_id');"""
+
+
+def upgrade() -> None:
+    """Protect the rows of every table that holds tenants' rows, and of every partition made from now on."""
+    run_script(VIEWER + TABLES + VIEWS + APPLICATION + ENSURE_PARTITIONS.replace("{protect}", PROTECT))
+
+
+# the viewer first loses what only the policies made safe to give
+DOWNGRADE = """
+DO $$
+DECLARE
+    v_viewer name;
+    v_kind text;
+    v_policy record;
+BEGIN
+    SELECT r.rolname INTO v_viewer FROM tenancy.installation AS i JOIN pg_roles AS r ON r.rolname = i.viewer;
+    IF FOUND THEN
+        FOREACH v_kind IN ARRAY ARRAY['TABLES', 'FUNCTIONS'] LOOP
+            EXECUTE format('REVOKE ALL ON ALL %s IN SCHEMA tenancy FROM %I', v_kind, v_viewer);
+        END LOOP;
+        EXECUTE format('REVOKE ALL ON SCHEMA tenancy FROM %I', v_viewer);
+    END IF;
+    FOR v_policy IN
+        SELECT p.polname, c.oid::regclass AS relation FROM pg_policy AS p JOIN pg_class AS c ON c.oid = p.polrelid
+        WHERE c.relnamespace = 'tenancy'::regnamespace
+    LOOP
+        EXECUTE format('DROP POLICY %I ON %s', v_policy.polname, v_policy.relation);
+        EXECUTE format('ALTER TABLE %s DISABLE ROW LEVEL SECURITY', v_policy.relation);
+    END LOOP;
+    IF current_setting('server_version_num')::integer >= 150000 THEN
+        ALTER VIEW tenancy.active_tenants RESET (security_invoker);
+        ALTER VIEW tenancy.audit_summary RESET (security_invoker);
+        ALTER VIEW tenancy.tier_distribution RESET (security_invoker);
+    END IF;
+END $$;
+"""
+
+
+def downgrade() -> None:
+    """Remove the policies, and the viewer's rights with them; the role stays, and can be dropped."""
+    run_script(
+        DOWNGRADE
+        + ENSURE_PARTITIONS.replace("{protect}", "")
+        + """
+        DROP FUNCTION tenancy.protect_rows, tenancy.viewing_tenant;
+        ALTER TABLE tenancy.installation DROP COLUMN viewer;
+        """
+    )

@@ -1,0 +1,325 @@
+"""The control database's tables, as SQLAlchemy Core. Triggers, functions and checks live in the migrations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Double,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import CIDR, JSONB
+
+SCHEMA = "tenancy"
+
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "ix": "%(table_name)s_%(column_0_name)s_idx",
+    },
+)
+
+_EMPTY_OBJECT = text("'{}'::jsonb")
+
+installation = Table(
+    "installation",
+    metadata,
+    # one row: the primary key admits true alone
+    Column(
+        "singleton", Boolean, CheckConstraint("singleton", name="singleton"), primary_key=True, server_default="true"
+    ),
+    Column("id", Uuid, nullable=False),
+    Column("owner", Text, nullable=False, server_default=""),
+    # the role that reads for one tenant; None until upgrade() has made it
+    Column("viewer", Text, nullable=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+servers = Table(
+    "servers",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("port", Integer, nullable=False),
+    Column("accepts_tenants", Boolean, nullable=False, server_default="true"),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+tiers = Table(
+    "tiers",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("rank", Integer, nullable=False, server_default="0"),
+    Column("limits", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    CheckConstraint("name ~ '^[a-z][a-z0-9_-]{0,30}$'", name="name"),
+)
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("slug", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("tier", Text, ForeignKey("tiers.name"), nullable=False),
+    Column("server", Text, ForeignKey("servers.name"), nullable=False),
+    Column("database_name", Text, nullable=False),
+    Column("role_name", Text, nullable=False),
+    Column("sealed_password", LargeBinary, nullable=True),
+    # set while the password is being rotated: one of the two is the role's
+    Column("next_sealed_password", LargeBinary, nullable=True),
+    Column("schema_revision", Text, nullable=True),
+    Column("metadata", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
+    Column("quotas", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
+    Column("reason", Text, nullable=True),
+    Column("timezone", Text, nullable=False, server_default="UTC"),
+    Column("trial_ends_at", DateTime(timezone=True), nullable=True),
+    # what a creation under way will become, and what a deleted tenant was before
+    Column("next_status", Text, nullable=True),
+    Column("step", Text, nullable=True),
+    Column("step_error", Text, nullable=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("deleted_at", DateTime(timezone=True), nullable=True),
+    Column("purge_started_at", DateTime(timezone=True), nullable=True),
+    Column("purged_at", DateTime(timezone=True), nullable=True),
+    Column("suspend_at", DateTime(timezone=True), nullable=True),
+    Column("suspend_reason", Text, nullable=True),
+    Column("purge_at", DateTime(timezone=True), nullable=True),
+    CheckConstraint(r"slug ~ '^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$'", name="slug"),
+    CheckConstraint(
+        "status IN ('provisioning', 'trial', 'active', 'suspended', 'maintenance', 'deleted', 'purged')", name="status"
+    ),
+    CheckConstraint("next_status IN ('trial', 'active', 'suspended', 'maintenance')", name="next_status"),
+    CheckConstraint("tier ~ '^[a-z][a-z0-9_-]{0,30}$'", name="tier"),
+    CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
+    CheckConstraint("jsonb_typeof(quotas) = 'object'", name="quotas"),
+    CheckConstraint("status = 'purged' OR sealed_password IS NOT NULL", name="sealed_password"),
+    CheckConstraint("status <> 'purged' OR next_sealed_password IS NULL", name="next_sealed_password"),
+    CheckConstraint("(status IN ('deleted', 'purged')) = (deleted_at IS NOT NULL)", name="deleted_at"),
+    # a purged tenant's slug is free again: its database is gone
+    Index("tenants_slug_key", "slug", unique=True, postgresql_where=text("status <> 'purged'")),
+    Index("tenants_database_name_key", "server", "database_name", unique=True),
+    # keyset pages are ordered by id, which is time-ordered
+    Index("tenants_status_id_idx", "status", "id"),
+    Index("tenants_tier_id_idx", "tier", "id"),
+    Index(
+        "tenants_unfinished_idx",
+        "id",
+        postgresql_where=text("status = 'provisioning' OR (status = 'deleted' AND purge_started_at IS NOT NULL)"),
+    ),
+)
+
+former_slugs = Table(
+    "former_slugs",
+    metadata,
+    Column("slug", Text, primary_key=True),
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("redirects_until", DateTime(timezone=True), nullable=False),
+    Index("former_slugs_tenant_id_idx", "tenant_id"),
+)
+
+domains = Table(
+    "domains",
+    metadata,
+    Column("domain", Text, primary_key=True),
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("token", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("verified_at", DateTime(timezone=True), nullable=True),
+    Index("domains_tenant_id_idx", "tenant_id"),
+)
+
+data_keys = Table(
+    "data_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("number", BigInteger, Identity(always=True), unique=True, nullable=False),
+    Column("wrapped", LargeBinary, nullable=False),
+    Column("wrapper", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,16}$'", name="id"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False, server_default=""),
+    Column("prefix", Text, nullable=False, server_default=""),
+    Column("digest", LargeBinary, nullable=False),
+    Column("digest_version", Text, nullable=False, server_default="0"),
+    Column("scopes", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),
+    Column("networks", ARRAY(CIDR), nullable=False, server_default=text("'{}'::cidr[]")),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("expires_at", DateTime(timezone=True), nullable=True),
+    Column("revoked_at", DateTime(timezone=True), nullable=True),
+    Column("revoked_reason", Text, nullable=True),
+    Column("last_used_at", DateTime(timezone=True), nullable=True),
+    Column("rotated_from", Text, nullable=True),
+    CheckConstraint("id ~ '^[0-9A-Za-z]{16}$'", name="id"),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
+    Index("api_keys_tenant_id_idx", "tenant_id", "created_at"),
+)
+
+# --- the audit log: written by tenancy.audit_append alone -------------------------------------------------------------
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True),
+    Column("occurred_at", DateTime(timezone=True), primary_key=True),
+    Column("action", Text, nullable=False),
+    Column("tenant_id", Uuid, nullable=True),
+    Column("slug", Text, nullable=True),
+    Column("actor_kind", Text, nullable=False),
+    Column("actor_id", Text, nullable=True),
+    Column("before", JSONB, nullable=True),
+    Column("after", JSONB, nullable=True),
+    Column("detail", JSONB, nullable=True),
+    Column("request_id", Text, nullable=True),
+    Column("source", Text, nullable=True),
+    Column("database_role", Text, nullable=False),
+    Column("previous_hash", LargeBinary, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    postgresql_partition_by="RANGE (occurred_at)",
+)
+
+audit_head = Table(
+    "audit_head",
+    metadata,
+    Column("singleton", Boolean, primary_key=True, server_default="true"),
+    Column("sequence", BigInteger, nullable=False),
+    Column("occurred_at", DateTime(timezone=True), nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("partitioned_until", DateTime(timezone=True), nullable=False),
+    CheckConstraint("singleton", name="singleton"),
+)
+
+audit_cuts = Table(
+    "audit_cuts",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("occurred_at", DateTime(timezone=True), nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("cut_at", DateTime(timezone=True), nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+)
+
+# --- quotas: written by the functions of migration 0003 ---------------------------------------------------------------
+
+
+def _of_tenant(*, key: bool = False) -> Column[Any]:
+    return Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=key, nullable=False)
+
+
+usage = Table(
+    "usage",
+    metadata,
+    _of_tenant(key=True),
+    Column("resource", Text, primary_key=True),
+    Column("period", Text, primary_key=True),
+    Column("period_start", DateTime(timezone=True), primary_key=True),
+    Column("period_end", DateTime(timezone=True), nullable=False),
+    Column("used", BigInteger, nullable=False, server_default="0"),
+    Column("soft_reached", Double, nullable=False, server_default="0"),
+    Column("soft_limit", BigInteger, nullable=True),
+    Column("closed_at", DateTime(timezone=True), nullable=True),
+)
+
+usage_keys = Table(
+    "usage_keys",
+    metadata,
+    _of_tenant(key=True),
+    Column("key", Text, primary_key=True),
+    Column("resource", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
+quota_holds = Table(
+    "quota_holds",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _of_tenant(),
+    Column("resource", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+)
+
+quota_leases = Table(
+    "quota_leases",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _of_tenant(),
+    Column("resource", Text, nullable=False),
+    Column("period", Text, nullable=False),
+    Column("period_start", DateTime(timezone=True), nullable=False),
+    Column("unspent", BigInteger, nullable=False),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("reclaim", Boolean, nullable=False, server_default="false"),
+)
+
+quota_pressure = Table(
+    "quota_pressure",
+    metadata,
+    _of_tenant(key=True),
+    Column("resource", Text, primary_key=True),
+    Column("fraction", Double, primary_key=True),
+    Column("since", DateTime(timezone=True), nullable=False),
+    Column("proposed_at", DateTime(timezone=True), nullable=True),
+)
+
+usage_records = Table(
+    "usage_records",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    _of_tenant(),
+    Column("resource", Text, nullable=False),
+    Column("period", Text, nullable=False),
+    Column("period_start", DateTime(timezone=True), nullable=False),
+    Column("period_end", DateTime(timezone=True), nullable=False),
+    Column("quantity", BigInteger, nullable=False),
+    Column("idempotency_key", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("sent_at", DateTime(timezone=True), nullable=True),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("due_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("failed_at", DateTime(timezone=True), nullable=True),
+    Column("error", Text, nullable=True),
+)
+
+tenant_metrics = Table(
+    "tenant_metrics",
+    metadata,
+    _of_tenant(key=True),
+    Column("sampled_at", DateTime(timezone=True), primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("connections", Integer, nullable=False),
+    Column("queries", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),
+)
+
+__all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "tenants", "tiers"]

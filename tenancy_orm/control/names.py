@@ -1,0 +1,69 @@
+"""Names of databases and roles: opaque, quoted, at most 63 bytes, and never derived from anything a person typed."""
+
+from __future__ import annotations
+
+import re
+from uuid import UUID
+
+MAX_IDENTIFIER_BYTES = 63  # NAMEDATALEN - 1; PostgreSQL cuts longer ones silently
+
+
+def quote_identifier(name: str) -> str:
+    """Quote ``name`` for use as an SQL identifier.
+
+    Raises:
+        ValueError: it is empty, holds a NUL, or is longer than PostgreSQL keeps.
+    """
+    if not name or "\x00" in name or len(name.encode()) > MAX_IDENTIFIER_BYTES:
+        raise ValueError("an identifier must be 1 to 63 bytes without NUL")
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """Quote ``text`` as an SQL string constant, for the statements (DDL) that take no parameters.
+
+    The E'' form makes backslashes mean the same whatever ``standard_conforming_strings`` says.
+    """
+    if "\x00" in text:
+        raise ValueError("a string constant cannot hold NUL")
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+class Names:
+    """The names one installation uses on its servers.
+
+    They carry eight hexadecimal digits of the installation's id, so that two control databases can share a server
+    and neither takes the other's databases for orphans of its own.
+    """
+
+    def __init__(self, prefix: str, installation: UUID) -> None:
+        self.installation = installation
+        self.stem = f"{prefix}_{installation.hex[-8:]}"
+        self._tenant = re.compile(re.escape(self.stem) + r"_t_([0-9a-f]{32})")
+
+    @property
+    def owner(self) -> str:
+        """The NOLOGIN role that owns every tenant database, every template, and their tables."""
+        return f"{self.stem}_owner"
+
+    @property
+    def viewer(self) -> str:
+        """The NOLOGIN role that reads the control database for one tenant."""
+        return f"{self.stem}_viewer"
+
+    def tenant(self, tenant_id: UUID) -> str:
+        """The name of a tenant's database, and of its login role."""
+        return f"{self.stem}_t_{tenant_id.hex}"
+
+    def template(self, fingerprint: str) -> str:
+        """The name of the template for the schema with this fingerprint (hexadecimal digits)."""
+        return f"{self.stem}_m_{fingerprint[:12]}"
+
+    def scratch(self, token: str) -> str:
+        """The name of a short-lived database; ``token`` is hexadecimal digits."""
+        return f"{self.stem}_x_{token[:16]}"
+
+    def parse(self, name: str) -> UUID | None:
+        """The tenant's id in the name of one of this installation's databases or roles, or None."""
+        match = self._tenant.fullmatch(name)
+        return UUID(hex=match[1]) if match else None

@@ -1,0 +1,570 @@
+"""``TenantManager``: create, find, change and remove tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol, TypeAlias
+from uuid import UUID
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from ..config import TenancyConfig
+from ..context import Placement, Status, Tenant
+from ..errors import (
+    ConfigurationError,
+    InvalidApiKeyError,
+    InvalidMetadataError,
+    InvalidSlugError,
+    InvalidTransitionError,
+    ProvisioningError,
+    RoutingError,
+    TenantNotFoundError,
+    UnknownTierError,
+)
+from ..events import (
+    EventBus,
+    TenantCreated,
+    TenantPurged,
+    TenantStatusChanged,
+    TenantUpdated,
+)
+from .audit import SYSTEM, Actor
+from .directory import Directory
+from .keys import KeyDigester, NewKey, generate_key
+from .names import Names
+from .quotas import check_overrides
+from .registry import Registry, TenantDraft, TenantPage, uuid7
+from .secrets import Keyring, new_password
+
+logger = logging.getLogger("tenancy_orm.tenants")
+
+TenantRef: TypeAlias = str | UUID | Tenant
+
+_SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_UUID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_BARRED = frozenset({Status.SUSPENDED, Status.DELETED})  # PostgreSQL itself refuses their roles
+_METADATA_BYTES = 64 * 1024
+
+
+class Provisioner(Protocol):
+    """What the manager needs of the provisioning room, which is above it."""
+
+    async def create(
+        self,
+        draft: TenantDraft,
+        *,
+        key: NewKey | None,
+        key_name: str = "default",
+        scopes: Sequence[str] = (),
+        actor: Actor = SYSTEM,
+    ) -> Tenant:
+        """Make the tenant's database and role; all of it or nothing."""
+
+    async def purge(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
+        """Remove the database, the role, the keys and the secrets of a deleted tenant."""
+
+    async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
+        """Have PostgreSQL do by the tenant's role what the registry says now."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedTenant:
+    """A new tenant and its first API key, which is shown here and nowhere else."""
+
+    tenant: Tenant
+    api_key: str = field(repr=False)
+    key_id: str = ""
+
+    @property
+    def id(self) -> UUID:
+        """The tenant's id."""
+        return self.tenant.id
+
+    @property
+    def slug(self) -> str:
+        """The tenant's slug."""
+        return self.tenant.slug
+
+
+def check_slug(slug: str) -> str:
+    """Return ``slug`` if it keeps the rule: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.
+
+    The rule is that of a DNS label, since a slug may be a sub-domain.
+
+    Raises:
+        InvalidSlugError: it does not.
+    """
+    if not _SLUG.fullmatch(slug) or _UUID.fullmatch(slug):
+        # what reads as an id would be looked for as one
+        raise InvalidSlugError(
+            f"slug {slug!r} must be 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter, and no UUID",
+            tenant=slug,
+        )
+    return slug
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``metadata`` as PostgreSQL's jsonb can keep it.
+
+    Raises:
+        InvalidMetadataError: it is not JSON, holds a NUL character, or is larger than 64 KiB.
+    """
+    try:
+        encoded = json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise InvalidMetadataError(f"metadata must be a JSON object: {exc}") from exc
+    if r"\u0000" in encoded:
+        raise InvalidMetadataError("metadata holds a NUL character, which jsonb cannot keep")
+    if len(encoded) > _METADATA_BYTES:
+        raise InvalidMetadataError(f"metadata takes {len(encoded)} bytes as JSON, the most is {_METADATA_BYTES}")
+    try:
+        encoded.encode().decode("utf-8")
+        loaded: dict[str, Any] = json.loads(encoded)
+        json.dumps(loaded, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidMetadataError("metadata holds half of a surrogate pair, which is not text") from exc
+    return loaded
+
+
+def check_timezone(name: str) -> str:
+    """Return ``name`` if it is an IANA time zone.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ConfigurationError(f"{name!r} is not an IANA time zone") from None
+    return name
+
+
+class TenantManager:
+    """Create, find, change and remove tenants; ``tenancy.tenants``.
+
+    Every method that takes a ``tenant`` accepts a slug, an id or a ``Tenant``. Every change is audited in its own
+    transaction, under ``actor``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TenancyConfig,
+        registry: Registry,
+        directory: Directory,
+        provisioner: Provisioner,
+        names: Names,
+        keyring: Keyring,
+        events: EventBus,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._directory = directory
+        self._provisioner = provisioner
+        self._names = names
+        self._keyring = keyring
+        self._events = events
+
+    # --- creation ---------------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        slug: str,
+        *,
+        tier: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        quotas: Mapping[str, Any] | None = None,
+        status: Status | str = Status.ACTIVE,
+        trial_ends_at: datetime | None = None,
+        timezone: str = "UTC",
+        server: str | None = None,
+        key_name: str = "default",
+        scopes: Sequence[str] = (),
+        actor: Actor = SYSTEM,
+    ) -> CreatedTenant:
+        """Create a tenant: its registry row, database, role and first API key.
+
+        Args:
+            slug: What people type: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.
+            tier: Name of a configured tier; ``TenancyConfig.default_tier`` where None.
+            metadata: A JSON object of at most 64 KiB, kept with the tenant.
+            quotas: Overrides of the tier's limits, as ``tenancy.quotas.set`` takes them.
+            status: ``active`` or ``trial``.
+            trial_ends_at: When a trial ends, an aware datetime.
+            timezone: IANA name of the time zone in which daily and monthly quotas begin anew.
+            server: Name of the server to place it on; the one with the fewest tenants where None.
+            key_name: Name of the first API key.
+            scopes: Its scopes.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantExistsError: the slug is taken.
+            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is wrong.
+            ProvisioningError: a step failed; what was made has been undone.
+            ControlUnavailableError, ServerUnavailableError: a server does not answer.
+        """
+        started = time.perf_counter()
+        draft = TenantDraft(
+            **await self._place(server),
+            slug=check_slug(slug),
+            tier=self._check_tier(tier or self._config.default_tier),
+            metadata=check_metadata(metadata or {}),
+            quotas=check_overrides(quotas or {}),
+            target_status=self._check_initial(status),
+            timezone=check_timezone(timezone),
+            trial_ends_at=_aware("trial_ends_at", trial_ends_at),
+        )
+        key = generate_key(self._config.key_prefix, KeyDigester(self._config.peppers))
+        tenant = await self._provisioner.create(draft, key=key, key_name=key_name, scopes=scopes, actor=actor)
+        self._directory.invalidate(tenant_id=tenant.id)
+        seconds = time.perf_counter() - started
+        self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
+        return CreatedTenant(tenant, key.text, key.key_id)
+
+    async def _place(self, server: str | None) -> dict[str, Any]:
+        tenant_id = uuid7()
+        name = self._names.tenant(tenant_id)
+        return {
+            "id": tenant_id,
+            "server": server or await self._least_filled(),
+            "database": name,
+            "role": name,
+            "sealed_password": self._keyring.seal_password(tenant_id, new_password()),
+        }
+
+    async def _least_filled(self) -> str:
+        configured = self._config.server_urls
+        if len(configured) == 1:
+            return next(iter(configured))
+        counts = {k: v for k, v in (await self._registry.count_by_server()).items() if k in configured}
+        if not counts:
+            raise ConfigurationError("no configured server accepts new tenants")
+        return min(counts, key=lambda name: counts[name])
+
+    def _check_tier(self, tier: str) -> str:
+        if tier not in self._config.tiers:
+            raise UnknownTierError(tier, tuple(self._config.tiers))
+        return tier
+
+    @staticmethod
+    def _check_initial(status: Status | str) -> Status:
+        if status not in (Status.ACTIVE, Status.TRIAL):
+            raise ConfigurationError(f"a tenant is created as active or trial, not {status}")
+        return Status(status)
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    async def get(self, tenant: TenantRef) -> Tenant:
+        """Return the tenant as the registry has it now, by id, slug or an older ``Tenant``.
+
+        Raises:
+            TenantNotFoundError: there is none; by id, a purged tenant's tombstone is found.
+        """
+        if isinstance(tenant, Tenant):
+            return await self._registry.get(tenant.id)
+        if isinstance(tenant, UUID):
+            return await self._registry.get(tenant)
+        try:
+            return await self._registry.get(UUID(tenant))
+        except ValueError:
+            return await self.get_by_slug(tenant)
+
+    async def get_by_slug(self, slug: str) -> Tenant:
+        """Return the tenant that has this slug.
+
+        Raises:
+            TenantNotFoundError: none has.
+        """
+        if not _SLUG.fullmatch(slug):
+            raise TenantNotFoundError(slug)
+        return await self._registry.by_slug(slug)
+
+    async def get_by_api_key(self, key: str) -> Tenant:
+        """Return the tenant whose API key this is.
+
+        Raises:
+            InvalidApiKeyError: malformed, unknown, revoked or expired; never told apart.
+            TenantNotFoundError: the tenant is deleted.
+        """
+        credential = await self._directory.authenticate(key)
+        if credential.tenant.status in (Status.DELETED, Status.PURGED):
+            raise InvalidApiKeyError("tenant deleted", key_id=credential.key_id)
+        return credential.tenant
+
+    async def list(
+        self,
+        *,
+        status: Status | str | Iterable[Status | str] = (),
+        tier: str | Iterable[str] = (),
+        server: str | None = None,
+        limit: int = 100,
+        after: UUID | None = None,
+    ) -> TenantPage:
+        """Return a page of tenants in order of creation.
+
+        Args:
+            status: Only these; tombstones of purged tenants appear only where asked for.
+            tier: Only these.
+            server: Only those placed on this server.
+            limit: How many at most, 1 to 1,000.
+            after: The ``next`` of the page before.
+
+        Raises:
+            ConfigurationError: ``limit`` or a status is out of range.
+        """
+        if not 1 <= limit <= 1_000:
+            raise ConfigurationError(f"limit must be 1 to 1,000, not {limit}")
+        names = (status,) if isinstance(status, str) else tuple(status)
+        try:
+            statuses = [Status(name) for name in names]
+        except ValueError as exc:
+            raise ConfigurationError(f"{exc}; statuses: {', '.join(Status)}") from None
+        tiers = (tier,) if isinstance(tier, str) else tuple(tier)
+        return await self._registry.page(status=statuses, tier=tiers, server=server, limit=limit, after=after)
+
+    async def iterate(
+        self, *, status: Status | str | Iterable[Status | str] = (), tier: str | Iterable[str] = ()
+    ) -> AsyncIterator[Tenant]:
+        """Yield every tenant in order of creation, page by page."""
+        after: UUID | None = None
+        while True:
+            page = await self.list(status=status, tier=tier, limit=500, after=after)
+            for tenant in page.items:
+                yield tenant
+            if page.next is None:
+                return
+            after = page.next
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    async def update(
+        self,
+        tenant: TenantRef,
+        *,
+        tier: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        timezone: str | None = None,
+        trial_ends_at: datetime | None = None,
+        actor: Actor = SYSTEM,
+    ) -> Tenant:
+        """Change fields of a tenant; those left None stay. ``metadata`` replaces what was there.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is wrong; nothing changed.
+        """
+        values: dict[str, Any] = {}
+        if tier is not None:
+            values["tier"] = self._check_tier(tier)
+        if metadata is not None:
+            values["metadata"] = check_metadata(metadata)
+        if timezone is not None:
+            values["timezone"] = check_timezone(timezone)
+        if trial_ends_at is not None:
+            values["trial_ends_at"] = _aware("trial_ends_at", trial_ends_at)
+        found = await self._living(tenant)
+        if not values:
+            return found
+        return await _whole(self._update(found, values, actor))
+
+    async def _update(self, found: Tenant, values: dict[str, Any], actor: Actor) -> Tenant:
+        before, after = await self._registry.change(found.id, action="tenant.update", actor=actor, **values)
+        self._directory.invalidate(tenant_id=found.id)
+        if before.tier != after.tier:
+            await self._align(after)
+        self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=tuple(sorted(values))))
+        return after
+
+    async def activate(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Make a suspended, trial or maintained tenant active.
+
+        Raises:
+            InvalidTransitionError: it is none of these.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.ACTIVE, action="tenant.activate", actor=actor)
+
+    async def suspend(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Refuse the tenant's requests and end its connections; its data stays.
+
+        Raises:
+            InvalidTransitionError: it is not running.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.SUSPENDED, action="tenant.suspend", reason=reason, actor=actor)
+
+    async def start_maintenance(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Answer the tenant's requests with 503 and Retry-After; operators pass. ``activate`` ends it.
+
+        Raises:
+            InvalidTransitionError: its status does not admit this.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.MAINTENANCE, action="tenant.maintain", reason=reason, actor=actor)
+
+    async def delete(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Delete softly: keys are refused and connections ended, data is kept until ``purge``.
+
+        Raises:
+            InvalidTransitionError: it is being provisioned, or deleted already.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.DELETED, action="tenant.delete", reason=reason, actor=actor)
+
+    async def restore(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Undo ``delete``: the tenant is again what it was.
+
+        Raises:
+            InvalidTransitionError: it is not deleted, or its purge has begun.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, None, action="tenant.restore", actor=actor)
+
+    async def rename(
+        self, tenant: TenantRef, slug: str, *, redirect_seconds: float = 30 * 86_400.0, actor: Actor = SYSTEM
+    ) -> Tenant:
+        """Give a tenant another slug. Names of its database and role do not change.
+
+        Args:
+            tenant: Which one.
+            slug: Its new slug.
+            redirect_seconds: How long the old slug leads to this tenant; until then no other tenant can have it.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantExistsError: the slug is taken, or still leads to another tenant.
+            InvalidSlugError: it breaks the rule.
+            TenantNotFoundError: no such tenant.
+        """
+        found = await self._living(tenant)
+        before, after = await self._registry.rename(
+            found.id, check_slug(slug), redirect_seconds=redirect_seconds, actor=actor
+        )
+        self._directory.invalidate(tenant_id=found.id)
+        if before.slug != after.slug:
+            self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=("slug",)))
+        return after
+
+    async def schedule_suspension(
+        self, tenant: TenantRef, at: datetime | None, *, reason: str | None = None, actor: Actor = SYSTEM
+    ) -> Tenant:
+        """Have ``run_maintenance`` suspend the tenant at a time, an aware datetime; None calls it off.
+
+        Raises:
+            ConfigurationError: the time is naive.
+            TenantNotFoundError: no such tenant.
+        """
+        found = await self._living(tenant)
+        values = {"suspend_at": _aware("at", at), "suspend_reason": reason if at else None}
+        detail = {"at": at.isoformat() if at else None, "reason": reason}
+        return await self._registry.schedule(
+            found.id, values, action="tenant.schedule_suspension", detail=detail, actor=actor
+        )
+
+    async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
+        """Have ``run_maintenance`` purge a deleted tenant at a time of its own; None: after the usual retention.
+
+        Raises:
+            ConfigurationError: the time is naive.
+            InvalidTransitionError: the tenant is not deleted.
+            TenantNotFoundError: no such tenant.
+        """
+        found = await self._living(tenant)
+        if found.status is not Status.DELETED:
+            raise InvalidTransitionError(found.slug, found.status.value, Status.PURGED.value)
+        return await self._registry.schedule(
+            found.id,
+            {"purge_at": _aware("at", at)},
+            action="tenant.schedule_purge",
+            detail={"at": at.isoformat() if at else None},
+            actor=actor,
+        )
+
+    async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
+        """Remove a deleted tenant for good: database, role, keys and secrets. A tombstone stays in the registry.
+
+        A purge that is interrupted is finished by calling this again, or by ``reconcile``.
+
+        Raises:
+            InvalidTransitionError: it is not deleted.
+            TenantNotFoundError: no such tenant.
+            ProvisioningError, ServerUnavailableError: its server refused; try again.
+        """
+        found = await self.get(tenant)
+        await self._provisioner.purge(found, actor=actor)
+        self._directory.invalidate(tenant_id=found.id)
+        self._events.emit(TenantPurged(tenant_id=found.id, slug=found.slug))
+
+    async def _transition(
+        self,
+        tenant: TenantRef,
+        target: Status | None,
+        *,
+        action: str,
+        reason: str | None = None,
+        actor: Actor,
+    ) -> Tenant:
+        found = await self._living(tenant)
+        return await _whole(self._change_status(found.id, target, action, reason, actor))
+
+    async def _change_status(
+        self, tenant_id: UUID, target: Status | None, action: str, reason: str | None, actor: Actor
+    ) -> Tenant:
+        before, after = await self._registry.transition(tenant_id, target, action=action, reason=reason, actor=actor)
+        self._directory.invalidate(tenant_id=tenant_id)
+        if (before.status in _BARRED) != (after.status in _BARRED):
+            await self._align(after)
+        self._events.emit(
+            TenantStatusChanged(
+                tenant_id=after.id,
+                slug=after.slug,
+                before=before.status.value,
+                after=after.status.value,
+                reason=after.reason,
+            )
+        )
+        return after
+
+    async def _align(self, tenant: Tenant) -> None:
+        """Have PostgreSQL itself refuse a suspended or deleted tenant, admit it again, and apply its tier's limit.
+
+        The registry has decided already and every process obeys it; a server that is away now is told by ``reconcile``.
+        """
+        try:
+            await self._provisioner.align(tenant)
+        except (RoutingError, ProvisioningError) as exc:
+            logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
+
+    async def _living(self, tenant: TenantRef) -> Tenant:
+        found = await self.get(tenant)
+        if found.status is Status.PURGED:
+            raise TenantNotFoundError(found.slug)
+        return found
+
+
+async def _whole(change: Coroutine[Any, Any, Tenant]) -> Tenant:
+    """Run a change to its end although the caller is cancelled: what follows the commit belongs to it."""
+    task = asyncio.ensure_future(change)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        # bounded: by the control database's timeouts, and by those of ``align``
+        await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a change whose caller was cancelled failed: %s", error)
+        raise
+
+
+def _aware(name: str, moment: datetime | None) -> datetime | None:
+    if moment is not None and moment.tzinfo is None:
+        raise ConfigurationError(f"{name} must be an aware datetime, with a time zone")
+    return moment
+
+
+__all__ = ["CreatedTenant", "Placement", "Provisioner", "TenantManager", "TenantPage", "TenantRef"]

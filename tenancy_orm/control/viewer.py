@@ -1,0 +1,195 @@
+"""The role that reads the control database for one tenant: row-level security shows it that tenant's rows alone.
+
+``ControlDatabase.viewing`` takes it on for one transaction. It cannot log in, owns nothing, writes nothing, and may
+read only the columns below: neither the digests of keys, nor sealed passwords, nor where a tenant's database is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from sqlalchemy import select, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..errors import AdministratorNeededError, ConfigurationError, ControlSchemaError
+from .models import SCHEMA, installation
+from .names import Names, quote_identifier
+
+# What a tenant may know of itself, by table; and the tiers, without which its limits cannot be told.
+VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
+    "tenants": (
+        "id",
+        "slug",
+        "status",
+        "tier",
+        "quotas",
+        "reason",
+        "timezone",
+        "trial_ends_at",
+        "created_at",
+        "updated_at",
+        "deleted_at",
+        "suspend_at",
+        "suspend_reason",
+        "purge_at",
+    ),
+    "api_keys": (
+        "id",
+        "tenant_id",
+        "name",
+        "prefix",
+        "scopes",
+        "networks",
+        "created_at",
+        "expires_at",
+        "revoked_at",
+        "revoked_reason",
+        "last_used_at",
+        "rotated_from",
+    ),
+    "domains": ("domain", "tenant_id", "token", "created_at", "verified_at"),
+    "former_slugs": ("slug", "tenant_id", "redirects_until"),
+    "usage": ("tenant_id", "resource", "period", "period_start", "period_end", "used", "closed_at"),
+    "usage_keys": ("tenant_id", "key", "resource", "amount", "created_at"),
+    "usage_records": ("tenant_id", "resource", "period", "period_start", "period_end", "quantity", "created_at"),
+    "quota_holds": ("tenant_id", "resource", "amount", "expires_at"),
+    "quota_leases": ("tenant_id", "resource", "period", "period_start", "unspent", "expires_at"),
+    "quota_pressure": ("tenant_id", "resource", "fraction", "since"),
+    "tenant_metrics": ("tenant_id", "sampled_at", "size_bytes", "connections", "queries", "errors"),
+    "audit_log": (
+        "sequence",
+        "occurred_at",
+        "action",
+        "tenant_id",
+        "slug",
+        "actor_kind",
+        "actor_id",
+        "before",
+        "after",
+        "detail",
+        "request_id",
+        "source",
+        "database_role",
+        "hash",
+    ),
+    "tiers": ("name", "rank", "limits"),
+}
+
+# Views of tenants' rows that show nothing but such columns; granted where they read with their reader's rights.
+VIEWER_VIEWS: Final[tuple[str, ...]] = ("audit_summary",)
+
+# One round trip: who looks, whose rows, and that nothing is written; all three end with the transaction.
+VIEW_AS = text(
+    "SELECT set_config('tenancy.viewer', :tenant, true), set_config('transaction_read_only', 'on', true), "
+    "set_config('role', :role, true)"
+)
+
+_INSUFFICIENT_PRIVILEGE = "42501"
+_ROLE = text("SELECT rolcanlogin, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = :role")
+# from PostgreSQL 16 on a membership says separately whether it inherits, and whether it can be taken on
+_GRANTED = text(
+    "SELECT v.modern, rolsuper OR "
+    "pg_has_role(rolname, CAST(:viewer AS name), CASE WHEN v.modern THEN 'SET' ELSE 'MEMBER' END) AS granted "
+    "FROM pg_roles, (SELECT current_setting('server_version_num')::integer >= 160000 AS modern) v "
+    "WHERE rolname = :role"
+)
+_APPLICATIONS = text(
+    "SELECT r.rolname FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a JOIN pg_roles r ON r.oid = a.grantee "
+    "WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner"
+)
+_INVOKER_VIEWS = text(
+    "SELECT relname FROM pg_class WHERE relnamespace = 'tenancy'::regnamespace "
+    "AND relname = ANY(:views) AND 'security_invoker=true' = ANY(reloptions)"
+)
+
+
+async def prepare_viewer(conn: AsyncConnection, prefix: str) -> str:
+    """Make the installation's viewer role where it is missing, give it exactly its rights, and return its name.
+
+    Whoever was granted the application's rights before may take it on from now on.
+
+    Args:
+        conn: A transaction on the control database, as the tables' owner.
+        prefix: ``TenancyConfig.name_prefix``; what an earlier call made of it is kept.
+
+    Raises:
+        ConfigurationError: the role is missing and this one may not create it; the message is the SQL to run.
+    """
+    row = (await conn.execute(select(installation.c.id, installation.c.viewer))).one()
+    viewer = row.viewer or Names(prefix, row.id).viewer
+    owner = str(await conn.scalar(text("SELECT current_user")))
+    await _create(conn, viewer, owner)
+    for role in (owner, *await conn.scalars(_APPLICATIONS)):
+        await admit_viewer(conn, viewer, role)
+    views = list(await conn.scalars(_INVOKER_VIEWS, {"views": list(VIEWER_VIEWS)}))
+    for statement in _rights(viewer, views):
+        await conn.exec_driver_sql(statement)
+    if row.viewer is None:
+        await conn.execute(update(installation).values(viewer=viewer))
+    return viewer
+
+
+async def viewer_of(conn: AsyncConnection) -> str:
+    """The name of the installation's viewer role.
+
+    Raises:
+        ControlSchemaError: there is none.
+    """
+    found = await conn.scalar(select(installation.c.viewer))
+    if found is None:
+        raise ControlSchemaError("the control database has no role that reads for a tenant; run: tenancy init")
+    return str(found)
+
+
+async def admit_viewer(conn: AsyncConnection, viewer: str, role: str) -> None:
+    """Let ``role`` take on ``viewer``, without inheriting anything of it where PostgreSQL can tell the two apart.
+
+    Raises:
+        ConfigurationError: this role may not grant it; the message is the SQL to run.
+    """
+    row = (await conn.execute(_GRANTED, {"viewer": viewer, "role": role})).one()
+    if row.granted:
+        return
+    options = " WITH INHERIT FALSE, SET TRUE" if row.modern else ""
+    await _administer(conn, f"GRANT {quote_identifier(viewer)} TO {quote_identifier(role)}{options}")
+
+
+async def _create(conn: AsyncConnection, viewer: str, owner: str) -> None:
+    quoted = quote_identifier(viewer)
+    row = (await conn.execute(_ROLE, {"role": viewer})).one_or_none()
+    if row is None:
+        grant = f"GRANT {quoted} TO {quote_identifier(owner)} WITH ADMIN OPTION"
+        await _administer(conn, f"CREATE ROLE {quoted} NOLOGIN", grant)
+    elif row.rolcanlogin or row.rolsuper or row.rolbypassrls:
+        raise ConfigurationError(
+            f"role {viewer!r} can log in, or row-level security does not hold it; "
+            f"run as an administrator: ALTER ROLE {quoted} NOLOGIN NOSUPERUSER NOBYPASSRLS"
+        )
+
+
+async def _administer(conn: AsyncConnection, statement: str, *more: str) -> None:
+    """Run ``statement``; where that is refused, an administrator has to, and ``more`` after it."""
+    try:
+        await conn.exec_driver_sql(statement)
+    except DBAPIError as exc:
+        if getattr(exc.orig, "sqlstate", None) != _INSUFFICIENT_PRIVILEGE:
+            raise
+        raise AdministratorNeededError((statement, *more)) from exc
+
+
+def _rights(viewer: str, views: list[str]) -> list[str]:
+    grantee = quote_identifier(viewer)
+    statements = [
+        f"REVOKE ALL ON ALL {kind} IN SCHEMA {SCHEMA} FROM {grantee}" for kind in ("TABLES", "SEQUENCES", "FUNCTIONS")
+    ]
+    statements += [
+        f"REVOKE ALL ON SCHEMA {SCHEMA} FROM {grantee}",
+        f"GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}",
+        f"GRANT EXECUTE ON FUNCTION {SCHEMA}.viewing_tenant TO {grantee}",
+    ]
+    for table, columns in VIEWER_COLUMNS.items():
+        quoted = ", ".join(map(quote_identifier, columns))
+        statements.append(f"GRANT SELECT ({quoted}) ON {SCHEMA}.{quote_identifier(table)} TO {grantee}")
+    return statements + [f"GRANT SELECT ON {SCHEMA}.{quote_identifier(view)} TO {grantee}" for view in views]

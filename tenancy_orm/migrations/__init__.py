@@ -1,0 +1,18 @@
+"""Alembic over the fleet: the schemas of all tenants, and the templates that new ones are made from."""
+
+from .fleet import FleetMigrator
+from .report import FleetReport, Progress, TenantOutcome
+from .schema import AlembicSchema, MetadataSchema
+from .services import FleetServices
+from .status import TenantRevision
+
+__all__ = [
+    "AlembicSchema",
+    "FleetMigrator",
+    "FleetReport",
+    "FleetServices",
+    "MetadataSchema",
+    "Progress",
+    "TenantOutcome",
+    "TenantRevision",
+]

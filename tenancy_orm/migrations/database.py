@@ -1,0 +1,397 @@
+"""Bring one database to a revision: the unit that templates and fleets are migrated by."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import asyncpg
+from alembic.runtime.environment import EnvironmentContext
+from sqlalchemy import Connection as SyncConnection
+from sqlalchemy import Engine, event
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
+
+from ..context import Tenant
+from ..errors import MarkerMismatchError, MigrationError
+from ..provisioning.cancellation import settled
+from ..provisioning.databases import protect_version_table
+from . import local
+from .failures import INVALID_PARAMETER_VALUE, TRANSIENT, UNDEFINED_TABLE, describe, sqlstate_of
+from .indexes import InvalidIndex, build_missing, drop_invalid
+from .logs import labelled, logger, quiet
+from .plan import Heads, Plan, Route, Step, format_revision
+from .scripts import Environment
+
+Connection: TypeAlias = "asyncpg.Connection[Any]"
+
+# Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
+_LOCK = 0x74656E616E637902
+
+_schema_changed: ContextVar[float] = ContextVar("tenancy_orm.migrations.schema_changed", default=0.0)
+
+
+class FleetDialect(PGDialect_asyncpg):
+    """The asyncpg dialect, shared by connections to many databases at once.
+
+    DDL makes a dialect's every connection prepare its statements anew; here that stays with the task that ran the DDL.
+    """
+
+    supports_statement_cache = True
+
+    def do_close(self, dbapi_connection: Any) -> None:
+        """Leave the connection open: it is closed by whoever opened it, within a time limit."""
+
+    def do_terminate(self, dbapi_connection: Any) -> None:
+        """Leave the connection open, as ``do_close``."""
+
+    @property  # type: ignore[override]
+    def _invalidate_schema_cache_asof(self) -> float:
+        return _schema_changed.get()
+
+    @_invalidate_schema_cache_asof.setter
+    def _invalidate_schema_cache_asof(self, when: float) -> None:
+        _schema_changed.set(when)
+
+
+_new_dialect: Any = FleetDialect  # SQLAlchemy's dialects are untyped
+
+
+class Wrapper:
+    """Makes SQLAlchemy connections out of asyncpg's, for databases of one server; the dialect learns about it once."""
+
+    def __init__(self) -> None:
+        self._dialect: Any = _new_dialect(dbapi=_new_dialect.import_dbapi())
+        self._initialised = False
+        self._initialising = asyncio.Lock()
+
+    @asynccontextmanager
+    async def wrap(self, connection: Connection, url: URL) -> AsyncIterator[AsyncConnection]:
+        """Yield a SQLAlchemy connection on ``connection``, which stays open.
+
+        Parameters are kept out of its errors: they are tenants' data.
+        """
+        engine = self._engine(connection, url)
+        async with engine.connect() as wrapped:
+            if not self._initialised:
+                await self._initialise(wrapped)
+            yield wrapped
+
+    def _engine(self, connection: Connection, url: URL) -> AsyncEngine:
+        dialect = self._dialect
+
+        async def give() -> Connection:
+            return connection
+
+        def connect() -> Any:
+            return dialect.connect(async_creator_fn=give)
+
+        pool = NullPool(connect, dialect=dialect)
+        on_connect = dialect.on_connect()
+        event.listen(pool, "connect", lambda adapted, record: on_connect(adapted))
+        return AsyncEngine(Engine(pool, dialect, url, hide_parameters=True))
+
+    async def _initialise(self, wrapped: AsyncConnection) -> None:
+        async with self._initialising:
+            if not self._initialised:
+                await wrapped.run_sync(self._dialect.initialize)
+                await wrapped.rollback()
+                self._initialised = True
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long things may take, in seconds, and how often a step is tried that lost a fight for a lock."""
+
+    connect: float = 10.0
+    wait: float = 300.0
+    total: float = 3600.0
+    attempts: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One database. ``connect`` connects as the owner of its schema; ``marker`` is what it must prove to be."""
+
+    label: str
+    url: URL
+    connect: Callable[[], Awaitable[Connection]] = field(repr=False)
+    tenant: Tenant | None = None
+    marker: str | None = None
+
+
+class Work:
+    """What a plan asks for, done to one database.
+
+    A database that is there already costs one connection and one SELECT. Otherwise the work is done under an advisory
+    lock of that database, polled for: PostgreSQL's own wait would hold a snapshot, on which a CREATE INDEX CONCURRENTLY
+    of the lock's holder waits in turn. Lock time-outs (55P03) and deadlocks (40P01) are tried again, from the revision
+    that was reached. In the end the revision is read back.
+
+    ``before`` and ``after`` are the heads first and last seen, None while unknown; they stay readable after a failure.
+    ``changed`` tells whether it was this run that moved it.
+    """
+
+    def __init__(self, plan: Plan, target: Target, *, wrapper: Wrapper, limits: Limits) -> None:
+        self.plan = plan
+        self.target = target
+        self.wrapper = wrapper
+        self.limits = limits
+        self.before: Heads | None = None
+        self.after: Heads | None = None
+        self.changed = False
+        self._route = Route((), (frozenset(),))  # none yet; known once ``before`` is
+        self._dropped: list[InvalidIndex] = []
+        self._step: Step | None = None
+
+    async def run(self) -> None:
+        """Do it.
+
+        Raises:
+            MigrationError: a revision failed, there is no way to the target, or the database does not end there.
+            MarkerMismatchError: it is not the expected tenant's.
+            Exception: what connecting raises.
+        """
+        with local.isolated(), labelled(self.target.label):
+            deadline = asyncio.timeout(self.limits.total)
+            try:
+                async with deadline:
+                    await self._try_repeatedly()
+            except TimeoutError as exc:
+                if not deadline.expired():
+                    raise
+                raise MigrationError(f"not done within {self.limits.total:g} s") from exc
+
+    async def _try_repeatedly(self) -> None:
+        for attempt in range(1, self.limits.attempts + 1):
+            try:
+                await self._attempt()
+                return
+            except Exception as exc:
+                if attempt == self.limits.attempts or sqlstate_of(exc) not in TRANSIENT:
+                    raise
+                logger.info("attempt %d of %d: %s", attempt, self.limits.attempts, describe(exc))
+                await asyncio.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.1 * 2**attempt))
+
+    async def _attempt(self) -> None:
+        connection = await self.target.connect()
+        try:
+            heads = (await self._read(connection)).heads
+            if self.before is None:
+                self.before = heads
+                self._route = self.plan.route(heads)
+            if not self._remaining(heads):
+                return
+            await lock(connection, timeout=self.limits.wait)
+            # again, now that no other run can change it
+            state = await self._read(connection)
+            steps = self._remaining(state.heads)
+            if steps:
+                await self._migrate(connection, state, steps)
+        finally:
+            await close(connection)
+
+    async def _read(self, connection: Connection) -> State:
+        state = await read_state(connection, self.plan.environment, self.target, timeout=self.limits.connect)
+        self.after = state.heads
+        return state
+
+    def _remaining(self, heads: Heads) -> tuple[Step, ...]:
+        """What is left to do. Steps already taken, by an earlier attempt or another run, are not taken again."""
+        if self.plan.purges and heads != self._route.end:
+            return self._route.steps
+        remaining = self._route.remaining(heads)
+        if remaining is None:
+            if self.plan.is_relative:
+                raise MigrationError(
+                    f"another run moved it to {format_revision(heads) or 'base'} meanwhile; "
+                    f"give a revision instead of {self.plan.target!r}"
+                )
+            self._route = self.plan.route(heads)
+            remaining = self._route.steps
+        return remaining
+
+    async def _migrate(self, connection: Connection, state: State, steps: tuple[Step, ...]) -> None:
+        expected = self._route.end
+        async with self.wrapper.wrap(connection, self.target.url) as wrapped:
+            if state.has_invalid_indexes and self.plan.command != "stamp":
+                self._dropped += await drop_invalid(connection)
+            try:
+                await self._apply(wrapped, state, steps)
+            except Exception:
+                await self._look_again(connection)
+                raise
+            finally:
+                self.changed = self.changed or self.after != state.heads
+            await self._check(connection, expected)
+            self.changed = True
+            await build_missing(connection, self._dropped)
+
+    async def _apply(self, wrapped: AsyncConnection, state: State, steps: tuple[Step, ...]) -> None:
+        try:
+            await wrapped.run_sync(self._run, state, steps)
+        except Exception as exc:
+            prefix = "" if self._step is None else f"{self._step.short_log}: "
+            raise MigrationError(prefix + describe(exc)) from exc
+        finally:
+            await wrapped.rollback()
+
+    async def _look_again(self, connection: Connection) -> None:
+        """See how far a migration came that failed: where each revision has its own transaction, it may have moved."""
+        with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            # the failure itself is on its way to the caller; a connection lost on top of it adds nothing
+            await self._read(connection)
+
+    async def _check(self, connection: Connection, expected: Heads) -> None:
+        found = (await self._read(connection)).heads
+        if found != expected:
+            raise MigrationError(
+                f"it is at {format_revision(found) or 'base'} and not at {format_revision(expected) or 'base'} "
+                "although the migration reported no error; does a revision commit or roll back by itself?"
+            )
+
+    def _run(self, connection: SyncConnection, state: State, steps: tuple[Step, ...]) -> None:
+        self._step = None
+        context = self.plan.environment.context(fn=lambda heads, context: self._watched(steps), **self.plan.options)
+        with active(context, connection, self.plan.environment, self.target.tenant), context.begin_transaction():
+            if not state.has_version_table:
+                make_version_table(context, connection, self.plan.environment, self.target.tenant)
+            elif state.heads and not self.plan.purges:
+                _tell_heads(context, state.heads)
+            context.run_migrations()
+
+    def _watched(self, steps: tuple[Step, ...]) -> Iterator[Step]:
+        for step in steps:
+            self._step = step
+            yield step
+
+
+@contextmanager
+def active(
+    context: EnvironmentContext, connection: SyncConnection, environment: Environment, tenant: Tenant | None
+) -> Iterator[None]:
+    """Have ``alembic.context`` stand for ``context``, configured as env.py says on ``connection``.
+
+    ``op.get_context().opts["tenant"]`` tells a revision whose database it is; None where it is a template.
+    """
+    with context:
+        with quiet():
+            context.configure(connection=connection, **{**environment.options, "tenant": tenant})
+        yield
+
+
+def make_version_table(
+    context: EnvironmentContext, connection: SyncConnection, environment: Environment, tenant: Tenant | None
+) -> None:
+    """Make the version table as Alembic would, and keep the tenant's role from writing it, in one transaction.
+
+    Tables of the owner's are the tenant's to write by default privileges. This one would let it hide from migrations.
+    """
+    migration: Any = context.get_context()
+    with contextlib.nullcontext() if connection.in_transaction() else connection.begin():
+        migration._ensure_version_table()
+        if tenant is not None and tenant.placement is not None:
+            driver: Any = connection.connection.driver_connection
+            await_only(protect_version_table(driver, tenant.placement.role, environment.quoted_version_table))
+
+
+def _tell_heads(context: EnvironmentContext, heads: Heads) -> None:
+    """Spare Alembic its first look at the version table: two statements, for what was read under the lock just now."""
+    migration: Any = context.get_context()
+
+    def known() -> tuple[str, ...]:
+        del migration.get_current_heads  # a revision that asks later gets the answer of that moment
+        return tuple(sorted(heads))
+
+    migration.get_current_heads = known
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What one SELECT says of a database: its heads, and whether there are invalid indexes to look into."""
+
+    heads: Heads
+    has_version_table: bool
+    has_invalid_indexes: bool
+
+
+async def read_state(connection: Connection, environment: Environment, target: Target, *, timeout: float) -> State:
+    """Read where a database is, and with the same SELECT whether it is the expected tenant's.
+
+    Raises:
+        MarkerMismatchError: it is another's.
+    """
+    exists = True
+    heads = _HEADS.format(environment.quoted_version_table)
+    try:
+        (row,) = await connection.fetch(_READ.format(heads), timeout=timeout)
+    except asyncpg.PostgresError as exc:
+        if exc.sqlstate != UNDEFINED_TABLE:
+            raise
+        exists = False
+        (row,) = await connection.fetch(_READ.format("ARRAY[]::text[]"), timeout=timeout)
+    _check_marker(target, row["database"], row["marker"])
+    return State(frozenset(row["heads"]), exists, row["has_invalid_indexes"])
+
+
+_HEADS = "ARRAY(SELECT version_num::text FROM {})"
+_READ = (
+    "SELECT {} AS heads, d.datname AS database, pg_catalog.shobj_description(d.oid, 'pg_database') AS marker, "
+    "EXISTS (SELECT FROM pg_catalog.pg_index WHERE NOT indisvalid) AS has_invalid_indexes "
+    "FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
+)
+
+
+def _check_marker(target: Target, database: str, found: str | None) -> None:
+    if target.marker is None or target.marker == found:
+        return
+    raise MarkerMismatchError(tenant=target.label, database=database, expected=target.marker, found=found)
+
+
+async def lock(connection: Connection, *, timeout: float) -> None:
+    """Take the database's migration lock. Closing the connection gives it back."""
+    pause = 0.02
+    try:
+        async with asyncio.timeout(timeout):
+            while not await _try_lock(connection):
+                await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
+                pause = min(0.5, pause * 1.5)
+    except TimeoutError:
+        raise MigrationError(f"another run has been migrating it for {timeout:g} s; wait for that one to end") from None
+
+
+async def _try_lock(connection: Connection) -> bool:
+    try:
+        return bool(await connection.fetchval(f"{_TRY_LOCK}, {_NOTICE_DEATH}", _LOCK))
+    except asyncpg.PostgresError as exc:
+        if exc.sqlstate != INVALID_PARAMETER_VALUE:
+            raise
+        # a server on a platform that cannot tell
+        return bool(await connection.fetchval(_TRY_LOCK, _LOCK))
+
+
+_TRY_LOCK = "SELECT pg_catalog.pg_try_advisory_lock($1)"
+# Without it, the server finds out that the migrating process has died only after the statement under way, which may
+# take hours and holds the lock.
+_NOTICE_DEATH = "pg_catalog.set_config('client_connection_check_interval', '2s', false)"
+
+
+async def close(connection: Connection, *, timeout: float = 5.0) -> None:
+    """Close a connection for good, also when cancelled meanwhile, and by force where the server does not answer."""
+    await settled(_close(connection, timeout))
+
+
+async def _close(connection: Connection, timeout: float) -> None:
+    try:
+        await connection.close(timeout=timeout)
+    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        connection.terminate()

@@ -1,0 +1,287 @@
+"""What a tenant env.py calls, so that Alembic's own commands do the right thing for a fleet.
+
+.. code-block:: python
+
+    from alembic import context
+    from tenancy_orm.migrations import environment
+
+    from myapp.models import Base
+
+    environment.run(context, target_metadata=Base.metadata)
+
+``upgrade``, ``downgrade`` and ``stamp`` go to every tenant, or to those of ``-x tenant=acme``; ``current`` asks each of
+them; ``check`` and ``revision --autogenerate`` compare with a clone of the template, which is at head; ``--sql`` prints
+the statements once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
+
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.util.exc import CommandError, DatabaseNotAtHead
+from sqlalchemy import Connection as SyncConnection
+from sqlalchemy import MetaData
+
+from ..config import TenancyConfig, load_object
+from ..errors import ConfigurationError, FleetMigrationError, TenancyError
+from . import local, logs
+from .failures import FleetCommandError, describe
+from .fleet import DEFAULT_CONCURRENCY, FleetMigrator
+from .plan import Plan
+from .scripts import Environment, note
+from .visit import Visit
+
+T = TypeVar("T")
+
+_CHANGES = ("upgrade", "downgrade", "stamp")
+_COMPARISONS = ("check", "revision")
+_UNIONS = ("history", "show", "edit")
+
+
+class _Open(Protocol):
+    @property
+    def migrations(self) -> FleetMigrator: ...
+
+
+Factory = Callable[[TenancyConfig], AbstractAsyncContextManager[_Open]]
+
+_factories: list[Factory] = []
+
+
+def register_factory(factory: Factory) -> None:
+    """Say how a ``Tenancy`` is made of a configuration. ``tenancy_orm.tenancy`` calls this with its class.
+
+    It is how this module, which that one imports, comes by an open ``Tenancy`` when ``alembic`` is the program run.
+    """
+    _factories[:] = [factory]
+
+
+def run(
+    context: ModuleType | EnvironmentContext,
+    *,
+    target_metadata: MetaData | Sequence[MetaData] | None = None,
+    **configure_options: Any,
+) -> None:
+    """Do for the fleet what the Alembic command asks that loaded this env.py.
+
+    The application's configuration is found in this order: ``config.attributes["tenancy"]``, a ``Tenancy`` or
+    ``TenancyConfig``; the environment variable ``TENANCY_APP``, or ``tenancy_app`` in the ``[alembic]`` section, which
+    name one as ``module:attribute``; else the ``TENANCY_*`` variables. A ``Tenancy`` of its own is opened from it.
+
+    ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` says how many at once (8), and
+    ``-x stop_on_failure=true`` begins no other tenant once one has failed.
+
+    Works with and without a running event loop.
+
+    Args:
+        context: ``alembic.context``.
+        target_metadata: The application's tables, for autogenerate; those of the configuration where None.
+        configure_options: More options of ``context.configure``: ``include_object``, ``compare_type``,
+            ``transaction_per_migration``, ``version_table``, ``process_revision_directives``, ...
+
+    Raises:
+        FleetMigrationError: some tenants failed (also an ``alembic.util.CommandError``).
+        CommandError: anything else that keeps the command from being done.
+    """
+    options = {"target_metadata": target_metadata, **configure_options}
+    if note(options):
+        return
+    local.install()
+    proxy = context if isinstance(context, EnvironmentContext) else context._proxy
+    if proxy is None:
+        raise ConfigurationError("environment.run is for an env.py that Alembic runs; elsewhere use tenancy.migrations")
+    logs.configure(proxy.config)
+    try:
+        _Request(proxy, Environment(proxy.config, proxy.script, options)).answer()
+    except FleetMigrationError as exc:
+        raise FleetCommandError(exc.failures, total=exc.total) from exc
+    except TenancyError as exc:
+        raise CommandError(str(exc)) from exc
+
+
+def find_config(config: Config) -> TenancyConfig:
+    """Find the application's configuration, as ``run`` describes.
+
+    Raises:
+        ConfigurationError: what is named is neither a ``Tenancy`` nor a ``TenancyConfig``, or nothing is configured.
+    """
+    found = config.attributes.get("tenancy")
+    path = os.environ.get("TENANCY_APP") or config.get_alembic_option("tenancy_app")
+    if found is None:
+        found = load_object(path) if path else TenancyConfig.from_env()
+    if not isinstance(found, TenancyConfig):
+        found = getattr(found, "config", found)
+    if not isinstance(found, TenancyConfig):
+        raise ConfigurationError(f"{path or 'attributes[tenancy]'} is a {type(found).__name__}, not a Tenancy")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    """What ``-x`` says to this module; other arguments are the revisions' own."""
+
+    tenants: tuple[str, ...] | None
+    concurrency: int
+    stop_on_failure: bool
+
+    @classmethod
+    def parse(cls, given: Sequence[str]) -> _Arguments:
+        pairs = [(key, value) for key, _, value in (text.partition("=") for text in given)]
+        tenants = tuple(value for key, value in pairs if key == "tenant")
+        named = dict(pairs)
+        concurrency = named.get("concurrency", str(DEFAULT_CONCURRENCY))
+        if not concurrency.isdecimal() or int(concurrency) < 1:
+            raise CommandError(f"-x concurrency={concurrency}: give a number from 1")
+        stop = named.get("stop_on_failure", "false").lower()
+        if stop not in ("true", "false"):
+            raise CommandError(f"-x stop_on_failure={stop}: give true or false")
+        return cls(tenants or None, int(concurrency), stop == "true")
+
+
+class _Request:
+    """One Alembic command that loaded the env.py."""
+
+    def __init__(self, proxy: EnvironmentContext, environment: Environment) -> None:
+        self.proxy = proxy
+        self.environment = environment
+        self.options: dict[str, Any] = proxy.context_opts
+        self.function: Any = proxy.context_opts.get("fn")
+        self.arguments = _Arguments.parse(proxy.get_x_argument(as_dictionary=False))
+
+    @property
+    def command(self) -> str:
+        """The name of the command in ``alembic.command``; empty for one of the application's own."""
+        if getattr(self.function, "__module__", None) != "alembic.command":
+            return ""
+        return str(self.function.__qualname__).partition(".")[0]
+
+    def answer(self) -> None:
+        if self.proxy.is_offline_mode():
+            self._print_sql()
+        elif self.command == "merge":
+            # it wants env.py for its template_args alone
+            self.proxy.configure(dialect_name="postgresql", **self.environment.options)
+        else:
+            _block_on(self._answer)
+
+    def _print_sql(self) -> None:
+        options = {"literal_binds": True, "dialect_opts": {"paramstyle": "named"}, **self.environment.options}
+        self.proxy.configure(dialect_name="postgresql", **options)
+        with self.proxy.begin_transaction():
+            self.proxy.run_migrations()
+
+    async def _answer(self) -> None:
+        config = find_config(self.proxy.config).replace(migrations=self.proxy.script.dir)
+        if not _factories:  # tenancy_orm.tenancy has not been imported
+            raise ConfigurationError("nothing registered how to open a Tenancy; import tenancy_orm in env.py")
+        async with _factories[0](config) as tenancy:
+            await self._dispatch(tenancy.migrations)
+
+    async def _dispatch(self, migrator: FleetMigrator) -> None:
+        if self.command in _CHANGES:
+            await self._change(migrator)
+        elif self.command in _COMPARISONS:
+            await self._compare(migrator)
+        elif self.command in _UNIONS:
+            await self._unite(migrator)
+        else:
+            await self._visit(migrator)
+
+    async def _change(self, migrator: FleetMigrator) -> None:
+        options = {key: value for key, value in self.options.items() if key not in ("fn", "as_sql")}
+        plan = Plan.of(
+            self.environment,
+            self.command,
+            self.options["destination_rev"],
+            function=self.function,
+            options=options,
+        )
+        arguments = self.arguments
+        report = await migrator.execute(
+            plan, arguments.tenants, arguments.concurrency, stop_on_failure=arguments.stop_on_failure
+        )
+        for slug, reason in report.reasons.items():
+            self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
+        self.proxy.config.print_stdout(report.summary())
+        report.raise_for_failures()
+
+    async def _compare(self, migrator: FleetMigrator) -> None:
+        """Autogenerate against a clone of the template: what new tenants get, at head, and nobody's data."""
+        services = migrator.services
+        server = next(iter(services.servers))
+        options = dict(self.environment.options)
+        if options["target_metadata"] is None:
+            options["target_metadata"] = services.config.metadata
+
+        def autogenerate(connection: SyncConnection) -> None:
+            self.proxy.configure(connection=connection, **options)
+            with self.proxy.begin_transaction():
+                self.proxy.run_migrations()
+
+        async with services.provisioner.scratch(server) as database:
+            await migrator.run_on(server, database, autogenerate)
+
+    async def _unite(self, migrator: FleetMigrator) -> None:
+        """Show the history once, with every revision marked that some tenant is at."""
+        found = await migrator.status(
+            tenants=self.arguments.tenants, concurrency=self.arguments.concurrency, environment=self.environment
+        )
+        failures = {item.slug: item.error for item in found if item.error is not None}
+        if failures:
+            raise FleetMigrationError(failures, total=len(found))
+        revisions = {part for item in found for part in (item.revision or "").split(",") if part}
+        self.function(tuple(sorted(revisions)), None)
+
+    async def _visit(self, migrator: FleetMigrator) -> None:
+        visits = await migrator.visit(
+            self.environment, self.options, self.arguments.tenants, self.arguments.concurrency
+        )
+        for visit in visits:
+            self._print(visit)
+        behind = [visit.tenant.slug for visit in visits if isinstance(visit.error, DatabaseNotAtHead)]
+        failures = {
+            visit.tenant.slug: describe(visit.error)
+            for visit in visits
+            if visit.error is not None and not isinstance(visit.error, DatabaseNotAtHead)
+        }
+        if failures:
+            raise FleetMigrationError(failures, total=len(visits))
+        if behind:
+            raise DatabaseNotAtHead(f"{len(behind)} of {len(visits)} tenants are not at head: {', '.join(behind)}")
+
+    def _print(self, visit: Visit) -> None:
+        slug, lines = visit.tenant.slug, visit.text.splitlines()
+        if visit.error is not None:
+            self.proxy.config.print_stdout("%s: FAILED: %s", slug, describe(visit.error))
+        elif len(lines) > 1:
+            self.proxy.config.print_stdout("%s:\n%s", slug, visit.text)
+        elif lines or self.command == "current":
+            self.proxy.config.print_stdout("%s: %s", slug, lines[0] if lines else "<base>")
+
+
+def _block_on(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine to its end from synchronous code.
+
+    Where an event loop runs in this thread already (``alembic.command`` called from async code), another thread gets
+    a loop of its own, and this one waits for it, as it would for a synchronous driver.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main())
+    here = contextvars.copy_context()
+    with ThreadPoolExecutor(1, thread_name_prefix="tenancy-migrate") as executor:
+        return executor.submit(here.run, asyncio.run, main()).result()
+
+
+__all__ = ["find_config", "register_factory", "run"]

@@ -1,0 +1,211 @@
+"""Migrate every tenant's database: several at once, in one process, each told apart from the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection as SyncConnection
+
+from ..context import Tenant
+from ..errors import ConfigurationError
+from . import local
+from .connections import Connections, Health, placement_of
+from .database import close, read_state
+from .failures import describe
+from .plan import Heads, Plan, format_revision
+from .report import FleetReport, Progress
+from .run import Run
+from .scripts import Environment, alembic_config, load
+from .selection import Selection, TenantRef
+from .services import FleetServices
+from .spread import spread
+from .status import TenantRevision
+from .visit import Visit, Visitor
+
+DEFAULT_CONCURRENCY = 8
+
+
+class FleetMigrator:
+    """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
+
+    Deleted tenants, whose data is kept, are migrated as well: a restored tenant must fit the code. Those being created
+    are left to their creation, those being purged are left alone.
+
+    Args:
+        services: The parts of an open ``Tenancy``.
+    """
+
+    def __init__(self, services: FleetServices) -> None:
+        self.services = services
+        self._connections = Connections(services)
+        self._selection = Selection(services.registry)
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    async def upgrade(
+        self,
+        revision: str = "head",
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        stop_on_failure: bool = False,
+        progress: Progress | None = None,
+        x: Sequence[str] = (),
+    ) -> FleetReport:
+        """Upgrade tenants to ``revision``.
+
+        On the way to head, the template of the new schema is built first: a migration that fails there has touched no
+        tenant. One tenant's failure does not stop the others; it is in the report, whose ``raise_for_failures`` turns
+        it into an error.
+
+        Args:
+            revision: As for ``alembic upgrade``: ``head``, ``heads``, a revision, or relative (``+1``).
+            tenants: Which; all where None.
+            concurrency: How many at once.
+            stop_on_failure: Begin no other tenant once one has failed.
+            progress: Told how it goes on.
+            x: What ``context.get_x_argument`` gives to the revisions.
+
+        Raises:
+            ConfigurationError: there is no migration directory, or its env.py is not ours.
+            MigrationError: the revision does not exist, or fails on the template; no tenant was touched.
+            TenantNotFoundError: one of ``tenants`` does not exist.
+            ControlUnavailableError: the control database does not answer.
+        """
+        plan = Plan.of(await self.environment(x), "upgrade", revision)
+        return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
+
+    async def downgrade(
+        self,
+        revision: str,
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        stop_on_failure: bool = False,
+        progress: Progress | None = None,
+        x: Sequence[str] = (),
+    ) -> FleetReport:
+        """Downgrade tenants to ``revision`` (``base``, a revision, or relative: ``-1``); otherwise as ``upgrade``."""
+        plan = Plan.of(await self.environment(x), "downgrade", revision)
+        return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
+
+    async def stamp(
+        self,
+        revision: str | Sequence[str],
+        *,
+        purge: bool = False,
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        stop_on_failure: bool = False,
+        progress: Progress | None = None,
+    ) -> FleetReport:
+        """Write ``revision`` into tenants' version tables without running it; ``purge`` empties these first."""
+        plan = Plan.of(await self.environment(), "stamp", revision, purge=purge)
+        return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
+
+    async def status(
+        self,
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        environment: Environment | None = None,
+    ) -> list[TenantRevision]:
+        """Read the revision of every tenant from its database, in order of creation.
+
+        Raises:
+            TenancyError: as ``upgrade``; a tenant that cannot be read is in the list, with the reason.
+        """
+        environment = environment or await self.environment()
+        heads = frozenset(environment.script.revision_map._real_heads)
+        health = Health()
+
+        async def read(tenant: Tenant) -> TenantRevision:
+            return await self._status(tenant, environment, heads, health)
+
+        return await spread(read, await self._selection.choose(tenants), concurrency)
+
+    async def environment(self, x: Sequence[str] = ()) -> Environment:
+        """Load the migration directory.
+
+        Raises:
+            ConfigurationError: there is none, or its env.py does not call ``environment.run``.
+        """
+        directory = self.services.config.migrations
+        if directory is None:
+            raise ConfigurationError("TenancyConfig.migrations names no directory; make one with: tenancy init")
+        # in a thread: env.py imports the application's models
+        return await asyncio.to_thread(lambda: load(alembic_config(directory, x=x)))
+
+    # --- what the commands are made of ------------------------------------------------------------------------------
+
+    async def execute(
+        self,
+        plan: Plan,
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        *,
+        stop_on_failure: bool = False,
+        progress: Progress | None = None,
+    ) -> FleetReport:
+        """Do what ``plan`` says to tenants; as ``upgrade``."""
+        if concurrency < 1:
+            raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
+        local.install()
+        run = Run(
+            plan,
+            self.services,
+            self._connections,
+            concurrency=concurrency,
+            stop_on_failure=stop_on_failure,
+            progress=progress,
+        )
+        return await run.execute(tenants)
+
+    async def visit(
+        self,
+        environment: Environment,
+        options: dict[str, Any],
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+    ) -> list[Visit]:
+        """Have a command of Alembic's, given by the ``options`` of its ``EnvironmentContext``, look at each tenant."""
+        visitor = Visitor(self._connections, self._selection, environment, options)
+        return await visitor.visit(tenants, concurrency)
+
+    async def run_on(self, server: str, database: str, function: Callable[[SyncConnection], None]) -> None:
+        """Call ``function`` with a SQLAlchemy connection to ``database``, as the owner of all tenants' schemas."""
+        connections = self._connections
+        connection = await connections.connect(server, database, Health())
+        try:
+            async with connections.wrapper(server).wrap(connection, connections.url(server, database)) as wrapped:
+                await wrapped.run_sync(function)
+        finally:
+            await close(connection)
+
+    async def _status(self, tenant: Tenant, environment: Environment, heads: Heads, health: Health) -> TenantRevision:
+        found: Heads | None = None
+        error = None
+        try:
+            target = self._connections.target(tenant, health)
+            connection = await target.connect()
+            try:
+                timeout = self._connections.limits.connect
+                found = (await read_state(connection, environment, target, timeout=timeout)).heads
+            finally:
+                await close(connection)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported for this tenant
+            error = describe(exc)
+        return TenantRevision(
+            tenant_id=tenant.id,
+            slug=tenant.slug,
+            server=placement_of(tenant).server,
+            revision=None if found is None else format_revision(found),
+            recorded=tenant.schema_revision,
+            at_head=None if found is None else found == heads,
+            error=error,
+        )
+
+
+__all__ = ["DEFAULT_CONCURRENCY", "FleetMigrator"]

@@ -1,0 +1,213 @@
+"""Make ``alembic.op`` and ``alembic.context`` local to the running context, so that migrations can run side by side.
+
+Revision scripts and env.py files speak to two modules whose functions delegate to one process-wide object each: the
+``Operations`` and the ``EnvironmentContext`` of whatever migration runs at the moment. With two at once, in threads or
+in tasks, the functions of one reach the database of the other. Alembic keeps it so on purpose (one command, one
+process); a fleet cannot.
+
+``install`` keeps that object in a ``ContextVar`` instead. Tasks, ``asyncio.to_thread`` and SQLAlchemy's greenlets run
+in a context that carries it, plain threads and executors do not. For these, code that was written for plain Alembic
+keeps working: where a thread has none of its own and exactly one is active in the process, that one is meant. Where
+several are, nothing can tell which, and the call is refused. Inside ``isolated`` what is installed is never meant by
+others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, cast
+
+import alembic.context
+import alembic.op
+from alembic.operations import Operations
+from alembic.runtime.environment import EnvironmentContext
+from alembic.runtime.migration import MigrationContext
+from alembic.util.langhelpers import ModuleClsProxy
+
+_isolated: ContextVar[bool] = ContextVar("tenancy_orm.migrations.isolated", default=False)
+
+
+class _Slot:
+    """Which object one of the two modules stands for, in each context."""
+
+    def __init__(self, cls: type[ModuleClsProxy], module: ModuleType) -> None:
+        self.cls = cls
+        self.module = module
+        self._lock = threading.Lock()
+        # innermost last: Alembic environments nest (a template is built while ``alembic upgrade`` runs)
+        self._stack: ContextVar[tuple[Any, ...]] = ContextVar(f"tenancy_orm.migrations.{cls.__name__}", default=())
+        # what threads without a stack may mean; guarded by _lock
+        self._shared: list[Any] = []
+
+    @property
+    def attributes(self) -> set[str]:
+        """Names of the object's plain attributes that the module shows (``context.config``)."""
+        return ModuleClsProxy._setups[self.cls][0]
+
+    def find(self) -> Any | None:
+        """The object meant here, or None."""
+        stack = self._stack.get()
+        if stack:
+            return stack[-1]
+        if _isolated.get():
+            return None
+        with self._lock:
+            return self._shared[0] if len(self._shared) == 1 else None
+
+    def push(self, proxy: Any) -> None:
+        self._stack.set((*self._stack.get(), proxy))
+        if not _isolated.get():
+            with self._lock:
+                self._shared.append(proxy)
+
+    def pop(self, proxy: Any) -> None:
+        """Take ``proxy`` away, wherever it is: a generator may be closed in another order or context."""
+        self._stack.set(tuple(x for x in self._stack.get() if x is not proxy))
+        with self._lock:
+            self._shared = [x for x in self._shared if x is not proxy]
+
+    def replace(self, proxy: Any | None) -> None:
+        """Do what an assignment to the module's ``_proxy`` means: this one, or none."""
+        for old in self._stack.get():
+            self.pop(old)
+        if proxy is not None:
+            self.push(proxy)
+
+    def missing(self) -> str:
+        return (
+            f"no Alembic {self.cls.__name__} is active in this context; {self.module.__name__} works inside a "
+            "migration, in the task or thread that runs it"
+        )
+
+
+class _Forwarder:
+    """Stands in the module's globals for whatever object is meant in the context that calls."""
+
+    __slots__ = ("_slot",)
+
+    def __init__(self, slot: _Slot) -> None:
+        self._slot = slot
+
+    def __getattr__(self, name: str) -> Any:
+        found = self._slot.find()
+        if found is None:
+            # NameError is what Alembic raises here
+            raise NameError(f"can't invoke function {name!r}: {self._slot.missing()}")
+        return getattr(found, name)
+
+
+class _LocalModule(ModuleType):
+    """A module whose proxy and proxied attributes depend on the context.
+
+    Functions of the module read ``_proxy`` from its globals, where the forwarder is; everyone else reads the attribute,
+    which this class answers with the object itself.
+    """
+
+    @property
+    def _proxy(self) -> Any | None:
+        return _slots[self.__name__].find()
+
+    @_proxy.setter
+    def _proxy(self, proxy: Any | None) -> None:
+        _slots[self.__name__].replace(proxy)
+
+    @_proxy.deleter
+    def _proxy(self) -> None:
+        _slots[self.__name__].replace(None)
+
+    def __getattr__(self, name: str) -> Any:
+        slot = _slots[self.__name__]
+        if name not in slot.attributes:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        found = slot.find()
+        if found is None:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} here: {slot.missing()}")
+        return getattr(found, name)
+
+
+_slots = {
+    module.__name__: _Slot(cls, module)
+    for cls, module in ((Operations, alembic.op), (EnvironmentContext, alembic.context))
+}
+_installing = threading.Lock()
+
+
+def is_installed() -> bool:
+    """Whether ``alembic.op`` and ``alembic.context`` are context-local."""
+    return isinstance(alembic.op, _LocalModule)
+
+
+def install() -> None:
+    """Make ``alembic.op`` and ``alembic.context`` context-local, process-wide. Doing it again does nothing.
+
+    An environment that is active already (``alembic upgrade`` loads the env.py that imports this) stays active.
+    """
+    with _installing:
+        if is_installed():
+            return
+        for slot in _slots.values():
+            _install(slot)
+        _set(Operations, "context", classmethod(_operations_context))
+
+
+def uninstall() -> None:
+    """Give Alembic its process-wide objects back: for tests that show what they do."""
+    with _installing:
+        if not is_installed():
+            return
+        for slot in _slots.values():
+            slot.module.__class__ = ModuleType
+            vars(slot.module)["_proxy"] = None
+            del slot.cls._install_proxy, slot.cls._remove_proxy
+        del Operations.context
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Keep what the body installs out of the sight of every other context, and theirs out of its own.
+
+    The tasks of a fleet run inside this: a stray thread must get an error, never the one tenant left running.
+    """
+    token = _isolated.set(True)
+    try:
+        yield
+    finally:
+        _isolated.reset(token)
+
+
+def _install(slot: _Slot) -> None:
+    def install_proxy(self: Any) -> None:
+        slot.push(self)
+
+    def remove_proxy(self: Any) -> None:
+        slot.pop(self)
+
+    names = vars(slot.module)
+    active = names.get("_proxy")
+    names["_proxy"] = _Forwarder(slot)
+    for name in slot.attributes:
+        names.pop(name, None)
+    slot.module.__class__ = _LocalModule
+    _set(slot.cls, "_install_proxy", install_proxy)
+    _set(slot.cls, "_remove_proxy", remove_proxy)
+    if active is not None:
+        slot.push(active)
+
+
+def _set(cls: type[Any], name: str, value: Any) -> None:
+    setattr(cls, name, value)
+
+
+@contextmanager
+def _operations_context(cls: type[Operations], migration_context: MigrationContext) -> Iterator[Operations]:
+    # Alembic's own leaves the object installed when the migration raises
+    operations = cast(Any, Operations(migration_context))
+    operations._install_proxy()
+    try:
+        yield operations
+    finally:
+        operations._remove_proxy()

@@ -1,0 +1,69 @@
+"""Say in Alembic's log lines which tenant they are about."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from configparser import ConfigParser
+from contextlib import contextmanager
+from contextvars import ContextVar
+from logging.config import fileConfig
+
+from alembic.config import Config
+
+logger = logging.getLogger("tenancy_orm.migrations")
+
+_label: ContextVar[str | None] = ContextVar("tenancy_orm.migrations.label", default=None)
+_quiet: ContextVar[bool] = ContextVar("tenancy_orm.migrations.quiet", default=False)
+
+
+class _Labels(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _quiet.get() and record.levelno <= logging.INFO:
+            return False
+        label = _label.get()
+        if label is not None:
+            record.msg = f"[{label.replace('%', '%%')}] {record.msg}"
+        return True
+
+
+# a logger drops a filter that it has already
+_labels = _Labels()
+
+
+@contextmanager
+def labelled(label: str) -> Iterator[None]:
+    """Begin every line of Alembic's that the body causes with ``[label]``."""
+    for emitter in (logger, logging.getLogger("alembic.runtime.migration")):
+        emitter.addFilter(_labels)
+    token = _label.set(label)
+    try:
+        yield
+    finally:
+        _label.reset(token)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what Alembic says about each connection ("Context impl PostgresqlImpl."): once is enough."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def configure(config: Config) -> None:
+    """Set up logging as the ini file says, where Alembic's command line is what runs.
+
+    Loggers that exist stay enabled: the application is imported by now, and its loggers are its own.
+    """
+    path = config.config_file_name
+    if getattr(config.cmd_opts, "cmd", None) is None or path is None:
+        return
+    parser: ConfigParser = config.file_config
+    if parser.has_section("loggers"):
+        # what was printed so far comes before what is logged from now on
+        sys.stdout.flush()
+        fileConfig(path, disable_existing_loggers=False)

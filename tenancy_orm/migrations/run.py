@@ -1,0 +1,183 @@
+"""One command over the fleet: which tenants, in what order, and what became of each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from uuid import UUID
+
+from ..context import Tenant
+from ..errors import ControlUnavailableError, MigrationError, TemplateError, TenancyError
+from ..events import TenantMigrated, TenantMigrationFailed
+from .connections import Connections, Health, is_down, placement_of
+from .database import Work, close
+from .failures import INVALID_CATALOG_NAME, describe, sqlstate_of
+from .logs import logger
+from .plan import Plan, format_revision
+from .report import FleetReport, Progress, TenantOutcome
+from .selection import Selection, TenantRef
+from .services import FleetServices
+from .spread import interleave, spread
+
+_PASSES = 10  # how often a run looks for tenants that were created meanwhile
+
+
+class Run:
+    """One command over the fleet.
+
+    Args:
+        plan: What to do.
+        services: The parts of an open ``Tenancy``.
+        connections: How to get at the databases.
+        concurrency: How many tenants at once.
+        stop_on_failure: Begin no other tenant once one has failed.
+        progress: Told how it goes on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        services: FleetServices,
+        connections: Connections,
+        *,
+        concurrency: int,
+        stop_on_failure: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.plan = plan
+        self.services = services
+        self.connections = connections
+        self.selection = Selection(services.registry)
+        self.concurrency = concurrency
+        self.stop_on_failure = stop_on_failure
+        self.progress = progress
+        self.health = Health()
+        self.outcomes: dict[UUID, TenantOutcome] = {}
+        self.order: dict[UUID, str] = {}  # every tenant this run has seen, with its slug
+        self.gone: set[UUID] = set()
+        self.stopped = False
+
+    async def execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
+        """Do it to ``tenants``, or to all."""
+        started = time.monotonic()
+        pending = await self.selection.choose(tenants)
+        await self._prepare(pending)
+        for _ in range(_PASSES):
+            await self._pass(pending)
+            if tenants is not None or self.stopped or self.plan.is_relative:
+                break
+            # tenants that older code cloned from its template after the list was made
+            pending = [t for t in await self.selection.choose(None) if t.id not in self.order]
+            if not pending:
+                break
+        return self._report(time.monotonic() - started)
+
+    def _report(self, seconds: float) -> FleetReport:
+        done = self.outcomes
+        skipped = (slug for key, slug in self.order.items() if key not in done and key not in self.gone)
+        return FleetReport(
+            command=self.plan.command,
+            target=self.plan.target,
+            outcomes=tuple(done[key] for key in self.order if key in done),
+            seconds=seconds,
+            skipped=tuple(skipped),
+        )
+
+    async def _prepare(self, tenants: list[Tenant]) -> None:
+        """Find out which servers answer, and whether the migration works at all, before a tenant is touched."""
+        names = dict.fromkeys(placement_of(t).server for t in tenants) or dict.fromkeys(self.services.servers)
+        errors = await asyncio.gather(*(self._prepare_server(name) for name in names), return_exceptions=True)
+        for name, error in zip(names, errors, strict=True):
+            if error is None:
+                continue
+            if not isinstance(error, Exception):
+                raise error
+            if isinstance(error, MigrationError | TemplateError):
+                raise MigrationError(f"no tenant was touched, the template fails: {describe(error)}") from error
+            if not is_down(error):
+                raise error
+            logger.error("server %s does not answer: %s", name, describe(error))
+            self.health.down(name)
+
+    async def _prepare_server(self, name: str) -> None:
+        if self.plan.reaches_head:
+            await self.services.provisioner.template(name)
+        else:
+            await close(await self.connections.connect(name, None, self.health))
+
+    async def _pass(self, tenants: list[Tenant]) -> None:
+        for tenant in tenants:
+            self.order[tenant.id] = tenant.slug
+        if self.progress is not None:
+            self.progress.total(len(self.order))
+        await spread(self._tenant, interleave(tenants), self.concurrency, proceed=lambda: not self.stopped)
+
+    async def _tenant(self, tenant: Tenant) -> None:
+        started = time.monotonic()
+        work = Work(
+            self.plan,
+            self.connections.target(tenant, self.health),
+            wrapper=self.connections.wrapper(placement_of(tenant).server),
+            limits=self.connections.limits,
+        )
+        error: Exception | None = None
+        try:
+            await work.run()
+        except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
+            if await self._is_gone(tenant, exc):
+                self.gone.add(tenant.id)
+                return
+            logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
+            error = exc
+        unrecorded = await self._record(tenant, work)
+        self._done(tenant, work, error or unrecorded, time.monotonic() - started)
+
+    async def _is_gone(self, tenant: Tenant, error: Exception) -> bool:
+        """Whether there is no such database because the tenant has been purged since the list was made."""
+        if sqlstate_of(error) != INVALID_CATALOG_NAME:
+            return False
+        try:
+            return await self.selection.is_gone(tenant)
+        except ControlUnavailableError:
+            return False
+
+    async def _record(self, tenant: Tenant, work: Work) -> Exception | None:
+        """Tell the registry where the tenant is now; returns why that failed."""
+        if work.after is None or format_revision(work.after) == tenant.schema_revision:
+            return None
+        try:
+            await self.services.registry.set_revision(tenant.id, format_revision(work.after))
+        except TenancyError as exc:
+            return MigrationError(
+                f"it is at {format_revision(work.after) or 'base'}, but the registry could not record that: {exc}"
+            )
+        return None
+
+    def _done(self, tenant: Tenant, work: Work, error: Exception | None, seconds: float) -> None:
+        after = None if work.after is None else format_revision(work.after)
+        outcome = TenantOutcome(
+            tenant_id=tenant.id,
+            slug=tenant.slug,
+            server=placement_of(tenant).server,
+            before=None if work.before is None else format_revision(work.before),
+            after=after,
+            changed=work.changed,
+            seconds=seconds,
+            error=None if error is None else describe(error),
+            sqlstate=None if error is None else sqlstate_of(error),
+        )
+        self.outcomes[tenant.id] = outcome
+        events = self.services.events
+        if outcome.error is None:
+            events.emit(
+                TenantMigrated(
+                    tenant_id=tenant.id, slug=tenant.slug, revision=after, changed=outcome.changed, seconds=seconds
+                )
+            )
+        else:
+            logger.error("tenant %s: %s", tenant.slug, outcome.error)
+            events.emit(TenantMigrationFailed(tenant_id=tenant.id, slug=tenant.slug, error=outcome.error))
+            self.stopped = self.stopped or self.stop_on_failure
+        if self.progress is not None:
+            self.progress.done(outcome)

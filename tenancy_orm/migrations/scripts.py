@@ -1,0 +1,143 @@
+"""A migration directory and what its env.py says, loaded once for any number of databases."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
+from alembic.util.pyfiles import coerce_resource_to_filename
+
+from ..control.names import quote_identifier
+from ..errors import ConfigurationError
+from . import local
+
+# where ``environment.run`` leaves an env.py's options instead of acting on them, while ``load`` reads that env.py
+_reading: ContextVar[list[Mapping[str, Any]] | None] = ContextVar("tenancy_orm.migrations.reading", default=None)
+
+_RESERVED = ("connection", "url", "dialect_name", "tenant")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Scripts, configuration, and the options that env.py gives to ``EnvironmentContext.configure``."""
+
+    config: Config
+    script: ScriptDirectory
+    options: Mapping[str, Any] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse the options of ``configure`` that say which database: it is for the fleet to choose."""
+        for option in _RESERVED:
+            if option in self.options:
+                raise ConfigurationError(f"environment.run chooses the database itself; leave out {option!r}")
+
+    def context(self, **options: Any) -> EnvironmentContext:
+        """Make an ``EnvironmentContext`` for one database; ``options`` as Alembic's commands give them."""
+        return EnvironmentContext(self.config, self.script, **options)
+
+    @property
+    def quoted_version_table(self) -> str:
+        """The name of Alembic's version table, with its schema where env.py gives one."""
+        schema, table = self.options.get("version_table_schema"), self.options.get("version_table", "alembic_version")
+        return ".".join(quote_identifier(part) for part in (schema, table) if part is not None)
+
+
+def load(config: Config) -> Environment:
+    """Load the scripts and run env.py, whose call of ``environment.run`` is noted and not acted upon.
+
+    Raises:
+        ConfigurationError: the directory is missing, or its env.py does not call ``environment.run``.
+    """
+    local.install()
+    try:
+        script = script_directory(config)
+        options = _read_env(config, script)
+    except CommandError as exc:
+        raise ConfigurationError(f"the migrations cannot be loaded: {exc}") from exc
+    return Environment(config, script, options)
+
+
+def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
+    found: list[Mapping[str, Any]] = []
+    # an env.py made for plain Alembic would connect to its own database here: it must find nothing to do there
+    nothing = {"fn": lambda heads, context: [], "dont_mutate": True, "destination_rev": "head", "starting_rev": None}
+    token = _reading.set(found)
+    try:
+        with EnvironmentContext(config, script, **nothing):
+            script.run_env()
+    finally:
+        _reading.reset(token)
+    if not found:
+        raise ConfigurationError(
+            f"{script.env_py_location} does not call tenancy_orm.migrations.environment.run; "
+            "make a directory with: tenancy init, or see docs/migrations.md"
+        )
+    return found[-1]
+
+
+def note(options: Mapping[str, Any]) -> bool:
+    """Leave ``options`` to ``load``; tells whether it is reading this env.py."""
+    found = _reading.get()
+    if found is None:
+        return False
+    found.append(options)
+    return True
+
+
+def script_directory(config: Config) -> ScriptDirectory:
+    """Open the directory, without growing ``sys.path`` each time by what ``prepend_sys_path`` put there before."""
+    before = list(sys.path)
+    script = ScriptDirectory.from_config(config)
+    added = sys.path[: len(sys.path) - len(before)]
+    sys.path[:] = [path for path in added if path not in before] + before
+    return script
+
+
+def alembic_config(directory: str | Path, *, x: Sequence[str] = ()) -> Config:
+    """Find the configuration that belongs to a migration directory.
+
+    That is an alembic.ini (or a pyproject.toml with ``[tool.alembic]``) in the directory, beside it, or in the working
+    directory, provided its ``script_location`` is this directory; else Alembic's defaults.
+
+    Args:
+        directory: Where env.py is.
+        x: What ``context.get_x_argument`` gives to env.py and the revisions, as from ``alembic -x``.
+
+    Raises:
+        ConfigurationError: there is no env.py in the directory.
+    """
+    directory = Path(directory).absolute()
+    if not (directory / "env.py").is_file():
+        raise ConfigurationError(f"{directory} holds no env.py; make a migration directory with: tenancy init")
+    config = _configured(directory) or _default(directory)
+    if x:
+        config.cmd_opts = Namespace(x=list(x))
+    return config
+
+
+def _configured(directory: Path) -> Config | None:
+    for place in (directory, directory.parent, Path.cwd()):
+        ini, toml = place / "alembic.ini", place / "pyproject.toml"
+        if not ini.is_file() and not toml.is_file():
+            continue
+        config = Config(ini if ini.is_file() else None, toml_file=toml if toml.is_file() else None)
+        location = config.get_alembic_option("script_location")
+        if location and coerce_resource_to_filename(location).resolve() == directory.resolve():
+            return config
+    return None
+
+
+def _default(directory: Path) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(directory).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config

@@ -1,0 +1,86 @@
+"""Which tenants a command is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from uuid import UUID
+
+from ..context import Status, Tenant
+from ..errors import TenantNotFoundError, TenantProvisioningError
+from .services import FleetRegistry
+
+TenantRef = str | UUID | Tenant
+
+_PAGE = 500
+
+
+class Selection:
+    """Looks up tenants.
+
+    Args:
+        registry: The control database's tenants.
+    """
+
+    def __init__(self, registry: FleetRegistry) -> None:
+        self._registry = registry
+
+    async def choose(self, tenants: Iterable[TenantRef] | None) -> list[Tenant]:
+        """The tenants that are named, or all that have a database and keep it.
+
+        Raises:
+            TenantNotFoundError: one that is named does not exist.
+            TenantProvisioningError: one that is named is still being created.
+        """
+        if tenants is None:
+            return await self._all()
+        found = [await self._one(ref) for ref in tenants]
+        return list({tenant.id: tenant for tenant in found}.values())
+
+    async def is_gone(self, tenant: Tenant) -> bool:
+        """Whether a tenant has been purged, or is being purged, by now."""
+        if (await self._registry.get(tenant.id)).status is Status.PURGED:
+            return True
+        return tenant.id in await self._purging()
+
+    async def _all(self) -> list[Tenant]:
+        purging = await self._purging()
+        tenants: list[Tenant] = []
+        after: UUID | None = None
+        while True:
+            page = await self._registry.page(limit=_PAGE, after=after)
+            tenants += page.items
+            after = page.next
+            if after is None:
+                break
+        return [t for t in tenants if t.status is not Status.PROVISIONING and t.id not in purging and t.placement]
+
+    async def _purging(self) -> set[UUID]:
+        return {item.tenant.id for item in await self._registry.unfinished() if item.kind == "purging"}
+
+    async def _one(self, ref: TenantRef) -> Tenant:
+        tenant = await self._look_up(ref)
+        if tenant.status is Status.PROVISIONING:
+            raise TenantProvisioningError(tenant.slug)
+        if tenant.placement is None:
+            raise TenantNotFoundError(tenant.slug)
+        return tenant
+
+    async def _look_up(self, ref: TenantRef) -> Tenant:
+        if isinstance(ref, Tenant):
+            return await self._registry.get(ref.id)
+        if isinstance(ref, UUID):
+            return await self._registry.get(ref)
+        try:
+            return await self._registry.by_slug(ref)
+        except TenantNotFoundError:
+            tenant_id = _as_id(ref)
+            if tenant_id is None:
+                raise
+            return await self._registry.get(tenant_id)
+
+
+def _as_id(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None

@@ -1,0 +1,56 @@
+"""Do something for each tenant, several at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import zip_longest
+from typing import TypeVar
+
+from ..context import Tenant
+from .connections import placement_of
+
+T = TypeVar("T")
+
+
+def interleave(tenants: list[Tenant]) -> list[Tenant]:
+    """Take tenants of different servers in turn, so that the load is spread and a slow server does not hold all up."""
+    by_server: dict[str, list[Tenant]] = {}
+    for tenant in tenants:
+        by_server.setdefault(placement_of(tenant).server, []).append(tenant)
+    return [tenant for turn in zip_longest(*by_server.values()) for tenant in turn if tenant is not None]
+
+
+async def spread(
+    function: Callable[[Tenant], Awaitable[T]],
+    tenants: Sequence[Tenant],
+    concurrency: int,
+    *,
+    proceed: Callable[[], bool] = lambda: True,
+) -> list[T]:
+    """Call ``function`` for each tenant, ``concurrency`` at once, each in a task and context of its own.
+
+    Returns the results in order; tenants that are not begun because ``proceed`` says no are left out.
+    """
+    queue = deque(enumerate(tenants))
+    results: dict[int, T] = {}
+
+    async def call(tenant: Tenant) -> T:
+        return await function(tenant)
+
+    async def work() -> None:
+        while queue and proceed():
+            index, tenant = queue.popleft()
+            results[index] = await asyncio.create_task(call(tenant), name=f"tenancy-migrate-{tenant.slug}")
+
+    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(queue)))]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            # a second cancellation would cut short what the first one has set going
+            if not worker.cancelling():
+                worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    return [results[index] for index in sorted(results)]

@@ -1,0 +1,118 @@
+"""Have one of Alembic's commands look at each tenant, and keep apart what it prints."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from alembic.config import Config
+from sqlalchemy import Connection as SyncConnection
+
+from ..context import Tenant
+from . import local
+from .connections import Connections, Health, placement_of
+from .database import Connection, Target, active, close, lock, make_version_table, read_state
+from .logs import labelled
+from .scripts import Environment
+from .selection import Selection, TenantRef
+from .spread import spread
+
+_printed: ContextVar[io.StringIO] = ContextVar("tenancy_orm.migrations.printed")
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What a command printed about one tenant, or why it failed there."""
+
+    tenant: Tenant
+    text: str
+    error: Exception | None
+
+
+class Visitor:
+    """Runs a command, given by the ``options`` of its ``EnvironmentContext``, on each tenant's database.
+
+    Args:
+        connections: How to get at the databases.
+        selection: Which there are.
+        environment: The scripts.
+        options: What the command gives to ``EnvironmentContext``.
+    """
+
+    def __init__(
+        self, connections: Connections, selection: Selection, environment: Environment, options: dict[str, Any]
+    ) -> None:
+        self._connections = connections
+        self._selection = selection
+        self._environment = environment
+        self._options = options
+        self._health = Health()
+
+    async def visit(self, tenants: Iterable[TenantRef] | None, concurrency: int) -> list[Visit]:
+        """Visit ``tenants``, or all, in order."""
+        with _apart(self._environment.config):
+            return await spread(self._one, await self._selection.choose(tenants), concurrency)
+
+    async def _one(self, tenant: Tenant) -> Visit:
+        target = self._connections.target(tenant, self._health)
+        buffer = io.StringIO()
+        _printed.set(buffer)
+        error: Exception | None = None
+        with local.isolated(), labelled(tenant.slug):
+            try:
+                connection = await target.connect()
+                try:
+                    await self._look(connection, tenant, target)
+                finally:
+                    await close(connection)
+            except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported for this tenant
+                error = exc
+        return Visit(tenant, buffer.getvalue(), error)
+
+    async def _look(self, connection: Connection, tenant: Tenant, target: Target) -> None:
+        environment, limits = self._environment, self._connections.limits
+        changes = not self._options.get("dont_mutate")
+        if changes:
+            await lock(connection, timeout=limits.wait)
+        state = await read_state(connection, environment, target, timeout=limits.connect)
+
+        def run(sync: SyncConnection) -> None:
+            context = environment.context(**self._options)
+            with active(context, sync, environment, tenant), context.begin_transaction():
+                if changes and not state.has_version_table:
+                    make_version_table(context, sync, environment, tenant)
+                context.run_migrations()
+
+        wrapper = self._connections.wrapper(placement_of(tenant).server)
+        async with asyncio.timeout(limits.total), wrapper.wrap(connection, target.url) as wrapped:
+            await wrapped.run_sync(run)
+
+
+@contextmanager
+def _apart(config: Config) -> Iterator[None]:
+    """Have what tasks print by ``config.print_stdout`` go to the buffers they have set."""
+    before = config.stdout
+    config.stdout = _Printed()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        config.stdout = before
+
+
+class _Printed(io.TextIOBase):
+    """A ``stdout`` for several tenants at once."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return _printed.get().write(text)

@@ -1,0 +1,223 @@
+"""Rotation of what tenants' databases are opened with: the roles' passwords, and the keys that seal them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import asyncpg
+
+from ..config import TenancyConfig
+from ..context import Placement, Status, Tenant
+from ..control.audit import SYSTEM, Actor
+from ..control.data_keys import DataKeys
+from ..control.registry import Registry
+from ..control.sealed import ResealReport, SealedPasswords
+from ..control.secrets import Keyring
+from ..errors import ConfigurationError, ProvisioningError, TenancyError, TenantNotFoundError
+from ..routing.servers import Servers
+from . import databases
+from .administration import Administration
+from .cancellation import settled
+from .pipeline import describe, tenant_key
+from .scram import scram_verifier
+
+logger = logging.getLogger("tenancy_orm.secrets")
+
+CONCURRENCY = 4
+_PAGE = 500
+_ROTATED = tuple(status for status in Status if status not in (Status.PROVISIONING, Status.PURGED))
+
+
+@dataclass(frozen=True, slots=True)
+class RotationReport:
+    """How many passwords were rotated, and why those of other tenants (by slug) were not."""
+
+    rotated: int
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+class SecretManager:
+    """Rotates passwords and keys while requests are served; ``tenancy.secrets``.
+
+    PostgreSQL keeps one password per role. So that no request fails in between, the new password is stored first,
+    beside the old one; then the role gets it; then the old one is forgotten. A process that connects with the old
+    password a moment too late is refused, reads the registry once more, and connects with the new one. Connections that
+    are open are not affected.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TenancyConfig,
+        registry: Registry,
+        sealed: SealedPasswords,
+        servers: Servers,
+        keyring: Keyring,
+        data_keys: DataKeys | None = None,
+    ) -> None:
+        self._timeout = config.provision_timeout
+        self._registry = registry
+        self._sealed = sealed
+        self._servers = servers
+        self._keyring = keyring
+        self._data_keys = data_keys
+        self._administration = Administration(keep=CONCURRENCY)
+
+    # --- passwords --------------------------------------------------------------------------------------------------
+
+    async def rotate_password(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
+        """Give a tenant's role a new random password.
+
+        Interrupted at any point, it is finished by repeating it; both passwords are stored until then.
+
+        Args:
+            tenant: Whose password.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantNotFoundError: no such tenant, or it has been purged.
+            InvalidTransitionError: it is still being created.
+            ProvisioningError: its server refused, or did not answer within ``provision_timeout``.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+        """
+        # as it is now: a tenant may have moved
+        placement = (await self._registry.get(tenant.id)).placement
+        if placement is None:
+            raise TenantNotFoundError(tenant.slug)
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._rotate(tenant.id, placement, actor)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+            raise ProvisioningError(
+                f"the password of tenant {tenant.slug!r} was not rotated ({describe(exc)}); try again",
+                tenant=tenant.slug,
+                step="password",
+            ) from exc
+
+    async def rotate_passwords(
+        self,
+        tenants: Iterable[Tenant] | None = None,
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: Callable[[int], None] | None = None,
+        actor: Actor = SYSTEM,
+    ) -> RotationReport:
+        """Give every tenant's role a new random password. One tenant's failure does not stop the others.
+
+        Args:
+            tenants: Only these; all where None.
+            concurrency: How many at once.
+            progress: Called with the number of tenants done so far.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        if concurrency < 1:
+            raise ConfigurationError("concurrency must be at least 1")
+        queue = iter(tenants) if tenants is not None else iter(await self._all())
+        rotated, failed = 0, {}
+
+        async def work() -> None:
+            nonlocal rotated
+            for tenant in queue:
+                try:
+                    await self.rotate_password(tenant, actor=actor)
+                    rotated += 1
+                except TenantNotFoundError:
+                    continue  # purged meanwhile
+                except TenancyError as exc:
+                    logger.error("the password of tenant %s was not rotated: %s", tenant.slug, exc)
+                    failed[tenant.slug] = str(exc)
+                if progress is not None:
+                    progress(rotated + len(failed))
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(work())
+        return RotationReport(rotated, failed)
+
+    async def finish_rotations(self, *, actor: Actor = SYSTEM) -> RotationReport:
+        """Finish the rotations of passwords that were interrupted.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        pending = [await self._registry.get(tenant_id) for tenant_id in await self._sealed.pending()]
+        return await self.rotate_passwords(pending, actor=actor)
+
+    async def _all(self) -> list[Tenant]:
+        found: list[Tenant] = []
+        after: UUID | None = None
+        while True:
+            page = await self._registry.page(status=_ROTATED, limit=_PAGE, after=after)
+            found.extend(page.items)
+            after = page.next
+            if after is None:
+                return found
+
+    async def _rotate(self, tenant_id: UUID, placement: Placement, actor: Actor) -> None:
+        server, key = self._servers[placement.server], tenant_key(tenant_id)
+        # the lock that creation and purge take: one process at a time changes a tenant's role
+        connection = await self._administration.acquire(server, key, timeout=self._timeout)
+        try:
+            password = await self._sealed.begin(tenant_id)
+            await databases.set_password(connection, placement.role, verifier=scram_verifier(password))
+            await self._sealed.finish(tenant_id, actor=actor)
+        finally:
+            await settled(self._administration.release(server, connection, key))
+
+    # --- keys -------------------------------------------------------------------------------------------------------
+
+    async def rotate_encryption_key(self, *, actor: Actor = SYSTEM) -> ResealReport:
+        """Seal every tenant's password under the newest key.
+
+        With envelope encryption a new data key is made first. Without, the newest key is the last of
+        ``encryption_keys``: every process must know it before it is made the last one.
+
+        Raises:
+            SecretProviderError: the new data key cannot be wrapped; nothing changed.
+            ControlUnavailableError: the control database does not answer; repeating it goes on.
+        """
+        if self._data_keys is not None:
+            self._keyring.renew(await self._data_keys.rotate())
+        return await self._sealed.reseal(actor=actor)
+
+    async def reseal(self, *, actor: Actor = SYSTEM) -> ResealReport:
+        """Seal every tenant's password under the newest key there is, to go on after an interruption.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer; repeating it goes on.
+        """
+        if self._data_keys is not None:
+            await self._data_keys.renew(self._keyring)
+        return await self._sealed.reseal(actor=actor)
+
+    async def forget_unused_keys(self) -> list[str]:
+        """Delete the data keys that nothing is sealed under, but for the newest; returns their ids.
+
+        Do so some hours after a rotation: a process that has not heard of the new key seals under the old one.
+
+        Raises:
+            ConfigurationError: there is no envelope encryption; take the key out of ``encryption_keys`` instead.
+            ControlUnavailableError: the control database does not answer.
+        """
+        if self._data_keys is None:
+            raise ConfigurationError("there are no data keys; take unused keys out of encryption_keys")
+        known = list(await self._data_keys.open())
+        in_use = await self._sealed.keys_in_use()
+        unused = [key_id for key_id in known[:-1] if key_id not in in_use]
+        await self._data_keys.forget(unused)
+        self._keyring.renew(await self._data_keys.open())
+        return unused
+
+    async def close(self) -> None:
+        """Close the administrative connections that are kept between rotations."""
+        await self._administration.close()
+
+
+__all__ = ["CONCURRENCY", "RotationReport", "SecretManager"]

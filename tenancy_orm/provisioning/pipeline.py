@@ -1,0 +1,383 @@
+"""The creation of one tenant, step by step, so that all of it or nothing remains.
+
+The steps are registered, role, database, grants, proved; what follows them makes the tenant active. Each one's name is
+in the registry before it begins, but for the role's: that one follows "registered" at once, and costs less than writing
+its name. The administrative connection holds an advisory lock on the tenant's id from before
+the row is written until everything is over. The kernel closes a dead process's connections and PostgreSQL then
+releases their locks, so ``reconcile`` tells a creation under way from a dead one exactly, and without a clock.
+
+A failure or a cancellation undoes the steps that were begun, in reverse. Becoming active is one commit in the registry
+and the point of no return: whether it has taken place is read back where it is in doubt, and an active tenant is never
+undone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from uuid import UUID
+
+from ..config import TenancyConfig
+from ..context import Placement, Status, Tenant
+from ..control.audit import Actor
+from ..control.keys import NewKey
+from ..control.names import Names
+from ..control.registry import Registry, TenantDraft
+from ..control.secrets import Keyring
+from ..errors import (
+    DatabaseExistsError,
+    ProvisioningError,
+    TenancyError,
+    TenantExistsError,
+    TenantNotFoundError,
+)
+from ..events import EventBus, TenantCreationFailed
+from ..routing import marker
+from ..routing.servers import Server, Servers
+from . import databases
+from .administration import Administration
+from .cancellation import settled
+from .databases import Connection, Strategy
+from .scram import scram_verifier
+from .templates import TemplateInfo, Templates
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+# What the registry's row says of a creation whose undoing failed. Not a step: reconcile removes what it finds.
+UNDOING = "undoing"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What provisioning works with."""
+
+    config: TenancyConfig
+    registry: Registry
+    servers: Servers
+    administration: Administration
+    names: Names
+    keyring: Keyring
+    installation: UUID
+    templates: Templates
+    events: EventBus
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of a creation. ``undo`` works whether ``apply`` succeeded, failed half-way, or was undone before."""
+
+    name: str
+    apply: Callable[[], Awaitable[None]]
+    undo: Callable[[], Awaitable[None]]
+
+
+def tenant_key(tenant_id: UUID) -> int:
+    """The advisory lock key that every process holds while it makes or removes what belongs to this tenant."""
+    return databases.lock_key(f"tenant:{tenant_id}")
+
+
+class Creation:
+    """One tenant being created. Use an object once, by ``run``."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        server: Server,
+        template: TemplateInfo,
+        draft: TenantDraft,
+        *,
+        key: NewKey | None,
+        key_name: str,
+        scopes: Sequence[str],
+        strategy: Strategy,
+        actor: Actor,
+    ) -> None:
+        self._parts = parts
+        self._server = server
+        self._template = template
+        self._draft = draft
+        self._key = key
+        self._key_name = key_name
+        self._scopes = scopes
+        self._strategy = strategy
+        self._actor = actor
+        self._timeout = parts.config.provision_timeout
+        self._connection: Connection | None = None
+        # whether the lock was held without a gap: only then no reconcile can have touched this tenant
+        self._lock_unbroken = True
+        self._taken_over = False
+        self._begun: list[Step] = []
+        self._closing: list[asyncio.Future[None]] = []
+        self._step = "locked"
+        self._tenant: Tenant | None = None
+
+    def steps(self) -> tuple[Step, ...]:
+        """The steps after the registry's row, in order."""
+        return (
+            Step("role", self._create_role, self._drop_role),
+            Step("database", self._create_database, self._drop_database),
+            Step("grants", self._grant, _nothing),
+            Step("proved", self._prove, self._end_connections),
+        )
+
+    async def run(self) -> Tenant:
+        """Create the tenant, or undo what was begun.
+
+        Raises:
+            TenantExistsError: the slug is taken.
+            DatabaseExistsError: a database or role of the tenant's name exists.
+            ProvisioningError: a step failed or did not end in time.
+        """
+        try:
+            async with asyncio.timeout(self._timeout):
+                self._connection = await self._lock()
+                await self._register()
+                steps = self.steps()
+                for step, following in zip(steps, [*steps[1:], None], strict=True):
+                    await self._take(step, following)
+                return await settled(self._complete())
+        except BaseException as exc:
+            undone = await settled(self._abandon(exc))
+            if self._tenant is not None and isinstance(exc, Exception):
+                return self._tenant  # the deadline passed, or the connection broke, once the tenant was active
+            self._explain(exc, undone)
+            raise
+        finally:
+            await settled(self._let_go())
+
+    @property
+    def role(self) -> str:
+        """The name of the tenant's role."""
+        return self._draft.role
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    async def _lock(self) -> Connection:
+        return await self._parts.administration.acquire(self._server, tenant_key(self._draft.id), timeout=self._timeout)
+
+    async def _register(self) -> None:
+        self._step = "registered"
+        await settled(self._parts.registry.register(self._draft, actor=self._actor))
+
+    async def _take(self, step: Step, following: Step | None) -> None:
+        """Do a step, whose name is in the registry, while the name of the one after it is written there.
+
+        That one does not begin before its name is written. A name that is written too early, since this step failed or
+        its process died, tells reconcile nothing wrong: it looks at what is there.
+        """
+        self._step = step.name
+        self._begun.append(step)
+        writing = asyncio.ensure_future(self._write(following))
+        try:
+            await step.apply()
+        except DatabaseExistsError:
+            # not made by this step, so not to be undone by it
+            self._begun.remove(step)
+            raise
+        finally:
+            await settled(_ended(writing))
+        writing.result()
+
+    async def _write(self, step: Step | None) -> None:
+        if step is not None:
+            await self._parts.registry.record_step(self._draft.id, step.name)
+
+    async def _complete(self) -> Tenant:
+        self._step = "active"
+        self._tenant = await self._parts.registry.complete(
+            self._draft.id,
+            revision=self._template.revision,
+            key=self._key,
+            key_name=self._key_name,
+            scopes=self._scopes,
+            actor=self._actor,
+        )
+        return self._tenant
+
+    @property
+    def _admin(self) -> Connection:
+        """The connection that holds the lock, which is taken first."""
+        if self._connection is None:
+            raise ProvisioningError("the lock is not held", tenant=self._draft.slug, step=self._step)
+        return self._connection
+
+    async def _create_role(self) -> None:
+        password = self._parts.keyring.open_password(self._draft.id, self._draft.sealed_password)
+        await databases.create_role(
+            self._admin,
+            self._draft.role,
+            verifier=scram_verifier(password),
+            connection_limit=self._parts.config.tiers[self._draft.tier].connection_limit,
+        )
+
+    async def _create_database(self) -> None:
+        await self._parts.templates.clone(self._admin, self._template, self._draft.database, strategy=self._strategy)
+
+    async def _grant(self) -> None:
+        draft = self._draft
+        await databases.admit(self._admin, draft.database, role=draft.role)
+        connection = await self._server.connect_admin(draft.database, role=self._parts.names.owner)
+        try:
+            await databases.grant_and_mark(
+                connection,
+                draft.database,
+                role=draft.role,
+                what=await self._parts.templates.contents(connection, self._template),
+                marker=marker.marker_text(self._parts.installation, draft.id),
+            )
+        finally:
+            self._close_later(connection)
+
+    async def _prove(self) -> None:
+        draft = self._draft
+        placement = Placement(draft.server, draft.database, draft.role, draft.sealed_password)
+        self._close_later(await prove(self._parts, draft.id, draft.slug, placement))
+
+    def _close_later(self, connection: Connection) -> None:
+        """Close a connection while the next step is done: the server takes 2 ms to say good-bye."""
+        self._closing.append(asyncio.ensure_future(databases.close(connection)))
+
+    async def _let_go(self) -> None:
+        if self._closing:
+            await asyncio.wait(self._closing)
+        if self._connection is not None:
+            await self._parts.administration.release(self._server, self._connection, tenant_key(self._draft.id))
+
+    # --- back -------------------------------------------------------------------------------------------------------
+
+    async def _end_connections(self) -> None:
+        if await databases.role_exists(self._admin, self._draft.role):
+            await databases.set_login(self._admin, self._draft.role, False)
+            await databases.terminate(self._admin, self._draft.role, timeout=self._timeout)
+
+    async def _drop_database(self) -> None:
+        await databases.drop_database(self._admin, self._draft.database)
+
+    async def _drop_role(self) -> None:
+        await databases.drop_role(self._admin, self._draft.role)
+
+    @property
+    def _stands(self) -> bool:
+        """Whether the tenant is active, by this creation's own commit or by a reconcile's."""
+        return self._tenant is not None or self._taken_over
+
+    async def _abandon(self, error: BaseException) -> bool:
+        """Undo what was begun, unless the tenant turns out to be active. Returns whether nothing is left."""
+        if self._stands:
+            return False
+        if isinstance(error, TenantExistsError):
+            return True
+        step = self._step
+        try:
+            async with asyncio.timeout(self._timeout):
+                undone = await self._undo(step, error)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the first error is the one to raise
+            logger.error("undoing tenant %s failed, reconcile will repeat it: %s", self._draft.slug, describe(exc))
+            await self._leave_to_reconcile(exc)
+            undone = False
+        if not self._stands:
+            self._parts.events.emit(
+                TenantCreationFailed(tenant_id=self._draft.id, slug=self._draft.slug, step=step, undone=undone)
+            )
+        return undone
+
+    async def _undo(self, step: str, error: BaseException) -> bool:
+        if step == "locked":
+            return True
+        await self._hold_lock()
+        try:
+            tenant = await self._parts.registry.get(self._draft.id)
+        except TenantNotFoundError:
+            tenant = None  # the row was never written, or a reconcile was here
+        if tenant is not None and tenant.status is not Status.PROVISIONING:
+            if self._lock_unbroken:
+                self._tenant = tenant
+            else:
+                self._taken_over = True
+            return False
+        for begun in reversed(self._begun):
+            await begun.undo()
+        if tenant is not None:
+            await self._parts.registry.discard(self._draft.id, step=step, error=describe(error), actor=self._actor)
+        return True
+
+    async def _hold_lock(self) -> None:
+        """Make sure that the lock is held: the connection may be what failed."""
+        if self._connection is not None and await databases.is_alive(self._connection):
+            return
+        self._lock_unbroken = False
+        if self._connection is not None:
+            await databases.close(self._connection)
+        # the server may need a while to notice the loss of the old one
+        self._connection = await self._lock()
+
+    async def _leave_to_reconcile(self, error: Exception) -> None:
+        try:
+            async with asyncio.timeout(self._parts.config.connect_timeout):
+                await self._parts.registry.note_failure(self._draft.id, step=UNDOING, error=describe(error))
+        except Exception as exc:  # noqa: BLE001 - as above; the row is there, and reconcile finds it
+            logger.error("the registry was not told of it either: %s", describe(exc))
+
+    def _explain(self, error: BaseException, undone: bool) -> None:
+        """Raise what the caller should see in place of ``error``, or return where that is ``error`` itself."""
+        if self._taken_over and isinstance(error, Exception):
+            raise ProvisioningError(
+                f"the connection to server {self._server.name!r} was lost, and reconcile has completed tenant "
+                f"{self._draft.slug!r} without its API key; issue one",
+                tenant=self._draft.slug,
+                step=self._step,
+            ) from error
+        if isinstance(error, ProvisioningError) and error.step is None:
+            error.step, error.tenant = self._step, self._draft.slug
+        if isinstance(error, TenancyError) or not isinstance(error, Exception):
+            return
+        what = f"did not end within {self._timeout:g} s" if isinstance(error, TimeoutError) else "failed"
+        fate = "what was made has been undone" if undone else "run: tenancy reconcile"
+        raise ProvisioningError(
+            f"creating tenant {self._draft.slug!r} {what} at step {self._step!r} ({describe(error)}); {fate}",
+            tenant=self._draft.slug,
+            step=self._step,
+        ) from error
+
+
+async def prove(parts: Parts, tenant_id: UUID, slug: str, placement: Placement) -> Connection:
+    """Log in as the tenant, as its first request will, and check that the database is its own.
+
+    Returns the connection, for the caller to close.
+
+    Raises:
+        MarkerMismatchError: the database is another's.
+        SecretError: the password does not open.
+        LoginRefusedError: PostgreSQL does not admit the role.
+        ServerUnavailableError: the server does not answer.
+    """
+    password = partial(parts.keyring.open_password, tenant_id, placement.sealed_password)
+    connection: Connection = await parts.servers[placement.server].connect_tenant(placement, password, tenant=slug)
+    try:
+        await marker.verify(connection, parts.installation, tenant_id, tenant=slug)
+    except BaseException:
+        await settled(databases.close(connection))
+        raise
+    return connection
+
+
+async def _ended(work: asyncio.Future[None]) -> None:
+    """Wait for the end of ``work``, however it ends; its error counts only where nothing else has failed."""
+    await asyncio.wait((work,))
+    if not work.cancelled():
+        work.exception()
+
+
+async def _nothing() -> None:
+    """Undo a step whose work goes with that of another."""
+
+
+def describe(error: BaseException) -> str:
+    """The error in words. PostgreSQL's own messages name objects, never the text of a statement."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+__all__ = ["Creation", "Parts", "Step", "describe", "prove", "tenant_key"]

@@ -1,0 +1,107 @@
+"""What a server needs once, before it can hold tenants: the owner role, and databases that are closed to PUBLIC."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+
+import asyncpg
+from sqlalchemy import text
+
+from ..control.database import ControlDatabase
+from ..control.names import quote_identifier
+from ..errors import DatabaseExistsError
+from ..routing.servers import Server
+from . import databases
+from .cancellation import settled
+from .databases import Connection
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+_LOCK = "prepare"
+
+# What the loser of a race with another installation's preparation of the same server gets.
+_RACES = (databases.CONCURRENT_UPDATE, databases.DUPLICATE_OBJECT, databases.UNIQUE_VIOLATION)
+
+
+async def prepare(server: Server, *, owner: str, control: ControlDatabase, timeout: float) -> None:
+    """Bring ``server`` to the state that provisioning relies on. Looks first, so that repeating it writes nothing.
+
+    - The role ``owner`` exists, and an administrator who is not a superuser is a member of it.
+    - PUBLIC has no rights on ``postgres``, ``template1``, the database of the administrator's URL, and the control
+      database if it is on this server. Where the administrator may not change that, a warning names the statement
+      for a superuser to run.
+
+    Raises:
+        TimeoutError: another preparation did not end within ``timeout`` seconds.
+        asyncpg.InsufficientPrivilegeError: the administrator may not create roles.
+        ServerUnavailableError: the server does not answer.
+    """
+    connection = await server.connect_admin()
+    try:
+        await databases.lock(connection, databases.lock_key(_LOCK), timeout=timeout)
+        async with asyncio.timeout(timeout):
+            await _prepare_owner(connection, owner)
+            for name, users in (await _databases_to_close(connection, control)).items():
+                await _retry(partial(_close, connection, server.name, name, users))
+    finally:
+        await settled(databases.close(connection))
+
+
+async def _prepare_owner(connection: Connection, owner: str) -> None:
+    if not await databases.role_exists(connection, owner):
+        with suppress(DatabaseExistsError):  # another process was faster; this is the one role that is shared
+            await databases.create_owner(connection, owner)
+    if not await databases.is_member(connection, owner):
+        await _retry(partial(databases.join_role, connection, owner))
+
+
+async def _databases_to_close(connection: Connection, control: ControlDatabase) -> dict[str, set[str]]:
+    """The databases that PUBLIC must not enter, and the roles (no superusers) that must still be able to."""
+    found: dict[str, set[str]] = {"postgres": set(), "template1": set()}
+    maintenance, administrator, started = await connection.fetchrow(
+        "SELECT current_database(), current_user, pg_postmaster_start_time()"
+    )
+    found.setdefault(maintenance, set())
+    if not await databases.is_superuser(connection):
+        found[maintenance].add(administrator)
+    query = text(
+        "SELECT current_database(), current_user, pg_postmaster_start_time(), "
+        "(SELECT rolsuper FROM pg_roles WHERE rolname = current_user)"
+    )
+    async with control.connect() as registry:
+        name, user, registry_started, is_superuser = (await registry.execute(query)).one()
+    # Host names prove nothing: one server has many. When it was started, to the microsecond, tells servers apart.
+    if registry_started == started:
+        found.setdefault(name, set()).update(() if is_superuser else (user,))
+    return found
+
+
+async def _close(connection: Connection, server: str, name: str, users: set[str]) -> None:
+    if not await databases.is_open_to_public(connection, name):
+        return
+    with suppress(asyncpg.InsufficientPrivilegeError):  # told below, like the case in which PostgreSQL only warns
+        await databases.close_to_public(connection, name, but=sorted(users))
+    if await databases.is_open_to_public(connection, name):
+        logger.warning(
+            "every role can connect to database %s on server %s, and its administrator may not change that; "
+            "run as a superuser: REVOKE ALL ON DATABASE %s FROM PUBLIC",
+            name,
+            server,
+            quote_identifier(name),
+        )
+
+
+async def _retry(work: Callable[[], Awaitable[None]], *, attempts: int = 50) -> None:
+    for remaining in reversed(range(attempts)):
+        try:
+            await work()
+        except asyncpg.PostgresError as exc:
+            if databases.sqlstate(exc) not in _RACES or not remaining:
+                raise
+            await asyncio.sleep(databases.POLL_SECONDS)
+        else:
+            return

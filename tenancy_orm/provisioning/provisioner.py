@@ -1,0 +1,318 @@
+"""``Provisioner``: the one object of this room that the rest of the package holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from uuid import UUID
+
+import asyncpg
+
+from ..config import TenancyConfig
+from ..context import Placement, Tenant
+from ..control.audit import SYSTEM, Actor
+from ..control.database import ControlDatabase
+from ..control.keys import NewKey
+from ..control.names import Names
+from ..control.registry import Registry, TenantDraft
+from ..control.secrets import Keyring
+from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
+from ..events import EventBus
+from ..routing.servers import Server, Servers
+from . import databases
+from .administration import Administration
+from .cancellation import settled
+from .databases import Connection, Strategy
+from .pipeline import Creation, Parts, describe, tenant_key
+from .preparation import prepare
+from .reconcile import Reconciler, ReconcileReport, align_role
+from .templates import SchemaSource, TemplateInfo, Templates
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+
+class Provisioner:
+    """Makes and removes tenants' databases and roles.
+
+    At most ``config.provision_concurrency`` creations and purges run on one server at once, per process; the others
+    wait their turn, each of those before them being bounded by ``config.provision_timeout``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TenancyConfig,
+        control: ControlDatabase,
+        registry: Registry,
+        servers: Servers,
+        names: Names,
+        keyring: Keyring,
+        schema: SchemaSource,
+        events: EventBus,
+    ) -> None:
+        self.names = names
+        self._control = control
+        self._templates = Templates(config=config, names=names, schema=schema)
+        self._administration = Administration(keep=config.provision_concurrency)
+        self._parts = Parts(
+            config=config,
+            registry=registry,
+            servers=servers,
+            administration=self._administration,
+            names=names,
+            keyring=keyring,
+            installation=control.installation,
+            templates=self._templates,
+            events=events,
+        )
+        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(config.provision_concurrency)
+        )
+        self._prepared: set[str] = set()
+        # by server: held while it is prepared
+        self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    @property
+    def _timeout(self) -> float:
+        return self._parts.config.provision_timeout
+
+    # --- servers and templates --------------------------------------------------------------------------------------
+
+    async def prepare_server(self, name: str) -> None:
+        """Make the owner role on a server, and close its shared databases to PUBLIC. Repeating it changes nothing.
+
+        Called by the first creation on each server; ``tenancy init`` calls it so that mistakes show early.
+
+        Raises:
+            UnknownServerError: no such server is configured.
+            ServerUnavailableError: it does not answer.
+            ProvisioningError: the administrator lacks the rights, or another process prepares it for too long.
+        """
+        server = self._parts.servers[name]
+        async with self._preparing[name]:
+            try:
+                await prepare(server, owner=self.names.owner, control=self._control, timeout=self._timeout)
+            except TenancyError:
+                raise
+            except (asyncpg.PostgresError, OSError) as exc:
+                raise ProvisioningError(
+                    f"server {name!r} could not be prepared ({describe(exc)}); its administrator needs CREATEDB and "
+                    "CREATEROLE on PostgreSQL 16 and later, or must be a superuser",
+                    step="prepare",
+                ) from exc
+            self._prepared.add(name)
+
+    async def template(self, server: str) -> TemplateInfo:
+        """Return the template of the current schema on a server, and build it first where it is missing.
+
+        Raises:
+            TemplateError: it could not be built.
+            UnknownServerError, ServerUnavailableError: as ``prepare_server``.
+        """
+        return await self._templates.ensure(await self._ready(server))
+
+    def scratch(self, server: str) -> AbstractAsyncContextManager[str]:
+        """Clone the template to a short-lived database: ``async with provisioner.scratch("default") as name``.
+
+        It is dropped at the end, also of a cancelled body; connect to it as the owner.
+
+        Raises:
+            TemplateError: the template could not be built or cloned.
+        """
+        return self._templates.scratch(lambda: self._ready(server))
+
+    async def _ready(self, name: str) -> Server:
+        """The server, prepared."""
+        if name not in self._prepared:
+            await self.prepare_server(name)
+        return self._parts.servers[name]
+
+    # --- tenants ----------------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        draft: TenantDraft,
+        *,
+        key: NewKey | None,
+        key_name: str = "default",
+        scopes: Sequence[str] = (),
+        strategy: Strategy = "wal_log",
+        actor: Actor = SYSTEM,
+    ) -> Tenant:
+        """Create a tenant: its row, role, database, rights and marker, proved by a login. All of it or nothing.
+
+        Args:
+            draft: What the tenant will be.
+            key: Its first API key, made active together with the tenant.
+            key_name: The key's name.
+            scopes: The key's scopes.
+            strategy: "wal_log" while somebody waits, "file_copy" for thousands in a row.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantExistsError: the slug is taken.
+            DatabaseExistsError: a database or role of the tenant's name exists; it is not adopted.
+            TemplateError: the template could not be built or cloned.
+            ProvisioningError: a step failed, or did not end within ``provision_timeout``. What was made has been
+                undone, or ``reconcile`` will remove it; the message tells which.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+        """
+        server = await self._ready(draft.server)
+        template = await self._templates.ensure(server)
+        async with self._slots[draft.server]:
+            creation = Creation(
+                self._parts,
+                server,
+                template,
+                draft,
+                key=key,
+                key_name=key_name,
+                scopes=scopes,
+                strategy=strategy,
+                actor=actor,
+            )
+            return await creation.run()
+
+    def password(self, tenant: Tenant) -> str:
+        """The password of the tenant's role: for programs that connect by themselves, such as psql.
+
+        Raises:
+            SecretError: it does not open under any configured key.
+            TenantNotFoundError: the tenant has been purged.
+        """
+        if tenant.placement is None:
+            raise TenantNotFoundError(tenant.slug)
+        return self._parts.keyring.open_password(tenant.id, tenant.placement.sealed_password)
+
+    async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
+        """Have PostgreSQL do by the tenant what the registry says now: its login, and its tier's connection limit.
+
+        What the registry says is read under the tenant's lock. So whichever of two changes was committed last decides,
+        and not whichever reaches the server last.
+
+        Args:
+            tenant: Whose role.
+            timeout: Seconds for all of it, waiting for the lock included.
+
+        Raises:
+            ProvisioningError: the role is missing, or the server did not do it in time; ``reconcile`` repeats it.
+            ServerUnavailableError: the server does not answer.
+            TenantNotFoundError: the tenant has been purged.
+        """
+
+        async def work(connection: Connection, role: str) -> None:
+            await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
+            current = await self._parts.registry.get(tenant.id)
+            await align_role(self._parts, connection, current, timeout=timeout)
+
+        await self._alter(tenant, "aligning the role of", work, step="align", timeout=timeout)
+
+    async def set_login(self, tenant: Tenant, allowed: bool, *, timeout: float = 5.0) -> None:
+        """Let the tenant's role log in; or refuse it, end its connections, and wait until they are gone.
+
+        Whatever the registry says: ``reconcile`` and ``align`` set it back to that.
+
+        Args:
+            tenant: Whose role.
+            allowed: Whether it may log in.
+            timeout: Seconds for all of it.
+
+        Raises:
+            ProvisioningError: the role is missing, or its connections did not end in time.
+            ServerUnavailableError: the server does not answer.
+            TenantNotFoundError: the tenant has been purged.
+        """
+
+        async def work(connection: Connection, role: str) -> None:
+            await databases.set_login(connection, role, allowed)
+            if not allowed:
+                await databases.terminate(connection, role, timeout=timeout)
+
+        await self._alter(tenant, "admitting" if allowed else "barring", work, step="login", timeout=timeout)
+
+    async def _alter(
+        self,
+        tenant: Tenant,
+        what: str,
+        work: Callable[[Connection, str], Awaitable[None]],
+        *,
+        step: str,
+        timeout: float,
+    ) -> None:
+        """Change a tenant's role."""
+        if tenant.placement is None:
+            raise TenantNotFoundError(tenant.slug)
+        server = self._parts.servers[tenant.placement.server]
+        try:
+            async with asyncio.timeout(timeout):
+                connection = await server.connect_admin()
+                try:
+                    await work(connection, tenant.placement.role)
+                finally:
+                    await databases.close(connection)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+            raise ProvisioningError(
+                f"{what} tenant {tenant.slug!r} did not succeed within {timeout:g} s ({describe(exc)}); try again, or "
+                "run: tenancy reconcile",
+                tenant=tenant.slug,
+                step=step,
+            ) from exc
+
+    async def purge(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
+        """Remove a deleted tenant's database, role, keys and secrets; its slug is free once all of them are gone.
+
+        A purge that was interrupted is finished by repeating it, or by ``reconcile``.
+
+        Raises:
+            InvalidTransitionError: the tenant is not deleted.
+            ProvisioningError: the server refused, or something did not end within ``provision_timeout``.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+        """
+        placement = (await self._parts.registry.get(tenant.id)).placement
+        if placement is None:
+            await self._parts.registry.begin_purge(tenant.id, actor=actor)  # refuses, and says why
+            return
+        async with self._slots[placement.server]:
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._purge(tenant.id, placement, actor)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+                raise ProvisioningError(
+                    f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",
+                    tenant=tenant.slug,
+                    step="purge",
+                ) from exc
+
+    async def _purge(self, tenant_id: UUID, placement: Placement, actor: Actor) -> None:
+        server, key = self._parts.servers[placement.server], tenant_key(tenant_id)
+        connection = await self._administration.acquire(server, key, timeout=self._timeout)
+        try:
+            await self._parts.registry.begin_purge(tenant_id, actor=actor)
+            await databases.remove(connection, database=placement.database, role=placement.role, timeout=self._timeout)
+            await self._parts.registry.finish_purge(tenant_id, actor=actor)
+        finally:
+            await settled(self._administration.release(server, connection, key))
+
+    async def reconcile(self, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> ReconcileReport:
+        """Finish or remove what interrupted creations and purges have left, on every server.
+
+        Safe at any time, from any number of machines. A server that does not answer is reported in ``errors`` and
+        keeps none of the others from being looked at.
+
+        Args:
+            actor: Who does this, for the audit log.
+            drop_unknown: Also drop databases that have belonged to a tenant the registry has never heard of. That is
+                what restoring an old backup of the registry makes of every tenant created since: look at ``unknown``
+                in the report first.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        return await Reconciler(self._parts, actor=actor, drop_unknown=drop_unknown).run()
+
+    async def close(self) -> None:
+        """Close the administrative connections that are kept between creations."""
+        await self._administration.close()

@@ -1,0 +1,321 @@
+"""Finish or remove what interrupted creations and purges have left, on every server.
+
+Whether a creation or purge is still under way is known exactly: it holds its tenant's advisory lock. So this can run at
+any time, from any number of machines, beside anything else. What it changes it changes under that lock, after having
+looked at the registry again.
+
+A database that the registry does not know is dropped if it never belonged to a tenant: it lacks the marker, which is
+set before a tenant can become active; or the registry has a tombstone for it. One that has its marker may hold the data
+of a customer whom the registry has lost, because an older backup of it was restored, say. It is kept and reported as
+unknown, unless the caller asks for it to be dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from uuid import UUID
+
+import asyncpg
+
+from ..context import Placement, Status, Tenant
+from ..control.audit import SYSTEM, Actor
+from ..control.registry import Unfinished
+from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
+from . import databases
+from .databases import Connection, RoleState
+from .pipeline import Parts, prove, tenant_key
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+BARRED = frozenset({Status.SUSPENDED, Status.DELETED})
+_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcileReport:
+    """What ``reconcile`` has done. Tenants are named by slug, databases and roles by their names.
+
+    Args:
+        finished: Creations that were all but complete, and are active now. They have no API key: issue one.
+        removed: Creations that were removed; their slugs are free again.
+        purged: Purges that were finished.
+        corrected: Tenants whose role was not what the registry says: it could log in although the tenant is suspended
+            or deleted, or could not although it is neither; or it had another connection limit than its tier.
+        orphans: Databases and roles that were dropped, because the registry does not know them.
+        unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
+            hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
+        errors: What could not be done, and why. Nothing else was kept from being done by it.
+    """
+
+    finished: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    purged: tuple[str, ...] = ()
+    corrected: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Findings:
+    finished: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    purged: list[str] = field(default_factory=list)
+    corrected: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def report(self) -> ReconcileReport:
+        return ReconcileReport(*(tuple(sorted(getattr(self, name))) for name in self.__slots__))
+
+
+class Reconciler:
+    """One run over every server."""
+
+    def __init__(self, parts: Parts, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> None:
+        self._parts = parts
+        self._actor = actor
+        self._drop_unknown = drop_unknown
+        self._found = _Findings()
+        self._timeout = parts.config.provision_timeout
+
+    async def run(self) -> ReconcileReport:
+        """Look at everything, on all servers at once.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer; nothing can be decided without it.
+        """
+        unfinished = await self._parts.registry.unfinished()
+        by_server: dict[str, list[Unfinished]] = {name: [] for name in self._parts.servers}
+        for one in unfinished:
+            placement = one.tenant.placement
+            if placement is None or placement.server not in by_server:
+                self._found.errors.append(f"{one.tenant.slug}: its server is not configured")
+                continue
+            by_server[placement.server].append(one)
+        visits = (self._attempt(name, partial(self._visit, name, found)) for name, found in by_server.items())
+        await asyncio.gather(*visits)
+        return self._found.report()
+
+    async def _attempt(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do one piece of work; what it raises is reported and stops nothing else."""
+        try:
+            await work()
+        except (TenancyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+            # OSError includes TimeoutError: a deadline was passed, or the server went away
+            logger.warning("reconcile: %s: %s: %s", what, type(exc).__name__, exc)
+            self._found.errors.append(f"{what}: {type(exc).__name__}: {exc}")
+
+    async def _do(self, connection: Connection, what: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Do one piece of a server's work within its deadline, and make sure that there can be a next one.
+
+        Raises:
+            OSError: the server does not answer any more (TimeoutError included).
+        """
+
+        async def in_time() -> None:
+            async with asyncio.timeout(self._timeout):
+                await work()
+
+        await self._attempt(what, in_time)
+        async with asyncio.timeout(databases.CLOSE_SECONDS):
+            if not await databases.is_alive(connection):
+                raise ConnectionResetError("the connection was lost")
+
+    async def _visit(self, server: str, unfinished: list[Unfinished]) -> None:
+        connection = await self._parts.servers[server].connect_admin()
+        try:
+            for one in unfinished:
+                await self._do(connection, one.tenant.slug, partial(self._resume, connection, one))
+            await self._drop_orphans(server, connection)
+            await self._drop_leftovers(connection)
+            await self._correct_roles(server, connection)
+        finally:
+            await databases.close(connection)
+
+    @asynccontextmanager
+    async def _claimed(self, connection: Connection, key: int) -> AsyncIterator[bool]:
+        """Whether the lock was free; it is held for the body then."""
+        if not await databases.try_lock(connection, key):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            if not connection.is_closed():
+                await databases.unlock(connection, key)
+
+    # --- creations and purges ---------------------------------------------------------------------------------------
+
+    async def _resume(self, connection: Connection, found: Unfinished) -> None:
+        async with self._claimed(connection, tenant_key(found.tenant.id)) as free:
+            if not free:
+                return  # under way
+            one = await self._parts.registry.is_unfinished(found.tenant.id)
+            if one is None or one.tenant.placement is None:
+                return
+            if one.kind == "purging":
+                await self._finish_purge(connection, one.tenant, one.tenant.placement)
+            elif one.step == "proved" and await self._proves_itself(one.tenant, one.tenant.placement):
+                await self._finish_creation(one.tenant, one.tenant.placement)
+            else:
+                await self._remove_creation(connection, one, one.tenant.placement)
+
+    async def _proves_itself(self, tenant: Tenant, placement: Placement) -> bool:
+        """Whether the last step succeeds now: it was begun, but nobody knows how it ended."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await databases.close(await prove(self._parts, tenant.id, tenant.slug, placement))
+        except (IsolationError, RoutingError, asyncpg.PostgresError, OSError) as exc:
+            logger.info("tenant %s does not prove itself, and is removed: %s", tenant.slug, exc)
+            return False
+        return True
+
+    async def _finish_creation(self, tenant: Tenant, placement: Placement) -> None:
+        revision = await self._revision(placement)
+        await self._parts.registry.complete(tenant.id, revision=revision, key=None, actor=self._actor)
+        self._found.finished.append(tenant.slug)
+
+    async def _remove_creation(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
+        await self._remove(connection, placement)
+        error = "interrupted; removed by reconcile"
+        await self._parts.registry.discard(one.tenant.id, step=one.step or "registered", error=error, actor=self._actor)
+        self._found.removed.append(one.tenant.slug)
+
+    async def _finish_purge(self, connection: Connection, tenant: Tenant, placement: Placement) -> None:
+        await self._remove(connection, placement)
+        await self._parts.registry.finish_purge(tenant.id, actor=self._actor)
+        self._found.purged.append(tenant.slug)
+
+    async def _revision(self, placement: Placement) -> str | None:
+        connection = await self._parts.servers[placement.server].connect_admin(placement.database)
+        try:
+            return await databases.revision(connection, self._parts.names.owner)
+        finally:
+            await databases.close(connection)
+
+    async def _remove(self, connection: Connection, placement: Placement) -> None:
+        await databases.remove(connection, database=placement.database, role=placement.role, timeout=self._timeout)
+
+    # --- what the registry does not know ----------------------------------------------------------------------------
+
+    async def _drop_orphans(self, server: str, connection: Connection) -> None:
+        """Drop databases and roles of tenants that the registry does not have, on any server."""
+        names = self._parts.names
+        async with asyncio.timeout(self._timeout):
+            present = {state.name for state in await databases.database_states(connection, names.stem)}
+            present |= set(await databases.roles(connection, names.stem))
+        # in this order: a creation that begins meanwhile has its row before its database
+        known = await self._parts.registry.placements(server)
+        for name in sorted(present - known):
+            tenant_id = names.parse(name)
+            if tenant_id is not None:
+                await self._do(connection, name, partial(self._drop_orphan, server, connection, name, tenant_id))
+
+    async def _drop_orphan(self, server: str, connection: Connection, name: str, tenant_id: UUID) -> None:
+        async with self._claimed(connection, tenant_key(tenant_id)) as free:
+            status = await self._status(tenant_id)
+            if not free or status not in (None, Status.PURGED):
+                return
+            state = await databases.database_state(connection, name)
+            marked = state is not None and state.comment is not None
+            if marked and status is None and not self._drop_unknown:
+                logger.error(
+                    "database %s on server %s has belonged to a tenant, but the registry does not know it: it is kept",
+                    name,
+                    server,
+                )
+                self._found.unknown.append(name)
+                return
+            await databases.remove(connection, database=name, role=name, timeout=self._timeout)
+            self._found.orphans.append(name)
+
+    async def _status(self, tenant_id: UUID) -> Status | None:
+        """The tenant's status, on whatever server it is; None where the registry never heard of it."""
+        try:
+            return (await self._parts.registry.get(tenant_id)).status
+        except TenantNotFoundError:
+            return None
+
+    async def _drop_leftovers(self, connection: Connection) -> None:
+        """Drop parts of templates, and scratch databases, whose makers are gone."""
+        stems = (self._parts.names.template(""), self._parts.names.scratch(""))
+        async with asyncio.timeout(self._timeout):
+            states = await databases.database_states(connection, self._parts.names.stem)
+        for state in states:
+            if state.name.startswith(stems) and not state.is_template:
+                await self._do(connection, state.name, partial(self._drop_leftover, connection, state.name))
+
+    async def _drop_leftover(self, connection: Connection, name: str) -> None:
+        async with self._claimed(connection, databases.lock_key(name)) as free:
+            state = await databases.database_state(connection, name) if free else None
+            if state is not None and not state.is_template:
+                await databases.drop_database(connection, name)
+                self._found.orphans.append(name)
+
+    # --- roles ------------------------------------------------------------------------------------------------------
+
+    async def _correct_roles(self, server: str, connection: Connection) -> None:
+        """Bar the roles of suspended and deleted tenants, admit all others, and give each its tier's limit."""
+        async with asyncio.timeout(self._timeout):
+            states = await databases.roles(connection, self._parts.names.stem)
+        after: UUID | None = None
+        while True:
+            page = await self._parts.registry.page(server=server, limit=_PAGE, after=after)
+            for tenant in page.items:
+                if self._is_wrong(tenant, states):
+                    await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
+            if page.next is None:
+                return
+            after = page.next
+
+    async def _correct_role(self, connection: Connection, tenant_id: UUID) -> None:
+        async with self._claimed(connection, tenant_key(tenant_id)) as free:
+            tenant = await self._parts.registry.get(tenant_id)
+            if not free or tenant.placement is None:
+                return
+            if not self._is_wrong(tenant, await databases.roles(connection, tenant.placement.role)):
+                return
+            await align_role(self._parts, connection, tenant, timeout=self._timeout)
+            self._found.corrected.append(tenant.slug)
+
+    def _is_wrong(self, tenant: Tenant, states: Mapping[str, RoleState]) -> bool:
+        state = states.get(tenant.placement.role) if tenant.placement else None
+        if state is None or tenant.status is Status.PROVISIONING:
+            return False
+        wrong_login = state.can_login is (tenant.status in BARRED)
+        return wrong_login or _limit(self._parts, tenant) not in (None, state.connection_limit)
+
+
+async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, timeout: float) -> None:
+    """Give a tenant's role what its status and tier say: login or not, and its connection limit.
+
+    Only under the tenant's lock, and with the tenant as the registry has it since: of two changes at once, the later
+    one's outcome must be the last to be applied.
+
+    Args:
+        parts: Of provisioning.
+        connection: An administrator's, which holds the tenant's lock.
+        tenant: As it was read under the lock.
+        timeout: Seconds for the role's connections to end.
+    """
+    if tenant.placement is None or tenant.status is Status.PROVISIONING:
+        return
+    role = tenant.placement.role
+    if (limit := _limit(parts, tenant)) is not None:
+        await databases.set_connection_limit(connection, role, limit)
+    await databases.set_login(connection, role, tenant.status not in BARRED)
+    if tenant.status in BARRED:
+        await databases.terminate(connection, role, timeout=timeout)
+
+
+def _limit(parts: Parts, tenant: Tenant) -> int | None:
+    """The connection limit of the tenant's tier; None where the configuration has lost that tier."""
+    tier = parts.config.tiers.get(tenant.tier)
+    return None if tier is None else tier.connection_limit

@@ -1,0 +1,268 @@
+"""Templates: one database per schema and server, built once, that new tenants are cloned from.
+
+A template's name comes from the fingerprint of the schema and of the extensions, so that a new revision gets a new
+template, and two releases that run side by side each have theirs. It counts as complete only once PostgreSQL's own flag
+``datistemplate`` is set, which is the last thing done to it: what a builder that died has left lacks the flag, is never
+cloned, and is dropped by the next builder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import asyncpg
+
+from ..config import TenancyConfig
+from ..control.names import Names
+from ..errors import TemplateError, TenancyError
+from ..routing.servers import Server
+from . import databases
+from .cancellation import settled
+from .databases import Connection, Contents, Strategy
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+_COMMENT = "tenancy-template"
+
+# Building runs every migration there is, from zero, once per revision: it may take this many times provision_timeout.
+BUILD_FACTOR = 10
+
+Connect: TypeAlias = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
+
+
+class SchemaSource(Protocol):
+    """Where the schema of a tenant database comes from: Alembic revisions, or a ``MetaData``."""
+
+    def head(self) -> str | None:
+        """The revision that ``apply`` arrives at; None where the source has no revisions."""
+
+    def fingerprint(self) -> str:
+        """A text that changes whenever ``apply`` would make another schema. Asked at every creation: keep it cheap."""
+
+    async def apply(self, connect: Connect) -> str | None:
+        """Bring an empty database to the head and return the revision it is at.
+
+        Args:
+            connect: Opens a connection to the database, as the role that is to own the tables.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInfo:
+    """A complete template: its database's name, the server it is on, and the schema's revision."""
+
+    server: str
+    name: str
+    revision: str | None
+
+
+class Templates:
+    """Builds templates, and clones them.
+
+    Within a process one task builds and the others wait for it; between processes an advisory lock on the server's
+    maintenance database does the same.
+    """
+
+    def __init__(self, *, config: TenancyConfig, names: Names, schema: SchemaSource) -> None:
+        self._config = config
+        self._names = names
+        self._schema = schema
+        self._ready: dict[tuple[str, str], TemplateInfo] = {}
+        # what a GRANT in a clone has to name, by template: a sealed template does not change
+        self._contents: dict[str, Contents] = {}
+        # by server: held while a template is looked for or built
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    @property
+    def build_timeout(self) -> float:
+        """How long building a template may take, in seconds."""
+        return self._config.provision_timeout * BUILD_FACTOR
+
+    def name(self) -> str:
+        """The name of the template for the schema as it is now."""
+        parts = (self._schema.fingerprint(), *sorted(self._config.extensions))
+        return self._names.template(hashlib.sha256("\n".join(parts).encode()).hexdigest())
+
+    async def ensure(self, server: Server) -> TemplateInfo:
+        """Return the template of the current schema on ``server``, and build it first where it is missing.
+
+        Raises:
+            TemplateError: building failed, or another process did not finish building in time.
+            ServerUnavailableError: the server does not answer.
+        """
+        wanted = (server.name, self.name())
+        if found := self._ready.get(wanted):
+            return found
+        async with self._locks[server.name]:
+            if wanted not in self._ready:
+                self._ready[wanted] = await self._find_or_build(server, wanted[1])
+            return self._ready[wanted]
+
+    def forget(self, template: TemplateInfo) -> None:
+        """Look for this template anew the next time: it was dropped by somebody."""
+        self._ready.pop((template.server, template.name), None)
+
+    async def clone(
+        self,
+        connection: Connection,
+        template: TemplateInfo,
+        name: str,
+        *,
+        strategy: Strategy = "wal_log",
+    ) -> None:
+        """Clone a template to a database that nobody can connect to yet.
+
+        Raises:
+            DatabaseExistsError: there is a database of that name.
+            TemplateError: the template is gone, or somebody is connected to it; the next creation builds it anew.
+        """
+        try:
+            await databases.create_database(
+                connection,
+                name,
+                template=template.name,
+                owner=self._names.owner,
+                strategy=strategy,
+                open_to_connections=False,
+            )
+        except asyncpg.PostgresError as exc:
+            if databases.sqlstate(exc) not in (databases.MISSING_DATABASE, databases.OBJECT_IN_USE):
+                raise
+            self.forget(template)
+            raise TemplateError(
+                f"template {template.name!r} on server {template.server!r} cannot be cloned: it was dropped, or "
+                "somebody is connected to it; try again"
+            ) from exc
+
+    async def contents(self, connection: Connection, template: TemplateInfo) -> Contents:
+        """List what a GRANT in a clone of ``template`` has to name; ``connection`` is to such a clone."""
+        found = self._contents.get(template.name)
+        if found is None:
+            found = self._contents[template.name] = await databases.contents(connection, self._names.owner)
+        return found
+
+    @asynccontextmanager
+    async def scratch(self, ready: Callable[[], Awaitable[Server]]) -> AsyncIterator[str]:
+        """Yield the name of a clone of the template, which is dropped afterwards, also after a cancellation.
+
+        Connect to it by ``server.connect_admin(name, role=<owner>)``. A process that dies leaves it to ``reconcile``,
+        which knows by the advisory lock of the connection made here that nobody uses it any more.
+
+        Raises:
+            TemplateError: see ``ensure`` and ``clone``.
+            ServerUnavailableError: the server does not answer.
+        """
+        server = await ready()
+        template = await self.ensure(server)
+        name = self._names.scratch(secrets.token_hex(8))
+        connection = await server.connect_admin()
+        try:
+            await databases.lock(connection, databases.lock_key(name), timeout=self._config.provision_timeout)
+            async with asyncio.timeout(self._config.provision_timeout):
+                await self.clone(connection, template, name)
+                await databases.admit_owner(connection, name)
+            yield name
+        finally:
+            await settled(self._drop(server, connection, name))
+
+    # --- building ---------------------------------------------------------------------------------------------------
+
+    async def _find_or_build(self, server: Server, name: str) -> TemplateInfo:
+        connection = await server.connect_admin()
+        try:
+            await databases.lock(connection, databases.lock_key(name), timeout=self.build_timeout)
+            async with asyncio.timeout(self.build_timeout):
+                state = await databases.database_state(connection, name)
+                if state is not None and state.is_template:
+                    return TemplateInfo(server.name, name, _revision(state.comment))
+                return TemplateInfo(server.name, name, await self._build(server, connection, name))
+        except TenancyError:
+            raise
+        except TimeoutError as exc:
+            raise TemplateError(
+                f"template {name!r} on server {server.name!r} was not built within {self.build_timeout:g} s, by this "
+                "process or by the one that builds it; raise provision_timeout"
+            ) from exc
+        except Exception as exc:
+            raise TemplateError(f"template {name!r} on server {server.name!r} could not be built: {exc}") from exc
+        finally:
+            await settled(databases.close(connection))
+
+    async def _build(self, server: Server, connection: Connection, name: str) -> str | None:
+        """Build a template under its lock. What is there already is a part of one, left by a builder that died."""
+        logger.info("building template %s on server %s", name, server.name)
+        await databases.drop_database(connection, name)
+        try:
+            await databases.create_database(
+                connection, name, template="template0", owner=self._names.owner, open_to_connections=False
+            )
+            await databases.admit_owner(connection, name)
+            await self._install_extensions(server, name)
+            revision = await self._apply(server, name)
+            await databases.seal_template(connection, name, comment=_comment(revision))
+        except BaseException:
+            await settled(self._drop_partial(connection, name))
+            raise
+        return revision
+
+    async def _install_extensions(self, server: Server, name: str) -> None:
+        connection = await server.connect_admin(name)
+        try:
+            await databases.prepare_schema(connection, self._names.owner)
+            for extension in self._config.extensions:
+                await databases.create_extension(connection, extension)
+        finally:
+            await settled(databases.close(connection))
+
+    async def _apply(self, server: Server, name: str) -> str | None:
+        opened: list[Connection] = []
+
+        async def connect() -> asyncpg.Connection[Any]:
+            connection = await server.connect_admin(name, role=self._names.owner)
+            opened.append(connection)
+            return connection
+
+        try:
+            return await self._schema.apply(connect)
+        finally:
+            # one that stays open would fail every clone
+            for connection in opened:
+                await settled(databases.close(connection))
+
+    async def _drop_partial(self, connection: Connection, name: str) -> None:
+        try:
+            async with asyncio.timeout(self._config.provision_timeout):
+                await databases.drop_database(connection, name)
+        except Exception as exc:  # noqa: BLE001 - the error that is to be raised is the builder's
+            # it lacks the flag, so the next builder or reconcile drops it
+            logger.warning("part of template %s stays until reconcile: %s", name, exc)
+
+    async def _drop(self, server: Server, connection: Connection, name: str) -> None:
+        """Drop a scratch database; one that cannot be dropped now is left to ``reconcile``."""
+        try:
+            async with asyncio.timeout(self._config.provision_timeout):
+                if connection.is_closed():
+                    connection = await server.connect_admin()
+                await databases.drop_database(connection, name)
+        except Exception as exc:  # noqa: BLE001 - as above
+            logger.warning("scratch database %s stays until reconcile: %s", name, exc)
+        finally:
+            await databases.close(connection)
+
+
+def _comment(revision: str | None) -> str:
+    return f"{_COMMENT}:{revision or ''}"
+
+
+def _revision(comment: str | None) -> str | None:
+    """The revision in a template's comment: the process that finds a template did not see it built."""
+    kind, _, revision = (comment or "").partition(":")
+    return revision or None if kind == _COMMENT else None

@@ -1,0 +1,130 @@
+"""A tenant's connection, as asyncpg makes it and as SQLAlchemy sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import asyncpg
+from sqlalchemy.dialects.postgresql.asyncpg import (
+    AsyncAdapt_asyncpg_connection,
+    AsyncAdapt_asyncpg_ss_cursor,
+    PGExecutionContext_asyncpg,
+)
+
+if TYPE_CHECKING:
+    from .pool import TenantPool
+
+Raw: TypeAlias = "asyncpg.Connection[Any]"
+
+# What DISCARD ALL does, but for DEALLOCATE ALL: the driver and SQLAlchemy go on to use what they have prepared.
+_RESET = (
+    "CLOSE ALL; RESET ROLE; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; "
+    "SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES"
+)
+
+
+class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
+    """What asyncpg connects with; its ``reset`` cleans as ``DISCARD ALL`` does."""
+
+    __slots__ = ()
+
+    def get_reset_query(self) -> str:
+        """The statements that ``reset`` runs."""
+        return _RESET
+
+
+# two turns of the loop for each of: the message, the end of the stream
+_TURNS = 6
+
+
+class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
+    """A server-side cursor: each time it asks for rows, the bound tenant is checked again."""
+
+    __slots__ = ()
+
+    _adapt_connection: TenantConnection
+
+    def fetchone(self) -> Any:
+        self._adapt_connection.pool.check_bound()
+        return super().fetchone()  # type: ignore[no-untyped-call]
+
+    def fetchmany(self, size: int | None = None) -> Any:
+        self._adapt_connection.pool.check_bound()
+        return super().fetchmany(size)  # type: ignore[no-untyped-call]
+
+    def fetchall(self) -> Any:
+        self._adapt_connection.pool.check_bound()
+        return super().fetchall()  # type: ignore[no-untyped-call]
+
+
+class TenantConnection(AsyncAdapt_asyncpg_connection):
+    """A tenant's connection as SQLAlchemy sees it.
+
+    ``finalizer`` is the token of the slot: whoever detaches it closes the connection and gives the slot back.
+    ``poller`` watches its socket.
+    """
+
+    _ss_cursor_cls = _StreamCursor
+    _connection: Raw
+
+    __slots__ = ("__weakref__", "finalizer", "poller", "pool")
+
+    pool: TenantPool
+    poller: select.poll
+    finalizer: weakref.finalize[Any, TenantConnection]
+
+    def cursor(self, server_side: bool = False) -> Any:
+        """Begin a statement, unless another tenant is bound."""
+        self.pool.check_bound()
+        return super().cursor(server_side)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the next statement can work, as far as is known: an open socket, no transaction left behind."""
+        raw = self._connection
+        return not raw.is_closed() and not raw.is_in_transaction()
+
+    @property
+    def heard(self) -> bool:
+        """Whether the server has said something that was not read yet: its farewell, very likely.
+
+        One system call, without a round trip.
+        """
+        return bool(self.poller.poll(0))
+
+    async def listen(self) -> None:
+        """Let the loop read what the server has said: a few turns, since the end comes after the last words."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+            if self._connection.is_closed() or not self.heard:
+                return
+
+
+class TenantExecutionContext(PGExecutionContext_asyncpg):
+    """Keeps on the tenant's pool what SQLAlchemy keeps on the dialect: when prepared statements became stale.
+
+    On the shared dialect, a change to one tenant's schema would make every tenant's connections prepare all anew.
+    """
+
+    def handle_dbapi_exception(self, e: BaseException) -> None:
+        """Note that the schema has changed where PostgreSQL says so."""
+        dbapi = self.dialect.loaded_dbapi
+        if isinstance(e, dbapi.InvalidCachedStatementError | dbapi.InternalServerError):
+            pool: Any = self.root_connection.engine.pool
+            pool.schema_changed_at = time.time()
+
+    def pre_exec(self) -> None:
+        """Tell the cursor how old a prepared statement may be."""
+        # of another class while the dialect initialises itself
+        pool: Any = self.root_connection.engine.pool
+        if self.isddl:
+            pool.schema_changed_at = time.time()
+        cursor: Any = self.cursor
+        cursor._invalidate_schema_cache_asof = getattr(pool, "schema_changed_at", 0.0)
+
+
+__all__ = ["DriverConnection", "Raw", "TenantConnection", "TenantExecutionContext"]

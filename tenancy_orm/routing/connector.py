@@ -1,0 +1,355 @@
+"""Opening, proving and closing the connections to one server's tenants.
+
+Sockets are opened and closed in tasks of the ``Connector``, never in the task of a caller. So a caller may be cancelled
+at any await: a connection that is being opened is finished and kept for the next one, a socket that is being closed is
+closed, and the slot is given back when that has happened and not before.
+
+A slot belongs to a connection, not to SQLAlchemy's record of it: whichever way SQLAlchemy drops a connection
+(invalidated, detached, collected as garbage), it ends in ``Connector.close`` once, or in the connection's finalizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+from sqlalchemy.pool.base import _ConnectionRecord
+from sqlalchemy.util import LRUCache
+
+from ..config import TenancyConfig
+from ..context import Tenant
+from ..control.secrets import Keyring
+from ..errors import (
+    ControlUnavailableError,
+    LoginRefusedError,
+    MarkerMismatchError,
+    NotOpenError,
+    SecretError,
+    SecretProviderError,
+)
+from ..events import ConnectionEvicted, ConnectionOpened, EventBus, IsolationIncident
+from .budget import Budget, Share
+from .connection import DriverConnection, Raw, TenantConnection, TenantExecutionContext
+from .marker import verify
+from .servers import Server, without_frames
+
+if TYPE_CHECKING:
+    from .pool import TenantPool
+
+logger = logging.getLogger("tenancy_orm.routing")
+
+COMPILED_STATEMENTS = 1_000
+"""Statements in the compiled cache that all tenants of one server share."""
+
+_LOOKS = 3  # how often a tenant's password is looked up again for one connection
+_WRONG_PASSWORD = "28P01"  # noqa: S105 - a SQLSTATE
+
+CLOSE_SECONDS = 2.0
+"""How long closing a connection politely may take; then its socket is cut."""
+
+Record: TypeAlias = _ConnectionRecord
+
+
+class _SeedPool(NullPool):
+    """For the one connect that initialises the dialect: listeners of the application are none of its business."""
+
+    _sa_propagate_class_events = False
+
+
+class Connector:
+    """Opens, proves and closes the connections to one server's tenants; owns what those tenants share.
+
+    That is the budget, the dialect (asked to initialise itself once, on the first connection) and the compiled cache.
+
+    Args:
+        server: The server.
+        config: Limits and timeouts.
+        keyring: Opens the tenants' passwords, each for the moment it is needed.
+        installation: The id of this installation, for the markers.
+        events: Where openings, evictions and incidents are told.
+        ambient: Returns the tenant that the calling code is bound to, if any.
+        passwords: Reads a tenant's sealed passwords anew: one, or two while it is being rotated.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        config: TenancyConfig,
+        keyring: Keyring,
+        installation: UUID,
+        events: EventBus,
+        ambient: Callable[[], Tenant | None] | None = None,
+        passwords: Callable[[UUID], Awaitable[Sequence[bytes]]] | None = None,
+    ) -> None:
+        self.server = server
+        self.events = events
+        self.ambient = ambient
+        self.full_reset = config.full_reset
+        self.checkout_timeout = config.checkout_timeout
+        self.idle_timeout = config.idle_timeout
+        self.budget: Budget[Record] = Budget(
+            config.max_connections, config.max_connections_per_tenant, lambda _, record: self._evict(record)
+        )
+        self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
+        self._seed = create_async_engine("postgresql+asyncpg://", poolclass=_SeedPool, async_creator=self._give_seed)
+        self.dialect = self._seed.sync_engine.dialect
+        self.dialect.execution_ctx_cls = TenantExecutionContext
+        self.on_connect = self.dialect.on_connect()
+        self._keyring = keyring
+        self._passwords = passwords
+        self._installation = installation
+        self._initialised = False
+        self._initialising = asyncio.Lock()
+        self._first: Raw | None = None
+        self._closed = False
+        self._live: set[Raw] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._emptied = asyncio.Event()
+
+    def __repr__(self) -> str:
+        """Name the server."""
+        return f"Connector({self.server.name!r})"
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run ``work`` in a task of its own, which outlives the caller."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --- opening ----------------------------------------------------------------------------------------------------
+
+    async def connect(self, pool: TenantPool) -> TenantConnection:
+        """Open a connection in a slot that was reserved, and prove that it leads to the tenant's own database.
+
+        Raises:
+            LoginRefusedError, ServerUnavailableError: the server refuses, or does not answer in time.
+            MarkerMismatchError: the database is another's. The connection is closed, and the incident told.
+            SecretError: the tenant's password does not open.
+        """
+        started = time.monotonic()
+        raw: Raw | None = None
+        try:
+            if self._closed:
+                raise NotOpenError("the router is closed; open another Tenancy")
+            async with asyncio.timeout(self.server.connect_timeout):
+                raw = await self._log_in(pool)
+                await verify(raw, self._installation, pool.tenant_id, tenant=pool.slug)
+                if not self._initialised:
+                    await self._initialise(raw)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError) as exc:
+            self._give_back(pool.share, raw)
+            raise self.server.unavailable(exc, tenant=pool.slug) from without_frames(exc)
+        except asyncio.CancelledError:
+            # only at the end of the process, when there is no time left to be polite
+            if raw is not None:
+                raw.terminate()
+            self._give_back(pool.share, None)
+            raise
+        except BaseException as exc:
+            self._give_back(pool.share, raw)
+            if isinstance(exc, MarkerMismatchError):
+                self.tell_incident(pool, exc)
+            raise
+        return self._adopt(pool, raw, time.monotonic() - started)
+
+    async def _log_in(self, pool: TenantPool) -> Raw:
+        try:
+            return await self._log_in_with(pool, pool.placement.sealed_password)
+        except (LoginRefusedError, SecretError) as exc:
+            if self._passwords is None or not _concerns_password(exc):
+                raise
+            return await self._log_in_anew(pool, exc)
+
+    async def _log_in_anew(self, pool: TenantPool, refused: LoginRefusedError | SecretError) -> Raw:
+        """Log in with what the registry has now: the password, or the key that seals it, is being rotated.
+
+        Read again while the registry has something new, since the next rotation may begin between a look and a login.
+        """
+        tried = {pool.placement.sealed_password} if isinstance(refused, LoginRefusedError) else set()
+        for _ in range(_LOOKS):
+            stored = await self._stored_passwords(pool, refused)
+            if tried.issuperset(stored):
+                break
+            for sealed in stored:
+                if sealed in tried:
+                    continue
+                tried.add(sealed)
+                try:
+                    raw = await self._log_in_with(pool, sealed)
+                except LoginRefusedError as exc:
+                    if not _concerns_password(exc):
+                        raise
+                    refused = exc
+                else:
+                    pool.placement = replace(pool.placement, sealed_password=sealed)
+                    return raw
+        raise refused
+
+    async def _stored_passwords(self, pool: TenantPool, refused: Exception) -> Sequence[bytes]:
+        assert self._passwords is not None  # noqa: S101 - for the type checker: the caller has looked
+        try:
+            return await self._passwords(pool.tenant_id)
+        except (ControlUnavailableError, SecretProviderError) as exc:
+            logger.warning("the password of tenant %s cannot be read anew: %s", pool.slug, exc)
+            raise refused from exc
+
+    async def _log_in_with(self, pool: TenantPool, sealed: bytes) -> Raw:
+        return await self.server.connect_tenant(
+            pool.placement,
+            partial(self._keyring.open_password, pool.tenant_id, sealed),
+            tenant=pool.slug,
+            connection_class=DriverConnection,
+        )
+
+    async def _initialise(self, raw: Raw) -> None:
+        """Let the dialect ask the server what it must know; by the first connection, while the others wait."""
+        async with self._initialising:
+            if not self._initialised:
+                self._first = raw
+                try:
+                    (await self._seed.raw_connection()).detach()
+                finally:
+                    self._first = None
+                self._initialised = True
+
+    async def _give_seed(self) -> Raw | None:
+        return self._first
+
+    def _adopt(self, pool: TenantPool, raw: Raw, seconds: float) -> TenantConnection:
+        connection = TenantConnection(  # type: ignore[no-untyped-call]
+            self.dialect.loaded_dbapi,
+            raw,
+            prepared_statement_cache_size=self.server.prepared_statement_cache_size,
+        )
+        connection.pool = pool
+        connection.poller = select.poll()
+        connection.poller.register(raw._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        connection.finalizer = weakref.finalize(
+            connection, _in_loop, asyncio.get_running_loop(), self._shut_later, pool.share, raw
+        )
+        connection.finalizer.atexit = False
+        self._live.add(raw)
+        self.budget.opened()
+        if self.events.wants(ConnectionOpened):
+            self.events.emit(
+                ConnectionOpened(tenant_id=pool.tenant_id, slug=pool.slug, server=self.server.name, seconds=seconds)
+            )
+        return connection
+
+    def _give_back(self, share: Share[Record], raw: Raw | None) -> None:
+        """Give back the slot of a connection that was not completed, after its socket is closed."""
+        if raw is None:
+            self.budget.failed(share)
+            self._check_emptied()
+        else:
+            self.budget.opened()
+            self._shut_later(share, raw)
+
+    # --- closing ----------------------------------------------------------------------------------------------------
+
+    def close(self, connection: TenantConnection) -> None:
+        """Begin to close a connection that is in use. In the loop's thread; a second time does nothing."""
+        if connection.finalizer.detach() is not None:
+            self._shut_later(connection.pool.share, connection._connection)
+
+    def close_soon(self, connection: TenantConnection) -> None:
+        """Have ``close`` called by the loop: from the garbage collector, in any thread, amid anything."""
+        if connection.finalizer.alive:
+            _in_loop(connection._connection._loop, self.close, connection)
+
+    def _shut_later(self, share: Share[Record], raw: Raw) -> None:
+        self.budget.discard(share)
+        self.spawn(self._shut(share, raw))
+
+    async def _shut(self, share: Share[Record], raw: Raw) -> None:
+        """Close a socket. The server ends the session before it closes its side, so that it never counts too many."""
+        try:
+            await raw.close(timeout=CLOSE_SECONDS)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+            logger.debug("a connection to server %s was cut: %s", self.server.name, type(exc).__name__)
+            raw.terminate()
+        finally:
+            self._live.discard(raw)
+            self.budget.closed(share)
+            self._check_emptied()
+
+    def _evict(self, record: Record) -> None:
+        connection = cast("TenantConnection", record.dbapi_connection)
+        pool = connection.pool
+        pool.discard(record)
+        if self.events.wants(ConnectionEvicted):
+            self.events.emit(ConnectionEvicted(tenant_id=pool.tenant_id, slug=pool.slug, server=self.server.name))
+
+    def watch_idle(self) -> None:
+        """See to it that a connection that has just come to rest is closed when it has rested too long."""
+        if self._sweeper is None:
+            delay = max(self.idle_timeout, 0.1)
+            self._sweeper = asyncio.get_running_loop().call_later(delay, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        for _, record in self.budget.expired(time.monotonic() - self.idle_timeout):
+            cast("TenantConnection", record.dbapi_connection).pool.discard(record)
+        if self.budget.idle:
+            self.watch_idle()
+
+    async def shut_down(self, timeout: float) -> None:
+        """Wait until every connection is closed. After ``timeout`` seconds, cut those that are left.
+
+        The caller has retired the pools: idle connections are being closed, busy ones are when they are returned.
+        """
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._emptied.clear()
+        self._check_emptied()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._emptied.wait()
+        except TimeoutError:
+            logger.warning("%d connections to server %s were still in use", len(self._live), self.server.name)
+        self._closed = True
+        for raw in list(self._live):
+            raw.terminate()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _check_emptied(self) -> None:
+        if self.budget.open == 0:
+            self._emptied.set()
+
+    def tell_incident(self, pool: TenantPool, error: Exception) -> None:
+        """Tell that a layer of isolation refused something in a tenant's name."""
+        kind = type(error).__name__
+        logger.error("%s: %s", kind, error)
+        self.events.emit(IsolationIncident(tenant_id=pool.tenant_id, slug=pool.slug, kind=kind, detail=str(error)))
+
+
+def _concerns_password(error: LoginRefusedError | SecretError) -> bool:
+    return not isinstance(error, LoginRefusedError) or error.sqlstate == _WRONG_PASSWORD
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: object) -> None:
+    try:
+        loop.call_soon_threadsafe(call, *args)
+    except RuntimeError:
+        # the loop is closed, and every socket with it
+        logger.debug("a connection outlived its event loop")
+
+
+__all__ = ["CLOSE_SECONDS", "COMPILED_STATEMENTS", "Connector", "Record"]

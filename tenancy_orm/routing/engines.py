@@ -1,0 +1,181 @@
+"""Every tenant's engine: made on first use, leased while in use, dropped when it was not used for long."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+from uuid import UUID
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from ..context import Placement, Tenant
+from ..control.lifecycle import check_usable
+from ..errors import CrossTenantError, NotOpenError, RoutingError
+from ..events import EngineEvicted, EventBus
+from .connector import Connector
+from .guard import Owner
+from .pool import TenantPool
+
+
+class Entry:
+    """One tenant's engine and how many leases hold it.
+
+    ``retired`` engines are no longer found, but serve the leases they have.
+    """
+
+    __slots__ = ("engine", "leases", "owner", "placement", "retired")
+
+    def __init__(self, tenant: Tenant, placement: Placement, connector: Connector) -> None:
+        self.owner: Owner = (tenant.id, tenant.slug)
+        self.placement = placement
+        self.leases = 0
+        self.retired = False
+        pool = TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, placement=placement)
+        # No cache of its own and no listeners, which is most of what an engine weighs.
+        self.engine = AsyncEngine(
+            Engine(
+                pool,
+                connector.dialect,
+                connector.server.tenant_url(placement),
+                query_cache_size=0,
+                execution_options={"compiled_cache": connector.compiled_cache},
+            )
+        )
+
+    @property
+    def pool(self) -> TenantPool:
+        """The engine's pool: another one after ``engine.dispose()``."""
+        pool = self.engine.sync_engine.pool
+        assert isinstance(pool, TenantPool)  # noqa: S101 - for the type checker: nothing else makes pools here
+        return pool
+
+    def tell_refusal(self, error: CrossTenantError) -> None:
+        """Tell that the guard of a session refused something."""
+        self.pool.connector.tell_incident(self.pool, error)
+
+    def serves(self, tenant: Tenant) -> bool:
+        """Whether it was made for this placement, this password and this slug."""
+        mine, other = self.placement, tenant.placement
+        return (mine is other or mine == other) and self.owner[1] == tenant.slug
+
+
+class EngineCache:
+    """Engines by tenant: at most ``max_engines``, but for those that are leased.
+
+    Args:
+        connector: Returns the connector of a server by its name.
+        max_engines: How many engines are kept.
+        events: Where evictions are told.
+    """
+
+    def __init__(self, connector: Callable[[str], Connector], *, max_engines: int, events: EventBus) -> None:
+        self.max_engines = max_engines
+        self._connector = connector
+        self._events = events
+        self._entries: dict[UUID, Entry] = {}
+        self._unleased: OrderedDict[UUID, Entry] = OrderedDict()  # the one that was in use last at the end
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def leased(self) -> int:
+        """How many engines are leased."""
+        return len(self._entries) - len(self._unleased)
+
+    def acquire(self, tenant: Tenant) -> Entry:
+        """Return the tenant's engine with one more lease, which ``release`` must end.
+
+        Nothing is awaited here, so that however many ask at once, there is one engine.
+
+        Raises:
+            NotOpenError: the cache is closed.
+            RoutingError: the tenant has no database, or its server is not configured.
+        """
+        entry = self._entries.get(tenant.id)
+        if entry is None or not entry.serves(tenant):
+            entry = self._make(tenant)
+        elif not entry.leases:
+            del self._unleased[tenant.id]
+        entry.leases += 1
+        return entry
+
+    def release(self, entry: Entry) -> None:
+        """End a lease."""
+        entry.leases -= 1
+        if entry.leases == 0 and not entry.retired:
+            self._unleased[entry.owner[0]] = entry
+            if len(self._entries) > self.max_engines:
+                self._trim()
+
+    def lease(self, tenant: Tenant) -> Lease:
+        """Hold the tenant's engine for the body of ``async with``.
+
+        Raises:
+            RoutingError: as ``acquire``.
+        """
+        return Lease(self, tenant)
+
+    def retire(self, tenant_id: UUID) -> None:
+        """Drop a tenant's engine: idle connections are closed now, busy ones when they are returned."""
+        entry = self._entries.pop(tenant_id, None)
+        if entry is not None:
+            self._unleased.pop(tenant_id, None)
+            entry.retired = True
+            entry.pool.retire()
+
+    def close(self) -> None:
+        """Retire every engine, and lease no more."""
+        self._closed = True
+        for tenant_id in list(self._entries):
+            self.retire(tenant_id)
+
+    def _make(self, tenant: Tenant) -> Entry:
+        if self._closed:
+            raise NotOpenError("the router is closed; open another Tenancy")
+        if tenant.placement is None:
+            check_usable(tenant)
+            raise RoutingError(f"tenant {tenant.slug!r} has no database")
+        entry = Entry(tenant, tenant.placement, self._connector(tenant.placement.server))
+        # the placement, the password or the slug has changed
+        self.retire(tenant.id)
+        self._entries[tenant.id] = entry
+        if len(self._entries) > self.max_engines:
+            self._trim()
+        return entry
+
+    def _trim(self) -> None:
+        while len(self._entries) > self.max_engines and self._unleased:
+            entry = next(iter(self._unleased.values()))
+            tenant_id, slug = entry.owner
+            self.retire(tenant_id)
+            if self._events.wants(EngineEvicted):
+                self._events.emit(EngineEvicted(tenant_id=tenant_id, slug=slug, server=entry.placement.server))
+
+
+class Lease:
+    """``async with cache.lease(tenant) as engine``."""
+
+    __slots__ = ("_cache", "_entry", "_tenant")
+
+    def __init__(self, cache: EngineCache, tenant: Tenant) -> None:
+        self._cache = cache
+        self._tenant = tenant
+        self._entry: Entry | None = None
+
+    async def __aenter__(self) -> AsyncEngine:
+        self._entry = self._cache.acquire(self._tenant)
+        return self._entry.engine
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._cache.release(entry)
+
+
+__all__ = ["EngineCache", "Entry", "Lease"]

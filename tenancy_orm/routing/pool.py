@@ -1,0 +1,286 @@
+"""The pool of one tenant's connections, on top of its server's budget: what SQLAlchemy's engine checks out from."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from typing import Any, cast
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.util import await_, greenlet_spawn
+
+from ..context import Placement
+from ..errors import CheckoutTimeoutError, CrossTenantError, ServerUnavailableError
+from ..events import CheckoutTimedOut
+from .budget import Share
+from .connection import TenantConnection
+from .connector import Connector, Record
+
+logger = logging.getLogger("tenancy_orm.routing")
+
+_TOO_MANY_CONNECTIONS = "53300"
+_FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1  # seconds
+
+
+class TenantPool(Pool):
+    """SQLAlchemy's pool for one tenant. It holds no password: only the sealed one, within ``placement``.
+
+    Args:
+        connector: The connector of the tenant's server.
+        tenant: Whose connections these are.
+        placement: Where its database is.
+    """
+
+    _sqla_logger_namespace = "sqlalchemy.pool.TenantPool"
+
+    def __init__(self, connector: Connector, *, tenant_id: UUID, slug: str, placement: Placement) -> None:
+        super().__init__(self._no_creator, dialect=connector.dialect)
+        self.connector = connector
+        self.tenant_id = tenant_id
+        self.slug = slug
+        self.placement = placement
+        self.share: Share[Record] = connector.budget.share(tenant_id)
+        self.retired = False
+        self.schema_changed_at = 0.0
+
+    # A pool that held its own bound method as creator would be a reference cycle: the creator is a method instead.
+
+    @staticmethod
+    def _no_creator() -> DBAPIConnection:
+        raise AssertionError("a tenant's pool connects by its connector")
+
+    @property
+    def _creator(self) -> Any:
+        return self._no_creator
+
+    @_creator.setter
+    def _creator(self, creator: object) -> None:
+        pass
+
+    def _invoke_creator(self, rec: ConnectionPoolEntry) -> DBAPIConnection:
+        connection = await_(self.connector.connect(self))
+        adapted = cast("DBAPIConnection", connection)
+        try:
+            if self.connector.on_connect is not None:
+                self.connector.on_connect(adapted)
+        except BaseException:
+            self.connector.close(connection)
+            raise
+        return adapted
+
+    def check_bound(self) -> None:
+        """Refuse to work for this tenant while the calling code is bound to another.
+
+        Raises:
+            CrossTenantError: it is.
+        """
+        if self.connector.ambient is None:
+            return
+        bound = self.connector.ambient()
+        if bound is not None and bound.id != self.tenant_id:
+            error = CrossTenantError("using a connection", bound=bound.slug, requested=self.slug)
+            self.connector.tell_incident(self, error)
+            raise error
+
+    # --- checkout ---------------------------------------------------------------------------------------------------
+
+    def _do_get(self) -> Record:
+        self.check_bound()
+        share = self.share
+        self.connector.budget.touch(share)
+        while share.idle:
+            record = self._take()
+            if record is None:
+                break
+            if not cast("TenantConnection", record.dbapi_connection).heard or self._still_alive(record):
+                return record
+            self.discard(record)
+        return await_(self._obtain())
+
+    def _take(self) -> Record | None:
+        """Take an idle connection that is neither too old nor known to be closed."""
+        while (entry := self.connector.budget.take(self.share)) is not None:
+            since, record = entry
+            if (
+                time.monotonic() - since <= self.connector.idle_timeout
+                and not cast("TenantConnection", record.dbapi_connection)._connection.is_closed()
+                and not record._is_hard_or_soft_invalidated()
+            ):
+                return record
+            self.discard(record)
+        return None
+
+    def _still_alive(self, record: Record) -> bool:
+        """Whether what the server has said meanwhile was not that it ends the connection."""
+        connection = cast("TenantConnection", record.dbapi_connection)
+        try:
+            await_(connection.listen())
+        except BaseException:
+            self.discard(record)
+            raise
+        return connection.usable
+
+    async def _obtain(self) -> Record:
+        """Wait for a connection or a slot, and open a connection in the slot.
+
+        Where the server or the tenant's role has too many connections (53300), which is no fault of this process
+        alone, try again until the deadline: one may be returned here, or closed elsewhere.
+        """
+        now = asyncio.get_running_loop().time
+        deadline = now() + self.connector.checkout_timeout
+        pause = _FIRST_PAUSE
+        while True:
+            record = await self._slot(deadline)
+            if record is not None:
+                return record
+            try:
+                return await self._open()
+            except ServerUnavailableError as exc:
+                pause = min(2 * pause, _LAST_PAUSE) * (0.5 + random.random())
+                if exc.sqlstate != _TOO_MANY_CONNECTIONS or now() + pause > deadline:
+                    raise
+            await asyncio.sleep(pause)
+            record = self._take()
+            if record is not None:
+                return record
+
+    async def _slot(self, deadline: float) -> Record | None:
+        """Reserve a slot (None), or get a connection that is returned before one is free."""
+        while not self.connector.budget.reserve(self.share):
+            record = await self._wait(deadline)
+            if record is None or self._reusable(record):
+                return record
+            self.discard(record)
+        return None
+
+    async def _wait(self, deadline: float) -> Record | None:
+        """Wait for a connection of this tenant (a record) or for a slot to open one in (None)."""
+        waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
+        self.connector.budget.wait(self.share, waiter)
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await waiter
+        except TimeoutError:
+            self._give_up(waiter)
+            raise self._timed_out() from None
+        except BaseException:
+            self._give_up(waiter)
+            raise
+
+    def _give_up(self, waiter: asyncio.Future[Record | None]) -> None:
+        budget = self.connector.budget
+        if not waiter.done() or waiter.cancelled():
+            budget.withdraw(self.share, waiter)
+        elif (record := waiter.result()) is not None:
+            # served in the same turn of the loop in which the caller was cancelled
+            self._do_return_conn(record)
+        else:
+            budget.failed(self.share)
+
+    def _timed_out(self) -> CheckoutTimeoutError:
+        connector, budget = self.connector, self.connector.budget
+        mine = self.share.account.open >= budget.per_tenant
+        if connector.events.wants(CheckoutTimedOut):
+            connector.events.emit(
+                CheckoutTimedOut(
+                    tenant_id=self.tenant_id,
+                    slug=self.slug,
+                    server=connector.server.name,
+                    seconds=connector.checkout_timeout,
+                )
+            )
+        return CheckoutTimeoutError(
+            server=connector.server.name,
+            tenant=self.slug,
+            timeout=connector.checkout_timeout,
+            limit=budget.per_tenant if mine else budget.limit,
+        )
+
+    async def _open(self) -> Record:
+        task = self.connector.spawn(greenlet_spawn(self._create_connection))
+        try:
+            return cast("Record", await asyncio.shield(task))
+        except asyncio.CancelledError:
+            task.add_done_callback(self._keep)
+            raise
+
+    def _keep(self, task: asyncio.Task[Record]) -> None:
+        """Keep the connection that a cancelled caller had asked for."""
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            logger.debug("a connection nobody waits for any more failed: %s", type(error).__name__)
+        else:
+            self._do_return_conn(task.result())
+
+    # --- return -----------------------------------------------------------------------------------------------------
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        record = cast("Record", record)
+        if record.dbapi_connection is None:
+            return  # it was invalidated or detached, and took its slot along
+        if self.retired or not cast("TenantConnection", record.dbapi_connection).usable:
+            self.discard(record)
+        elif self.connector.full_reset:
+            self.connector.spawn(self._reset(record))
+        else:
+            self._rest(record)
+
+    async def _reset(self, record: Record) -> None:
+        connection = cast("TenantConnection", record.dbapi_connection)
+        try:
+            await connection._connection.reset(timeout=self.connector.server.connect_timeout)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.CancelledError) as exc:
+            self.discard(record)
+            if isinstance(exc, asyncio.CancelledError):
+                raise
+        else:
+            if self.retired:
+                self.discard(record)
+            else:
+                self._rest(record)
+
+    def _rest(self, record: Record) -> None:
+        self.connector.budget.put(self.share, record, time.monotonic())
+        self.connector.watch_idle()
+
+    def _reusable(self, record: Record) -> bool:
+        connection = cast("TenantConnection", record.dbapi_connection)
+        return connection.usable and not record._is_hard_or_soft_invalidated()
+
+    # --- closing ----------------------------------------------------------------------------------------------------
+
+    def discard(self, record: Record) -> None:
+        """Close a connection that counts as in use."""
+        self.connector.close(cast("TenantConnection", record.dbapi_connection))
+        record.close()
+
+    def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
+        self.connector.close_soon(cast("TenantConnection", connection))
+
+    def retire(self) -> None:
+        """Close what is idle now, and what is busy when it is returned."""
+        self.retired = True
+        for record in self.connector.budget.drain(self.share):
+            self.discard(record)
+
+    def dispose(self) -> None:
+        """Retire this pool."""
+        self.retire()
+
+    def recreate(self) -> TenantPool:
+        """Return a new pool for the same tenant, as ``Engine.dispose`` asks for."""
+        return TenantPool(self.connector, tenant_id=self.tenant_id, slug=self.slug, placement=self.placement)
+
+    def status(self) -> str:
+        """Describe the pool in words."""
+        share = self.share
+        return f"tenant {self.slug!r}: {share.busy} connections in use or being opened, {len(share.idle)} idle"
+
+
+__all__ = ["TenantPool"]

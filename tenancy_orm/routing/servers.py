@@ -1,0 +1,271 @@
+"""The PostgreSQL servers that hold tenants' databases: their addresses, and how to log in to them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import asyncpg
+from sqlalchemy.engine import URL
+
+from ..config import TenancyConfig
+from ..context import Placement
+from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, UnknownServerError
+
+# invalid authorization, invalid password, no CONNECT, no such database: the server works, but not for this role
+_REFUSED = frozenset({"28000", "28P01", "42501", "3D000"})
+# connection exceptions, out of resources (too many connections, among others), operator intervention (shutting down)
+_AWAY = ("08", "53", "57P")
+# these concern the client's caches, and asyncpg's URL does not know them
+_CLIENT_OPTIONS = ("statement_cache_size", "prepared_statement_cache_size")
+_DEFAULT_PORT = 5432
+PEER_SECONDS = 30
+"""How long the other side of a tenant's connection may leave what was sent to it unacknowledged."""
+
+C = TypeVar("C", bound="asyncpg.Connection[Any]")
+
+
+class Server:
+    """One PostgreSQL server.
+
+    Args:
+        name: Its name in the configuration.
+        url: Its administrative URL. What its query holds (``sslmode``, ``sslrootcert``, ``target_session_attrs``, and
+            server settings) applies to tenants' connections as well, and so do ``statement_cache_size`` and
+            ``prepared_statement_cache_size`` (0 for PgBouncer in transaction mode).
+        connect_timeout: Seconds that opening a connection may take.
+        statement_timeout: PostgreSQL's statement_timeout for tenants, in seconds; 0 leaves it to the server.
+    """
+
+    def __init__(self, name: str, url: URL, *, connect_timeout: float, statement_timeout: float = 0.0) -> None:
+        self.name = name
+        self.url = url
+        self.connect_timeout = connect_timeout
+        self._base = url.difference_update_query(_CLIENT_OPTIONS)._replace(password=None)
+        self._client_options = {key: int(str(value)) for key, value in url.query.items() if key in _CLIENT_OPTIONS}
+        self._tenant_base = URL.create("postgresql+asyncpg", host=url.host or None, port=url.port)
+        self._tenant_settings = {"application_name": "tenancy"}
+        # the server ends a statement that runs too long; the client gives up where the server does not answer at all
+        self._command_timeout: float | None = None
+        if statement_timeout > 0:
+            self._tenant_settings["statement_timeout"] = f"{round(statement_timeout * 1000)}ms"
+            self._command_timeout = statement_timeout + connect_timeout
+
+    def __repr__(self) -> str:
+        """Name it and its address."""
+        return f"Server({self.name!r}, {self.host}:{self.port})"
+
+    @property
+    def host(self) -> str:
+        """Its host name or address, or the directory of its socket."""
+        host = self.url.host or self.url.query.get("host") or "localhost"
+        return host if isinstance(host, str) else host[-1]
+
+    @property
+    def port(self) -> int:
+        """Its TCP port, or the number in the name of its socket."""
+        return self.url.port or int(str(self.url.query.get("port") or _DEFAULT_PORT))
+
+    @property
+    def prepared_statement_cache_size(self) -> int:
+        """How many prepared statements SQLAlchemy keeps for each connection."""
+        return self._client_options.get("prepared_statement_cache_size", 100)
+
+    def admin_url(self, database: str | None = None) -> URL:
+        """The administrative URL of ``database``; it holds the password."""
+        return self.url if database is None else self.url.set(database=database)
+
+    def tenant_url(self, placement: Placement) -> URL:
+        """The URL of a tenant's database as SQLAlchemy writes it, without the password: a name, not a way in."""
+        return self._tenant_base._replace(username=placement.role, database=placement.database)
+
+    async def connect_admin(
+        self,
+        database: str | None = None,
+        *,
+        role: str | None = None,
+        settings: Mapping[str, str] = MappingProxyType({}),
+        timeout: float | None = None,
+    ) -> asyncpg.Connection[Any]:
+        """Log in as the administrator. These connections are no part of the budget; the caller closes them.
+
+        Args:
+            database: Where to; the URL's own where None.
+            role: The role to act as from the very first statement.
+            settings: Further server settings, in force from the start.
+            timeout: Seconds this may take; ``connect_timeout`` where None.
+
+        Raises:
+            ServerUnavailableError: the server does not answer, or takes no connections now.
+            asyncpg.PostgresError: it refuses this one: no such database, say.
+        """
+        startup = {"application_name": "tenancy-admin", **settings}
+        if role is not None:
+            startup["role"] = role
+        try:
+            return await self._connect(
+                self.url.username, database or self.url.database, self._admin_password, startup, timeout=timeout
+            )
+        except asyncpg.PostgresError as exc:
+            without_frames(exc)
+            if not (exc.sqlstate or "").startswith(_AWAY):
+                raise
+            raise ServerUnavailableError(server=self.name, sqlstate=exc.sqlstate) from exc
+        except (OSError, asyncpg.InterfaceError) as exc:
+            raise ServerUnavailableError(server=self.name) from without_frames(exc)
+
+    async def connect_tenant(
+        self,
+        placement: Placement,
+        password: str | Callable[[], str],
+        *,
+        tenant: str | None = None,
+        connection_class: type[C] = asyncpg.Connection,
+        timeout: float | None = None,
+    ) -> C:
+        """Log in to a tenant's database as its role. The caller checks the marker and closes the connection.
+
+        Args:
+            placement: Database and role.
+            password: The role's password, or what returns it: so it is opened as late as can be.
+            tenant: What to call the tenant in errors: its slug; the role where None.
+            connection_class: The class of the connection.
+            timeout: Seconds this may take; ``connect_timeout`` where None.
+
+        Raises:
+            LoginRefusedError: the password, the role or its rights do not admit it.
+            ServerUnavailableError: the server does not answer, or takes no connections now.
+            SecretError: (from ``password``) it does not open.
+        """
+        label = tenant or placement.role
+        try:
+            connection: C = await self._connect(
+                placement.role,
+                placement.database,
+                password,
+                self._tenant_settings,
+                timeout=timeout,
+                connection_class=connection_class,
+                command_timeout=self._command_timeout,
+                **{key: size for key, size in self._client_options.items() if key == "statement_cache_size"},
+            )
+        except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError) as exc:
+            raise self.unavailable(exc, tenant=label) from without_frames(exc)
+        notice_a_dead_peer(connection)
+        return connection
+
+    def unavailable(self, error: BaseException, *, tenant: str) -> ServerUnavailableError:
+        """What to raise when opening a connection for ``tenant`` (its slug) failed by ``error``."""
+        sqlstate = getattr(error, "sqlstate", None)
+        kind = LoginRefusedError if sqlstate in _REFUSED else ServerUnavailableError
+        return kind(server=self.name, tenant=tenant, sqlstate=sqlstate)
+
+    async def _connect(
+        self,
+        user: str | None,
+        database: str | None,
+        password: str | Callable[[], str] | None,
+        settings: Mapping[str, str],
+        *,
+        timeout: float | None,
+        **options: Any,
+    ) -> Any:
+        try:
+            return await asyncpg.connect(
+                self._base.render_as_string(hide_password=False),  # it has none
+                user=user,
+                database=database,
+                password=password,
+                timeout=self.connect_timeout if timeout is None else timeout,
+                server_settings=dict(settings),
+                **options,
+            )
+        except asyncpg.exceptions.ClientConfigurationError as exc:
+            raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from without_frames(exc)
+        except BaseException as exc:
+            # a cancellation or a deadline too: whatever ends a connect ends in frames that hold the password
+            without_frames(exc)
+            raise
+
+    def _admin_password(self) -> str:
+        """The administrator's password; a method, so that the frames of a failed connect need not hold the text."""
+        return str(self.url.password or "")
+
+
+def notice_a_dead_peer(connection: asyncpg.Connection[Any]) -> None:
+    """Have the kernel end a connection whose other side no longer answers, within about ``PEER_SECONDS``.
+
+    A long statement is not affected, as long as the server's machine acknowledges. Without this, what was sent to a
+    machine that has gone is repeated for some 15 minutes, and so long its connections would count as busy.
+    """
+    transport = getattr(connection, "_transport", None)
+    peer: socket.socket | None = transport.get_extra_info("socket") if transport is not None else None
+    if peer is None or peer.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", PEER_SECONDS // 2),
+        ("TCP_KEEPINTVL", PEER_SECONDS // 6),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", PEER_SECONDS * 1_000),
+    ):
+        if (number := getattr(socket, option, None)) is not None:  # not every system has them
+            peer.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
+E = TypeVar("E", bound=BaseException)
+
+
+def without_frames(error: E) -> E:
+    """Drop the tracebacks of ``error`` and of its causes: asyncpg's frames hold the password in local variables."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+class Servers(Mapping[str, Server]):
+    """The configured servers by name.
+
+    Args:
+        config: ``server_urls`` and the timeouts are read from it.
+    """
+
+    def __init__(self, config: TenancyConfig) -> None:
+        self._servers = {
+            name: Server(name, url, connect_timeout=config.connect_timeout, statement_timeout=config.statement_timeout)
+            for name, url in config.server_urls.items()
+        }
+
+    def __getitem__(self, name: str) -> Server:
+        """The server of that name.
+
+        Raises:
+            UnknownServerError: there is none.
+        """
+        try:
+            return self._servers[name]
+        except KeyError:
+            raise UnknownServerError(name) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._servers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._servers)
+
+    def __len__(self) -> int:
+        return len(self._servers)
+
+    def __repr__(self) -> str:
+        """Name them."""
+        return f"Servers({', '.join(self._servers)})"
+
+    async def close(self) -> None:
+        """Close nothing: connections belong to whoever opened them. Here so that all parts are closed alike."""
+
+
+__all__ = ["Server", "Servers"]

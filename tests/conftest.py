@@ -1,0 +1,202 @@
+"""One PostgreSQL server for the whole run, and a control database and a ``Tenancy`` for each test.
+
+The server is the one of ``TENANCY_TEST_DSN`` (a superuser's URL), or an embedded one that the first process of the run
+starts and the kernel's locks end with it. Without either the run fails: a suite that skips proves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import secrets
+from collections.abc import AsyncIterator, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+
+from tests.support.postgres import Postgres
+
+if TYPE_CHECKING:
+    from tenancy_orm import Tenancy, TenancyConfig
+    from tenancy_orm.testing.embedded import EmbeddedServer
+
+DSN_VARIABLE = "TENANCY_TEST_DSN"
+EMBEDDED_VERSION_VARIABLE = "TENANCY_TEST_POSTGRES"
+
+_server_key: pytest.StashKey[EmbeddedServer] = pytest.StashKey()
+_postgres_key = pytest.StashKey[Postgres]()
+_failed_key = pytest.StashKey[bool]()
+
+
+# --- the server of the run ------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--keep-databases``."""
+    parser.addoption(
+        "--keep-databases",
+        action="store_true",
+        help="keep the databases of failed tests, and the embedded server's directory, and say where they are",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server in the first process; the workers of pytest-xdist are told where it is."""
+    workerinput: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        described = workerinput["postgres"]
+        config.stash[_postgres_key] = Postgres(
+            admin_url=described["admin_url"],
+            version=described["version"],
+            run=described["run"],
+            worker=workerinput["workerid"],
+            bin_dir=Path(described["bin_dir"]) if described["bin_dir"] else None,
+            data_dir=Path(described["data_dir"]) if described["data_dir"] else None,
+        )
+    elif not (config.option.collectonly or config.option.help or config.option.version):
+        config.stash[_postgres_key] = _start(config)
+
+
+def _start(config: pytest.Config) -> Postgres:
+    run = secrets.token_hex(2)
+    dsn = os.environ.get(DSN_VARIABLE)
+    if dsn:
+        try:
+            version = asyncio.run(_ask_version(dsn))
+        except (OSError, asyncpg.PostgresError, TimeoutError) as exc:
+            raise pytest.UsageError(f"{DSN_VARIABLE} names a server that does not answer: {exc}") from exc
+        return Postgres(dsn, version, run, "main")
+
+    from tenancy_orm.testing.embedded import EmbeddedServer
+
+    server = EmbeddedServer.for_tests(version=int(os.environ.get(EMBEDDED_VERSION_VARIABLE, "18")))
+    server.ephemeral = not config.option.keep_databases
+    server.start()
+    config.stash[_server_key] = server
+    return Postgres(server.url(), server.server_version, run, "main", server.bin_dir, server.data_dir)
+
+
+async def _ask_version(dsn: str) -> str:
+    connection = await asyncpg.connect(dsn.replace("postgresql+asyncpg:", "postgresql:", 1), timeout=10)
+    try:
+        if not await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user"):
+            raise pytest.UsageError(f"{DSN_VARIABLE} must be a superuser's URL")
+        return str(await connection.fetchval("SHOW server_version"))
+    finally:
+        await connection.close()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where the server is."""
+    if (postgres := node.config.stash.get(_postgres_key, None)) is not None:
+        node.workerinput["postgres"] = {
+            "admin_url": postgres.admin_url,
+            "version": postgres.version,
+            "run": postgres.run,
+            "bin_dir": str(postgres.bin_dir or ""),
+            "data_dir": str(postgres.data_dir or ""),
+        }
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which PostgreSQL the tests run on."""
+    postgres = config.stash.get(_postgres_key, None)
+    if postgres is None:
+        return []
+    where = f"embedded, {postgres.data_dir}" if postgres.data_dir else DSN_VARIABLE
+    return [f"PostgreSQL {postgres.version} ({where})"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how to look at what ``--keep-databases`` kept."""
+    server = config.stash.get(_server_key, None)
+    if server is not None and config.option.keep_databases:
+        terminalreporter.write_line(
+            f"databases kept; serve them by: python -m tenancy_orm.testing.embedded run "
+            f"--version {server.version} --dir {server.data_dir}"
+        )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the embedded server."""
+    server = config.stash.get(_server_key, None)
+    if server is not None:
+        server.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remember which tests failed, for ``--keep-databases``."""
+    report = yield
+    item.stash[_failed_key] = item.stash.get(_failed_key, False) or report.failed
+    return report
+
+
+def _keep(request: pytest.FixtureRequest, what: str) -> bool:
+    node: pytest.Item = request.node
+    if request.config.option.keep_databases and node.stash.get(_failed_key, False):
+        node.add_report_section("teardown", "databases", f"kept: {what}")
+        return True
+    return False
+
+
+# --- fixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Postgres:
+    """The PostgreSQL server of this run."""
+    return pytestconfig.stash[_postgres_key]
+
+
+@pytest.fixture
+async def control_url(postgres: Postgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """The URL of a new, empty database, as the superuser; dropped after the test."""
+    name = postgres.new_name()
+    yield await postgres.create_database(name)
+    if not _keep(request, name):
+        await postgres.drop_database(name)
+
+
+@pytest.fixture
+async def name_prefix(postgres: Postgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A ``TenancyConfig.name_prefix`` of this test's own; databases and roles named so are dropped after the test."""
+    digits = "".join(filter(str.isdigit, postgres.worker)) or "0"
+    prefix = f"w{digits}x{secrets.token_hex(4)}"
+    yield prefix
+    if not _keep(request, f"{prefix}_*"):
+        await postgres.drop_all(prefix)
+
+
+@pytest.fixture
+def tenancy_config(postgres: Postgres, name_prefix: str, control_url: str) -> TenancyConfig:
+    """The configuration of ``tenancy``: one server, the tables of ``tests.support.models``, a key of its own."""
+    from tenancy_orm import TenancyConfig
+    from tests.support.models import Base
+
+    return TenancyConfig(
+        control_url=control_url,
+        servers={"default": postgres.admin_url},
+        metadata=Base.metadata,
+        encryption_keys={"1": base64.b64encode(secrets.token_bytes(32)).decode()},
+        name_prefix=name_prefix,
+    )
+
+
+@pytest.fixture
+async def tenancy(tenancy_config: TenancyConfig) -> AsyncIterator[Tenancy]:
+    """An open ``Tenancy`` on a control database of its own, without tenants."""
+    from tenancy_orm import Tenancy
+
+    opened = Tenancy(tenancy_config)
+    await opened.open(initialise=True)
+    try:
+        yield opened
+    finally:
+        await opened.close()

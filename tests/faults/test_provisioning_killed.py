@@ -1,0 +1,207 @@
+"""SIGKILL at every step, and anywhere: reconcile leaves one ready tenant or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tenancy_orm.context import Status
+from tenancy_orm.provisioning import ReconcileReport
+from tests.support.postgres import Postgres
+from tests.support.provisioning import Workshop, names_of, open_workshop
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60.0
+
+
+@pytest.fixture
+async def workshop(postgres: Postgres, control_url: str, name_prefix: str) -> AsyncIterator[Workshop]:
+    """A provisioner without tenants, on the server of the run."""
+    opened = await open_workshop(control_url=control_url, admin_url=postgres.admin_url, name_prefix=name_prefix)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+@asynccontextmanager
+async def process(workshop: Workshop, what: str, slug: str = "acme", at: str | None = None) -> AsyncIterator[Process]:
+    """Another process on the same installation, which has begun when this yields; it is killed in the end."""
+    assert workshop.config.servers is not None
+    task = {
+        "control_url": workshop.config.control_url,
+        "admin_url": workshop.config.servers["default"],
+        "name_prefix": workshop.config.name_prefix,
+        "what": what,
+        "slug": slug,
+        "at": at,
+    }
+    command = [sys.executable, "-m", "tests.support.provisioning_process"]
+    child = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=PIPE, stdout=PIPE)
+    try:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(json.dumps(task).encode())
+        child.stdin.close()
+        async with asyncio.timeout(SECONDS):
+            assert await child.stdout.readline() == b"ready\n"
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+
+
+async def killed(workshop: Workshop, what: str, *, at: str) -> None:
+    """Run another process that dies at a given point."""
+    async with process(workshop, what, at=at) as child, asyncio.timeout(SECONDS):
+        assert await child.wait() == -signal.SIGKILL
+
+
+async def reconcile(workshop: Workshop) -> ReconcileReport:
+    """Reconcile until there is nothing left to do; what was done, in all.
+
+    PostgreSQL lets the dead process's connections go once their statements have ended.
+    """
+    done: dict[str, list[str]] = {}
+    async with asyncio.timeout(SECONDS):
+        while True:
+            report = await workshop.provisioner.reconcile()
+            assert report.errors == ()
+            for name in report.__slots__:
+                done.setdefault(name, []).extend(getattr(report, name))
+            if report == ReconcileReport() and not await workshop.registry.unfinished():
+                return ReconcileReport(**{name: tuple(sorted(values)) for name, values in done.items()})
+            await asyncio.sleep(0.02)
+
+
+REMOVED = [
+    "after register",
+    "before role",
+    "after role",
+    "before database",
+    "after database",
+    "before grants",
+]
+
+
+@pytest.mark.parametrize("at", REMOVED)
+async def test_a_creation_that_is_killed_early_is_removed(workshop: Workshop, at: str) -> None:
+    """Neither row nor role nor database is left, and the slug is free again."""
+    await workshop.provisioner.template("default")
+    await killed(workshop, "create", at=at)
+    assert await reconcile(workshop) == ReconcileReport(removed=("acme",))
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+    await workshop.create("acme")
+    await assert_usable(workshop)
+
+
+async def test_a_creation_that_is_killed_between_the_last_steps_is_removed_or_completed(workshop: Workshop) -> None:
+    """Whether the last one's name was written by then decides; either way nothing half-made stays."""
+    await workshop.provisioner.template("default")
+    await killed(workshop, "create", at="after grants")
+    report = await reconcile(workshop)
+    assert report in (ReconcileReport(removed=("acme",)), ReconcileReport(finished=("acme",)))
+    if report.removed:
+        assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+        await workshop.create("acme")
+    await assert_usable(workshop)
+
+
+@pytest.mark.parametrize("at", ["before proved", "after proved", "before complete"])
+async def test_a_creation_that_is_killed_late_is_completed(workshop: Workshop, at: str) -> None:
+    """Everything was there but the proof, which reconcile repeats, or the last commit: the tenant is ready."""
+    await workshop.provisioner.template("default")
+    await killed(workshop, "create", at=at)
+    assert await reconcile(workshop) == ReconcileReport(finished=("acme",))
+    assert await workshop.consistent()
+    await assert_usable(workshop)
+
+
+async def test_a_creation_that_is_killed_after_its_commit_stands(workshop: Workshop) -> None:
+    """There is nothing to reconcile."""
+    await killed(workshop, "create", at="after complete")
+    assert await reconcile(workshop) == ReconcileReport()
+    assert await workshop.consistent()
+    await assert_usable(workshop)
+
+
+async def test_a_creation_that_is_killed_before_its_row_leaves_nothing(workshop: Workshop) -> None:
+    """The lock went with the process."""
+    await killed(workshop, "create", at="before register")
+    assert await reconcile(workshop) == ReconcileReport()
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+
+
+async def assert_usable(workshop: Workshop) -> None:
+    """The tenant works, wholly."""
+    tenant = await workshop.registry.by_slug("acme")
+    assert (tenant.status, tenant.schema_revision) == (Status.ACTIVE, "0001")
+    assert await workshop.present() == names_of(tenant)
+    async with workshop.connect(tenant) as connection:
+        await connection.execute("INSERT INTO notes (body) VALUES ('works')")
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_process_that_is_killed_anywhere_leaves_whole_tenants(workshop: Workshop, seed: int) -> None:
+    """Killed at a random moment with several creations under way: each is a ready tenant or nothing."""
+    await workshop.create("before")
+    delay = random.Random(seed).uniform(0.05, 0.6)
+    async with process(workshop, "create many", slug=f"t{seed}") as child:
+        await asyncio.sleep(delay)
+        child.kill()
+    await reconcile(workshop)
+    assert await workshop.consistent()
+    for slug, status in (await workshop.slugs()).items():
+        assert status == "active"
+        async with workshop.connect(await workshop.registry.by_slug(slug)) as connection:
+            assert await connection.fetchval("SELECT count(*) FROM notes") == 0
+    leftovers = {name for name in await workshop.databases() if workshop.names.parse(name) is None}
+    assert leftovers == {(await workshop.provisioner.template("default")).name}
+
+
+@pytest.mark.parametrize("at", ["after begin_purge", "after drop_database", "after drop_role", "after finish_purge"])
+async def test_a_purge_that_is_killed_is_finished(workshop: Workshop, at: str) -> None:
+    """The tombstone stays, and nothing else; the slug is free."""
+    tenant = await workshop.deleted("acme")
+    await workshop.provisioner.set_login(tenant, False)
+    await killed(workshop, "purge", at=at)
+    expected = ReconcileReport() if at == "after finish_purge" else ReconcileReport(purged=("acme",))
+    assert await reconcile(workshop) == expected
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {"acme": "purged"})
+    await workshop.create("acme")
+
+
+@pytest.mark.parametrize("at", ["before apply", "after apply", "before seal", "after seal"])
+async def test_a_template_whose_builder_is_killed_is_built_anew(workshop: Workshop, at: str) -> None:
+    """What it left is never cloned, unless it was complete."""
+    await killed(workshop, "template", at=at)
+    tenant = await workshop.create("acme")
+    async with workshop.connect(tenant) as connection:
+        assert await connection.fetchval("SELECT version_num FROM alembic_version") == "0001"
+    assert await reconcile(workshop) == ReconcileReport()
+
+
+async def test_a_template_whose_builder_is_killed_is_removed(workshop: Workshop) -> None:
+    """By reconcile, where nobody builds it again."""
+    await killed(workshop, "template", at="after apply")
+    report = await reconcile(workshop)
+    assert report.orphans != ()
+    assert await workshop.databases() == set()
+
+
+async def test_a_scratch_database_whose_user_is_killed_is_removed(workshop: Workshop) -> None:
+    """Its lock went with the process."""
+    template = await workshop.provisioner.template("default")
+    await killed(workshop, "scratch", at="after scratch")
+    report = await reconcile(workshop)
+    assert len(report.orphans) == 1
+    assert await workshop.databases() == {template.name}

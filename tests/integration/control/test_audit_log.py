@@ -1,0 +1,391 @@
+"""The audit log on a real PostgreSQL: appending, reading, verifying, and its upkeep."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from tenancy_orm.control.audit import Actor
+from tenancy_orm.control.chain import canonical
+from tenancy_orm.control.checkpoints import Checkpoint, Signer, Verifier
+from tenancy_orm.control.registry import sqlstate_of
+from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
+from tests.support.quotas import KEYS, QuotaPlane, quota_plane
+
+
+@pytest.fixture
+async def plane(control_url: str) -> AsyncIterator[QuotaPlane]:
+    async with quota_plane(control_url) as opened:
+        yield opened
+
+
+async def age(plane: QuotaPlane, moment: datetime, entries: int) -> None:
+    """Append entries as if it had been ``moment``: the function's clock is replaced while they are written."""
+    source = (await plane.sql("SELECT pg_get_functiondef('tenancy.audit_append'::regproc)"))[0][0]
+    ensure = (await plane.sql("SELECT pg_get_functiondef('tenancy.audit_ensure_partitions'::regproc)"))[0][0]
+    async with plane.control.engine.begin() as conn:
+        for definition in (source, ensure):
+            at = f"timestamptz '{moment.isoformat()}'"
+            await conn.exec_driver_sql(definition.replace("clock_timestamp()", at))
+        for number in range(entries):
+            await plane.audit.append(conn, action="test.old", after={"n": number})
+        for definition in (source, ensure):
+            await conn.exec_driver_sql(definition)
+
+
+# --- appending ------------------------------------------------------------------------------------------------------
+
+
+async def test_an_entry_says_who_did_what_to_whom(plane: QuotaPlane) -> None:
+    """Everything that was given comes back, with what the database added."""
+    tenant_id = uuid4()
+    actor = Actor("operator", "ada", request_id="req-1", source="192.0.2.7")
+    sequence = await plane.append(
+        "tenant.update",
+        tenant_id=tenant_id,
+        slug="acme",
+        actor=actor,
+        before={"tier": "free"},
+        after={"tier": "pro"},
+        detail={"ticket": 7},
+    )
+    [event] = await plane.audit.events()
+    assert event.sequence == sequence == 1
+    assert (event.action, event.tenant_id, event.slug, event.actor) == ("tenant.update", tenant_id, "acme", actor)
+    assert (event.before, event.after, event.detail) == ({"tier": "free"}, {"tier": "pro"}, {"ticket": 7})
+    assert event.database_role == (await plane.sql("SELECT session_user"))[0][0]
+    assert abs(event.occurred_at - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+async def test_an_entry_is_part_of_the_callers_transaction(plane: QuotaPlane) -> None:
+    """What is rolled back was never done, and the next entry takes its number."""
+    async with plane.control.transaction() as conn:
+        assert await plane.audit.append(conn, action="test.undone") == 1
+        await conn.rollback()
+    assert await plane.append() == 1
+    assert (await plane.audit.verify()).ok
+
+
+async def test_several_entries_of_one_transaction_follow_one_another(plane: QuotaPlane) -> None:
+    """The head moves within it."""
+    async with plane.control.transaction() as conn:
+        numbers = [await plane.audit.append(conn, action="test.done") for _ in range(3)]
+    assert numbers == [1, 2, 3]
+    assert (await plane.audit.verify()).entries == 3
+
+
+async def test_text_that_postgresql_cannot_keep_does_not_fail_the_change(plane: QuotaPlane) -> None:
+    """A request id comes from outside: NUL, half a surrogate pair and a megabyte are made fit."""
+    actor = Actor("key", "k", request_id="a\x00b" + "x" * 1_000_000, source="\ud800")
+    await plane.append(actor=actor, after={"note\x00": ["\x00", "\ud800", {"deep": "\x00"}]})
+    [event] = await plane.audit.events()
+    assert event.actor.request_id is not None and event.actor.request_id.startswith("a\N{REPLACEMENT CHARACTER}bx")
+    assert len(event.actor.request_id) == 256
+    assert event.after == {
+        "note\N{REPLACEMENT CHARACTER}": ["\N{REPLACEMENT CHARACTER}", "?", {"deep": "\N{REPLACEMENT CHARACTER}"}]
+    }
+    assert (await plane.audit.verify()).ok
+
+
+class Colour(enum.StrEnum):
+    """Any enum."""
+
+    RED = "red"
+
+
+async def test_times_ids_and_enums_are_written_as_text(plane: QuotaPlane) -> None:
+    """Callers pass what they have."""
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    after = {"at": moment, "id": UUID(int=1), "colour": Colour.RED, "set": {"b", "a"}, "tuple": (1, None, True, 1.5)}
+    await plane.append(after=after)
+    [event] = await plane.audit.events()
+    assert event.after == {
+        "at": "2026-01-02T00:00:00+00:00",
+        "id": str(UUID(int=1)),
+        "colour": "red",
+        "set": ["a", "b"],
+        "tuple": [1, None, True, 1.5],
+    }
+
+
+@pytest.mark.parametrize("value", [b"secret", object(), float("nan")])
+async def test_what_is_not_json_is_refused(plane: QuotaPlane, value: Any) -> None:
+    """Bytes above all: they are likely a secret. Nothing is appended."""
+    with pytest.raises((TypeError, ValueError)):
+        await plane.append(after={"value": value})
+    assert await plane.audit.events() == []
+
+
+async def test_an_action_must_be_a_name(plane: QuotaPlane) -> None:
+    """The database refuses what is not, and the chain goes on."""
+    with pytest.raises(DBAPIError) as caught:
+        await plane.append("Not A Name")
+    assert sqlstate_of(caught.value) == "23514"
+    assert await plane.append() == 1
+
+
+async def test_time_never_runs_backwards_along_the_chain(plane: QuotaPlane) -> None:
+    """A clock that was set back does not put an entry before its predecessor."""
+    await plane.append()
+    await plane.sql("UPDATE tenancy.audit_head SET occurred_at = now() + interval '1 hour'")
+    await plane.append()
+    first, second = reversed(await plane.audit.events())
+    assert second.occurred_at - first.occurred_at >= timedelta(minutes=59)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+async def test_events_are_found_by_tenant_actor_action_and_time(plane: QuotaPlane) -> None:
+    """Filters combine, and the newest comes first."""
+    acme, globex = await plane.tenant("acme"), await plane.tenant("globex")
+    ada, key = Actor("operator", "ada"), Actor("key", "k1")
+    for actor in (ada, key):
+        await plane.append("key.rotate", tenant_id=acme.id, slug="acme", actor=actor)
+    between = (await plane.sql("SELECT clock_timestamp()"))[0][0]
+    await plane.append("key.revoke", tenant_id=globex.id, slug="globex", actor=ada)
+
+    async def found(**filters: Any) -> list[tuple[str, str | None]]:
+        return [(event.action, event.slug) for event in await plane.audit.events(**filters)]
+
+    assert await found(actor=ada) == [("key.revoke", "globex"), ("key.rotate", "acme")]
+    assert await found(actor="k1") == await found(actor=key) == [("key.rotate", "acme")]
+    assert await found(actor=Actor("operator"), tenant="acme") == [("key.rotate", "acme")]
+    for tenant in (globex, globex.id, "globex"):
+        assert (await plane.audit.events(tenant=tenant))[0].action == "key.revoke"
+    assert await found(action="key.revoke") == await found(since=between) == [("key.revoke", "globex")]
+    assert await found(action=["key.revoke", "key.rotate"], tenant=acme) == [("key.rotate", "acme")] * 2
+    assert len(await found(action="key.")) == 3
+    assert len(await found(action=["tenant."], until=between)) == 4
+    assert await found(tenant="nobody") == []
+
+
+async def test_a_slug_that_was_given_up_still_finds_its_entries(plane: QuotaPlane) -> None:
+    """A creation that failed leaves nothing but its entries."""
+    await plane.append("tenant.create_failed", tenant_id=uuid4(), slug="ghost")
+    assert len(await plane.audit.events(tenant="ghost")) == 1
+
+
+async def test_pages_continue_where_the_last_one_ended(plane: QuotaPlane) -> None:
+    """By the entry or by its number, without gaps or repetitions."""
+    for _ in range(7):
+        await plane.append()
+    numbers: list[int] = []
+    after: Any = None
+    while page := await plane.audit.events(limit=3, after=after):
+        numbers += [event.sequence for event in page]
+        after = page[-1] if len(numbers) < 4 else page[-1].sequence
+    assert numbers == [7, 6, 5, 4, 3, 2, 1]
+
+
+async def test_queries_use_an_index_and_the_newest_month_alone(plane: QuotaPlane) -> None:
+    """With a filter or without: no plan sorts or reads the whole log."""
+    await plane.sql(
+        "INSERT INTO tenancy.audit_log (sequence, occurred_at, action, tenant_id, actor_kind, database_role, "
+        "previous_hash, hash) SELECT n, now() + make_interval(secs => n / 1000.0), 'test.bulk', gen_random_uuid(), "
+        "'system', 'x', sha256(''), sha256('') FROM generate_series(1, 20000) n"
+    )
+    await plane.sql("ANALYZE tenancy.audit_log")
+    month = (await partitions(plane))[0]
+    for condition in (
+        "true",
+        f"tenant_id = '{uuid4()}'",
+        "actor_kind = 'operator' AND actor_id = 'ada'",
+        "slug = 'acme'",
+        "action = 'test.other'",
+    ):
+        rows = await plane.sql(
+            "EXPLAIN (COSTS OFF) SELECT * FROM tenancy.audit_log "
+            f"WHERE {condition} ORDER BY occurred_at DESC, sequence DESC LIMIT 10"
+        )
+        plan = "\n".join(row[0] for row in rows)
+        # the months to come are empty, which PostgreSQL reads in full; without a filter nothing may be sorted
+        assert f"Seq Scan on {month}" not in plan, plan
+        assert condition != "true" or "Sort" not in plan, plan
+
+
+async def test_the_summary_counts_by_day_and_action(plane: QuotaPlane) -> None:
+    """It reads the view that operators can read too."""
+    tenant_id = uuid4()
+    for _ in range(2):
+        await plane.append("key.issue", tenant_id=tenant_id)
+    await plane.append("key.revoke", actor=Actor("operator", "ada"))
+    today = (await plane.sql("SELECT (now() AT TIME ZONE 'UTC')::date"))[0][0]
+    summary = await plane.audit.summary(since=today)
+    assert [(row.action, row.actor_kind, row.entries, row.tenants) for row in summary] == [
+        ("key.issue", "system", 2, 1),
+        ("key.revoke", "operator", 1, 0),
+    ]
+    assert await plane.audit.summary(until=today) == []
+
+
+# --- verifying ------------------------------------------------------------------------------------------------------
+
+
+async def test_python_and_the_database_hash_the_same(plane: QuotaPlane) -> None:
+    """For every kind of content, the canonical text is one and the same."""
+    await plane.append(
+        tenant_id=uuid4(),
+        slug="acme",
+        actor=Actor("key", 'q"\\\n\t\x01\x7f', request_id="ü\u2028😀", source="::1"),
+        before={"numbers": [0, -1, 1.5, 1e20, 1e-7, 10**30], "text": "\x01\u2028😀"},
+        after={"bb": 1, "a": {"nested": [None, True, {}]}},
+    )
+    await plane.append()
+    rows = await plane.sql(
+        "SELECT tenancy.audit_canonical(l) AS text, sequence, occurred_at, action, tenant_id, slug, actor_kind, "
+        "actor_id, before::text AS before, after::text AS after, detail::text AS detail, request_id, source, "
+        "database_role, previous_hash FROM tenancy.audit_log l"
+    )
+    assert [canonical(row).decode() for row in rows] == [row.text for row in rows]
+    assert (await plane.audit.verify()).ok
+
+
+async def test_verification_streams_a_long_log(plane: QuotaPlane) -> None:
+    """More entries than one batch."""
+    async with plane.control.transaction() as conn:
+        for number in range(1_203):
+            await plane.audit.append(conn, action="test.done", after={"n": number})
+    report = await plane.audit.verify()
+    assert (report.entries, report.first, report.last, report.ok) == (1_203, 1, 1_203, True)
+
+
+async def test_verification_is_not_disturbed_by_appends(plane: QuotaPlane) -> None:
+    """It sees one moment, head and entries alike."""
+    async with plane.control.transaction() as conn:
+        for _ in range(1_000):
+            await plane.audit.append(conn, action="test.done")
+    stop = asyncio.Event()
+
+    async def keep_appending() -> None:
+        while not stop.is_set():
+            await plane.append()
+
+    task = asyncio.create_task(keep_appending())
+    try:
+        for _ in range(5):
+            assert (await plane.audit.verify()).ok
+    finally:
+        stop.set()
+        await task
+
+
+async def test_a_checkpoint_verifies_later_with_the_public_key_alone(plane: QuotaPlane) -> None:
+    """Exported as JSON, kept elsewhere, read back, confirmed; and the next run may begin there."""
+    with pytest.raises(AuditError, match="empty"):
+        await plane.audit.export_checkpoint()
+    await plane.append()
+    kept = (await plane.audit.export_checkpoint()).to_json()
+    await plane.append()
+    await plane.append()
+    checkpoint = Checkpoint.from_json(kept)
+    auditor = Verifier(Signer(KEYS).public_keys)
+    report = await plane.audit.verify(checkpoint, verifier=auditor)
+    assert report.ok and report.confirmed == (1,)
+    later = await plane.audit.verify(since=checkpoint, verifier=auditor)
+    assert (later.ok, later.entries, later.first, later.last) == (True, 2, 2, 3)
+
+
+async def test_a_checkpoint_of_somebody_else_is_refused(plane: QuotaPlane) -> None:
+    """Another installation's, or one whose signature is not valid, proves nothing."""
+    await plane.append()
+    checkpoint = await plane.audit.export_checkpoint()
+    with pytest.raises(AuditError, match="installation"):
+        await plane.audit.verify(replace(checkpoint, installation=uuid4()))
+    with pytest.raises(AuditError, match="not valid"):
+        await plane.audit.verify(replace(checkpoint, sequence=7))
+    async with quota_plane(plane.config.control_url, initialise=False, keys={}) as keyless:
+        with pytest.raises(ConfigurationError):
+            await keyless.audit.export_checkpoint()
+
+
+# --- upkeep ---------------------------------------------------------------------------------------------------------
+
+
+async def partitions(plane: QuotaPlane) -> list[str]:
+    """The names of the log's partitions."""
+    rows = await plane.sql(
+        "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+        "WHERE i.inhparent = 'tenancy.audit_log'::regclass ORDER BY 1"
+    )
+    return [row[0] for row in rows]
+
+
+async def test_partitions_are_made_ahead(plane: QuotaPlane) -> None:
+    """This month and three more from the start; more on request, and none twice."""
+    assert len(await partitions(plane)) == 4
+    assert await plane.audit.ensure_partitions(5) == 2
+    assert await plane.audit.ensure_partitions(5) == 0
+    with pytest.raises(DBAPIError):
+        await plane.audit.ensure_partitions(121)
+
+
+async def test_appending_makes_a_missing_partition(plane: QuotaPlane) -> None:
+    """Where maintenance never ran, the log goes on, months and years later."""
+    for moment in (datetime(2031, 12, 31, 23, 59, 59, tzinfo=UTC), datetime(2032, 1, 1, tzinfo=UTC)):
+        await age(plane, moment, 2)
+    names = await partitions(plane)
+    assert {"audit_log_y2031m12", "audit_log_y2032m01"} <= set(names)
+    assert (await plane.audit.verify()).entries == 4
+
+
+async def test_making_partitions_does_not_lock_out_readers(plane: QuotaPlane) -> None:
+    """A long report on the log does not wait for the next month's partition, nor the partition for it."""
+    async with plane.control.transaction() as reader:
+        await reader.execute(text("SELECT count(*) FROM tenancy.audit_log"))
+        async with asyncio.timeout(5):
+            assert await plane.audit.ensure_partitions(6) == 3
+
+
+async def test_retention_removes_whole_months_and_the_rest_still_verifies(plane: QuotaPlane) -> None:
+    """From a signed cut, which is itself an entry."""
+    await plane.sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
+    await age(plane, datetime(2024, 1, 15, tzinfo=UTC), 3)
+    early = await plane.audit.export_checkpoint()
+    await age(plane, datetime(2024, 3, 15, tzinfo=UTC), 2)
+    await plane.append()
+    cut = await plane.audit.prune(before=datetime(2024, 3, 31, tzinfo=UTC), actor=Actor("operator", "ada"))
+    assert cut is not None and (cut.sequence, cut.kind) == (3, "cut")
+    assert "audit_log_y2024m01" not in await partitions(plane)
+    newest = (await plane.audit.events(limit=1))[0]
+    assert (newest.action, newest.actor.id) == ("audit.cut", "ada")
+    assert newest.detail is not None and newest.detail["sequence"] == 3
+    report = await plane.audit.verify(early)
+    assert report.ok and (report.first, report.entries, report.confirmed) == (4, 4, (3,))
+    assert await plane.audit.prune(before=datetime(2024, 3, 31, tzinfo=UTC)) is None
+    assert await plane.audit.prune(before=datetime(2024, 4, 1, tzinfo=UTC), detach=True) is not None
+    assert (await plane.sql("SELECT count(*) FROM tenancy.audit_log_y2024m03"))[0][0] == 2
+    report = await plane.audit.verify(early)
+    assert report.ok and (report.first, report.confirmed, report.removed) == (6, (), (3,))
+
+
+async def test_retention_keeps_what_does_not_verify(plane: QuotaPlane) -> None:
+    """It is evidence."""
+    await plane.sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
+    await age(plane, datetime(2024, 1, 15, tzinfo=UTC), 3)
+    await plane.sql("ALTER TABLE tenancy.audit_log_y2024m01 DISABLE TRIGGER ALL")
+    await plane.sql("UPDATE tenancy.audit_log_y2024m01 SET actor_id = 'mallory' WHERE sequence = 2")
+    with pytest.raises(AuditChainError) as caught:
+        await plane.audit.prune(before=datetime(2025, 1, 1, tzinfo=UTC))
+    assert caught.value.sequence == 2
+    assert "audit_log_y2024m01" in await partitions(plane)
+
+
+async def test_retention_waits_for_readers_only_so_long(plane: QuotaPlane) -> None:
+    """A report that runs for hours makes it fail, not hang; nothing was removed."""
+    await plane.sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
+    await age(plane, datetime(2024, 1, 15, tzinfo=UTC), 1)
+    async with plane.control.transaction() as reader:
+        await reader.execute(text("SELECT count(*) FROM tenancy.audit_log"))
+        with pytest.raises(AuditError, match="too long"):
+            await plane.audit.prune(before=datetime(2025, 1, 1, tzinfo=UTC), lock_timeout=0.1)
+    assert (await plane.audit.verify()).ok

@@ -1,0 +1,367 @@
+"""The directory: what it remembers, for how long, and what it asks the control database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm.context import Status
+from tenancy_orm.control.keys import generate_key
+from tenancy_orm.errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFoundError
+from tenancy_orm.events import DirectoryMissed, DirectoryUnavailable
+from tests.support.control import ControlPlane, control_plane
+from tests.support.proxy import Proxy, proxied
+from tests.support.waiting import until
+
+
+@pytest.fixture
+async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
+    """A control plane whose directory hears nothing: its memory lives by its own rules."""
+    async with control_plane(control_url, opened=False) as opened:
+        yield opened
+
+
+def looked_up(plane: ControlPlane) -> int:
+    """How many keys and tenants were asked of the control database."""
+    return sum(event.keys + event.tenants for event in plane.seen if isinstance(event, DirectoryMissed))
+
+
+# --- hits and misses ------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_is_looked_up_once(plane: ControlPlane) -> None:
+    """From then on it is known, without I/O."""
+    tenant, key = await plane.tenant("acme")
+    assert plane.directory.peek(key) is None
+    await plane.directory.authenticate(key)
+    before = looked_up(plane)
+    for _ in range(3):
+        assert (await plane.directory.authenticate(key)).tenant == tenant
+    assert plane.directory.peek(key) is not None
+    assert looked_up(plane) == before
+
+
+async def test_a_key_makes_its_tenant_known(plane: ControlPlane) -> None:
+    """By id and by slug: a request needs one query, not two."""
+    tenant, key = await plane.tenant("acme")
+    await plane.directory.authenticate(key)
+    before = looked_up(plane)
+    for ref in (tenant, tenant.id, str(tenant.id), "acme"):
+        assert (await plane.directory.tenant(ref)) == tenant
+    assert looked_up(plane) == before
+
+
+async def test_however_many_wait_there_is_one_query(plane: ControlPlane) -> None:
+    """A thousand requests with one new key are one look-up."""
+    _, key = await plane.tenant("acme")
+    before = len(plane.of(DirectoryMissed))
+    credentials = await asyncio.gather(*(plane.directory.authenticate(key) for _ in range(1_000)))
+    assert {credential.tenant.slug for credential in credentials} == {"acme"}
+    assert len(plane.of(DirectoryMissed)) == before + 1
+
+
+async def test_many_new_keys_share_few_queries(plane: ControlPlane) -> None:
+    """A process that starts under load asks for its keys together."""
+    tenant, _ = await plane.tenant("acme")
+    issued = [await plane.key(tenant) for _ in range(50)]
+    before = len(plane.of(DirectoryMissed))
+    found = await asyncio.gather(*(plane.directory.authenticate(key.text) for key in issued))
+    assert [credential.key_id for credential in found] == [key.key_id for key in issued]
+    assert len(plane.of(DirectoryMissed)) - before <= 3
+
+
+async def test_a_cancelled_request_fails_no_other(plane: ControlPlane) -> None:
+    """Whoever asked first may go; the others get their answer."""
+    _, key = await plane.tenant("acme")
+    first = asyncio.create_task(plane.directory.authenticate(key))
+    others = [asyncio.create_task(plane.directory.authenticate(key)) for _ in range(5)]
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert {(await other).tenant.slug for other in others} == {"acme"}
+
+
+async def test_an_unknown_key_is_remembered_as_unknown(plane: ControlPlane) -> None:
+    """For ``negative_ttl``, and asked for again after it."""
+    await plane.tenant("acme")
+    key = generate_key("ten_live").text
+    for _ in range(3):
+        with pytest.raises(InvalidApiKeyError):
+            await plane.directory.authenticate(key)
+    assert looked_up(plane) == 1
+
+
+async def test_a_malformed_key_is_refused_without_a_look_up(plane: ControlPlane) -> None:
+    """A typing error in any character is found by the checksum."""
+    _, key = await plane.tenant("acme")
+    typed = key[:-10] + ("a" if key[-10] != "a" else "b") + key[-9:]
+    for text_ in (typed, "", "x" * 100_000, key + "x", key.replace("ten_live", "ten_test"), "\ud800"):
+        with pytest.raises(InvalidApiKeyError):
+            await plane.directory.authenticate(text_)
+    assert looked_up(plane) == 0
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_flood_of_random_keys_evicts_no_good_one(control_url: str) -> None:
+    """Nor does it grow memory: what is unknown has a memory of its own, and that is bounded."""
+    async with control_plane(control_url, opened=False, directory_size=10, lockout_failures=0) as plane:
+        _, key = await plane.tenant("acme")
+        await plane.directory.authenticate(key)
+        flood = (plane.directory.authenticate(generate_key("ten_live").text) for _ in range(11_000))
+        outcomes = await asyncio.gather(*flood, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {InvalidApiKeyError}
+        assert plane.directory.peek(key) is not None
+        assert plane.directory.statistics.negative <= 10_000
+        assert plane.directory.statistics.keys == 1
+
+
+async def test_the_memory_of_keys_is_bounded(control_url: str) -> None:
+    """What is in use stays when room is made."""
+    async with control_plane(control_url, opened=False, directory_size=10) as plane:
+        tenant, busy = await plane.tenant("acme")
+        await plane.directory.authenticate(busy)
+        for _ in range(40):
+            issued = await plane.key(tenant)
+            await plane.directory.authenticate(issued.text)
+            assert plane.directory.peek(busy) is not None
+        assert plane.directory.statistics.keys == 10
+
+
+# --- time -----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_known_is_looked_up_again_after_its_ttl(control_url: str) -> None:
+    """Without an invalidation a revoked key works until then, and no longer."""
+    async with control_plane(control_url, opened=False, directory_ttl=0.2) as plane:
+        _, key = await plane.tenant("acme")
+        credential = await plane.directory.authenticate(key)
+        async with plane.control.transaction() as connection:
+            query = text("UPDATE tenancy.api_keys SET revoked_at = now() WHERE id = :id")
+            await connection.execute(query, {"id": credential.key_id})
+        assert plane.directory.peek(key) is not None
+        await expired(plane, key)
+        with pytest.raises(InvalidApiKeyError):
+            await plane.directory.authenticate(key)
+
+
+# --- tenants --------------------------------------------------------------------------------------------------------
+
+
+async def test_an_unknown_tenant_is_not_found(plane: ControlPlane) -> None:
+    """By slug and by id; what cannot be a slug is not even asked for."""
+    for ref in ("nobody", uuid4()):
+        for _ in range(2):
+            with pytest.raises(TenantNotFoundError):
+                await plane.directory.tenant(ref)
+    assert looked_up(plane) == 2
+    for ref in ("", "Acme", "a b", "x" * 300, "a';--", "naïve"):
+        with pytest.raises(TenantNotFoundError):
+            await plane.directory.tenant(ref)
+    assert looked_up(plane) == 2
+
+
+async def test_a_new_tenant_is_found_though_it_was_asked_for_before(plane: ControlPlane) -> None:
+    """An invalidation of any tenant clears what was not found."""
+    with pytest.raises(TenantNotFoundError):
+        await plane.directory.tenant("acme")
+    tenant, _ = await plane.tenant("acme")
+    plane.directory.invalidate(tenant_id=tenant.id)
+    assert await plane.directory.tenant("acme") == tenant
+
+
+async def test_a_purged_tenant_is_not_found(plane: ControlPlane) -> None:
+    """Its tombstone stays in the registry; its slug is another's from then on."""
+    tenant, _ = await plane.tenant("acme")
+    assert await plane.directory.tenant("acme") == tenant
+    await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+    await plane.registry.begin_purge(tenant.id)
+    await plane.registry.finish_purge(tenant.id)
+    plane.directory.invalidate(tenant_id=tenant.id)
+    for ref in ("acme", tenant.id, tenant):
+        with pytest.raises(TenantNotFoundError):
+            await plane.directory.tenant(ref)
+    successor, _ = await plane.tenant("acme")
+    plane.directory.invalidate(tenant_id=successor.id)
+    assert (await plane.directory.tenant("acme")).id == successor.id
+
+
+async def test_a_slug_that_passed_on_is_not_forgotten_with_its_former_owner(plane: ControlPlane) -> None:
+    """Forgetting the old owner later does not take the slug from the new one."""
+    first, _ = await plane.tenant("acme")
+    await plane.directory.tenant(first)
+    async with plane.control.transaction() as connection:
+        query = text("UPDATE tenancy.tenants SET slug = 'acme-old' WHERE id = :id")
+        await connection.execute(query, {"id": first.id})
+    second, _ = await plane.tenant("acme")
+    assert (await plane.directory.tenant(second)).slug == "acme"
+    plane.directory.invalidate(tenant_id=first.id)
+    before = looked_up(plane)
+    assert await plane.directory.tenant("acme") == second
+    assert looked_up(plane) == before
+
+
+async def test_former_slugs_and_verified_domains_name_a_tenant(plane: ControlPlane) -> None:
+    """A domain that is only claimed does not."""
+    tenant, _ = await plane.tenant("acme")
+    async with plane.control.transaction() as connection:
+        for statement in (
+            "INSERT INTO tenancy.former_slugs VALUES ('acme-old', :id, now() + interval '1 hour')",
+            "INSERT INTO tenancy.former_slugs VALUES ('acme-older', :id, now() - interval '1 hour')",
+            "INSERT INTO tenancy.domains (domain, tenant_id, token, verified_at) VALUES ('a.test', :id, 't', now())",
+            "INSERT INTO tenancy.domains (domain, tenant_id, token) VALUES ('b.test', :id, 't')",
+        ):
+            await connection.execute(text(statement), {"id": tenant.id})
+    for name in ("acme-old", "a.test"):
+        assert await plane.directory.tenant(name) == tenant
+    for name in ("acme-older", "b.test"):
+        with pytest.raises(TenantNotFoundError):
+            await plane.directory.tenant(name)
+    before = looked_up(plane)
+    assert await plane.directory.tenant("a.test") == tenant
+    assert looked_up(plane) == before
+
+
+# --- invalidation ---------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_read_before_an_invalidation_is_not_remembered(plane: ControlPlane) -> None:
+    """A look-up that a revocation overtakes must not put the old answer back."""
+    _, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+    for invalidated in ({"key_id": credential.key_id}, {"tenant_id": credential.tenant.id}, {}):
+        plane.directory.invalidate()
+        async with plane.control.transaction() as connection:
+            # the look-up has begun, and waits; the change is made meanwhile
+            await connection.execute(text("LOCK TABLE tenancy.api_keys IN ACCESS EXCLUSIVE MODE"))
+            waiting = asyncio.create_task(plane.directory.authenticate(key))
+            query = text(
+                "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database "
+                "WHERE NOT l.granted AND d.datname = current_database()"
+            )
+            await until(lambda: connection.scalar(query))  # noqa: B023 - called before the loop goes on
+            plane.directory.invalidate(**invalidated)
+        await waiting
+        assert plane.directory.peek(key) is None, invalidated
+        await plane.directory.authenticate(key)
+        assert plane.directory.peek(key) is not None
+
+
+async def test_callbacks_learn_which_tenant_changed(plane: ControlPlane) -> None:
+    """One that fails keeps nothing from the others; a change of a key is not one of its tenant."""
+    tenant, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+    seen: list[object] = []
+
+    def fail(tenant_id: object) -> None:
+        raise RuntimeError("boom")
+
+    plane.directory.on_invalidate(fail)
+    plane.directory.on_invalidate(seen.append)
+    plane.directory.invalidate(key_id=credential.key_id)
+    plane.directory.invalidate(tenant_id=tenant.id)
+    plane.directory.invalidate()
+    plane.directory.revalidate()
+    assert seen == [tenant.id, None, None]
+
+
+# --- the control database away --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def proxy(control_url: str) -> AsyncIterator[Proxy]:
+    """The network between the directory and its database."""
+    async with proxied(control_url) as opened:
+        yield opened
+
+
+async def expired(plane: ControlPlane, key: str) -> None:
+    """Wait until a key must be looked up again."""
+    await until(lambda: plane.directory.peek(key) is None)
+
+
+@pytest.mark.parametrize("how", ["refuse", "swallow"])
+async def test_known_keys_keep_working_while_the_control_database_is_away(
+    control_url: str, proxy: Proxy, how: str
+) -> None:
+    """Past their TTL and within the grace time; after the first failure without waiting. Unknown ones get an error."""
+    options: dict[str, Any] = {"directory_ttl": 0.05, "grace": 60.0, "directory_timeout": 0.5}
+    async with control_plane(control_url, through=proxy.url(control_url), opened=False, **options) as plane:
+        tenant, key = await plane.tenant("acme")
+        unknown = (await plane.key(tenant)).text
+        await plane.directory.authenticate(key)
+        getattr(proxy, how)()
+        await expired(plane, key)
+        assert (await plane.directory.authenticate(key)).tenant == tenant
+        assert len(plane.of(DirectoryUnavailable)) == 1
+        async with asyncio.timeout(0.4):
+            for _ in range(100):
+                assert (await plane.directory.authenticate(key)).tenant == tenant
+                assert await plane.directory.tenant("acme") == tenant
+            with pytest.raises(ControlUnavailableError):
+                await plane.directory.authenticate(unknown)
+            with pytest.raises(ControlUnavailableError):
+                await plane.directory.tenant("other")
+        proxy.restore()
+        proxy.cut()
+        await until(lambda: plane.directory.statistics.control_available)
+        assert (await plane.directory.authenticate(unknown)).tenant == tenant
+
+
+async def test_nothing_works_on_memory_after_the_grace_time(control_url: str, proxy: Proxy) -> None:
+    """Known keys get the same error as unknown ones then."""
+    options: dict[str, Any] = {"directory_ttl": 0.05, "grace": 0.2, "directory_timeout": 0.5}
+    async with control_plane(control_url, through=proxy.url(control_url), opened=False, **options) as plane:
+        _, key = await plane.tenant("acme")
+        await plane.directory.authenticate(key)
+        proxy.refuse()
+        await expired(plane, key)
+        assert (await plane.directory.authenticate(key)).tenant.slug == "acme"
+
+        async def unavailable() -> bool:
+            try:
+                await plane.directory.authenticate(key)
+            except ControlUnavailableError:
+                return True
+            return False
+
+        await until(unavailable)
+        with pytest.raises(ControlUnavailableError):
+            await plane.directory.tenant("acme")
+
+
+async def test_a_refused_key_stays_refused_while_the_control_database_is_away(control_url: str, proxy: Proxy) -> None:
+    """The grace time is for what worked: revoked, expired and invalidated keys do not come back."""
+    options: dict[str, Any] = {"directory_ttl": 0.05, "grace": 60.0, "directory_timeout": 0.5}
+    async with control_plane(control_url, through=proxy.url(control_url), opened=False, **options) as plane:
+        tenant, invalidated = await plane.tenant("acme")
+        revoked = await plane.key(tenant)
+        await plane.keys.revoke(revoked.key_id)
+        await plane.directory.authenticate(invalidated)
+        with pytest.raises(InvalidApiKeyError):
+            await plane.directory.authenticate(revoked.text)
+        proxy.refuse()
+        plane.directory.invalidate(key_id=(await plane.keys.list(tenant.id))[0].key_id)
+        await asyncio.sleep(0.06)
+        with pytest.raises(InvalidApiKeyError):
+            await plane.directory.authenticate(revoked.text)
+        with pytest.raises(ControlUnavailableError):
+            await plane.directory.authenticate(invalidated)
+
+
+async def test_a_restart_of_the_control_database_fails_no_look_up(control_url: str, proxy: Proxy) -> None:
+    """A connection that the pool kept is dead; the look-up is made again on a new one."""
+    async with control_plane(control_url, through=proxy.url(control_url), opened=False) as plane:
+        tenant, key = await plane.tenant("acme")
+        await plane.directory.authenticate(key)
+        plane.directory.invalidate()
+        proxy.cut()
+        assert (await plane.directory.authenticate(key)).tenant == tenant
+        assert plane.directory.statistics.control_available

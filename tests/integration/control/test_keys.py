@@ -1,0 +1,455 @@
+"""Keys in the registry: issued, found, rotated, revoked and listed, each change with its audit entry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm.context import Status
+from tenancy_orm.control.audit import Actor
+from tenancy_orm.errors import (
+    ApiKeyInactiveError,
+    ApiKeyNotFoundError,
+    ConfigurationError,
+    InvalidApiKeyError,
+    TenantNotFoundError,
+)
+from tenancy_orm.events import KeyIssued, KeyRevoked
+from tests.support.control import ControlPlane, control_plane
+from tests.support.waiting import until
+
+
+@pytest.fixture
+async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
+    """A control plane whose directory listens."""
+    async with control_plane(control_url) as opened:
+        yield opened
+
+
+async def refused(plane: ControlPlane, key: str, source: str | None = None) -> str:
+    """Present a key that must be refused, and return the reason that the caller never learns."""
+    with pytest.raises(InvalidApiKeyError) as caught:
+        await plane.directory.authenticate(key, source=source)
+    return caught.value.reason
+
+
+async def waiting(plane: ControlPlane, count: int) -> bool:
+    """Whether ``count`` sessions of this database wait for a lock."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    # a connection of its own: inside a transaction the view does not change
+    async with plane.control.connect() as connection:
+        return int(await connection.scalar(text(query))) == count
+
+
+# --- issue ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_issued_key_names_its_tenant(plane: ControlPlane) -> None:
+    """With its scopes, networks and name."""
+    tenant, _ = await plane.tenant("acme")
+    issued = await plane.key("acme", name="ci", scopes=["notes:read", "notes:write"], networks=["10.0.0.0/8", "::1"])
+    credential = await plane.directory.authenticate(issued.text, source="10.1.2.3")
+    assert credential.tenant == tenant
+    assert credential.tenant.slug == "acme"
+    assert credential.key_id == issued.key_id
+    assert credential.scopes == {"notes:read", "notes:write"}
+    assert credential.networks == (ip_network("10.0.0.0/8"), ip_network("::1"))
+    assert credential.name == "ci"
+
+
+async def test_a_tenant_has_any_number_of_keys(plane: ControlPlane) -> None:
+    """They are listed in order of issue, without their secrets."""
+    tenant, first = await plane.tenant("acme")
+    issued = [await plane.key(tenant, name=f"key {number}") for number in range(3)]
+    listed = await plane.keys.list("acme")
+    assert [key.name for key in listed] == ["default", "key 0", "key 1", "key 2"]
+    assert {key.state for key in listed} == {"active"}
+    for key in (first, *(key.text for key in issued)):
+        assert (await plane.directory.authenticate(key)).tenant == tenant
+        assert key not in repr(listed)
+
+
+async def test_a_key_can_be_issued_with_another_configured_prefix(control_url: str) -> None:
+    """Test keys can be told from live ones, by scanners and by the application."""
+    async with control_plane(control_url, key_prefix="acme_live", key_prefixes=("acme_test",)) as plane:
+        await plane.tenant("acme")
+        issued = await plane.key("acme", prefix="acme_test")
+        assert issued.text.startswith("acme_test_")
+        assert (await plane.directory.authenticate(issued.text)).prefix == "acme_test"
+        with pytest.raises(ConfigurationError, match="prefix"):
+            await plane.key("acme", prefix="other")
+
+
+async def test_a_key_made_for_another_prefix_is_another_key(control_url: str) -> None:
+    """The prefix is part of what is digested: a test key does not become a live one by relabelling."""
+    async with control_plane(control_url, key_prefix="acme_live", key_prefixes=("acme_test",)) as plane:
+        await plane.tenant("acme")
+        issued = await plane.key("acme", prefix="acme_test")
+        from tenancy_orm.control import key_format
+
+        body = issued.text.replace("acme_test", "acme_live")[: -key_format.CHECKSUM_LENGTH]
+        assert await refused(plane, body + key_format._checksum(body)) == "secret"
+
+
+async def test_a_key_of_a_missing_tenant_is_not_issued(plane: ControlPlane) -> None:
+    """Nor one for a purged tenant, whose tombstone is still there."""
+    with pytest.raises(TenantNotFoundError):
+        await plane.key("nobody")
+    tenant, _ = await plane.tenant("acme")
+    await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+    await plane.registry.begin_purge(tenant.id)
+    await plane.registry.finish_purge(tenant.id)
+    plane.directory.invalidate(tenant_id=tenant.id)
+    with pytest.raises(TenantNotFoundError):
+        await plane.key(tenant.id)
+
+
+async def test_no_key_outlives_a_purge_that_the_directory_has_not_heard_of(control_url: str) -> None:
+    """The tenant's row is asked in the transaction that issues or rotates, whatever is remembered."""
+    async with control_plane(control_url, opened=False) as plane:
+        tenant, _ = await plane.tenant("acme")
+        issued = await plane.key(tenant)
+        await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+        await plane.registry.begin_purge(tenant.id)
+        assert (await plane.directory.tenant(tenant)).status is Status.ACTIVE
+        async with plane.control.transaction() as purging:
+            # what the purge does, not yet committed
+            for statement in (
+                "SELECT 1 FROM tenancy.tenants WHERE id = :id FOR UPDATE",
+                "DELETE FROM tenancy.api_keys WHERE tenant_id = :id",
+                "UPDATE tenancy.tenants SET status = 'purged', sealed_password = NULL WHERE id = :id",
+            ):
+                await purging.execute(text(statement), {"id": tenant.id})
+            attempts = [asyncio.create_task(plane.key(tenant)), asyncio.create_task(plane.keys.rotate(issued.key_id))]
+            await until(lambda: waiting(plane, 2))
+        outcomes = await asyncio.gather(*attempts, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [TenantNotFoundError, TenantNotFoundError]
+        async with plane.control.connect() as connection:
+            assert await connection.scalar(text("SELECT count(*) FROM tenancy.api_keys")) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scopes": ["spaces are out"]}, "scope"),
+        ({"scopes": "notes:read"}, "not one string"),
+        ({"scopes": [f"s{number}" for number in range(101)]}, "at most 100"),
+        ({"networks": ["10.0.0.1/8"]}, "CIDR"),
+        ({"networks": "10.0.0.0/8"}, "not one string"),
+        ({"networks": [f"10.0.0.{number}" for number in range(101)]}, "at most 100"),
+        ({"name": "x" * 201}, "printable"),
+        ({"name": "line\nbreak"}, "printable"),
+        ({"expires_at": datetime.now(UTC) - timedelta(seconds=1)}, "past"),
+        ({"expires_at": datetime.now(UTC).replace(tzinfo=None) + timedelta(days=1)}, "aware"),
+    ],
+)
+async def test_a_malformed_argument_issues_nothing(plane: ControlPlane, options: dict[str, Any], message: str) -> None:
+    """And writes nothing to the audit log."""
+    await plane.tenant("acme")
+    with pytest.raises(ConfigurationError, match=message):
+        await plane.key("acme", **options)
+    assert len(await plane.keys.list("acme")) == 1
+    assert await plane.audit.events(action="key.issue") == []
+
+
+async def test_issuing_is_audited_in_the_same_transaction(plane: ControlPlane) -> None:
+    """Without anything of the secret."""
+    tenant, _ = await plane.tenant("acme")
+    operator = Actor("operator", "sam", request_id="r-1", source="192.0.2.1")
+    issued = await plane.key("acme", name="ci", scopes=["a"], actor=operator)
+    (entry,) = await plane.audit.events(action="key.issue")
+    assert entry.tenant_id == tenant.id
+    assert entry.slug == "acme"
+    assert entry.actor == operator
+    assert entry.after is not None
+    assert entry.after["key_id"] == issued.key_id
+    assert entry.after["name"] == "ci"
+    assert issued.text[-20:] not in repr(entry.after)
+    assert [event.key_id for event in plane.of(KeyIssued)] == [issued.key_id]  # type: ignore[attr-defined]
+
+
+# --- expiry, networks -----------------------------------------------------------------------------------------------
+
+
+async def test_an_expired_key_is_refused(plane: ControlPlane) -> None:
+    """From the moment of its expiry, by the database's clock, though it is remembered."""
+    await plane.tenant("acme")
+    issued = await plane.key("acme", expires_at=datetime.now(UTC) + timedelta(seconds=0.5))
+    await plane.directory.authenticate(issued.text)
+    assert plane.directory.peek(issued.text) is not None
+    await until(lambda: plane.directory.peek(issued.text) is None)
+    assert await refused(plane, issued.text) == "expired"
+    assert (await plane.keys.get(issued.key_id)).state == "expired"
+
+
+async def test_a_key_is_refused_from_outside_its_networks(plane: ControlPlane) -> None:
+    """Also when the same key was just used from inside, and when the address is not known."""
+    await plane.tenant("acme")
+    issued = await plane.key("acme", networks=["192.0.2.0/24", "2001:db8::/32"])
+    for inside in ("192.0.2.7", "2001:db8::1", "::ffff:192.0.2.9"):
+        await plane.directory.authenticate(issued.text, source=inside)
+        assert plane.directory.peek(issued.text, inside) is not None
+    for outside in ("192.0.3.7", "2001:db9::1", "::ffff:10.0.0.1", "unix:", None):
+        assert plane.directory.peek(issued.text, outside) is None
+        assert await refused(plane, issued.text, outside) == "network"
+
+
+# --- rotation -------------------------------------------------------------------------------------------------------
+
+
+async def test_both_keys_work_during_the_overlap(plane: ControlPlane) -> None:
+    """The new one has the old one's name, scopes and networks."""
+    await plane.tenant("acme")
+    old = await plane.key("acme", name="ci", scopes=["a"], networks=["127.0.0.0/8"])
+    await plane.directory.authenticate(old.text, source="127.0.0.1")
+    new = await plane.keys.rotate(old.key_id, overlap=timedelta(hours=1))
+    for key in (old, new):
+        assert (await plane.directory.authenticate(key.text, source="127.0.0.1")).tenant.slug == "acme"
+    assert new.info.rotated_from == old.key_id
+    assert (new.info.name, new.info.scopes, new.info.networks) == (old.info.name, old.info.scopes, old.info.networks)
+    ending = (await plane.keys.get(old.key_id)).expires_at
+    assert ending is not None
+    assert timedelta(minutes=59) < ending - datetime.now(UTC) <= timedelta(hours=1)
+
+
+async def test_the_old_key_ends_with_the_overlap(plane: ControlPlane) -> None:
+    """An overlap of nothing ends it at once, though it is remembered."""
+    await plane.tenant("acme")
+    old = await plane.key("acme")
+    await plane.directory.authenticate(old.text)
+    new = await plane.keys.rotate(old.key_id, overlap=0)
+    assert await refused(plane, old.text) == "expired"
+    await plane.directory.authenticate(new.text)
+
+
+async def test_rotation_never_lengthens_a_keys_life(plane: ControlPlane) -> None:
+    """A key that was to expire within the overlap does; its successor lives as long as it was to."""
+    await plane.tenant("acme")
+    old = await plane.key("acme", expires_at=datetime.now(UTC) + timedelta(hours=1))
+    new = await plane.keys.rotate(old.key_id, overlap=timedelta(days=1))
+    assert (await plane.keys.get(old.key_id)).expires_at == old.info.expires_at
+    assert new.info.expires_at is not None
+    assert abs((new.info.expires_at - datetime.now(UTC)) - timedelta(hours=1)) < timedelta(seconds=10)
+
+
+async def test_a_key_is_rotated_once(plane: ControlPlane) -> None:
+    """Of two rotations at the same moment one is refused; so is rotating a revoked key."""
+    await plane.tenant("acme")
+    old = await plane.key("acme")
+    async with plane.control.transaction() as connection:
+        # neither can end before both have begun
+        await connection.execute(text("LOCK TABLE tenancy.audit_head IN ACCESS EXCLUSIVE MODE"))
+        rotations = [asyncio.create_task(plane.keys.rotate(old.key_id)) for _ in range(2)]
+        await until(lambda: waiting(plane, 2))
+    outcomes = await asyncio.gather(*rotations, return_exceptions=True)
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["ApiKeyInactiveError", "IssuedKey"]
+    assert {outcome.state for outcome in outcomes if isinstance(outcome, ApiKeyInactiveError)} == {"rotated"}
+    await plane.keys.revoke(old.key_id)
+    with pytest.raises(ApiKeyInactiveError, match="revoked"):
+        await plane.keys.rotate(old.key_id)
+    with pytest.raises(ApiKeyNotFoundError):
+        await plane.keys.rotate("0" * 16)
+    with pytest.raises(ConfigurationError, match="overlap"):
+        await plane.keys.rotate(old.key_id, overlap=-1)
+
+
+async def test_rotation_is_audited(plane: ControlPlane) -> None:
+    """Both keys by their ids."""
+    await plane.tenant("acme")
+    old = await plane.key("acme")
+    new = await plane.keys.rotate(old.key_id)
+    (entry,) = await plane.audit.events(action="key.rotate")
+    assert entry.before is not None
+    assert entry.after is not None
+    assert entry.before["key_id"] == old.key_id
+    assert entry.after["key_id"] == new.key_id
+
+
+# --- revocation -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_revoked_key_is_refused(plane: ControlPlane) -> None:
+    """At once, with the reason kept for operators."""
+    await plane.tenant("acme")
+    issued = await plane.key("acme")
+    await plane.directory.authenticate(issued.text)
+    info = await plane.keys.revoke(issued.key_id, "leaked")
+    assert info.state == "revoked"
+    assert plane.directory.peek(issued.text) is None
+    assert await refused(plane, issued.text) == "revoked"
+    assert (await plane.keys.get(issued.key_id)).revoked_reason == "leaked"
+    (entry,) = await plane.audit.events(action="key.revoke")
+    assert entry.after is not None
+    assert entry.after["revoked_reason"] == "leaked"
+    assert len(plane.of(KeyRevoked)) == 1
+
+
+async def test_revoking_twice_changes_nothing(plane: ControlPlane) -> None:
+    """The first reason and time stay, and one entry is written."""
+    await plane.tenant("acme")
+    issued = await plane.key("acme")
+    first = await plane.keys.revoke(issued.key_id, "leaked")
+    assert await plane.keys.revoke(issued.key_id, "again") == first
+    assert len(await plane.audit.events(action="key.revoke")) == 1
+    with pytest.raises(ApiKeyNotFoundError):
+        await plane.keys.revoke("0" * 16)
+
+
+async def test_a_change_whose_audit_entry_fails_does_not_happen(plane: ControlPlane) -> None:
+    """The entry and the change are one transaction."""
+    await plane.tenant("acme")
+    issued = await plane.key("acme")
+    async with plane.control.transaction() as connection:
+        await connection.execute(text("ALTER FUNCTION tenancy.audit_append RENAME TO audit_append_away"))
+    with pytest.raises(Exception, match="audit_append"):
+        await plane.keys.revoke(issued.key_id)
+    assert (await plane.keys.get(issued.key_id)).state == "active"
+    await plane.directory.authenticate(issued.text)
+
+
+# --- tenants' statuses ----------------------------------------------------------------------------------------------
+
+
+async def test_a_deleted_tenants_keys_are_refused_and_work_again_when_it_is_restored(plane: ControlPlane) -> None:
+    """A suspended tenant's keys still name it: the answer to those is another one."""
+    tenant, key = await plane.tenant("acme")
+    await plane.directory.authenticate(key)
+    await plane.registry.transition(tenant.id, Status.SUSPENDED, action="tenant.suspend")
+    plane.directory.invalidate(tenant_id=tenant.id)
+    assert (await plane.directory.authenticate(key)).tenant.status is Status.SUSPENDED
+    await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+    plane.directory.invalidate(tenant_id=tenant.id)
+    assert await refused(plane, key) == "tenant deleted"
+    await plane.registry.transition(tenant.id, None, action="tenant.restore")
+    plane.directory.invalidate(tenant_id=tenant.id)
+    assert (await plane.directory.authenticate(key)).tenant.status is Status.SUSPENDED
+
+
+# --- last use -------------------------------------------------------------------------------------------------------
+
+
+async def last_used(plane: ControlPlane, key_id: str) -> datetime | None:
+    """What the registry says."""
+    return (await plane.keys.get(key_id)).last_used_at
+
+
+async def test_the_time_of_last_use_is_written_in_the_background(control_url: str) -> None:
+    """Not with the request: once per interval, and at close."""
+    async with control_plane(control_url, key_usage_interval=0.05) as plane:
+        await plane.tenant("acme")
+        issued = await plane.key("acme")
+        await plane.directory.authenticate(issued.text)
+        await until(lambda: last_used(plane, issued.key_id))
+        used = await last_used(plane, issued.key_id)
+        assert used is not None
+        assert abs(used - datetime.now(UTC)) < timedelta(seconds=5)
+
+
+async def test_the_time_of_last_use_is_written_at_close(control_url: str) -> None:
+    """What was used last is not lost with the process."""
+    async with control_plane(control_url) as plane:
+        await plane.tenant("acme")
+        issued = await plane.key("acme")
+        await plane.directory.authenticate(issued.text)
+        assert await last_used(plane, issued.key_id) is None
+    async with control_plane(control_url, initialise=False) as plane:
+        assert await last_used(plane, issued.key_id) is not None
+
+
+async def test_a_use_that_could_not_be_written_is_kept(plane: ControlPlane) -> None:
+    """The next flush writes it; a hit in between is not counted twice."""
+    await plane.tenant("acme")
+    issued = await plane.key("acme")
+    await plane.directory.authenticate(issued.text)
+    async with plane.control.transaction() as connection:
+        await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN last_used_at TO away"))
+    with pytest.raises(Exception, match="last_used_at"):
+        await plane.directory.flush()
+    async with plane.control.transaction() as connection:
+        await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN away TO last_used_at"))
+    plane.directory.peek(issued.text)
+    await plane.directory.flush()
+    assert await last_used(plane, issued.key_id) is not None
+
+
+async def test_writing_last_uses_does_not_wait_for_a_locked_key(plane: ControlPlane) -> None:
+    """It is passed over, so that processes that write the same keys cannot deadlock."""
+    await plane.tenant("acme")
+    locked, free = await plane.key("acme"), await plane.key("acme")
+    for issued in (locked, free):
+        await plane.directory.authenticate(issued.text)
+    async with plane.control.transaction() as connection:
+        await connection.execute(
+            text("SELECT 1 FROM tenancy.api_keys WHERE id = :id FOR UPDATE"), {"id": locked.key_id}
+        )
+        async with asyncio.timeout(5):
+            await plane.directory.flush()
+    assert await last_used(plane, free.key_id) is not None
+    assert await last_used(plane, locked.key_id) is None
+
+
+# --- peppers --------------------------------------------------------------------------------------------------------
+
+
+async def version(plane: ControlPlane, key_id: str) -> tuple[str, bytes]:
+    """The stored digest and its version."""
+    async with plane.control.connect() as connection:
+        query = text("SELECT digest_version, digest FROM tenancy.api_keys WHERE id = :id")
+        row = (await connection.execute(query, {"id": key_id})).one()
+        return row.digest_version, row.digest
+
+
+async def test_peppers_can_be_introduced_and_rotated(control_url: str) -> None:
+    """Old digests keep verifying, and are replaced under the newest pepper when the key is next used."""
+    first, second = b"1" * 32, b"2" * 32
+    async with control_plane(control_url) as plane:
+        await plane.tenant("acme")
+        issued = await plane.key("acme")
+        assert (await version(plane, issued.key_id))[0] == "0"
+    for peppers, expected in (({"a": first}, "a"), ({"a": first, "b": second}, "b")):
+        async with control_plane(control_url, initialise=False, key_peppers=peppers) as plane:
+            before = await version(plane, issued.key_id)
+            await plane.directory.authenticate(issued.text)
+            await plane.directory.flush()
+            after = await version(plane, issued.key_id)
+            assert after[0] == expected
+            assert after[1] != before[1]
+            assert (await plane.directory.authenticate(issued.text)).tenant.slug == "acme"
+    async with control_plane(control_url, initialise=False, key_peppers={"b": second}) as plane:
+        # the first pepper can go
+        assert (await plane.directory.authenticate(issued.text)).tenant.slug == "acme"
+
+
+async def test_a_key_whose_pepper_is_missing_is_refused(control_url: str) -> None:
+    """Also where its plain digest would match: a missing pepper never weakens the check."""
+    async with control_plane(control_url, key_peppers={"a": b"1" * 32}) as plane:
+        await plane.tenant("acme")
+        issued = await plane.key("acme")
+    async with control_plane(control_url, initialise=False) as plane:
+        assert await refused(plane, issued.text) == "pepper"
+
+
+async def test_refusals_are_told_apart_in_the_audit_log(plane: ControlPlane) -> None:
+    """By reason, source and key id, counted, and attributed to the tenant where the secret was right."""
+    tenant, key = await plane.tenant("acme")
+    issued = await plane.key("acme")
+    await plane.keys.revoke(issued.key_id)
+    for _ in range(3):
+        await refused(plane, issued.text, "192.0.2.1")
+    await refused(plane, "not a key", "192.0.2.2")
+    await plane.directory.flush()
+    entries = {
+        str(entry.detail and entry.detail["reason"]): entry for entry in await plane.audit.events(action="key.reject")
+    }
+    assert set(entries) == {"revoked", "malformed"}
+    assert entries["revoked"].detail == {"reason": "revoked", "count": 3}
+    assert entries["revoked"].tenant_id == tenant.id
+    assert entries["revoked"].actor == Actor("key", issued.key_id, source="192.0.2.1")
+    assert entries["malformed"].actor == Actor("key", None, source="192.0.2.2")
+    assert key not in repr([entry.detail for entry in entries.values()])

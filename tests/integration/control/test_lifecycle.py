@@ -1,0 +1,239 @@
+"""What time does to a tenant: renames that redirect, schedules, trials, retention, and domains of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import Status, Tenancy
+from tenancy_orm.control.domains import DomainManager, check_domain
+from tenancy_orm.errors import (
+    ConfigurationError,
+    DomainError,
+    InvalidSlugError,
+    InvalidTransitionError,
+    TenantExistsError,
+    TenantMaintenanceError,
+    TenantNotFoundError,
+)
+
+
+def ago(seconds: float) -> datetime:
+    """A time in the past."""
+    return datetime.now(UTC) - timedelta(seconds=seconds)
+
+
+# --- rename ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_renamed_tenant_is_found_by_both_slugs(tenancy: Tenancy) -> None:
+    """The old slug leads to it; its database keeps its name and its rows."""
+    created = await tenancy.tenants.create("acme")
+    await tenancy.execute("INSERT INTO notes (body) VALUES ('kept')", tenant="acme")
+    renamed = await tenancy.tenants.rename("acme", "acme-corp")
+    assert renamed.slug == "acme-corp"
+    assert renamed.placement == created.tenant.placement
+    for slug in ("acme", "acme-corp"):
+        assert (await tenancy.tenants.get(slug)).id == created.id
+        assert await tenancy.fetch_value("SELECT body FROM notes", tenant=slug) == "kept"
+    assert "acme" in (await tenancy.tenants.get_by_api_key(created.api_key)).aliases
+
+
+async def test_a_former_slug_is_nobody_elses_while_it_redirects(tenancy: Tenancy) -> None:
+    """Another customer cannot receive what is sent to the old address."""
+    await tenancy.tenants.create("acme")
+    await tenancy.tenants.rename("acme", "acme-corp")
+    await tenancy.tenants.create("globex")
+    with pytest.raises(TenantExistsError):
+        await tenancy.tenants.create("acme")
+    with pytest.raises(TenantExistsError):
+        await tenancy.tenants.rename("globex", "acme")
+
+
+async def test_a_former_slug_is_free_after_the_redirect_period(tenancy: Tenancy) -> None:
+    """From then on it leads nowhere, until somebody takes it."""
+    await tenancy.tenants.create("acme")
+    await tenancy.tenants.rename("acme", "acme-corp", redirect_seconds=0)
+    with pytest.raises(TenantNotFoundError):
+        await tenancy.tenants.get("acme")
+    other = await tenancy.tenants.create("acme")
+    assert (await tenancy.tenants.get("acme")).id == other.id
+
+
+async def test_a_tenant_can_take_its_former_slug_back(tenancy: Tenancy) -> None:
+    """The reservation is against others."""
+    created = await tenancy.tenants.create("acme")
+    await tenancy.tenants.rename("acme", "acme-corp")
+    await tenancy.tenants.rename("acme-corp", "acme")
+    assert (await tenancy.tenants.get("acme")).slug == "acme"
+    assert (await tenancy.tenants.get("acme-corp")).id == created.id
+
+
+async def test_rename_refuses_a_taken_or_malformed_slug(tenancy: Tenancy) -> None:
+    """Nothing changes."""
+    await tenancy.tenants.create("acme")
+    await tenancy.tenants.create("globex")
+    with pytest.raises(TenantExistsError):
+        await tenancy.tenants.rename("acme", "globex")
+    with pytest.raises(InvalidSlugError):
+        await tenancy.tenants.rename("acme", "No Slug")
+    assert (await tenancy.tenants.get("acme")).slug == "acme"
+
+
+async def test_giving_up_and_taking_a_slug_at_once_never_shares_it(tenancy: Tenancy) -> None:
+    """A rename away from a slug and creations of it at the same moment: the slug never leads to two tenants."""
+    for round_number in range(5):
+        slug = f"acme-{round_number}"
+        first = await tenancy.tenants.create(slug)
+        await tenancy.tenants.create(f"other-{round_number}")
+        await asyncio.gather(
+            tenancy.tenants.rename(slug, f"{slug}-new"),
+            tenancy.tenants.rename(f"other-{round_number}", slug),
+            return_exceptions=True,
+        )
+        assert (await tenancy.tenants.get(slug)).id == first.id
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_scheduled_suspension_takes_place(tenancy: Tenancy) -> None:
+    """At its time, for the reason given; before, nothing."""
+    await tenancy.tenants.create("acme")
+    await tenancy.tenants.schedule_suspension("acme", datetime.now(UTC) + timedelta(days=1), reason="notice given")
+    assert (await tenancy.run_maintenance()).suspended == ()
+    await tenancy.tenants.schedule_suspension("acme", ago(1), reason="notice given")
+    assert (await tenancy.run_maintenance()).suspended == ("acme",)
+    suspended = await tenancy.tenants.get("acme")
+    assert (suspended.status, suspended.reason) == (Status.SUSPENDED, "notice given")
+    await tenancy.tenants.activate("acme")
+    assert (await tenancy.run_maintenance()).suspended == ()
+
+
+async def test_a_schedule_can_be_called_off(tenancy: Tenancy) -> None:
+    """None takes the time away."""
+    await tenancy.tenants.create("acme")
+    await tenancy.tenants.schedule_suspension("acme", ago(1))
+    await tenancy.tenants.schedule_suspension("acme", None)
+    assert (await tenancy.run_maintenance()).suspended == ()
+
+
+async def test_a_trial_that_ended_is_suspended(tenancy: Tenancy) -> None:
+    """And one that has not is left alone."""
+    await tenancy.tenants.create("over", status="trial", trial_ends_at=ago(1))
+    await tenancy.tenants.create("running", status="trial", trial_ends_at=datetime.now(UTC) + timedelta(days=1))
+    await tenancy.tenants.create("endless", status="trial")
+    assert (await tenancy.run_maintenance()).suspended == ("over",)
+    assert (await tenancy.tenants.get("over")).reason == "the trial has ended"
+    assert (await tenancy.tenants.get("running")).status is Status.TRIAL
+
+
+async def test_a_deleted_tenant_is_purged_after_its_retention(tenancy: Tenancy) -> None:
+    """Not before; a time of its own comes first."""
+    for slug in ("old", "young", "early"):
+        await tenancy.tenants.create(slug)
+        await tenancy.tenants.delete(slug)
+    with pytest.raises(Exception, match="deleted_at"):
+        # the column follows the status, by trigger and check; time is turned back with the trigger off
+        async with tenancy.control.transaction() as connection:
+            await connection.execute(text("UPDATE tenancy.tenants SET deleted_at = NULL"))
+    async with tenancy.control.transaction() as connection:
+        await connection.execute(
+            text("UPDATE tenancy.tenants SET deleted_at = now() - interval '31 days' WHERE slug = 'old'")
+        )
+    await tenancy.tenants.schedule_purge("early", ago(1))
+    report = await tenancy.run_maintenance()
+    assert sorted(report.purged) == ["early", "old"]
+    assert (await tenancy.tenants.get("young")).status is Status.DELETED
+
+
+async def test_only_a_deleted_tenant_can_be_scheduled_for_a_purge(tenancy: Tenancy) -> None:
+    """A running tenant cannot lose its data by a timer."""
+    await tenancy.tenants.create("acme")
+    with pytest.raises(InvalidTransitionError):
+        await tenancy.tenants.schedule_purge("acme", ago(1))
+    with pytest.raises(ConfigurationError, match="aware"):
+        await tenancy.tenants.schedule_suspension("acme", datetime(2030, 1, 1))  # noqa: DTZ001 - the mistake under test
+
+
+async def test_maintenance_can_run_many_times_at_once(tenancy: Tenancy) -> None:
+    """Each due tenant is dealt with by one of the runs, and no run fails."""
+    for i in range(4):
+        await tenancy.tenants.create(f"t{i}")
+        await tenancy.tenants.schedule_suspension(f"t{i}", ago(1))
+    reports = await asyncio.gather(*(tenancy.run_maintenance() for _ in range(3)))
+    assert sorted(slug for report in reports for slug in report.suspended) == ["t0", "t1", "t2", "t3"]
+    assert [report.errors for report in reports] == [(), (), ()]
+
+
+async def test_operators_pass_maintenance(tenancy: Tenancy) -> None:
+    """A tenant in maintenance refuses sessions but an operator's."""
+    await tenancy.tenants.create("acme")
+    await tenancy.tenants.start_maintenance("acme", reason="moving")
+    with pytest.raises(TenantMaintenanceError, match="moving"):
+        async with tenancy.session("acme"):
+            pass
+    async with tenancy.session("acme", operator=True) as session:
+        assert await session.scalar(text("SELECT 1")) == 1
+
+
+# --- domains --------------------------------------------------------------------------------------------------------
+
+
+class Zone:
+    """TXT records as a domain's owner would publish them; it stands for the DNS, not for PostgreSQL."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, list[str]] = {}
+
+    async def lookup(self, name: str) -> list[str]:
+        """Return what is published."""
+        return self.records.get(name, [])
+
+
+async def test_a_domain_names_its_tenant_once_it_is_verified(tenancy: Tenancy) -> None:
+    """A claim gives nothing; the published token does."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    zone = Zone()
+    domains = DomainManager(tenancy.control, tenancy.audit, zone)
+    claimed = await domains.claim(acme, "App.Acme.Example.")
+    assert claimed.domain == "app.acme.example"
+    assert (await tenancy.tenants.get("acme")).aliases == frozenset()
+    with pytest.raises(DomainError, match="no TXT record"):
+        await domains.verify(acme, "app.acme.example")
+    zone.records[claimed.challenge] = ["something else", f" {claimed.token} "]
+    verified = await domains.verify(acme, "app.acme.example")
+    assert verified.verified_at is not None
+    assert (await tenancy.tenants.get("acme")).aliases == {"app.acme.example"}
+    await domains.release(acme, "app.acme.example")
+    assert (await tenancy.tenants.get("acme")).aliases == frozenset()
+
+
+async def test_a_verified_domain_cannot_be_claimed_by_another(tenancy: Tenancy) -> None:
+    """While an unverified claim can be taken over: nobody blocks a domain that is not theirs."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    globex = (await tenancy.tenants.create("globex")).tenant
+    zone = Zone()
+    domains = DomainManager(tenancy.control, tenancy.audit, zone)
+    squatted = await domains.claim(globex, "acme.example")
+    zone.records[squatted.challenge] = [squatted.token]
+    taken = await domains.claim(acme, "acme.example")
+    assert taken.token != squatted.token
+    with pytest.raises(DomainError):
+        await domains.verify(globex, "acme.example")
+    zone.records[taken.challenge] = [taken.token]
+    await domains.verify(acme, "acme.example")
+    with pytest.raises(DomainError, match="another tenant"):
+        await domains.claim(globex, "acme.example")
+
+
+@pytest.mark.parametrize(
+    "domain", ["", "localhost", "a..b", "-a.example", "a_b.example", "1.2.3.4", "x" * 64 + ".example"]
+)
+def test_what_is_no_domain_name_is_refused(domain: str) -> None:
+    """Addresses and single labels too."""
+    with pytest.raises(DomainError):
+        check_domain(domain)

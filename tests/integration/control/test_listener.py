@@ -1,0 +1,299 @@
+"""Invalidations: every process hears of a change at once, and knows when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+
+from tenancy_orm.context import Status
+from tenancy_orm.control.listener import Change, Listener
+from tenancy_orm.errors import InvalidApiKeyError
+from tenancy_orm.events import Event, EventBus, ListenerLost, ListenerRestored
+from tests.support.control import ControlPlane, control_plane
+from tests.support.proxy import Proxy, proxied
+from tests.support.shell import ROOT, environment
+from tests.support.waiting import until
+
+WITHIN = 0.25
+"""Seconds within which a change must be known everywhere."""
+
+
+@pytest.fixture
+async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
+    """A control plane whose directory listens."""
+    async with control_plane(control_url) as opened:
+        yield opened
+
+
+LISTENERS = "FROM pg_stat_activity WHERE application_name = 'tenancy-listener' AND datname = current_database()"
+
+
+async def terminate_listeners(plane: ControlPlane) -> int:
+    """End the backends that listen on this database."""
+    query = f"SELECT pg_terminate_backend(pid) {LISTENERS}"
+    async with plane.control.connect() as connection:
+        return len((await connection.execute(text(query))).all())
+
+
+@asynccontextmanager
+async def processes(
+    count: int, url: str, key: str, *, ttl: float = 30.0, listen_url: str | None = None
+) -> AsyncIterator[list[Process]]:
+    """Other processes, each with a directory of its own that knows ``key``."""
+    command = [sys.executable, "-m", "tests.support.directory_process", url, str(ttl), listen_url or url, key]
+    started: list[Process] = []
+    try:
+        while len(started) < count:
+            started.append(await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment(), stdout=PIPE))
+        async with asyncio.timeout(60):
+            for process in started:
+                assert await line(process) == "known"
+        yield started
+    finally:
+        for process in started:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+async def line(process: Process) -> str:
+    """The next line that a process prints."""
+    assert process.stdout is not None
+    return (await process.stdout.readline()).decode().strip()
+
+
+# --- every process --------------------------------------------------------------------------------------------------
+
+
+async def test_a_revoked_key_stops_working_in_every_process_within_a_quarter_of_a_second(
+    plane: ControlPlane, control_url: str
+) -> None:
+    """Though each of them has it in memory for half a minute to come."""
+    _, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+    async with processes(3, control_url, key) as others:
+        await plane.keys.revoke(credential.key_id)
+        revoked = time.time()
+        async with asyncio.timeout(20):
+            answers = [(await line(process)).split() for process in others]
+    assert [reason for reason, _ in answers] == ["revoked"] * 3
+    assert max(float(at) for _, at in answers) - revoked < WITHIN
+
+
+async def test_a_deleted_tenants_key_stops_working_in_every_process(plane: ControlPlane, control_url: str) -> None:
+    """A change of status travels as a change of a key does."""
+    tenant, key = await plane.tenant("acme")
+    async with processes(2, control_url, key) as others:
+        await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+        deleted = time.time()
+        async with asyncio.timeout(20):
+            answers = [(await line(process)).rsplit(" ", 1) for process in others]
+    assert [reason for reason, _ in answers] == ["tenant deleted"] * 2
+    assert max(float(at) for _, at in answers) - deleted < WITHIN
+
+
+async def test_without_a_listener_a_revoked_key_stops_working_within_the_ttl(
+    plane: ControlPlane, control_url: str
+) -> None:
+    """The listener is cut off for good; the memory of another process lives by its TTL alone."""
+    ttl = 2.0
+    _, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+    async with (
+        proxied(control_url) as proxy,
+        processes(1, control_url, key, ttl=ttl, listen_url=proxy.url(control_url)) as (other,),
+    ):
+        proxy.refuse()
+        await plane.keys.revoke(credential.key_id)
+        revoked = time.time()
+        async with asyncio.timeout(20):
+            reason, at = (await line(other)).split()
+    assert reason == "revoked"
+    assert float(at) - revoked < ttl + WITHIN
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+async def test_changes_in_the_registry_invalidate_what_is_remembered(plane: ControlPlane) -> None:
+    """Made by anybody: an operator with psql, say."""
+    tenant, key = await plane.tenant("acme")
+    changes = [
+        "UPDATE tenancy.tenants SET metadata = '{\"a\": 1}'",
+        "UPDATE tenancy.tenants SET tier = 'pro'",
+        "UPDATE tenancy.tenants SET quotas = '{\"users\": 1}'",
+        "UPDATE tenancy.tenants SET sealed_password = 'another'",
+        "UPDATE tenancy.tenants SET status = 'suspended'",
+        "UPDATE tenancy.tenants SET slug = 'acme-2'",
+        "UPDATE tenancy.api_keys SET scopes = '{a}'",
+        "UPDATE tenancy.api_keys SET networks = '{192.0.2.0/24}'",
+        "DELETE FROM tenancy.api_keys",
+    ]
+    source = "192.0.2.1"
+    for change in changes:
+        await plane.directory.authenticate(key, source=source)
+        async with plane.control.transaction() as connection:
+            await connection.execute(text(change))
+        await until(lambda: plane.directory.peek(key, source) is None)
+        if "tenants" in change:
+            assert plane.directory.peek_tenant(tenant) is None, change
+    with pytest.raises(InvalidApiKeyError):
+        await plane.directory.authenticate(key, source=source)
+
+
+async def test_uses_and_progress_are_not_notified(plane: ControlPlane) -> None:
+    """A NOTIFY takes a lock of the whole server at commit: what nobody remembers goes without."""
+    tenant, key = await plane.tenant("acme")
+    await plane.directory.authenticate(key)
+    async with plane.control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.api_keys SET last_used_at = now()"))
+        await connection.execute(text("UPDATE tenancy.tenants SET step = 'x', schema_revision = 'r1'"))
+    marker = await plane.key(tenant)
+    await plane.directory.authenticate(marker.text)
+    await plane.keys.revoke(marker.key_id)
+    await until(lambda: plane.directory.peek(marker.text) is None)
+    assert plane.directory.peek(key) is not None
+
+
+async def test_what_was_missed_is_looked_up_again_when_the_listener_is_back(plane: ControlPlane) -> None:
+    """Its backend is killed and a key revoked unheard; the loss and the return are events, and are logged."""
+    _, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+    async with plane.control.transaction() as connection:
+        # nobody hears of this
+        await connection.execute(text("ALTER TABLE tenancy.api_keys DISABLE TRIGGER api_keys_notify"))
+        query = text("UPDATE tenancy.api_keys SET revoked_at = now() WHERE id = :id")
+        await connection.execute(query, {"id": credential.key_id})
+        await connection.execute(text("ALTER TABLE tenancy.api_keys ENABLE TRIGGER api_keys_notify"))
+    assert plane.directory.peek(key) is not None
+    assert await terminate_listeners(plane) == 1
+    await until(lambda: plane.of(ListenerRestored))
+    assert len(plane.of(ListenerLost)) == 1
+    assert plane.directory.statistics.listening
+    with pytest.raises(InvalidApiKeyError):
+        await plane.directory.authenticate(key)
+
+
+async def test_the_directory_opens_without_a_listener(control_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """An application starts; it is told, and listens once it can."""
+    async with proxied(control_url) as proxy:
+        proxy.refuse()
+        with caplog.at_level(logging.WARNING, "tenancy_orm.listener"):
+            async with control_plane(control_url, listen_url=proxy.url(control_url)) as plane:
+                assert not plane.directory.statistics.listening
+                assert "lives by its TTL" in caplog.text
+                _, key = await plane.tenant("acme")
+                await plane.directory.authenticate(key)
+                proxy.restore()
+                await until(lambda: plane.directory.statistics.listening)
+                assert plane.directory.peek(key) is None
+
+
+# --- the connection -------------------------------------------------------------------------------------------------
+
+
+class Heard:
+    """A listener with short times, and what it heard."""
+
+    def __init__(self, url: str, proxy: Proxy) -> None:
+        self.changes: list[Change] = []
+        self.connects = 0
+        self.events: list[Event] = []
+        bus = EventBus()
+        bus.subscribe(Event, self.events.append)
+        self.listener = Listener(
+            proxy.url(url),
+            on_change=self.changes.append,
+            on_connected=self._connected,
+            events=bus,
+            probe_interval=0.1,
+            timeout=0.3,
+        )
+
+    def _connected(self) -> None:
+        self.connects += 1
+
+
+@pytest.fixture
+async def heard(control_url: str) -> AsyncIterator[tuple[Heard, Proxy]]:
+    """An open listener behind a proxy."""
+    async with proxied(control_url) as proxy:
+        heard = Heard(control_url, proxy)
+        await heard.listener.open()
+        try:
+            yield heard, proxy
+        finally:
+            await heard.listener.close()
+
+
+@pytest.mark.parametrize("how", ["cut", "refuse", "swallow"])
+async def test_a_lost_connection_is_noticed_and_renewed(heard: tuple[Heard, Proxy], how: str) -> None:
+    """Also one that just falls silent: it is asked now and then whether it lives."""
+    ear, proxy = heard
+    assert ear.listener.connected
+    getattr(proxy, how)()
+    await until(lambda: any(isinstance(event, ListenerLost) for event in ear.events))
+    proxy.restore()
+    await until(lambda: ear.listener.connected and ear.connects >= 2)
+    kinds = [type(event) for event in ear.events]
+    assert kinds == [ListenerLost, ListenerRestored]
+
+
+async def test_a_long_loss_is_reported_once(heard: tuple[Heard, Proxy]) -> None:
+    """However often connecting fails meanwhile; attempts get rarer."""
+    ear, proxy = heard
+    proxy.refuse()
+    before = proxy.connections
+    await until(lambda: proxy.connections >= before + 4)
+    assert [type(event) for event in ear.events] == [ListenerLost]
+    assert not ear.listener.connected
+
+
+async def test_a_malformed_notification_stands_for_a_change_of_anything(
+    heard: tuple[Heard, Proxy], plane: ControlPlane
+) -> None:
+    """It costs a look-up of everything, and nothing worse."""
+    ear, _ = heard
+    tenant_id = uuid4()
+    payloads = ["", "nonsense", "[]", '{"t": 1}', '{"t": "x", "k": null, "c": "tenant"}', "null"]
+    good = [f'{{"t": "{tenant_id}", "k": null, "c": "tenant"}}', f'{{"t": "{tenant_id}", "k": "abc", "c": "key"}}']
+    async with plane.control.transaction() as connection:
+        for payload in [*payloads, *good]:
+            await connection.execute(text("SELECT pg_notify('tenancy', :payload)"), {"payload": payload})
+    await until(lambda: len(ear.changes) == len(payloads) + 2)
+    assert ear.changes[:-2] == [Change(None, None, "malformed")] * len(payloads)
+    assert ear.changes[-2:] == [Change(tenant_id, None, "tenant"), Change(tenant_id, "abc", "key")]
+
+
+async def test_closing_ends_the_backend(plane: ControlPlane, control_url: str) -> None:
+    """Nothing is left behind on the server."""
+    async with control_plane(control_url, initialise=False):
+        assert await listeners(plane) == 2
+
+    async def one_is_left() -> bool:
+        return await listeners(plane) == 1
+
+    await until(one_is_left)
+
+
+async def listeners(plane: ControlPlane) -> int:
+    """How many backends listen on this database."""
+    async with plane.control.connect() as connection:
+        return int(await connection.scalar(text(f"SELECT count(*) {LISTENERS}")))
+
+
+async def test_no_secret_is_shown(heard: tuple[Heard, Proxy], control_url: str) -> None:
+    """The listener holds a URL with a password."""
+    password = make_url(control_url).password
+    assert isinstance(password, str)
+    assert password not in repr(heard[0].listener)

@@ -1,0 +1,277 @@
+"""Locks that others hold, runs side by side, and the invalid indexes that come of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+
+from tenancy_orm.config import TenancyConfig
+from tenancy_orm.migrations import FleetMigrator
+from tests.support.fleet import Fleet, activity, open_fleet, until
+from tests.support.projects import NOTES, Project
+
+RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
+COUNTED = """
+op.execute("INSERT INTO notes (body) VALUES ('applied')")
+"""
+CONCURRENTLY = """
+with op.get_context().autocommit_block():
+    op.create_index("ix_notes_body", "notes", ["body"], postgresql_concurrently=True, if_not_exists=True)
+"""
+INDEXES = """
+SELECT c.relname::text, i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+WHERE i.indrelid = 'notes'::regclass AND NOT i.indisprimary ORDER BY 1
+"""
+
+
+@asynccontextmanager
+async def impatient(config: TenancyConfig, **changes: float) -> AsyncIterator[FleetMigrator]:
+    """Another process's migrator, with other time limits."""
+    async with open_fleet(config.replace(**changes)) as fleet:
+        yield fleet.migrations
+
+
+async def is_waiting(connection: asyncpg.Connection[Any], event: str) -> bool:
+    """Whether another session of this database waits for a lock of the kind ``event``."""
+    return await activity(connection, f"wait_event_type = 'Lock' AND wait_event = '{event}'") > 0
+
+
+# --- lock_timeout ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_lock_conflict_is_tried_again(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+    project.add("0002", RATING, down="0001")
+    async with impatient(config, lock_timeout=0.2) as migrations, fleet.connect("acme") as holder:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("LOCK TABLE notes")
+        run = asyncio.create_task(migrations.upgrade())
+        # the first attempt waits, and gives up; the second one waits
+        for _ in range(2):
+            await until(lambda: is_waiting(holder, "relation"))
+            await until(lambda: is_waiting(holder, "relation"), False)
+        await transaction.commit()
+        report = await run
+    assert report.ok
+    assert await fleet.revision("acme") == "0002"
+
+
+async def test_a_lock_that_stays_is_a_bounded_wait_and_one_tenants_failure(
+    fleet: Fleet, config: TenancyConfig, project: Project
+) -> None:
+    project.add("0002", RATING, down="0001")
+    impatiently = impatient(config, lock_timeout=0.1)
+    async with impatiently as migrations, fleet.connect("acme") as holder, holder.transaction():
+        await holder.execute("LOCK TABLE notes")
+        report = await migrations.upgrade()
+    assert [(failure.slug, failure.sqlstate) for failure in report.failures] == [("acme", "55P03")]
+    assert report.failures[0].seconds < 20
+    assert await fleet.revision("acme") == "0001"
+    assert await fleet.revision("globex") == "0002"
+
+
+async def test_a_migration_ends_by_its_deadline(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+    body = """
+        tenant = op.get_context().opts["tenant"]
+        if tenant is not None and tenant.slug == "acme":
+            op.execute("SELECT pg_sleep(60)")
+    """
+    project.add("0002", body, down="0001")
+    async with impatient(config, migration_timeout=1.0) as migrations:
+        report = await migrations.upgrade()
+    (failure,) = report.failures
+    assert (failure.slug, failure.error) == ("acme", "not done within 1 s")
+    async with fleet.connect("acme") as connection:
+        await until(lambda: activity(connection, "wait_event = 'PgSleep'"), 0)
+
+
+# --- two runs at once -----------------------------------------------------------------------------------------------
+
+
+async def test_two_runs_apply_each_revision_once(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+    project.add("0002", COUNTED + CONCURRENTLY, down="0001")
+    project.add("0003", COUNTED, down="0002")
+    async with open_fleet(config) as other:
+        reports = await asyncio.gather(fleet.migrations.upgrade(), other.migrations.upgrade())
+    assert all(report.ok for report in reports)
+    for slug in fleet.tenants:
+        assert await fleet.fetch(slug, "SELECT count(*) FROM notes") == [(2,)]
+        assert await fleet.fetch(slug, INDEXES) == [("ix_notes_body", True)]
+    changed = [outcome.slug for report in reports for outcome in report.changed]
+    assert sorted(changed) == sorted(fleet.tenants)
+
+
+async def test_two_runs_of_a_relative_target_go_one_step(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+    project.add("0002", COUNTED + 'op.execute("SELECT pg_sleep(0.3)")', down="0001")
+    project.add("0003", COUNTED, down="0002")
+    await fleet.provisioner.template("default")
+    async with open_fleet(config) as other, fleet.connect("acme") as holder:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("LOCK TABLE notes")
+        runs = [
+            asyncio.create_task(migrations.upgrade("+1", tenants=["acme"]))
+            for migrations in (fleet.migrations, other.migrations)
+        ]
+        # one waits for the table, the other one polls for the first one's lock
+        await until(lambda: is_waiting(holder, "relation"))
+        await until(lambda: activity(holder, "backend_type = 'client backend'"), 2)
+        await transaction.commit()
+        reports = [await run for run in runs]
+    assert sorted(report.outcomes[0].changed for report in reports) == [False, True]
+    assert await fleet.revision("acme") == "0002"
+
+
+async def test_waiting_for_another_run_is_bounded(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+    project.add("0002", RATING, down="0001")
+    async with fleet.connect("acme") as holder:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("LOCK TABLE notes")
+        run = asyncio.create_task(fleet.migrations.upgrade())
+        await until(lambda: is_waiting(holder, "relation"))
+        async with impatient(config, migration_wait=0.2) as other:
+            report = await other.upgrade()
+        assert [failure.slug for failure in report.failures] == ["acme"]
+        assert "another run has been migrating it for 0.2 s" in str(report.failures[0].error)
+        await transaction.commit()
+        assert (await run).ok
+
+
+# --- invalid indexes ------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def writer(fleet: Fleet, slug: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """A transaction that has written to ``notes``: CREATE INDEX CONCURRENTLY waits for its end."""
+    async with fleet.connect(slug) as connection, connection.transaction():
+        await connection.execute("INSERT INTO notes (body) VALUES ('unfinished')")
+        yield connection
+
+
+async def leave_invalid_index(fleet: Fleet, slug: str, statement: str) -> None:
+    """Have a CREATE INDEX CONCURRENTLY interrupted."""
+    async with writer(fleet, slug), fleet.connect(slug) as connection:
+        await connection.execute("SET lock_timeout = '50ms'")
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await connection.execute(statement)
+
+
+async def test_if_not_exists_takes_an_invalid_index_for_a_good_one(fleet: Fleet) -> None:
+    """What PostgreSQL does without the repair."""
+    statement = "CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_notes_body ON notes (body)"
+    await leave_invalid_index(fleet, "acme", statement)
+    await fleet.execute("acme", statement)
+    assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", False)]
+
+
+async def test_an_index_that_a_lock_timeout_interrupted_is_built(
+    fleet: Fleet, config: TenancyConfig, project: Project
+) -> None:
+    project.add("0002", CONCURRENTLY, down="0001")
+    async with impatient(config, lock_timeout=0.2) as migrations:
+        async with writer(fleet, "acme"):
+            run = asyncio.create_task(migrations.upgrade())
+            await until(lambda: fleet.fetch("acme", INDEXES), [("ix_notes_body", False)])
+        report = await run
+    assert report.ok
+    assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", True)]
+
+
+async def test_an_index_that_a_killed_run_left_is_built(fleet: Fleet, project: Project) -> None:
+    await leave_invalid_index(fleet, "acme", "CREATE INDEX CONCURRENTLY ix_notes_body ON notes (body)")
+    project.add("0002", CONCURRENTLY, down="0001")
+    assert (await fleet.migrations.upgrade()).ok
+    assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", True)]
+
+
+async def test_an_invalid_index_of_an_earlier_revision_is_built_again(fleet: Fleet, project: Project) -> None:
+    await leave_invalid_index(
+        fleet, "acme", 'CREATE UNIQUE INDEX CONCURRENTLY "Odd ""name" ON notes (lower(body)) WHERE id > 7'
+    )
+    project.add("0002", RATING, down="0001")
+    assert (await fleet.migrations.upgrade()).ok
+    assert await fleet.fetch("acme", INDEXES) == [('Odd "name', True)]
+    definition = await fleet.fetch("acme", "SELECT indexdef FROM pg_indexes WHERE indexname LIKE 'Odd%'")
+    assert definition == [
+        ('CREATE UNIQUE INDEX "Odd ""name" ON public.notes USING btree (lower((body)::text)) WHERE (id > 7)',)
+    ]
+
+
+async def test_an_invalid_index_of_a_table_that_goes_is_not_built_again(fleet: Fleet, project: Project) -> None:
+    await leave_invalid_index(fleet, "acme", "CREATE INDEX CONCURRENTLY ix_notes_body ON notes (body)")
+    project.add("0002", 'op.drop_table("notes")', down="0001")
+    assert (await fleet.migrations.upgrade()).ok
+
+
+async def test_an_index_that_is_being_built_is_waited_for(fleet: Fleet, project: Project) -> None:
+    project.add("0002", 'op.create_table("other", sa.Column("id", sa.Integer))', down="0001")
+    async with fleet.connect("acme") as builder:
+        async with writer(fleet, "acme") as holder:
+            building = asyncio.create_task(builder.execute("CREATE INDEX CONCURRENTLY ix_notes_body ON notes (body)"))
+            await until(lambda: is_waiting(holder, "virtualxid"))
+            run = asyncio.create_task(fleet.migrations.upgrade())
+            await until(lambda: is_waiting(holder, "relation"))
+        await building
+        report = await run
+    assert report.ok
+    assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", True)]
+
+
+async def test_partitioned_indexes_are_invalid_on_purpose(fleet: Fleet, project: Project) -> None:
+    await fleet.execute(
+        "acme",
+        """
+        CREATE TABLE parted (id integer) PARTITION BY RANGE (id);
+        CREATE TABLE part PARTITION OF parted FOR VALUES FROM (0) TO (10);
+        CREATE INDEX ix_parted ON ONLY parted (id);
+        """,
+    )
+    project.add("0002", RATING, down="0001")
+    assert (await fleet.migrations.upgrade()).ok
+    found = await fleet.fetch("acme", "SELECT indisvalid FROM pg_index WHERE indexrelid = 'ix_parted'::regclass")
+    assert found == [(False,)]
+
+
+# --- tenants that are created meanwhile -----------------------------------------------------------------------------
+
+
+async def test_a_tenant_that_older_code_creates_meanwhile_is_migrated_too(
+    fleet: Fleet, config: TenancyConfig, project: Project, tmp_path: Any
+) -> None:
+    old = Project.create(tmp_path / "old")
+    old.add("0001", NOTES, 'op.drop_table("notes")')
+    project.add("0002", RATING, down="0001")
+    async with open_fleet(config.replace(migrations=old.migrations)) as older, fleet.connect("acme") as holder:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("LOCK TABLE notes")
+        run = asyncio.create_task(fleet.migrations.upgrade())
+        await until(lambda: is_waiting(holder, "relation"))
+        await older.create("late")
+        assert await fleet.revision("late") == "0001"
+        await transaction.commit()
+        report = await run
+    assert [outcome.slug for outcome in report.changed] == ["acme", "globex", "initech", "late"]
+    assert await fleet.revision("late") == "0002"
+
+
+async def test_a_tenant_that_is_purged_meanwhile_is_no_failure(fleet: Fleet, project: Project) -> None:
+    project.add("0002", RATING, down="0001")
+    async with fleet.connect("acme") as holder:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("LOCK TABLE notes")
+        run = asyncio.create_task(fleet.migrations.upgrade(concurrency=1))
+        await until(lambda: is_waiting(holder, "relation"))
+        await fleet.tenancy.tenants.delete("globex")
+        await fleet.tenancy.tenants.purge("globex")
+        await transaction.commit()
+        report = await run
+    assert report.ok
+    assert [outcome.slug for outcome in report.outcomes] == ["acme", "initech"]

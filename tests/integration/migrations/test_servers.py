@@ -1,0 +1,108 @@
+"""A server or a control database that does not answer is told apart from a tenant that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from socket import create_server, socket
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import TenancyConfig
+from tests.support.fleet import Fleet, activity, open_fleet, until
+from tests.support.postgres import Postgres
+from tests.support.projects import Project
+
+RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with create_server(("127.0.0.1", 0)) as listening:
+        yield port_of(listening)
+
+
+@pytest.fixture
+def closed() -> int:
+    """A port that refuses connections."""
+    with create_server(("127.0.0.1", 0)) as listening:
+        return port_of(listening)
+
+
+def port_of(listening: socket) -> int:
+    port: int = listening.getsockname()[1]
+    return port
+
+
+@asynccontextmanager
+async def with_lost_server(fleet: Fleet, config: TenancyConfig, port: int) -> AsyncIterator[Fleet]:
+    """The fleet as if acme and globex were on a server at ``port``."""
+    servers = {**(config.servers or {}), "lost": f"postgresql://postgres:secret@127.0.0.1:{port}/postgres"}
+    async with open_fleet(replace(config, servers=servers, connect_timeout=1.0)) as opened:
+        async with opened.tenancy.control.transaction() as connection:
+            await connection.execute(
+                text("UPDATE tenancy.tenants SET server = 'lost' WHERE slug IN ('acme', 'globex')")
+            )
+        yield opened
+
+
+@pytest.mark.parametrize("revision", ["head", "+1"])
+async def test_a_server_that_does_not_answer_costs_its_own_tenants_one_timeout(
+    fleet: Fleet, config: TenancyConfig, project: Project, silent: int, revision: str
+) -> None:
+    project.add("0002", RATING, down="0001")
+    async with with_lost_server(fleet, config, silent) as opened:
+        started = time.monotonic()
+        report = await opened.migrations.upgrade(revision, concurrency=1)
+        seconds = time.monotonic() - started
+    assert {failure.slug for failure in report.failures} == {"acme", "globex"}
+    assert all("server 'lost' is not available" in str(failure.error) for failure in report.failures)
+    assert [outcome.slug for outcome in report.changed] == ["initech"]
+    assert await fleet.revision("initech") == "0002"
+    assert seconds < 10, "one bounded wait for the server, not one for each tenant and step"
+
+
+async def test_a_server_that_refuses_connections_is_its_own_tenants_failure(
+    fleet: Fleet, config: TenancyConfig, project: Project, closed: int
+) -> None:
+    project.add("0002", RATING, down="0001")
+    async with with_lost_server(fleet, config, closed) as opened:
+        report = await opened.migrations.upgrade()
+        status = {item.slug: item for item in await opened.migrations.status()}
+    assert {failure.slug for failure in report.failures} == {"acme", "globex"}
+    assert "secret" not in str(report)
+    assert status["acme"].at_head is None
+    assert "not available" in str(status["acme"].error)
+    assert status["initech"].at_head is True
+
+
+async def test_a_registry_that_cannot_record_the_revision_is_a_failure_that_says_so(
+    fleet: Fleet, project: Project, postgres: Postgres, config: TenancyConfig
+) -> None:
+    project.add("0002", RATING, down="0001")
+    control = fleet.tenancy.control.database
+    async with postgres.connect() as admin, fleet.connect("acme") as holder:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("LOCK TABLE notes")
+        run = asyncio.create_task(fleet.migrations.upgrade(tenants=["acme"]))
+        await until(lambda: activity(holder, "wait_event_type = 'Lock'"), 1)
+        await admin.execute(f'ALTER DATABASE "{control}" ALLOW_CONNECTIONS false')
+        await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", control)
+        await transaction.commit()
+        try:
+            report = await run
+        finally:
+            await admin.execute(f'ALTER DATABASE "{control}" ALLOW_CONNECTIONS true')
+    (failure,) = report.failures
+    assert failure.changed
+    assert failure.error is not None
+    assert failure.error.startswith("it is at 0002, but the registry could not record that: ")
+    report = await fleet.migrations.upgrade(tenants=["acme"])
+    assert report.ok
+    assert await fleet.recorded("acme") == "0002"

@@ -1,0 +1,96 @@
+"""Identifiers and constants of any content stay identifiers and constants, in every verb."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tenancy_orm.control.names import MAX_IDENTIFIER_BYTES
+from tenancy_orm.control.secrets import new_password
+from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning.scram import scram_verifier
+from tests.support.postgres import Postgres
+from tests.support.provisioning import ScriptSchema, Workshop
+
+HOSTILE = [
+    'x"; DROP ROLE postgres; --',
+    "x'; DROP ROLE postgres; --",
+    "\\'; DROP ROLE postgres; --",
+    "$$; DROP ROLE postgres; $$",
+    "%s %(x)s {x} :x $1",
+    "Ünïcödé ☃ \u202e\n\t",
+    "SELECT",
+    "ä" * 31,
+]
+
+
+@pytest.fixture
+async def admin(postgres: Postgres) -> AsyncIterator[Any]:
+    """A superuser's connection."""
+    async with postgres.connect() as connection:
+        yield connection
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, hostile: str) -> None:
+    """A whole life under that name: nothing else on the server changes."""
+    name = f"{postgres.new_name()[-10:]} {hostile}".encode()[:MAX_IDENTIFIER_BYTES].decode(errors="ignore")
+    roles = await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper")
+    password = new_password()
+    await databases.create_owner(admin, f"{name[:30]} owner")
+    await databases.create_role(admin, name, verifier=scram_verifier(password), connection_limit=2)
+    await databases.create_database(
+        admin, name, template="template0", owner=f"{name[:30]} owner", open_to_connections=False
+    )
+    try:
+        await databases.admit(admin, name, role=name)
+        await databases.set_marker(admin, name, hostile)
+        state = await databases.database_state(admin, name)
+        assert state is not None and (state.name, state.comment) == (name, hostile)
+        connection = await asyncpg.connect(postgres.url(), database=name, user=name, password=password)
+        assert await connection.fetchrow("SELECT current_database(), current_user") == (name, name)
+        await connection.close()
+        await databases.set_connection_limit(admin, name, 1)
+        await databases.seal_template(admin, name, comment=hostile)
+    finally:
+        await databases.remove(admin, database=name, role=name, timeout=10)
+        await databases.drop_role(admin, f"{name[:30]} owner")
+    assert await databases.database_state(admin, name) is None
+    assert await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper") == roles
+
+
+async def test_hostile_table_names_are_granted_and_nothing_else(workshop: Workshop) -> None:
+    """Names that an application's own migrations have made are quoted by PostgreSQL itself."""
+    quoted = ['"' + name.replace('"', '""') + '"' for name in HOSTILE]
+    script = "".join(f"CREATE SCHEMA {q}; CREATE TABLE {q}.{q} ({q} serial);" for q in quoted)
+    provisioner = workshop.provisioner_of(ScriptSchema(script))
+    tenant = await provisioner.create(workshop.draft("acme"), key=None)
+    async with workshop.connect(tenant) as connection:
+        for q in quoted:
+            await connection.execute(f"INSERT INTO {q}.{q} DEFAULT VALUES")
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await connection.execute(f"DROP TABLE {q}.{q}")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200))
+def test_any_marker_is_read_back_as_it_was(postgres: Postgres, marker: str) -> None:
+    """A constant of any content comes back whole."""
+
+    async def there_and_back() -> str | None:
+        async with postgres.connect() as connection, connection.transaction():
+            name = await connection.fetchval("SELECT current_database()")
+            await databases.set_marker(connection, name, marker)
+            state = await databases.database_state(connection, name)
+            assert state is not None
+            await connection.execute("ROLLBACK; BEGIN")
+            return state.comment
+
+    # PostgreSQL keeps no empty comment
+    assert asyncio.run(there_and_back()) == (marker or None)

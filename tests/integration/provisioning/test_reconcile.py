@@ -1,0 +1,402 @@
+"""What interrupted work has left is finished or removed; what is under way, or somebody's data, is left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm.context import Status, Tenant
+from tenancy_orm.control.registry import TenantDraft
+from tenancy_orm.errors import ControlUnavailableError
+from tenancy_orm.provisioning import ReconcileReport, databases
+from tenancy_orm.provisioning.pipeline import Creation, tenant_key
+from tests.support.postgres import Postgres
+from tests.support.provisioning import (
+    VERSIONS,
+    Workshop,
+    intercept,
+    names_of,
+    open_workshop,
+    placement,
+    running_server,
+)
+
+NOTHING = ReconcileReport()
+
+
+async def abandon(workshop: Workshop, draft: TenantDraft, step: str) -> None:
+    """Leave a creation as a process leaves it that is killed right after ``step``."""
+    creation_steps = ("registered", "role", "database", "grants", "proved")
+    await workshop.registry.register(draft)
+    done = creation_steps[: creation_steps.index(step) + 1]
+    async with workshop.admin() as connection:
+        if "role" in done:
+            await databases.create_role(connection, draft.role, verifier="SCRAM-SHA-256$1:x", connection_limit=1)
+        if "database" in done:
+            template = (await workshop.provisioner.template("default")).name
+            await databases.create_database(
+                connection, draft.database, template=template, owner=workshop.names.owner, open_to_connections=False
+            )
+    await workshop.registry.record_step(draft.id, step)
+
+
+async def forget(workshop: Workshop, tenant_id: UUID) -> None:
+    """Take a tenant's row away, as restoring an older backup of the registry does."""
+    async with workshop.control.transaction() as connection:
+        await connection.execute(text("ALTER TABLE tenancy.tenants DISABLE TRIGGER USER"))
+        await connection.execute(text("DELETE FROM tenancy.tenants WHERE id = :id"), {"id": tenant_id})
+        await connection.execute(text("ALTER TABLE tenancy.tenants ENABLE TRIGGER USER"))
+
+
+async def test_there_is_nothing_to_do(workshop: Workshop) -> None:
+    """Living, suspended, deleted and purged tenants are not touched."""
+    kept = [await workshop.create("acme"), await workshop.deleted("globex")]
+    await workshop.provisioner.set_login(kept[1], False)
+    await workshop.provisioner.purge(await workshop.deleted("gone"))
+    before = await workshop.present()
+    assert await workshop.provisioner.reconcile() == NOTHING
+    assert await workshop.present() == before == names_of(kept[0]) | names_of(kept[1])
+
+
+# --- creations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["registered", "role", "database", "grants"])
+async def test_an_abandoned_creation_is_removed(workshop: Workshop, step: str) -> None:
+    """Whatever it had made so far."""
+    await abandon(workshop, workshop.draft("acme"), step)
+    report = await workshop.provisioner.reconcile()
+    assert report == ReconcileReport(removed=("acme",))
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+    assert await workshop.provisioner.reconcile() == NOTHING
+
+
+async def test_a_creation_that_does_not_prove_itself_is_removed(workshop: Workshop) -> None:
+    """The last step's name is in the registry before it begins: it is not taken for done."""
+    await abandon(workshop, workshop.draft("acme"), "proved")
+    assert await workshop.provisioner.reconcile() == ReconcileReport(removed=("acme",))
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+
+
+async def test_a_creation_that_proves_itself_is_completed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It becomes what it was to be, at the revision it has, without a key: nobody has ever seen that."""
+    draft = workshop.draft("acme", target_status=Status.TRIAL)
+    await leave_proved(workshop, monkeypatch, draft)
+    assert await workshop.provisioner.reconcile() == ReconcileReport(finished=("acme",))
+    tenant = await workshop.registry.get(draft.id)
+    assert (tenant.status, tenant.schema_revision) == (Status.TRIAL, "0001")
+    async with workshop.connect(tenant) as connection:
+        await connection.execute("INSERT INTO notes (body) VALUES ('works')")
+    async with workshop.control.connect() as connection:
+        assert await connection.scalar(text("SELECT count(*) FROM tenancy.api_keys")) == 0
+
+
+async def leave_proved(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, draft: TenantDraft) -> None:
+    """Leave a creation as a process leaves it that is killed before the last commit."""
+
+    async def do_nothing(*_: object, **__: object) -> bool:
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Creation, "_abandon", do_nothing)
+        patch.setattr(workshop.registry, "complete", fail)
+        with pytest.raises(ControlUnavailableError):
+            await workshop.provisioner.create(draft, key=None)
+
+
+async def fail(*_: object, **__: object) -> Tenant:
+    raise ControlUnavailableError("on purpose")
+
+
+@pytest.mark.parametrize("step", ["role", "database", "grants", "proved"])
+async def test_a_creation_under_way_is_left_alone(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Its lock is held, so it is neither removed nor completed, by however many reconciles."""
+    reached, proceed = asyncio.Event(), asyncio.Event()
+
+    async def pause(creation: Creation) -> None:
+        reached.set()
+        await proceed.wait()
+
+    intercept(monkeypatch, step, after=pause)
+    task = asyncio.create_task(workshop.create("acme"))
+    await reached.wait()
+    reports = await asyncio.gather(*(workshop.provisioner_of().reconcile() for _ in range(3)))
+    assert reports == [NOTHING] * 3
+    proceed.set()
+    tenant = await task
+    assert tenant.status is Status.ACTIVE
+    assert await workshop.consistent()
+
+
+async def test_reconciling_beside_running_creations_disturbs_none(workshop: Workshop) -> None:
+    """Again and again, from several machines, while 30 tenants are created."""
+    done = asyncio.Event()
+
+    async def reconcile() -> None:
+        provisioner = workshop.provisioner_of()
+        while not done.is_set():
+            assert await provisioner.reconcile() == NOTHING
+
+    reconciling = [asyncio.create_task(reconcile()) for _ in range(2)]
+    await asyncio.gather(*(workshop.create(f"t{i}") for i in range(30)))
+    done.set()
+    await asyncio.gather(*reconciling)
+    assert len(await workshop.slugs()) == 30
+    assert await workshop.consistent()
+
+
+async def test_many_can_reconcile_at_once(workshop: Workshop) -> None:
+    """Each piece is removed once, whoever comes first."""
+    for number, step in enumerate(["registered", "role", "database", "grants"] * 3):
+        await abandon(workshop, workshop.draft(f"t{number}"), step)
+    reports = await asyncio.gather(*(workshop.provisioner_of().reconcile() for _ in range(4)))
+    assert sorted(slug for report in reports for slug in report.removed) == sorted(f"t{i}" for i in range(12))
+    assert [error for report in reports for error in report.errors] == []
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+
+
+# --- what the registry does not know --------------------------------------------------------------------------------
+
+
+async def test_an_orphan_that_never_belonged_to_a_tenant_is_dropped(workshop: Workshop) -> None:
+    """A database without a marker, and a role, whose names are this installation's."""
+    first, second = workshop.draft("x"), workshop.draft("y")
+    await workshop.provisioner.prepare_server("default")
+    async with workshop.admin() as connection:
+        await connection.execute(f'CREATE DATABASE "{first.database}"')
+        await connection.execute(f'CREATE ROLE "{second.role}" LOGIN')
+    report = await workshop.provisioner.reconcile()
+    assert report == ReconcileReport(orphans=tuple(sorted((first.database, second.role))))
+    assert await workshop.present() == set()
+
+
+async def test_a_tenants_database_that_the_registry_forgot_is_kept(
+    workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may hold a customer's data: a registry restored from an older backup must not cost it."""
+    tenant = await workshop.create("acme")
+    await forget(workshop, tenant.id)
+    with caplog.at_level(logging.ERROR):
+        report = await workshop.provisioner.reconcile()
+    assert report == ReconcileReport(unknown=(placement(tenant).database,))
+    assert await workshop.present() == names_of(tenant)
+    assert placement(tenant).database in caplog.text
+    async with workshop.connect(tenant) as connection:
+        assert await connection.fetchval("SELECT count(*) FROM notes") == 0
+
+
+async def test_what_is_unknown_is_dropped_on_request(workshop: Workshop) -> None:
+    """Once somebody has looked."""
+    tenant = await workshop.create("acme")
+    await forget(workshop, tenant.id)
+    report = await workshop.provisioner.reconcile(drop_unknown=True)
+    assert report == ReconcileReport(orphans=(placement(tenant).database,))
+    assert await workshop.present() == set()
+
+
+async def test_a_tombstone_is_honoured(workshop: Workshop) -> None:
+    """A purged tenant's database that a restored backup of the server has brought back is dropped again."""
+    tenant = await workshop.deleted("acme")
+    await workshop.provisioner.purge(tenant)
+    async with workshop.admin() as connection:
+        await connection.execute(f'CREATE DATABASE "{placement(tenant).database}"')
+        await databases.set_marker(
+            connection, placement(tenant).database, f"tenancy:{workshop.names.installation}:{tenant.id}"
+        )
+    report = await workshop.provisioner.reconcile()
+    assert report == ReconcileReport(orphans=(placement(tenant).database,))
+    assert await workshop.present() == set()
+
+
+async def test_another_installations_databases_are_not_touched(
+    workshop: Workshop, postgres: Postgres, name_prefix: str
+) -> None:
+    """Two control databases can share a server, with the same prefix even."""
+    name = postgres.new_name()
+    other = await open_workshop(
+        control_url=await postgres.create_database(name), admin_url=postgres.admin_url, name_prefix=name_prefix
+    )
+    try:
+        tenant = await other.create("acme")
+        assert await workshop.provisioner.reconcile(drop_unknown=True) == NOTHING
+        assert await other.present() == names_of(tenant)
+        assert await other.consistent()
+    finally:
+        await other.close()
+        await postgres.drop_database(name)
+
+
+async def test_an_orphan_whose_lock_is_held_is_left_alone(workshop: Workshop) -> None:
+    """Somebody works on it."""
+    draft = workshop.draft("x")
+    async with workshop.admin() as connection:
+        await connection.execute(f'CREATE DATABASE "{draft.database}"')
+        await databases.lock(connection, tenant_key(draft.id), timeout=1)
+        assert await workshop.provisioner.reconcile() == NOTHING
+    assert await workshop.provisioner.reconcile() == ReconcileReport(orphans=(draft.database,))
+
+
+async def test_leftover_templates_and_scratches_are_dropped(workshop: Workshop) -> None:
+    """Those that nobody builds or uses; complete templates stay."""
+    template = await workshop.provisioner.template("default")
+    partial, scratch = workshop.names.template("beef" * 3), workshop.names.scratch("dead" * 4)
+    async with workshop.admin() as connection:
+        await connection.execute(f'CREATE DATABASE "{partial}"')
+        await connection.execute(f'CREATE DATABASE "{scratch}"')
+    async with workshop.provisioner.scratch("default") as used:
+        report = await workshop.provisioner.reconcile()
+        assert report == ReconcileReport(orphans=tuple(sorted((partial, scratch))))
+        assert await workshop.databases() == {template.name, used}
+
+
+# --- logins ---------------------------------------------------------------------------------------------------------
+
+
+async def test_logins_follow_the_registry(workshop: Workshop) -> None:
+    """A server that was away when a tenant was suspended, or activated, is told now."""
+    suspended, active = await workshop.create("acme"), await workshop.create("globex")
+    await workshop.registry.transition(suspended.id, Status.SUSPENDED, action="tenant.suspend")
+    await workshop.provisioner.set_login(active, False)
+    async with workshop.connect(suspended) as connection:
+        assert await workshop.provisioner.reconcile() == ReconcileReport(corrected=("acme", "globex"))
+        with pytest.raises(Exception, match=r"closed|terminat"):
+            await connection.execute("SELECT 1")
+    async with workshop.connect(active):
+        pass
+    assert await workshop.provisioner.reconcile() == NOTHING
+
+
+async def test_connection_limits_follow_the_tiers(workshop: Workshop) -> None:
+    """A tenant whose tier was changed, or whose tier has another limit since, gets it; by reconcile at the latest."""
+    tenant = await workshop.create("acme", tier="free")
+
+    async def limit() -> int:
+        async with workshop.admin() as connection:
+            query = "SELECT rolconnlimit FROM pg_roles WHERE rolname = $1"
+            return int(await connection.fetchval(query, placement(tenant).role))
+
+    await workshop.registry.change(tenant.id, action="tenant.update", tier="pro")
+    assert await limit() == 5
+    assert await workshop.provisioner.reconcile() == ReconcileReport(corrected=("acme",))
+    assert await limit() == 20
+    _, changed = await workshop.registry.change(tenant.id, action="tenant.update", tier="enterprise")
+    await workshop.provisioner.align(changed)
+    assert await limit() == 50
+    assert await workshop.provisioner.reconcile() == NOTHING
+
+
+async def test_a_tier_that_the_configuration_has_lost_is_left_alone(workshop: Workshop) -> None:
+    """Its limit is not known here."""
+    tenant = await workshop.create("acme", tier="pro")
+    without = workshop.provisioner_of(tiers={"free": workshop.config.tiers["free"]})
+    assert await without.reconcile() == NOTHING
+    assert placement(tenant).role in "".join(await workshop.present())
+
+
+# --- servers that are away ------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def second_server(workshop: Workshop, admin_url: str, **config: Any) -> AsyncIterator[Workshop]:
+    """The same installation with another server, of that URL, besides its own."""
+    assert workshop.config.servers is not None
+    opened = await open_workshop(
+        control_url=workshop.config.control_url,
+        admin_url="",
+        name_prefix=workshop.config.name_prefix,
+        servers={**workshop.config.servers, "second": admin_url},
+        **config,
+    )
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def test_a_server_that_is_away_is_reported_and_stops_nothing(workshop: Workshop, own_server: Postgres) -> None:
+    """What belongs to the others is done; its own waits until it is back."""
+    async with second_server(workshop, own_server.admin_url) as two:
+        await two.create("elsewhere", server="second")
+        draft = two.draft("broken", server="second")
+        await two.registry.register(draft)
+    await abandon(workshop, workshop.draft("acme"), "database")
+    async with second_server(workshop, "postgresql://postgres:x@127.0.0.1:1/postgres") as two:
+        report = await two.provisioner.reconcile()
+    assert report.removed == ("acme",)
+    assert len(report.errors) == 1 and report.errors[0].startswith("second: ServerUnavailableError")
+    async with second_server(workshop, own_server.admin_url) as two:
+        assert await two.provisioner.reconcile() == ReconcileReport(removed=("broken",))
+        assert {slug for slug, status in (await two.slugs()).items() if status == "active"} == {"elsewhere"}
+
+
+async def test_a_server_that_is_no_longer_configured_is_reported(workshop: Workshop, own_server: Postgres) -> None:
+    """Its unfinished work cannot be decided from here."""
+    async with second_server(workshop, own_server.admin_url) as two:
+        await two.registry.register(two.draft("stranded", server="second"))
+    report = await workshop.provisioner.reconcile()
+    assert report == ReconcileReport(errors=("stranded: its server is not configured",))
+
+
+async def test_a_report_can_be_printed(workshop: Workshop) -> None:
+    """It is made of plain tuples of text, for the command line."""
+    await abandon(workshop, workshop.draft("acme"), "role")
+    report = asdict(await workshop.provisioner.reconcile())
+    assert report["removed"] == ("acme",)
+    assert set(report) == {"finished", "removed", "purged", "corrected", "orphans", "unknown", "errors"}
+
+
+async def test_a_creation_without_its_grants_does_not_prove_itself(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its role was admitted and before it had rights on its tables: it must not become active so."""
+    draft = workshop.draft("acme")
+
+    async def do_nothing(*_: object, **__: object) -> bool:
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Creation, "_abandon", do_nothing)
+        patch.setattr(databases, "grant_and_mark", fail)
+        with pytest.raises(ControlUnavailableError):
+            await workshop.provisioner.create(draft, key=None)
+    async with workshop.control.connect() as connection:
+        assert await connection.scalar(text("SELECT step FROM tenancy.tenants")) == "proved"
+    assert await workshop.provisioner.reconcile() == ReconcileReport(removed=("acme",))
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+
+
+async def test_a_server_that_stops_answering_does_not_hold_up_the_others(workshop: Workshop) -> None:
+    """Stopped in the middle of reconcile (SIGSTOP): its work ends by its deadline, the other server's is done."""
+    with running_server(max(VERSIONS), "stopped") as stopped:
+        async with second_server(workshop, stopped.admin_url, provision_timeout=1.0) as two:
+            await two.provisioner.prepare_server("second")
+            await abandon(workshop, workshop.draft("acme"), "database")
+            pids: list[int] = []
+            connect_admin = two.servers["second"].connect_admin
+
+            async def connecting(*args: Any, **options: Any) -> Any:
+                made = await connect_admin(*args, **options)
+                os.kill(made.get_server_pid(), signal.SIGSTOP)
+                pids.append(made.get_server_pid())
+                return made
+
+            two.servers["second"].connect_admin = connecting  # type: ignore[method-assign]
+            async with asyncio.timeout(30):
+                report = await two.provisioner.reconcile()
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+    assert pids
+    assert report.removed == ("acme",)
+    assert len(report.errors) == 1 and report.errors[0].startswith("second: TimeoutError")

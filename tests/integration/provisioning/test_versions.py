@@ -1,0 +1,195 @@
+"""What depends on PostgreSQL's version, on each that can be run here: passwords, cloning, and the administrator."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import psycopg
+import pytest
+
+from tenancy_orm.context import Status
+from tenancy_orm.control.secrets import new_password
+from tenancy_orm.errors import DatabaseExistsError
+from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning.scram import scram_verifier
+from tests.support.postgres import Postgres
+from tests.support.provisioning import (
+    Workshop,
+    names_of,
+    open_workshop,
+    placement,
+    plain_administrator,
+)
+
+
+@pytest.fixture
+async def role(versioned: Postgres) -> tuple[str, str]:
+    """A role made as tenants' roles are, and its password."""
+    name, password = versioned.new_name("role"), new_password()
+    async with versioned.connect() as connection:
+        await databases.create_role(connection, name, verifier=scram_verifier(password), connection_limit=3)
+    return name, password
+
+
+async def test_asyncpg_logs_in_against_a_verifier_of_one_iteration(versioned: Postgres, role: tuple[str, str]) -> None:
+    """The right password is admitted, another is not."""
+    name, password = role
+    connection = await asyncpg.connect(versioned.url(user=name, password=password))
+    assert await connection.fetchval("SELECT current_user") == name
+    await connection.close()
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await asyncpg.connect(versioned.url(user=name, password=new_password()))
+
+
+def psql(server: Postgres, *, user: str, password: str) -> subprocess.CompletedProcess[str]:
+    """Ask psql who it is."""
+    assert server.bin_dir is not None
+    url = server.url(user=user, password=password)
+    command = [str(server.bin_dir / "psql"), "--no-psqlrc", "-Atc", "SELECT current_user", url]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+
+def test_psql_logs_in_against_a_verifier_of_one_iteration(versioned: Postgres, role: tuple[str, str]) -> None:
+    """So does everything that is built on libpq."""
+    name, password = role
+    right = psql(versioned, user=name, password=password)
+    assert (right.stdout.strip(), right.stderr) == (name, "")
+    wrong = psql(versioned, user=name, password=new_password())
+    assert wrong.returncode == 2
+    assert "password authentication failed" in wrong.stderr
+
+
+async def test_a_verifier_is_the_one_libpq_computes(versioned: Postgres) -> None:
+    """With the same salt and iterations the result is that of libpq's own function."""
+    password = new_password()
+    with psycopg.connect(versioned.admin_url) as connection:
+        theirs = connection.pgconn.encrypt_password(password.encode(), b"anyone", b"scram-sha-256").decode()
+    match = re.match(r"SCRAM-SHA-256\$(\d+):([^$]+)\$", theirs)
+    assert match is not None
+    assert scram_verifier(password, salt=base64.b64decode(match[2]), iterations=int(match[1])) == theirs
+
+
+async def test_the_stored_verifier_is_ours(versioned: Postgres, role: tuple[str, str]) -> None:
+    """PostgreSQL keeps it as it is, so it did not take it for a password in the clear."""
+    async with versioned.connect() as connection:
+        stored = await connection.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role[0])
+    assert stored.startswith("SCRAM-SHA-256$1:")
+
+
+@asynccontextmanager
+async def superuser_workshop(versioned: Postgres) -> AsyncIterator[Workshop]:
+    """A provisioner whose administrator is a superuser."""
+    control_url = await versioned.create_database(versioned.new_name())
+    opened = await open_workshop(control_url=control_url, admin_url=versioned.admin_url, name_prefix="super")
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+@asynccontextmanager
+async def plain_workshop(versioned: Postgres) -> AsyncIterator[Workshop]:
+    """A provisioner whose administrator has CREATEDB and CREATEROLE, and whose registry has a user of its own."""
+    user, password = versioned.new_name("registry"), new_password()
+    async with versioned.connect() as connection:
+        await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
+        await connection.execute(f'CREATE DATABASE "{user}" OWNER "{user}"')
+    async with plain_administrator(versioned) as admin_url:
+        opened = await open_workshop(
+            control_url=versioned.url(user, user=user, password=password), admin_url=admin_url, name_prefix="plain"
+        )
+        try:
+            yield opened
+        finally:
+            await opened.close()
+
+
+@pytest.fixture(params=[superuser_workshop, plain_workshop], ids=["superuser", "plain"])
+async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> AsyncIterator[Workshop]:
+    """A provisioner with either kind of administrator."""
+    async with request.param(versioned) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("strategy", ["wal_log", "file_copy"])
+async def test_the_whole_life_of_a_tenant(workshop: Workshop, strategy: databases.Strategy) -> None:
+    """Creating, using, barring, admitting and purging work on every version, with either kind of administrator."""
+    tenant = await workshop.provisioner.create(workshop.draft("acme"), key=None, strategy=strategy)
+    assert await workshop.present() == names_of(tenant)
+    async with workshop.connect(tenant) as connection:
+        await connection.execute("INSERT INTO notes (body) VALUES ('hello')")
+        await workshop.provisioner.set_login(tenant, False)
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+            await connection.fetch("SELECT 1")
+    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
+        async with workshop.connect(tenant):
+            pass
+    await workshop.provisioner.set_login(tenant, True)
+    async with workshop.connect(tenant) as connection:
+        assert await connection.fetchval("SELECT body FROM notes") == "hello"
+        await workshop.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+        await workshop.provisioner.purge(tenant)  # with a connection still open
+    assert await workshop.present() == set()
+
+
+async def test_a_failed_creation_is_undone(workshop: Workshop) -> None:
+    """Either kind of administrator can undo what it began."""
+    await workshop.create("first")
+    before = await workshop.present()
+    failing = workshop.draft("acme")
+    async with workshop.admin() as connection:
+        await connection.execute(f'CREATE DATABASE "{failing.database}"')
+    with pytest.raises(DatabaseExistsError):
+        await workshop.provisioner.create(failing, key=None)
+    assert await workshop.present() == {*before, f"database {failing.database}"}
+    report = await workshop.provisioner.reconcile()
+    assert (report.orphans, report.errors) == ((failing.database,), ())
+    assert await workshop.consistent()
+
+
+async def test_what_a_plain_administrator_may_not_close_is_named(
+    versioned: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``postgres`` and ``template1`` are not its own: it is told which statement a superuser has to run."""
+    names = ("postgres", "template1")
+    async with versioned.connect() as connection:
+        for name in names:
+            await connection.execute(f'GRANT CONNECT ON DATABASE "{name}" TO PUBLIC')
+    async with plain_workshop(versioned) as workshop:
+        with caplog.at_level(logging.WARNING):
+            await workshop.provisioner.prepare_server("default")
+        for name in names:
+            assert f'REVOKE ALL ON DATABASE "{name}" FROM PUBLIC' in caplog.text
+        async with workshop.admin() as connection:
+            own = await connection.fetchval("SELECT current_database()")
+            assert not await databases.is_open_to_public(connection, own)
+
+
+async def test_the_registrys_own_user_still_reaches_it(versioned: Postgres) -> None:
+    """Closing the control database to PUBLIC does not lock out the role of ``control_url``, which does not own it."""
+    user, password, name = versioned.new_name("user"), new_password(), versioned.new_name()
+    await versioned.create_database(name)
+    async with versioned.connect(name) as connection:
+        await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
+        await connection.execute(f'GRANT CREATE ON DATABASE "{name}" TO "{user}"')
+    opened = await open_workshop(
+        control_url=versioned.url(name, user=user, password=password),
+        admin_url=versioned.admin_url,
+        name_prefix="user",
+    )
+    try:
+        await opened.provisioner.prepare_server("default")
+        async with opened.admin() as connection:
+            assert not await databases.is_open_to_public(connection, name)
+        own = await asyncpg.connect(versioned.url(name, user=user, password=password))
+        await own.close()
+        placed = placement(await opened.create("acme"))
+        assert placed.server == "default"
+    finally:
+        await opened.close()

@@ -1,0 +1,68 @@
+"""Logging in to a server that is silent, and noticing one that has gone silent."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import traceback
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+from sqlalchemy.engine import make_url
+
+from tenancy_orm import Tenancy
+from tenancy_orm.routing.servers import PEER_SECONDS, Server
+
+
+@pytest.fixture
+async def silent() -> AsyncIterator[Server]:
+    """A server that accepts connections and never says a word."""
+    writers = []
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+
+    listener = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    url = make_url(f"postgresql://admin:hunter2@127.0.0.1:{port}/postgres")
+    yield Server("default", url, connect_timeout=30)
+    for writer in writers:
+        writer.transport.abort()
+    listener.close()
+    await listener.wait_closed()
+
+
+def texts_in_frames(error: BaseException) -> str:
+    """All local variables of all frames of an error and of what it came from, as a reporter of errors shows them."""
+    shown = []
+    current: BaseException | None = error
+    while current is not None:
+        frames = traceback.walk_tb(current.__traceback__)
+        stack = traceback.StackSummary.extract(frames, capture_locals=True)
+        # not those of this file: a test knows the password
+        shown += [str(frame.locals) for frame in stack if frame.filename != __file__]
+        current = current.__cause__ or current.__context__
+    return "\n".join(shown)
+
+
+async def test_a_deadline_around_a_login_shows_no_password(silent: Server) -> None:
+    """Nor does a cancellation: asyncpg's frames, which hold it, are dropped."""
+    with pytest.raises(TimeoutError) as bare:
+        async with asyncio.timeout(0.2):
+            await asyncpg.connect(silent.url.render_as_string(hide_password=False))
+    assert "hunter2" in texts_in_frames(bare.value)
+    with pytest.raises(TimeoutError) as caught:
+        async with asyncio.timeout(0.2):
+            await silent.connect_admin()
+    assert "hunter2" not in texts_in_frames(caught.value)
+
+
+async def test_a_tenants_connection_notices_a_dead_peer(tenancy: Tenancy) -> None:
+    """The kernel is told how long the other side may stay silent."""
+    await tenancy.tenants.create("acme")
+    async with tenancy.router.connection(await tenancy.tenants.get("acme")) as connection:
+        raw = await connection.get_raw_connection()
+        peer: socket.socket = raw.driver_connection._transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PEER_SECONDS * 1_000

@@ -1,0 +1,212 @@
+"""The command line, run as a user runs it: in processes of its own, with settings from the environment."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.postgres import Postgres
+from tests.support.shell import ROOT, environment
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Its output as one JSON document."""
+        return json.loads(self.out)
+
+
+Cli = Callable[..., Awaitable[Outcome]]
+
+
+@pytest.fixture
+def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path) -> Cli:
+    """Run ``tenancy`` with the given arguments in an empty directory."""
+    variables = environment(
+        TENANCY_CONTROL_URL=control_url,
+        TENANCY_SERVERS=f"default={postgres.admin_url}",
+        TENANCY_ENCRYPTION_KEYS="1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
+        TENANCY_NAME_PREFIX=name_prefix,
+        PYTHONPATH=str(ROOT),
+        COLUMNS="200",
+        NO_COLOR="1",
+    )
+
+    async def run(*arguments: str, stdin: str | None = None, **changes: str) -> Outcome:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tenancy_orm.cli",
+            *arguments,
+            cwd=tmp_path,
+            env={**variables, **changes},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(90):
+            out, err = await process.communicate((stdin or "").encode())
+        assert process.returncode is not None
+        return Outcome(process.returncode, out.decode(), err.decode())
+
+    return run
+
+
+async def test_a_tenants_life_by_command(cli: Cli, tmp_path: Path) -> None:
+    """Set up, create, look, change, suspend, delete, restore and purge, each with an exit status of 0."""
+    made = await cli("init", "--json")
+    assert made.status == 0, made.err
+    assert made.json["created"] == ["tenancy.toml", "migrations", "alembic.ini"]
+    assert (tmp_path / "migrations" / "env.py").exists()
+    again = await cli("init", "--json")
+    assert again.json["created"] == []
+
+    created = await cli("create", "acme", "--tier", "pro", "--metadata", '{"plan": 1}', "--json")
+    assert created.status == 0, created.err
+    assert created.json["slug"] == "acme"
+    assert created.json["metadata"] == {"plan": 1}
+    assert created.json["api_key"].startswith("ten_live_")
+
+    listed = await cli("list", "--tier", "pro", "--json")
+    assert [item["slug"] for item in listed.json["items"]] == ["acme"]
+    assert created.json["api_key"] not in listed.out
+    assert (await cli("show", "acme", "--json")).json["id"] == created.json["id"]
+    assert (await cli("update", "acme", "--tier", "enterprise", "--json")).json["tier"] == "enterprise"
+    assert (await cli("suspend", "acme", "-r", "unpaid", "--json")).json["status"] == "suspended"
+    assert (await cli("activate", "acme", "--json")).json["status"] == "active"
+    assert (await cli("rename", "acme", "acme-corp", "--json")).json["slug"] == "acme-corp"
+    assert (await cli("delete", "acme-corp", "--json")).json["status"] == "deleted"
+    assert (await cli("restore", "acme-corp", "--json")).json["status"] == "active"
+    await cli("delete", "acme-corp")
+    declined = await cli("purge", "acme-corp", stdin="n\n")
+    assert declined.status == 1
+    assert (await cli("purge", "acme-corp", "--yes", "--json")).json["status"] == "purged"
+    assert (await cli("list", "--json")).json["items"] == []
+    assert (await cli("reconcile", "--json")).json["errors"] == []
+    assert (await cli("run-maintenance", "--json")).json["errors"] == []
+
+
+async def test_people_get_tables(cli: Cli) -> None:
+    """Without --json the output is for reading; the key stands on a line of its own."""
+    await cli("init")
+    created = await cli("create", "acme")
+    key = created.out.strip().splitlines()[-1]
+    assert key.startswith("ten_live_")
+    shown = await cli("list")
+    assert "acme" in shown.out and "active" in shown.out and "tenants" in shown.out
+    status = await cli("migrate", "status")
+    assert status.status == 0, status.out + status.err
+    assert "acme" in status.out
+
+
+async def test_keys_by_command(cli: Cli) -> None:
+    """Issue, list, rotate and revoke."""
+    await cli("init")
+    await cli("create", "acme")
+    issued = await cli("keys", "issue", "acme", "--name", "ci", "--scope", "read", "--json")
+    assert issued.status == 0, issued.err
+    rotated = await cli("keys", "rotate", issued.json["key_id"], "--overlap", "60", "--json")
+    assert rotated.json["key_id"] != issued.json["key_id"]
+    revoked = await cli("keys", "revoke", rotated.json["key_id"], "--json")
+    assert revoked.json["revoked"] is True
+    listed = await cli("keys", "list", "acme", "--json")
+    assert issued.json["key_id"] in listed.out
+    assert issued.json["api_key"] not in listed.out
+
+
+async def test_psql_opens_the_tenants_database_as_its_role(cli: Cli, postgres: Postgres) -> None:
+    """Without a password being typed; what is after -- reaches psql."""
+    await cli("init")
+    created = await cli("create", "acme", "--json")
+    path = f"{postgres.bin_dir}:/usr/bin:/bin" if postgres.bin_dir else environment()["PATH"]
+    outcome = await cli("psql", "acme", "--", "-Atc", "SELECT current_user || ' ' || current_database()", PATH=path)
+    assert outcome.status == 0, outcome.err
+    name = created.json["database"]
+    assert outcome.out.strip() == f"{name} {name}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "nobody"), "tenant 'nobody' does not exist"),
+        (("create", "No Slug"), "must be 1 to 63 of a-z"),
+        (("create", "acme", "--metadata", "{"), "--metadata is not JSON"),
+        (("create", "acme", "--tier", "gold"), "known tiers"),
+        (("keys", "revoke", "nonsense"), "does not exist"),
+    ],
+)
+async def test_an_error_is_one_line_and_exit_status_1(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
+    """On standard error, without a traceback."""
+    await cli("init")
+    outcome = await cli(*arguments)
+    assert outcome.status == 1
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+
+
+async def test_without_a_control_database_the_remedy_is_named(cli: Cli) -> None:
+    """The first mistake anybody makes."""
+    outcome = await cli("list")
+    assert outcome.status == 1
+    assert "tenancy init" in outcome.err
+
+
+async def test_a_server_that_is_away_is_an_error_without_credentials(cli: Cli) -> None:
+    """No password of a URL is printed."""
+    outcome = await cli("list", TENANCY_CONTROL_URL="postgresql://admin:hunter2@127.0.0.1:1/control")
+    assert outcome.status == 1
+    assert "not available" in outcome.err
+    assert "hunter2" not in outcome.err + outcome.out
+
+
+async def test_secret_makes_a_key_that_the_configuration_takes(cli: Cli) -> None:
+    """32 bytes under an id."""
+    outcome = await cli("secret")
+    key_id, _, value = outcome.out.strip().partition(":")
+    assert key_id == "1"
+    assert len(base64.b64decode(value)) == 32
+
+
+async def test_every_command_has_help(cli: Cli) -> None:
+    """And the version is the installed one's."""
+    root = await cli("--help")
+    for command in ("init", "create", "list", "show", "update", "suspend", "activate", "delete", "restore", "purge"):
+        assert command in root.out
+    for command in ("keys", "migrate", "reconcile", "dev", "psql"):
+        assert (await cli(command, "--help")).status == 0
+    assert (await cli("--version")).out.startswith("tenancy-orm ")
+
+
+async def test_quotas_and_audit_by_command(cli: Cli, tmp_path: Path) -> None:
+    """Set a limit, see it, see who set it, and verify the log against a checkpoint."""
+    await cli("init")
+    await cli("create", "acme")
+    changed = await cli("quotas", "set", "acme", "users=7", "--json")
+    assert changed.status == 0, changed.err
+    assert {x["resource"]: x["limit"] for x in (await cli("quotas", "usage", "acme", "--json")).json}["users"] == 7
+    assert (await cli("quotas", "set", "acme", "users")).status == 1
+    (tmp_path / "checkpoint.json").write_text((await cli("audit", "checkpoint")).out)
+    listed = await cli("audit", "list", "--tenant", "acme", "--json")
+    assert listed.json[0]["action"] == "quota.set"
+    assert listed.json[0]["actor"]["id"].startswith("cli:")
+    verified = await cli("audit", "verify", "--checkpoint", "checkpoint.json", "--json")
+    assert verified.status == 0, verified.out + verified.err
+    assert verified.json["ok"] is True
+    assert "quota.set" in (await cli("audit", "list")).out

@@ -1,0 +1,89 @@
+"""``tenancy secrets`` and the options of ``tenancy keys``, run as a user runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tests.support.postgres import Postgres
+from tests.support.shell import ROOT, environment
+
+
+@pytest.fixture
+def variables(tenancy_config: TenancyConfig, postgres: Postgres, control_url: str, name_prefix: str) -> dict[str, str]:
+    """What leads the command line to the database of ``tenancy``."""
+    keys = tenancy_config.encryption_keys or {}
+    return environment(
+        TENANCY_CONTROL_URL=control_url,
+        TENANCY_SERVERS=f"default={postgres.admin_url}",
+        TENANCY_ENCRYPTION_KEYS=",".join(f"{key_id}:{value!s}" for key_id, value in keys.items()),
+        TENANCY_METADATA="tests.support.models:Base.metadata",
+        TENANCY_NAME_PREFIX=name_prefix,
+        PYTHONPATH=str(ROOT),
+    )
+
+
+async def cli(variables: dict[str, str], directory: Path, *arguments: str, status: int = 0) -> Any:
+    """Run ``tenancy`` and return what it printed, from JSON."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tenancy_orm.cli", *arguments, "--json"),
+        cwd=directory,
+        env=variables,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(90):
+        out, err = await process.communicate()
+    assert process.returncode == status, err.decode()
+    return json.loads(out) if out else err.decode()
+
+
+async def test_passwords_and_keys_are_rotated(tenancy: Tenancy, variables: dict[str, str], tmp_path: Path) -> None:
+    """All of them, or those of one tenant; under a new key afterwards."""
+    for slug in ("acme", "globex"):
+        await tenancy.tenants.create(slug)
+    assert await cli(variables, tmp_path, "secrets", "rotate-passwords") == {"rotated": 2, "failed": {}}
+    assert (await cli(variables, tmp_path, "secrets", "rotate-passwords", "-t", "acme"))["rotated"] == 1
+    added = base64.b64encode(secrets.token_bytes(32)).decode()
+    both = {**variables, "TENANCY_ENCRYPTION_KEYS": f"{variables['TENANCY_ENCRYPTION_KEYS']},2:{added}"}
+    expected = {"resealed": 2, "failed": {}, "key_id": "2"}
+    assert await cli(both, tmp_path, "secrets", "rotate-key") == expected
+    alone = {**variables, "TENANCY_ENCRYPTION_KEYS": f"2:{added}"}
+    assert (await cli(alone, tmp_path, "secrets", "rotate-passwords", "-t", "acme"))["rotated"] == 1
+    assert "no data keys" in await cli(both, tmp_path, "secrets", "forget-keys", status=1)
+    actors = {entry.actor.kind for entry in await tenancy.audit.events(action="tenant.rotate_password")}
+    assert actors == {"operator"}
+
+
+async def test_a_failure_is_listed_and_is_the_exit_status(
+    tenancy: Tenancy, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """A key that seals something must not be missing."""
+    await tenancy.tenants.create("acme")
+    other = base64.b64encode(secrets.token_bytes(32)).decode()
+    lacking = {**variables, "TENANCY_ENCRYPTION_KEYS": f"2:{other}"}
+    report = await cli(lacking, tmp_path, "secrets", "rotate-key", status=1)
+    assert report["resealed"] == 0
+    assert list(report["failed"]) == ["acme"]
+
+
+async def test_a_key_is_issued_with_networks_and_a_prefix(
+    tenancy: Tenancy, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """And listed with them."""
+    await tenancy.tenants.create("acme")
+    changed = {**variables, "TENANCY_KEY_PREFIXES": "ten_test"}
+    options = ("--network", "192.0.2.0/24", "--network", "2001:db8::/32", "--prefix", "ten_test", "--scope", "a")
+    issued = await cli(changed, tmp_path, "keys", "issue", "acme", *options)
+    assert issued["api_key"].startswith("ten_test_")
+    listed = await cli(changed, tmp_path, "keys", "list", "acme")
+    assert listed[1]["networks"] == ["192.0.2.0/24", "2001:db8::/32"]
+    assert listed[1]["scopes"] == ["a"]

@@ -1,0 +1,465 @@
+"""Passwords and keys are rotated while requests are served, and an interruption loses neither."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant
+from tenancy_orm.control.providers import EnvironmentSecrets, SecretKeyWrapper
+from tenancy_orm.errors import (
+    ConfigurationError,
+    ControlUnavailableError,
+    LoginRefusedError,
+    ProvisioningError,
+    SecretError,
+    SecretProviderError,
+    TenantNotFoundError,
+)
+from tenancy_orm.provisioning import databases
+from tests.support.postgres import Postgres
+from tests.support.proxy import proxied
+from tests.support.waiting import until
+
+
+def new_key() -> str:
+    """A key as it is configured."""
+    return base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+@asynccontextmanager
+async def opened(config: TenancyConfig, *, initialise: bool = False) -> AsyncIterator[Tenancy]:
+    """Another process's Tenancy on the same control database."""
+    other = Tenancy(config)
+    await other.open(initialise=initialise)
+    try:
+        yield other
+    finally:
+        await other.close()
+
+
+@asynccontextmanager
+async def deaf(config: TenancyConfig) -> AsyncIterator[Tenancy]:
+    """Another process that hears of no change, and remembers what it has read."""
+    async with proxied(config.control_url) as proxy:
+        proxy.refuse()
+        async with opened(config.replace(listen_url=proxy.url(config.control_url), directory_ttl=3_600.0)) as other:
+            yield other
+
+
+async def created(tenancy: Tenancy, *slugs: str) -> list[Tenant]:
+    """New tenants."""
+    return [(await tenancy.tenants.create(slug)).tenant for slug in slugs]
+
+
+async def works(tenancy: Tenancy, tenant: Tenant) -> bool:
+    """Whether a new connection to the tenant's database works."""
+    tenancy.router.retire(tenant.id)
+    return bool(await tenancy.fetch_value("SELECT current_user = :role", {"role": role(tenant)}, tenant=tenant))
+
+
+def role(tenant: Tenant) -> str:
+    """The tenant's role."""
+    assert tenant.placement is not None
+    return tenant.placement.role
+
+
+async def stored(tenancy: Tenancy, tenant: Tenant) -> tuple[bytes | None, bytes | None]:
+    """The two columns."""
+    query = text("SELECT sealed_password, next_sealed_password FROM tenancy.tenants WHERE id = :id")
+    async with tenancy.control.connect() as connection:
+        return tuple((await connection.execute(query, {"id": tenant.id})).one())
+
+
+async def log_in(postgres: Postgres, tenant: Tenant, password: str) -> None:
+    """Log in as the tenant's role, by hand."""
+    assert tenant.placement is not None
+    url = postgres.url(tenant.placement.database, user=role(tenant), password=password)
+    await (await asyncpg.connect(url, timeout=10)).close()
+
+
+# --- passwords ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_rotated_password_replaces_the_old_one(tenancy: Tenancy, postgres: Postgres) -> None:
+    """The old one logs in no more; connections that are open stay; it is audited."""
+    (acme,) = await created(tenancy, "acme")
+    old = tenancy.provisioner.password(acme)
+    async with tenancy.session("acme") as session:
+        before = await session.scalar(text("SELECT pg_backend_pid()"))
+        await tenancy.secrets.rotate_password(acme)
+        assert await session.scalar(text("SELECT pg_backend_pid()")) == before
+    new = tenancy.provisioner.password(await tenancy.tenants.get("acme"))
+    assert new != old
+    await log_in(postgres, acme, new)
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await log_in(postgres, acme, old)
+    assert await works(tenancy, acme)
+    (entry,) = await tenancy.audit.events(action="tenant.rotate_password")
+    assert entry.tenant_id == acme.id
+    assert old not in repr(entry)
+    assert new not in repr(entry)
+
+
+async def test_all_passwords_are_rotated(tenancy: Tenancy) -> None:
+    """Suspended and deleted tenants' too: they may come back. Progress is told."""
+    tenants = await created(tenancy, "acme", "globex", "initech")
+    await tenancy.tenants.suspend("globex")
+    await tenancy.tenants.delete("initech")
+    before = [await stored(tenancy, tenant) for tenant in tenants]
+    seen: list[int] = []
+    report = await tenancy.secrets.rotate_passwords(concurrency=2, progress=seen.append)
+    assert (report.rotated, report.failed, seen) == (3, {}, [1, 2, 3])
+    after = [await stored(tenancy, tenant) for tenant in tenants]
+    assert all(one[0] != other[0] and other[1] is None for one, other in zip(before, after, strict=True))
+    await tenancy.tenants.activate("globex")
+    assert await works(tenancy, tenants[1])
+    with pytest.raises(ConfigurationError, match="concurrency"):
+        await tenancy.secrets.rotate_passwords(concurrency=0)
+
+
+async def test_one_failure_does_not_stop_the_others(tenancy: Tenancy, postgres: Postgres) -> None:
+    """It is reported by slug; a purged tenant is passed over."""
+    acme, globex, initech = await created(tenancy, "acme", "globex", "initech")
+    await tenancy.tenants.delete("initech")
+    await tenancy.tenants.purge("initech")
+    async with postgres.connect() as connection:
+        await connection.execute(f'ALTER ROLE "{role(acme)}" RENAME TO "{role(acme)}_away"')
+        try:
+            report = await tenancy.secrets.rotate_passwords([acme, globex, initech])
+        finally:
+            await connection.execute(f'ALTER ROLE "{role(acme)}_away" RENAME TO "{role(acme)}"')
+    assert report.rotated == 1
+    assert list(report.failed) == ["acme"]
+    assert "does not exist" in report.failed["acme"]
+    assert await works(tenancy, globex)
+    with pytest.raises(TenantNotFoundError):
+        await tenancy.secrets.rotate_password(initech)
+
+
+async def test_a_process_that_has_not_heard_reads_the_registry_once_more(
+    tenancy: Tenancy, tenancy_config: TenancyConfig
+) -> None:
+    """It remembers the old password, is refused, and connects with the new one; without asking it would fail."""
+    (acme,) = await created(tenancy, "acme")
+    async with deaf(tenancy_config) as other:
+        assert await works(other, acme)
+        await tenancy.secrets.rotate_password(acme)
+        connector = other.router._connector("default")
+        asked, connector._passwords = connector._passwords, None
+        with pytest.raises(LoginRefusedError):
+            await works(other, acme)
+        connector._passwords = asked
+        assert await works(other, acme)
+
+
+async def test_without_the_registry_the_refusal_itself_is_raised(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control database being away as well does not hide why the connection failed."""
+    (acme,) = await created(tenancy, "acme")
+
+    async def away(tenant_id: object) -> tuple[bytes, ...]:
+        raise ControlUnavailableError("the control database is not available")
+
+    async with deaf(tenancy_config) as other:
+        assert await works(other, acme)
+        await tenancy.secrets.rotate_password(acme)
+        monkeypatch.setattr(other.router._connector("default"), "_passwords", away)
+        with pytest.raises(LoginRefusedError) as caught:
+            await works(other, acme)
+        assert caught.value.sqlstate == "28P01"
+
+
+@pytest.mark.parametrize("step", ["before the role has it", "after the role has it"])
+async def test_an_interrupted_rotation_fails_no_connection_and_is_finished(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """One of the two stored passwords is the role's; which, PostgreSQL knows."""
+    (acme,) = await created(tenancy, "acme")
+
+    async def fail(*args: Any, **options: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        if step == "before the role has it":
+            patched.setattr(databases, "set_password", fail)
+        else:
+            patched.setattr(tenancy.secrets._sealed, "finish", fail)
+        with pytest.raises(ProvisioningError, match="not rotated"):
+            await tenancy.secrets.rotate_password(acme)
+    current, pending = await stored(tenancy, acme)
+    assert pending is not None
+    async with opened(tenancy_config) as other:
+        assert await works(other, acme)
+        report = await other.secrets.finish_rotations()
+        assert (report.rotated, report.failed) == (1, {})
+        assert await works(other, acme)
+    assert await stored(tenancy, acme) == (pending, None)
+    assert current != pending
+    assert await works(tenancy, acme)
+    assert (await tenancy.secrets.finish_rotations()).rotated == 0
+
+
+async def test_rotations_of_one_tenant_take_turns(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
+    """However many processes rotate it at once, it has one password in the end."""
+    (acme,) = await created(tenancy, "acme")
+    async with opened(tenancy_config) as other:
+        await asyncio.gather(*(each.secrets.rotate_password(acme) for each in (tenancy, other) * 4))
+    assert (await stored(tenancy, acme))[1] is None
+    assert await works(tenancy, acme)
+    assert len(await tenancy.audit.events(action="tenant.rotate_password")) == 8
+
+
+async def test_a_tenant_is_purged_with_both_passwords(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the middle of a rotation."""
+    (acme,) = await created(tenancy, "acme")
+
+    async def fail(*args: Any, **options: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(databases, "set_password", fail)
+        with pytest.raises(ProvisioningError):
+            await tenancy.secrets.rotate_password(acme)
+    await tenancy.tenants.delete("acme")
+    await tenancy.tenants.purge("acme")
+    assert await stored(tenancy, acme) == (None, None)
+
+
+class Load:
+    """Requests to every tenant from several processes, as fast as they go, each on a new connection now and then."""
+
+    def __init__(self, processes: list[Tenancy], tenants: list[Tenant]) -> None:
+        self.done = 0
+        self.failures: list[BaseException] = []
+        self._stop = False
+        self._tasks = [asyncio.create_task(self._use(process, tenant)) for process in processes for tenant in tenants]
+
+    async def _use(self, process: Tenancy, tenant: Tenant) -> None:
+        while not self._stop:
+            try:
+                if self.done % 3 == 0:
+                    process.router.retire(tenant.id)
+                query = "SELECT current_user = :role"
+                assert await process.fetch_value(query, {"role": role(tenant)}, tenant=tenant)
+                self.done += 1
+            except BaseException as error:
+                self.failures.append(error)
+                raise
+
+    async def stop(self) -> None:
+        """Let every request end."""
+        self._stop = True
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def test_rotating_everything_under_load_fails_no_request(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
+    """All passwords, three times, and the key that seals them; one of three processes hears of nothing."""
+    tenants = await created(tenancy, "acme", "globex", "initech", "umbrella")
+    keys = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    rotating = tenancy_config.replace(encryption_keys=keys)
+    # every process knows the new key before one of them seals with it
+    known = tenancy_config.replace(encryption_keys=dict(reversed(keys.items())))
+    async with opened(known) as other, deaf(known) as third, opened(rotating) as operator:
+        load = Load([other, third], tenants)
+        for _ in range(3):
+            before = load.done
+            report = await operator.secrets.rotate_passwords()
+            assert (report.rotated, report.failed) == (4, {})
+            await until(lambda: load.done > before + 20 or load.failures)  # noqa: B023 - called at once
+        resealed = await operator.secrets.rotate_encryption_key()
+        assert resealed.key_id == "2"
+        before = load.done
+        await until(lambda: load.done > before + 20 or load.failures)
+        await load.stop()
+    assert load.failures == []
+    assert load.done > 80
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+async def test_passwords_are_sealed_again_under_the_newest_key(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
+    """Then the old key can go. Doing it twice does nothing the second time."""
+    tenants = await created(tenancy, "acme", "globex")
+    both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        report = await other.secrets.rotate_encryption_key()
+        assert (report.key_id, report.resealed, report.failed) == ("2", 2, {})
+        assert (await other.secrets.reseal()).resealed == 0
+        assert await other.secrets._sealed.keys_in_use() == {"2"}
+        (entry,) = await other.audit.events(action="secrets.reseal")
+        assert entry.detail == {"key_id": "2", "count": 2}
+        with pytest.raises(ConfigurationError, match="encryption_keys"):
+            await other.secrets.forget_unused_keys()
+    async with opened(tenancy_config.replace(encryption_keys={"2": both["2"]})) as other:
+        for tenant in tenants:
+            assert await works(other, tenant)
+
+
+async def test_a_rotation_under_way_is_sealed_again_as_well(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both passwords, or the old key could not go."""
+    (acme,) = await created(tenancy, "acme")
+
+    async def fail(*args: Any, **options: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tenancy.secrets._sealed, "finish", fail)
+        with pytest.raises(ProvisioningError):
+            await tenancy.secrets.rotate_password(acme)
+    both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        assert (await other.secrets.rotate_encryption_key()).resealed == 2
+    async with opened(tenancy_config.replace(encryption_keys={"2": both["2"]})) as other:
+        assert await works(other, acme)
+        assert (await other.secrets.finish_rotations()).rotated == 1
+        assert await works(other, acme)
+
+
+async def test_a_password_that_does_not_open_is_reported(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
+    """And left as it is; the others are sealed again."""
+    acme, globex = await created(tenancy, "acme", "globex")
+    async with tenancy.control.transaction() as connection:
+        query = text("UPDATE tenancy.tenants SET sealed_password = sealed_password || 'x' WHERE id = :id")
+        await connection.execute(query, {"id": acme.id})
+    damaged = await stored(tenancy, acme)
+    both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        report = await other.secrets.rotate_encryption_key()
+        assert (report.resealed, list(report.failed)) == (1, ["acme"])
+        assert await stored(other, acme) == damaged
+        with pytest.raises(SecretError):
+            await works(other, acme)
+        assert await works(other, globex)
+        # a new password mends it
+        assert (await other.secrets.rotate_passwords([acme])).failed == {}
+        assert await works(other, acme)
+
+
+# --- envelope encryption --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wrapped_config(tenancy_config: TenancyConfig) -> TenancyConfig:
+    """Keys in the control database, wrapped by one that is elsewhere."""
+    environ = {"W_WRAPPING_KEYS": f"1:{new_key()}"}
+    wrapper = SecretKeyWrapper(EnvironmentSecrets("W_", environ))
+    return tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)
+
+
+async def data_keys(tenancy: Tenancy) -> list[str]:
+    """The ids of the data keys, oldest first."""
+    async with tenancy.control.connect() as connection:
+        return list(await connection.scalars(text("SELECT id FROM tenancy.data_keys ORDER BY number")))
+
+
+async def test_data_keys_seal_and_the_wrapper_opens_them(wrapped_config: TenancyConfig) -> None:
+    """Without the wrapper's key the control database opens nothing."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        (acme,) = await created(tenancy, "acme")
+        assert len(await data_keys(tenancy)) == 1
+    async with opened(wrapped_config) as tenancy:
+        assert await works(tenancy, acme)
+        assert len(await data_keys(tenancy)) == 1
+    other = SecretKeyWrapper(EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{new_key()}"}))
+    with pytest.raises(SecretProviderError):
+        await Tenancy(wrapped_config.replace(key_wrapper=other)).open()
+
+
+async def test_processes_that_open_at_once_agree_on_the_first_data_key(
+    wrapped_config: TenancyConfig, tenancy: Tenancy
+) -> None:
+    """Whatever they seal, each of them opens."""
+    processes = [Tenancy(wrapped_config) for _ in range(4)]
+    try:
+        await asyncio.gather(*(process.open() for process in processes))
+        assert len(await data_keys(tenancy)) == 1
+    finally:
+        for process in processes:
+            await process.close()
+
+
+async def test_a_new_data_key_is_used_at_once_by_processes_that_run(wrapped_config: TenancyConfig) -> None:
+    """Those that hear of it, and those that do not: they ask when something does not open."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        tenants = await created(tenancy, "acme", "globex")
+        async with opened(wrapped_config) as other, deaf(wrapped_config) as third:
+            load = Load([other, third], tenants)
+            await until(lambda: load.done > 5 or load.failures)
+            report = await tenancy.secrets.rotate_encryption_key()
+            assert (report.resealed, report.failed) == (2, {})
+            before = load.done
+            await until(lambda: load.done > before + 20 or load.failures)
+            await load.stop()
+            assert load.failures == []
+            third.directory.invalidate()
+            assert await works(third, tenants[0])
+            newest = (await data_keys(tenancy))[-1]
+            await until(lambda: other._open.keyring.current == newest)
+
+
+async def test_unused_data_keys_are_forgotten(wrapped_config: TenancyConfig) -> None:
+    """Never the newest, and none that something is still sealed under."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        (acme,) = await created(tenancy, "acme")
+        first = await data_keys(tenancy)
+        assert await tenancy.secrets.forget_unused_keys() == []
+        await tenancy.secrets.rotate_encryption_key()
+        assert await tenancy.secrets.forget_unused_keys() == first
+        assert len(await data_keys(tenancy)) == 1
+    async with opened(wrapped_config) as tenancy:
+        assert await works(tenancy, acme)
+
+
+async def test_an_installation_can_change_over_to_data_keys(tenancy: Tenancy, wrapped_config: TenancyConfig) -> None:
+    """With both configured, what was sealed before opens, and is sealed again; then the old key can go."""
+    (acme,) = await created(tenancy, "acme")
+    changing = wrapped_config.replace(encryption_keys=tenancy.config.encryption_keys)
+    async with opened(changing) as other:
+        assert await works(other, acme)
+        assert (await other.secrets.rotate_encryption_key()).resealed == 1
+    async with opened(wrapped_config) as other:
+        assert await works(other, acme)
+        assert (await other.tenants.get("acme")).status is Status.ACTIVE
+
+
+# --- providers ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_tenancy_reads_its_keys_from_a_provider(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
+    """And opens what was sealed under them."""
+    (acme,) = await created(tenancy, "acme")
+    keys = tenancy_config.encryption_keys or {}
+    environ = {"S_ENCRYPTION_KEYS": ",".join(f"{key_id}:{value!s}" for key_id, value in keys.items())}
+    config = tenancy_config.replace(encryption_keys=None, secrets=EnvironmentSecrets("S_", environ))
+    async with opened(config) as other:
+        assert await works(other, acme)
+
+
+async def test_nothing_stored_is_a_password_or_a_key(wrapped_config: TenancyConfig) -> None:
+    """Neither in the registry nor in a repr."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        (acme,) = await created(tenancy, "acme")
+        await tenancy.secrets.rotate_password(acme)
+        password = tenancy.provisioner.password(await tenancy.tenants.get("acme"))
+        parts = tenancy._open
+        keys = [key.hex() for key in parts.config.sealing_keys.values()]
+        shown = repr((tenancy, parts.config, parts.keyring, parts._data_keys, parts.secrets, parts.sealed, acme))
+        rows: list[str] = [shown]
+        async with tenancy.control.connect() as connection:
+            for table in ("tenants", "data_keys", "audit_log"):
+                rows.extend(await connection.scalars(text(f"SELECT t::text FROM tenancy.{table} t")))
+        assert str(acme.id) in "".join(rows)
+        assert [row for row in rows if password in row or any(key in row for key in keys)] == []

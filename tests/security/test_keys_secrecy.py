@@ -1,0 +1,245 @@
+"""Keys are guessed by nobody, read from nowhere, and refused without a hint why."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+import traceback
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm.control import key_format
+from tenancy_orm.control.keys import generate_key
+from tenancy_orm.errors import InvalidApiKeyError, TooManyAttemptsError
+from tenancy_orm.events import CrossTenantRequest, DirectoryMissed, IntrusionSuspected, KeyLockedOut
+from tests.support.control import ControlPlane, control_plane
+
+
+@pytest.fixture
+async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
+    """A control plane with a pepper."""
+    async with control_plane(control_url, key_peppers={"1": b"p" * 32}) as opened:
+        yield opened
+
+
+def with_secret(key: str, secret_of: str) -> str:
+    """A well-formed key with the id of ``key`` and the secret of another."""
+    body = key.rsplit("_", 1)[0] + "_" + secret_of.rsplit("_", 1)[1][:43]
+    return body + key_format._checksum(body)
+
+
+async def refusal(plane: ControlPlane, key: str, source: str | None = None) -> InvalidApiKeyError:
+    """Present a key that must be refused."""
+    with pytest.raises(InvalidApiKeyError) as caught:
+        await plane.directory.authenticate(key, source=source)
+    return caught.value
+
+
+# --- one answer -----------------------------------------------------------------------------------------------------
+
+
+async def test_an_unknown_id_and_a_wrong_secret_take_the_same_path(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One query, one digest, one comparison in constant time, one message."""
+    _, key = await plane.tenant("acme")
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def spy(left: Any, right: Any) -> bool:
+        compared.append((len(left), len(right)))
+        return compare(left, right)
+
+    monkeypatch.setattr("tenancy_orm.control.key_format.hmac.compare_digest", spy)
+    outcomes = []
+    for presented in (generate_key("ten_live").text, with_secret(key, generate_key("ten_live").text)):
+        queries = len(plane.of(DirectoryMissed))
+        error = await refusal(plane, presented)
+        outcomes.append((str(error), len(plane.of(DirectoryMissed)) - queries, tuple(compared)))
+        compared.clear()
+    assert outcomes[0] == outcomes[1] == ("the API key is not valid", 1, ((32, 32),))
+
+
+async def test_a_digest_does_not_fit_another_row(plane: ControlPlane) -> None:
+    """Whoever can write to the registry cannot give one tenant's key to another by moving its digest."""
+    _, key = await plane.tenant("acme")
+    _, other = await plane.tenant("globex")
+    await plane.directory.authenticate(key)
+    ids = [key_format.parse_key(one, "ten_live").key_id for one in (key, other)]
+    async with plane.control.transaction() as connection:
+        query = text("SELECT digest FROM tenancy.api_keys WHERE id = :id")
+        digests = [await connection.scalar(query, {"id": key_id}) for key_id in ids]
+        for key_id, digest in zip(ids, reversed(digests), strict=True):
+            statement = text("UPDATE tenancy.api_keys SET digest = :digest WHERE id = :id")
+            await connection.execute(statement, {"digest": digest, "id": key_id})
+    plane.directory.invalidate()
+    for presented in (key, other, with_secret(other, key), with_secret(key, other)):
+        assert (await refusal(plane, presented)).reason == "secret"
+
+
+async def test_a_copy_of_the_registry_does_not_verify_a_key(control_url: str) -> None:
+    """Without a pepper a stolen digest tells whether a guess is right; with one it does not."""
+    for peppers, tells in ((None, True), ({"1": b"p" * 32}, False)):
+        async with control_plane(control_url, key_peppers=peppers) as plane:
+            tenant, _ = await plane.tenant(f"acme-{tells}".lower())
+            issued = await plane.key(tenant)
+            async with plane.control.connect() as connection:
+                query = text("SELECT digest FROM tenancy.api_keys WHERE id = :id")
+                digest = await connection.scalar(query, {"id": issued.key_id})
+            assert key_format.KeyDigester().matches(issued.text, digest, "0") is tells
+
+
+# --- nowhere in the clear -------------------------------------------------------------------------------------------
+
+
+async def dump(plane: ControlPlane) -> str:
+    """Every row of every table of the registry, as text."""
+    query = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'tenancy'"
+    rows: list[str] = []
+    async with plane.control.connect() as connection:
+        for table in (await connection.scalars(text(query))).all():
+            rows.extend(await connection.scalars(text(f'SELECT t::text FROM tenancy."{table}" t')))
+    return "\n".join(rows)
+
+
+async def test_no_issued_secret_is_anywhere_but_in_the_answer(
+    plane: ControlPlane, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not in the registry, the audit log, DEBUG logs, events, reprs or tracebacks."""
+    caplog.set_level(logging.DEBUG)
+    logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
+    tenant, key = await plane.tenant("acme")
+    issued = await plane.key(tenant, scopes=["a"])
+    rotated = await plane.keys.rotate(issued.key_id)
+    shown = []
+    for presented in (key, issued.text, rotated.text):
+        credential = await plane.directory.authenticate(presented, source="192.0.2.1")
+        shown += [repr(credential), str(credential)]
+    await plane.keys.revoke(rotated.key_id)
+    for presented in (rotated.text, rotated.text[:-1] + "!", with_secret(rotated.text, key)):
+        error = await refusal(plane, presented, "192.0.2.1")
+        shown += ["".join(traceback.format_exception(error)), repr(error.__dict__)]
+    await plane.directory.flush()
+    shown += [repr(issued), str(issued), f"{issued}", repr(plane.seen), repr(plane.directory), repr(plane.config)]
+    shown += [repr(vars(plane.directory)), repr(await plane.keys.list(tenant)), await dump(plane), caplog.text]
+    # the search finds what is there
+    assert issued.key_id in shown[-2]
+    assert "UPDATE tenancy.api_keys" in caplog.text
+    for presented in (key, issued.text, rotated.text):
+        secret = presented.rsplit("_", 1)[1][:43]
+        assert [text_ for text_ in shown if secret in text_] == []
+
+
+# --- lock-out -------------------------------------------------------------------------------------------------------
+
+
+async def attempts(plane: ControlPlane, count: int, source: str | None) -> list[type[Exception]]:
+    """Present ``count`` unknown keys, and return how each was refused."""
+    outcomes: list[type[Exception]] = []
+    for _ in range(count):
+        try:
+            await plane.directory.authenticate(generate_key("ten_live").text, source=source)
+        except (InvalidApiKeyError, TooManyAttemptsError) as error:
+            outcomes.append(type(error))
+    return outcomes
+
+
+async def test_a_source_that_keeps_failing_is_slowed_down(control_url: str) -> None:
+    """Its further attempts reach no database; with lock-out off, every one of them does."""
+    async with control_plane(control_url, lockout_failures=0) as plane:
+        assert await attempts(plane, 30, "192.0.2.1") == [InvalidApiKeyError] * 30
+        assert len(plane.of(DirectoryMissed)) == 30
+    async with control_plane(control_url, lockout_failures=5) as plane:
+        assert await attempts(plane, 30, "192.0.2.1") == [InvalidApiKeyError] * 5 + [TooManyAttemptsError] * 25
+        assert len(plane.of(DirectoryMissed)) == 5
+        (event,) = plane.of(KeyLockedOut)
+        assert isinstance(event, KeyLockedOut)
+        assert (event.source, event.key_id, event.failures) == ("192.0.2.1", None, 5)
+
+
+async def test_a_lock_out_of_a_source_spares_others_and_keys_in_use(control_url: str) -> None:
+    """Everybody behind one proxy has its address: one of them must not shut the others out."""
+    async with control_plane(control_url, lockout_failures=5) as plane:
+        tenant, key = await plane.tenant("acme")
+        new = await plane.key(tenant)
+        await plane.directory.authenticate(key, source="192.0.2.1")
+        await attempts(plane, 30, "192.0.2.1")
+        assert plane.directory.peek(key, "192.0.2.1") is not None
+        plane.directory.revalidate()
+        assert (await plane.directory.authenticate(key, source="192.0.2.1")).tenant == tenant
+        with pytest.raises(TooManyAttemptsError) as caught:
+            await plane.directory.authenticate(new.text, source="192.0.2.1")
+        assert 0 < caught.value.retry_after <= 60
+        assert (await plane.directory.authenticate(new.text, source="192.0.2.2")).tenant == tenant
+
+
+async def test_a_whole_ipv6_site_is_one_source(control_url: str) -> None:
+    """A new address for every attempt does not help."""
+    async with control_plane(control_url, lockout_failures=5) as plane:
+        outcomes = []
+        for number in range(10):
+            outcomes += await attempts(plane, 1, f"2001:db8:0:1::{number:x}")
+        assert outcomes == [InvalidApiKeyError] * 5 + [TooManyAttemptsError] * 5
+        assert await attempts(plane, 1, "2001:db8:0:2::1") == [InvalidApiKeyError]
+
+
+async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(control_url: str) -> None:
+    """From however many sources they come; the id is public, so a lock must not be a way to shut its owner out."""
+    async with control_plane(control_url, lockout_failures=3) as plane:
+        _, key = await plane.tenant("acme")
+
+        async def guess(number: int) -> float:
+            started = time.perf_counter()
+            await refusal(plane, with_secret(key, generate_key("ten_live").text), f"192.0.2.{number}")
+            return time.perf_counter() - started
+
+        assert max([await guess(number) for number in range(2)]) < 0.5
+        assert await guess(2) >= 0.9
+        (event,) = plane.of(KeyLockedOut)
+        assert isinstance(event, KeyLockedOut)
+        assert event.key_id == key_format.parse_key(key, "ten_live").key_id
+        guesses = [asyncio.create_task(guess(number)) for number in range(3, 60)]
+        await asyncio.sleep(0.05)
+        started = time.perf_counter()
+        await plane.directory.authenticate(key, source="192.0.2.200")
+        assert time.perf_counter() - started < 0.5
+        assert not any(task.done() for task in guesses)
+        assert min(await asyncio.gather(*guesses)) >= 0.9
+
+
+# --- one key that names others --------------------------------------------------------------------------------------
+
+
+async def test_a_key_that_names_several_other_tenants_is_suspected(plane: ControlPlane) -> None:
+    """One other may be a mistake, however often; several are a search. It is recorded either way."""
+    tenant, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+    for _ in range(10):
+        plane.directory.report_cross_tenant(credential, "globex", "header", "192.0.2.1")
+    assert len(plane.of(CrossTenantRequest)) == 10
+    assert plane.of(IntrusionSuspected) == []
+    for named in ("initech", "umbrella"):
+        plane.directory.report_cross_tenant(credential, named, "header", "192.0.2.1")
+    (event,) = plane.of(IntrusionSuspected)
+    assert isinstance(event, IntrusionSuspected)
+    assert event.named == ("globex", "initech", "umbrella")
+    assert (event.slug, event.key_id, event.source) == ("acme", credential.key_id, "192.0.2.1")
+    await plane.directory.flush()
+    entries = await plane.audit.events(action="request.cross_tenant", tenant=tenant)
+    assert sorted(str(entry.detail and entry.detail["named"]) for entry in entries) == ["globex", "initech", "umbrella"]
+    assert max(int(entry.detail["count"]) for entry in entries if entry.detail) == 10
+
+
+async def test_a_flood_of_refusals_writes_little_to_the_audit_log(plane: ControlPlane) -> None:
+    """The most frequent ones by name, the rest as a number: the log cannot be flooded through the front door."""
+    for number in range(3_000):
+        await refusal(plane, "malformed", f"10.0.{number // 256}.{number % 256}")
+    await plane.directory.flush()
+    entries = await plane.audit.events(action="key.reject", limit=1_000)
+    assert len(entries) <= 21
+    assert sum(int(entry.detail["count"]) for entry in entries if entry.detail) == 3_000

@@ -1,0 +1,106 @@
+"""The control plane alone: a registry with tenants that have no databases, for tests of what needs none."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from tenancy_orm.config import TenancyConfig
+from tenancy_orm.context import Status, Tenant
+from tenancy_orm.control.audit import AuditLog
+from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.control.directory import Directory
+from tenancy_orm.control.keys import IssuedKey, KeyDigester, KeyManager, generate_key
+from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
+from tenancy_orm.events import Event, EventBus
+from tests.support.waiting import until
+
+
+@dataclass
+class ControlPlane:
+    """A process's view of one control database.
+
+    ``seen`` holds every event since it was opened, ``heard`` every tenant whose change the directory was told of.
+    """
+
+    config: TenancyConfig
+    control: ControlDatabase
+    audit: AuditLog
+    registry: Registry
+    events: EventBus
+    directory: Directory
+    keys: KeyManager
+    seen: list[Event] = field(default_factory=list)
+    heard: list[UUID | None] = field(default_factory=list)
+
+    async def tenant(
+        self, slug: str, *, status: Status = Status.ACTIVE, scopes: Sequence[str] = ()
+    ) -> tuple[Tenant, str]:
+        """Register a tenant as if it had been provisioned; returns it and its first API key."""
+        tenant_id = uuid7()
+        draft = TenantDraft(
+            id=tenant_id,
+            slug=slug,
+            tier=self.config.default_tier,
+            server="default",
+            database=f"db_{tenant_id.hex}",
+            role=f"role_{tenant_id.hex}",
+            sealed_password=b"sealed",
+            target_status=status,
+        )
+        await self.registry.register(draft)
+        key = generate_key(self.config.key_prefix, KeyDigester(self.config.peppers))
+        tenant = await self.registry.complete(tenant_id, revision=None, key=key, scopes=scopes)
+        if self.directory.statistics.listening:
+            # or the notification of this very change would make it forget what a test is about to look up
+            await until(lambda: tenant_id in self.heard)
+        return tenant, key.text
+
+    async def key(self, tenant: str | UUID | Tenant, **options: Any) -> IssuedKey:
+        """Issue a key."""
+        return await self.keys.issue(tenant, **options)
+
+    def of(self, kind: type[Event]) -> list[Event]:
+        """The events of one class, in order."""
+        return [event for event in self.seen if isinstance(event, kind)]
+
+
+@asynccontextmanager
+async def control_plane(
+    url: str, *, initialise: bool = True, opened: bool = True, through: str | None = None, **options: Any
+) -> AsyncIterator[ControlPlane]:
+    """Open a control plane.
+
+    Args:
+        url: The control database.
+        initialise: Whether to migrate it first.
+        opened: Whether the directory listens for invalidations.
+        through: Another URL of the same database, for the directory alone.
+        options: Further fields of ``TenancyConfig``.
+    """
+    config = TenancyConfig(control_url=url, **options)
+    events = EventBus()
+    control = ControlDatabase(url)
+    looked_up = ControlDatabase(through or url)
+    audit = AuditLog(control)
+    directory = Directory(looked_up, config, events, audit=audit)
+    keys = KeyManager(control, config, directory, audit, events)
+    plane = ControlPlane(config, control, audit, Registry(control, audit), events, directory, keys)
+    events.subscribe(Event, plane.seen.append)
+    directory.on_invalidate(plane.heard.append)
+    try:
+        if initialise:
+            await control.upgrade()
+            await control.synchronise(config.tiers, {"default": ("127.0.0.1", 5432)})
+        await control.open()
+        if opened:
+            await directory.open()
+        yield plane
+    finally:
+        await directory.close()
+        await looked_up.close()
+        await control.close()
+        await events.drain()

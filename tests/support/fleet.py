@@ -1,0 +1,135 @@
+"""A fleet of tenants with real databases, at the level that migrations work on."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+
+from tenancy_orm import Tenancy, TenancyConfig, Tenant
+from tenancy_orm.control.registry import Registry
+from tenancy_orm.migrations import FleetMigrator, FleetServices
+from tenancy_orm.provisioning import Provisioner
+from tests.support import waiting
+from tests.support.postgres import Postgres
+from tests.support.projects import Project
+
+
+@dataclass
+class Fleet:
+    """Tenants, and what migrates them."""
+
+    tenancy: Tenancy
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+
+    @property
+    def migrations(self) -> FleetMigrator:
+        return self.tenancy.migrations
+
+    @property
+    def services(self) -> FleetServices:
+        return self.tenancy.migrations.services
+
+    @property
+    def registry(self) -> Registry:
+        return self.tenancy.registry
+
+    @property
+    def provisioner(self) -> Provisioner:
+        return self.tenancy.provisioner
+
+    async def create(self, *slugs: str, server: str = "default") -> list[Tenant]:
+        """Create tenants from the template of the schema as it is now."""
+        for slug in slugs:
+            self.tenants[slug] = (await self.tenancy.tenants.create(slug, server=server)).tenant
+        return [self.tenants[slug] for slug in slugs]
+
+    def database(self, slug: str) -> str:
+        """The name of a tenant's database."""
+        placement = self.tenants[slug].placement
+        assert placement is not None
+        return placement.database
+
+    @asynccontextmanager
+    async def connect(self, slug: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+        """An administrator's connection to a tenant's database."""
+        placement = (await self.registry.by_slug(slug)).placement
+        assert placement is not None
+        connection = await self.services.servers[placement.server].connect_admin(placement.database)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def fetch(self, slug: str, sql: str) -> list[tuple[Any, ...]]:
+        """Ask a tenant's database."""
+        async with self.connect(slug) as connection:
+            return [tuple(row) for row in await connection.fetch(sql)]
+
+    async def execute(self, slug: str, sql: str) -> None:
+        """Do something to a tenant's database, as the administrator."""
+        async with self.connect(slug) as connection:
+            await connection.execute(sql)
+
+    async def revision(self, slug: str) -> str | None:
+        """What a tenant's version table says."""
+        return ",".join(row[0] for row in await self.fetch(slug, "SELECT version_num FROM alembic_version")) or None
+
+    async def recorded(self, slug: str) -> str | None:
+        """What the registry says of a tenant's revision."""
+        return (await self.registry.by_slug(slug)).schema_revision
+
+    async def columns(self, slug: str, table: str = "notes") -> list[str]:
+        """The columns of one of a tenant's tables."""
+        return [
+            row[0]
+            for row in await self.fetch(
+                slug,
+                f"SELECT attname::text FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attnum > 0 "
+                "AND NOT attisdropped ORDER BY attnum",
+            )
+        ]
+
+
+@asynccontextmanager
+async def open_fleet(config: TenancyConfig, *, initialise: bool = False) -> AsyncIterator[Fleet]:
+    """Open a ``Tenancy``; ``initialise`` makes the control database's tables."""
+    tenancy = Tenancy(config)
+    await tenancy.open(initialise=initialise)
+    try:
+        yield Fleet(tenancy)
+    finally:
+        await tenancy.close()
+
+
+async def until(ask: Callable[[], Awaitable[Any]], wanted: object = True) -> None:
+    """Wait until ``ask`` answers what is wanted, for 20 seconds."""
+
+    async def answered() -> bool:
+        return bool(await ask() == wanted)
+
+    await waiting.until(answered, seconds=20)
+
+
+async def activity(connection: asyncpg.Connection[Any], condition: str) -> int:
+    """How many other sessions of this database are in a certain state."""
+    # a transaction sees the activity as it was when it first looked
+    await connection.execute("SELECT pg_stat_clear_snapshot()")
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND "
+    return int(await connection.fetchval(query + condition))
+
+
+def fleet_config(postgres: Postgres, control_url: str, name_prefix: str, project: Project) -> TenancyConfig:
+    """The configuration of a fleet of one server, with the migrations of ``project``."""
+    return TenancyConfig(
+        control_url=control_url,
+        servers={"default": postgres.admin_url},
+        migrations=project.migrations,
+        encryption_keys={"1": base64.b64encode(secrets.token_bytes(32)).decode()},
+        name_prefix=name_prefix,
+    )

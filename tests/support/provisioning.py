@@ -1,0 +1,278 @@
+"""A provisioner on parts of its own, without the rest of the package, and what tests ask about its servers."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm.config import TenancyConfig
+from tenancy_orm.context import Placement, Status, Tenant
+from tenancy_orm.control.audit import AuditLog
+from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.control.names import Names
+from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
+from tenancy_orm.control.secrets import Keyring, new_password
+from tenancy_orm.events import EventBus
+from tenancy_orm.provisioning import Provisioner, SchemaSource
+from tenancy_orm.provisioning.pipeline import Creation, Step
+from tenancy_orm.routing.servers import Servers
+from tenancy_orm.testing import _programs, embedded
+from tests.support.postgres import Postgres
+
+Connect = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
+
+SEALING_KEY = b"k" * 32
+
+TABLES = """
+CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY);
+INSERT INTO alembic_version VALUES ('0001');
+CREATE TABLE notes (id bigserial PRIMARY KEY, body text NOT NULL);
+CREATE SCHEMA "odd ""schema";
+CREATE TABLE "odd ""schema"."odd ""table" (id integer GENERATED ALWAYS AS IDENTITY, body text);
+CREATE VIEW bodies AS SELECT body FROM notes;
+"""
+
+
+class ScriptSchema:
+    """A schema made by one script, at revision "0001"."""
+
+    def __init__(self, script: str = TABLES, *, fingerprint: str = "first") -> None:
+        self.script = script
+        self._fingerprint = fingerprint
+        self.applied = 0
+
+    def head(self) -> str | None:
+        return "0001"
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    async def apply(self, connect: Connect) -> str | None:
+        self.applied += 1
+        connection = await connect()
+        await connection.execute(self.script)
+        return "0001"
+
+
+@dataclass
+class Workshop:
+    """A provisioner and its parts."""
+
+    config: TenancyConfig
+    control: ControlDatabase
+    registry: Registry
+    servers: Servers
+    names: Names
+    keyring: Keyring
+    events: EventBus
+    schema: SchemaSource
+    provisioner: Provisioner
+    others: list[Provisioner] = field(default_factory=list)
+
+    def provisioner_of(self, schema: SchemaSource | None = None, **config: Any) -> Provisioner:
+        """Another process's provisioner, so to speak: it shares the registry and nothing else."""
+        made = Provisioner(
+            config=self.config.replace(**config),
+            control=self.control,
+            registry=self.registry,
+            servers=self.servers,
+            names=self.names,
+            keyring=self.keyring,
+            schema=schema or self.schema,
+            events=self.events,
+        )
+        self.others.append(made)
+        return made
+
+    def draft(self, slug: str, *, server: str = "default", **values: Any) -> TenantDraft:
+        """A tenant to be."""
+        tenant_id = uuid7()
+        name = self.names.tenant(tenant_id)
+        defaults = {"tier": "free", "sealed_password": self.keyring.seal_password(tenant_id, new_password())}
+        return TenantDraft(id=tenant_id, slug=slug, server=server, database=name, role=name, **{**defaults, **values})
+
+    async def create(self, slug: str, **values: Any) -> Tenant:
+        """Create a tenant."""
+        return await self.provisioner.create(self.draft(slug, **values), key=None)
+
+    async def deleted(self, slug: str) -> Tenant:
+        """Create a tenant and delete it softly."""
+        tenant = await self.create(slug)
+        return (await self.registry.transition(tenant.id, Status.DELETED, action="tenant.delete"))[1]
+
+    @asynccontextmanager
+    async def admin(self, database: str | None = None, *, server: str = "default") -> AsyncIterator[Any]:
+        """The administrator's connection."""
+        connection = await self.servers[server].connect_admin(database)
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    @asynccontextmanager
+    async def connect(self, tenant: Tenant, database: str | None = None) -> AsyncIterator[Any]:
+        """A connection as the tenant's role, to its own database or another."""
+        place = placement(tenant)
+        server = self.servers[place.server]
+        connection = await asyncpg.connect(
+            host=server.host,
+            port=server.port,
+            user=place.role,
+            password=self.provisioner.password(tenant),
+            database=database or place.database,
+            timeout=10,
+        )
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    async def present(self, *, server: str = "default") -> set[str]:
+        """Every database and role of this installation's tenants, with what kind it is."""
+        async with self.admin(server=server) as connection:
+            rows = await connection.fetch(
+                "SELECT 'database ' || datname AS name FROM pg_database WHERE starts_with(datname::text, $1) "
+                "UNION ALL SELECT 'role ' || rolname FROM pg_roles WHERE starts_with(rolname::text, $1)",
+                self.names.stem + "_t_",
+            )
+        return {row["name"] for row in rows}
+
+    async def databases(self, *, server: str = "default") -> set[str]:
+        """Every database of this installation, templates and scratches too."""
+        async with self.admin(server=server) as connection:
+            rows = await connection.fetch(
+                "SELECT datname FROM pg_database WHERE starts_with(datname::text, $1)", self.names.stem
+            )
+        return {row["datname"] for row in rows}
+
+    async def slugs(self) -> dict[str, str]:
+        """Every row of the registry: its status by its slug."""
+        async with self.control.connect() as connection:
+            rows = await connection.execute(text("SELECT slug, status FROM tenancy.tenants"))
+            return {row.slug: row.status for row in rows}
+
+    async def consistent(self) -> bool:
+        """Whether databases, roles and living rows of the registry are the same tenants, and none is unfinished."""
+        async with self.control.connect() as connection:
+            rows = await connection.execute(
+                text("SELECT database_name, status FROM tenancy.tenants WHERE status <> 'purged'")
+            )
+            found = {row.database_name: row.status for row in rows}
+        expected = {f"{kind} {name}" for name in found for kind in ("database", "role")}
+        return await self.present() == expected and "provisioning" not in found.values()
+
+    async def close(self) -> None:
+        """Close everything."""
+        for provisioner in (self.provisioner, *self.others):
+            await provisioner.close()
+        await self.servers.close()
+        await self.control.close()
+
+
+Hook = Callable[[Creation], Awaitable[None]]
+
+
+def intercept(
+    monkeypatch: pytest.MonkeyPatch, name: str, *, before: Hook | None = None, after: Hook | None = None
+) -> None:
+    """Have every creation do something before or after the step ``name``, in the same task."""
+    original = Creation.steps
+
+    def steps(creation: Creation) -> tuple[Step, ...]:
+        def wrapped(step: Step) -> Step:
+            async def apply() -> None:
+                if before:
+                    await before(creation)
+                await step.apply()
+                if after:
+                    await after(creation)
+
+            return Step(step.name, apply, step.undo) if step.name == name else step
+
+        return tuple(wrapped(step) for step in original(creation))
+
+    monkeypatch.setattr(Creation, "steps", steps)
+
+
+def placement(tenant: Tenant) -> Placement:
+    """Where a living tenant is."""
+    assert tenant.placement is not None
+    return tenant.placement
+
+
+def names_of(tenant: Tenant | TenantDraft) -> set[str]:
+    """What ``Workshop.present`` lists for a tenant that is there."""
+    name = placement(tenant).database if isinstance(tenant, Tenant) else tenant.database
+    return {f"database {name}", f"role {name}"}
+
+
+async def open_workshop(
+    *, control_url: str, admin_url: str, name_prefix: str, schema: SchemaSource | None = None, **config: Any
+) -> Workshop:
+    """Make a control database's tables, and a provisioner on it."""
+    settings = TenancyConfig(
+        control_url=control_url,
+        encryption_keys={"1": SEALING_KEY},
+        name_prefix=name_prefix,
+        **{"servers": {"default": admin_url}, **config},
+    )
+    control = ControlDatabase(control_url)
+    await control.upgrade(administrator=Servers(settings)["default"].connect_admin)
+    await control.open()
+    servers = Servers(settings)
+    await control.synchronise(settings.tiers, dict.fromkeys(settings.server_urls, ("127.0.0.1", 5432)))
+    names = Names(settings.name_prefix, control.installation)
+    parts: dict[str, Any] = {
+        "config": settings,
+        "control": control,
+        "registry": Registry(control, AuditLog(control)),
+        "servers": servers,
+        "names": names,
+        "keyring": Keyring(settings.sealing_keys),
+        "events": EventBus(),
+        "schema": schema or ScriptSchema(),
+    }
+    return Workshop(provisioner=Provisioner(**parts), **parts)
+
+
+# --- servers of every version ---------------------------------------------------------------------------------------
+
+
+def _add_installed_versions() -> None:
+    """Let ``EmbeddedServer`` run the versions that Debian's packages have put on this machine as well."""
+    known = cast("dict[int, _programs.Installation]", _programs.installations())
+    for program in Path("/usr/lib/postgresql").glob("*/bin/postgres"):
+        output = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+        version = output.split()[2]
+        known.setdefault(int(version.split(".")[0]), _programs.Installation(version, program.parent))
+
+
+_add_installed_versions()
+
+VERSIONS = sorted(_programs.installations())
+
+
+@contextlib.contextmanager
+def running_server(version: int, worker: str, **settings: str) -> Iterator[Postgres]:
+    """A server of that version, for as long as the body runs."""
+    with embedded.EmbeddedServer.for_tests(version=version, settings=settings) as server:
+        yield Postgres(server.url(), server.server_version, "v0", worker, server.bin_dir, server.data_dir)
+
+
+@asynccontextmanager
+async def plain_administrator(postgres: Postgres) -> AsyncIterator[str]:
+    """The URL of an administrator who is no superuser: CREATEDB and CREATEROLE, and its own maintenance database."""
+    name, password = postgres.new_name("admin"), new_password()
+    async with postgres.connect() as connection:
+        await connection.execute(f"CREATE ROLE \"{name}\" LOGIN CREATEDB CREATEROLE PASSWORD '{password}'")
+        await connection.execute(f'CREATE DATABASE "{name}" OWNER "{name}"')
+    yield postgres.url(name, user=name, password=password)

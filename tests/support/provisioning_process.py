@@ -1,0 +1,101 @@
+"""A process that provisions and is killed: ``python -m tests.support.provisioning_process``.
+
+It reads what to do as JSON from stdin. It kills itself, by SIGKILL, where ``at`` says; otherwise it works until its
+parent kills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import pytest
+
+from tenancy_orm.control.registry import Registry
+from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning.templates import Templates
+from tests.support.provisioning import ScriptSchema, Workshop, intercept, open_workshop
+
+
+def die() -> NoReturn:
+    """End this process as the kernel's out-of-memory killer does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("not reached")
+
+
+async def die_in_step(*_: object, **__: object) -> None:
+    """A hook for ``intercept``."""
+    die()
+
+
+def dying_after(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """A function that does its work first."""
+
+    async def wrapped(*args: Any, **options: Any) -> Any:
+        await function(*args, **options)
+        die()
+
+    return wrapped
+
+
+def arrange(patch: pytest.MonkeyPatch, at: str) -> None:
+    """Make this process die at the point ``at``."""
+    when, _, what = at.partition(" ")
+    places: dict[str, tuple[object, str]] = {
+        "register": (Registry, "register"),
+        "complete": (Registry, "complete"),
+        "begin_purge": (Registry, "begin_purge"),
+        "drop_database": (databases, "drop_database"),
+        "drop_role": (databases, "drop_role"),
+        "finish_purge": (Registry, "finish_purge"),
+        "seal": (databases, "seal_template"),
+        "apply": (Templates, "_apply"),
+        "scratch": (Templates, "clone"),
+    }
+    if what in places:
+        owner, name = places[what]
+        patch.setattr(owner, name, dying_after(getattr(owner, name)) if when == "after" else die_in_step)
+    else:
+        intercept(patch, what, **{when: die_in_step})
+
+
+async def create_many(workshop: Workshop, prefix: str) -> None:
+    """Create tenants, four at a time, until somebody ends it."""
+    for number in itertools.count():
+        await asyncio.gather(*(workshop.create(f"{prefix}-{number}-{i}") for i in range(4)))
+
+
+async def run(task: dict[str, Any]) -> None:
+    """Do what ``task`` says."""
+    workshop = await open_workshop(
+        control_url=task["control_url"],
+        admin_url=task["admin_url"],
+        name_prefix=task["name_prefix"],
+        schema=ScriptSchema(),
+    )
+    if at := task.get("at"):
+        arrange(pytest.MonkeyPatch(), at)
+    print("ready", flush=True)
+    match task["what"]:
+        case "create":
+            await workshop.create(task["slug"])
+        case "create many":
+            await create_many(workshop, task["slug"])
+        case "purge":
+            await workshop.provisioner.purge(await workshop.registry.by_slug(task["slug"]))
+        case "template":
+            await workshop.provisioner.template("default")
+        case "scratch":
+            async with workshop.provisioner.scratch("default"):
+                raise AssertionError("not reached")
+    await workshop.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(run(json.load(sys.stdin)))

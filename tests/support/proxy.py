@@ -1,0 +1,109 @@
+"""A TCP proxy in front of PostgreSQL, to take the network away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from sqlalchemy.engine import make_url
+
+
+class Proxy:
+    """Forwards connections to a server, until told otherwise.
+
+    ``connections`` counts those that were ever accepted.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._refusing = False
+        self.port = 0
+        self.connections = 0
+
+    async def start(self) -> None:
+        """Listen on a free port."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Cut everything and stop listening."""
+        self.cut()
+        if self._server is not None:
+            self._server.close()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def url(self, url: str) -> str:
+        """``url``, by way of this proxy."""
+        return make_url(url).set(host="127.0.0.1", port=self.port).render_as_string(hide_password=False)
+
+    def cut(self) -> None:
+        """Reset every connection."""
+        for writer in tuple(self._writers):
+            writer.transport.abort()
+
+    def refuse(self) -> None:
+        """Reset every connection, and every new one: the server is down."""
+        self._refusing = True
+        self.cut()
+
+    def swallow(self) -> None:
+        """Forward nothing more, and close nothing: packets get lost."""
+        self._open.clear()
+
+    def restore(self) -> None:
+        """Forward again."""
+        self._refusing = False
+        self._open.set()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if self._refusing:
+            writer.transport.abort()
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._writers.add(writer)
+        outward: asyncio.StreamWriter | None = None
+        try:
+            await self._open.wait()
+            inward, outward = await asyncio.open_connection(*self._target)
+            self._writers.add(outward)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pump(reader, outward))
+                group.create_task(self._pump(inward, writer))
+        except* OSError:
+            pass  # one side is gone; so is the other, below
+        finally:
+            for end in (writer, outward):
+                if end is not None:
+                    self._writers.discard(end)
+                    end.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            await self._open.wait()
+            writer.write(data)
+            await writer.drain()
+        raise ConnectionResetError
+
+
+@contextlib.asynccontextmanager
+async def proxied(url: str) -> AsyncIterator[Proxy]:
+    """A proxy in front of the server of ``url``."""
+    target = make_url(url)
+    proxy = Proxy(target.host or "127.0.0.1", target.port or 5432)
+    await proxy.start()
+    try:
+        yield proxy
+    finally:
+        await proxy.stop()

@@ -1,0 +1,152 @@
+"""The parts of the control plane that count and write down, with tenants that have no databases."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from tenancy_orm.config import TenancyConfig
+from tenancy_orm.context import Status, Tenant
+from tenancy_orm.control.audit import AuditLog
+from tenancy_orm.control.checkpoints import Signer
+from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.control.quotas import QuotaManager, check_overrides
+from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
+from tenancy_orm.events import Event, EventBus
+
+ROOT = Path(__file__).parents[2]
+KEYS: Mapping[str, bytes] = {"1": b"k" * 32}
+
+
+@dataclass
+class QuotaPlane:
+    """One process's view of a control database. ``seen`` holds every event since it was opened."""
+
+    config: TenancyConfig
+    control: ControlDatabase
+    audit: AuditLog
+    quotas: QuotaManager
+    registry: Registry
+    events: EventBus
+    seen: list[Event] = field(default_factory=list)
+
+    async def tenant(
+        self,
+        slug: str = "acme",
+        *,
+        tier: str | None = None,
+        timezone: str = "UTC",
+        quotas: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Tenant:
+        """Register a tenant as if it had been provisioned."""
+        tenant_id = uuid7()
+        draft = TenantDraft(
+            id=tenant_id,
+            slug=slug,
+            tier=tier or self.config.default_tier,
+            server="default",
+            database=f"db_{tenant_id.hex}",
+            role=f"role_{tenant_id.hex}",
+            sealed_password=b"sealed",
+            target_status=Status.ACTIVE,
+            metadata=metadata or {},
+            quotas=check_overrides(quotas or {}),
+            timezone=timezone,
+        )
+        await self.registry.register(draft)
+        return await self.registry.complete(tenant_id, revision=None, key=None)
+
+    async def append(self, action: str = "test.done", **options: Any) -> int:
+        """Append one audit entry in a transaction of its own."""
+        async with self.control.transaction() as conn:
+            return await self.audit.append(conn, action=action, **options)
+
+    async def sql(self, statement: str, **parameters: Any) -> Any:
+        """Run SQL as the owner, committed; returns the rows, or None."""
+        async with self.control.transaction() as conn:
+            result = await conn.execute(text(statement), parameters)
+            return result.all() if result.returns_rows else None
+
+    def of(self, *kinds: type[Event]) -> list[Any]:
+        """The events of some classes, in order."""
+        return [event for event in self.seen if isinstance(event, kinds)]
+
+
+@asynccontextmanager
+async def quota_plane(
+    url: str, *, initialise: bool = True, keys: Mapping[str, bytes] = KEYS, **options: Any
+) -> AsyncIterator[QuotaPlane]:
+    """Open a control database, migrated first unless ``initialise`` is false; ``options`` go to ``TenancyConfig``."""
+    config = TenancyConfig(control_url=url, **options)
+    events = EventBus()
+    control = ControlDatabase(url)
+    audit = AuditLog(control, Signer(keys))
+    quotas = QuotaManager(control, config, events, audit)
+    plane = QuotaPlane(config, control, audit, quotas, Registry(control, audit), events)
+    events.subscribe(Event, plane.seen.append)
+    try:
+        if initialise:
+            await control.upgrade()
+            await control.synchronise(config.tiers, {"default": ("127.0.0.1", 5432)})
+        await control.open()
+        yield plane
+        await quotas.close()
+    finally:
+        await control.close()
+        await events.drain()
+
+
+async def start_worker(*arguments: object) -> asyncio.subprocess.Process:
+    """Start ``tests.support.quota_worker`` in a process of its own, with a pipe to and from it."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.support.quota_worker",
+        *map(str, arguments),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+
+
+async def line(worker: asyncio.subprocess.Process, *, timeout: float = 30.0) -> str:
+    """The next line that a worker prints."""
+    assert worker.stdout is not None
+    async with asyncio.timeout(timeout):
+        return (await worker.stdout.readline()).decode().strip()
+
+
+async def say(worker: asyncio.subprocess.Process, message: str = "go") -> None:
+    """Send a worker one line."""
+    assert worker.stdin is not None
+    worker.stdin.write(f"{message}\n".encode())
+    await worker.stdin.drain()
+
+
+async def race(count: int, *arguments: object) -> list[int]:
+    """Start workers, let them go all at once when all are ready, and return the number that each prints at the end."""
+    workers = [await start_worker(*arguments, number) for number in range(count)]
+    try:
+        assert [await line(worker) for worker in workers] == ["ready"] * count
+        for worker in workers:
+            await say(worker)
+        results = [int(await line(worker, timeout=120)) for worker in workers]
+        for worker in workers:
+            async with asyncio.timeout(30):
+                assert await worker.wait() == 0
+        return results
+    finally:
+        for worker in workers:
+            if worker.returncode is None:
+                worker.kill()
+                await worker.wait()

@@ -1,0 +1,135 @@
+"""An application served by the uvicorn command, in a process of its own; and the applications that are served so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tenancy_orm.asgi import TenancyMiddleware
+from tenancy_orm.config import TenancyConfig
+from tenancy_orm.context import current_tenant_or_none, set_current
+from tenancy_orm.errors import NoTenantError
+from tenancy_orm.tenancy import Tenancy
+from tests.support.models import Base
+from tests.support.shell import ROOT, environment
+
+_DEADLINE = 30.0
+_RUNNING = re.compile(rb"Uvicorn running on http://127\.0\.0\.1:(\d+)")
+
+
+@asynccontextmanager
+async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) -> AsyncIterator[int]:
+    """Run ``uvicorn --factory tests.support.served:<factory>`` on the databases of ``config``; yields the port."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "uvicorn", "--factory", f"tests.support.served:{factory}"),
+        *("--host", "127.0.0.1", "--port", "0", "--ws", "websockets-sansio", *options),
+        cwd=ROOT,
+        env=environment(**variables(config)),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    log = b""
+    try:
+        async with asyncio.timeout(_DEADLINE):
+            while (found := _RUNNING.search(log)) is None:
+                line = await process.stderr.readline()
+                assert line, f"uvicorn ended:\n{log.decode()}"
+                log += line
+        # what else it logs must not fill the pipe
+        reading = asyncio.create_task(process.stderr.read())
+        yield int(found[1])
+        process.terminate()
+        await asyncio.wait_for(reading, _DEADLINE)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await asyncio.wait_for(process.wait(), _DEADLINE)
+
+
+def variables(config: TenancyConfig) -> Mapping[str, str]:
+    """``config`` as ``TENANCY_*`` variables."""
+    return {
+        "TENANCY_CONTROL_URL": config.control_url,
+        "TENANCY_SERVERS": " ".join(f"{name}={url}" for name, url in (config.servers or {}).items()),
+        "TENANCY_ENCRYPTION_KEYS": ",".join(
+            f"{key_id}:{key!s}" for key_id, key in (config.encryption_keys or {}).items()
+        ),
+        "TENANCY_NAME_PREFIX": config.name_prefix,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+class NaiveMiddleware:
+    """Binds the tenant where there is a key, and does no more: what the real one must be better than."""
+
+    def __init__(self, app: ASGIApp, *, tenancy: Tenancy) -> None:
+        self.app = app
+        self.tenancy = tenancy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        key = dict(scope.get("headers", ())).get(b"x-api-key")
+        if key is not None:
+            set_current((await self.tenancy.directory.authenticate(key.decode())).tenant)
+        await self.app(scope, receive, send)
+
+
+class OutsideProbe:
+    """Stands before every other middleware and answers with the tenant that it sees there."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        tenant = current_tenant_or_none()
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-outside", str(tenant and tenant.slug).encode())]
+            await send(message)
+
+        await self.app(scope, receive, tell)
+
+
+def create_naive() -> Starlette:
+    """The application below ``NaiveMiddleware``."""
+    return _create(NaiveMiddleware)
+
+
+def create_guarded() -> Starlette:
+    """The application below the real middleware."""
+    return _create(TenancyMiddleware, exempt=["/open"])
+
+
+def _create(middleware: Any, **options: object) -> Starlette:
+    tenancy = Tenancy(TenancyConfig.from_env(metadata=Base.metadata))
+
+    async def answer(request: Request) -> JSONResponse:
+        length = len(await request.body())
+        bound = current_tenant_or_none()
+        try:
+            notes = [row.body for row in await tenancy.fetch_all("SELECT body FROM notes")]
+        except NoTenantError:
+            notes = None
+        return JSONResponse({"tenant": bound and bound.slug, "notes": notes, "length": length})
+
+    return Starlette(
+        routes=[Route("/open", answer, methods=["GET", "POST"]), Route("/notes", answer, methods=["GET", "POST"])],
+        middleware=[Middleware(OutsideProbe), Middleware(middleware, tenancy=tenancy, **options)],
+        lifespan=tenancy.lifespan,
+    )

@@ -1,0 +1,33 @@
+"""Running this project's programs as a user would: in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""The checkout."""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """A user's environment: this interpreter's programs first in PATH, and no ``TENANCY_*`` variable."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TENANCY_", "PYTEST_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', os.defpath)}"
+    return {**kept, "PATH": path, **changes}
+
+
+def processes_in(directory: Path) -> list[str]:
+    """Command lines of the processes that name ``directory``, or work in it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            work = str((entry / "cwd").readlink())
+        except OSError:
+            continue  # it has ended meanwhile, or is not ours to look at
+        if str(directory) in command or work.startswith(str(directory)):
+            found.append(f"{entry.name}: {command}")
+    return found

@@ -1,0 +1,321 @@
+"""The hash chain and its checkpoints, without a database."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tenancy_orm.control.audit import Actor
+from tenancy_orm.control.chain import GENESIS, Chain, canonical
+from tenancy_orm.control.checkpoints import Checkpoint, Signer, Verifier
+from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
+
+INSTALLATION = UUID(int=7)
+START = datetime(2026, 11, 1, 12, tzinfo=UTC)
+SIGNER = Signer({"1": b"a" * 32, "2": b"b" * 32})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the log, as ``AuditLog.verify`` reads it."""
+
+    sequence: int
+    occurred_at: datetime
+    previous_hash: bytes
+    hash: bytes = b""
+    action: str = "test.done"
+    tenant_id: UUID | None = None
+    slug: str | None = None
+    actor_kind: str = "system"
+    actor_id: str | None = None
+    before: str | None = None
+    after: str | None = None
+    detail: str | None = None
+    request_id: str | None = None
+    source: str | None = None
+    database_role: str = "app"
+
+
+def sealed(entry: Entry) -> Entry:
+    """With the hash of its content."""
+    return replace(entry, hash=hashlib.sha256(canonical(entry)).digest())
+
+
+def log(length: int) -> list[Entry]:
+    """A chain that holds."""
+    entries: list[Entry] = []
+    previous = GENESIS
+    for sequence in range(1, length + 1):
+        entry = sealed(Entry(sequence, START + timedelta(seconds=sequence), previous, after=f'{{"n": {sequence}}}'))
+        previous = entry.hash
+        entries.append(entry)
+    return entries
+
+
+def signed(entry: Entry, kind: str = "checkpoint") -> Checkpoint:
+    """A statement about an entry."""
+    return SIGNER.sign(
+        "cut" if kind == "cut" else "checkpoint",
+        installation=INSTALLATION,
+        sequence=entry.sequence,
+        digest=entry.hash,
+        occurred_at=entry.occurred_at,
+    )
+
+
+def follow(
+    entries: list[Entry],
+    *,
+    head: Entry | None = None,
+    cuts: tuple[Checkpoint, ...] = (),
+    checkpoints: tuple[Checkpoint, ...] = (),
+    since: Checkpoint | None = None,
+) -> Chain:
+    """Follow ``entries`` to the end that ``head`` (their last one where None) claims."""
+    chain = Chain({cut.sequence: cut for cut in cuts}, checkpoints, SIGNER, since)
+    if all(chain.follow(entry) for entry in entries):
+        last = head or (entries[-1] if entries else None)
+        chain.finish(last.sequence if last else 0, last.hash if last else GENESIS)
+    return chain
+
+
+def test_a_chain_that_holds_is_reported_so() -> None:
+    """Every entry is counted."""
+    report = follow(log(5)).report()
+    assert report.ok and (report.entries, report.first, report.last) == (5, 1, 5)
+    report.raise_if_bad()
+
+
+def test_an_empty_log_holds() -> None:
+    """Nothing happened yet."""
+    assert follow([]).report().ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"action": "test.other"},
+        {"actor_kind": "operator"},
+        {"actor_id": "mallory"},
+        {"tenant_id": UUID(int=9)},
+        {"slug": "other"},
+        {"before": "{}"},
+        {"after": '{"n": 4}'},
+        {"detail": "{}"},
+        {"request_id": "r"},
+        {"source": "192.0.2.1"},
+        {"database_role": "other"},
+        {"occurred_at": START},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_changed_field_is_found(change: dict[str, object]) -> None:
+    """Every field is part of what is hashed."""
+    entries = log(5)
+    entries[2] = replace(entries[2], **change)  # type: ignore[arg-type]
+    assert follow(entries).report().first_bad == 3
+
+
+def test_a_changed_entry_with_a_new_hash_breaks_the_next() -> None:
+    """Its successor continues another hash."""
+    entries = log(5)
+    entries[2] = sealed(replace(entries[2], actor_id="mallory"))
+    assert follow(entries).report().first_bad == 4
+
+
+def test_a_removed_entry_is_found() -> None:
+    """The first bad sequence number is the missing one."""
+    entries = log(5)
+    del entries[2]
+    assert follow(entries).report().first_bad == 3
+
+
+def test_an_inserted_entry_is_found() -> None:
+    """A sequence number occurs once."""
+    entries = log(5)
+    entries.insert(3, sealed(replace(entries[2], previous_hash=entries[2].hash)))
+    assert follow(entries).report().first_bad == 3
+
+
+def test_swapped_entries_are_found() -> None:
+    """Order is part of the chain."""
+    entries = log(5)
+    entries[2], entries[3] = entries[3], entries[2]
+    assert follow(entries).report().first_bad == 3
+
+
+def test_a_tail_that_was_cut_off_is_found_by_the_head() -> None:
+    """The head says how long the chain is."""
+    entries = log(5)
+    report = follow(entries[:3], head=entries[-1]).report()
+    assert report.first_bad == 4
+    with pytest.raises(AuditChainError) as caught:
+        report.raise_if_bad()
+    assert caught.value.sequence == 4
+    assert pickle.loads(pickle.dumps(caught.value)).sequence == 4  # noqa: S301 - our own bytes
+
+
+def test_a_head_with_another_hash_is_found() -> None:
+    """The head is compared, not only counted."""
+    entries = log(3)
+    assert follow(entries, head=replace(entries[-1], hash=b"x" * 32)).report().first_bad == 3
+
+
+def test_a_tail_cut_off_with_its_head_needs_a_checkpoint() -> None:
+    """Without one the shorter log is a log like any other; with one it is not."""
+    entries = log(5)
+    assert follow(entries[:3]).report().ok
+    report = follow(entries[:3], checkpoints=(signed(entries[4]),)).report()
+    assert report.first_bad == 4 and "checkpoint" in str(report.problem)
+
+
+def test_a_rewritten_log_needs_a_checkpoint() -> None:
+    """Whoever computes every hash anew makes a chain that holds, but not one that a checkpoint agrees with."""
+    entries, forged = log(5), []
+    previous = GENESIS
+    for entry in entries:
+        forged.append(sealed(replace(entry, previous_hash=previous, actor_id="mallory")))
+        previous = forged[-1].hash
+    assert follow(forged).report().ok
+    assert follow(forged, checkpoints=(signed(entries[3]),)).report().first_bad == 4
+
+
+def test_checkpoints_that_agree_are_confirmed() -> None:
+    """The report names them."""
+    entries = log(5)
+    report = follow(entries, checkpoints=(signed(entries[1]), signed(entries[4]))).report()
+    assert report.ok and report.confirmed == (2, 5)
+
+
+def test_a_log_that_begins_late_needs_a_signed_cut() -> None:
+    """Retention signs what it removes; nobody else can."""
+    entries = log(6)
+    assert follow(entries[3:]).report().first_bad == 1
+    report = follow(entries[3:], cuts=(signed(entries[2], "cut"),)).report()
+    assert report.ok and report.first == 4
+    forged = replace(signed(entries[2], "cut"), signature=b"x" * 64)
+    assert follow(entries[3:], cuts=(forged,)).report().first_bad == 4
+
+
+def test_a_checkpoint_cannot_stand_in_for_a_cut() -> None:
+    """Both are signed, and what they are is part of it."""
+    entries = log(6)
+    posing = replace(signed(entries[2]), kind="cut")
+    assert follow(entries[3:], cuts=(posing,)).report().first_bad == 4
+
+
+def test_a_checkpoint_older_than_the_cut_says_nothing_any_more() -> None:
+    """It is reported as removed, neither confirmed nor contradicted."""
+    entries = log(6)
+    report = follow(entries[3:], cuts=(signed(entries[2], "cut"),), checkpoints=(signed(entries[0]),)).report()
+    assert report.ok and (report.confirmed, report.removed) == ((), (1,))
+
+
+def test_following_can_begin_at_a_checkpoint() -> None:
+    """What precedes it is not read again."""
+    entries = log(6)
+    report = follow(entries[2:], since=signed(entries[3])).report()
+    assert report.ok and (report.entries, report.first, report.last) == (2, 5, 6)
+    assert follow(entries[4:], since=replace(signed(entries[3]), hash=b"x" * 32)).report().first_bad == 5
+    assert follow(entries[:2], since=signed(entries[3])).report().first_bad == 3
+
+
+def test_the_canonical_form_is_json_that_anyone_can_compute() -> None:
+    """An auditor needs a JSON library and SHA-256."""
+    entry = log(1)[0]
+    assert json.loads(canonical(entry))[:4] == ["tenancy-audit-1", "00" * 32, 1, 1793534401000000]
+
+
+@given(left=st.lists(st.text(max_size=5) | st.none(), min_size=4, max_size=4), right=st.integers(0, 2))
+def test_moving_text_between_fields_changes_the_canonical_form(left: list[str | None], right: int) -> None:
+    """No two entries share one: fields cannot run into one another."""
+    names = ("actor_id", "slug", "request_id", "source")
+    entry = replace(log(1)[0], **dict(zip(names, left, strict=True)))  # type: ignore[arg-type]
+    moved = list(left)
+    moved[right], moved[right + 1] = (moved[right] or "") + (moved[right + 1] or ""), ""
+    other = replace(entry, **dict(zip(names, moved, strict=True)))  # type: ignore[arg-type]
+    assert (canonical(entry) == canonical(other)) == (entry == other)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_survives_its_journey_as_json() -> None:
+    """What is read back is what was signed."""
+    checkpoint = signed(log(3)[2])
+    again = Checkpoint.from_json(checkpoint.to_json())
+    assert again == checkpoint
+    SIGNER.verify(again)
+    Verifier(SIGNER.public_keys).verify(again)
+
+
+@pytest.mark.parametrize("name", ["sequence", "hash", "installation", "occurred_at", "signed_at", "kind", "key_id"])
+def test_a_changed_checkpoint_is_refused(name: str) -> None:
+    """The signature covers every field."""
+    values = json.loads(signed(log(3)[2]).to_json())
+    changed = {
+        "sequence": 2,
+        "hash": "11" * 32,
+        "installation": str(UUID(int=8)),
+        "occurred_at": "2026-11-01T00:00:00.000000+00:00",
+        "signed_at": "2026-11-01T00:00:00.000000+00:00",
+        "kind": "cut",
+        "key_id": "1",
+    }
+    values[name] = changed[name]
+    with pytest.raises(AuditError):
+        SIGNER.verify(Checkpoint.from_json(json.dumps(values)))
+
+
+def test_another_installations_signature_is_refused() -> None:
+    """Its key is derived from another secret, whatever id it has."""
+    checkpoint = signed(log(1)[0])
+    with pytest.raises(AuditError, match="not valid"):
+        Signer({"2": b"c" * 32}).verify(checkpoint)
+    with pytest.raises(AuditError, match="not known"):
+        Signer({"9": b"b" * 32}).verify(checkpoint)
+
+
+def test_the_newest_key_signs_and_older_ones_still_verify() -> None:
+    """Keys can be rotated."""
+    old = Signer({"1": b"a" * 32}).sign(
+        "checkpoint", installation=INSTALLATION, sequence=1, digest=GENESIS, occurred_at=START
+    )
+    SIGNER.verify(old)
+    assert signed(log(1)[0]).key_id == "2"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "tenancy-audit-1", "kind": "other"}', "null", "1"])
+def test_what_is_not_a_checkpoint_is_refused(text: str) -> None:
+    """By an error of ours."""
+    with pytest.raises(AuditError):
+        Checkpoint.from_json(text)
+
+
+def test_signing_needs_a_key_and_public_keys_must_be_keys() -> None:
+    """Mistakes of configuration are reported as such."""
+    with pytest.raises(ConfigurationError):
+        Signer({}).sign("checkpoint", installation=INSTALLATION, sequence=1, digest=GENESIS, occurred_at=START)
+    for text in ("?", base64.b64encode(b"short").decode()):
+        with pytest.raises(ConfigurationError):
+            Verifier({"1": text})
+
+
+def test_a_signer_shows_no_key() -> None:
+    """Not in its repr either."""
+    assert repr(SIGNER) == "Signer(1, 2)"
+
+
+def test_an_actor_has_a_known_kind() -> None:
+    """The mistake is reported where it is made."""
+    with pytest.raises(ValueError, match="robot"):
+        Actor("robot")  # type: ignore[arg-type]

@@ -1,0 +1,198 @@
+"""The text of a key, and its digests."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tenancy_orm.config import TenancyConfig
+from tenancy_orm.control.key_format import (
+    ALPHABET,
+    KeyDigester,
+    NewKey,
+    generate_key,
+    parse_key,
+    scanner_pattern,
+)
+from tenancy_orm.errors import ConfigurationError, InvalidApiKeyError
+
+URL = "postgresql://user:secret@host/database"
+
+
+def reason(text: str, prefix: str = "ten_live") -> str:
+    """Why a text is refused."""
+    with pytest.raises(InvalidApiKeyError) as caught:
+        parse_key(text, prefix)
+    return caught.value.reason
+
+
+def test_a_new_key_parses() -> None:
+    """Its id and prefix are read back."""
+    key = generate_key("ten_live")
+    parsed = parse_key(key.text, "ten_live")
+    assert (parsed.prefix, parsed.key_id, parsed.text) == (key.prefix, key.key_id, key.text)
+
+
+def test_keys_differ() -> None:
+    """In id and in secret."""
+    keys = [generate_key("ten_live") for _ in range(100)]
+    assert len({key.key_id for key in keys}) == len({key.text.rsplit("_", 1)[1] for key in keys}) == 100
+
+
+def test_the_secret_encodes_256_bits() -> None:
+    """43 digits of base 62 hold any value below 2 to the 256."""
+    secret = generate_key("ten_live").text.rsplit("_", 1)[1][:43]
+    value = 0
+    for character in secret:
+        value = value * 62 + ALPHABET.index(character)
+    assert value < 2**256
+    assert 62**43 > 2**256
+
+
+def test_the_checksum_is_the_crc_of_everything_before_it() -> None:
+    """A scanner can verify it offline."""
+    text = generate_key("ten_live").text
+    value = 0
+    for character in text[-6:]:
+        value = value * 62 + ALPHABET.index(character)
+    assert value == zlib.crc32(text[:-6].encode())
+
+
+@given(st.integers(min_value=0, max_value=74), st.sampled_from(ALPHABET + "_-. é\x00"))
+def test_a_typing_error_is_refused(position: int, character: str) -> None:
+    """Any one wrong character, wherever it is."""
+    key = generate_key("ten_live").text
+    typed = key[:position] + character + key[position + 1 :]
+    if typed != key:
+        assert reason(typed) in ("malformed", "prefix", "checksum")
+
+
+@given(st.integers(min_value=9, max_value=73))
+def test_swapped_neighbours_are_refused(position: int) -> None:
+    """The other common typing error."""
+    key = generate_key("ten_live").text
+    typed = key[:position] + key[position + 1] + key[position] + key[position + 2 :]
+    if typed != key:
+        assert reason(typed) in ("malformed", "checksum")
+
+
+@given(st.text())
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    """Nothing else is raised."""
+    assert reason(text) in ("malformed", "prefix", "checksum")
+
+
+def test_a_key_of_another_prefix_is_refused() -> None:
+    """Unless that prefix is accepted as well."""
+    key = generate_key("ten_test").text
+    assert reason(key) == "prefix"
+    assert parse_key(key, {"ten_live", "ten_test"}).prefix == "ten_test"
+
+
+@pytest.mark.parametrize("prefix", ["t", "ten_live", "acme_prod_eu_1", "a" * 24])
+def test_every_admitted_prefix_works(prefix: str) -> None:
+    """Also one with underscores, and the longest."""
+    TenancyConfig(control_url=URL, key_prefix=prefix)
+    key = generate_key(prefix)
+    assert parse_key(key.text, prefix).key_id == key.key_id
+
+
+def test_scanners_find_keys_in_text() -> None:
+    """With the pattern that is documented for them."""
+    key = generate_key("acme_live").text
+    assert re.findall(scanner_pattern("acme_live"), f"TOKEN='{key}' # acme_live_x") == [key]
+
+
+def test_neither_repr_nor_str_shows_a_key() -> None:
+    """It is shown by ``text`` alone."""
+    key = generate_key("ten_live")
+    parsed = parse_key(key.text, "ten_live")
+    secret = key.text.rsplit("_", 1)[1]
+    for shown in (repr(key), str(key), f"{key}", repr(parsed), str(parsed), repr([key, parsed])):
+        assert secret not in shown
+        assert key.digest.hex() not in shown
+        assert key.key_id in shown
+
+
+def test_a_refusal_names_nothing_of_the_key() -> None:
+    """What was presented may be a real secret with a typing error in it."""
+    key = generate_key("ten_live").text
+    with pytest.raises(InvalidApiKeyError) as caught:
+        parse_key(key[:-1] + ("a" if key[-1] != "a" else "b"), "ten_live")
+    error = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - just pickled
+    assert key.rsplit("_", 1)[1][:-1] not in repr((error, error.__dict__, error.args))
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_matches_its_key_alone() -> None:
+    """With and without a pepper."""
+    for digester in (KeyDigester(), KeyDigester({"1": b"p" * 32})):
+        key, other = generate_key("ten_live", digester), generate_key("ten_live", digester)
+        assert digester.matches(key.text, key.digest, key.digest_version)
+        assert not digester.matches(other.text, key.digest, key.digest_version)
+
+
+def test_an_unknown_key_matches_nothing() -> None:
+    """The same work is done, and the answer is no."""
+    digester = KeyDigester({"1": b"p" * 32})
+    assert not digester.matches(generate_key("ten_live").text, None)
+
+
+def test_the_newest_pepper_makes_digests_and_all_verify() -> None:
+    """So that one can be added before the old one is taken away."""
+    old, new = KeyDigester({"1": b"a" * 32}), KeyDigester({"1": b"a" * 32, "2": b"b" * 32})
+    key = generate_key("ten_live", old)
+    assert new.matches(key.text, key.digest, key.digest_version)
+    assert generate_key("ten_live", new).digest_version == "2"
+    assert new.digest(key.text) != key.digest
+
+
+def test_a_digest_whose_pepper_is_missing_matches_nothing() -> None:
+    """Not even the plain digest, under the name of a version that nobody knows."""
+    digester = KeyDigester()
+    key: NewKey = generate_key("ten_live")
+    assert not digester.matches(key.text, digester.digest(key.text), "gone")
+
+
+def test_a_digester_shows_no_pepper() -> None:
+    """Versions only."""
+    assert repr(KeyDigester({"1": b"pepper" * 6})) == "KeyDigester(0, 1)"
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("peppers", "message"),
+    [
+        ({"1": "not base64!"}, "not base64"),
+        ({"1": b"short"}, "32 bytes"),
+        ({"0": b"x" * 32}, "version"),
+        ({"a b": b"x" * 32}, "version"),
+    ],
+)
+def test_malformed_peppers_are_refused(peppers: dict[str, str | bytes], message: str) -> None:
+    """Where they are configured, without repeating them."""
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        TenancyConfig(control_url=URL, key_peppers=peppers)
+    assert "not base64!" not in str(caught.value)
+
+
+def test_peppers_and_prefixes_come_from_the_environment() -> None:
+    """In the order in which they are written; the last pepper is the newest."""
+    environ = {
+        "TENANCY_CONTROL_URL": URL,
+        "TENANCY_KEY_PEPPERS": f"1:{'YWFh' * 11},2:{'YmJi' * 11}",
+        "TENANCY_KEY_PREFIXES": "ten_test, ten_old",
+    }
+    config = TenancyConfig.from_env(environ)
+    assert config.peppers == {"1": b"a" * 33, "2": b"b" * 33}
+    assert config.key_prefixes == ("ten_test", "ten_old")
+    assert "YWFh" not in repr(config)

@@ -1,0 +1,72 @@
+"""AWS Secrets Manager and KMS, as moto has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import pytest
+from moto import mock_aws
+
+from tenancy_orm.control.aws import AwsKms, AwsSecrets
+from tenancy_orm.errors import SecretNotFoundError, SecretProviderError
+
+REGION = "eu-central-1"
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An account with nothing in it; no credentials but made-up ones."""
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(variable, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with mock_aws():
+        yield
+
+
+def client(service: str) -> Any:
+    """A client of boto3's own."""
+    return boto3.client(service, region_name=REGION)
+
+
+async def test_a_secret_is_a_string_of_secrets_manager(aws: None) -> None:
+    """Under a prefix; what is missing, or no text, is told apart from a failure."""
+    manager = client("secretsmanager")
+    manager.create_secret(Name="tenancy/encryption_keys", SecretString="1:abc")
+    manager.create_secret(Name="tenancy/binary", SecretBinary=b"abc")
+    secrets = AwsSecrets(region=REGION)
+    assert await secrets.read("encryption_keys") == "1:abc"
+    for name in ("absent", "binary"):
+        with pytest.raises(SecretNotFoundError, match="tenancy/"):
+            await secrets.read(name)
+    await secrets.close()
+
+
+async def test_kms_wraps_keys_in_their_context(aws: None) -> None:
+    """By id and by alias; in another context, or by another key, it refuses."""
+    kms = client("kms")
+    key_id = kms.create_key()["KeyMetadata"]["KeyId"]
+    kms.create_alias(AliasName="alias/tenancy", TargetKeyId=key_id)
+    wrapper = AwsKms("alias/tenancy", region=REGION)
+    wrapped = await wrapper.wrap(b"k" * 32, context={"id": "1"})
+    assert b"k" * 32 not in wrapped
+    for one in (wrapper, AwsKms(key_id, region=REGION)):
+        assert await one.unwrap(wrapped, context={"id": "1"}) == b"k" * 32
+        with pytest.raises(SecretProviderError, match="InvalidCiphertext"):
+            await one.unwrap(wrapped, context={"id": "2"})
+        await one.close()
+
+
+async def test_a_missing_kms_key_is_an_error(aws: None) -> None:
+    """Of the provider."""
+    with pytest.raises(SecretProviderError, match="alias/absent"):
+        await AwsKms("alias/absent", region=REGION).wrap(b"k" * 32, context={})
+
+
+async def test_an_endpoint_that_does_not_answer_is_an_error() -> None:
+    """Also where boto3 finds no credentials."""
+    secrets = AwsSecrets(region=REGION, endpoint_url="http://127.0.0.1:1", timeout=0.2)
+    with pytest.raises(SecretProviderError, match="does not serve"):
+        await secrets.read("encryption_keys")
+    await secrets.close()

@@ -1,0 +1,97 @@
+"""What templates are made of is known by a fingerprint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.migrations import AlembicSchema, MetadataSchema
+from tests.support.projects import Project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    project = Project.create(tmp_path)
+    project.add("1")
+    return project
+
+
+def test_the_head_is_what_a_database_is_at_in_the_end(project: Project) -> None:
+    schema = AlembicSchema(project.migrations)
+    assert schema.head() == "1"
+    project.add("b")
+    assert schema.head() == "1,b"
+    project.add("d", depends="b")
+    assert schema.head() == "1,d", "what another head depends on is not written into the version table"
+
+
+def test_a_directory_without_revisions_has_no_head(tmp_path: Path) -> None:
+    schema = AlembicSchema(Project.create(tmp_path).migrations)
+    assert schema.head() is None
+    assert len(schema.fingerprint()) == 64
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="tenancy init"):
+        AlembicSchema(tmp_path / "nowhere").fingerprint()
+
+
+@pytest.mark.parametrize("change", ["new revision", "edited revision", "edited env.py", "removed revision"])
+def test_the_fingerprint_changes_with_the_files(project: Project, change: str) -> None:
+    extra = project.add("2", down="1")
+    schema = AlembicSchema(project.migrations)
+    before = schema.fingerprint()
+    env = project.migrations / "env.py"
+    if change == "new revision":
+        project.add("3", down="2")
+    elif change == "edited revision":
+        project.add("2", "op.execute('SELECT 1')", down="1")
+    elif change == "edited env.py":
+        env.write_text(env.read_text() + "# changed\n")
+    else:
+        extra.unlink()
+    assert schema.fingerprint() != before
+    assert AlembicSchema(project.migrations).fingerprint() == schema.fingerprint()
+
+
+def test_the_fingerprint_does_not_change_with_time_or_place(project: Project, tmp_path: Path) -> None:
+    before = AlembicSchema(project.migrations).fingerprint()
+    (project.migrations / "versions" / "1.py").touch()
+    (project.migrations / "versions" / "notes.txt").write_text("not a revision")
+    project.migrations.rename(tmp_path / "moved")
+    assert AlembicSchema(tmp_path / "moved").fingerprint() == before
+
+
+def test_unchanged_files_are_not_read_again(project: Project) -> None:
+    schema = AlembicSchema(project.migrations)
+    before = schema.fingerprint()
+    revision = project.migrations / "versions" / "1.py"
+    stat = revision.stat()
+    text = revision.read_text()
+    revision.write_text(text.replace("a change", "a chance"))
+    os.utime(revision, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert schema.fingerprint() == before, "same time and size"
+    assert AlembicSchema(project.migrations).fingerprint() != before
+
+
+def make_metadata(*columns: sa.Column[int]) -> sa.MetaData:
+    metadata = sa.MetaData()
+    sa.Table("t", metadata, sa.Column("id", sa.Integer, primary_key=True), *columns)
+    return metadata
+
+
+def test_the_fingerprint_of_metadata_is_that_of_its_ddl() -> None:
+    plain = MetadataSchema(make_metadata()).fingerprint()
+    assert MetadataSchema(make_metadata()).fingerprint() == plain
+    assert MetadataSchema(make_metadata(sa.Column("n", sa.Integer))).fingerprint() != plain
+    assert MetadataSchema(make_metadata(sa.Column("n", sa.Integer, index=True))).fingerprint() != plain
+    kind: sa.Column[int] = sa.Column("kind", sa.Enum("a", "b", name="kind"))
+    assert MetadataSchema(make_metadata(kind)).fingerprint() != plain
+
+
+def test_metadata_has_no_revision() -> None:
+    assert MetadataSchema(make_metadata()).head() is None

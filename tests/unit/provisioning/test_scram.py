@@ -1,0 +1,46 @@
+"""SCRAM verifiers as text; that PostgreSQL accepts them is shown in tests/integration/provisioning."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import pytest
+
+from tenancy_orm.control.secrets import new_password
+from tenancy_orm.provisioning.scram import scram_verifier
+
+
+def test_a_verifier_has_the_form_postgresql_stores() -> None:
+    """SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>, with one iteration."""
+    match = re.fullmatch(r"SCRAM-SHA-256\$1:([^$]+)\$([^:]+):(.+)", scram_verifier(new_password()))
+    assert match is not None
+    assert [len(base64.b64decode(part, validate=True)) for part in match.groups()] == [16, 32, 32]
+
+
+def test_a_verifier_does_not_contain_the_password() -> None:
+    """Neither the password nor its base64 is in it."""
+    password = new_password()
+    verifier = scram_verifier(password)
+    assert password not in verifier
+    assert base64.b64encode(password.encode()).decode().rstrip("=") not in verifier
+
+
+def test_two_verifiers_of_one_password_differ() -> None:
+    """Each has a salt of its own."""
+    password = new_password()
+    assert scram_verifier(password) != scram_verifier(password)
+
+
+@pytest.mark.parametrize("password", ["", "secret", "x" * 42, "ä" * 43, "x" * 42 + "\n"])
+def test_a_password_that_one_iteration_does_not_protect_is_refused(password: str) -> None:
+    """A short one could be guessed; one that is not ASCII would need SASLprep."""
+    with pytest.raises(ValueError, match="must be random") as caught:
+        scram_verifier(password)
+    assert not password or password not in str(caught.value)
+
+
+def test_every_new_password_is_accepted() -> None:
+    """What the package makes is long enough."""
+    for _ in range(100):
+        scram_verifier(new_password())

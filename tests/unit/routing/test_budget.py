@@ -1,0 +1,384 @@
+"""The budget: never more slots than there are, fair between tenants, and the least valuable connection goes first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tenancy_orm.routing.budget import Budget, Share
+
+
+class Seat:
+    """A waiter without an event loop."""
+
+    def __init__(self) -> None:
+        self.served: list[str | None] = []
+        self.left = False
+
+    def done(self) -> bool:
+        return bool(self.served) or self.left
+
+    def set_result(self, item: str | None, /) -> None:
+        assert not self.done(), "served twice, or after it left"
+        self.served.append(item)
+
+
+def make(limit: int = 3, per_tenant: int = 3) -> tuple[Budget[str], list[str]]:
+    evicted: list[str] = []
+
+    def evict(share: Share[str], item: str) -> None:
+        budget.discard(share)
+        evicted.append(item)
+
+    budget: Budget[str] = Budget(limit, per_tenant, evict)
+    return budget, evicted
+
+
+def share_of(budget: Budget[str], number: int) -> Share[str]:
+    return budget.share(UUID(int=number))
+
+
+def connect(budget: Budget[str], share: Share[str]) -> None:
+    assert budget.reserve(share)
+    budget.opened()
+
+
+def seat(budget: Budget[str], share: Share[str]) -> Seat:
+    waiter = Seat()
+    budget.wait(share, waiter)
+    return waiter
+
+
+def test_there_are_no_more_slots_than_the_limit() -> None:
+    """The slot after the last one is refused, whoever asks."""
+    budget, _ = make(limit=2)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    connect(budget, a)
+    connect(budget, b)
+    assert not budget.reserve(a)
+    assert not budget.reserve(share_of(budget, 3))
+
+
+def test_a_tenant_gets_no_more_than_its_part() -> None:
+    """Free slots of the server do not help a tenant that holds all it may."""
+    budget, _ = make(limit=5, per_tenant=2)
+    a = share_of(budget, 1)
+    connect(budget, a)
+    connect(budget, a)
+    assert not budget.reserve(a)
+    assert budget.reserve(share_of(budget, 2))
+
+
+def test_two_pools_of_one_tenant_have_one_part() -> None:
+    """While an engine is replaced, the old one's connections count as well."""
+    budget, _ = make(limit=5, per_tenant=2)
+    old, new = share_of(budget, 1), share_of(budget, 1)
+    connect(budget, old)
+    connect(budget, new)
+    assert not budget.reserve(old)
+    assert not budget.reserve(new)
+
+
+def test_the_connection_that_came_to_rest_last_is_taken_first() -> None:
+    """So that those which are not needed grow old and are closed."""
+    budget, _ = make()
+    a = share_of(budget, 1)
+    connect(budget, a)
+    connect(budget, a)
+    budget.put(a, "first", 1.0)
+    budget.put(a, "second", 2.0)
+    assert budget.take(a) == (2.0, "second")
+    assert budget.take(a) == (1.0, "first")
+    assert budget.take(a) is None
+
+
+def test_a_returned_connection_serves_the_own_tenant_in_order_of_arrival() -> None:
+    """Within a tenant, first come is first served."""
+    budget, _ = make(limit=1)
+    a = share_of(budget, 1)
+    connect(budget, a)
+    first, second = seat(budget, a), seat(budget, a)
+    budget.put(a, "c", 1.0)
+    assert (first.served, second.served) == (["c"], [])
+    budget.put(a, "c", 2.0)
+    assert second.served == ["c"]
+
+
+def test_an_idle_connection_of_another_tenant_makes_room() -> None:
+    """The slot is given when the other's socket is closed, and not before."""
+    budget, evicted = make(limit=1)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    connect(budget, a)
+    budget.put(a, "a's", 1.0)
+    waiter = seat(budget, b)
+    assert evicted == ["a's"]
+    assert waiter.served == []
+    budget.closed(a)
+    assert waiter.served == [None]
+    assert budget.statistics().evictions == 1
+
+
+def test_one_waiter_costs_one_connection() -> None:
+    """Nothing is closed for a waiter that another closing connection will serve."""
+    budget, evicted = make(limit=3)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    for name in ("x", "y", "z"):
+        connect(budget, a)
+        budget.put(a, name, 1.0) if name != "z" else None
+    budget.put(a, "z", 1.0)
+    seat(budget, b)
+    assert len(evicted) == 1
+    seat(budget, b)
+    assert len(evicted) == 2
+
+
+def test_the_tenant_with_the_fewest_recent_checkouts_gives_way() -> None:
+    """A tenant that was just looked at once does not displace one that is always there."""
+    budget, evicted = make(limit=2)
+    busy, rare, new = (share_of(budget, number) for number in (1, 2, 3))
+    for _ in range(5):
+        budget.touch(busy)
+    connect(budget, busy)
+    budget.put(busy, "busy", 1.0)
+    budget.touch(rare)
+    connect(budget, rare)
+    budget.put(rare, "rare", 2.0)  # used last: by age alone the busy one would go
+    budget.touch(new)
+    seat(budget, new)
+    assert evicted == ["rare"]
+
+
+def test_old_checkouts_count_for_less() -> None:
+    """A tenant that was busy long ago gives way to one that is busy now."""
+    budget, evicted = make(limit=2)
+    past, present, new = (share_of(budget, number) for number in (1, 2, 3))
+    for _ in range(50):
+        budget.touch(past)
+    for _ in range(1_000):
+        budget.touch(present)
+        budget.touch(share_of(budget, 9))
+    for share, name in ((past, "past"), (present, "present")):
+        connect(budget, share)
+        budget.put(share, name, 1.0)
+    seat(budget, new)
+    assert evicted == ["past"]
+
+
+def test_a_second_connection_is_worth_less_than_a_first() -> None:
+    """Of a tenant twice as busy with three connections, one goes before the only one of another."""
+    budget, evicted = make(limit=4)
+    many, one, new = (share_of(budget, number) for number in (1, 2, 3))
+    for _ in range(2):
+        budget.touch(many)
+    budget.touch(one)
+    for _ in range(3):
+        connect(budget, many)
+    for name in ("m1", "m2", "m3"):
+        budget.put(many, name, 1.0)
+    connect(budget, one)
+    budget.put(one, "one", 0.0)
+    seat(budget, new)
+    assert evicted == ["m1"]
+
+
+def test_who_holds_less_is_served_first() -> None:
+    """A tenant with many requests does not keep one with a single request waiting."""
+    budget, evicted = make(limit=2)
+    loud, quiet = share_of(budget, 1), share_of(budget, 2)
+    connect(budget, loud)
+    connect(budget, loud)
+    crowd = [seat(budget, loud) for _ in range(10)]
+    single = seat(budget, quiet)
+    budget.put(loud, "c", 1.0)
+    assert evicted == ["c"]
+    assert not any(waiter.served for waiter in crowd)
+    budget.closed(loud)
+    assert single.served == [None]
+
+
+def test_tenants_with_equal_parts_keep_their_connections() -> None:
+    """Fairness costs no reconnects where everybody already has the same."""
+    budget, evicted = make(limit=2)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    connect(budget, a)
+    connect(budget, b)
+    waiters = [seat(budget, share) for share in (a, b, a, b)]
+    for name, share in (("a", a), ("b", b), ("a", a), ("b", b)):
+        budget.put(share, name, 1.0)
+    assert evicted == []
+    assert [waiter.served for waiter in waiters] == [["a"], ["b"], ["a"], ["b"]]
+
+
+def test_more_tenants_than_slots_take_turns() -> None:
+    """Nobody waits for ever: with ten tenants and one slot, each is served as often as the others."""
+    budget, evicted = make(limit=1)
+    shares = [share_of(budget, number) for number in range(10)]
+    connect(budget, shares[0])
+    holder = shares[0]
+    waiters = {share: [seat(budget, share) for _ in range(4)] for share in shares}
+    served: list[Share[str]] = []
+    for _ in range(20):
+        budget.put(holder, "c", 1.0)
+        if evicted:
+            evicted.clear()
+            budget.closed(holder)
+        before = len(served)
+        for share, queue in waiters.items():
+            if queue and queue[0].served:
+                if queue.pop(0).served == [None]:
+                    budget.opened()
+                served.append(share)
+                holder = share
+        assert len(served) == before + 1
+    assert set(Counter(served).values()) == {2}
+
+
+def test_a_waiter_that_left_is_passed_over() -> None:
+    """A cancelled waiter may still be in the queue for a turn of the loop."""
+    budget, _ = make(limit=1)
+    a = share_of(budget, 1)
+    connect(budget, a)
+    gone, here = seat(budget, a), seat(budget, a)
+    gone.left = True
+    budget.put(a, "c", 1.0)
+    assert here.served == ["c"]
+    budget.withdraw(a, gone)
+    assert budget.statistics().waiting == 0
+
+
+def test_a_failed_connect_gives_its_slot_to_the_next() -> None:
+    """Nobody waits for a slot that nobody holds."""
+    budget, _ = make(limit=1)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    assert budget.reserve(a)
+    waiter = seat(budget, b)
+    budget.failed(a)
+    assert waiter.served == [None]
+
+
+def test_what_rested_too_long_is_found() -> None:
+    """By the time it came to rest."""
+    budget, _ = make()
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    for share, name, now in ((a, "old", 1.0), (a, "new", 5.0), (b, "older", 0.5)):
+        connect(budget, share)
+        budget.put(share, name, now)
+    assert sorted(item for _, item in budget.expired(2.0)) == ["old", "older"]
+    assert budget.statistics().idle == 1
+
+
+class BudgetMachine(RuleBasedStateMachine):
+    """Any sequence of events keeps every count true, and nobody waits for something that is there."""
+
+    LIMIT, PER_TENANT, TENANTS = 4, 2, 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closing: list[Share[str]] = []
+        self.budget: Budget[str] = Budget(self.LIMIT, self.PER_TENANT, self._evict)
+        self.shares = [share_of(self.budget, number) for number in range(self.TENANTS)]
+        self.opening: list[Share[str]] = []
+        self.used: list[tuple[Share[str], str]] = []
+        self.waiting: list[tuple[Share[str], Seat]] = []
+        self.names = iter(range(10**9))
+        self.now = 0.0
+
+    def _evict(self, share: Share[str], item: str) -> None:
+        self.budget.discard(share)
+        self.closing.append(share)
+
+    def _collect(self) -> None:
+        for share, waiter in list(self.waiting):
+            if waiter.served:
+                self.waiting.remove((share, waiter))
+                item = waiter.served[0]
+                if item is None:
+                    self.opening.append(share)
+                else:
+                    self.used.append((share, item))
+
+    @rule(number=st.integers(0, TENANTS - 1))
+    def ask(self, number: int) -> None:
+        share = self.shares[number]
+        self.budget.touch(share)
+        entry = self.budget.take(share)
+        if entry is not None:
+            self.used.append((share, entry[1]))
+        elif self.budget.reserve(share):
+            self.opening.append(share)
+        else:
+            self.waiting.append((share, seat(self.budget, share)))
+        self._collect()
+
+    @precondition(lambda self: self.opening)
+    @rule(data=st.data(), fails=st.booleans())
+    def finish_opening(self, data: st.DataObject, fails: bool) -> None:
+        share = self.opening.pop(data.draw(st.integers(0, len(self.opening) - 1)))
+        if fails:
+            self.budget.failed(share)
+        else:
+            self.budget.opened()
+            self.used.append((share, f"c{next(self.names)}"))
+        self._collect()
+
+    @precondition(lambda self: self.used)
+    @rule(data=st.data(), broken=st.booleans())
+    def give_back(self, data: st.DataObject, broken: bool) -> None:
+        share, item = self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
+        self.now += 1
+        if broken:
+            self.budget.discard(share)
+            self.closing.append(share)
+        else:
+            self.budget.put(share, item, self.now)
+        self._collect()
+
+    @precondition(lambda self: self.closing)
+    @rule(data=st.data())
+    def finish_closing(self, data: st.DataObject) -> None:
+        self.budget.closed(self.closing.pop(data.draw(st.integers(0, len(self.closing) - 1))))
+        self._collect()
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        share, waiter = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
+        waiter.left = True
+        self.budget.withdraw(share, waiter)
+
+    @rule(age=st.floats(0, 5))
+    def expire(self, age: float) -> None:
+        for share, _ in self.budget.expired(self.now - age):
+            self.budget.discard(share)
+            self.closing.append(share)
+
+    @invariant()
+    def the_counts_are_true(self) -> None:
+        counted = self.budget.statistics()
+        assert counted.open <= self.LIMIT
+        assert counted.opening == len(self.opening)
+        assert counted.in_use == len(self.used)
+        assert counted.closing == len(self.closing)
+        assert counted.waiting == len(self.waiting)
+        assert counted.idle == sum(len(share.idle) for share in self.shares)
+        assert counted.open == counted.opening + counted.in_use + counted.closing + counted.idle
+        assert all(share.account.open <= self.PER_TENANT for share in self.shares)
+
+    @invariant()
+    def nobody_waits_in_vain(self) -> None:
+        counted = self.budget.statistics()
+        able = {share for share, _ in self.waiting if share.account.open < self.PER_TENANT}
+        assert all(not share.idle for share, _ in self.waiting)
+        if able:
+            assert counted.open == self.LIMIT, "a free slot, and someone who may take it"
+            assert counted.idle == 0 or counted.closing > 0, "an idle connection, and nobody to make room"
+
+
+BudgetMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestBudgetMachine: Any = pytest.mark.timeout(120)(BudgetMachine.TestCase)

@@ -1,0 +1,114 @@
+"""The current tenant: bound, inherited, never switched."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from uuid import UUID
+
+import pytest
+
+from tenancy_orm.context import Placement, Status, Tenant, bind, current_tenant, current_tenant_or_none, set_current
+from tenancy_orm.errors import CrossTenantError, NoTenantError
+
+ACME = Tenant(
+    id=UUID(int=1),
+    slug="acme",
+    status=Status.ACTIVE,
+    tier="free",
+    placement=Placement("default", "db", "role", b"sealed-bytes"),
+    metadata={"a": 1},
+)
+GLOBEX = Tenant(id=UUID(int=2), slug="globex", status=Status.ACTIVE, tier="free")
+
+
+def test_without_a_binding_there_is_no_tenant() -> None:
+    """The default is none, and asking for it raises with the remedy."""
+    with pytest.raises(NoTenantError, match=r"tenancy\.scope"):
+        current_tenant()
+    assert current_tenant_or_none() is None
+
+
+def test_a_binding_ends_with_its_body() -> None:
+    """Also when the body raises."""
+
+    def fail() -> None:
+        with bind(ACME):
+            assert current_tenant() is ACME
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert current_tenant_or_none() is None
+
+
+def test_a_binding_cannot_be_switched() -> None:
+    """Binding the same tenant again is allowed, another is refused."""
+    with bind(ACME), bind(ACME):
+        with pytest.raises(CrossTenantError) as caught, bind(GLOBEX):
+            pass
+        assert current_tenant() is ACME
+    assert (caught.value.bound, caught.value.requested) == ("acme", "globex")
+
+
+async def test_tasks_and_to_thread_inherit_the_binding() -> None:
+    """They copy the context of the code that starts them."""
+
+    async def ask() -> Tenant:
+        return current_tenant()
+
+    with bind(ACME):
+        assert await asyncio.create_task(ask()) is ACME
+        assert await asyncio.to_thread(current_tenant) is ACME
+    with bind(GLOBEX):
+        assert await asyncio.create_task(ask()) is GLOBEX
+
+
+async def test_plain_threads_and_executors_see_none() -> None:
+    """They begin with an empty context: an error, not somebody's tenant."""
+    seen: list[Tenant | None] = []
+    with bind(ACME), ThreadPoolExecutor(1) as executor:
+        thread = threading.Thread(target=lambda: seen.append(current_tenant_or_none()))
+        thread.start()
+        thread.join()
+        seen.append(await asyncio.get_running_loop().run_in_executor(executor, current_tenant_or_none))
+    assert seen == [None, None]
+
+
+async def test_concurrent_tasks_keep_their_own() -> None:
+    """Interleaved tasks never see each other's tenant."""
+
+    async def work(tenant: Tenant) -> bool:
+        with bind(tenant):
+            for _ in range(20):
+                await asyncio.sleep(0)
+                if current_tenant() is not tenant:
+                    return False
+        return True
+
+    assert all(await asyncio.gather(*(work(ACME if i % 2 else GLOBEX) for i in range(20))))
+
+
+def test_a_tenant_can_be_pickled_and_is_equal_by_id() -> None:
+    """Jobs carry tenants; a copy is the same tenant."""
+    copy = pickle.loads(pickle.dumps(ACME))  # noqa: S301 - our own bytes
+    assert copy == ACME and hash(copy) == hash(ACME)
+    assert dict(copy.metadata) == {"a": 1}
+    assert copy != GLOBEX
+
+
+def test_a_tenants_repr_has_no_secret() -> None:
+    """Not even the sealed one."""
+    assert "sealed" not in repr(ACME)
+    assert "sealed" not in repr(ACME.placement)
+
+
+def test_set_current_overrides_what_leaked() -> None:
+    """The middleware's binding of "none" holds whatever was there before."""
+    token = set_current(ACME)
+    assert token.old_value is not ACME
+    set_current(None)
+    with pytest.raises(NoTenantError):
+        current_tenant()

