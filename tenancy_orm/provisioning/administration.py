@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 
-import asyncpg
-
 from ..routing.servers import Server
 from . import databases
 from .cancellation import settled
@@ -48,15 +46,8 @@ class Administration:
         while idle := self._idle[server.name]:
             connection = idle.pop()
             self._timers.pop(connection).cancel()
-            try:
+            if await self._survived(connection):
                 return await self._locked(connection, key, timeout)
-            except (
-                ConnectionError,
-                asyncpg.PostgresConnectionError,
-                asyncpg.InterfaceError,
-                asyncpg.AdminShutdownError,
-            ):
-                continue  # it broke while it was idle
         return await self._locked(await server.connect_admin(settings=_KEEPALIVES), key, timeout)
 
     async def release(self, server: Server, connection: Connection, key: int) -> None:
@@ -82,6 +73,17 @@ class Administration:
             await asyncio.wait(self._closing)
 
     @staticmethod
+    async def _survived(connection: Connection) -> bool:
+        """Whether the connection still works after having been idle; it is closed if not."""
+        works = False
+        try:
+            works = await databases.is_alive(connection)
+        finally:
+            if not works:
+                await settled(databases.close(connection))
+        return works
+
+    @staticmethod
     async def _locked(connection: Connection, key: int, timeout: float) -> Connection:
         try:
             await databases.lock(connection, key, timeout=timeout)
@@ -96,7 +98,7 @@ class Administration:
         try:
             async with asyncio.timeout(databases.CLOSE_SECONDS):
                 await databases.unlock(connection, key)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except databases.FAILURES:
             return False
         return True
 

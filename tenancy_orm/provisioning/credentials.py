@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from uuid import UUID
 
-import asyncpg
-
 from ..config import TenancyConfig
 from ..context import Placement, Status, Tenant
 from ..control.audit import SYSTEM, Actor
@@ -91,7 +89,7 @@ class SecretManager:
         try:
             async with asyncio.timeout(self._timeout):
                 await self._rotate(tenant.id, placement, actor)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+        except databases.FAILURES as exc:
             raise ProvisioningError(
                 f"the password of tenant {tenant.slug!r} was not rotated ({describe(exc)}); try again",
                 tenant=tenant.slug,

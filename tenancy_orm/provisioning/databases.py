@@ -35,6 +35,10 @@ MISSING_DATABASE = "3D000"
 OBJECT_IN_USE = "55006"
 CONCURRENT_UPDATE = "XX000"  # "tuple concurrently updated": two sessions changed one catalogue row
 
+FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What using a connection raises, time-outs among it. The last one is what asyncpg says of a connection that PostgreSQL
+has just ended, in the moment between its last message and the end of its stream."""
+
 POLL_SECONDS = 0.02
 CLOSE_SECONDS = 5.0
 
@@ -70,17 +74,18 @@ async def close(connection: Connection) -> None:
     """Close a connection; at once where the server does not answer."""
     try:
         await connection.close(timeout=CLOSE_SECONDS)
-    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except FAILURES:
         connection.terminate()
 
 
 async def is_alive(connection: Connection) -> bool:
-    """Whether the connection still works. What was cancelled on it has ended before this returns."""
+    """Whether the connection still works, and answers soon. What was cancelled on it has ended before this returns."""
     if connection.is_closed():
         return False
     try:
-        return bool(await connection.fetchval("SELECT true"))
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            return bool(await connection.fetchval("SELECT true"))
+    except FAILURES:
         return False
 
 

@@ -253,7 +253,7 @@ class Provisioner:
                     await work(connection, tenant.placement.role)
                 finally:
                     await databases.close(connection)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+        except databases.FAILURES as exc:
             raise ProvisioningError(
                 f"{what} tenant {tenant.slug!r} did not succeed within {timeout:g} s ({describe(exc)}); try again, or "
                 "run: tenancy reconcile",
@@ -279,7 +279,7 @@ class Provisioner:
             try:
                 async with asyncio.timeout(self._timeout):
                     await self._purge(tenant.id, placement, actor)
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+            except databases.FAILURES as exc:
                 raise ProvisioningError(
                     f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",
                     tenant=tenant.slug,

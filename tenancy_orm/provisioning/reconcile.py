@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
-import asyncpg
-
 from ..context import Placement, Status, Tenant
 from ..control.audit import SYSTEM, Actor
 from ..control.registry import Unfinished
@@ -107,7 +105,7 @@ class Reconciler:
         """Do one piece of work; what it raises is reported and stops nothing else."""
         try:
             await work()
-        except (TenancyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+        except (TenancyError, *databases.FAILURES) as exc:
             # OSError includes TimeoutError: a deadline was passed, or the server went away
             logger.warning("reconcile: %s: %s: %s", what, type(exc).__name__, exc)
             self._found.errors.append(f"{what}: {type(exc).__name__}: {exc}")
@@ -116,7 +114,7 @@ class Reconciler:
         """Do one piece of a server's work within its deadline, and make sure that there can be a next one.
 
         Raises:
-            OSError: the server does not answer any more (TimeoutError included).
+            ConnectionResetError: the server does not answer any more.
         """
 
         async def in_time() -> None:
@@ -124,9 +122,8 @@ class Reconciler:
                 await work()
 
         await self._attempt(what, in_time)
-        async with asyncio.timeout(databases.CLOSE_SECONDS):
-            if not await databases.is_alive(connection):
-                raise ConnectionResetError("the connection was lost")
+        if not await databases.is_alive(connection):
+            raise ConnectionResetError("the connection was lost")
 
     async def _visit(self, server: str, unfinished: list[Unfinished]) -> None:
         connection = await self._parts.servers[server].connect_admin()
@@ -172,7 +169,7 @@ class Reconciler:
         try:
             async with asyncio.timeout(self._timeout):
                 await databases.close(await prove(self._parts, tenant.id, tenant.slug, placement))
-        except (IsolationError, RoutingError, asyncpg.PostgresError, OSError) as exc:
+        except (IsolationError, RoutingError, *databases.FAILURES) as exc:
             logger.info("tenant %s does not prove itself, and is removed: %s", tenant.slug, exc)
             return False
         return True

@@ -581,6 +581,19 @@ async def test_a_connection_that_breaks_after_the_commit_fails_nothing(
     assert await workshop.consistent()
 
 
+async def test_an_idle_connection_that_was_just_ended_is_not_used(workshop: Workshop) -> None:
+    """Its last words have arrived, the end of the stream has not: asyncpg takes that for an error of its own."""
+    await workshop.create("acme")
+    (idle,) = idle_connections(workshop.provisioner)
+    fields = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+    idle._protocol.data_received(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
+    assert not idle.is_closed()
+    with pytest.raises(asyncpg.InternalClientError):
+        await idle.fetchval("SELECT 1")
+    await workshop.create("globex")
+    assert await workshop.consistent()
+
+
 async def test_an_idle_connection_is_closed_after_a_while(workshop: Workshop) -> None:
     """A process that creates tenants now and then does not keep connections all the time."""
     provisioner = workshop.provisioner_of()
