@@ -10,56 +10,17 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from .errors import ConfigurationError
-
-
-class SecretProvider(Protocol):
-    """Where secrets are kept: the environment, files, HashiCorp Vault, AWS Secrets Manager, or your own."""
-
-    async def read(self, name: str) -> str:
-        """Return the secret of this name.
-
-        Raises:
-            SecretNotFoundError: there is none.
-            SecretProviderError: the provider does not answer, or refuses.
-        """
-
-    async def close(self) -> None:
-        """End connections."""
-
-
-class KeyWrapper(Protocol):
-    """Encrypts keys under a key that never leaves its place: Vault's transit engine, AWS KMS, or your own."""
-
-    @property
-    def name(self) -> str:
-        """What and which key this is, to be recorded beside what it wrapped."""
-
-    async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
-        """Encrypt ``key``, so that it is unwrapped with the same ``context`` alone.
-
-        Raises:
-            SecretProviderError: the provider does not answer, or refuses.
-        """
-
-    async def unwrap(self, wrapped: bytes, *, context: Mapping[str, str]) -> bytes:
-        """Decrypt what ``wrap`` made.
-
-        Raises:
-            SecretProviderError: the provider does not answer, or refuses: another context or key, say.
-        """
-
-    async def close(self) -> None:
-        """End connections."""
-
+from .protocols import KeyWrapper, SecretProvider, UsageSender
 
 Period = Literal["lifetime", "day", "month", "concurrent"]
 
@@ -124,6 +85,36 @@ class Tier:
         object.__setattr__(self, "connection_limit", connection_limit)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpgradePolicy:
+    """At ``fraction`` of ``resource`` for ``sustained``, propose or apply the next tier.
+
+    ``UpgradePolicy(resource="storage_bytes", fraction=0.9, sustained=timedelta(days=3))`` reads: at 90 % of storage for
+    three days, propose the next tier. What falls below the fraction between two evaluations begins anew, so this suits
+    limits per lifetime or month better than those per day.
+
+    Args:
+        resource: Which limit.
+        fraction: How much of it, above 0 and at most 1.
+        sustained: For how long.
+        apply: Whether the tier is changed, or only proposed.
+        next_tier: The next tier of each; the order of ``TenancyConfig.tiers`` where it is empty.
+    """
+
+    resource: str
+    fraction: float = 0.9
+    sustained: timedelta = timedelta(days=3)
+    apply: bool = False
+    next_tier: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a fraction outside 0 to 1, and a negative duration."""
+        if not 0 < self.fraction <= 1:
+            raise ConfigurationError(f"an upgrade policy's fraction is above 0 and at most 1, not {self.fraction}")
+        if self.sustained < timedelta(0):
+            raise ConfigurationError("an upgrade policy's duration must not be negative")
+
+
 def _default_tiers() -> Mapping[str, Tier]:
     gib = 1024**3
     table = {
@@ -173,6 +164,10 @@ class TenancyConfig:
             one is used for new digests, all of them verify. Keep them elsewhere than the control database.
         tiers: Tiers by name.
         default_tier: The tier of a tenant created without one.
+        upgrade_policies: Rules that ``run_maintenance`` proposes, or applies, higher tiers by.
+        usage_sender: Where ``run_maintenance`` sends the usage of periods that have ended, for billing. It is closed
+            with the ``Tenancy`` where it has a ``close``.
+        rate_processes: How many processes share the request rate of each tenant: every one of them admits its part.
         name_prefix: What the names of databases and roles begin with; 1 to 12 of a-z and 0-9.
         max_connections: How many connections this process may hold open to one server.
         max_connections_per_tenant: ... and how many of those for one tenant.
@@ -219,6 +214,9 @@ class TenancyConfig:
     key_peppers: Mapping[str, str | bytes] | None = field(default=None, repr=False)
     tiers: Mapping[str, Tier] = field(default_factory=_default_tiers, repr=False)
     default_tier: str = "free"
+    upgrade_policies: tuple[UpgradePolicy, ...] = ()
+    usage_sender: UsageSender | None = field(default=None, repr=False)
+    rate_processes: int = 1
     name_prefix: str = "tenancy"
     max_connections: int = 20
     max_connections_per_tenant: int = 5
@@ -269,7 +267,13 @@ class TenancyConfig:
         for name, tier in self.tiers.items():
             if name != tier.name:
                 raise ConfigurationError(f"tier {tier.name!r} is filed under the name {name!r}")
-        for option in ("max_connections", "max_connections_per_tenant", "max_engines", "provision_concurrency"):
+        for policy in self.upgrade_policies:
+            if unknown := {*policy.next_tier, *policy.next_tier.values()} - set(self.tiers):
+                raise ConfigurationError(f"an upgrade policy names unknown tiers: {', '.join(sorted(unknown))}")
+        if len({(policy.resource, policy.fraction) for policy in self.upgrade_policies}) < len(self.upgrade_policies):
+            raise ConfigurationError("two upgrade policies watch the same fraction of the same resource")
+        counts = ("max_connections", "max_connections_per_tenant", "max_engines", "provision_concurrency")
+        for option in (*counts, "rate_processes"):
             if getattr(self, option) < 1:
                 raise ConfigurationError(f"{option} must be at least 1")
         positive = ("directory_timeout", "key_usage_interval", "lockout_seconds")
@@ -336,9 +340,11 @@ class TenancyConfig:
         """Read a settings file and ``TENANCY_*`` variables; variables win over the file, ``overrides`` over both.
 
         The file is ``TENANCY_CONFIG``, or ``tenancy.toml`` in the working directory where there is one. Its keys are
-        the fields of this class; ``[tiers.<name>]`` tables define tiers, in ascending order; ``metadata`` is
-        ``module:attribute``. Among the variables, ``TENANCY_SERVERS`` is ``name=url`` separated by spaces,
-        ``TENANCY_ENCRYPTION_KEYS`` is ``id:base64`` separated by commas, ``TENANCY_EXTENSIONS`` is comma-separated.
+        the fields of this class; ``[tiers.<name>]`` tables define tiers, in ascending order, and
+        ``[[upgrade_policies]]`` their rules, with ``sustained_days``; ``metadata``, ``secrets``, ``key_wrapper`` and
+        ``usage_sender`` are ``module:attribute``. Among the variables, ``TENANCY_SERVERS`` is ``name=url`` separated
+        by spaces, ``TENANCY_ENCRYPTION_KEYS`` is ``id:base64`` separated by commas, ``TENANCY_EXTENSIONS`` is
+        comma-separated.
 
         Raises:
             ConfigurationError: a setting is malformed or unknown, or ``control_url`` is missing.
@@ -350,7 +356,7 @@ class TenancyConfig:
             if not variable.startswith("TENANCY_") or variable in _OTHER_VARIABLES:
                 continue
             name = variable.removeprefix("TENANCY_").lower()
-            if name not in types or name == "tiers":
+            if name not in types or name in ("tiers", "upgrade_policies"):
                 raise ConfigurationError(f"{variable} is not a setting; see TenancyConfig")
             values[name] = _parse(name, types[name], text)
         values.update(overrides)
@@ -363,6 +369,10 @@ class TenancyConfig:
 
 # variables of this package that are no fields of the configuration
 _OTHER_VARIABLES = frozenset({"TENANCY_APP", "TENANCY_CONFIG", "TENANCY_TEST_DSN", "TENANCY_TEST_POSTGRES"})
+
+
+# fields that a file or a variable names as module:attribute
+_OBJECTS = frozenset({"metadata", "secrets", "key_wrapper", "usage_sender"})
 
 
 def _read_file(named: str | None, types: Mapping[str, str]) -> dict[str, Any]:
@@ -382,7 +392,9 @@ def _read_file(named: str | None, types: Mapping[str, str]) -> dict[str, Any]:
     for name, value in settings.items():
         if name == "tiers":
             values[name] = {tier: _tier_from(tier, table) for tier, table in value.items()}
-        elif name in ("metadata", "secrets", "key_wrapper"):
+        elif name == "upgrade_policies":
+            values[name] = tuple(_policy_from(table) for table in value)
+        elif name in _OBJECTS:
             values[name] = load_object(value)
         elif name in ("extensions", "key_prefixes", "secret_options"):
             values[name] = tuple(value)
@@ -403,6 +415,16 @@ def _tier_from(name: str, table: Mapping[str, Any]) -> Tier:
         raise ConfigurationError(f"tier {name!r} in the settings file is malformed: {exc}") from exc
 
 
+def _policy_from(table: Mapping[str, Any]) -> UpgradePolicy:
+    try:
+        settings = dict(table)
+        if (days := settings.pop("sustained_days", None)) is not None:
+            settings["sustained"] = timedelta(days=days)
+        return UpgradePolicy(**settings)
+    except TypeError as exc:
+        raise ConfigurationError(f"an upgrade policy in the settings file is malformed: {exc}") from exc
+
+
 def plain_url(url: str | URL) -> URL:
     """Return ``url`` with the bare ``postgresql`` scheme, as asyncpg and psql read it."""
     return make_url(url).set(drivername="postgresql")
@@ -421,7 +443,7 @@ def _check_url(option: str, url: str) -> None:
 
 def _parse(name: str, kind: str, text: str) -> Any:
     try:
-        if name in ("metadata", "secrets", "key_wrapper"):
+        if name in _OBJECTS:
             return load_object(text)
         if name == "servers":
             return dict(item.split("=", 1) for item in text.split())

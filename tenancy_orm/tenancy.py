@@ -16,7 +16,7 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .config import KeyWrapper, SecretProvider, TenancyConfig
+from .config import TenancyConfig
 from .context import Status, Tenant, bind, current_tenant_or_none, set_current
 from .control.audit import SYSTEM, Actor, AuditLog
 from .control.checkpoints import Checkpoint, Signer
@@ -36,10 +36,13 @@ from .control.registry import Registry
 from .control.sealed import SealedPasswords
 from .control.secrets import Keyring
 from .control.tenants import TenantManager, TenantRef
+from .control.upgrades import Upgrades
+from .control.usage import UsageExporter
 from .errors import ConfigurationError, CrossTenantError, NoTenantError, NotOpenError, TenancyError
 from .events import EventBus
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
 from .migrations.environment import register_factory
+from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
 from .provisioning.credentials import SecretManager
 from .routing import Router, Servers
@@ -73,7 +76,7 @@ class Tenancy:
         self.configured = config or TenancyConfig.from_env()
         self.events = EventBus()
         # how many requests a second each tenant may make of this process: state of its own, which nothing opens
-        self.rates = Rates(self.configured.tiers)
+        self.rates = Rates(self.configured.tiers, processes=self.configured.rate_processes)
         self._parts: _Parts | None = None
         self._opening = asyncio.Lock()
         self._entered = 0  # ``async with`` blocks, lifespans included
@@ -161,6 +164,22 @@ class Tenancy:
     def quotas(self) -> QuotaManager:
         """Limits and usage."""
         return self._open.quotas
+
+    @property
+    def upgrades(self) -> Upgrades:
+        """Evaluates ``TenancyConfig.upgrade_policies``; ``run_maintenance`` does too."""
+        return self._open.upgrades
+
+    @property
+    def usage_exporter(self) -> UsageExporter:
+        """Sends the usage of ended periods to ``TenancyConfig.usage_sender``; ``run_maintenance`` does too.
+
+        Raises:
+            ConfigurationError: there is no ``usage_sender``.
+        """
+        if (exporter := self._open.usage_exporter) is None:
+            raise ConfigurationError("give TenancyConfig a usage_sender to export usage")
+        return exporter
 
     @property
     def metrics(self) -> TenantMetrics:
@@ -462,6 +481,8 @@ class _Parts:
     domains: DomainManager
     maintenance: Maintenance
     secrets: SecretManager
+    upgrades: Upgrades
+    usage_exporter: UsageExporter | None
 
     def __init__(self, config: TenancyConfig, events: EventBus, provided: _ProvidedServer | None) -> None:
         self.config = config
@@ -546,6 +567,7 @@ class _Parts:
             events=events,
         )
         self.domains = DomainManager(self.control, self.audit)
+        self._build_billing()
         self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores())
         addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
         await self.control.synchronise(config.tiers, addresses)
@@ -600,7 +622,23 @@ class _Parts:
         )
         self.migrations = FleetMigrator(services)
 
+    def _build_billing(self) -> None:
+        async def change_tier(tenant_id: UUID, tier: str, actor: Actor) -> None:
+            await self.tenants.update(tenant_id, tier=tier, actor=actor)
+
+        self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, change_tier)
+        sender = self.config.usage_sender
+        self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
+        if (close := getattr(sender, "close", None)) is not None:
+            self._opened.append(close)
+
     def _chores(self) -> dict[str, Callable[[], Awaitable[Any]]]:
+        billing: dict[str, Callable[[], Awaitable[Any]]] = {}
+        if self.config.upgrade_policies:
+            billing["evaluate_upgrades"] = self.upgrades.evaluate
+        if self.usage_exporter is not None:
+            billing["export_usage"] = self.usage_exporter.run
+            billing["prune_usage"] = self.usage_exporter.prune
         return {
             "reconcile": self.provisioner.reconcile,
             "expire_former_slugs": self.registry.expire_former_slugs,
@@ -610,6 +648,8 @@ class _Parts:
             "clean_quotas": self.quotas.clean,
             "sample_tenants": lambda: self.sampler.run(unless_within=_SAMPLE_SECONDS),
             "prune_metrics": self.metrics.prune,
+            # after the sizes were measured, which the policies may be about
+            **billing,
         }
 
     async def _prune_audit(self) -> Checkpoint | None:

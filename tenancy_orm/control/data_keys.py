@@ -16,8 +16,8 @@ from uuid import UUID
 from sqlalchemy import Row, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..config import KeyWrapper
 from ..errors import SecretError
+from ..protocols import KeyWrapper
 from .database import ControlDatabase
 from .models import data_keys
 from .secrets import Keyring

@@ -41,7 +41,7 @@ def is_unavailable(error: BaseException) -> bool:
             return True
         sqlstate = getattr(error.orig, "sqlstate", None)
         return isinstance(sqlstate, str) and sqlstate.startswith(_CONNECT_SQLSTATES)
-    if isinstance(error, asyncpg.InterfaceError):
+    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
         return True
     if isinstance(error, asyncpg.PostgresError):
         return (error.sqlstate or "").startswith(_CONNECT_SQLSTATES)

@@ -20,6 +20,7 @@ from uuid import UUID
 import asyncpg
 
 from ..events import EventBus, ListenerLost, ListenerRestored
+from .failures import SERVER_FAILURES
 
 logger = logging.getLogger("tenancy_orm.listener")
 
@@ -120,7 +121,7 @@ class Listener:
         try:
             connection = await self._connect(lost)
             return await self._watch(connection, lost)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        except SERVER_FAILURES as exc:
             # the class alone: a message may quote the address
             return type(exc).__name__
         finally:

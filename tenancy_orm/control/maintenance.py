@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import asyncpg
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..config import TenancyConfig
 from ..context import Tenant
 from ..errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .audit import SYSTEM, Actor
+from .failures import SERVER_FAILURES
 from .registry import Registry
 from .tenants import TenantManager
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("tenancy_orm.maintenance")
 Chore = Callable[[], Awaitable[Any]]
 
 # what a server may answer, or fail to; a mistake in the code is none of them and ends the run
-_FAILURES = (TenancyError, SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+_FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 
 
 @dataclass(frozen=True, slots=True)

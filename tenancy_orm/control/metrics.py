@@ -20,6 +20,7 @@ from sqlalchemy import text
 from ..context import Tenant
 from ..errors import RoutingError, TenancyError
 from .database import ControlDatabase
+from .failures import SERVER_FAILURES
 from .quotas import QuotaManager
 
 logger = logging.getLogger("tenancy_orm.metrics")
@@ -174,7 +175,7 @@ class StorageSampler:
         try:
             async with asyncio.timeout(self._timeout):
                 connection = await self._connect(server)
-        except (RoutingError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        except (RoutingError, *SERVER_FAILURES) as exc:
             logger.warning("server %s could not be sampled: %s", server, type(exc).__name__)
             return None
         sampled = 0
@@ -184,7 +185,7 @@ class StorageSampler:
                 samples = await connection.fetch(_SAMPLE, chunk, timeout=self._timeout)
                 await self._store([(databases[row["datname"]], row) for row in samples])
                 sampled += len(samples)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        except SERVER_FAILURES as exc:
             logger.warning("server %s could not be sampled to the end: %s", server, type(exc).__name__)
             return None
         finally:

@@ -15,8 +15,9 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import KeyWrapper, SecretProvider, TenancyConfig, parse_keys
+from ..config import TenancyConfig, parse_keys
 from ..errors import ConfigurationError, SecretError, SecretNotFoundError, SecretProviderError
+from ..protocols import KeyWrapper, SecretProvider
 from .secrets import Keyring
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
 
-from ..config import TenancyConfig
-from ..errors import ConfigurationError, TenancyError
+from ..config import TenancyConfig, UpgradePolicy
+from ..errors import TenancyError
 from ..events import EventBus, TierUpgradeProposed
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
@@ -21,36 +21,6 @@ from .database import ControlDatabase
 logger = logging.getLogger("tenancy_orm.upgrades")
 
 ChangeTier = Callable[[UUID, str, Actor], Awaitable[object]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpgradePolicy:
-    """At ``fraction`` of ``resource`` for ``sustained``, propose or apply the next tier.
-
-    ``UpgradePolicy(resource="storage_bytes", fraction=0.9, sustained=timedelta(days=3))`` reads: at 90 % of storage for
-    three days, propose the next tier. What falls below the fraction between two evaluations begins anew, so this suits
-    limits per lifetime or month better than those per day.
-
-    Args:
-        resource: Which limit.
-        fraction: How much of it, above 0 and at most 1.
-        sustained: For how long.
-        apply: Whether the tier is changed, or only proposed.
-        next_tier: The next tier of each; the order of ``TenancyConfig.tiers`` where it is empty.
-    """
-
-    resource: str
-    fraction: float = 0.9
-    sustained: timedelta = timedelta(days=3)
-    apply: bool = False
-    next_tier: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Refuse a fraction outside 0 to 1, and a negative duration."""
-        if not 0 < self.fraction <= 1:
-            raise ConfigurationError(f"an upgrade policy's fraction is above 0 and at most 1, not {self.fraction}")
-        if self.sustained < timedelta(0):
-            raise ConfigurationError("an upgrade policy's duration must not be negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +39,16 @@ class UpgradeProposal:
 
 
 class Upgrades:
-    """Evaluates policies. Safe to run from many processes at once: each proposal is made by one of them.
+    """Evaluates ``TenancyConfig.upgrade_policies``; ``tenancy.upgrades``. ``run_maintenance`` does it too.
+
+    Safe to run from many processes at once: each proposal is made by one of them.
 
     Args:
         control: The control database.
-        config: For the order of the tiers.
+        config: For the policies, and the order of the tiers.
         events: Where proposals are announced.
         audit: Where they are written down.
-        policies: What to look for.
-        change_tier: Changes a tenant's tier; needed by policies that apply. ``TenantManager.update`` does it.
+        change_tier: Changes a tenant's tier, as ``TenantManager.update`` does.
     """
 
     def __init__(
@@ -86,21 +57,13 @@ class Upgrades:
         config: TenancyConfig,
         events: EventBus,
         audit: AuditLog,
-        policies: Sequence[UpgradePolicy],
-        change_tier: ChangeTier | None = None,
+        change_tier: ChangeTier,
     ) -> None:
-        if change_tier is None and any(policy.apply for policy in policies):
-            raise ConfigurationError("an upgrade policy that applies needs change_tier")
-        for policy in policies:
-            unknown = {*policy.next_tier, *policy.next_tier.values()} - set(config.tiers)
-            if unknown:
-                raise ConfigurationError(f"an upgrade policy names unknown tiers: {', '.join(sorted(unknown))}")
-        ladder = list(config.tiers)
-        self._ladder = dict(pairwise(ladder))
+        self._ladder = dict(pairwise(config.tiers))
         self._control = control
         self._events = events
         self._audit = audit
-        self._policies = policies
+        self._policies = config.upgrade_policies
         self._change_tier = change_tier
 
     async def evaluate(self, *, at: datetime | None = None) -> list[UpgradeProposal]:
@@ -155,8 +118,6 @@ class Upgrades:
         )
 
     async def _apply(self, row: Any, target: str, claim: Mapping[str, Any]) -> bool:
-        if self._change_tier is None:
-            return False
         try:
             await self._change_tier(row.tenant_id, target, SYSTEM)
         except TenancyError as exc:

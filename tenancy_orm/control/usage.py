@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import text
 
-from ..config import Period
 from ..errors import UsageExportError
 from ..events import EventBus, UsageExported, UsageExportFailed
+from ..protocols import UsageRecord, UsageSender
 from .database import ControlDatabase
 
 logger = logging.getLogger("tenancy_orm.usage")
@@ -30,48 +30,6 @@ CLOSE_AFTER_SECONDS: Final = 300.0
 _CLAIM_SECONDS: Final = 120.0
 _FIRST_RETRY_SECONDS: Final = 30.0
 _LAST_RETRY_SECONDS: Final = 6 * 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class UsageRecord:
-    """How much of one resource one tenant used in one period.
-
-    Args:
-        id: The record's number.
-        tenant_id: Who used it.
-        slug: ... and what it is called now.
-        metadata: ... and the metadata it has now, where the receiver's own id of it may be.
-        resource: What was used.
-        period: "day" or "month".
-        period_start: Its first instant, UTC.
-        period_end: The first instant after it, UTC.
-        quantity: How much, above 0.
-        idempotency_key: 64 hexadecimal digits; the same whenever this record is made.
-        attempts: How often it was tried to send it, this time included.
-    """
-
-    id: int
-    tenant_id: UUID
-    slug: str
-    metadata: Mapping[str, Any] = field(repr=False)
-    resource: str
-    period: Period
-    period_start: datetime
-    period_end: datetime
-    quantity: int
-    idempotency_key: str
-    attempts: int
-
-
-class UsageSender(Protocol):
-    """Takes one record to wherever usage is billed."""
-
-    async def send(self, record: UsageRecord) -> bool:
-        """Send it; False where it is not to be billed at all.
-
-        Raises:
-            UsageExportError: it could not be sent; ``permanent`` where trying again is of no use.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +90,11 @@ class UsageExporter:
             groups: dict[tuple[UUID, str], list[UsageRecord]] = {}
             for record in records:
                 groups.setdefault((record.tenant_id, record.resource), []).append(record)
-            for done in await asyncio.gather(*(self._send_all(group, at) for group in groups.values())):
+            work = (self._send_all(group, at) for group in groups.values())
+            # all of them end before the first error is raised: none goes on sending behind the caller's back
+            for done in await asyncio.gather(*work, return_exceptions=True):
+                if isinstance(done, BaseException):
+                    raise done
                 outcomes += done
         count = outcomes.count
         return ExportReport(closed, count("sent"), count("skipped"), count("retried"), count("failed"))
@@ -182,6 +144,9 @@ class UsageExporter:
             return await self._put_off(record, at, exc)
         except TimeoutError:
             return await self._put_off(record, at, UsageExportError(f"no answer within {self._timeout:g} s"))
+        except Exception as exc:
+            logger.error("the usage sender failed", exc_info=exc)
+            return await self._put_off(record, at, UsageExportError(f"the sender failed: {type(exc).__name__}"))
         async with self._control.transaction() as conn:
             await conn.execute(_SENT, {"id": record.id})
         if not sent:

@@ -3,7 +3,7 @@
 .. code-block:: python
 
     sender = StripeMeterSender(api_key, meters={"api_calls": "acme_api_calls"})
-    report = await UsageExporter(tenancy.control, sender, tenancy.events).run()
+    tenancy = Tenancy(TenancyConfig(usage_sender=sender, ...))  # run_maintenance sends
 
 A tenant's customer is ``metadata["stripe_customer_id"]`` unless ``customer`` says otherwise; a tenant without one, and
 a resource without a meter, are not billed. The record's idempotency key travels as Stripe's Idempotency-Key and as the
@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from ..control.usage import UsageRecord
 from ..errors import MissingExtraError, UsageExportError
+from ..protocols import UsageRecord
 
 try:
     import httpx  # noqa: F401 - Stripe's asynchronous client is built on it

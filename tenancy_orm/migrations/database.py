@@ -22,6 +22,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
 from ..context import Tenant
+from ..control.failures import SERVER_FAILURES
 from ..errors import MarkerMismatchError, MigrationError
 from ..provisioning.cancellation import settled
 from ..provisioning.databases import protect_version_table
@@ -247,7 +248,7 @@ class Work:
 
     async def _look_again(self, connection: Connection) -> None:
         """See how far a migration came that failed: where each revision has its own transaction, it may have moved."""
-        with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        with contextlib.suppress(*SERVER_FAILURES):
             # the failure itself is on its way to the caller; a connection lost on top of it adds nothing
             await self._read(connection)
 
@@ -393,5 +394,5 @@ async def close(connection: Connection, *, timeout: float = 5.0) -> None:
 async def _close(connection: Connection, timeout: float) -> None:
     try:
         await connection.close(timeout=timeout)
-    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except SERVER_FAILURES:
         connection.terminate()

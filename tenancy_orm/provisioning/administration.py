@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 
+from ..control.failures import SERVER_FAILURES
 from ..routing.servers import Server
 from . import databases
 from .cancellation import settled
@@ -98,7 +99,7 @@ class Administration:
         try:
             async with asyncio.timeout(databases.CLOSE_SECONDS):
                 await databases.unlock(connection, key)
-        except databases.FAILURES:
+        except SERVER_FAILURES:
             return False
         return True
 

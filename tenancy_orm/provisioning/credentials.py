@@ -12,6 +12,7 @@ from ..config import TenancyConfig
 from ..context import Placement, Status, Tenant
 from ..control.audit import SYSTEM, Actor
 from ..control.data_keys import DataKeys
+from ..control.failures import SERVER_FAILURES
 from ..control.registry import Registry
 from ..control.sealed import ResealReport, SealedPasswords
 from ..control.secrets import Keyring
@@ -89,7 +90,7 @@ class SecretManager:
         try:
             async with asyncio.timeout(self._timeout):
                 await self._rotate(tenant.id, placement, actor)
-        except databases.FAILURES as exc:
+        except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"the password of tenant {tenant.slug!r} was not rotated ({describe(exc)}); try again",
                 tenant=tenant.slug,

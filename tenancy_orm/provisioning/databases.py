@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 import asyncpg
 
+from ..control.failures import SERVER_FAILURES
 from ..control.names import quote_identifier, quote_literal
 from ..errors import DatabaseExistsError, ProvisioningError
 
@@ -34,10 +35,6 @@ INSUFFICIENT_PRIVILEGE = "42501"
 MISSING_DATABASE = "3D000"
 OBJECT_IN_USE = "55006"
 CONCURRENT_UPDATE = "XX000"  # "tuple concurrently updated": two sessions changed one catalogue row
-
-FAILURES = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What using a connection raises, time-outs among it. The last one is what asyncpg says of a connection that PostgreSQL
-has just ended, in the moment between its last message and the end of its stream."""
 
 POLL_SECONDS = 0.02
 CLOSE_SECONDS = 5.0
@@ -74,7 +71,7 @@ async def close(connection: Connection) -> None:
     """Close a connection; at once where the server does not answer."""
     try:
         await connection.close(timeout=CLOSE_SECONDS)
-    except FAILURES:
+    except SERVER_FAILURES:
         connection.terminate()
 
 
@@ -85,7 +82,7 @@ async def is_alive(connection: Connection) -> bool:
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             return bool(await connection.fetchval("SELECT true"))
-    except FAILURES:
+    except SERVER_FAILURES:
         return False
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from uuid import UUID
-
-import asyncpg
 
 from ..config import TenancyConfig
 from ..context import Placement, Tenant
 from ..control.audit import SYSTEM, Actor
 from ..control.database import ControlDatabase
+from ..control.failures import SERVER_FAILURES
 from ..control.keys import NewKey
 from ..control.names import Names
 from ..control.registry import Registry, TenantDraft
@@ -25,7 +24,7 @@ from ..routing.servers import Server, Servers
 from . import databases
 from .administration import Administration
 from .cancellation import settled
-from .databases import Connection, Strategy
+from .databases import Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
@@ -97,7 +96,7 @@ class Provisioner:
                 await prepare(server, owner=self.names.owner, control=self._control, timeout=self._timeout)
             except TenancyError:
                 raise
-            except (asyncpg.PostgresError, OSError) as exc:
+            except SERVER_FAILURES as exc:
                 raise ProvisioningError(
                     f"server {name!r} could not be prepared ({describe(exc)}); its administrator needs CREATEDB and "
                     "CREATEROLE on PostgreSQL 16 and later, or must be a superuser",
@@ -202,47 +201,6 @@ class Provisioner:
             ServerUnavailableError: the server does not answer.
             TenantNotFoundError: the tenant has been purged.
         """
-
-        async def work(connection: Connection, role: str) -> None:
-            await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
-            current = await self._parts.registry.get(tenant.id)
-            await align_role(self._parts, connection, current, timeout=timeout)
-
-        await self._alter(tenant, "aligning the role of", work, step="align", timeout=timeout)
-
-    async def set_login(self, tenant: Tenant, allowed: bool, *, timeout: float = 5.0) -> None:
-        """Let the tenant's role log in; or refuse it, end its connections, and wait until they are gone.
-
-        Whatever the registry says: ``reconcile`` and ``align`` set it back to that.
-
-        Args:
-            tenant: Whose role.
-            allowed: Whether it may log in.
-            timeout: Seconds for all of it.
-
-        Raises:
-            ProvisioningError: the role is missing, or its connections did not end in time.
-            ServerUnavailableError: the server does not answer.
-            TenantNotFoundError: the tenant has been purged.
-        """
-
-        async def work(connection: Connection, role: str) -> None:
-            await databases.set_login(connection, role, allowed)
-            if not allowed:
-                await databases.terminate(connection, role, timeout=timeout)
-
-        await self._alter(tenant, "admitting" if allowed else "barring", work, step="login", timeout=timeout)
-
-    async def _alter(
-        self,
-        tenant: Tenant,
-        what: str,
-        work: Callable[[Connection, str], Awaitable[None]],
-        *,
-        step: str,
-        timeout: float,
-    ) -> None:
-        """Change a tenant's role."""
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         server = self._parts.servers[tenant.placement.server]
@@ -250,15 +208,17 @@ class Provisioner:
             async with asyncio.timeout(timeout):
                 connection = await server.connect_admin()
                 try:
-                    await work(connection, tenant.placement.role)
+                    await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
+                    current = await self._parts.registry.get(tenant.id)
+                    await align_role(self._parts, connection, current, timeout=timeout)
                 finally:
                     await databases.close(connection)
-        except databases.FAILURES as exc:
+        except SERVER_FAILURES as exc:
             raise ProvisioningError(
-                f"{what} tenant {tenant.slug!r} did not succeed within {timeout:g} s ({describe(exc)}); try again, or "
-                "run: tenancy reconcile",
+                f"aligning the role of tenant {tenant.slug!r} did not succeed within {timeout:g} s ({describe(exc)}); "
+                "try again, or run: tenancy reconcile",
                 tenant=tenant.slug,
-                step=step,
+                step="align",
             ) from exc
 
     async def purge(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
@@ -279,7 +239,7 @@ class Provisioner:
             try:
                 async with asyncio.timeout(self._timeout):
                     await self._purge(tenant.id, placement, actor)
-            except databases.FAILURES as exc:
+            except SERVER_FAILURES as exc:
                 raise ProvisioningError(
                     f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",
                     tenant=tenant.slug,

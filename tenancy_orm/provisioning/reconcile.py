@@ -22,6 +22,7 @@ from uuid import UUID
 
 from ..context import Placement, Status, Tenant
 from ..control.audit import SYSTEM, Actor
+from ..control.failures import SERVER_FAILURES
 from ..control.registry import Unfinished
 from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
 from . import databases
@@ -105,7 +106,7 @@ class Reconciler:
         """Do one piece of work; what it raises is reported and stops nothing else."""
         try:
             await work()
-        except (TenancyError, *databases.FAILURES) as exc:
+        except (TenancyError, *SERVER_FAILURES) as exc:
             # OSError includes TimeoutError: a deadline was passed, or the server went away
             logger.warning("reconcile: %s: %s: %s", what, type(exc).__name__, exc)
             self._found.errors.append(f"{what}: {type(exc).__name__}: {exc}")
@@ -169,7 +170,7 @@ class Reconciler:
         try:
             async with asyncio.timeout(self._timeout):
                 await databases.close(await prove(self._parts, tenant.id, tenant.slug, placement))
-        except (IsolationError, RoutingError, *databases.FAILURES) as exc:
+        except (IsolationError, RoutingError, *SERVER_FAILURES) as exc:
             logger.info("tenant %s does not prove itself, and is removed: %s", tenant.slug, exc)
             return False
         return True

@@ -21,7 +21,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from uuid import UUID
 
-import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -30,6 +29,7 @@ from sqlalchemy.util import LRUCache
 
 from ..config import TenancyConfig
 from ..context import Tenant
+from ..control.failures import SERVER_FAILURES
 from ..control.secrets import Keyring
 from ..errors import (
     ControlUnavailableError,
@@ -151,7 +151,7 @@ class Connector:
                 await verify(raw, self._installation, pool.tenant_id, tenant=pool.slug)
                 if not self._initialised:
                     await self._initialise(raw)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError) as exc:
+        except (*SERVER_FAILURES, DBAPIError) as exc:
             self._give_back(pool.share, raw)
             raise self.server.unavailable(exc, tenant=pool.slug) from without_frames(exc)
         except asyncio.CancelledError:
@@ -280,7 +280,7 @@ class Connector:
         """Close a socket. The server ends the session before it closes its side, so that it never counts too many."""
         try:
             await raw.close(timeout=CLOSE_SECONDS)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
+        except SERVER_FAILURES as exc:
             logger.debug("a connection to server %s was cut: %s", self.server.name, type(exc).__name__)
             raw.terminate()
         finally:

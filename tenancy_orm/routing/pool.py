@@ -9,12 +9,12 @@ import time
 from typing import Any, cast
 from uuid import UUID
 
-import asyncpg
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_, greenlet_spawn
 
 from ..context import Placement
+from ..control.failures import SERVER_FAILURES
 from ..errors import CheckoutTimeoutError, CrossTenantError, ServerUnavailableError
 from ..events import CheckoutTimedOut
 from .budget import Share
@@ -235,7 +235,7 @@ class TenantPool(Pool):
         connection = cast("TenantConnection", record.dbapi_connection)
         try:
             await connection._connection.reset(timeout=self.connector.server.connect_timeout)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncio.CancelledError) as exc:
+        except (*SERVER_FAILURES, asyncio.CancelledError) as exc:
             self.discard(record)
             if isinstance(exc, asyncio.CancelledError):
                 raise

@@ -12,6 +12,7 @@ from sqlalchemy.engine import URL
 
 from ..config import TenancyConfig
 from ..context import Placement
+from ..control.failures import SERVER_FAILURES
 from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, UnknownServerError
 
 # invalid authorization, invalid password, no CONNECT, no such database: the server works, but not for this role
@@ -113,7 +114,7 @@ class Server:
             if not (exc.sqlstate or "").startswith(_AWAY):
                 raise
             raise ServerUnavailableError(server=self.name, sqlstate=exc.sqlstate) from exc
-        except (OSError, asyncpg.InterfaceError) as exc:
+        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as exc:
             raise ServerUnavailableError(server=self.name) from without_frames(exc)
 
     async def connect_tenant(
@@ -151,7 +152,7 @@ class Server:
                 command_timeout=self._command_timeout,
                 **{key: size for key, size in self._client_options.items() if key == "statement_cache_size"},
             )
-        except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError) as exc:
+        except SERVER_FAILURES as exc:
             raise self.unavailable(exc, tenant=label) from without_frames(exc)
         notice_a_dead_peer(connection)
         return connection

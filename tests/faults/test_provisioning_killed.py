@@ -172,7 +172,7 @@ async def test_a_process_that_is_killed_anywhere_leaves_whole_tenants(workshop: 
 async def test_a_purge_that_is_killed_is_finished(workshop: Workshop, at: str) -> None:
     """The tombstone stays, and nothing else; the slug is free."""
     tenant = await workshop.deleted("acme")
-    await workshop.provisioner.set_login(tenant, False)
+    await workshop.provisioner.align(tenant)
     await killed(workshop, "purge", at=at)
     expected = ReconcileReport() if at == "after finish_purge" else ReconcileReport(purged=("acme",))
     assert await reconcile(workshop) == expected

@@ -109,6 +109,13 @@ class Workshop:
         tenant = await self.create(slug)
         return (await self.registry.transition(tenant.id, Status.DELETED, action="tenant.delete"))[1]
 
+    async def set_login(self, tenant: Tenant, allowed: bool, *, timeout: float = 5.0) -> None:
+        """Suspend or activate a tenant in the registry, unless it is so already, and align its role with that."""
+        status = Status.ACTIVE if allowed else Status.SUSPENDED
+        if (await self.registry.get(tenant.id)).status is not status:
+            await self.registry.transition(tenant.id, status, action="tenant.update")
+        await self.provisioner.align(tenant, timeout=timeout)
+
     @asynccontextmanager
     async def admin(self, database: str | None = None, *, server: str = "default") -> AsyncIterator[Any]:
         """The administrator's connection."""

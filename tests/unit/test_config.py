@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,23 @@ def test_a_settings_file_is_read_and_variables_win(tmp_path: Path) -> None:
     assert config.tiers["small"].limits == {"users": Limit(1), "calls": Limit(5, "day")}
 
 
-@pytest.mark.parametrize("text", ["not toml", "unknown_key = 1", "[tiers.x]\nlimits = {a = {size = 1}}"])
+def test_a_settings_file_holds_upgrade_policies_and_names_a_sender(tmp_path: Path) -> None:
+    """So that the command line, which has nothing else, applies and sends them."""
+    (tmp_path / "tenancy.toml").write_text(
+        f'control_url = "{URL}"\nusage_sender = "tests.unit.test_config:URL"\n'
+        '[[upgrade_policies]]\nresource = "storage_bytes"\nfraction = 0.8\nsustained_days = 1.5\napply = true\n'
+    )
+    config = TenancyConfig.from_env({})
+    [policy] = config.upgrade_policies
+    assert (policy.resource, policy.fraction, policy.apply) == ("storage_bytes", 0.8, True)
+    assert policy.sustained == timedelta(days=1.5)
+    assert str(config.usage_sender) == URL
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[[upgrade_policies]]\nfraction = 1", "not toml", "unknown_key = 1", "[tiers.x]\nlimits = {a = {size = 1}}"],
+)
 def test_a_bad_settings_file_is_named(tmp_path: Path, text: str) -> None:
     """The message says which file and what in it."""
     (tmp_path / "tenancy.toml").write_text(text)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm import Status, Tenancy
+from tenancy_orm import Limit, Status, Tenancy, TenancyConfig, Tier, UpgradePolicy
 from tenancy_orm.control.domains import DomainManager, check_domain
 from tenancy_orm.errors import (
     ConfigurationError,
@@ -19,6 +19,7 @@ from tenancy_orm.errors import (
     TenantMaintenanceError,
     TenantNotFoundError,
 )
+from tenancy_orm.protocols import UsageRecord
 
 
 def ago(seconds: float) -> datetime:
@@ -167,6 +168,51 @@ async def test_maintenance_can_run_many_times_at_once(tenancy: Tenancy) -> None:
     reports = await asyncio.gather(*(tenancy.run_maintenance() for _ in range(3)))
     assert sorted(slug for report in reports for slug in report.suspended) == ["t0", "t1", "t2", "t3"]
     assert [report.errors for report in reports] == [(), (), ()]
+
+
+class Collector:
+    """A receiver of usage that knows whether it was closed."""
+
+    def __init__(self) -> None:
+        self.received: list[UsageRecord] = []
+        self.closed = False
+
+    async def send(self, record: UsageRecord) -> bool:
+        self.received.append(record)
+        return True
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_maintenance_exports_usage_and_applies_policies(tenancy_config: TenancyConfig) -> None:
+    """Where the configuration has a sender and policies; the sender is closed with the ``Tenancy``."""
+    collector = Collector()
+    tiers = {name: Tier(name, {"calls": Limit(100, "day"), "seats": limit}) for name, limit in (("s", 1), ("m", 9))}
+    policy = UpgradePolicy(resource="seats", sustained=timedelta(0), apply=True)
+    config = tenancy_config.replace(
+        tiers=tiers, default_tier="s", usage_sender=collector, upgrade_policies=(policy,), retention_seconds=0
+    )
+    tenancy = Tenancy(config)
+    await tenancy.open(initialise=True)
+    async with tenancy:
+        tenant = (await tenancy.tenants.create("acme")).tenant
+        await tenancy.quotas.consume(tenant, "seats")
+        await tenancy.quotas.consume(tenant, "calls", 7, at=ago(2 * 86_400))
+        report = await tenancy.run_maintenance()
+        assert report.errors == ()
+        assert [(record.slug, record.quantity) for record in collector.received] == [("acme", 7)]
+        assert [found.proposed for found in report.chores["evaluate_upgrades"]] == ["m"]
+        assert (await tenancy.tenants.get("acme")).tier == "m"
+        assert (await tenancy.upgrades.evaluate(), (await tenancy.usage_exporter.run()).sent) == ([], 0)
+    assert collector.closed
+
+
+async def test_there_is_no_exporter_without_a_sender(tenancy: Tenancy) -> None:
+    """Nor a chore; the error says what to give."""
+    with pytest.raises(ConfigurationError, match="usage_sender"):
+        _ = tenancy.usage_exporter
+    assert "export_usage" not in (await tenancy.run_maintenance()).chores
 
 
 async def test_operators_pass_maintenance(tenancy: Tenancy) -> None:

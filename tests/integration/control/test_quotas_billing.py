@@ -10,10 +10,11 @@ import pytest
 
 from tenancy_orm.config import Limit, Tier
 from tenancy_orm.context import Tenant
-from tenancy_orm.control.usage import UsageExporter, UsageRecord
+from tenancy_orm.control.usage import UsageExporter
 from tenancy_orm.errors import QuotaError, UsageExportError
 from tenancy_orm.events import UsageExported, UsageExportFailed
 from tenancy_orm.integrations.stripe_billing import StripeMeterSender
+from tenancy_orm.protocols import UsageRecord
 from tests.support.quotas import QuotaPlane, quota_plane
 from tests.support.stripe_server import FakeStripe, fake_stripe
 
@@ -114,6 +115,19 @@ async def test_many_exporters_share_the_work(plane: QuotaPlane) -> None:
     reports = await asyncio.gather(*(exporter.run(batch=3) for exporter in exporters))
     assert sum(report.closed for report in reports) == sum(report.sent for report in reports) == 40
     assert sorted(record.quantity for record in collector.received) == list(range(1, 41))
+
+
+async def test_what_a_sender_trips_over_stops_no_other_record(
+    plane: QuotaPlane, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mistake in the application's code is logged with its traceback, and the record tried again."""
+    for slug in ("acme", "globex", "initech"):
+        await used(plane, await plane.tenant(slug))
+    collector = Collector()
+    collector.failures = [KeyError("customer")]
+    report = await UsageExporter(plane.control, collector, plane.events).run()
+    assert (report.sent, report.retried) == (2, 1)
+    assert "KeyError" in caplog.text
 
 
 async def test_a_failure_is_tried_again_later_under_the_same_key(plane: QuotaPlane) -> None:

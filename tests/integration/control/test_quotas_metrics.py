@@ -9,11 +9,11 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from tenancy_orm.config import Limit, Tier
+from tenancy_orm.config import Limit, Tier, UpgradePolicy
 from tenancy_orm.context import Tenant
 from tenancy_orm.control.audit import Actor
 from tenancy_orm.control.metrics import STORAGE, StorageSampler, TenantMetrics
-from tenancy_orm.control.upgrades import UpgradePolicy, Upgrades
+from tenancy_orm.control.upgrades import Upgrades
 from tenancy_orm.errors import ConfigurationError, TenantNotFoundError
 from tenancy_orm.events import QuotaThresholdReached, TierUpgradeProposed
 from tests.support.postgres import Postgres
@@ -167,7 +167,8 @@ def upgrades(plane: QuotaPlane, policy: UpgradePolicy, changed: list[tuple[UUID,
         await plane.registry.change(tenant_id, action="tenant.update", actor=actor, tier=tier)
         changed.append((tenant_id, tier))
 
-    return Upgrades(plane.control, plane.config, plane.events, plane.audit, [policy], change)
+    config = plane.config.replace(upgrade_policies=(policy,))
+    return Upgrades(plane.control, config, plane.events, plane.audit, change)
 
 
 THREE_DAYS = UpgradePolicy(resource=STORAGE, fraction=0.9, sustained=timedelta(days=3))

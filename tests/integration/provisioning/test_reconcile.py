@@ -61,7 +61,7 @@ async def forget(workshop: Workshop, tenant_id: UUID) -> None:
 async def test_there_is_nothing_to_do(workshop: Workshop) -> None:
     """Living, suspended, deleted and purged tenants are not touched."""
     kept = [await workshop.create("acme"), await workshop.deleted("globex")]
-    await workshop.provisioner.set_login(kept[1], False)
+    await workshop.provisioner.align(kept[1])
     await workshop.provisioner.purge(await workshop.deleted("gone"))
     before = await workshop.present()
     assert await workshop.provisioner.reconcile() == NOTHING
@@ -268,7 +268,8 @@ async def test_logins_follow_the_registry(workshop: Workshop) -> None:
     """A server that was away when a tenant was suspended, or activated, is told now."""
     suspended, active = await workshop.create("acme"), await workshop.create("globex")
     await workshop.registry.transition(suspended.id, Status.SUSPENDED, action="tenant.suspend")
-    await workshop.provisioner.set_login(active, False)
+    async with workshop.admin() as connection:
+        await databases.set_login(connection, placement(active).role, False)
     async with workshop.connect(suspended) as connection:
         assert await workshop.provisioner.reconcile() == ReconcileReport(corrected=("acme", "globex"))
         with pytest.raises(Exception, match=r"closed|terminat"):

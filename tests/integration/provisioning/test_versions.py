@@ -124,13 +124,13 @@ async def test_the_whole_life_of_a_tenant(workshop: Workshop, strategy: database
     assert await workshop.present() == names_of(tenant)
     async with workshop.connect(tenant) as connection:
         await connection.execute("INSERT INTO notes (body) VALUES ('hello')")
-        await workshop.provisioner.set_login(tenant, False)
+        await workshop.set_login(tenant, False)
         with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
             await connection.fetch("SELECT 1")
     with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
         async with workshop.connect(tenant):
             pass
-    await workshop.provisioner.set_login(tenant, True)
+    await workshop.set_login(tenant, True)
     async with workshop.connect(tenant) as connection:
         assert await connection.fetchval("SELECT body FROM notes") == "hello"
         await workshop.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")

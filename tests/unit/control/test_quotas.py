@@ -11,15 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenancy_orm.config import Limit, TenancyConfig, Tier
+from tenancy_orm.config import Limit, TenancyConfig, Tier, UpgradePolicy
 from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.quotas import Override, Remaining, Usage, check_overrides
 from tenancy_orm.control.rates import UNLIMITED, Allowed, Denied, Rates
-from tenancy_orm.control.upgrades import UpgradePolicy, Upgrades
 from tenancy_orm.errors import ConfigurationError
-from tenancy_orm.events import EventBus
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
@@ -202,12 +198,11 @@ def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> Non
         UpgradePolicy(resource="users", **options)
 
 
-async def test_policies_must_fit_the_configuration() -> None:
-    """Unknown tiers, and applying without the means to."""
+def test_policies_must_fit_the_configuration() -> None:
+    """Tiers that do not exist, and two that would take turns at one note of the same fraction."""
     config = TenancyConfig(control_url="postgresql://u@h/d")
-    control = ControlDatabase(config.control_url)
-    parts = (control, config, EventBus(), AuditLog(control))
     with pytest.raises(ConfigurationError, match="gold"):
-        Upgrades(*parts, [UpgradePolicy(resource="users", next_tier={"free": "gold"})])
-    with pytest.raises(ConfigurationError, match="change_tier"):
-        Upgrades(*parts, [UpgradePolicy(resource="users", apply=True)])
+        config.replace(upgrade_policies=(UpgradePolicy(resource="users", next_tier={"free": "gold"}),))
+    twice = (UpgradePolicy(resource="users"), UpgradePolicy(resource="users", apply=True))
+    with pytest.raises(ConfigurationError, match="same fraction"):
+        config.replace(upgrade_policies=twice)
