@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
-from . import audit, dev, keys, migrate, quotas, secrets
+from . import audit, dev, domains, keys, migrate, quotas, schedule, secrets, usage
 from .output import console, print_fields, print_json, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, fail, guarded, operator, run
 
@@ -27,6 +28,9 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(quotas.app, name="quotas")
+app.add_typer(usage.app, name="usage")
+app.add_typer(domains.app, name="domains")
+app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
 app.add_typer(secrets.app, name="secrets")
 app.command("init")(dev.init)
@@ -93,18 +97,23 @@ def create(
     tier: Annotated[str | None, typer.Option(help="A configured tier; the default one otherwise.")] = None,
     metadata: Annotated[str | None, typer.Option(help="A JSON object kept with the tenant.")] = None,
     trial: Annotated[bool, typer.Option("--trial", help="Begin as a trial.")] = False,
+    trial_days: Annotated[
+        float | None, typer.Option(help="Begin as a trial that run-maintenance suspends after so many days.")
+    ] = None,
     server: Annotated[str | None, typer.Option(help="The server to place it on.")] = None,
     as_json: Json = False,
 ) -> None:
     """Create a tenant with its database, and print its API key: the only time it is shown."""
     given = guarded(lambda: parse_metadata(metadata))
+    trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         created = await tenancy.tenants.create(
             slug,
             tier=tier,
             metadata=given,
-            status="trial" if trial else "active",
+            status="trial" if trial or trial_ends_at else "active",
+            trial_ends_at=trial_ends_at,
             server=server,
             actor=operator(),
         )

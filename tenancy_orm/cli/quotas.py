@@ -24,6 +24,28 @@ def usage(tenant: TenantArgument, as_json: Json = False) -> None:
     _show(tenant, run(command), as_json)
 
 
+@app.command("at-risk")
+def at_risk(
+    fraction: Annotated[float, typer.Option(help="How much of a limit, above 0 and at most 1.")] = 0.8,
+    limit: Annotated[int, typer.Option(help="How many at most.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List the tenants that are near a limit, the nearest first."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.quotas.at_risk(fraction, limit=limit)
+
+    found = run(command)
+    if as_json:
+        print_json(list(found))
+        return
+    rows = [
+        (x.slug, x.tier, x.usage.resource, x.usage.used, x.usage.limit, f"{x.fraction:.0%}", x.usage.resets_at)
+        for x in found
+    ]
+    print_table("at risk", ("tenant", "tier", "resource", "used", "limit", "fraction", "resets at"), rows)
+
+
 @app.command("set")
 def set_limits(
     tenant: TenantArgument,

@@ -48,11 +48,15 @@ def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path) 
         NO_COLOR="1",
     )
 
-    async def run(*arguments: str, stdin: str | None = None, **changes: str) -> Outcome:
+    async def run(
+        *arguments: str,
+        stdin: str | None = None,
+        program: tuple[str, ...] = ("-m", "tenancy_orm.cli"),
+        **changes: str,
+    ) -> Outcome:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-m",
-            "tenancy_orm.cli",
+            *program,
             *arguments,
             cwd=tmp_path,
             env={**variables, **changes},
@@ -210,3 +214,66 @@ async def test_quotas_and_audit_by_command(cli: Cli, tmp_path: Path) -> None:
     assert verified.status == 0, verified.out + verified.err
     assert verified.json["ok"] is True
     assert "quota.set" in (await cli("audit", "list")).out
+
+
+async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
+    """A trial that ended and a suspension that is due are done by run-maintenance; a domain is claimed and released."""
+    await cli("init")
+    assert (await cli("create", "tried", "--trial-days", "-1", "--json")).json["status"] == "trial"
+    for slug in ("due", "spared"):
+        await cli("create", slug)
+        scheduled = await cli("schedule", "suspension", slug, "2020-01-01T00:00+00:00", "-r", "unpaid", "--json")
+        assert scheduled.json == {"slug": slug, "suspend_at": "2020-01-01T00:00:00+00:00"}, scheduled.err
+    assert (await cli("schedule", "suspension", "spared", "never", "--json")).json["suspend_at"] is None
+    report = (await cli("run-maintenance", "--json")).json
+    assert sorted(report["suspended"]) == ["due", "tried"]
+    await cli("delete", "due")
+    assert (await cli("schedule", "purge", "due", "2020-01-01T00:00+00:00")).status == 0
+    assert (await cli("run-maintenance", "--json")).json["purged"] == ["due"]
+    for text, message in (("2020-01-01", "offset"), ("soon", "not a time")):
+        refused = await cli("schedule", "suspension", "spared", text)
+        assert (refused.status, message in refused.err) == (1, True)
+    claimed = await cli("domains", "claim", "spared", "app.example.com")
+    assert claimed.out.splitlines()[-1].startswith("_tenancy-challenge.app.example.com. IN TXT ")
+    assert (await cli("domains", "verify", "spared", "other.example.com")).status == 1
+    [listed] = (await cli("domains", "list", "spared", "--json")).json
+    assert (listed["domain"], listed["verified_at"]) == ("app.example.com", None)
+    assert (await cli("domains", "release", "spared", "app.example.com")).status == 0
+    assert (await cli("domains", "list", "spared", "--json")).json == []
+
+
+async def test_usage_by_command(cli: Cli, tmp_path: Path) -> None:
+    """Who is near a limit; records given up are listed, retried, and sent once the receiver takes them."""
+    (tmp_path / "billing.py").write_text(
+        "import pathlib\n"
+        "from tenancy_orm.errors import UsageExportError\n"
+        "class Sender:\n"
+        "    async def send(self, record):\n"
+        "        if not pathlib.Path('open').exists():\n"
+        "            raise UsageExportError('closed', permanent=True)\n"
+        "        return True\n"
+        "sender = Sender()\n"
+        "async def use():\n"
+        "    from datetime import UTC, datetime, timedelta\n"
+        "    from tenancy_orm import Tenancy\n"
+        "    async with Tenancy() as tenancy:\n"
+        "        await tenancy.quotas.consume('acme', 'users', 3)\n"
+        "        await tenancy.quotas.consume('acme', 'api_calls', 5, at=datetime.now(UTC) - timedelta(days=2))\n"
+    )
+    await cli("init")
+    await cli("create", "acme")
+    sender = {"TENANCY_USAGE_SENDER": "billing:sender"}
+    assert (await cli("usage", "export")).status == 1
+    used = await cli(program=("-c", "import asyncio, billing; asyncio.run(billing.use())"))
+    assert used.status == 0, used.err
+    [near] = (await cli("quotas", "at-risk", "--json")).json
+    assert (near["slug"], near["usage"]["resource"], near["fraction"]) == ("acme", "users", 1.0)
+    assert "users" in (await cli("quotas", "at-risk", "--fraction", "1")).out
+    failed = await cli("usage", "export", "--json", **sender)
+    assert (failed.status, failed.json["failed"]) == (1, 1), failed.err
+    [given_up] = (await cli("usage", "failures", "--json", **sender)).json
+    assert (given_up["slug"], given_up["quantity"], given_up["error"]) == ("acme", 5, "closed")
+    (tmp_path / "open").touch()
+    assert (await cli("usage", "retry", str(given_up["id"]), "--json", **sender)).json == {"due": 1}
+    sent = await cli("usage", "export", "--json", **sender)
+    assert (sent.status, sent.json["sent"]) == (0, 1)

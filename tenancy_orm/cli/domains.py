@@ -1,0 +1,85 @@
+"""``tenancy domains``: tenants' own domains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..control.domains import Domain
+from ..tenancy import Tenancy
+from .output import console, print_json, print_table
+from .runtime import Json, TenantArgument, operator, run
+
+app = typer.Typer(help="Claim, verify and release tenants' own domains.", no_args_is_help=True)
+
+DomainArgument = Annotated[str, typer.Argument(help="A domain name of two labels or more.")]
+
+
+def _fields(domain: Domain) -> dict[str, Any]:
+    return {
+        "domain": domain.domain,
+        "tenant_id": domain.tenant_id,
+        "challenge": domain.challenge,
+        "token": domain.token,
+        "created_at": domain.created_at,
+        "verified_at": domain.verified_at,
+    }
+
+
+@app.command()
+def claim(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False) -> None:
+    """Claim a domain for a tenant, and print the TXT record that its owner must publish."""
+
+    async def command(tenancy: Tenancy) -> Domain:
+        return await tenancy.domains.claim(tenant, domain, actor=operator())
+
+    claimed = run(command)
+    if as_json:
+        print_json(_fields(claimed))
+        return
+    console.print("publish this record, then run: tenancy domains verify", highlight=False)
+    print(f'{claimed.challenge}. IN TXT "{claimed.token}"')
+
+
+@app.command()
+def verify(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False) -> None:
+    """Look up the record; the domain names the tenant from then on."""
+
+    async def command(tenancy: Tenancy) -> Domain:
+        return await tenancy.domains.verify(tenant, domain, actor=operator())
+
+    verified = run(command)
+    if as_json:
+        print_json(_fields(verified))
+    else:
+        console.print(f"[bold]{verified.domain}[/] is verified", highlight=False)
+
+
+@app.command()
+def release(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False) -> None:
+    """Give a domain up."""
+
+    async def command(tenancy: Tenancy) -> None:
+        await tenancy.domains.release(tenant, domain, actor=operator())
+
+    run(command)
+    if as_json:
+        print_json({"domain": domain, "released": True})
+    else:
+        console.print(f"[bold]{domain}[/] is released", highlight=False)
+
+
+@app.command("list")
+def list_domains(tenant: TenantArgument, as_json: Json = False) -> None:
+    """List a tenant's domains."""
+
+    async def command(tenancy: Tenancy) -> list[Domain]:
+        return await tenancy.domains.list(tenant)
+
+    found = run(command)
+    if as_json:
+        print_json([_fields(domain) for domain in found])
+        return
+    rows = [(domain.domain, domain.created_at, domain.verified_at, domain.challenge) for domain in found]
+    print_table(f"domains of {tenant}", ("domain", "claimed", "verified", "challenge"), rows)

@@ -1,0 +1,75 @@
+"""``tenancy usage``: records of ended periods, on their way to billing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from ..tenancy import Tenancy
+from .output import console, print_fields, print_json, print_table
+from .runtime import Json, run
+
+app = typer.Typer(help="Send usage to billing; TenancyConfig.usage_sender says where.", no_args_is_help=True)
+
+
+@app.command()
+def export(as_json: Json = False) -> None:
+    """Close the periods that have ended and send their records; run-maintenance does it too."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.usage_exporter.run()
+
+    report = run(command)
+    if as_json:
+        print_json(report)
+    else:
+        print_fields("usage", asdict(report))
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def failures(
+    limit: Annotated[int, typer.Option(help="How many at most, the newest first.")] = 100, as_json: Json = False
+) -> None:
+    """List records that were given up, with the error of each."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        return await tenancy.usage_exporter.failures(limit=limit)
+
+    found = run(command)
+    rows = [
+        {
+            "id": record.id,
+            "slug": record.slug,
+            "resource": record.resource,
+            "quantity": record.quantity,
+            "period_start": record.period_start,
+            "period_end": record.period_end,
+            "error": error,
+        }
+        for record, error in found
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        columns = ("id", "tenant", "resource", "quantity", "from", "to", "error")
+        print_table("records given up", columns, (row.values() for row in rows))
+
+
+@app.command()
+def retry(
+    record_ids: Annotated[list[int], typer.Argument(help="Ids of records that were given up.")], as_json: Json = False
+) -> None:
+    """Make records that were given up due again."""
+
+    async def command(tenancy: Tenancy) -> int:
+        return await tenancy.usage_exporter.retry(record_ids)
+
+    due = run(command)
+    if as_json:
+        print_json({"due": due})
+    else:
+        console.print(f"{due} due again", highlight=False)
