@@ -1,8 +1,8 @@
 """Domains of the tenants' own: claimed with a token, used once the domain's owner has published it.
 
 A claim alone gives nothing. The owner publishes the token as a TXT record, and ``verify`` looks it up; only then does a
-request to that host name the tenant. A verified domain belongs to one tenant; a claim that is not verified can be taken
-over by another claim, so that nobody can block a domain that is not theirs.
+request to that host name the tenant. A verified domain belongs to one tenant; until then any number may claim it, each
+with a token of its own, so that nobody can block a domain that is not theirs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
 
-from sqlalchemy import Row, delete, select, update
+from sqlalchemy import Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import IntegrityError
 
 from ..context import Tenant
 from ..errors import DomainError, MissingExtraError
@@ -115,7 +116,7 @@ class DomainManager:
         self._registry = Registry(control, audit)
 
     async def claim(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
-        """Claim ``domain`` for ``tenant``; it names the tenant once it is verified.
+        """Claim ``domain`` for ``tenant``; it names the tenant once it is verified. Claiming twice changes nothing.
 
         Raises:
             DomainError: it is not a domain name, or verified for another tenant.
@@ -123,32 +124,30 @@ class DomainManager:
         tenant = await self._registry.find(tenant)
         name = check_domain(domain)
         values = {"domain": name, "tenant_id": tenant.id, "token": secrets.token_urlsafe(24)}
-        statement = insert(domains).values(values)
-        taken_over = statement.on_conflict_do_update(
-            index_elements=["domain"],
-            set_={"tenant_id": statement.excluded.tenant_id, "token": statement.excluded.token},
-            where=domains.c.verified_at.is_(None) & (domains.c.tenant_id != statement.excluded.tenant_id),
-        )
+        verified = domains.c.verified_at.is_not(None)
+        owner = select(domains.c.tenant_id).where(domains.c.domain == name, verified)
+        statement = insert(domains).values(values).on_conflict_do_nothing().returning(domains)
         async with self._control.transaction() as connection:
-            await connection.execute(taken_over)
-            row = (await connection.execute(select(domains).where(domains.c.domain == name))).one()
-            if row.tenant_id != tenant.id:
-                raise DomainError(f"domain {name!r} belongs to another tenant")
-            await self._audit.append(
-                connection,
-                action="domain.claim",
-                tenant_id=tenant.id,
-                slug=tenant.slug,
-                actor=actor,
-                after={"domain": name},
-            )
-        return _domain_from_row(row)
+            if await connection.scalar(owner) not in (None, tenant.id):
+                raise _taken(name)
+            row = (await connection.execute(statement)).one_or_none()
+            if row is not None:
+                await self._audit.append(
+                    connection,
+                    action="domain.claim",
+                    tenant_id=tenant.id,
+                    slug=tenant.slug,
+                    actor=actor,
+                    after={"domain": name},
+                )
+        return await self._claimed(tenant, name) if row is None else _domain_from_row(row)
 
     async def verify(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
         """Look up the token that the owner of ``domain`` published, and make the domain the tenant's.
 
         Raises:
-            DomainError: the domain is not claimed by this tenant, or the token is not published.
+            DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant was
+                faster.
         """
         tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
@@ -162,19 +161,22 @@ class DomainManager:
         condition = (
             (domains.c.domain == found.domain) & (domains.c.tenant_id == tenant.id) & (domains.c.token == found.token)
         )
-        async with self._control.transaction() as connection:
-            statement = update(domains).where(condition).values(verified_at=datetime.now(UTC)).returning(domains)
-            row = (await connection.execute(statement)).one_or_none()
-            if row is None:
-                raise DomainError(f"domain {found.domain!r} was claimed anew while it was verified")
-            await self._audit.append(
-                connection,
-                action="domain.verify",
-                tenant_id=tenant.id,
-                slug=tenant.slug,
-                actor=actor,
-                after={"domain": found.domain},
-            )
+        statement = update(domains).where(condition).values(verified_at=func.now()).returning(domains)
+        try:
+            async with self._control.transaction() as connection:
+                row = (await connection.execute(statement)).one_or_none()
+                if row is None:
+                    raise DomainError(f"domain {found.domain!r} was released while it was verified")
+                await self._audit.append(
+                    connection,
+                    action="domain.verify",
+                    tenant_id=tenant.id,
+                    slug=tenant.slug,
+                    actor=actor,
+                    after={"domain": found.domain},
+                )
+        except IntegrityError as exc:
+            raise _taken(found.domain) from exc
         return _domain_from_row(row)
 
     async def release(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> None:
@@ -186,9 +188,9 @@ class DomainManager:
         tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
         async with self._control.transaction() as connection:
-            await connection.execute(
-                delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
-            )
+            statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
+            if (await connection.execute(statement)).rowcount == 0:
+                return  # another call has just done so
             await self._audit.append(
                 connection,
                 action="domain.release",
@@ -213,6 +215,10 @@ class DomainManager:
         if row is None:
             raise DomainError(f"domain {name!r} is not claimed by tenant {tenant.slug!r}")
         return _domain_from_row(row)
+
+
+def _taken(domain: str) -> DomainError:
+    return DomainError(f"domain {domain!r} belongs to another tenant")
 
 
 def _domain_from_row(row: Row[*tuple[Any, ...]]) -> Domain:

@@ -143,11 +143,12 @@ domains = Table(
     "domains",
     metadata,
     Column("domain", Text, primary_key=True),
-    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
     Column("token", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("verified_at", DateTime(timezone=True), nullable=True),
     Index("domains_tenant_id_idx", "tenant_id"),
+    Index("domains_verified_key", "domain", unique=True, postgresql_where=text("verified_at IS NOT NULL")),
 )
 
 data_keys = Table(

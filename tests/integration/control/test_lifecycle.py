@@ -258,22 +258,43 @@ async def test_a_domain_names_its_tenant_once_it_is_verified(tenancy: Tenancy) -
     assert (await tenancy.tenants.get("acme")).aliases == frozenset()
 
 
-async def test_a_verified_domain_cannot_be_claimed_by_another(tenancy: Tenancy) -> None:
-    """While an unverified claim can be taken over: nobody blocks a domain that is not theirs."""
+async def test_a_domain_is_the_tenants_whose_token_was_published(tenancy: Tenancy) -> None:
+    """Others may claim it too, as often as they like: that blocks nobody, and gives them nothing."""
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant
     zone = Zone()
     domains = DomainManager(tenancy.control, tenancy.audit, zone)
+    claimed = await domains.claim(acme, "acme.example")
+    zone.records[claimed.challenge] = [claimed.token]
     squatted = await domains.claim(globex, "acme.example")
-    zone.records[squatted.challenge] = [squatted.token]
-    taken = await domains.claim(acme, "acme.example")
-    assert taken.token != squatted.token
-    with pytest.raises(DomainError):
+    assert squatted.token != claimed.token
+    assert await domains.claim(acme, "acme.example") == claimed
+    with pytest.raises(DomainError, match="no TXT record"):
         await domains.verify(globex, "acme.example")
-    zone.records[taken.challenge] = [taken.token]
     await domains.verify(acme, "acme.example")
     with pytest.raises(DomainError, match="another tenant"):
         await domains.claim(globex, "acme.example")
+    # even one who could publish a record meanwhile
+    zone.records[claimed.challenge].append(squatted.token)
+    with pytest.raises(DomainError, match="another tenant"):
+        await domains.verify(globex, "acme.example")
+    assert (await tenancy.tenants.get("globex")).aliases == frozenset()
+    await domains.release(acme, "acme.example")
+    await domains.verify(globex, "acme.example")
+    assert (await tenancy.tenants.get("globex")).aliases == {"acme.example"}
+
+
+async def test_of_two_that_verify_a_domain_at_once_one_gets_it(tenancy: Tenancy) -> None:
+    """PostgreSQL decides, whatever each of them has read before."""
+    tenants = [(await tenancy.tenants.create(slug)).tenant for slug in ("acme", "globex")]
+    zone = Zone()
+    domains = DomainManager(tenancy.control, tenancy.audit, zone)
+    claims = [await domains.claim(tenant, "acme.example") for tenant in tenants]
+    zone.records[claims[0].challenge] = [claim.token for claim in claims]
+    outcomes = await asyncio.gather(
+        *(domains.verify(tenant, "acme.example") for tenant in tenants), return_exceptions=True
+    )
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Domain", "DomainError"]
 
 
 @pytest.mark.parametrize(
