@@ -439,7 +439,7 @@ async def test_an_upgrade_keeps_an_application_that_was_granted_before(two: Two,
     role = make_url(application.config.control_url).username or ""
     await two.sql(f"REVOKE {quote_identifier(await two.viewer())} FROM {quote_identifier(role)}")
     async with two.control.engine.connect() as connection:
-        await connection.run_sync(lambda sync: command.downgrade(database._alembic_config(sync), "0005"))
+        await connection.run_sync(lambda sync: command.downgrade(database._alembic_config(sync), "0005_lifecycle"))
         await connection.commit()
     await application.control.engine.dispose()
     left = await two.sql("SELECT 1 FROM pg_policies WHERE schemaname = 'tenancy'")

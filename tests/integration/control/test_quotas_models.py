@@ -49,7 +49,7 @@ async def test_tables_are_those_of_the_migrations(control_url: str) -> None:
     assert {name: columns for name, columns in found.items() if name not in ONLY_IN_THE_DATABASE} == known
 
 
-@pytest.mark.parametrize("revision", ["0002", "0001"])
+@pytest.mark.parametrize("revision", ["0002_audit", "0001_registry"])
 async def test_the_audit_log_and_quotas_can_be_taken_down_again(control_url: str, revision: str) -> None:
     """Down to the registry, and up again."""
     async with quota_plane(control_url) as plane:
@@ -58,7 +58,7 @@ async def test_the_audit_log_and_quotas_can_be_taken_down_again(control_url: str
             await conn.run_sync(lambda connection: command.downgrade(_alembic_config(connection), revision))
             await conn.commit()
         rows = await plane.sql("SELECT to_regclass('tenancy.usage')::text, to_regclass('tenancy.audit_log')::text")
-        assert rows[0][0] is None and (rows[0][1] is None) == (revision == "0001")
+        assert rows[0][0] is None and (rows[0][1] is None) == (revision == "0001_registry")
         await plane.control.upgrade()
         await plane.append()
         assert (await plane.audit.verify()).ok

@@ -2,7 +2,7 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0001"
+revision = "0001_registry"
 down_revision = None
 branch_labels = None
 depends_on = None

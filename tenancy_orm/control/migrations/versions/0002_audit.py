@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0002"
-down_revision = "0001"
+revision = "0002_audit"
+down_revision = "0001_registry"
 branch_labels = None
 depends_on = None
 

@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0003"
-down_revision = "0002"
+revision = "0003_quotas"
+down_revision = "0002_audit"
 branch_labels = None
 depends_on = None
 

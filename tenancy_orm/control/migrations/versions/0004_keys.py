@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0004"
-down_revision = "0003"
+revision = "0004_keys"
+down_revision = "0003_quotas"
 branch_labels = None
 depends_on = None
 

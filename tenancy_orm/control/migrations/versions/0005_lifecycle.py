@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0005"
-down_revision = "0004"
+revision = "0005_lifecycle"
+down_revision = "0004_keys"
 branch_labels = None
 depends_on = None
 
@@ -26,16 +26,19 @@ CREATE TABLE tenancy.former_slugs (
 );
 CREATE INDEX former_slugs_tenant_id_idx ON tenancy.former_slugs (tenant_id);
 
+-- any number of tenants may claim a domain, each with a token of its own; one of them can verify it
 CREATE TABLE tenancy.domains (
-    domain text CONSTRAINT domains_pkey PRIMARY KEY CONSTRAINT domains_domain_check CHECK (
+    domain text NOT NULL CONSTRAINT domains_domain_check CHECK (
         length(domain) <= 253
         AND domain ~ '^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$'),
     tenant_id uuid NOT NULL
         CONSTRAINT domains_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
     token text NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
-    verified_at timestamptz
+    verified_at timestamptz,
+    CONSTRAINT domains_pkey PRIMARY KEY (domain, tenant_id)
 );
+CREATE UNIQUE INDEX domains_verified_key ON tenancy.domains (domain) WHERE verified_at IS NOT NULL;
 CREATE INDEX domains_tenant_id_idx ON tenancy.domains (tenant_id);
 """
 

@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0006"
-down_revision = "0005"
+revision = "0006_row_security"
+down_revision = "0005_lifecycle"
 branch_labels = None
 depends_on = None
 
