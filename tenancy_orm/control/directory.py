@@ -22,6 +22,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
 
+import asyncpg
 from sqlalchemy import ARRAY, Executable, Row, Text, Uuid, any_, bindparam, func, select, union_all
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -347,7 +348,8 @@ class Directory:
                     "key %s has a digest of version %r, which key_peppers lacks", row.key_id, row.digest_version
                 )
             self._forget_key(digest)
-            self._remember(self._unknown_keys, digest, (self._clock() + self._config.negative_ttl, reason))
+            if touched.isdisjoint((_EVERYTHING, parsed.key_id)):
+                self._remember(self._unknown_keys, digest, (self._clock() + self._config.negative_ttl, reason))
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
         entry = self._build(row)
         if touched.isdisjoint((_EVERYTHING, row.key_id, row.id)):
@@ -662,7 +664,12 @@ class Directory:
             return
 
     async def _query(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
-        """Run one reading statement; twice where the first try met a connection that a restart had left dead."""
+        """Run one reading statement; twice where the first try met a connection that a restart had left dead.
+
+        Raises:
+            ControlUnavailableError: there is no answer, or a refusal: a password that is being changed, a database that
+                is being restored. To those who ask it is the same: what is known keeps working.
+        """
         for attempt in range(2):
             try:
                 async with self._control.connect() as connection:
@@ -670,6 +677,9 @@ class Directory:
             except ControlUnavailableError:
                 if attempt:
                     raise
+            except (SQLAlchemyError, asyncpg.PostgresError) as exc:
+                logger.error("the control database refused a look-up: %s", type(getattr(exc, "orig", exc)).__name__)
+                raise ControlUnavailableError("the control database refused a look-up") from exc
         raise AssertionError("unreachable")
 
     async def _load_keys(self, key_ids: list[str]) -> Mapping[str, Row[Any]]:

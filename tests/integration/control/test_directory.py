@@ -7,14 +7,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from tenancy_orm.context import Status
 from tenancy_orm.control.keys import generate_key
 from tenancy_orm.errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFoundError
 from tenancy_orm.events import DirectoryMissed, DirectoryUnavailable
 from tests.support.control import ControlPlane, control_plane
+from tests.support.postgres import Postgres
 from tests.support.proxy import Proxy, proxied
 from tests.support.waiting import until
 
@@ -313,6 +315,34 @@ async def test_known_keys_keep_working_while_the_control_database_is_away(
         proxy.cut()
         await until(lambda: plane.directory.statistics.control_available)
         assert (await plane.directory.authenticate(unknown)).tenant == tenant
+
+
+@pytest.mark.parametrize("trouble", ["password", "timeout"])
+async def test_known_keys_keep_working_while_the_control_database_refuses(
+    control_url: str, postgres: Postgres, trouble: str
+) -> None:
+    """A password that is being changed, a look-up that is cancelled: as if it were away. Unknown keys get no in."""
+    role = f"{make_url(control_url).database}_reader"
+    through = make_url(control_url).set(username=role, password="one").render_as_string(hide_password=False)
+    admin = await asyncpg.connect(postgres.admin_url)
+    try:
+        await admin.execute(f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD 'one'")
+        async with control_plane(control_url, through=through, opened=False, directory_ttl=0.05) as plane:
+            _, key = await plane.tenant("acme")
+            await plane.directory.authenticate(key)
+            refusal = "PASSWORD 'two'" if trouble == "password" else "SET statement_timeout = '50ms'"
+            await admin.execute(f"ALTER ROLE {role} {refusal}")
+            await plane.directory._control.engine.dispose()
+            async with plane.control.transaction() as connection:
+                if trouble == "timeout":
+                    await connection.execute(text("LOCK TABLE tenancy.api_keys IN ACCESS EXCLUSIVE MODE"))
+                await until(lambda: plane.directory.peek(key) is None)
+                assert (await plane.directory.authenticate(key)).tenant.slug == "acme"
+                with pytest.raises(ControlUnavailableError):
+                    await plane.directory.authenticate(generate_key("ten_live").text)
+    finally:
+        await admin.execute(f"DROP ROLE {role}")
+        await admin.close()
 
 
 async def test_nothing_works_on_memory_after_the_grace_time(control_url: str, proxy: Proxy) -> None:

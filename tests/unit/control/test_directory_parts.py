@@ -201,6 +201,64 @@ async def test_nobody_joins_a_look_up_that_an_invalidation_overtook() -> None:
     assert await after == ("1", set())
 
 
+async def test_an_invalidation_between_the_answer_and_its_caller_is_told() -> None:
+    """The query has ended, but whoever asked has not run on with its outcome yet: it may be old."""
+    batch: Batch[int, str]
+
+    async def load(keys: list[int]) -> Mapping[int, str]:
+        # what a notification does whose callback is in the loop's queue when the answer comes
+        asyncio.get_running_loop().call_soon(batch.touch, "tag")
+        return {key: str(key) for key in keys}
+
+    batch = Batch(load, timeout=5)
+    assert await asyncio.gather(batch.get(1), batch.get(1)) == [("1", {"tag"}), ("1", {"tag"})]
+    assert not batch._begun
+
+
+async def test_what_is_asked_as_the_last_worker_ends_is_looked_up() -> None:
+    """In the turn of the loop in which its task has ended, and is not yet known to have."""
+    source = Source()
+    batch = Batch(source.load, workers=1, timeout=5)
+    first = asyncio.create_task(batch.get(1))
+    await started(source)
+
+    async def in_the_same_turn() -> tuple[str | None, object]:
+        await source.gate.wait()
+        return await batch.get(2)
+
+    second = asyncio.create_task(in_the_same_turn())
+    await asyncio.sleep(0)
+    source.gate.set()
+    async with asyncio.timeout(5):
+        assert [value for value, _ in await asyncio.gather(first, second)] == ["1", "2"]
+
+
+async def test_who_queues_behind_a_query_without_an_answer_waits_no_longer_than_it() -> None:
+    """A thousand keys are not five time-outs in a row."""
+    source = Source()
+    batch = Batch(source.load, size=10, workers=1, timeout=0.05)
+    outcomes = await asyncio.gather(*(batch.get(key) for key in range(1_000)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {ControlUnavailableError}
+    assert len(source.asked) == 1
+
+
+async def test_who_queues_behind_slow_answers_waits_for_two_of_them_at_most() -> None:
+    """Each comes in time, but there are too many before one's own."""
+    asked = 0
+
+    async def load(keys: list[int]) -> Mapping[int, str]:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.06)
+        return {key: str(key) for key in keys}
+
+    batch: Batch[int, str] = Batch(load, size=1, workers=1, timeout=0.1)
+    outcomes = await asyncio.gather(*(batch.get(key) for key in range(50)), return_exceptions=True)
+    assert outcomes[0] == ("0", set())
+    assert isinstance(outcomes[-1], ControlUnavailableError)
+    assert asked < 10
+
+
 async def test_a_failure_reaches_everyone_who_waited_and_nobody_later() -> None:
     """It is not remembered."""
     source = Source()
