@@ -158,6 +158,41 @@ def bind(tenant: Tenant) -> Iterator[Tenant]:
         reset_current(token)
 
 
+def names_another(ref: str | UUID | Tenant, bound: Tenant) -> bool:
+    """Whether ``ref`` (a slug, an id or a ``Tenant``) is not a name of ``bound``, as that one was when it was bound."""
+    if isinstance(ref, Tenant):
+        return ref.id != bound.id
+    if isinstance(ref, UUID):
+        return ref != bound.id
+    return ref != bound.slug and ref != str(bound.id) and ref not in bound.aliases
+
+
+Admit = Callable[["str | UUID | Tenant"], None]
+"""Raises ``CrossTenantError`` where the tenant of this name is not the caller's to act on."""
+
+
+def admit_any(ref: str | UUID | Tenant) -> None:
+    """Admit every tenant: an ``Admit`` for code that runs for no tenant, such as a program of the operators'."""
+
+
+def admit_bound(ref: str | UUID | Tenant) -> None:
+    """Admit the bound tenant alone, or any where none is bound: an ``Admit`` for what requests can reach.
+
+    An id or a slug that came with a request must not reach another tenant, whatever is done with it (CWE-639).
+
+    Raises:
+        CrossTenantError: another tenant is bound.
+    """
+    bound = _current.get()
+    if bound is not None and names_another(ref, bound):
+        raise CrossTenantError("naming a tenant", bound=bound.slug, requested=label_of(ref))
+
+
+def label_of(ref: str | UUID | Tenant) -> str:
+    """What to call a tenant in a message: its slug where that is known."""
+    return ref.slug if isinstance(ref, Tenant) else str(ref)
+
+
 class _UnboundFinalizer:
     """Has the event loop close an abandoned async generator with no tenant bound."""
 

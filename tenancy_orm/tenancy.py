@@ -17,7 +17,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .config import TenancyConfig
-from .context import Status, Tenant, bind, current_tenant_or_none, set_current
+from .context import Status, Tenant, admit_bound, bind, current_tenant_or_none, set_current
 from .control.audit import SYSTEM, Actor, AuditLog
 from .control.checkpoints import Checkpoint, Signer
 from .control.data_keys import DataKeys
@@ -535,7 +535,7 @@ class _Parts:
             config = self.config = config.replace(encryption_keys=keys)
         self.keyring = Keyring(config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
-        self.audit = AuditLog(self.control, Signer(config.sealing_keys))
+        self.audit = AuditLog(self.control, Signer(config.sealing_keys), admit=admit_bound)
         self.registry = Registry(self.control, self.audit)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
         self.directory = Directory(self.control, config, events, audit=self.audit)
@@ -551,11 +551,11 @@ class _Parts:
         self._opened.append(self.router.close)
         self.directory.on_invalidate(self._forget)
         self._build_provisioning()
-        self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
-        self.quotas = QuotaManager(self.control, config, events, self.audit)
+        self.keys = KeyManager(self.control, config, self.directory, self.audit, events, admit=admit_bound)
+        self.quotas = QuotaManager(self.control, config, events, self.audit, admit=admit_bound)
         self._opened.append(self.quotas.close)
         self.directory.on_invalidate(self.quotas.invalidate)
-        self.metrics = TenantMetrics(self.control)
+        self.metrics = TenantMetrics(self.control, admit=admit_bound)
         self.sampler = StorageSampler(self.control, self.quotas, lambda name: self.servers[name].connect_admin())
         self.tenants = TenantManager(
             config=config,
@@ -565,8 +565,9 @@ class _Parts:
             names=self.names,
             keyring=self.keyring,
             events=events,
+            admit=admit_bound,
         )
-        self.domains = DomainManager(self.control, self.audit)
+        self.domains = DomainManager(self.control, self.audit, admit=admit_bound)
         self._build_billing()
         self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores())
         addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
@@ -707,25 +708,12 @@ class _Parts:
             if bound is None:
                 raise NoTenantError
             return await self.directory.tenant(bound.id)
-        if bound is not None and _names_another(ref, bound):
-            raise CrossTenantError("naming a tenant", bound=bound.slug, requested=_label(ref))
+        admit_bound(ref)
         found = await self.directory.tenant(ref)
         if bound is not None and found.id != bound.id:
             # the slug of the bound tenant has meanwhile become another's
             raise CrossTenantError("naming a tenant", bound=str(bound.id), requested=str(found.id))
         return found
-
-
-def _names_another(ref: TenantRef, bound: Tenant) -> bool:
-    if isinstance(ref, Tenant):
-        return ref.id != bound.id
-    if isinstance(ref, UUID):
-        return ref != bound.id
-    return ref != bound.slug and ref != str(bound.id) and ref not in bound.aliases
-
-
-def _label(ref: TenantRef) -> str:
-    return ref.slug if isinstance(ref, Tenant) else str(ref)
 
 
 async def _provide(url: str) -> _ProvidedServer:

@@ -23,7 +23,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..context import Tenant
+from ..context import Admit, Tenant, admit_any
 from ..errors import AuditError
 from .chain import Chain, VerifyReport
 from .checkpoints import Checkpoint, Signer, Verifier
@@ -103,9 +103,10 @@ _COLUMNS = (
 class AuditLog:
     """Appends to the log and reads it; ``tenancy.audit``."""
 
-    def __init__(self, control: ControlDatabase, signer: Signer | None = None) -> None:
+    def __init__(self, control: ControlDatabase, signer: Signer | None = None, *, admit: Admit = admit_any) -> None:
         """Use ``control``; ``signer`` signs checkpoints and cuts, which need it."""
         self._control = control
+        self._admit_tenant = admit
         self._signer = signer or Signer({})
 
     async def append(
@@ -177,10 +178,17 @@ class AuditLog:
             until: Before this time.
             limit: How many at most.
             after: Continue a page after this entry, or this sequence number.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
         """
+        if tenant is not None:
+            self._admit_tenant(tenant)
         if isinstance(tenant, str):
             async with self._control.connect() as conn:
                 tenant = await conn.scalar(_LIVE_TENANT, {"slug": tenant}) or tenant
+            # a slug may have become another's since the tenant was bound
+            self._admit_tenant(tenant)
         tenant_id = tenant.id if isinstance(tenant, Tenant) else tenant
         query, parameters = _query(tenant_id, actor, action, since, until, limit, after)
         # one tenant's log is read as that tenant; everybody's, and a slug that is nobody's any more, cannot be

@@ -20,7 +20,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ..config import Tier, plain_url
-from ..errors import AdministratorNeededError, ConfigurationError, ControlSchemaError, ControlUnavailableError
+from ..errors import (
+    AdministratorNeededError,
+    ConfigurationError,
+    ControlSchemaError,
+    ControlUnavailableError,
+    TenancyError,
+)
 from .grants import grant_application
 from .models import SCHEMA, installation, servers, tiers
 from .viewer import VIEW_AS, prepare_viewer
@@ -180,6 +186,8 @@ class ControlDatabase:
     async def _reachable(self) -> AsyncIterator[None]:
         try:
             yield
+        except TenancyError:
+            raise  # the body's own; some are a PermissionError too, and so an OSError
         except Exception as exc:
             if not is_unavailable(exc):
                 raise

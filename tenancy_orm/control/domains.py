@@ -18,7 +18,7 @@ from sqlalchemy import Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
-from ..context import Tenant
+from ..context import Admit, Tenant, admit_any
 from ..errors import DomainError, MissingExtraError
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
@@ -109,11 +109,19 @@ def check_domain(domain: str) -> str:
 class DomainManager:
     """Claim, verify and release tenants' domains; ``tenancy.domains``."""
 
-    def __init__(self, control: ControlDatabase, audit: AuditLog, records: TextRecords | None = None) -> None:
+    def __init__(
+        self,
+        control: ControlDatabase,
+        audit: AuditLog,
+        records: TextRecords | None = None,
+        *,
+        admit: Admit = admit_any,
+    ) -> None:
         self._control = control
         self._audit = audit
         self._records = records
         self._registry = Registry(control, audit)
+        self._admit = admit
 
     async def claim(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
         """Claim ``domain`` for ``tenant``; it names the tenant once it is verified. Claiming twice changes nothing.
@@ -121,7 +129,7 @@ class DomainManager:
         Raises:
             DomainError: it is not a domain name, or verified for another tenant.
         """
-        tenant = await self._registry.find(tenant)
+        tenant = await self._owner(tenant)
         name = check_domain(domain)
         values = {"domain": name, "tenant_id": tenant.id, "token": secrets.token_urlsafe(24)}
         verified = domains.c.verified_at.is_not(None)
@@ -149,7 +157,7 @@ class DomainManager:
             DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant was
                 faster.
         """
-        tenant = await self._registry.find(tenant)
+        tenant = await self._owner(tenant)
         found = await self._claimed(tenant, domain)
         if found.verified_at is not None:
             return found
@@ -185,7 +193,7 @@ class DomainManager:
         Raises:
             DomainError: it is not this tenant's.
         """
-        tenant = await self._registry.find(tenant)
+        tenant = await self._owner(tenant)
         found = await self._claimed(tenant, domain)
         async with self._control.transaction() as connection:
             statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
@@ -202,10 +210,16 @@ class DomainManager:
 
     async def list(self, tenant: str | UUID | Tenant) -> list[Domain]:
         """Return the tenant's domains, claimed and verified, by name."""
-        tenant = await self._registry.find(tenant)
+        tenant = await self._owner(tenant)
         query = select(domains).where(domains.c.tenant_id == tenant.id).order_by(domains.c.domain)
         async with self._control.viewing(tenant.id) as connection:
             return [_domain_from_row(row) for row in await connection.execute(query)]
+
+    async def _owner(self, ref: str | UUID | Tenant) -> Tenant:
+        self._admit(ref)
+        found = await self._registry.find(ref)
+        self._admit(found)
+        return found
 
     async def _claimed(self, tenant: Tenant, domain: str) -> Domain:
         name = check_domain(domain)

@@ -13,7 +13,7 @@ from sqlalchemy import Row, and_, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import TenancyConfig
-from ..context import Status, Tenant
+from ..context import Admit, Status, Tenant, admit_any
 from ..errors import ApiKeyInactiveError, ApiKeyNotFoundError, ConfigurationError, TenantNotFoundError
 from ..events import EventBus, KeyIssued, KeyRevoked
 from .audit import SYSTEM, Actor, AuditLog
@@ -192,8 +192,11 @@ class KeyManager:
         directory: Directory,
         audit: AuditLog,
         events: EventBus,
+        *,
+        admit: Admit = admit_any,
     ) -> None:
         self._control = control
+        self._admit = admit
         self._config = config
         self._directory = directory
         self._audit = audit
@@ -227,7 +230,7 @@ class KeyManager:
             ConfigurationError: an argument is malformed.
             ControlUnavailableError: the control database does not answer.
         """
-        owner = await self._directory.tenant(tenant)
+        owner = await self._owner(tenant)
         key = generate_key(self._check_prefix(prefix), self._digester)
         _check_expiry(expires_at)
         async with self._control.transaction() as connection:
@@ -258,6 +261,7 @@ class KeyManager:
 
         Raises:
             ApiKeyNotFoundError: no such key.
+            CrossTenantError: it is another tenant's than the bound one.
             ApiKeyInactiveError: it is revoked, expired or rotated already.
             ConfigurationError: an argument is malformed.
         """
@@ -270,6 +274,7 @@ class KeyManager:
             tenant_id = await connection.scalar(select(api_keys.c.tenant_id).where(api_keys.c.id == key_id))
             if tenant_id is None:
                 raise ApiKeyNotFoundError(key_id)
+            self._admit(tenant_id)
             await _hold_tenant(connection, tenant_id)
             old, slug = await self._locked(connection, key_id)
             await _check_rotatable(connection, old)
@@ -300,9 +305,11 @@ class KeyManager:
 
         Raises:
             ApiKeyNotFoundError: no such key.
+            CrossTenantError: it is another tenant's than the bound one.
         """
         async with self._control.transaction() as connection:
             before, slug = await self._locked(connection, key_id)
+            self._admit(before.tenant_id)
             if before.revoked_at is not None:
                 return before
             info = await self._change(connection, key_id, revoked_at=func.now(), revoked_reason=reason)
@@ -318,11 +325,13 @@ class KeyManager:
 
         Raises:
             ApiKeyNotFoundError: no such key.
+            CrossTenantError: it is another tenant's than the bound one.
         """
         async with self._control.connect() as connection:
             row = (await connection.execute(select(*KEY_COLUMNS).where(api_keys.c.id == key_id))).one_or_none()
         if row is None:
             raise ApiKeyNotFoundError(key_id)
+        self._admit(row.tenant_id)
         return key_from_row(row)
 
     async def list(self, tenant: str | UUID | Tenant) -> list[ApiKeyInfo]:
@@ -331,7 +340,7 @@ class KeyManager:
         Raises:
             TenantNotFoundError: no such tenant.
         """
-        owner = await self._directory.tenant(tenant)
+        owner = await self._owner(tenant)
         query = (
             select(*KEY_COLUMNS).where(api_keys.c.tenant_id == owner.id).order_by(api_keys.c.created_at, api_keys.c.id)
         )
@@ -339,6 +348,12 @@ class KeyManager:
             return [key_from_row(row) for row in await connection.execute(query)]
 
     # --- parts ------------------------------------------------------------------------------------------------------
+
+    async def _owner(self, ref: str | UUID | Tenant) -> Tenant:
+        self._admit(ref)
+        found = await self._directory.tenant(ref)
+        self._admit(found)
+        return found
 
     def _check_prefix(self, prefix: str | None) -> str:
         if prefix is None:

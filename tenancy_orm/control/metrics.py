@@ -17,11 +17,12 @@ from uuid import UUID
 import asyncpg
 from sqlalchemy import text
 
-from ..context import Tenant
+from ..context import Admit, Tenant, admit_any
 from ..errors import RoutingError, TenancyError
 from .database import ControlDatabase
 from .failures import SERVER_FAILURES
 from .quotas import QuotaManager
+from .registry import tenant_id_of
 
 logger = logging.getLogger("tenancy_orm.metrics")
 
@@ -86,15 +87,24 @@ class SampleReport:
 class TenantMetrics:
     """Reads the samples, and what can be summed up from the registry."""
 
-    def __init__(self, control: ControlDatabase) -> None:
+    def __init__(self, control: ControlDatabase, *, admit: Admit = admit_any) -> None:
         self._control = control
+        self._admit = admit
 
     async def history(
-        self, tenant: UUID | Tenant, *, since: datetime | None = None, limit: int = 1_000
+        self, tenant: str | UUID | Tenant, *, since: datetime | None = None, limit: int = 1_000
     ) -> list[TenantSample]:
-        """Return a tenant's samples, newest first, from ``since`` on."""
-        parameters = {"tenant_id": tenant.id if isinstance(tenant, Tenant) else tenant, "since": since, "limit": limit}
+        """Return a tenant's samples, newest first, from ``since`` on.
+
+        Raises:
+            TenantNotFoundError: no tenant has this slug.
+            CrossTenantError: another tenant is bound.
+        """
+        self._admit(tenant)
         async with self._control.connect() as conn:
+            tenant_id = await tenant_id_of(conn, tenant)
+            self._admit(tenant_id)
+            parameters = {"tenant_id": tenant_id, "since": since, "limit": limit}
             rows = (await conn.execute(_HISTORY, parameters)).all()
         return [TenantSample(*row) for row in rows]
 

@@ -23,7 +23,7 @@ from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import Limit, Period, TenancyConfig
-from ..context import Status, Tenant
+from ..context import Admit, Status, Tenant, admit_any
 from ..errors import ConfigurationError, QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from .audit import SYSTEM, Actor, AuditLog
@@ -141,8 +141,17 @@ class QuotaManager:
     ``tenant`` arguments accept a slug, an id or a ``Tenant``; an id or a ``Tenant`` saves a look-up.
     """
 
-    def __init__(self, control: ControlDatabase, config: TenancyConfig, events: EventBus, audit: AuditLog) -> None:
+    def __init__(
+        self,
+        control: ControlDatabase,
+        config: TenancyConfig,
+        events: EventBus,
+        audit: AuditLog,
+        *,
+        admit: Admit = admit_any,
+    ) -> None:
         self._control = control
+        self._admit = admit
         self._config = config
         self._events = events
         self._audit = audit
@@ -184,7 +193,7 @@ class QuotaManager:
         checked = check_overrides(overrides)
         removed = {name for name, value in overrides.items() if value is None}
         async with self._control.transaction() as conn:
-            tenant_id = await tenant_id_of(conn, tenant)
+            tenant_id = await self._id_of(conn, tenant)
             living = (tenants.c.id == tenant_id) & (tenants.c.status != Status.PURGED)
             query = select(tenants.c.slug, tenants.c.quotas).where(living).with_for_update()
             row = (await conn.execute(query)).one_or_none()
@@ -216,7 +225,7 @@ class QuotaManager:
             TenantNotFoundError: no such tenant.
         """
         async with self._control.connect() as conn:
-            tenant_id = await tenant_id_of(conn, tenant)
+            tenant_id = await self._id_of(conn, tenant)
             return _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
 
     # --- usage ------------------------------------------------------------------------------------------------------
@@ -233,8 +242,9 @@ class QuotaManager:
         """
         if isinstance(tenant, str):
             async with self._control.connect() as conn:
-                tenant = await tenant_id_of(conn, tenant)
+                tenant = await self._id_of(conn, tenant)
         tenant_id = tenant.id if isinstance(tenant, Tenant) else tenant
+        self._admit(tenant_id)
         async with self._control.viewing(tenant_id) as conn:
             rows = (await conn.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
             if not rows:
@@ -276,7 +286,7 @@ class QuotaManager:
         """
         _check_amount(amount)
         async with self._control.connect() as conn:
-            tenant_id = await tenant_id_of(conn, tenant)
+            tenant_id = await self._id_of(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
             row = (await conn.execute(_CONSUME, parameters)).one()
         deadline = time.monotonic() + RECLAIM_SECONDS
@@ -300,6 +310,7 @@ class QuotaManager:
             resource: Which.
             block: How much is taken at once; less near the limit. What the first call gave holds while it is in use.
         """
+        self._admit(tenant)
         if block < 1:
             raise ValueError(f"a block must be at least 1, not {block}")
         key = (tenant.id if isinstance(tenant, Tenant) else tenant, resource)
@@ -323,7 +334,7 @@ class QuotaManager:
         """
         _check_amount(amount)
         async with self._control.connect() as conn:
-            tenant_id = await tenant_id_of(conn, tenant)
+            tenant_id = await self._id_of(conn, tenant)
         hold = Hold()
         async with self._holds.keep(hold):
             row = await self._holds.take(hold, tenant_id, resource, amount)
@@ -338,7 +349,7 @@ class QuotaManager:
             UnknownQuotaError: the resource has no limit for this tenant.
         """
         async with self._control.connect() as conn:
-            tenant_id = await tenant_id_of(conn, tenant)
+            tenant_id = await self._id_of(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "value": value}
             row = (await conn.execute(_MEASURE, parameters)).one()
         return self._conclude(tenant_id, resource, value, row)
@@ -364,7 +375,7 @@ class QuotaManager:
         """
         _check_amount(amount)
         async with self._control.connect() as conn:
-            tenant_id = await tenant_id_of(conn, tenant)
+            tenant_id = await self._id_of(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "at": at}
             row = (await conn.execute(_RELEASE, parameters)).one()
         return self._conclude(tenant_id, resource, amount, row)
@@ -407,6 +418,12 @@ class QuotaManager:
             )
 
     # --- parts ------------------------------------------------------------------------------------------------------
+
+    async def _id_of(self, conn: AsyncConnection, tenant: TenantRef) -> UUID:
+        self._admit(tenant)
+        tenant_id = await tenant_id_of(conn, tenant)
+        self._admit(tenant_id)
+        return tenant_id
 
     def _conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
         """Turn the database's answer into a value or an error, and announce soft limits that were reached."""

@@ -15,7 +15,7 @@ from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from ..config import TenancyConfig
-from ..context import Placement, Status, Tenant
+from ..context import Admit, Placement, Status, Tenant, admit_any
 from ..errors import (
     ConfigurationError,
     InvalidApiKeyError,
@@ -162,6 +162,7 @@ class TenantManager:
         names: Names,
         keyring: Keyring,
         events: EventBus,
+        admit: Admit = admit_any,
     ) -> None:
         self._config = config
         self._registry = registry
@@ -170,6 +171,7 @@ class TenantManager:
         self._names = names
         self._keyring = keyring
         self._events = events
+        self._admit = admit
 
     # --- creation ---------------------------------------------------------------------------------------------------
 
@@ -265,7 +267,14 @@ class TenantManager:
 
         Raises:
             TenantNotFoundError: there is none; by id, a purged tenant's tombstone is found.
+            CrossTenantError: another tenant is bound.
         """
+        self._admit(tenant)
+        found = await self._find(tenant)
+        self._admit(found)
+        return found
+
+    async def _find(self, tenant: TenantRef) -> Tenant:
         if isinstance(tenant, Tenant):
             return await self._registry.get(tenant.id)
         if isinstance(tenant, UUID):
@@ -273,17 +282,24 @@ class TenantManager:
         try:
             return await self._registry.get(UUID(tenant))
         except ValueError:
-            return await self.get_by_slug(tenant)
+            return await self._by_slug(tenant)
+
+    async def _by_slug(self, slug: str) -> Tenant:
+        if not _SLUG.fullmatch(slug):
+            raise TenantNotFoundError(slug)
+        return await self._registry.by_slug(slug)
 
     async def get_by_slug(self, slug: str) -> Tenant:
         """Return the tenant that has this slug.
 
         Raises:
             TenantNotFoundError: none has.
+            CrossTenantError: another tenant is bound.
         """
-        if not _SLUG.fullmatch(slug):
-            raise TenantNotFoundError(slug)
-        return await self._registry.by_slug(slug)
+        self._admit(slug)
+        found = await self._by_slug(slug)
+        self._admit(found)
+        return found
 
     async def get_by_api_key(self, key: str) -> Tenant:
         """Return the tenant whose API key this is.

@@ -211,7 +211,8 @@ async def test_an_invalidation_between_the_answer_and_its_caller_is_told() -> No
         return {key: str(key) for key in keys}
 
     batch = Batch(load, timeout=5)
-    assert await asyncio.gather(batch.get(1), batch.get(1)) == [("1", {"tag"}), ("1", {"tag"})]
+    outcomes = await asyncio.gather(batch.get(1), batch.get(1))
+    assert list(outcomes) == [("1", {"tag"}), ("1", {"tag"})]
     assert not batch._begun
 
 
