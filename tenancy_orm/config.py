@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Final, Literal, get_args
 
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, make_url
@@ -22,16 +22,23 @@ from sqlalchemy.exc import ArgumentError
 from .errors import ConfigurationError
 from .protocols import KeyWrapper, SecretProvider, UsageSender
 
+UNLIMITED = "unlimited"
+"""What stands for no limit where None cannot be written: in the settings file, and on the command line."""
+
 Period = Literal["lifetime", "day", "month", "concurrent"]
+
+RESOURCE_NAME: Final = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
+LARGEST_AMOUNT: Final = 10**15  # leaves room to add without leaving PostgreSQL's bigint
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
     """How much of a resource a tenant may use per period.
 
-    ``amount`` is in the resource's own unit; None means no limit (usage is still counted). ``period``: "lifetime"
-    counts up and down, "day" and "month" begin anew in the tenant's time zone, "concurrent" bounds what is held at one
-    moment. ``soft`` lists fractions of the limit (0.8, say) at which an event is raised.
+    ``amount`` is a whole number of the resource's own unit, at most 10**15; None means no limit (usage is still
+    counted). ``period``: "lifetime" counts up and down, "day" and "month" begin anew in the tenant's time zone,
+    "concurrent" bounds what is held at one moment. ``soft`` lists fractions of the limit (0.8, say) at which an event
+    is raised.
     """
 
     amount: int | None
@@ -39,13 +46,23 @@ class Limit:
     soft: tuple[float, ...] = (0.8, 1.0)
 
     def __post_init__(self) -> None:
-        """Refuse an amount below zero, an unknown period, and fractions outside 0 to 1."""
-        if self.amount is not None and self.amount < 0:
-            raise ConfigurationError(f"a limit's amount must be 0 or more, not {self.amount}")
-        if self.period not in ("lifetime", "day", "month", "concurrent"):
+        """Refuse an amount that cannot be counted, an unknown period, and fractions outside 0 to 1."""
+        # of this very type: True is an int too, and 1e9 would reach the database as 1000000000.0
+        if self.amount is not None and (type(self.amount) is not int or not 0 <= self.amount <= LARGEST_AMOUNT):
+            raise ConfigurationError(f"a limit's amount must be a whole number from 0 to 10**15, not {self.amount!r}")
+        if self.period not in get_args(Period):
             raise ConfigurationError(f"unknown period {self.period!r}; use lifetime, day, month or concurrent")
-        if any(not 0 < fraction <= 1 for fraction in self.soft):
-            raise ConfigurationError("soft limits are fractions above 0 and at most 1")
+        if not _are_fractions(self.soft):
+            raise ConfigurationError(f"soft limits are fractions above 0 and at most 1, not {self.soft!r}")
+        object.__setattr__(self, "soft", tuple(self.soft))
+
+
+def _are_fractions(values: object) -> bool:
+    return isinstance(values, (tuple, list)) and all(_is_above_zero(value, up_to=1) for value in values)
+
+
+def _is_above_zero(value: object, *, up_to: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= up_to
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -74,10 +91,16 @@ class Tier:
     ) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", name):
             raise ConfigurationError(f"tier name {name!r} must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
-        if connection_limit < 1:
-            raise ConfigurationError(f"connection_limit of tier {name!r} must be at least 1")
-        if requests_per_second is not None and requests_per_second <= 0:
-            raise ConfigurationError(f"requests_per_second of tier {name!r} must be above 0")
+        if type(connection_limit) is not int or connection_limit < 1:
+            raise ConfigurationError(f"connection_limit of tier {name!r} must be a whole number of at least 1")
+        if requests_per_second is not None and not _is_above_zero(requests_per_second, up_to=LARGEST_AMOUNT):
+            raise ConfigurationError(f"requests_per_second of tier {name!r} must be a number above 0")
+        for resource in limits or {}:
+            if resource == "requests_per_second" or not RESOURCE_NAME.fullmatch(resource):
+                raise ConfigurationError(
+                    f"resource {resource!r} of tier {name!r} must be 1 to 63 of a-z, 0-9, _, . and -, from a letter; "
+                    "requests_per_second is an argument of its own"
+                )
         given = {key: value if isinstance(value, Limit) else Limit(value) for key, value in (limits or {}).items()}
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "limits", MappingProxyType(given))
@@ -99,6 +122,8 @@ class UpgradePolicy:
         sustained: For how long.
         apply: Whether the tier is changed, or only proposed.
         next_tier: The next tier of each; the order of ``TenancyConfig.tiers`` where it is empty.
+        name: What it is told from other policies by; the resource and the fraction ("storage_bytes:0.9") where it is
+            empty.
     """
 
     resource: str
@@ -106,13 +131,15 @@ class UpgradePolicy:
     sustained: timedelta = timedelta(days=3)
     apply: bool = False
     next_tier: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse a fraction outside 0 to 1, and a negative duration."""
+        """Refuse a fraction outside 0 to 1, and a negative duration; name what has no name."""
         if not 0 < self.fraction <= 1:
             raise ConfigurationError(f"an upgrade policy's fraction is above 0 and at most 1, not {self.fraction}")
         if self.sustained < timedelta(0):
             raise ConfigurationError("an upgrade policy's duration must not be negative")
+        object.__setattr__(self, "name", self.name or f"{self.resource}:{self.fraction}")
 
 
 def _default_tiers() -> Mapping[str, Tier]:
@@ -155,13 +182,15 @@ class TenancyConfig:
             all of them open.
         secrets: Where the options in ``secret_options`` are read from when a ``Tenancy`` opens.
         secret_options: "encryption_keys", "key_peppers", or both; each is a secret of that name, written as its
-            environment variable would be.
+            environment variable would be. Where None, "encryption_keys", or nothing with a ``key_wrapper``.
         key_wrapper: Wraps the keys that seal tenants' passwords (envelope encryption), which are then kept in the
             control database; ``encryption_keys`` is not needed, but opens what it has sealed before.
         key_prefix: What new API keys begin with, for secret scanners.
         key_prefixes: Further prefixes that are accepted (``("ten_test",)``, say), and that a key can be issued with.
-        key_peppers: Secrets that key digests are bound to, ``{"1": <32 bytes or more, or their base64>}``; the last
-            one is used for new digests, all of them verify. Keep them elsewhere than the control database.
+        key_peppers: Secrets that key digests are bound to, ``{"1": <32 bytes or more, or their base64>}``, the
+            oldest first; all of them verify. Keep them elsewhere than the control database.
+        key_pepper_current: The one of them that new digests are made with, the last where None; "0" is none of them.
+            Set it while some processes do not have the newest pepper yet.
         tiers: Tiers by name.
         default_tier: The tier of a tenant created without one.
         upgrade_policies: Rules that ``run_maintenance`` proposes, or applies, higher tiers by.
@@ -207,11 +236,12 @@ class TenancyConfig:
     extensions: tuple[str, ...] = ()
     encryption_keys: Mapping[str, str | bytes] | None = field(default=None, repr=False)
     secrets: SecretProvider | None = field(default=None, repr=False)
-    secret_options: tuple[str, ...] = ("encryption_keys",)
+    secret_options: tuple[str, ...] | None = None
     key_wrapper: KeyWrapper | None = field(default=None, repr=False)
     key_prefix: str = "ten_live"
     key_prefixes: tuple[str, ...] = ()
     key_peppers: Mapping[str, str | bytes] | None = field(default=None, repr=False)
+    key_pepper_current: str | None = None
     tiers: Mapping[str, Tier] = field(default_factory=_default_tiers, repr=False)
     default_tier: str = "free"
     upgrade_policies: tuple[UpgradePolicy, ...] = ()
@@ -270,8 +300,9 @@ class TenancyConfig:
         for policy in self.upgrade_policies:
             if unknown := {*policy.next_tier, *policy.next_tier.values()} - set(self.tiers):
                 raise ConfigurationError(f"an upgrade policy names unknown tiers: {', '.join(sorted(unknown))}")
-        if len({(policy.resource, policy.fraction) for policy in self.upgrade_policies}) < len(self.upgrade_policies):
-            raise ConfigurationError("two upgrade policies watch the same fraction of the same resource")
+        policies = [policy.name for policy in self.upgrade_policies]
+        if twice := sorted({name for name in policies if policies.count(name) > 1}):
+            raise ConfigurationError(f"two upgrade policies have the same name: {', '.join(twice)}; give each its own")
         counts = ("max_connections", "max_connections_per_tenant", "max_engines", "provision_concurrency")
         for option in (*counts, "rate_processes"):
             if getattr(self, option) < 1:
@@ -283,10 +314,12 @@ class TenancyConfig:
         for extension in self.extensions:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", extension):
                 raise ConfigurationError(f"extension {extension!r} is not a name")
-        if not set(self.secret_options) <= {"encryption_keys", "key_peppers"}:
+        if not set(self.secret_options or ()) <= {"encryption_keys", "key_peppers"}:
             raise ConfigurationError("secret_options may hold encryption_keys and key_peppers alone")
         _ = self.sealing_keys
-        _ = self.peppers
+        peppers_known = self.key_peppers is not None or "key_peppers" not in (self.secret_options or ())
+        if peppers_known and self.key_pepper_current not in (None, "0", *self.peppers):
+            raise ConfigurationError(f"key_pepper_current {self.key_pepper_current!r} is not among key_peppers")
 
     @property
     def is_embedded(self) -> bool:
@@ -311,7 +344,7 @@ class TenancyConfig:
 
     @property
     def peppers(self) -> Mapping[str, bytes]:
-        """``key_peppers`` as bytes, in order; the last one is used for new digests."""
+        """``key_peppers`` as bytes, in order; ``key_pepper_current`` says which is used for new digests."""
         peppers = {}
         for version, value in (self.key_peppers or {}).items():
             try:
@@ -396,6 +429,9 @@ def _read_file(named: str | None, types: Mapping[str, str]) -> dict[str, Any]:
             values[name] = tuple(_policy_from(table) for table in value)
         elif name in _OBJECTS:
             values[name] = load_object(value)
+        elif name == "migrations":
+            # beside the file, wherever the program runs
+            values[name] = str(path.parent / value)
         elif name in ("extensions", "key_prefixes", "secret_options"):
             values[name] = tuple(value)
         else:
@@ -406,13 +442,25 @@ def _read_file(named: str | None, types: Mapping[str, str]) -> dict[str, Any]:
 def _tier_from(name: str, table: Mapping[str, Any]) -> Tier:
     try:
         settings = dict(table)
-        limits = {
-            resource: Limit(**value) if isinstance(value, dict) else Limit(value)
-            for resource, value in settings.pop("limits", {}).items()
-        }
+        limits = {resource: _limit_from(resource, value) for resource, value in settings.pop("limits", {}).items()}
         return Tier(name, limits, **settings)
     except TypeError as exc:
         raise ConfigurationError(f"tier {name!r} in the settings file is malformed: {exc}") from exc
+
+
+def _limit_from(resource: str, value: Any) -> Limit:
+    given = dict(value) if isinstance(value, dict) else {"amount": value}
+    unknown = sorted(given.keys() - {"amount", "period", "soft"})
+    if unknown or "amount" not in given:
+        raise ConfigurationError(
+            f"the limit of {resource!r} in the settings file has amount, and where you want them period and soft"
+            + (f"; not {', '.join(unknown)}" if unknown else "")
+        )
+    if given["amount"] == UNLIMITED:  # TOML has no null
+        given["amount"] = None
+    if "soft" in given:
+        given["soft"] = tuple(given["soft"])
+    return Limit(**given)
 
 
 def _policy_from(table: Mapping[str, Any]) -> UpgradePolicy:

@@ -55,8 +55,10 @@ class Tenant:
     """A tenant as it was when it was looked up. Two are equal when their ids are.
 
     Times are aware datetimes in UTC. ``metadata`` and ``quotas`` (overrides of the tier's limits) are read-only
-    mappings of JSON values. ``reason`` is what the operator gave when suspending. ``aliases`` are the former slugs that
-    still lead to it and the verified domains of its own.
+    mappings of JSON values. ``suspend_at`` and ``purge_at`` are what is scheduled. ``reason`` is what the operator gave
+    when suspending. ``aliases`` are the former slugs that still lead to it and the verified domains of its own.
+    ``operator`` tells that it was bound for an operator, who passes maintenance: the middleware's ``operators`` decides
+    that.
     """
 
     id: UUID
@@ -72,8 +74,11 @@ class Tenant:
     updated_at: datetime | None = field(default=None, repr=False)
     deleted_at: datetime | None = field(default=None, repr=False)
     trial_ends_at: datetime | None = field(default=None, repr=False)
+    suspend_at: datetime | None = field(default=None, repr=False)
+    purge_at: datetime | None = field(default=None, repr=False)
     timezone: str = field(default="UTC", repr=False)
     aliases: frozenset[str] = field(default=frozenset(), repr=False)
+    operator: bool = field(default=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
         """Compare by id alone: a tenant that was renamed or suspended meanwhile is the same tenant."""

@@ -18,7 +18,9 @@
     │   ├── InvalidSlugError (ValueError)
     │   ├── InvalidMetadataError (ValueError)
     │   ├── UnknownTierError (ValueError)
+    │   ├── TierChangedError                 a tenant's tier is not the one that the change was made for
     │   ├── InvalidTransitionError
+    │   ├── RoleNotBarredError               suspended or deleted, but its server could not be told in time
     │   └── TenantUnavailableError           its status does not admit sessions
     │       ├── TenantProvisioningError
     │       ├── TenantSuspendedError
@@ -187,11 +189,16 @@ class TenantNotFoundError(TenantError, LookupError):
 class TenantExistsError(TenantError):
     """The slug is taken: by a tenant, by one being provisioned, or by one whose database is not yet gone."""
 
-    def __init__(self, slug: str) -> None:
-        """Name the ``slug`` that is taken."""
-        super().__init__(
-            f"tenant {slug!r} already exists; choose another slug, or purge that tenant first", tenant=slug
-        )
+    def __init__(self, slug: str, *, reserved: bool = False) -> None:
+        """Name the ``slug`` that is taken; ``reserved``: it still leads to a tenant that was renamed."""
+        if reserved:
+            message = (
+                f"slug {slug!r} still leads to a tenant that was renamed; choose another, or wait until it does not"
+            )
+        else:
+            message = f"tenant {slug!r} already exists; choose another slug, or purge that tenant first"
+        super().__init__(message, tenant=slug)
+        self.reserved = reserved
 
 
 class InvalidSlugError(TenantError, ValueError):
@@ -203,13 +210,43 @@ class InvalidMetadataError(TenantError, ValueError):
 
 
 class UnknownTierError(TenantError, ValueError):
-    """A tier that the configuration does not define."""
+    """A tier that the configuration does not define, or that is configured but not in force."""
 
-    def __init__(self, tier: str, known: tuple[str, ...]) -> None:
-        """Name the ``tier`` and those that are ``known``."""
-        super().__init__(f"tier {tier!r} is not configured; known tiers: {', '.join(known)}")
+    def __init__(self, tier: str, known: tuple[str, ...] = ()) -> None:
+        """Name the ``tier`` and those that are ``known``; with none, it is configured, but not in force."""
+        if known:
+            super().__init__(f"tier {tier!r} is not configured; known tiers: {', '.join(known)}")
+        else:
+            super().__init__(f"tier {tier!r} is not in force; run: tenancy tiers apply")
         self.tier = tier
         self.known = known
+
+
+class TierChangedError(TenantError):
+    """A tenant's tier was to be changed from the one it had, and is another one by now; nothing was changed."""
+
+    def __init__(self, tenant: str, *, expected: str, found: str) -> None:
+        """Name the ``tenant`` (slug), the tier that was ``expected`` and the one that was ``found``."""
+        super().__init__(f"tenant {tenant!r} is in tier {found!r} by now, not in {expected!r}", tenant=tenant)
+        self.expected = expected
+        self.found = found
+
+
+class RoleNotBarredError(TenantError):
+    """A tenant is suspended or deleted, and refused by the application; but its server could not be told in time.
+
+    Connections that were open may still be. ``tenancy reconcile`` (or ``run-maintenance``) tells the server.
+    """
+
+    def __init__(self, tenant: str, status: str, reason: str) -> None:
+        """Name the ``tenant`` (slug), its ``status`` from now on, and the ``reason`` why its server does not know."""
+        super().__init__(
+            f"tenant {tenant!r} is {status}, but its server was not told ({reason}): its connections may still be "
+            "open; run: tenancy reconcile",
+            tenant=tenant,
+        )
+        self.status = status
+        self.reason = reason
 
 
 class InvalidTransitionError(TenantError):
@@ -374,8 +411,9 @@ class QuotaExceededError(QuotaError):
         used: int,
         requested: int,
         resets_at: datetime | None = None,
+        period: str | None = None,
     ) -> None:
-        """Carry the ``limit``, what is ``used``, what was ``requested``, and when the period ends (UTC)."""
+        """Carry the ``limit``, what is ``used``, what was ``requested``, when the period ends (UTC), and its kind."""
         super().__init__(
             f"quota {resource!r} of tenant {tenant!r} exceeded: {used} of {limit} used, {requested} more requested"
         )
@@ -385,6 +423,7 @@ class QuotaExceededError(QuotaError):
         self.used = used
         self.requested = requested
         self.resets_at = resets_at
+        self.period = period
 
 
 class UsageExportError(QuotaError):

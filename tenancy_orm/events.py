@@ -1,9 +1,14 @@
 """Typed in-process events: what happened, for metrics, tracing and the application's own subscribers.
 
 Subscribe with ``tenancy.events.subscribe(TenantCreated, callback)``; subscribing to a base class receives all of its
-subclasses. A callback is a function or a coroutine function. It runs after the fact: one that fails is logged and never
-breaks the operation. Coroutines run in tasks of their own, which ``EventBus.drain`` awaits at shutdown. Events carry
-ids and figures, never secrets.
+subclasses. A callback runs after the fact, and after the commit where it is told of a change: one that fails is logged
+and never breaks the operation. Delivery is at most once and within this process: nothing is written down, so a process
+that ends takes with it what was not yet delivered.
+
+A plain function is called at once, by the task that emits and with its tenant bound: for as long as it runs, nothing
+else does, so it must not block. A coroutine runs later, in a task of its own with an empty context: no tenant is bound.
+Of one subscription one coroutine runs at a time, in the order of emission; while it runs, a bounded number of events
+wait, and beyond that they are dropped, which ``EventBus.dropped`` counts. Events carry ids and figures, never secrets.
 """
 
 from __future__ import annotations
@@ -11,12 +16,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from contextvars import Context
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
 
 logger = logging.getLogger("tenancy_orm.events")
+
+DRAIN_TIMEOUT = 10.0
+_CANCEL_TIMEOUT = 1.0  # for what a cancelled coroutine does in its ``finally``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +80,14 @@ class TenantStatusChanged(TenantEvent):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantPurged(TenantEvent):
     """A tenant's database, role, keys and secrets are gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorAdmitted(TenantEvent):
+    """A request to a tenant in maintenance was served, because ``TenancyMiddleware(operators=...)`` said so."""
+
+    key_id: str
+    source: str | None
 
 
 # --- keys and requests ----------------------------------------------------------------------------------------------
@@ -166,7 +185,11 @@ class ListenerRestored(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaThresholdReached(TenantEvent):
-    """Usage reached the soft limit ``fraction`` of ``limit``: raised once per period and fraction."""
+    """Usage reached the soft limit ``fraction`` of ``limit``: raised at most once per period and fraction.
+
+    It is raised by the process whose call reached it, and not at all where that call's answer was lost. A limit per
+    lifetime raises it again once use had fallen a tenth below, one on concurrency after a day.
+    """
 
     resource: str
     fraction: float
@@ -274,24 +297,59 @@ E = TypeVar("E", bound=Event)
 Callback = Callable[[E], Awaitable[None] | None]
 
 
-class EventBus:
-    """Delivers events to subscribers, in the order of subscription."""
+@dataclass(slots=True, eq=False)
+class _Subscriber:
+    """One subscription, and the coroutines of its callback that wait for the one under way."""
 
-    def __init__(self) -> None:
-        self._subscribers: dict[type[Event], list[Callback[Any]]] = {}
-        # per concrete event class: every callback that wants it, so that emitting without subscribers costs a look-up
-        self._routes: dict[type[Event], tuple[Callback[Any], ...]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+    event: type[Event]
+    callback: Callback[Any]
+    waiting: deque[tuple[Awaitable[None], Event]] = field(default_factory=deque)
+    busy: bool = False  # a coroutine is under way
+    flooded: bool = False  # events were dropped, which was logged, and those that wait have not been worked off since
+
+    def __str__(self) -> str:
+        """Name the callback; without its repr, which may show an object's secrets."""
+        name = getattr(self.callback, "__qualname__", None) or type(self.callback).__qualname__
+        return f"subscriber {name} to {self.event.__name__}"
+
+
+class EventBus:
+    """Delivers events to subscribers, in the order of subscription. For one event loop: it is not thread-safe.
+
+    Args:
+        max_waiting: How many events may wait for one subscription's coroutine before further ones are dropped.
+
+    Attributes:
+        dropped: How many events were dropped since too many were waiting, or since the coroutine that they waited for
+            was cancelled.
+    """
+
+    def __init__(self, *, max_waiting: int = 10_000) -> None:
+        self.dropped = 0
+        self._max_waiting = max_waiting
+        self._subscribers: list[_Subscriber] = []
+        # per concrete event class: all that want it, so that emitting without subscribers costs a look-up
+        self._routes: dict[type[Event], tuple[_Subscriber, ...]] = {}
+        self._tasks: dict[asyncio.Task[None], _Subscriber] = {}
 
     def subscribe(self, event: type[E], callback: Callback[E]) -> Callable[[], None]:
-        """Call ``callback`` for every ``event`` of this class or a subclass; returns a function that unsubscribes."""
-        callbacks = self._subscribers.setdefault(event, [])
-        callbacks.append(callback)
+        """Call ``callback`` for every ``event`` of this class or a subclass; returns a function that unsubscribes.
+
+        A callback that is subscribed twice is called twice. Unsubscribing ends this one subscription, and does nothing
+        the second time; coroutines that wait for their turn by then still run.
+
+        Args:
+            event: The class; subclasses are received as well.
+            callback: A function, which blocks the event loop while it runs, or a coroutine function, which runs later
+                and with no tenant bound. Whatever ``Exception`` or ``CancelledError`` it raises is logged.
+        """
+        subscriber = _Subscriber(event, callback)
+        self._subscribers.append(subscriber)
         self._routes.clear()
 
         def unsubscribe() -> None:
-            if callback in callbacks:
-                callbacks.remove(callback)
+            if subscriber in self._subscribers:
+                self._subscribers.remove(subscriber)
                 self._routes.clear()
 
         return unsubscribe
@@ -301,34 +359,127 @@ class EventBus:
         return bool(self._route(event))
 
     def emit(self, event: Event) -> None:
-        """Deliver ``event``. Never raises an ``Exception``: a failing subscriber is logged."""
-        for callback in self._route(type(event)):
+        """Deliver ``event``: functions are called before this returns, coroutines start later.
+
+        Of what a subscriber raises, ``KeyboardInterrupt`` and ``SystemExit`` alone come through.
+        """
+        for subscriber in self._route(type(event)):
+            if len(subscriber.waiting) >= self._max_waiting:
+                self._drop(subscriber)
+                continue
             try:
-                outcome = callback(event)
+                outcome = subscriber.callback(event)
                 if inspect.isawaitable(outcome):
-                    self._spawn(outcome, event)
-            except Exception:
+                    self._enqueue(subscriber, outcome, event)
+            # a CancelledError as well: nothing is awaited here, so it is not the cancellation of the task that emits
+            except (Exception, asyncio.CancelledError):
                 logger.exception("a subscriber to %s failed", type(event).__name__)
 
-    async def drain(self) -> None:
-        """Wait for the coroutines that subscribers have under way."""
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:
+        """Wait until every coroutine of a subscriber has ended, those that wait for their turn included.
 
-    def _route(self, event: type[Event]) -> tuple[Callback[Any], ...]:
+        A subscriber that calls this does not wait for itself.
+
+        Args:
+            timeout: For how long at most, in seconds.
+
+        Returns:
+            Whether they have all ended.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while tasks := self._others():
+            left = deadline - loop.time()
+            if left <= 0:
+                return False
+            await asyncio.wait(tasks, timeout=left)
+        return True
+
+    async def cancel(self) -> None:
+        """Cancel the coroutines that ``drain`` has left, and drop the events that wait for them; both are logged."""
+        tasks = self._others()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            _, deaf = await asyncio.wait(tasks, timeout=_CANCEL_TIMEOUT)
+            for task in deaf:
+                self._abandon(self._tasks[task])
+
+    def _others(self) -> list[asyncio.Task[None]]:
+        current = asyncio.current_task()
+        return [task for task in self._tasks if task is not current]
+
+    def _route(self, event: type[Event]) -> tuple[_Subscriber, ...]:
         route = self._routes.get(event)
         if route is None:
-            route = tuple(c for cls, found in self._subscribers.items() if issubclass(event, cls) for c in found)
-            self._routes[event] = route
+            route = self._routes[event] = tuple(s for s in self._subscribers if issubclass(event, s.event))
         return route
 
-    def _spawn(self, outcome: Awaitable[None], event: Event) -> None:
-        async def run() -> None:
-            try:
-                await outcome
-            except Exception:
-                logger.exception("a subscriber to %s failed", type(event).__name__)
+    def _drop(self, subscriber: _Subscriber) -> None:
+        self.dropped += 1
+        if not subscriber.flooded:
+            subscriber.flooded = True
+            logger.warning(
+                "%s is too slow: %d events wait for it, and further ones are dropped",
+                subscriber,
+                len(subscriber.waiting),
+            )
 
-        task = asyncio.get_running_loop().create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _enqueue(self, subscriber: _Subscriber, outcome: Awaitable[None], event: Event) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            _close(outcome)
+            raise
+        subscriber.waiting.append((outcome, event))
+        if not subscriber.busy:
+            self._start(subscriber, loop)
+
+    def _start(self, subscriber: _Subscriber, loop: asyncio.AbstractEventLoop) -> None:
+        outcome, event = subscriber.waiting.popleft()
+        subscriber.busy = True
+        # a task and a context for each: what one binds is not seen by the next
+        task = loop.create_task(_guard(outcome, event), context=Context())
+        self._tasks[task] = subscriber
+        task.add_done_callback(partial(self._ended, subscriber, outcome))
+
+    def _ended(self, subscriber: _Subscriber, outcome: Awaitable[None], task: asyncio.Task[None]) -> None:
+        del self._tasks[task]
+        subscriber.busy = False
+        if task.cancelled() or task.exception() is not None:
+            # by ``cancel``, or since the event loop comes to its end: nothing new may be started in it
+            _close(outcome)
+            self._abandon(subscriber)
+        elif subscriber.waiting:
+            self._start(subscriber, task.get_loop())
+        else:
+            subscriber.flooded = False
+
+    def _abandon(self, subscriber: _Subscriber) -> None:
+        waiting = len(subscriber.waiting)
+        while subscriber.waiting:
+            _close(subscriber.waiting.popleft()[0])
+        subscriber.flooded = False
+        self.dropped += waiting
+        logger.warning("%s was cancelled at work; %d events that waited for it are dropped", subscriber, waiting)
+
+
+async def _guard(outcome: Awaitable[None], event: Event) -> None:
+    try:
+        await outcome
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # of something that it awaited
+        logger.exception("a subscriber to %s failed", type(event).__name__)
+    except Exception:
+        logger.exception("a subscriber to %s failed", type(event).__name__)
+
+
+def _close(outcome: Awaitable[None]) -> None:
+    """Give up what was not begun: a coroutine that is merely forgotten has Python warn of it."""
+    if inspect.iscoroutine(outcome):
+        outcome.close()
+    elif asyncio.isfuture(outcome):
+        outcome.cancel()

@@ -57,7 +57,7 @@ class UsageRecord:
         id: The record's number.
         tenant_id: Who used it.
         slug: ... and what it is called now.
-        metadata: ... and the metadata it has now, where the receiver's own id of it may be.
+        metadata: ... and the metadata it has now, or had when it was purged: the receiver's own id of it may be there.
         resource: What was used.
         period: "day" or "month".
         period_start: Its first instant, UTC.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
@@ -36,10 +36,11 @@ from .control.registry import Registry
 from .control.sealed import SealedPasswords
 from .control.secrets import Keyring
 from .control.tenants import TenantManager, TenantRef
+from .control.tiers import TierRegistry
 from .control.upgrades import Upgrades
 from .control.usage import UsageExporter
 from .errors import ConfigurationError, CrossTenantError, NoTenantError, NotOpenError, TenancyError
-from .events import EventBus
+from .events import DRAIN_TIMEOUT, EventBus
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
 from .migrations.environment import register_factory
 from .protocols import KeyWrapper, SecretProvider
@@ -49,6 +50,7 @@ from .routing import Router, Servers
 
 logger = logging.getLogger("tenancy_orm")
 
+_RENEW_SECONDS = 300.0  # how often a process reads the data keys that nobody tells it of
 _SAMPLE_SECONDS = 240.0  # maintenance samples the tenants' databases unless this was done so recently
 
 P = ParamSpec("P")
@@ -104,13 +106,27 @@ class Tenancy:
                 self._parts = await _Parts.build(self.configured, self.events, initialise=initialise)
         return self
 
-    async def close(self) -> None:
-        """End every connection and background task. A closed ``Tenancy`` can be opened again."""
+    async def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:
+        """End every connection and background task. A closed ``Tenancy`` can be opened again.
+
+        Args:
+            timeout: How long to wait for subscribers' coroutines, in seconds, before anything is closed: they may use
+                this object until then. Those still at work after it are cancelled, which is logged.
+        """
+        try:
+            await self.events.drain(timeout)
+        finally:
+            try:
+                await self._close_parts()
+            finally:
+                await self.events.cancel()
+
+    async def _close_parts(self) -> None:
         async with self._opening:
             parts, self._parts = self._parts, None
             if parts is not None:
-                await parts.close()
-                await self.events.drain()
+                # a caller that is cancelled does not keep the remaining parts open
+                await asyncio.shield(parts.close())
 
     async def __aenter__(self) -> Self:
         """Open. Blocks may be nested; the outermost one closes."""
@@ -164,6 +180,11 @@ class Tenancy:
     def quotas(self) -> QuotaManager:
         """Limits and usage."""
         return self._open.quotas
+
+    @property
+    def tiers(self) -> TierRegistry:
+        """The tiers in force; ``tiers.apply(tenancy.config.tiers)`` changes them to the configured ones."""
+        return self._open.tiers
 
     @property
     def upgrades(self) -> Upgrades:
@@ -343,47 +364,67 @@ class Tenancy:
     # --- textual SQL ------------------------------------------------------------------------------------------------
 
     async def fetch_all(
-        self, sql: str, parameters: Mapping[str, Any] | None = None, *, tenant: TenantRef | None = None
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
     ) -> list[Row[*tuple[Any, ...]]]:
         """Run textual SQL with ``:name`` parameters on a tenant and return all rows.
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.session(tenant) as session:
+        async with self.session(tenant, operator=operator) as session:
             return list((await session.execute(text(sql), dict(parameters or {}))).all())
 
     async def fetch_one(
-        self, sql: str, parameters: Mapping[str, Any] | None = None, *, tenant: TenantRef | None = None
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
     ) -> Row[*tuple[Any, ...]] | None:
         """Run textual SQL with ``:name`` parameters on a tenant and return the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.session(tenant) as session:
+        async with self.session(tenant, operator=operator) as session:
             return (await session.execute(text(sql), dict(parameters or {}))).first()
 
     async def fetch_value(
-        self, sql: str, parameters: Mapping[str, Any] | None = None, *, tenant: TenantRef | None = None
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
     ) -> Any:
         """Run textual SQL with ``:name`` parameters on a tenant and return the first column of the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.session(tenant) as session:
+        async with self.session(tenant, operator=operator) as session:
             return await session.scalar(text(sql), dict(parameters or {}))
 
     async def execute(
-        self, sql: str, parameters: Mapping[str, Any] | None = None, *, tenant: TenantRef | None = None
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
     ) -> int:
         """Run one textual statement with ``:name`` parameters on a tenant, commit, and return how many rows it touched.
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.transaction(tenant) as session:
+        async with self.transaction(tenant, operator=operator) as session:
             result = await session.connection()
             return (await result.execute(text(sql), dict(parameters or {}))).rowcount
 
@@ -447,7 +488,8 @@ class _SessionScope:
 
     async def __aenter__(self) -> AsyncSession:
         tenant = await self._parts.resolve(self._tenant)
-        check_usable(tenant, operator=self._operator)
+        bound = current_tenant_or_none()
+        check_usable(tenant, operator=self._operator or (bound is not None and bound.operator))
         self._inner = self._parts.router.session(tenant, **self._options)
         return await self._inner.__aenter__()
 
@@ -481,6 +523,7 @@ class _Parts:
     domains: DomainManager
     maintenance: Maintenance
     secrets: SecretManager
+    tiers: TierRegistry
     upgrades: Upgrades
     usage_exporter: UsageExporter | None
 
@@ -536,7 +579,11 @@ class _Parts:
         self.keyring = Keyring(config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys), admit=admit_bound)
-        self.registry = Registry(self.control, self.audit)
+        await self.audit.keep_public_keys()
+        if self._data_keys is not None:
+            self._data_keys.on_read(self.audit.renew_keys)
+            self._start(self._keep_keys(self._data_keys))
+        self.registry = Registry(self.control, self.audit, bills=config.usage_sender is not None)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
         self.directory = Directory(self.control, config, events, audit=self.audit)
         self.router = Router(
@@ -571,12 +618,25 @@ class _Parts:
         self._build_billing()
         self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores())
         addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
-        await self.control.synchronise(config.tiers, addresses)
+        await self.control.note_servers(addresses)
+        self.tiers = TierRegistry(self.control, self.audit)
+        await self._settle_tiers(initialise)
         if initialise:
             for name in self.servers:
                 await self.provisioner.prepare_server(name)
-        await self.directory.open()
+        # before it is open: one that is given up meanwhile has begun to listen
         self._opened.append(self.directory.close)
+        await self.directory.open()
+
+    async def _settle_tiers(self, initialise: bool) -> None:
+        """Put the configured tiers in force where that was asked for, or where there are none yet."""
+        if initialise or not await self.tiers.in_force():
+            await self.tiers.apply(self.config.tiers)
+        elif differing := await self.tiers.differing(self.config.tiers):
+            logger.warning(
+                "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
+                ", ".join(differing),
+            )
 
     def _administrator(self) -> Administrator | None:
         """Who administers the control database's server, where that is one of the tenants' servers."""
@@ -624,8 +684,8 @@ class _Parts:
         self.migrations = FleetMigrator(services)
 
     def _build_billing(self) -> None:
-        async def change_tier(tenant_id: UUID, tier: str, actor: Actor) -> None:
-            await self.tenants.update(tenant_id, tier=tier, actor=actor)
+        async def change_tier(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+            await self.tenants.update(tenant_id, tier=tier, expected_tier=expected, actor=actor)
 
         self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, change_tier)
         sender = self.config.usage_sender
@@ -666,15 +726,24 @@ class _Parts:
             self.router.retire(tenant_id)
         elif self._data_keys is not None:
             # there may be a new one: what is sealed from now on should be sealed with it
-            task = asyncio.get_running_loop().create_task(self._renew_keys(self._data_keys))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start(self._renew_keys(self._data_keys))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _passwords(self, tenant_id: UUID) -> Sequence[bytes]:
         """Read a tenant's sealed passwords anew, for a login that was refused: what is remembered of it is too old."""
         found = await self.sealed.of(tenant_id)
         self.directory.invalidate(tenant_id=tenant_id)
         return found
+
+    async def _keep_keys(self, data_keys: DataKeys) -> None:
+        """Learn of new data keys in a process that hears of no change, so that old ones can be forgotten."""
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            await self._renew_keys(data_keys)
 
     async def _renew_keys(self, data_keys: DataKeys) -> None:
         try:

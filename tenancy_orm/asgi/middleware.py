@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from starlette.responses import RedirectResponse
@@ -20,7 +21,7 @@ from ..errors import (
     MalformedRequestError,
     TenancyError,
 )
-from ..events import KeyRejected, QuotaRefused
+from ..events import KeyRejected, OperatorAdmitted, QuotaRefused
 from .exempt import ExemptPaths
 from .problems import RATE_LIMITED, problem_for, rate_headers
 from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver, Resolver, TenantResolver
@@ -39,7 +40,7 @@ TENANCY: Final = "tenancy_orm.tenancy"
 """Key of an ASGI scope: the ``Tenancy`` that the request is served by."""
 
 # bound here because attributes of an enum are slow to reach, and so that no call is made around the variable's own
-_ACTIVE, _TRIAL = Status.ACTIVE, Status.TRIAL
+_ACTIVE, _TRIAL, _MAINTENANCE = Status.ACTIVE, Status.TRIAL, Status.MAINTENANCE
 _bind = _current.set
 _unbind = _current.reset
 _GONE = frozenset({Status.DELETED, Status.PURGED})
@@ -66,6 +67,9 @@ class TenancyMiddleware:
         resolvers: What else names a tenant (``SubdomainResolver`` and the like), and where keys are looked for;
             without any ``KeyResolver`` among them, in ``X-API-Key`` and ``Authorization: Bearer``.
         exempt: Paths that need no key and get no tenant, even with one: ``/healthz``, ``/static/*``.
+        operators: Decides, from the scope and the credential of a request to a tenant in maintenance, whether it is an
+            operator's: then it is served, and so are its sessions, and ``OperatorAdmitted`` is raised. Without it
+            nobody passes: no scope of a tenant's own key says so by itself.
         map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
             answered as a problem document, where it has an answer. Everything else passes untouched.
 
@@ -80,11 +84,13 @@ class TenancyMiddleware:
         tenancy: Tenancy,
         resolvers: Iterable[Resolver] = (),
         exempt: Iterable[str] = ("/healthz",),
+        operators: Callable[[Scope, Credential], bool] | None = None,
         map_errors: bool = True,
     ) -> None:
         self.app = app
         self.tenancy = tenancy
         self.map_errors = map_errors
+        self.operators = operators
         given = tuple(resolvers)
         self.keys = tuple(r for r in given if isinstance(r, KeyResolver)) or (ApiKeyHeader(), BearerToken())
         self.namers = tuple(r for r in given if isinstance(r, TenantResolver))
@@ -133,6 +139,8 @@ class TenancyMiddleware:
                     if moved is not None and scope["type"] == "http":
                         await RedirectResponse(moved, 308)(scope, outside.receive, outside.send)
                         return
+                    if tenant.status is _MAINTENANCE:
+                        tenant = replace(tenant, operator=True)  # or _check had refused it
                 scope[CREDENTIAL] = credential
                 _bind(tenant)
             admitted = True
@@ -187,7 +195,7 @@ class TenancyMiddleware:
         if tenant.status is not _ACTIVE and tenant.status is not _TRIAL:
             if tenant.status in _GONE:
                 raise self._rejected(scope, tenant.status.value, credential.key_id)
-            check_usable(tenant)
+            check_usable(tenant, operator=self._is_operators(scope, credential))
         for namer in self.namers:
             named = namer.named(scope, headers)
             if named is not None and not namer.matches(named, tenant):
@@ -198,6 +206,16 @@ class TenancyMiddleware:
         for resolver in self._entering:
             resolver.enter(scope)
         return moved
+
+    def _is_operators(self, scope: Scope, credential: Credential) -> bool:
+        """Whether a request to a tenant in maintenance is an operator's."""
+        tenant = credential.tenant
+        if tenant.status is not _MAINTENANCE or self.operators is None or not self.operators(scope, credential):
+            return False
+        self.tenancy.events.emit(
+            OperatorAdmitted(tenant_id=tenant.id, slug=tenant.slug, key_id=credential.key_id, source=_source(scope))
+        )
+        return True
 
     # --- what is done about it --------------------------------------------------------------------------------------
 

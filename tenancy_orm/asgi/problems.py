@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -144,6 +144,7 @@ CONTROL_AWAY = Problem(
     _retry_after(5),
 )
 RATE_LIMITED = Problem(429, "rate-limited", "Too many requests", "this tenant sends too many requests; slow down")
+QUOTA_EXCEEDED = Problem(429, "quota-exceeded", "Quota exceeded", "the request would pass a limit")
 
 
 def rate_headers(outcome: Allowed | Denied) -> list[tuple[bytes, bytes]]:
@@ -207,15 +208,19 @@ def _missing_scope(error: MissingScopeError, tenant: Tenant | None) -> Problem:
 
 
 def _quota(error: QuotaExceededError, tenant: Tenant | None) -> Problem:
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    members: dict[str, Any] = {}
-    if tenant is not None and error.tenant == tenant.slug:
-        members = {"resource": error.resource, "limit": error.limit, "used": error.used}
+    if tenant is None or error.tenant != tenant.slug:
+        return QUOTA_EXCEEDED
+    members: dict[str, Any] = {"resource": error.resource, "limit": error.limit, "used": error.used}
+    limit = f'"{error.resource}";r={max(error.limit - error.used, 0)}'
+    retry: tuple[tuple[bytes, bytes], ...] = ()
     if error.resets_at is not None:
-        seconds = (error.resets_at - datetime.now(UTC)).total_seconds()
-        headers = _retry_after(max(1, math.ceil(seconds)))
+        seconds = max(1, math.ceil((error.resets_at - datetime.now(UTC)).total_seconds()))
+        limit, retry = f"{limit};t={seconds}", _retry_after(seconds)
         members["resets_at"] = error.resets_at.astimezone(UTC).isoformat()
-    return Problem(429, "quota-exceeded", "Quota exceeded", "the request would pass a limit", headers, members)
+    elif error.period == "concurrent":
+        retry = _retry_after(1)  # what is held may be let go at any moment
+    policy = (b"ratelimit-policy", f'"{error.resource}";q={error.limit}'.encode())
+    return replace(QUOTA_EXCEEDED, headers=(policy, (b"ratelimit", limit.encode()), *retry), members=members)
 
 
 _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], Problem]] = {

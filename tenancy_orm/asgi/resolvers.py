@@ -170,6 +170,7 @@ class SubdomainResolver(TenantResolver):
         reserved: Labels that are no tenants.
         custom_domains: Whether hosts outside ``domain`` must be a verified domain of the tenant's own. Otherwise they
             name no tenant, which an address or the name of a container needs.
+        hosts: Further hosts of the application's own, which name no tenant either way: what probes and proxies use.
         redirect: Whether a request to a former slug's host is answered with 308 and the present one. Many clients send
             no credentials along to another host, so it is served as it is by default.
     """
@@ -183,9 +184,11 @@ class SubdomainResolver(TenantResolver):
         *,
         reserved: Iterable[str] = ("www", "api", "app"),
         custom_domains: bool = False,
+        hosts: Iterable[str] = (),
         redirect: bool = False,
     ) -> None:
         self.redirect = redirect
+        self.hosts = frozenset(host.lower().rstrip(".") for host in hosts)
         self.domain = domain.lower().strip(".")
         if not _DOMAIN.fullmatch(self.domain):
             raise ConfigurationError(f"domain {domain!r} is not a domain name without a port")
@@ -199,7 +202,7 @@ class SubdomainResolver(TenantResolver):
         if value is None:
             return None
         host = parse_host(value)
-        if host == self.domain:
+        if host == self.domain or host in self.hosts:
             return None
         if not host.endswith(self._suffix):
             return host if self.custom_domains else None
@@ -213,7 +216,9 @@ class SubdomainResolver(TenantResolver):
         host = dict(scope["headers"])[b"host"].decode("latin-1")
         port = host[host.rindex(":") :] if ":" in host else ""
         query = scope["query_string"].decode("latin-1")
-        path = quote(scope["path"], safe="/:@!$&'()*+,;=~")
+        raw: bytes = scope.get("raw_path") or b""
+        # as the client wrote it, where the server says so: decoded, %2F could not be told from a slash any more
+        path = raw.decode("latin-1") if raw[:1] == b"/" else quote(scope["path"], safe="/:@!$&'()*+,;=~")
         return f"//{tenant.slug}{self._suffix}{port}{path}" + (f"?{query}" if query else "")
 
 

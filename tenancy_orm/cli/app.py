@@ -15,7 +15,7 @@ import typer
 
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
-from . import audit, dev, domains, keys, migrate, quotas, schedule, secrets, usage
+from . import audit, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
 from .output import console, print_fields, print_json, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, fail, guarded, operator, run
 
@@ -29,6 +29,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
+app.add_typer(tiers.app, name="tiers")
 app.add_typer(domains.app, name="domains")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
@@ -168,13 +169,17 @@ def update(
     tier: Annotated[str | None, typer.Option(help="Move it to this tier.")] = None,
     metadata: Annotated[str | None, typer.Option(help="Replace its metadata by this JSON object.")] = None,
     timezone: Annotated[str | None, typer.Option(help="IANA time zone of its daily and monthly quotas.")] = None,
+    trial_days: Annotated[float | None, typer.Option(help="Its trial ends so many days from now.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Change a tenant's tier, metadata or time zone."""
+    """Change a tenant's tier, metadata, time zone or the end of its trial."""
     given = guarded(lambda: parse_metadata(metadata))
+    trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
-        changed = await tenancy.tenants.update(tenant, tier=tier, metadata=given, timezone=timezone, actor=operator())
+        changed = await tenancy.tenants.update(
+            tenant, tier=tier, metadata=given, timezone=timezone, trial_ends_at=trial_ends_at, actor=operator()
+        )
         return tenant_fields(changed)
 
     show_tenant(run(command), as_json)
@@ -206,8 +211,24 @@ def activate(tenant: TenantArgument, as_json: Json = False) -> None:
 
 @app.command()
 def maintain(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
-    """Put a tenant into maintenance: its requests get 503 until it is activated."""
+    """Put a tenant into maintenance: its requests get 503 until end-maintenance."""
     _change(tenant, "start_maintenance", as_json, reason=reason)
+
+
+@app.command("end-maintenance")
+def end_maintenance(tenant: TenantArgument, as_json: Json = False) -> None:
+    """Make a tenant what it was before its maintenance."""
+    _change(tenant, "end_maintenance", as_json)
+
+
+@app.command("start-trial")
+def start_trial(
+    tenant: TenantArgument,
+    days: Annotated[float, typer.Option(help="How many days it lasts from now on.")] = 14.0,
+    as_json: Json = False,
+) -> None:
+    """Let a suspended tenant, whose trial has ended, say, try once more."""
+    _change(tenant, "start_trial", as_json, ends_at=datetime.now(UTC) + timedelta(days=days))
 
 
 @app.command()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..control.checkpoints import Checkpoint
+from ..control.chain import VerifyReport
+from ..control.checkpoints import Checkpoint, Verifier
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table
@@ -39,23 +42,26 @@ def list_events(
 @app.command()
 def verify(
     checkpoint: Annotated[list[Path] | None, typer.Option(help="A checkpoint exported earlier; repeatable.")] = None,
+    since: Annotated[Path | None, typer.Option(help="A checkpoint to begin from, instead of the start.")] = None,
+    public_keys: Annotated[
+        Path | None, typer.Option(help="Judge signatures by these keys alone; as tenancy audit public-keys prints.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Recompute the chain; exit status 1 where an entry does not hold, or a checkpoint contradicts the log."""
-    checkpoints = guarded(lambda: [_read(path) for path in checkpoint or ()])
+    checkpoints = guarded(lambda: [_checkpoint(path) for path in checkpoint or ()])
+    origin = guarded(lambda: _checkpoint(since) if since else None)
+    verifier = guarded(lambda: _verifier(public_keys) if public_keys else None)
 
-    async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.audit.verify(checkpoints)
+    async def command(tenancy: Tenancy) -> VerifyReport:
+        return await tenancy.audit.verify(checkpoints, since=origin, verifier=verifier)
 
     report = run(command)
     if as_json:
-        print_json(
-            {"ok": report.ok, "entries": report.entries, "first_bad": report.first_bad, "problem": report.problem}
-        )
-    elif report.ok:
-        console.print(f"{report.entries} entries verified, {len(checkpoints)} checkpoints confirmed", highlight=False)
+        fields = ("ok", "entries", "first_bad", "problem", "confirmed", "removed", "skipped")
+        print_json({name: getattr(report, name) for name in fields})
     else:
-        console.print(f"entry {report.first_bad}: {report.problem}", highlight=False)
+        console.print(_told(report), highlight=False)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
 
@@ -70,11 +76,53 @@ def export_checkpoint() -> None:
     print(run(command))
 
 
-def _read(path: Path) -> Checkpoint:
+@app.command("public-keys")
+def print_public_keys() -> None:
+    """Print the public keys that verify checkpoints, retired ones included, as JSON; keep them with the checkpoints."""
+
+    async def command(tenancy: Tenancy) -> Verifier:
+        return await tenancy.audit.verifier()
+
+    print_json(run(command).public_keys)
+
+
+def _told(report: VerifyReport) -> str:
+    if not report.ok:
+        return f"entry {report.first_bad}: {report.problem}"
+    told = f"{report.entries} entries verified, {len(report.confirmed)} checkpoints confirmed"
+    if report.removed:
+        told += f"; not compared, being older than what retention kept: {_numbers(report.removed)}"
+    if report.skipped:
+        told += f"; not compared, being older than where verification began: {_numbers(report.skipped)}"
+    return told
+
+
+def _numbers(sequences: Sequence[int]) -> str:
+    return ", ".join(map(str, sequences))
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    return Checkpoint.from_json(_read(path))
+
+
+def _verifier(path: Path) -> Verifier:
+    text = _read(path)
     try:
-        return Checkpoint.from_json(path.read_text())
+        keys = json.loads(text)
+    except ValueError as exc:
+        raise ConfigurationError(f"{str(path)!r} is not JSON") from exc
+    if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys.values()):
+        raise ConfigurationError(f"{str(path)!r} must be an object of public keys by id")
+    return Verifier(keys)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as exc:
-        raise ConfigurationError(f"checkpoint {str(path)!r} cannot be read: {exc.strerror}") from exc
+        raise ConfigurationError(f"{str(path)!r} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigurationError(f"{str(path)!r} cannot be read: it is not UTF-8") from exc
 
 
 def _fields(event: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
@@ -16,7 +18,10 @@ from rich.table import Table
 
 from ..context import Tenant
 
-console = Console()
+# in a pipe or a file there is no width to fit into, and an id that is broken over two lines cannot be searched for
+_PIPED_WIDTH = 400
+
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH)
 errors = Console(stderr=True)
 
 
@@ -36,6 +41,8 @@ def tenant_fields(tenant: Tenant) -> dict[str, Any]:
         "reason": tenant.reason,
         "timezone": tenant.timezone,
         "trial_ends_at": tenant.trial_ends_at,
+        "suspend_at": tenant.suspend_at,
+        "purge_at": tenant.purge_at,
         "created_at": tenant.created_at,
         "updated_at": tenant.updated_at,
         "deleted_at": tenant.deleted_at,

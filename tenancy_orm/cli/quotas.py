@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..config import UNLIMITED
+from ..control.quotas import Override
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from .output import print_json, print_table
@@ -49,7 +51,12 @@ def at_risk(
 @app.command("set")
 def set_limits(
     tenant: TenantArgument,
-    limits: Annotated[list[str], typer.Argument(help="resource=amount; resource= takes the override away.")],
+    limits: Annotated[
+        list[str],
+        typer.Argument(
+            help="resource=amount, resource=unlimited, resource=500/day; resource= takes the override away."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Override limits of the tenant's tier."""
@@ -62,11 +69,15 @@ def set_limits(
     _show(tenant, run(command), as_json)
 
 
-def _parse(text: str) -> tuple[str, int | None]:
-    resource, separator, amount = text.partition("=")
-    if not separator or (amount and not amount.isdecimal()):
-        raise ConfigurationError(f"{text!r} is not of the form resource=amount")
-    return resource, int(amount) if amount else None
+def _parse(text: str) -> tuple[str, Override]:
+    resource, separator, given = text.partition("=")
+    amount, slash, period = given.partition("/")
+    if not separator or (amount != UNLIMITED and not amount.isdecimal() and given):
+        raise ConfigurationError(f"{text!r} is not of the form resource=amount, =unlimited or =amount/period")
+    if not given:
+        return resource, None
+    limit: dict[str, Any] = {"amount": None if amount == UNLIMITED else int(amount)}
+    return resource, {**limit, "period": period} if slash else limit
 
 
 def _show(tenant: str, found: Any, as_json: bool) -> None:

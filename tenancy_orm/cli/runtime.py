@@ -7,6 +7,7 @@ import getpass
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import typer
@@ -44,9 +45,12 @@ def load_tenancy() -> Tenancy:
     Raises:
         ConfigurationError: neither gives a configuration.
     """
-    if os.getcwd() not in sys.path:  # noqa: PTH109 - sys.path holds strings
-        # an installed script's path begins with its own directory; the application is in the working directory
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    # an installed script's path begins with its own directory; the application is in the working directory, or beside
+    # the settings file that was named
+    named = os.environ.get("TENANCY_CONFIG")
+    for directory in (str(Path.cwd()), *([str(Path(named).resolve().parent)] if named else [])):
+        if directory not in sys.path:
+            sys.path.insert(0, directory)
     path = os.environ.get("TENANCY_APP")
     if not path:
         return Tenancy(TenancyConfig.from_env())

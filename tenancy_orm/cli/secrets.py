@@ -44,8 +44,31 @@ def rotate_key(as_json: Json = False) -> None:
     async def command(tenancy: Tenancy) -> ResealReport:
         return await tenancy.secrets.rotate_encryption_key(actor=operator())
 
-    report = run(command)
-    _end("resealed", report.resealed, dict(report.failed), as_json, key_id=report.key_id)
+    _end_reseal(run(command), as_json)
+
+
+@app.command("reseal")
+def reseal(as_json: Json = False) -> None:
+    """Seal what is not sealed under the newest key yet; goes on with a rotate-key that was interrupted."""
+
+    async def command(tenancy: Tenancy) -> ResealReport:
+        return await tenancy.secrets.reseal(actor=operator())
+
+    _end_reseal(run(command), as_json)
+
+
+@app.command("keys")
+def keys(as_json: Json = False) -> None:
+    """List the keys that something is sealed under: every other one can go."""
+
+    async def command(tenancy: Tenancy) -> list[str]:
+        return sorted(await tenancy.secrets.keys_in_use())
+
+    found = run(command)
+    if as_json:
+        print_json({"keys_in_use": found})
+    else:
+        print_table("keys in use", ("key",), ((key_id,) for key_id in found))
 
 
 @app.command("forget-keys")
@@ -71,7 +94,17 @@ def _progress(*, shown: bool) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _end(verb: str, done: int, failed: dict[str, str], as_json: bool, **more: str) -> None:
+def _end_reseal(report: ResealReport, as_json: bool) -> None:
+    in_use = {"key_id": report.key_id, "keys_in_use": sorted(report.keys_in_use)}
+    if report.remaining and not as_json:
+        # before _end, which ends with the failures
+        console.print(f"still in use: {', '.join(sorted(report.remaining))}; run: tenancy secrets reseal")
+    _end("resealed", report.resealed, dict(report.failed), as_json, **in_use)
+    if report.remaining:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _end(verb: str, done: int, failed: dict[str, str], as_json: bool, **more: object) -> None:
     if as_json:
         print_json({verb: done, "failed": failed, **more})
     else:

@@ -3,7 +3,7 @@
 Each entry carries the SHA-256 of its own content and of the entry before it. The head of the chain is one row; the
 database function ``tenancy.audit_append`` locks it, numbers, times, hashes and inserts the entry, and moves the head:
 no client can choose a sequence number, a time, a hash or the database role that is recorded. The log takes part in the
-caller's transaction: a change that is rolled back leaves no entry, and one without its entry cannot commit.
+caller's transaction: a change that is rolled back leaves no entry, and one whose entry fails does not commit.
 
 ``verify`` recomputes the chain. It finds any entry that was changed, removed or inserted, except that whoever can
 rewrite the whole table can also rewrite every hash from some entry on: against that, keep checkpoints elsewhere.
@@ -11,12 +11,15 @@ rewrite the whole table can also rewrite every hash from some entry on: against 
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import enum
 import json
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
-from typing import Any, Literal
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal, get_args
 from uuid import UUID
 
 from sqlalchemy import text
@@ -26,13 +29,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..context import Admit, Tenant, admit_any
 from ..errors import AuditError
 from .chain import Chain, VerifyReport
-from .checkpoints import Checkpoint, Signer, Verifier
+from .checkpoints import Checkpoint, Signer, Verifier, Voucher
 from .database import ControlDatabase
 from .names import quote_identifier
 
 ActorKind = Literal["system", "operator", "key"]
 
 _BATCH = 500  # entries hashed between two waits for the server, so that the event loop is never held for long
+_LOCK_WAIT = 0.2  # seconds that retention waits for a lock while it holds up everybody who appends
+_PAUSE = 0.1  # ... and lets them go on before it tries again
 _TEXT_LENGTH = 256  # of what comes from outside: a request id, a source address, an actor's name
 
 
@@ -108,6 +113,7 @@ class AuditLog:
         self._control = control
         self._admit_tenant = admit
         self._signer = signer or Signer({})
+        self._kept: frozenset[str] = frozenset()  # ids of the keys that the newest one has vouched for
 
     async def append(
         self,
@@ -228,31 +234,21 @@ class AuditLog:
             checkpoints: Exported earlier and kept elsewhere: the log must agree with each. This is what detects a
                 rewrite of the whole chain, and a tail that was cut off.
             since: Begin after this checkpoint instead of at the start: what precedes it is taken as verified.
-            verifier: Who vouches for signatures; the log's own signer where None.
+            verifier: Who judges signatures, alone; where None, what ``verifier()`` returns.
 
         Raises:
             AuditError: a checkpoint's signature is not valid, or it is another installation's.
         """
         given = [checkpoints] if isinstance(checkpoints, Checkpoint) else list(checkpoints)
-        judge = verifier or self._signer
+        judge = verifier or await self.verifier()
         for checkpoint in (*given, *([since] if since else [])):
             self._admit(checkpoint, judge)
         async with self._control.transaction() as conn:
-            await conn.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
-            cuts = await self._cuts(conn)
-            chain = Chain(cuts, given, judge, since)
-            async for batch in _stream(conn, since.occurred_at if since else None):
-                if not all(chain.follow(row) for row in batch):
-                    break
-            if chain.problem is None:
-                head = (await conn.execute(_HEAD)).one()
-                chain.finish(head.sequence, head.hash)
+            await conn.execute(_SNAPSHOT)
+            chain = Chain(await self._cuts(conn), given, judge, since)
+            if await _follow(conn, chain, since.occurred_at if since else None):
+                await _finish(conn, chain)
         return chain.report()
-
-    @property
-    def public_keys(self) -> dict[str, str]:
-        """The public keys, in base64 by id, that verify this log's checkpoints: for ``checkpoints.Verifier``."""
-        return self._signer.public_keys
 
     async def export_checkpoint(self) -> Checkpoint:
         """Sign where the chain is now. Keep the result (``to_json``) where the database's operators cannot change it.
@@ -262,8 +258,8 @@ class AuditLog:
             ConfigurationError: there is no key to sign with.
         """
         async with self._control.connect() as conn:
-            head = (await conn.execute(_HEAD)).one()
-        if head.sequence == 0:
+            head = (await conn.execute(_HEAD)).one_or_none()
+        if head is None or head.sequence == 0:
             raise AuditError("the audit log is empty; there is nothing to sign")
         return self._signer.sign(
             "checkpoint",
@@ -277,6 +273,56 @@ class AuditLog:
         if checkpoint.installation != self._control.installation:
             raise AuditError(f"the {checkpoint.kind} is of installation {checkpoint.installation}, not of this one")
         judge.verify(checkpoint)
+
+    # --- keys -------------------------------------------------------------------------------------------------------
+
+    @property
+    def public_keys(self) -> dict[str, str]:
+        """The public keys, in base64 by id, of the keys that are configured: for ``checkpoints.Verifier``."""
+        return self._signer.public_keys
+
+    async def verifier(self) -> Verifier:
+        """Return who judges this log's signatures: the configured keys, and the retired ones that they vouch for.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        async with self._control.connect() as conn:
+            rows = (await conn.execute(_VOUCHERS)).all()
+        return self._signer.including(Voucher(installation=self._control.installation, **row._mapping) for row in rows)
+
+    async def renew_keys(self, keys: Mapping[str, bytes]) -> None:
+        """Sign with the last of these keys from now on, and keep the public keys of the others.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        self._signer.renew(keys)
+        await self.keep_public_keys()
+
+    async def keep_public_keys(self) -> None:
+        """Have the newest key vouch for the others, so that what they signed still verifies when they are retired.
+
+        With one key there is nothing to do. Repeating it does nothing.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        signer = self._signer
+        if signer.current is None or set(signer.public_keys) <= {signer.current, *self._kept}:
+            return
+        # those that an older key has vouched for too: that key's word ends with it
+        known = (await self.verifier()).public_keys
+        due = [key_id for key_id in known if key_id != signer.current]
+        async with self._control.transaction() as conn:
+            for key_id in due:
+                voucher = signer.vouch(
+                    installation=self._control.installation,
+                    key_id=key_id,
+                    public_key=base64.b64decode(known[key_id]),
+                )
+                await conn.execute(_KEEP, {name: getattr(voucher, name) for name in _VOUCHER_COLUMNS})
+        self._kept = frozenset(due)
 
     async def _cuts(self, conn: AsyncConnection) -> dict[int, Checkpoint]:
         rows = (await conn.execute(text("SELECT * FROM tenancy.audit_cuts"))).all()
@@ -306,49 +352,63 @@ class AuditLog:
         return int(made)
 
     async def prune(
-        self, *, before: datetime, detach: bool = False, actor: Actor = SYSTEM, lock_timeout: float = 5.0
+        self,
+        *,
+        before: datetime,
+        detach: bool = False,
+        actor: Actor = SYSTEM,
+        lock_timeout: float = 5.0,
+        verifier: Verifier | None = None,
     ) -> Checkpoint | None:
         """Remove the whole months that ended by ``before``; returns the signed cut, or None if there were none.
 
-        What is removed is verified first. The cut keeps the hash that the next entry continues, so that what remains
-        still verifies, and is itself an entry of the log. Run it as the owner of the tables: the application's role
-        may not.
+        What is removed is verified first, up to the entry that continues it. The cut keeps the hash that this entry
+        continues, so that what remains still verifies, and is itself an entry of the log. Run it as the owner of the
+        tables: the application's role may not.
 
         Args:
-            before: An aware datetime; a month is removed when it ended by then.
+            before: An aware datetime; a month is removed when it ended by then. The current month never is.
             detach: Leave the months behind as tables of their own, to be dumped elsewhere, instead of dropping them.
             actor: Who does this.
-            lock_timeout: How long to wait for readers of the log, in seconds.
+            lock_timeout: How long to try to get ahead of readers of the log, in seconds. Those who append wait for a
+                fraction of a second at a time.
+            verifier: Who judges the signature of the cut before, as in ``verify``.
 
         Raises:
             AuditChainError: what would be removed does not hold: it is evidence, and stays.
-            AuditError: this role does not own the tables, or readers held them for longer than ``lock_timeout``.
+            AuditError: this role does not own the tables; readers held them for longer than ``lock_timeout``; or the
+                months are not what was verified any more.
             ConfigurationError: there is no key to sign with.
         """
-        last = await self._last_removed(before)
-        if last is None:
+        removal = await self._removal(before, verifier or await self.verifier())
+        if removal is None:
             return None
-        try:
-            return await self._cut(before, last, detach, actor, lock_timeout)
-        except DBAPIError as exc:
-            reason = _REFUSED.get(getattr(exc.orig, "sqlstate", None) or "")
-            if reason is None:
-                raise
-            raise AuditError(f"old months of the audit log were not removed: {reason}") from exc
+        deadline = time.monotonic() + lock_timeout
+        while True:
+            try:
+                return await self._cut(removal, detach, actor, min(lock_timeout, _LOCK_WAIT))
+            except DBAPIError as exc:
+                state = getattr(exc.orig, "sqlstate", None) or ""
+                if state not in _REFUSED:
+                    raise
+                if state not in _BUSY or time.monotonic() >= deadline:
+                    raise AuditError(f"old months of the audit log were not removed: {_REFUSED[state]}") from exc
+            await asyncio.sleep(_PAUSE)
 
-    async def _cut(
-        self, before: datetime, last: Any, detach: bool, actor: Actor, lock_timeout: float
-    ) -> Checkpoint | None:
+    async def _cut(self, removal: _Removal, detach: bool, actor: Actor, lock_wait: float) -> Checkpoint | None:
         async with self._control.transaction() as conn:
             await conn.execute(
-                text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": f"{int(lock_timeout * 1000)}ms"}
+                text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": f"{int(lock_wait * 1000)}ms"}
             )
             # the head first and the tables after it: the order in which every append locks them
             await conn.execute(text("SELECT 1 FROM tenancy.audit_head FOR UPDATE"))
-            names = await self._ended(conn, before)
+            names = await _ended(conn, removal.until)
             if not names:
                 return None  # another process was faster
-            cut = await self._record_cut(conn, last, names, actor)
+            newest = (await conn.execute(_NEWEST, {"until": removal.until})).one_or_none()
+            if newest is None or (newest.sequence, newest.hash) != (removal.last.sequence, removal.last.hash):
+                raise AuditError("the old months of the audit log have changed since they were verified; try again")
+            cut = await self._record_cut(conn, removal.last, names, actor)
             for name in names:
                 table = f"tenancy.{quote_identifier(name)}"
                 await conn.exec_driver_sql(
@@ -356,22 +416,22 @@ class AuditLog:
                 )
         return cut
 
-    async def _ended(self, conn: AsyncConnection, before: datetime) -> list[str]:
-        return [name for name in await conn.scalars(_PARTITIONS) if _month_end(name) <= before]
-
-    async def _last_removed(self, before: datetime) -> Any:
-        """Verify what retention would remove; returns its last entry, or None if there is none."""
+    async def _removal(self, before: datetime, judge: Verifier) -> _Removal | None:
+        """Verify what retention would remove; returns None if there is nothing."""
         # a transaction of its own: its cursor keeps the tables in use to the end
         async with self._control.transaction() as conn:
-            names = await self._ended(conn, before)
+            await conn.execute(_SNAPSHOT)
+            names = await _ended(conn, before)
             if not names:
                 return None
-            chain = Chain(await self._cuts(conn), [], self._signer, None)
-            async for batch in _stream(conn, None, max(map(_month_end, names))):
-                if not all(chain.follow(row) for row in batch):
-                    break
+            until = max(map(_month_end, names))
+            chain = Chain(await self._cuts(conn), [], judge, None)
+            holds = await _follow(conn, chain, None, until)
+            last = chain.previous
+            if holds:
+                await _follow_on(conn, chain, until)
         chain.report().raise_if_bad()
-        return chain.previous
+        return None if last is None else _Removal(until, last)
 
     async def _record_cut(self, conn: AsyncConnection, last: Any, names: Sequence[str], actor: Actor) -> Checkpoint:
         cut = self._signer.sign(
@@ -400,39 +460,107 @@ class AuditLog:
         return cut
 
 
+@dataclass(frozen=True, slots=True)
+class _Removal:
+    """What retention has verified: the months that ended by ``until``, whose last entry is ``last``."""
+
+    until: datetime
+    last: Any
+
+
 _REFUSED = {
     "42501": "only the owner of the control tables may; run it as the role that ran tenancy init",
     "55P03": "a transaction that reads the log held it for too long; try again",
+    "40P01": "a transaction that reads the log waits to append to it; try again",
 }
+_BUSY = ("55P03", "40P01")
+_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 _LIVE_TENANT = text("SELECT id FROM tenancy.tenants WHERE slug = :slug AND status <> 'purged'")
 _HEAD = text("SELECT sequence, occurred_at, hash FROM tenancy.audit_head")
+_VOUCHER_COLUMNS = ("key_id", "public_key", "signed_by", "signature")
+_VOUCHERS = text("SELECT key_id, public_key, signed_by, signature FROM tenancy.audit_keys")
+_KEEP = text(
+    "INSERT INTO tenancy.audit_keys (key_id, public_key, signed_by, signature) "
+    "VALUES (:key_id, :public_key, :signed_by, :signature) ON CONFLICT DO NOTHING"
+)
 _PARTITIONS = text(
     "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
     "WHERE i.inhparent = 'tenancy.audit_log'::regclass ORDER BY c.relname"
 )
-_ENTRIES = (
+# by the clock that entries are timed with; an application's own may be ahead of it
+_THIS_MONTH = text("SELECT date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC'")
+_NEWEST = text(
+    "SELECT sequence, hash FROM tenancy.audit_log WHERE occurred_at < :until "
+    "ORDER BY occurred_at DESC, sequence DESC LIMIT 1"
+)
+_SELECT_ENTRIES = (
     "SELECT sequence, occurred_at, action, tenant_id, slug, actor_kind, actor_id, before::text AS before, "
     "after::text AS after, detail::text AS detail, request_id, source, database_role, previous_hash, hash "
     "FROM tenancy.audit_log WHERE occurred_at >= :since AND occurred_at < :until ORDER BY occurred_at, sequence"
 )
-_LATEST = datetime(9999, 12, 31, tzinfo=UTC)
+_ENTRIES = text(_SELECT_ENTRIES)
+_FIRST_ENTRY = text(f"{_SELECT_ENTRIES} LIMIT 1")
+# between these every time is one that Python has, in any time zone
+_EARLIEST, _LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+_STRAY = text(
+    "SELECT sequence FROM tenancy.audit_log WHERE occurred_at < :earliest OR occurred_at >= :latest "
+    "ORDER BY sequence LIMIT 1"
+)
+
+
+async def _follow(conn: AsyncConnection, chain: Chain, since: datetime | None, until: datetime | None = None) -> bool:
+    """Follow the entries of a stretch of time to the first that does not hold, and return whether all do."""
+    async for batch in _stream(conn, since, until):
+        if not all(chain.follow(row) for row in batch):
+            return False
+    return True
+
+
+async def _follow_on(conn: AsyncConnection, chain: Chain, until: datetime) -> None:
+    """Follow the first entry that is kept, or to the head: what is gone before it shows there alone."""
+    kept = (await conn.execute(_FIRST_ENTRY, {"since": until, "until": _LATEST})).one_or_none()
+    if kept is None:
+        await _finish(conn, chain)
+    else:
+        chain.follow(kept)
+
+
+async def _finish(conn: AsyncConnection, chain: Chain) -> None:
+    """After the last entry: compare the head, and look for entries at times that none can have."""
+    stray = await conn.scalar(_STRAY, {"earliest": _EARLIEST, "latest": _LATEST})
+    if stray is not None:
+        chain.reject(stray, "its time is outside of the years 1 to 9999")
+    head = (await conn.execute(_HEAD)).one_or_none()
+    if head is None:
+        chain.reject(chain.sequence + 1, "the head of the chain is gone")
+    else:
+        chain.finish(head.sequence, head.hash)
 
 
 async def _stream(
-    conn: AsyncConnection, since: datetime | None, until: datetime | None = None
+    conn: AsyncConnection, since: datetime | None, until: datetime | None
 ) -> AsyncIterator[Sequence[Any]]:
     """Yield entries in the chain's order, a batch at a time, through a server-side cursor."""
-    parameters = {"since": since or datetime(1, 1, 2, tzinfo=UTC), "until": until or _LATEST}
+    parameters = {"since": since or _EARLIEST, "until": until or _LATEST}
     options = {"yield_per": _BATCH}
-    async with conn.stream(text(_ENTRIES), parameters, execution_options=options) as result:
+    async with conn.stream(_ENTRIES, parameters, execution_options=options) as result:
         async for batch in result.partitions(_BATCH):
             yield batch
 
 
+async def _ended(conn: AsyncConnection, before: datetime) -> list[str]:
+    """The partitions of the months that ended by ``before``, and before the current month."""
+    until = min(before, await conn.scalar(_THIS_MONTH))
+    return [name for name in await conn.scalars(_PARTITIONS) if _month_end(name) <= until]
+
+
 def _month_end(partition: str) -> datetime:
     """When the month of ``audit_log_y2026m11`` is over."""
-    year, month = int(partition[-7:-3]), int(partition[-2:])
-    return datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC)
+    try:
+        first = datetime.strptime(partition, "audit_log_y%Ym%m").replace(tzinfo=UTC)
+        return (first + timedelta(days=31)).replace(day=1)
+    except (ValueError, OverflowError) as exc:
+        raise AuditError(f"table {partition!r} is a part of the audit log that this package did not make") from exc
 
 
 def _query(
@@ -455,8 +583,10 @@ def _query(
         where("tenant_id = :tenant_id", tenant_id=tenant)
     elif tenant is not None:
         where("slug = :slug", slug=tenant)
-    if isinstance(actor, Actor):
-        where("actor_kind = :actor_kind", actor_kind=actor.kind)
+    if actor is not None:
+        # every kind where it is not said: the index begins with it
+        kinds = [actor.kind] if isinstance(actor, Actor) else list(get_args(ActorKind))
+        where("actor_kind = ANY(:actor_kinds)", actor_kinds=kinds)
     actor_id = actor.id if isinstance(actor, Actor) else actor
     if actor_id is not None:
         where("actor_id = :actor_id", actor_id=actor_id)

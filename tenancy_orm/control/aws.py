@@ -1,7 +1,7 @@
 """Secrets in AWS: Secrets Manager, and keys wrapped by KMS. Extra ``aws``.
 
-boto3 is synchronous, so every call runs in a worker thread; each is bounded by ``timeout``. Credentials and region come
-from where boto3 finds them: the environment, a profile, the instance's or the task's role.
+boto3 is synchronous, so every call runs in a worker thread; each of its three tries at most is bounded by ``timeout``.
+Credentials and region come from where boto3 finds them: the environment, a profile, the instance's or the task's role.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import MissingExtraError, SecretNotFoundError, SecretProviderError
-from .providers import check_name
+from .providers import check_name, unlogged
 
 
 class _Client:
@@ -45,8 +45,10 @@ class _Client:
         try:
             async with self._making:
                 if self._client is None:
-                    self._client = await asyncio.to_thread(self._make)
-            return await asyncio.to_thread(getattr(self._client, operation), **arguments)
+                    with unlogged():  # it may ask for credentials
+                        self._client = await asyncio.to_thread(self._make)
+            with unlogged():
+                return await asyncio.to_thread(getattr(self._client, operation), **arguments)
         except ClientError as exc:
             code = str(exc.response.get("Error", {}).get("Code", "unknown"))
             if code in ("ResourceNotFoundException", "NotFoundException"):

@@ -29,6 +29,7 @@ class VerifyReport:
         problem: What is wrong with it.
         confirmed: Sequence numbers of the given checkpoints that the log agrees with.
         removed: ... and of those older than what retention kept, which nothing can be said about any more.
+        skipped: ... and of those older than the checkpoint that verification began from, which were not compared.
     """
 
     entries: int
@@ -38,6 +39,7 @@ class VerifyReport:
     problem: str | None = None
     confirmed: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -73,7 +75,8 @@ class Chain:
         for checkpoint in checkpoints:
             self._wanted.setdefault(checkpoint.sequence, []).append(checkpoint)
         self._begun = False
-        self._sequence = 0  # of the last entry that holds, or of what the first one continues
+        self._origin = 0  # what the first entry continues: a checkpoint's sequence number, a cut's, or 0
+        self.sequence = 0  # of the last entry that holds, or the origin
         self._hash = GENESIS
         self._first: int | None = None
         self._entries = 0
@@ -86,9 +89,8 @@ class Chain:
         """Take the next entry; False if it does not hold."""
         if not self._begun and not self._begin(row.sequence):
             return False
-        expected = self._sequence + 1
-        if row.sequence < expected and self._since is not None and self._entries == 0:
-            # of the checkpoint's own microsecond, up to the entry it is about
+        expected = self.sequence + 1
+        if self._since is not None and self._precedes(self._since, row):
             if row.sequence == self._since.sequence and row.hash != self._since.hash:
                 return self._fail(row.sequence, "the checkpoint to begin from holds another hash: it was rewritten")
             return True
@@ -98,7 +100,7 @@ class Chain:
             return self._fail(expected, "it does not continue the entry before it")
         if hashlib.sha256(canonical(row)).digest() != row.hash:
             return self._fail(expected, "its content is not what was hashed")
-        self._sequence, self._hash, self.previous = row.sequence, row.hash, row
+        self.sequence, self._hash, self.previous = row.sequence, row.hash, row
         self._entries += 1
         self._first = self._first or row.sequence
         return self._agree(row.sequence, row.hash)
@@ -107,18 +109,23 @@ class Chain:
         """After the last entry: the chain must end where its head and every checkpoint say."""
         if not self._begun and not self._begin(head_sequence + 1):
             return
-        if self._sequence != head_sequence:
-            self._fail(min(self._sequence, head_sequence) + 1, f"the head of the chain is at entry {head_sequence}")
+        if self.sequence != head_sequence:
+            self._fail(min(self.sequence, head_sequence) + 1, f"the head of the chain is at entry {head_sequence}")
         elif self._hash != head_hash:
-            self._fail(self._sequence, "the head of the chain holds another hash")
-        beyond = [sequence for sequence in self._wanted if sequence > self._sequence]
+            self._fail(self.sequence, "the head of the chain holds another hash")
+        beyond = [sequence for sequence in self._wanted if sequence > self.sequence]
         if beyond and self.problem is None:
-            self._fail(self._sequence + 1, f"the log ends here, but a checkpoint of entry {max(beyond)} was signed")
+            self._fail(self.sequence + 1, f"the log ends here, but a checkpoint of entry {max(beyond)} was signed")
+
+    def reject(self, sequence: int, problem: str) -> None:
+        """Note what was found wrong outside the chain, unless something is wrong in it."""
+        if self.problem is None:
+            self._fail(sequence, problem)
 
     def report(self) -> VerifyReport:
         """What has been found so far."""
-        start = (self._first or 0) - 1
-        outside = () if self._first is None or self._since else (s for s in self._wanted if s < start)
+        older = tuple(sorted(sequence for sequence in self._wanted if sequence < self._origin))
+        from_cut = self._origin in self._cuts
         return VerifyReport(
             entries=self._entries,
             first=self._first,
@@ -126,15 +133,22 @@ class Chain:
             first_bad=self.bad,
             problem=self.problem,
             confirmed=tuple(sorted(self._confirmed)),
-            removed=tuple(sorted(outside)),
+            removed=older if from_cut else (),
+            skipped=() if from_cut else older,
         )
+
+    def _precedes(self, since: Checkpoint, row: Any) -> bool:
+        """Whether an entry is one of the checkpoint's own microsecond, up to the entry that the checkpoint is about.
+
+        They are read again because times are no finer. A lower number at a later time is none of them.
+        """
+        return self._entries == 0 and row.sequence <= since.sequence and row.occurred_at == since.occurred_at
 
     def _begin(self, first: int) -> bool:
         """Find what the first entry continues: the checkpoint asked for, the genesis, or a signed cut."""
         self._begun = True
         if self._since is not None and first <= self._since.sequence + 1:
-            self._sequence, self._hash = self._since.sequence, self._since.hash
-            return True
+            return self._begin_after(self._since)
         if first == 1:
             return True
         cut = self._cuts.get(first - 1)
@@ -144,8 +158,12 @@ class Chain:
             self._judge.verify(cut)
         except AuditError as exc:
             return self._fail(first, f"the log was cut before it, and {exc}")
-        self._sequence, self._hash = cut.sequence, cut.hash
-        return self._agree(cut.sequence, cut.hash)
+        return self._begin_after(cut)
+
+    def _begin_after(self, known: Checkpoint) -> bool:
+        self._origin = self.sequence = known.sequence
+        self._hash = known.hash
+        return self._agree(known.sequence, known.hash)
 
     def _agree(self, sequence: int, found: bytes) -> bool:
         for checkpoint in self._wanted.get(sequence, ()):

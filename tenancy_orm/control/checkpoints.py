@@ -3,6 +3,10 @@
 A checkpoint says: at this sequence number the chain's hash was this. A cut says the same about the last entry that
 retention removed. Both are signed with Ed25519, under a key derived from the installation's encryption keys, so that
 they can be verified with a public key alone.
+
+Encryption keys are retired, and what they signed must outlive them. So the newest key signs a voucher for each other
+one while both are known; the vouchers are kept in the control database. Whoever can write there, but has no key, can
+make none: a voucher counts only where a configured key signed it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -26,6 +30,7 @@ from ..errors import AuditError, ConfigurationError
 Kind = Literal["checkpoint", "cut"]
 
 _FORMAT = "tenancy-audit-1"
+_VOUCHER_FORMAT = "tenancy-audit-key-1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +94,45 @@ class Checkpoint:
                 installation=UUID(values["installation"]),
                 sequence=int(values["sequence"]),
                 hash=bytes.fromhex(values["hash"]),
-                occurred_at=datetime.fromisoformat(values["occurred_at"]),
-                signed_at=datetime.fromisoformat(values["signed_at"]),
+                # in UTC at once: where that is before the year 1, it is no time that was ever signed
+                occurred_at=datetime.fromisoformat(values["occurred_at"]).astimezone(UTC),
+                signed_at=datetime.fromisoformat(values["signed_at"]).astimezone(UTC),
                 key_id=str(values["key_id"]),
                 signature=base64.b64decode(values["signature"], validate=True),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
             raise AuditError(f"this is not a checkpoint of the audit log: {exc}") from exc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voucher:
+    """One key's statement about another: this is a public key of the installation.
+
+    Args:
+        installation: The id of the installation.
+        key_id: The key that is vouched for.
+        public_key: Its Ed25519 public key, 32 bytes.
+        signed_by: The key that vouches.
+        signature: Ed25519 over ``payload``.
+    """
+
+    installation: UUID
+    key_id: str
+    public_key: bytes = field(repr=False)
+    signed_by: str
+    signature: bytes = field(default=b"", repr=False)
+
+    @property
+    def payload(self) -> bytes:
+        """What is signed. Its format's name is another than a checkpoint's: neither passes for the other."""
+        fields = {
+            "format": _VOUCHER_FORMAT,
+            "installation": str(self.installation),
+            "key_id": self.key_id,
+            "public_key": self.public_key.hex(),
+            "signed_by": self.signed_by,
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
 class Verifier:
@@ -117,21 +154,42 @@ class Verifier:
             except (binascii.Error, ValueError) as exc:
                 raise ConfigurationError(f"public key {key_id!r} is not 32 bytes in base64") from exc
 
+    @property
+    def public_keys(self) -> dict[str, str]:
+        """The public keys in base64, by key id: publish them beside the checkpoints."""
+        return {key_id: base64.b64encode(key.public_bytes_raw()).decode() for key_id, key in self._keys.items()}
+
     def verify(self, checkpoint: Checkpoint) -> None:
         """Check the signature.
 
         Raises:
             AuditError: the key is unknown, or the signature is not that key's over this content.
         """
-        key = self._keys.get(checkpoint.key_id)
-        if key is None:
+        if checkpoint.key_id not in self._keys:
             raise AuditError(
-                f"the {checkpoint.kind} was signed with key {checkpoint.key_id!r}, which is not known here"
+                f"the {checkpoint.kind} was signed with key {checkpoint.key_id!r}, which is not known here; "
+                "give a Verifier with its public key"
             )
+        if not self._signed(checkpoint.key_id, checkpoint.signature, checkpoint.payload):
+            raise AuditError(f"the signature of the {checkpoint.kind} is not valid")
+
+    def including(self, vouchers: Iterable[Voucher]) -> Verifier:
+        """Return a verifier that knows the keys as well that a key known here vouches for."""
+        found = {
+            voucher.key_id: base64.b64encode(voucher.public_key).decode()
+            for voucher in vouchers
+            if self._signed(voucher.signed_by, voucher.signature, voucher.payload)
+        }
+        return Verifier({**found, **self.public_keys})
+
+    def _signed(self, key_id: str, signature: bytes, payload: bytes) -> bool:
+        if (key := self._keys.get(key_id)) is None:
+            return False
         try:
-            key.verify(checkpoint.signature, checkpoint.payload)
+            key.verify(signature, payload)
         except InvalidSignature:
-            raise AuditError(f"the signature of the {checkpoint.kind} is not valid") from None
+            return False
+        return True
 
 
 class Signer(Verifier):
@@ -143,20 +201,20 @@ class Signer(Verifier):
     """
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
-        self._private = {key_id: _derive(key) for key_id, key in keys.items()}
-        super().__init__(self.public_keys)
+        self._private: dict[str, Ed25519PrivateKey] = {}
+        self.current: str | None = None
+        super().__init__({})
+        self.renew(keys)
 
     def __repr__(self) -> str:
         """Name the key ids only."""
         return f"Signer({', '.join(self._private)})"
 
-    @property
-    def public_keys(self) -> dict[str, str]:
-        """The public keys in base64, by key id: publish them beside the checkpoints."""
-        return {
-            key_id: base64.b64encode(key.public_key().public_bytes_raw()).decode()
-            for key_id, key in self._private.items()
-        }
+    def renew(self, keys: Mapping[str, bytes]) -> None:
+        """Verify with these keys as well from now on, and sign with the last of them."""
+        self._private.update((key_id, _derive(key)) for key_id, key in keys.items())
+        self._keys = {key_id: key.public_key() for key_id, key in self._private.items()}
+        self.current = list(keys)[-1] if keys else None
 
     def sign(
         self, kind: Kind, *, installation: UUID, sequence: int, digest: bytes, occurred_at: datetime
@@ -166,9 +224,6 @@ class Signer(Verifier):
         Raises:
             ConfigurationError: there is no key.
         """
-        if not self._private:
-            raise ConfigurationError("encryption_keys is empty; a checkpoint is signed with a key derived from them")
-        key_id = list(self._private)[-1]
         values: dict[str, Any] = {
             "kind": kind,
             "installation": installation,
@@ -176,9 +231,31 @@ class Signer(Verifier):
             "hash": digest,
             "occurred_at": occurred_at,
             "signed_at": datetime.now(UTC),
-            "key_id": key_id,
+            "key_id": self._current_id(),
         }
-        return Checkpoint(**values, signature=self._private[key_id].sign(Checkpoint(**values).payload))
+        return Checkpoint(**values, signature=self._sign(Checkpoint(**values).payload))
+
+    def vouch(self, *, installation: UUID, key_id: str, public_key: bytes) -> Voucher:
+        """Return the newest key's statement about another one.
+
+        Raises:
+            ConfigurationError: there is no key.
+        """
+        values: dict[str, Any] = {
+            "installation": installation,
+            "key_id": key_id,
+            "public_key": public_key,
+            "signed_by": self._current_id(),
+        }
+        return Voucher(**values, signature=self._sign(Voucher(**values).payload))
+
+    def _current_id(self) -> str:
+        if self.current is None:
+            raise ConfigurationError("encryption_keys is empty; a checkpoint is signed with a key derived from them")
+        return self.current
+
+    def _sign(self, payload: bytes) -> bytes:
+        return self._private[self._current_id()].sign(payload)
 
 
 def _derive(key: bytes) -> Ed25519PrivateKey:

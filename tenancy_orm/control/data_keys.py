@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Row, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..errors import SecretError
+from ..errors import ConfigurationError, SecretError, SecretProviderError, TenancyError
 from ..protocols import KeyWrapper
 from .database import ControlDatabase
 from .models import data_keys
@@ -27,6 +29,7 @@ logger = logging.getLogger("tenancy_orm.secrets")
 _KEY_BYTES = 32
 _ID_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ID_LENGTH = 12
+_RETRY_SECONDS = 10.0  # for how long the wrapper is not asked again about a key that it has refused
 
 
 class DataKeys:
@@ -42,12 +45,19 @@ class DataKeys:
         self._wrapper = wrapper
         self._installation: UUID = control.installation
         self._known: dict[str, bytes] = {}
+        # when, and why, the wrapper has refused a key
+        self._refused: dict[str, tuple[float, TenancyError]] = {}
+        self._subscribers: list[Callable[[Mapping[str, bytes]], Awaitable[None]]] = []
         # held while the keys are read, so that many that ask at once unwrap once
         self._reading = asyncio.Lock()
 
     def __repr__(self) -> str:
         """Name the wrapper and the keys' ids."""
         return f"DataKeys({self._wrapper.name}, {', '.join(self._known)})"
+
+    def on_read(self, subscriber: Callable[[Mapping[str, bytes]], Awaitable[None]]) -> None:
+        """Have ``subscriber`` told of the keys, all of them, whenever they have been read."""
+        self._subscribers.append(subscriber)
 
     async def open(self) -> Mapping[str, bytes]:
         """Return all data keys by id; makes the first one where there is none.
@@ -67,10 +77,14 @@ class DataKeys:
         """Make a new data key, which seals from now on, and return all of them.
 
         Raises:
-            SecretProviderError, SecretError, ControlUnavailableError: as ``open``.
+            SecretProviderError: it cannot be wrapped, or does not unwrap; the former ones go on sealing.
+            ControlUnavailableError: the control database does not answer.
         """
-        await self._create(only_first=False)
-        return await self._read()
+        key_id = await self._create(only_first=False)
+        keys = await self._read()
+        if key_id not in keys:
+            raise SecretProviderError(f"the new data key {key_id!r} does not unwrap by {self._wrapper.name}; try again")
+        return keys
 
     async def renew(self, keyring: Keyring) -> None:
         """Make known to ``keyring`` what another process has added.
@@ -80,46 +94,87 @@ class DataKeys:
         """
         keyring.renew(await self.open())
 
-    async def forget(self, key_ids: list[str]) -> None:
-        """Delete data keys that nothing is sealed with any more.
+    async def forget_unused(self) -> list[str]:
+        """Delete the data keys before the newest that nothing is sealed with, and return their ids.
+
+        Those that do not unwrap are deleted with them; what is newer than the newest that does is another process's.
 
         Raises:
-            ControlUnavailableError: the control database does not answer.
+            SecretProviderError, SecretError, ControlUnavailableError: as ``open``.
         """
+        newest = list(await self.open())[-1]
         async with self._control.transaction() as connection:
-            await connection.execute(data_keys.delete().where(data_keys.c.id.in_(key_ids)))
-        for key_id in key_ids:
+            forgotten = list(await connection.scalars(_FORGET, {"newest": newest}))
+        for key_id in forgotten:
             self._known.pop(key_id, None)
+        return forgotten
 
     async def _read(self) -> Mapping[str, bytes]:
         async with self._reading:
             async with self._control.connect() as connection:
                 rows = (await connection.execute(select(data_keys).order_by(data_keys.c.number))).all()
-            known = {}
-            for row in rows:
-                known[row.id] = self._known.get(row.id) or await self._unwrap(row)
-            self._known = known
-            return dict(known)
+            refused = await self._unwrap_all(rows)
+            self._known = {row.id: self._known[row.id] for row in rows if row.id in self._known}
+            if refused is not None and not self._known:
+                raise refused.with_traceback(None)
+            for subscriber in self._subscribers:
+                await subscriber(dict(self._known))
+            return dict(self._known)
 
-    async def _unwrap(self, row: Row[*tuple[object, ...]]) -> bytes:
+    async def _unwrap_all(self, rows: Sequence[Row[*tuple[Any, ...]]]) -> TenancyError | None:
+        """Unwrap what is not known yet; returns why the last one does not unwrap, if it does not.
+
+        One bad row must not keep every process from opening: only what is sealed under it stays closed.
+        """
+        reason: TenancyError | None = None
+        for row in rows:
+            if row.id in self._known:
+                continue
+            since, reason = self._refused.get(row.id, (-_RETRY_SECONDS, None))
+            if reason is not None and time.monotonic() - since < _RETRY_SECONDS:
+                continue
+            try:
+                # no variable holds the keys: what fails below would carry them in its traceback's frames
+                self._known[row.id] = await self._unwrap(row)
+            except (SecretError, SecretProviderError, ConfigurationError) as exc:
+                logger.error("data key %s, wrapped by %s, does not unwrap: %s", row.id, row.wrapper, exc)
+                reason = exc.with_traceback(None)
+                self._refused[row.id] = (time.monotonic(), reason)
+        return reason
+
+    async def _unwrap(self, row: Row[*tuple[Any, ...]]) -> bytes:
         key = await self._wrapper.unwrap(row.wrapped, context=self._context(row.id))
         if len(key) != _KEY_BYTES:
             raise SecretError(f"data key {row.id!r} is damaged: it has {len(key)} bytes")
         return key
 
-    async def _create(self, *, only_first: bool) -> None:
+    async def _create(self, *, only_first: bool) -> str | None:
         key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
         # before the transaction: the wrapper may be slow, and no lock waits for it
         wrapped = await self._wrapper.wrap(secrets.token_bytes(_KEY_BYTES), context=self._context(key_id))
         async with self._control.transaction() as connection:
             if only_first and not await _is_first(connection):
-                return
+                return None
             values = {"id": key_id, "wrapped": wrapped, "wrapper": self._wrapper.name}
             await connection.execute(insert(data_keys).values(values))
         logger.info("data key %s made, wrapped by %s", key_id, self._wrapper.name)
+        return key_id
 
     def _context(self, key_id: str) -> dict[str, str]:
         return {"purpose": "tenancy-data-key", "installation": str(self._installation), "id": key_id}
+
+
+# A sealed value begins with a version, the length of its key's id, and that id.
+_FORGET = text("""
+    DELETE FROM tenancy.data_keys k
+    WHERE k.number < (SELECT number FROM tenancy.data_keys WHERE id = :newest)
+      AND NOT EXISTS (
+        SELECT FROM tenancy.tenants t
+        WHERE substring(t.sealed_password from 3 for length(k.id)) = convert_to(k.id, 'UTF8')
+           OR substring(t.next_sealed_password from 3 for length(k.id)) = convert_to(k.id, 'UTF8')
+      )
+    RETURNING k.id
+""")
 
 
 async def _is_first(connection: AsyncConnection) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from ..config import Tier, plain_url
+from ..config import plain_url
 from ..errors import (
     AdministratorNeededError,
     ConfigurationError,
@@ -27,8 +27,9 @@ from ..errors import (
     ControlUnavailableError,
     TenancyError,
 )
+from .failures import SERVER_FAILURES
 from .grants import grant_application
-from .models import SCHEMA, installation, servers, tiers
+from .models import SCHEMA, installation, servers
 from .viewer import VIEW_AS, prepare_viewer
 
 # One migration of the control database at a time, whoever runs it: a lock key of our own in the database's key space.
@@ -141,7 +142,7 @@ class ControlDatabase:
         Raises:
             ControlUnavailableError: the server does not answer.
         """
-        async with self._reachable(), self.engine.connect() as connection:
+        async with self._reachable(), self._connected() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             yield connection
 
@@ -153,7 +154,7 @@ class ControlDatabase:
             ControlUnavailableError: the server does not answer, or went away; whether a commit took place is unknown
                 if the connection was lost during it.
         """
-        async with self._reachable(), self.engine.begin() as connection:
+        async with self._reachable(), self._connected() as connection, connection.begin():
             yield connection
 
     @asynccontextmanager
@@ -180,6 +181,19 @@ class ControlDatabase:
                     f"the control database's role cannot take on {self._viewer!r}; "
                     "run tenancy init, and grant_application for the application's role"
                 ) from exc
+            yield connection
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+        """A connection of the pool. Whatever keeps one from being opened makes the database unavailable."""
+        async with AsyncExitStack() as stack:
+            try:
+                connection = await stack.enter_async_context(self.engine.connect())
+            except (DBAPIError, *SERVER_FAILURES) as exc:
+                # the class alone: a message may quote the address
+                cause = (exc.orig and exc.orig.__cause__) or exc.orig if isinstance(exc, DBAPIError) else exc
+                name = type(cause).__name__
+                raise ControlUnavailableError(f"the control database is not available ({name})") from exc
             yield connection
 
     @asynccontextmanager
@@ -260,28 +274,13 @@ class ControlDatabase:
         async with self.transaction() as connection:
             await grant_application(connection, role)
 
-    async def synchronise(self, tiers_by_name: Mapping[str, Tier], addresses: Mapping[str, tuple[str, int]]) -> None:
-        """Write the configured tiers and servers into the registry, where foreign keys and SQL functions need them.
+    async def note_servers(self, addresses: Mapping[str, tuple[str, int]]) -> None:
+        """Write the configured servers into the registry, where foreign keys need them.
 
         Args:
-            tiers_by_name: Tiers, in ascending order of rank.
             addresses: Host and port of each server by name; credentials stay in the configuration.
         """
         async with self.transaction() as connection:
-            for rank, tier in enumerate(tiers_by_name.values()):
-                limits = {
-                    name: {"amount": limit.amount, "period": limit.period, "soft": limit.soft}
-                    for name, limit in tier.limits.items()
-                }
-                statement = insert(tiers).values(name=tier.name, rank=rank, limits=limits)
-                changes = {"rank": statement.excluded.rank, "limits": statement.excluded.limits}
-                await connection.execute(
-                    statement.on_conflict_do_update(
-                        index_elements=["name"],
-                        set_=changes,
-                        where=(tiers.c.rank != changes["rank"]) | (tiers.c.limits != changes["limits"]),
-                    )
-                )
             for name, (host, port) in addresses.items():
                 added = insert(servers).values(name=name, host=host, port=port)
                 address = {"host": added.excluded.host, "port": added.excluded.port}

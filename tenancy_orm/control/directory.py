@@ -32,7 +32,6 @@ from ..errors import (
     ControlUnavailableError,
     InvalidApiKeyError,
     MissingScopeError,
-    TenancyError,
     TenantNotFoundError,
     TooManyAttemptsError,
 )
@@ -55,7 +54,7 @@ from .listener import Change, Listener
 from .models import api_keys, domains, former_slugs, tenants
 from .networks import Network, is_admitted, parse_networks, source_group
 from .registry import TENANT_COLUMNS, tenant_from_row
-from .throttle import Throttle
+from .throttle import Attempts, Throttle
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -72,7 +71,7 @@ _POOL_SIZE = 2
 _PROBE_SECONDS = 1.0
 _LOCKED_DELAY = 1.0  # how long at most the refusal of a locked key id is held back
 _MAX_DELAYED = 256  # refusals held back at one time
-_INTRUSION_NAMES = 3
+_INTRUSION_NAMES = frozenset({3, 6, 12, 24, 48, 96})  # other tenants that one key names: told at these numbers
 _INTRUSION_WINDOW = 3_600.0
 _INTRUSION_KEYS = 1_000
 _INTRUSION_REMEMBERED = 100
@@ -110,8 +109,9 @@ class Credential:
 class _KeyEntry:
     """A key whose secret was right when it was looked up; ``refusal`` says why it does not work nevertheless.
 
-    Times are of the directory's clock: until ``good_until`` it is answered without a further look, until
-    ``fresh_until`` without a query, until ``stale_until`` if the control database is away; never after ``expires``.
+    Times are of the directory's clock, and count from when the control database was ``asked``: until ``good_until`` it
+    is answered without a further look, until ``fresh_until`` without a query, until ``stale_until`` if the control
+    database is away; never after ``expires``.
     """
 
     __slots__ = (
@@ -127,16 +127,16 @@ class _KeyEntry:
         "used",
     )
 
-    def __init__(self, credential: Credential, refusal: str | None, now: float, config: TenancyConfig) -> None:
+    def __init__(self, credential: Credential, refusal: str | None, asked: float, config: TenancyConfig) -> None:
         self.credential = credential
         self.refusal = refusal
-        self.fresh_until = now + config.directory_ttl
+        self.fresh_until = asked + config.directory_ttl
         self.stale_until = self.fresh_until + config.grace
         self.expires = float("inf")
         self.good_until = 0.0
         self.admitted: set[str | None] | None = set() if credential.networks else None
         self.noted = False
-        self.used = self.placed = now
+        self.used = self.placed = asked
 
 
 class _TenantEntry:
@@ -144,11 +144,11 @@ class _TenantEntry:
 
     __slots__ = ("fresh_until", "placed", "stale_until", "tenant", "used")
 
-    def __init__(self, tenant: Tenant, now: float, config: TenancyConfig) -> None:
+    def __init__(self, tenant: Tenant, asked: float, config: TenancyConfig) -> None:
         self.tenant = tenant
-        self.fresh_until = now + config.directory_ttl
+        self.fresh_until = asked + config.directory_ttl
         self.stale_until = self.fresh_until + config.grace
-        self.used = self.placed = now
+        self.used = self.placed = asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class Directory:
         self._events = events
         self._clock = clock
         self._salt = os.urandom(32)
-        self._digester = KeyDigester(config.peppers)
+        self._digester = KeyDigester(config.peppers, config.key_pepper_current)
         self._prefixes = frozenset((config.key_prefix, *config.key_prefixes))
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._keys: SecondChance[bytes, _KeyEntry] = SecondChance(config.directory_size, self._unlink_key)
@@ -204,9 +204,14 @@ class Directory:
         self._unknown_keys: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
         self._unknown_tenants: OrderedDict[UUID | str, float] = OrderedDict()
         timeout = config.directory_timeout
-        self._key_batch: Batch[str, Row[Any]] = Batch(self._load_keys, timeout=timeout)
-        self._tenant_batch: Batch[UUID | str, Tenant] = Batch(self._load_tenants, timeout=timeout)
+        # each with the time when it was asked for
+        self._key_batch: Batch[str, tuple[Row[Any], float]] = Batch(self._load_keys, timeout=timeout)
+        self._tenant_batch: Batch[UUID | str, tuple[Tenant, float]] = Batch(self._load_tenants, timeout=timeout)
+        # fingerprints of keys that worked when they were last looked up. Nothing is admitted by it, and invalidations
+        # leave it as it is: it tells whom the lock-out of a source must not keep from being looked up
+        self._proven: OrderedDict[bytes, None] = OrderedDict()
         self._sources = Throttle(limit=config.lockout_failures, window=config.lockout_seconds)
+        self._attempts = Attempts(self._sources, patience=2 * timeout, clock=clock)
         self._key_ids = Throttle(limit=config.lockout_failures, window=config.lockout_seconds)
         self._delayed = 0
         self._named: OrderedDict[str, dict[str, float]] = OrderedDict()
@@ -216,6 +221,7 @@ class Directory:
             listen_dsn = plain_url(config.listen_url).render_as_string(hide_password=False)
         self._listener = Listener(listen_dsn, on_change=self._changed, on_connected=self.revalidate, events=events)
         self._probe: asyncio.Task[None] | None = None  # set while the control database is away
+        self._closed = False
 
     async def open(self) -> None:
         """Begin to listen for invalidations and to write down what is used."""
@@ -224,6 +230,8 @@ class Directory:
 
     async def close(self) -> None:
         """Stop listening, and write down what was used last."""
+        # first: the look-ups that closing ends must not be taken for the control database's absence
+        self._closed = True
         await self._listener.close()
         if self._probe is not None:
             self._probe.cancel()
@@ -290,7 +298,7 @@ class Directory:
 
         Raises:
             InvalidApiKeyError: malformed, unknown, revoked, expired, or used from elsewhere; never told apart.
-            TooManyAttemptsError: ``source`` presented too many invalid keys.
+            TooManyAttemptsError: ``source`` presented too many invalid keys, and has not used this one before.
             ControlUnavailableError: the key is not known, and the control database does not answer.
         """
         found = self.peek(key, source)
@@ -310,20 +318,26 @@ class Directory:
         now = self._clock()
         entry = self._find(digest)
         if entry is not None:
-            # keys that are known pass the lock-out: an attacker behind the same proxy must not shut their owners out
             entry.used = now
             if now < entry.fresh_until:
                 return entry
             return await self._look_up_again(digest, ParsedKey(entry.credential.prefix, entry.credential.key_id, key))
-        if source is not None:
-            pause = self._sources.pause(source_group(source), now)
-            if pause:
-                raise TooManyAttemptsError(pause)
+        # keys that worked pass the lock-out: an attacker behind the same proxy must not shut their owners out
+        group = None if source is None or digest in self._proven else source_group(source)
+        if group is not None and (pause := self._sources.pause(group, now)):
+            raise TooManyAttemptsError(pause)
         parsed = parse_key(key, self._prefixes)
         unknown = self._unknown_keys.get(digest)
         if unknown is not None and now < unknown[0]:
             raise InvalidApiKeyError(unknown[1], key_id=parsed.key_id)
-        return await self._look_up(digest, parsed)
+        if group is None:
+            return await self._look_up(digest, parsed)
+        await self._attempts.begin(group, digest)
+        try:
+            return await self._look_up(digest, parsed)
+        finally:
+            # nothing awaits from here until a failure is counted
+            self._attempts.end(group, digest)
 
     async def _look_up_again(self, digest: bytes, parsed: ParsedKey) -> _KeyEntry:
         try:
@@ -338,7 +352,8 @@ class Directory:
     async def _look_up(self, digest: bytes, parsed: ParsedKey) -> _KeyEntry:
         if self._probe is not None:
             raise ControlUnavailableError("the control database is not available")
-        row, touched = await self._guarded(self._key_batch.get(parsed.key_id))
+        found, touched = await self._guarded(self._key_batch.get(parsed.key_id))
+        row, asked = found or (None, 0.0)
         matches = self._digester.matches(parsed.text, row and row.digest, row and row.digest_version)
         if row is None or not matches:
             reason = "unknown" if row is None else "secret"
@@ -348,17 +363,22 @@ class Directory:
                     "key %s has a digest of version %r, which key_peppers lacks", row.key_id, row.digest_version
                 )
             self._forget_key(digest)
+            self._proven.pop(digest, None)
             if touched.isdisjoint((_EVERYTHING, parsed.key_id)):
                 self._remember(self._unknown_keys, digest, (self._clock() + self._config.negative_ttl, reason))
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
-        entry = self._build(row)
+        entry = self._build(row, asked)
+        if entry.refusal is None:
+            self._remember(self._proven, digest, None, self._config.directory_size)
+        else:
+            self._proven.pop(digest, None)
         if touched.isdisjoint((_EVERYTHING, row.key_id, row.id)):
             self._store(digest, entry)
-        if row.digest_version != self._digester.current:
+        if self._digester.is_older(row.digest_version):
             self._journal.note_digest(parsed, row.digest_version)
         return entry
 
-    def _build(self, row: Row[Any]) -> _KeyEntry:
+    def _build(self, row: Row[Any], asked: float) -> _KeyEntry:
         credential = Credential(
             tenant=tenant_from_row(row),
             key_id=row.key_id,
@@ -371,11 +391,10 @@ class Directory:
         refusal = "revoked" if row.revoked_at is not None else None
         if credential.tenant.status in _INACTIVE:
             refusal = refusal or f"tenant {credential.tenant.status}"
-        now = self._clock()
-        entry = _KeyEntry(credential, refusal, now, self._config)
+        entry = _KeyEntry(credential, refusal, asked, self._config)
         if row.expires_at is not None:
             # by the database's clock, so that clocks that differ do not matter
-            entry.expires = now + (row.expires_at - row.now).total_seconds()
+            entry.expires = asked + (row.expires_at - row.now).total_seconds()
         if refusal is None:
             entry.good_until = min(entry.fresh_until, entry.expires)
         return entry
@@ -424,7 +443,9 @@ class Directory:
         self._events.emit(KeyLockedOut(failures=failures, seconds=seconds, source=source, key_id=key_id))
 
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
-        """Report a request whose key is one tenant's while it named another. Several others raise an intrusion event.
+        """Report a request whose key is one tenant's while it named another.
+
+        Three others within an hour raise an intrusion event, and each doubling of their number another one.
 
         Args:
             credential: What the request's key stands for.
@@ -447,11 +468,11 @@ class Directory:
         now = self._clock()
         seen = self._named.pop(credential.key_id, {})
         recent = {name: at for name, at in seen.items() if now - at < _INTRUSION_WINDOW}
-        is_new = named not in recent
-        if len(recent) < _INTRUSION_REMEMBERED:
+        before = len(recent)
+        if before < _INTRUSION_REMEMBERED:
             recent[named] = now
         self._remember(self._named, credential.key_id, recent, _INTRUSION_KEYS)
-        if is_new and len(recent) >= _INTRUSION_NAMES:
+        if len(recent) > before and len(recent) in _INTRUSION_NAMES:
             logger.error("key %s of tenant %s named %d other tenants", credential.key_id, tenant.slug, len(recent))
             self._events.emit(
                 IntrusionSuspected(
@@ -505,7 +526,8 @@ class Directory:
     async def _look_up_tenant(self, wanted: UUID | str) -> Tenant:
         if self._probe is not None:
             raise ControlUnavailableError("the control database is not available")
-        tenant, touched = await self._guarded(self._tenant_batch.get(wanted))
+        found, touched = await self._guarded(self._tenant_batch.get(wanted))
+        tenant, asked = found or (None, 0.0)
         if tenant is None or tenant.status is Status.PURGED:
             entry = self._tenant_entry(wanted)
             if entry is not None:
@@ -514,7 +536,7 @@ class Directory:
                 self._remember(self._unknown_tenants, wanted, self._clock() + self._config.negative_ttl)
             raise TenantNotFoundError(wanted)
         if touched.isdisjoint((_EVERYTHING, tenant.id)):
-            self._store_tenant(tenant)
+            self._store_tenant(tenant, asked)
         return tenant
 
     def _tenant_entry(self, wanted: UUID | str) -> _TenantEntry | None:
@@ -592,7 +614,7 @@ class Directory:
         self._keys.put(digest, entry)
         self._by_key_id[entry.credential.key_id] = digest
         self._by_tenant.setdefault(entry.credential.tenant.id, set()).add(digest)
-        self._store_tenant(entry.credential.tenant)
+        self._store_tenant(entry.credential.tenant, entry.placed)
 
     def _forget_key(self, digest: bytes) -> None:
         entry = self._keys.entries.pop(digest, None)
@@ -607,11 +629,11 @@ class Directory:
             if not siblings:
                 del self._by_tenant[entry.credential.tenant.id]
 
-    def _store_tenant(self, tenant: Tenant) -> None:
+    def _store_tenant(self, tenant: Tenant, asked: float) -> None:
         self._forget_tenant(tenant.id)
         if tenant.status is Status.PURGED:
             return
-        self._tenants.put(tenant.id, _TenantEntry(tenant, self._clock(), self._config))
+        self._tenants.put(tenant.id, _TenantEntry(tenant, asked, self._config))
         for name in (tenant.slug, *tenant.aliases):
             self._by_name[name] = tenant.id
 
@@ -644,7 +666,7 @@ class Directory:
 
     def _begin_probing(self) -> None:
         """Answer from memory, without waiting, until the control database answers again."""
-        if self._probe is not None:
+        if self._probe is not None or self._closed:
             return
         logger.warning("the control database does not answer; what is known keeps working for %g s", self._config.grace)
         self._events.emit(DirectoryUnavailable())
@@ -656,15 +678,17 @@ class Directory:
             try:
                 async with asyncio.timeout(self._config.directory_timeout), self._control.connect() as connection:
                     await connection.execute(select(1))
-            except (TenancyError, TimeoutError, OSError, SQLAlchemyError) as exc:
+            except Exception as exc:  # noqa: BLE001 - whatever it is, ending here would leave it away for ever
                 logger.debug("the control database still does not answer: %s", type(exc).__name__)
                 continue
             self._probe = None
             logger.info("the control database answers again")
             return
 
-    async def _query(self, statement: Executable, parameters: dict[str, Any]) -> Sequence[Row[Any]]:
+    async def _query(self, statement: Executable, parameters: dict[str, Any]) -> tuple[Sequence[Row[Any]], float]:
         """Run one reading statement; twice where the first try met a connection that a restart had left dead.
+
+        Returns its rows, and when they were asked for: what they say may change from then on.
 
         Raises:
             ControlUnavailableError: there is no answer, or a refusal: a password that is being changed, a database that
@@ -673,7 +697,8 @@ class Directory:
         for attempt in range(2):
             try:
                 async with self._control.connect() as connection:
-                    return (await connection.execute(statement, parameters)).all()
+                    asked = self._clock()
+                    return (await connection.execute(statement, parameters)).all(), asked
             except ControlUnavailableError:
                 if attempt:
                     raise
@@ -682,18 +707,18 @@ class Directory:
                 raise ControlUnavailableError("the control database refused a look-up") from exc
         raise AssertionError("unreachable")
 
-    async def _load_keys(self, key_ids: list[str]) -> Mapping[str, Row[Any]]:
+    async def _load_keys(self, key_ids: list[str]) -> Mapping[str, tuple[Row[Any], float]]:
         started = time.perf_counter()
-        rows = await self._query(_KEYS, {"ids": key_ids})
+        rows, asked = await self._query(_KEYS, {"ids": key_ids})
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=len(key_ids), tenants=0, seconds=seconds))
-        return {row.key_id: row for row in rows}
+        return {row.key_id: (row, asked) for row in rows}
 
-    async def _load_tenants(self, wanted: list[UUID | str]) -> Mapping[UUID | str, Tenant]:
+    async def _load_tenants(self, wanted: list[UUID | str]) -> Mapping[UUID | str, tuple[Tenant, float]]:
         started = time.perf_counter()
         ids = [x for x in wanted if isinstance(x, UUID)]
         names = [x for x in wanted if isinstance(x, str)]
-        rows = await self._query(_TENANTS, {"ids": ids, "names": names})
+        rows, asked = await self._query(_TENANTS, {"ids": ids, "names": names})
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=0, tenants=len(wanted), seconds=seconds))
         found: dict[UUID | str, Tenant] = {}
@@ -704,7 +729,7 @@ class Directory:
                 for name in tenant.aliases:
                     found.setdefault(name, tenant)
                 found[tenant.slug] = tenant
-        return found
+        return {key: (tenant, asked) for key, tenant in found.items()}
 
 
 _KEYS = (

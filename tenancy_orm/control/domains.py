@@ -14,16 +14,18 @@ from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
 
+import idna
 from sqlalchemy import Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..context import Admit, Tenant, admit_any
-from ..errors import DomainError, MissingExtraError
+from ..context import Admit, Status, Tenant, admit_any
+from ..errors import DomainError, MissingExtraError, TenantDeletedError
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
 from .models import domains
-from .registry import Registry
+from .registry import Registry, hold_tenant
 
 _LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(\.{_LABEL})+")
@@ -92,14 +94,15 @@ class DnsTextRecords:
 
 
 def check_domain(domain: str) -> str:
-    """Return ``domain`` in lower case and ASCII (IDNA), without a final dot.
+    """Return ``domain`` in lower case and ASCII (IDNA 2008), without a final dot.
 
     Raises:
         DomainError: it is not a domain name of two labels or more.
     """
     try:
-        ascii_name = domain.rstrip(".").encode("idna").decode("ascii").lower()
-    except UnicodeError:
+        # as browsers do (UTS 46, non-transitional): Python's own codec knows the names of 2003 alone
+        ascii_name = idna.encode(domain.removesuffix("."), uts46=True).decode("ascii")
+    except idna.IDNAError:
         ascii_name = ""
     if len(ascii_name) > 253 or not _DOMAIN.fullmatch(ascii_name) or re.fullmatch(r"[0-9.]+", ascii_name):
         raise DomainError(f"{domain!r} is not a domain name")
@@ -128,6 +131,7 @@ class DomainManager:
 
         Raises:
             DomainError: it is not a domain name, or verified for another tenant.
+            TenantNotFoundError, TenantDeletedError: the tenant is gone.
         """
         tenant = await self._owner(tenant)
         name = check_domain(domain)
@@ -136,6 +140,7 @@ class DomainManager:
         owner = select(domains.c.tenant_id).where(domains.c.domain == name, verified)
         statement = insert(domains).values(values).on_conflict_do_nothing().returning(domains)
         async with self._control.transaction() as connection:
+            await _hold(connection, tenant)
             if await connection.scalar(owner) not in (None, tenant.id):
                 raise _taken(name)
             row = (await connection.execute(statement)).one_or_none()
@@ -172,6 +177,7 @@ class DomainManager:
         statement = update(domains).where(condition).values(verified_at=func.now()).returning(domains)
         try:
             async with self._control.transaction() as connection:
+                await _hold(connection, tenant)
                 row = (await connection.execute(statement)).one_or_none()
                 if row is None:
                     raise DomainError(f"domain {found.domain!r} was released while it was verified")
@@ -229,6 +235,12 @@ class DomainManager:
         if row is None:
             raise DomainError(f"domain {name!r} is not claimed by tenant {tenant.slug!r}")
         return _domain_from_row(row)
+
+
+async def _hold(connection: AsyncConnection, tenant: Tenant) -> None:
+    """Refuse a deleted tenant a domain, and keep it from being purged meanwhile: nobody could have the domain then."""
+    if (await hold_tenant(connection, tenant.id)).status is Status.DELETED:
+        raise TenantDeletedError(tenant.slug)
 
 
 def _taken(domain: str) -> DomainError:

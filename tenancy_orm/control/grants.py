@@ -38,6 +38,8 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "audit_log": "SELECT",
     "audit_head": "SELECT",
     "audit_cuts": "SELECT",
+    # what is added counts only where a key signed it
+    "audit_keys": "SELECT, INSERT",
     "audit_summary": "SELECT",
     "usage": "SELECT, INSERT, UPDATE, DELETE",
     "usage_keys": "SELECT, INSERT, DELETE",
@@ -54,8 +56,25 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
 APPLICATION_FUNCTIONS: Final[tuple[str, ...]] = ("audit_append", "audit_ensure_partitions")
 
 _ROLE = text(
-    "SELECT r.rolsuper, pg_has_role(r.oid, c.relowner, 'MEMBER') AS owner "
+    # a superuser is a member of every role
+    "SELECT r.rolbypassrls, pg_has_role(r.oid, c.relowner, 'MEMBER') AS owner, "
+    # before PostgreSQL 16 it may make itself a member of any role that is not a superuser
+    "r.rolcreaterole AND current_setting('server_version_num')::integer < 160000 AS any_member "
     "FROM pg_roles r, pg_class c WHERE r.rolname = :role AND c.oid = 'tenancy.audit_log'::regclass"
+)
+# What the role, or one that it may become, may change: by grants to others, to PUBLIC, or by a predefined role.
+_WRITABLE = text(
+    "SELECT c.relname, array_agg(DISTINCT p.privilege) AS privileges FROM pg_class c "
+    "CROSS JOIN unnest(ARRAY['INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS p (privilege) "
+    "JOIN pg_roles r ON pg_has_role(CAST(:role AS name), r.oid, 'MEMBER') "
+    "WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relkind IN ('r', 'p', 'v', 'm', 'f') "
+    "AND CASE WHEN p.privilege IN ('INSERT', 'UPDATE', 'REFERENCES') "
+    "THEN has_any_column_privilege(r.oid, c.oid, p.privilege) ELSE has_table_privilege(r.oid, c.oid, p.privilege) END "
+    "GROUP BY 1 ORDER BY 1"
+)
+_MAY_CREATE = text(
+    "SELECT bool_or(has_schema_privilege(r.oid, 'tenancy', 'CREATE')) FROM pg_roles r "
+    "WHERE pg_has_role(CAST(:role AS name), r.oid, 'MEMBER')"
 )
 # without the partitions: no query of ours names one
 _PROTECTED = text(
@@ -73,23 +92,29 @@ async def grant_application(conn: AsyncConnection, role: str) -> None:
         role: An existing role, a group or one that logs in.
 
     Raises:
-        ConfigurationError: the role does not exist, is a superuser, or is a member of the tables' owner, so that
-            nothing here could hold it back.
+        ConfigurationError: the role does not exist; or nothing here could hold it back, since it is a superuser, is or
+            can make itself a member of the tables' owner, or is above row-level security; or it would have more than
+            is granted here, by way of PUBLIC or another role. The transaction must not be committed then.
         ControlSchemaError: the control database has no viewer role.
     """
     row = (await conn.execute(_ROLE, {"role": role})).one_or_none()
     if row is None:
         raise ConfigurationError(f"role {role!r} does not exist; create it first")
-    if row.rolsuper or row.owner:
-        raise ConfigurationError(f"role {role!r} has the rights of the control tables' owner; use one that has not")
+    if row.owner or row.any_member:
+        raise ConfigurationError(f"role {role!r} has or can take the rights of the control tables' owner; use another")
+    if row.rolbypassrls:
+        raise ConfigurationError(f"row-level security does not hold role {role!r}; run: ALTER ROLE ... NOBYPASSRLS")
     for statement in (*_revokes(role), *await _grants(conn, role)):
         await conn.exec_driver_sql(statement)
     policy = application_policy(role)
     for table in await _protected(conn, policy, admitted=False):
+        # where it may only read, the policy says so as well
+        verb, check = ("SELECT", "") if _is_read_only(table) else ("ALL", "WITH CHECK (true)")
         await conn.exec_driver_sql(
-            f"CREATE POLICY {policy} ON {table} TO {quote_identifier(role)} USING (true) WITH CHECK (true)"
+            f"CREATE POLICY {policy} ON {_qualified(table)} FOR {verb} TO {quote_identifier(role)} USING (true) {check}"
         )
     await admit_viewer(conn, await viewer_of(conn), role)
+    await _check(conn, role)
 
 
 async def revoke_application(conn: AsyncConnection, role: str) -> None:
@@ -98,7 +123,7 @@ async def revoke_application(conn: AsyncConnection, role: str) -> None:
         await conn.exec_driver_sql(statement)
     policy = application_policy(role)
     for table in await _protected(conn, policy, admitted=True):
-        await conn.exec_driver_sql(f"DROP POLICY {policy} ON {table}")
+        await conn.exec_driver_sql(f"DROP POLICY {policy} ON {_qualified(table)}")
     viewer = quote_identifier(await viewer_of(conn))
     await conn.exec_driver_sql(f"REVOKE {viewer} FROM {quote_identifier(role)}")
 
@@ -108,16 +133,43 @@ def application_policy(role: str) -> str:
     return f"application_{sha256(role.encode()).hexdigest()[:16]}"
 
 
+async def _check(conn: AsyncConnection, role: str) -> None:
+    """Refuse a role that has more than was granted: taking it from others is not this module's business."""
+    excess = []
+    for row in await conn.execute(_WRITABLE, {"role": role}):
+        more = set(row.privileges) - set(APPLICATION_TABLES.get(row.relname, "").split(", "))
+        excess += [f"{privilege} on {row.relname}" for privilege in sorted(more)]
+    if await conn.scalar(_MAY_CREATE, {"role": role}):
+        excess.append(f"CREATE on schema {SCHEMA}")
+    if excess:
+        raise ConfigurationError(
+            f"role {role!r} would have {', '.join(excess)}, from PUBLIC or from a role that it is a member of; "
+            "revoke that first"
+        )
+
+
 async def _protected(conn: AsyncConnection, policy: str, *, admitted: bool) -> list[str]:
     rows = await conn.execute(_PROTECTED, {"policy": policy})
-    return [f"{SCHEMA}.{quote_identifier(row.relname)}" for row in rows if row.admitted is admitted]
+    return [row.relname for row in rows if row.admitted is admitted]
+
+
+def _is_read_only(table: str) -> bool:
+    return APPLICATION_TABLES.get(table) == "SELECT"
+
+
+def _qualified(table: str) -> str:
+    return f"{SCHEMA}.{quote_identifier(table)}"
 
 
 def _revokes(role: str) -> list[str]:
     grantee = quote_identifier(role)
+    kinds = ("TABLES", "SEQUENCES", "FUNCTIONS")
     return [
-        f"REVOKE ALL ON ALL {kind} IN SCHEMA {SCHEMA} FROM {grantee}" for kind in ("TABLES", "SEQUENCES", "FUNCTIONS")
-    ] + [f"REVOKE ALL ON SCHEMA {SCHEMA} FROM {grantee}"]
+        *(f"REVOKE ALL ON ALL {kind} IN SCHEMA {SCHEMA} FROM {grantee}" for kind in kinds),
+        # what a later upgrade makes is granted then
+        *(f"ALTER DEFAULT PRIVILEGES IN SCHEMA {SCHEMA} REVOKE ALL ON {kind} FROM {grantee}" for kind in kinds),
+        f"REVOKE ALL ON SCHEMA {SCHEMA} FROM {grantee}",
+    ]
 
 
 async def _grants(conn: AsyncConnection, role: str) -> list[str]:
@@ -129,8 +181,7 @@ async def _grants(conn: AsyncConnection, role: str) -> list[str]:
         f"GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}",
     ]
     statements += [
-        f"GRANT {privileges} ON {SCHEMA}.{quote_identifier(table)} TO {grantee}"
-        for table, privileges in APPLICATION_TABLES.items()
+        f"GRANT {privileges} ON {_qualified(table)} TO {grantee}" for table, privileges in APPLICATION_TABLES.items()
     ]
     statements += [
         f"GRANT EXECUTE ON FUNCTION {SCHEMA}.{quote_identifier(name)} TO {grantee}" for name in APPLICATION_FUNCTIONS

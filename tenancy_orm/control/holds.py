@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -34,12 +35,25 @@ _LET_GO = text("DELETE FROM tenancy.quota_holds WHERE id = CAST(:id AS uuid)")
 class Hold:
     """Something a tenant holds for as long as a block of code runs."""
 
-    __slots__ = ("id", "lost")
+    __slots__ = ("_until", "id")
 
     def __init__(self) -> None:
         self.id: UUID = uuid4()
-        # set where the database was away for so long that the hold was taken for a dead process's
-        self.lost = False
+        # until when the place is certain, by the monotonic clock
+        self._until = math.inf
+
+    @property
+    def lost(self) -> bool:
+        """Whether the place may be another's: it was not renewed for so long that it was taken for a dead process's."""
+        return time.monotonic() >= self._until
+
+    def renewed(self, asked: float) -> None:
+        """The place is certain for ``HOLD_SECONDS`` from when that was asked for, which is before it was done."""
+        self._until = asked + HOLD_SECONDS
+
+    def lose(self) -> None:
+        """The place is another's."""
+        self._until = -math.inf
 
 
 class HoldKeeper:
@@ -59,19 +73,24 @@ class HoldKeeper:
             "id": hold.id,
             "seconds": HOLD_SECONDS,
         }
+        asked = time.monotonic()
         async with self._control.connect() as conn:
-            return (await conn.execute(_HOLD, parameters)).one()
+            row = (await conn.execute(_HOLD, parameters)).one()
+        if row.outcome == "counted":
+            hold.renewed(asked)
+            # not before: a renewal in the meantime would not find it, and take it for lost
+            self._holds[hold.id] = hold
+            if self._task is None or self._task.done():
+                self._task = asyncio.ensure_future(self._run())
+        return row
 
     @asynccontextmanager
     async def keep(self, hold: Hold) -> AsyncIterator[None]:
-        """Renew ``hold`` while the body runs, and let go of it at the end."""
-        self._holds[hold.id] = hold
-        if self._task is None or self._task.done():
-            self._task = asyncio.ensure_future(self._run())
+        """Let go of ``hold`` after the body, which takes it; it is renewed until then."""
         try:
             yield
         finally:
-            del self._holds[hold.id]
+            self._holds.pop(hold.id, None)
             # apart, so that a cancelled body lets go as well
             task = asyncio.ensure_future(self.let_go(hold))
             await asyncio.shield(task)
@@ -88,8 +107,7 @@ class HoldKeeper:
         """Stop renewing."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
     async def _run(self) -> None:
@@ -99,12 +117,18 @@ class HoldKeeper:
                 await self._renew()
             except ControlUnavailableError:
                 logger.warning("holds cannot be renewed: the control database is not available")
+            except Exception:
+                # a server that only reads for a moment, say: the next renewal may be in time
+                logger.exception("holds cannot be renewed")
 
     async def _renew(self) -> None:
         holds = dict(self._holds)
+        asked = time.monotonic()
         async with self._control.connect() as conn:
             kept = set(await conn.scalars(_RENEW, {"ids": list(holds), "seconds": HOLD_SECONDS}))
         for hold_id, hold in holds.items():
-            if hold_id not in kept and hold_id in self._holds:
-                hold.lost = True
+            if hold_id in kept:
+                hold.renewed(asked)
+            elif hold_id in self._holds:
+                hold.lose()
                 logger.error("a hold was lost: it had not been renewed for %g s", HOLD_SECONDS)

@@ -67,12 +67,15 @@ class KeyDigester:
     over the whole text, so a digest belongs to one key id and prefix and matches no other row.
 
     Args:
-        peppers: Peppers by version, oldest first; the last one is used for new digests.
+        peppers: Peppers by version, oldest first.
+        current: The version that new digests are made with; the last one where None.
     """
 
-    def __init__(self, peppers: Mapping[str, bytes] | None = None) -> None:
+    def __init__(self, peppers: Mapping[str, bytes] | None = None, current: str | None = None) -> None:
         self._peppers = dict(peppers or {})
-        self.current = list(self._peppers)[-1] if self._peppers else PLAIN_VERSION
+        versions = [PLAIN_VERSION, *self._peppers]
+        self.current = versions[-1] if current is None else current
+        self._older = frozenset(versions[: versions.index(self.current)])
         # what an unknown id is compared with: nothing is known to digest to it
         self._dummy = secrets.token_bytes(32)
 
@@ -84,8 +87,12 @@ class KeyDigester:
         """Whether digests of this version can be verified."""
         return version == PLAIN_VERSION or version in self._peppers
 
+    def is_older(self, version: str) -> bool:
+        """Whether this version comes before the current one. One that comes after it is not to be taken back."""
+        return version in self._older
+
     def digest(self, text: str, version: str | None = None) -> bytes:
-        """Digest a key under a pepper version (default: the newest); an unknown version digests as "0" does."""
+        """Digest a key under a pepper version (default: the current one); an unknown version digests as "0" does."""
         pepper = self._peppers.get(self.current if version is None else version)
         data = text.encode("utf-8", "surrogatepass")
         if pepper is None:

@@ -1,17 +1,16 @@
 """What requests leave behind, written in the background: a request never waits for a write.
 
-Gathered in bounded memory and written every interval: when keys were last used, digests under the newest pepper, and
-what was refused. Of a flood of refusals the most frequent are written one by one, the rest as a number.
+Gathered in bounded memory and written every interval: when keys were last used, digests under the current pepper, and
+what was refused. Of a flood of refusals the most frequent are written one by one, the rest as a number; of cross-tenant
+requests the rest as a number for each key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-from uuid import UUID
+from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy import ARRAY, Float, LargeBinary, Text, bindparam, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,6 +20,7 @@ from ..errors import TenancyError
 from .audit import Actor, AuditLog
 from .database import ControlDatabase
 from .key_format import KeyDigester, ParsedKey
+from .refusals import Refusal, Tally
 
 if TYPE_CHECKING:
     from .directory import Credential
@@ -29,8 +29,7 @@ logger = logging.getLogger("tenancy_orm.keys")
 
 _CHUNK = 1_000
 _MAX_PENDING = 100_000
-_MAX_DISTINCT = 1_000  # different refusals gathered per interval
-_MAX_WRITTEN = 20  # ... and written one by one
+_MAX_DIGESTS = 1_000
 _CLOSE_SECONDS = 5.0
 
 # Rows that another process has locked are being given much the same time by it: passing over them saves the wait, and
@@ -77,25 +76,13 @@ class UsedKey(Protocol):
         """Whose key it is."""
 
 
-class _Refusal(NamedTuple):
-    """One kind of refusal, to be counted."""
-
-    action: str
-    key_id: str | None
-    source: str | None
-    reason: str
-    tenant_id: UUID | None
-    slug: str | None
-    resolver: str | None = None
-
-
 class KeyJournal:
     """Gathers and writes.
 
     Args:
         control: The control database.
         audit: Where refusals are recorded; nowhere where None.
-        digester: Makes digests under the newest pepper.
+        digester: Makes digests under the current pepper.
         interval: Seconds between writes.
         clock: The directory's clock.
     """
@@ -116,8 +103,8 @@ class KeyJournal:
         self._clock = clock
         self._used: list[UsedKey] = []
         self._digests: dict[str, tuple[str, bytes]] = {}
-        self._refusals: Counter[_Refusal] = Counter()
-        self._uncounted = 0
+        self._refused_keys = Tally()
+        self._cross_tenant = Tally()
         self._task: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()
 
@@ -143,29 +130,21 @@ class KeyJournal:
             self._used.append(key)
 
     def note_digest(self, key: ParsedKey, version: str) -> None:
-        """Have a key, known to be right, digested under the newest pepper in place of ``version``."""
-        if len(self._digests) < _MAX_DISTINCT:
+        """Have a key, known to be right, digested under the current pepper in place of ``version``."""
+        if len(self._digests) < _MAX_DIGESTS:
             self._digests[key.key_id] = (version, self._digester.digest(key.text))
 
     def note_refusal(self, reason: str, key_id: str | None, source: str | None, tenant: Tenant | None = None) -> None:
         """Count a refused key."""
-        owner = (tenant.id, tenant.slug) if tenant else (None, None)
-        self._count(_Refusal("key.reject", key_id, source, reason, *owner))
+        if self._audit is not None:
+            owner = (tenant.id, tenant.slug) if tenant else (None, None)
+            self._refused_keys.add(Refusal.of_key(reason, key_id, source, owner))
 
     def note_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
         """Count a request that named another tenant than its key's."""
-        tenant = credential.tenant
-        self._count(
-            _Refusal("request.cross_tenant", credential.key_id, source, named, tenant.id, tenant.slug, resolver)
-        )
-
-    def _count(self, refusal: _Refusal) -> None:
-        if self._audit is None:
-            return
-        if refusal in self._refusals or len(self._refusals) < _MAX_DISTINCT:
-            self._refusals[refusal] += 1
-        else:
-            self._uncounted += 1
+        if self._audit is not None:
+            owner = (credential.tenant.id, credential.tenant.slug)
+            self._cross_tenant.add(Refusal.of_request(named, resolver, credential.key_id, source, owner))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -210,7 +189,10 @@ class KeyJournal:
                     await connection.execute(text("SET LOCAL synchronous_commit = off"))
                     await connection.execute(_TOUCH, values)
         except BaseException:
-            self._used = (taken + self._used)[:_MAX_PENDING]
+            for key in taken:
+                # those used again meanwhile are noted already
+                if not key.noted:
+                    self.note_use(key)
             raise
 
     async def _write_digests(self) -> None:
@@ -227,38 +209,28 @@ class KeyJournal:
             async with self._control.transaction() as connection:
                 await connection.execute(_REDIGEST, values)
         except BaseException:
-            self._digests = {**taken, **self._digests}
+            for key_id, digest in taken.items():
+                if len(self._digests) < _MAX_DIGESTS:
+                    self._digests.setdefault(key_id, digest)
             raise
 
     async def _write_refusals(self) -> None:
-        taken, self._refusals = self._refusals, Counter()
-        uncounted, self._uncounted = self._uncounted, 0
-        if self._audit is None or not taken:
+        refused, self._refused_keys = self._refused_keys, Tally()
+        crossed, self._cross_tenant = self._cross_tenant, Tally()
+        if self._audit is None or not (refused or crossed):
             return
-        ranked = taken.most_common()
-        rest = sum(count for _, count in ranked[_MAX_WRITTEN:]) + uncounted
         try:
             async with self._control.transaction() as connection:
-                for refusal, count in ranked[:_MAX_WRITTEN]:
+                for refusal, detail in (*crossed.entries(), *refused.entries()):
                     await self._audit.append(
                         connection,
                         action=refusal.action,
                         tenant_id=refusal.tenant_id,
                         slug=refusal.slug,
                         actor=Actor("key", refusal.key_id, source=refusal.source),
-                        detail=_detail(refusal, count),
-                    )
-                if rest:
-                    await self._audit.append(
-                        connection, action="key.reject", detail={"reason": "others", "count": rest}
+                        detail=detail,
                     )
         except BaseException:
-            self._refusals.update(taken)
-            self._uncounted += uncounted
+            self._refused_keys.add_all(refused)
+            self._cross_tenant.add_all(crossed)
             raise
-
-
-def _detail(refusal: _Refusal, count: int) -> dict[str, str | int | None]:
-    if refusal.resolver is None:
-        return {"reason": refusal.reason, "count": count}
-    return {"named": refusal.reason, "resolver": refusal.resolver, "count": count}

@@ -9,16 +9,17 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
-from sqlalchemy import Row, and_, func, insert, select, update
+from sqlalchemy import Row, and_, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import TenancyConfig
 from ..context import Admit, Status, Tenant, admit_any
 from ..errors import ApiKeyInactiveError, ApiKeyNotFoundError, ConfigurationError, TenantNotFoundError
 from ..events import EventBus, KeyIssued, KeyRevoked
-from .audit import SYSTEM, Actor, AuditLog
+from .audit import SYSTEM, Actor, AuditLog, clean_text
 from .database import ControlDatabase
 from .key_format import (
+    ID_LENGTH,
     PLAIN,
     KeyDigester,
     NewKey,
@@ -37,6 +38,24 @@ _SCOPE = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 _MAX_SCOPES = 100
 _MAX_NETWORKS = 100
 _NAME_LENGTH = 200
+_KEY_ID = re.compile(rf"[0-9A-Za-z]{{{ID_LENGTH}}}")
+_LONGEST_OVERLAP = timedelta(days=3_660)
+
+# The end of an overlap is not what a key's life was meant to be; that is what its successors have inherited.
+_LIFE = text(
+    """
+    WITH RECURSIVE line AS (
+        SELECT id, created_at, expires_at, 0 AS generation FROM tenancy.api_keys WHERE id = :id
+        UNION ALL
+        SELECT next.id, next.created_at, next.expires_at, line.generation + 1
+        FROM line CROSS JOIN LATERAL (
+            SELECT k.id, k.created_at, k.expires_at FROM tenancy.api_keys k
+            WHERE k.tenant_id = :tenant_id AND k.rotated_from = line.id ORDER BY k.created_at DESC LIMIT 1
+        ) next
+    )
+    SELECT expires_at - created_at FROM line ORDER BY generation DESC LIMIT 1
+    """
+)
 
 KeyState = Literal["active", "expired", "revoked"]
 
@@ -201,7 +220,7 @@ class KeyManager:
         self._directory = directory
         self._audit = audit
         self._events = events
-        self._digester = KeyDigester(config.peppers)
+        self._digester = KeyDigester(config.peppers, config.key_pepper_current)
 
     async def issue(
         self,
@@ -254,9 +273,10 @@ class KeyManager:
 
         Args:
             key_id: The key to replace.
-            overlap: How long the old key keeps working, in seconds where it is a number; 0 ends it now.
-            expires_at: When the new key expires; where None and the old one had an expiry, after as long a life as the
-                old one had.
+            overlap: How long the old key keeps working, in seconds where it is a number, for ten years at most; 0 ends
+                it now.
+            expires_at: When the new key expires; where None and the old one was issued with an expiry, after as long a
+                life as it was given then.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -265,10 +285,9 @@ class KeyManager:
             ApiKeyInactiveError: it is revoked, expired or rotated already.
             ConfigurationError: an argument is malformed.
         """
-        window = overlap if isinstance(overlap, timedelta) else timedelta(seconds=overlap)
-        if window < timedelta(0):
-            raise ConfigurationError("overlap must be 0 or more")
+        window = _check_overlap(overlap)
         _check_expiry(expires_at)
+        _check_id(key_id)
         async with self._control.transaction() as connection:
             # the tenant first, as purge does, so that no key outlives a purge that runs at the same moment
             tenant_id = await connection.scalar(select(api_keys.c.tenant_id).where(api_keys.c.id == key_id))
@@ -278,8 +297,9 @@ class KeyManager:
             await _hold_tenant(connection, tenant_id)
             old, slug = await self._locked(connection, key_id)
             await _check_rotatable(connection, old)
-            if expires_at is None and old.expires_at is not None:
-                expires_at = datetime.now(UTC) + (old.expires_at - old.created_at)
+            if expires_at is None:
+                life = await connection.scalar(_LIFE, {"id": key_id, "tenant_id": tenant_id})
+                expires_at = None if life is None else datetime.now(UTC) + life
             key = generate_key(old.prefix or self._config.key_prefix, self._digester)
             info = await insert_key(
                 connection,
@@ -303,16 +323,22 @@ class KeyManager:
     async def revoke(self, key_id: str, reason: str | None = None, *, actor: Actor = SYSTEM) -> ApiKeyInfo:
         """Refuse a key from now on, in every process. Revoking a revoked key changes nothing.
 
+        Args:
+            key_id: The key.
+            reason: Why, for operators; the first 256 characters are kept.
+            actor: Who does this, for the audit log.
+
         Raises:
             ApiKeyNotFoundError: no such key.
             CrossTenantError: it is another tenant's than the bound one.
         """
+        _check_id(key_id)
         async with self._control.transaction() as connection:
             before, slug = await self._locked(connection, key_id)
             self._admit(before.tenant_id)
             if before.revoked_at is not None:
                 return before
-            info = await self._change(connection, key_id, revoked_at=func.now(), revoked_reason=reason)
+            info = await self._change(connection, key_id, revoked_at=func.now(), revoked_reason=clean_text(reason))
             await self._write_audit(
                 connection, "key.revoke", info, slug, actor, before=_snapshot(before), after=_snapshot(info)
             )
@@ -327,6 +353,7 @@ class KeyManager:
             ApiKeyNotFoundError: no such key.
             CrossTenantError: it is another tenant's than the bound one.
         """
+        _check_id(key_id)
         async with self._control.connect() as connection:
             row = (await connection.execute(select(*KEY_COLUMNS).where(api_keys.c.id == key_id))).one_or_none()
         if row is None:
@@ -406,6 +433,22 @@ def _snapshot(key: ApiKeyInfo) -> dict[str, Any]:
         "revoked_reason": key.revoked_reason,
         "rotated_from": key.rotated_from,
     }
+
+
+def _check_id(key_id: str) -> None:
+    """What cannot be an id is no key's; some of it PostgreSQL would not even take for a text."""
+    if not _KEY_ID.fullmatch(key_id):
+        raise ApiKeyNotFoundError(key_id)
+
+
+def _check_overlap(overlap: timedelta | float) -> timedelta:
+    try:
+        window = overlap if isinstance(overlap, timedelta) else timedelta(seconds=overlap)
+    except (OverflowError, ValueError):  # infinite, too large, not a number
+        window = None
+    if window is None or not timedelta(0) <= window <= _LONGEST_OVERLAP:
+        raise ConfigurationError(f"overlap must be 0 or more, and at most {_LONGEST_OVERLAP.days} days")
+    return window
 
 
 def _check_expiry(moment: datetime | None) -> None:

@@ -1,13 +1,14 @@
 """What has to be done from time to time: ``tenancy run-maintenance``, from a timer, on any number of machines.
 
 Every part decides under a lock of its own (the tenant's row, its advisory lock on the server), so that two runs at once
-share the work and never do anything twice.
+share the work and never do anything twice, and a tenant that an operator has changed since it was listed is left alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from .tenants import TenantManager
 logger = logging.getLogger("tenancy_orm.maintenance")
 
 Chore = Callable[[], Awaitable[Any]]
+_Due = tuple[Tenant, str, str | None]
 
 # what a server may answer, or fail to; a mistake in the code is none of them and ends the run
 _FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
@@ -31,7 +33,10 @@ _FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 
 @dataclass(frozen=True, slots=True)
 class MaintenanceReport:
-    """What one run did: slugs of tenants suspended and purged, results of the chores by name, and what failed."""
+    """What one run did: slugs of tenants suspended and purged, results of the chores by name, and what failed.
+
+    A tenant whose server could not be told of its suspension is suspended, and among the errors.
+    """
 
     suspended: tuple[str, ...]
     purged: tuple[str, ...]
@@ -63,34 +68,50 @@ class Maintenance:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        done: dict[str, list[str]] = {"suspend": [], "purge": []}
-        errors: list[str] = []
-        for tenant, what, reason in await self._registry.due(retention_seconds=self._config.retention_seconds):
-            try:
-                if await self._do(tenant, what, reason, actor):
-                    done[what].append(tenant.slug)
-            except _FAILURES as exc:
-                logger.error("maintenance could not %s tenant %s: %s", what, tenant.slug, exc)
-                errors.append(f"{what} {tenant.slug}: {exc}")
+        due = await self._registry.due(retention_seconds=self._config.retention_seconds)
+        by_server: dict[str, list[_Due]] = {}
+        for one in due:
+            by_server.setdefault(one[0].placement.server if one[0].placement else "", []).append(one)
+        run = _Run(self._tenants, actor)
+        # side by side: a server that does not answer keeps no tenant of another waiting
+        await asyncio.gather(*(run.do_all(listed) for listed in by_server.values()))
         results: dict[str, Any] = {}
         for name, chore in self._chores.items():
             try:
                 results[name] = await chore()
             except _FAILURES as exc:
                 logger.error("maintenance could not do %s: %s", name, exc)
-                errors.append(f"{name}: {exc}")
-        return MaintenanceReport(tuple(done["suspend"]), tuple(done["purge"]), results, tuple(errors))
-
-    async def _do(self, tenant: Tenant, what: str, reason: str | None, actor: Actor) -> bool:
-        """Do what is due; False where another run, or an operator, was faster."""
-        try:
-            # the list may be minutes old: a tenant that was changed since is looked at anew by the next run
-            if (await self._registry.get(tenant.id)).updated_at != tenant.updated_at:
-                return False
-            if what == "suspend":
-                await self._tenants.suspend(tenant, reason=reason, actor=actor)
+                run.errors.append(f"{name}: {exc}")
             else:
-                await self._tenants.purge(tenant, actor=actor)
-        except (InvalidTransitionError, TenantNotFoundError):
-            return False
-        return True
+                run.errors += [f"{name}: {error}" for error in getattr(results[name], "errors", ())]
+        return MaintenanceReport(tuple(run.suspended), tuple(run.purged), results, tuple(run.errors))
+
+
+class _Run:
+    """What one run does to tenants, and what became of it."""
+
+    def __init__(self, tenants: TenantManager, actor: Actor) -> None:
+        self._tenants = tenants
+        self._actor = actor
+        self.suspended: list[str] = []
+        self.purged: list[str] = []
+        self.errors: list[str] = []
+
+    async def do_all(self, due: Sequence[_Due]) -> None:
+        for tenant, what, reason in due:
+            try:
+                await self._do(tenant, what, reason)
+            except (InvalidTransitionError, TenantNotFoundError) as exc:
+                # another run, or an operator, was faster
+                logger.debug("maintenance does not %s tenant %s: %s", what, tenant.slug, exc)
+            except _FAILURES as exc:
+                logger.error("maintenance could not %s tenant %s: %s", what, tenant.slug, exc)
+                self.errors.append(f"{what} {tenant.slug}: {exc}")
+
+    async def _do(self, tenant: Tenant, what: str, reason: str | None) -> None:
+        if what == "suspend":
+            await self._tenants.suspend_due(tenant, reason=reason, actor=self._actor)
+            self.suspended.append(tenant.slug)
+        else:
+            await self._tenants.purge_due(tenant, actor=self._actor)
+            self.purged.append(tenant.slug)

@@ -18,7 +18,7 @@ import asyncpg
 from sqlalchemy import text
 
 from ..context import Admit, Tenant, admit_any
-from ..errors import RoutingError, TenancyError
+from ..errors import ControlUnavailableError, RoutingError
 from .database import ControlDatabase
 from .failures import SERVER_FAILURES
 from .quotas import QuotaManager
@@ -167,17 +167,26 @@ class StorageSampler:
         servers: dict[str, dict[str, UUID]] = {}
         for row in rows:
             servers.setdefault(row.server, {})[row.database_name] = row.id
-        counts = await asyncio.gather(*(self._sample_server(name, found) for name, found in servers.items()))
-        missing = tuple(name for name, count in zip(servers, counts, strict=True) if count is None)
-        return SampleReport(sum(count or 0 for count in counts), missing)
+        work = (self._sample_server(name, found) for name, found in servers.items())
+        counts: dict[str, int | None] = {}
+        # all of them end before an error is raised: none goes on behind the caller's back
+        for name, count in zip(servers, await asyncio.gather(*work, return_exceptions=True), strict=True):
+            if isinstance(count, BaseException):
+                raise count
+            counts[name] = count
+        missing = tuple(name for name, count in counts.items() if count is None)
+        return SampleReport(sum(count or 0 for count in counts.values()), missing)
 
     async def run_every(self, seconds: float) -> None:
         """Sample for ever, every so many seconds, and of several processes one at a time; cancel it to stop."""
         while True:
             try:
                 await self.run(unless_within=seconds * 0.75)
-            except TenancyError as exc:
+            except ControlUnavailableError as exc:
                 logger.warning("tenants could not be sampled: %s", exc)
+            except Exception as exc:
+                # whatever it is, it must not be the last sample that this process takes
+                logger.error("tenants could not be sampled", exc_info=exc)
             await asyncio.sleep(seconds)
 
     async def _sample_server(self, server: str, databases: dict[str, UUID]) -> int | None:
@@ -193,10 +202,18 @@ class StorageSampler:
             for start in range(0, len(names), self._chunk):
                 chunk = names[start : start + self._chunk]
                 samples = await connection.fetch(_SAMPLE, chunk, timeout=self._timeout)
-                await self._store([(databases[row["datname"]], row) for row in samples])
-                sampled += len(samples)
+                # no size: its files are gone already, it is being dropped
+                found = [(databases[row["datname"]], row) for row in samples if row["size_bytes"] is not None]
+                await self._store(found)
+                sampled += len(found)
         except SERVER_FAILURES as exc:
             logger.warning("server %s could not be sampled to the end: %s", server, type(exc).__name__)
+            return None
+        except ControlUnavailableError:
+            raise
+        except Exception as exc:
+            # the other servers' samples are worth having all the same
+            logger.error("server %s could not be sampled to the end", server, exc_info=exc)
             return None
         finally:
             connection.terminate()

@@ -103,6 +103,9 @@ tenants = Table(
     Column("deleted_at", DateTime(timezone=True), nullable=True),
     Column("purge_started_at", DateTime(timezone=True), nullable=True),
     Column("purged_at", DateTime(timezone=True), nullable=True),
+    # what a tenant in maintenance was before, and why
+    Column("former_status", Text, nullable=True),
+    Column("former_reason", Text, nullable=True),
     Column("suspend_at", DateTime(timezone=True), nullable=True),
     Column("suspend_reason", Text, nullable=True),
     Column("purge_at", DateTime(timezone=True), nullable=True),
@@ -111,6 +114,7 @@ tenants = Table(
         "status IN ('provisioning', 'trial', 'active', 'suspended', 'maintenance', 'deleted', 'purged')", name="status"
     ),
     CheckConstraint("next_status IN ('trial', 'active', 'suspended', 'maintenance')", name="next_status"),
+    CheckConstraint("former_status IN ('trial', 'active', 'suspended')", name="former_status"),
     CheckConstraint("tier ~ '^[a-z][a-z0-9_-]{0,30}$'", name="tier"),
     CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
     CheckConstraint("jsonb_typeof(quotas) = 'object'", name="quotas"),
@@ -229,6 +233,16 @@ audit_cuts = Table(
     Column("signature", LargeBinary, nullable=False),
 )
 
+audit_keys = Table(
+    "audit_keys",
+    metadata,
+    Column("signature", LargeBinary, primary_key=True),
+    Column("key_id", Text, nullable=False),
+    Column("public_key", LargeBinary, nullable=False),
+    Column("signed_by", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
 # --- quotas: written by the functions of migration 0003 ---------------------------------------------------------------
 
 
@@ -247,6 +261,7 @@ usage = Table(
     Column("used", BigInteger, nullable=False, server_default="0"),
     Column("soft_reached", Double, nullable=False, server_default="0"),
     Column("soft_limit", BigInteger, nullable=True),
+    Column("soft_at", DateTime(timezone=True), nullable=True),
     Column("closed_at", DateTime(timezone=True), nullable=True),
 )
 
@@ -287,10 +302,12 @@ quota_pressure = Table(
     "quota_pressure",
     metadata,
     _of_tenant(key=True),
-    Column("resource", Text, primary_key=True),
-    Column("fraction", Double, primary_key=True),
+    Column("policy", Text, primary_key=True),
+    Column("resource", Text, nullable=False),
+    Column("tier", Text, nullable=False),
     Column("since", DateTime(timezone=True), nullable=False),
     Column("proposed_at", DateTime(timezone=True), nullable=True),
+    Column("claimed_until", DateTime(timezone=True), nullable=True),
 )
 
 usage_records = Table(
@@ -304,6 +321,7 @@ usage_records = Table(
     Column("period_end", DateTime(timezone=True), nullable=False),
     Column("quantity", BigInteger, nullable=False),
     Column("idempotency_key", Text, nullable=False),
+    Column("metadata", JSONB, nullable=True),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("sent_at", DateTime(timezone=True), nullable=True),
     Column("attempts", Integer, nullable=False, server_default="0"),

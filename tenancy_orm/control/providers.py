@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from ..config import TenancyConfig, parse_keys
@@ -22,6 +25,42 @@ from .secrets import Keyring
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _MAX_BYTES = 64 * 1024
+_KEY_BYTES = 32
+_MAX_KEY_ID = 16
+
+
+# those that log what they send and receive, and those that do so in no version we know of; with what is below them
+_LOGGERS = ("botocore", "boto3", "hvac", "requests", "urllib3")
+_WITH_PAYLOADS = ("botocore.endpoint", "botocore.parsers", "botocore.auth", "botocore.hooks")
+_carries_secrets: ContextVar[bool] = ContextVar("tenancy_carries_secrets", default=False)
+
+
+class _SecretCalls(logging.Filter):
+    """Drops what a library tells of a call that carries secrets, below warnings: its DEBUG log quotes the payload."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record may be logged."""
+        return record.levelno >= logging.WARNING or not _carries_secrets.get()
+
+
+_SECRET_CALLS = _SecretCalls()
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Keep the payload of calls within, in this task and in threads it starts, out of the libraries' logs.
+
+    Calls of the same libraries elsewhere in the process are logged as before. A logger's filter sees what is logged by
+    that logger itself, not by those below it, so that each of them gets it.
+    """
+    for name in (*_WITH_PAYLOADS, *logging.root.manager.loggerDict):
+        if name.partition(".")[0] in _LOGGERS:
+            logging.getLogger(name).addFilter(_SECRET_CALLS)  # a second time is none
+    token = _carries_secrets.set(True)
+    try:
+        yield
+    finally:
+        _carries_secrets.reset(token)
 
 
 def check_name(name: str) -> str:
@@ -151,24 +190,29 @@ class SecretKeyWrapper:
         return f"secret:{self._secret}"
 
     async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
-        """Encrypt ``key`` under the newest wrapping key.
+        """Encrypt ``key`` under the newest wrapping key there is now.
 
         Raises:
             SecretProviderError: the wrapping keys cannot be read.
+            ConfigurationError: they are malformed.
         """
-        return (await self._keys()).seal(key, associated=encode_context(context))
+        return (await self._read()).seal(key, associated=encode_context(context))
 
     async def unwrap(self, wrapped: bytes, *, context: Mapping[str, str]) -> bytes:
         """Decrypt what ``wrap`` made.
 
         Raises:
             SecretProviderError: the wrapping keys cannot be read, or none of them opens it.
+            ConfigurationError: they are malformed.
         """
+        associated = encode_context(context)
+        if self._keyring is not None:
+            # those that were read already; if none opens it, they may have been rotated since
+            with suppress(SecretError):
+                return self._keyring.open(wrapped, associated=associated)
         try:
-            return (await self._keys()).open(wrapped, associated=encode_context(context))
+            return (await self._read()).open(wrapped, associated=associated)
         except SecretError as exc:
-            # the wrapping keys may have been rotated since they were read
-            self._keyring = None
             raise SecretProviderError(f"a key does not unwrap by {self.name}: {exc}") from None
 
     async def close(self) -> None:
@@ -176,9 +220,13 @@ class SecretKeyWrapper:
         self._keyring = None
         await self._secrets.close()
 
-    async def _keys(self) -> Keyring:
-        if self._keyring is None:
-            self._keyring = Keyring(parse_keys(self._secret, await self._secrets.read(self._secret)))
+    async def _read(self) -> Keyring:
+        keys = parse_keys(self._secret, await self._secrets.read(self._secret))
+        if not all(len(key_id) <= _MAX_KEY_ID and len(key) == _KEY_BYTES for key_id, key in keys.items()):
+            raise ConfigurationError(
+                f"each of {self._secret!r} must be {_KEY_BYTES} bytes, with an id of {_MAX_KEY_ID} characters at most"
+            )
+        self._keyring = Keyring(keys)
         return self._keyring
 
 
@@ -190,6 +238,8 @@ def encode_context(context: Mapping[str, str]) -> bytes:
 async def read_secrets(config: TenancyConfig) -> TenancyConfig:
     """Return ``config`` with the ``secret_options`` filled in from its provider; those that are set already stay.
 
+    Where none are named, that is ``encryption_keys``, unless a ``key_wrapper`` makes them needless.
+
     Raises:
         SecretNotFoundError: the provider lacks one.
         SecretProviderError: it does not answer, or refuses.
@@ -198,8 +248,11 @@ async def read_secrets(config: TenancyConfig) -> TenancyConfig:
     if config.secrets is None:
         return config
     found = {}
-    for option in config.secret_options:
-        if getattr(config, option) is None and not (option == "encryption_keys" and config.key_wrapper):
+    options = config.secret_options
+    if options is None:
+        options = () if config.key_wrapper is not None else ("encryption_keys",)
+    for option in options:
+        if getattr(config, option) is None:
             found[option] = parse_keys(option, await config.secrets.read(option))
     return config.replace(**found)
 
@@ -213,4 +266,5 @@ __all__ = [
     "check_name",
     "encode_context",
     "read_secrets",
+    "unlogged",
 ]

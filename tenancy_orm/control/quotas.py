@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeAlias, get_args
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..config import Limit, Period, TenancyConfig
+from ..config import RESOURCE_NAME, Limit, Period, TenancyConfig
 from ..context import Admit, Status, Tenant, admit_any
 from ..errors import ConfigurationError, QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
 from .holds import Hold, HoldKeeper
-from .leases import RECLAIM_SECONDS, LeasedQuota, LeaseKeeper
+from .leases import RECLAIM_SECONDS, LeasedQuota, LeaseKeeper, check_amount
 from .models import tenants
 from .registry import tenant_id_of
 
@@ -39,8 +38,7 @@ Override: TypeAlias = int | float | Limit | Mapping[str, Any] | None
 # an override with a name of its own: the tenant's request rate, which control.rates enforces in the process
 REQUEST_RATE: Final = "requests_per_second"
 
-_RESOURCE = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
-_LARGEST = 10**15  # leaves room to add without leaving PostgreSQL's bigint
+_LONGEST_KEY = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,11 @@ _AT_RISK = text(
 )
 _CLEAN = (
     "DELETE FROM tenancy.usage_keys WHERE created_at < now() - make_interval(secs => 86400 * :days)",
-    "DELETE FROM tenancy.usage WHERE period_end < now() - make_interval(secs => 86400 * :days)",
+    # where usage is billed, what has not been is kept
+    (
+        "DELETE FROM tenancy.usage WHERE period_end < now() - make_interval(secs => 86400 * :days) "
+        "AND (closed_at IS NOT NULL OR NOT (CAST(:bills AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)))"
+    ),
     "DELETE FROM tenancy.quota_holds WHERE expires_at < now() - make_interval(secs => 86400 * :days)",
     "DELETE FROM tenancy.quota_leases WHERE expires_at < now() - make_interval(secs => 86400 * :days)",
 )
@@ -239,7 +241,9 @@ class QuotaManager:
 
         Raises:
             TenantNotFoundError: no such tenant.
+            ValueError: ``at`` is naive.
         """
+        _check_time(at)
         if isinstance(tenant, str):
             async with self._control.connect() as conn:
                 tenant = await self._id_of(conn, tenant)
@@ -258,7 +262,7 @@ class QuotaManager:
             TenantNotFoundError: no such tenant.
             UnknownQuotaError: the resource has no limit for this tenant.
         """
-        _check_amount(amount)
+        check_amount(amount)
         for usage in await self.usage(tenant):
             if usage.resource == resource:
                 return Remaining(usage, amount)
@@ -276,15 +280,20 @@ class QuotaManager:
             tenant: Who uses it.
             resource: What is used.
             amount: How much, at least 1.
-            key: An idempotency key of at most 200 characters: repeating a call with the same key counts once.
-            at: The time of the use; the database's clock where None.
+            key: An idempotency key of 1 to 200 characters: repeating a call with the same key counts once.
+            at: The time of the use, an aware datetime; the database's clock where None.
 
         Raises:
             TenantNotFoundError: no such tenant.
             UnknownQuotaError: the resource has no limit for this tenant.
             QuotaExceededError: it would pass the limit; nothing was counted.
+            QuotaError: the limit is one on concurrency, its period has been closed for billing, or the key was used
+                for another amount or resource.
+            ValueError: ``amount`` is no whole number from 1 to 10**15, ``key`` too long, or ``at`` naive.
         """
-        _check_amount(amount)
+        check_amount(amount)
+        _check_key(key)
+        _check_time(at)
         async with self._control.connect() as conn:
             tenant_id = await self._id_of(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
@@ -309,10 +318,16 @@ class QuotaManager:
             tenant: Whose quota, by id or as a ``Tenant``.
             resource: Which.
             block: How much is taken at once; less near the limit. What the first call gave holds while it is in use.
+
+        Raises:
+            TypeError: ``tenant`` is a slug, which only the database could look up.
+            ValueError: ``block`` is no whole number from 1 to 10**15.
         """
         self._admit(tenant)
-        if block < 1:
-            raise ValueError(f"a block must be at least 1, not {block}")
+        given: object = tenant
+        if isinstance(given, str):
+            raise TypeError("leased() takes a Tenant or its id, not a slug: it does not ask the database")
+        check_amount(block, what="a block")
         key = (tenant.id if isinstance(tenant, Tenant) else tenant, resource)
         lease = self._leased.get(key)
         if lease is None:
@@ -324,7 +339,7 @@ class QuotaManager:
         """Hold ``amount`` of a resource whose limit is "concurrent" while the body runs.
 
         A process that dies gives its holds free after ``holds.HOLD_SECONDS``. ``Hold.lost`` tells a long body that
-        the database was away for so long that its place was given to another.
+        it could not be renewed for so long that its place may be another's.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -332,7 +347,7 @@ class QuotaManager:
             QuotaError: the limit is not one on concurrency.
             QuotaExceededError: as much as the limit is held already.
         """
-        _check_amount(amount)
+        check_amount(amount)
         async with self._control.connect() as conn:
             tenant_id = await self._id_of(conn, tenant)
         hold = Hold()
@@ -347,7 +362,9 @@ class QuotaManager:
         Raises:
             TenantNotFoundError: no such tenant.
             UnknownQuotaError: the resource has no limit for this tenant.
+            ValueError: ``value`` is no whole number from 0 to 10**15.
         """
+        check_amount(value, least=0)
         async with self._control.connect() as conn:
             tenant_id = await self._id_of(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "value": value}
@@ -356,6 +373,8 @@ class QuotaManager:
 
     async def measure_many(self, resource: str, values: Mapping[UUID, int]) -> int:
         """Record measures of many tenants in one statement; returns how many have a quota for ``resource``."""
+        for value in values.values():
+            check_amount(value, least=0)
         # in one order everywhere, so that two at once cannot deadlock
         ordered = sorted(values.items())
         parameters = {"resource": resource, "ids": [i for i, _ in ordered], "values": [v for _, v in ordered]}
@@ -372,8 +391,11 @@ class QuotaManager:
         Raises:
             TenantNotFoundError: no such tenant.
             UnknownQuotaError: the resource has no limit for this tenant.
+            QuotaError: the limit is one on concurrency, or its period has been closed for billing.
+            ValueError: ``amount`` is no whole number from 1 to 10**15, or ``at`` naive.
         """
-        _check_amount(amount)
+        check_amount(amount)
+        _check_time(at)
         async with self._control.connect() as conn:
             tenant_id = await self._id_of(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "at": at}
@@ -390,8 +412,9 @@ class QuotaManager:
         Args:
             resource: Of this resource only.
             limit: How many at most.
-            at: In the periods that ran at this time; now where None.
+            at: In the periods that ran at this time, an aware datetime; now where None.
         """
+        _check_time(at)
         async with self._control.connect() as conn:
             rows = (await conn.execute(_UTILISATION, {"resource": resource, "limit": limit, "at": at})).all()
         return [_tenant_usage(row) for row in rows]
@@ -400,6 +423,7 @@ class QuotaManager:
         self, fraction: float = 0.8, *, limit: int = 1_000, at: datetime | None = None
     ) -> list[TenantUsage]:
         """Return who has used ``fraction`` of a limit or more, highest fraction first."""
+        _check_time(at)
         async with self._control.connect() as conn:
             rows = (await conn.execute(_AT_RISK, {"fraction": fraction, "limit": limit, "at": at})).all()
         return [_tenant_usage(row) for row in rows]
@@ -407,12 +431,15 @@ class QuotaManager:
     async def clean(self, *, keys_days: float = 7, usage_days: float = 400) -> int:
         """Remove idempotency keys and ended periods older than so many days, and what dead processes left behind.
 
+        Where usage is exported for billing, a period stays until its usage record has been made.
+
         Safe to run from many processes at once. Returns how many rows went.
         """
+        bills = self._config.usage_sender is not None
         async with self._control.transaction() as conn:
             return sum(
                 [
-                    (await conn.execute(text(statement), {"days": days})).rowcount
+                    (await conn.execute(text(statement), {"days": days, "bills": bills})).rowcount
                     for statement, days in zip(_CLEAN, (keys_days, usage_days, 1, 1), strict=True)
                 ]
             )
@@ -436,6 +463,11 @@ class QuotaManager:
             raise QuotaError(f"quota {resource!r} of tenant {row.slug!r} is per {row.period}: use {verb}()")
         if row.outcome == "closed":
             raise QuotaError(f"that period of quota {resource!r} of tenant {row.slug!r} has been closed for billing")
+        if row.outcome == "mismatched":
+            raise QuotaError(
+                f"the key of this use of {resource!r} by tenant {row.slug!r} has counted another amount or resource: "
+                "give every use a key of its own"
+            )
         usage = Usage(resource, row.used, row.amount_limit, row.period, row.resets_at)
         if row.outcome == "exceeded":
             self._events.emit(
@@ -450,6 +482,7 @@ class QuotaManager:
                 used=row.used,
                 requested=amount,
                 resets_at=row.resets_at,
+                period=row.period,
             )
         for fraction in row.crossed or ():
             self._events.emit(
@@ -480,47 +513,45 @@ def check_overrides(overrides: Mapping[str, Override]) -> dict[str, Any]:
 
 
 def _check_override(name: str, value: Override) -> Any:
-    if not _RESOURCE.fullmatch(name):
+    if not RESOURCE_NAME.fullmatch(name):
         raise ConfigurationError(f"resource {name!r} must be 1 to 63 of a-z, 0-9, _, . and -, from a letter")
     if name == REQUEST_RATE:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ConfigurationError(f"{REQUEST_RATE} must be a number above 0, not {value!r}")
         return value
     if isinstance(value, Limit):
-        return {"amount": _amount(name, value.amount), "period": value.period, "soft": list(value.soft)}
+        return {"amount": value.amount, "period": value.period, "soft": list(value.soft)}
     if isinstance(value, Mapping):
         return _check_mapping(name, value)
-    return _amount(name, value)
+    return _limit(name, {"amount": value}).amount
 
 
 def _check_mapping(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     unknown = set(value) - {"amount", "period", "soft"}
     if unknown or not value:
         raise ConfigurationError(f"the limit of {name!r} has amount, period and soft, not {sorted(map(str, unknown))}")
-    result: dict[str, Any] = {}
-    if "amount" in value:
-        result["amount"] = _amount(name, value["amount"])
-    if "period" in value:
-        if value["period"] not in get_args(Period):
-            raise ConfigurationError(f"the period of {name!r} is one of {', '.join(get_args(Period))}")
-        result["period"] = value["period"]
-    if "soft" in value:
-        # Limit knows what fractions it admits
-        result["soft"] = list(Limit(None, soft=tuple(value["soft"])).soft)
-    return result
+    limit = _limit(name, value)
+    checked = {"amount": limit.amount, "period": limit.period, "soft": list(limit.soft)}
+    return {field: checked[field] for field in value}
 
 
-def _amount(name: str, value: object) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
-        raise ConfigurationError(f"the limit of {name!r} must be a whole number from 0 to 10**15, not {value!r}")
-    return value
+def _limit(name: str, fields: Mapping[str, Any]) -> Limit:
+    # Limit knows what it admits
+    try:
+        return Limit(**{"amount": None, **fields})
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"the limit of {name!r} is malformed: {exc}") from exc
 
 
-def _check_amount(amount: int) -> None:
-    if not 1 <= amount <= _LARGEST:
-        raise ValueError(f"an amount must be a whole number from 1 to 10**15, not {amount!r}")
+def _check_key(key: str | None) -> None:
+    if key is not None and (not 1 <= len(key) <= _LONGEST_KEY or "\0" in key):
+        raise ValueError(f"an idempotency key must have 1 to {_LONGEST_KEY} characters, none of them NUL, not {key!r}")
+
+
+def _check_time(at: datetime | None) -> None:
+    # the driver would read a naive one in the time zone of whatever machine this is
+    if at is not None and at.utcoffset() is None:
+        raise ValueError(f"a time must be aware, such as datetime.now(UTC): {at!r} is not")
 
 
 def _tenant_usage(row: Any) -> TenantUsage:

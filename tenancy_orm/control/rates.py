@@ -1,9 +1,9 @@
 """Request rates: a token bucket per tenant, in the process.
 
-The generic cell rate algorithm (GCRA) keeps a bucket as one number, the time at which it will be full again; a bucket
-that is full needs none. It is written out here, in a dozen lines, since it runs on every request: a library with
-storages and strategies costs tens of microseconds where this costs one. It counts in this process only: give
-``processes`` where several share a tenant's rate. What must be exact over all of them is a quota, not a rate.
+The generic cell rate algorithm (GCRA) keeps a bucket as the time at which it will be full again, at the rate of its
+last use; a bucket that is full needs none. It is written out here, in a dozen lines, since it runs on every request: a
+library with storages and strategies costs tens of microseconds where this costs one. It counts in this process only:
+give ``processes`` where several share a tenant's rate. What must be exact over all of them is a quota, not a rate.
 """
 
 from __future__ import annotations
@@ -79,13 +79,14 @@ class Rates:
         self._share = 1.0 / processes
         self._burst_seconds = burst_seconds
         self._clock = clock
-        # when each bucket is full again; one in the past says the same as none, so those can be dropped at any time
-        self._full_at: dict[UUID, float] = {}
+        # when each bucket is full again, and at which rate; a time in the past says the same as none, so those can be
+        # dropped at any time
+        self._buckets: dict[UUID, tuple[float, float]] = {}
         self._sweep_at = _SWEEP_AT
 
     def __len__(self) -> int:
         """How many buckets are kept."""
-        return len(self._full_at)
+        return len(self._buckets)
 
     def rate(self, tenant: Tenant) -> float | None:
         """Requests a second that this process lets through for ``tenant``; None without a limit."""
@@ -106,21 +107,24 @@ class Rates:
         burst = max(int(rate * self._burst_seconds), 1)
         interval = 1.0 / rate
         now = self._clock()
-        full_at = self._full_at.get(tenant.id, now)
+        full_at, before = self._buckets.get(tenant.id, (now, rate))
         if full_at < now:
             full_at = now
+        elif before != rate:
+            # as many tokens are missing as before, but no more than there are; they come back at the new rate
+            full_at = now + min((full_at - now) * before, burst) * interval
         after = full_at + cost * interval - now
         capacity = burst * interval
         # a millionth of a token's time, or the sum of many intervals would refuse the last token of a full bucket
         if after > capacity + interval * 1e-6:
             remaining = int((capacity - (full_at - now)) * rate + 1e-6)
             return Denied(after - capacity, burst, max(remaining, 0), full_at - now)
-        self._full_at[tenant.id] = now + after
-        if len(self._full_at) > self._sweep_at:
+        self._buckets[tenant.id] = (now + after, rate)
+        if len(self._buckets) > self._sweep_at:
             self._sweep(now)
         return Allowed(burst, int((capacity - after) * rate + 1e-6), after)
 
     def _sweep(self, now: float) -> None:
         """Drop full buckets; wait for as many again, so that the work stays small against the requests' own."""
-        self._full_at = {tenant_id: full_at for tenant_id, full_at in self._full_at.items() if full_at > now}
-        self._sweep_at = max(_SWEEP_AT, 2 * len(self._full_at))
+        self._buckets = {tenant_id: bucket for tenant_id, bucket in self._buckets.items() if bucket[0] > now}
+        self._sweep_at = max(_SWEEP_AT, 2 * len(self._buckets))

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Row,
     Text,
     and_,
+    case,
     delete,
     func,
     insert,
@@ -34,7 +35,13 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..context import Placement, Status, Tenant
-from ..errors import InvalidTransitionError, TenantExistsError, TenantNotFoundError
+from ..errors import (
+    InvalidTransitionError,
+    TenantExistsError,
+    TenantNotFoundError,
+    TierChangedError,
+    UnknownTierError,
+)
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
 from .keys import NewKey, insert_key
@@ -58,6 +65,8 @@ TENANT_COLUMNS: tuple[ColumnElement[Any], ...] = (
     tenants.c.reason,
     tenants.c.timezone,
     tenants.c.trial_ends_at,
+    tenants.c.suspend_at,
+    tenants.c.purge_at,
     tenants.c.created_at,
     tenants.c.updated_at,
     tenants.c.deleted_at,
@@ -99,6 +108,8 @@ def tenant_from_row(row: Row[*tuple[Any, ...]]) -> Tenant:
         updated_at=row.updated_at,
         deleted_at=row.deleted_at,
         trial_ends_at=row.trial_ends_at,
+        suspend_at=row.suspend_at,
+        purge_at=row.purge_at,
         timezone=row.timezone,
         aliases=frozenset(row.aliases),
     )
@@ -171,6 +182,71 @@ def constraint_of(error: DBAPIError) -> str | None:
     return found if isinstance(found, str) else None
 
 
+# what was counted and measured of a tenant: its own keys of idempotency, which may name people, among it
+_REMAINS = tuple(
+    text(f"DELETE FROM tenancy.{table} WHERE tenant_id = :id")  # noqa: S608 - constants of this module
+    for table in ("usage_keys", "quota_holds", "quota_leases", "quota_pressure", "tenant_metrics")
+)
+# what a tenant used is to be paid though it is purged; but where nobody bills, nothing of it is kept for that
+_SETTLE = text(
+    "SELECT tenancy.usage_settle(:id) WHERE CAST(:bills AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)"
+)
+
+
+def _memory(before: Tenant, row: Row[*tuple[Any, ...]], new: Status, reason: str | None) -> dict[str, Any]:
+    """What a change of status makes of the status, its reason, and what is remembered for the way back."""
+    values: dict[str, Any] = {"status": new, "next_status": None, "former_status": None, "former_reason": None}
+    if new is Status.DELETED:
+        values["next_status"] = before.status
+    if new is Status.MAINTENANCE and before.status is not Status.DELETED:
+        values |= {"former_status": before.status, "former_reason": before.reason}
+    elif new is Status.DELETED or (before.status is Status.DELETED and new is Status.MAINTENANCE):
+        values |= {"former_status": row.former_status, "former_reason": row.former_reason}
+    if reason is not None or new in (Status.TRIAL, Status.ACTIVE):
+        values["reason"] = reason
+    elif before.status is Status.MAINTENANCE and new is Status.SUSPENDED:
+        values["reason"] = row.former_reason
+    return values
+
+
+def _schedule(before: Tenant, new: Status) -> dict[str, Any]:
+    """What was scheduled and has taken place, or has been overtaken, is taken off the schedule."""
+    cleared: dict[str, Any] = {}
+    if new in (Status.SUSPENDED, Status.DELETED):
+        cleared |= {"suspend_at": None, "suspend_reason": None}
+    if before.status is Status.DELETED:
+        cleared["purge_at"] = None
+    return cleared
+
+
+def _refusal(error: IntegrityError, values: Mapping[str, Any]) -> Exception:
+    """What to raise where a constraint refuses a row of the registry."""
+    constraint = constraint_of(error)
+    if constraint in ("tenants_slug_key", "former_slugs_pkey"):
+        return TenantExistsError(str(values["slug"]), reserved=constraint == "former_slugs_pkey")
+    if constraint == "tenants_tier_fkey":
+        return UnknownTierError(str(values["tier"]))
+    return error
+
+
+def _check_unchanged(found: Tenant, listed: Tenant, target: Status) -> None:
+    if found.updated_at != listed.updated_at:
+        raise InvalidTransitionError(found.slug, f"{found.status.value} (changed meanwhile)", target.value)
+
+
+async def hold_tenant(connection: AsyncConnection, tenant_id: UUID) -> Tenant:
+    """Keep a tenant from being purged until the transaction ends, and return it.
+
+    Raises:
+        TenantNotFoundError: there is none, or it has been purged.
+    """
+    query = select(*TENANT_COLUMNS).where(tenants.c.id == tenant_id).with_for_update(read=True, of=tenants)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None or row.status == Status.PURGED:
+        raise TenantNotFoundError(tenant_id)
+    return tenant_from_row(row)
+
+
 async def tenant_id_of(connection: AsyncConnection, ref: str | UUID | Tenant) -> UUID:
     """Return the id that ``ref`` stands for: a ``Tenant``, an id, its text, a slug, or a slug that still leads to it.
 
@@ -199,11 +275,18 @@ def _has_slug(slug: str) -> ColumnElement[bool]:
 
 
 class Registry:
-    """Reads and writes tenants' rows."""
+    """Reads and writes tenants' rows.
 
-    def __init__(self, control: ControlDatabase, audit: AuditLog) -> None:
+    Args:
+        control: The control database.
+        audit: Where changes are written down.
+        bills: Whether usage is exported for billing; known also by there being records of it.
+    """
+
+    def __init__(self, control: ControlDatabase, audit: AuditLog, *, bills: bool = False) -> None:
         self._control = control
         self._audit = audit
+        self._bills = bills
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -309,6 +392,7 @@ class Registry:
 
         Raises:
             TenantExistsError: the slug is taken.
+            UnknownTierError: the tier is not in force.
         """
         values = {
             "id": draft.id,
@@ -332,9 +416,7 @@ class Registry:
                 tenant = tenant_from_row(row)
                 await self._write_audit(connection, "tenant.create", tenant, actor, after=_snapshot(tenant))
         except IntegrityError as exc:
-            if constraint_of(exc) == "tenants_slug_key":
-                raise TenantExistsError(draft.slug) from exc
-            raise
+            raise _refusal(exc, values) from exc
         return tenant
 
     async def record_step(self, tenant_id: UUID, step: str) -> None:
@@ -414,16 +496,25 @@ class Registry:
     # --- changes ----------------------------------------------------------------------------------------------------
 
     async def change(
-        self, tenant_id: UUID, *, action: str, actor: Actor = SYSTEM, **values: Any
+        self,
+        tenant_id: UUID,
+        *,
+        action: str,
+        actor: Actor = SYSTEM,
+        expected_tier: str | None = None,
+        **values: Any,
     ) -> tuple[Tenant, Tenant]:
         """Set columns of a tenant and audit the difference; returns the tenant before and after.
 
         Raises:
             TenantNotFoundError: no such tenant.
             TenantExistsError: a new slug is taken.
+            TierChangedError: its tier is not ``expected_tier``.
         """
         async with self._control.transaction() as connection:
-            before, _ = await self._locked(connection, tenant_id)
+            before, _ = await self._living(connection, tenant_id)
+            if expected_tier not in (None, before.tier):
+                raise TierChangedError(before.slug, expected=str(expected_tier), found=before.tier)
             after = await self._set(connection, tenant_id, **values)
             old, new = _difference(before, after)
             if new:
@@ -436,36 +527,58 @@ class Registry:
         target: Status | None,
         *,
         action: str,
+        leaving: Status = Status.DELETED,
         reason: str | None = None,
+        listed: Tenant | None = None,
         actor: Actor = SYSTEM,
+        **values: Any,
     ) -> tuple[Tenant, Tenant]:
-        """Change a tenant's status; returns it before and after. ``target`` None restores what it was before.
+        """Change a tenant's status; returns it before and after.
+
+        Args:
+            tenant_id: Which tenant.
+            target: Its status from now on; None: what it was before it was ``leaving``.
+            action: What this is, for the audit log.
+            leaving: Where ``target`` is None: the status that ends, deleted or maintenance.
+            reason: Why.
+            listed: Refuse, unless the tenant is still as it was listed here.
+            actor: Who does this.
+            values: Further columns to set.
 
         Raises:
             TenantNotFoundError: no such tenant.
-            InvalidTransitionError: the lifecycle does not have this change, or a purge is under way.
+            InvalidTransitionError: the lifecycle does not have this change, the tenant was changed since it was listed,
+                or a purge is under way.
         """
         async with self._control.transaction() as connection:
-            before, row = await self._locked(connection, tenant_id)
-            new = Status(row.next_status or Status.ACTIVE) if target is None else target
-            # only restore leads out of deletion, and it is nothing but that
-            if (target is None) != (before.status is Status.DELETED):
-                raise InvalidTransitionError(before.slug, before.status.value, new.value)
-            if before.status is Status.PROVISIONING:
-                # only the creation itself ends it, by ``complete``: until then there may be no database
-                raise InvalidTransitionError(before.slug, before.status.value, new.value)
-            if row.purge_started_at is not None and new is not Status.PURGED:
-                raise InvalidTransitionError(before.slug, "being purged", new.value)
-            check_transition(before.slug, before.status, new)
-            # a deleted tenant remembers what it was, for restore
-            remembered = before.status if new is Status.DELETED else None
-            kept = reason if reason is not None or new in (Status.TRIAL, Status.ACTIVE) else before.reason
-            # what was scheduled has taken place, or has been overtaken
-            cleared = {"suspend_at": None, "suspend_reason": None, "purge_at": None}
-            after = await self._set(connection, tenant_id, status=new, reason=kept, next_status=remembered, **cleared)
+            before, row = await self._locked(connection, tenant_id, listed=listed)
+            new = self._target(before, row, target, leaving)
+            after = await self._set(
+                connection, tenant_id, **_memory(before, row, new, reason), **_schedule(before, new), **values
+            )
             old, changed = _difference(before, after)
             await self._write_audit(connection, action, after, actor, before=old, after=changed)
         return before, after
+
+    @staticmethod
+    def _target(before: Tenant, row: Row[*tuple[Any, ...]], target: Status | None, leaving: Status) -> Status:
+        """The status that a change leads to, if it may.
+
+        Raises:
+            InvalidTransitionError: it may not.
+        """
+        remembered = row.next_status if leaving is Status.DELETED else row.former_status
+        new = Status(remembered or Status.ACTIVE) if target is None else target
+        if before.status is Status.PROVISIONING:
+            # only the creation itself ends it, by ``complete``: until then there may be no database
+            raise InvalidTransitionError(before.slug, before.status.value, new.value)
+        # only restore leads out of deletion, and it is nothing but that
+        if (target is None and before.status is not leaving) or (target and before.status is Status.DELETED):
+            raise InvalidTransitionError(before.slug, before.status.value, new.value)
+        if row.purge_started_at is not None and new is not Status.PURGED:
+            raise InvalidTransitionError(before.slug, "being purged", new.value)
+        check_transition(before.slug, before.status, new)
+        return new
 
     async def rename(
         self, tenant_id: UUID, slug: str, *, redirect_seconds: float, actor: Actor = SYSTEM
@@ -477,7 +590,7 @@ class Registry:
             TenantExistsError: the slug is another tenant's, or still leads to one.
         """
         async with self._control.transaction() as connection:
-            before, _ = await self._locked(connection, tenant_id)
+            before, _ = await self._living(connection, tenant_id)
             if before.slug == slug:
                 return before, before
             after = await self._set(connection, tenant_id, slug=slug)
@@ -491,7 +604,7 @@ class Registry:
                     set_={"tenant_id": former.excluded.tenant_id, "redirects_until": former.excluded.redirects_until},
                 )
             )
-            after = replace(after, aliases=after.aliases | {before.slug})
+            after = replace(after, aliases=(after.aliases | {before.slug}) - {slug})
             detail = {"redirect_seconds": redirect_seconds}
             old, new = _difference(before, after)
             await self._audit.append(
@@ -506,16 +619,35 @@ class Registry:
             )
         return before, after
 
-    async def schedule(
-        self, tenant_id: UUID, values: Mapping[str, Any], *, action: str, detail: Mapping[str, Any], actor: Actor
+    async def schedule_suspension(
+        self, tenant_id: UUID, at: datetime | None, *, reason: str | None, actor: Actor = SYSTEM
     ) -> Tenant:
-        """Set times at which something is to happen to a tenant.
+        """Set when a tenant is to be suspended, and why; None: not at all.
 
         Raises:
             TenantNotFoundError: no such tenant.
         """
+        values = {"suspend_at": at, "suspend_reason": reason if at else None}
+        detail = {"at": at.isoformat() if at else None, "reason": reason}
+        return await self._schedule(tenant_id, values, "tenant.schedule_suspension", detail, actor)
+
+    async def schedule_purge(self, tenant_id: UUID, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
+        """Set when a deleted tenant is to be purged; None: after the usual retention.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            InvalidTransitionError: it is not deleted, or its purge has begun.
+        """
+        detail = {"at": at.isoformat() if at else None}
+        return await self._schedule(tenant_id, {"purge_at": at}, "tenant.schedule_purge", detail, actor)
+
+    async def _schedule(
+        self, tenant_id: UUID, values: Mapping[str, Any], action: str, detail: Mapping[str, Any], actor: Actor
+    ) -> Tenant:
         async with self._control.transaction() as connection:
-            await self._locked(connection, tenant_id)
+            before, row = await self._living(connection, tenant_id)
+            if "purge_at" in values and (before.status is not Status.DELETED or row.purge_started_at is not None):
+                raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
             after = await self._set(connection, tenant_id, **values)
             await self._write_audit(connection, action, after, actor, detail=detail)
         return after
@@ -533,12 +665,23 @@ class Registry:
             tenants.c.suspend_at <= func.now(),
         )
         retained = func.coalesce(tenants.c.purge_at, tenants.c.deleted_at + timedelta(seconds=retention_seconds))
-        suspending = select(*TENANT_COLUMNS, tenants.c.suspend_reason).where(or_(trial_over, scheduled)).limit(limit)
-        purging = select(*TENANT_COLUMNS).where(tenants.c.status == Status.DELETED, retained <= func.now()).limit(limit)
+        reason = case((scheduled, tenants.c.suspend_reason), else_="the trial has ended").label("due_reason")
+        # the latest first: what cannot be done for a long time must not keep the others from being listed
+        suspending = (
+            select(*TENANT_COLUMNS, reason)
+            .where(or_(trial_over, scheduled))
+            .order_by(func.least(tenants.c.suspend_at, tenants.c.trial_ends_at).desc())
+            .limit(limit)
+        )
+        purging = (
+            select(*TENANT_COLUMNS)
+            .where(tenants.c.status == Status.DELETED, retained <= func.now())
+            .order_by(retained.desc())
+            .limit(limit)
+        )
         async with self._control.connect() as connection:
             found: list[tuple[Tenant, str, str | None]] = [
-                (tenant_from_row(row), "suspend", row.suspend_reason or "the trial has ended")
-                for row in await connection.execute(suspending)
+                (tenant_from_row(row), "suspend", row.due_reason) for row in await connection.execute(suspending)
             ]
             found += [(tenant_from_row(row), "purge", None) for row in await connection.execute(purging)]
         return found
@@ -560,15 +703,22 @@ class Registry:
 
     # --- purge ------------------------------------------------------------------------------------------------------
 
-    async def begin_purge(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> Tenant:
+    async def begin_purge(self, tenant_id: UUID, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> Tenant:
         """Mark a deleted tenant as being purged: from here on it cannot be restored. Repeating it changes nothing.
+
+        Args:
+            tenant_id: Which tenant.
+            listed: Refuse, unless the tenant is still as it was listed here, or its purge has begun.
+            actor: Who does this.
 
         Raises:
             TenantNotFoundError: no such tenant.
-            InvalidTransitionError: the tenant is not deleted.
+            InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
         """
         async with self._control.transaction() as connection:
             before, row = await self._locked(connection, tenant_id)
+            if listed is not None and row.purge_started_at is None:
+                _check_unchanged(before, listed, Status.PURGED)
             if before.status is not Status.DELETED:
                 raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
             if row.purge_started_at is None:
@@ -579,6 +729,8 @@ class Registry:
     async def finish_purge(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
         """Leave a tombstone: the keys, the sealed password, metadata and overrides go, and the slug is free again.
 
+        Usage that is yet to be billed keeps the metadata until it is.
+
         Raises:
             TenantNotFoundError: no such tenant.
         """
@@ -588,6 +740,9 @@ class Registry:
                 return
             for table in (api_keys, former_slugs, domains):
                 await connection.execute(delete(table).where(table.c.tenant_id == tenant_id))
+            await connection.execute(_SETTLE, {"id": tenant_id, "bills": self._bills})
+            for statement in _REMAINS:
+                await connection.execute(statement, {"id": tenant_id})
             after = await self._set(
                 connection,
                 tenant_id,
@@ -598,6 +753,8 @@ class Registry:
                 quotas={},
                 reason=None,
                 next_status=None,
+                former_status=None,
+                former_reason=None,
                 step=None,
                 step_error=None,
                 suspend_at=None,
@@ -615,25 +772,36 @@ class Registry:
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    async def _locked(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+    async def _locked(
+        self, connection: AsyncConnection, tenant_id: UUID, *, listed: Tenant | None = None
+    ) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+        remembered = (tenants.c.next_status, tenants.c.former_status, tenants.c.former_reason)
         query = (
-            select(*TENANT_COLUMNS, tenants.c.next_status, tenants.c.purge_started_at)
+            select(*TENANT_COLUMNS, *remembered, tenants.c.purge_started_at)
             .where(tenants.c.id == tenant_id)
             .with_for_update()
         )
         row = (await connection.execute(query)).one_or_none()
         if row is None:
             raise TenantNotFoundError(tenant_id)
-        return tenant_from_row(row), row
+        found = tenant_from_row(row)
+        if listed is not None:
+            _check_unchanged(found, listed, Status.SUSPENDED)
+        return found, row
+
+    async def _living(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+        """Lock a tenant that has not been purged: nothing is written on a tombstone."""
+        found, row = await self._locked(connection, tenant_id)
+        if found.status is Status.PURGED:
+            raise TenantNotFoundError(found.slug)
+        return found, row
 
     async def _set(self, connection: AsyncConnection, tenant_id: UUID, **values: Any) -> Tenant:
         statement = update(tenants).where(tenants.c.id == tenant_id).values(**values).returning(*TENANT_COLUMNS)
         try:
             return tenant_from_row((await connection.execute(statement)).one())
         except IntegrityError as exc:
-            if constraint_of(exc) == "tenants_slug_key":
-                raise TenantExistsError(str(values["slug"])) from exc
-            raise
+            raise _refusal(exc, values) from exc
         except DBAPIError as exc:
             if sqlstate_of(exc) == _ILLEGAL_TRANSITION:
                 raise InvalidTransitionError(str(tenant_id), "its status", str(values.get("status"))) from exc

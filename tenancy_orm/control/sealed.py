@@ -6,12 +6,14 @@ Every statement on ``sealed_password`` and ``next_sealed_password`` but their fi
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ARRAY, LargeBinary, Row, Uuid, bindparam, select, text, update
+from sqlalchemy import ARRAY, LargeBinary, Row, Select, Uuid, bindparam, select, text, update
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..context import Status
@@ -26,16 +28,27 @@ logger = logging.getLogger("tenancy_orm.secrets")
 
 _BATCH = 200
 _PASSES = 5
+_WAIT_SECONDS = 5.0  # how long reseal waits, altogether, for rows that others keep locked
+_LOCK_NOT_AVAILABLE = "55P03"
 _STORED = ("sealed_password", "next_sealed_password")
 
 
 @dataclass(frozen=True, slots=True)
 class ResealReport:
-    """What ``reseal`` did: how many passwords are sealed under ``key_id`` now, and the tenants whose do not open."""
+    """What ``reseal`` did: how many passwords it sealed under ``key_id``, and why those of others (by slug) are not.
+
+    ``keys_in_use`` are the keys that something is sealed under afterwards. One that is not among them can go.
+    """
 
     key_id: str
     resealed: int
     failed: Mapping[str, str] = field(default_factory=dict)
+    keys_in_use: frozenset[str] = frozenset()
+
+    @property
+    def remaining(self) -> frozenset[str]:
+        """The older keys that something is still sealed under: repeat it before one of them goes."""
+        return self.keys_in_use - {self.key_id}
 
 
 class SealedPasswords:
@@ -78,23 +91,27 @@ class SealedPasswords:
     async def begin(self, tenant_id: UUID) -> str:
         """Return the password that the tenant's role is to get; it is stored before this returns.
 
-        A rotation that was begun and not finished goes on with the password it had: the role may have it already.
+        A rotation that was begun and not finished goes on with the password it had: the role may have it already. One
+        that does not open is replaced, since nothing else could ever end that rotation. The caller holds the tenant's
+        advisory lock, so that no other process is about to give that one to the role.
 
         Raises:
             TenantNotFoundError: no such tenant, or it has been purged.
             InvalidTransitionError: it is still being created.
-            SecretError: the password of a rotation that was begun does not open.
         """
+        if self._data_keys is not None:
+            # what is sealed now is sealed under the newest key, whether or not this process has heard of it
+            await self._data_keys.renew(self._keyring)
         async with self._control.transaction() as connection:
             row = await self._locked(connection, tenant_id)
-            if row.next_sealed_password is not None:
-                return self._keyring.open_password(tenant_id, row.next_sealed_password)
-            password = new_password()
-            sealed = self._keyring.seal_password(tenant_id, password)
-            await connection.execute(
-                update(tenants).where(tenants.c.id == tenant_id).values(next_sealed_password=sealed)
-            )
-        return password
+            sealed = row.next_sealed_password
+            if sealed is None or not self._opens(tenant_id, row.slug, sealed):
+                # no variable holds the password: what fails below would carry it in its traceback's frames
+                sealed = self._keyring.seal_password(tenant_id, new_password())
+                await connection.execute(
+                    update(tenants).where(tenants.c.id == tenant_id).values(next_sealed_password=sealed)
+                )
+        return self._keyring.open_password(tenant_id, sealed)
 
     async def finish(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
         """Make the next password the only one, once the role has it. Every process is notified.
@@ -118,6 +135,14 @@ class SealedPasswords:
         async with self._control.connect() as connection:
             return list(await connection.scalars(query))
 
+    def _opens(self, tenant_id: UUID, slug: str, sealed: bytes) -> bool:
+        try:
+            self._keyring.open_password(tenant_id, sealed)
+        except SecretError as exc:
+            logger.error("the password that tenant %s was to get is replaced by another: %s", slug, exc)
+            return False
+        return True
+
     async def _locked(self, connection: AsyncConnection, tenant_id: UUID) -> Row[*tuple[Any, ...]]:
         query = (
             select(tenants.c.slug, tenants.c.status, tenants.c.next_sealed_password)
@@ -134,9 +159,11 @@ class SealedPasswords:
     # --- keys -------------------------------------------------------------------------------------------------------
 
     async def reseal(self, *, actor: Actor = SYSTEM) -> ResealReport:
-        """Seal every password under the newest key that is sealed under an older one.
+        """Seal every password under the newest key that is sealed under another one.
 
-        In small transactions, and safe to interrupt, to repeat, and to run in several places at once.
+        In small transactions, and safe to interrupt, to repeat, and to run in several places at once: with data keys
+        all of them end with the newest there is. Which of ``encryption_keys`` is the newest, each process is configured
+        to know; run it where the new key is the last.
 
         Raises:
             ControlUnavailableError: the control database does not answer; what was done is done.
@@ -144,72 +171,111 @@ class SealedPasswords:
         resealed = 0
         failed: dict[str, str] = {}
         for column in _STORED:
-            for _ in range(_PASSES):
-                # another pass for what others had locked
-                done, failed_now = await self._reseal_column(column, actor)
-                resealed += done
-                failed.update(failed_now)
-                if not done:
-                    break
-        return ResealReport(self._keyring.current, resealed, failed)
+            done, failed_now = await self._reseal_column(column, actor)
+            resealed += done
+            failed.update(failed_now)
+        return ResealReport(self._keyring.current, resealed, failed, await self.keys_in_use())
 
-    async def keys_in_use(self) -> set[str]:
-        """Return the ids of the keys that something is sealed under."""
-        found: set[str] = set()
-        for column in _STORED:
-            query = (
-                f"SELECT DISTINCT convert_from(substring({column} from 3 for get_byte({column}, 1)), 'UTF8') "  # noqa: S608
-                f"FROM tenancy.tenants WHERE {column} IS NOT NULL"
-            )
-            async with self._control.connect() as connection:
+    async def keys_in_use(self) -> frozenset[str]:
+        """Return the ids of the keys that something is sealed under.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        found: set[bytes] = set()
+        async with self._control.connect() as connection:
+            for column in _STORED:
+                query = (
+                    f"SELECT DISTINCT substring({column} from 3 for get_byte({column}, 1)) "  # noqa: S608
+                    # what is shorter is damaged, and sealed under nothing
+                    f"FROM tenancy.tenants WHERE length({column}) > 2"
+                )
                 found.update(await connection.scalars(text(query)))
-        return found
+        return frozenset(key_id.decode(errors="replace") for key_id in found)
 
     async def _reseal_column(self, column: str, actor: Actor) -> tuple[int, dict[str, str]]:
+        resealed = 0
+        failed: dict[str, str] = {}
+        for _ in range(_PASSES):
+            # another pass for what others had locked, or have sealed under a key that was not known here
+            newest = self._keyring.current
+            done, failed = await self._pass(column, actor)
+            resealed += done
+            if failed and self._data_keys is not None:
+                await self._data_keys.renew(self._keyring)
+            if not done and newest == self._keyring.current:
+                break
+        return resealed + await self._wait_for_locked(column, actor, failed), failed
+
+    async def _pass(self, column: str, actor: Actor) -> tuple[int, dict[str, str]]:
         done, after = 0, UUID(int=0)
         failed: dict[str, str] = {}
         while True:
             async with self._control.transaction() as connection:
-                rows = await self._take(connection, column, after)
+                query = self._outdated(column).where(tenants.c.id > after).limit(_BATCH)
+                rows = (await connection.execute(query.with_for_update(key_share=True, skip_locked=True))).all()
                 if not rows:
                     return done, failed
                 after = rows[-1].id
-                renewed, failed_now = self._reseal_rows(rows)
-                failed.update(failed_now)
-                if renewed:
-                    await connection.execute(_RESEAL[column], {"ids": list(renewed), "values": list(renewed.values())})
-                    detail = {"key_id": self._keyring.current, "count": len(renewed)}
-                    await self._audit.append(connection, action="secrets.reseal", actor=actor, detail=detail)
-                    done += len(renewed)
+                done += await self._reseal_rows(connection, column, rows, actor, failed)
 
-    async def _take(self, connection: AsyncConnection, column: str, after: UUID) -> list[Row[*tuple[Any, ...]]]:
+    async def _wait_for_locked(self, column: str, actor: Actor, failed: dict[str, str]) -> int:
+        """Seal what every pass has found locked, waiting for it; what stays locked is added to ``failed``."""
+        done, deadline = 0, time.monotonic() + _WAIT_SECONDS
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(self._outdated(column))).all()
+        for row in rows:
+            if row.slug in failed:
+                continue
+            wait = max(deadline - time.monotonic(), 0.001)
+            try:
+                async with self._control.transaction() as connection:
+                    await connection.execute(_LOCK_TIMEOUT, {"timeout": f"{int(wait * 1000)}ms"})
+                    query = self._outdated(column).where(tenants.c.id == row.id).with_for_update(key_share=True)
+                    found = (await connection.execute(query)).all()
+                    done += await self._reseal_rows(connection, column, found, actor, failed)
+            except DBAPIError as exc:
+                if getattr(exc.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                    raise
+                logger.error("the password of tenant %s was not sealed again: its row is locked", row.slug)
+                failed[row.slug] = "another transaction keeps the tenant's row locked; try again"
+        return done
+
+    def _outdated(self, column: str) -> Select[*tuple[Any, ...]]:
+        """What is not sealed under the newest key."""
         stored = tenants.c[column]
         key_id = self._keyring.current.encode()
         prefix = bytes([1, len(key_id)]) + key_id
-        query = (
+        return (
             select(tenants.c.id, tenants.c.slug, stored.label("sealed"))
-            .where(tenants.c.id > after, stored.is_not(None))
+            .where(stored.is_not(None))
             .where(text(f"substring({column} for {len(prefix)}) <> :prefix").bindparams(prefix=prefix))
             .order_by(tenants.c.id)
-            .limit(_BATCH)
-            .with_for_update(key_share=True, skip_locked=True)
         )
-        return list((await connection.execute(query)).all())
 
-    def _reseal_rows(self, rows: Iterable[Row[*tuple[Any, ...]]]) -> tuple[dict[UUID, bytes], dict[str, str]]:
+    async def _reseal_rows(
+        self,
+        connection: AsyncConnection,
+        column: str,
+        rows: Iterable[Row[*tuple[Any, ...]]],
+        actor: Actor,
+        failed: dict[str, str],
+    ) -> int:
         renewed: dict[UUID, bytes] = {}
-        failed: dict[str, str] = {}
         for row in rows:
             try:
-                password = self._keyring.open_password(row.id, row.sealed)
+                renewed[row.id] = self._keyring.seal_password(row.id, self._keyring.open_password(row.id, row.sealed))
             except SecretError as exc:
                 logger.error("the password of tenant %s was not sealed again: %s", row.slug, exc)
                 failed[row.slug] = str(exc)
-            else:
-                renewed[row.id] = self._keyring.seal_password(row.id, password)
-        return renewed, failed
+        if renewed:
+            await connection.execute(_RESEAL[column], {"ids": list(renewed), "values": list(renewed.values())})
+            detail = {"key_id": self._keyring.current, "count": len(renewed)}
+            await self._audit.append(connection, action="secrets.reseal", actor=actor, detail=detail)
+        return len(renewed)
 
 
+_LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :timeout, true)")
 _RESEAL = {
     column: text(
         f"UPDATE tenancy.tenants t SET {column} = n.value "  # noqa: S608 - one of two constants

@@ -18,6 +18,7 @@ from ..errors import ConfigurationError, SecretError
 
 _VERSION = 1
 _NONCE_BYTES = 12
+_TAG_BYTES = 16
 
 
 def new_password() -> str:
@@ -87,7 +88,7 @@ class Keyring:
         Raises:
             SecretError: the value is not a sealed secret.
         """
-        if len(sealed) < 2 + _NONCE_BYTES or sealed[0] != _VERSION:
+        if len(sealed) < 2 or sealed[0] != _VERSION or len(sealed) < 2 + sealed[1] + _NONCE_BYTES + _TAG_BYTES:
             raise SecretError("the stored secret is not in a known format")
         try:
             return sealed[2 : 2 + sealed[1]].decode()

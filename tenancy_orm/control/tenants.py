@@ -21,8 +21,8 @@ from ..errors import (
     InvalidApiKeyError,
     InvalidMetadataError,
     InvalidSlugError,
-    InvalidTransitionError,
     ProvisioningError,
+    RoleNotBarredError,
     RoutingError,
     TenantNotFoundError,
     UnknownTierError,
@@ -48,6 +48,7 @@ TenantRef: TypeAlias = str | UUID | Tenant
 
 _SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _UUID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_LONGEST_REDIRECT = 100 * 366 * 86_400.0
 _BARRED = frozenset({Status.SUSPENDED, Status.DELETED})  # PostgreSQL itself refuses their roles
 _METADATA_BYTES = 64 * 1024
 
@@ -66,7 +67,7 @@ class Provisioner(Protocol):
     ) -> Tenant:
         """Make the tenant's database and role; all of it or nothing."""
 
-    async def purge(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
+    async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
         """Remove the database, the role, the keys and the secrets of a deleted tenant."""
 
     async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
@@ -222,7 +223,7 @@ class TenantManager:
             timezone=check_timezone(timezone),
             trial_ends_at=_aware("trial_ends_at", trial_ends_at),
         )
-        key = generate_key(self._config.key_prefix, KeyDigester(self._config.peppers))
+        key = generate_key(self._config.key_prefix, KeyDigester(self._config.peppers, self._config.key_pepper_current))
         tenant = await self._provisioner.create(draft, key=key, key_name=key_name, scopes=scopes, actor=actor)
         self._directory.invalidate(tenant_id=tenant.id)
         seconds = time.perf_counter() - started
@@ -305,8 +306,7 @@ class TenantManager:
         """Return the tenant whose API key this is.
 
         Raises:
-            InvalidApiKeyError: malformed, unknown, revoked or expired; never told apart.
-            TenantNotFoundError: the tenant is deleted.
+            InvalidApiKeyError: malformed, unknown, revoked, expired or a deleted tenant's; never told apart.
         """
         credential = await self._directory.authenticate(key)
         if credential.tenant.status in (Status.DELETED, Status.PURGED):
@@ -367,12 +367,23 @@ class TenantManager:
         metadata: Mapping[str, Any] | None = None,
         timezone: str | None = None,
         trial_ends_at: datetime | None = None,
+        expected_tier: str | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
         """Change fields of a tenant; those left None stay. ``metadata`` replaces what was there.
 
+        Args:
+            tenant: Which one.
+            tier: Name of a configured tier.
+            metadata: A JSON object of at most 64 KiB.
+            timezone: IANA name of a time zone.
+            trial_ends_at: When its trial ends, an aware datetime.
+            expected_tier: Change nothing unless the tenant is still in this tier.
+            actor: Who does this, for the audit log.
+
         Raises:
             TenantNotFoundError: no such tenant.
+            TierChangedError: it is not in ``expected_tier``.
             UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is wrong; nothing changed.
         """
         values: dict[str, Any] = {}
@@ -387,10 +398,12 @@ class TenantManager:
         found = await self._living(tenant)
         if not values:
             return found
-        return await _whole(self._update(found, values, actor))
+        return await _whole(self._update(found, values, expected_tier, actor))
 
-    async def _update(self, found: Tenant, values: dict[str, Any], actor: Actor) -> Tenant:
-        before, after = await self._registry.change(found.id, action="tenant.update", actor=actor, **values)
+    async def _update(self, found: Tenant, values: dict[str, Any], expected_tier: str | None, actor: Actor) -> Tenant:
+        before, after = await self._registry.change(
+            found.id, action="tenant.update", actor=actor, expected_tier=expected_tier, **values
+        )
         self._directory.invalidate(tenant_id=found.id)
         if before.tier != after.tier:
             await self._align(after)
@@ -398,7 +411,7 @@ class TenantManager:
         return after
 
     async def activate(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
-        """Make a suspended, trial or maintained tenant active.
+        """Make a suspended, trial or maintained tenant active, whatever it was before: ``end_maintenance`` asks that.
 
         Raises:
             InvalidTransitionError: it is none of these.
@@ -407,16 +420,17 @@ class TenantManager:
         return await self._transition(tenant, Status.ACTIVE, action="tenant.activate", actor=actor)
 
     async def suspend(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Refuse the tenant's requests and end its connections; its data stays.
+        """Refuse the tenant's requests and end its connections, in every process; its data stays.
 
         Raises:
             InvalidTransitionError: it is not running.
             TenantNotFoundError: no such tenant.
+            RoleNotBarredError: it is suspended, but its server was not told: see there.
         """
         return await self._transition(tenant, Status.SUSPENDED, action="tenant.suspend", reason=reason, actor=actor)
 
     async def start_maintenance(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Answer the tenant's requests with 503 and Retry-After; operators pass. ``activate`` ends it.
+        """Answer the tenant's requests with 503 and Retry-After; operators pass. ``end_maintenance`` ends it.
 
         Raises:
             InvalidTransitionError: its status does not admit this.
@@ -424,12 +438,37 @@ class TenantManager:
         """
         return await self._transition(tenant, Status.MAINTENANCE, action="tenant.maintain", reason=reason, actor=actor)
 
+    async def end_maintenance(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Make a tenant what it was before its maintenance: a trial goes on, and what was suspended stays so.
+
+        Raises:
+            InvalidTransitionError: it is not in maintenance.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(
+            tenant, None, action="tenant.end_maintenance", leaving=Status.MAINTENANCE, actor=actor
+        )
+
+    async def start_trial(self, tenant: TenantRef, *, ends_at: datetime, actor: Actor = SYSTEM) -> Tenant:
+        """Let a suspended tenant try once more, until ``ends_at``: one whose trial has ended, say.
+
+        ``update(trial_ends_at=...)`` prolongs a trial that is running.
+
+        Raises:
+            InvalidTransitionError: it is neither suspended nor in maintenance.
+            ConfigurationError: the time is naive.
+            TenantNotFoundError: no such tenant.
+        """
+        values = {"trial_ends_at": _aware("ends_at", ends_at)}
+        return await self._transition(tenant, Status.TRIAL, action="tenant.start_trial", actor=actor, values=values)
+
     async def delete(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
         """Delete softly: keys are refused and connections ended, data is kept until ``purge``.
 
         Raises:
             InvalidTransitionError: it is being provisioned, or deleted already.
             TenantNotFoundError: no such tenant.
+            RoleNotBarredError: it is deleted, but its server was not told: see there.
         """
         return await self._transition(tenant, Status.DELETED, action="tenant.delete", reason=reason, actor=actor)
 
@@ -456,13 +495,17 @@ class TenantManager:
         Raises:
             TenantExistsError: the slug is taken, or still leads to another tenant.
             InvalidSlugError: it breaks the rule.
+            ConfigurationError: ``redirect_seconds`` is below 0, or longer than 100 years.
             TenantNotFoundError: no such tenant.
         """
+        if not 0 <= redirect_seconds <= _LONGEST_REDIRECT:
+            raise ConfigurationError(f"redirect_seconds must be from 0 to {_LONGEST_REDIRECT:.0f} (100 years)")
         found = await self._living(tenant)
-        before, after = await self._registry.rename(
-            found.id, check_slug(slug), redirect_seconds=redirect_seconds, actor=actor
-        )
-        self._directory.invalidate(tenant_id=found.id)
+        return await _whole(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
+
+    async def _rename(self, tenant_id: UUID, slug: str, redirect_seconds: float, actor: Actor) -> Tenant:
+        before, after = await self._registry.rename(tenant_id, slug, redirect_seconds=redirect_seconds, actor=actor)
+        self._directory.invalidate(tenant_id=tenant_id)
         if before.slug != after.slug:
             self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=("slug",)))
         return after
@@ -476,12 +519,9 @@ class TenantManager:
             ConfigurationError: the time is naive.
             TenantNotFoundError: no such tenant.
         """
+        at = _aware("at", at)
         found = await self._living(tenant)
-        values = {"suspend_at": _aware("at", at), "suspend_reason": reason if at else None}
-        detail = {"at": at.isoformat() if at else None, "reason": reason}
-        return await self._registry.schedule(
-            found.id, values, action="tenant.schedule_suspension", detail=detail, actor=actor
-        )
+        return await self._registry.schedule_suspension(found.id, at, reason=reason, actor=actor)
 
     async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
         """Have ``run_maintenance`` purge a deleted tenant at a time of its own; None: after the usual retention.
@@ -491,16 +531,9 @@ class TenantManager:
             InvalidTransitionError: the tenant is not deleted.
             TenantNotFoundError: no such tenant.
         """
+        at = _aware("at", at)
         found = await self._living(tenant)
-        if found.status is not Status.DELETED:
-            raise InvalidTransitionError(found.slug, found.status.value, Status.PURGED.value)
-        return await self._registry.schedule(
-            found.id,
-            {"purge_at": _aware("at", at)},
-            action="tenant.schedule_purge",
-            detail={"at": at.isoformat() if at else None},
-            actor=actor,
-        )
+        return await self._registry.schedule_purge(found.id, at, actor=actor)
 
     async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
         """Remove a deleted tenant for good: database, role, keys and secrets. A tombstone stays in the registry.
@@ -513,9 +546,33 @@ class TenantManager:
             ProvisioningError, ServerUnavailableError: its server refused; try again.
         """
         found = await self.get(tenant)
-        await self._provisioner.purge(found, actor=actor)
+        await _whole(self._purge(found, None, actor))
+
+    async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
+        await self._provisioner.purge(found, listed=listed, actor=actor)
         self._directory.invalidate(tenant_id=found.id)
         self._events.emit(TenantPurged(tenant_id=found.id, slug=found.slug))
+        return found
+
+    async def suspend_due(self, listed: Tenant, *, reason: str | None, actor: Actor = SYSTEM) -> Tenant:
+        """Suspend a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_maintenance``.
+
+        Raises:
+            InvalidTransitionError: it was changed meanwhile.
+            RoleNotBarredError: it is suspended, but its server was not told.
+        """
+        return await self._transition(
+            listed, Status.SUSPENDED, action="tenant.suspend", reason=reason, listed=listed, actor=actor
+        )
+
+    async def purge_due(self, listed: Tenant, *, actor: Actor = SYSTEM) -> None:
+        """Purge a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_maintenance``.
+
+        Raises:
+            InvalidTransitionError: it was changed meanwhile.
+            ProvisioningError, ServerUnavailableError: its server refused.
+        """
+        await _whole(self._purge(listed, listed, actor))
 
     async def _transition(
         self,
@@ -523,19 +580,29 @@ class TenantManager:
         target: Status | None,
         *,
         action: str,
-        reason: str | None = None,
         actor: Actor,
+        leaving: Status = Status.DELETED,
+        reason: str | None = None,
+        listed: Tenant | None = None,
+        values: Mapping[str, Any] | None = None,
     ) -> Tenant:
         found = await self._living(tenant)
-        return await _whole(self._change_status(found.id, target, action, reason, actor))
+        change = self._registry.transition(
+            found.id,
+            target,
+            action=action,
+            leaving=leaving,
+            reason=reason,
+            listed=listed,
+            actor=actor,
+            **(values or {}),
+        )
+        return await _whole(self._change_status(change))
 
-    async def _change_status(
-        self, tenant_id: UUID, target: Status | None, action: str, reason: str | None, actor: Actor
-    ) -> Tenant:
-        before, after = await self._registry.transition(tenant_id, target, action=action, reason=reason, actor=actor)
-        self._directory.invalidate(tenant_id=tenant_id)
-        if (before.status in _BARRED) != (after.status in _BARRED):
-            await self._align(after)
+    async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
+        before, after = await change
+        self._directory.invalidate(tenant_id=after.id)
+        # before the server is told, which takes a while: changes are announced in the order in which they took place
         self._events.emit(
             TenantStatusChanged(
                 tenant_id=after.id,
@@ -545,16 +612,23 @@ class TenantManager:
                 reason=after.reason,
             )
         )
+        if (before.status in _BARRED) != (after.status in _BARRED):
+            await self._align(after)
         return after
 
     async def _align(self, tenant: Tenant) -> None:
         """Have PostgreSQL itself refuse a suspended or deleted tenant, admit it again, and apply its tier's limit.
 
         The registry has decided already and every process obeys it; a server that is away now is told by ``reconcile``.
+
+        Raises:
+            RoleNotBarredError: the tenant is to be kept out, and its server was not told.
         """
         try:
             await self._provisioner.align(tenant)
         except (RoutingError, ProvisioningError) as exc:
+            if tenant.status in _BARRED:
+                raise RoleNotBarredError(tenant.slug, tenant.status.value, str(exc)) from exc
             logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
 
     async def _living(self, tenant: TenantRef) -> Tenant:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from ..errors import TooManyAttemptsError
 
 
 @dataclass(slots=True)
@@ -43,12 +47,19 @@ class Throttle:
         record = self._records.get(subject)
         return max(0.0, record.blocked_until - now) if record else 0.0
 
+    def left(self, subject: str, now: float) -> int | None:
+        """How many failures of ``subject`` bring no further pause; None where there is no limit."""
+        if not self._limit:
+            return None
+        record = self._live(subject, now)
+        return max(0, self._limit - record.failures) if record else self._limit
+
     def fail(self, subject: str, now: float) -> int | None:
         """Count a failure. Returns the number of failures where this one is the first to bring a pause, else None."""
         if not self._limit:
             return None
-        record = self._records.get(subject)
-        if record is None or now >= max(record.since, record.blocked_until) + self._window:
+        record = self._live(subject, now)
+        if record is None:
             record = self._records[subject] = _Record(0, now)
         record.failures += 1
         self._records.move_to_end(subject)
@@ -62,3 +73,80 @@ class Throttle:
             return None
         record.locked = True
         return record.failures
+
+    def _live(self, subject: str, now: float) -> _Record | None:
+        record = self._records.get(subject)
+        if record is None or now >= max(record.since, record.blocked_until) + self._window:
+            return None
+        return record
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    attempts: Counter[Hashable] = field(default_factory=Counter)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    interested: int = 0
+
+
+class Attempts:
+    """Lets a subject have no more attempts under way than it has failures left; the others wait for their outcome.
+
+    Without it a thousand guesses that are made at once would all be under way before the first of them has failed.
+
+    Args:
+        throttle: Where the failures are counted: by the caller, without awaiting after ``end``.
+        patience: How many seconds one may wait.
+        clock: Seconds, as the throttle's.
+    """
+
+    def __init__(self, throttle: Throttle, *, patience: float, clock: Callable[[], float]) -> None:
+        self._throttle = throttle
+        self._patience = patience
+        self._clock = clock
+        self._subjects: dict[str, _UnderWay] = {}
+
+    def __len__(self) -> int:
+        """How many subjects have attempts under way."""
+        return len(self._subjects)
+
+    async def begin(self, subject: str, what: Hashable) -> None:
+        """Wait until ``subject`` may try ``what``; ``end`` must follow. The same thing tried twice is one attempt.
+
+        Raises:
+            TooManyAttemptsError: it may not, after the failures so far.
+        """
+        under_way = self._subjects.setdefault(subject, _UnderWay())
+        under_way.interested += 1
+        try:
+            async with asyncio.timeout(self._patience):
+                while not self._may_begin(subject, under_way, what):
+                    await under_way.ended.wait()
+        except BaseException as exc:
+            self._leave(subject, under_way)
+            if isinstance(exc, TimeoutError):
+                raise TooManyAttemptsError(self._patience) from None
+            raise
+        under_way.attempts[what] += 1
+
+    def end(self, subject: str, what: Hashable) -> None:
+        """An attempt has ended; those that wait look again once the caller awaits something."""
+        under_way = self._subjects[subject]
+        under_way.attempts[what] -= 1
+        if not under_way.attempts[what]:
+            del under_way.attempts[what]
+            under_way.ended.set()
+            under_way.ended = asyncio.Event()
+        self._leave(subject, under_way)
+
+    def _may_begin(self, subject: str, under_way: _UnderWay, what: Hashable) -> bool:
+        now = self._clock()
+        if pause := self._throttle.pause(subject, now):
+            raise TooManyAttemptsError(pause)
+        left = self._throttle.left(subject, now)
+        # one at a time once a pause is over: the next failure begins another
+        return left is None or what in under_way.attempts or len(under_way.attempts) < max(1, left)
+
+    def _leave(self, subject: str, under_way: _UnderWay) -> None:
+        under_way.interested -= 1
+        if not under_way.interested:
+            del self._subjects[subject]

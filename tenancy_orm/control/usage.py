@@ -27,7 +27,8 @@ logger = logging.getLogger("tenancy_orm.usage")
 
 # Long enough for every lease of the period to have been returned, or its process to be known dead.
 CLOSE_AFTER_SECONDS: Final = 300.0
-_CLAIM_SECONDS: Final = 120.0
+# for so much longer than sending a record may take it stays claimed: for the statements before and after
+_CLAIM_MARGIN_SECONDS: Final = 90.0
 _FIRST_RETRY_SECONDS: Final = 30.0
 _LAST_RETRY_SECONDS: Final = 6 * 3600.0
 
@@ -70,6 +71,7 @@ class UsageExporter:
         self._events = events
         self._close_after = close_after_seconds
         self._timeout = timeout
+        self._claim_seconds = timeout + _CLAIM_MARGIN_SECONDS
         self._slots = asyncio.Semaphore(concurrency)
 
     async def run(self, *, at: datetime | None = None, batch: int = 100) -> ExportReport:
@@ -91,7 +93,8 @@ class UsageExporter:
             for record in records:
                 groups.setdefault((record.tenant_id, record.resource), []).append(record)
             work = (self._send_all(group, at) for group in groups.values())
-            # all of them end before the first error is raised: none goes on sending behind the caller's back
+            # all of them end before the first error is raised, or the caller's cancellation: none goes on sending
+            # behind its back
             for done in await asyncio.gather(*work, return_exceptions=True):
                 if isinstance(done, BaseException):
                     raise done
@@ -129,12 +132,30 @@ class UsageExporter:
         # claimed, not locked: no transaction stays open while a record travels. A process that dies leaves its claim
         # to run out, and the record is sent again under the same key.
         async with self._control.transaction() as conn:
-            parameters = {"at": at, "seconds": _CLAIM_SECONDS, "limit": batch}
+            parameters = {"at": at, "seconds": self._claim_seconds, "limit": batch}
             return [_record(row) for row in (await conn.execute(_CLAIM, parameters)).all()]
 
     async def _send_all(self, records: Sequence[UsageRecord], at: datetime | None) -> list[str]:
+        waiting = sorted(records, key=lambda record: record.period_start)
+        outcomes: list[str] = []
         async with self._slots:
-            return [await self._send(record, at) for record in sorted(records, key=lambda record: record.period_start)]
+            while waiting := await self._still_claimed(waiting, at):
+                outcomes.append(await self._send(waiting.pop(0), at))
+        return outcomes
+
+    async def _still_claimed(self, records: Sequence[UsageRecord], at: datetime | None) -> list[UsageRecord]:
+        """Prolong the claim on records; returns those that no other exporter took when it had run out."""
+        if not records:
+            return []
+        async with self._control.transaction() as conn:
+            parameters = {
+                "ids": [record.id for record in records],
+                "attempts": [record.attempts for record in records],
+                "at": at,
+                "seconds": self._claim_seconds,
+            }
+            ours = set((await conn.scalars(_RENEW, parameters)).all())
+        return [record for record in records if record.id in ours]
 
     async def _send(self, record: UsageRecord, at: datetime | None) -> str:
         try:
@@ -159,16 +180,19 @@ class UsageExporter:
         return "sent"
 
     async def _put_off(self, record: UsageRecord, at: datetime | None, error: UsageExportError) -> str:
-        delay = min(_FIRST_RETRY_SECONDS * 2 ** (record.attempts - 1), _LAST_RETRY_SECONDS)
+        # the exponent is bounded too: one that was tried for months has made thousands of attempts
+        delay = min(_FIRST_RETRY_SECONDS * 2 ** min(record.attempts - 1, 10), _LAST_RETRY_SECONDS)
         parameters = {
             "id": record.id,
+            "attempts": record.attempts,
             "at": at,
             "seconds": delay,
             "error": str(error)[:500],
             "permanent": error.permanent,
         }
         async with self._control.transaction() as conn:
-            await conn.execute(_PUT_OFF, parameters)
+            if (await conn.execute(_PUT_OFF, parameters)).rowcount == 0:
+                return "overtaken"
         logger.warning("usage record %d of tenant %s was not sent: %s", record.id, record.slug, error)
         self._events.emit(
             UsageExportFailed(
@@ -186,8 +210,8 @@ _CLOSE = text(
     "SELECT closed, made FROM tenancy.usage_close(CAST(:seconds AS double precision), CAST(:at AS timestamptz))"
 )
 _FIELDS = (
-    "r.id, r.tenant_id, t.slug, t.metadata, r.resource, r.period, r.period_start, r.period_end, r.quantity, "
-    "r.idempotency_key, r.attempts, r.error"
+    "r.id, r.tenant_id, t.slug, coalesce(r.metadata, t.metadata) AS metadata, r.resource, r.period, r.period_start, "
+    "r.period_end, r.quantity, r.idempotency_key, r.attempts, r.error"
 )
 _CLAIM = text(
     "UPDATE tenancy.usage_records AS r SET attempts = r.attempts + 1, "  # noqa: S608 - a constant of this module
@@ -197,18 +221,29 @@ _CLAIM = text(
     "AND d.due_at <= coalesce(CAST(:at AS timestamptz), now()) ORDER BY d.due_at LIMIT :limit "
     f"FOR UPDATE SKIP LOCKED) RETURNING {_FIELDS}"
 )
-_SENT = text("UPDATE tenancy.usage_records SET sent_at = now(), error = NULL WHERE id = :id")
+# each claim is another attempt: by their number an exporter knows its own
+_RENEW = text(
+    "UPDATE tenancy.usage_records AS r "
+    "SET due_at = coalesce(CAST(:at AS timestamptz), now()) + make_interval(secs => :seconds) "
+    "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS integer[])) AS c (id, attempts) "
+    "WHERE r.id = c.id AND r.attempts = c.attempts AND r.sent_at IS NULL AND r.failed_at IS NULL RETURNING r.id"
+)
+# the metadata of a purged tenant has served its purpose
+_SENT = text(
+    "UPDATE tenancy.usage_records SET sent_at = now(), failed_at = NULL, error = NULL, metadata = NULL WHERE id = :id"
+)
+# not where another exporter has taken it over, or has sent it
 _PUT_OFF = text(
     "UPDATE tenancy.usage_records SET error = :error, "
     "due_at = coalesce(CAST(:at AS timestamptz), now()) + make_interval(secs => :seconds), "
-    "failed_at = CASE WHEN :permanent THEN now() END WHERE id = :id"
+    "failed_at = CASE WHEN :permanent THEN now() END WHERE id = :id AND attempts = :attempts AND sent_at IS NULL"
 )
 _FAILURES = text(
     f"SELECT {_FIELDS} FROM tenancy.usage_records AS r JOIN tenancy.tenants AS t ON t.id = r.tenant_id "  # noqa: S608 - the same
     "WHERE r.failed_at IS NOT NULL ORDER BY r.failed_at DESC LIMIT :limit"
 )
 _RETRY = text(
-    "UPDATE tenancy.usage_records SET failed_at = NULL, due_at = now(), attempts = 0 "
+    "UPDATE tenancy.usage_records SET failed_at = NULL, due_at = now() "
     "WHERE id = ANY(CAST(:ids AS bigint[])) AND failed_at IS NOT NULL AND sent_at IS NULL"
 )
 _PRUNE = text("DELETE FROM tenancy.usage_records WHERE sent_at < now() - make_interval(secs => 86400 * :days)")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigurationError, MissingExtraError, SecretNotFoundError, SecretProviderError
-from .providers import check_name, encode_context
+from .providers import check_name, encode_context, unlogged
 
 
 class VaultConnection:
@@ -73,13 +73,24 @@ class VaultConnection:
         """Name the address."""
         return f"VaultConnection({self._url!r})"
 
-    async def call(self, request: Callable[[Any], Any], *, missing: SecretNotFoundError) -> Any:
-        """Run ``request`` on the hvac client, and once more after a new login where the token is refused.
+    async def call(self, request: Callable[[Any], Any], *field: str, missing: SecretNotFoundError) -> Any:
+        """Run ``request`` on the hvac client, and once more after a new login where the token has expired.
+
+        Returns:
+            The ``field`` of the answer, each name a step further into it.
 
         Raises:
             SecretNotFoundError: ``missing``, where Vault does not have what was asked for.
-            SecretProviderError: Vault does not answer, or refuses.
+            SecretProviderError: Vault does not answer, or refuses, or what answers is not Vault.
         """
+        answer = await self._ask(request, missing)
+        for name in field:
+            if not isinstance(answer, Mapping) or name not in answer:
+                raise SecretProviderError(f"what {self._url} answers is no answer of Vault's: {name!r} is missing")
+            answer = answer[name]
+        return answer
+
+    async def _ask(self, request: Callable[[Any], Any], missing: SecretNotFoundError) -> Any:
         used = self._client.token
         if self._role_id is not None and not used:
             await self._log_in(used)
@@ -87,7 +98,8 @@ class VaultConnection:
         try:
             return await self._run(request, missing)
         except _ForbiddenError as exc:
-            if self._role_id is None:
+            # a new token would be refused as well, where it is the policy that does not admit the request
+            if self._role_id is None or await self._is_valid():
                 raise SecretProviderError(str(exc)) from None
         await self._log_in(used)
         try:
@@ -98,6 +110,16 @@ class VaultConnection:
     async def close(self) -> None:
         """Close the HTTP session."""
         await asyncio.to_thread(self._client.adapter.close)
+
+    async def _is_valid(self) -> bool:
+        """Whether Vault knows the token. The default policy lets every token ask about itself."""
+        try:
+            await self._run(
+                lambda client: client.auth.token.lookup_self(), SecretNotFoundError("auth/token", self._url)
+            )
+        except _ForbiddenError:
+            return False
+        return True
 
     async def _log_in(self, refused: str) -> None:
         async with self._login:
@@ -119,7 +141,8 @@ class VaultConnection:
         import requests
 
         try:
-            return await asyncio.to_thread(request, self._client)
+            with unlogged():
+                return await asyncio.to_thread(request, self._client)
         except hvac.exceptions.InvalidPath:
             raise missing from None
         except hvac.exceptions.Forbidden:
@@ -129,6 +152,9 @@ class VaultConnection:
         except (hvac.exceptions.VaultError, requests.RequestException) as exc:
             # the class alone: a message may quote the request, which holds the token or a secret
             raise SecretProviderError(f"Vault at {self._url} does not serve: {type(exc).__name__}") from None
+        except (AttributeError, KeyError, TypeError):
+            # hvac takes a login's answer apart; what redirects, or is a page of HTML, has no token
+            raise SecretProviderError(f"what {self._url} answers is no answer of Vault's") from None
 
 
 class _ForbiddenError(SecretProviderError):
@@ -172,8 +198,8 @@ class VaultSecrets:
                 path=path, mount_point=self._mount, raise_on_deleted_version=True
             )
 
-        answer = await self._connection.call(request, missing=missing)
-        value = answer["data"]["data"].get(self._field)
+        fields = await self._connection.call(request, "data", "data", missing=missing)
+        value = fields.get(self._field) if isinstance(fields, Mapping) else None
         if not isinstance(value, str):
             raise missing
         return value
@@ -216,8 +242,8 @@ class VaultTransit:
             SecretProviderError: Vault does not answer, or refuses.
         """
         arguments = {**self._arguments(context), "plaintext": base64.b64encode(key).decode()}
-        answer = await self._call(lambda client: client.secrets.transit.encrypt_data(**arguments))
-        return str(answer["data"]["ciphertext"]).encode()
+        wrapped = await self._call(lambda client: client.secrets.transit.encrypt_data(**arguments), "ciphertext")
+        return wrapped.encode()
 
     async def unwrap(self, wrapped: bytes, *, context: Mapping[str, str]) -> bytes:
         """Decrypt what ``wrap`` made.
@@ -226,8 +252,11 @@ class VaultTransit:
             SecretProviderError: Vault does not answer, or refuses: another context or key, say.
         """
         arguments = {**self._arguments(context), "ciphertext": wrapped.decode("ascii", "replace")}
-        answer = await self._call(lambda client: client.secrets.transit.decrypt_data(**arguments))
-        return base64.b64decode(answer["data"]["plaintext"])
+        text = await self._call(lambda client: client.secrets.transit.decrypt_data(**arguments), "plaintext")
+        try:
+            return base64.b64decode(text, validate=True)
+        except ValueError:
+            raise SecretProviderError(f"what {self.name} unwrapped is not base64") from None
 
     async def close(self) -> None:
         """Close the connection."""
@@ -237,8 +266,9 @@ class VaultTransit:
         associated = base64.b64encode(encode_context(context)).decode()
         return {"name": self._key, "mount_point": self._mount, "associated_data": associated}
 
-    async def _call(self, request: Callable[[Any], Any]) -> Any:
-        return await self._connection.call(request, missing=SecretNotFoundError(self._key, f"Vault, {self._mount}"))
+    async def _call(self, request: Callable[[Any], Any], field: str) -> str:
+        missing = SecretNotFoundError(self._key, f"Vault, {self._mount}")
+        return str(await self._connection.call(request, "data", field, missing=missing))
 
 
 __all__ = ["VaultConnection", "VaultSecrets", "VaultTransit"]

@@ -5,10 +5,12 @@
     sender = StripeMeterSender(api_key, meters={"api_calls": "acme_api_calls"})
     tenancy = Tenancy(TenancyConfig(usage_sender=sender, ...))  # run_maintenance sends
 
-A tenant's customer is ``metadata["stripe_customer_id"]`` unless ``customer`` says otherwise; a tenant without one, and
-a resource without a meter, are not billed. The record's idempotency key travels as Stripe's Idempotency-Key and as the
-event's ``identifier``; Stripe remembers both for 24 hours at least, and refuses a second event with the same
-identifier, which is taken for what it is: the first one arrived.
+A tenant's customer is ``metadata["stripe_customer_id"]`` unless ``customer`` says otherwise. One whose id is null,
+and a resource without a meter, are not billed; where the id is missing the record is given up until it is mended and
+retried, for nobody could tell that from a mistake later. The record's idempotency key is the event's ``identifier``:
+Stripe remembers it for 24 hours at least, and refuses a second event with the same one, which is taken for what it
+is: the first one arrived. Each attempt has an Idempotency-Key of its own, for Stripe repeats its first answer to one,
+a failure too.
 """
 
 from __future__ import annotations
@@ -33,9 +35,17 @@ Customer = Callable[[UsageRecord], str | None]
 
 
 def customer_from_metadata(record: UsageRecord) -> str | None:
-    """Return ``stripe_customer_id`` of the tenant's metadata, or None."""
-    found = record.metadata.get("stripe_customer_id")
-    return found if isinstance(found, str) else None
+    """Return ``stripe_customer_id`` of the tenant's metadata; None where it is null.
+
+    Raises:
+        UsageExportError: it is missing, or no text.
+    """
+    found = record.metadata.get("stripe_customer_id", ...)
+    if found is not None and not isinstance(found, str):
+        raise UsageExportError(
+            "the tenant's metadata has no stripe_customer_id; null where it is not to be billed", permanent=True
+        )
+    return found
 
 
 class StripeMeterSender:
@@ -73,12 +83,13 @@ class StripeMeterSender:
         return f"StripeMeterSender(meters={self._meters!r})"
 
     async def send(self, record: UsageRecord) -> bool:
-        """Send one record; False where its resource has no meter, or its tenant no customer.
+        """Send one record; False where its resource has no meter, or its tenant is not to be billed.
 
         Raises:
-            UsageExportError: Stripe did not take it; ``permanent`` where it never will.
+            UsageExportError: Stripe did not take it, or the customer is not known; ``permanent`` where it never will.
         """
-        meter, customer = self._meters.get(record.resource), self._customer(record)
+        meter = self._meters.get(record.resource)
+        customer = None if meter is None else self._customer(record)
         if meter is None or customer is None:
             return False
         # the last second of the period, so that it falls into the invoice of the period and not the next
@@ -93,7 +104,7 @@ class StripeMeterSender:
                     "timestamp": timestamp,
                     "payload": {"stripe_customer_id": customer, "value": str(record.quantity)},
                 },
-                {"idempotency_key": record.idempotency_key},
+                {"idempotency_key": f"{record.idempotency_key}-{record.attempts}"},
             )
         except stripe.StripeError as exc:
             if not _is_duplicate(exc, record):
@@ -118,4 +129,6 @@ def _translate(error: stripe.StripeError) -> UsageExportError:
     permanent = isinstance(error, stripe.InvalidRequestError)
     reason = error.code or type(error).__name__
     status = f" (HTTP {error.http_status})" if error.http_status else ""
-    return UsageExportError(f"Stripe refused the record: {reason}{status}", permanent=permanent)
+    # what was wrong with the record; other errors' messages may quote the key
+    message = f": {error.user_message[:200]}" if permanent and error.user_message else ""
+    return UsageExportError(f"Stripe refused the record: {reason}{status}{message}", permanent=permanent)

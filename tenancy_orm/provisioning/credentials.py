@@ -68,13 +68,13 @@ class SecretManager:
 
     # --- passwords --------------------------------------------------------------------------------------------------
 
-    async def rotate_password(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
+    async def rotate_password(self, tenant: str | UUID | Tenant, *, actor: Actor = SYSTEM) -> None:
         """Give a tenant's role a new random password.
 
         Interrupted at any point, it is finished by repeating it; both passwords are stored until then.
 
         Args:
-            tenant: Whose password.
+            tenant: Whose password: a slug, an id, or a ``Tenant``.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -84,12 +84,12 @@ class SecretManager:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         # as it is now: a tenant may have moved
-        placement = (await self._registry.get(tenant.id)).placement
-        if placement is None:
+        tenant = await self._registry.get((await self._registry.find(tenant)).id)
+        if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         try:
             async with asyncio.timeout(self._timeout):
-                await self._rotate(tenant.id, placement, actor)
+                await self._rotate(tenant.id, tenant.placement, actor)
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"the password of tenant {tenant.slug!r} was not rotated ({describe(exc)}); try again",
@@ -99,7 +99,7 @@ class SecretManager:
 
     async def rotate_passwords(
         self,
-        tenants: Iterable[Tenant] | None = None,
+        tenants: Iterable[str | UUID | Tenant] | None = None,
         *,
         concurrency: int = CONCURRENCY,
         progress: Callable[[int], None] | None = None,
@@ -108,17 +108,20 @@ class SecretManager:
         """Give every tenant's role a new random password. One tenant's failure does not stop the others.
 
         Args:
-            tenants: Only these; all where None.
+            tenants: Only these, by slug, id or ``Tenant``; all where None.
             concurrency: How many at once.
             progress: Called with the number of tenants done so far.
             actor: Who does this, for the audit log.
 
         Raises:
+            TenantNotFoundError: one of ``tenants`` is nobody's slug; nothing was rotated.
             ControlUnavailableError: the control database does not answer.
         """
         if concurrency < 1:
             raise ConfigurationError("concurrency must be at least 1")
-        queue = iter(tenants) if tenants is not None else iter(await self._all())
+        # looked up first, so that a slug that is nobody's is not taken for a tenant that was purged meanwhile
+        found = await self._all() if tenants is None else [await self._registry.find(each) for each in tenants]
+        queue = iter(found)
         rotated, failed = 0, {}
 
         async def work() -> None:
@@ -164,8 +167,9 @@ class SecretManager:
         # the lock that creation and purge take: one process at a time changes a tenant's role
         connection = await self._administration.acquire(server, key, timeout=self._timeout)
         try:
-            password = await self._sealed.begin(tenant_id)
-            await databases.set_password(connection, placement.role, verifier=scram_verifier(password))
+            # no variable holds the password: what fails below would carry it in its traceback's frames
+            verifier = scram_verifier(await self._sealed.begin(tenant_id))
+            await databases.set_password(connection, placement.role, verifier=verifier)
             await self._sealed.finish(tenant_id, actor=actor)
         finally:
             await settled(self._administration.release(server, connection, key))
@@ -178,9 +182,12 @@ class SecretManager:
         With envelope encryption a new data key is made first. Without, the newest key is the last of
         ``encryption_keys``: every process must know it before it is made the last one.
 
+        Look at the report before an old key goes: ``failed`` are passwords that were not sealed again, ``remaining``
+        the old keys that something is still sealed under, such as what a process has created meanwhile.
+
         Raises:
-            SecretProviderError: the new data key cannot be wrapped; nothing changed.
-            ControlUnavailableError: the control database does not answer; repeating it goes on.
+            SecretProviderError: the new data key cannot be wrapped, or does not unwrap; nothing is sealed under it.
+            ControlUnavailableError: the control database does not answer; ``reseal`` goes on.
         """
         if self._data_keys is not None:
             self._keyring.renew(await self._data_keys.rotate())
@@ -196,10 +203,19 @@ class SecretManager:
             await self._data_keys.renew(self._keyring)
         return await self._sealed.reseal(actor=actor)
 
+    async def keys_in_use(self) -> frozenset[str]:
+        """Return the ids of the keys that some tenant's password is sealed under; every other key can go.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        return await self._sealed.keys_in_use()
+
     async def forget_unused_keys(self) -> list[str]:
         """Delete the data keys that nothing is sealed under, but for the newest; returns their ids.
 
-        Do so some hours after a rotation: a process that has not heard of the new key seals under the old one.
+        Do so an hour after a rotation or later: a process that has not heard of the new key reads the keys every few
+        minutes, and creates tenants under the one it knows until then.
 
         Raises:
             ConfigurationError: there is no envelope encryption; take the key out of ``encryption_keys`` instead.
@@ -207,12 +223,9 @@ class SecretManager:
         """
         if self._data_keys is None:
             raise ConfigurationError("there are no data keys; take unused keys out of encryption_keys")
-        known = list(await self._data_keys.open())
-        in_use = await self._sealed.keys_in_use()
-        unused = [key_id for key_id in known[:-1] if key_id not in in_use]
-        await self._data_keys.forget(unused)
-        self._keyring.renew(await self._data_keys.open())
-        return unused
+        forgotten = await self._data_keys.forget_unused()
+        await self._data_keys.renew(self._keyring)
+        return forgotten
 
     async def close(self) -> None:
         """Close the administrative connections that are kept between rotations."""

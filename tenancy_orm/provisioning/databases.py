@@ -55,6 +55,7 @@ class RoleState:
 
     can_login: bool
     connection_limit: int
+    connected: bool  # whether it has a connection now
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -342,10 +343,11 @@ async def role_exists(connection: Connection, name: str) -> bool:
 async def roles(connection: Connection, stem: str) -> dict[str, RoleState]:
     """Every role whose name begins with ``stem``, by its name."""
     rows = await connection.fetch(
-        "SELECT rolname, rolcanlogin, rolconnlimit FROM pg_roles WHERE starts_with(rolname::text, $1) ORDER BY rolname",
+        "SELECT rolname, rolcanlogin, rolconnlimit, oid IN (SELECT usesysid FROM pg_stat_activity) AS connected "
+        "FROM pg_roles WHERE starts_with(rolname::text, $1) ORDER BY rolname",
         stem,
     )
-    return {row["rolname"]: RoleState(row["rolcanlogin"], row["rolconnlimit"]) for row in rows}
+    return {row["rolname"]: RoleState(row["rolcanlogin"], row["rolconnlimit"], row["connected"]) for row in rows}
 
 
 async def is_superuser(connection: Connection) -> bool:

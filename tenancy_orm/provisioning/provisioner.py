@@ -24,10 +24,10 @@ from ..routing.servers import Server, Servers
 from . import databases
 from .administration import Administration
 from .cancellation import settled
-from .databases import Strategy
+from .databases import Connection, Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
 from .preparation import prepare
-from .reconcile import Reconciler, ReconcileReport, align_role
+from .reconcile import BARRED, Reconciler, ReconcileReport, align_role
 from .templates import SchemaSource, TemplateInfo, Templates
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -208,6 +208,7 @@ class Provisioner:
             async with asyncio.timeout(timeout):
                 connection = await server.connect_admin()
                 try:
+                    await self._bar(connection, tenant, timeout=timeout)
                     await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
                     current = await self._parts.registry.get(tenant.id)
                     await align_role(self._parts, connection, current, timeout=timeout)
@@ -221,24 +222,39 @@ class Provisioner:
                 step="align",
             ) from exc
 
-    async def purge(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
+    async def _bar(self, connection: Connection, tenant: Tenant, *, timeout: float) -> None:
+        """Keep a suspended or deleted tenant out before the lock is free: what holds it may take long.
+
+        Should the tenant be admitted again at this very moment, what follows under the lock sets it right.
+        """
+        current = await self._parts.registry.get(tenant.id)
+        if current.status in BARRED and current.placement is not None:
+            await databases.set_login(connection, current.placement.role, False)
+            await databases.terminate(connection, current.placement.role, timeout=timeout)
+
+    async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
         """Remove a deleted tenant's database, role, keys and secrets; its slug is free once all of them are gone.
 
         A purge that was interrupted is finished by repeating it, or by ``reconcile``.
 
+        Args:
+            tenant: Which tenant.
+            listed: Refuse, unless the tenant is still as it was listed here once its lock is held.
+            actor: Who does this, for the audit log.
+
         Raises:
-            InvalidTransitionError: the tenant is not deleted.
+            InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
             ProvisioningError: the server refused, or something did not end within ``provision_timeout``.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         placement = (await self._parts.registry.get(tenant.id)).placement
         if placement is None:
-            await self._parts.registry.begin_purge(tenant.id, actor=actor)  # refuses, and says why
+            await self._parts.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
             return
         async with self._slots[placement.server]:
             try:
                 async with asyncio.timeout(self._timeout):
-                    await self._purge(tenant.id, placement, actor)
+                    await self._purge(tenant.id, placement, listed, actor)
             except SERVER_FAILURES as exc:
                 raise ProvisioningError(
                     f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",
@@ -246,11 +262,11 @@ class Provisioner:
                     step="purge",
                 ) from exc
 
-    async def _purge(self, tenant_id: UUID, placement: Placement, actor: Actor) -> None:
+    async def _purge(self, tenant_id: UUID, placement: Placement, listed: Tenant | None, actor: Actor) -> None:
         server, key = self._parts.servers[placement.server], tenant_key(tenant_id)
         connection = await self._administration.acquire(server, key, timeout=self._timeout)
         try:
-            await self._parts.registry.begin_purge(tenant_id, actor=actor)
+            await self._parts.registry.begin_purge(tenant_id, listed=listed, actor=actor)
             await databases.remove(connection, database=placement.database, role=placement.role, timeout=self._timeout)
             await self._parts.registry.finish_purge(tenant_id, actor=actor)
         finally:

@@ -17,6 +17,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from uuid import UUID
 
@@ -25,6 +26,7 @@ from ..control.audit import SYSTEM, Actor
 from ..control.failures import SERVER_FAILURES
 from ..control.registry import Unfinished
 from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
+from ..events import TenantCreated, TenantPurged
 from . import databases
 from .databases import Connection, RoleState
 from .pipeline import Parts, prove, tenant_key
@@ -179,6 +181,8 @@ class Reconciler:
         revision = await self._revision(placement)
         await self._parts.registry.complete(tenant.id, revision=revision, key=None, actor=self._actor)
         self._found.finished.append(tenant.slug)
+        seconds = 0.0 if tenant.created_at is None else (datetime.now(UTC) - tenant.created_at).total_seconds()
+        self._parts.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
 
     async def _remove_creation(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
         await self._remove(connection, placement)
@@ -190,6 +194,7 @@ class Reconciler:
         await self._remove(connection, placement)
         await self._parts.registry.finish_purge(tenant.id, actor=self._actor)
         self._found.purged.append(tenant.slug)
+        self._parts.events.emit(TenantPurged(tenant_id=tenant.id, slug=tenant.slug))
 
     async def _revision(self, placement: Placement) -> str | None:
         connection = await self._parts.servers[placement.server].connect_admin(placement.database)
@@ -287,7 +292,8 @@ class Reconciler:
         state = states.get(tenant.placement.role) if tenant.placement else None
         if state is None or tenant.status is Status.PROVISIONING:
             return False
-        wrong_login = state.can_login is (tenant.status in BARRED)
+        # a connection may have outlived its role's login: whoever barred it died before it could end it
+        wrong_login = (state.can_login or state.connected) if tenant.status in BARRED else not state.can_login
         return wrong_login or _limit(self._parts, tenant) not in (None, state.connection_limit)
 
 

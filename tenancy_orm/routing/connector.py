@@ -168,19 +168,22 @@ class Connector:
         return self._adopt(pool, raw, time.monotonic() - started)
 
     async def _log_in(self, pool: TenantPool) -> Raw:
+        # read before the login: another one of the same pool may replace it meanwhile
+        sealed = pool.placement.sealed_password
         try:
-            return await self._log_in_with(pool, pool.placement.sealed_password)
+            return await self._log_in_with(pool, sealed)
         except (LoginRefusedError, SecretError) as exc:
             if self._passwords is None or not _concerns_password(exc):
                 raise
-            return await self._log_in_anew(pool, exc)
+            return await self._log_in_anew(pool, sealed, exc)
 
-    async def _log_in_anew(self, pool: TenantPool, refused: LoginRefusedError | SecretError) -> Raw:
+    async def _log_in_anew(self, pool: TenantPool, used: bytes, refused: LoginRefusedError | SecretError) -> Raw:
         """Log in with what the registry has now: the password, or the key that seals it, is being rotated.
 
         Read again while the registry has something new, since the next rotation may begin between a look and a login.
         """
-        tried = {pool.placement.sealed_password} if isinstance(refused, LoginRefusedError) else set()
+        # what did not open is tried again: reading the registry may have brought the key that opens it
+        tried = {used} if isinstance(refused, LoginRefusedError) else set()
         for _ in range(_LOOKS):
             stored = await self._stored_passwords(pool, refused)
             if tried.issuperset(stored):
@@ -191,7 +194,7 @@ class Connector:
                 tried.add(sealed)
                 try:
                     raw = await self._log_in_with(pool, sealed)
-                except LoginRefusedError as exc:
+                except (LoginRefusedError, SecretError) as exc:
                     if not _concerns_password(exc):
                         raise
                     refused = exc

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import text
@@ -13,10 +17,11 @@ from sqlalchemy import text
 from tenancy_orm.config import Limit, Tier
 from tenancy_orm.context import Tenant
 from tenancy_orm.control.quotas import Usage
-from tenancy_orm.errors import ControlUnavailableError, QuotaExceededError
+from tenancy_orm.errors import ControlUnavailableError, QuotaError, QuotaExceededError
 from tenancy_orm.events import QuotaThresholdReached
 from tests.support.proxy import proxied
 from tests.support.quotas import QuotaPlane, line, quota_plane, race, say, start_worker
+from tests.support.waiting import until
 
 TIERS = {"free": Tier("free", {"calls": Limit(400, "day", soft=(0.5,)), "jobs": Limit(1, "concurrent")})}
 
@@ -55,6 +60,43 @@ async def test_counting_without_the_database_deciding_goes_over_the_limit(plane:
             return True
 
     assert sum(await asyncio.gather(*(naive() for _ in range(4)))) > 1
+
+
+async def test_of_callers_that_all_found_room_for_one_more_one_succeeds(plane: QuotaPlane) -> None:
+    """All have read 399 of 400 when the first of them counts: the check that matters is made under the row's lock."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "calls", 399)
+    async with plane.holding("SELECT 1 FROM tenancy.usage FOR UPDATE"):
+        tasks = [asyncio.create_task(plane.quotas.consume(tenant, "calls")) for _ in range(4)]
+        await plane.waiting(*tasks)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(result, Usage) for result in results) == 1
+    assert sum(isinstance(result, QuotaExceededError) for result in results) == 3
+    assert (await usage_of(plane, tenant)).used == 400
+
+
+async def test_a_use_refused_at_the_last_moment_leaves_its_key_free(plane: QuotaPlane) -> None:
+    """It found room, wrote its key, and then another was first."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "calls", 399)
+    async with plane.holding("UPDATE tenancy.usage SET used = 400"):
+        task = asyncio.create_task(plane.quotas.consume(tenant, "calls", key="order"))
+        await plane.waiting(task)
+    with pytest.raises(QuotaExceededError):
+        await task
+    await plane.quotas.release(tenant, "calls", 10)
+    assert (await plane.quotas.consume(tenant, "calls", key="order")).used == 391
+
+
+async def test_of_holders_that_all_found_a_place_one_gets_it(plane: QuotaPlane) -> None:
+    """What another transaction has taken and not committed counts as soon as it has."""
+    tenant = await plane.tenant()
+    taken = "SELECT outcome FROM tenancy.quota_hold(:tenant, 'jobs', 1, gen_random_uuid(), 30)"
+    async with plane.holding(taken, tenant=tenant.id):
+        task = asyncio.create_task(enter(plane, tenant))
+        await plane.waiting(task)
+    with pytest.raises(QuotaExceededError):
+        await task
 
 
 async def test_four_processes_race_one_quota_and_exactly_the_limit_succeed(plane: QuotaPlane) -> None:
@@ -112,6 +154,70 @@ async def test_leases_taken_returned_and_called_back_at_random_never_deadlock(pl
         await row.release()
     for tenant in tenants:
         assert (await usage_of(plane, tenant)).used == counts[tenant.id] <= 60
+
+
+async def test_a_lease_that_is_returned_takes_its_locks_in_the_order_of_all_others(plane: QuotaPlane) -> None:
+    """The usage row first: whoever has that gets at the leases, and does not wait in a circle."""
+    tenant = await plane.tenant()
+    share = plane.quotas.leased(tenant, "calls", block=10)
+    await share.consume()
+    async with plane.holding("SELECT 1 FROM tenancy.usage FOR UPDATE") as conn:
+        task = asyncio.create_task(share.release())
+        await plane.waiting(task)
+        await conn.execute(text("SET LOCAL lock_timeout = '2s'"))
+        await conn.execute(text("UPDATE tenancy.quota_leases SET reclaim = true"))
+    await task
+    assert (await usage_of(plane, tenant)).used == 1
+
+
+# --- periods that are closed ----------------------------------------------------------------------------------------
+
+
+LATE = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+async def test_nothing_is_counted_in_a_period_while_it_is_being_closed(plane: QuotaPlane) -> None:
+    """Whoever waited for the row finds it closed: no record would have the use."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "calls", 7, at=LATE)
+    async with plane.holding("SELECT tenancy.usage_close(300)"):
+        tasks: list[asyncio.Task[Usage]] = [
+            asyncio.create_task(plane.quotas.consume(tenant, "calls", 5, key="late", at=LATE)),
+            asyncio.create_task(plane.quotas.release(tenant, "calls", 5, at=LATE)),
+        ]
+        await plane.waiting(*tasks)
+    for task in tasks:
+        with pytest.raises(QuotaError, match="closed for billing"):
+            await task
+    assert await plane.sql("SELECT used FROM tenancy.usage") == [(7,)]
+    assert await plane.sql("SELECT quantity FROM tenancy.usage_records") == [(7,)]
+    assert await plane.sql("SELECT * FROM tenancy.usage_keys") == []
+
+
+async def test_a_use_that_was_counted_can_be_repeated_after_its_period_was_closed(plane: QuotaPlane) -> None:
+    """Under its key: the caller who lost the answer learns that it was counted. A new one is refused."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "calls", 7, key="late", at=LATE)
+    await plane.sql("SELECT tenancy.usage_close(300)")
+    assert (await plane.quotas.consume(tenant, "calls", 7, key="late", at=LATE)).used == 7
+    with pytest.raises(QuotaError, match="closed for billing"):
+        await plane.quotas.consume(tenant, "calls", 7, key="later", at=LATE)
+
+
+async def test_no_block_is_taken_from_a_period_while_it_is_being_closed(plane: QuotaPlane) -> None:
+    """The same for leases and measures; the caller asks anew, in the period that runs."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "calls", 7)
+    async with plane.holding("UPDATE tenancy.usage SET closed_at = now()"):
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(plane.quotas.leased(tenant, "calls").consume()),
+            asyncio.create_task(plane.quotas.measure(tenant, "calls", 9)),
+        ]
+        await plane.waiting(*tasks)
+    for task in tasks:
+        with pytest.raises(QuotaError, match="closed for billing"):
+            await task
+    assert await plane.sql("SELECT used FROM tenancy.usage") == [(7,)]
 
 
 # --- processes that die ---------------------------------------------------------------------------------------------
@@ -180,6 +286,23 @@ async def enter(plane: QuotaPlane, tenant: Tenant) -> None:
 # --- a database that is away ----------------------------------------------------------------------------------------
 
 
+class Failures:
+    """Every statement of a plane fails with ``error`` until ``stop()``; ``times`` counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, plane: QuotaPlane, error: Exception) -> None:
+        self.times = 0
+        self._error = error
+        self.stop = partial(monkeypatch.setattr, plane.control, "connect", plane.control.connect)
+        monkeypatch.setattr(plane.control, "connect", lambda: self)
+
+    async def __aenter__(self) -> None:
+        self.times += 1
+        raise self._error
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing was entered."""
+
+
 async def test_a_block_in_hand_is_spent_while_the_database_is_away(plane: QuotaPlane) -> None:
     """It is counted already. Past it the answer is that the database is away, not that the limit is reached."""
     tenant = await plane.tenant()
@@ -215,12 +338,173 @@ async def test_what_could_not_be_returned_is_returned_later(plane: QuotaPlane, m
         proxy.refuse()
         with pytest.raises(ControlUnavailableError):
             await share.release()
-        assert share.held == 9
+        # it may be with others by now
+        assert not share.try_consume()
         proxy.restore()
-        async with asyncio.timeout(10):
-            while share.held:  # noqa: ASYNC110 - the keeper works in the background
-                await asyncio.sleep(0.02)
-        assert (await usage_of(plane, tenant)).used == 1
+
+        async def returned() -> bool:
+            return (await usage_of(plane, tenant)).used == 1
+
+        await until(returned)
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["cancelled", "answer lost"])
+async def test_what_was_given_back_is_not_spent_though_nobody_said_so(
+    plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    """The database may have it back, and given it to another; telling it again returns nothing twice."""
+    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 1_000.0)
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "calls", 100)
+    share = plane.quotas.leased(tenant, "calls", block=10)
+    await share.consume()
+    keeper = plane.quotas._keeper
+    give_back, times = keeper.give_back, 0
+
+    async def lost(block_id: UUID, unspent: int) -> None:
+        nonlocal times
+        times += 1
+        await give_back(block_id, unspent)
+        if times == 1:
+            raise ControlUnavailableError("the answer was lost") if answered else asyncio.CancelledError
+
+    monkeypatch.setattr(keeper, "give_back", lost)
+    with pytest.raises(ControlUnavailableError if answered else asyncio.CancelledError):
+        await share.release()
+    assert (await usage_of(plane, tenant)).used == 101
+    assert not share.try_consume()
+    await until(lambda: times == 2)
+    await until(lambda: share.is_settled)
+    assert (await usage_of(plane, tenant)).used == 101
+    await share.consume()
+    assert (share.held, (await usage_of(plane, tenant)).used) == (9, 111)
+
+
+async def test_a_release_that_breaks_at_any_moment_gives_nothing_away_twice(plane: QuotaPlane) -> None:
+    """Cut off at random, against the real thing."""
+    chance = random.Random(1)
+    async with (
+        proxied(plane.config.control_url) as proxy,
+        quota_plane(proxy.url(plane.config.control_url), initialise=False, tiers=TIERS) as app,
+    ):
+        for number in range(40):
+            tenant = await plane.tenant(f"t{number}")
+            share = app.quotas.leased(tenant, "calls", block=10)
+            while not share.held:
+                with contextlib.suppress(ControlUnavailableError):
+                    await share.consume()
+            used = (await usage_of(plane, tenant)).used
+            task = asyncio.create_task(share.release())
+            await asyncio.sleep(chance.random() * 0.002)
+            proxy.cut()
+            await asyncio.gather(task, return_exceptions=True)
+            assert not share.try_consume()
+            while not share.is_settled:
+                with contextlib.suppress(ControlUnavailableError):
+                    await share.settle()
+            assert (await usage_of(plane, tenant)).used == used - 9
+
+
+async def test_a_block_whose_answer_was_lost_is_returned(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the call asked for may count; the rest of the block does not stay counted, with nobody to spend it."""
+    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
+    tenant = await plane.tenant()
+    share = plane.quotas.leased(tenant, "calls", block=10)
+    await share.consume(6)
+    keeper = plane.quotas._keeper
+    lease = keeper.lease
+
+    async def lost(*arguments: Any) -> Any:
+        await lease(*arguments)
+        raise ControlUnavailableError("the answer was lost")
+
+    monkeypatch.setattr(keeper, "lease", lost)
+    with pytest.raises(ControlUnavailableError):
+        await share.consume(5)
+    assert not share.try_consume()
+    await until(lambda: share.is_settled)
+    assert (await usage_of(plane, tenant)).used == 6 + 5
+    assert await outstanding(plane) == 0
+
+
+@pytest.mark.parametrize("away", [ControlUnavailableError("away"), RuntimeError("read-only")], ids=["away", "other"])
+async def test_leases_are_looked_after_again_once_that_works(
+    plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, away: Exception
+) -> None:
+    """Whatever the error was: it would end the renewing of all of this process's leases, and their return."""
+    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 0.1)
+    tenant = await plane.tenant()
+    await plane.quotas.leased(tenant, "calls", block=10).consume()
+    failed = Failures(monkeypatch, plane, away)
+    await until(lambda: failed.times >= 2)
+    failed.stop()
+
+    async def returned() -> bool:
+        return (await usage_of(plane, tenant)).used == 1
+
+    await until(returned)
+
+
+@pytest.mark.parametrize("away", [ControlUnavailableError("away"), RuntimeError("read-only")], ids=["away", "other"])
+async def test_holds_are_renewed_again_once_that_works(
+    plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, away: Exception
+) -> None:
+    """Whatever the error was: it would end the renewing of all of this process's holds."""
+    monkeypatch.setattr("tenancy_orm.control.holds._RENEW_SECONDS", 0.02)
+    tenant = await plane.tenant()
+    async with plane.quotas.hold(tenant, "jobs") as hold:
+        failed = Failures(monkeypatch, plane, away)
+        await until(lambda: failed.times >= 2)
+        failed.stop()
+        await plane.sql("UPDATE tenancy.quota_holds SET expires_at = now()")
+
+        async def renewed() -> bool:
+            return (await usage_of(plane, tenant, "jobs")).used == 1
+
+        await until(renewed)
+        assert not hold.lost
+
+
+async def test_a_hold_that_cannot_be_renewed_says_so_in_time(
+    plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the process's own clock, when the place is free for others; not only once the database is back."""
+    monkeypatch.setattr("tenancy_orm.control.holds.HOLD_SECONDS", 0.3)
+    monkeypatch.setattr("tenancy_orm.control.holds._RENEW_SECONDS", 0.02)
+    tenant = await plane.tenant()
+    async with plane.quotas.hold(tenant, "jobs") as hold:
+        failed = Failures(monkeypatch, plane, RuntimeError("read-only"))
+        await until(lambda: hold.lost)
+        failed.stop()
+
+
+async def test_an_end_returns_blocks_though_holds_had_trouble(
+    plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one block that cannot be returned does not keep the others."""
+    tenants = [await plane.tenant(f"t{number}") for number in range(3)]
+    shares = [plane.quotas.leased(tenant, "calls", block=10) for tenant in tenants]
+    for share in shares:
+        await share.consume()
+
+    async def fail() -> None:
+        raise RuntimeError("trouble")
+
+    plane.quotas._holds._task = asyncio.create_task(fail())
+    await asyncio.sleep(0)
+    keeper = plane.quotas._keeper
+    give_back, refused = keeper.give_back, shares[0].id
+
+    async def picky(block_id: UUID, unspent: int) -> None:
+        if block_id == refused:
+            raise RuntimeError("not this one")
+        await give_back(block_id, unspent)
+
+    monkeypatch.setattr(keeper, "give_back", picky)
+    await plane.quotas.close()
+    assert [(await usage_of(plane, tenant)).used for tenant in tenants] == [10, 1, 1]
 
 
 async def test_a_hold_ends_without_an_error_while_the_database_is_away(plane: QuotaPlane) -> None:

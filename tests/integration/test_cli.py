@@ -206,9 +206,15 @@ async def test_quotas_and_audit_by_command(cli: Cli, tmp_path: Path) -> None:
     assert changed.status == 0, changed.err
     assert {x["resource"]: x["limit"] for x in (await cli("quotas", "usage", "acme", "--json")).json}["users"] == 7
     assert (await cli("quotas", "set", "acme", "users")).status == 1
+    assert (await cli("quotas", "set", "acme", "users=7/fortnight")).status == 1
+    several = await cli("quotas", "set", "acme", "users=unlimited", "exports=5/day", "api_calls=", "--json")
+    limits = {x["resource"]: (x["limit"], x["period"]) for x in several.json}
+    assert limits["users"] == (None, "lifetime") and limits["exports"] == (5, "day")
     (tmp_path / "checkpoint.json").write_text((await cli("audit", "checkpoint")).out)
     listed = await cli("audit", "list", "--tenant", "acme", "--json")
     assert listed.json[0]["action"] == "quota.set"
+    assert (await cli("tiers", "list", "--json")).json["differing"] == []
+    assert (await cli("tiers", "apply", "--json")).json["changed"] == []
     assert listed.json[0]["actor"]["id"].startswith("cli:")
     verified = await cli("audit", "verify", "--checkpoint", "checkpoint.json", "--json")
     assert verified.status == 0, verified.out + verified.err
@@ -277,3 +283,14 @@ async def test_usage_by_command(cli: Cli, tmp_path: Path) -> None:
     assert (await cli("usage", "retry", str(given_up["id"]), "--json", **sender)).json == {"due": 1}
     sent = await cli("usage", "export", "--json", **sender)
     assert (sent.status, sent.json["sent"]) == (0, 1)
+
+
+async def test_a_settings_file_elsewhere_brings_its_application_along(cli: Cli, tmp_path: Path) -> None:
+    """What it names by module:attribute is beside it, as a timer's working directory is not."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "models.py").write_text("from sqlalchemy import MetaData\nmetadata = MetaData()\n")
+    (project / "tenancy.toml").write_text('metadata = "models:metadata"\n')
+    assert (await cli("--config", "project/tenancy.toml", "init", "--json")).status == 0
+    listed = await cli("--config", str(project / "tenancy.toml"), "list", "--json")
+    assert (listed.status, listed.json["items"]) == (0, []), listed.err

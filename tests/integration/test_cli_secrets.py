@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.cli import secrets as secrets_commands
+from tenancy_orm.control.sealed import ResealReport
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
 
@@ -54,8 +57,10 @@ async def test_passwords_and_keys_are_rotated(tenancy: Tenancy, variables: dict[
     assert (await cli(variables, tmp_path, "secrets", "rotate-passwords", "-t", "acme"))["rotated"] == 1
     added = base64.b64encode(secrets.token_bytes(32)).decode()
     both = {**variables, "TENANCY_ENCRYPTION_KEYS": f"{variables['TENANCY_ENCRYPTION_KEYS']},2:{added}"}
-    expected = {"resealed": 2, "failed": {}, "key_id": "2"}
+    expected = {"resealed": 2, "failed": {}, "key_id": "2", "keys_in_use": ["2"]}
     assert await cli(both, tmp_path, "secrets", "rotate-key") == expected
+    assert await cli(both, tmp_path, "secrets", "reseal") == {**expected, "resealed": 0}
+    assert await cli(both, tmp_path, "secrets", "keys") == {"keys_in_use": ["2"]}
     alone = {**variables, "TENANCY_ENCRYPTION_KEYS": f"2:{added}"}
     assert (await cli(alone, tmp_path, "secrets", "rotate-passwords", "-t", "acme"))["rotated"] == 1
     assert "no data keys" in await cli(both, tmp_path, "secrets", "forget-keys", status=1)
@@ -73,6 +78,21 @@ async def test_a_failure_is_listed_and_is_the_exit_status(
     report = await cli(lacking, tmp_path, "secrets", "rotate-key", status=1)
     assert report["resealed"] == 0
     assert list(report["failed"]) == ["acme"]
+    assert report["keys_in_use"] == ["1"]
+
+
+def test_an_old_key_that_is_still_in_use_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing failed: what was created meanwhile needs it, and it must not be taken away."""
+
+    def run(command: Any) -> ResealReport:
+        return ResealReport("2", 3, {}, frozenset({"1", "2"}))
+
+    monkeypatch.setattr(secrets_commands, "run", run)
+    for command in (["rotate-key"], ["reseal"], ["rotate-key", "--json"]):
+        result = CliRunner().invoke(secrets_commands.app, command)
+        assert result.exit_code == 1
+        assert "1" in result.output
+    assert "still in use: 1" in CliRunner().invoke(secrets_commands.app, ["rotate-key"]).output
 
 
 async def test_a_key_is_issued_with_networks_and_a_prefix(

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import traceback
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant
+from tenancy_orm import tenancy as tenancy_module
+from tenancy_orm.control import sealed
 from tenancy_orm.control.providers import EnvironmentSecrets, SecretKeyWrapper
+from tenancy_orm.control.sealed import ResealReport, SealedPasswords
 from tenancy_orm.errors import (
     ConfigurationError,
     ControlUnavailableError,
+    InvalidTransitionError,
     LoginRefusedError,
     ProvisioningError,
     SecretError,
@@ -25,6 +31,8 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.provisioning import databases
+from tenancy_orm.routing.connector import Connector
+from tenancy_orm.routing.pool import TenantPool
 from tests.support.postgres import Postgres
 from tests.support.proxy import proxied
 from tests.support.waiting import until
@@ -84,6 +92,25 @@ async def log_in(postgres: Postgres, tenant: Tenant, password: str) -> None:
     assert tenant.placement is not None
     url = postgres.url(tenant.placement.database, user=role(tenant), password=password)
     await (await asyncpg.connect(url, timeout=10)).close()
+
+
+async def interrupt(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotation that ended when the role had the new password, and before the registry said so."""
+
+    async def fail(*args: Any, **options: Any) -> None:
+        raise OSError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tenancy.secrets._sealed, "finish", fail)
+        with pytest.raises(ProvisioningError):
+            await tenancy.secrets.rotate_password(tenant)
+
+
+async def damage(tenancy: Tenancy, tenant: Tenant, column: str) -> None:
+    """Make a stored password one that does not open."""
+    async with tenancy.control.transaction() as connection:
+        query = text(f"UPDATE tenancy.tenants SET {column} = {column} || 'x' WHERE id = :id")
+        await connection.execute(query, {"id": tenant.id})
 
 
 # --- passwords ------------------------------------------------------------------------------------------------------
@@ -159,6 +186,174 @@ async def test_a_process_that_has_not_heard_reads_the_registry_once_more(
             await works(other, acme)
         connector._passwords = asked
         assert await works(other, acme)
+        # what it remembers of the tenant is as new as what it has read
+        remembered = (await other.directory.tenant("acme")).placement
+        assert remembered is not None
+        assert remembered.sealed_password == (await stored(tenancy, acme))[0]
+
+
+async def test_two_logins_that_are_refused_at_once_both_find_the_new_password(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first hears of its refusal after the second has put the new password into the pool that they share."""
+    (acme,) = await created(tenancy, "acme")
+    first_refused, second_connected = asyncio.Event(), asyncio.Event()
+    real, logins = Connector._log_in_with, 0
+
+    async def log_in_with(self: Connector, pool: TenantPool, sealed: bytes) -> Any:
+        nonlocal logins
+        logins += 1
+        number = logins
+        try:
+            return await real(self, pool, sealed)
+        except LoginRefusedError:
+            if number == 1:
+                first_refused.set()
+                await second_connected.wait()
+            raise
+
+    async def use(other: Tenancy) -> None:
+        async with other.session("acme") as session:
+            await session.scalar(text("SELECT 1"))
+
+    async with deaf(tenancy_config) as other:
+        assert await works(other, acme)
+        other.router.retire(acme.id)
+        await tenancy.secrets.rotate_password(acme)
+        monkeypatch.setattr(Connector, "_log_in_with", log_in_with)
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            first = group.create_task(use(other))
+            await first_refused.wait()
+            async with other.session("acme") as session:
+                await session.scalar(text("SELECT 1"))
+                # held, so that the first must open a connection of its own
+                second_connected.set()
+                await first
+
+
+async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
+    """The registry is asked once for it, and not for every connection that follows."""
+    (acme,) = await created(tenancy, "acme")
+    async with deaf(tenancy_config) as other:
+        assert await works(other, acme)
+        other.router.retire(acme.id)
+        await tenancy.secrets.rotate_password(acme)
+        connector, asked = other.router._connector("default"), []
+
+        async def passwords(tenant_id: UUID) -> Sequence[bytes]:
+            # and the directory is left as it is, or the next session would have another pool
+            asked.append(tenant_id)
+            return await other._open.sealed.of(tenant_id)
+
+        connector._passwords = passwords
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                session = await stack.enter_async_context(other.session("acme"))
+                await session.scalar(text("SELECT 1"))
+        assert asked == [acme.id]
+
+
+async def test_a_damaged_password_does_not_hide_the_one_that_works(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a rotation that was interrupted after the role had the next one."""
+    (acme,) = await created(tenancy, "acme")
+    await interrupt(tenancy, acme, monkeypatch)
+    await damage(tenancy, acme, "sealed_password")
+    async with opened(tenancy_config) as other:
+        assert await works(other, acme)
+
+
+async def test_a_next_password_that_does_not_open_is_replaced(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role has it already, and nobody can log in any more; another rotation is the way out."""
+    (acme,) = await created(tenancy, "acme")
+    await interrupt(tenancy, acme, monkeypatch)
+    await damage(tenancy, acme, "next_sealed_password")
+    with pytest.raises((LoginRefusedError, SecretError)):
+        await works(tenancy, acme)
+    report = await tenancy.secrets.finish_rotations()
+    assert (report.rotated, report.failed) == (1, {})
+    assert await works(tenancy, acme)
+    assert (await stored(tenancy, acme))[1] is None
+
+
+async def test_the_server_is_given_a_verifier_and_no_password(
+    tenancy: Tenancy, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stores the verifier as it came, with one iteration, where it would make one of its own from a password."""
+    (acme,) = await created(tenancy, "acme")
+    given: list[str] = []
+    real = databases.set_password
+
+    async def set_password(connection: Any, name: str, *, verifier: str) -> None:
+        given.append(verifier)
+        await real(connection, name, verifier=verifier)
+
+    monkeypatch.setattr(databases, "set_password", set_password)
+    await tenancy.secrets.rotate_password(acme)
+    async with postgres.connect() as connection:
+        (kept,) = await connection.fetchrow("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role(acme))
+    assert kept == given[0]
+    assert kept.startswith("SCRAM-SHA-256$1:")
+    assert tenancy.provisioner.password(await tenancy.tenants.get("acme")) not in kept
+
+
+async def test_maintenance_finishes_what_was_interrupted(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody needs to think of it."""
+    (acme,) = await created(tenancy, "acme")
+    await interrupt(tenancy, acme, monkeypatch)
+    report = await tenancy.run_maintenance()
+    assert report.chores["finish_rotations"].rotated == 1
+    assert (await stored(tenancy, acme))[1] is None
+    assert await works(tenancy, acme)
+
+
+async def test_a_tenant_that_is_being_created_gets_no_other_password(tenancy: Tenancy) -> None:
+    """Its role may not exist yet, and its creation goes on with the one that it has."""
+    (acme,) = await created(tenancy, "acme")
+    async with tenancy.control.transaction() as connection:
+        # the trigger that knows which status may follow which steps aside
+        await connection.execute(text("SET LOCAL session_replication_role = replica"))
+        await connection.execute(text("UPDATE tenancy.tenants SET status = 'provisioning'"))
+    before = await stored(tenancy, acme)
+    with pytest.raises(InvalidTransitionError):
+        await tenancy.secrets.rotate_password(acme)
+    assert await stored(tenancy, acme) == before
+
+
+async def test_a_tenant_is_named_as_everywhere(tenancy: Tenancy) -> None:
+    """By slug, id or ``Tenant``; a slug that is nobody's is an error, and then nothing is rotated."""
+    (acme,) = await created(tenancy, "acme")
+    for ref in ("acme", acme.id, str(acme.id), acme):
+        before = await stored(tenancy, acme)
+        await tenancy.secrets.rotate_password(ref)
+        assert await stored(tenancy, acme) != before
+    assert (await tenancy.secrets.rotate_passwords(["acme"])).rotated == 1
+    before = await stored(tenancy, acme)
+    for call in (tenancy.secrets.rotate_password("nobody"), tenancy.secrets.rotate_passwords(["acme", "nobody"])):
+        with pytest.raises(TenantNotFoundError):
+            await call
+    assert await stored(tenancy, acme) == before
+
+
+async def test_a_failed_rotation_holds_no_password_in_its_frames(tenancy: Tenancy, postgres: Postgres) -> None:
+    """What reports errors with local variables would send it along, and a repeated rotation makes it the role's."""
+    (acme,) = await created(tenancy, "acme")
+    async with postgres.connect() as connection:
+        await connection.execute(f'ALTER ROLE "{role(acme)}" RENAME TO "{role(acme)}_away"')
+        try:
+            with pytest.raises(ProvisioningError) as caught:
+                await tenancy.secrets.rotate_password(acme)
+        finally:
+            await connection.execute(f'ALTER ROLE "{role(acme)}_away" RENAME TO "{role(acme)}"')
+    # before this function holds it itself
+    shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
+    assert "acme" in shown
+    pending = (await stored(tenancy, acme))[1]
+    assert pending is not None
+    assert tenancy._open.keyring.open_password(acme.id, pending) not in shown
 
 
 async def test_without_the_registry_the_refusal_itself_is_raised(
@@ -242,7 +437,12 @@ class Load:
         self.done = 0
         self.failures: list[BaseException] = []
         self._stop = False
-        self._tasks = [asyncio.create_task(self._use(process, tenant)) for process in processes for tenant in tenants]
+        self._tasks = [
+            asyncio.create_task(self._use(process, tenant))
+            for process in processes
+            for tenant in tenants
+            for _ in range(2)  # at once: logins that share a pool
+        ]
 
     async def _use(self, process: Tenancy, tenant: Tenant) -> None:
         while not self._stop:
@@ -295,8 +495,9 @@ async def test_passwords_are_sealed_again_under_the_newest_key(tenancy: Tenancy,
     async with opened(tenancy_config.replace(encryption_keys=both)) as other:
         report = await other.secrets.rotate_encryption_key()
         assert (report.key_id, report.resealed, report.failed) == ("2", 2, {})
+        assert (report.keys_in_use, report.remaining) == (frozenset({"2"}), frozenset())
         assert (await other.secrets.reseal()).resealed == 0
-        assert await other.secrets._sealed.keys_in_use() == {"2"}
+        assert await other.secrets.keys_in_use() == {"2"}
         (entry,) = await other.audit.events(action="secrets.reseal")
         assert entry.detail == {"key_id": "2", "count": 2}
         with pytest.raises(ConfigurationError, match="encryption_keys"):
@@ -326,6 +527,90 @@ async def test_a_rotation_under_way_is_sealed_again_as_well(
         assert await works(other, acme)
         assert (await other.secrets.finish_rotations()).rotated == 1
         assert await works(other, acme)
+
+
+async def test_what_stays_locked_is_reported(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so is the key that it needs; when the lock is gone, repeating it finds nothing left."""
+    acme, _ = await created(tenancy, "acme", "globex")
+    monkeypatch.setattr(sealed, "_WAIT_SECONDS", 0.1)
+    both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        async with tenancy.control.transaction() as connection:
+            await connection.execute(text("SELECT 1 FROM tenancy.tenants WHERE id = :id FOR UPDATE"), {"id": acme.id})
+            report = await other.secrets.rotate_encryption_key()
+        assert (report.resealed, list(report.failed)) == (1, ["acme"])
+        assert (report.keys_in_use, report.remaining) == (frozenset({"1", "2"}), frozenset({"1"}))
+        assert "locked" in report.failed["acme"]
+        again = await other.secrets.reseal()
+        assert (again.resealed, again.failed, again.remaining) == (1, {}, frozenset())
+
+
+async def test_what_is_locked_for_a_while_is_waited_for(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The passes go by it; the lock ends once they have."""
+    acme, _ = await created(tenancy, "acme", "globex")
+    monkeypatch.setattr(sealed, "_WAIT_SECONDS", 60.0)
+    passed, real = asyncio.Event(), SealedPasswords._wait_for_locked
+
+    async def wait_for_locked(self: SealedPasswords, *args: Any) -> int:
+        passed.set()
+        return await real(self, *args)
+
+    monkeypatch.setattr(SealedPasswords, "_wait_for_locked", wait_for_locked)
+    both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        async with tenancy.control.transaction() as connection:
+            await connection.execute(text("SELECT 1 FROM tenancy.tenants WHERE id = :id FOR UPDATE"), {"id": acme.id})
+            resealing = asyncio.create_task(other.secrets.rotate_encryption_key())
+            await passed.wait()
+        report = await resealing
+        assert (report.resealed, report.failed, report.keys_in_use) == (2, {}, frozenset({"2"}))
+
+
+async def test_a_row_is_locked_while_it_is_sealed_again(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rotation that ended between the reading and the writing would be undone: the role has another password then."""
+    (acme,) = await created(tenancy, "acme")
+    free: list[list[UUID]] = []
+    real = SealedPasswords._reseal_rows
+
+    async def reseal_rows(self: SealedPasswords, *args: Any) -> int:
+        query = text("SELECT id FROM tenancy.tenants FOR NO KEY UPDATE SKIP LOCKED")
+        async with tenancy.control.transaction() as connection:
+            free.append(list(await connection.scalars(query)))
+        return await real(self, *args)
+
+    monkeypatch.setattr(SealedPasswords, "_reseal_rows", reseal_rows)
+    both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        # in a pass
+        assert (await other.secrets.rotate_encryption_key()).resealed == 1
+    await tenancy.secrets.rotate_password(acme)
+    monkeypatch.setattr(sealed, "_PASSES", 0)
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        # after the passes
+        assert (await other.secrets.rotate_encryption_key()).resealed == 1
+    assert free == [[], []]
+
+
+async def test_a_damaged_value_stops_neither_a_reseal_nor_the_keys_in_use(
+    tenancy: Tenancy, tenancy_config: TenancyConfig
+) -> None:
+    """Cut short, or empty: it is reported, and the others go on."""
+    acme, globex, initech = await created(tenancy, "acme", "globex", "initech")
+    async with tenancy.control.transaction() as connection:
+        query = text("UPDATE tenancy.tenants SET sealed_password = substring(sealed_password for :kept) WHERE id = :id")
+        for tenant, kept in ((acme, 0), (globex, 16)):
+            await connection.execute(query, {"id": tenant.id, "kept": kept})
+    both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
+    async with opened(tenancy_config.replace(encryption_keys=both)) as other:
+        report = await other.secrets.rotate_encryption_key()
+        assert (report.resealed, sorted(report.failed)) == (1, ["acme", "globex"])
+        assert await works(other, initech)
 
 
 async def test_a_password_that_does_not_open_is_reported(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
@@ -421,6 +706,170 @@ async def test_unused_data_keys_are_forgotten(wrapped_config: TenancyConfig) -> 
         assert len(await data_keys(tenancy)) == 1
     async with opened(wrapped_config) as tenancy:
         assert await works(tenancy, acme)
+
+
+async def test_a_data_key_that_something_is_sealed_under_is_kept(wrapped_config: TenancyConfig) -> None:
+    """Though it is not the newest; also where it is the next password alone that needs it."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        await created(tenancy, "acme")
+        (first,) = await data_keys(tenancy)
+        assert tenancy._open._data_keys is not None
+        await tenancy._open._data_keys.rotate()
+        assert await tenancy.secrets.forget_unused_keys() == []
+        assert await tenancy.secrets.keys_in_use() == {first}
+        async with tenancy.control.transaction() as connection:
+            query = "UPDATE tenancy.tenants SET next_sealed_password = sealed_password, sealed_password = 'x'"
+            await connection.execute(text(query))
+        assert await tenancy.secrets.keys_in_use() == {first}
+        assert await tenancy.secrets.forget_unused_keys() == []
+        assert (await data_keys(tenancy))[0] == first
+
+
+async def test_the_newest_data_key_is_kept_though_nothing_is_sealed_under_it(wrapped_config: TenancyConfig) -> None:
+    """The next password will be."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        (first,) = await data_keys(tenancy)
+        report = await tenancy.secrets.rotate_encryption_key()
+        assert await tenancy.secrets.forget_unused_keys() == [first]
+        assert await tenancy.secrets.forget_unused_keys() == []
+        assert await data_keys(tenancy) == [report.key_id]
+
+
+class Told(SecretKeyWrapper):
+    """Writes down what it is told of the keys that it wraps."""
+
+    def __init__(self, secrets: EnvironmentSecrets) -> None:
+        super().__init__(secrets)
+        self.contexts: list[dict[str, str]] = []
+
+    async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
+        """Note the context."""
+        self.contexts.append(dict(context))
+        return await super().wrap(key, context=context)
+
+
+async def test_data_keys_are_bound_to_the_installation_and_to_their_ids(tenancy_config: TenancyConfig) -> None:
+    """Rows that are swapped unwrap for neither, and a row of another installation would not."""
+    wrapper = Told(EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{new_key()}"}))
+    config = tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)
+    async with opened(config, initialise=True) as tenancy:
+        await tenancy.secrets.rotate_encryption_key()
+        installation = str(tenancy.control.installation)
+        ids = await data_keys(tenancy)
+        assert wrapper.contexts == [
+            {"purpose": "tenancy-data-key", "installation": installation, "id": key_id} for key_id in ids
+        ]
+        async with tenancy.control.transaction() as connection:
+            query = "UPDATE tenancy.data_keys k SET wrapped = o.wrapped FROM tenancy.data_keys o WHERE o.id <> k.id"
+            await connection.execute(text(query))
+    with pytest.raises(SecretProviderError, match="does not unwrap"):
+        await Tenancy(config).open()
+
+
+async def test_a_data_key_has_256_bits(tenancy_config: TenancyConfig) -> None:
+    """A wrapper that returns something shorter would have it seal with a weaker cipher."""
+
+    class Short(SecretKeyWrapper):
+        async def unwrap(self, wrapped: bytes, *, context: Mapping[str, str]) -> bytes:
+            return (await super().unwrap(wrapped, context=context))[:16]
+
+    wrapper = Short(EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{new_key()}"}))
+    with pytest.raises(SecretError, match="16 bytes"):
+        await Tenancy(tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)).open(initialise=True)
+
+
+async def test_a_data_key_that_does_not_unwrap_stops_nothing_else(wrapped_config: TenancyConfig) -> None:
+    """Neither opening, nor rotating; it seals nothing, and is forgotten once it is not the last."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        (acme,) = await created(tenancy, "acme")
+        (first,) = await data_keys(tenancy)
+        async with tenancy.control.transaction() as connection:
+            query = "INSERT INTO tenancy.data_keys (id, wrapped, wrapper) VALUES ('junk', 'x', 'x')"
+            await connection.execute(text(query))
+    async with opened(wrapped_config) as tenancy:
+        assert await works(tenancy, acme)
+        assert tenancy._open.keyring.current == first
+        # another process may have made it, and be about to seal with it
+        assert await tenancy.secrets.forget_unused_keys() == []
+        report = await tenancy.secrets.rotate_encryption_key()
+        assert (report.resealed, report.failed) == (1, {})
+        assert sorted(await tenancy.secrets.forget_unused_keys()) == sorted([first, "junk"])
+        assert await works(tenancy, acme)
+
+
+async def test_rotations_of_the_key_at_once_end_under_the_newest(
+    wrapped_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was overtaken learns of the newer key instead of calling it unknown, and takes nothing back."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        await created(tenancy, "acme", "globex")
+        async with deaf(wrapped_config) as other:
+            real = SealedPasswords.reseal
+
+            async def reseal(self: SealedPasswords, **options: Any) -> ResealReport:
+                if self is other.secrets._sealed:
+                    # the other has made its key; now this one makes a newer one, and is done before the other begins
+                    assert (await tenancy.secrets.rotate_encryption_key()).resealed == 2
+                return await real(self, **options)
+
+            monkeypatch.setattr(SealedPasswords, "reseal", reseal)
+            report = await other.secrets.rotate_encryption_key()
+        newest = (await data_keys(tenancy))[-1]
+        assert (report.key_id, report.resealed, report.failed) == (newest, 0, {})
+        assert report.keys_in_use == {newest}
+
+
+async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
+    wrapped_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From time to time by itself, and whenever it rotates a password: or forgotten keys would go on sealing."""
+    async with opened(wrapped_config, initialise=True) as tenancy:
+        (acme,) = await created(tenancy, "acme")
+        async with deaf(wrapped_config) as rotating:
+            monkeypatch.setattr(tenancy_module, "_RENEW_SECONDS", 0.05)
+            async with deaf(wrapped_config) as waiting:
+                report = await tenancy.secrets.rotate_encryption_key()
+                await until(lambda: waiting._open.keyring.current == report.key_id)
+            assert rotating._open.keyring.current != report.key_id
+            await rotating.secrets.rotate_password(acme)
+            assert await tenancy.secrets.keys_in_use() == {report.key_id}
+            assert await works(tenancy, acme)
+
+
+async def test_no_request_fails_after_the_wrapping_keys_are_rotated(tenancy_config: TenancyConfig) -> None:
+    """A process reads them anew when the new one has wrapped a data key that it needs."""
+    first, second = new_key(), new_key()
+    environ = {"W_WRAPPING_KEYS": f"1:{first}"}
+
+    def config() -> TenancyConfig:
+        wrapper = SecretKeyWrapper(EnvironmentSecrets("W_", environ))
+        return tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)
+
+    async with opened(config(), initialise=True) as tenancy:
+        (acme,) = await created(tenancy, "acme")
+        async with deaf(config()) as other:
+            assert await works(other, acme)
+            environ["W_WRAPPING_KEYS"] = f"1:{first},2:{second}"
+            async with opened(config()) as operator:
+                await operator.secrets.rotate_encryption_key()
+            other.directory.invalidate(tenant_id=acme.id)
+            assert await works(other, acme)
+
+
+async def test_an_installation_whose_keys_come_from_a_provider_can_change_over(
+    tenancy: Tenancy, wrapped_config: TenancyConfig
+) -> None:
+    """What ``secret_options`` names is read beside the wrapper's keys."""
+    (acme,) = await created(tenancy, "acme")
+    keys = tenancy.config.encryption_keys or {}
+    environ = {"S_ENCRYPTION_KEYS": ",".join(f"{key_id}:{value!s}" for key_id, value in keys.items())}
+    changing = wrapped_config.replace(secrets=EnvironmentSecrets("S_", environ), secret_options=("encryption_keys",))
+    async with opened(changing) as other:
+        assert await works(other, acme)
+        report = await other.secrets.rotate_encryption_key()
+        assert (report.resealed, report.failed, report.remaining) == (1, {}, frozenset())
+    async with opened(wrapped_config) as other:
+        assert await works(other, acme)
 
 
 async def test_an_installation_can_change_over_to_data_keys(tenancy: Tenancy, wrapped_config: TenancyConfig) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import secrets
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
@@ -13,6 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm.control.audit import Actor
+from tenancy_orm.control.checkpoints import Signer, Verifier
 from tenancy_orm.control.grants import (
     APPLICATION_FUNCTIONS,
     APPLICATION_TABLES,
@@ -21,8 +25,10 @@ from tenancy_orm.control.grants import (
 )
 from tenancy_orm.control.registry import sqlstate_of
 from tenancy_orm.errors import AuditError, ConfigurationError
+from tests.support.audit import age
 from tests.support.postgres import Postgres
 from tests.support.quotas import QuotaPlane, quota_plane, race
+from tests.support.registry import synchronise
 
 PASSWORD = "of the application alone"
 DENIED = "42501"
@@ -98,6 +104,8 @@ ATTACKS = {
     "remove the head": "DELETE FROM tenancy.audit_head",
     "forge a cut": "INSERT INTO tenancy.audit_cuts VALUES (1, now(), sha256(''), now(), '1', '')",
     "remove a cut": "DELETE FROM tenancy.audit_cuts",
+    "remove a key": "DELETE FROM tenancy.audit_keys",
+    "change a key": "UPDATE tenancy.audit_keys SET public_key = ''",
     "replace append": "CREATE OR REPLACE FUNCTION tenancy.audit_append(text, uuid, text, text, text, jsonb, jsonb, "
     "jsonb, text, text) RETURNS bigint LANGUAGE sql AS 'SELECT 1'",
     "drop append": "DROP FUNCTION tenancy.audit_append",
@@ -207,7 +215,7 @@ async def test_the_role_has_exactly_what_the_grants_say(restricted: Restricted) 
 async def test_the_application_works_as_its_role(restricted: Restricted) -> None:
     """Registering a tenant, counting, leasing, holding, appending, reading: all that it needs it may do."""
     app = restricted.app
-    await app.control.synchronise(app.config.tiers, {"default": ("127.0.0.1", 5432)})
+    await synchronise(app.control, app.config.tiers, {"default": ("127.0.0.1", 5432)})
     tenant = await app.tenant("acme", quotas={"jobs": {"amount": 1, "period": "concurrent"}})
     await app.quotas.set(tenant, {"users": 5})
     await app.quotas.consume(tenant, "users", key="once")
@@ -224,7 +232,7 @@ async def test_the_application_works_as_its_role(restricted: Restricted) -> None
 
 async def test_the_applications_role_cannot_remove_old_months(restricted: Restricted) -> None:
     """Retention is the owner's business; the error says so."""
-    await restricted.app.append()
+    await age(restricted.owner.control, restricted.owner.audit, datetime(2024, 1, 15, tzinfo=UTC), 1)
     with pytest.raises(AuditError, match="owner"):
         await restricted.app.audit.prune(before=datetime(9999, 1, 1, tzinfo=UTC))
     assert (await restricted.owner.audit.verify()).entries == 1
@@ -242,20 +250,127 @@ async def test_grants_can_be_repeated_and_taken_back(restricted: Restricted) -> 
     assert await state_of(restricted.app, "SELECT 1 FROM tenancy.tenants") == DENIED
 
 
-async def test_a_role_that_nothing_could_hold_back_is_refused(plane: QuotaPlane) -> None:
-    """A superuser or an owner is not restricted by grants, so saying so would be a lie."""
-    owner = (await plane.sql("SELECT current_user"))[0][0]
-    for role in (owner, "no such role"):
-        with pytest.raises(ConfigurationError):
-            async with plane.control.transaction() as conn:
-                await grant_application(conn, role)
+@asynccontextmanager
+async def role_with(plane: QuotaPlane, statements: str) -> AsyncIterator[str]:
+    """A role that an administrator has done something for, in this control database."""
+    role, group = f"app_{secrets.token_hex(4)}", f"group_{secrets.token_hex(4)}"
+    await plane.sql(f"CREATE ROLE {role}")
+    await plane.sql(f"CREATE ROLE {group}")
+    try:
+        for statement in statements.format(role=role, group=group).split("; "):
+            await plane.sql(statement)
+        yield role
+    finally:
+        for name in (role, group):
+            await plane.sql(f"DROP OWNED BY {name}")
+            await plane.sql(f"DROP ROLE {name}")
+
+
+async def grant(plane: QuotaPlane, role: str) -> None:
+    """Make it the application's role."""
+    async with plane.control.transaction() as conn:
+        await grant_application(conn, role)
+
+
+UNHELD = {
+    "superuser": ("ALTER ROLE {role} SUPERUSER", "owner"),
+    "bypasses row security": ("ALTER ROLE {role} BYPASSRLS", "NOBYPASSRLS"),
+    "writes all data": ("GRANT pg_write_all_data TO {role}", "INSERT on audit_cuts"),
+    "writes all data as another": (
+        "GRANT pg_write_all_data TO {group}; ALTER ROLE {role} NOINHERIT; GRANT {group} TO {role}",
+        "INSERT on audit_cuts",
+    ),
+    "by way of PUBLIC": ("GRANT UPDATE ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
+    "a column by way of PUBLIC": ("GRANT UPDATE (hash) ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
+    "by way of a group": ("GRANT TRIGGER ON tenancy.audit_log TO {group}; GRANT {group} TO {role}", "TRIGGER"),
+    "a partition": ("GRANT TRUNCATE ON tenancy.audit_log_{{month}} TO PUBLIC", "TRUNCATE on audit_log_y"),
+    "creates in the schema": ("GRANT CREATE ON SCHEMA tenancy TO PUBLIC", "CREATE on schema"),
+}
+
+
+@pytest.mark.parametrize(("statements", "message"), UNHELD.values(), ids=UNHELD)
+async def test_a_role_that_has_more_than_is_granted_is_refused(
+    plane: QuotaPlane, statements: str, message: str
+) -> None:
+    """Saying that it can only append would be a lie. Nothing is granted."""
+    month = (await plane.sql("SELECT to_char(now() AT TIME ZONE 'UTC', '\"y\"YYYY\"m\"MM')"))[0][0]
+    async with role_with(plane, statements.replace("{{month}}", month)) as role:
+        with pytest.raises(ConfigurationError, match=message):
+            await grant(plane, role)
+        granted = await plane.sql(
+            "SELECT 1 FROM pg_namespace n CROSS JOIN LATERAL aclexplode(n.nspacl) a "
+            "JOIN pg_roles r ON r.oid = a.grantee WHERE n.nspname = 'tenancy' AND r.rolname = :role",
+            role=role,
+        )
+        assert granted == []
+
+
+async def test_a_member_of_the_owner_is_refused(plane: QuotaPlane) -> None:
+    """Whether or not the owner is a superuser, and the owner itself too."""
+    async with role_with(plane, "SELECT 1") as owner, role_with(plane, f"GRANT {owner} TO {{role}}") as member:
+        await plane.sql(f"ALTER TABLE tenancy.audit_log OWNER TO {owner}")
+        for role in (owner, member):
+            with pytest.raises(ConfigurationError, match="owner"):
+                await grant(plane, role)
+        await plane.sql("ALTER TABLE tenancy.audit_log OWNER TO CURRENT_USER")
+        await grant(plane, member)
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        await grant(plane, "no such role")
+
+
+async def test_a_role_that_makes_roles_is_refused_where_it_could_take_the_owners(plane: QuotaPlane) -> None:
+    """Before PostgreSQL 16 it can make itself a member of any role that is not a superuser."""
+    modern = (await plane.sql("SELECT current_setting('server_version_num')::integer >= 160000"))[0][0]
+    async with role_with(plane, "ALTER ROLE {role} CREATEROLE") as role:
+        if modern:
+            await grant(plane, role)
+        else:
+            with pytest.raises(ConfigurationError, match="owner"):
+                await grant(plane, role)
+
+
+async def test_default_privileges_do_not_reach_the_partitions_to_come(
+    restricted: Restricted, postgres: Postgres
+) -> None:
+    """A trigger on one would run as the owner whenever somebody appends; whoever was meant by them gets nothing."""
+    owner, role = restricted.owner, restricted.role
+    for grantee in (f'"{role}"', "PUBLIC"):
+        await owner.sql(f"ALTER DEFAULT PRIVILEGES IN SCHEMA tenancy GRANT ALL ON TABLES TO {grantee}")
+    await owner.sql("CREATE TABLE tenancy.other (id int)")
+    assert (await owner.sql(f"SELECT has_table_privilege('{role}', 'tenancy.other', 'TRIGGER')"))[0][0]
+    assert await owner.audit.ensure_partitions(6) == 3
+    granted = await owner.sql(
+        "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+        "CROSS JOIN LATERAL aclexplode(c.relacl) a WHERE i.inhparent = 'tenancy.audit_log'::regclass "
+        "AND a.grantee <> c.relowner"
+    )
+    assert granted == []
+    # the owner's own rights are as they were: it appends to the new partition
+    await age(owner.control, owner.audit, datetime.now(UTC) + timedelta(days=150), 1)
+    await owner.sql("DROP TABLE tenancy.other")
+    await owner.sql("ALTER DEFAULT PRIVILEGES IN SCHEMA tenancy REVOKE ALL ON TABLES FROM PUBLIC")
+    await grant(owner, role)
+    await owner.sql("CREATE TABLE tenancy.other (id int)")
+    assert not (await owner.sql(f"SELECT has_table_privilege('{role}', 'tenancy.other', 'SELECT')"))[0][0]
+
+
+async def test_the_applications_policy_on_the_log_is_for_reading(restricted: Restricted) -> None:
+    """Row-level security refuses its INSERT where a privilege does not."""
+    await restricted.app.append()
+    await restricted.owner.sql(f'GRANT ALL ON ALL TABLES IN SCHEMA tenancy TO "{restricted.role}"')
+    forged = (
+        "INSERT INTO tenancy.audit_log (sequence, occurred_at, action, actor_kind, database_role, previous_hash, hash) "
+        "SELECT sequence + 1, occurred_at, action, actor_kind, database_role, hash, hash FROM tenancy.audit_log"
+    )
+    assert await state_of(restricted.app, forged) == DENIED
+    assert await state_of(restricted.owner, forged) is None
 
 
 # --- the owner ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", ["audit_log", "audit_log_{month}", "audit_cuts"])
-@pytest.mark.parametrize("verb", ["UPDATE {} SET sequence = 1", "DELETE FROM {}", "TRUNCATE {}"])
+@pytest.mark.parametrize("table", ["audit_log", "audit_log_{month}", "audit_cuts", "audit_keys"])
+@pytest.mark.parametrize("verb", ["UPDATE {} SET {} = NULL", "DELETE FROM {}", "TRUNCATE {}"])
 @pytest.mark.parametrize("replica", [False, True])
 async def test_triggers_refuse_the_owner_too(plane: QuotaPlane, table: str, verb: str, replica: bool) -> None:
     """On the log, on each partition by name, on the cuts; and where replication's role would silence triggers."""
@@ -265,7 +380,8 @@ async def test_triggers_refuse_the_owner_too(plane: QuotaPlane, table: str, verb
         if replica:
             await conn.exec_driver_sql("SET LOCAL session_replication_role = replica")
         with pytest.raises(DBAPIError) as caught:
-            await conn.exec_driver_sql(verb.format("tenancy." + table.format(month=month)))
+            column = "key_id" if table == "audit_keys" else "sequence"
+            await conn.exec_driver_sql(verb.format("tenancy." + table.format(month=month), column))
         await conn.rollback()
     assert sqlstate_of(caught.value) == REFUSED
     assert (await plane.audit.verify()).entries == 1
@@ -275,7 +391,47 @@ async def test_the_head_cannot_be_removed(plane: QuotaPlane) -> None:
     """Without it the next entry would begin another chain."""
     for statement in ("DELETE FROM tenancy.audit_head", "TRUNCATE tenancy.audit_head"):
         assert await state_of(plane, statement) == REFUSED
+        async with plane.control.engine.connect() as conn:
+            await conn.exec_driver_sql("SET LOCAL session_replication_role = replica")
+            with pytest.raises(DBAPIError) as caught:
+                await conn.exec_driver_sql(statement)
+        assert sqlstate_of(caught.value) == REFUSED
     assert await state_of(plane, "INSERT INTO tenancy.audit_head SELECT * FROM tenancy.audit_head") == "23505"
+
+
+# --- whoever writes to the table of keys ------------------------------------------------------------------------------
+
+
+async def test_a_public_key_counts_only_where_a_configured_key_vouches_for_it(plane: QuotaPlane) -> None:
+    """The table's owner cannot have a cut accepted that no key of the installation signed."""
+    for _ in range(3):
+        await plane.append()
+    forger = Signer({"9": b"f" * 32})
+    public_key = base64.b64decode(forger.public_keys["9"])
+    entry = (await plane.sql("SELECT hash, occurred_at FROM tenancy.audit_log WHERE sequence = 2"))[0]
+    installation = plane.control.installation
+    cut = forger.sign("cut", installation=installation, sequence=2, digest=entry[0], occurred_at=entry[1])
+    await disarm(plane)
+    await plane.sql("DELETE FROM tenancy.audit_log WHERE sequence < 3")
+    await plane.sql(
+        "INSERT INTO tenancy.audit_cuts VALUES (2, :occurred_at, :hash, :signed_at, '9', :signature)",
+        occurred_at=cut.occurred_at,
+        hash=cut.hash,
+        signed_at=cut.signed_at,
+        signature=cut.signature,
+    )
+    own = forger.vouch(installation=installation, key_id="9", public_key=public_key)
+    for signed_by in ("9", "1"):
+        await plane.sql(
+            "INSERT INTO tenancy.audit_keys (signature, key_id, public_key, signed_by) VALUES (:word, '9', :key, :by)",
+            word=own.signature + (b"" if signed_by == "9" else b"x"),
+            key=public_key,
+            by=signed_by,
+        )
+    report = await plane.audit.verify()
+    assert report.first_bad == 3 and "not known" in str(report.problem)
+    # the forgery itself is good: with that key's public key, the log would hold
+    assert (await plane.audit.verify(verifier=Verifier(forger.public_keys))).ok
 
 
 # --- a superuser ----------------------------------------------------------------------------------------------------
@@ -388,7 +544,8 @@ async def test_a_chain_without_the_heads_lock_forks(plane: QuotaPlane) -> None:
     assert broken != definition
     async with plane.control.engine.begin() as conn:
         await conn.exec_driver_sql(broken)
-    await asyncio.gather(*(plane.append() for _ in range(4)))
+    # of two at the same microsecond, the primary key refuses one
+    await asyncio.gather(*(plane.append() for _ in range(4)), return_exceptions=True)
     assert not (await plane.audit.verify()).ok
 
 

@@ -38,6 +38,7 @@ ARGUMENTS: dict[str, Any] = {
     "slug": "taken-over",
     "domain": "taken.example",
     "at": datetime(2099, 1, 1, tzinfo=UTC),
+    "ends_at": datetime(2099, 1, 1, tzinfo=UTC),
 }
 
 

@@ -14,10 +14,13 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.control import key_format
+from tenancy_orm.control.audit import Actor
+from tenancy_orm.control.directory import Credential
 from tenancy_orm.control.keys import generate_key
 from tenancy_orm.errors import InvalidApiKeyError, TooManyAttemptsError
 from tenancy_orm.events import CrossTenantRequest, DirectoryMissed, IntrusionSuspected, KeyLockedOut
-from tests.support.control import ControlPlane, control_plane
+from tests.support.control import Clock, ControlPlane, control_plane
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -31,6 +34,11 @@ def with_secret(key: str, secret_of: str) -> str:
     """A well-formed key with the id of ``key`` and the secret of another."""
     body = key.rsplit("_", 1)[0] + "_" + secret_of.rsplit("_", 1)[1][:43]
     return body + key_format._checksum(body)
+
+
+def looked_up(plane: ControlPlane) -> int:
+    """How many keys were asked of the control database."""
+    return sum(event.keys for event in plane.seen if isinstance(event, DirectoryMissed))
 
 
 async def refusal(plane: ControlPlane, key: str, source: str | None = None) -> InvalidApiKeyError:
@@ -178,6 +186,88 @@ async def test_a_lock_out_of_a_source_spares_others_and_keys_in_use(control_url:
         assert (await plane.directory.authenticate(new.text, source="192.0.2.2")).tenant == tenant
 
 
+async def test_a_lock_out_of_a_source_spares_keys_in_use_that_are_to_be_looked_up_again(control_url: str) -> None:
+    """A change of the tenant or of the key makes it be looked up, and not be locked out; until it works no more."""
+    async with control_plane(control_url, opened=False, lockout_failures=5) as plane:
+        tenant, key = await plane.tenant("acme")
+        new = await plane.key(tenant)
+        credential = await plane.directory.authenticate(key, source="192.0.2.1")
+        await attempts(plane, 30, "192.0.2.1")
+        changes: list[dict[str, Any]] = [{"tenant_id": tenant.id}, {"key_id": credential.key_id}, {}]
+        for change in changes:
+            plane.directory.invalidate(**change)
+            assert (await plane.directory.authenticate(key, source="192.0.2.1")).tenant == tenant
+            with pytest.raises(TooManyAttemptsError):
+                await plane.directory.authenticate(new.text, source="192.0.2.1")
+        await plane.keys.revoke(credential.key_id)
+        assert (await refusal(plane, key, "192.0.2.1")).reason == "revoked"
+        plane.directory.invalidate()
+        with pytest.raises(TooManyAttemptsError):
+            await plane.directory.authenticate(key, source="192.0.2.1")
+
+
+async def test_the_memory_of_keys_that_a_lock_out_spares_is_bounded(control_url: str) -> None:
+    """And a key whose secret is wrong by now is not in it."""
+    async with control_plane(control_url, opened=False, directory_size=3) as plane:
+        tenant, _ = await plane.tenant("acme")
+        issued = [await plane.key(tenant) for _ in range(5)]
+        for one in issued:
+            await plane.directory.authenticate(one.text)
+        assert len(plane.directory._proven) == 3
+        async with plane.control.transaction() as connection:
+            await connection.execute(text("UPDATE tenancy.api_keys SET digest = sha256(digest)"))
+        plane.directory.invalidate()
+        for one in issued:
+            assert (await refusal(plane, one.text)).reason == "secret"
+        assert len(plane.directory._proven) == 0
+
+
+async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(control_url: str) -> None:
+    """Or a source would have as many look-ups as it can open connections, and again whenever a pause ends."""
+    clock = Clock()
+    async with control_plane(control_url, opened=False, clock=clock, lockout_failures=5) as plane:
+
+        async def at_once(count: int) -> tuple[int, int]:
+            """How many were refused after a look-up, and how many look-ups there were."""
+            before = looked_up(plane)
+            outcomes = await asyncio.gather(*(attempts(plane, 1, "192.0.2.9") for _ in range(count)))
+            return outcomes.count([InvalidApiKeyError]), looked_up(plane) - before
+
+        assert await at_once(300) == (5, 5)
+        for pause in (1, 2, 4):
+            assert await at_once(50) == (0, 0)
+            clock.now += pause
+            assert await at_once(50) == (1, 1)
+
+
+async def test_good_keys_at_once_from_one_source_all_work(control_url: str) -> None:
+    """A process starts behind a proxy whose address is all it sees."""
+    async with control_plane(control_url, opened=False, lockout_failures=5) as plane:
+        tenant, _ = await plane.tenant("acme")
+        issued = [await plane.key(tenant) for _ in range(40)]
+        presented = [key.text for key in issued for _ in range(5)]
+        found = await asyncio.gather(*(plane.directory.authenticate(key, source="192.0.2.1") for key in presented))
+        assert {credential.key_id for credential in found} == {key.key_id for key in issued}
+        assert len(plane.directory._attempts) == 0
+
+
+async def test_malformed_keys_count_as_failures_of_their_source(control_url: str) -> None:
+    """They cost no look-up, and show a guesser all the same."""
+    async with control_plane(control_url, lockout_failures=5) as plane:
+        for _ in range(5):
+            assert (await refusal(plane, "nonsense", "192.0.2.1")).reason == "malformed"
+        assert await attempts(plane, 1, "192.0.2.1") == [TooManyAttemptsError]
+
+
+async def test_a_wrong_secret_is_looked_up_once(plane: ControlPlane) -> None:
+    """As an unknown id is: repeating it reaches no database."""
+    _, key = await plane.tenant("acme")
+    wrong = with_secret(key, generate_key("ten_live").text)
+    for _ in range(3):
+        assert (await refusal(plane, wrong)).reason == "secret"
+    assert looked_up(plane) == 1
+
+
 async def test_a_whole_ipv6_site_is_one_source(control_url: str) -> None:
     """A new address for every attempt does not help."""
     async with control_plane(control_url, lockout_failures=5) as plane:
@@ -212,6 +302,20 @@ async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(c
         assert min(await asyncio.gather(*guesses)) >= 0.9
 
 
+async def test_the_refusals_held_back_are_bounded(control_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond, the answer comes at once: waiting requests are memory as well."""
+    monkeypatch.setattr("tenancy_orm.control.directory._MAX_DELAYED", 2)
+    async with control_plane(control_url, lockout_failures=1) as plane:
+        _, key = await plane.tenant("acme")
+        guess = with_secret(key, generate_key("ten_live").text)
+        guesses = [asyncio.create_task(refusal(plane, guess)) for _ in range(5)]
+        await until(lambda: sum(task.done() for task in guesses) >= 3)
+        assert sum(task.done() for task in guesses) == 3
+        assert plane.directory._delayed == 2
+        await asyncio.gather(*guesses)
+        assert plane.directory._delayed == 0
+
+
 # --- one key that names others --------------------------------------------------------------------------------------
 
 
@@ -233,6 +337,67 @@ async def test_a_key_that_names_several_other_tenants_is_suspected(plane: Contro
     entries = await plane.audit.events(action="request.cross_tenant", tenant=tenant)
     assert sorted(str(entry.detail and entry.detail["named"]) for entry in entries) == ["globex", "initech", "umbrella"]
     assert max(int(entry.detail["count"]) for entry in entries if entry.detail) == 10
+
+
+async def test_one_key_raises_few_intrusion_events_however_many_it_names(plane: ControlPlane) -> None:
+    """At three others, and at each doubling: a pager must not be flooded with one valid key."""
+    _, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+    for number in range(500):
+        for _ in range(2):
+            plane.directory.report_cross_tenant(credential, f"t{number}", "header")
+    events = plane.of(IntrusionSuspected)
+    assert [len(event.named) for event in events if isinstance(event, IntrusionSuspected)] == [3, 6, 12, 24, 48, 96]
+    assert len(plane.directory._named[credential.key_id]) == 100
+
+
+async def test_names_of_more_than_an_hour_ago_are_no_suspicion(control_url: str) -> None:
+    """One mistake a day is none."""
+    clock = Clock()
+    async with control_plane(control_url, opened=False, clock=clock) as plane:
+        _, key = await plane.tenant("acme")
+        credential = await plane.directory.authenticate(key)
+        for named in ("globex", "initech", "umbrella", "hooli"):
+            plane.directory.report_cross_tenant(credential, named, "header")
+            clock.now += 1_801.0
+        assert plane.of(IntrusionSuspected) == []
+        plane.directory.report_cross_tenant(credential, "acme-2", "header")
+        plane.directory.report_cross_tenant(credential, "acme-3", "header")
+        (event,) = plane.of(IntrusionSuspected)
+        assert isinstance(event, IntrusionSuspected)
+        assert event.named == ("hooli", "acme-2", "acme-3")
+
+
+async def test_the_keys_that_named_others_are_remembered_in_bounded_memory(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose last request was longest ago are forgotten."""
+    monkeypatch.setattr("tenancy_orm.control.directory._INTRUSION_KEYS", 3)
+    tenant, _ = await plane.tenant("acme")
+    for number in range(5):
+        plane.directory.report_cross_tenant(Credential(tenant, str(number)), "globex", "header")
+    assert list(plane.directory._named) == ["2", "3", "4"]
+
+
+async def test_noise_does_not_keep_a_cross_tenant_request_out_of_the_audit_log(control_url: str) -> None:
+    """Neither keys that are not valid nor another key's requests: it is recorded with its tenant and its key."""
+    async with control_plane(control_url, opened=False, lockout_failures=0) as plane:
+        acme, key = await plane.tenant("acme")
+        globex, other = await plane.tenant("globex")
+        quiet, noisy = [await plane.directory.authenticate(one) for one in (key, other)]
+        await attempts(plane, 1_100, "198.51.100.7")
+        for number in range(1_100):
+            for _ in range(2):
+                plane.directory.report_cross_tenant(noisy, f"t{number}", "header", "198.51.100.7")
+        plane.directory.report_cross_tenant(quiet, "globex", "header", "192.0.2.66")
+        await plane.directory.flush()
+        (entry,) = await plane.audit.events(action="request.cross_tenant", tenant=acme)
+        assert entry.actor == Actor("key", quiet.key_id)
+        assert entry.detail is not None
+        assert entry.detail["count"] == 1
+        told = await plane.audit.events(action="request.cross_tenant", tenant=globex)
+        assert len(told) == 21
+        assert sum(int(one.detail["count"]) for one in told if one.detail) == 2_200
 
 
 async def test_a_flood_of_refusals_writes_little_to_the_audit_log(plane: ControlPlane) -> None:

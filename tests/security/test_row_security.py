@@ -51,7 +51,7 @@ INSERT INTO tenancy.usage (tenant_id, resource, period, period_start, period_end
 INSERT INTO tenancy.usage_keys (tenant_id, key, resource, amount) VALUES ({id}, 'once', 'users', 1);
 INSERT INTO tenancy.quota_holds VALUES (gen_random_uuid(), {id}, 'jobs', 1, 'infinity');
 INSERT INTO tenancy.quota_leases VALUES (gen_random_uuid(), {id}, 'users', 'lifetime', 'epoch', 1, 'infinity');
-INSERT INTO tenancy.quota_pressure VALUES ({id}, 'users', 0.8, now());
+INSERT INTO tenancy.quota_pressure VALUES ({id}, 'users:0.8', 'users', 'free', now());
 INSERT INTO tenancy.usage_records (tenant_id, resource, period, period_start, period_end, quantity, idempotency_key)
     VALUES ({id}, 'users', 'month', 'epoch', now(), 3, {id});
 INSERT INTO tenancy.tenant_metrics VALUES ({id}, now(), 1, 1, 1, 1)
@@ -414,6 +414,7 @@ async def test_the_applications_policies_come_and_go_with_its_grants(two: Two, p
     role = postgres.new_name("app")
     quoted = quote_identifier(role)
     policies = "SELECT count(*) FROM pg_policies WHERE schemaname = 'tenancy' AND policyname = :policy"
+    kinds = "SELECT tablename FROM pg_policies WHERE policyname = :policy AND cmd = 'SELECT'"
     member = "SELECT pg_has_role(:role, viewer, 'MEMBER') FROM tenancy.installation"
     visible = f"SET LOCAL ROLE {quoted}"
     tables = len(VIEWER_COLUMNS) - 1
@@ -428,6 +429,10 @@ async def test_the_applications_policies_come_and_go_with_its_grants(two: Two, p
             async with two.control.transaction() as connection:
                 await action(connection, role)
             assert (await two.sql(policies, policy=application_policy(role)))[0][0] == count
+            if count:
+                # it writes no entries of its own, on whatever privilege
+                reads = await two.sql(kinds, policy=application_policy(role))
+                assert {row[0] for row in reads} == {"audit_log"}
             assert (await two.sql(member, role=role))[0][0] is (count > 0)
     finally:
         await two.sql(f"DROP OWNED BY {quoted}")
@@ -446,6 +451,8 @@ async def test_an_upgrade_keeps_an_application_that_was_granted_before(two: Two,
     assert left == []
     await two.control.upgrade()
     await application.control.open()
+    kinds = "SELECT tablename FROM pg_policies WHERE policyname = :policy AND cmd = 'SELECT'"
+    assert await two.sql(kinds, policy=application_policy(role)) == [("audit_log",)]
     async with application.control.connect() as connection:
         assert await seen(connection, "api_keys", "tenant_id") == {two.acme.id, two.globex.id}
     async with application.control.viewing(two.acme.id) as connection:
@@ -514,6 +521,28 @@ async def test_a_viewer_that_nothing_would_hold_back_is_refused(two: Two) -> Non
             await two.control.upgrade()
         await two.sql(f"ALTER ROLE {viewer} NO{right}")
     await two.control.upgrade()
+
+
+async def test_an_upgrade_takes_from_the_viewer_what_it_should_not_have(two: Two) -> None:
+    """Rights of an earlier version, or that somebody added: tables, columns, functions, the schema."""
+    viewer = quote_identifier(await two.viewer())
+    for right in (
+        "SELECT ON tenancy.data_keys",
+        "SELECT (digest) ON tenancy.api_keys",
+        "EXECUTE ON FUNCTION tenancy.audit_ensure_partitions",
+        "CREATE ON SCHEMA tenancy",
+    ):
+        await two.sql(f"GRANT {right} TO {viewer}")
+    assert await state_in_viewing(two, "SELECT digest FROM tenancy.api_keys") is None
+    await two.control.upgrade()
+    for statement in ("SELECT digest FROM tenancy.api_keys", "SELECT wrapped FROM tenancy.data_keys"):
+        assert await state_in_viewing(two, statement) == DENIED
+    left = await two.sql(
+        "SELECT has_function_privilege(:viewer, 'tenancy.audit_ensure_partitions(integer)', 'EXECUTE') "
+        "OR has_schema_privilege(:viewer, 'tenancy', 'CREATE')",
+        viewer=await two.viewer(),
+    )
+    assert left == [(False,)]
 
 
 async def test_a_role_that_was_not_granted_the_viewer_is_told_so(two: Two, application: ControlPlane) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import inspect
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+import pytest
+
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import Status, Tenant
 from tenancy_orm.control.audit import AuditLog
+from tenancy_orm.control.batch import Batch
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.directory import Directory
 from tenancy_orm.control.keys import IssuedKey, KeyDigester, KeyManager, generate_key
 from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
 from tenancy_orm.events import Event, EventBus
+from tests.support.registry import synchronise
 from tests.support.waiting import until
 
 
@@ -52,7 +58,7 @@ class ControlPlane:
             target_status=status,
         )
         await self.registry.register(draft)
-        key = generate_key(self.config.key_prefix, KeyDigester(self.config.peppers))
+        key = generate_key(self.config.key_prefix, KeyDigester(self.config.peppers, self.config.key_pepper_current))
         tenant = await self.registry.complete(tenant_id, revision=None, key=key, scopes=scopes)
         if self.directory.statistics.listening:
             # or the notification of this very change would make it forget what a test is about to look up
@@ -68,9 +74,40 @@ class ControlPlane:
         return [event for event in self.seen if isinstance(event, kind)]
 
 
+class Clock:
+    """A directory's clock that stands still unless it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        """Seconds."""
+        return self.now
+
+
+def follow(monkeypatch: pytest.MonkeyPatch, batch: Batch[Any, Any], then: Callable[[], object]) -> None:
+    """Call ``then``, a function or a coroutine function, between a look-up's query and its answer."""
+    load = batch._load
+
+    async def load_and_follow(wanted: list[Any]) -> Mapping[Any, Any]:
+        found = await load(wanted)
+        outcome = then()
+        if inspect.isawaitable(outcome):
+            await outcome
+        return found
+
+    monkeypatch.setattr(batch, "_load", load_and_follow)
+
+
 @asynccontextmanager
 async def control_plane(
-    url: str, *, initialise: bool = True, opened: bool = True, through: str | None = None, **options: Any
+    url: str,
+    *,
+    initialise: bool = True,
+    opened: bool = True,
+    through: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **options: Any,
 ) -> AsyncIterator[ControlPlane]:
     """Open a control plane.
 
@@ -79,6 +116,7 @@ async def control_plane(
         initialise: Whether to migrate it first.
         opened: Whether the directory listens for invalidations.
         through: Another URL of the same database, for the directory alone.
+        clock: The directory's.
         options: Further fields of ``TenancyConfig``.
     """
     config = TenancyConfig(control_url=url, **options)
@@ -86,7 +124,7 @@ async def control_plane(
     control = ControlDatabase(url)
     looked_up = ControlDatabase(through or url)
     audit = AuditLog(control)
-    directory = Directory(looked_up, config, events, audit=audit)
+    directory = Directory(looked_up, config, events, audit=audit, clock=clock)
     keys = KeyManager(control, config, directory, audit, events)
     plane = ControlPlane(config, control, audit, Registry(control, audit), events, directory, keys)
     events.subscribe(Event, plane.seen.append)
@@ -94,7 +132,7 @@ async def control_plane(
     try:
         if initialise:
             await control.upgrade()
-            await control.synchronise(config.tiers, {"default": ("127.0.0.1", 5432)})
+            await synchronise(control, config.tiers, {"default": ("127.0.0.1", 5432)})
         await control.open()
         if opened:
             await directory.open()

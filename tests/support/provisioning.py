@@ -27,6 +27,7 @@ from tenancy_orm.provisioning.pipeline import Creation, Step
 from tenancy_orm.routing.servers import Servers
 from tenancy_orm.testing import _programs, embedded
 from tests.support.postgres import Postgres
+from tests.support.registry import synchronise
 
 Connect = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
 
@@ -236,7 +237,7 @@ async def open_workshop(
     await control.upgrade(administrator=Servers(settings)["default"].connect_admin)
     await control.open()
     servers = Servers(settings)
-    await control.synchronise(settings.tiers, dict.fromkeys(settings.server_urls, ("127.0.0.1", 5432)))
+    await synchronise(control, settings.tiers, dict.fromkeys(settings.server_urls, ("127.0.0.1", 5432)))
     names = Names(settings.name_prefix, control.installation)
     parts: dict[str, Any] = {
         "config": settings,

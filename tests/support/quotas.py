@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import Status, Tenant
@@ -21,6 +22,8 @@ from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.quotas import QuotaManager, check_overrides
 from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
 from tenancy_orm.events import Event, EventBus
+from tests.support.registry import synchronise
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 KEYS: Mapping[str, bytes] = {"1": b"k" * 32}
@@ -76,6 +79,24 @@ class QuotaPlane:
             result = await conn.execute(text(statement), parameters)
             return result.all() if result.returns_rows else None
 
+    @asynccontextmanager
+    async def holding(self, statement: str, **parameters: Any) -> AsyncIterator[AsyncConnection]:
+        """Run SQL as the owner in a transaction that is left open for as long as the body runs, with its locks."""
+        async with self.control.transaction() as conn:
+            await conn.execute(text(statement), parameters)
+            yield conn
+
+    async def waiting(self, *tasks: asyncio.Task[Any]) -> None:
+        """Wait until as many sessions wait for a lock as there are tasks that are not done."""
+
+        async def all_wait() -> bool:
+            rows = await self.sql(
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            return int(rows[0][0]) >= sum(not task.done() for task in tasks)
+
+        await until(all_wait)
+
     def of(self, *kinds: type[Event]) -> list[Any]:
         """The events of some classes, in order."""
         return [event for event in self.seen if isinstance(event, kinds)]
@@ -96,7 +117,7 @@ async def quota_plane(
     try:
         if initialise:
             await control.upgrade()
-            await control.synchronise(config.tiers, {"default": ("127.0.0.1", 5432)})
+            await synchronise(control, config.tiers, {"default": ("127.0.0.1", 5432)})
         await control.open()
         yield plane
         await quotas.close()

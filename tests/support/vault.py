@@ -19,7 +19,8 @@ class FakeVault:
     """Tokens, AppRole, the key-value engine (version 2) and the transit engine.
 
     ``tokens`` are those that are admitted; ``stored`` maps paths of the engine ``secret`` to their fields, or to None
-    where they are deleted; ``requests`` is what was asked for.
+    where they are deleted; ``denied`` are paths that no policy admits; ``odd``, where it is set, is the status and the
+    body of every answer; ``requests`` is what was asked for.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,8 @@ class FakeVault:
         self.role = ("role-1", "secret-1")
         self.stored: dict[str, dict[str, str] | None] = {}
         self.requests: list[str] = []
+        self.denied: set[str] = set()
+        self.odd: tuple[int, Any] | None = None
         self.sealed = False
         self.logins = 0
         self.delay = threading.Event()
@@ -34,16 +37,20 @@ class FakeVault:
         self._transit: dict[str, AESGCM] = {}
         self.url = ""
 
-    def answer(self, method: str, path: str, token: str | None, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def answer(self, method: str, path: str, token: str | None, body: dict[str, Any]) -> tuple[int, Any]:
         """Answer one request."""
         self.requests.append(f"{method} {path}")
         self.delay.wait(10)
+        if self.odd is not None:
+            return self.odd
         if self.sealed:
             return 503, {"errors": ["Vault is sealed"]}
         if path == "auth/approle/login":
             return self._log_in(body)
-        if token not in self.tokens:
+        if token not in self.tokens or path in self.denied:
             return 403, {"errors": ["permission denied"]}
+        if path == "auth/token/lookup-self":
+            return 200, {"data": {"ttl": 60}}
         kind, _, rest = path.partition("/")
         if kind == "secret" and rest.startswith("data/"):
             return self._read(rest.removeprefix("data/"))
@@ -100,8 +107,10 @@ def fake_vault() -> Iterator[FakeVault]:
             body = json.loads(self.rfile.read(length) or b"{}")
             path = self.path.partition("?")[0].removeprefix("/v1/")
             status, answer = vault.answer(self.command, path, self.headers.get("X-Vault-Token"), body)
-            data = json.dumps(answer).encode()
+            data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
             self.send_response(status)
+            if status == 307:
+                self.send_header("Location", "/v1/elsewhere")
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

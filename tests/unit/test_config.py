@@ -106,6 +106,25 @@ def test_a_settings_file_is_read_and_variables_win(tmp_path: Path) -> None:
     assert config.tiers["small"].limits == {"users": Limit(1), "calls": Limit(5, "day")}
 
 
+def test_a_settings_file_can_say_unlimited(tmp_path: Path) -> None:
+    """TOML has no null; the resource is still counted."""
+    (tmp_path / "tenancy.toml").write_text(
+        f'control_url = "{URL}"\ndefault_tier = "big"\n[tiers.big.limits]\nusers = "unlimited"\n'
+        'calls = {amount = "unlimited", period = "day", soft = [0.5]}\n'
+    )
+    limits = TenancyConfig.from_env({}).tiers["big"].limits
+    assert limits == {"users": Limit(None), "calls": Limit(None, "day", (0.5,))}
+
+
+def test_the_migrations_of_a_settings_file_are_beside_it(tmp_path: Path) -> None:
+    """Wherever the program runs: a timer's working directory is not the project's."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "tenancy.toml").write_text(f'control_url = "{URL}"\nmigrations = "migrations"\n')
+    config = TenancyConfig.from_env({"TENANCY_CONFIG": str(project / "tenancy.toml")})
+    assert config.migrations == str(project / "migrations")
+
+
 def test_a_settings_file_holds_upgrade_policies_and_names_a_sender(tmp_path: Path) -> None:
     """So that the command line, which has nothing else, applies and sends them."""
     (tmp_path / "tenancy.toml").write_text(
@@ -121,7 +140,13 @@ def test_a_settings_file_holds_upgrade_policies_and_names_a_sender(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "text",
-    ["[[upgrade_policies]]\nfraction = 1", "not toml", "unknown_key = 1", "[tiers.x]\nlimits = {a = {size = 1}}"],
+    [
+        "[[upgrade_policies]]\nfraction = 1",
+        "not toml",
+        "unknown_key = 1",
+        "[tiers.x]\nlimits = {a = {size = 1}}",
+        "[tiers.x]\nlimits = {a = {period = 'day'}}",
+    ],
 )
 def test_a_bad_settings_file_is_named(tmp_path: Path, text: str) -> None:
     """The message says which file and what in it."""

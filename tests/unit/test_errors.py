@@ -20,6 +20,7 @@ SAMPLES: list[TenancyError] = [
     errors.TenantNotFoundError("acme"),
     errors.TenantExistsError("acme"),
     errors.UnknownTierError("gold", ("free", "pro")),
+    errors.TierChangedError("acme", expected="free", found="pro"),
     errors.InvalidTransitionError("acme", "active", "purged"),
     errors.TenantSuspendedError("acme", reason="unpaid"),
     errors.InvalidApiKeyError("expired", key_id="abc"),

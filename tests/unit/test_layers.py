@@ -61,7 +61,7 @@ EXTRAS: dict[str, frozenset[str]] = {
     "boto3": frozenset({"control"}),
     "botocore": frozenset({"control"}),
 }
-CORE_DEPENDENCIES = frozenset({"sqlalchemy", "asyncpg", "alembic", "starlette", "cryptography"})
+CORE_DEPENDENCIES = frozenset({"sqlalchemy", "asyncpg", "alembic", "starlette", "cryptography", "idna"})
 
 
 @dataclass(frozen=True)

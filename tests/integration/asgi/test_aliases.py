@@ -48,9 +48,24 @@ async def test_a_former_slugs_host_can_redirect(tenancy: Tenancy) -> None:
         moved = await http.get("http://acme.example.test:8000/who/a%20b//evil.example?x=1&y=%20")
         assert moved.status_code == 308
         assert moved.headers["location"] == "//acme-corp.example.test:8000/who/a%20b//evil.example?x=1&y=%20"
+        slash = await http.get("http://acme.example.test/who/a%2Fb")
+        assert slash.headers["location"] == "//acme-corp.example.test/who/a%2Fb"
         assert (await http.get("http://acme-corp.example.test/who/")).text == "acme-corp"
         hostile = await http.get("http://acme.example.test//evil.example/x")
         assert hostile.headers["location"].startswith("//acme-corp.example.test/")
+
+
+async def test_a_host_of_the_applications_own_names_no_tenant(tenancy: Tenancy) -> None:
+    """A probe with a key comes by the container's name; all other hosts must be the tenant's."""
+    created = await tenancy.tenants.create("acme")
+    resolver = SubdomainResolver("example.test", custom_domains=True, hosts=["Web.internal", "127.0.0.1"])
+    app = Starlette(
+        routes=[Route("/who/{rest:path}", whoami)],
+        middleware=[Middleware(TenancyMiddleware, tenancy=tenancy, resolvers=[resolver])],
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), headers={"X-API-Key": created.api_key}) as http:
+        for host, status in (("web.internal", 200), ("127.0.0.1:8000", 200), ("other.internal", 403)):
+            assert (await http.get(f"http://{host}/who/")).status_code == status
 
 
 async def test_a_former_slug_is_refused_after_its_time(tenancy: Tenancy) -> None:

@@ -139,6 +139,15 @@ async def test_the_status_of_the_tenant_is_answered(tenancy: Tenancy, acme: Crea
     assert (await request(app, "/notes", headers)).status == 200
 
 
+async def test_a_keys_networks_are_compared_with_the_peer(tenancy: Tenancy, acme: CreatedTenant) -> None:
+    """Also when the key is known, and was just used from inside."""
+    app = build(tenancy)
+    issued = await tenancy.keys.issue("acme", networks=["127.0.0.0/8"])
+    headers = [("X-API-Key", issued.text)]
+    for client, status in ((("127.0.0.1", 1), 200), (("203.0.113.1", 1), 401), (None, 401), (("127.0.0.1", 2), 200)):
+        assert (await request(app, "/notes", headers, client=client)).status == status
+
+
 async def test_scopes_are_those_of_the_key(tenancy: Tenancy, acme: CreatedTenant) -> None:
     """Given when it is issued."""
     app = build(tenancy)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -19,6 +20,7 @@ from tenancy_orm.control.chain import canonical
 from tenancy_orm.control.checkpoints import Checkpoint, Signer, Verifier
 from tenancy_orm.control.registry import sqlstate_of
 from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
+from tests.support.audit import age
 from tests.support.quotas import KEYS, QuotaPlane, quota_plane
 
 
@@ -28,18 +30,13 @@ async def plane(control_url: str) -> AsyncIterator[QuotaPlane]:
         yield opened
 
 
-async def age(plane: QuotaPlane, moment: datetime, entries: int) -> None:
-    """Append entries as if it had been ``moment``: the function's clock is replaced while they are written."""
-    source = (await plane.sql("SELECT pg_get_functiondef('tenancy.audit_append'::regproc)"))[0][0]
-    ensure = (await plane.sql("SELECT pg_get_functiondef('tenancy.audit_ensure_partitions'::regproc)"))[0][0]
-    async with plane.control.engine.begin() as conn:
-        for definition in (source, ensure):
-            at = f"timestamptz '{moment.isoformat()}'"
-            await conn.exec_driver_sql(definition.replace("clock_timestamp()", at))
-        for number in range(entries):
-            await plane.audit.append(conn, action="test.old", after={"n": number})
-        for definition in (source, ensure):
-            await conn.exec_driver_sql(definition)
+async def forge(plane: QuotaPlane, sequence: int, moment: str) -> None:
+    """Insert a copy of the first entry, as the owner can: with another number, at another time."""
+    await plane.sql(
+        f"INSERT INTO tenancy.audit_log SELECT {sequence}, {moment}, action, tenant_id, slug, actor_kind, actor_id, "
+        "before, after, detail, request_id, source, database_role, previous_hash, hash "
+        "FROM tenancy.audit_log WHERE sequence = 1"
+    )
 
 
 # --- appending ------------------------------------------------------------------------------------------------------
@@ -200,6 +197,7 @@ async def test_queries_use_an_index_and_the_newest_month_alone(plane: QuotaPlane
         "true",
         f"tenant_id = '{uuid4()}'",
         "actor_kind = 'operator' AND actor_id = 'ada'",
+        "actor_kind = ANY(ARRAY['system', 'operator', 'key']) AND actor_id = 'ada'",
         "slug = 'acme'",
         "action = 'test.other'",
     ):
@@ -291,6 +289,8 @@ async def test_a_checkpoint_verifies_later_with_the_public_key_alone(plane: Quot
     auditor = Verifier(Signer(KEYS).public_keys)
     report = await plane.audit.verify(checkpoint, verifier=auditor)
     assert report.ok and report.confirmed == (1,)
+    with pytest.raises(AuditError, match="not known"):
+        await plane.audit.verify(checkpoint, verifier=Verifier({}))
     later = await plane.audit.verify(since=checkpoint, verifier=auditor)
     assert (later.ok, later.entries, later.first, later.last) == (True, 2, 2, 3)
 
@@ -301,11 +301,130 @@ async def test_a_checkpoint_of_somebody_else_is_refused(plane: QuotaPlane) -> No
     checkpoint = await plane.audit.export_checkpoint()
     with pytest.raises(AuditError, match="installation"):
         await plane.audit.verify(replace(checkpoint, installation=uuid4()))
-    with pytest.raises(AuditError, match="not valid"):
-        await plane.audit.verify(replace(checkpoint, sequence=7))
+    for options in ({"checkpoints": replace(checkpoint, sequence=7)}, {"since": replace(checkpoint, hash=b"x" * 32)}):
+        with pytest.raises(AuditError, match="not valid"):
+            await plane.audit.verify(**options)  # type: ignore[arg-type]
+    with pytest.raises(AuditError, match="installation"):
+        await plane.audit.verify(since=replace(checkpoint, installation=uuid4()))
     async with quota_plane(plane.config.control_url, initialise=False, keys={}) as keyless:
         with pytest.raises(ConfigurationError):
             await keyless.audit.export_checkpoint()
+
+
+async def test_a_forged_entry_of_an_old_number_is_found_from_a_checkpoint_too(plane: QuotaPlane) -> None:
+    """It is dated after the checkpoint, so that ``events`` shows it among the newest."""
+    for _ in range(3):
+        await plane.append()
+    checkpoint = await plane.audit.export_checkpoint()
+    await forge(plane, 2, "clock_timestamp()")
+    await plane.append()
+    report = await plane.audit.verify(since=checkpoint)
+    assert report.first_bad == 2
+
+
+@pytest.mark.parametrize(
+    ("bounds", "moment"), [("(MINVALUE) TO ('0001-01-02')", "0001-01-01"), ("('9999-12-31') TO (MAXVALUE)", "infinity")]
+)
+async def test_entries_at_impossible_times_are_found(plane: QuotaPlane, bounds: str, moment: str) -> None:
+    """``events`` would show them, in a partition that the owner made."""
+    await plane.append()
+    # neither a name of no month nor a month without an end stops maintenance
+    name = "audit_log_far" if moment == "infinity" else "audit_log_y9999m12"
+    await plane.sql(f"CREATE TABLE tenancy.{name} PARTITION OF tenancy.audit_log FOR VALUES FROM {bounds}")
+    await forge(plane, 77, f"'{moment}'")
+    report = await plane.audit.verify()
+    assert report.first_bad == 77 and "years" in str(report.problem)
+    with pytest.raises(AuditError, match="did not make"):
+        await plane.audit.prune(before=datetime(2025, 1, 1, tzinfo=UTC))
+
+
+async def test_a_head_that_is_gone_is_reported(plane: QuotaPlane) -> None:
+    """As evidence like any other, not as an error."""
+    await plane.append()
+    await plane.sql("ALTER TABLE tenancy.audit_head DISABLE TRIGGER ALL")
+    await plane.sql("DELETE FROM tenancy.audit_head")
+    report = await plane.audit.verify()
+    assert report.first_bad == 2 and "head" in str(report.problem)
+
+
+# --- keys that are retired ------------------------------------------------------------------------------------------
+
+BOTH: Mapping[str, bytes] = {**KEYS, "2": b"l" * 32}
+NEXT: Mapping[str, bytes] = {"2": b"l" * 32, "3": b"m" * 32}
+
+
+@asynccontextmanager
+async def with_keys(plane: QuotaPlane, keys: Mapping[str, bytes]) -> AsyncIterator[QuotaPlane]:
+    """Another process, which is configured with these keys."""
+    async with quota_plane(plane.config.control_url, initialise=False, keys=keys) as other:
+        await other.audit.keep_public_keys()
+        yield other
+
+
+async def cut_and_checkpoint(plane: QuotaPlane) -> Checkpoint:
+    """Make a log of three months, cut off the first under the plane's key, and sign a checkpoint with it."""
+    for month in (1, 2, 3):
+        await age(plane.control, plane.audit, datetime(2024, month, 15, tzinfo=UTC), 2)
+    assert await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC)) is not None
+    return await plane.audit.export_checkpoint()
+
+
+async def test_what_a_retired_key_signed_still_verifies(plane: QuotaPlane) -> None:
+    """Both keys were configured for a while, as docs/secrets.md says; two retirements later, too."""
+    checkpoint = await cut_and_checkpoint(plane)
+    async with with_keys(plane, BOTH):
+        pass
+    async with with_keys(plane, {"2": BOTH["2"]}) as second:
+        assert (await second.audit.verifier()).public_keys == Signer(BOTH).public_keys
+        report = await second.audit.verify(checkpoint)
+        assert report.ok and report.confirmed == (7,)
+        assert (await second.audit.verify(since=checkpoint)).ok
+    async with with_keys(plane, NEXT):
+        pass
+    async with with_keys(plane, {"3": NEXT["3"]}) as third:
+        report = await third.audit.verify(checkpoint)
+        assert report.ok and report.confirmed == (7,)
+        cut = await third.audit.prune(before=datetime(2024, 3, 1, tzinfo=UTC))
+        assert cut is not None and cut.key_id == "3"
+        assert (await third.audit.verify(checkpoint)).ok
+
+
+async def test_a_key_that_nobody_vouched_for_needs_its_public_key(plane: QuotaPlane) -> None:
+    """It was replaced at one stroke: the error says what to do, and the next cut is signed with the new key."""
+    checkpoint = await cut_and_checkpoint(plane)
+    async with with_keys(plane, {"2": BOTH["2"]}) as second:
+        report = await second.audit.verify()
+        assert report.first_bad == 3 and "give a Verifier" in str(report.problem)
+        with pytest.raises(AuditChainError, match="not known here; give a Verifier"):
+            await second.audit.prune(before=datetime(2024, 3, 1, tzinfo=UTC))
+        kept = Verifier({**plane.audit.public_keys, **second.audit.public_keys})
+        assert (await second.audit.verify(checkpoint, verifier=kept)).ok
+        assert await second.audit.prune(before=datetime(2024, 3, 1, tzinfo=UTC), verifier=kept) is not None
+        assert (await second.audit.verify()).ok
+
+
+async def test_keeping_public_keys_writes_each_once(plane: QuotaPlane) -> None:
+    """And with one key there is nothing to keep; processes that do so at once do not collide."""
+    rows = "SELECT key_id, signed_by FROM tenancy.audit_keys ORDER BY created_at"
+    await plane.audit.keep_public_keys()
+    assert await plane.sql(rows) == []
+    async with with_keys(plane, BOTH) as one, with_keys(plane, BOTH) as other:
+        await asyncio.gather(*(p.audit.keep_public_keys() for p in (one, other) * 3))
+        assert await plane.sql(rows) == [("1", "2")]
+        # before the new key is the last one, it is known to the one in use
+        async with with_keys(plane, {"2": BOTH["2"], "1": KEYS["1"]}):
+            assert await plane.sql(rows) == [("1", "2"), ("2", "1")]
+
+
+async def test_a_process_that_learns_of_a_key_signs_with_it_and_keeps_the_old_one(plane: QuotaPlane) -> None:
+    """As when a data key is made."""
+    await plane.append()
+    before = await plane.audit.export_checkpoint()
+    await plane.audit.renew_keys(BOTH)
+    after = await plane.audit.export_checkpoint()
+    assert (before.key_id, after.key_id) == ("1", "2")
+    async with with_keys(plane, {"2": BOTH["2"]}) as fresh:
+        assert (await fresh.audit.verify([before, after])).confirmed == (1,)
 
 
 # --- upkeep ---------------------------------------------------------------------------------------------------------
@@ -332,7 +451,7 @@ async def test_partitions_are_made_ahead(plane: QuotaPlane) -> None:
 async def test_appending_makes_a_missing_partition(plane: QuotaPlane) -> None:
     """Where maintenance never ran, the log goes on, months and years later."""
     for moment in (datetime(2031, 12, 31, 23, 59, 59, tzinfo=UTC), datetime(2032, 1, 1, tzinfo=UTC)):
-        await age(plane, moment, 2)
+        await age(plane.control, plane.audit, moment, 2)
     names = await partitions(plane)
     assert {"audit_log_y2031m12", "audit_log_y2032m01"} <= set(names)
     assert (await plane.audit.verify()).entries == 4
@@ -348,10 +467,9 @@ async def test_making_partitions_does_not_lock_out_readers(plane: QuotaPlane) ->
 
 async def test_retention_removes_whole_months_and_the_rest_still_verifies(plane: QuotaPlane) -> None:
     """From a signed cut, which is itself an entry."""
-    await plane.sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
-    await age(plane, datetime(2024, 1, 15, tzinfo=UTC), 3)
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 3)
     early = await plane.audit.export_checkpoint()
-    await age(plane, datetime(2024, 3, 15, tzinfo=UTC), 2)
+    await age(plane.control, plane.audit, datetime(2024, 3, 15, tzinfo=UTC), 2)
     await plane.append()
     cut = await plane.audit.prune(before=datetime(2024, 3, 31, tzinfo=UTC), actor=Actor("operator", "ada"))
     assert cut is not None and (cut.sequence, cut.kind) == (3, "cut")
@@ -370,8 +488,7 @@ async def test_retention_removes_whole_months_and_the_rest_still_verifies(plane:
 
 async def test_retention_keeps_what_does_not_verify(plane: QuotaPlane) -> None:
     """It is evidence."""
-    await plane.sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
-    await age(plane, datetime(2024, 1, 15, tzinfo=UTC), 3)
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 3)
     await plane.sql("ALTER TABLE tenancy.audit_log_y2024m01 DISABLE TRIGGER ALL")
     await plane.sql("UPDATE tenancy.audit_log_y2024m01 SET actor_id = 'mallory' WHERE sequence = 2")
     with pytest.raises(AuditChainError) as caught:
@@ -380,10 +497,120 @@ async def test_retention_keeps_what_does_not_verify(plane: QuotaPlane) -> None:
     assert "audit_log_y2024m01" in await partitions(plane)
 
 
+@pytest.mark.parametrize(
+    ("lost", "bad", "followed"),
+    [("sequence > 3", 4, True), ("sequence > 3", 4, False), ("true", 1, True), ("true", 1, False)],
+    ids=["last entries", "last entries of the log", "all entries", "all entries of the log"],
+)
+async def test_retention_keeps_months_whose_last_entries_are_gone(
+    plane: QuotaPlane, lost: str, bad: int, followed: bool
+) -> None:
+    """What follows them, or the head where nothing does, tells that they were there."""
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 5)
+    if followed:
+        await age(plane.control, plane.audit, datetime(2024, 2, 15, tzinfo=UTC), 2)
+    await plane.sql("ALTER TABLE tenancy.audit_log_y2024m01 DISABLE TRIGGER ALL")
+    await plane.sql(f"DELETE FROM tenancy.audit_log_y2024m01 WHERE {lost}")
+    with pytest.raises(AuditChainError) as caught:
+        await plane.audit.prune(before=datetime(2024, 2, 10, tzinfo=UTC))
+    assert caught.value.sequence == bad
+    assert "audit_log_y2024m01" in await partitions(plane)
+
+
+async def test_retention_never_removes_the_current_month(plane: QuotaPlane) -> None:
+    """By the database's clock, whatever time it is given: the next entry needs a place, and the cut is one."""
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 1)
+    await plane.append()
+    current = (await plane.sql("SELECT to_char(now() AT TIME ZONE 'UTC', '\"audit_log_y\"YYYY\"m\"MM')"))[0][0]
+    cut = await plane.audit.prune(before=datetime(9999, 1, 1, tzinfo=UTC))
+    assert cut is not None and cut.sequence == 1
+    assert (await partitions(plane))[0] == current
+    assert await plane.audit.prune(before=datetime(9999, 1, 1, tzinfo=UTC)) is None
+    await plane.append()
+    assert (await plane.audit.verify()).entries == 3
+
+
+async def test_retention_waits_for_an_entry_on_its_way_and_does_not_lose_it(plane: QuotaPlane) -> None:
+    """It was not there when the month was verified. The month stays, and is removed the next time."""
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
+    source = (await plane.sql("SELECT pg_get_functiondef('tenancy.audit_append'::regproc)"))[0][0]
+    late = source.replace("clock_timestamp()", "timestamptz '2024-01-31'").replace("audit_append", "append_late")
+    await plane.sql(late.replace(":", "\\:"))
+    append = "SELECT tenancy.append_late('test.late', NULL, NULL, 'system', NULL, NULL, NULL, NULL, NULL, NULL)"
+    async with plane.holding(append):
+        pruning = asyncio.create_task(plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60))
+        await plane.waiting(pruning)
+    with pytest.raises(AuditError, match="changed since"):
+        await pruning
+    assert (await plane.audit.verify()).entries == 3
+    cut = await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC))
+    assert cut is not None and cut.sequence == 3
+
+
+async def test_two_that_remove_old_months_at_once_remove_them_once(plane: QuotaPlane) -> None:
+    """Both have verified them when the first one removes them; the other finds nothing left."""
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
+    async with plane.holding("SELECT 1 FROM tenancy.audit_head FOR UPDATE"):
+        prunings = [
+            asyncio.create_task(plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60))
+            for _ in range(2)
+        ]
+        await plane.waiting(*prunings)
+    cuts = await asyncio.gather(*prunings)
+    assert sorted(cut.sequence for cut in cuts if cut) == [2] and None in cuts
+    assert (await plane.audit.verify()).ok
+
+
+async def test_retention_that_waits_for_readers_does_not_hold_up_those_who_append(plane: QuotaPlane) -> None:
+    """A report that runs for hours must not stop the application for as long as retention tries."""
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
+    async with plane.holding("SELECT count(*) FROM tenancy.audit_log"):
+        pruning = asyncio.create_task(plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60))
+        for sequence in (3, 4):
+            await plane.waiting(pruning)
+            async with asyncio.timeout(20):
+                assert await plane.append() == sequence
+        assert not pruning.done()
+    assert await pruning is not None
+    assert (await plane.audit.verify()).entries == 3
+
+
+async def test_retention_gives_way_to_a_reader_that_appends(plane: QuotaPlane) -> None:
+    """Each would wait for the other: it lets go of the chain's head, and tries again."""
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
+    async with plane.holding("SELECT count(*) FROM tenancy.audit_log") as reader:
+        pruning = asyncio.create_task(plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60))
+        await plane.waiting(pruning)
+        assert await plane.audit.append(reader, action="test.report") == 3
+    cut = await pruning
+    assert cut is not None and cut.sequence == 2
+    assert (await plane.audit.verify()).entries == 2
+
+
+async def test_a_deadlock_with_retention_is_tried_again_and_then_said_in_words(
+    plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PostgreSQL finds it before the lock's timeout does."""
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
+    cut, tries = plane.audit._cut, 0
+
+    async def aborted_once(*arguments: Any) -> Checkpoint | None:
+        nonlocal tries
+        tries += 1
+        if tries in (1, 2):
+            await plane.sql("DO $$BEGIN RAISE EXCEPTION 'deadlock detected' USING ERRCODE = '40P01'; END$$")
+        return await cut(*arguments)
+
+    monkeypatch.setattr(plane.audit, "_cut", aborted_once)
+    with pytest.raises(AuditError, match="waits to append"):
+        await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=0)
+    assert await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60) is not None
+    assert tries == 3
+
+
 async def test_retention_waits_for_readers_only_so_long(plane: QuotaPlane) -> None:
     """A report that runs for hours makes it fail, not hang; nothing was removed."""
-    await plane.sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
-    await age(plane, datetime(2024, 1, 15, tzinfo=UTC), 1)
+    await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 1)
     async with plane.control.transaction() as reader:
         await reader.execute(text("SELECT count(*) FROM tenancy.audit_log"))
         with pytest.raises(AuditError, match="too long"):

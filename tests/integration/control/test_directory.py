@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import asyncpg
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 
 from tenancy_orm.context import Status
 from tenancy_orm.control.keys import generate_key
 from tenancy_orm.errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFoundError
 from tenancy_orm.events import DirectoryMissed, DirectoryUnavailable
-from tests.support.control import ControlPlane, control_plane
+from tests.support.control import Clock, ControlPlane, control_plane, follow
 from tests.support.postgres import Postgres
 from tests.support.proxy import Proxy, proxied
 from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from tenancy_orm import TenancyConfig
 
 
 @pytest.fixture
@@ -137,6 +141,30 @@ async def test_the_memory_of_keys_is_bounded(control_url: str) -> None:
         assert plane.directory.statistics.keys == 10
 
 
+async def test_the_sources_remembered_of_a_key_are_bounded(plane: ControlPlane) -> None:
+    """A key that is bound to a large network and used from all over it."""
+    tenant, _ = await plane.tenant("acme")
+    issued = await plane.key(tenant, networks=["10.0.0.0/8"])
+    for number in range(200):
+        await plane.directory.authenticate(issued.text, source=f"10.0.0.{number}")
+    (entry,) = plane.directory._keys.entries.values()
+    assert entry.admitted is not None
+    assert 0 < len(entry.admitted) <= 64
+    assert plane.directory.peek(issued.text, "10.0.0.199") is not None
+
+
+async def test_a_tenant_whose_keys_are_forgotten_is_kept_nowhere(plane: ControlPlane) -> None:
+    """Whether they went by themselves or with it."""
+    for change in ("key", "tenant"):
+        tenant, key = await plane.tenant(f"acme-{change}")
+        credential = await plane.directory.authenticate(key)
+        assert plane.directory._by_tenant
+        changed = {"key_id": credential.key_id} if change == "key" else {"tenant_id": tenant.id}
+        plane.directory.invalidate(**changed)
+        assert not plane.directory._by_tenant
+        assert not plane.directory._by_key_id
+
+
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +180,57 @@ async def test_what_is_known_is_looked_up_again_after_its_ttl(control_url: str) 
         await expired(plane, key)
         with pytest.raises(InvalidApiKeyError):
             await plane.directory.authenticate(key)
+
+
+async def test_time_counts_from_when_the_control_database_was_asked(control_url: str) -> None:
+    """A slow answer does not make it true for longer: neither a key's expiry nor the TTL of anything."""
+    clock = Clock()
+    async with control_plane(control_url, opened=False, clock=clock, directory_ttl=100.0) as plane:
+        tenant, key = await plane.tenant("acme")
+        ending = await plane.key(tenant, expires_at=datetime.now(UTC) + timedelta(seconds=50))
+        # connects; from then on every query takes ten seconds
+        await plane.directory.authenticate(key)
+        plane.directory.invalidate()
+        engine = plane.directory._control.engine.sync_engine
+        event.listen(engine, "after_cursor_execute", lambda *_: setattr(clock, "now", clock.now + 10.0))
+        start = clock.now
+        await plane.directory.authenticate(ending.text)
+        assert plane.directory.peek(ending.text) is not None
+        clock.now = start + 50.0
+        assert plane.directory.peek(ending.text) is None
+        start = clock.now
+        await plane.directory.authenticate(key)
+        await plane.directory.tenant("acme")
+        clock.now = start + 99.0
+        assert plane.directory.peek(key) is not None
+        assert plane.directory.peek_tenant(tenant) is not None
+        clock.now = start + 100.0
+        assert plane.directory.peek(key) is None
+        assert plane.directory.peek_tenant(tenant) is None
+        start = clock.now
+        assert await plane.directory.tenant("acme") == tenant
+        clock.now = start + 100.0
+        assert plane.directory.peek_tenant(tenant) is None
+
+
+async def test_expiry_is_by_the_control_databases_clock(control_url: str) -> None:
+    """Clocks of processes differ; here the database's is an hour ahead of this one's."""
+    async with control_plane(control_url, opened=False) as plane:
+        tenant, _ = await plane.tenant("acme")
+        keys = [await plane.key(tenant, expires_at=datetime.now(UTC) + timedelta(minutes=m)) for m in (50, 70)]
+        async with plane.control.transaction() as connection:
+            ahead = "SELECT pg_catalog.now() + interval '1 hour'"
+            for statement in (
+                "CREATE SCHEMA clock",
+                f"CREATE FUNCTION clock.now() RETURNS timestamptz LANGUAGE sql AS $$ {ahead} $$",
+                f'ALTER DATABASE "{plane.control.database}" SET search_path = clock, pg_catalog, public',
+            ):
+                await connection.execute(text(statement))
+        await plane.directory._control.engine.dispose()
+        with pytest.raises(InvalidApiKeyError) as caught:
+            await plane.directory.authenticate(keys[0].text)
+        assert caught.value.reason == "expired"
+        assert (await plane.directory.authenticate(keys[1].text)).tenant == tenant
 
 
 # --- tenants --------------------------------------------------------------------------------------------------------
@@ -254,6 +333,72 @@ async def test_what_was_read_before_an_invalidation_is_not_remembered(plane: Con
         assert plane.directory.peek(key) is None, invalidated
         await plane.directory.authenticate(key)
         assert plane.directory.peek(key) is not None
+
+
+async def test_a_key_read_before_everything_is_to_be_looked_up_again_is_not_remembered(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listener came back while it was read: whether it changed meanwhile is not known."""
+    _, key = await plane.tenant("acme")
+    follow(monkeypatch, plane.directory._key_batch, plane.directory.revalidate)
+    await plane.directory.authenticate(key)
+    assert plane.directory.peek(key) is None
+
+
+@pytest.mark.parametrize("change", ["tenant", "everything", "unknown"])
+async def test_a_tenant_that_changed_while_it_was_read_is_not_remembered(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """As with keys: the old answer must not be put back."""
+    tenant, _ = await plane.tenant("acme")
+    changes = {
+        "tenant": lambda: plane.directory.invalidate(tenant_id=tenant.id),
+        "everything": plane.directory.invalidate,
+        "unknown": plane.directory.revalidate,
+    }
+    follow(monkeypatch, plane.directory._tenant_batch, changes[change])
+    for ref in ("acme", tenant.id):
+        assert await plane.directory.tenant(ref) == tenant
+        assert plane.directory.peek_tenant(tenant) is None
+
+
+async def test_a_tenant_that_was_made_while_it_was_asked_for_is_not_remembered_as_missing(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made it uses it at once."""
+
+    async def make() -> None:
+        monkeypatch.undo()
+        tenant, _ = await plane.tenant("acme")
+        plane.directory.invalidate(tenant_id=tenant.id)
+
+    follow(monkeypatch, plane.directory._tenant_batch, make)
+    with pytest.raises(TenantNotFoundError):
+        await plane.directory.tenant("acme")
+    assert (await plane.directory.tenant("acme")).slug == "acme"
+
+
+async def test_everything_is_looked_up_again_when_invalidations_may_have_been_missed(plane: ControlPlane) -> None:
+    """Keys, tenants, and what was not found."""
+    tenant, key = await plane.tenant("acme")
+    unknown = generate_key("ten_live").text
+
+    async def ask() -> int:
+        before = looked_up(plane)
+        await plane.directory.tenant("acme")
+        with pytest.raises(InvalidApiKeyError):
+            await plane.directory.authenticate(unknown)
+        with pytest.raises(TenantNotFoundError):
+            await plane.directory.tenant("nobody")
+        return looked_up(plane) - before
+
+    assert await ask() == 3
+    assert await ask() == 0
+    await plane.directory.authenticate(key)
+    plane.directory.revalidate()
+    assert plane.directory.peek(key) is None
+    assert plane.directory.peek_tenant(tenant) is None
+    assert await ask() == 3
 
 
 async def test_callbacks_learn_which_tenant_changed(plane: ControlPlane) -> None:
@@ -384,6 +529,88 @@ async def test_a_refused_key_stays_refused_while_the_control_database_is_away(co
             await plane.directory.authenticate(revoked.text)
         with pytest.raises(ControlUnavailableError):
             await plane.directory.authenticate(invalidated)
+
+
+async def test_a_key_that_is_invalidated_while_it_is_looked_up_again_does_not_work_on(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control database went away after it had said so: the grace time is not for that key."""
+    _, key = await plane.tenant("acme")
+    credential = await plane.directory.authenticate(key)
+
+    async def invalidated_and_gone() -> None:
+        plane.directory.invalidate(key_id=credential.key_id)
+        raise ControlUnavailableError("gone")
+
+    follow(monkeypatch, plane.directory._key_batch, invalidated_and_gone)
+    plane.directory.revalidate()
+    with pytest.raises(ControlUnavailableError):
+        await plane.directory.authenticate(key)
+
+
+async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would be away until the process is restarted."""
+    monkeypatch.setattr("tenancy_orm.control.directory._PROBE_SECONDS", 0.01)
+    connect, failures = plane.directory._control.connect, 3
+
+    def fail() -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise RuntimeError("unforeseen")
+        return connect()
+
+    monkeypatch.setattr(plane.directory._control, "connect", fail)
+    plane.directory._begin_probing()
+    assert not plane.directory.statistics.control_available
+    await until(lambda: plane.directory.statistics.control_available)
+    assert failures < 0
+
+
+# --- open and close -------------------------------------------------------------------------------------------------
+
+
+def background() -> set[str]:
+    """The directory's tasks that are not done."""
+    names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
+    return {name for name in names if name.startswith(("Directory.", "Listener.", "KeyJournal.", "Batch."))}
+
+
+async def test_closing_with_a_look_up_under_way_leaves_nothing(plane: ControlPlane) -> None:
+    """Who waits for it gets an error; it is no news of the control database, which nobody asks any more."""
+    _, key = await plane.tenant("acme")
+    async with plane.control.transaction() as connection:
+        await connection.execute(text("LOCK TABLE tenancy.api_keys IN ACCESS EXCLUSIVE MODE"))
+        waiting = asyncio.create_task(plane.directory.authenticate(key))
+        query = text(
+            "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database "
+            "WHERE NOT l.granted AND d.datname = current_database()"
+        )
+        await until(lambda: connection.scalar(query))
+        await plane.directory.close()
+        with pytest.raises(ControlUnavailableError):
+            await waiting
+    assert plane.of(DirectoryUnavailable) == []
+    assert background() == set()
+    with pytest.raises(ControlUnavailableError, match="closed"):
+        await plane.directory.authenticate(key)
+
+
+async def test_an_opening_that_is_given_up_leaves_nothing(tenancy_config: TenancyConfig) -> None:
+    """A supervisor's deadline, while the listener waits for an answer."""
+    from tenancy_orm import Tenancy
+
+    async with proxied(tenancy_config.control_url) as proxy:
+        proxy.swallow()
+        tenancy = Tenancy(tenancy_config.replace(listen_url=proxy.url(tenancy_config.control_url)))
+        opening = asyncio.create_task(tenancy.open(initialise=True))
+        await until(lambda: proxy.connections)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        assert not tenancy.is_open
+        assert background() == set()
 
 
 async def test_a_restart_of_the_control_database_fails_no_look_up(control_url: str, proxy: Proxy) -> None:

@@ -21,6 +21,7 @@ from tenancy_orm.errors import InvalidApiKeyError
 from tenancy_orm.events import Event, EventBus, ListenerLost, ListenerRestored
 from tests.support.control import ControlPlane, control_plane
 from tests.support.proxy import Proxy, proxied
+from tests.support.registry import synchronise
 from tests.support.shell import ROOT, environment
 from tests.support.waiting import until
 
@@ -133,13 +134,24 @@ async def test_changes_in_the_registry_invalidate_what_is_remembered(plane: Cont
         "UPDATE tenancy.tenants SET tier = 'pro'",
         "UPDATE tenancy.tenants SET quotas = '{\"users\": 1}'",
         "UPDATE tenancy.tenants SET sealed_password = 'another'",
+        "UPDATE tenancy.tenants SET server = 'second'",
+        "UPDATE tenancy.tenants SET database_name = database_name || '_moved'",
+        "UPDATE tenancy.tenants SET role_name = role_name || '_moved'",
+        "UPDATE tenancy.tenants SET timezone = 'Europe/Rome'",
+        "UPDATE tenancy.tenants SET trial_ends_at = now() + interval '1 day'",
+        "UPDATE tenancy.tenants SET reason = 'because'",
         "UPDATE tenancy.tenants SET status = 'suspended'",
         "UPDATE tenancy.tenants SET slug = 'acme-2'",
         "UPDATE tenancy.api_keys SET scopes = '{a}'",
         "UPDATE tenancy.api_keys SET networks = '{192.0.2.0/24}'",
+        "UPDATE tenancy.api_keys SET expires_at = now() + interval '1 day'",
+        "UPDATE tenancy.api_keys SET digest = digest",
+        "UPDATE tenancy.api_keys SET digest_version = digest_version",
         "DELETE FROM tenancy.api_keys",
     ]
     source = "192.0.2.1"
+    servers = dict.fromkeys(("default", "second"), ("127.0.0.1", 5432))
+    await synchronise(plane.control, plane.config.tiers, servers)
     for change in changes:
         await plane.directory.authenticate(key, source=source)
         async with plane.control.transaction() as connection:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Coroutine
 from datetime import UTC, date, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 from zoneinfo import ZoneInfo
@@ -14,7 +17,9 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.config import Limit, Tier
+from tenancy_orm.context import Tenant
 from tenancy_orm.control.audit import Actor
+from tenancy_orm.control.listener import Change
 from tenancy_orm.control.quotas import Usage
 from tenancy_orm.errors import (
     ConfigurationError,
@@ -25,6 +30,8 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import QuotaRefused, QuotaThresholdReached, TenantUpdated
 from tests.support.quotas import QuotaPlane, quota_plane
+from tests.support.registry import synchronise
+from tests.support.waiting import until
 
 TIERS = {
     "free": Tier(
@@ -144,9 +151,93 @@ async def test_who_and_what_must_exist(plane: QuotaPlane) -> None:
             await call
     with pytest.raises(ConfigurationError):
         await plane.quotas.set(tenant, {"users": -1})
-    for amount in (0, -1, 10**16):
-        with pytest.raises(ValueError, match="amount"):
-            await plane.quotas.consume(tenant, "users", amount)
+
+
+async def test_what_cannot_be_counted_is_refused_before_the_database_is_asked(plane: QuotaPlane) -> None:
+    """By a ValueError: whole numbers alone, keys that fit, times that mean one instant."""
+    tenant = await plane.tenant()
+    share = plane.quotas.leased(tenant, "views")
+    await share.consume()
+    bad: tuple[Any, ...] = (0, -1, 10**16, 1.5, 0.5, 1.0, True, "1", float("nan"), float("inf"))
+    for amount in bad:
+        calls: list[Coroutine[Any, Any, object]] = [
+            plane.quotas.consume(tenant, "users", amount),
+            plane.quotas.release(tenant, "users", amount),
+            plane.quotas.check(tenant, "users", amount),
+            share.consume(amount),
+            plane.quotas.hold(tenant, "jobs", amount).__aenter__(),
+        ]
+        if amount != 0:
+            calls += [
+                plane.quotas.measure(tenant, "users", amount),
+                plane.quotas.measure_many("users", {tenant.id: amount}),
+            ]
+        for call in calls:
+            with pytest.raises(ValueError, match="whole number"):
+                await call
+        assert not share.try_consume(amount)
+    assert share.held == 99
+    for key in ("", "x" * 201, "a\0b"):
+        with pytest.raises(ValueError, match="key"):
+            await plane.quotas.consume(tenant, "users", key=key)
+    naive = datetime(2026, 1, 1)  # noqa: DTZ001 - what is refused
+    calls = [
+        plane.quotas.consume(tenant, "users", at=naive),
+        plane.quotas.release(tenant, "users", at=naive),
+        plane.quotas.usage(tenant, at=naive),
+        plane.quotas.utilisation(at=naive),
+        plane.quotas.at_risk(at=naive),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="aware"):
+            await call
+    assert (await plane.quotas.consume(tenant, "users", key="x" * 200)).used == 1
+
+
+async def test_a_slug_cannot_be_leased(plane: QuotaPlane) -> None:
+    """Nobody asks the database whose it is; the error says what to give instead."""
+    slug: Any = (await plane.tenant()).slug
+    with pytest.raises(TypeError, match="Tenant or its id"):
+        plane.quotas.leased(slug, "api_calls")
+
+
+async def test_a_purged_tenant_uses_nothing(plane: QuotaPlane) -> None:
+    """It is not found, as if it had never been."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "users")
+    await plane.sql("UPDATE tenancy.tenants SET status = 'deleted'")
+    await plane.sql("UPDATE tenancy.tenants SET status = 'purged'")
+    calls: list[Coroutine[Any, Any, object]] = [
+        plane.quotas.consume(tenant.id, "users"),
+        plane.quotas.release(tenant.id, "users"),
+        plane.quotas.measure(tenant.id, "users", 1),
+        plane.quotas.usage(tenant.id),
+        plane.quotas.leased(tenant.id, "api_calls").consume(),
+        plane.quotas.hold(tenant.id, "jobs").__aenter__(),
+    ]
+    for call in calls:
+        with pytest.raises(TenantNotFoundError):
+            await call
+
+
+async def test_limits_of_a_tier_that_change_are_announced_to_every_process(plane: QuotaPlane) -> None:
+    """By a change of anything, since it may concern any tenant; writing the same limits again is none."""
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    addresses = {"default": ("127.0.0.1", 5432)}
+    async with plane.control.engine.connect() as conn:
+        driver = (await conn.get_raw_connection()).driver_connection
+        assert driver is not None
+        await driver.add_listener("tenancy", lambda *arguments: heard.put_nowait(arguments[3]))
+        await synchronise(plane.control, TIERS, addresses)
+        await synchronise(plane.control, {**TIERS, "pro": Tier("pro", {"users": Limit(40)})}, addresses)
+        async with asyncio.timeout(5):
+            change = Change.parse(await heard.get())
+        await synchronise(plane.control, {**TIERS, "pro": Tier("pro", {"users": Limit(40)})}, addresses)
+        # notifications arrive in the order of the commits
+        await plane.sql("NOTIFY tenancy, 'last'")
+        async with asyncio.timeout(5):
+            assert await heard.get() == "last"
+    assert (change.tenant_id, change.key_id, change.kind) == (None, None, "tier")
 
 
 # --- counting -------------------------------------------------------------------------------------------------------
@@ -201,6 +292,31 @@ async def test_a_key_makes_a_repeated_call_count_once(plane: QuotaPlane) -> None
     assert (await plane.quotas.consume(other, "api_calls", key="order-1")).used == 1
 
 
+async def test_a_key_of_another_use_is_refused(plane: QuotaPlane) -> None:
+    """Another amount or resource under the same key is a mistake of the caller's, and nothing is counted."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "api_calls", 2, key="order-1")
+    for resource, amount in (("api_calls", 3), ("users", 2)):
+        with pytest.raises(QuotaError, match="another amount or resource"):
+            await plane.quotas.consume(tenant, resource, amount, key="order-1")
+    assert (await usage_of(plane, tenant, "api_calls")).used == 2
+    assert (await usage_of(plane, tenant, "users")).used == 0
+
+
+async def test_a_first_use_past_the_limit_is_refused(plane: QuotaPlane) -> None:
+    """Also where the unlocked look could not tell, since a lease may be returned."""
+    tenant = await plane.tenant()
+    await plane.sql(
+        "INSERT INTO tenancy.quota_leases (id, tenant_id, resource, period, period_start, unspent, expires_at) "
+        "SELECT gen_random_uuid(), :id, 'api_calls', 'day', p.starts_at, 1, now() + interval '1 second' "
+        "FROM tenancy.quota_period('day', 'UTC', now()) AS p",
+        id=tenant.id,
+    )
+    with pytest.raises(QuotaExceededError):
+        await plane.quotas.consume(tenant, "api_calls", 11)
+    assert (await usage_of(plane, tenant, "api_calls")).used == 0
+
+
 async def test_no_limit_is_counted_all_the_same(plane: QuotaPlane) -> None:
     """For billing."""
     tenant = await plane.tenant()
@@ -219,6 +335,23 @@ async def test_hammering_on_a_limit_writes_nothing(plane: QuotaPlane) -> None:
             await plane.quotas.consume(tenant, "api_calls", key="x")
     after = (await plane.sql("SELECT pg_current_wal_insert_lsn(), xmin, ctid FROM tenancy.usage"))[0]
     assert after[1:] == before[1:]
+
+
+async def test_hammering_on_a_limit_writes_nothing_after_a_crash(plane: QuotaPlane) -> None:
+    """A dead process's lease, which nobody will return, is not asked for once it has expired."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "api_calls", 10)
+    await plane.sql(
+        "INSERT INTO tenancy.quota_leases (id, tenant_id, resource, period, period_start, unspent, expires_at) "
+        "SELECT gen_random_uuid(), tenant_id, resource, period, period_start, 1, now() FROM tenancy.usage"
+    )
+    before = (await plane.sql("SELECT xmin, ctid FROM tenancy.usage"))[0]
+    for _ in range(3):
+        with pytest.raises(QuotaExceededError):
+            await plane.quotas.consume(tenant, "api_calls")
+        with pytest.raises(QuotaExceededError):
+            await plane.quotas.leased(tenant, "api_calls").consume()
+    assert (await plane.sql("SELECT xmin, ctid FROM tenancy.usage"))[0] == before
 
 
 async def test_a_limit_of_zero_admits_nothing(plane: QuotaPlane) -> None:
@@ -262,6 +395,32 @@ async def test_soft_limits_are_announced_once_per_period_and_fraction(plane: Quo
     next_month = datetime.now(UTC) + timedelta(days=40)
     await plane.quotas.consume(tenant, "emails", 190, at=next_month)
     assert [event.fraction for event in plane.of(QuotaThresholdReached)][3:] == [0.5, 0.9]
+
+
+async def test_a_lifetimes_soft_limits_are_announced_again_when_use_comes_back(plane: QuotaPlane) -> None:
+    """Once it was left by a tenth: a lifetime is too long for a single warning."""
+    tenant = await plane.tenant(quotas={"seats": 100})
+    for change in (85, -12, 12, -14, 14, 5):
+        if change > 0:
+            await plane.quotas.consume(tenant, "seats", change)
+        else:
+            await plane.quotas.release(tenant, "seats", -change)
+    found = [(event.fraction, event.used) for event in plane.of(QuotaThresholdReached)]
+    assert found == [(0.8, 85), (0.8, 85)]
+
+
+async def test_soft_limits_on_concurrency_are_announced_once_a_day(plane: QuotaPlane) -> None:
+    """However often holds come and go."""
+    tenant = await plane.tenant()
+    for _ in range(3):
+        async with plane.quotas.hold(tenant, "jobs", 2):
+            pass
+    assert [event.fraction for event in plane.of(QuotaThresholdReached)] == [0.8, 1.0]
+    await plane.sql("UPDATE tenancy.usage SET soft_at = soft_at - interval '25 hours'")
+    for _ in range(3):
+        async with plane.quotas.hold(tenant, "jobs", 2):
+            pass
+    assert [event.fraction for event in plane.of(QuotaThresholdReached)] == [0.8, 1.0, 0.8, 1.0]
 
 
 async def test_one_call_can_reach_several_soft_limits(plane: QuotaPlane) -> None:
@@ -353,6 +512,62 @@ async def test_moving_its_time_zone_gives_a_tenant_no_second_quota(plane: QuotaP
         assert (found.used, found.resets_at) == (10, usage.resets_at)
 
 
+async def exhaust(plane: QuotaPlane, tenant: Tenant, resource: str, at: datetime) -> int:
+    """Use all that is to be had at a time; returns how much it was."""
+    used = 0
+    with contextlib.suppress(QuotaExceededError):
+        while True:
+            await plane.quotas.consume(tenant, resource, at=at)
+            used += 1
+    return used
+
+
+@pytest.mark.parametrize("step", [1, -1], ids=["westwards", "eastwards"])
+async def test_moving_its_time_zone_on_and_on_gives_a_tenant_no_more_quota(plane: QuotaPlane, step: int) -> None:
+    """A day lasts at least a day, whichever way the midnights run; days neither overlap nor leave time out."""
+    tenant = await plane.tenant(quotas={"api_calls": 1})
+    began = datetime(2026, 6, 1, tzinfo=UTC)
+    zones = [f"Etc/GMT{hours:+d}" for hours in (*range(13), *range(-14, 0))]
+    used = 0
+    for hour in range(24 * 5):
+        zone = zones[(step * hour) % len(zones)]
+        await plane.sql("UPDATE tenancy.tenants SET timezone = :zone", zone=zone)
+        used += await exhaust(plane, tenant, "api_calls", began + timedelta(hours=hour))
+    assert used <= 5
+    rows = await plane.sql("SELECT period_start, period_end FROM tenancy.usage ORDER BY 1")
+    assert all(before.period_end == after.period_start for before, after in itertools.pairwise(rows))
+    assert all(row.period_end - row.period_start >= timedelta(days=1) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("zone", "ends"),
+    [
+        ("Etc/GMT+10", datetime(2026, 8, 1, 10, tzinfo=UTC)),
+        ("Etc/GMT-10", datetime(2026, 7, 31, 14, tzinfo=UTC)),
+    ],
+    ids=["westwards", "eastwards"],
+)
+async def test_a_month_after_a_change_of_the_time_zone_is_whole(plane: QuotaPlane, zone: str, ends: datetime) -> None:
+    """It begins where the last one ended, and is neither some hours long nor two months."""
+    tenant = await plane.tenant()
+    usage = await plane.quotas.consume(tenant, "emails", at=datetime(2026, 6, 20, tzinfo=UTC))
+    assert usage.resets_at == datetime(2026, 7, 1, tzinfo=UTC)
+    await plane.sql("UPDATE tenancy.tenants SET timezone = :zone", zone=zone)
+    usage = await plane.quotas.consume(tenant, "emails", at=datetime(2026, 7, 1, 1, tzinfo=UTC))
+    assert usage.resets_at == ends
+    rows = await plane.sql("SELECT period_start FROM tenancy.usage ORDER BY 1 DESC LIMIT 1")
+    assert rows[0][0] == datetime(2026, 7, 1, tzinfo=UTC)
+
+
+async def test_a_late_use_counts_in_no_period_that_has_begun_since(plane: QuotaPlane) -> None:
+    """Where the time zone was changed in between, the earlier period ends where the later one begins."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "api_calls", at=datetime(2026, 6, 2, 12, tzinfo=UTC))
+    await plane.sql("UPDATE tenancy.tenants SET timezone = 'Etc/GMT+6'")
+    usage = await plane.quotas.consume(tenant, "api_calls", at=datetime(2026, 6, 1, 12, tzinfo=UTC))
+    assert (usage.used, usage.resets_at) == (1, datetime(2026, 6, 2, tzinfo=UTC))
+
+
 async def test_a_lifetime_never_resets(plane: QuotaPlane) -> None:
     """Whatever the time."""
     tenant = await plane.tenant()
@@ -399,6 +614,84 @@ async def test_a_cancelled_body_lets_go(plane: QuotaPlane) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (await usage_of(plane, tenant, "jobs")).used == 0
+
+
+async def test_a_body_that_is_cancelled_twice_lets_go(plane: QuotaPlane) -> None:
+    """Also when the second time is while it is letting go."""
+    tenant = await plane.tenant()
+    entered = asyncio.Event()
+
+    async def body() -> None:
+        async with plane.quotas.hold(tenant, "jobs"):
+            entered.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(body())
+    await entered.wait()
+    async with plane.holding("SELECT 1 FROM tenancy.quota_holds FOR UPDATE"):
+        task.cancel()
+        await plane.waiting(task)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def free() -> bool:
+        return bool(await plane.sql("SELECT 1 FROM tenancy.quota_holds HAVING count(*) = 0"))
+
+    await until(free)
+
+
+async def test_a_hold_is_renewed_while_its_body_runs(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that is."""
+    monkeypatch.setattr("tenancy_orm.control.holds._RENEW_SECONDS", 0.02)
+    tenant = await plane.tenant()
+    async with plane.quotas.hold(tenant, "jobs") as hold:
+        await plane.sql("UPDATE tenancy.quota_holds SET expires_at = now()")
+
+        async def renewed() -> bool:
+            return (await usage_of(plane, tenant, "jobs")).used == 1
+
+        await until(renewed)
+        assert not hold.lost
+
+
+async def test_a_hold_is_certain_for_half_a_minute_from_its_last_renewal(
+    plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the process's own clock, from before the database was asked: it is lost there no earlier than here."""
+    now = 1_000.0
+    monkeypatch.setattr("tenancy_orm.control.holds.time", SimpleNamespace(monotonic=lambda: now))
+    lost = []
+    async with plane.quotas.hold(await plane.tenant(), "jobs") as hold:
+        now += 20
+        await plane.quotas._holds._renew()
+        for seconds in (29, 1):
+            now += seconds
+            lost.append(hold.lost)
+        # nobody came
+        await plane.quotas._holds._renew()
+        lost.append(hold.lost)
+    assert lost == [False, True, False]
+
+
+async def test_a_renewal_while_a_hold_is_taken_does_not_take_it_for_lost(
+    plane: QuotaPlane, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not there yet, and was never lost."""
+    tenant = await plane.tenant()
+    async with plane.quotas.hold(tenant, "jobs"):
+        pass  # the row that the next hold has to lock
+
+    async def body() -> bool:
+        async with plane.quotas.hold(tenant, "jobs") as hold:
+            return hold.lost
+
+    async with plane.holding("SELECT 1 FROM tenancy.usage FOR UPDATE"):
+        task = asyncio.create_task(body())
+        await plane.waiting(task)
+        await plane.quotas._holds._renew()
+    assert await task is False
+    assert caplog.records == []
 
 
 async def test_never_more_than_the_limit_is_held_at_once(plane: QuotaPlane) -> None:
@@ -449,6 +742,52 @@ async def test_a_leased_quota_asks_the_database_once_per_block(plane: QuotaPlane
     assert (share.held, (await usage_of(plane, tenant, "api_calls")).used) == (0, 107)
     assert await plane.sql("SELECT * FROM tenancy.quota_leases") == []
     assert plane.quotas.leased(tenant.id, "api_calls") is share
+
+
+async def test_blocks_shrink_towards_the_limit(plane: QuotaPlane) -> None:
+    """To an eighth of what is left, so that no process holds what another needs; a spent one leaves nothing behind."""
+    tenant = await plane.tenant(quotas={"api_calls": 16})
+    share = plane.quotas.leased(tenant, "api_calls", block=1_000)
+    await share.consume()
+    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_leases")) == (1, [(1,)])
+    await share.consume()
+    # one at a time from here on: nothing is in hand, and nobody waits for it to be returned
+    await share.consume()
+    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_leases")) == (0, [])
+    assert (await usage_of(plane, tenant, "api_calls")).used == 3
+
+
+async def test_no_more_is_returned_than_was_leased_and_no_more_than_once(plane: QuotaPlane) -> None:
+    """Whatever a process says it has left: use of others is none of it."""
+    tenant = await plane.tenant(quotas={"api_calls": 1_000})
+    await plane.quotas.consume(tenant, "api_calls", 100)
+    share = plane.quotas.leased(tenant, "api_calls", block=10)
+    await share.consume()
+    statement = "SELECT tenancy.quota_return(:id, 1000)"
+    assert await plane.sql(statement, id=share.id) == [(True,)]
+    assert await plane.sql(statement, id=share.id) == [(False,)]
+    assert (await usage_of(plane, tenant, "api_calls")).used == 101
+
+
+async def test_nothing_is_returned_into_a_period_that_was_billed(plane: QuotaPlane) -> None:
+    """Its record has been made, with the block in it."""
+    tenant = await plane.tenant(quotas={"api_calls": 1_000})
+    share = plane.quotas.leased(tenant, "api_calls", block=10)
+    await share.consume()
+    await plane.sql("UPDATE tenancy.usage SET closed_at = now()")
+    await share.release()
+    assert await plane.sql("SELECT used FROM tenancy.usage") == [(10,)]
+    assert await plane.sql("SELECT * FROM tenancy.quota_leases") == []
+
+
+async def test_a_counted_use_is_not_refused_while_a_process_sits_on_a_block(plane: QuotaPlane) -> None:
+    """It waits for the block, which is called back."""
+    tenant = await plane.tenant(quotas={"api_calls": 100})
+    async with quota_plane(plane.config.control_url, initialise=False, tiers=TIERS) as other:
+        sitting = other.quotas.leased(tenant, "api_calls", block=12)
+        await sitting.consume()
+        assert (await plane.quotas.consume(tenant, "api_calls", 99)).used == 100
+        assert sitting.held == 0
 
 
 async def test_leases_use_up_the_limit_exactly(plane: QuotaPlane) -> None:
@@ -542,6 +881,22 @@ async def test_a_lowered_limit_reaches_a_lease_when_the_tenant_is_invalidated(pl
     assert (await usage_of(plane, tenant, "api_calls")).used == 7
 
 
+async def test_a_lease_is_renewed_while_it_is_in_hand(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would take it for a dead process's, and be refused without waiting for it."""
+    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 1_000.0)
+    tenant = await plane.tenant(quotas={"api_calls": 10_000})
+    share = plane.quotas.leased(tenant, "api_calls")
+    await share.consume()
+    plane.quotas._keeper._renewed = 0.0
+    await plane.sql("UPDATE tenancy.quota_leases SET expires_at = now()")
+
+    async def renewed() -> bool:
+        return bool((await plane.sql("SELECT expires_at > now() FROM tenancy.quota_leases"))[0][0])
+
+    await until(renewed)
+
+
 async def test_a_lease_does_not_outlive_its_period(plane: QuotaPlane) -> None:
     """Yesterday's block does not count today; it is returned to yesterday."""
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
@@ -581,7 +936,7 @@ async def test_an_unlimited_resource_can_be_leased(plane: QuotaPlane) -> None:
     await share.consume()
     assert share.held == 999
     for bad in (0, -1):
-        with pytest.raises(ValueError, match="at least 1"):
+        with pytest.raises(ValueError, match="whole number"):
             await share.consume(bad)
     with pytest.raises(ValueError, match="block"):
         plane.quotas.leased(tenant, "views", block=0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import pytest
 
-from tenancy_orm.config import Limit, Tier
-from tenancy_orm.context import Tenant
-from tenancy_orm.control.usage import UsageExporter
+from tenancy_orm import Tenancy
+from tenancy_orm.config import Limit, TenancyConfig, Tier
+from tenancy_orm.context import Status, Tenant
+from tenancy_orm.control.usage import ExportReport, UsageExporter
 from tenancy_orm.errors import QuotaError, UsageExportError
 from tenancy_orm.events import UsageExported, UsageExportFailed
 from tenancy_orm.integrations.stripe_billing import StripeMeterSender
@@ -130,6 +132,177 @@ async def test_what_a_sender_trips_over_stops_no_other_record(
     assert "KeyError" in caplog.text
 
 
+async def test_records_of_one_tenant_and_resource_go_one_by_one(plane: QuotaPlane) -> None:
+    """In the order of their periods, beside those of others: a receiver would refuse or delay the second."""
+    now = datetime.now(UTC)
+    for slug in ("acme", "globex"):
+        tenant = await plane.tenant(slug)
+        for days in range(1, 4):
+            await plane.quotas.consume(tenant, "calls", days, at=now - timedelta(days=days))
+    sending: set[tuple[UUID, str]] = set()
+    both = asyncio.Event()
+
+    class Single(Collector):
+        async def send(self, record: UsageRecord) -> bool:
+            about = (record.tenant_id, record.resource)
+            assert about not in sending
+            sending.add(about)
+            if len(sending) == 2:
+                both.set()
+            async with asyncio.timeout(30):
+                await both.wait()
+            sending.remove(about)
+            return await super().send(record)
+
+    collector = Single()
+    assert (await UsageExporter(plane.control, collector, plane.events).run()).sent == 6
+    assert [record.quantity for record in collector.received if record.slug == "acme"] == [3, 2, 1]
+
+
+async def test_closing_passes_over_what_is_being_counted(plane: QuotaPlane) -> None:
+    """One that holds a period's row for long keeps no other period from being billed."""
+    acme, globex = await plane.tenant("acme"), await plane.tenant("globex")
+    await used(plane, acme)
+    await used(plane, globex)
+    exporter = UsageExporter(plane.control, Collector(), plane.events)
+    async with plane.holding("SELECT 1 FROM tenancy.usage WHERE tenant_id = :id FOR UPDATE", id=acme.id):
+        async with asyncio.timeout(10):
+            assert await exporter.close_periods() == 1
+    assert await exporter.close_periods() == 1
+
+
+async def test_a_record_that_another_exporter_took_over_is_left_to_it(plane: QuotaPlane) -> None:
+    """An exporter that was held up for so long that its claims ran out sends nothing twice."""
+    tenant = await plane.tenant()
+    now = datetime.now(UTC)
+    for days in range(1, 4):
+        await plane.quotas.consume(tenant, "calls", days, at=now - timedelta(days=days))
+    taken_over, first_ended = asyncio.Event(), asyncio.Event()
+
+    class Later(Collector):
+        async def send(self, record: UsageRecord) -> bool:
+            taken_over.set()
+            await first_ended.wait()
+            return await super().send(record)
+
+    later = Later()
+    # the first one's claims have run out by this one's clock
+    run = UsageExporter(plane.control, later, plane.events).run(at=now + timedelta(hours=1))
+    tasks: list[asyncio.Task[ExportReport]] = []
+
+    class HeldUp(Collector):
+        async def send(self, record: UsageRecord) -> bool:
+            tasks.append(asyncio.create_task(run))
+            async with asyncio.timeout(30):
+                await taken_over.wait()
+            return await super().send(record)
+
+    first = HeldUp()
+    report = await UsageExporter(plane.control, first, plane.events).run(at=now)
+    first_ended.set()
+    assert ([record.quantity for record in first.received], report.sent) == ([3], 1)
+    assert [(await task).sent for task in tasks] == [3]
+    assert [record.quantity for record in later.received] == [3, 2, 1]
+
+
+async def test_claims_are_prolonged_while_records_wait_for_their_turn(plane: QuotaPlane) -> None:
+    """As long as an exporter is at work no other one takes what it has claimed."""
+    tenant = await plane.tenant()
+    now = datetime.now(UTC)
+    for days in range(1, 4):
+        await plane.quotas.consume(tenant, "calls", days, at=now - timedelta(days=days))
+    another = UsageExporter(plane.control, Collector(), plane.events)
+
+    class Slow(Collector):
+        async def send(self, record: UsageRecord) -> bool:
+            # a claim as old as the sending before it has made it
+            await plane.sql("UPDATE tenancy.usage_records SET due_at = due_at - interval '100 seconds'")
+            assert (await another.run()).sent == 0
+            return await super().send(record)
+
+    assert (await UsageExporter(plane.control, Slow(), plane.events).run()).sent == 3
+
+
+async def test_a_late_failure_does_not_touch_what_was_sent(plane: QuotaPlane) -> None:
+    """By another exporter, which had taken it over: it is not listed as given up, nor announced."""
+    await used(plane, await plane.tenant())
+    another = UsageExporter(plane.control, Collector(), plane.events)
+
+    class Late(Collector):
+        async def send(self, record: UsageRecord) -> bool:
+            assert (await another.run(at=datetime.now(UTC) + timedelta(hours=1))).sent == 1
+            raise UsageExportError("refused as a duplicate", permanent=True)
+
+    report = await UsageExporter(plane.control, Late(), plane.events).run()
+    assert (report.sent, report.failed) == (0, 0)
+    assert await another.failures() == [] and plane.of(UsageExportFailed) == []
+
+
+async def test_nothing_is_sent_behind_the_back_of_a_caller_that_gave_up(plane: QuotaPlane) -> None:
+    """A cancelled run has ended all its sending when it returns."""
+    for slug in ("acme", "globex"):
+        await used(plane, await plane.tenant(slug))
+    ended: list[str] = []
+    both = asyncio.Event()
+    waiting: set[str] = set()
+
+    class Slow(Collector):
+        async def send(self, record: UsageRecord) -> bool:
+            waiting.add(record.slug)
+            if len(waiting) == 2:
+                both.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                # what ends it takes a moment of its own
+                await asyncio.sleep(0)
+                ended.append(record.slug)
+            return True
+
+    task = asyncio.create_task(UsageExporter(plane.control, Slow(), plane.events).run())
+    await both.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sorted(ended) == ["acme", "globex"]
+
+
+async def test_all_sending_has_ended_when_an_error_is_raised(plane: QuotaPlane) -> None:
+    """What one group of records runs into ends no other one halfway, and leaves none at work."""
+    for slug in ("acme", "globex"):
+        await used(plane, await plane.tenant(slug))
+    failed = asyncio.Event()
+
+    class Slow(Collector):
+        async def send(self, record: UsageRecord) -> bool:
+            if record.slug == "acme":
+                failed.set()
+                raise asyncio.CancelledError
+            await failed.wait()
+            await asyncio.sleep(0)
+            return await super().send(record)
+
+    collector = Slow()
+    with pytest.raises(asyncio.CancelledError):
+        await UsageExporter(plane.control, collector, plane.events).run()
+    assert [record.slug for record in collector.received] == ["globex"]
+    assert await plane.sql("SELECT count(*) FROM tenancy.usage_records WHERE sent_at IS NOT NULL") == [(1,)]
+
+
+async def test_the_longest_pause_is_six_hours(plane: QuotaPlane) -> None:
+    """After however many attempts."""
+    await used(plane, await plane.tenant())
+    collector = Collector()
+    exporter = UsageExporter(plane.control, collector, plane.events)
+    await exporter.close_periods()
+    now = datetime.now(UTC)
+    for attempts in (20, 5_000):
+        await plane.sql("UPDATE tenancy.usage_records SET attempts = :n, due_at = :now", n=attempts, now=now)
+        collector.failures = [UsageExportError("no answer")]
+        assert (await exporter.run(at=now)).retried == 1
+        assert await plane.sql("SELECT due_at FROM tenancy.usage_records") == [(now + timedelta(hours=6),)]
+
+
 async def test_a_failure_is_tried_again_later_under_the_same_key(plane: QuotaPlane) -> None:
     """Further and further apart, up to six hours."""
     tenant = await plane.tenant()
@@ -161,6 +334,7 @@ async def test_a_permanent_failure_is_set_aside_until_somebody_looks(plane: Quot
     assert (record.quantity, reason) == (7, "no such customer")
     assert await exporter.retry([record.id]) == 1
     assert (await exporter.run()).sent == 1
+    assert [record.attempts for record in collector.received] == [1, 2]
     assert await exporter.failures() == []
 
 
@@ -208,6 +382,99 @@ async def test_what_is_not_billed_is_done_with(plane: QuotaPlane) -> None:
     assert await exporter.prune() == 1
 
 
+async def test_use_that_was_never_billed_is_not_cleaned_away(plane: QuotaPlane) -> None:
+    """Where there is billing; where there is none, nothing waits for it."""
+    tenant = await plane.tenant()
+    old = datetime.now(UTC) - timedelta(days=401)
+    await plane.quotas.consume(tenant, "jobs", at=old)
+    assert await plane.quotas.clean() == 1
+    await used(plane, tenant)
+    exporter = UsageExporter(plane.control, Collector(), plane.events)
+    assert (await exporter.run()).sent == 1
+    await plane.quotas.consume(tenant, "jobs", at=old)
+    assert await plane.quotas.clean() == 0
+    assert (await exporter.run()).sent == 1
+    assert await plane.quotas.clean() == 1
+
+
+async def test_nor_is_it_before_the_first_export(control_url: str) -> None:
+    """The configuration says that there is billing."""
+    async with quota_plane(control_url, tiers=TIERS, usage_sender=Collector()) as plane:
+        await plane.quotas.consume(await plane.tenant(), "jobs", at=datetime.now(UTC) - timedelta(days=401))
+        assert await plane.quotas.clean() == 0
+
+
+# --- purged tenants -------------------------------------------------------------------------------------------------
+
+
+async def purge(plane: QuotaPlane, tenant: Tenant) -> None:
+    """As if its database had been dropped."""
+    await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+    await plane.registry.begin_purge(tenant.id)
+    await plane.registry.finish_purge(tenant.id)
+
+
+async def test_a_purged_tenant_pays_for_what_it_used(plane: QuotaPlane) -> None:
+    """Up to its purge: the customer is known until all of it was sent, and forgotten then."""
+    collector = Collector()
+    exporter = UsageExporter(plane.control, collector, plane.events)
+    await used(plane, await plane.tenant("globex"), 1)
+    assert (await exporter.run()).sent == 1
+    tenant = await plane.tenant(metadata={"stripe_customer_id": "cus_1"})
+    await used(plane, tenant)
+    await exporter.close_periods()
+    usage = await plane.quotas.consume(tenant, "calls", 3)
+    await purge(plane, tenant)
+    assert (await exporter.run()).sent == 2
+    yesterdays, todays = collector.received[1:]
+    assert (yesterdays.quantity, todays.quantity) == (7, 3)
+    assert yesterdays.metadata == todays.metadata == {"stripe_customer_id": "cus_1"}
+    assert usage.resets_at is not None
+    # it ends with the tenant, so that it can be billed before the period's end
+    assert todays.period_start < todays.period_end <= datetime.now(UTC) < usage.resets_at
+    assert await plane.sql("SELECT 1 FROM tenancy.usage_records WHERE metadata IS NOT NULL") == []
+    assert (await plane.registry.get(tenant.id)).metadata == {}
+
+
+async def test_use_that_is_being_counted_at_the_purge_is_billed(plane: QuotaPlane) -> None:
+    """The purge waits for it."""
+    collector = Collector()
+    exporter = UsageExporter(plane.control, collector, plane.events)
+    await used(plane, await plane.tenant("globex"), 1)
+    assert (await exporter.run()).sent == 1
+    tenant = await plane.tenant(metadata={"stripe_customer_id": "cus_1"})
+    await plane.quotas.consume(tenant, "calls", 3)
+    async with plane.holding("SELECT tenancy.quota_consume(:id, 'calls', 2)", id=tenant.id):
+        purging = asyncio.create_task(purge(plane, tenant))
+        await plane.waiting(purging)
+    await purging
+    assert (await exporter.run()).sent == 1
+    assert collector.received[-1].quantity == 5
+
+
+async def test_where_nobody_bills_a_purge_keeps_no_metadata(plane: QuotaPlane) -> None:
+    """It may name people."""
+    tenant = await plane.tenant(metadata={"owner": "jane.doe@example.org"})
+    await plane.quotas.consume(tenant, "calls", 3)
+    await purge(plane, tenant)
+    assert await plane.sql("SELECT 1 FROM tenancy.usage_records") == []
+
+
+async def test_the_first_tenant_to_be_purged_pays_as_well(tenancy_config: TenancyConfig) -> None:
+    """Where the configuration has a sender, before anything was ever sent."""
+    collector = Collector()
+    tenancy = Tenancy(tenancy_config.replace(usage_sender=collector))
+    await tenancy.open(initialise=True)
+    async with tenancy:
+        await tenancy.tenants.create("acme", metadata={"stripe_customer_id": "cus_1"})
+        await tenancy.quotas.consume("acme", "api_calls", 3)
+        await tenancy.tenants.delete("acme")
+        await tenancy.tenants.purge("acme")
+        assert (await tenancy.usage_exporter.run()).sent == 1
+    [record] = collector.received
+    assert (record.slug, record.quantity, record.metadata) == ("acme", 3, {"stripe_customer_id": "cus_1"})
+
+
 # --- Stripe ---------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +489,7 @@ async def stripe(plane: QuotaPlane) -> AsyncIterator[tuple[FakeStripe, StripeMet
 
 
 async def test_stripe_receives_a_meter_event(plane: QuotaPlane, stripe: tuple[FakeStripe, StripeMeterSender]) -> None:
-    """Customer, value, the last second of the period, and the key twice: as identifier and as header."""
+    """Customer, value, the last second of the period, and the key: as identifier, and in the header of this attempt."""
     fake, sender = stripe
     await used(plane, await plane.tenant(metadata={"stripe_customer_id": "cus_1"}))
     assert (await UsageExporter(plane.control, sender, plane.events).run()).sent == 1
@@ -231,7 +498,7 @@ async def test_stripe_receives_a_meter_event(plane: QuotaPlane, stripe: tuple[Fa
     assert event["event_name"] == "acme_calls"
     assert (event["payload[stripe_customer_id]"], event["payload[value]"]) == ("cus_1", "7")
     assert int(event["timestamp"]) == int(end.timestamp()) - 1
-    assert fake.requests[0]["idempotency-key"] == event["identifier"]
+    assert fake.requests[0]["idempotency-key"] == f"{event['identifier']}-1"
 
 
 async def test_stripe_counts_a_record_once_however_often_it_is_sent(
@@ -247,15 +514,32 @@ async def test_stripe_counts_a_record_once_however_often_it_is_sent(
     assert len(fake.requests) == 2 and len(fake.events) == 1
 
 
-async def test_a_resource_without_a_meter_and_a_tenant_without_a_customer_are_not_billed(
+async def test_a_resource_without_a_meter_and_a_tenant_that_is_not_billed_are_left_out(
     plane: QuotaPlane, stripe: tuple[FakeStripe, StripeMeterSender]
 ) -> None:
     """Stripe hears nothing of them."""
     fake, sender = stripe
-    await used(plane, await plane.tenant("acme"))
+    await used(plane, await plane.tenant("acme", metadata={"stripe_customer_id": None}))
     await used(plane, await plane.tenant("globex", metadata={"stripe_customer_id": "cus_2"}), 1, "jobs")
     assert (await UsageExporter(plane.control, sender, plane.events).run()).skipped == 2
     assert fake.requests == []
+
+
+async def test_a_customer_that_was_forgotten_is_billed_once_it_is_known(
+    plane: QuotaPlane, stripe: tuple[FakeStripe, StripeMeterSender]
+) -> None:
+    """The record is set aside, not taken for one that is not to be billed."""
+    fake, sender = stripe
+    tenant = await plane.tenant()
+    await used(plane, tenant)
+    exporter = UsageExporter(plane.control, sender, plane.events)
+    assert (await exporter.run()).failed == 1
+    [(record, reason)] = await exporter.failures()
+    assert "stripe_customer_id" in reason
+    await plane.registry.change(tenant.id, action="tenant.update", metadata={"stripe_customer_id": "cus_1"})
+    assert await exporter.retry([record.id]) == 1
+    assert (await exporter.run()).sent == 1
+    assert [event["payload[stripe_customer_id]"] for event in fake.events.values()] == ["cus_1"]
 
 
 @pytest.mark.parametrize("status", [500, 429, 401])
@@ -271,6 +555,78 @@ async def test_stripes_bad_moments_are_waited_out(
     assert (await exporter.run(at=now)).retried == 1
     assert KEY not in plane.of(UsageExportFailed)[0].error and KEY not in repr(sender)
     assert (await exporter.run(at=now + timedelta(minutes=1))).sent == 1
+
+
+async def test_an_event_whose_acceptance_was_not_told_is_counted_once(
+    plane: QuotaPlane, stripe: tuple[FakeStripe, StripeMeterSender]
+) -> None:
+    """Stripe said that it had failed, and had not."""
+    fake, sender = stripe
+    fake.lost = True
+    await used(plane, await plane.tenant(metadata={"stripe_customer_id": "cus_1"}))
+    exporter = UsageExporter(plane.control, sender, plane.events)
+    now = datetime.now(UTC)
+    assert (await exporter.run(at=now)).retried == 1
+    assert (await exporter.run(at=now + timedelta(minutes=1))).sent == 1
+    assert len(fake.events) == 1
+
+
+async def test_a_record_is_sent_after_what_was_wrong_with_it_is_mended(
+    plane: QuotaPlane, stripe: tuple[FakeStripe, StripeMeterSender]
+) -> None:
+    """Though Stripe would repeat its first answer for a day."""
+    fake, sender = stripe
+    tenant = await plane.tenant(metadata={"stripe_customer_id": "nonsense"})
+    await used(plane, tenant)
+    exporter = UsageExporter(plane.control, sender, plane.events)
+    assert (await exporter.run()).failed == 1
+    await plane.registry.change(tenant.id, action="tenant.update", metadata={"stripe_customer_id": "cus_1"})
+    [(record, _)] = await exporter.failures()
+    assert await exporter.retry([record.id]) == 1
+    assert (await exporter.run()).sent == 1
+    assert [event["payload[stripe_customer_id]"] for event in fake.events.values()] == ["cus_1"]
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "arrived"),
+    [
+        ("An event already exists with identifier {key}.", None, True),
+        ("a wording of tomorrow", "duplicate_meter_event", True),
+        ("An event already exists with identifier another.", None, False),
+        ("A meter already exists with this name.", None, False),
+    ],
+)
+async def test_only_the_refusal_of_this_very_event_tells_that_it_arrived(
+    stripe: tuple[FakeStripe, StripeMeterSender],
+    monkeypatch: pytest.MonkeyPatch,
+    message: str,
+    code: str | None,
+    arrived: bool,
+) -> None:
+    """By Stripe's code, or by a message that names its identifier."""
+    fake, sender = stripe
+    end = datetime.now(UTC) - timedelta(hours=1)
+    record = UsageRecord(
+        id=1,
+        tenant_id=UUID(int=1),
+        slug="acme",
+        metadata={"stripe_customer_id": "cus_1"},
+        resource="calls",
+        period="day",
+        period_start=end - timedelta(days=1),
+        period_end=end,
+        quantity=7,
+        idempotency_key="k" * 64,
+        attempts=1,
+    )
+    error = {"type": "invalid_request_error", "message": message.format(key=record.idempotency_key), "code": code}
+    monkeypatch.setattr(fake, "_execute", lambda form: (400, {"error": error}))
+    if arrived:
+        assert await sender.send(record)
+    else:
+        with pytest.raises(UsageExportError) as caught:
+            await sender.send(record)
+        assert caught.value.permanent
 
 
 async def test_what_stripe_will_never_take_is_set_aside(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 import pytest
 
+from tenancy_orm import Tenancy
 from tenancy_orm.config import Limit, Tier, UpgradePolicy
 from tenancy_orm.context import Tenant
 from tenancy_orm.control.audit import Actor
-from tenancy_orm.control.metrics import STORAGE, StorageSampler, TenantMetrics
-from tenancy_orm.control.upgrades import Upgrades
-from tenancy_orm.errors import ConfigurationError, TenantNotFoundError
+from tenancy_orm.control.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
+from tenancy_orm.control.upgrades import ChangeTier, Upgrades
+from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, TenantNotFoundError, TierChangedError
 from tenancy_orm.events import QuotaThresholdReached, TierUpgradeProposed
 from tests.support.postgres import Postgres
 from tests.support.quotas import QuotaPlane, quota_plane
+from tests.support.registry import synchronise
 
 GIB = 1024**3
 TIERS = {
@@ -86,7 +91,7 @@ async def test_a_server_that_is_down_does_not_keep_the_others_from_being_sampled
     plane: QuotaPlane, postgres: Postgres, database: str
 ) -> None:
     """It is named in the report."""
-    await plane.control.synchronise({}, {"other": ("127.0.0.1", 1)})
+    await synchronise(plane.control, {}, {"other": ("127.0.0.1", 1)})
     await place(plane, await plane.tenant("acme"), database)
     await place(plane, await plane.tenant("globex"), "gone", "other")
     await plane.tenant("initech")  # its database does not exist
@@ -96,6 +101,125 @@ async def test_a_server_that_is_down_does_not_keep_the_others_from_being_sampled
 
     report = await StorageSampler(plane.control, plane.quotas, connect).run()
     assert (report.sampled, report.unavailable) == (1, ("other",))
+
+
+class Vanishing:
+    """A connection to a server on which one database is being dropped: its files are gone, its row is not."""
+
+    def __init__(self, connection: asyncpg.Connection, database: str) -> None:
+        self._connection = connection
+        self._database = database
+
+    async def fetch(self, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+        rows = [dict(row) for row in await self._connection.fetch(*arguments, **options)]
+        return [row | {"size_bytes": None} if row["datname"] == self._database else row for row in rows]
+
+    def terminate(self) -> None:
+        self._connection.terminate()
+
+
+async def test_a_database_that_is_being_dropped_is_left_out(
+    plane: QuotaPlane, postgres: Postgres, database: str
+) -> None:
+    """PostgreSQL knows no size of it; the others are sampled, and so is the storage of theirs counted."""
+    there, going = await plane.tenant("acme"), await plane.tenant("globex")
+    await place(plane, there, database)
+    await place(plane, going, "postgres")
+
+    async def connect(_: str) -> Any:
+        return Vanishing(await asyncpg.connect(postgres.admin_url), "postgres")
+
+    report = await StorageSampler(plane.control, plane.quotas, connect).run()
+    assert (report.sampled, report.unavailable) == (1, ())
+    assert await TenantMetrics(plane.control).history(going) == []
+    assert len(await TenantMetrics(plane.control).history(there)) == 1
+
+
+async def test_whatever_goes_wrong_with_one_server_the_others_are_sampled(
+    plane: QuotaPlane, postgres: Postgres, database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named in the report, and logged with its traceback."""
+    await synchronise(plane.control, {}, {"other": ("127.0.0.1", 1)})
+    await place(plane, await plane.tenant("acme"), database)
+    await place(plane, await plane.tenant("globex"), "postgres", "other")
+
+    class Odd(Vanishing):
+        async def fetch(self, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
+            raise KeyError("an answer that nobody thought of")
+
+    async def connect(server: str) -> Any:
+        connection = await asyncpg.connect(postgres.admin_url)
+        return connection if server == "default" else Odd(connection, "")
+
+    report = await StorageSampler(plane.control, plane.quotas, connect).run()
+    assert (report.sampled, report.unavailable) == (1, ("other",))
+    assert "KeyError" in caplog.text
+
+
+async def test_a_control_database_that_does_not_answer_ends_the_run(
+    plane: QuotaPlane, postgres: Postgres, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When what was begun on the other servers has ended."""
+    await synchronise(plane.control, {}, {"other": ("127.0.0.1", 1)})
+    await place(plane, await plane.tenant("acme"), database)
+    await place(plane, globex := await plane.tenant("globex"), "postgres", "other")
+    measure, gone = plane.quotas.measure_many, asyncio.Event()
+
+    async def connect(server: str) -> asyncpg.Connection:
+        if server == "other":
+            await gone.wait()
+            await asyncio.sleep(0)
+        return await asyncpg.connect(postgres.admin_url)
+
+    async def away_once(*arguments: Any) -> int:
+        if not gone.is_set():
+            gone.set()
+            raise ControlUnavailableError("no answer")
+        return await measure(*arguments)
+
+    monkeypatch.setattr(plane.quotas, "measure_many", away_once)
+    with pytest.raises(ControlUnavailableError):
+        await StorageSampler(plane.control, plane.quotas, connect).run()
+    assert len(await TenantMetrics(plane.control).history(globex)) == 1
+
+
+async def test_sampling_goes_on_after_it_failed(
+    plane: QuotaPlane,
+    postgres: Postgres,
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever the failure was: nobody would start it again. What nobody expected is logged with its traceback."""
+    await place(plane, await plane.tenant(), database)
+    failures = [ControlUnavailableError("no answer"), RuntimeError("anything")]
+
+    async def connect(_: str) -> asyncpg.Connection:
+        return await asyncpg.connect(postgres.admin_url)
+
+    sampler = StorageSampler(plane.control, plane.quotas, connect)
+    measure, measured = plane.quotas.measure_many, asyncio.Event()
+    run = sampler.run
+
+    async def failing(**options: Any) -> SampleReport:
+        if failures:
+            raise failures.pop()
+        return await run(**options)
+
+    async def counted(*arguments: Any) -> int:
+        measured.set()
+        return await measure(*arguments)
+
+    monkeypatch.setattr(sampler, "run", failing)
+    monkeypatch.setattr(plane.quotas, "measure_many", counted)
+    task = asyncio.create_task(sampler.run_every(0.01))
+    async with asyncio.timeout(30):
+        await measured.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert failures == [] and task.cancelled()
+    logged = [bool(entry.exc_info) for entry in caplog.records if "could not be sampled" in entry.message]
+    assert logged == [True, False]
 
 
 async def test_of_several_samplers_one_does_the_work(plane: QuotaPlane, postgres: Postgres, database: str) -> None:
@@ -161,16 +285,27 @@ async def test_the_registry_is_summed_up_by_tier(plane: QuotaPlane) -> None:
 def upgrades(plane: QuotaPlane, policy: UpgradePolicy, changed: list[tuple[UUID, str]] | None = None) -> Upgrades:
     """A policy, and what changes a tier in the registry."""
 
-    async def change(tenant_id: UUID, tier: str, actor: Actor) -> None:
+    async def change(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
         if changed is None:
             raise TenantNotFoundError(tenant_id)
-        await plane.registry.change(tenant_id, action="tenant.update", actor=actor, tier=tier)
+        await change_tier(plane, tenant_id, tier, expected, actor)
         changed.append((tenant_id, tier))
 
-    config = plane.config.replace(upgrade_policies=(policy,))
+    return evaluator(plane, change, policy)
+
+
+async def change_tier(plane: QuotaPlane, tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+    """As ``TenantManager.update`` does, but that there is no server to tell."""
+    await plane.registry.change(tenant_id, action="tenant.update", actor=actor, expected_tier=expected, tier=tier)
+
+
+def evaluator(plane: QuotaPlane, change: ChangeTier, *policies: UpgradePolicy) -> Upgrades:
+    """Policies, and what changes a tier."""
+    config = plane.config.replace(upgrade_policies=policies)
     return Upgrades(plane.control, config, plane.events, plane.audit, change)
 
 
+APPLY = UpgradePolicy(resource=STORAGE, sustained=timedelta(0), apply=True)
 THREE_DAYS = UpgradePolicy(resource=STORAGE, fraction=0.9, sustained=timedelta(days=3))
 
 
@@ -199,8 +334,7 @@ async def test_a_policy_can_apply_the_next_tier(plane: QuotaPlane) -> None:
     tenant = await plane.tenant()
     await plane.quotas.measure(tenant, STORAGE, GIB)
     changed: list[tuple[UUID, str]] = []
-    policy = UpgradePolicy(resource=STORAGE, sustained=timedelta(0), apply=True)
-    rules = upgrades(plane, policy, changed)
+    rules = upgrades(plane, APPLY, changed)
     [proposal] = await rules.evaluate()
     assert proposal.applied and changed == [(tenant.id, "pro")]
     assert (await plane.registry.get(tenant.id)).tier == "pro"
@@ -211,10 +345,115 @@ async def test_a_policy_can_apply_the_next_tier(plane: QuotaPlane) -> None:
 async def test_a_tier_that_could_not_be_changed_is_tried_again(plane: QuotaPlane) -> None:
     """At the next evaluation."""
     await plane.quotas.measure(await plane.tenant(), STORAGE, GIB)
-    rules = upgrades(plane, UpgradePolicy(resource=STORAGE, sustained=timedelta(0), apply=True))
+    rules = upgrades(plane, APPLY)
     for _ in range(2):
         [proposal] = await rules.evaluate()
         assert not proposal.applied
+
+
+async def test_what_goes_wrong_with_one_tenant_keeps_no_other_from_its_tier(plane: QuotaPlane) -> None:
+    """Whatever it is; it is announced and written down once, and tried again by each evaluation."""
+    tenants = [await plane.tenant(slug) for slug in ("acme", "globex")]
+    await plane.quotas.measure_many(STORAGE, {tenant.id: GIB for tenant in tenants})
+    broken = {tenants[0].id}
+
+    async def change(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+        if tenant_id in broken:
+            raise RuntimeError("the application's own code")
+        await change_tier(plane, tenant_id, tier, expected, actor)
+
+    rules = evaluator(plane, change, APPLY)
+    assert {found.slug: found.applied for found in await rules.evaluate()} == {"acme": False, "globex": True}
+    assert [found.applied for found in await rules.evaluate()] == [False]
+    broken.clear()
+    assert [found.applied for found in await rules.evaluate()] == [True]
+    told = [(event.slug, event.applied) for event in plane.of(TierUpgradeProposed)]
+    assert sorted(told) == [("acme", False), ("acme", True), ("globex", True)]
+    assert len(await plane.audit.events(tenant=tenants[0], action="tier.propose")) == 1
+
+
+async def test_a_process_that_dies_while_it_applies_leaves_it_to_another(plane: QuotaPlane) -> None:
+    """After its claim has run out, and not before."""
+    tenant = await plane.tenant()
+    await plane.quotas.measure(tenant, STORAGE, GIB)
+
+    async def dies(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+        raise asyncio.CancelledError
+
+    now = datetime.now(UTC)
+    with pytest.raises(asyncio.CancelledError):
+        await evaluator(plane, dies, APPLY).evaluate(at=now)
+    another = upgrades(plane, APPLY, [])
+    assert await another.evaluate(at=now + timedelta(minutes=9)) == []
+    [proposal] = await another.evaluate(at=now + timedelta(minutes=11))
+    assert proposal.applied and (await plane.registry.get(tenant.id)).tier == "pro"
+
+
+async def test_a_tenant_climbs_until_it_is_no_longer_near_its_limit(plane: QuotaPlane) -> None:
+    """In each tier for as long as the policy says."""
+    tenant = await plane.tenant()
+    await plane.quotas.consume(tenant, "users", 10)
+    await plane.quotas.set(tenant, {"users": 10})
+    policy = UpgradePolicy(resource="users", sustained=timedelta(days=1), apply=True)
+    rules = upgrades(plane, policy, [])
+    found = [
+        (day, proposal.tier, proposal.proposed)
+        for day in range(6)
+        for proposal in await rules.evaluate(at=NOW + timedelta(days=day))
+    ]
+    assert found == [(1, "free", "pro"), (3, "pro", "max")]
+
+
+async def test_two_policies_of_one_limit_do_not_share_their_notes(plane: QuotaPlane) -> None:
+    """One proposes after a day, the other applies after three."""
+    await plane.quotas.measure(await plane.tenant(), STORAGE, GIB)
+    early = UpgradePolicy(name="early", resource=STORAGE, sustained=timedelta(days=1))
+    late = UpgradePolicy(name="late", resource=STORAGE, sustained=timedelta(days=3), apply=True)
+    rules = evaluator(plane, partial(change_tier, plane), early, late)
+    found = [
+        (day, proposal.applied) for day in range(6) for proposal in await rules.evaluate(at=NOW + timedelta(days=day))
+    ]
+    assert found == [(1, False), (3, True)]
+
+
+async def test_a_tier_that_was_changed_meanwhile_stays(plane: QuotaPlane) -> None:
+    """An operator's upgrade is not undone by a policy that had looked before."""
+    tenant = await plane.tenant()
+    await plane.quotas.measure(tenant, STORAGE, GIB)
+
+    async def change(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+        await plane.registry.change(tenant_id, action="tenant.update", tier="max")
+        await change_tier(plane, tenant_id, tier, expected, actor)
+
+    [proposal] = await evaluator(plane, change, APPLY).evaluate()
+    assert not proposal.applied
+    assert (await plane.registry.get(tenant.id)).tier == "max"
+
+
+async def test_a_tier_is_changed_only_from_the_one_that_was_seen(tenancy: Tenancy) -> None:
+    """Where the caller says which; the policies do."""
+    await tenancy.tenants.create("acme", tier="free")
+    with pytest.raises(TierChangedError) as caught:
+        await tenancy.tenants.update("acme", tier="pro", expected_tier="starter")
+    assert (caught.value.expected, caught.value.found) == ("starter", "free")
+    assert (await tenancy.tenants.get("acme")).tier == "free"
+    assert (await tenancy.tenants.update("acme", tier="pro", expected_tier="free")).tier == "pro"
+
+
+@pytest.mark.parametrize("apply", [False, True])
+async def test_of_two_that_evaluate_at_once_one_proposes(plane: QuotaPlane, apply: bool) -> None:
+    """The other has seen the same tenant, and leaves it alone when its turn comes."""
+    tenant = await plane.tenant()
+    await plane.quotas.measure(tenant, STORAGE, GIB)
+    policy = UpgradePolicy(resource=STORAGE, sustained=timedelta(0), apply=apply)
+    insert = "INSERT INTO tenancy.quota_pressure VALUES (:id, :policy, :resource, 'free', now())"
+    await plane.sql(insert, id=tenant.id, policy=policy.name, resource=STORAGE)
+    async with plane.holding("SELECT 1 FROM tenancy.quota_pressure FOR UPDATE"):
+        looking = [asyncio.create_task(upgrades(plane, policy, []).evaluate()) for _ in range(2)]
+        await plane.waiting(*looking)
+    assert sorted([len(found) for found in await asyncio.gather(*looking)]) == [0, 1]
+    assert len(plane.of(TierUpgradeProposed)) == 1
+    assert len(await plane.audit.events(tenant=tenant, action="tier.propose")) == 1
 
 
 async def test_the_highest_tier_has_no_next_one_and_a_ladder_can_be_given(plane: QuotaPlane) -> None:

@@ -109,7 +109,10 @@ def test_a_quota_names_its_figures_and_when_to_come_back() -> None:
     )
     problem = problem_for(error, tenant=ACME)
     assert problem is not None
-    assert 85 <= int(headers(problem)["retry-after"]) <= 90
+    wait = headers(problem)["retry-after"]
+    assert 85 <= int(wait) <= 90
+    assert headers(problem)["ratelimit-policy"] == '"api_calls";q=1000'
+    assert headers(problem)["ratelimit"] == f'"api_calls";r=0;t={wait}'
     document = json.loads(problem.body)
     assert (document["resource"], document["limit"], document["used"]) == ("api_calls", 1_000, 1_000)
     assert document["resets_at"].endswith("+00:00")
@@ -117,16 +120,28 @@ def test_a_quota_names_its_figures_and_when_to_come_back() -> None:
 
 def test_a_quota_of_another_tenant_is_not_told() -> None:
     """Nor is one told to nobody."""
-    error = QuotaExceededError(tenant="globex", resource="users", limit=3, used=3, requested=1)
+    error = QuotaExceededError(
+        tenant="globex", resource="users", limit=3, used=3, requested=1, resets_at=datetime.now(UTC)
+    )
     for asking in (ACME, None):
         problem = problem_for(error, tenant=asking)
-        assert problem is not None and not problem.members
+        assert problem is not None and not problem.members and not problem.headers
 
 
 def test_a_lifetime_quota_has_no_time_to_come_back() -> None:
-    """Waiting would not help."""
-    problem = problem_for(QuotaExceededError(tenant="acme", resource="users", limit=3, used=3, requested=1))
+    """Waiting would not help; what is left may be enough for less."""
+    error = QuotaExceededError(tenant="acme", resource="users", limit=3, used=2, requested=2, period="lifetime")
+    problem = problem_for(error, tenant=ACME)
     assert problem is not None and "retry-after" not in headers(problem)
+    assert headers(problem)["ratelimit"] == '"users";r=1'
+
+
+def test_what_is_held_may_be_free_again_at_any_moment() -> None:
+    """So a caller at a limit on concurrency comes back soon."""
+    error = QuotaExceededError(tenant="acme", resource="jobs", limit=2, used=2, requested=1, period="concurrent")
+    problem = problem_for(error, tenant=ACME)
+    assert problem is not None
+    assert headers(problem) == {"ratelimit-policy": '"jobs";q=2', "ratelimit": '"jobs";r=0', "retry-after": "1"}
 
 
 def test_a_scope_that_would_break_the_header_is_left_out_of_it() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tenancy_orm.control.audit import Actor
 from tenancy_orm.control.chain import GENESIS, Chain, canonical
-from tenancy_orm.control.checkpoints import Checkpoint, Signer, Verifier
+from tenancy_orm.control.checkpoints import Checkpoint, Signer, Verifier, Voucher
 from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
 
 INSTALLATION = UUID(int=7)
@@ -50,12 +50,12 @@ def sealed(entry: Entry) -> Entry:
     return replace(entry, hash=hashlib.sha256(canonical(entry)).digest())
 
 
-def log(length: int) -> list[Entry]:
+def log(length: int, *, apart: timedelta = timedelta(seconds=1)) -> list[Entry]:
     """A chain that holds."""
     entries: list[Entry] = []
     previous = GENESIS
     for sequence in range(1, length + 1):
-        entry = sealed(Entry(sequence, START + timedelta(seconds=sequence), previous, after=f'{{"n": {sequence}}}'))
+        entry = sealed(Entry(sequence, START + apart * sequence, previous, after=f'{{"n": {sequence}}}'))
         previous = entry.hash
         entries.append(entry)
     return entries
@@ -221,12 +221,50 @@ def test_a_checkpoint_older_than_the_cut_says_nothing_any_more() -> None:
 
 
 def test_following_can_begin_at_a_checkpoint() -> None:
-    """What precedes it is not read again."""
+    """What precedes it is not read again, but for its own microsecond."""
     entries = log(6)
-    report = follow(entries[2:], since=signed(entries[3])).report()
+    report = follow(entries[3:], since=signed(entries[3])).report()
     assert report.ok and (report.entries, report.first, report.last) == (2, 5, 6)
     assert follow(entries[4:], since=replace(signed(entries[3]), hash=b"x" * 32)).report().first_bad == 5
-    assert follow(entries[:2], since=signed(entries[3])).report().first_bad == 3
+    assert follow([], head=entries[1], since=signed(entries[3])).report().first_bad == 3
+    at_once = log(6, apart=timedelta(0))
+    assert follow(at_once, since=signed(at_once[3])).report().entries == 2
+
+
+def test_following_from_a_checkpoint_does_not_pass_over_entries_with_an_older_number() -> None:
+    """They would be shown among the newest, and be what nobody verified."""
+    entries = log(6)
+    forged = sealed(replace(entries[1], occurred_at=entries[4].occurred_at, actor_id="mallory"))
+    assert follow([entries[3], forged, *entries[4:]], since=signed(entries[3])).report().first_bad == 2
+
+
+def test_the_entry_that_following_begins_after_is_compared() -> None:
+    """It is there, and what was signed about it is known."""
+    entries = log(6)
+    rewritten = sealed(replace(entries[3], actor_id="mallory"))
+    report = follow([rewritten, *entries[4:]], since=signed(entries[3])).report()
+    assert report.first_bad == 4 and "rewritten" in str(report.problem)
+
+
+def test_checkpoints_are_compared_skipped_or_removed_and_never_silently_dropped() -> None:
+    """Every one that was given is in one of the three lists."""
+    entries = log(6)
+    given = tuple(signed(entry) for entry in (entries[1], entries[3], entries[5]))
+    report = follow(entries[3:], since=signed(entries[3]), checkpoints=given).report()
+    assert report.ok and (report.confirmed, report.skipped, report.removed) == ((4, 6), (2,), ())
+    cut = signed(entries[3], "cut")
+    report = follow(entries[4:], cuts=(cut,), checkpoints=given).report()
+    assert report.ok and (report.confirmed, report.skipped, report.removed) == ((4, 6), (), (2,))
+    report = follow([], head=entries[3], cuts=(cut,), checkpoints=given[:1]).report()
+    assert report.ok and report.removed == (2,)
+
+
+def test_a_checkpoint_of_the_entry_before_the_first_is_compared() -> None:
+    """With the cut's hash, or with the checkpoint's that following begins after."""
+    entries = log(6)
+    other = replace(signed(entries[3]), hash=b"x" * 32)
+    assert follow(entries[4:], cuts=(signed(entries[3], "cut"),), checkpoints=(other,)).report().first_bad == 4
+    assert follow(entries[3:], since=signed(entries[3]), checkpoints=(other,)).report().first_bad == 4
 
 
 def test_the_canonical_form_is_json_that_anyone_can_compute() -> None:
@@ -294,6 +332,17 @@ def test_the_newest_key_signs_and_older_ones_still_verify() -> None:
     assert signed(log(1)[0]).key_id == "2"
 
 
+NO_TIME = {"occurred_at": "0001-01-01T00:00:00+14:00"}
+
+
+@pytest.mark.parametrize("change", [{"sequence": float("inf")}, NO_TIME], ids=["infinity", "year 0"])
+def test_a_checkpoint_with_impossible_values_is_refused(change: dict[str, object]) -> None:
+    """By the same error as what is no checkpoint at all."""
+    values = {**json.loads(signed(log(1)[0]).to_json()), **change}
+    with pytest.raises(AuditError, match="not a checkpoint"):
+        Checkpoint.from_json(json.dumps(values))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "tenancy-audit-1", "kind": "other"}', "null", "1"])
 def test_what_is_not_a_checkpoint_is_refused(text: str) -> None:
     """By an error of ours."""
@@ -308,6 +357,56 @@ def test_signing_needs_a_key_and_public_keys_must_be_keys() -> None:
     for text in ("?", base64.b64encode(b"short").decode()):
         with pytest.raises(ConfigurationError):
             Verifier({"1": text})
+
+
+# --- retired keys ---------------------------------------------------------------------------------------------------
+
+OLD = Signer({"1": b"a" * 32})
+NEW = Signer({"2": b"b" * 32})
+
+
+def voucher(signer: Signer = NEW, of: Signer = OLD, *, installation: UUID = INSTALLATION) -> Voucher:
+    """A statement about the only key of ``of``."""
+    [(key_id, public_key)] = of.public_keys.items()
+    return signer.vouch(installation=installation, key_id=key_id, public_key=base64.b64decode(public_key))
+
+
+def test_a_key_that_a_known_one_vouches_for_verifies() -> None:
+    """Without it, what a retired key signed could not be told from a forgery."""
+    entry = log(1)[0]
+    old = OLD.sign("cut", installation=INSTALLATION, sequence=1, digest=entry.hash, occurred_at=entry.occurred_at)
+    with pytest.raises(AuditError, match="not known"):
+        NEW.verify(old)
+    NEW.including([voucher()]).verify(old)
+    assert NEW.including([voucher()]).public_keys == {**OLD.public_keys, **NEW.public_keys}
+    assert NEW.public_keys.keys() == {"2"}
+
+
+def test_only_what_a_known_key_signed_vouches() -> None:
+    """Not a stranger's word, not one that was changed, not that of a key which is known by its own word alone."""
+    stranger, posing = Signer({"9": b"c" * 32}), Signer({"2": b"c" * 32})
+    forged = [
+        voucher(stranger),
+        voucher(posing),
+        voucher(stranger, stranger),
+        replace(voucher(), public_key=base64.b64decode(posing.public_keys["2"])),
+        replace(voucher(), key_id="9"),
+        replace(voucher(), installation=UUID(int=8)),
+        replace(voucher(), public_key=b"short"),
+    ]
+    for one in forged:
+        assert NEW.including([one]).public_keys == NEW.public_keys
+    # nor can a word about a known key replace it
+    assert NEW.including([voucher(NEW, posing)]).public_keys == NEW.public_keys
+
+
+def test_a_signer_that_is_renewed_signs_with_the_last_key_and_verifies_with_all() -> None:
+    """A process learns of a new key while it runs."""
+    signer = Signer({"1": b"a" * 32})
+    signer.renew({"1": b"a" * 32, "2": b"b" * 32})
+    assert signer.public_keys == SIGNER.public_keys
+    checkpoint = signer.sign("cut", installation=INSTALLATION, sequence=1, digest=GENESIS, occurred_at=START)
+    NEW.verify(checkpoint)
 
 
 def test_a_signer_shows_no_key() -> None:

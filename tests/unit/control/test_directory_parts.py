@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextvars import ContextVar
 
 import pytest
 
@@ -11,9 +12,10 @@ from tenancy_orm.context import Status, Tenant
 from tenancy_orm.control.batch import Batch
 from tenancy_orm.control.cache import SecondChance
 from tenancy_orm.control.directory import Credential
+from tenancy_orm.control.refusals import MAX_KEYS, MAX_KINDS, MAX_WRITTEN, Refusal, Tally
 from tenancy_orm.control.registry import uuid7
-from tenancy_orm.control.throttle import Throttle
-from tenancy_orm.errors import ControlUnavailableError, MissingScopeError
+from tenancy_orm.control.throttle import Attempts, Throttle
+from tenancy_orm.errors import ControlUnavailableError, MissingScopeError, TooManyAttemptsError
 from tests.support.waiting import until
 
 # --- throttle -------------------------------------------------------------------------------------------------------
@@ -77,6 +79,212 @@ def test_a_limit_of_zero_is_no_limit() -> None:
     throttle = Throttle(limit=0, window=60)
     assert [throttle.fail("a", 0.0) for _ in range(100)] == [None] * 100
     assert len(throttle) == 0
+    assert throttle.left("a", 0.0) is None
+
+
+def test_what_is_left_shrinks_with_each_failure_and_comes_back() -> None:
+    """None is left once there is a pause, until it is all forgotten."""
+    throttle = Throttle(limit=2, window=10)
+    left = []
+    for _ in range(4):
+        left.append(throttle.left("a", 0.0))
+        throttle.fail("a", 0.0)
+    assert left == [2, 1, 0, 0]
+    assert (throttle.left("a", 5.0), throttle.left("a", 100.0), throttle.left("b", 0.0)) == (0, 2, 2)
+
+
+# --- attempts under way ---------------------------------------------------------------------------------------------
+
+
+class Attempted:
+    """Attempts of one source, each of which lasts until ``finish``."""
+
+    def __init__(self, *, limit: int = 3, patience: float = 5.0) -> None:
+        self.now = 0.0
+        self.throttle = Throttle(limit=limit, window=10)
+        self.attempts = Attempts(self.throttle, patience=patience, clock=lambda: self.now)
+        self.running: list[object] = []
+        self._ends: dict[object, list[asyncio.Event]] = {}
+
+    async def attempt(self, what: object, *, fails: bool) -> None:
+        """One attempt; a failure is counted as it ends."""
+        await self.attempts.begin("source", what)
+        self.running.append(what)
+        end = asyncio.Event()
+        self._ends.setdefault(what, []).append(end)
+        await end.wait()
+        self.running.remove(what)
+        self.attempts.end("source", what)
+        if fails:
+            self.throttle.fail("source", self.now)
+
+    async def finish(self) -> None:
+        """End everything that is under way, and let those that wait look again."""
+        for events in self._ends.values():
+            for event in events:
+                event.set()
+        self._ends.clear()
+        await settled()
+
+
+async def settled() -> None:
+    """Let every task run as far as it can."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_no_more_attempts_are_under_way_than_failures_are_left() -> None:
+    """When they fail, those that waited are refused without having been made."""
+    attempted = Attempted(limit=3)
+    tasks = [asyncio.create_task(attempted.attempt(number, fails=True)) for number in range(50)]
+    await settled()
+    assert attempted.running == [0, 1, 2]
+    await attempted.finish()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 3 + [TooManyAttemptsError] * 47
+    assert len(attempted.attempts) == 0
+
+
+async def test_once_a_pause_is_over_attempts_are_made_one_at_a_time() -> None:
+    """The first that fails begins another."""
+    attempted = Attempted(limit=1)
+    attempted.throttle.fail("source", 0.0)
+    attempted.now = 1.5
+    tasks = [asyncio.create_task(attempted.attempt(number, fails=number == 1)) for number in range(5)]
+    await settled()
+    assert attempted.running == [0]
+    await attempted.finish()
+    assert attempted.running == [1]
+    await attempted.finish()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 2 + [TooManyAttemptsError] * 3
+
+
+async def test_attempts_that_succeed_make_room_for_those_that_wait() -> None:
+    """Many good keys at once come in turn, and none is refused."""
+    attempted = Attempted(limit=3)
+    tasks = [asyncio.create_task(attempted.attempt(number, fails=False)) for number in range(10)]
+    for expected in ([0, 1, 2], [3, 4, 5], [6, 7, 8], [9]):
+        await settled()
+        assert attempted.running == expected
+        await attempted.finish()
+    await asyncio.gather(*tasks)
+    assert len(attempted.attempts) == 0
+
+
+async def test_the_same_thing_tried_many_times_is_one_attempt() -> None:
+    """The requests of one client with one new key do not wait for each other."""
+    attempted = Attempted(limit=1)
+    tasks = [asyncio.create_task(attempted.attempt("key", fails=False)) for _ in range(10)]
+    other = asyncio.create_task(attempted.attempt("other", fails=False))
+    await settled()
+    assert attempted.running == ["key"] * 10
+    await attempted.finish()
+    assert attempted.running == ["other"]
+    await attempted.finish()
+    await asyncio.gather(*tasks, other)
+
+
+async def test_waiting_for_other_attempts_ends() -> None:
+    """With the error that says when to come again; whoever is cancelled leaves nothing behind either."""
+    attempted = Attempted(limit=1, patience=0.01)
+    first = asyncio.create_task(attempted.attempt(1, fails=False))
+    await settled()
+    with pytest.raises(TooManyAttemptsError):
+        await attempted.attempt(2, fails=False)
+    cancelled = asyncio.create_task(attempted.attempt(3, fails=False))
+    await settled()
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    await attempted.finish()
+    await first
+    assert len(attempted.attempts) == 0
+
+
+async def test_without_a_limit_nobody_waits() -> None:
+    """As where lock-out is switched off."""
+    attempted = Attempted(limit=0)
+    tasks = [asyncio.create_task(attempted.attempt(number, fails=True)) for number in range(100)]
+    await settled()
+    assert len(attempted.running) == 100
+    await attempted.finish()
+    await asyncio.gather(*tasks)
+
+
+# --- what was refused -----------------------------------------------------------------------------------------------
+
+ACME = (uuid7(), "acme")
+
+
+def counts(tally: Tally) -> int:
+    """How many refusals the entries of a tally tell of."""
+    return sum(detail["count"] for _, detail in tally.entries())
+
+
+def test_of_many_refused_keys_the_most_frequent_are_told_and_the_rest_as_a_number() -> None:
+    """In bounded memory, and nothing is lost."""
+    tally = Tally()
+    for number in range(5_000):
+        tally.add(Refusal.of_key("malformed", None, str(number), (None, None)))
+    for _ in range(3):
+        tally.add(Refusal.of_key("unknown", "id", "7", (None, None)))
+        tally.add(Refusal.of_key("malformed", None, "7", (None, None)))
+    assert len(tally) == MAX_KINDS + 1
+    entries = tally.entries()
+    assert len(entries) == MAX_WRITTEN + 1
+    assert entries[0] == (
+        Refusal("key.reject", None, "7", "malformed"),
+        {"reason": "malformed", "count": 4},
+    )
+    assert entries[-1] == (Refusal("key.reject"), {"reason": "others", "count": 5_006 - MAX_WRITTEN - 3})
+    assert counts(tally) == 5_006
+
+
+def test_of_many_cross_tenant_requests_the_rest_is_told_by_key() -> None:
+    """With its tenant and how many others it named: one key's noise does not hide another key."""
+    tally = Tally()
+    globex = (uuid7(), "globex")
+    for number in range(500):
+        for _ in range(2):
+            tally.add(Refusal.of_request(f"t{number}", "header", "noisy", "192.0.2.1", ACME))
+    tally.add(Refusal.of_request("acme", "path", "quiet", "192.0.2.2", globex))
+    entries = tally.entries()
+    assert len(entries) == MAX_WRITTEN + 2
+    assert entries[0][1] == {"named": "t0", "resolver": "header", "count": 2}
+    assert entries[-2:] == [
+        (
+            Refusal("request.cross_tenant", "noisy", None, None, *ACME),
+            {"reason": "others", "count": 960, "names": 480},
+        ),
+        (Refusal("request.cross_tenant", "quiet", None, None, *globex), {"reason": "others", "count": 1, "names": 1}),
+    ]
+
+
+def test_cross_tenant_requests_are_told_by_key_when_memory_for_names_is_full() -> None:
+    """And as one number when there are too many keys; nothing is lost, in bounded memory."""
+    tally = Tally()
+    for number in range(2_000):
+        tally.add(Refusal.of_request(f"t{number}", "header", "noisy", None, ACME))
+    for number in range(3_000):
+        tally.add(Refusal.of_request("acme", "path", f"key {number}", None, ACME))
+    assert len(tally) <= 2 * MAX_KINDS + 1
+    entries = tally.entries()
+    assert len(entries) == MAX_WRITTEN + MAX_KEYS + 1
+    assert entries[MAX_WRITTEN][0].key_id == "noisy"
+    assert entries[-1][0] == Refusal("request.cross_tenant")
+    assert counts(tally) == 5_000
+
+
+def test_what_is_counted_again_stays_within_bounds() -> None:
+    """However often writing fails."""
+    tally = Tally()
+    for attempt in range(6):
+        taken, tally = tally, Tally()
+        for number in range(1_000):
+            tally.add(Refusal.of_key("malformed", None, f"{attempt} {number}", (None, None)))
+        tally.add_all(taken)
+        assert len(tally) <= MAX_KINDS + 1
+    assert counts(tally) == 6_000
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -185,6 +393,24 @@ async def test_cancelling_a_waiter_cancels_nobody_else() -> None:
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes[:2]] == [asyncio.CancelledError] * 2
     assert outcomes[2] == ("1", set())
+
+
+async def test_a_look_up_runs_in_nobodys_context() -> None:
+    """It is shared, so it must not run as the tenant of whoever happened to ask first."""
+    variable = ContextVar("variable", default="nobody")
+    seen: list[str] = []
+
+    async def load(keys: list[int]) -> Mapping[int, str]:
+        seen.append(variable.get())
+        return {}
+
+    batch = Batch(load, timeout=5)
+    token = variable.set("somebody")
+    try:
+        await batch.get(1)
+    finally:
+        variable.reset(token)
+    assert seen == ["nobody"]
 
 
 async def test_nobody_joins_a_look_up_that_an_invalidation_overtook() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -166,6 +167,27 @@ def test_a_digester_shows_no_pepper() -> None:
     assert repr(KeyDigester({"1": b"pepper" * 6})) == "KeyDigester(0, 1)"
 
 
+def test_new_digests_are_made_with_the_current_pepper() -> None:
+    """The last one unless another is named; "0" is none of them."""
+    peppers = {"1": b"a" * 32, "2": b"b" * 32}
+    assert [KeyDigester(peppers, current).current for current in (None, "2", "1", "0")] == ["2", "2", "1", "0"]
+    for current in ("0", "1", "2"):
+        digester = KeyDigester(peppers, current)
+        key = generate_key("ten_live", digester)
+        assert key.digest_version == current
+        assert KeyDigester(peppers).matches(key.text, key.digest, current)
+
+
+def test_a_digest_under_a_later_pepper_is_not_to_be_taken_back() -> None:
+    """Or processes on either side of a deployment would go on replacing each other's digests."""
+    peppers = {"1": b"a" * 32, "2": b"b" * 32}
+    older = {
+        current: [v for v in ("0", "1", "2", "gone") if KeyDigester(peppers, current).is_older(v)] for current in "012"
+    }
+    assert older == {"0": [], "1": ["0"], "2": ["0", "1"]}
+    assert not KeyDigester().is_older("0")
+
+
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
@@ -185,14 +207,32 @@ def test_malformed_peppers_are_refused(peppers: dict[str, str | bytes], message:
     assert "not base64!" not in str(caught.value)
 
 
+@pytest.mark.parametrize("options", [{}, {"key_peppers": {"1": b"a" * 32}}])
+def test_a_current_pepper_must_be_configured(options: dict[str, Any]) -> None:
+    """A mistyped version is reported where it was made."""
+    with pytest.raises(ConfigurationError, match="key_pepper_current '2'"):
+        TenancyConfig(control_url=URL, key_pepper_current="2", **options)
+    assert TenancyConfig(control_url=URL, key_pepper_current="0", **options).key_pepper_current == "0"
+
+
+def test_a_current_pepper_is_checked_once_the_peppers_are_known() -> None:
+    """They are read from elsewhere when the ``Tenancy`` opens."""
+    config = TenancyConfig(control_url=URL, secret_options=("key_peppers",), key_pepper_current="2")
+    assert config.replace(key_peppers={"1": b"a" * 32, "2": b"b" * 32}).key_pepper_current == "2"
+    with pytest.raises(ConfigurationError, match="key_pepper_current"):
+        config.replace(key_peppers={"1": b"a" * 32})
+
+
 def test_peppers_and_prefixes_come_from_the_environment() -> None:
     """In the order in which they are written; the last pepper is the newest."""
     environ = {
         "TENANCY_CONTROL_URL": URL,
         "TENANCY_KEY_PEPPERS": f"1:{'YWFh' * 11},2:{'YmJi' * 11}",
+        "TENANCY_KEY_PEPPER_CURRENT": "1",
         "TENANCY_KEY_PREFIXES": "ten_test, ten_old",
     }
     config = TenancyConfig.from_env(environ)
     assert config.peppers == {"1": b"a" * 33, "2": b"b" * 33}
+    assert config.key_pepper_current == "1"
     assert config.key_prefixes == ("ten_test", "ten_old")
     assert "YWFh" not in repr(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -70,6 +71,29 @@ async def test_a_containers_mount_can_be_allowed(tmp_path: Path) -> None:
         FileSecrets(tmp_path, allow=0o066)
 
 
+async def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who owns it can change it; root's and one's own are read."""
+    write(tmp_path, "key", "s3cret-text")
+    real = os.fstat
+
+    def owned_by(user: int) -> None:
+        def fstat(descriptor: int) -> os.stat_result:
+            values = list(real(descriptor))
+            values[stat.ST_UID] = user
+            return os.stat_result(values)
+
+        monkeypatch.setattr(os, "fstat", fstat)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    owned_by(1001)
+    with pytest.raises(SecretProviderError, match="neither this user nor root") as caught:
+        await FileSecrets(tmp_path).read("key")
+    assert "s3cret" not in str(caught.value)
+    for user in (0, 1000):
+        owned_by(user)
+        assert await FileSecrets(tmp_path).read("key") == "s3cret-text"
+
+
 async def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     """A directory, and a pipe that nobody writes to, which must not be waited for."""
     (tmp_path / "directory").mkdir()
@@ -122,6 +146,25 @@ async def test_options_are_filled_in_from_the_provider() -> None:
     assert list(own.sealing_keys) == ["9"]
 
 
+async def test_a_key_wrapper_makes_the_encryption_keys_needless_unless_they_are_named() -> None:
+    """By default they are not read, and may be absent; in a change-over they are, and must be there."""
+    provider = EnvironmentSecrets("S_", environ := {"S_WRAPPING_KEYS": KEYS})
+    config = TenancyConfig(control_url=URL, secrets=provider, key_wrapper=SecretKeyWrapper(provider))
+    assert (await read_secrets(config)).sealing_keys == {}
+    changing = config.replace(secret_options=("encryption_keys",))
+    with pytest.raises(SecretNotFoundError):
+        await read_secrets(changing)
+    environ["S_ENCRYPTION_KEYS"] = KEYS
+    assert list((await read_secrets(changing)).sealing_keys) == ["1", "2"]
+    assert (await read_secrets(config)).sealing_keys == {}
+
+
+async def test_no_secret_option_can_be_named() -> None:
+    """Then the provider is for other things."""
+    config = TenancyConfig(control_url=URL, secrets=EnvironmentSecrets(environ={}), secret_options=())
+    assert await read_secrets(config) == config
+
+
 async def test_a_missing_secret_is_an_error() -> None:
     """Rather than a key that silently is not there."""
     config = TenancyConfig(control_url=URL, secrets=EnvironmentSecrets(environ={}))
@@ -167,9 +210,27 @@ async def test_a_rotated_wrapping_key_is_read_anew() -> None:
     await running.wrap(b"k" * 32, context={})
     environ["S_WRAPPING_KEYS"] = f"{first},{second}"
     wrapped = await SecretKeyWrapper(EnvironmentSecrets("S_", environ)).wrap(b"k" * 32, context={})
-    with pytest.raises(SecretProviderError):
-        await running.unwrap(wrapped, context={})
     assert await running.unwrap(wrapped, context={}) == b"k" * 32
+
+
+async def test_the_newest_wrapping_key_wraps_at_once() -> None:
+    """Also in a process that has read the keys before: otherwise the former one could never be taken away."""
+    first, second = KEYS.split(",")
+    environ = {"S_WRAPPING_KEYS": first}
+    running = SecretKeyWrapper(EnvironmentSecrets("S_", environ))
+    await running.wrap(b"k" * 32, context={})
+    environ["S_WRAPPING_KEYS"] = f"{first},{second}"
+    wrapped = await running.wrap(b"k" * 32, context={})
+    environ["S_WRAPPING_KEYS"] = second
+    assert await SecretKeyWrapper(EnvironmentSecrets("S_", environ)).unwrap(wrapped, context={}) == b"k" * 32
+
+
+@pytest.mark.parametrize(("key_id", "length"), [("1", 16), ("1", 20), ("x" * 17, 32)])
+async def test_a_wrapping_key_has_32_bytes_and_a_short_id(key_id: str, length: int) -> None:
+    """As the keys that seal passwords have."""
+    keys = f"{key_id}:{base64.b64encode(b'a' * length).decode()}"
+    with pytest.raises(ConfigurationError, match="32 bytes"):
+        await SecretKeyWrapper(EnvironmentSecrets("S_", {"S_WRAPPING_KEYS": keys})).wrap(b"k" * 32, context={})
 
 
 # --- extras ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +11,9 @@ import boto3
 import pytest
 from moto import mock_aws
 
+from tenancy_orm.control import providers
 from tenancy_orm.control.aws import AwsKms, AwsSecrets
-from tenancy_orm.errors import SecretNotFoundError, SecretProviderError
+from tenancy_orm.errors import ConfigurationError, SecretNotFoundError, SecretProviderError
 
 REGION = "eu-central-1"
 
@@ -56,6 +59,63 @@ async def test_kms_wraps_keys_in_their_context(aws: None) -> None:
         with pytest.raises(SecretProviderError, match="InvalidCiphertext"):
             await one.unwrap(wrapped, context={"id": "2"})
         await one.close()
+
+
+async def test_kms_unwraps_by_the_configured_key_alone(aws: None) -> None:
+    """What another key of the account wrapped is refused, though the account could decrypt it."""
+    kms = client("kms")
+    ours, other = (kms.create_key()["KeyMetadata"]["KeyId"] for _ in range(2))
+    foreign = AwsKms(other, region=REGION)
+    wrapped = await foreign.wrap(b"k" * 32, context={"id": "1"})
+    assert kms.decrypt(CiphertextBlob=wrapped, EncryptionContext={"id": "1"})["Plaintext"] == b"k" * 32
+    wrapper = AwsKms(ours, region=REGION)
+    with pytest.raises(SecretProviderError, match="AccessDenied"):
+        await wrapper.unwrap(wrapped, context={"id": "1"})
+    for one in (foreign, wrapper):
+        await one.close()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_no_log_holds_what_is_secret(
+    aws: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """At DEBUG, of all loggers: botocore logs requests and answers, as is seen where its records are kept."""
+    if kept:
+        monkeypatch.setattr(providers._SecretCalls, "filter", lambda self, record: True)
+    key, text = bytes(range(32)), base64.b64encode(b"an encryption key of 32 bytes...").decode()
+    client("secretsmanager").create_secret(Name="tenancy/encryption_keys", SecretString=f"1:{text}")
+    key_id = client("kms").create_key()["KeyMetadata"]["KeyId"]
+    caplog.set_level(logging.DEBUG)
+    caplog.clear()
+    secrets, wrapper = AwsSecrets(region=REGION), AwsKms(key_id, region=REGION)
+    assert await secrets.read("encryption_keys") == f"1:{text}"
+    assert await wrapper.unwrap(await wrapper.wrap(key, context={"id": "1"}), context={"id": "1"}) == key
+    needles = (text, repr(key), str(key)[2:-1], base64.b64encode(key).decode())
+    found = {record.name for record in caplog.records if any(needle in record.getMessage() for needle in needles)}
+    assert bool(found) is kept
+    for one in (secrets, wrapper):
+        await one.close()
+
+
+async def test_calls_of_the_application_are_logged_as_before(aws: None, caplog: pytest.LogCaptureFixture) -> None:
+    """The filter is for the calls of the providers alone."""
+    client("secretsmanager").create_secret(Name="tenancy/encryption_keys", SecretString="1:abc")
+    secrets = AwsSecrets(region=REGION)
+    await secrets.read("encryption_keys")
+    caplog.set_level(logging.DEBUG)
+    caplog.clear()
+    client("secretsmanager").list_secrets()
+    assert "botocore.parsers" in {record.name for record in caplog.records}
+    await secrets.close()
+
+
+async def test_a_name_that_leads_elsewhere_is_refused(aws: None) -> None:
+    """Before AWS is asked."""
+    client("secretsmanager").create_secret(Name="tenancy/a/b", SecretString="1:abc")
+    secrets = AwsSecrets(region=REGION)
+    with pytest.raises(ConfigurationError):
+        await secrets.read("a/b")
+    await secrets.close()
 
 
 async def test_a_missing_kms_key_is_an_error(aws: None) -> None:

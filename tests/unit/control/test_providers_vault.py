@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -96,6 +99,76 @@ async def test_a_vault_that_does_not_serve_is_an_error_within_the_timeout(vault:
     with pytest.raises(SecretProviderError):
         await VaultTransit(gone).wrap(b"k" * 32, context={})
     await gone.close()
+
+
+async def test_a_policy_that_does_not_admit_is_no_reason_to_log_in_again(vault: FakeVault) -> None:
+    """Another token would be refused as well, and they would pile up."""
+    vault.denied.add("secret/data/tenancy/encryption_keys")
+    connection = VaultConnection(vault.url, role_id="role-1", secret_id="secret-1")
+    for _ in range(3):
+        with pytest.raises(SecretProviderError, match="policy"):
+            await VaultSecrets(connection).read("encryption_keys")
+    assert vault.logins == 1
+    await connection.close()
+
+
+ODD: list[tuple[int, Any]] = [
+    (307, {}),  # a redirect, which is not followed
+    (204, None),
+    (200, "<html>a proxy's page</html>"),
+    (200, {"data": None}),
+    (200, {"data": {"data": None, "plaintext": "&", "ciphertext": None}}),
+    (200, []),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+@pytest.mark.parametrize("options", [{"token": "root"}, {"role_id": "role-1", "secret_id": "secret-1"}], ids=str)
+async def test_an_answer_that_is_none_of_vaults_is_an_error_of_the_provider(
+    vault: FakeVault, odd: tuple[int, Any], options: dict[str, str]
+) -> None:
+    """Whatever stands between may answer as well; it is neither followed nor misread."""
+    vault.odd = odd
+    connection = VaultConnection(vault.url, **options)  # type: ignore[arg-type]
+    with pytest.raises(SecretProviderError):
+        await VaultSecrets(connection).read("encryption_keys")
+    with pytest.raises(SecretProviderError):
+        await VaultTransit(connection).unwrap(b"vault:v1:AAAA", context={})
+    assert not [request for request in vault.requests if request.startswith("GET elsewhere")]
+    await connection.close()
+
+
+async def test_no_log_holds_what_is_secret(vault: FakeVault, caplog: pytest.LogCaptureFixture) -> None:
+    """At DEBUG, of all loggers: neither the token, nor what is read, nor what is wrapped."""
+    caplog.set_level(logging.DEBUG)
+    connection = VaultConnection(vault.url, role_id="role-1", secret_id="secret-1")
+    transit, key = VaultTransit(connection), bytes(range(32))
+    vault.stored["tenancy/encryption_keys"] = {"value": "1:c2VjcmV0"}
+    assert await VaultSecrets(connection).read("encryption_keys") == "1:c2VjcmV0"
+    assert await transit.unwrap(await transit.wrap(key, context={}), context={}) == key
+    needles = ("c2VjcmV0", "secret-1", repr(key), base64.b64encode(key).decode(), *vault.tokens - {"root"})
+    assert [record for record in caplog.records if any(needle in record.getMessage() for needle in needles)] == []
+    await connection.close()
+
+
+async def test_no_token_is_taken_from_the_environment(vault: FakeVault, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the program may have one that admits more than the AppRole that was configured."""
+    monkeypatch.setenv("VAULT_TOKEN", "root")
+    connection = VaultConnection(vault.url, role_id="role-1", secret_id="wrong-secret")
+    with pytest.raises(SecretProviderError):
+        await VaultSecrets(connection).read("encryption_keys")
+    await connection.close()
+
+
+async def test_a_name_that_leads_elsewhere_is_refused(vault: FakeVault) -> None:
+    """Before Vault is asked."""
+    connection = VaultConnection(vault.url, token="root")
+    with pytest.raises(ConfigurationError):
+        await VaultSecrets(connection).read("../other")
+    with pytest.raises(ConfigurationError):
+        VaultTransit(connection, key="../other")
+    assert vault.requests == []
+    await connection.close()
 
 
 def test_one_way_to_log_in_is_given() -> None:

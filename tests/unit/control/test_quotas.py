@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 
 from tenancy_orm.config import Limit, TenancyConfig, Tier, UpgradePolicy
 from tenancy_orm.context import Status, Tenant
+from tenancy_orm.control.leases import LeasedQuota, LeaseKeeper
 from tenancy_orm.control.quotas import Override, Remaining, Usage, check_overrides
 from tenancy_orm.control.rates import UNLIMITED, Allowed, Denied, Rates
-from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.errors import ConfigurationError, QuotaExceededError
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
@@ -52,6 +55,12 @@ def test_overrides_are_kept_as_json() -> None:
         {"users": {"amount": 5, "perid": "day"}},
         {"users": {"amount": 5, "period": "week"}},
         {"users": {"soft": [1.5]}},
+        {"users": {"soft": ["a"]}},
+        {"users": {"soft": 0.8}},
+        {"users": {"soft": [True]}},
+        {"users": {"soft": [math.nan]}},
+        {"users": {"amount": 1.0}},
+        {"users": math.nan},
         {"Users": 1},
         {"": 1},
         {"x" * 64: 1},
@@ -70,6 +79,47 @@ def test_malformed_overrides_are_refused(overrides: dict[str, Any]) -> None:
         check_overrides(overrides)
 
 
+@pytest.mark.parametrize("amount", [-1, 1.5, 1e9, math.nan, math.inf, True, 10**15 + 1, "5"], ids=str)
+def test_a_limit_is_a_whole_number(amount: Any) -> None:
+    """In the configuration as in an override: one that is not would break the reports of all tenants."""
+    with pytest.raises(ConfigurationError, match="whole number"):
+        Limit(amount)
+    with pytest.raises(ConfigurationError, match="whole number"):
+        Tier("odd", {"users": amount})
+
+
+@pytest.mark.parametrize("soft", [0.8, "0.8", ("a",), (0.0,), (1.5,), (math.nan,), (True,), None], ids=str)
+def test_soft_limits_are_fractions(soft: Any) -> None:
+    """Above 0 and at most 1; a list, as TOML has it, is as good as a tuple."""
+    with pytest.raises(ConfigurationError, match="fractions"):
+        Limit(10, soft=soft)
+    listed: Any = [0.5, 1]
+    assert Limit(10, soft=listed) == Limit(10, soft=(0.5, 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limits": {"Bad Name": 1}},
+        {"limits": {"": 1}},
+        {"limits": {"requests_per_second": 5}},
+        {"requests_per_second": math.nan},
+        {"requests_per_second": math.inf},
+        {"requests_per_second": True},
+        {"requests_per_second": "5"},
+        {"requests_per_second": 0},
+        {"connection_limit": 1.5},
+        {"connection_limit": True},
+        {"connection_limit": 0},
+    ],
+    ids=str,
+)
+def test_a_tier_that_would_fail_later_is_refused(options: dict[str, Any]) -> None:
+    """Where it is written, rather than in every request."""
+    with pytest.raises(ConfigurationError, match="tier 'odd'"):
+        Tier("odd", **options)
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +136,104 @@ def test_remaining_is_true_where_it_fits() -> None:
     assert Remaining(Usage("r", 9, 10, "day"), 1)
     assert not Remaining(Usage("r", 9, 10, "day"), 2)
     assert Remaining(Usage("r", 9, None, "day"), 10**12)
+
+
+# --- leases ---------------------------------------------------------------------------------------------------------
+
+
+class Database(LeaseKeeper):
+    """Answers a lease's questions one by one, when it is told to: ``asked`` holds those that wait."""
+
+    def __init__(self) -> None:
+        self.asked: asyncio.Queue[tuple[int, int, asyncio.Future[Any]]] = asyncio.Queue()
+
+    def conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> None:
+        if row.outcome == "exceeded":
+            raise QuotaExceededError(tenant="acme", resource=resource, limit=0, used=0, requested=amount)
+
+    async def lease(self, lease: LeasedQuota, block_id: UUID, held: int, amount: int, block: int) -> Any:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.asked.put_nowait((held, amount, answer))
+        return await answer
+
+    async def give_back(self, block_id: UUID, unspent: int) -> None:
+        pass
+
+    def watch(self, lease: LeasedQuota) -> None:
+        pass
+
+    def forget(self, lease: LeasedQuota) -> None:
+        pass
+
+    async def answer(self, granted: int, *, seconds: float | None = None) -> tuple[int, int]:
+        """Grant the next question so much, or refuse it (0), and return how much was held and asked for."""
+        async with asyncio.timeout(5):
+            held, amount, waiting = await self.asked.get()
+        outcome = "counted" if granted else "exceeded"
+        waiting.set_result(SimpleNamespace(outcome=outcome, granted=granted, seconds=seconds, leased=0))
+        return held, amount
+
+
+async def test_nothing_is_spent_while_the_database_is_asked() -> None:
+    """It counts what is in hand towards the question: spent as well, it would be spent twice."""
+    database = Database()
+    share = LeasedQuota(database, UUID(int=1), "calls", 10)
+    first = asyncio.create_task(share.consume(6))
+    await database.answer(10)
+    await first
+    second = asyncio.create_task(share.consume(5))
+    held, amount, answer = await database.asked.get()
+    assert (held, amount) == (4, 5)
+    assert not share.try_consume()
+    answer.set_result(SimpleNamespace(outcome="counted", granted=1, seconds=None, leased=0))
+    await second
+    assert share.held == 0
+
+
+async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that took long says how long the period lasts from when it was given: by now it may be over."""
+    clock = Clock()
+    monkeypatch.setattr("tenancy_orm.control.leases.time", SimpleNamespace(monotonic=clock))
+    database = Database()
+    share = LeasedQuota(database, UUID(int=1), "calls", 10)
+    task = asyncio.create_task(share.consume())
+    held, _, answer = await database.asked.get()
+    clock.now += 10
+    answer.set_result(SimpleNamespace(outcome="counted", granted=10, seconds=5.0, leased=0))
+    await task
+    assert held == 0 and share.held == 9
+    assert not share.try_consume()
+
+
+async def test_a_change_that_is_heard_of_while_a_block_is_on_its_way_reaches_it() -> None:
+    """The block was granted by the limit as it was: it is returned before more is used."""
+    database = Database()
+    share = LeasedQuota(database, UUID(int=1), "calls", 10)
+    task = asyncio.create_task(share.consume())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    share.expire()
+    await database.answer(10)
+    await task
+    assert not share.try_consume()
+    task = asyncio.create_task(share.consume())
+    assert await database.answer(10) == (0, 1)
+    await task
+    assert share.try_consume()
+
+
+async def test_a_refusal_holds_for_those_who_want_as_much_and_for_nobody_else() -> None:
+    """Who waited meanwhile for less asks for itself; who waited for more is answered alike."""
+    database = Database()
+    share = LeasedQuota(database, UUID(int=1), "calls", 10)
+    tasks = [asyncio.create_task(share.consume(amount)) for amount in (1, 5, 6, 2)]
+    await asyncio.sleep(0)
+    assert await database.answer(1) == (0, 1)
+    assert await database.answer(0) == (0, 5)
+    assert await database.answer(2) == (0, 2)
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(result, QuotaExceededError) for result in results] == [False, True, True, False]
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------
@@ -153,6 +301,20 @@ def test_a_tenants_own_rate_overrides_its_tiers() -> None:
     assert rates.acquire(tenant(tier="pro", requests_per_second=0.1)).limit == 1
 
 
+def test_a_bucket_is_kept_in_tokens_when_the_rate_changes() -> None:
+    """A tenant with a higher rate does not wait for what was missing at the lower one, and the reverse."""
+    clock = Clock()
+    rates = Rates(TIERS, clock=clock)
+    assert rates.acquire(tenant(requests_per_second=0.02)).allowed
+    assert not rates.acquire(tenant(requests_per_second=0.02)).allowed
+    answer = rates.acquire(tenant(requests_per_second=50))
+    assert (answer.allowed, answer.limit, answer.remaining) == (True, 50, 48)
+    for _ in range(48):
+        assert rates.acquire(tenant(requests_per_second=50)).allowed
+    answer = rates.acquire(tenant(requests_per_second=2))
+    assert isinstance(answer, Denied) and answer.retry_after == pytest.approx(0.5)
+
+
 def test_processes_share_a_rate() -> None:
     """Each gets its part; a rate too small to divide still lets one through at a time."""
     assert Rates(TIERS, processes=4).rate(tenant()) == 0.5
@@ -199,10 +361,12 @@ def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> Non
 
 
 def test_policies_must_fit_the_configuration() -> None:
-    """Tiers that do not exist, and two that would take turns at one note of the same fraction."""
+    """Its tiers, and each by a name of its own: what is noted of a tenant is noted under it."""
     config = TenancyConfig(control_url="postgresql://u@h/d")
     with pytest.raises(ConfigurationError, match="gold"):
         config.replace(upgrade_policies=(UpgradePolicy(resource="users", next_tier={"free": "gold"}),))
     twice = (UpgradePolicy(resource="users"), UpgradePolicy(resource="users", apply=True))
-    with pytest.raises(ConfigurationError, match="same fraction"):
+    with pytest.raises(ConfigurationError, match=r"users:0\.9"):
         config.replace(upgrade_policies=twice)
+    named = (twice[0], UpgradePolicy(name="apply", resource="users", apply=True))
+    assert [policy.name for policy in config.replace(upgrade_policies=named).upgrade_policies] == ["users:0.9", "apply"]

@@ -26,6 +26,33 @@ def test_a_swapped_password_does_not_open() -> None:
         keyring.open_password(other, sealed)
 
 
+@pytest.mark.parametrize("key_id", ["1", "a-key-of-16-char"])
+def test_what_is_too_short_is_in_no_known_format(key_id: str) -> None:
+    """At any length, with any id: a damaged value is an error of its own kind, which others are not stopped by."""
+    keyring, tenant = Keyring({key_id: OLD}), uuid4()
+    sealed = keyring.seal_password(tenant, "")
+    for length in range(len(sealed)):
+        with pytest.raises(SecretError, match="format"):
+            keyring.open_password(tenant, sealed[:length])
+
+
+def test_the_header_is_authenticated() -> None:
+    """Under two ids of one key, a value of the one does not pass for a value of the other."""
+    keyring, tenant = Keyring({"1": OLD, "2": OLD}), uuid4()
+    sealed = bytearray(keyring.seal_password(tenant, "s3cret"))
+    sealed[2:3] = b"1"
+    with pytest.raises(SecretError, match="damaged"):
+        keyring.open_password(tenant, bytes(sealed))
+
+
+def test_a_value_opens_for_its_purpose_alone() -> None:
+    """Bound to the tenant's id by other words, it is no password."""
+    keyring, tenant = Keyring({"1": OLD}), uuid4()
+    for associated in (tenant.bytes, b"another purpose:" + tenant.bytes):
+        with pytest.raises(SecretError):
+            keyring.open_password(tenant, keyring.seal(b"s3cret", associated=associated))
+
+
 def test_every_flipped_byte_is_noticed() -> None:
     """Header, nonce, ciphertext and tag are all authenticated."""
     keyring, tenant = Keyring({"1": OLD}), uuid4()

@@ -61,6 +61,16 @@ CREATE TABLE tenancy.audit_cuts (
     key_id text NOT NULL,
     signature bytea NOT NULL
 );
+
+-- public keys that signed cuts and checkpoints, each signed by a key that came after: nobody without a key can add one
+-- that counts, and by its primary key nobody can keep one out
+CREATE TABLE tenancy.audit_keys (
+    signature bytea CONSTRAINT audit_keys_pkey PRIMARY KEY,
+    key_id text NOT NULL,
+    public_key bytea NOT NULL,
+    signed_by text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
 """
 
 GUARDS = """
@@ -79,6 +89,9 @@ ALTER TABLE tenancy.audit_log ENABLE ALWAYS TRIGGER audit_log_refuse;
 CREATE TRIGGER audit_cuts_refuse BEFORE UPDATE OR DELETE OR TRUNCATE ON tenancy.audit_cuts
     FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse();
 ALTER TABLE tenancy.audit_cuts ENABLE ALWAYS TRIGGER audit_cuts_refuse;
+CREATE TRIGGER audit_keys_refuse BEFORE UPDATE OR DELETE OR TRUNCATE ON tenancy.audit_keys
+    FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse();
+ALTER TABLE tenancy.audit_keys ENABLE ALWAYS TRIGGER audit_keys_refuse;
 CREATE TRIGGER audit_head_refuse BEFORE DELETE OR TRUNCATE ON tenancy.audit_head
     FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse();
 ALTER TABLE tenancy.audit_head ENABLE ALWAYS TRIGGER audit_head_refuse;
@@ -92,6 +105,7 @@ DECLARE
     v_first timestamp;
     v_month timestamp;
     v_name text;
+    v_grantee text;
     v_made integer := 0;
 BEGIN
     IF p_months NOT BETWEEN 0 AND 120 THEN
@@ -111,6 +125,14 @@ BEGIN
             'CREATE TRIGGER audit_log_refuse BEFORE UPDATE OR DELETE OR TRUNCATE ON tenancy.%I '
             'FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse()', v_name);
         EXECUTE format('ALTER TABLE tenancy.%I ENABLE ALWAYS TRIGGER audit_log_refuse', v_name);
+        -- default privileges would reach it: whoever may create a trigger here runs code as the one who appends
+        FOR v_grantee IN
+            SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+            FROM pg_class AS c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+            WHERE c.oid = format('tenancy.%I', v_name)::regclass AND a.grantee <> c.relowner
+        LOOP
+            EXECUTE format('REVOKE ALL ON tenancy.%I FROM %s', v_name, v_grantee);
+        END LOOP;
         EXECUTE format(
             'ALTER TABLE tenancy.audit_log ATTACH PARTITION tenancy.%I FOR VALUES FROM (%L) TO (%L)',
             v_name, v_month AT TIME ZONE 'UTC', (v_month + interval '1 month') AT TIME ZONE 'UTC');
@@ -197,7 +219,7 @@ def downgrade() -> None:
         """
         DROP VIEW tenancy.audit_summary;
         DROP FUNCTION tenancy.audit_append, tenancy.audit_canonical, tenancy.audit_ensure_partitions;
-        DROP TABLE tenancy.audit_log, tenancy.audit_head, tenancy.audit_cuts;
+        DROP TABLE tenancy.audit_log, tenancy.audit_head, tenancy.audit_cuts, tenancy.audit_keys;
         DROP FUNCTION tenancy.audit_refuse;
         """
     )

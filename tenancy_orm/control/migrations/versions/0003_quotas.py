@@ -16,9 +16,10 @@ CREATE TABLE tenancy.usage (
     period_start timestamptz NOT NULL,
     period_end timestamptz NOT NULL,
     used bigint NOT NULL DEFAULT 0 CONSTRAINT usage_used_check CHECK (used >= 0),
-    -- the highest soft limit that was announced, and the limit it was a fraction of
+    -- the highest soft limit that was announced, the limit it was a fraction of, and when
     soft_reached double precision NOT NULL DEFAULT 0,
     soft_limit bigint,
+    soft_at timestamptz,
     -- when its usage record was made: nothing is counted in it from then on
     closed_at timestamptz,
     CONSTRAINT usage_pkey PRIMARY KEY (tenant_id, resource, period, period_start),
@@ -61,15 +62,18 @@ CREATE TABLE tenancy.quota_leases (
 );
 CREATE INDEX quota_leases_tenant_id_idx ON tenancy.quota_leases (tenant_id, resource, period, period_start);
 
--- since when a tenant has been near a limit, for the policies that propose a higher tier
+-- since when a tenant has been near a limit of its tier, for the policies that propose a higher one
 CREATE TABLE tenancy.quota_pressure (
     tenant_id uuid NOT NULL
         CONSTRAINT quota_pressure_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    policy text NOT NULL,
     resource text NOT NULL,
-    fraction double precision NOT NULL,
+    tier text NOT NULL,
     since timestamptz NOT NULL,
     proposed_at timestamptz,
-    CONSTRAINT quota_pressure_pkey PRIMARY KEY (tenant_id, resource, fraction)
+    -- until then one process is changing the tier; should it die, another one does it after that
+    claimed_until timestamptz,
+    CONSTRAINT quota_pressure_pkey PRIMARY KEY (tenant_id, policy)
 );
 
 -- the outbox of billing: one record per closed period, sent at least once under a key that makes twice the same as once
@@ -83,6 +87,8 @@ CREATE TABLE tenancy.usage_records (
     period_end timestamptz NOT NULL,
     quantity bigint NOT NULL,
     idempotency_key text NOT NULL,
+    -- that of a tenant that was purged since, for as long as the record is not sent: who is to pay is in it
+    metadata jsonb,
     created_at timestamptz NOT NULL DEFAULT now(),
     sent_at timestamptz,
     attempts integer NOT NULL DEFAULT 0,
@@ -142,21 +148,36 @@ BEGIN
     END IF;
 END $$;
 
--- The period that use at this time counts in. One that was begun is finished first: a tenant that moves its time zone
--- about does not get a fresh quota each time.
+-- The period that use at this time counts in. One that was begun is finished first, none overlaps another, and one that
+-- a change of the time zone would cut short lasts until the boundary after: a tenant that moves its time zone about
+-- does not get a fresh quota each time.
 CREATE FUNCTION tenancy.quota_current(
     p_tenant_id uuid, p_resource text, p_period text, p_timezone text, p_at timestamptz,
     OUT starts_at timestamptz, OUT ends_at timestamptz, OUT used bigint
 ) LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_last timestamptz;
 BEGIN
     SELECT u.period_start, u.period_end, u.used INTO starts_at, ends_at, used
     FROM tenancy.usage AS u
     WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource AND u.period = p_period AND u.period_start <= p_at
     ORDER BY u.period_start DESC LIMIT 1;
-    IF ends_at IS NULL OR ends_at <= p_at THEN
-        SELECT p.starts_at, p.ends_at, 0 INTO starts_at, ends_at, used
-        FROM tenancy.quota_period(p_period, p_timezone, p_at) AS p;
+    IF ends_at > p_at THEN
+        RETURN;
     END IF;
+    v_last := ends_at;
+    SELECT p.starts_at, p.ends_at, 0 INTO starts_at, ends_at, used
+    FROM tenancy.quota_period(p_period, p_timezone, p_at) AS p;
+    IF v_last > starts_at THEN
+        starts_at := v_last;
+        -- a full day; of a month the 26 hours that time zones are apart may be missing
+        IF ends_at - starts_at < (CASE p_period WHEN 'day' THEN interval '24 hours' ELSE interval '26 days' END) THEN
+            SELECT p.ends_at INTO ends_at FROM tenancy.quota_period(p_period, p_timezone, ends_at) AS p;
+        END IF;
+    END IF;
+    SELECT least(ends_at, min(u.period_start)) INTO ends_at
+    FROM tenancy.usage AS u
+    WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource AND u.period = p_period AND u.period_start > p_at;
 END $$;
 """
 
@@ -195,11 +216,21 @@ BEGIN ATOMIC
     ) AS m
     WHERE t.id = p_tenant_id AND r.resource <> 'requests_per_second';
 END;
+
+-- limits that a tier had until now are in every process's leases
+CREATE FUNCTION tenancy.notify_tier() RETURNS trigger
+LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    PERFORM pg_notify('tenancy', jsonb_build_object('t', NULL, 'k', NULL, 'c', 'tier')::text);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER tiers_notify AFTER UPDATE OF limits ON tenancy.tiers
+    FOR EACH ROW WHEN (OLD.limits IS DISTINCT FROM NEW.limits) EXECUTE FUNCTION tenancy.notify_tier();
 """
 
 STATE = """
 CREATE TYPE tenancy.quota_state AS (
-    outcome text,  -- no_tenant, unknown, period, closed, counted, replayed, exceeded
+    outcome text,  -- no_tenant, unknown, period, closed, counted, replayed, mismatched, exceeded
     slug text,
     amount_limit bigint,
     period text,
@@ -227,7 +258,7 @@ BEGIN
     SELECT t.slug, t.timezone, tenancy.quota_merge(i.limits -> p_resource, t.quotas -> p_resource)
     INTO v_state.slug, v_timezone, v_merged
     FROM tenancy.tenants AS t JOIN tenancy.tiers AS i ON i.name = t.tier
-    WHERE t.id = p_tenant_id;
+    WHERE t.id = p_tenant_id AND t.status <> 'purged';
     IF NOT FOUND THEN
         v_state.outcome := 'no_tenant';
         RETURN v_state;
@@ -255,8 +286,8 @@ BEGIN
     RETURN v_state;
 END $$;
 
--- Whether this much more is past the limit for certain, with nothing leased that could be had back. It writes nothing:
--- a tenant that hammers on its limit costs a look.
+-- Whether this much more is past the limit for certain, with nothing leased that could be had back: a lease that has
+-- expired is a dead process's. It writes nothing: a tenant that hammers on its limit costs a look.
 CREATE FUNCTION tenancy.quota_hopeless(
     p_tenant_id uuid, p_resource text, p_state tenancy.quota_state, p_amount bigint
 ) RETURNS boolean
@@ -264,7 +295,15 @@ LANGUAGE sql STABLE
 RETURN coalesce((p_state).used + p_amount > (p_state).amount_limit, false) AND NOT EXISTS (
     SELECT 1 FROM tenancy.quota_leases AS l
     WHERE l.tenant_id = p_tenant_id AND l.resource = p_resource AND l.period = (p_state).period
-        AND l.period_start = (p_state).starts_at
+        AND l.period_start = (p_state).starts_at AND l.expires_at > statement_timestamp()
+);
+
+-- What a use under this key is, where the key was used before: the same use again, or another one by mistake.
+CREATE FUNCTION tenancy.quota_replay(p_tenant_id uuid, p_resource text, p_amount bigint, p_key text) RETURNS text
+LANGUAGE sql STABLE
+RETURN (
+    SELECT CASE WHEN k.resource = p_resource AND k.amount = p_amount THEN 'replayed' ELSE 'mismatched' END
+    FROM tenancy.usage_keys AS k WHERE k.tenant_id = p_tenant_id AND k.key = p_key
 );
 
 -- Lock the row of this quota's period, making it where there is none, and return it.
@@ -277,6 +316,12 @@ BEGIN ATOMIC
     ON CONFLICT (tenant_id, resource, period, period_start) DO UPDATE SET used = u.used
     RETURNING u;
 END;
+
+-- How much of the soft limits is still announced at this use: one that was left by a tenth is announced anew when it
+-- comes back.
+CREATE FUNCTION tenancy.quota_rearm(p_reached double precision, p_used bigint, p_limit bigint) RETURNS double precision
+LANGUAGE sql IMMUTABLE
+RETURN least(p_reached, p_used / (0.9 * nullif(p_limit, 0)));
 
 -- Which soft limits the usage has reached, each once per period and limit; the caller holds the row's lock.
 CREATE FUNCTION tenancy.quota_cross(
@@ -298,7 +343,8 @@ BEGIN
         RETURN NULL;
     END IF;
     UPDATE tenancy.usage
-    SET soft_reached = v_crossed[array_upper(v_crossed, 1)], soft_limit = p_state.amount_limit
+    SET soft_reached = v_crossed[array_upper(v_crossed, 1)], soft_limit = p_state.amount_limit,
+        soft_at = p_state.at
     WHERE tenant_id = p_tenant_id AND resource = p_resource
         AND period = p_state.period AND period_start = p_state.starts_at;
     RETURN v_crossed;
@@ -334,15 +380,15 @@ DECLARE
     v_state tenancy.quota_state;
     v_reached double precision;
     v_reached_limit bigint;
+    v_row tenancy.usage;
 BEGIN
     v_state := tenancy.quota_find(p_tenant_id, p_resource, p_at);
-    IF v_state.outcome IS NOT NULL THEN
-        RETURN v_state;
+    -- what was counted stays counted, also when its period has been closed since
+    IF p_key IS NOT NULL AND (v_state.outcome IS NULL OR v_state.outcome = 'closed') THEN
+        v_state.outcome := coalesce(
+            tenancy.quota_replay(p_tenant_id, p_resource, p_amount, p_key), v_state.outcome);
     END IF;
-    IF p_key IS NOT NULL AND EXISTS (
-        SELECT 1 FROM tenancy.usage_keys WHERE tenant_id = p_tenant_id AND key = p_key
-    ) THEN
-        v_state.outcome := 'replayed';
+    IF v_state.outcome IS NOT NULL THEN
         RETURN v_state;
     END IF;
     IF v_state.used + p_amount > v_state.amount_limit
@@ -356,16 +402,18 @@ BEGIN
         INSERT INTO tenancy.usage_keys (tenant_id, key, resource, amount)
         VALUES (p_tenant_id, p_key, p_resource, p_amount) ON CONFLICT DO NOTHING;
         IF NOT FOUND THEN
-            v_state.outcome := 'replayed';
+            v_state.outcome := tenancy.quota_replay(p_tenant_id, p_resource, p_amount, p_key);
             RETURN v_state;
         END IF;
     END IF;
-    -- the check and the count are one statement on one locked row: any number of processes, never one too many
+    -- the checks and the count are one statement on one locked row: any number of processes, never one too many, and
+    -- none that billing has not seen
     INSERT INTO tenancy.usage AS u (tenant_id, resource, period, period_start, period_end, used)
     SELECT p_tenant_id, p_resource, v_state.period, v_state.starts_at, v_state.ends_at, p_amount
     WHERE p_amount <= v_state.amount_limit OR v_state.amount_limit IS NULL
     ON CONFLICT (tenant_id, resource, period, period_start) DO UPDATE SET used = u.used + p_amount
-    WHERE u.used + p_amount <= v_state.amount_limit OR v_state.amount_limit IS NULL
+    WHERE u.closed_at IS NULL
+        AND (u.used + p_amount <= v_state.amount_limit OR v_state.amount_limit IS NULL)
     RETURNING u.used, u.soft_reached, u.soft_limit INTO v_state.used, v_reached, v_reached_limit;
     IF FOUND THEN
         v_state.outcome := 'counted';
@@ -375,9 +423,14 @@ BEGIN
         END IF;
         RETURN v_state;
     END IF;
-    v_state.outcome := 'exceeded';
     DELETE FROM tenancy.usage_keys WHERE tenant_id = p_tenant_id AND key = p_key;
-    SELECT l.used INTO v_state.used FROM tenancy.quota_lock(p_tenant_id, p_resource, v_state) AS l;
+    v_row := tenancy.quota_lock(p_tenant_id, p_resource, v_state);
+    v_state.used := v_row.used;
+    IF v_row.closed_at IS NOT NULL THEN
+        v_state.outcome := 'closed';
+        RETURN v_state;
+    END IF;
+    v_state.outcome := 'exceeded';
     v_state.leased := tenancy.quota_reclaim(p_tenant_id, p_resource, v_state, NULL);
     RETURN v_state;
 END $$;
@@ -393,12 +446,25 @@ BEGIN
     IF v_state.outcome IS NOT NULL THEN
         RETURN v_state;
     END IF;
-    UPDATE tenancy.usage AS u SET used = greatest(u.used - p_amount, 0)
+    UPDATE tenancy.usage AS u
+    SET used = greatest(u.used - p_amount, 0),
+        -- a day or month announces each soft limit once, a lifetime is too long for that
+        soft_reached = CASE WHEN u.period = 'lifetime'
+            THEN tenancy.quota_rearm(u.soft_reached, greatest(u.used - p_amount, 0), v_state.amount_limit)
+            ELSE u.soft_reached END
     WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
-        AND u.period = v_state.period AND u.period_start = v_state.starts_at
+        AND u.period = v_state.period AND u.period_start = v_state.starts_at AND u.closed_at IS NULL
     RETURNING u.used INTO v_state.used;
-    v_state.used := coalesce(v_state.used, 0);
     v_state.outcome := 'counted';
+    IF NOT FOUND THEN
+        -- nothing was used, or it was closed since it was looked for
+        SELECT u.used, 'closed' INTO v_state.used, v_state.outcome
+        FROM tenancy.usage AS u
+        WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
+            AND u.period = v_state.period AND u.period_start = v_state.starts_at AND u.closed_at IS NOT NULL;
+        v_state.used := coalesce(v_state.used, 0);
+        v_state.outcome := coalesce(v_state.outcome, 'counted');
+    END IF;
     RETURN v_state;
 END $$;
 
@@ -414,10 +480,11 @@ BEGIN
         RETURN v_state;
     END IF;
     v_row := tenancy.quota_lock(p_tenant_id, p_resource, v_state);
-    -- a measure goes down too: a soft limit that it left by a tenth is announced anew when it comes back
-    IF v_state.amount_limit > 0 THEN
-        v_row.soft_reached := least(v_row.soft_reached, p_value / (0.9 * v_state.amount_limit));
+    IF v_row.closed_at IS NOT NULL THEN
+        v_state.outcome := 'closed';
+        RETURN v_state;
     END IF;
+    v_row.soft_reached := tenancy.quota_rearm(v_row.soft_reached, p_value, v_state.amount_limit);
     UPDATE tenancy.usage AS u SET used = p_value, soft_reached = v_row.soft_reached
     WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
         AND u.period = v_state.period AND u.period_start = v_state.starts_at;
@@ -454,6 +521,10 @@ BEGIN
     VALUES (p_id, p_tenant_id, p_resource, p_amount, clock_timestamp() + make_interval(secs => p_seconds));
     v_state.used := v_state.used + p_amount;
     v_state.outcome := 'counted';
+    -- what is held comes and goes all the time: a soft limit on it is announced once a day at most
+    IF v_row.soft_at < v_state.at - interval '1 day' THEN
+        v_row.soft_reached := 0;
+    END IF;
     v_state.crossed := tenancy.quota_cross(p_tenant_id, p_resource, v_state, v_row.soft_reached, v_row.soft_limit);
     RETURN v_state;
 END $$;
@@ -461,9 +532,10 @@ END $$;
 
 LEASES = """
 -- Take p_amount, of which the process has p_held in hand, and with it a block ahead of need. Near the limit the block
--- shrinks to what is needed, so that no process holds what another is refused for.
+-- shrinks to what is needed, so that no process holds what another is refused for. What is in hand goes over from the
+-- lease p_previous to the new one: which of them exists tells whether this was done, should its answer be lost.
 CREATE FUNCTION tenancy.quota_lease(
-    p_tenant_id uuid, p_resource text, p_id uuid, p_held bigint, p_amount bigint, p_block bigint,
+    p_tenant_id uuid, p_resource text, p_id uuid, p_previous uuid, p_held bigint, p_amount bigint, p_block bigint,
     p_seconds double precision
 ) RETURNS tenancy.quota_state
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -483,12 +555,16 @@ BEGIN
     END IF;
     v_row := tenancy.quota_lock(p_tenant_id, p_resource, v_state);
     v_state.used := v_row.used;
+    IF v_row.closed_at IS NOT NULL THEN
+        v_state.outcome := 'closed';
+        RETURN v_state;
+    END IF;
     v_left := v_state.amount_limit - v_row.used;
     IF v_left < v_needed THEN
         v_state.outcome := 'exceeded';
-        v_state.leased := tenancy.quota_reclaim(p_tenant_id, p_resource, v_state, p_id);
+        v_state.leased := tenancy.quota_reclaim(p_tenant_id, p_resource, v_state, p_previous);
         IF p_held = 0 THEN
-            DELETE FROM tenancy.quota_leases WHERE id = p_id;
+            DELETE FROM tenancy.quota_leases WHERE id = p_previous;
         END IF;
         RETURN v_state;
     END IF;
@@ -497,15 +573,11 @@ BEGIN
     WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
         AND u.period = v_state.period AND u.period_start = v_state.starts_at
     RETURNING u.used INTO v_state.used;
+    DELETE FROM tenancy.quota_leases WHERE id = p_previous;
     IF v_state.granted > v_needed THEN
         INSERT INTO tenancy.quota_leases (id, tenant_id, resource, period, period_start, unspent, expires_at)
         VALUES (p_id, p_tenant_id, p_resource, v_state.period, v_state.starts_at, v_state.granted - v_needed,
-            clock_timestamp() + make_interval(secs => p_seconds))
-        ON CONFLICT (id) DO UPDATE
-        SET unspent = excluded.unspent, expires_at = excluded.expires_at, period = excluded.period,
-            period_start = excluded.period_start;
-    ELSE
-        DELETE FROM tenancy.quota_leases WHERE id = p_id;
+            clock_timestamp() + make_interval(secs => p_seconds));
     END IF;
     v_state.outcome := 'counted';
     v_state.crossed := tenancy.quota_cross(p_tenant_id, p_resource, v_state, v_row.soft_reached, v_row.soft_limit);
@@ -553,7 +625,7 @@ BEGIN ATOMIC
     CROSS JOIN LATERAL tenancy.quota_limits(t.id) AS l
     CROSS JOIN LATERAL tenancy.quota_current(
         t.id, l.resource, l.period, t.timezone, coalesce(p_at, statement_timestamp())) AS c
-    WHERE t.id = p_tenant_id
+    WHERE t.id = p_tenant_id AND t.status <> 'purged'
     ORDER BY l.resource;
 END;
 
@@ -593,9 +665,11 @@ BEGIN ATOMIC
     SELECT u.* FROM tenancy.quota_utilisation(p_at) AS u WHERE u.fraction >= p_fraction;
 END;
 
--- Note who is at p_fraction of a limit now, forget who no longer is, and return those who have been for p_seconds.
+-- Note who is at p_fraction of a limit now, forget who no longer is, and return those who have been for p_seconds and
+-- were not proposed a higher tier, or (p_apply) do not have it yet. Another tier has other limits: it begins anew.
 CREATE FUNCTION tenancy.quota_note_pressure(
-    p_resource text, p_fraction double precision, p_seconds double precision, p_at timestamptz DEFAULT NULL
+    p_policy text, p_resource text, p_fraction double precision, p_seconds double precision, p_apply boolean,
+    p_at timestamptz DEFAULT NULL
 ) RETURNS TABLE (tenant_id uuid, slug text, tier text, used bigint, amount_limit bigint, since timestamptz)
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
@@ -603,35 +677,40 @@ DECLARE
     v_at timestamptz := coalesce(p_at, statement_timestamp());
 BEGIN
     DELETE FROM tenancy.quota_pressure AS p
-    WHERE p.resource = p_resource AND p.fraction = p_fraction AND NOT EXISTS (
+    WHERE p.policy = p_policy AND NOT EXISTS (
         SELECT 1 FROM tenancy.quota_at_risk(p_fraction, v_at) AS r
-        WHERE r.tenant_id = p.tenant_id AND r.resource = p_resource);
-    INSERT INTO tenancy.quota_pressure (tenant_id, resource, fraction, since)
-    SELECT r.tenant_id, p_resource, p_fraction, v_at
+        WHERE r.tenant_id = p.tenant_id AND r.tier = p.tier AND r.resource = p.resource AND r.resource = p_resource);
+    INSERT INTO tenancy.quota_pressure (tenant_id, policy, resource, tier, since)
+    SELECT r.tenant_id, p_policy, p_resource, r.tier, v_at
     FROM tenancy.quota_at_risk(p_fraction, v_at) AS r WHERE r.resource = p_resource
     ON CONFLICT DO NOTHING;
     RETURN QUERY
     SELECT r.tenant_id, r.slug, r.tier, r.used, r.amount_limit, p.since
     FROM tenancy.quota_pressure AS p
-    JOIN tenancy.quota_at_risk(p_fraction, v_at) AS r ON r.tenant_id = p.tenant_id AND r.resource = p.resource
-    WHERE p.resource = p_resource AND p.fraction = p_fraction AND p.proposed_at IS NULL
+    JOIN tenancy.quota_at_risk(p_fraction, v_at) AS r
+        ON r.tenant_id = p.tenant_id AND r.tier = p.tier AND r.resource = p.resource
+    WHERE p.policy = p_policy AND (p_apply OR p.proposed_at IS NULL)
         AND p.since <= v_at - make_interval(secs => p_seconds)
     ORDER BY p.since;
 END $$;
 
--- Close the periods that ended p_seconds ago, some at a time, and make the record of each that was used.
+-- Close the periods that ended p_seconds ago, some at a time, and make the record of each that was used; of the tenant
+-- p_tenant_id alone where it is given, and then those too that have not ended.
 CREATE FUNCTION tenancy.usage_close(
-    p_seconds double precision, p_at timestamptz DEFAULT NULL, OUT closed integer, OUT made integer
+    p_seconds double precision, p_at timestamptz DEFAULT NULL, p_tenant_id uuid DEFAULT NULL,
+    OUT closed integer, OUT made integer
 ) LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     v_at timestamptz := coalesce(p_at, statement_timestamp());
+    v_until timestamptz := CASE
+        WHEN p_tenant_id IS NULL THEN v_at - make_interval(secs => p_seconds) ELSE 'infinity' END;
 BEGIN
     WITH ended AS (
         UPDATE tenancy.usage AS u SET closed_at = v_at
         FROM (
             SELECT o.tenant_id, o.resource, o.period, o.period_start FROM tenancy.usage AS o
-            WHERE o.closed_at IS NULL AND o.period IN ('day', 'month')
-                AND o.period_end <= v_at - make_interval(secs => p_seconds)
+            WHERE o.closed_at IS NULL AND o.period IN ('day', 'month') AND o.period_end <= v_until
+                AND (p_tenant_id IS NULL OR o.tenant_id = p_tenant_id)
             ORDER BY o.period_end LIMIT 10000
             FOR UPDATE SKIP LOCKED
         ) AS o
@@ -642,7 +721,7 @@ BEGIN
     INSERT INTO tenancy.usage_records (
         tenant_id, resource, period, period_start, period_end, quantity, due_at, idempotency_key)
     SELECT
-        c.tenant_id, c.resource, c.period, c.period_start, c.period_end, c.used, v_at,
+        c.tenant_id, c.resource, c.period, c.period_start, least(c.period_end, v_at), c.used, v_at,
         -- derived from what it is about, so that it stays the same whatever is lost and made again
         encode(sha256(convert_to(concat_ws('|', i.id, c.tenant_id, c.resource, c.period,
             extract(epoch FROM c.period_start)), 'UTF8')), 'hex')
@@ -652,6 +731,19 @@ BEGIN
     RETURNING 1
     )
     SELECT (SELECT count(*) FROM ended), (SELECT count(*) FROM recorded) INTO closed, made;
+END $$;
+
+-- Make the last records of a tenant that is being purged, and keep with what is not sent yet who is to pay for it.
+CREATE FUNCTION tenancy.usage_settle(p_tenant_id uuid) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    -- a use that is being counted now is waited for, which usage_close would not do
+    PERFORM 1 FROM tenancy.usage WHERE tenant_id = p_tenant_id AND closed_at IS NULL
+    ORDER BY resource, period, period_start FOR UPDATE;
+    PERFORM tenancy.usage_close(0, NULL, p_tenant_id);
+    UPDATE tenancy.usage_records AS r SET metadata = t.metadata
+    FROM tenancy.tenants AS t
+    WHERE t.id = p_tenant_id AND r.tenant_id = p_tenant_id AND r.sent_at IS NULL;
 END $$;
 """
 
@@ -691,10 +783,13 @@ def downgrade() -> None:
     run_script(
         """
         DROP VIEW tenancy.active_tenants, tenancy.tier_distribution;
-        DROP FUNCTION tenancy.usage_close, tenancy.quota_note_pressure, tenancy.quota_at_risk,
+        DROP TRIGGER tiers_notify ON tenancy.tiers;
+        DROP FUNCTION tenancy.notify_tier;
+        DROP FUNCTION tenancy.usage_settle, tenancy.usage_close, tenancy.quota_note_pressure, tenancy.quota_at_risk,
             tenancy.quota_utilisation, tenancy.quota_usage, tenancy.quota_return, tenancy.quota_lease,
             tenancy.quota_hold, tenancy.quota_measure, tenancy.quota_release, tenancy.quota_consume,
-            tenancy.quota_reclaim, tenancy.quota_cross, tenancy.quota_lock, tenancy.quota_hopeless,
+            tenancy.quota_reclaim, tenancy.quota_cross, tenancy.quota_rearm, tenancy.quota_lock,
+            tenancy.quota_replay, tenancy.quota_hopeless,
             tenancy.quota_find, tenancy.quota_limits,
             tenancy.quota_soft, tenancy.quota_merge, tenancy.quota_current, tenancy.quota_period,
             tenancy.local_midnight;

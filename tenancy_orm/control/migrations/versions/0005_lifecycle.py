@@ -9,6 +9,10 @@ depends_on = None
 
 TABLES = """
 ALTER TABLE tenancy.tenants
+    -- what a tenant in maintenance was before, and why
+    ADD COLUMN former_status text CONSTRAINT tenants_former_status_check CHECK (
+        former_status IN ('trial', 'active', 'suspended')),
+    ADD COLUMN former_reason text,
     ADD COLUMN suspend_at timestamptz,
     ADD COLUMN suspend_reason text,
     ADD COLUMN purge_at timestamptz;
@@ -64,7 +68,7 @@ BEGIN
     WHERE slug = NEW.slug AND redirects_until > now() AND tenant_id <> NEW.id;
     IF FOUND THEN
         RAISE EXCEPTION 'the slug still leads to a tenant that gave it up'
-            USING ERRCODE = '23505', CONSTRAINT = 'tenants_slug_key', SCHEMA = 'tenancy', TABLE = 'tenants';
+            USING ERRCODE = '23505', CONSTRAINT = 'former_slugs_pkey', SCHEMA = 'tenancy', TABLE = 'former_slugs';
     END IF;
     DELETE FROM tenancy.former_slugs WHERE slug = NEW.slug;
     RETURN NEW;
@@ -99,6 +103,7 @@ def downgrade() -> None:
         DROP TABLE tenancy.domains, tenancy.former_slugs;
         DROP FUNCTION tenancy.reserve_slug, tenancy.notify_owner;
         DROP INDEX tenancy.tenants_trial_ends_at_idx;
-        ALTER TABLE tenancy.tenants DROP COLUMN suspend_at, DROP COLUMN suspend_reason, DROP COLUMN purge_at;
+        ALTER TABLE tenancy.tenants DROP COLUMN former_status, DROP COLUMN former_reason,
+            DROP COLUMN suspend_at, DROP COLUMN suspend_reason, DROP COLUMN purge_at;
         """
     )

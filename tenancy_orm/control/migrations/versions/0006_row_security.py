@@ -74,9 +74,12 @@ BEGIN
             WHERE relnamespace = 'tenancy'::regnamespace AND relrowsecurity AND NOT relispartition
         LOOP
             EXECUTE format(
-                'CREATE POLICY %I ON %s TO %I USING (true) WITH CHECK (true)',
+                'CREATE POLICY %I ON %s FOR %s TO %I USING (true) %s',
                 'application_' || left(encode(sha256(convert_to(v_role.rolname, 'UTF8')), 'hex'), 16),
-                v_table, v_role.rolname);
+                v_table,
+                CASE v_table WHEN 'tenancy.audit_log'::regclass THEN 'SELECT' ELSE 'ALL' END,
+                v_role.rolname,
+                CASE v_table WHEN 'tenancy.audit_log'::regclass THEN '' ELSE 'WITH CHECK (true)' END);
         END LOOP;
     END LOOP;
 END $$;
@@ -90,6 +93,7 @@ DECLARE
     v_first timestamp;
     v_month timestamp;
     v_name text;
+    v_grantee text;
     v_made integer := 0;
 BEGIN
     IF p_months NOT BETWEEN 0 AND 120 THEN
@@ -109,6 +113,14 @@ BEGIN
             'CREATE TRIGGER audit_log_refuse BEFORE UPDATE OR DELETE OR TRUNCATE ON tenancy.%I '
             'FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse()', v_name);
         EXECUTE format('ALTER TABLE tenancy.%I ENABLE ALWAYS TRIGGER audit_log_refuse', v_name);
+        -- default privileges would reach it: whoever may create a trigger here runs code as the one who appends
+        FOR v_grantee IN
+            SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+            FROM pg_class AS c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+            WHERE c.oid = format('tenancy.%I', v_name)::regclass AND a.grantee <> c.relowner
+        LOOP
+            EXECUTE format('REVOKE ALL ON tenancy.%I FROM %s', v_name, v_grantee);
+        END LOOP;
         {protect}
         EXECUTE format(
             'ALTER TABLE tenancy.audit_log ATTACH PARTITION tenancy.%I FOR VALUES FROM (%L) TO (%L)',

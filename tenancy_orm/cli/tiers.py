@@ -1,0 +1,49 @@
+"""``tenancy tiers``: which limits are in force."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import typer
+
+from ..control.tiers import TierChanges
+from ..tenancy import Tenancy
+from .output import print_fields, print_json, print_table
+from .runtime import Json, operator, run
+
+app = typer.Typer(help="Show the tiers in force, and put the configured ones in force.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_tiers(as_json: Json = False) -> None:
+    """List the limits of the tiers in force, and which of the configured tiers differ from them."""
+
+    async def command(tenancy: Tenancy) -> tuple[dict[str, dict[str, dict[str, object]]], tuple[str, ...]]:
+        return await tenancy.tiers.in_force(), await tenancy.tiers.differing(tenancy.config.tiers)
+
+    found, differing = run(command)
+    if as_json:
+        print_json({"in_force": found, "differing": differing})
+        return
+    rows = [
+        (tier, resource, "unlimited" if limit["amount"] is None else limit["amount"], limit["period"])
+        for tier, limits in found.items()
+        for resource, limit in limits.items()
+    ]
+    print_table("tiers in force", ("tier", "resource", "amount", "period"), rows)
+    if differing:
+        print_table("configured differently", ("tier",), [(name,) for name in differing])
+
+
+@app.command()
+def apply(as_json: Json = False) -> None:
+    """Put the configured tiers in force, in every process at once; part of a deployment. Audited."""
+
+    async def command(tenancy: Tenancy) -> TierChanges:
+        return await tenancy.tiers.apply(tenancy.config.tiers, actor=operator())
+
+    changes = run(command)
+    if as_json:
+        print_json(changes)
+    else:
+        print_fields("tiers", asdict(changes))

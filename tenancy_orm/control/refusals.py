@@ -1,0 +1,112 @@
+"""What was refused, counted by kind in bounded memory. State without I/O.
+
+Refused keys and cross-tenant requests are tallied apart: whoever makes noise with keys that are not valid must not keep
+a request that named another tenant out of the audit log.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+from uuid import UUID
+
+MAX_KINDS = 1_000  # counted one by one until they are taken
+MAX_WRITTEN = 20  # ... and told one by one
+MAX_KEYS = 100  # whose further cross-tenant requests are told by key
+
+_KEY_REJECTED = "key.reject"
+_CROSS_TENANT = "request.cross_tenant"
+
+
+class Refusal(NamedTuple):
+    """One kind of refusal. Of a cross-tenant request ``named`` is the other tenant, and ``resolver`` who read it."""
+
+    action: str
+    key_id: str | None = None
+    source: str | None = None
+    reason: str | None = None
+    tenant_id: UUID | None = None
+    slug: str | None = None
+    named: str | None = None
+    resolver: str | None = None
+
+    @classmethod
+    def of_key(
+        cls, reason: str, key_id: str | None, source: str | None, owner: tuple[UUID, str] | tuple[None, None]
+    ) -> Refusal:
+        """A key that was refused."""
+        return cls(_KEY_REJECTED, key_id, source, reason, *owner)
+
+    @classmethod
+    def of_request(cls, named: str, resolver: str, key_id: str, source: str | None, owner: tuple[UUID, str]) -> Refusal:
+        """A request that named another tenant than its key's."""
+        return cls(_CROSS_TENANT, key_id, source, None, *owner, named, resolver)
+
+    @property
+    def rest(self) -> Refusal:
+        """What stands for it where there are too many: its key, where that is a valid one, or all of the kind."""
+        if self.action == _CROSS_TENANT:
+            return self._replace(source=None, named=None, resolver=None)
+        return self.others
+
+    @property
+    def others(self) -> Refusal:
+        """What stands for all of the kind."""
+        return Refusal(self.action)
+
+
+class Tally:
+    """Counts refusals by kind; past ``MAX_KINDS`` kinds by what stands for the rest."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[Refusal] = Counter()
+        self.rests: Counter[Refusal] = Counter()
+
+    def __len__(self) -> int:
+        """How many are counted apart."""
+        return len(self.kinds) + len(self.rests)
+
+    def add(self, refusal: Refusal, count: int = 1) -> None:
+        """Count a refusal."""
+        if refusal in self.kinds or len(self.kinds) < MAX_KINDS:
+            self.kinds[refusal] += count
+        else:
+            self._add_rest(refusal.rest, count)
+
+    def add_all(self, other: Tally) -> None:
+        """Count again what could not be written; in the same bounds."""
+        for refusal, count in other.kinds.items():
+            self.add(refusal, count)
+        for rest, count in other.rests.items():
+            self._add_rest(rest, count)
+
+    def _add_rest(self, rest: Refusal, count: int) -> None:
+        if rest not in self.rests and len(self.rests) >= MAX_KINDS:
+            rest = rest.others
+        self.rests[rest] += count
+
+    def entries(self) -> list[tuple[Refusal, dict[str, Any]]]:
+        """What the audit log is to say: the most frequent kinds one by one, then the rest, with their details."""
+        ranked = self.kinds.most_common()
+        rests = Counter(self.rests)
+        names: dict[Refusal, set[str | None]] = {}
+        for refusal, count in ranked[MAX_WRITTEN:]:
+            rests[refusal.rest] += count
+            names.setdefault(refusal.rest, set()).add(refusal.named)
+        entries = [(refusal, _detail(refusal, count)) for refusal, count in ranked[:MAX_WRITTEN]]
+        by_key = [(rest, count) for rest, count in rests.most_common() if rest.key_id is not None][:MAX_KEYS]
+        for rest, count in by_key:
+            # at least so many names: past MAX_KINDS they are not kept
+            entries.append((rest, {"reason": "others", "count": count, "names": len(names.get(rest, ()))}))
+        told = {rest for rest, _ in by_key}
+        others: Counter[Refusal] = Counter()
+        for rest, count in rests.items():
+            if rest not in told:
+                others[rest.others] += count
+        return entries + [(rest, {"reason": "others", "count": count}) for rest, count in others.items()]
+
+
+def _detail(refusal: Refusal, count: int) -> dict[str, Any]:
+    if refusal.action == _CROSS_TENANT:
+        return {"named": refusal.named, "resolver": refusal.resolver, "count": count}
+    return {"reason": refusal.reason, "count": count}
