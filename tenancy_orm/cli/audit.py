@@ -61,7 +61,7 @@ def verify(
         fields = ("ok", "entries", "first_bad", "problem", "confirmed", "removed", "skipped")
         print_json({name: getattr(report, name) for name in fields})
     else:
-        console.print(_told(report), highlight=False)
+        console.print(_told(report), highlight=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
 
