@@ -190,12 +190,8 @@ def admit_bound(ref: str | UUID | Tenant) -> None:
     """
     bound = _current.get()
     if bound is not None and names_another(ref, bound):
-        raise CrossTenantError("naming a tenant", bound=bound.slug, requested=label_of(ref))
-
-
-def label_of(ref: str | UUID | Tenant) -> str:
-    """What to call a tenant in a message: its slug where that is known."""
-    return ref.slug if isinstance(ref, Tenant) else str(ref)
+        requested = ref.slug if isinstance(ref, Tenant) else str(ref)
+        raise CrossTenantError("naming a tenant", bound=bound.slug, requested=requested)
 
 
 class _UnboundFinalizer:

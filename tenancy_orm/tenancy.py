@@ -36,7 +36,7 @@ from .control.registry import Registry
 from .control.sealed import SealedPasswords
 from .control.secrets import Keyring
 from .control.tenants import TenantManager, TenantRef
-from .control.tiers import TierRegistry
+from .control.tiers import TierRegistry, differing
 from .control.upgrades import Upgrades
 from .control.usage import UsageExporter
 from .errors import ConfigurationError, CrossTenantError, NoTenantError, NotOpenError, TenancyError
@@ -630,12 +630,12 @@ class _Parts:
 
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
-        if initialise or not await self.tiers.in_force():
+        if initialise or not (in_force := await self.tiers.in_force()):
             await self.tiers.apply(self.config.tiers)
-        elif differing := await self.tiers.differing(self.config.tiers):
+        elif names := differing(in_force, self.config.tiers):
             logger.warning(
                 "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
-                ", ".join(differing),
+                ", ".join(names),
             )
 
     def _administrator(self) -> Administrator | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -17,14 +18,7 @@ DomainArgument = Annotated[str, typer.Argument(help="A domain name of two labels
 
 
 def _fields(domain: Domain) -> dict[str, Any]:
-    return {
-        "domain": domain.domain,
-        "tenant_id": domain.tenant_id,
-        "challenge": domain.challenge,
-        "token": domain.token,
-        "created_at": domain.created_at,
-        "verified_at": domain.verified_at,
-    }
+    return {**asdict(domain), "challenge": domain.challenge}
 
 
 @app.command()

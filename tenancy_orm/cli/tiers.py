@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import typer
 
-from ..control.tiers import TierChanges
+from ..control.tiers import TierChanges, differing
 from ..tenancy import Tenancy
 from .output import print_fields, print_json, print_table
 from .runtime import Json, operator, run
@@ -19,11 +19,12 @@ def list_tiers(as_json: Json = False) -> None:
     """List the limits of the tiers in force, and which of the configured tiers differ from them."""
 
     async def command(tenancy: Tenancy) -> tuple[dict[str, dict[str, dict[str, object]]], tuple[str, ...]]:
-        return await tenancy.tiers.in_force(), await tenancy.tiers.differing(tenancy.config.tiers)
+        in_force = await tenancy.tiers.in_force()
+        return in_force, differing(in_force, tenancy.config.tiers)
 
-    found, differing = run(command)
+    found, names = run(command)
     if as_json:
-        print_json({"in_force": found, "differing": differing})
+        print_json({"in_force": found, "differing": names})
         return
     rows = [
         (tier, resource, "unlimited" if limit["amount"] is None else limit["amount"], limit["period"])
@@ -31,8 +32,8 @@ def list_tiers(as_json: Json = False) -> None:
         for resource, limit in limits.items()
     ]
     print_table("tiers in force", ("tier", "resource", "amount", "period"), rows)
-    if differing:
-        print_table("configured differently", ("tier",), [(name,) for name in differing])
+    if names:
+        print_table("configured differently", ("tier",), [(name,) for name in names])
 
 
 @app.command()

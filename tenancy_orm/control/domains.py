@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -24,8 +25,9 @@ from ..context import Admit, Status, Tenant, admit_any
 from ..errors import DomainError, MissingExtraError, TenantDeletedError
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
+from .lifecycle import hold_tenant
 from .models import domains
-from .registry import Registry, hold_tenant
+from .registry import Registry
 
 _LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(\.{_LABEL})+")
@@ -145,14 +147,7 @@ class DomainManager:
                 raise _taken(name)
             row = (await connection.execute(statement)).one_or_none()
             if row is not None:
-                await self._audit.append(
-                    connection,
-                    action="domain.claim",
-                    tenant_id=tenant.id,
-                    slug=tenant.slug,
-                    actor=actor,
-                    after={"domain": name},
-                )
+                await self._write_audit(connection, "domain.claim", tenant, actor, after={"domain": name})
         return await self._claimed(tenant, name) if row is None else _domain_from_row(row)
 
     async def verify(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
@@ -181,14 +176,7 @@ class DomainManager:
                 row = (await connection.execute(statement)).one_or_none()
                 if row is None:
                     raise DomainError(f"domain {found.domain!r} was released while it was verified")
-                await self._audit.append(
-                    connection,
-                    action="domain.verify",
-                    tenant_id=tenant.id,
-                    slug=tenant.slug,
-                    actor=actor,
-                    after={"domain": found.domain},
-                )
+                await self._write_audit(connection, "domain.verify", tenant, actor, after={"domain": found.domain})
         except IntegrityError as exc:
             raise _taken(found.domain) from exc
         return _domain_from_row(row)
@@ -205,14 +193,7 @@ class DomainManager:
             statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
             if (await connection.execute(statement)).rowcount == 0:
                 return  # another call has just done so
-            await self._audit.append(
-                connection,
-                action="domain.release",
-                tenant_id=tenant.id,
-                slug=tenant.slug,
-                actor=actor,
-                before={"domain": found.domain},
-            )
+            await self._write_audit(connection, "domain.release", tenant, actor, before={"domain": found.domain})
 
     async def list(self, tenant: str | UUID | Tenant) -> list[Domain]:
         """Return the tenant's domains, claimed and verified, by name."""
@@ -227,6 +208,13 @@ class DomainManager:
         self._admit(found)
         return found
 
+    async def _write_audit(
+        self, connection: AsyncConnection, action: str, tenant: Tenant, actor: Actor, **change: Mapping[str, Any]
+    ) -> None:
+        await self._audit.append(
+            connection, action=action, tenant_id=tenant.id, slug=tenant.slug, actor=actor, **change
+        )
+
     async def _claimed(self, tenant: Tenant, domain: str) -> Domain:
         name = check_domain(domain)
         query = select(domains).where(domains.c.domain == name, domains.c.tenant_id == tenant.id)
@@ -239,7 +227,8 @@ class DomainManager:
 
 async def _hold(connection: AsyncConnection, tenant: Tenant) -> None:
     """Refuse a deleted tenant a domain, and keep it from being purged meanwhile: nobody could have the domain then."""
-    if (await hold_tenant(connection, tenant.id)).status is Status.DELETED:
+    _, status = await hold_tenant(connection, tenant.id)
+    if status is Status.DELETED:
         raise TenantDeletedError(tenant.slug)
 
 

@@ -13,8 +13,8 @@ from sqlalchemy import Row, and_, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import TenancyConfig
-from ..context import Admit, Status, Tenant, admit_any
-from ..errors import ApiKeyInactiveError, ApiKeyNotFoundError, ConfigurationError, TenantNotFoundError
+from ..context import Admit, Tenant, admit_any
+from ..errors import ApiKeyInactiveError, ApiKeyNotFoundError, ConfigurationError
 from ..events import EventBus, KeyIssued, KeyRevoked
 from .audit import SYSTEM, Actor, AuditLog, clean_text
 from .database import ControlDatabase
@@ -28,6 +28,7 @@ from .key_format import (
     parse_key,
     scanner_pattern,
 )
+from .lifecycle import hold_tenant
 from .models import api_keys, tenants
 from .networks import Network, parse_networks
 
@@ -253,7 +254,7 @@ class KeyManager:
         key = generate_key(self._check_prefix(prefix), self._digester)
         _check_expiry(expires_at)
         async with self._control.transaction() as connection:
-            slug = await _hold_tenant(connection, owner.id)
+            slug, _ = await hold_tenant(connection, owner.id)
             info = await insert_key(
                 connection, owner.id, key, name=name, scopes=scopes, expires_at=expires_at, networks=networks
             )
@@ -294,7 +295,7 @@ class KeyManager:
             if tenant_id is None:
                 raise ApiKeyNotFoundError(key_id)
             self._admit(tenant_id)
-            await _hold_tenant(connection, tenant_id)
+            await hold_tenant(connection, tenant_id)
             old, slug = await self._locked(connection, key_id)
             await _check_rotatable(connection, old)
             if expires_at is None:
@@ -458,15 +459,6 @@ def _check_expiry(moment: datetime | None) -> None:
         raise ConfigurationError("expires_at must be an aware datetime, with a time zone")
     if moment <= datetime.now(UTC):
         raise ConfigurationError("expires_at is in the past")
-
-
-async def _hold_tenant(connection: AsyncConnection, tenant_id: UUID) -> str:
-    """Keep the tenant from being purged until this transaction ends, and return its slug."""
-    query = select(tenants.c.slug, tenants.c.status).where(tenants.c.id == tenant_id).with_for_update(read=True)
-    row = (await connection.execute(query)).one_or_none()
-    if row is None or row.status == Status.PURGED:
-        raise TenantNotFoundError(tenant_id)
-    return str(row.slug)
 
 
 async def _check_rotatable(connection: AsyncConnection, key: ApiKeyInfo) -> None:

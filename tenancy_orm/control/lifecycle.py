@@ -7,6 +7,10 @@ refused as well; a test compares the two.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..context import Status, Tenant
 from ..errors import (
@@ -17,8 +21,12 @@ from ..errors import (
     TenantProvisioningError,
     TenantSuspendedError,
 )
+from .models import tenants
 
 _RUNNING = frozenset({Status.TRIAL, Status.ACTIVE})
+
+BARRED = frozenset({Status.SUSPENDED, Status.DELETED})
+"""PostgreSQL itself refuses the roles of these."""
 
 TRANSITIONS: Mapping[Status, frozenset[Status]] = {
     Status.PROVISIONING: frozenset({Status.TRIAL, Status.ACTIVE}),
@@ -66,3 +74,16 @@ def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
         raise TenantSuspendedError(tenant.slug, reason=tenant.reason)
     if not operator:
         raise TenantMaintenanceError(tenant.slug, reason=tenant.reason)
+
+
+async def hold_tenant(connection: AsyncConnection, tenant_id: UUID) -> tuple[str, Status]:
+    """Keep a tenant from being purged until the transaction ends, and return its slug and status.
+
+    Raises:
+        TenantNotFoundError: there is none, or it has been purged.
+    """
+    query = select(tenants.c.slug, tenants.c.status).where(tenants.c.id == tenant_id).with_for_update(read=True)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None or row.status == Status.PURGED:
+        raise TenantNotFoundError(tenant_id)
+    return row.slug, Status(row.status)

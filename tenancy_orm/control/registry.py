@@ -234,19 +234,6 @@ def _check_unchanged(found: Tenant, listed: Tenant, target: Status) -> None:
         raise InvalidTransitionError(found.slug, f"{found.status.value} (changed meanwhile)", target.value)
 
 
-async def hold_tenant(connection: AsyncConnection, tenant_id: UUID) -> Tenant:
-    """Keep a tenant from being purged until the transaction ends, and return it.
-
-    Raises:
-        TenantNotFoundError: there is none, or it has been purged.
-    """
-    query = select(*TENANT_COLUMNS).where(tenants.c.id == tenant_id).with_for_update(read=True, of=tenants)
-    row = (await connection.execute(query)).one_or_none()
-    if row is None or row.status == Status.PURGED:
-        raise TenantNotFoundError(tenant_id)
-    return tenant_from_row(row)
-
-
 async def tenant_id_of(connection: AsyncConnection, ref: str | UUID | Tenant) -> UUID:
     """Return the id that ``ref`` stands for: a ``Tenant``, an id, its text, a slug, or a slug that still leads to it.
 
@@ -551,8 +538,10 @@ class Registry:
                 or a purge is under way.
         """
         async with self._control.transaction() as connection:
-            before, row = await self._locked(connection, tenant_id, listed=listed)
+            before, row = await self._locked(connection, tenant_id)
             new = self._target(before, row, target, leaving)
+            if listed is not None:
+                _check_unchanged(before, listed, new)
             after = await self._set(
                 connection, tenant_id, **_memory(before, row, new, reason), **_schedule(before, new), **values
             )
@@ -772,9 +761,7 @@ class Registry:
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    async def _locked(
-        self, connection: AsyncConnection, tenant_id: UUID, *, listed: Tenant | None = None
-    ) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+    async def _locked(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
         remembered = (tenants.c.next_status, tenants.c.former_status, tenants.c.former_reason)
         query = (
             select(*TENANT_COLUMNS, *remembered, tenants.c.purge_started_at)
@@ -784,10 +771,7 @@ class Registry:
         row = (await connection.execute(query)).one_or_none()
         if row is None:
             raise TenantNotFoundError(tenant_id)
-        found = tenant_from_row(row)
-        if listed is not None:
-            _check_unchanged(found, listed, Status.SUSPENDED)
-        return found, row
+        return tenant_from_row(row), row
 
     async def _living(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
         """Lock a tenant that has not been purged: nothing is written on a tombstone."""

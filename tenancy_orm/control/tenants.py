@@ -37,6 +37,7 @@ from ..events import (
 from .audit import SYSTEM, Actor
 from .directory import Directory
 from .keys import KeyDigester, NewKey, generate_key
+from .lifecycle import BARRED
 from .names import Names
 from .quotas import check_overrides
 from .registry import Registry, TenantDraft, TenantPage, uuid7
@@ -49,7 +50,6 @@ TenantRef: TypeAlias = str | UUID | Tenant
 _SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _UUID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LONGEST_REDIRECT = 100 * 366 * 86_400.0
-_BARRED = frozenset({Status.SUSPENDED, Status.DELETED})  # PostgreSQL itself refuses their roles
 _METADATA_BYTES = 64 * 1024
 
 
@@ -612,7 +612,7 @@ class TenantManager:
                 reason=after.reason,
             )
         )
-        if (before.status in _BARRED) != (after.status in _BARRED):
+        if (before.status in BARRED) != (after.status in BARRED):
             await self._align(after)
         return after
 
@@ -627,7 +627,7 @@ class TenantManager:
         try:
             await self._provisioner.align(tenant)
         except (RoutingError, ProvisioningError) as exc:
-            if tenant.status in _BARRED:
+            if tenant.status in BARRED:
                 raise RoleNotBarredError(tenant.slug, tenant.status.value, str(exc)) from exc
             logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
 

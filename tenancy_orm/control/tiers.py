@@ -47,11 +47,6 @@ class TierRegistry:
         async with self._control.connect() as connection:
             return await _read(connection)
 
-    async def differing(self, configured: Mapping[str, Tier]) -> tuple[str, ...]:
-        """Return the names of configured tiers that are not in force as they are configured."""
-        found = await self.in_force()
-        return tuple(name for name, tier in configured.items() if found.get(name) != limits_of(tier))
-
     async def apply(self, configured: Mapping[str, Tier], *, actor: Actor = SYSTEM) -> TierChanges:
         """Put the configured tiers in force, in every process at once.
 
@@ -72,6 +67,11 @@ class TierRegistry:
                     connection, action="tiers.apply", actor=actor, before=before, after=await _read(connection)
                 )
         return changes
+
+
+def differing(in_force: Mapping[str, Mapping[str, Any]], configured: Mapping[str, Tier]) -> tuple[str, ...]:
+    """Return the names of configured tiers that are not in force as they are configured."""
+    return tuple(name for name, tier in configured.items() if in_force.get(name) != limits_of(tier))
 
 
 def limits_of(tier: Tier) -> dict[str, Any]:
@@ -114,7 +114,7 @@ async def _drop_others(
         await connection.execute(update(tiers).where(tiers.c.name == name, tiers.c.rank != rank).values(rank=rank))
     return TierChanges(
         added=tuple(name for name in configured if name not in before),
-        changed=tuple(name for name in configured if name in before and before[name] != limits_of(configured[name])),
+        changed=tuple(name for name in differing(before, configured) if name in before),
         removed=tuple(sorted(removed)),
         kept=tuple(kept),
     )

@@ -15,6 +15,7 @@ from ..control.audit import SYSTEM, Actor
 from ..control.database import ControlDatabase
 from ..control.failures import SERVER_FAILURES
 from ..control.keys import NewKey
+from ..control.lifecycle import BARRED
 from ..control.names import Names
 from ..control.registry import Registry, TenantDraft
 from ..control.secrets import Keyring
@@ -27,7 +28,7 @@ from .cancellation import settled
 from .databases import Connection, Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
 from .preparation import prepare
-from .reconcile import BARRED, Reconciler, ReconcileReport, align_role
+from .reconcile import Reconciler, ReconcileReport, align_role
 from .templates import SchemaSource, TemplateInfo, Templates
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -208,8 +209,9 @@ class Provisioner:
             async with asyncio.timeout(timeout):
                 connection = await server.connect_admin()
                 try:
-                    await self._bar(connection, tenant, timeout=timeout)
-                    await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
+                    if not await databases.try_lock(connection, tenant_key(tenant.id)):
+                        await self._bar(connection, tenant, timeout=timeout)
+                        await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
                     current = await self._parts.registry.get(tenant.id)
                     await align_role(self._parts, connection, current, timeout=timeout)
                 finally:

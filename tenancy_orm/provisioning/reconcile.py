@@ -24,6 +24,7 @@ from uuid import UUID
 from ..context import Placement, Status, Tenant
 from ..control.audit import SYSTEM, Actor
 from ..control.failures import SERVER_FAILURES
+from ..control.lifecycle import BARRED
 from ..control.registry import Unfinished
 from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
@@ -33,7 +34,6 @@ from .pipeline import Parts, prove, tenant_key
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
-BARRED = frozenset({Status.SUSPENDED, Status.DELETED})
 _PAGE = 500
 
 

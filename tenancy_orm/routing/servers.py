@@ -114,7 +114,7 @@ class Server:
             if not (exc.sqlstate or "").startswith(_AWAY):
                 raise
             raise ServerUnavailableError(server=self.name, sqlstate=exc.sqlstate) from exc
-        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError) as exc:
+        except SERVER_FAILURES as exc:
             raise ServerUnavailableError(server=self.name) from without_frames(exc)
 
     async def connect_tenant(

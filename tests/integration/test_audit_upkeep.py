@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -17,20 +15,10 @@ from tenancy_orm.control.checkpoints import Signer
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.providers import EnvironmentSecrets, SecretKeyWrapper
 from tests.support.audit import age
+from tests.support.processes import opened
 from tests.support.waiting import until
 
 LONG_AGO = datetime(2024, 1, 15, tzinfo=UTC)
-
-
-@asynccontextmanager
-async def opened(config: TenancyConfig, *, initialise: bool = False) -> AsyncIterator[Tenancy]:
-    """Another process."""
-    other = Tenancy(config)
-    await other.open(initialise=initialise)
-    try:
-        yield other
-    finally:
-        await other.close()
 
 
 @pytest.fixture

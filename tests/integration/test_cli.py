@@ -233,6 +233,11 @@ async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
     assert (await cli("schedule", "suspension", "spared", "never", "--json")).json["suspend_at"] is None
     report = (await cli("run-maintenance", "--json")).json
     assert sorted(report["suspended"]) == ["due", "tried"]
+    assert (await cli("start-trial", "tried", "--days", "3", "--json")).json["status"] == "trial"
+    prolonged = (await cli("update", "tried", "--trial-days", "9", "--json")).json["trial_ends_at"]
+    assert (await cli("maintain", "tried", "--json")).json["status"] == "maintenance"
+    ended = (await cli("end-maintenance", "tried", "--json")).json
+    assert (ended["status"], ended["trial_ends_at"]) == ("trial", prolonged)
     await cli("delete", "due")
     assert (await cli("schedule", "purge", "due", "2020-01-01T00:00+00:00")).status == 0
     assert (await cli("run-maintenance", "--json")).json["purged"] == ["due"]

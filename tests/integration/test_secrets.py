@@ -34,6 +34,7 @@ from tenancy_orm.provisioning import databases
 from tenancy_orm.routing.connector import Connector
 from tenancy_orm.routing.pool import TenantPool
 from tests.support.postgres import Postgres
+from tests.support.processes import opened
 from tests.support.proxy import proxied
 from tests.support.waiting import until
 
@@ -41,17 +42,6 @@ from tests.support.waiting import until
 def new_key() -> str:
     """A key as it is configured."""
     return base64.b64encode(secrets.token_bytes(32)).decode()
-
-
-@asynccontextmanager
-async def opened(config: TenancyConfig, *, initialise: bool = False) -> AsyncIterator[Tenancy]:
-    """Another process's Tenancy on the same control database."""
-    other = Tenancy(config)
-    await other.open(initialise=initialise)
-    try:
-        yield other
-    finally:
-        await other.close()
 
 
 @asynccontextmanager

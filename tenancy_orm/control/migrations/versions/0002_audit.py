@@ -98,6 +98,13 @@ ALTER TABLE tenancy.audit_head ENABLE ALWAYS TRIGGER audit_head_refuse;
 """
 
 FUNCTIONS = """
+-- what a partition is given before it is attached; the revision that brings row-level security has something to give
+CREATE FUNCTION tenancy.audit_prepare_partition(p_partition regclass) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+END $$;
+REVOKE ALL ON FUNCTION tenancy.audit_prepare_partition FROM PUBLIC;
+
 CREATE FUNCTION tenancy.audit_ensure_partitions(p_months integer DEFAULT 3) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 DECLARE
@@ -133,6 +140,7 @@ BEGIN
         LOOP
             EXECUTE format('REVOKE ALL ON tenancy.%I FROM %s', v_name, v_grantee);
         END LOOP;
+        PERFORM tenancy.audit_prepare_partition(format('tenancy.%I', v_name)::regclass);
         EXECUTE format(
             'ALTER TABLE tenancy.audit_log ATTACH PARTITION tenancy.%I FOR VALUES FROM (%L) TO (%L)',
             v_name, v_month AT TIME ZONE 'UTC', (v_month + interval '1 month') AT TIME ZONE 'UTC');
@@ -218,7 +226,8 @@ def downgrade() -> None:
     run_script(
         """
         DROP VIEW tenancy.audit_summary;
-        DROP FUNCTION tenancy.audit_append, tenancy.audit_canonical, tenancy.audit_ensure_partitions;
+        DROP FUNCTION tenancy.audit_append, tenancy.audit_canonical, tenancy.audit_ensure_partitions,
+            tenancy.audit_prepare_partition;
         DROP TABLE tenancy.audit_log, tenancy.audit_head, tenancy.audit_cuts, tenancy.audit_keys;
         DROP FUNCTION tenancy.audit_refuse;
         """
