@@ -7,6 +7,7 @@ as an argument.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,6 +103,9 @@ def _restore(values: dict[str, Any]) -> Tenant:
     return Tenant(**values)
 
 
+# as ``uuid.UUID`` writes one, or without hyphens: no slug and no domain is either
+_UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
 _current: ContextVar[Tenant | None] = ContextVar("tenancy_orm.tenant", default=None)
 
 
@@ -163,35 +167,45 @@ def bind(tenant: Tenant) -> Iterator[Tenant]:
         reset_current(token)
 
 
-def names_another(ref: str | UUID | Tenant, bound: Tenant) -> bool:
-    """Whether ``ref`` (a slug, an id or a ``Tenant``) is not a name of ``bound``, as that one was when it was bound."""
+def as_reference(ref: str | UUID | Tenant) -> UUID | str:
+    """What a reference to a tenant names: an id, or else a slug or domain. Every part reads references by this."""
     if isinstance(ref, Tenant):
-        return ref.id != bound.id
+        return ref.id
     if isinstance(ref, UUID):
-        return ref != bound.id
-    return ref != bound.slug and ref != str(bound.id) and ref not in bound.aliases
+        return ref
+    return UUID(ref) if _UUID.fullmatch(ref) else ref
 
 
-Admit = Callable[["str | UUID | Tenant"], None]
-"""Raises ``CrossTenantError`` where the tenant of this name is not the caller's to act on."""
-
-
-def admit_any(ref: str | UUID | Tenant) -> None:
-    """Admit every tenant: an ``Admit`` for code that runs for no tenant, such as a program of the operators'."""
-
-
-def admit_bound(ref: str | UUID | Tenant) -> None:
-    """Admit the bound tenant alone, or any where none is bound: an ``Admit`` for what requests can reach.
+def refuse_other_tenant(ref: str | UUID | Tenant) -> None:
+    """Refuse to act on a tenant while another one is bound; nothing is refused where none is.
 
     An id or a slug that came with a request must not reach another tenant, whatever is done with it (CWE-639).
+    A name of the bound tenant passes as it was when the tenant was bound: check what it leads to as well.
 
     Raises:
         CrossTenantError: another tenant is bound.
     """
     bound = _current.get()
-    if bound is not None and names_another(ref, bound):
+    if bound is None:
+        return
+    named = as_reference(ref)
+    if named != bound.id and named != bound.slug and named not in bound.aliases:
         requested = ref.slug if isinstance(ref, Tenant) else str(ref)
         raise CrossTenantError("naming a tenant", bound=bound.slug, requested=requested)
+
+
+def refuse_while_bound(what: str) -> None:
+    """Refuse work over the whole fleet while a tenant is bound: it is an operator's, who runs unbound.
+
+    Args:
+        what: What is refused, for the error: "listing tenants".
+
+    Raises:
+        CrossTenantError: a tenant is bound.
+    """
+    bound = _current.get()
+    if bound is not None:
+        raise CrossTenantError(what, bound=bound.slug, requested=None)
 
 
 class _UnboundFinalizer:

@@ -157,11 +157,18 @@ class NoTenantError(ContextError, LookupError):
 
 
 class CrossTenantError(ContextError, PermissionError):
-    """Code that runs for one tenant reached for another's session, object or binding."""
+    """Code that runs for one tenant reached for another's session, object or binding, or for the whole fleet.
 
-    def __init__(self, what: str, *, bound: str, requested: str) -> None:
-        """Say ``what`` was refused, for the tenant that is bound and the one that was requested (slugs or ids)."""
-        super().__init__(f"{what} refused: bound to tenant {bound!r}, but it belongs to tenant {requested!r}")
+    Remedy: name the bound tenant, or none; an operator's work over other tenants runs where no tenant is bound.
+    """
+
+    def __init__(self, what: str, *, bound: str, requested: str | None) -> None:
+        """Say ``what`` was refused, for the tenant that is bound and the one that was requested (slugs or ids).
+
+        ``requested`` is None where it was the whole fleet.
+        """
+        reason = f"but it belongs to tenant {requested!r}" if requested is not None else "and this is for all tenants"
+        super().__init__(f"{what} refused: bound to tenant {bound!r}, {reason}")
         self.bound = bound
         self.requested = requested
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import Context
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from types import TracebackType
@@ -17,7 +18,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .config import TenancyConfig
-from .context import Status, Tenant, admit_bound, bind, current_tenant_or_none, set_current
+from .context import Status, Tenant, bind, current_tenant_or_none, refuse_while_bound, set_current
 from .control.audit import SYSTEM, Actor, AuditLog
 from .control.checkpoints import Checkpoint, Signer
 from .control.data_keys import DataKeys
@@ -39,7 +40,7 @@ from .control.tenants import TenantManager, TenantRef
 from .control.tiers import TierRegistry, differing
 from .control.upgrades import Upgrades
 from .control.usage import UsageExporter
-from .errors import ConfigurationError, CrossTenantError, NoTenantError, NotOpenError, TenancyError
+from .errors import ConfigurationError, NoTenantError, NotOpenError, TenancyError
 from .events import DRAIN_TIMEOUT, EventBus
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
 from .migrations.environment import register_factory
@@ -125,8 +126,10 @@ class Tenancy:
         async with self._opening:
             parts, self._parts = self._parts, None
             if parts is not None:
-                # a caller that is cancelled does not keep the remaining parts open
-                await asyncio.shield(parts.close())
+                # A caller that is cancelled does not keep the remaining parts open. And what the parts write down at
+                # their end is for all tenants, so they run unbound.
+                loop = asyncio.get_running_loop()
+                await asyncio.shield(loop.create_task(parts.close(), context=Context()))
 
     async def __aenter__(self) -> Self:
         """Open. Blocks may be nested; the outermost one closes."""
@@ -271,7 +274,9 @@ class Tenancy:
 
         Raises:
             ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("run_maintenance")
         return await self._open.maintenance.run(actor=actor)
 
     # --- sessions ---------------------------------------------------------------------------------------------------
@@ -438,9 +443,7 @@ class BoundTenants:
     """
 
     def __init__(self, source: AsyncIterator[Tenant]) -> None:
-        bound = current_tenant_or_none()
-        if bound is not None:
-            raise CrossTenantError("iterating over the fleet", bound=bound.slug, requested="all")
+        refuse_while_bound("iterating over the fleet")
         self._source = source
         self._bound: Tenant | None = None
 
@@ -455,9 +458,7 @@ class BoundTenants:
             CrossTenantError: the body has bound a tenant of its own, which this would replace.
         """
         self.release()
-        bound = current_tenant_or_none()
-        if bound is not None:
-            raise CrossTenantError("iterating over the fleet", bound=bound.slug, requested="all")
+        refuse_while_bound("iterating over the fleet")
         tenant = await anext(self._source)
         set_current(tenant)
         self._bound = tenant
@@ -578,7 +579,7 @@ class _Parts:
             config = self.config = config.replace(encryption_keys=keys)
         self.keyring = Keyring(config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
-        self.audit = AuditLog(self.control, Signer(config.sealing_keys), admit=admit_bound)
+        self.audit = AuditLog(self.control, Signer(config.sealing_keys))
         await self.audit.keep_public_keys()
         if self._data_keys is not None:
             self._data_keys.on_read(self.audit.renew_keys)
@@ -598,11 +599,11 @@ class _Parts:
         self._opened.append(self.router.close)
         self.directory.on_invalidate(self._forget)
         self._build_provisioning()
-        self.keys = KeyManager(self.control, config, self.directory, self.audit, events, admit=admit_bound)
-        self.quotas = QuotaManager(self.control, config, events, self.audit, admit=admit_bound)
+        self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
+        self.quotas = QuotaManager(self.control, config, events, self.audit)
         self._opened.append(self.quotas.close)
         self.directory.on_invalidate(self.quotas.invalidate)
-        self.metrics = TenantMetrics(self.control, admit=admit_bound)
+        self.metrics = TenantMetrics(self.control)
         self.sampler = StorageSampler(self.control, self.quotas, lambda name: self.servers[name].connect_admin())
         self.tenants = TenantManager(
             config=config,
@@ -612,9 +613,8 @@ class _Parts:
             names=self.names,
             keyring=self.keyring,
             events=events,
-            admit=admit_bound,
         )
-        self.domains = DomainManager(self.control, self.audit, admit=admit_bound)
+        self.domains = DomainManager(self.control, self.audit)
         self._build_billing()
         self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores())
         addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
@@ -729,7 +729,8 @@ class _Parts:
             self._start(self._renew_keys(self._data_keys))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        # unbound: whoever happens to run now
+        task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -777,12 +778,7 @@ class _Parts:
             if bound is None:
                 raise NoTenantError
             return await self.directory.tenant(bound.id)
-        admit_bound(ref)
-        found = await self.directory.tenant(ref)
-        if bound is not None and found.id != bound.id:
-            # the slug of the bound tenant has meanwhile become another's
-            raise CrossTenantError("naming a tenant", bound=str(bound.id), requested=str(found.id))
-        return found
+        return await self.directory.tenant(ref)
 
 
 async def _provide(url: str) -> _ProvidedServer:

@@ -228,7 +228,9 @@ class TenancyMiddleware:
         credential: Credential | None = scope[CREDENTIAL]
         if credential is not None and isinstance(error, CrossTenantError):
             # the application was led to another tenant by something in the request that it read itself
-            self.tenancy.directory.report_cross_tenant(credential, error.requested, "application", _source(scope))
+            self.tenancy.directory.report_cross_tenant(
+                credential, error.requested or "*", "application", _source(scope)
+            )
         if outside.started or (admitted and not self.map_errors):
             raise error
         problem = problem_for(error, tenant=None if credential is None else credential.tenant)

@@ -26,11 +26,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..context import Admit, Tenant, admit_any
-from ..errors import AuditError
+from ..context import Tenant, current_tenant_or_none, refuse_other_tenant, refuse_while_bound
+from ..errors import AuditError, TenantNotFoundError
 from .chain import Chain, VerifyReport
 from .checkpoints import Checkpoint, Signer, Verifier, Voucher
 from .database import ControlDatabase
+from .lookup import ask_tenant_id
 from .names import quote_identifier
 
 ActorKind = Literal["system", "operator", "key"]
@@ -108,10 +109,9 @@ _COLUMNS = (
 class AuditLog:
     """Appends to the log and reads it; ``tenancy.audit``."""
 
-    def __init__(self, control: ControlDatabase, signer: Signer | None = None, *, admit: Admit = admit_any) -> None:
+    def __init__(self, control: ControlDatabase, signer: Signer | None = None) -> None:
         """Use ``control``; ``signer`` signs checkpoints and cuts, which need it."""
         self._control = control
-        self._admit_tenant = admit
         self._signer = signer or Signer({})
         self._kept: frozenset[str] = frozenset()  # ids of the keys that the newest one has vouched for
 
@@ -144,7 +144,10 @@ class AuditLog:
 
         Raises:
             TypeError: a value is not JSON; datetimes, UUIDs and enums are written as text.
+            CrossTenantError: another tenant is bound.
         """
+        if (named := tenant_id or slug) is not None:
+            refuse_other_tenant(named)
         parameters = {
             "action": action,
             "tenant_id": tenant_id,
@@ -176,8 +179,8 @@ class AuditLog:
         """Return entries, newest first.
 
         Args:
-            tenant: Only this tenant's: an id, a ``Tenant``, or a slug. A slug that no tenant has any more finds the
-                entries that were made under it.
+            tenant: Only this tenant's, by any of its names. A slug that no tenant has any more finds the entries that
+                were made under it: to operators all of them, while a tenant is bound its own.
             actor: Only this actor's: an ``Actor`` (its kind and, where given, its id), or the id alone.
             action: Only this action, or these; one that ends in ``.`` stands for all that begin so.
             since: Not before this time, an aware datetime.
@@ -186,22 +189,27 @@ class AuditLog:
             after: Continue a page after this entry, or this sequence number.
 
         Raises:
-            CrossTenantError: another tenant is bound.
+            CrossTenantError: another tenant is bound, or one is and ``tenant`` is None.
         """
-        if tenant is not None:
-            self._admit_tenant(tenant)
-        if isinstance(tenant, str):
-            async with self._control.connect() as conn:
-                tenant = await conn.scalar(_LIVE_TENANT, {"slug": tenant}) or tenant
-            # a slug may have become another's since the tenant was bound
-            self._admit_tenant(tenant)
-        tenant_id = tenant.id if isinstance(tenant, Tenant) else tenant
-        query, parameters = _query(tenant_id, actor, action, since, until, limit, after)
-        # one tenant's log is read as that tenant; everybody's, and a slug that is nobody's any more, cannot be
-        reading = self._control.viewing(tenant_id) if isinstance(tenant_id, UUID) else self._control.connect()
+        if tenant is None:
+            refuse_while_bound("reading the audit log of all tenants")
+        whose = None if tenant is None else await self._whose(tenant)
+        bound = current_tenant_or_none()
+        reader = bound.id if bound is not None else whose
+        query, parameters = _query(whose, actor, action, since, until, limit, after)
+        # Row-level security shows a tenant's rows alone: those of the bound tenant, whatever it asked for. Only
+        # operators read everybody's, and the entries under a slug that is nobody's any more.
+        reading = self._control.viewing(reader) if isinstance(reader, UUID) else self._control.connect()
         async with reading as conn:
             rows = (await conn.execute(text(query), parameters)).all()
         return [_event(row) for row in rows]
+
+    async def _whose(self, tenant: str | UUID | Tenant) -> UUID | str:
+        """The id of the tenant that has this name now, or else the slug under which entries were made."""
+        try:
+            return await ask_tenant_id(self._control, tenant)
+        except TenantNotFoundError:
+            return str(tenant)
 
     async def summary(self, *, since: date | None = None, until: date | None = None) -> list[AuditSummary]:
         """Count entries by day (UTC), action and kind of actor, newest day first.
@@ -210,6 +218,7 @@ class AuditLog:
             since: From this day on.
             until: Before this day.
         """
+        refuse_while_bound("reading the audit log of all tenants")
         query = text(
             "SELECT day, action, actor_kind, entries, tenants FROM tenancy.audit_summary "
             "WHERE (CAST(:since AS date) IS NULL OR day >= :since) AND (CAST(:until AS date) IS NULL OR day < :until) "
@@ -239,6 +248,7 @@ class AuditLog:
         Raises:
             AuditError: a checkpoint's signature is not valid, or it is another installation's.
         """
+        refuse_while_bound("verifying the audit log")
         given = [checkpoints] if isinstance(checkpoints, Checkpoint) else list(checkpoints)
         judge = verifier or await self.verifier()
         for checkpoint in (*given, *([since] if since else [])):
@@ -257,6 +267,7 @@ class AuditLog:
             AuditError: the log is empty.
             ConfigurationError: there is no key to sign with.
         """
+        refuse_while_bound("signing the audit log")
         async with self._control.connect() as conn:
             head = (await conn.execute(_HEAD)).one_or_none()
         if head is None or head.sequence == 0:
@@ -347,6 +358,7 @@ class AuditLog:
 
         Appending makes them too, a month ahead of need; with this it never has to.
         """
+        refuse_while_bound("extending the audit log")
         async with self._control.transaction() as conn:
             made = await conn.scalar(text("SELECT tenancy.audit_ensure_partitions(:months)"), {"months": months})
         return int(made)
@@ -380,6 +392,7 @@ class AuditLog:
                 months are not what was verified any more.
             ConfigurationError: there is no key to sign with.
         """
+        refuse_while_bound("removing audit entries")
         removal = await self._removal(before, verifier or await self.verifier())
         if removal is None:
             return None
@@ -475,7 +488,6 @@ _REFUSED = {
 }
 _BUSY = ("55P03", "40P01")
 _SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-_LIVE_TENANT = text("SELECT id FROM tenancy.tenants WHERE slug = :slug AND status <> 'purged'")
 _HEAD = text("SELECT sequence, occurred_at, hash FROM tenancy.audit_head")
 _VOUCHER_COLUMNS = ("key_id", "public_key", "signed_by", "signature")
 _VOUCHERS = text("SELECT key_id, public_key, signed_by, signature FROM tenancy.audit_keys")

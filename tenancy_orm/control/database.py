@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from ..config import plain_url
+from ..context import refuse_other_tenant, refuse_while_bound
 from ..errors import (
     AdministratorNeededError,
     ConfigurationError,
@@ -169,6 +170,7 @@ class ControlDatabase:
             ControlSchemaError: there is no viewer role; run ``tenancy init``.
             ConfigurationError: the role of the control URL may not take it on; run ``grant_application``.
         """
+        refuse_other_tenant(tenant_id)
         if self._viewer is None:
             raise ControlSchemaError("the control database has no role that reads for a tenant; run: tenancy init")
         async with self.transaction() as connection:
@@ -222,6 +224,7 @@ class ControlDatabase:
             ControlUnavailableError: the server does not answer.
             AdministratorNeededError: this role may not create that one, and there is no administrator.
         """
+        refuse_while_bound("migrating the control database")
         async with self._reachable(), self.engine.connect() as connection:
             await self._lock(connection)
             try:
@@ -271,6 +274,7 @@ class ControlDatabase:
         Raises:
             ConfigurationError: the role does not exist, or has rights that nothing here could take away.
         """
+        refuse_while_bound("granting rights")
         async with self.transaction() as connection:
             await grant_application(connection, role)
 
@@ -280,6 +284,7 @@ class ControlDatabase:
         Args:
             addresses: Host and port of each server by name; credentials stay in the configuration.
         """
+        refuse_while_bound("changing servers")
         async with self.transaction() as connection:
             for name, (host, port) in addresses.items():
                 added = insert(servers).values(name=name, host=host, port=port)

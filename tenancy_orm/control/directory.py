@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import random
-import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
@@ -27,7 +26,7 @@ from sqlalchemy import ARRAY, Executable, Row, Text, Uuid, any_, bindparam, func
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..config import TenancyConfig, plain_url
-from ..context import Status, Tenant
+from ..context import Status, Tenant, _current, as_reference, refuse_other_tenant, refuse_while_bound
 from ..errors import (
     ControlUnavailableError,
     InvalidApiKeyError,
@@ -51,17 +50,13 @@ from .database import ControlDatabase
 from .key_format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from .key_journal import KeyJournal
 from .listener import Change, Listener
+from .lookup import NAME_LENGTH, check_name
 from .models import api_keys, domains, former_slugs, tenants
 from .networks import Network, is_admitted, parse_networks, source_group
 from .registry import TENANT_COLUMNS, tenant_from_row
 from .throttle import Attempts, Throttle
 
 logger = logging.getLogger("tenancy_orm.directory")
-
-# a slug, or a domain of the tenant's own
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
-_NAME_LENGTH = 253
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 _NEGATIVE_SIZE = 10_000
 T = TypeVar("T")
@@ -247,6 +242,7 @@ class Directory:
         Raises:
             ControlUnavailableError: the control database does not answer; it is kept for the next time.
         """
+        refuse_while_bound("writing down the use of all keys")
         await self._journal.flush()
 
     @property
@@ -282,6 +278,8 @@ class Directory:
             return None
         if entry.admitted is not None and source not in entry.admitted:
             return None
+        if (bound := _current.get()) is not None and bound.id != entry.credential.tenant.id:
+            return None
         entry.used = now
         if not entry.noted:
             self._journal.note_use(entry)
@@ -300,6 +298,7 @@ class Directory:
             InvalidApiKeyError: malformed, unknown, revoked, expired, or used from elsewhere; never told apart.
             TooManyAttemptsError: ``source`` presented too many invalid keys, and has not used this one before.
             ControlUnavailableError: the key is not known, and the control database does not answer.
+            CrossTenantError: it is another tenant's than the bound one.
         """
         found = self.peek(key, source)
         if found is not None:
@@ -307,7 +306,9 @@ class Directory:
         entry: _KeyEntry | None = None
         try:
             entry = await self._entry(key, source)
-            return self._admit(entry, source)
+            credential = self._admit(entry, source)
+            refuse_other_tenant(credential.tenant)
+            return credential
         except InvalidApiKeyError as exc:
             await self._refused(exc, source, entry.credential.tenant if entry else None)
             raise
@@ -453,7 +454,7 @@ class Directory:
             resolver: Where it named it: "subdomain", "header", "path".
             source: The peer's address.
         """
-        tenant, named = credential.tenant, named[:_NAME_LENGTH]
+        tenant, named = credential.tenant, named[:NAME_LENGTH]
         self._events.emit(
             CrossTenantRequest(
                 tenant_id=tenant.id,
@@ -487,14 +488,21 @@ class Directory:
     # --- tenants ----------------------------------------------------------------------------------------------------
 
     def peek_tenant(self, ref: str | UUID | Tenant) -> Tenant | None:
-        """Return the tenant if it is known and fresh; None means: ask ``tenant``. No I/O."""
-        entry = self._tenant_entry(_wanted(ref))
+        """Return the tenant if it is known and fresh; None means: ask ``tenant``. No I/O.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
+        """
+        refuse_other_tenant(ref)
+        entry = self._tenant_entry(as_reference(ref))
         if entry is None:
             return None
         now = self._clock()
         if now >= entry.fresh_until:
             return None
         entry.used = now
+        # the name may have become another tenant's since the tenant was bound
+        refuse_other_tenant(entry.tenant)
         return entry.tenant
 
     async def tenant(self, ref: str | UUID | Tenant) -> Tenant:
@@ -505,23 +513,26 @@ class Directory:
         Raises:
             TenantNotFoundError: there is none.
             ControlUnavailableError: it is not known, and the control database does not answer.
+            CrossTenantError: another tenant is bound.
         """
         found = self.peek_tenant(ref)
         if found is not None:
             return found
-        wanted = _wanted(ref)
-        if isinstance(wanted, str) and (len(wanted) > _NAME_LENGTH or not _NAME.fullmatch(wanted)):
-            raise TenantNotFoundError(wanted[:64])
+        wanted = as_reference(ref)
+        if isinstance(wanted, str):
+            check_name(wanted)
         if self._clock() < self._unknown_tenants.get(wanted, 0.0):
             raise TenantNotFoundError(wanted)
         try:
-            return await self._look_up_tenant(wanted)
+            found = await self._look_up_tenant(wanted)
         except ControlUnavailableError:
             entry = self._tenant_entry(wanted)
             if entry is None or self._clock() >= entry.stale_until:
                 raise
             entry.used = self._clock()
-            return entry.tenant
+            found = entry.tenant
+        refuse_other_tenant(found)
+        return found
 
     async def _look_up_tenant(self, wanted: UUID | str) -> Tenant:
         if self._probe is not None:
@@ -765,14 +776,6 @@ _TENANTS = union_all(
     .join(domains, domains.c.tenant_id == tenants.c.id)
     .where(domains.c.domain == any_(bindparam("names", type_=ARRAY(Text))), domains.c.verified_at.is_not(None)),
 )
-
-
-def _wanted(ref: str | UUID | Tenant) -> UUID | str:
-    if isinstance(ref, Tenant):
-        return ref.id
-    if isinstance(ref, str) and _UUID.fullmatch(ref):
-        return UUID(ref)
-    return ref
 
 
 __all__ = ["Credential", "Directory", "DirectoryStatistics"]

@@ -21,11 +21,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..context import Admit, Status, Tenant, admit_any
+from ..context import Status, Tenant
 from ..errors import DomainError, MissingExtraError, TenantDeletedError
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
 from .lifecycle import hold_tenant
+from .lookup import ask_tenant_id
 from .models import domains
 from .registry import Registry
 
@@ -119,14 +120,11 @@ class DomainManager:
         control: ControlDatabase,
         audit: AuditLog,
         records: TextRecords | None = None,
-        *,
-        admit: Admit = admit_any,
     ) -> None:
         self._control = control
         self._audit = audit
         self._records = records
         self._registry = Registry(control, audit)
-        self._admit = admit
 
     async def claim(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
         """Claim ``domain`` for ``tenant``; it names the tenant once it is verified. Claiming twice changes nothing.
@@ -135,7 +133,7 @@ class DomainManager:
             DomainError: it is not a domain name, or verified for another tenant.
             TenantNotFoundError, TenantDeletedError: the tenant is gone.
         """
-        tenant = await self._owner(tenant)
+        tenant = await self._registry.find(tenant)
         name = check_domain(domain)
         values = {"domain": name, "tenant_id": tenant.id, "token": secrets.token_urlsafe(24)}
         verified = domains.c.verified_at.is_not(None)
@@ -157,7 +155,7 @@ class DomainManager:
             DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant was
                 faster.
         """
-        tenant = await self._owner(tenant)
+        tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
         if found.verified_at is not None:
             return found
@@ -187,7 +185,7 @@ class DomainManager:
         Raises:
             DomainError: it is not this tenant's.
         """
-        tenant = await self._owner(tenant)
+        tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
         async with self._control.transaction() as connection:
             statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
@@ -197,16 +195,10 @@ class DomainManager:
 
     async def list(self, tenant: str | UUID | Tenant) -> list[Domain]:
         """Return the tenant's domains, claimed and verified, by name."""
-        tenant = await self._owner(tenant)
-        query = select(domains).where(domains.c.tenant_id == tenant.id).order_by(domains.c.domain)
-        async with self._control.viewing(tenant.id) as connection:
+        tenant_id = await ask_tenant_id(self._control, tenant)
+        query = select(domains).where(domains.c.tenant_id == tenant_id).order_by(domains.c.domain)
+        async with self._control.viewing(tenant_id) as connection:
             return [_domain_from_row(row) for row in await connection.execute(query)]
-
-    async def _owner(self, ref: str | UUID | Tenant) -> Tenant:
-        self._admit(ref)
-        found = await self._registry.find(ref)
-        self._admit(found)
-        return found
 
     async def _write_audit(
         self, connection: AsyncConnection, action: str, tenant: Tenant, actor: Actor, **change: Mapping[str, Any]

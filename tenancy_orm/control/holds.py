@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import Context
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -81,7 +82,8 @@ class HoldKeeper:
             # not before: a renewal in the meantime would not find it, and take it for lost
             self._holds[hold.id] = hold
             if self._task is None or self._task.done():
-                self._task = asyncio.ensure_future(self._run())
+                # it renews all tenants' holds, so it must not run for the one whose hold was the first
+                self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
         return row
 
     @asynccontextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextvars import Context
 from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy import ARRAY, Float, LargeBinary, Text, bindparam, text
@@ -111,7 +112,7 @@ class KeyJournal:
     def open(self) -> None:
         """Begin to write every interval."""
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
     async def close(self) -> None:
         """Write what is left, within five seconds."""

@@ -13,7 +13,7 @@ from sqlalchemy import Row, and_, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import TenancyConfig
-from ..context import Admit, Tenant, admit_any
+from ..context import Tenant, refuse_other_tenant
 from ..errors import ApiKeyInactiveError, ApiKeyNotFoundError, ConfigurationError
 from ..events import EventBus, KeyIssued, KeyRevoked
 from .audit import SYSTEM, Actor, AuditLog, clean_text
@@ -212,11 +212,8 @@ class KeyManager:
         directory: Directory,
         audit: AuditLog,
         events: EventBus,
-        *,
-        admit: Admit = admit_any,
     ) -> None:
         self._control = control
-        self._admit = admit
         self._config = config
         self._directory = directory
         self._audit = audit
@@ -250,7 +247,7 @@ class KeyManager:
             ConfigurationError: an argument is malformed.
             ControlUnavailableError: the control database does not answer.
         """
-        owner = await self._owner(tenant)
+        owner = await self._directory.tenant(tenant)
         key = generate_key(self._check_prefix(prefix), self._digester)
         _check_expiry(expires_at)
         async with self._control.transaction() as connection:
@@ -294,7 +291,7 @@ class KeyManager:
             tenant_id = await connection.scalar(select(api_keys.c.tenant_id).where(api_keys.c.id == key_id))
             if tenant_id is None:
                 raise ApiKeyNotFoundError(key_id)
-            self._admit(tenant_id)
+            refuse_other_tenant(tenant_id)
             await hold_tenant(connection, tenant_id)
             old, slug = await self._locked(connection, key_id)
             await _check_rotatable(connection, old)
@@ -336,7 +333,7 @@ class KeyManager:
         _check_id(key_id)
         async with self._control.transaction() as connection:
             before, slug = await self._locked(connection, key_id)
-            self._admit(before.tenant_id)
+            refuse_other_tenant(before.tenant_id)
             if before.revoked_at is not None:
                 return before
             info = await self._change(connection, key_id, revoked_at=func.now(), revoked_reason=clean_text(reason))
@@ -359,7 +356,7 @@ class KeyManager:
             row = (await connection.execute(select(*KEY_COLUMNS).where(api_keys.c.id == key_id))).one_or_none()
         if row is None:
             raise ApiKeyNotFoundError(key_id)
-        self._admit(row.tenant_id)
+        refuse_other_tenant(row.tenant_id)
         return key_from_row(row)
 
     async def list(self, tenant: str | UUID | Tenant) -> list[ApiKeyInfo]:
@@ -368,7 +365,7 @@ class KeyManager:
         Raises:
             TenantNotFoundError: no such tenant.
         """
-        owner = await self._owner(tenant)
+        owner = await self._directory.tenant(tenant)
         query = (
             select(*KEY_COLUMNS).where(api_keys.c.tenant_id == owner.id).order_by(api_keys.c.created_at, api_keys.c.id)
         )
@@ -376,12 +373,6 @@ class KeyManager:
             return [key_from_row(row) for row in await connection.execute(query)]
 
     # --- parts ------------------------------------------------------------------------------------------------------
-
-    async def _owner(self, ref: str | UUID | Tenant) -> Tenant:
-        self._admit(ref)
-        found = await self._directory.tenant(ref)
-        self._admit(found)
-        return found
 
     def _check_prefix(self, prefix: str | None) -> str:
         if prefix is None:

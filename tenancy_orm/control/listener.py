@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -92,7 +93,7 @@ class Listener:
         """Start, and wait until the first attempt to connect has succeeded or failed; it goes on trying either way."""
         if self._task is None:
             self._settled.clear()
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
             await self._settled.wait()
 
     async def close(self) -> None:

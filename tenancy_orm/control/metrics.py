@@ -17,12 +17,12 @@ from uuid import UUID
 import asyncpg
 from sqlalchemy import text
 
-from ..context import Admit, Tenant, admit_any
+from ..context import Tenant, refuse_while_bound
 from ..errors import ControlUnavailableError, RoutingError
 from .database import ControlDatabase
 from .failures import SERVER_FAILURES
+from .lookup import ask_tenant_id
 from .quotas import QuotaManager
-from .registry import tenant_id_of
 
 logger = logging.getLogger("tenancy_orm.metrics")
 
@@ -87,9 +87,8 @@ class SampleReport:
 class TenantMetrics:
     """Reads the samples, and what can be summed up from the registry."""
 
-    def __init__(self, control: ControlDatabase, *, admit: Admit = admit_any) -> None:
+    def __init__(self, control: ControlDatabase) -> None:
         self._control = control
-        self._admit = admit
 
     async def history(
         self, tenant: str | UUID | Tenant, *, since: datetime | None = None, limit: int = 1_000
@@ -100,27 +99,40 @@ class TenantMetrics:
             TenantNotFoundError: no tenant has this slug.
             CrossTenantError: another tenant is bound.
         """
-        self._admit(tenant)
-        async with self._control.connect() as conn:
-            tenant_id = await tenant_id_of(conn, tenant)
-            self._admit(tenant_id)
+        tenant_id = await ask_tenant_id(self._control, tenant)
+        async with self._control.viewing(tenant_id) as conn:
             parameters = {"tenant_id": tenant_id, "since": since, "limit": limit}
             rows = (await conn.execute(_HISTORY, parameters)).all()
         return [TenantSample(*row) for row in rows]
 
     async def active_tenants(self, *, limit: int = 100, after: UUID | None = None) -> list[ActiveTenant]:
-        """Return tenants in use with their last sample, in the order of their creation, after the id ``after``."""
+        """Return tenants in use with their last sample, in the order of their creation, after the id ``after``.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("listing tenants")
         async with self._control.connect() as conn:
             rows = (await conn.execute(_ACTIVE, {"limit": limit, "after": after})).all()
         return [_active(row) for row in rows]
 
     async def tier_distribution(self) -> list[TierShare]:
-        """Count the tenants of each tier."""
+        """Count the tenants of each tier.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("counting tenants")
         async with self._control.connect() as conn:
             return [TierShare(*row) for row in (await conn.execute(_TIERS)).all()]
 
     async def prune(self, *, days: float = 90) -> int:
-        """Remove samples older than this many days; returns how many."""
+        """Remove samples older than this many days; returns how many.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("removing samples")
         async with self._control.transaction() as conn:
             return int((await conn.execute(_PRUNE, {"days": days})).rowcount)
 
@@ -159,7 +171,9 @@ class StorageSampler:
 
         Raises:
             ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("sampling tenants")
         async with self._control.connect() as conn:
             if unless_within and await conn.scalar(_RECENT, {"seconds": unless_within}):
                 return SampleReport(0, ())
@@ -178,7 +192,12 @@ class StorageSampler:
         return SampleReport(sum(count or 0 for count in counts.values()), missing)
 
     async def run_every(self, seconds: float) -> None:
-        """Sample for ever, every so many seconds, and of several processes one at a time; cancel it to stop."""
+        """Sample for ever, every so many seconds, and of several processes one at a time; cancel it to stop.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("sampling tenants")
         while True:
             try:
                 await self.run(unless_within=seconds * 0.75)

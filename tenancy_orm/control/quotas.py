@@ -22,15 +22,15 @@ from sqlalchemy import select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import RESOURCE_NAME, Limit, Period, TenancyConfig
-from ..context import Admit, Status, Tenant, admit_any
+from ..context import Status, Tenant, refuse_other_tenant, refuse_while_bound
 from ..errors import ConfigurationError, QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
 from .holds import Hold, HoldKeeper
 from .leases import RECLAIM_SECONDS, LeasedQuota, LeaseKeeper, check_amount
+from .lookup import ask_tenant_id, find_tenant_id
 from .models import tenants
-from .registry import tenant_id_of
 
 TenantRef: TypeAlias = str | UUID | Tenant
 Override: TypeAlias = int | float | Limit | Mapping[str, Any] | None
@@ -149,11 +149,8 @@ class QuotaManager:
         config: TenancyConfig,
         events: EventBus,
         audit: AuditLog,
-        *,
-        admit: Admit = admit_any,
     ) -> None:
         self._control = control
-        self._admit = admit
         self._config = config
         self._events = events
         self._audit = audit
@@ -195,7 +192,7 @@ class QuotaManager:
         checked = check_overrides(overrides)
         removed = {name for name, value in overrides.items() if value is None}
         async with self._control.transaction() as conn:
-            tenant_id = await self._id_of(conn, tenant)
+            tenant_id = await find_tenant_id(conn, tenant)
             living = (tenants.c.id == tenant_id) & (tenants.c.status != Status.PURGED)
             query = select(tenants.c.slug, tenants.c.quotas).where(living).with_for_update()
             row = (await conn.execute(query)).one_or_none()
@@ -227,7 +224,7 @@ class QuotaManager:
             TenantNotFoundError: no such tenant.
         """
         async with self._control.connect() as conn:
-            tenant_id = await self._id_of(conn, tenant)
+            tenant_id = await find_tenant_id(conn, tenant)
             return _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
 
     # --- usage ------------------------------------------------------------------------------------------------------
@@ -244,11 +241,7 @@ class QuotaManager:
             ValueError: ``at`` is naive.
         """
         _check_time(at)
-        if isinstance(tenant, str):
-            async with self._control.connect() as conn:
-                tenant = await self._id_of(conn, tenant)
-        tenant_id = tenant.id if isinstance(tenant, Tenant) else tenant
-        self._admit(tenant_id)
+        tenant_id = await ask_tenant_id(self._control, tenant)
         async with self._control.viewing(tenant_id) as conn:
             rows = (await conn.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
             if not rows:
@@ -295,7 +288,7 @@ class QuotaManager:
         _check_key(key)
         _check_time(at)
         async with self._control.connect() as conn:
-            tenant_id = await self._id_of(conn, tenant)
+            tenant_id = await find_tenant_id(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
             row = (await conn.execute(_CONSUME, parameters)).one()
         deadline = time.monotonic() + RECLAIM_SECONDS
@@ -323,7 +316,7 @@ class QuotaManager:
             TypeError: ``tenant`` is a slug, which only the database could look up.
             ValueError: ``block`` is no whole number from 1 to 10**15.
         """
-        self._admit(tenant)
+        refuse_other_tenant(tenant)
         given: object = tenant
         if isinstance(given, str):
             raise TypeError("leased() takes a Tenant or its id, not a slug: it does not ask the database")
@@ -348,8 +341,7 @@ class QuotaManager:
             QuotaExceededError: as much as the limit is held already.
         """
         check_amount(amount)
-        async with self._control.connect() as conn:
-            tenant_id = await self._id_of(conn, tenant)
+        tenant_id = await ask_tenant_id(self._control, tenant)
         hold = Hold()
         async with self._holds.keep(hold):
             row = await self._holds.take(hold, tenant_id, resource, amount)
@@ -366,13 +358,15 @@ class QuotaManager:
         """
         check_amount(value, least=0)
         async with self._control.connect() as conn:
-            tenant_id = await self._id_of(conn, tenant)
+            tenant_id = await find_tenant_id(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "value": value}
             row = (await conn.execute(_MEASURE, parameters)).one()
         return self._conclude(tenant_id, resource, value, row)
 
     async def measure_many(self, resource: str, values: Mapping[UUID, int]) -> int:
         """Record measures of many tenants in one statement; returns how many have a quota for ``resource``."""
+        for tenant_id in values:
+            refuse_other_tenant(tenant_id)
         for value in values.values():
             check_amount(value, least=0)
         # in one order everywhere, so that two at once cannot deadlock
@@ -397,7 +391,7 @@ class QuotaManager:
         check_amount(amount)
         _check_time(at)
         async with self._control.connect() as conn:
-            tenant_id = await self._id_of(conn, tenant)
+            tenant_id = await find_tenant_id(conn, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "at": at}
             row = (await conn.execute(_RELEASE, parameters)).one()
         return self._conclude(tenant_id, resource, amount, row)
@@ -414,6 +408,7 @@ class QuotaManager:
             limit: How many at most.
             at: In the periods that ran at this time, an aware datetime; now where None.
         """
+        refuse_while_bound("reading the usage of all tenants")
         _check_time(at)
         async with self._control.connect() as conn:
             rows = (await conn.execute(_UTILISATION, {"resource": resource, "limit": limit, "at": at})).all()
@@ -423,6 +418,7 @@ class QuotaManager:
         self, fraction: float = 0.8, *, limit: int = 1_000, at: datetime | None = None
     ) -> list[TenantUsage]:
         """Return who has used ``fraction`` of a limit or more, highest fraction first."""
+        refuse_while_bound("reading the usage of all tenants")
         _check_time(at)
         async with self._control.connect() as conn:
             rows = (await conn.execute(_AT_RISK, {"fraction": fraction, "limit": limit, "at": at})).all()
@@ -435,6 +431,7 @@ class QuotaManager:
 
         Safe to run from many processes at once. Returns how many rows went.
         """
+        refuse_while_bound("removing old usage")
         bills = self._config.usage_sender is not None
         async with self._control.transaction() as conn:
             return sum(
@@ -445,12 +442,6 @@ class QuotaManager:
             )
 
     # --- parts ------------------------------------------------------------------------------------------------------
-
-    async def _id_of(self, conn: AsyncConnection, tenant: TenantRef) -> UUID:
-        self._admit(tenant)
-        tenant_id = await tenant_id_of(conn, tenant)
-        self._admit(tenant_id)
-        return tenant_id
 
     def _conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
         """Turn the database's answer into a value or an error, and announce soft limits that were reached."""

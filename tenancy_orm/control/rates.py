@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 from ..config import Tier
-from ..context import Tenant
+from ..context import Tenant, _current
+from ..errors import CrossTenantError
 from .quotas import REQUEST_RATE
 
 _SWEEP_AT: Final = 10_000  # buckets
@@ -97,7 +98,14 @@ class Rates:
         return None if rate is None else rate * self._share
 
     def acquire(self, tenant: Tenant, cost: int = 1) -> Allowed | Denied:
-        """Take ``cost`` tokens of the tenant's bucket, or none. Never waits."""
+        """Take ``cost`` tokens of the tenant's bucket, or none. Never waits.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
+        """
+        # written out here: it runs with every request
+        if (bound := _current.get()) is not None and bound.id != tenant.id:
+            raise CrossTenantError("counting a request", bound=bound.slug, requested=tenant.slug)
         if not tenant.quotas and tenant.tier in self._unlimited:
             return UNLIMITED  # the common case, found without a call
         rate = self.rate(tenant)

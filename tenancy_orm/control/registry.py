@@ -28,13 +28,14 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..context import Placement, Status, Tenant
+from ..context import Placement, Status, Tenant, as_reference, refuse_other_tenant, refuse_while_bound
 from ..errors import (
     InvalidTransitionError,
     TenantExistsError,
@@ -46,6 +47,7 @@ from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
 from .keys import NewKey, insert_key
 from .lifecycle import check_transition
+from .lookup import check_name, has_name
 from .models import api_keys, domains, former_slugs, tenants
 
 _ILLEGAL_TRANSITION = "TN001"  # raised by the trigger tenants_guard
@@ -234,33 +236,6 @@ def _check_unchanged(found: Tenant, listed: Tenant, target: Status) -> None:
         raise InvalidTransitionError(found.slug, f"{found.status.value} (changed meanwhile)", target.value)
 
 
-async def tenant_id_of(connection: AsyncConnection, ref: str | UUID | Tenant) -> UUID:
-    """Return the id that ``ref`` stands for: a ``Tenant``, an id, its text, a slug, or a slug that still leads to it.
-
-    Raises:
-        TenantNotFoundError: no tenant has this slug. An id is taken at its word.
-    """
-    if isinstance(ref, Tenant):
-        return ref.id
-    if isinstance(ref, UUID):
-        return ref
-    try:
-        return UUID(ref)
-    except ValueError:
-        found = await connection.scalar(select(tenants.c.id).where(_has_slug(ref)))
-    if found is None:
-        raise TenantNotFoundError(ref)
-    return UUID(str(found))
-
-
-def _has_slug(slug: str) -> ColumnElement[bool]:
-    former = select(former_slugs.c.tenant_id).where(
-        former_slugs.c.slug == slug, former_slugs.c.redirects_until > func.now()
-    )
-    has = or_(tenants.c.slug == slug, tenants.c.id == former.scalar_subquery())
-    return and_(has, tenants.c.status != Status.PURGED)
-
-
 class Registry:
     """Reads and writes tenants' rows.
 
@@ -282,35 +257,37 @@ class Registry:
 
         Raises:
             TenantNotFoundError: no row has this id.
+            CrossTenantError: another tenant is bound.
         """
-        return await self._one(tenants.c.id == tenant_id, tenant_id)
+        return await self.find(tenant_id)
 
     async def by_slug(self, slug: str) -> Tenant:
-        """Return the tenant that has this slug, or had it and is still led to by it.
+        """Return the tenant that has this slug, or a former slug that still redirects.
 
         Raises:
             TenantNotFoundError: none has; one that was purged has given it up.
+            CrossTenantError: another tenant is bound.
         """
-        return await self._one(_has_slug(slug), slug)
+        return await self.find(slug)
 
     async def find(self, ref: str | UUID | Tenant) -> Tenant:
-        """Return the tenant that ``ref`` stands for; a ``Tenant`` is returned as it is.
+        """Return the tenant that ``ref`` names, as it is now: see ``lookup``. By id, a tombstone is found as well.
 
         Raises:
             TenantNotFoundError: there is none.
+            CrossTenantError: another tenant is bound.
         """
-        if isinstance(ref, Tenant):
-            return ref
-        async with self._control.connect() as connection:
-            tenant_id = await tenant_id_of(connection, ref)
-        return await self.get(tenant_id)
-
-    async def _one(self, condition: Any, wanted: UUID | str) -> Tenant:
+        refuse_other_tenant(ref)
+        named = as_reference(ref)
+        condition = tenants.c.id == named if isinstance(named, UUID) else has_name(check_name(named))
         async with self._control.connect() as connection:
             row = (await connection.execute(select(*TENANT_COLUMNS).where(condition))).one_or_none()
         if row is None:
-            raise TenantNotFoundError(wanted)
-        return tenant_from_row(row)
+            raise TenantNotFoundError(named)
+        found = tenant_from_row(row)
+        # the name may have become another tenant's since the tenant was bound
+        refuse_other_tenant(found)
+        return found
 
     async def page(
         self,
@@ -322,6 +299,7 @@ class Registry:
         after: UUID | None = None,
     ) -> TenantPage:
         """Return up to ``limit`` tenants in order of creation, after the id ``after``; tombstones only if asked for."""
+        refuse_while_bound("listing tenants")
         query = select(*TENANT_COLUMNS).order_by(tenants.c.id).limit(limit + 1)
         query = query.where(tenants.c.status.in_(status) if status else tenants.c.status != Status.PURGED)
         if tier:
@@ -337,10 +315,19 @@ class Registry:
 
     async def unfinished(self) -> list[Unfinished]:
         """Return every creation and purge that was begun and not ended, oldest first."""
+        refuse_while_bound("listing tenants")
+        return await self._unfinished(true())
+
+    async def is_unfinished(self, tenant_id: UUID) -> Unfinished | None:
+        """Return this tenant's unfinished creation or purge, or None: asked again once its lock is held."""
+        refuse_other_tenant(tenant_id)
+        return next(iter(await self._unfinished(tenants.c.id == tenant_id)), None)
+
+    async def _unfinished(self, condition: ColumnElement[bool]) -> list[Unfinished]:
         purging = and_(tenants.c.status == Status.DELETED, tenants.c.purge_started_at.is_not(None))
         query = (
             select(*TENANT_COLUMNS, tenants.c.step)
-            .where(or_(tenants.c.status == Status.PROVISIONING, purging))
+            .where(or_(tenants.c.status == Status.PROVISIONING, purging), condition)
             .order_by(tenants.c.id)
         )
         async with self._control.connect() as connection:
@@ -352,18 +339,16 @@ class Registry:
             for row in rows
         ]
 
-    async def is_unfinished(self, tenant_id: UUID) -> Unfinished | None:
-        """Return this tenant's unfinished creation or purge, or None: asked again once its lock is held."""
-        return next((found for found in await self.unfinished() if found.tenant.id == tenant_id), None)
-
     async def placements(self, server: str) -> set[str]:
         """Return the names of all databases that the registry knows on ``server``, tombstones left out."""
+        refuse_while_bound("listing databases")
         query = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
 
     async def count_by_server(self) -> dict[str, int]:
         """Return how many tenants each server that accepts new ones holds."""
+        refuse_while_bound("counting tenants")
         query = text(
             "SELECT s.name, count(t.id) FROM tenancy.servers s "
             "LEFT JOIN tenancy.tenants t ON t.server = s.name AND t.status <> 'purged' "
@@ -381,6 +366,7 @@ class Registry:
             TenantExistsError: the slug is taken.
             UnknownTierError: the tier is not in force.
         """
+        refuse_while_bound("creating a tenant")
         values = {
             "id": draft.id,
             "slug": draft.slug,
@@ -413,6 +399,7 @@ class Registry:
         a lost note costs nothing, and a flush would cost every creation a millisecond per step. One statement is one
         round trip in place of four.
         """
+        refuse_other_tenant(tenant_id)
         statement = text(
             "WITH relaxed AS (SELECT set_config('synchronous_commit', 'off', true)) "
             "UPDATE tenancy.tenants SET step = :step FROM relaxed WHERE id = :id"
@@ -436,6 +423,7 @@ class Registry:
             TenantNotFoundError: the row is gone.
             InvalidTransitionError: the tenant is not being provisioned.
         """
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             before, row = await self._locked(connection, tenant_id)
             if before.status is not Status.PROVISIONING:
@@ -463,6 +451,7 @@ class Registry:
 
     async def discard(self, tenant_id: UUID, *, step: str, error: str, actor: Actor = SYSTEM) -> None:
         """Remove the row of a creation that was undone; its slug is free again. Does nothing where the row is gone."""
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             condition = and_(tenants.c.id == tenant_id, tenants.c.status == Status.PROVISIONING)
             row = (await connection.execute(delete(tenants).where(condition).returning(*TENANT_COLUMNS))).one_or_none()
@@ -475,6 +464,7 @@ class Registry:
 
     async def note_failure(self, tenant_id: UUID, *, step: str, error: str) -> None:
         """Record on the row that ``step`` failed and could not be undone; ``reconcile`` takes it from there."""
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             await connection.execute(
                 update(tenants).where(tenants.c.id == tenant_id).values(step=step, step_error=error)
@@ -498,6 +488,7 @@ class Registry:
             TenantExistsError: a new slug is taken.
             TierChangedError: its tier is not ``expected_tier``.
         """
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             before, _ = await self._living(connection, tenant_id)
             if expected_tier not in (None, before.tier):
@@ -537,6 +528,7 @@ class Registry:
             InvalidTransitionError: the lifecycle does not have this change, the tenant was changed since it was listed,
                 or a purge is under way.
         """
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             before, row = await self._locked(connection, tenant_id)
             new = self._target(before, row, target, leaving)
@@ -578,6 +570,7 @@ class Registry:
             TenantNotFoundError: no such tenant.
             TenantExistsError: the slug is another tenant's, or still leads to one.
         """
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             before, _ = await self._living(connection, tenant_id)
             if before.slug == slug:
@@ -616,6 +609,7 @@ class Registry:
         Raises:
             TenantNotFoundError: no such tenant.
         """
+        refuse_other_tenant(tenant_id)
         values = {"suspend_at": at, "suspend_reason": reason if at else None}
         detail = {"at": at.isoformat() if at else None, "reason": reason}
         return await self._schedule(tenant_id, values, "tenant.schedule_suspension", detail, actor)
@@ -627,6 +621,7 @@ class Registry:
             TenantNotFoundError: no such tenant.
             InvalidTransitionError: it is not deleted, or its purge has begun.
         """
+        refuse_other_tenant(tenant_id)
         detail = {"at": at.isoformat() if at else None}
         return await self._schedule(tenant_id, {"purge_at": at}, "tenant.schedule_purge", detail, actor)
 
@@ -648,6 +643,7 @@ class Registry:
             retention_seconds: How long a deleted tenant's data is kept, where it has no time of its own.
             limit: How many at most of each kind.
         """
+        refuse_while_bound("listing tenants")
         trial_over = and_(tenants.c.status == Status.TRIAL, tenants.c.trial_ends_at <= func.now())
         scheduled = and_(
             tenants.c.status.in_([Status.TRIAL, Status.ACTIVE, Status.MAINTENANCE]),
@@ -677,12 +673,14 @@ class Registry:
 
     async def expire_former_slugs(self) -> int:
         """Forget the slugs whose redirect period is over; returns how many."""
+        refuse_while_bound("removing former slugs")
         async with self._control.transaction() as connection:
             result = await connection.execute(delete(former_slugs).where(former_slugs.c.redirects_until <= func.now()))
         return result.rowcount
 
     async def set_revision(self, tenant_id: UUID, revision: str | None) -> None:
         """Record the schema revision that was read back from the tenant's database."""
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             await connection.execute(
                 update(tenants)
@@ -704,6 +702,7 @@ class Registry:
             TenantNotFoundError: no such tenant.
             InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
         """
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             before, row = await self._locked(connection, tenant_id)
             if listed is not None and row.purge_started_at is None:
@@ -723,6 +722,7 @@ class Registry:
         Raises:
             TenantNotFoundError: no such tenant.
         """
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             before, _ = await self._locked(connection, tenant_id)
             if before.status is Status.PURGED:

@@ -15,7 +15,7 @@ from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from ..config import TenancyConfig
-from ..context import Admit, Placement, Status, Tenant, admit_any
+from ..context import Placement, Status, Tenant, refuse_other_tenant, refuse_while_bound
 from ..errors import (
     ConfigurationError,
     InvalidApiKeyError,
@@ -163,7 +163,6 @@ class TenantManager:
         names: Names,
         keyring: Keyring,
         events: EventBus,
-        admit: Admit = admit_any,
     ) -> None:
         self._config = config
         self._registry = registry
@@ -172,7 +171,6 @@ class TenantManager:
         self._names = names
         self._keyring = keyring
         self._events = events
-        self._admit = admit
 
     # --- creation ---------------------------------------------------------------------------------------------------
 
@@ -212,6 +210,7 @@ class TenantManager:
             ProvisioningError: a step failed; what was made has been undone.
             ControlUnavailableError, ServerUnavailableError: a server does not answer.
         """
+        refuse_while_bound("creating a tenant")
         started = time.perf_counter()
         draft = TenantDraft(
             **await self._place(server),
@@ -264,49 +263,31 @@ class TenantManager:
     # --- finding ----------------------------------------------------------------------------------------------------
 
     async def get(self, tenant: TenantRef) -> Tenant:
-        """Return the tenant as the registry has it now, by id, slug or an older ``Tenant``.
+        """Return the tenant as the registry has it now, by id, slug, former slug, verified domain or older ``Tenant``.
 
         Raises:
             TenantNotFoundError: there is none; by id, a purged tenant's tombstone is found.
             CrossTenantError: another tenant is bound.
         """
-        self._admit(tenant)
-        found = await self._find(tenant)
-        self._admit(found)
-        return found
-
-    async def _find(self, tenant: TenantRef) -> Tenant:
-        if isinstance(tenant, Tenant):
-            return await self._registry.get(tenant.id)
-        if isinstance(tenant, UUID):
-            return await self._registry.get(tenant)
-        try:
-            return await self._registry.get(UUID(tenant))
-        except ValueError:
-            return await self._by_slug(tenant)
-
-    async def _by_slug(self, slug: str) -> Tenant:
-        if not _SLUG.fullmatch(slug):
-            raise TenantNotFoundError(slug)
-        return await self._registry.by_slug(slug)
+        return await self._registry.find(tenant)
 
     async def get_by_slug(self, slug: str) -> Tenant:
-        """Return the tenant that has this slug.
+        """Return the tenant that has this slug, or a former slug that still redirects.
 
         Raises:
             TenantNotFoundError: none has.
             CrossTenantError: another tenant is bound.
         """
-        self._admit(slug)
-        found = await self._by_slug(slug)
-        self._admit(found)
-        return found
+        if not _SLUG.fullmatch(slug):
+            raise TenantNotFoundError(slug[:64])
+        return await self._registry.find(slug)
 
     async def get_by_api_key(self, key: str) -> Tenant:
         """Return the tenant whose API key this is.
 
         Raises:
             InvalidApiKeyError: malformed, unknown, revoked, expired or a deleted tenant's; never told apart.
+            CrossTenantError: it is another tenant's than the bound one.
         """
         credential = await self._directory.authenticate(key)
         if credential.tenant.status in (Status.DELETED, Status.PURGED):
@@ -334,6 +315,7 @@ class TenantManager:
         Raises:
             ConfigurationError: ``limit`` or a status is out of range.
         """
+        refuse_while_bound("listing tenants")
         if not 1 <= limit <= 1_000:
             raise ConfigurationError(f"limit must be 1 to 1,000, not {limit}")
         names = (status,) if isinstance(status, str) else tuple(status)
@@ -561,6 +543,7 @@ class TenantManager:
             InvalidTransitionError: it was changed meanwhile.
             RoleNotBarredError: it is suspended, but its server was not told.
         """
+        refuse_other_tenant(listed)
         return await self._transition(
             listed, Status.SUSPENDED, action="tenant.suspend", reason=reason, listed=listed, actor=actor
         )
@@ -572,6 +555,7 @@ class TenantManager:
             InvalidTransitionError: it was changed meanwhile.
             ProvisioningError, ServerUnavailableError: its server refused.
         """
+        refuse_other_tenant(listed)
         await _whole(self._purge(listed, listed, actor))
 
     async def _transition(

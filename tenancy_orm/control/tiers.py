@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import Tier
+from ..context import refuse_while_bound
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
 from .models import tenants, tiers
@@ -56,6 +57,7 @@ class TierRegistry:
             configured: Tiers, in ascending order.
             actor: Who does this, for the audit log.
         """
+        refuse_while_bound("changing the tiers in force")
         async with self._control.transaction() as connection:
             # one at a time: two configurations must not be mixed
             await connection.execute(select(tiers.c.name).order_by(tiers.c.name).with_for_update())

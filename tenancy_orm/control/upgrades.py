@@ -14,6 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..config import TenancyConfig, UpgradePolicy
+from ..context import refuse_while_bound
 from ..events import EventBus, TierUpgradeProposed
 from .audit import SYSTEM, Actor, AuditLog
 from .database import ControlDatabase
@@ -83,6 +84,7 @@ class Upgrades:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
+        refuse_while_bound("evaluating upgrade policies")
         proposals: list[UpgradeProposal] = []
         for policy in self._policies:
             async with self._control.transaction() as conn:

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
+from ..context import refuse_while_bound
 from ..errors import UsageExportError
 from ..events import EventBus, UsageExported, UsageExportFailed
 from ..protocols import UsageRecord, UsageSender
@@ -85,6 +86,7 @@ class UsageExporter:
             ControlUnavailableError: the control database does not answer. What was sent and could not be marked so
                 is sent again, under the same key.
         """
+        refuse_while_bound("exporting usage")
         closed = await self.close_periods(at=at)
         outcomes: list[str] = []
         while records := await self._claim(at, batch):
@@ -104,6 +106,7 @@ class UsageExporter:
 
     async def close_periods(self, *, at: datetime | None = None) -> int:
         """Make the records of the periods that have ended; returns how many."""
+        refuse_while_bound("exporting usage")
         made = 0
         while True:
             async with self._control.transaction() as conn:
@@ -114,17 +117,20 @@ class UsageExporter:
 
     async def failures(self, *, limit: int = 100) -> list[tuple[UsageRecord, str]]:
         """Return records that were given up, newest first, with the error of each."""
+        refuse_while_bound("exporting usage")
         async with self._control.connect() as conn:
             rows = (await conn.execute(_FAILURES, {"limit": limit})).all()
         return [(_record(row), row.error) for row in rows]
 
     async def retry(self, record_ids: Sequence[int]) -> int:
         """Make records that were given up due again; returns how many were."""
+        refuse_while_bound("exporting usage")
         async with self._control.transaction() as conn:
             return int((await conn.execute(_RETRY, {"ids": list(record_ids)})).rowcount)
 
     async def prune(self, *, days: float = 400) -> int:
         """Remove records that were sent more than this many days ago; returns how many."""
+        refuse_while_bound("exporting usage")
         async with self._control.transaction() as conn:
             return int((await conn.execute(_PRUNE, {"days": days})).rowcount)
 

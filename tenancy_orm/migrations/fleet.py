@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection as SyncConnection
 
-from ..context import Tenant
+from ..context import Tenant, refuse_while_bound
 from ..errors import ConfigurationError
 from . import local
 from .connections import Connections, Health, placement_of
@@ -29,6 +29,8 @@ DEFAULT_CONCURRENCY = 8
 
 class FleetMigrator:
     """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
+
+    It is operators' work: while a tenant is bound, everything here raises ``CrossTenantError``.
 
     Deleted tenants, whose data is kept, are migrated as well: a restored tenant must fit the code. Those being created
     are left to their creation, those being purged are left alone.
@@ -74,6 +76,7 @@ class FleetMigrator:
             TenantNotFoundError: one of ``tenants`` does not exist.
             ControlUnavailableError: the control database does not answer.
         """
+        refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(x), "upgrade", revision)
         return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
 
@@ -88,6 +91,7 @@ class FleetMigrator:
         x: Sequence[str] = (),
     ) -> FleetReport:
         """Downgrade tenants to ``revision`` (``base``, a revision, or relative: ``-1``); otherwise as ``upgrade``."""
+        refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(x), "downgrade", revision)
         return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
 
@@ -102,6 +106,7 @@ class FleetMigrator:
         progress: Progress | None = None,
     ) -> FleetReport:
         """Write ``revision`` into tenants' version tables without running it; ``purge`` empties these first."""
+        refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(), "stamp", revision, purge=purge)
         return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
 
@@ -117,6 +122,7 @@ class FleetMigrator:
         Raises:
             TenancyError: as ``upgrade``; a tenant that cannot be read is in the list, with the reason.
         """
+        refuse_while_bound("looking at all tenants' schemas")
         environment = environment or await self.environment()
         heads = frozenset(environment.script.revision_map._real_heads)
         health = Health()
@@ -150,6 +156,7 @@ class FleetMigrator:
         progress: Progress | None = None,
     ) -> FleetReport:
         """Do what ``plan`` says to tenants; as ``upgrade``."""
+        refuse_while_bound("migrating tenants")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
         local.install()
@@ -171,11 +178,13 @@ class FleetMigrator:
         concurrency: int = DEFAULT_CONCURRENCY,
     ) -> list[Visit]:
         """Have a command of Alembic's, given by the ``options`` of its ``EnvironmentContext``, look at each tenant."""
+        refuse_while_bound("looking at all tenants' schemas")
         visitor = Visitor(self._connections, self._selection, environment, options)
         return await visitor.visit(tenants, concurrency)
 
     async def run_on(self, server: str, database: str, function: Callable[[SyncConnection], None]) -> None:
         """Call ``function`` with a SQLAlchemy connection to ``database``, as the owner of all tenants' schemas."""
+        refuse_while_bound("running a function on a database")
         connections = self._connections
         connection = await connections.connect(server, database, Health())
         try:

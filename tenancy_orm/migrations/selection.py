@@ -40,7 +40,8 @@ class Selection:
         """Whether a tenant has been purged, or is being purged, by now."""
         if (await self._registry.get(tenant.id)).status is Status.PURGED:
             return True
-        return tenant.id in await self._purging()
+        unfinished = await self._registry.is_unfinished(tenant.id)
+        return unfinished is not None and unfinished.kind == "purging"
 
     async def _all(self) -> list[Tenant]:
         purging = await self._purging()
@@ -58,29 +59,9 @@ class Selection:
         return {item.tenant.id for item in await self._registry.unfinished() if item.kind == "purging"}
 
     async def _one(self, ref: TenantRef) -> Tenant:
-        tenant = await self._look_up(ref)
+        tenant = await self._registry.find(ref)
         if tenant.status is Status.PROVISIONING:
             raise TenantProvisioningError(tenant.slug)
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         return tenant
-
-    async def _look_up(self, ref: TenantRef) -> Tenant:
-        if isinstance(ref, Tenant):
-            return await self._registry.get(ref.id)
-        if isinstance(ref, UUID):
-            return await self._registry.get(ref)
-        try:
-            return await self._registry.by_slug(ref)
-        except TenantNotFoundError:
-            tenant_id = _as_id(ref)
-            if tenant_id is None:
-                raise
-            return await self._registry.get(tenant_id)
-
-
-def _as_id(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None

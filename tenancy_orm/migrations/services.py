@@ -24,14 +24,17 @@ class FleetRegistry(Protocol):
     async def get(self, tenant_id: UUID) -> Tenant:
         """Return the tenant with this id."""
 
-    async def by_slug(self, slug: str) -> Tenant:
-        """Return the tenant with this slug."""
+    async def find(self, ref: str | UUID | Tenant) -> Tenant:
+        """Return the tenant that ``ref`` names."""
 
     async def page(self, *, limit: int = 100, after: UUID | None = None) -> TenantPage:
         """Return tenants in order of creation."""
 
     async def unfinished(self) -> list[Unfinished]:
         """Return creations and purges under way."""
+
+    async def is_unfinished(self, tenant_id: UUID) -> Unfinished | None:
+        """Return this tenant's creation or purge under way."""
 
     async def set_revision(self, tenant_id: UUID, revision: str | None) -> None:
         """Record a tenant's schema revision."""

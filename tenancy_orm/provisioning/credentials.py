@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from ..config import TenancyConfig
-from ..context import Placement, Status, Tenant
+from ..context import Placement, Status, Tenant, refuse_while_bound
 from ..control.audit import SYSTEM, Actor
 from ..control.data_keys import DataKeys
 from ..control.failures import SERVER_FAILURES
@@ -83,8 +83,7 @@ class SecretManager:
             ProvisioningError: its server refused, or did not answer within ``provision_timeout``.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
-        # as it is now: a tenant may have moved
-        tenant = await self._registry.get((await self._registry.find(tenant)).id)
+        tenant = await self._registry.find(tenant)
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         try:
@@ -117,6 +116,8 @@ class SecretManager:
             TenantNotFoundError: one of ``tenants`` is nobody's slug; nothing was rotated.
             ControlUnavailableError: the control database does not answer.
         """
+        if tenants is None:
+            refuse_while_bound("rotating all passwords")
         if concurrency < 1:
             raise ConfigurationError("concurrency must be at least 1")
         # looked up first, so that a slug that is nobody's is not taken for a tenant that was purged meanwhile
@@ -149,6 +150,7 @@ class SecretManager:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
+        refuse_while_bound("rotating all passwords")
         pending = [await self._registry.get(tenant_id) for tenant_id in await self._sealed.pending()]
         return await self.rotate_passwords(pending, actor=actor)
 
@@ -189,6 +191,7 @@ class SecretManager:
             SecretProviderError: the new data key cannot be wrapped, or does not unwrap; nothing is sealed under it.
             ControlUnavailableError: the control database does not answer; ``reseal`` goes on.
         """
+        refuse_while_bound("rotating keys")
         if self._data_keys is not None:
             self._keyring.renew(await self._data_keys.rotate())
         return await self._sealed.reseal(actor=actor)
@@ -199,6 +202,7 @@ class SecretManager:
         Raises:
             ControlUnavailableError: the control database does not answer; repeating it goes on.
         """
+        refuse_while_bound("sealing passwords again")
         if self._data_keys is not None:
             await self._data_keys.renew(self._keyring)
         return await self._sealed.reseal(actor=actor)
@@ -209,6 +213,7 @@ class SecretManager:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
+        refuse_while_bound("listing keys")
         return await self._sealed.keys_in_use()
 
     async def forget_unused_keys(self) -> list[str]:
@@ -221,6 +226,7 @@ class SecretManager:
             ConfigurationError: there is no envelope encryption; take the key out of ``encryption_keys`` instead.
             ControlUnavailableError: the control database does not answer.
         """
+        refuse_while_bound("removing keys")
         if self._data_keys is None:
             raise ConfigurationError("there are no data keys; take unused keys out of encryption_keys")
         forgotten = await self._data_keys.forget_unused()

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from uuid import UUID
 
 from ..config import TenancyConfig
-from ..context import Placement, Tenant
+from ..context import Placement, Tenant, refuse_other_tenant, refuse_while_bound
 from ..control.audit import SYSTEM, Actor
 from ..control.database import ControlDatabase
 from ..control.failures import SERVER_FAILURES
@@ -91,6 +91,7 @@ class Provisioner:
             ServerUnavailableError: it does not answer.
             ProvisioningError: the administrator lacks the rights, or another process prepares it for too long.
         """
+        refuse_while_bound("preparing a server")
         server = self._parts.servers[name]
         async with self._preparing[name]:
             try:
@@ -112,6 +113,7 @@ class Provisioner:
             TemplateError: it could not be built.
             UnknownServerError, ServerUnavailableError: as ``prepare_server``.
         """
+        refuse_while_bound("building a template")
         return await self._templates.ensure(await self._ready(server))
 
     def scratch(self, server: str) -> AbstractAsyncContextManager[str]:
@@ -122,6 +124,7 @@ class Provisioner:
         Raises:
             TemplateError: the template could not be built or cloned.
         """
+        refuse_while_bound("cloning a template")
         return self._templates.scratch(lambda: self._ready(server))
 
     async def _ready(self, name: str) -> Server:
@@ -160,6 +163,7 @@ class Provisioner:
                 undone, or ``reconcile`` will remove it; the message tells which.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
+        refuse_while_bound("creating a tenant")
         server = await self._ready(draft.server)
         template = await self._templates.ensure(server)
         async with self._slots[draft.server]:
@@ -183,6 +187,7 @@ class Provisioner:
             SecretError: it does not open under any configured key.
             TenantNotFoundError: the tenant has been purged.
         """
+        refuse_other_tenant(tenant)
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         return self._parts.keyring.open_password(tenant.id, tenant.placement.sealed_password)
@@ -202,6 +207,7 @@ class Provisioner:
             ServerUnavailableError: the server does not answer.
             TenantNotFoundError: the tenant has been purged.
         """
+        refuse_other_tenant(tenant)
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         server = self._parts.servers[tenant.placement.server]
@@ -249,6 +255,7 @@ class Provisioner:
             ProvisioningError: the server refused, or something did not end within ``provision_timeout``.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
+        refuse_other_tenant(tenant)
         placement = (await self._parts.registry.get(tenant.id)).placement
         if placement is None:
             await self._parts.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
@@ -289,6 +296,7 @@ class Provisioner:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
+        refuse_while_bound("reconciling")
         return await Reconciler(self._parts, actor=actor, drop_unknown=drop_unknown).run()
 
     async def close(self) -> None:

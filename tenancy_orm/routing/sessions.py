@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ..config import TenancyConfig
-from ..context import Tenant
+from ..context import Tenant, refuse_other_tenant
 from ..control.secrets import Keyring
 from ..errors import ConfigurationError, UnknownServerError
 from ..events import EventBus
@@ -88,6 +88,7 @@ class Router:
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
+        refuse_other_tenant(tenant)
         return SessionScope(self._cache, tenant, options)
 
     def connection(self, tenant: Tenant) -> ConnectionScope:
@@ -96,6 +97,7 @@ class Router:
         Raises:
             TenancyError: as ``session``, all on entering.
         """
+        refuse_other_tenant(tenant)
         return ConnectionScope(self._cache, tenant)
 
     def lease(self, tenant: Tenant) -> Lease:
@@ -104,6 +106,7 @@ class Router:
         Raises:
             RoutingError: the tenant has no database, or its server is not configured.
         """
+        refuse_other_tenant(tenant)
         return self._cache.lease(tenant)
 
     def retire(self, tenant_id: UUID) -> None:

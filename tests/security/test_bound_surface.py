@@ -1,106 +1,324 @@
-"""While a tenant is bound, no part of the public surface acts on another, whichever way it is named (CWE-639).
+"""While a tenant is bound, no part of the public surface acts on another, or on all of them (CWE-639).
 
-The methods are enumerated by themselves: one that is added and takes a tenant, or a key's id, is tried as well.
+Parts and methods are enumerated by themselves, from ``Tenancy``'s properties: what is added later is tried as well, and
+fails here until it refuses or is excused with a reason.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Iterator
+import secrets
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager
+from contextvars import Context
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+import pytest_asyncio
 
-from tenancy_orm import Tenancy
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.domains import DomainManager
-from tenancy_orm.control.keys import KeyManager
-from tenancy_orm.control.metrics import TenantMetrics
-from tenancy_orm.control.quotas import QuotaManager
-from tenancy_orm.control.tenants import TenantManager
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.context import Tenant
+from tenancy_orm.control.rates import Rates
+from tenancy_orm.control.registry import TenantDraft, uuid7
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
+from tenancy_orm.events import EventBus
+from tenancy_orm.protocols import UsageRecord
+from tests.support.models import Base
+from tests.support.postgres import Postgres
 
-PARTS = {
-    "audit": AuditLog,
-    "domains": DomainManager,
-    "keys": KeyManager,
-    "metrics": TenantMetrics,
-    "quotas": QuotaManager,
-    "tenants": TenantManager,
+EXCUSED = {
+    "audit.keep_public_keys": "writes the configured keys' public halves, nothing of a tenant's",
+    "audit.renew_keys": "keys of the installation",
+    "audit.verifier": "reads public keys",
+    "config.from_env": "reads no tenant",
+    "config.replace": "reads no tenant",
+    "control.close": "closes connections",
+    "control.connect": "plain SQL on the control database, which is an operator's by nature",
+    "control.open": "reads the schema's revision",
+    "control.transaction": "as control.connect",
+    "directory.close": "closes connections",
+    "directory.invalidate": "forgets what is looked up again",
+    "directory.on_invalidate": "registers a callback",
+    "directory.open": "begins to listen",
+    "directory.report_cross_tenant": "reports, for the middleware",
+    "directory.revalidate": "looks up again",
+    "events.cancel": "ends the application's own subscribers",
+    "events.drain": "waits for the application's own subscribers",
+    "events.emit": "calls the application's own subscribers",
+    "events.subscribe": "registers a callback of the application's",
+    "events.wants": "tells whether the application listens",
+    "migrations.environment": "loads the migration directory",
+    "provisioner.close": "closes connections",
+    "quotas.close": "closes connections",
+    "quotas.invalidate": "forgets what is looked up again",
+    "rates.rate": "computes from the Tenant that it is given",
+    "router.close": "closes connections",
+    "router.retire": "closes idle connections, which are opened again",
+    "router.statistics": "counts this process's own connections",
+    "secrets.close": "closes connections",
+    "servers.close": "closes nothing",
+    "servers.get": "returns an address of the configuration",
+    "servers.items": "returns addresses of the configuration",
+    "servers.keys": "returns names of the configuration",
+    "servers.values": "returns addresses of the configuration",
+    "tiers.in_force": "tiers are nobody's own, and tenants may know them",
 }
-# what a method needs besides a tenant, by parameter
-ARGUMENTS: dict[str, Any] = {
-    "resource": "users",
-    "overrides": {"users": 9},
-    "value": 1,
-    "slug": "taken-over",
-    "domain": "taken.example",
-    "at": datetime(2099, 1, 1, tzinfo=UTC),
-    "ends_at": datetime(2099, 1, 1, tzinfo=UTC),
-}
+
+
+class _Sender:
+    """Takes usage records, so that there is an exporter."""
+
+    async def send(self, record: UsageRecord) -> bool:
+        return True
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Two tenants; ``key`` and ``key_id`` are the second one's."""
+
+    tenancy: Tenancy
+    acme: Tenant
+    globex: Tenant
+    key: str
+    key_id: str
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
+    """One installation for all that is refused, since what is refused changes nothing."""
+    name = postgres.new_name()
+    prefix = f"b{secrets.token_hex(4)}"
+    config = TenancyConfig(
+        control_url=await postgres.create_database(name),
+        servers={"default": postgres.admin_url},
+        metadata=Base.metadata,
+        encryption_keys={"1": "a2V5" * 10 + "a2U="},
+        name_prefix=prefix,
+        usage_sender=_Sender(),
+    )
+    tenancy = Tenancy(config)
+    await tenancy.open(initialise=True)
+    try:
+        acme, globex = await tenancy.tenants.create("acme"), await tenancy.tenants.create("globex")
+        # known to the directory: an answer from memory must be refused like any other
+        await tenancy.directory.authenticate(globex.api_key)
+        yield Plane(tenancy, acme.tenant, globex.tenant, globex.api_key, globex.key_id)
+    finally:
+        await tenancy.close()
+        await postgres.drop_all(prefix)
+        await postgres.drop_database(name)
+
+
+def parts() -> dict[str, type]:
+    """The classes of everything that an open ``Tenancy`` hands out, by name."""
+    found: dict[str, type] = {
+        "rates": Rates,
+        "events": EventBus,
+    }
+    for name, member in vars(Tenancy).items():
+        if isinstance(member, property) and not name.startswith("_"):
+            kind = get_type_hints(member.fget).get("return")
+            if inspect.isclass(kind) and kind.__module__.startswith("tenancy_orm."):
+                found[name] = kind
+    return found
 
 
 def surface() -> Iterator[Any]:
-    """Every public method that names a tenant, or one of its keys."""
-    for part, kind in PARTS.items():
-        for name, method in inspect.getmembers(kind, inspect.isfunction):
-            named = {"tenant", "key_id"} & inspect.signature(method).parameters.keys()
-            if not name.startswith("_") and named and (part, name) != ("audit", "append"):
-                yield pytest.param(part, name, named.pop(), id=f"{part}.{name}")
+    """Every public method of every part."""
+    for part, kind in parts().items():
+        for name, method in inspect.getmembers(kind, inspect.isroutine):
+            if not name.startswith("_"):
+                yield pytest.param(part, name, method, id=f"{part}.{name}")
 
 
-async def call(tenancy: Tenancy, part: str, name: str, named: str, value: Any) -> Any:
-    """Call a method with the tenant or key, and with whatever else it requires."""
-    method = getattr(getattr(tenancy, part), name)
-    arguments = {
-        parameter.name: ARGUMENTS[parameter.name]
-        for parameter in inspect.signature(method).parameters.values()
-        if parameter.default is parameter.empty and parameter.name != named
+SURFACE = list(surface())
+TRIED = [param for param in SURFACE if param.id not in EXCUSED]
+
+
+def names(plane: Plane, parameter: str) -> tuple[Any, ...]:
+    """The ways in which a parameter can name the other tenant."""
+    globex = plane.globex
+    many = {
+        "tenant": (globex, globex.id, str(globex.id), globex.slug),
+        "ref": (globex, globex.id, str(globex.id), globex.slug),
+        "tenant_id": (globex.id,),
+        "listed": (globex,),
+        "key_id": (plane.key_id,),
+        "key": (plane.key,),
+        "values": ({globex.id: 1},),
+        "tenants": ([globex.slug], None),
     }
-    outcome = method(**{named: value}, **arguments)
+    return many.get(parameter, ())
+
+
+def others(plane: Plane) -> dict[str, Any]:
+    """What methods need besides, by parameter."""
+    tenant_id = uuid7()
+    return {
+        "resource": "users",
+        "overrides": {"users": 9},
+        "value": 1,
+        "slug": "globex",
+        "domain": "taken.example",
+        "at": datetime(2099, 1, 1, tzinfo=UTC),
+        "ends_at": datetime(2099, 1, 1, tzinfo=UTC),
+        "before": datetime(2020, 1, 1, tzinfo=UTC),
+        "reason": None,
+        "configured": {},
+        "record_ids": [1],
+        "seconds": 60.0,
+        "redirect_seconds": 0.0,
+        "retention_seconds": 0.0,
+        "action": "x.y",
+        "conn": None,
+        "revision": "head",
+        "plan": None,
+        "environment": None,
+        "options": {},
+        "server": "default",
+        "name": "default",
+        "database": "postgres",
+        "function": print,
+        "draft": TenantDraft(
+            id=tenant_id, slug="x", tier="free", server="default", database="x", role="x", sealed_password=b""
+        ),
+        "step": "role",
+        "error": "x",
+        "target": None,
+        "role": "x",
+        "addresses": {},
+    }
+
+
+async def call(tenancy: Tenancy, part: str, name: str, arguments: dict[str, Any]) -> Any:
+    """Call a method and carry out whatever it returns."""
+    outcome = getattr(getattr(tenancy, part), name)(**arguments)
     if isinstance(outcome, AbstractAsyncContextManager):
         async with outcome:
             return None
+    if inspect.isasyncgen(outcome):
+        return [item async for item in outcome]
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
-@pytest.mark.parametrize(("part", "name", "named"), list(surface()))
-async def test_a_bound_tenant_reaches_no_other(tenancy: Tenancy, part: str, name: str, named: str) -> None:
-    """By slug, id, or ``Tenant``, or by the id of its key; unbound, the same calls are an operator's to make."""
-    await tenancy.tenants.create("acme")
+def calls(plane: Plane, method: Any) -> list[dict[str, Any]]:
+    """Arguments for a method: one call for each way to name the other tenant, and one that names none where it can."""
+    given = [
+        p for p in inspect.signature(method).parameters.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD
+    ]
+    naming = [p for p in given if names(plane, p.name) and not (p.name == "key" and p.default is not p.empty)]
+    rest = {p.name: others(plane)[p.name] for p in given if p.default is p.empty and p not in naming}
+    found = [
+        {**rest, p.name: value}
+        for p in naming
+        for value in names(plane, p.name)
+        if p.annotation != "Tenant" or isinstance(value, Tenant)
+    ]
+    required = {p.name: names(plane, p.name)[0] for p in naming if p.default is p.empty}
+    return [{**rest, **required, **one} for one in found or [{}]]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(("part", "name", "method"), TRIED)
+async def test_a_bound_tenant_reaches_no_other(plane: Plane, part: str, name: str, method: Any) -> None:
+    """By slug, id, ``Tenant``, key or key's id; nor does it read or change all tenants."""
+    async with plane.tenancy.scope("acme"):
+        for arguments in calls(plane, method):
+            try:
+                answer = await call(plane.tenancy, part, name, arguments)
+            except CrossTenantError:
+                continue
+            # what answers from memory may also say that it does not know
+            assert part == "directory" and name == "peek" and answer is None, arguments
+
+
+def test_every_excuse_is_needed() -> None:
+    """An excuse for something that is gone would excuse its successor."""
+    assert set(EXCUSED) <= {param.id for param in SURFACE}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "method"),
+    [param for param in TRIED if {"tenant", "key_id"} & set(inspect.signature(param.values[2]).parameters)],
+)
+async def test_unbound_it_reaches_every_tenant(tenancy: Tenancy, part: str, name: str, method: Any) -> None:
+    """So the calls above are refused because another tenant is bound, and not because they are wrong."""
     globex = await tenancy.tenants.create("globex")
-    names: tuple[Any, ...] = (globex.key_id,)
-    if named == "tenant":
-        names = (globex.tenant, globex.id, str(globex.id), "globex")
-    entries = await tenancy.audit.events()
-    async with tenancy.scope("acme"):
-        for value in names:
-            with pytest.raises(CrossTenantError):
-                await call(tenancy, part, name, named, value)
-    assert await tenancy.audit.events() == entries
-    assert (await tenancy.tenants.get("globex")).status == "active"
+    other = Plane(tenancy, globex.tenant, globex.tenant, globex.api_key, globex.key_id)
+    arguments = calls(other, method)[0]
+    if part == "audit" and name == "events":
+        assert await tenancy.audit.events()
     try:
-        await call(tenancy, part, name, named, names[0])
+        await call(tenancy, part, name, arguments)
     except CrossTenantError:
         pytest.fail("nobody was bound")
     except TenancyError:
         pass  # its status does not admit it, or the quota is of another kind: it was reached
 
 
+async def test_unbound_the_fleet_can_be_read(tenancy: Tenancy) -> None:
+    """The same calls are an operator's to make, and answer for everybody."""
+    acme, globex = await tenancy.tenants.create("acme"), await tenancy.tenants.create("globex")
+    both = {acme.id, globex.id}
+    for tenant in both:
+        await tenancy.quotas.consume(tenant, "api_calls")
+    assert {tenant.id for tenant in (await tenancy.tenants.list()).items} == both
+    assert {tenant.id async for tenant in tenancy.tenants.iterate()} == both
+    assert both <= {event.tenant_id for event in await tenancy.audit.events()}
+    assert {row.tenant_id for row in await tenancy.quotas.utilisation()} == both
+    assert {tenant.id for tenant in await tenancy.metrics.active_tenants()} == both
+
+
 async def test_a_bound_tenant_reaches_itself(tenancy: Tenancy) -> None:
-    """By all of its names, its former slug too."""
+    """By all of its names, in every part: slug, former slug, verified domain, id, id as text, ``Tenant``."""
     created = await tenancy.tenants.create("acme")
     await tenancy.tenants.rename("acme", "acme-corp")
+    await verify_domain(tenancy, created.tenant, "acme.example")
     async with tenancy.scope("acme-corp") as tenant:
-        for ref in (tenant, tenant.id, str(tenant.id), "acme", "acme-corp"):
+        for ref in (tenant, tenant.id, str(tenant.id), tenant.id.hex, "acme", "acme-corp", "acme.example"):
             assert [key.key_id for key in await tenancy.keys.list(ref)] == [created.key_id]
             assert (await tenancy.tenants.get(ref)).id == tenant.id
             assert await tenancy.metrics.history(ref) == []
+            assert await tenancy.quotas.usage(ref)
+            assert [event.action for event in await tenancy.audit.events(tenant=ref, action="tenant.rename")]
+            assert [domain.domain for domain in await tenancy.domains.list(ref)] == ["acme.example"]
+            async with tenancy.session(ref):
+                pass
         assert (await tenancy.keys.revoke(created.key_id)).state == "revoked"
         with pytest.raises(ApiKeyNotFoundError):
             await tenancy.keys.get("0" * 16)
+
+
+async def verify_domain(tenancy: Tenancy, tenant: Tenant, domain: str) -> None:
+    """Make a domain the tenant's, as its TXT record would."""
+    await tenancy.domains.claim(tenant, domain)
+    async with tenancy.control.transaction() as connection:
+        await connection.exec_driver_sql("UPDATE tenancy.domains SET verified_at = now()")
+    tenancy.directory.invalidate()
+
+
+async def test_a_leased_quota_of_another_tenant_is_refused(tenancy: Tenancy) -> None:
+    """Also one that code got hold of while nobody was bound, a module's variable say."""
+    await tenancy.tenants.create("acme")
+    globex = (await tenancy.tenants.create("globex")).tenant
+    lease = tenancy.quotas.leased(globex, "api_calls")
+    await lease.consume()
+    used = next(row.used for row in await tenancy.quotas.usage(globex) if row.resource == "api_calls")
+    assert used > 0
+    async with tenancy.scope("acme"):
+        with pytest.raises(CrossTenantError):
+            await lease.consume()
+        with pytest.raises(CrossTenantError):
+            lease.try_consume()
+        with pytest.raises(CrossTenantError):
+            await lease.release()
+    await lease.release()
 
 
 async def test_a_slug_that_became_anothers_is_not_the_bound_tenants_any_more(tenancy: Tenancy) -> None:
@@ -116,9 +334,52 @@ async def test_a_slug_that_became_anothers_is_not_the_bound_tenants_any_more(ten
                 "UPDATE tenancy.tenants SET slug = 'acme' WHERE slug = 'globex'",
             ):
                 await connection.exec_driver_sql(statement)
-        for part, name in (("tenants", "get"), ("quotas", "usage"), ("quotas", "set"), ("metrics", "history")):
+        tenancy.directory.invalidate()
+        for param in TRIED:
+            part, name, method = param.values
+            signature = inspect.signature(method)
+            if "tenant" not in signature.parameters or part in ("router", "provisioner", "rates") or name == "leased":
+                continue  # these take no slug
+            arguments = {**calls(Plane(tenancy, other.tenant, other.tenant, "", ""), method)[0], "tenant": "acme"}
             with pytest.raises(CrossTenantError):
-                await call(tenancy, part, name, "tenant", "acme")
+                await call(tenancy, part, name, arguments)
     finally:
         await bound.__aexit__(None, None, None)
     assert (await tenancy.tenants.get("acme")).id == other.id
+
+
+@pytest.mark.parametrize("purged", [False, True], ids=["living", "purged"])
+async def test_a_former_slug_shows_nothing_of_whoever_has_or_had_it(tenancy: Tenancy, purged: bool) -> None:
+    """Entries are stored under the slug of their time: a renamed tenant asks by its own former slug, another's now."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    await tenancy.tenants.rename("acme", "acme-corp")
+    async with tenancy.scope("acme-corp"):
+        # bound while the former slug still redirected to it
+        async with tenancy.control.transaction() as connection:
+            await connection.exec_driver_sql("DELETE FROM tenancy.former_slugs")
+        other = await in_new_context(tenancy, purged)
+        # the attack: the entries under that slug, over everybody, as they were once read
+        async with tenancy.control.connect() as connection:
+            rows = await connection.exec_driver_sql(
+                "SELECT DISTINCT tenant_id FROM tenancy.audit_log WHERE slug = 'acme'"
+            )
+            assert set(rows.scalars()) == {acme.id, other}
+        if purged:
+            entries = await tenancy.audit.events(tenant="acme")
+            assert {entry.tenant_id for entry in entries} == {acme.id}
+        else:
+            with pytest.raises(CrossTenantError):
+                await tenancy.audit.events(tenant="acme")
+
+
+async def in_new_context(tenancy: Tenancy, purged: bool) -> Any:
+    """Let another tenant have the slug, and lose it where it is to be purged; returns its id."""
+
+    async def take() -> Any:
+        other = (await tenancy.tenants.create("acme", metadata={"secret": "of acme's successor"})).tenant
+        if purged:
+            await tenancy.tenants.delete(other)
+            await tenancy.tenants.purge(other)
+        return other.id
+
+    return await asyncio.create_task(take(), context=Context())

@@ -1,0 +1,85 @@
+"""From a name to a tenant's id: the one way there is, and the place where the binding is enforced.
+
+A tenant is named by its slug, by a former slug that still redirects to it, by a verified domain of its own, by its id
+(also as text), or by a ``Tenant``. The directory, which remembers whole tenants, asks the same of many names at once.
+"""
+
+from __future__ import annotations
+
+import re
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..context import Status, Tenant, as_reference, refuse_other_tenant
+from ..errors import TenantNotFoundError
+from .database import ControlDatabase
+from .models import domains, former_slugs, tenants
+
+# a slug or a domain; anything else names nobody, and some of it PostgreSQL would not even take for a text
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+NAME_LENGTH = 253
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if a tenant can have it.
+
+    Raises:
+        TenantNotFoundError: none can.
+    """
+    if len(name) > NAME_LENGTH or not _NAME.fullmatch(name):
+        raise TenantNotFoundError(name[:64])
+    return name
+
+
+def has_name(name: str) -> ColumnElement[bool]:
+    """The condition on ``tenants`` that a tenant which is not purged goes by ``name`` now."""
+    former = select(former_slugs.c.tenant_id).where(
+        former_slugs.c.slug == name, former_slugs.c.redirects_until > func.now()
+    )
+    domain = select(domains.c.tenant_id).where(domains.c.domain == name, domains.c.verified_at.is_not(None))
+    named = or_(
+        tenants.c.slug == name,
+        tenants.c.id == former.scalar_subquery(),
+        tenants.c.id == domain.scalar_subquery(),
+    )
+    return and_(named, tenants.c.status != Status.PURGED)
+
+
+async def find_tenant_id(connection: AsyncConnection, ref: str | UUID | Tenant) -> UUID:
+    """Return the id of the tenant that ``ref`` names. An id is taken at its word.
+
+    Raises:
+        TenantNotFoundError: no tenant has this name.
+        CrossTenantError: another tenant is bound.
+    """
+    refuse_other_tenant(ref)
+    named = as_reference(ref)
+    if isinstance(named, UUID):
+        return named
+    found: UUID | None = await connection.scalar(select(tenants.c.id).where(has_name(check_name(named))))
+    if found is None:
+        raise TenantNotFoundError(named)
+    # the name may have become another tenant's since the tenant was bound
+    refuse_other_tenant(found)
+    return found
+
+
+async def ask_tenant_id(control: ControlDatabase, ref: str | UUID | Tenant) -> UUID:
+    """As ``find_tenant_id``, on a connection of its own, which only a name needs.
+
+    Raises:
+        TenantNotFoundError: no tenant has this name.
+        CrossTenantError: another tenant is bound.
+        ControlUnavailableError: the control database does not answer.
+    """
+    refuse_other_tenant(ref)
+    named = as_reference(ref)
+    if isinstance(named, UUID):
+        return named
+    async with control.connect() as connection:
+        return await find_tenant_id(connection, named)
+
+
+__all__ = ["NAME_LENGTH", "ask_tenant_id", "check_name", "find_tenant_id", "has_name"]
