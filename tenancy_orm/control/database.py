@@ -27,6 +27,7 @@ from ..errors import (
     ControlUnavailableError,
     TenancyError,
 )
+from ..loops import HomeLoop
 from .failures import SERVER_FAILURES
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
@@ -78,6 +79,7 @@ class ControlDatabase:
         command_timeout: float = 30.0,
         name_prefix: str = "tenancy",
     ) -> None:
+        self.home = HomeLoop()
         plain = plain_url(url)
         self.listen_dsn = plain.render_as_string(hide_password=False)
         self.database = plain.database or ""
@@ -133,6 +135,7 @@ class ControlDatabase:
 
     async def close(self) -> None:
         """Close every pooled connection."""
+        self.home.check()
         await self.engine.dispose()
 
     @asynccontextmanager
@@ -186,6 +189,7 @@ class ControlDatabase:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[AsyncConnection]:
         """A connection of the pool. Whatever keeps one from being opened makes the database unavailable."""
+        self.home.check()
         async with AsyncExitStack() as stack:
             try:
                 connection = await stack.enter_async_context(self.engine.connect())
@@ -222,6 +226,7 @@ class ControlDatabase:
             ControlUnavailableError: the server does not answer.
             AdministratorNeededError: this role may not create that one, and there is no administrator.
         """
+        self.home.check()
         async with self._reachable(), self.engine.connect() as connection:
             await self._lock(connection)
             try:

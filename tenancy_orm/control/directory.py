@@ -190,6 +190,7 @@ class Directory:
         self._config = config
         self._events = events
         self._clock = clock
+        self._home = control.home
         self._salt = os.urandom(32)
         self._digester = KeyDigester(config.peppers, config.key_pepper_current)
         self._prefixes = frozenset((config.key_prefix, *config.key_prefixes))
@@ -247,6 +248,7 @@ class Directory:
         Raises:
             ControlUnavailableError: the control database does not answer; it is kept for the next time.
         """
+        self._home.check()
         await self._journal.flush()
 
     @property
@@ -274,6 +276,7 @@ class Directory:
         """
         if len(key) > MAX_KEY_LENGTH:
             return None
+        self._home.check()
         entry = self._find(hashlib.blake2b(self._salt + key.encode("utf-8", "surrogatepass")).digest())
         if entry is None:
             return None
@@ -488,6 +491,7 @@ class Directory:
 
     def peek_tenant(self, ref: str | UUID | Tenant) -> Tenant | None:
         """Return the tenant if it is known and fresh; None means: ask ``tenant``. No I/O."""
+        self._home.check()
         entry = self._tenant_entry(_wanted(ref))
         if entry is None:
             return None
@@ -551,6 +555,7 @@ class Directory:
 
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
         """Forget a key, or a tenant and its keys, or everything where neither is given."""
+        self._home.check()
         if key_id is not None:
             self._touch(key_id)
             digest = self._by_key_id.get(key_id)

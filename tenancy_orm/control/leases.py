@@ -22,6 +22,7 @@ from sqlalchemy import text
 
 from ..config import LARGEST_AMOUNT
 from ..errors import ControlUnavailableError
+from ..loops import HomeLoop
 from .database import ControlDatabase
 
 logger = logging.getLogger("tenancy_orm.quotas")
@@ -59,6 +60,7 @@ class LeasedQuota:
         "__weakref__",
         "_block",
         "_held",
+        "_home",
         "_keeper",
         "_lock",
         "_refused",
@@ -75,6 +77,7 @@ class LeasedQuota:
         self.tenant_id = tenant_id
         self.resource = resource
         self._keeper = keeper
+        self._home = keeper.home
         self._block = block
         self._lock = asyncio.Lock()  # one question to the database at a time; it protects id and _returning
         # the block in hand, and how much of it is unspent
@@ -95,7 +98,12 @@ class LeasedQuota:
         return self._held
 
     def try_consume(self, amount: int = 1) -> bool:
-        """Count ``amount`` against the block in hand; False, and nothing counted, if it does not cover it."""
+        """Count ``amount`` against the block in hand; False, and nothing counted, if it does not cover it.
+
+        Raises:
+            WrongEventLoopError: this is another thread.
+        """
+        self._home.check_thread()
         if type(amount) is int and 0 < amount <= self._held and time.monotonic() < self._until:
             self._held -= amount
             self._touched = True
@@ -114,6 +122,7 @@ class LeasedQuota:
         """
         if not self.try_consume(amount):
             check_amount(amount)
+            self._home.check()
             # apart, since a caller that is cancelled must not take the answer, and the block in it, with it
             task = asyncio.ensure_future(self._refill(amount))
             task.add_done_callback(_retrieve)
@@ -126,7 +135,9 @@ class LeasedQuota:
 
         Raises:
             ControlUnavailableError: the control database does not answer.
+            WrongEventLoopError: this is another event loop or thread.
         """
+        self._home.check()
         async with self._lock:
             await self._return()
 
@@ -233,6 +244,7 @@ class LeaseKeeper:
 
     def __init__(self, control: ControlDatabase, conclude: Conclude) -> None:
         self._control = control
+        self.home = HomeLoop()
         self.conclude = conclude
         # those with a block in hand or on its way back, and since when each is idle
         self._leases: dict[LeasedQuota, float | None] = {}

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from ..config import Tier
 from ..context import Tenant
+from ..loops import HomeLoop
 from .quotas import REQUEST_RATE
 
 _SWEEP_AT: Final = 10_000  # buckets
@@ -79,6 +80,7 @@ class Rates:
         self._share = 1.0 / processes
         self._burst_seconds = burst_seconds
         self._clock = clock
+        self.home: HomeLoop | None = None  # of the open Tenancy that this belongs to
         # when each bucket is full again, and at which rate; a time in the past says the same as none, so those can be
         # dropped at any time
         self._buckets: dict[UUID, tuple[float, float]] = {}
@@ -97,7 +99,13 @@ class Rates:
         return None if rate is None else rate * self._share
 
     def acquire(self, tenant: Tenant, cost: int = 1) -> Allowed | Denied:
-        """Take ``cost`` tokens of the tenant's bucket, or none. Never waits."""
+        """Take ``cost`` tokens of the tenant's bucket, or none. Never waits.
+
+        Raises:
+            WrongEventLoopError: this is another thread than that of the open ``Tenancy``.
+        """
+        if self.home is not None:
+            self.home.check_thread()
         if not tenant.quotas and tenant.tier in self._unlimited:
             return UNLIMITED  # the common case, found without a call
         rate = self.rate(tenant)

@@ -21,6 +21,7 @@ from ..control.registry import Registry, TenantDraft
 from ..control.secrets import Keyring
 from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
+from ..loops import HomeLoop
 from ..routing.servers import Server, Servers
 from . import databases
 from .administration import Administration
@@ -55,6 +56,7 @@ class Provisioner:
     ) -> None:
         self.names = names
         self._control = control
+        self._home = HomeLoop()
         self._templates = Templates(config=config, names=names, schema=schema)
         self._administration = Administration(keep=config.provision_concurrency)
         self._parts = Parts(
@@ -91,6 +93,7 @@ class Provisioner:
             ServerUnavailableError: it does not answer.
             ProvisioningError: the administrator lacks the rights, or another process prepares it for too long.
         """
+        self._home.check()
         server = self._parts.servers[name]
         async with self._preparing[name]:
             try:
@@ -126,6 +129,7 @@ class Provisioner:
 
     async def _ready(self, name: str) -> Server:
         """The server, prepared."""
+        self._home.check()
         if name not in self._prepared:
             await self.prepare_server(name)
         return self._parts.servers[name]

@@ -88,6 +88,7 @@ class Connector:
         passwords: Callable[[UUID], Awaitable[Sequence[bytes]]] | None = None,
     ) -> None:
         self.server = server
+        self.home = server.home
         self.events = events
         self.ambient = ambient
         self.full_reset = config.full_reset

@@ -17,6 +17,7 @@ from ..config import TenancyConfig
 from ..context import Placement
 from ..control.failures import SERVER_FAILURES
 from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
+from ..loops import HomeLoop
 from .settings import named_in_url, read_settings, without
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -62,6 +63,7 @@ class Server:
     ) -> None:
         self.name = name
         self.url = url
+        self.home = HomeLoop()
         self.connect_timeout = connect_timeout
         self._base = url.difference_update_query(_CLIENT_OPTIONS)._replace(password=None)
         self._client_options = {key: int(str(value)) for key, value in url.query.items() if key in _CLIENT_OPTIONS}
@@ -266,6 +268,7 @@ class Server:
         timeout: float | None,
         **options: Any,
     ) -> Any:
+        self.home.check()
         try:
             return await asyncpg.connect(
                 self._base.render_as_string(hide_password=False),  # it has none
