@@ -205,6 +205,8 @@ class TenancyConfig:
         connect_timeout: How long opening a connection may take, in seconds.
         idle_timeout: An idle connection older than this many seconds is not reused.
         statement_timeout: PostgreSQL's statement_timeout for tenants' sessions, in seconds; 0 is none.
+        session_settings: Settings that tenants' connections start with, ``search_path`` for example, in place of the
+            server's own. They win over ``ALTER ROLE`` and ``ALTER DATABASE``; those in a server's URL win over them.
         lock_timeout: PostgreSQL's lock_timeout for migrations, in seconds.
         migration_wait: How long a migration waits for another run that migrates the same tenant, in seconds.
         migration_timeout: How long the migration of one tenant may take, in seconds.
@@ -255,6 +257,7 @@ class TenancyConfig:
     connect_timeout: float = 10.0
     idle_timeout: float = 600.0
     statement_timeout: float = 0.0
+    session_settings: Mapping[str, str] = field(default_factory=dict)
     lock_timeout: float = 5.0
     migration_wait: float = 300.0
     migration_timeout: float = 3_600.0
@@ -311,6 +314,7 @@ class TenancyConfig:
         for option in ("checkout_timeout", "connect_timeout", "provision_timeout", "directory_ttl", *positive):
             if getattr(self, option) <= 0:
                 raise ConfigurationError(f"{option} must be above 0 seconds")
+        _check_session_settings(self.session_settings)
         for extension in self.extensions:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", extension):
                 raise ConfigurationError(f"extension {extension!r} is not a name")
@@ -376,8 +380,8 @@ class TenancyConfig:
         the fields of this class; ``[tiers.<name>]`` tables define tiers, in ascending order, and
         ``[[upgrade_policies]]`` their rules, with ``sustained_days``; ``metadata``, ``secrets``, ``key_wrapper`` and
         ``usage_sender`` are ``module:attribute``. Among the variables, ``TENANCY_SERVERS`` is ``name=url`` separated
-        by spaces, ``TENANCY_ENCRYPTION_KEYS`` is ``id:base64`` separated by commas, ``TENANCY_EXTENSIONS`` is
-        comma-separated.
+        by spaces, ``TENANCY_ENCRYPTION_KEYS`` is ``id:base64`` separated by commas, ``TENANCY_SESSION_SETTINGS`` is
+        ``name=value`` separated by semicolons, ``TENANCY_EXTENSIONS`` is comma-separated.
 
         Raises:
             ConfigurationError: a setting is malformed or unknown, or ``control_url`` is missing.
@@ -478,6 +482,23 @@ def plain_url(url: str | URL) -> URL:
     return make_url(url).set(drivername="postgresql")
 
 
+_OWN_SETTINGS = {
+    "client_encoding": "the driver decides it",
+    "statement_timeout": "use TenancyConfig.statement_timeout",
+    **dict.fromkeys(("database", "options", "replication", "user"), "it is no setting of a session"),
+}
+
+
+def _check_session_settings(settings: Mapping[str, str]) -> None:
+    for name, value in settings.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", name):
+            raise ConfigurationError(f"{name!r} in session_settings is not the name of a setting")
+        if type(value) is not str or "\x00" in value:
+            raise ConfigurationError(f"session_settings[{name!r}] must be text")
+        if (why := _OWN_SETTINGS.get(name.lower())) is not None:
+            raise ConfigurationError(f"session_settings cannot hold {name!r}: {why}")
+
+
 def _check_url(option: str, url: str) -> None:
     try:
         parsed = make_url(url)
@@ -495,6 +516,8 @@ def _parse(name: str, kind: str, text: str) -> Any:
             return load_object(text)
         if name == "servers":
             return dict(item.split("=", 1) for item in text.split())
+        if name == "session_settings":
+            return dict(item.strip().split("=", 1) for item in text.split(";") if item.strip())
         if name in ("encryption_keys", "key_peppers"):
             return dict(item.strip().split(":", 1) for item in text.split(",") if item.strip())
         if name in ("extensions", "key_prefixes", "secret_options"):

@@ -7,6 +7,7 @@
     │   ├── MissingExtraError (ImportError)
     │   └── AdministratorNeededError         the control database's role lacks a right; the SQL to run is in it
     ├── NotOpenError (RuntimeError)          the Tenancy object is not open, or already closed
+    ├── WrongEventLoopError (RuntimeError)   used from another event loop or thread than the one that opened it
     ├── ControlSchemaError                   the control database is not initialised, or at another revision
     ├── ControlUnavailableError              the control database does not answer
     ├── ContextError
@@ -122,6 +123,22 @@ class AdministratorNeededError(ConfigurationError):
 
 class NotOpenError(TenancyError, RuntimeError):
     """The ``Tenancy`` object was used before ``open()`` or after ``close()``."""
+
+
+class WrongEventLoopError(TenancyError, RuntimeError):
+    """A ``Tenancy``, or something that came from it, was used from another event loop or thread. Nothing was touched.
+
+    Remedy: make the endpoint or the job ``async def``. In a worker thread, have the loop do the work and wait for it:
+    ``asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()``; in a thread that anyio or Starlette started,
+    ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as well.
+    """
+
+    def __init__(self) -> None:
+        """Say what to do."""
+        super().__init__(
+            "a Tenancy belongs to the event loop that opened it, and this is another loop or thread; make the function "
+            "async def, or in a worker thread: asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()"
+        )
 
 
 class ControlSchemaError(TenancyError):

@@ -24,6 +24,8 @@ from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
 
+from .loops import HomeLoop
+
 logger = logging.getLogger("tenancy_orm.events")
 
 DRAIN_TIMEOUT = 10.0
@@ -326,6 +328,7 @@ class EventBus:
 
     def __init__(self, *, max_waiting: int = 10_000) -> None:
         self.dropped = 0
+        self.home: HomeLoop | None = None  # of the open Tenancy that this belongs to
         self._max_waiting = max_waiting
         self._subscribers: list[_Subscriber] = []
         # per concrete event class: all that want it, so that emitting without subscribers costs a look-up
@@ -385,7 +388,11 @@ class EventBus:
 
         Returns:
             Whether they have all ended.
+
+        Raises:
+            WrongEventLoopError: the ``Tenancy`` of this bus is open in another event loop or thread.
         """
+        self._check_loop()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         while tasks := self._others():
@@ -396,7 +403,12 @@ class EventBus:
         return True
 
     async def cancel(self) -> None:
-        """Cancel the coroutines that ``drain`` has left, and drop the events that wait for them; both are logged."""
+        """Cancel the coroutines that ``drain`` has left, and drop the events that wait for them; both are logged.
+
+        Raises:
+            WrongEventLoopError: the ``Tenancy`` of this bus is open in another event loop or thread.
+        """
+        self._check_loop()
         tasks = self._others()
         for task in tasks:
             task.cancel()
@@ -404,6 +416,17 @@ class EventBus:
             _, deaf = await asyncio.wait(tasks, timeout=_CANCEL_TIMEOUT)
             for task in deaf:
                 self._abandon(self._tasks[task])
+
+    def forget(self) -> None:
+        """Give up the coroutines of an event loop that is closed: nothing can end them. What waits is dropped."""
+        for subscriber in self._tasks.values():
+            subscriber.busy = False
+            self._abandon(subscriber)
+        self._tasks.clear()
+
+    def _check_loop(self) -> None:
+        if self.home is not None:
+            self.home.check()
 
     def _others(self) -> list[asyncio.Task[None]]:
         current = asyncio.current_task()
@@ -427,6 +450,7 @@ class EventBus:
 
     def _enqueue(self, subscriber: _Subscriber, outcome: Awaitable[None], event: Event) -> None:
         try:
+            self._check_loop()
             loop = asyncio.get_running_loop()
         except RuntimeError:
             _close(outcome)

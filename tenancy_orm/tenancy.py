@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from contextvars import Context
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
@@ -42,6 +43,7 @@ from .control.upgrades import Upgrades
 from .control.usage import UsageExporter
 from .errors import ConfigurationError, NoTenantError, NotOpenError, TenancyError
 from .events import DRAIN_TIMEOUT, EventBus
+from .loops import HomeLoop
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
 from .migrations.environment import register_factory
 from .protocols import KeyWrapper, SecretProvider
@@ -81,6 +83,9 @@ class Tenancy:
         # how many requests a second each tenant may make of this process: state of its own, which nothing opens
         self.rates = Rates(self.configured.tiers, processes=self.configured.rate_processes)
         self._parts: _Parts | None = None
+        self._home: HomeLoop | None = None  # from the beginning of ``open`` to the end of ``close``
+        self._claims = 0  # calls of these two under way
+        self._claiming = threading.Lock()  # it protects the two above against other threads
         self._opening = asyncio.Lock()
         self._entered = 0  # ``async with`` blocks, lifespans included
 
@@ -93,6 +98,9 @@ class Tenancy:
     async def open(self, *, initialise: bool | None = None) -> Self:
         """Connect to the control database and make every part ready. Opening an open one does nothing.
 
+        From then on until it is closed it belongs to the running event loop. Where that one was closed first, what is
+        left is given up with a warning, and it belongs to the loop that opens it next.
+
         Args:
             initialise: Create or upgrade the control database first, as ``tenancy init`` does. None does so for an
                 embedded server alone.
@@ -101,10 +109,12 @@ class Tenancy:
             ControlUnavailableError: the control database does not answer.
             ControlSchemaError: it is not initialised, or by another version.
             ConfigurationError: a setting is missing.
+            WrongEventLoopError: it is open in another event loop or thread.
         """
-        async with self._opening:
-            if self._parts is None:
-                self._parts = await _Parts.build(self.configured, self.events, initialise=initialise)
+        with self._at_home():
+            async with self._opening:
+                if self._parts is None:
+                    self._parts = await _Parts.build(self.configured, self.events, initialise=initialise)
         return self
 
     async def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:
@@ -113,14 +123,50 @@ class Tenancy:
         Args:
             timeout: How long to wait for subscribers' coroutines, in seconds, before anything is closed: they may use
                 this object until then. Those still at work after it are cancelled, which is logged.
+
+        Raises:
+            WrongEventLoopError: it is open in another event loop or thread.
         """
-        try:
-            await self.events.drain(timeout)
-        finally:
+        with self._at_home():
             try:
-                await self._close_parts()
+                await self.events.drain(timeout)
             finally:
-                await self.events.cancel()
+                try:
+                    await self._close_parts()
+                finally:
+                    await self.events.cancel()
+
+    @contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """Take the running event loop for this object's own, unless it has one; it has none while it is closed."""
+        with self._claiming:
+            if self._home is not None and self._home.is_closed:
+                self._forget()
+            if self._home is None:
+                self._home = self.events.home = self.rates.home = HomeLoop()
+                self._opening = asyncio.Lock()
+            self._home.check()
+            home = self._home
+            self._claims += 1
+        try:
+            yield
+        finally:
+            with self._claiming:
+                if home is self._home:
+                    self._claims -= 1
+                    if not self._claims and self._parts is None:
+                        self._home = self.events.home = self.rates.home = None
+
+    def _forget(self) -> None:
+        """Give up what belongs to an event loop that was closed first: nothing can be closed there any more."""
+        if self._parts is not None:
+            logger.warning(
+                "the event loop of an open Tenancy was closed; its connections and background tasks are given up. "
+                "Close a Tenancy in the loop that opened it"
+            )
+        self._home = self._parts = None
+        self._claims = self._entered = 0
+        self.events.forget()
 
     async def _close_parts(self) -> None:
         async with self._opening:
@@ -155,6 +201,18 @@ class Tenancy:
     def is_open(self) -> bool:
         """Whether it is open."""
         return self._parts is not None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it belongs to: for ``asyncio.run_coroutine_threadsafe`` in worker threads.
+
+        Raises:
+            NotOpenError: it is not open.
+        """
+        home = self._home
+        if self._parts is None or home is None or home.loop is None:
+            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
+        return home.loop
 
     @property
     def _open(self) -> _Parts:

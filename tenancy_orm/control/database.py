@@ -28,6 +28,7 @@ from ..errors import (
     ControlUnavailableError,
     TenancyError,
 )
+from ..loops import HomeLoop
 from .failures import SERVER_FAILURES
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
@@ -79,6 +80,7 @@ class ControlDatabase:
         command_timeout: float = 30.0,
         name_prefix: str = "tenancy",
     ) -> None:
+        self.home = HomeLoop()
         plain = plain_url(url)
         self.listen_dsn = plain.render_as_string(hide_password=False)
         self.database = plain.database or ""
@@ -134,6 +136,7 @@ class ControlDatabase:
 
     async def close(self) -> None:
         """Close every pooled connection."""
+        self.home.check()
         await self.engine.dispose()
 
     @asynccontextmanager
@@ -188,6 +191,7 @@ class ControlDatabase:
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[AsyncConnection]:
         """A connection of the pool. Whatever keeps one from being opened makes the database unavailable."""
+        self.home.check()
         async with AsyncExitStack() as stack:
             try:
                 connection = await stack.enter_async_context(self.engine.connect())
@@ -225,6 +229,7 @@ class ControlDatabase:
             AdministratorNeededError: this role may not create that one, and there is no administrator.
         """
         refuse_while_bound("migrating the control database")
+        self.home.check()
         async with self._reachable(), self.engine.connect() as connection:
             await self._lock(connection)
             try:

@@ -185,6 +185,7 @@ class Directory:
         self._config = config
         self._events = events
         self._clock = clock
+        self._home = control.home
         self._salt = os.urandom(32)
         self._digester = KeyDigester(config.peppers, config.key_pepper_current)
         self._prefixes = frozenset((config.key_prefix, *config.key_prefixes))
@@ -243,6 +244,7 @@ class Directory:
             ControlUnavailableError: the control database does not answer; it is kept for the next time.
         """
         refuse_while_bound("writing down the use of all keys")
+        self._home.check()
         await self._journal.flush()
 
     @property
@@ -270,6 +272,7 @@ class Directory:
         """
         if len(key) > MAX_KEY_LENGTH:
             return None
+        self._home.check()
         entry = self._find(hashlib.blake2b(self._salt + key.encode("utf-8", "surrogatepass")).digest())
         if entry is None:
             return None
@@ -493,6 +496,7 @@ class Directory:
         Raises:
             CrossTenantError: another tenant is bound.
         """
+        self._home.check()
         refuse_other_tenant(ref)
         entry = self._tenant_entry(as_reference(ref))
         if entry is None:
@@ -562,6 +566,7 @@ class Directory:
 
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
         """Forget a key, or a tenant and its keys, or everything where neither is given."""
+        self._home.check()
         if key_id is not None:
             self._touch(key_id)
             digest = self._by_key_id.get(key_id)

@@ -24,6 +24,7 @@ from sqlalchemy import text
 from ..config import LARGEST_AMOUNT
 from ..context import _current, refuse_other_tenant
 from ..errors import ControlUnavailableError
+from ..loops import HomeLoop
 from .database import ControlDatabase
 
 logger = logging.getLogger("tenancy_orm.quotas")
@@ -61,6 +62,7 @@ class LeasedQuota:
         "__weakref__",
         "_block",
         "_held",
+        "_home",
         "_keeper",
         "_lock",
         "_refused",
@@ -77,6 +79,7 @@ class LeasedQuota:
         self.tenant_id = tenant_id
         self.resource = resource
         self._keeper = keeper
+        self._home = keeper.home
         self._block = block
         self._lock = asyncio.Lock()  # one question to the database at a time; it protects id and _returning
         # the block in hand, and how much of it is unspent
@@ -101,7 +104,9 @@ class LeasedQuota:
 
         Raises:
             CrossTenantError: another tenant is bound.
+            WrongEventLoopError: this is another thread.
         """
+        self._home.check_thread()
         # written out here: it is to cost less than a microsecond
         if (bound := _current.get()) is not None and bound.id != self.tenant_id:
             refuse_other_tenant(self.tenant_id)
@@ -124,6 +129,7 @@ class LeasedQuota:
         """
         if not self.try_consume(amount):
             check_amount(amount)
+            self._home.check()
             # apart, since a caller that is cancelled must not take the answer, and the block in it, with it
             task = asyncio.ensure_future(self._refill(amount))
             task.add_done_callback(_retrieve)
@@ -137,7 +143,9 @@ class LeasedQuota:
         Raises:
             ControlUnavailableError: the control database does not answer.
             CrossTenantError: another tenant is bound.
+            WrongEventLoopError: this is another event loop or thread.
         """
+        self._home.check()
         refuse_other_tenant(self.tenant_id)
         async with self._lock:
             await self._return()
@@ -245,6 +253,7 @@ class LeaseKeeper:
 
     def __init__(self, control: ControlDatabase, conclude: Conclude) -> None:
         self._control = control
+        self.home = HomeLoop()
         self.conclude = conclude
         # those with a block in hand or on its way back, and since when each is idle
         self._leases: dict[LeasedQuota, float | None] = {}

@@ -16,6 +16,7 @@ from uuid import UUID
 from ..config import Tier
 from ..context import Tenant, _current
 from ..errors import CrossTenantError
+from ..loops import HomeLoop
 from .quotas import REQUEST_RATE
 
 _SWEEP_AT: Final = 10_000  # buckets
@@ -80,6 +81,7 @@ class Rates:
         self._share = 1.0 / processes
         self._burst_seconds = burst_seconds
         self._clock = clock
+        self.home: HomeLoop | None = None  # of the open Tenancy that this belongs to
         # when each bucket is full again, and at which rate; a time in the past says the same as none, so those can be
         # dropped at any time
         self._buckets: dict[UUID, tuple[float, float]] = {}
@@ -102,7 +104,10 @@ class Rates:
 
         Raises:
             CrossTenantError: another tenant is bound.
+            WrongEventLoopError: this is another thread than that of the open ``Tenancy``.
         """
+        if self.home is not None:
+            self.home.check_thread()
         # written out here: it runs with every request
         if (bound := _current.get()) is not None and bound.id != tenant.id:
             raise CrossTenantError("counting a request", bound=bound.slug, requested=tenant.slug)

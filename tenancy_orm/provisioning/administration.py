@@ -10,6 +10,7 @@ import asyncio
 from collections import defaultdict
 
 from ..control.failures import SERVER_FAILURES
+from ..loops import HomeLoop
 from ..routing.servers import Server
 from . import databases
 from .cancellation import settled
@@ -31,6 +32,7 @@ class Administration:
 
     def __init__(self, *, keep: int, idle: float = IDLE_SECONDS) -> None:
         self._keep = keep
+        self._home = HomeLoop()
         self._idle_seconds = idle
         # by server, the one used last at the end
         self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
@@ -43,7 +45,9 @@ class Administration:
         Raises:
             TimeoutError: the lock was not free within ``timeout`` seconds.
             ServerUnavailableError: the server does not answer.
+            WrongEventLoopError: this is another event loop or thread, and those that are kept are not of it.
         """
+        self._home.check()
         while idle := self._idle[server.name]:
             connection = idle.pop()
             self._timers.pop(connection).cancel()
@@ -66,6 +70,7 @@ class Administration:
 
     async def close(self) -> None:
         """Close what is idle."""
+        self._home.check()
         for name, connections in self._idle.items():
             for connection in tuple(connections):
                 self._timers[connection].cancel()

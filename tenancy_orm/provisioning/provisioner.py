@@ -21,6 +21,7 @@ from ..control.registry import Registry, TenantDraft
 from ..control.secrets import Keyring
 from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
+from ..loops import HomeLoop
 from ..routing.servers import Server, Servers
 from . import databases
 from .administration import Administration
@@ -55,6 +56,7 @@ class Provisioner:
     ) -> None:
         self.names = names
         self._control = control
+        self._home = HomeLoop()
         self._templates = Templates(config=config, names=names, schema=schema)
         self._administration = Administration(keep=config.provision_concurrency)
         self._parts = Parts(
@@ -92,6 +94,7 @@ class Provisioner:
             ProvisioningError: the administrator lacks the rights, or another process prepares it for too long.
         """
         refuse_while_bound("preparing a server")
+        self._home.check()
         server = self._parts.servers[name]
         async with self._preparing[name]:
             try:
@@ -129,6 +132,7 @@ class Provisioner:
 
     async def _ready(self, name: str) -> Server:
         """The server, prepared."""
+        self._home.check()
         if name not in self._prepared:
             await self.prepare_server(name)
         return self._parts.servers[name]

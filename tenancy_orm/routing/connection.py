@@ -14,6 +14,10 @@ from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_ss_cursor,
     PGExecutionContext_asyncpg,
 )
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine.base import OptionEngine
+
+from ..loops import HomeLoop
 
 if TYPE_CHECKING:
     from .pool import TenantPool
@@ -30,11 +34,20 @@ _RESET = (
 class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
     """What asyncpg connects with; its ``reset`` cleans as ``DISCARD ALL`` does."""
 
-    __slots__ = ()
+    __slots__ = ("_home",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._home = HomeLoop()
 
     def get_reset_query(self) -> str:
         """The statements that ``reset`` runs."""
         return _RESET
+
+    def _check_open(self) -> None:
+        """What asyncpg asks before each operation: the driver's own connection is refused in another loop as well."""
+        super()._check_open()
+        self._home.check()
 
 
 # two turns of the loop for each of: the message, the end of the stream
@@ -78,9 +91,19 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     finalizer: weakref.finalize[Any, TenantConnection]
 
     def cursor(self, server_side: bool = False) -> Any:
-        """Begin a statement, unless another tenant is bound."""
+        """Begin a statement, unless another tenant is bound or this is another event loop."""
         self.pool.check_bound()
         return super().cursor(server_side)
+
+    def commit(self) -> None:
+        """Commit, unless this is another event loop: before anything is sent."""
+        self.pool.connector.home.check()
+        super().commit()  # type: ignore[no-untyped-call]
+
+    def rollback(self) -> None:
+        """Roll back, unless this is another event loop: before anything is sent."""
+        self.pool.connector.home.check()
+        super().rollback()  # type: ignore[no-untyped-call]
 
     @property
     def usable(self) -> bool:
@@ -102,6 +125,41 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
             await asyncio.sleep(0)
             if self._connection.is_closed() or not self.heard:
                 return
+
+
+class _CoreConnection(Connection):
+    """SQLAlchemy's connection. What gives the driver's back, or drops it, is refused in another event loop."""
+
+    def close(self) -> None:
+        self._check_loop()
+        super().close()
+
+    def invalidate(self, exception: BaseException | None = None) -> None:
+        self._check_loop()
+        super().invalidate(exception)
+
+    def detach(self) -> None:
+        self._check_loop()
+        super().detach()
+
+    def _check_loop(self) -> None:
+        pool: Any = self.engine.pool
+        pool.connector.home.check()
+
+
+class TenantEngine(Engine):
+    """A tenant's engine; its connections stay in their event loop."""
+
+    _connection_cls = _CoreConnection
+
+
+class _TenantOptionEngine(OptionEngine):
+    """What ``execution_options`` makes of it."""
+
+    _connection_cls = _CoreConnection
+
+
+TenantEngine._option_cls = _TenantOptionEngine
 
 
 class TenantExecutionContext(PGExecutionContext_asyncpg):
@@ -127,4 +185,4 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
         cursor._invalidate_schema_cache_asof = getattr(pool, "schema_changed_at", 0.0)
 
 
-__all__ = ["DriverConnection", "Raw", "TenantConnection", "TenantExecutionContext"]
+__all__ = ["DriverConnection", "Raw", "TenantConnection", "TenantEngine", "TenantExecutionContext"]

@@ -21,9 +21,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from uuid import UUID
 
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import LRUCache
 
@@ -38,10 +35,12 @@ from ..errors import (
     NotOpenError,
     SecretError,
     SecretProviderError,
+    ServerUnavailableError,
 )
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus, IsolationIncident
 from .budget import Budget, Share
-from .connection import DriverConnection, Raw, TenantConnection, TenantExecutionContext
+from .connection import DriverConnection, Raw, TenantConnection
+from .dialect import SharedDialect
 from .marker import verify
 from .servers import Server, without_frames
 
@@ -62,16 +61,10 @@ CLOSE_SECONDS = 2.0
 Record: TypeAlias = _ConnectionRecord
 
 
-class _SeedPool(NullPool):
-    """For the one connect that initialises the dialect: listeners of the application are none of its business."""
-
-    _sa_propagate_class_events = False
-
-
 class Connector:
     """Opens, proves and closes the connections to one server's tenants; owns what those tenants share.
 
-    That is the budget, the dialect (asked to initialise itself once, on the first connection) and the compiled cache.
+    That is the budget, the dialect and the compiled cache.
 
     Args:
         server: The server.
@@ -95,6 +88,7 @@ class Connector:
         passwords: Callable[[UUID], Awaitable[Sequence[bytes]]] | None = None,
     ) -> None:
         self.server = server
+        self.home = server.home
         self.events = events
         self.ambient = ambient
         self.full_reset = config.full_reset
@@ -104,16 +98,12 @@ class Connector:
             config.max_connections, config.max_connections_per_tenant, lambda _, record: self._evict(record)
         )
         self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
-        self._seed = create_async_engine("postgresql+asyncpg://", poolclass=_SeedPool, async_creator=self._give_seed)
-        self.dialect = self._seed.sync_engine.dialect
-        self.dialect.execution_ctx_cls = TenantExecutionContext
-        self.on_connect = self.dialect.on_connect()
+        self._shared = SharedDialect(server, self.spawn)
+        self.dialect = self._shared.dialect
+        self.on_connect = self._shared.on_connect
         self._keyring = keyring
         self._passwords = passwords
         self._installation = installation
-        self._initialised = False
-        self._initialising = asyncio.Lock()
-        self._first: Raw | None = None
         self._closed = False
         self._live: set[Raw] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -147,11 +137,13 @@ class Connector:
             if self._closed:
                 raise NotOpenError("the router is closed; open another Tenancy")
             async with asyncio.timeout(self.server.connect_timeout):
+                if not self._shared.ready:
+                    await self._prepare(self._shared.begin, pool)
                 raw = await self._log_in(pool)
                 await verify(raw, self._installation, pool.tenant_id, tenant=pool.slug)
-                if not self._initialised:
-                    await self._initialise(raw)
-        except (*SERVER_FAILURES, DBAPIError) as exc:
+                if not self._shared.ready:
+                    await self._prepare(self._shared.finish, pool)
+        except SERVER_FAILURES as exc:
             self._give_back(pool.share, raw)
             raise self.server.unavailable(exc, tenant=pool.slug) from without_frames(exc)
         except asyncio.CancelledError:
@@ -219,19 +211,13 @@ class Connector:
             connection_class=DriverConnection,
         )
 
-    async def _initialise(self, raw: Raw) -> None:
-        """Let the dialect ask the server what it must know; by the first connection, while the others wait."""
-        async with self._initialising:
-            if not self._initialised:
-                self._first = raw
-                try:
-                    (await self._seed.raw_connection()).detach()
-                finally:
-                    self._first = None
-                self._initialised = True
-
-    async def _give_seed(self) -> Raw | None:
-        return self._first
+    async def _prepare(self, step: Callable[[], Awaitable[None]], pool: TenantPool) -> None:
+        """Have the administrator's connection tell what all tenants share."""
+        try:
+            await step()
+        except ServerUnavailableError as exc:
+            # one error may be many callers'
+            raise ServerUnavailableError(server=exc.server, tenant=pool.slug, sqlstate=exc.sqlstate) from exc
 
     def _adopt(self, pool: TenantPool, raw: Raw, seconds: float) -> TenantConnection:
         connection = TenantConnection(  # type: ignore[no-untyped-call]

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from types import TracebackType
 from uuid import UUID
 
-from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..context import Placement, Tenant
 from ..control.lifecycle import check_usable
 from ..errors import CrossTenantError, NotOpenError, RoutingError
 from ..events import EngineEvicted, EventBus
+from ..loops import HomeLoop
+from .connection import TenantEngine
 from .connector import Connector
 from .guard import Owner
 from .pool import TenantPool
@@ -35,7 +36,7 @@ class Entry:
         pool = TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, placement=placement)
         # No cache of its own and no listeners, which is most of what an engine weighs.
         self.engine = AsyncEngine(
-            Engine(
+            TenantEngine(
                 pool,
                 connector.dialect,
                 connector.server.tenant_url(placement),
@@ -77,6 +78,7 @@ class EngineCache:
         self._entries: dict[UUID, Entry] = {}
         self._unleased: OrderedDict[UUID, Entry] = OrderedDict()  # the one that was in use last at the end
         self._closed = False
+        self.home = HomeLoop()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -92,9 +94,11 @@ class EngineCache:
         Nothing is awaited here, so that however many ask at once, there is one engine.
 
         Raises:
+            WrongEventLoopError: this is another event loop or thread.
             NotOpenError: the cache is closed.
             RoutingError: the tenant has no database, or its server is not configured.
         """
+        self.home.check()
         entry = self._entries.get(tenant.id)
         if entry is None or not entry.serves(tenant):
             entry = self._make(tenant)
@@ -120,7 +124,12 @@ class EngineCache:
         return Lease(self, tenant)
 
     def retire(self, tenant_id: UUID) -> None:
-        """Drop a tenant's engine: idle connections are closed now, busy ones when they are returned."""
+        """Drop a tenant's engine: idle connections are closed now, busy ones when they are returned.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread.
+        """
+        self.home.check()
         entry = self._entries.pop(tenant_id, None)
         if entry is not None:
             self._unleased.pop(tenant_id, None)
@@ -128,7 +137,12 @@ class EngineCache:
             entry.pool.retire()
 
     def close(self) -> None:
-        """Retire every engine, and lease no more."""
+        """Retire every engine, and lease no more.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread.
+        """
+        self.home.check()
         self._closed = True
         for tenant_id in list(self._entries):
             self.retire(tenant_id)
@@ -173,6 +187,7 @@ class Lease:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._cache.home.check()
         entry, self._entry = self._entry, None
         if entry is not None:
             self._cache.release(entry)

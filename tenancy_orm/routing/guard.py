@@ -120,6 +120,40 @@ class TenantSession(Session):
                 self._refuse("binding a session", pool.slug)
         return bind
 
+    # --- the ways out -----------------------------------------------------------------------------------------------
+
+    # SQLAlchemy has changed its own state by the time the connection refuses: so these refuse before
+
+    def commit(self) -> None:
+        """Commit, as in SQLAlchemy.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread. The transaction goes on.
+        """
+        self._check_loop()
+        super().commit()
+
+    def rollback(self) -> None:
+        """Roll back, as in SQLAlchemy.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread. The transaction goes on.
+        """
+        self._check_loop()
+        super().rollback()
+
+    def _close_impl(self, invalidate: bool, is_reset: bool = False) -> None:
+        """What ``close``, ``reset`` and ``invalidate`` go through."""
+        # without a transaction there is no connection to touch
+        if self._transaction is not None:
+            self._check_loop()
+        super()._close_impl(invalidate, is_reset)
+
+    def _check_loop(self) -> None:
+        pool = self._home.engine.pool if self._home is not None else None
+        if isinstance(pool, TenantPool):
+            pool.connector.home.check()
+
     # --- checks -----------------------------------------------------------------------------------------------------
 
     def _check(self, state: InstanceState[Any], what: str) -> None:

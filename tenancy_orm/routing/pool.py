@@ -74,11 +74,13 @@ class TenantPool(Pool):
         return adapted
 
     def check_bound(self) -> None:
-        """Refuse to work for this tenant while the calling code is bound to another.
+        """Refuse to work for this tenant while the calling code is bound to another, and in another event loop.
 
         Raises:
-            CrossTenantError: it is.
+            CrossTenantError: another tenant is bound.
+            WrongEventLoopError: this is another loop or thread.
         """
+        self.connector.home.check()
         if self.connector.ambient is None:
             return
         bound = self.connector.ambient()
@@ -270,7 +272,12 @@ class TenantPool(Pool):
             self.discard(record)
 
     def dispose(self) -> None:
-        """Retire this pool."""
+        """Retire this pool.
+
+        Raises:
+            WrongEventLoopError: this is another loop or thread.
+        """
+        self.connector.home.check()
         self.retire()
 
     def recreate(self) -> TenantPool:

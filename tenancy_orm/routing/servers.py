@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -13,7 +16,11 @@ from sqlalchemy.engine import URL
 from ..config import TenancyConfig
 from ..context import Placement
 from ..control.failures import SERVER_FAILURES
-from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, UnknownServerError
+from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
+from ..loops import HomeLoop
+from .settings import named_in_url, read_settings, without
+
+logger = logging.getLogger("tenancy_orm.routing")
 
 # invalid authorization, invalid password, no CONNECT, no such database: the server works, but not for this role
 _REFUSED = frozenset({"28000", "28P01", "42501", "3D000"})
@@ -22,8 +29,12 @@ _AWAY = ("08", "53", "57P")
 # these concern the client's caches, and asyncpg's URL does not know them
 _CLIENT_OPTIONS = ("statement_cache_size", "prepared_statement_cache_size")
 _DEFAULT_PORT = 5432
+_CLOSE_SECONDS = 2.0
 PEER_SECONDS = 30
 """How long the other side of a tenant's connection may leave what was sent to it unacknowledged."""
+
+SETTINGS_SECONDS = 300.0
+"""How old the server's own settings may be when a connection is opened; then they are read again, in the background."""
 
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 
@@ -38,16 +49,34 @@ class Server:
             ``prepared_statement_cache_size`` (0 for PgBouncer in transaction mode).
         connect_timeout: Seconds that opening a connection may take.
         statement_timeout: PostgreSQL's statement_timeout for tenants, in seconds; 0 leaves it to the server.
+        session_settings: Further settings for tenants' connections, but for those that the URL gives a value.
     """
 
-    def __init__(self, name: str, url: URL, *, connect_timeout: float, statement_timeout: float = 0.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: URL,
+        *,
+        connect_timeout: float,
+        statement_timeout: float = 0.0,
+        session_settings: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.name = name
         self.url = url
+        self.home = HomeLoop()
         self.connect_timeout = connect_timeout
         self._base = url.difference_update_query(_CLIENT_OPTIONS)._replace(password=None)
         self._client_options = {key: int(str(value)) for key, value in url.query.items() if key in _CLIENT_OPTIONS}
+        self._driver_options = {k: size for k, size in self._client_options.items() if k == "statement_cache_size"}
         self._tenant_base = URL.create("postgresql+asyncpg", host=url.host or None, port=url.port)
-        self._tenant_settings = {"application_name": "tenancy"}
+        self._named = named_in_url(url)
+        given = {setting.lower(): value for setting, value in session_settings.items()}
+        self.further_settings = without(given, self._named)
+        self._tenant_settings = {"application_name": "tenancy", **self.further_settings}
+        self.session_settings: Mapping[str, str] = {}
+        self._pins: Mapping[str, str] | None = None
+        self._pinned_at = 0.0
+        self._reading: asyncio.Task[None] | None = None
         # the server ends a statement that runs too long; the client gives up where the server does not answer at all
         self._command_timeout: float | None = None
         if statement_timeout > 0:
@@ -73,6 +102,11 @@ class Server:
     def prepared_statement_cache_size(self) -> int:
         """How many prepared statements SQLAlchemy keeps for each connection."""
         return self._client_options.get("prepared_statement_cache_size", 100)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a transaction pooler is in front, by its URL: PgBouncer refuses startup parameters (08P01)."""
+        return self._client_options.get("statement_cache_size") == 0
 
     def admin_url(self, database: str | None = None) -> URL:
         """The administrative URL of ``database``; it holds the password."""
@@ -107,7 +141,12 @@ class Server:
             startup["role"] = role
         try:
             return await self._connect(
-                self.url.username, database or self.url.database, self._admin_password, startup, timeout=timeout
+                self.url.username,
+                database or self.url.database,
+                self._admin_password,
+                startup,
+                timeout=timeout,
+                **self._driver_options,
             )
         except asyncpg.PostgresError as exc:
             without_frames(exc)
@@ -141,21 +180,77 @@ class Server:
             SecretError: (from ``password``) it does not open.
         """
         label = tenant or placement.role
+        startup = await self._startup_settings()
         try:
             connection: C = await self._connect(
                 placement.role,
                 placement.database,
                 password,
-                self._tenant_settings,
+                startup,
                 timeout=timeout,
                 connection_class=connection_class,
                 command_timeout=self._command_timeout,
-                **{key: size for key, size in self._client_options.items() if key == "statement_cache_size"},
+                **self._driver_options,
             )
         except SERVER_FAILURES as exc:
             raise self.unavailable(exc, tenant=label) from without_frames(exc)
         notice_a_dead_peer(connection)
         return connection
+
+    # --- settings ---------------------------------------------------------------------------------------------------
+
+    async def read_settings(self, connection: asyncpg.Connection[Any]) -> None:
+        """Read by an administrative connection what tenants' connections start with: ``session_settings``, when known.
+
+        Raises:
+            asyncpg.PostgresError: the server refuses.
+        """
+        found = await read_settings(connection)
+        self._pins = {**without(found, self._named), **self._tenant_settings}
+        self.session_settings = {**found, **self.further_settings}
+        self._pinned_at = time.monotonic()
+
+    async def _startup_settings(self) -> Mapping[str, str]:
+        if self.is_pooled:
+            return self._tenant_settings
+        if self._pins is None:
+            await self._read_settings()
+        elif time.monotonic() - self._pinned_at > SETTINGS_SECONDS and self._reading is None:
+            # the server's configuration may have changed; an answer some minutes old is good enough for this one
+            self._reading = asyncio.get_running_loop().create_task(self._renew_settings())
+        assert self._pins is not None  # noqa: S101 - for the type checker
+        return self._pins
+
+    async def _read_settings(self) -> None:
+        try:
+            connection = await self.connect_admin()
+            try:
+                async with asyncio.timeout(self.connect_timeout):
+                    await self.read_settings(connection)
+            finally:
+                await close(connection)
+        except SERVER_FAILURES as exc:
+            # no refusal of the tenant that a connection is for
+            raise ServerUnavailableError(server=self.name, sqlstate=getattr(exc, "sqlstate", None)) from without_frames(
+                exc
+            )
+
+    async def _renew_settings(self) -> None:
+        try:
+            await self._read_settings()
+        except TenancyError as exc:
+            self._pinned_at = time.monotonic()  # again as late as after a success
+            logger.warning("the settings of server %s cannot be read again: %s", self.name, exc)
+        finally:
+            self._reading = None
+
+    async def close(self) -> None:
+        """End what runs in the background."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    # --- errors -----------------------------------------------------------------------------------------------------
 
     def unavailable(self, error: BaseException, *, tenant: str) -> ServerUnavailableError:
         """What to raise when opening a connection for ``tenant`` (its slug) failed by ``error``."""
@@ -173,6 +268,7 @@ class Server:
         timeout: float | None,
         **options: Any,
     ) -> Any:
+        self.home.check()
         try:
             return await asyncpg.connect(
                 self._base.render_as_string(hide_password=False),  # it has none
@@ -193,6 +289,14 @@ class Server:
     def _admin_password(self) -> str:
         """The administrator's password; a method, so that the frames of a failed connect need not hold the text."""
         return str(self.url.password or "")
+
+
+async def close(connection: asyncpg.Connection[Any]) -> None:
+    """Close a connection, politely where that does not take long."""
+    try:
+        await connection.close(timeout=_CLOSE_SECONDS)
+    except SERVER_FAILURES:
+        connection.terminate()
 
 
 def notice_a_dead_peer(connection: asyncpg.Connection[Any]) -> None:
@@ -237,7 +341,13 @@ class Servers(Mapping[str, Server]):
 
     def __init__(self, config: TenancyConfig) -> None:
         self._servers = {
-            name: Server(name, url, connect_timeout=config.connect_timeout, statement_timeout=config.statement_timeout)
+            name: Server(
+                name,
+                url,
+                connect_timeout=config.connect_timeout,
+                statement_timeout=config.statement_timeout,
+                session_settings=config.session_settings,
+            )
             for name, url in config.server_urls.items()
         }
 
@@ -266,7 +376,9 @@ class Servers(Mapping[str, Server]):
         return f"Servers({', '.join(self._servers)})"
 
     async def close(self) -> None:
-        """Close nothing: connections belong to whoever opened them. Here so that all parts are closed alike."""
+        """End what runs in the background. Connections belong to whoever opened them."""
+        for server in self._servers.values():
+            await server.close()
 
 
 __all__ = ["Server", "Servers"]

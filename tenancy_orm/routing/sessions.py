@@ -161,6 +161,7 @@ class SessionScope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._cache.home.check()
         session, entry = self._session, self._entry
         self._session = self._entry = None
         if session is None or entry is None:
@@ -230,6 +231,7 @@ class ConnectionScope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._cache.home.check()
         connection, entry = self._connection, self._entry
         self._connection = self._entry = None
         if connection is None or entry is None:

@@ -1,0 +1,147 @@
+"""The settings that every tenant's connection starts with, whatever the tenant's role has set for itself.
+
+A role may run ``ALTER ROLE CURRENT_USER SET search_path = ...``, and every later connection of that role begins with
+it. A startup parameter wins over that, and ``RESET ALL`` returns to it; a ``SET`` after the login would be undone by
+``RESET ALL``, and would cost a round trip. So each connection asks for the server's own values.
+
+Pinned is what SQLAlchemy and asyncpg assume of a connection, what gives the same statement another meaning, and what
+keeps a statement from working at all. Not pinned are:
+
+- what an administrator sets for the tenants' roles, to bound them: ``idle_in_transaction_session_timeout``,
+  ``transaction_timeout``, ``temp_file_limit``, ``work_mem``;
+- what only a superuser may set, so that no tenant's role can: ``session_preload_libraries``, ``lc_messages``,
+  ``session_replication_role``;
+- the planner's settings (``enable_*``, ``jit``, costs): they change how fast an answer comes, and no answer;
+- ``client_encoding``, which asyncpg sends by itself, and ``escape_string_warning`` and ``client_min_messages``, which
+  change what the server logs and says, and no answer.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import asyncpg
+from sqlalchemy.engine import URL
+
+PINNED: Final = frozenset(
+    {
+        # what SQLAlchemy asks once and takes for granted on every connection
+        "default_transaction_isolation",
+        "standard_conforming_strings",
+        "search_path",
+        # how literals are read, and values written, where a driver or an application meets them as text
+        "backslash_quote",
+        "bytea_output",
+        "datestyle",
+        "extra_float_digits",
+        "intervalstyle",
+        "lc_monetary",
+        "lc_numeric",
+        "lc_time",
+        "quote_all_identifiers",  # reflection reads what pg_get_constraintdef writes
+        "timezone",
+        "timezone_abbreviations",
+        "xmlbinary",
+        "xmloption",
+        # what gives the same statement another meaning
+        "array_nulls",
+        "default_text_search_config",
+        "gin_fuzzy_search_limit",  # a search leaves rows out
+        "row_security",
+        "transform_null_equals",
+        # what keeps a statement, or a new table, from working, or a commit from lasting
+        "default_table_access_method",
+        "default_tablespace",
+        "default_transaction_deferrable",
+        "default_transaction_read_only",
+        "exit_on_error",
+        "idle_session_timeout",
+        "local_preload_libraries",
+        "lock_timeout",
+        "statement_timeout",
+        "synchronous_commit",
+        "temp_tablespaces",
+    }
+)
+"""In lower case, as PostgreSQL compares them. ``role`` is pinned to ``none`` as well, which no view lists."""
+
+# the values of others are those of the administrator's role, or of the database it has logged in to
+_SERVERS_OWN = frozenset({"default", "environment variable", "configuration file", "command line", "global"})
+_READ = (
+    "SELECT s.name, s.setting, s.boot_val, s.source FROM pg_catalog.pg_settings AS s "
+    "WHERE pg_catalog.lower(s.name) OPERATOR(pg_catalog.=) ANY ($1::pg_catalog.text[]) "
+    # whoever lets roles set what is a superuser's has said so, but a startup parameter would be refused
+    "AND s.context OPERATOR(pg_catalog.=) 'user'"
+)
+_READ_FILES = "SELECT f.name, f.setting FROM pg_catalog.pg_file_settings AS f WHERE f.applied"
+_IDENTIFIER = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",\s][^",]*?))\s*(?:,|$)')
+
+
+async def read_settings(connection: asyncpg.Connection[Any]) -> dict[str, str]:
+    """Read the server's own values of what is pinned.
+
+    Args:
+        connection: The administrator's. Settings of its role and of its database do not count; what the server's URL
+            says does.
+
+    Raises:
+        asyncpg.PostgresError: the server refuses.
+    """
+    values, hidden = {"role": "none"}, set()
+    for row in await connection.fetch(_READ, list(PINNED)):
+        name = row["name"].lower()
+        if row["source"] in _SERVERS_OWN or row["source"] == "client":
+            values[name] = str(row["setting"])
+        else:
+            hidden.add(name)
+            values[name] = str(row["boot_val"] or "")
+    if hidden:
+        values.update(await _read_files(connection, hidden))
+    return values
+
+
+async def _read_files(connection: asyncpg.Connection[Any], names: set[str]) -> dict[str, str]:
+    """What the configuration files say of settings that the administrator's role or database hides."""
+    try:
+        rows = await connection.fetch(_READ_FILES)
+    except asyncpg.InsufficientPrivilegeError:
+        return {}  # a superuser's to read; without it, PostgreSQL's own default is all there is
+    return {row["name"].lower(): row["setting"] for row in rows if row["name"].lower() in names}
+
+
+def named_in_url(url: URL) -> frozenset[str]:
+    """The settings that a server's URL gives a value, by itself or within ``options``; in lower case."""
+    names = {name.lower() for name in url.query}
+    options = url.query.get("options", "")
+    words = shlex.split(options if isinstance(options, str) else " ".join(options))
+    for position, word in enumerate(words):
+        if word == "-c" and position + 1 < len(words):
+            names.add(_name_of(words[position + 1]))
+        elif word.startswith(("-c", "--")):
+            names.add(_name_of(word[2:]))
+    return frozenset(names)
+
+
+def _name_of(assignment: str) -> str:
+    return assignment.partition("=")[0].replace("-", "_").lower()
+
+
+def without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The settings but for those of these names."""
+    taken = frozenset(names)
+    return {name: value for name, value in settings.items() if name not in taken}
+
+
+def default_schema(search_path: str) -> str:
+    """The schema that a ``search_path`` creates tables in, in a database that has no schema of the role's own name."""
+    for quoted, plain in _IDENTIFIER.findall(search_path):
+        name = str(quoted.replace('""', '"') if quoted else plain.lower())
+        if name not in ("$user", "pg_temp"):
+            return name
+    return "public"
+
+
+__all__ = ["PINNED", "default_schema", "named_in_url", "read_settings", "without"]
