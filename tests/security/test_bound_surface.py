@@ -48,6 +48,7 @@ EXCUSED = {
     "events.cancel": "ends the application's own subscribers",
     "events.drain": "waits for the application's own subscribers",
     "events.emit": "calls the application's own subscribers",
+    "events.forget": "drops what a closed event loop left of the application's own subscribers",
     "events.subscribe": "registers a callback of the application's",
     "events.wants": "tells whether the application listens",
     "migrations.environment": "loads the migration directory",
