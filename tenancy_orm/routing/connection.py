@@ -42,7 +42,7 @@ _TURNS = 6
 
 
 class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
-    """A server-side cursor: each time it asks for rows, the bound tenant is checked again."""
+    """A server-side cursor: each time it asks for rows, the bound tenant and its admission are checked again."""
 
     __slots__ = ()
 
@@ -78,9 +78,14 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     finalizer: weakref.finalize[Any, TenantConnection]
 
     def cursor(self, server_side: bool = False) -> Any:
-        """Begin a statement, unless another tenant is bound."""
+        """Begin a statement, unless another tenant is bound or the request's admission has ended."""
         self.pool.check_bound()
         return super().cursor(server_side)
+
+    def commit(self) -> None:
+        """Commit, unless ``cursor`` would refuse."""
+        self.pool.check_bound()
+        super().commit()  # type: ignore[no-untyped-call]
 
     @property
     def usable(self) -> bool:

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "protocols": frozenset({"errors"}),
     "config": frozenset({"errors", "protocols"}),
-    "context": frozenset({"errors", "config"}),
+    "context": frozenset({"errors", "protocols", "config"}),
     "events": frozenset({"errors", "context"}),
     "control": BASE,
     "routing": CONTROL,
