@@ -200,13 +200,13 @@ class Admissions:
         if failed:
             # others may be asked for sooner; these wait until the control database is back
             await asyncio.sleep(_RETRY_SECONDS * random.uniform(0.5, 1.0))
-            self._ask(failed)
+            self._ask(credential_id for credential_id in failed if any(self._living(credential_id)))
 
     async def _verify_one(self, credential_id: str) -> bool:
         try:
             standing = await self._look_up(credential_id)
         except ControlUnavailableError:
-            return not any(self._living(credential_id))
+            return False
         except Exception:
             logger.exception("what was admitted by %s could not be verified; it is tried again", credential_id)
             return False
