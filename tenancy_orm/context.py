@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from typing import Any
 from uuid import UUID
 
 from .errors import CrossTenantError, NoTenantError
+from .protocols import Admission
 
 
 class Status(StrEnum):
@@ -59,7 +60,7 @@ class Tenant:
     mappings of JSON values. ``suspend_at`` and ``purge_at`` are what is scheduled. ``reason`` is what the operator gave
     when suspending. ``aliases`` are the former slugs that still lead to it and the verified domains of its own.
     ``operator`` tells that it was bound for an operator, who passes maintenance: the middleware's ``operators`` decides
-    that.
+    that. ``admission`` is that of the request it was bound for, and None elsewhere; it is not pickled.
     """
 
     id: UUID
@@ -80,6 +81,7 @@ class Tenant:
     timezone: str = field(default="UTC", repr=False)
     aliases: frozenset[str] = field(default=frozenset(), repr=False)
     operator: bool = field(default=False, repr=False)
+    admission: Admission | None = field(default=None, repr=False)
 
     def __eq__(self, other: object) -> bool:
         """Compare by id alone: a tenant that was renamed or suspended meanwhile is the same tenant."""
@@ -91,7 +93,7 @@ class Tenant:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by field, since a mapping proxy cannot be pickled."""
-        values = {name: getattr(self, name) for name in self.__slots__}
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "admission"}
         values["metadata"] = dict(self.metadata)
         values["quotas"] = dict(self.quotas)
         return (_restore, (values,))
@@ -159,6 +161,9 @@ def bind(tenant: Tenant) -> Iterator[Tenant]:
     bound = _current.get()
     if bound is not None and bound.id != tenant.id:
         raise CrossTenantError("switching the scope", bound=bound.slug, requested=tenant.slug)
+    if bound is not None and tenant.admission is not bound.admission:
+        # a scope inside a request ends with what the request was let in with
+        tenant = replace(tenant, admission=bound.admission)
     close_generators_unbound()
     token = _current.set(tenant)
     try:
@@ -184,6 +189,7 @@ def refuse_other_tenant(ref: str | UUID | Tenant) -> None:
 
     Raises:
         CrossTenantError: another tenant is bound.
+        AdmissionEndedError, TenantUnavailableError: what the request was let in with does not hold any more.
     """
     bound = _current.get()
     if bound is None:
@@ -192,6 +198,8 @@ def refuse_other_tenant(ref: str | UUID | Tenant) -> None:
     if named != bound.id and named != bound.slug and named not in bound.aliases:
         requested = ref.slug if isinstance(ref, Tenant) else str(ref)
         raise CrossTenantError("naming a tenant", bound=bound.slug, requested=requested)
+    if bound.admission is not None:
+        bound.admission.check()
 
 
 def refuse_while_bound(what: str) -> None:

@@ -12,6 +12,7 @@
     ├── ControlUnavailableError              the control database does not answer
     ├── ContextError
     │   ├── NoTenantError (LookupError)      no tenant is bound
+    │   ├── AdmissionEndedError (PermissionError)   what the request was let in with was revoked, expired, changed
     │   └── CrossTenantError (PermissionError)   code bound to one tenant reached for another
     ├── TenantError
     │   ├── TenantNotFoundError (LookupError)
@@ -188,6 +189,25 @@ class CrossTenantError(ContextError, PermissionError):
         super().__init__(f"{what} refused: bound to tenant {bound!r}, {reason}")
         self.bound = bound
         self.requested = requested
+
+
+class AdmissionEndedError(ContextError, PermissionError):
+    """What the running request was let in with does not hold any more: revoked, expired, or it may do less by now.
+
+    ``reason`` tells which for operators, and must not reach the caller.
+
+    Remedy: a new request with a credential that is valid. Work that must outlive its request runs in a context of its
+    own: ``asyncio.create_task(work(), context=contextvars.Context())``, with ``tenancy.scope(...)`` inside.
+    """
+
+    def __init__(self, reason: str, *, credential_id: str) -> None:
+        """Record the ``reason`` and the public id of the credential."""
+        super().__init__(
+            "what this request was admitted with is no longer valid; send a new one with a valid credential, and run "
+            "work that outlives its request in a context of its own"
+        )
+        self.reason = reason
+        self.credential_id = credential_id
 
 
 # --- tenants --------------------------------------------------------------------------------------------------------

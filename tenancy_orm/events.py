@@ -151,6 +151,19 @@ class KeyRevoked(TenantEvent):
     key_id: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionEnded(TenantEvent):
+    """A connection was ended, since what it was let in with does not hold any more: revoked, expired, suspended, ...
+
+    ``kind`` is "websocket" or "stream" (a streaming response); the caller never learns the ``reason``.
+    """
+
+    kind: str
+    reason: str
+    credential_id: str
+    source: str | None = None
+
+
 # --- directory ------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,18 @@ from typing import Any, Literal, Protocol
 from uuid import UUID
 
 
+class Admission(Protocol):
+    """What a request was let in with: an API key, for example. It is asked before anything is done with the tenant."""
+
+    def check(self) -> None:
+        """Refuse where it does not hold any more.
+
+        Raises:
+            AdmissionEndedError: it was revoked, has expired, or may do less by now.
+            TenantUnavailableError, TenantNotFoundError: the tenant's status admits nobody.
+        """
+
+
 class SecretProvider(Protocol):
     """Where secrets are kept: the environment, files, HashiCorp Vault, AWS Secrets Manager, or your own."""
 

@@ -355,6 +355,8 @@ class Tenancy:
             NoTenantError: no tenant is given and none is bound.
             CrossTenantError: another tenant than ``tenant`` is bound.
             TenantNotFoundError, TenantUnavailableError: it does not exist, or its status admits no session.
+            AdmissionEndedError: what the request was let in with was revoked, has expired, or may do less by now; also
+                at any later statement.
             CheckoutTimeoutError: (at the first statement) no connection became free in time.
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.

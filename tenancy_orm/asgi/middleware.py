@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
 
 from ..context import Status, Tenant, _current, close_generators_unbound, reset_current
+from ..control.admission import for_source
 from ..control.directory import Credential
 from ..control.lifecycle import check_usable
 from ..control.quotas import REQUEST_RATE
@@ -23,12 +26,11 @@ from ..errors import (
 )
 from ..events import KeyRejected, OperatorAdmitted, QuotaRefused
 from .exempt import ExemptPaths
+from .outside import Outside, aborted
 from .problems import RATE_LIMITED, problem_for, rate_headers
 from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver, Resolver, TenantResolver
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ..tenancy import Tenancy
 
 logger = logging.getLogger("tenancy_orm.asgi")
@@ -42,10 +44,7 @@ TENANCY: Final = "tenancy_orm.tenancy"
 # bound here because attributes of an enum are slow to reach, and so that no call is made around the variable's own
 _ACTIVE, _TRIAL, _MAINTENANCE = Status.ACTIVE, Status.TRIAL, Status.MAINTENANCE
 _bind = _current.set
-_unbind = _current.reset
 _GONE = frozenset({Status.DELETED, Status.PURGED})
-
-_STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.close", "websocket.http.response.start"})
 
 
 class TenancyMiddleware:
@@ -56,6 +55,9 @@ class TenancyMiddleware:
     second. Inside, ``current_tenant()`` and
     ``tenancy.session()`` are the tenant's, also in tasks, in threads started by ``asyncio.to_thread``, in background
     tasks and streaming bodies; ``scope["tenancy"]`` holds the ``Credential``.
+
+    A websocket or a streaming response is ended when what it was let in with no longer holds: the key was revoked or
+    has expired, may do less or be used from fewer networks, or the tenant's status admits nobody.
 
     Outside, nothing is ever bound: the middleware binds "none" before anything else, the server's ``receive`` and
     ``send`` run unbound, and the binding ends with the request. A server that carries context from one request of a
@@ -106,11 +108,12 @@ class TenancyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] not in ("http", "websocket"):
+        kind = scope["type"]
+        if kind not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
         token = _bind(None)
-        outside = _Outside(receive, send)
+        outside = Outside(receive, send)
         admitted = False
         try:
             scope[TENANCY] = self.tenancy
@@ -136,19 +139,31 @@ class TenancyMiddleware:
                         return
                 if self._checks or (tenant.status is not _ACTIVE and tenant.status is not _TRIAL):
                     moved = self._check(scope, headers, credential)
-                    if moved is not None and scope["type"] == "http":
+                    if moved is not None and kind == "http":
                         await RedirectResponse(moved, 308)(scope, outside.receive, outside.send)
                         return
                     if tenant.status is _MAINTENANCE:
                         tenant = replace(tenant, operator=True)  # or _check had refused it
+                if kind == "websocket":
+                    tenant = for_source(tenant, source)
                 scope[CREDENTIAL] = credential
+                outside.admitted = (tenant, scope, self.tenancy)
                 _bind(tenant)
             admitted = True
             await self.app(scope, outside.receive, outside.send)
+            if outside.ended is not None and kind == "http":
+                # or a middleware further out would complete the response
+                raise aborted()
         except TenancyError as error:
             await self._answer(error, scope, outside, admitted=admitted)
+        except (ConnectionAbortedError, ClientDisconnect, WebSocketDisconnect):
+            # what the application raises since we have disconnected it is no failure of its own
+            if outside.ended is None or kind == "http":
+                raise
         finally:
             reset_current(token)
+            if outside.lasts:
+                await outside.release()
 
     # --- who it is --------------------------------------------------------------------------------------------------
 
@@ -224,14 +239,16 @@ class TenancyMiddleware:
             QuotaRefused(tenant_id=tenant.id, slug=tenant.slug, resource=REQUEST_RATE, limit=limit, used=limit)
         )
 
-    async def _answer(self, error: TenancyError, scope: Scope, outside: _Outside, *, admitted: bool) -> None:
+    async def _answer(self, error: TenancyError, scope: Scope, outside: Outside, *, admitted: bool) -> None:
         credential: Credential | None = scope[CREDENTIAL]
         if credential is not None and isinstance(error, CrossTenantError):
             # the application was led to another tenant by something in the request that it read itself
             self.tenancy.directory.report_cross_tenant(
                 credential, error.requested or "*", "application", _source(scope)
             )
-        if outside.started or (admitted and not self.map_errors):
+        if outside.ended is not None and type(error) is type(outside.ended.error) and scope["type"] == "websocket":
+            return  # it was closed for this
+        if outside.started or (admitted and not self.map_errors and not outside.refused):
             raise error
         problem = problem_for(error, tenant=None if credential is None else credential.tenant)
         if problem is None:
@@ -239,43 +256,6 @@ class TenancyMiddleware:
         if problem.status >= 500:
             logger.warning("answered %d: %s", problem.status, error)
         await problem(scope, outside.receive, outside.send)
-
-
-class _Outside:
-    """The server's side of a connection, entered with no tenant bound.
-
-    ``started`` tells whether anything was answered; ``headers`` are added to the answer.
-    """
-
-    # defaults of the class: most requests never set these
-    started = False
-    headers: Sequence[tuple[bytes, bytes]] = ()
-
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-
-    async def receive(self) -> Message:
-        token = _bind(None)
-        try:
-            return await self._receive()
-        finally:
-            reset_current(token)
-
-    async def send(self, message: Message) -> None:
-        if not self.started and message["type"] in _STARTS:
-            self.started = True
-            if self.headers and "status" in message:
-                message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
-        token = _bind(None)
-        try:
-            await self._send(message)
-        finally:
-            # as reset_current does; written out, since it runs with every message
-            try:  # noqa: SIM105
-                _unbind(token)
-            except ValueError:
-                pass
 
 
 def _source(scope: Scope) -> str | None:

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from ..context import Tenant
 from ..control.rates import Allowed, Denied
 from ..errors import (
+    AdmissionEndedError,
     CheckoutTimeoutError,
     ControlUnavailableError,
     CrossTenantError,
@@ -225,6 +226,7 @@ def _quota(error: QuotaExceededError, tenant: Tenant | None) -> Problem:
 
 _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], Problem]] = {
     InvalidApiKeyError: _bad_key,
+    AdmissionEndedError: INVALID_KEY,
     MalformedRequestError: _malformed,
     CrossTenantError: CROSS_TENANT,
     TooManyAttemptsError: _too_many_attempts,

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeVar
 from uuid import UUID
@@ -43,6 +43,8 @@ from ..events import (
     KeyLockedOut,
     KeyRejected,
 )
+from .admission import Standing, for_source
+from .admissions import Admissions
 from .audit import AuditLog
 from .batch import Batch
 from .cache import SecondChance
@@ -129,7 +131,8 @@ class _KeyEntry:
         self.stale_until = self.fresh_until + config.grace
         self.expires = float("inf")
         self.good_until = 0.0
-        self.admitted: set[str | None] | None = set() if credential.networks else None
+        # of a key that is bound to networks: a credential for each source
+        self.admitted: dict[str | None, Credential] | None = {} if credential.networks else None
         self.noted = False
         self.used = self.placed = asked
 
@@ -216,12 +219,16 @@ class Directory:
         if config.listen_url is not None:
             listen_dsn = plain_url(config.listen_url).render_as_string(hide_password=False)
         self._listener = Listener(listen_dsn, on_change=self._changed, on_connected=self.revalidate, events=events)
+        self.admissions = Admissions(
+            self._standing_of, hears=lambda: self._listener.connected, ttl=config.directory_ttl, clock=clock
+        )
         self._probe: asyncio.Task[None] | None = None  # set while the control database is away
         self._closed = False
 
     async def open(self) -> None:
         """Begin to listen for invalidations and to write down what is used."""
         self._journal.open()
+        self.admissions.open()
         await self._listener.open()
 
     async def close(self) -> None:
@@ -229,6 +236,7 @@ class Directory:
         # first: the look-ups that closing ends must not be taken for the control database's absence
         self._closed = True
         await self._listener.close()
+        await self.admissions.close()
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
@@ -279,14 +287,15 @@ class Directory:
         now = self._clock()
         if now >= entry.good_until:
             return None
-        if entry.admitted is not None and source not in entry.admitted:
+        credential = entry.credential if entry.admitted is None else entry.admitted.get(source)
+        if credential is None:
             return None
         if (bound := _current.get()) is not None and bound.id != entry.credential.tenant.id:
             return None
         entry.used = now
         if not entry.noted:
             self._journal.note_use(entry)
-        return entry.credential
+        return credential
 
     async def authenticate(self, key: str, *, source: str | None = None) -> Credential:
         """Return what ``key`` stands for.
@@ -378,27 +387,37 @@ class Directory:
             self._proven.pop(digest, None)
         if touched.isdisjoint((_EVERYTHING, row.key_id, row.id)):
             self._store(digest, entry)
+        else:
+            # a change has overtaken this look-up: whoever it lets in is verified
+            self.admissions.ask(row.key_id)
         if self._digester.is_older(row.digest_version):
             self._journal.note_digest(parsed, row.digest_version)
         return entry
 
+    async def _standing_of(self, key_id: str) -> Standing | None:
+        """What the control database says of a key now, for those it let in before."""
+        if self._probe is not None:
+            raise ControlUnavailableError("the control database is not available")
+        found, _ = await self._guarded(self._key_batch.get(key_id))
+        return found and _standing(*found)
+
     def _build(self, row: Row[Any], asked: float) -> _KeyEntry:
+        standing = _standing(row, asked)
         credential = Credential(
-            tenant=tenant_from_row(row),
+            tenant=replace(standing.tenant, admission=self.admissions.admit(standing)),
             key_id=row.key_id,
-            scopes=frozenset(row.scopes),
-            networks=parse_networks(row.networks),
+            scopes=standing.scopes,
+            networks=standing.networks,
             name=row.name,
             prefix=row.prefix,
             expires_at=row.expires_at,
         )
-        refusal = "revoked" if row.revoked_at is not None else None
+        refusal = "revoked" if standing.revoked else None
         if credential.tenant.status in _INACTIVE:
             refusal = refusal or f"tenant {credential.tenant.status}"
         entry = _KeyEntry(credential, refusal, asked, self._config)
-        if row.expires_at is not None:
-            # by the database's clock, so that clocks that differ do not matter
-            entry.expires = asked + (row.expires_at - row.now).total_seconds()
+        if standing.expires is not None:
+            entry.expires = standing.expires
         if refusal is None:
             entry.good_until = min(entry.fresh_until, entry.expires)
         return entry
@@ -409,12 +428,14 @@ class Directory:
             raise InvalidApiKeyError(entry.refusal, key_id=credential.key_id)
         if self._clock() >= entry.expires:
             raise InvalidApiKeyError("expired", key_id=credential.key_id)
-        if entry.admitted is not None and source not in entry.admitted:
-            if not is_admitted(source, credential.networks):
-                raise InvalidApiKeyError("network", key_id=credential.key_id)
-            if len(entry.admitted) >= _ADMITTED_SIZE:
-                entry.admitted.clear()
-            entry.admitted.add(source)
+        if entry.admitted is not None:
+            if source not in entry.admitted:
+                if not is_admitted(source, credential.networks):
+                    raise InvalidApiKeyError("network", key_id=credential.key_id)
+                if len(entry.admitted) >= _ADMITTED_SIZE:
+                    entry.admitted.clear()
+                entry.admitted[source] = replace(credential, tenant=for_source(credential.tenant, source))
+            credential = entry.admitted[source]
         if not entry.noted:
             self._journal.note_use(entry)
         return credential
@@ -572,12 +593,14 @@ class Directory:
             digest = self._by_key_id.get(key_id)
             if digest is not None:
                 self._forget_key(digest)
+            self.admissions.ask(key_id)
         elif tenant_id is not None:
             self._touch(tenant_id)
             self._unknown_tenants.clear()
             self._forget_tenant(tenant_id)
             for digest in tuple(self._by_tenant.get(tenant_id, ())):
                 self._forget_key(digest)
+            self.admissions.ask(tenant_id)
             self._call_back(tenant_id)
         else:
             self._touch(_EVERYTHING)
@@ -585,6 +608,7 @@ class Directory:
                 memory.clear()
             for index in (self._by_key_id, self._by_tenant, self._by_name):
                 index.clear()
+            self.admissions.doubt()
             self._call_back(None)
 
     def revalidate(self) -> None:
@@ -600,6 +624,7 @@ class Directory:
             tenant.fresh_until = 0.0
         self._unknown_keys.clear()
         self._unknown_tenants.clear()
+        self.admissions.doubt()
         self._call_back(None)
 
     def _changed(self, change: Change) -> None:
@@ -630,7 +655,8 @@ class Directory:
         self._keys.put(digest, entry)
         self._by_key_id[entry.credential.key_id] = digest
         self._by_tenant.setdefault(entry.credential.tenant.id, set()).add(digest)
-        self._store_tenant(entry.credential.tenant, entry.placed)
+        # without the key's admission: this is the tenant for whoever asks by its name
+        self._store_tenant(replace(entry.credential.tenant, admission=None), entry.placed)
 
     def _forget_key(self, digest: bytes) -> None:
         entry = self._keys.entries.pop(digest, None)
@@ -781,6 +807,20 @@ _TENANTS = union_all(
     .join(domains, domains.c.tenant_id == tenants.c.id)
     .where(domains.c.domain == any_(bindparam("names", type_=ARRAY(Text))), domains.c.verified_at.is_not(None)),
 )
+
+
+def _standing(row: Row[Any], asked: float) -> Standing:
+    return Standing(
+        credential_id=row.key_id,
+        tenant=tenant_from_row(row),
+        asked=asked,
+        scopes=frozenset(row.scopes),
+        networks=parse_networks(row.networks),
+        secret=(row.digest_version, row.digest),
+        revoked=row.revoked_at is not None,
+        # by the database's clock, so that clocks that differ do not matter
+        expires=None if row.expires_at is None else asked + (row.expires_at - row.now).total_seconds(),
+    )
 
 
 __all__ = ["Credential", "Directory", "DirectoryStatistics"]

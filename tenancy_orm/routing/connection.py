@@ -55,7 +55,7 @@ _TURNS = 6
 
 
 class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
-    """A server-side cursor: each time it asks for rows, the bound tenant is checked again."""
+    """A server-side cursor: each time it asks for rows, the bound tenant and its admission are checked again."""
 
     __slots__ = ()
 
@@ -91,13 +91,13 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     finalizer: weakref.finalize[Any, TenantConnection]
 
     def cursor(self, server_side: bool = False) -> Any:
-        """Begin a statement, unless another tenant is bound or this is another event loop."""
+        """Begin a statement, unless another tenant is bound, the request's admission has ended, or in another loop."""
         self.pool.check_bound()
         return super().cursor(server_side)
 
     def commit(self) -> None:
-        """Commit, unless this is another event loop: before anything is sent."""
-        self.pool.connector.home.check()
+        """Commit, unless ``cursor`` would refuse: before anything is sent."""
+        self.pool.check_bound()
         super().commit()  # type: ignore[no-untyped-call]
 
     def rollback(self) -> None:

@@ -74,20 +74,25 @@ class TenantPool(Pool):
         return adapted
 
     def check_bound(self) -> None:
-        """Refuse to work for this tenant while the calling code is bound to another, and in another event loop.
+        """Refuse to work for this tenant while the code is bound to another, or admitted no more, or in another loop.
 
         Raises:
             CrossTenantError: another tenant is bound.
+            AdmissionEndedError, TenantUnavailableError: what its request was let in with does not hold any more.
             WrongEventLoopError: this is another loop or thread.
         """
         self.connector.home.check()
         if self.connector.ambient is None:
             return
         bound = self.connector.ambient()
-        if bound is not None and bound.id != self.tenant_id:
+        if bound is None:
+            return
+        if bound.id != self.tenant_id:
             error = CrossTenantError("using a connection", bound=bound.slug, requested=self.slug)
             self.connector.tell_incident(self, error)
             raise error
+        if bound.admission is not None:
+            bound.admission.check()
 
     # --- checkout ---------------------------------------------------------------------------------------------------
 

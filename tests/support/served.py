@@ -31,10 +31,14 @@ _RUNNING = re.compile(rb"Uvicorn running on http://127\.0\.0\.1:(\d+)")
 
 @asynccontextmanager
 async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) -> AsyncIterator[int]:
-    """Run ``uvicorn --factory tests.support.served:<factory>`` on the databases of ``config``; yields the port."""
+    """Run ``uvicorn --factory`` on the databases of ``config``; yields the port.
+
+    The ``factory`` is one of this module, or "module:name".
+    """
+    factory = factory if ":" in factory else f"tests.support.served:{factory}"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "uvicorn", "--factory", f"tests.support.served:{factory}"),
+        *("-m", "uvicorn", "--factory", factory),
         *("--host", "127.0.0.1", "--port", "0", "--ws", "websockets-sansio", *options),
         cwd=ROOT,
         env=environment(**variables(config)),
@@ -69,6 +73,8 @@ def variables(config: TenancyConfig) -> Mapping[str, str]:
             f"{key_id}:{key!s}" for key_id, key in (config.encryption_keys or {}).items()
         ),
         "TENANCY_NAME_PREFIX": config.name_prefix,
+        "TENANCY_DIRECTORY_TTL": str(config.directory_ttl),
+        **({"TENANCY_LISTEN_URL": config.listen_url} if config.listen_url else {}),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 

@@ -6,12 +6,22 @@ import asyncio
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
 
-from tenancy_orm.context import Placement, Status, Tenant, bind, current_tenant, current_tenant_or_none, set_current
-from tenancy_orm.errors import CrossTenantError, NoTenantError
+from tenancy_orm.context import (
+    Placement,
+    Status,
+    Tenant,
+    bind,
+    current_tenant,
+    current_tenant_or_none,
+    refuse_other_tenant,
+    set_current,
+)
+from tenancy_orm.errors import AdmissionEndedError, CrossTenantError, NoTenantError
 
 ACME = Tenant(
     id=UUID(int=1),
@@ -51,6 +61,38 @@ def test_a_binding_cannot_be_switched() -> None:
             pass
         assert current_tenant() is ACME
     assert (caught.value.bound, caught.value.requested) == ("acme", "globex")
+
+
+class Ended:
+    """An admission that has ended."""
+
+    def check(self) -> None:
+        """Refuse."""
+        raise AdmissionEndedError("revoked", credential_id="key")
+
+
+def test_a_scope_inside_a_request_ends_with_the_request_s_admission() -> None:
+    """Whatever tenant it is given: one that was looked up by name has no admission of its own."""
+    admission = Ended()
+    with bind(replace(ACME, admission=admission)), bind(ACME), bind(replace(ACME, admission=None)) as bound:
+        assert bound.admission is admission
+        assert current_tenant().admission is admission
+        with pytest.raises(AdmissionEndedError):
+            refuse_other_tenant("acme")
+        with pytest.raises(CrossTenantError):
+            refuse_other_tenant("globex")
+    with bind(ACME):
+        assert current_tenant().admission is None
+        refuse_other_tenant("acme")
+
+
+def test_an_admission_is_no_part_of_a_tenant() -> None:
+    """It is not compared, shown or pickled."""
+    admitted = replace(ACME, admission=Ended())
+    assert admitted == ACME
+    assert repr(admitted) == repr(ACME)
+    assert hash(admitted) == hash(ACME)
+    assert pickle.loads(pickle.dumps(admitted)).admission is None  # noqa: S301
 
 
 async def test_tasks_and_to_thread_inherit_the_binding() -> None:

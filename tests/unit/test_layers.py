@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "loops": frozenset({"errors"}),
     "protocols": frozenset({"errors"}),
     "config": frozenset({"errors", "protocols"}),
-    "context": frozenset({"errors", "config"}),
+    "context": frozenset({"errors", "protocols", "config"}),
     "events": frozenset({"errors", "loops", "context"}),
     "control": BASE,
     "routing": CONTROL,

@@ -1,0 +1,283 @@
+"""The server's side of a connection: entered with no tenant bound, and ended when what let it in no longer holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextvars import Context
+from copy import copy
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from starlette.types import Message, Receive, Scope, Send
+
+from ..context import Tenant, _current, reset_current
+from ..control.admission import Admission, Ended
+from ..events import AdmissionEnded
+
+if TYPE_CHECKING:
+    from ..tenancy import Tenancy
+
+logger = logging.getLogger("tenancy_orm.asgi")
+
+CREDENTIAL_ENDED: Final = 4401
+"""The code that closes a websocket when the credential that it was opened with no longer holds."""
+
+TENANT_UNAVAILABLE: Final = 4403
+"""The code that closes a websocket when the tenant's status admits nobody any more."""
+
+_CLOSE_SECONDS = 1.0  # a peer that reads nothing keeps the server from writing
+
+# bound here, so that no call is made around the variable's own
+_bind = _current.set
+_unbind = _current.reset
+
+_STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.close", "websocket.http.response.start"})
+
+
+class Outside:
+    """The server's side of a connection.
+
+    ``started`` tells whether anything was answered; ``headers`` are added to the answer; ``admitted`` is whom the
+    middleware let in, with the connection's scope. A websocket is watched from accept on, and a response from the first
+    part of its body that is not the last; ``lasts`` tells that it is. Once its admission has ended, so has the
+    connection: a websocket is closed, a response is cut and never completed, ``receive`` returns the disconnect and
+    ``send`` raises ``ConnectionAbortedError``, also where the application waits in them at that moment.
+    """
+
+    # defaults of the class: most requests never set these
+    started = False
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    admitted: tuple[Tenant, Scope, Tenancy] | None = None
+    lasts = False
+    refused = False
+    """Whether a websocket was not accepted, since its admission had ended by then."""
+    ended: Ended | None = None
+
+    _accepted = False
+    _told = False  # whether a websocket's application knows that it is disconnected
+    _admission: Admission | None = None  # while it is watched
+    _received = False
+    _interrupted: frozenset[asyncio.Task[Any]] = frozenset()  # those of them that we have cancelled
+    _closing: asyncio.Task[None] | None = None
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+
+    async def receive(self) -> Message:
+        """Receive from the server.
+
+        Raises:
+            ConnectionAbortedError: the connection has ended, and a websocket's application knows it already.
+        """
+        # what comes first is there at once, or is the body of a request that nothing was answered to
+        if self._received:
+            return await self._receive_more()
+        self._received = True
+        token = _bind(None)
+        try:
+            return await self._receive()
+        finally:
+            reset_current(token)
+
+    async def _receive_more(self) -> Message:
+        if self.ended is not None:
+            if self._told:
+                raise aborted()
+            return self._disconnect()
+        task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
+        before = task.cancelling()
+        self._waiting.add(task)
+        token = _bind(None)
+        try:
+            return await self._receive()
+        except asyncio.CancelledError:
+            if not self._is_ours(task, before):
+                raise
+            return self._disconnect()
+        finally:
+            reset_current(token)
+            self._waiting.discard(task)
+            if self._interrupted:
+                self._is_ours(task, before)  # where the server went on regardless
+
+    async def send(self, message: Message) -> None:
+        """Send to the server.
+
+        Raises:
+            ConnectionAbortedError: the connection has ended.
+            AdmissionEndedError, TenantUnavailableError: it ended before the websocket was accepted.
+        """
+        if self.started:
+            if self.lasts or message.get("more_body"):
+                await self._send_part(message)
+                return
+        elif (kind := message["type"]) in _STARTS:
+            if kind == "websocket.accept":
+                await self._accept(message)
+                return
+            self.started = True
+            if self.headers and "status" in message:
+                message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+        token = _bind(None)
+        try:
+            await self._send(message)
+        finally:
+            # as reset_current does; written out, since it runs with every message
+            try:  # noqa: SIM105
+                _unbind(token)
+            except ValueError:
+                pass
+
+    async def _pass_on(self, message: Message) -> None:
+        token = _bind(None)
+        try:
+            await self._send(message)
+        finally:
+            reset_current(token)
+
+    # --- what lasts -------------------------------------------------------------------------------------------------
+
+    async def _accept(self, message: Message) -> None:
+        ended = self._watch()
+        if ended is not None:
+            self.refused = True
+            raise copy(ended.error)
+        self.started = True
+        await self._pass_on(message)
+        self._accepted = True
+        if self.ended is not None:
+            # while it was being accepted
+            self._close()
+            raise aborted()
+
+    async def _send_part(self, message: Message) -> None:
+        if not self.lasts and (ended := self._watch()) is not None:
+            self.lasts = True
+            self.end(ended)
+        if self.ended is not None:
+            raise aborted()
+        if message["type"] == "websocket.close" or not (message.get("more_body") or self._accepted):
+            # complete with this
+            self._unwatch()
+            await self._pass_on(message)
+            return
+        task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
+        before = task.cancelling()
+        self._waiting.add(task)
+        try:
+            await self._pass_on(message)
+        except asyncio.CancelledError:
+            if not self._is_ours(task, before):
+                raise
+            raise aborted() from None
+        finally:
+            self._waiting.discard(task)
+            if self._interrupted:
+                self._is_ours(task, before)
+
+    @property
+    def _is_websocket(self) -> bool:
+        return self.admitted is not None and self.admitted[1]["type"] == "websocket"
+
+    def _watch(self) -> Ended | None:
+        """Have the connection end with its admission, where it has one; returns why where that has ended already."""
+        admission = None if self.admitted is None else self.admitted[0].admission
+        if not isinstance(admission, Admission):
+            return None
+        ended = admission.watch(self.end)
+        if ended is None:
+            self.lasts, self._admission = True, admission
+        return ended
+
+    def _unwatch(self) -> None:
+        admission, self._admission = self._admission, None
+        if admission is not None:
+            admission.unwatch(self.end)
+
+    async def release(self) -> None:
+        """Let go of the admission: the application is done. What closes the websocket is waited for."""
+        self._unwatch()
+        if self._closing is not None:
+            await asyncio.wait((self._closing,))
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def end(self, ended: Ended) -> None:
+        """End the connection, and what waits for it."""
+        self.ended, self._admission = ended, None
+        if self._accepted:
+            self._close()
+        self._interrupt()
+        if self.admitted is not None:
+            self._report(ended, *self.admitted)
+
+    def _report(self, ended: Ended, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
+        kind = "websocket" if self._is_websocket else "stream"
+        client = scope.get("client")
+        logger.info("ended a %s of tenant %s, opened with %s: %s", kind, tenant.slug, ended.credential_id, ended.reason)
+        tenancy.events.emit(
+            AdmissionEnded(
+                tenant_id=tenant.id,
+                slug=tenant.slug,
+                kind=kind,
+                reason=ended.reason,
+                credential_id=ended.credential_id,
+                source=client[0] if client else None,
+            )
+        )
+
+    def _close(self) -> None:
+        self._closing = asyncio.get_running_loop().create_task(self._send_close(), context=Context())
+
+    async def _send_close(self) -> None:
+        code, reason = self._code
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._send({"type": "websocket.close", "code": code, "reason": reason})
+        except Exception as exc:  # noqa: BLE001 - the peer has gone by itself, or reads nothing
+            logger.debug("a websocket could not be closed: %s", type(exc).__name__)
+
+    def _disconnect(self) -> Message:
+        """What the application receives."""
+        if not self._is_websocket:
+            return {"type": "http.disconnect"}
+        self._told = True
+        code, reason = self._code
+        return {"type": "websocket.disconnect", "code": code, "reason": reason}
+
+    @property
+    def _code(self) -> tuple[int, str]:
+        """What closes a websocket; the peer learns no more than it would from a problem document."""
+        if self.ended is not None and self.ended.by_status:
+            return TENANT_UNAVAILABLE, "tenant not available"
+        return CREDENTIAL_ENDED, "credential no longer valid"
+
+    @cached_property
+    def _waiting(self) -> set[asyncio.Task[Any]]:
+        """Tasks that wait within the server's code."""
+        return set()
+
+    # --- calls into the server, which the end interrupts as ``asyncio.timeout`` would -------------------------------
+
+    def _interrupt(self) -> None:
+        for task in self._waiting:
+            self._interrupted |= {task}
+            task.cancel()
+
+    def _is_ours(self, task: asyncio.Task[Any], before: int) -> bool:
+        """Take our cancellation of a task back, and tell whether it was the only one since ``before``."""
+        if task not in self._interrupted:
+            return False
+        self._interrupted -= {task}
+        return task.uncancel() <= before
+
+
+def aborted() -> ConnectionAbortedError:
+    """What an application gets that goes on to use a connection which has ended."""
+    return ConnectionAbortedError("the connection was ended: what it was opened with is no longer valid")
+
+
+__all__ = ["CREDENTIAL_ENDED", "TENANT_UNAVAILABLE", "Outside", "aborted"]

@@ -1,0 +1,391 @@
+"""What a key has opened ends with the key: websockets, streaming responses, and the sessions of both, in every process.
+
+The connections are opened in a uvicorn of its own; what ends them is done here, in another process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import Context
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.context import bind
+from tenancy_orm.control.admission import Admission
+from tenancy_orm.errors import AdmissionEndedError
+from tests.support.asgi import Wire
+from tests.support.models import Note
+from tests.support.proxy import proxied
+from tests.support.served import uvicorn_command
+from tests.support.waiting import until
+
+DEADLINE = 10.0
+WITHIN = 0.25
+"""Seconds within which a change must be known everywhere."""
+
+REVOKED, UNAVAILABLE = 4401, 4403
+NOTES = ["note of acme"]
+
+
+@dataclass
+class Acme:
+    """A tenant with one note, and a key that may do something from here."""
+
+    tenancy: Tenancy
+    config: TenancyConfig
+    key: str
+    key_id: str
+
+    async def sql(self, statement: str) -> None:
+        """Change the key's row, as an operator with psql might."""
+        async with self.tenancy.control.transaction() as connection:
+            await connection.execute(text(statement), {"id": self.key_id})
+
+
+@pytest.fixture
+async def acme(tenancy: Tenancy, tenancy_config: TenancyConfig) -> Acme:
+    """The tenant."""
+    await tenancy.tenants.create("acme")
+    issued = await tenancy.keys.issue("acme", scopes=["notes:read"])
+    async with tenancy.transaction("acme") as session:
+        session.add(Note(body=NOTES[0]))
+    return Acme(tenancy, tenancy_config, issued.text, issued.key_id)
+
+
+# --- clients --------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def websocket(port: int, key: str, query: str = "", **headers: str) -> AsyncIterator[ClientConnection]:
+    """Open a websocket that has read once."""
+    headers = {"X-API-Key": key, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    async with connect(f"ws://127.0.0.1:{port}/ws{query}", additional_headers=headers, close_timeout=1) as opened:
+        assert await read(opened) == NOTES
+        yield opened
+
+
+async def read(opened: ClientConnection) -> Any:
+    """Have the application read, and return what it has read."""
+    async with asyncio.timeout(DEADLINE):
+        await opened.send("read")
+        return json.loads(await opened.recv())
+
+
+async def closed(opened: ClientConnection) -> tuple[int, str]:
+    """The code and reason that the server closes with, when it does."""
+    with pytest.raises(ConnectionClosed) as caught:
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                await opened.recv()
+    assert caught.value.rcvd is not None, "the connection was lost without a close"
+    return caught.value.rcvd.code, caught.value.rcvd.reason
+
+
+@asynccontextmanager
+async def stream(port: int, key: str, query: str = "") -> AsyncIterator[Wire]:
+    """Open a streaming response, and read the beginning."""
+    async with Wire.to(port) as wire:
+        wire.ask(f"/stream{query}", [("X-API-Key", key)])
+        assert (await wire.head()).status == 200
+        assert await chunk(wire) == [0, *NOTES]
+        yield wire
+
+
+async def chunk(wire: Wire) -> Any:
+    """The next line of a stream; None at its proper end, an error where it is cut."""
+    async with asyncio.timeout(DEADLINE):
+        size = int((await wire._reader.readuntil(b"\r\n")).strip(), 16)
+        body = (await wire._reader.readexactly(size + 2))[:-2]
+    return json.loads(body) if size else None
+
+
+async def cut(wire: Wire) -> None:
+    """Wait until a stream is cut; it must not seem complete."""
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+        while await chunk(wire) is not None:
+            pass
+        pytest.fail("the response was completed")
+
+
+async def state(port: int) -> dict[str, Any]:
+    """What the application says of itself."""
+    async with Wire.to(port) as wire:
+        found: dict[str, Any] = (await wire.request("/state")).json()
+        return found
+
+
+# --- what ends them -------------------------------------------------------------------------------------------------
+
+
+async def revoke(acme: Acme) -> None:
+    await acme.tenancy.keys.revoke(acme.key_id)
+
+
+async def suspend(acme: Acme) -> None:
+    await acme.tenancy.tenants.suspend("acme")
+
+
+async def delete(acme: Acme) -> None:
+    await acme.tenancy.tenants.delete("acme")
+
+
+async def maintain(acme: Acme) -> None:
+    await acme.tenancy.tenants.start_maintenance("acme")
+
+
+async def expire(acme: Acme) -> None:
+    await acme.sql("UPDATE tenancy.api_keys SET expires_at = now() + interval '300 ms' WHERE id = :id")
+
+
+async def end_rotated(acme: Acme) -> None:
+    await acme.tenancy.keys.rotate(acme.key_id, overlap=0)
+
+
+async def take_scope(acme: Acme) -> None:
+    await acme.sql("UPDATE tenancy.api_keys SET scopes = '{}' WHERE id = :id")
+
+
+async def narrow(acme: Acme) -> None:
+    await acme.sql("UPDATE tenancy.api_keys SET networks = '{192.0.2.0/24}' WHERE id = :id")
+
+
+async def forget(acme: Acme) -> None:
+    await acme.sql("DELETE FROM tenancy.api_keys WHERE id = :id")
+
+
+ENDINGS = [
+    (revoke, REVOKED, "revoked"),
+    (suspend, UNAVAILABLE, "suspended"),
+    (delete, UNAVAILABLE, "deleted"),
+    (maintain, UNAVAILABLE, "maintenance"),
+    (expire, REVOKED, "expired"),
+    (end_rotated, REVOKED, "expired"),
+    (take_scope, REVOKED, "scope"),
+    (narrow, REVOKED, "network"),
+    (forget, REVOKED, "unknown"),
+]
+
+REFUSALS = {
+    "suspended": "TenantSuspendedError",
+    "deleted": "TenantDeletedError",
+    "maintenance": "TenantMaintenanceError",
+}
+
+
+@pytest.mark.parametrize(("end", "code", "reason"), ENDINGS, ids=[f"{end.__name__}" for end, _, _ in ENDINGS])
+async def test_what_is_open_ends(acme: Acme, end: Callable[[Acme], Awaitable[None]], code: int, reason: str) -> None:
+    """A middleware that never looks again lets all read on, where PostgreSQL does not refuse the tenant's role."""
+    async with (
+        uvicorn_command("tests.support.lasting:create_unwatched", acme.config) as old,
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as new,
+        websocket(old, acme.key) as unwatched,
+        stream(old, acme.key) as unwatched_stream,
+        websocket(new, acme.key, "?work=1") as watched,
+        stream(new, acme.key) as watched_stream,
+        stream(new, acme.key, "?idle=1") as idle_stream,
+    ):
+        await end(acme)
+        assert await closed(watched) == (
+            code,
+            "credential no longer valid" if code == REVOKED else "tenant not available",
+        )
+        await cut(watched_stream)
+        await cut(idle_stream)
+        await until(lambda: idle(new))
+        found = await state(new)
+        if code == REVOKED:
+            # not because the tenant could not be read any more
+            assert await read(unwatched) == NOTES, "the attack must work"
+            for _ in range(3):
+                assert (await chunk(unwatched_stream))[1:] == NOTES
+
+    expected = REFUSALS.get(reason, "AdmissionEndedError")
+    refused = {what: error for what, error, _ in found["refused"]}
+    kinds = ["stream", "stream", "websocket"]
+    first = refused.pop("open session")
+    if reason in ("suspended", "deleted"):
+        # PostgreSQL itself may have been the first to refuse the session and the stream that reads all the time
+        first, kinds = expected, sorted(kind for kind, *_ in found["ended"])
+        assert set(kinds) == {"stream", "websocket"}
+    assert {first, *refused.values()} == {expected}
+    assert set(refused) == {"new session", "named session", "scope", "manager"}
+    assert sorted(found["ended"]) == [[kind, reason, acme.key_id, "127.0.0.1"] for kind in kinds]
+
+
+async def idle(port: int) -> bool:
+    """Whether nothing is left of what was open."""
+    found = await state(port)
+    return (found["watched"], found["tasks"]) == (0, 0)
+
+
+async def test_a_websocket_is_closed_within_a_quarter_of_a_second(acme: Acme) -> None:
+    """The fastest of a few, since others use this machine too."""
+    taken = []
+    async with uvicorn_command("tests.support.lasting:create_watched", acme.config) as port:
+        for _ in range(5):
+            issued = await acme.tenancy.keys.issue("acme")
+            async with websocket(port, issued.text) as opened:
+                await acme.tenancy.keys.revoke(issued.key_id)
+                revoked = asyncio.get_running_loop().time()
+                assert (await closed(opened))[0] == REVOKED
+                taken.append(asyncio.get_running_loop().time() - revoked)
+    assert min(taken) < WITHIN
+
+
+async def test_every_process_ends_what_it_has_open(acme: Acme) -> None:
+    """Those that serve it elsewhere too."""
+    async with (
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as first,
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as second,
+        websocket(first, acme.key) as one,
+        websocket(second, acme.key) as other,
+    ):
+        await revoke(acme)
+        assert [await closed(one), await closed(other)] == [(REVOKED, "credential no longer valid")] * 2
+
+
+async def test_a_key_ends_at_its_time(acme: Acme) -> None:
+    """Nothing notifies that: a clock runs for what is open."""
+    issued = await acme.tenancy.keys.issue("acme", expires_at=datetime.now(UTC) + timedelta(seconds=3))
+    async with (
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as port,
+        websocket(port, issued.text, "?work=1") as opened,
+    ):
+        assert (await closed(opened))[0] == REVOKED
+        await until(lambda: idle(port))
+        assert ["open session", "AdmissionEndedError", 1] in (await state(port))["refused"]
+
+
+async def test_without_a_listener_what_is_open_ends_within_the_ttl(acme: Acme, control_url: str) -> None:
+    """The listener is cut off for good."""
+    async with proxied(control_url) as proxy:
+        config = acme.config.replace(directory_ttl=1.0, listen_url=proxy.url(control_url))
+        async with (
+            uvicorn_command("tests.support.lasting:create_watched", config) as port,
+            websocket(port, acme.key, "?work=1") as opened,
+            stream(port, acme.key, "?idle=1") as streaming,
+        ):
+            proxy.refuse()
+            await until(lambda: deaf(port))
+            await revoke(acme)
+            assert (await closed(opened))[0] == REVOKED
+            await cut(streaming)
+            await until(lambda: idle(port))
+
+
+async def deaf(port: int) -> bool:
+    """Whether the application hears of no changes."""
+    return not (await state(port))["listening"]
+
+
+async def test_an_open_session_is_refused_at_its_next_use(acme: Acme) -> None:
+    """A statement, the next rows of a stream, and the commit of what was written before; and all is rolled back."""
+    tenancy = acme.tenancy
+    tenant = (await tenancy.directory.authenticate(acme.key)).tenant
+    counting = "SELECT count(*) FROM notes"
+    with bind(replace(tenant, admission=None)):
+        async with tenancy.session() as session:
+            await revoke(acme)
+            assert await session.scalar(text(counting)) == 1, "the attack must work"
+
+    issued = await tenancy.keys.issue("acme")
+    tenant = (await tenancy.directory.authenticate(issued.text)).tenant
+    with bind(tenant):
+        async with tenancy.session() as session, tenancy.session() as writing:
+            rows = await session.stream(text("SELECT generate_series(1, 10000)"))
+            assert await rows.fetchone() == (1,)
+            await writing.execute(text("INSERT INTO notes (body) VALUES ('written before')"))
+            await tenancy.keys.revoke(issued.key_id)
+            await until(lambda: isinstance(tenant.admission, Admission) and tenant.admission.ended)
+            with pytest.raises(AdmissionEndedError):
+                await rows.fetchall()
+            with pytest.raises(AdmissionEndedError):
+                await session.execute(text(counting))
+            with pytest.raises(AdmissionEndedError):
+                await writing.commit()
+        for attempt in (
+            tenancy.fetch_value(counting),
+            tenancy.fetch_value(counting, tenant="acme"),
+            tenancy.run(tenant, tenancy.fetch_value, counting),
+            asyncio.create_task(tenancy.fetch_value(counting)),
+            tenancy.quotas.usage("acme"),
+            tenancy.keys.list("acme"),
+            tenancy.keys.issue("acme"),
+        ):
+            with pytest.raises(AdmissionEndedError):
+                await attempt
+        outside = asyncio.create_task(tenancy.fetch_value(counting, tenant="acme"), context=Context())
+        assert await outside == 1, "nothing was committed, and what has a context of its own goes on"
+
+
+# --- what goes on ---------------------------------------------------------------------------------------------------
+
+UNCHANGED = [
+    "UPDATE tenancy.api_keys SET scopes = '{notes:read,notes:write}' WHERE id = :id",
+    "UPDATE tenancy.api_keys SET scopes = '{*}' WHERE id = :id",
+    "UPDATE tenancy.api_keys SET networks = '{127.0.0.0/8}' WHERE id = :id",
+    "UPDATE tenancy.api_keys SET expires_at = now() + interval '1 day' WHERE id = :id",
+    "UPDATE tenancy.api_keys SET revoked_at = now() WHERE id <> :id",
+    "UPDATE tenancy.tenants SET slug = 'renamed', tier = 'pro', metadata = '{\"a\": 1}' WHERE :id <> ''",
+]
+
+
+async def test_changes_that_leave_a_key_valid_disturb_nothing(acme: Acme) -> None:
+    """A wider scope, a later end, a network that admits the source, another key, another name of the tenant."""
+    async with (
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as port,
+        websocket(port, acme.key) as opened,
+    ):
+        for change in UNCHANGED:
+            await acme.sql(change)
+            assert await read(opened) == NOTES
+        # all were heard of, since this one is
+        await revoke(acme)
+        assert (await closed(opened))[0] == REVOKED
+
+
+async def test_an_operator_s_websocket_outlasts_maintenance(acme: Acme) -> None:
+    """It was opened during it; it ends with the key, as every other."""
+    await maintain(acme)
+    async with uvicorn_command("tests.support.lasting:create_watched", acme.config) as port:
+        with pytest.raises(InvalidStatus):
+            async with websocket(port, acme.key):
+                pass
+        async with websocket(port, acme.key, X_Operator="yes") as opened:
+            await acme.tenancy.tenants.update("acme", metadata={"a": 1})
+            assert await read(opened) == NOTES
+            await acme.tenancy.tenants.end_maintenance("acme")
+            assert await read(opened) == NOTES
+            await suspend(acme)
+            assert (await closed(opened))[0] == UNAVAILABLE
+
+
+async def test_nothing_is_left_of_many_websockets(acme: Acme) -> None:
+    """However they end: by their peers, by the loss of the connection, or with the key."""
+    async with uvicorn_command("tests.support.lasting:create_watched", acme.config) as port:
+        for _ in range(20):
+            async with websocket(port, acme.key):
+                pass
+            async with websocket(port, acme.key) as lost:
+                lost.transport.abort()
+            async with stream(port, acme.key):
+                pass
+        await until(lambda: idle(port))
+        opened = [websocket(port, acme.key) for _ in range(20)]
+        clients = [await manager.__aenter__() for manager in opened]
+        assert (await state(port))["watched"] == 20
+        await revoke(acme)
+        assert {await closed(client) for client in clients} == {(REVOKED, "credential no longer valid")}
+        for manager in opened:
+            await manager.__aexit__(None, None, None)
+        await until(lambda: idle(port))

@@ -1,0 +1,368 @@
+"""Admissions: what ends one, who is called, and what is asked of the control database."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from dataclasses import replace
+from ipaddress import ip_network
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from tenancy_orm.context import Status, Tenant
+from tenancy_orm.control.admission import Admission, Ended, Standing, for_source
+from tenancy_orm.control.admissions import Admissions
+from tenancy_orm.errors import (
+    AdmissionEndedError,
+    ControlUnavailableError,
+    TenancyError,
+    TenantDeletedError,
+    TenantMaintenanceError,
+    TenantNotFoundError,
+    TenantSuspendedError,
+)
+from tests.support.control import Clock
+from tests.support.waiting import until
+
+ACME = Tenant(UUID(int=1), "acme", Status.ACTIVE, "free")
+HERE, THERE = ip_network("192.0.2.0/24"), ip_network("198.51.100.0/24")
+
+
+def standing(**more: Any) -> Standing:
+    """What is known of a key that holds."""
+    fields: dict[str, Any] = {"credential_id": "key", "tenant": ACME, "asked": 1_000.0, "secret": ("1", b"digest")}
+    return Standing(**{**fields, **more})
+
+
+class Registry:
+    """What the control database says, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Standing] = {}
+        self.asked: list[str] = []
+        self.away = False
+        self.hears = True
+        self.contexts: list[object] = []
+
+    async def look_up(self, credential_id: str) -> Standing | None:
+        """What is known."""
+        self.asked.append(credential_id)
+        self.contexts.append(_ambient.get())
+        await asyncio.sleep(0)
+        if self.away:
+            raise ControlUnavailableError("away")
+        return self.known.get(credential_id)
+
+
+_ambient: ContextVar[object] = ContextVar("ambient", default=None)
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def admissions(registry: Registry, clock: Clock) -> AsyncIterator[Admissions]:
+    opened = Admissions(registry.look_up, hears=lambda: registry.hears, ttl=0.01, clock=clock)
+    opened.open()
+    yield opened
+    await opened.close()
+
+
+def refusal(admission: Admission) -> TenancyError | None:
+    """What it refuses with, if it does."""
+    try:
+        admission.check()
+    except TenancyError as error:
+        return error
+    return None
+
+
+# --- what ends one --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("granted", "now", "reason"),
+    [
+        ({}, None, "unknown"),
+        ({}, {"revoked": True}, "revoked"),
+        ({}, {"expires": 1_000.0}, "expired"),
+        ({"expires": 2_000.0}, {"expires": 999.0}, "expired"),
+        ({}, {"tenant": replace(ACME, id=UUID(int=2))}, "tenant"),
+        ({}, {"secret": ("1", b"another")}, "secret"),
+        ({"scopes": frozenset({"a", "b"})}, {"scopes": frozenset({"a"})}, "scope"),
+        ({"scopes": frozenset({"*"})}, {"scopes": frozenset({"a"})}, "scope"),
+        ({}, {"networks": (HERE,)}, "network"),
+    ],
+)
+async def test_a_credential_that_does_not_hold_ends_it(
+    admissions: Admissions, granted: dict[str, Any], now: dict[str, Any] | None, reason: str
+) -> None:
+    """Its use is refused by one error, which says why to operators alone."""
+    admission = admissions.admit(standing(**granted))
+    assert refusal(admission) is None
+    admission.judge(None if now is None else standing(**now))
+    error = refusal(admission)
+    assert isinstance(error, AdmissionEndedError)
+    assert (error.reason, error.credential_id) == (reason, "key")
+    assert reason not in str(error) or reason == "tenant"
+    assert "context of its own" in str(error)
+    assert refusal(admission) is not error, "two must not share a traceback"
+
+
+@pytest.mark.parametrize(
+    ("granted", "now"),
+    [
+        ({}, {}),
+        ({}, {"tenant": replace(ACME, slug="renamed", tier="pro", status=Status.TRIAL)}),
+        ({"scopes": frozenset({"a"})}, {"scopes": frozenset({"a", "b"})}),
+        ({"scopes": frozenset({"a"})}, {"scopes": frozenset({"*"})}),
+        ({}, {"secret": ("2", b"another")}),
+        ({"expires": 2_000.0}, {"expires": 3_000.0}),
+        ({"expires": 2_000.0}, {"expires": None}),
+        ({"networks": (HERE,)}, {"networks": (HERE,)}),
+        ({"networks": (HERE,)}, {"networks": ()}),
+    ],
+)
+async def test_what_still_holds_goes_on(admissions: Admissions, granted: dict[str, Any], now: dict[str, Any]) -> None:
+    """Whatever else changed of the credential or of its tenant."""
+    admission = admissions.admit(standing(**granted))
+    admission.judge(standing(**now))
+    assert refusal(admission) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (Status.SUSPENDED, TenantSuspendedError),
+        (Status.DELETED, TenantDeletedError),
+        (Status.MAINTENANCE, TenantMaintenanceError),
+        (Status.PURGED, TenantNotFoundError),
+    ],
+)
+async def test_a_tenants_status_ends_it(admissions: Admissions, status: Status, error: type[TenancyError]) -> None:
+    """By the error that its sessions are refused with."""
+    admission = admissions.admit(standing())
+    admission.judge(standing(tenant=replace(ACME, status=status)))
+    assert type(refusal(admission)) is error
+    assert admission.ended is not None
+    assert (admission.ended.reason, admission.ended.by_status) == (status.value, True)
+
+
+async def test_who_was_let_in_during_maintenance_is_an_operator(admissions: Admissions) -> None:
+    """Nobody else is."""
+    admission = admissions.admit(standing(tenant=replace(ACME, status=Status.MAINTENANCE)))
+    admission.judge(standing(tenant=replace(ACME, status=Status.MAINTENANCE)))
+    assert refusal(admission) is None
+    admission.judge(standing(tenant=replace(ACME, status=Status.SUSPENDED)))
+    assert isinstance(refusal(admission), TenantSuspendedError)
+
+
+async def test_networks_count_for_each_source(admissions: Admissions) -> None:
+    """One that is of any source ends as soon as sources matter."""
+    shared = admissions.admit(standing())
+    here, there = shared.of("192.0.2.1"), shared.of("198.51.100.1")
+    assert here.of("192.0.2.1") is here
+    for admission in (shared, here, there):
+        admission.judge(standing(networks=(HERE,)))
+    assert [admission.ended is None for admission in (shared, here, there)] == [False, True, False]
+    here.judge(standing(networks=(THERE,)))
+    assert here.ended is not None
+
+
+async def test_an_upgraded_digest_is_the_secret_from_then_on(admissions: Admissions) -> None:
+    """Another digest of that version is another secret."""
+    admission = admissions.admit(standing())
+    admission.judge(standing(secret=("2", b"same secret")))
+    assert refusal(admission) is None
+    admission.judge(standing(secret=("2", b"another")))
+    assert refusal(admission) is not None
+
+
+async def test_an_older_answer_says_nothing(admissions: Admissions) -> None:
+    """What was asked before it was granted cannot end it."""
+    admission = admissions.admit(standing())
+    admission.judge(standing(asked=999.0, revoked=True))
+    assert refusal(admission) is None
+
+
+async def test_its_time_ends_it_when_it_is_used(admissions: Admissions, clock: Clock) -> None:
+    """Nothing notifies that, and no timer runs for what nobody watches."""
+    admission = admissions.admit(standing(expires=1_010.0))
+    assert refusal(admission) is None
+    clock.now = 1_010.0
+    error = refusal(admission)
+    assert isinstance(error, AdmissionEndedError)
+    assert error.reason == "expired"
+
+
+async def test_one_source_s_admission_ends_where_all_have(admissions: Admissions) -> None:
+    """A websocket that opens with what has ended by then is refused."""
+    admission = admissions.admit(standing())
+    admission.judge(None)
+    tenant = for_source(replace(ACME, admission=admission), "192.0.2.1")
+    assert tenant.admission is not admission
+    with pytest.raises(AdmissionEndedError):
+        assert tenant.admission is not None
+        tenant.admission.check()
+    assert for_source(ACME, "192.0.2.1") is ACME
+
+
+# --- who is called --------------------------------------------------------------------------------------------------
+
+
+async def test_watchers_are_called_once(admissions: Admissions) -> None:
+    """One that fails does not keep the others open, and nothing of them is left."""
+    admission = admissions.admit(standing())
+    called: list[str] = []
+
+    def failing(ended: Ended) -> None:
+        raise ZeroDivisionError
+
+    assert admission.watch(failing) is None
+    admission.watch(lambda ended: called.append(ended.reason))
+    assert admissions.watched == 1
+    admission.judge(standing(revoked=True))
+    admission.judge(None)
+    assert called == ["revoked"]
+    assert (admissions.watched, admission.watched) == (0, False)
+
+
+async def test_whoever_watches_too_late_is_answered_why(admissions: Admissions, clock: Clock) -> None:
+    """Between look-up and registration it may have ended."""
+    revoked, expired = admissions.admit(standing()), admissions.admit(standing(expires=1_010.0))
+    revoked.judge(standing(revoked=True))
+    clock.now = 1_010.0
+    assert [ended and ended.reason for ended in (revoked.watch(print), expired.watch(print))] == ["revoked", "expired"]
+    assert admissions.watched == 0
+
+
+async def test_what_is_watched_ends_at_its_time(admissions: Admissions, clock: Clock) -> None:
+    """Also where that time was changed while it was watched."""
+    admission = admissions.admit(standing(expires=1_000.02))
+    called: list[str] = []
+    admission.watch(lambda ended: called.append(ended.reason))
+    admission.judge(standing(expires=1_000.01))
+    clock.now = 1_000.01
+    await until(lambda: called == ["expired"])
+
+
+async def test_nothing_is_left_of_what_was_watched(admissions: Admissions) -> None:
+    """Neither a registration nor a timer."""
+    admission = admissions.admit(standing(expires=5_000.0))
+    watchers = [lambda ended: None for _ in range(3)]
+    for watcher in watchers:
+        admission.watch(watcher)
+    for watcher in watchers:
+        admission.unwatch(watcher)
+    assert admissions.watched == 0
+    del admission
+    gc.collect()
+    assert len(admissions) == 0
+
+
+# --- what is asked --------------------------------------------------------------------------------------------------
+
+
+async def test_a_change_is_asked_about_for_what_is_in_use(admissions: Admissions, registry: Registry) -> None:
+    """By credential or by tenant, once for all that share it, and in nobody's context."""
+    token = _ambient.set("a request's")
+    first = admissions.admit(standing())
+    second = admissions.admit(standing())
+    admissions.admit(standing(credential_id="gone"))
+    other = admissions.admit(standing(credential_id="other", tenant=replace(ACME, id=UUID(int=2))))
+    admissions.ask("key")
+    admissions.ask("gone")
+    admissions.ask(UUID(int=9))
+    await until(lambda: first.ended and second.ended)
+    assert registry.asked == ["key"]
+    admissions.ask(UUID(int=2))
+    await until(lambda: other.ended)
+    assert registry.asked == ["key", "other"]
+    assert registry.contexts == [None, None]
+    _ambient.reset(token)
+
+
+async def test_what_holds_is_asked_about_again(admissions: Admissions, registry: Registry) -> None:
+    """Each change counts, also one that comes while the answer to another is awaited."""
+    registry.known["key"] = standing()
+    admission = admissions.admit(standing())
+    admissions.ask("key")
+    await until(lambda: registry.asked)
+    registry.known["key"] = standing(revoked=True)
+    admissions.ask("key")
+    await until(lambda: admission.ended)
+
+
+async def test_without_an_answer_it_goes_on_and_is_asked_about_later(
+    admissions: Admissions, registry: Registry
+) -> None:
+    """Nobody can revoke anything while the control database is away."""
+    registry.away = True
+    admission = admissions.admit(standing())
+    admissions.ask("key")
+    await until(lambda: registry.asked)
+    assert refusal(admission) is None
+    registry.away = False
+    await until(lambda: admission.ended)
+
+
+async def test_what_nobody_uses_is_not_asked_about_again(admissions: Admissions, registry: Registry) -> None:
+    """Or a process would ask for ever."""
+    registry.away = True
+    admission = admissions.admit(standing())
+    admissions.ask("key")
+    await until(lambda: registry.asked)
+    del admission
+    gc.collect()
+    await until(lambda: not admissions._due and len(admissions._tasks) == 1)
+    assert registry.asked == ["key"]
+
+
+async def test_after_a_silence_what_is_watched_is_asked_about_and_the_rest_when_used(
+    admissions: Admissions, registry: Registry
+) -> None:
+    """Not the whole memory of a process at once."""
+    watched, used, idle = (admissions.admit(standing(credential_id=name)) for name in ("watched", "used", "idle"))
+    watched.watch(lambda ended: None)
+    admissions.doubt()
+    await until(lambda: watched.ended)
+    assert registry.asked == ["watched"]
+    assert refusal(used) is None
+    assert refusal(used) is None
+    await until(lambda: used.ended)
+    assert registry.asked == ["watched", "used"]
+    assert idle.ended is None
+
+
+async def test_while_nothing_is_heard_what_is_watched_is_asked_about_every_ttl(
+    admissions: Admissions, registry: Registry
+) -> None:
+    """While changes are heard of, it is not."""
+    registry.known["key"] = standing()
+    admission = admissions.admit(standing())
+    admission.watch(lambda ended: None)
+    assert registry.asked == []
+    registry.hears = False
+    await until(lambda: len(registry.asked) >= 3)
+    registry.known["key"] = standing(revoked=True)
+    await until(lambda: admission.ended)
+
+
+async def test_many_are_asked_about_page_by_page(admissions: Admissions, registry: Registry) -> None:
+    """All of a tenant's, however many."""
+    kept = [admissions.admit(standing(credential_id=str(number))) for number in range(450)]
+    assert len(admissions) == 450
+    admissions.ask(ACME.id)
+    await until(lambda: all(admission.ended for admission in kept))
+    assert len(registry.asked) == 450
