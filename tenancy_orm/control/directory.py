@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import datetime
+from threading import get_ident
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -276,7 +277,8 @@ class Directory:
         """
         if len(key) > MAX_KEY_LENGTH:
             return None
-        self._home.check()
+        if get_ident() != self._home.thread:
+            self._home.check()
         entry = self._find(hashlib.blake2b(self._salt + key.encode("utf-8", "surrogatepass")).digest())
         if entry is None:
             return None
@@ -304,6 +306,7 @@ class Directory:
             TooManyAttemptsError: ``source`` presented too many invalid keys, and has not used this one before.
             ControlUnavailableError: the key is not known, and the control database does not answer.
         """
+        self._home.check()
         found = self.peek(key, source)
         if found is not None:
             return found
@@ -491,7 +494,8 @@ class Directory:
 
     def peek_tenant(self, ref: str | UUID | Tenant) -> Tenant | None:
         """Return the tenant if it is known and fresh; None means: ask ``tenant``. No I/O."""
-        self._home.check()
+        if get_ident() != self._home.thread:
+            self._home.check()
         entry = self._tenant_entry(_wanted(ref))
         if entry is None:
             return None
@@ -510,6 +514,7 @@ class Directory:
             TenantNotFoundError: there is none.
             ControlUnavailableError: it is not known, and the control database does not answer.
         """
+        self._home.check()
         found = self.peek_tenant(ref)
         if found is not None:
             return found

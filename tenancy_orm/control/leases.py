@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine
+from threading import get_ident
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -103,7 +104,8 @@ class LeasedQuota:
         Raises:
             WrongEventLoopError: this is another thread.
         """
-        self._home.check_thread()
+        if get_ident() != self._home.thread:
+            self._home.check()
         if type(amount) is int and 0 < amount <= self._held and time.monotonic() < self._until:
             self._held -= amount
             self._touched = True

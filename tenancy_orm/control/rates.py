@@ -104,13 +104,13 @@ class Rates:
         Raises:
             WrongEventLoopError: this is another thread than that of the open ``Tenancy``.
         """
-        if self.home is not None:
-            self.home.check_thread()
         if not tenant.quotas and tenant.tier in self._unlimited:
             return UNLIMITED  # the common case, found without a call
         rate = self.rate(tenant)
         if rate is None:
             return UNLIMITED
+        if self.home is not None:
+            self.home.check_thread()
         # even the smallest rate lets one request through at a time
         burst = max(int(rate * self._burst_seconds), 1)
         interval = 1.0 / rate
