@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, replace
 from datetime import datetime
+from threading import get_ident
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -280,7 +281,8 @@ class Directory:
         """
         if len(key) > MAX_KEY_LENGTH:
             return None
-        self._home.check()
+        if get_ident() != self._home.thread:
+            self._home.check()
         entry = self._find(hashlib.blake2b(self._salt + key.encode("utf-8", "surrogatepass")).digest())
         if entry is None:
             return None
@@ -312,6 +314,7 @@ class Directory:
             ControlUnavailableError: the key is not known, and the control database does not answer.
             CrossTenantError: it is another tenant's than the bound one.
         """
+        self._home.check()
         found = self.peek(key, source)
         if found is not None:
             return found
@@ -517,7 +520,8 @@ class Directory:
         Raises:
             CrossTenantError: another tenant is bound.
         """
-        self._home.check()
+        if get_ident() != self._home.thread:
+            self._home.check()
         refuse_other_tenant(ref)
         entry = self._tenant_entry(as_reference(ref))
         if entry is None:
@@ -540,6 +544,7 @@ class Directory:
             ControlUnavailableError: it is not known, and the control database does not answer.
             CrossTenantError: another tenant is bound.
         """
+        self._home.check()
         found = self.peek_tenant(ref)
         if found is not None:
             return found

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine
 from contextvars import Context
+from threading import get_ident
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -106,7 +107,8 @@ class LeasedQuota:
             CrossTenantError: another tenant is bound.
             WrongEventLoopError: this is another thread.
         """
-        self._home.check_thread()
+        if get_ident() != self._home.thread:
+            self._home.check()
         # written out here: it is to cost less than a microsecond
         if (bound := _current.get()) is not None and bound.id != self.tenant_id:
             refuse_other_tenant(self.tenant_id)

@@ -106,8 +106,6 @@ class Rates:
             CrossTenantError: another tenant is bound.
             WrongEventLoopError: this is another thread than that of the open ``Tenancy``.
         """
-        if self.home is not None:
-            self.home.check_thread()
         # written out here: it runs with every request
         if (bound := _current.get()) is not None and bound.id != tenant.id:
             raise CrossTenantError("counting a request", bound=bound.slug, requested=tenant.slug)
@@ -116,6 +114,8 @@ class Rates:
         rate = self.rate(tenant)
         if rate is None:
             return UNLIMITED
+        if self.home is not None:
+            self.home.check_thread()
         # even the smallest rate lets one request through at a time
         burst = max(int(rate * self._burst_seconds), 1)
         interval = 1.0 / rate

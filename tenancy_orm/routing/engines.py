@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from threading import get_ident
 from types import TracebackType
 from uuid import UUID
 
@@ -98,7 +99,8 @@ class EngineCache:
             NotOpenError: the cache is closed.
             RoutingError: the tenant has no database, or its server is not configured.
         """
-        self.home.check()
+        if get_ident() != self.home.thread:
+            self.home.check()
         entry = self._entries.get(tenant.id)
         if entry is None or not entry.serves(tenant):
             entry = self._make(tenant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 from uuid import UUID
@@ -161,17 +162,19 @@ class SessionScope:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._cache.home.check()
         session, entry = self._session, self._entry
-        self._session = self._entry = None
         if session is None or entry is None:
             return
         inner = session.sync_session
+        busy = inner.in_transaction()
+        if busy or get_ident() != self._cache.home.thread:
+            self._cache.home.check()
+        self._session = self._entry = None
         try:
             # Without a transaction there is no I/O, so no greenlet is needed. And in no case a task of its own, by
             # which AsyncSession outlasts a cancellation: where a roll-back is cancelled, the connector closes the
             # connection.
-            if inner.in_transaction():
+            if busy:
                 await session.close()
             else:
                 inner.close()

@@ -151,6 +151,7 @@ async def test_every_way_in_is_refused_elsewhere(tenancy: Tenancy, acme: Created
 
 async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenancy, acme: CreatedTenant) -> None:
     """Keys, leased quotas, rates, a router's parts, and what a part forgets; with a loop there or without."""
+    await tenancy.quotas.set("acme", {"requests_per_second": 5})
     tenant = await tenancy.tenants.get("acme")
     lease = tenancy.quotas.leased(tenant, "api_calls", block=2)
     await lease.consume()

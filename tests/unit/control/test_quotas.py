@@ -19,6 +19,7 @@ from tenancy_orm.control.leases import LeasedQuota, LeaseKeeper
 from tenancy_orm.control.quotas import Override, Remaining, Usage, check_overrides
 from tenancy_orm.control.rates import UNLIMITED, Allowed, Denied, Rates
 from tenancy_orm.errors import ConfigurationError, QuotaExceededError
+from tenancy_orm.loops import HomeLoop
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,7 @@ class Database(LeaseKeeper):
 
     def __init__(self) -> None:
         self.asked: asyncio.Queue[tuple[int, int, asyncio.Future[Any]]] = asyncio.Queue()
+        self.home = HomeLoop()
 
     def conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> None:
         if row.outcome == "exceeded":
