@@ -287,7 +287,9 @@ _TENANT_ROLE = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATIO
 _OWNER_ROLE = "NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
 
 
-async def create_role(connection: Connection, name: str, *, verifier: str, connection_limit: int) -> None:
+async def create_role(
+    connection: Connection, name: str, *, verifier: str, connection_limit: int, settings: Sequence[str] = ()
+) -> None:
     """Create a tenant's login role.
 
     The commit is not flushed by itself: CREATE DATABASE, which comes next, flushes everything before it.
@@ -297,6 +299,7 @@ async def create_role(connection: Connection, name: str, *, verifier: str, conne
         name: The role.
         verifier: What ``scram_verifier`` made of its password.
         connection_limit: How many connections it may have at once.
+        settings: Statements that give it its settings, in the same transaction.
 
     Raises:
         DatabaseExistsError: there is a role of that name.
@@ -305,6 +308,7 @@ async def create_role(connection: Connection, name: str, *, verifier: str, conne
         connection,
         name,
         f"{_TENANT_ROLE} CONNECTION LIMIT {int(connection_limit)} PASSWORD {quote_literal(verifier)}",
+        *settings,
     )
 
 
@@ -317,9 +321,9 @@ async def create_owner(connection: Connection, name: str) -> None:
     await _create_role(connection, name, _OWNER_ROLE)
 
 
-async def _create_role(connection: Connection, name: str, attributes: str) -> None:
+async def _create_role(connection: Connection, name: str, attributes: str, *settings: str) -> None:
     try:
-        await _unflushed(connection, f"CREATE ROLE {quote_identifier(name)} {attributes}")
+        await _unflushed(connection, f"CREATE ROLE {quote_identifier(name)} {attributes}", *settings)
     except asyncpg.PostgresError as exc:
         if sqlstate(exc) in (DUPLICATE_OBJECT, UNIQUE_VIOLATION):
             raise DatabaseExistsError(f"role {name!r} exists already, and is not adopted") from exc

@@ -41,6 +41,7 @@ from . import databases
 from .administration import Administration
 from .cancellation import settled
 from .databases import Connection, Strategy
+from .role_settings import RoleSettings
 from .scram import scram_verifier
 from .templates import TemplateInfo, Templates
 
@@ -89,6 +90,7 @@ class Creation:
         template: TemplateInfo,
         draft: TenantDraft,
         *,
+        settings: RoleSettings,
         key: NewKey | None,
         key_name: str,
         scopes: Sequence[str],
@@ -99,6 +101,7 @@ class Creation:
         self._server = server
         self._template = template
         self._draft = draft
+        self._settings = settings
         self._key = key
         self._key_name = key_name
         self._scopes = scopes
@@ -211,6 +214,7 @@ class Creation:
             self._draft.role,
             verifier=scram_verifier(password),
             connection_limit=self._parts.config.tiers[self._draft.tier].connection_limit,
+            settings=self._settings.statements(self._draft.role),
         )
 
     async def _create_database(self) -> None:

@@ -29,6 +29,7 @@ from .databases import Connection, Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
+from .role_settings import RoleSettings
 from .templates import SchemaSource, TemplateInfo, Templates
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -71,7 +72,8 @@ class Provisioner:
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provision_concurrency)
         )
-        self._prepared: set[str] = set()
+        # by server: what roles made there are given
+        self._prepared: dict[str, RoleSettings] = {}
         # by server: held while it is prepared
         self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -94,7 +96,13 @@ class Provisioner:
         server = self._parts.servers[name]
         async with self._preparing[name]:
             try:
-                await prepare(server, owner=self.names.owner, control=self._control, timeout=self._timeout)
+                self._prepared[name] = await prepare(
+                    server,
+                    owner=self.names.owner,
+                    control=self._control,
+                    configured=self._parts.config.role_settings,
+                    timeout=self._timeout,
+                )
             except TenancyError:
                 raise
             except SERVER_FAILURES as exc:
@@ -103,7 +111,6 @@ class Provisioner:
                     "CREATEROLE on PostgreSQL 16 and later, or must be a superuser",
                     step="prepare",
                 ) from exc
-            self._prepared.add(name)
 
     async def template(self, server: str) -> TemplateInfo:
         """Return the template of the current schema on a server, and build it first where it is missing.
@@ -168,6 +175,7 @@ class Provisioner:
                 server,
                 template,
                 draft,
+                settings=self._prepared[draft.server],
                 key=key,
                 key_name=key_name,
                 scopes=scopes,
