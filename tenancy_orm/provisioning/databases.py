@@ -498,7 +498,9 @@ async def contents(connection: Connection, owner: str) -> Contents:
     return Contents(*(tuple(found[kind]) for kind in ("schema", "table", "sequence", "version")))
 
 
-async def grant_and_mark(connection: Connection, name: str, *, role: str, what: Contents, marker: str) -> None:
+async def grant_and_mark(
+    connection: Connection, name: str, *, role: str, what: Contents, marker: str, further: Sequence[str] = ()
+) -> None:
     """Give ``role`` the data and nothing else, now and in whatever the owner makes later; and set the marker.
 
     One transaction: a database that has its marker has everything else as well, and one without it has never been a
@@ -514,6 +516,7 @@ async def grant_and_mark(connection: Connection, name: str, *, role: str, what: 
         role: The tenant's role.
         what: The database's contents.
         marker: What ``routing.marker`` will look for.
+        further: Statements that give the role more, in the same transaction.
     """
     grantee = f"TO {quote_identifier(role)}"
     rows, counters = "SELECT, INSERT, UPDATE, DELETE", "USAGE, SELECT, UPDATE"
@@ -525,6 +528,7 @@ async def grant_and_mark(connection: Connection, name: str, *, role: str, what: 
         *_grant(rows, "TABLE", what.tables, grantee),
         *_grant(counters, "SEQUENCE", what.sequences, grantee),
         *_grant("SELECT", "TABLE", what.version_tables, grantee),
+        *further,
         f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(marker)}",
     ]
     await connection.execute("; ".join(statements))

@@ -37,7 +37,7 @@ from ..errors import (
 from ..events import EventBus, TenantCreationFailed
 from ..routing import marker
 from ..routing.servers import Server, Servers
-from . import databases
+from . import advisory_locks, databases
 from .administration import Administration
 from .cancellation import settled
 from .databases import Connection, Strategy
@@ -231,6 +231,7 @@ class Creation:
                 role=draft.role,
                 what=await self._parts.templates.contents(connection, self._template),
                 marker=marker.marker_text(self._parts.installation, draft.id),
+                further=advisory_locks.grants(draft.role) if self._parts.config.tenant_advisory_locks else (),
             )
         finally:
             self._close_later(connection)
