@@ -31,6 +31,7 @@ from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
 from .role_settings import RoleSettings
 from .templates import SchemaSource, TemplateInfo, Templates
+from .watchdog import Watchdog, WatchReport
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -69,6 +70,7 @@ class Provisioner:
             templates=self._templates,
             events=events,
         )
+        self.watchdog = Watchdog(self._parts)
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provision_concurrency)
         )
@@ -299,6 +301,15 @@ class Provisioner:
         """
         return await Reconciler(self._parts, actor=actor, drop_unknown=drop_unknown).run()
 
+    async def end_excessive_sessions(self, *, actor: Actor = SYSTEM) -> WatchReport:
+        """End the sessions of tenants that would stop a server for others: see ``Watchdog``. Never raises for a server.
+
+        Args:
+            actor: Who does this, for the audit log.
+        """
+        return await self.watchdog.run(actor=actor)
+
     async def close(self) -> None:
-        """Close the administrative connections that are kept between creations."""
+        """Close the administrative connections that are kept between creations, and the watchdog's."""
         await self._administration.close()
+        await self.watchdog.close()

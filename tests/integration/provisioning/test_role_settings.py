@@ -10,7 +10,6 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import Tenant
 from tenancy_orm.control.audit import AuditLog
 from tenancy_orm.control.sealed import SealedPasswords
@@ -310,14 +309,3 @@ async def test_a_tenant_that_is_being_created_is_left_alone(workshop: Workshop) 
         await databases.lock(connection, tenant_key(tenant.id), timeout=5)
         assert await workshop.provisioner.reconcile() == NOTHING
     assert (await settings_of(workshop, tenant))["work_mem"] == "1GB"
-
-
-def test_role_settings_are_read_from_variables() -> None:
-    """Separated by semicolons: a value may have commas and spaces."""
-    config = TenancyConfig.from_env(
-        {
-            "TENANCY_CONTROL_URL": "postgresql://admin@db.example/control",
-            "TENANCY_ROLE_SETTINGS": "work_mem = 8MB; search_path=a, b;temp_file_limit=",
-        }
-    )
-    assert config.role_settings == {"work_mem": "8MB", "search_path": "a, b", "temp_file_limit": ""}
