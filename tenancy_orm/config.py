@@ -27,6 +27,7 @@ UNLIMITED = "unlimited"
 
 Period = Literal["lifetime", "day", "month", "concurrent"]
 
+SETTING_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}(\.[A-Za-z_][A-Za-z0-9_$]{0,62})?")
 RESOURCE_NAME: Final = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
 LARGEST_AMOUNT: Final = 10**15  # leaves room to add without leaving PostgreSQL's bigint
 
@@ -59,6 +60,10 @@ class Limit:
 
 def _are_fractions(values: object) -> bool:
     return isinstance(values, (tuple, list)) and all(_is_above_zero(value, up_to=1) for value in values)
+
+
+def _is_text(value: object) -> bool:
+    return value is None or (isinstance(value, str) and "\x00" not in value)
 
 
 def _is_above_zero(value: object, *, up_to: float) -> bool:
@@ -212,6 +217,16 @@ class TenancyConfig:
         migration_timeout: How long the migration of one tenant may take, in seconds.
         provision_timeout: How long creating or removing one database may take, in seconds.
         provision_concurrency: How many databases are created at once on one server.
+        role_settings: PostgreSQL's settings for each tenant's role, by name, over the defaults of
+            ``provisioning.role_settings``; "" leaves a default out.
+        tenant_advisory_locks: Whether tenants' roles may take advisory locks, with which one of them can fill the lock
+            table of the whole server.
+        max_session_locks: The watchdog ends a tenant's session that holds more locks than this; 0 is no bound, here and
+            below.
+        max_transaction_seconds: ... or has had one transaction open for longer than this.
+        max_idle_transaction_seconds: ... or has been idle in a transaction for longer than this.
+        max_notify_queue: From this fraction of the server's notification queue on, the watchdog ends the tenants'
+            sessions with the oldest transactions.
         full_reset: Whether a connection is cleaned by DISCARD ALL at every return (about 200 us).
         directory_size: How many looked-up keys and tenants are remembered.
         directory_ttl: ... for how long, in seconds.
@@ -263,6 +278,12 @@ class TenancyConfig:
     migration_timeout: float = 3_600.0
     provision_timeout: float = 60.0
     provision_concurrency: int = 4
+    role_settings: Mapping[str, str | None] = field(default_factory=dict)
+    tenant_advisory_locks: bool = False
+    max_session_locks: int = 2_000
+    max_transaction_seconds: float = 7_200.0
+    max_idle_transaction_seconds: float = 600.0
+    max_notify_queue: float = 0.25
     full_reset: bool = False
     directory_size: int = 100_000
     directory_ttl: float = 30.0
@@ -318,6 +339,12 @@ class TenancyConfig:
         for extension in self.extensions:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", extension):
                 raise ConfigurationError(f"extension {extension!r} is not a name")
+        for setting, value in self.role_settings.items():
+            if not SETTING_NAME.fullmatch(setting) or not _is_text(value):
+                raise ConfigurationError(f"role_settings: {setting!r} is not a setting's name, or its value is no text")
+        for option in (*_WATCHED, "max_notify_queue"):
+            if getattr(self, option) < 0:
+                raise ConfigurationError(f"{option} must be at least 0, which is no bound")
         if not set(self.secret_options or ()) <= {"encryption_keys", "key_peppers"}:
             raise ConfigurationError("secret_options may hold encryption_keys and key_peppers alone")
         _ = self.sealing_keys
@@ -380,8 +407,8 @@ class TenancyConfig:
         the fields of this class; ``[tiers.<name>]`` tables define tiers, in ascending order, and
         ``[[upgrade_policies]]`` their rules, with ``sustained_days``; ``metadata``, ``secrets``, ``key_wrapper`` and
         ``usage_sender`` are ``module:attribute``. Among the variables, ``TENANCY_SERVERS`` is ``name=url`` separated
-        by spaces, ``TENANCY_ENCRYPTION_KEYS`` is ``id:base64`` separated by commas, ``TENANCY_SESSION_SETTINGS`` is
-        ``name=value`` separated by semicolons, ``TENANCY_EXTENSIONS`` is comma-separated.
+        by spaces, ``TENANCY_ENCRYPTION_KEYS`` is ``id:base64`` separated by commas, ``TENANCY_SESSION_SETTINGS`` and
+        ``TENANCY_ROLE_SETTINGS`` are ``name=value`` separated by semicolons, ``TENANCY_EXTENSIONS`` is comma-separated.
 
         Raises:
             ConfigurationError: a setting is malformed or unknown, or ``control_url`` is missing.
@@ -407,6 +434,8 @@ class TenancyConfig:
 # variables of this package that are no fields of the configuration
 _OTHER_VARIABLES = frozenset({"TENANCY_APP", "TENANCY_CONFIG", "TENANCY_TEST_DSN", "TENANCY_TEST_POSTGRES"})
 
+
+_WATCHED = ("max_session_locks", "max_transaction_seconds", "max_idle_transaction_seconds")
 
 # fields that a file or a variable names as module:attribute
 _OBJECTS = frozenset({"metadata", "secrets", "key_wrapper", "usage_sender"})
@@ -438,6 +467,8 @@ def _read_file(named: str | None, types: Mapping[str, str]) -> dict[str, Any]:
             values[name] = str(path.parent / value)
         elif name in ("extensions", "key_prefixes", "secret_options"):
             values[name] = tuple(value)
+        elif name == "role_settings":
+            values[name] = {setting: str(given) for setting, given in value.items()}
         else:
             values[name] = value
     return values
@@ -516,8 +547,9 @@ def _parse(name: str, kind: str, text: str) -> Any:
             return load_object(text)
         if name == "servers":
             return dict(item.split("=", 1) for item in text.split())
-        if name == "session_settings":
-            return dict(item.strip().split("=", 1) for item in text.split(";") if item.strip())
+        if name in ("session_settings", "role_settings"):
+            pairs = (item.split("=", 1) for item in text.split(";") if item.strip())
+            return {setting.strip(): value.strip() for setting, value in pairs}
         if name in ("encryption_keys", "key_peppers"):
             return dict(item.strip().split(":", 1) for item in text.split(",") if item.strip())
         if name in ("extensions", "key_prefixes", "secret_options"):

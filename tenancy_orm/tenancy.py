@@ -676,7 +676,8 @@ class _Parts:
         )
         self.domains = DomainManager(self.control, self.audit)
         self._build_billing()
-        self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores())
+        urgent = {"end_excessive_sessions": self.provisioner.end_excessive_sessions}
+        self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores(), urgent=urgent)
         addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
         await self.control.note_servers(addresses)
         self.tiers = TierRegistry(self.control, self.audit)

@@ -294,6 +294,32 @@ def run_maintenance(as_json: Json = False) -> None:
 
 
 @app.command()
+def watch(
+    every: Annotated[float, typer.Option(min=0.1, help="Look every so many seconds.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and say what was ended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """End tenants' sessions that would stop a server for others. For a service: it must be connected beforehand."""
+
+    async def look(tenancy: Tenancy) -> Any:
+        return await tenancy.provisioner.end_excessive_sessions(actor=operator())
+
+    async def look_on(tenancy: Tenancy) -> None:
+        await tenancy.provisioner.watchdog.watch(every=every, actor=operator())
+
+    if not once:
+        run(look_on)
+        return
+    report = run(look)
+    if as_json:
+        print_json(report)
+    else:
+        print_fields("watch", asdict(report))
+    if report.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
 def reconcile(as_json: Json = False) -> None:
     """Finish or remove what interrupted creations and purges have left."""
 

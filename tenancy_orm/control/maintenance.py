@@ -52,38 +52,39 @@ class Maintenance:
         registry: Knows what is due.
         tenants: Suspends and purges.
         chores: What else is to be done at every run, by name, in this order.
+        urgent: ... and what before anything that needs the control database, which may suffer from what they end.
     """
 
     def __init__(
-        self, config: TenancyConfig, registry: Registry, tenants: TenantManager, chores: Mapping[str, Chore]
+        self,
+        config: TenancyConfig,
+        registry: Registry,
+        tenants: TenantManager,
+        chores: Mapping[str, Chore],
+        *,
+        urgent: Mapping[str, Chore],
     ) -> None:
         self._config = config
         self._registry = registry
         self._tenants = tenants
         self._chores = chores
+        self._urgent = urgent
 
     async def run(self, *, actor: Actor = SYSTEM) -> MaintenanceReport:
         """Suspend and purge the tenants whose time has come, and do every chore; a failure does not stop the rest.
 
         Raises:
-            ControlUnavailableError: the control database does not answer.
+            ControlUnavailableError: the control database does not answer; what is urgent has been done.
         """
+        run = _Run(self._tenants, actor)
+        results = await run.do_chores(self._urgent)
         due = await self._registry.due(retention_seconds=self._config.retention_seconds)
         by_server: dict[str, list[_Due]] = {}
         for one in due:
             by_server.setdefault(one[0].placement.server if one[0].placement else "", []).append(one)
-        run = _Run(self._tenants, actor)
         # side by side: a server that does not answer keeps no tenant of another waiting
         await asyncio.gather(*(run.do_all(listed) for listed in by_server.values()))
-        results: dict[str, Any] = {}
-        for name, chore in self._chores.items():
-            try:
-                results[name] = await chore()
-            except _FAILURES as exc:
-                logger.error("maintenance could not do %s: %s", name, exc)
-                run.errors.append(f"{name}: {exc}")
-            else:
-                run.errors += [f"{name}: {error}" for error in getattr(results[name], "errors", ())]
+        results |= await run.do_chores(self._chores)
         return MaintenanceReport(tuple(run.suspended), tuple(run.purged), results, tuple(run.errors))
 
 
@@ -96,6 +97,18 @@ class _Run:
         self.suspended: list[str] = []
         self.purged: list[str] = []
         self.errors: list[str] = []
+
+    async def do_chores(self, chores: Mapping[str, Chore]) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        for name, chore in chores.items():
+            try:
+                results[name] = await chore()
+            except _FAILURES as exc:
+                logger.error("maintenance could not do %s: %s", name, exc)
+                self.errors.append(f"{name}: {exc}")
+            else:
+                self.errors += [f"{name}: {error}" for error in getattr(results[name], "errors", ())]
+        return results
 
     async def do_all(self, due: Sequence[_Due]) -> None:
         for tenant, what, reason in due:

@@ -51,9 +51,14 @@ class Names:
         """The NOLOGIN role that reads the control database for one tenant."""
         return f"{self.stem}_viewer"
 
+    @property
+    def tenant_stem(self) -> str:
+        """What the names of all tenants' databases and roles begin with."""
+        return f"{self.stem}_t_"
+
     def tenant(self, tenant_id: UUID) -> str:
         """The name of a tenant's database, and of its login role."""
-        return f"{self.stem}_t_{tenant_id.hex}"
+        return f"{self.tenant_stem}{tenant_id.hex}"
 
     def template(self, fingerprint: str) -> str:
         """The name of the template for the schema with this fingerprint (hexadecimal digits)."""

@@ -759,6 +759,16 @@ class Registry:
                 after={"status": after.status.value},
             )
 
+    async def note(self, tenant_id: UUID, action: str, *, detail: Mapping[str, Any], actor: Actor = SYSTEM) -> None:
+        """Write into the audit log what was done to a tenant elsewhere than in the control database.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+        """
+        tenant = await self.get(tenant_id)
+        async with self._control.transaction() as connection:
+            await self._write_audit(connection, action, tenant, actor, detail=detail)
+
     # --- parts ------------------------------------------------------------------------------------------------------
 
     async def _locked(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:

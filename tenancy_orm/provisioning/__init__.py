@@ -3,5 +3,6 @@
 from .provisioner import Provisioner
 from .reconcile import ReconcileReport
 from .templates import SchemaSource, TemplateInfo
+from .watchdog import EndedSession, WatchReport
 
-__all__ = ["Provisioner", "ReconcileReport", "SchemaSource", "TemplateInfo"]
+__all__ = ["EndedSession", "Provisioner", "ReconcileReport", "SchemaSource", "TemplateInfo", "WatchReport"]

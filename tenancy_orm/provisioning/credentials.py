@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 from ..config import TenancyConfig
@@ -18,11 +19,12 @@ from ..control.sealed import ResealReport, SealedPasswords
 from ..control.secrets import Keyring
 from ..errors import ConfigurationError, ProvisioningError, TenancyError, TenantNotFoundError
 from ..routing.servers import Servers
-from . import databases
+from . import databases, role_settings
 from .administration import Administration
 from .cancellation import settled
 from .pipeline import describe, tenant_key
 from .scram import scram_verifier
+from .sessions import insist
 
 logger = logging.getLogger("tenancy_orm.secrets")
 
@@ -59,6 +61,7 @@ class SecretManager:
         data_keys: DataKeys | None = None,
     ) -> None:
         self._timeout = config.provision_timeout
+        self._role_settings = config.role_settings
         self._registry = registry
         self._sealed = sealed
         self._servers = servers
@@ -69,7 +72,7 @@ class SecretManager:
     # --- passwords --------------------------------------------------------------------------------------------------
 
     async def rotate_password(self, tenant: str | UUID | Tenant, *, actor: Actor = SYSTEM) -> None:
-        """Give a tenant's role a new random password.
+        """Give a tenant's role a new random password, and take away the settings that it has given itself.
 
         Interrupted at any point, it is finished by repeating it; both passwords are stored until then.
 
@@ -169,9 +172,11 @@ class SecretManager:
         # the lock that creation and purge take: one process at a time changes a tenant's role
         connection = await self._administration.acquire(server, key, timeout=self._timeout)
         try:
+            await role_settings.restore(connection, placement.role, self._role_settings, timeout=self._timeout)
             # no variable holds the password: what fails below would carry it in its traceback's frames
             verifier = scram_verifier(await self._sealed.begin(tenant_id))
-            await databases.set_password(connection, placement.role, verifier=verifier)
+            change = partial(databases.set_password, connection, placement.role, verifier=verifier)
+            await insist(connection, placement.role, change, timeout=self._timeout)
             await self._sealed.finish(tenant_id, actor=actor)
         finally:
             await settled(self._administration.release(server, connection, key))

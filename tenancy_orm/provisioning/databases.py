@@ -287,7 +287,9 @@ _TENANT_ROLE = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATIO
 _OWNER_ROLE = "NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
 
 
-async def create_role(connection: Connection, name: str, *, verifier: str, connection_limit: int) -> None:
+async def create_role(
+    connection: Connection, name: str, *, verifier: str, connection_limit: int, settings: Sequence[str] = ()
+) -> None:
     """Create a tenant's login role.
 
     The commit is not flushed by itself: CREATE DATABASE, which comes next, flushes everything before it.
@@ -297,6 +299,7 @@ async def create_role(connection: Connection, name: str, *, verifier: str, conne
         name: The role.
         verifier: What ``scram_verifier`` made of its password.
         connection_limit: How many connections it may have at once.
+        settings: Statements that give it its settings, in the same transaction.
 
     Raises:
         DatabaseExistsError: there is a role of that name.
@@ -305,6 +308,7 @@ async def create_role(connection: Connection, name: str, *, verifier: str, conne
         connection,
         name,
         f"{_TENANT_ROLE} CONNECTION LIMIT {int(connection_limit)} PASSWORD {quote_literal(verifier)}",
+        *settings,
     )
 
 
@@ -317,9 +321,9 @@ async def create_owner(connection: Connection, name: str) -> None:
     await _create_role(connection, name, _OWNER_ROLE)
 
 
-async def _create_role(connection: Connection, name: str, attributes: str) -> None:
+async def _create_role(connection: Connection, name: str, attributes: str, *settings: str) -> None:
     try:
-        await _unflushed(connection, f"CREATE ROLE {quote_identifier(name)} {attributes}")
+        await _unflushed(connection, f"CREATE ROLE {quote_identifier(name)} {attributes}", *settings)
     except asyncpg.PostgresError as exc:
         if sqlstate(exc) in (DUPLICATE_OBJECT, UNIQUE_VIOLATION):
             raise DatabaseExistsError(f"role {name!r} exists already, and is not adopted") from exc
@@ -494,7 +498,9 @@ async def contents(connection: Connection, owner: str) -> Contents:
     return Contents(*(tuple(found[kind]) for kind in ("schema", "table", "sequence", "version")))
 
 
-async def grant_and_mark(connection: Connection, name: str, *, role: str, what: Contents, marker: str) -> None:
+async def grant_and_mark(
+    connection: Connection, name: str, *, role: str, what: Contents, marker: str, further: Sequence[str] = ()
+) -> None:
     """Give ``role`` the data and nothing else, now and in whatever the owner makes later; and set the marker.
 
     One transaction: a database that has its marker has everything else as well, and one without it has never been a
@@ -510,6 +516,7 @@ async def grant_and_mark(connection: Connection, name: str, *, role: str, what: 
         role: The tenant's role.
         what: The database's contents.
         marker: What ``routing.marker`` will look for.
+        further: Statements that give the role more, in the same transaction.
     """
     grantee = f"TO {quote_identifier(role)}"
     rows, counters = "SELECT, INSERT, UPDATE, DELETE", "USAGE, SELECT, UPDATE"
@@ -521,6 +528,7 @@ async def grant_and_mark(connection: Connection, name: str, *, role: str, what: 
         *_grant(rows, "TABLE", what.tables, grantee),
         *_grant(counters, "SEQUENCE", what.sequences, grantee),
         *_grant("SELECT", "TABLE", what.version_tables, grantee),
+        *further,
         f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(marker)}",
     ]
     await connection.execute("; ".join(statements))

@@ -37,10 +37,11 @@ from ..errors import (
 from ..events import EventBus, TenantCreationFailed
 from ..routing import marker
 from ..routing.servers import Server, Servers
-from . import databases
+from . import advisory_locks, databases
 from .administration import Administration
 from .cancellation import settled
 from .databases import Connection, Strategy
+from .role_settings import RoleSettings
 from .scram import scram_verifier
 from .templates import TemplateInfo, Templates
 
@@ -89,6 +90,7 @@ class Creation:
         template: TemplateInfo,
         draft: TenantDraft,
         *,
+        settings: RoleSettings,
         key: NewKey | None,
         key_name: str,
         scopes: Sequence[str],
@@ -99,6 +101,7 @@ class Creation:
         self._server = server
         self._template = template
         self._draft = draft
+        self._settings = settings
         self._key = key
         self._key_name = key_name
         self._scopes = scopes
@@ -211,6 +214,7 @@ class Creation:
             self._draft.role,
             verifier=scram_verifier(password),
             connection_limit=self._parts.config.tiers[self._draft.tier].connection_limit,
+            settings=self._settings.statements(self._draft.role),
         )
 
     async def _create_database(self) -> None:
@@ -227,6 +231,7 @@ class Creation:
                 role=draft.role,
                 what=await self._parts.templates.contents(connection, self._template),
                 marker=marker.marker_text(self._parts.installation, draft.id),
+                further=advisory_locks.grants(draft.role) if self._parts.config.tenant_advisory_locks else (),
             )
         finally:
             self._close_later(connection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -15,9 +15,10 @@ from ..control.database import ControlDatabase
 from ..control.names import quote_identifier
 from ..errors import DatabaseExistsError
 from ..routing.servers import Server
-from . import databases
+from . import databases, role_settings
 from .cancellation import settled
 from .databases import Connection
+from .role_settings import RoleSettings
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -27,13 +28,24 @@ _LOCK = "prepare"
 _RACES = (databases.CONCURRENT_UPDATE, databases.DUPLICATE_OBJECT, databases.UNIQUE_VIOLATION)
 
 
-async def prepare(server: Server, *, owner: str, control: ControlDatabase, timeout: float) -> None:
+async def prepare(
+    server: Server,
+    *,
+    owner: str,
+    control: ControlDatabase,
+    configured: Mapping[str, str | None],
+    timeout: float,
+) -> RoleSettings:
     """Bring ``server`` to the state that provisioning relies on. Looks first, so that repeating it writes nothing.
 
     - The role ``owner`` exists, and an administrator who is not a superuser is a member of it.
     - PUBLIC has no rights on ``postgres``, ``template1``, the database of the administrator's URL, and the control
       database if it is on this server. Where the administrator may not change that, a warning names the statement
       for a superuser to run.
+
+    Returns:
+        What ``configured``, the ``role_settings`` of the configuration, comes to here. What the administrator may not
+        set is named in a warning too.
 
     Raises:
         TimeoutError: another preparation did not end within ``timeout`` seconds.
@@ -47,6 +59,9 @@ async def prepare(server: Server, *, owner: str, control: ControlDatabase, timeo
             await _prepare_owner(connection, owner)
             for name, users in (await _databases_to_close(connection, control)).items():
                 await _retry(partial(_close, connection, server.name, name, users))
+            settings = await role_settings.wanted(connection, configured)
+            await role_settings.warn(connection, server.name, settings)
+            return settings
     finally:
         await settled(databases.close(connection))
 

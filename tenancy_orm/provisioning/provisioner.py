@@ -30,7 +30,9 @@ from .databases import Connection, Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
+from .role_settings import RoleSettings
 from .templates import SchemaSource, TemplateInfo, Templates
+from .watchdog import Watchdog, WatchReport
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -70,10 +72,12 @@ class Provisioner:
             templates=self._templates,
             events=events,
         )
+        self.watchdog = Watchdog(self._parts)
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provision_concurrency)
         )
-        self._prepared: set[str] = set()
+        # by server: what roles made there are given
+        self._prepared: dict[str, RoleSettings] = {}
         # by server: held while it is prepared
         self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -98,7 +102,13 @@ class Provisioner:
         server = self._parts.servers[name]
         async with self._preparing[name]:
             try:
-                await prepare(server, owner=self.names.owner, control=self._control, timeout=self._timeout)
+                self._prepared[name] = await prepare(
+                    server,
+                    owner=self.names.owner,
+                    control=self._control,
+                    configured=self._parts.config.role_settings,
+                    timeout=self._timeout,
+                )
             except TenancyError:
                 raise
             except SERVER_FAILURES as exc:
@@ -107,7 +117,6 @@ class Provisioner:
                     "CREATEROLE on PostgreSQL 16 and later, or must be a superuser",
                     step="prepare",
                 ) from exc
-            self._prepared.add(name)
 
     async def template(self, server: str) -> TemplateInfo:
         """Return the template of the current schema on a server, and build it first where it is missing.
@@ -176,6 +185,7 @@ class Provisioner:
                 server,
                 template,
                 draft,
+                settings=self._prepared[draft.server],
                 key=key,
                 key_name=key_name,
                 scopes=scopes,
@@ -303,6 +313,15 @@ class Provisioner:
         refuse_while_bound("reconciling")
         return await Reconciler(self._parts, actor=actor, drop_unknown=drop_unknown).run()
 
+    async def end_excessive_sessions(self, *, actor: Actor = SYSTEM) -> WatchReport:
+        """End the sessions of tenants that would stop a server for others: see ``Watchdog``. Never raises for a server.
+
+        Args:
+            actor: Who does this, for the audit log.
+        """
+        return await self.watchdog.run(actor=actor)
+
     async def close(self) -> None:
-        """Close the administrative connections that are kept between creations."""
+        """Close the administrative connections that are kept between creations, and the watchdog's."""
         await self._administration.close()
+        await self.watchdog.close()

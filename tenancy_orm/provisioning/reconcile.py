@@ -28,7 +28,7 @@ from ..control.lifecycle import BARRED
 from ..control.registry import Unfinished
 from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
-from . import databases
+from . import databases, role_settings
 from .databases import Connection, RoleState
 from .pipeline import Parts, prove, tenant_key
 
@@ -46,7 +46,8 @@ class ReconcileReport:
         removed: Creations that were removed; their slugs are free again.
         purged: Purges that were finished.
         corrected: Tenants whose role was not what the registry says: it could log in although the tenant is suspended
-            or deleted, or could not although it is neither; or it had another connection limit than its tier.
+            or deleted, or could not although it is neither; or it had another connection limit than its tier; or it
+            had given itself settings or members.
         orphans: Databases and roles that were dropped, because the registry does not know them.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
             hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
@@ -136,6 +137,7 @@ class Reconciler:
             await self._drop_orphans(server, connection)
             await self._drop_leftovers(connection)
             await self._correct_roles(server, connection)
+            await self._correct_settings(server, connection)
         finally:
             await databases.close(connection)
 
@@ -288,6 +290,25 @@ class Reconciler:
             await align_role(self._parts, connection, tenant, timeout=self._timeout)
             self._found.corrected.append(tenant.slug)
 
+    async def _correct_settings(self, server: str, connection: Connection) -> None:
+        """Take from every role what it has given itself: settings of any database, and members."""
+        async with asyncio.timeout(self._timeout):
+            settings = await role_settings.wanted(connection, self._parts.config.role_settings)
+            found = await role_settings.look(connection, self._parts.names.tenant_stem)
+        for role, one in found.items():
+            if settings.differ(one) and (tenant_id := self._parts.names.parse(role)) is not None:
+                await self._do(connection, role, partial(self._correct_setting, server, connection, role, tenant_id))
+
+    async def _correct_setting(self, server: str, connection: Connection, role: str, tenant_id: UUID) -> None:
+        async with self._claimed(connection, tenant_key(tenant_id)) as free:
+            if not free or await self._status(tenant_id) in (None, Status.PROVISIONING, Status.PURGED):
+                return
+            tenant = await self._parts.registry.get(tenant_id)
+            configured = self._parts.config.role_settings
+            changed = await role_settings.restore(connection, role, configured, timeout=self._timeout)
+            if changed and tenant.slug not in self._found.corrected:
+                self._found.corrected.append(tenant.slug)
+
     def _is_wrong(self, tenant: Tenant, states: Mapping[str, RoleState]) -> bool:
         state = states.get(tenant.placement.role) if tenant.placement else None
         if state is None or tenant.status is Status.PROVISIONING:
@@ -298,7 +319,7 @@ class Reconciler:
 
 
 async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, timeout: float) -> None:
-    """Give a tenant's role what its status and tier say: login or not, and its connection limit.
+    """Give a tenant's role what its status and tier say: login or not, and its connection limit; and its settings.
 
     Only under the tenant's lock, and with the tenant as the registry has it since: of two changes at once, the later
     one's outcome must be the last to be applied.
@@ -317,6 +338,7 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, ti
     await databases.set_login(connection, role, tenant.status not in BARRED)
     if tenant.status in BARRED:
         await databases.terminate(connection, role, timeout=timeout)
+    await role_settings.restore(connection, role, parts.config.role_settings, timeout=timeout)
 
 
 def _limit(parts: Parts, tenant: Tenant) -> int | None:

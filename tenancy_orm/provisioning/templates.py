@@ -1,9 +1,9 @@
 """Templates: one database per schema and server, built once, that new tenants are cloned from.
 
-A template's name comes from the fingerprint of the schema and of the extensions, so that a new revision gets a new
-template, and two releases that run side by side each have theirs. It counts as complete only once PostgreSQL's own flag
-``datistemplate`` is set, which is the last thing done to it: what a builder that died has left lacks the flag, is never
-cloned, and is dropped by the next builder.
+A template's name comes from the fingerprint of the schema, of the extensions and of the rights in it, so that a new
+revision gets a new template, and two releases that run side by side each have theirs. It counts as complete only once
+PostgreSQL's own flag ``datistemplate`` is set, which is the last thing done to it: what a builder that died has left
+lacks the flag, is never cloned, and is dropped by the next builder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import TemplateError, TenancyError
 from ..routing.servers import Server
-from . import databases
+from . import advisory_locks, databases
 from .cancellation import settled
 from .databases import Connection, Contents, Strategy
 
@@ -86,9 +86,14 @@ class Templates:
         """How long building a template may take, in seconds."""
         return self._config.provision_timeout * BUILD_FACTOR
 
-    def name(self) -> str:
-        """The name of the template for the schema as it is now."""
-        parts = (self._schema.fingerprint(), *sorted(self._config.extensions))
+    def name(self, *, restricted: bool) -> str:
+        """The name of the template for the schema as it is now.
+
+        Args:
+            restricted: Whether advisory locks are taken from PUBLIC in it.
+        """
+        rights = ("advisory locks restricted",) if restricted else ()
+        parts = (self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
         return self._names.template(hashlib.sha256("\n".join(parts).encode()).hexdigest())
 
     async def ensure(self, server: Server) -> TemplateInfo:
@@ -98,17 +103,17 @@ class Templates:
             TemplateError: building failed, or another process did not finish building in time.
             ServerUnavailableError: the server does not answer.
         """
-        wanted = (server.name, self.name())
+        wanted = (server.name, self._schema.fingerprint())
         if found := self._ready.get(wanted):
             return found
         async with self._locks[server.name]:
             if wanted not in self._ready:
-                self._ready[wanted] = await self._find_or_build(server, wanted[1])
+                self._ready[wanted] = await self._find_or_build(server)
             return self._ready[wanted]
 
     def forget(self, template: TemplateInfo) -> None:
         """Look for this template anew the next time: it was dropped by somebody."""
-        self._ready.pop((template.server, template.name), None)
+        self._ready = {wanted: found for wanted, found in self._ready.items() if found != template}
 
     async def clone(
         self,
@@ -175,9 +180,11 @@ class Templates:
 
     # --- building ---------------------------------------------------------------------------------------------------
 
-    async def _find_or_build(self, server: Server, name: str) -> TemplateInfo:
+    async def _find_or_build(self, server: Server) -> TemplateInfo:
         connection = await server.connect_admin()
+        name = "for the current schema"
         try:
+            name = self.name(restricted=await advisory_locks.may_restrict(connection))
             await databases.lock(connection, databases.lock_key(name), timeout=self.build_timeout)
             async with asyncio.timeout(self.build_timeout):
                 state = await databases.database_state(connection, name)
@@ -205,7 +212,7 @@ class Templates:
                 connection, name, template="template0", owner=self._names.owner, open_to_connections=False
             )
             await databases.admit_owner(connection, name)
-            await self._install_extensions(server, name)
+            await self._prepare(server, name)
             revision = await self._apply(server, name)
             await databases.seal_template(connection, name, comment=_comment(revision))
         except BaseException:
@@ -213,10 +220,11 @@ class Templates:
             raise
         return revision
 
-    async def _install_extensions(self, server: Server, name: str) -> None:
+    async def _prepare(self, server: Server, name: str) -> None:
         connection = await server.connect_admin(name)
         try:
             await databases.prepare_schema(connection, self._names.owner)
+            await advisory_locks.restrict(connection, self._names.owner, server=server.name)
             for extension in self._config.extensions:
                 await databases.create_extension(connection, extension)
         finally:

@@ -284,3 +284,34 @@ async def plain_administrator(postgres: Postgres) -> AsyncIterator[str]:
         await connection.execute(f"CREATE ROLE \"{name}\" LOGIN CREATEDB CREATEROLE PASSWORD '{password}'")
         await connection.execute(f'CREATE DATABASE "{name}" OWNER "{name}"')
     yield postgres.url(name, user=name, password=password)
+
+
+@asynccontextmanager
+async def superuser_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
+    """A provisioner whose administrator is a superuser."""
+    control_url = await versioned.create_database(versioned.new_name())
+    opened = await open_workshop(control_url=control_url, admin_url=versioned.admin_url, name_prefix="super", **config)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+@asynccontextmanager
+async def plain_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
+    """A provisioner whose administrator has CREATEDB and CREATEROLE, and whose registry has a user of its own."""
+    user, password = versioned.new_name("registry"), new_password()
+    async with versioned.connect() as connection:
+        await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
+        await connection.execute(f'CREATE DATABASE "{user}" OWNER "{user}"')
+    async with plain_administrator(versioned) as admin_url:
+        opened = await open_workshop(
+            control_url=versioned.url(user, user=user, password=password),
+            admin_url=admin_url,
+            name_prefix="plain",
+            **config,
+        )
+        try:
+            yield opened
+        finally:
+            await opened.close()

@@ -37,6 +37,12 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_connections": 0}, "max_connections must be at least 1"),
         ({"checkout_timeout": 0}, "checkout_timeout must be above 0"),
         ({"extensions": ("a; DROP",)}, "is not a name"),
+        ({"role_settings": {"work_mem; DROP": "1"}}, "role_settings"),
+        ({"role_settings": {"a.b.c": "1"}}, "role_settings"),
+        ({"role_settings": {"work_mem": 4096}}, "role_settings"),
+        ({"role_settings": {"work_mem": "\x00"}}, "role_settings"),
+        ({"max_session_locks": -1}, "max_session_locks must be at least 0"),
+        ({"max_notify_queue": -0.5}, "max_notify_queue must be at least 0"),
         ({"encryption_keys": {"1": "???"}}, "is not base64"),
         ({"encryption_keys": {"1": b"short"}}, "must be 32 bytes"),
         ({"encryption_keys": {"a b": KEY}}, "encryption key's id"),
@@ -66,6 +72,7 @@ def test_variables_are_read() -> None:
             "TENANCY_MAX_CONNECTIONS": "7",
             "TENANCY_CHECKOUT_TIMEOUT": "1.5",
             "TENANCY_FULL_RESET": "true",
+            "TENANCY_ROLE_SETTINGS": "work_mem = 8MB; search_path=a, b;temp_file_limit=",
             "TENANCY_METADATA": "tests.support.models:Base.metadata",
             "HOME": "/",
         }
@@ -74,6 +81,7 @@ def test_variables_are_read() -> None:
     assert list(config.sealing_keys) == ["1", "2"]
     assert (config.extensions, config.max_connections) == (("vector", "citext"), 7)
     assert (config.checkout_timeout, config.full_reset) == (1.5, True)
+    assert config.role_settings == {"work_mem": "8MB", "search_path": "a, b", "temp_file_limit": ""}
     assert config.metadata is not None
 
 
@@ -85,6 +93,7 @@ def test_variables_are_read() -> None:
         ("TENANCY_METADATA", "nowhere"),
         ("TENANCY_METADATA", "nowhere:Base"),
         ("TENANCY_SERVERS", "secret-without-name"),
+        ("TENANCY_ROLE_SETTINGS", "secret-without-name"),
         ("TENANCY_MAX_CONECTIONS", "7"),
     ],
 )
@@ -100,10 +109,12 @@ def test_a_settings_file_is_read_and_variables_win(tmp_path: Path) -> None:
     (tmp_path / "tenancy.toml").write_text(
         f'control_url = "{URL}"\nmax_connections = 3\ndefault_tier = "small"\n'
         '[tiers.small]\nconnection_limit = 2\nlimits = {users = 1, calls = {amount = 5, period = "day"}}\n'
+        '[role_settings]\nwork_mem = 4096\ntemp_file_limit = ""\n'
     )
     config = TenancyConfig.from_env({"TENANCY_MAX_CONNECTIONS": "9"})
     assert config.max_connections == 9
     assert config.tiers["small"].limits == {"users": Limit(1), "calls": Limit(5, "day")}
+    assert config.role_settings == {"work_mem": "4096", "temp_file_limit": ""}
 
 
 def test_a_settings_file_can_say_unlimited(tmp_path: Path) -> None:

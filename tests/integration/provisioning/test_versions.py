@@ -7,7 +7,6 @@ import logging
 import re
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import asyncpg
 import psycopg
@@ -24,7 +23,8 @@ from tests.support.provisioning import (
     names_of,
     open_workshop,
     placement,
-    plain_administrator,
+    plain_workshop,
+    superuser_workshop,
 )
 
 
@@ -80,34 +80,6 @@ async def test_the_stored_verifier_is_ours(versioned: Postgres, role: tuple[str,
     async with versioned.connect() as connection:
         stored = await connection.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role[0])
     assert stored.startswith("SCRAM-SHA-256$1:")
-
-
-@asynccontextmanager
-async def superuser_workshop(versioned: Postgres) -> AsyncIterator[Workshop]:
-    """A provisioner whose administrator is a superuser."""
-    control_url = await versioned.create_database(versioned.new_name())
-    opened = await open_workshop(control_url=control_url, admin_url=versioned.admin_url, name_prefix="super")
-    try:
-        yield opened
-    finally:
-        await opened.close()
-
-
-@asynccontextmanager
-async def plain_workshop(versioned: Postgres) -> AsyncIterator[Workshop]:
-    """A provisioner whose administrator has CREATEDB and CREATEROLE, and whose registry has a user of its own."""
-    user, password = versioned.new_name("registry"), new_password()
-    async with versioned.connect() as connection:
-        await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
-        await connection.execute(f'CREATE DATABASE "{user}" OWNER "{user}"')
-    async with plain_administrator(versioned) as admin_url:
-        opened = await open_workshop(
-            control_url=versioned.url(user, user=user, password=password), admin_url=admin_url, name_prefix="plain"
-        )
-        try:
-            yield opened
-        finally:
-            await opened.close()
 
 
 @pytest.fixture(params=[superuser_workshop, plain_workshop], ids=["superuser", "plain"])

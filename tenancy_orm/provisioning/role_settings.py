@@ -1,0 +1,218 @@
+"""The settings of PostgreSQL that each tenant's role has, and nothing that it has given itself.
+
+A role may write settings of its own, ``ALTER ROLE CURRENT_USER SET ...``, also for one database, and they outlive the
+session that wrote them. Before PostgreSQL 15 it may also make others members of itself. So whenever an administrator
+works on a role, what it finds there is compared with what provisioning gives, and replaced where it differs.
+
+These settings bound a session that does not resist: SQL of the tenant's own may SET most of them to something else in
+its session. ``temp_file_limit`` it may not; for the others there is the watchdog.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+
+import asyncpg
+
+from ..control.names import quote_identifier, quote_literal
+from . import databases
+from .databases import Connection
+from .sessions import insist
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+DEFAULTS: Mapping[str, str] = MappingProxyType(
+    {
+        "idle_in_transaction_session_timeout": "5min",
+        "transaction_timeout": "1h",  # PostgreSQL 17 and later
+        "temp_file_limit": "10GB",  # of one session
+    }
+)
+"""What every tenant's role gets unless ``TenancyConfig.role_settings`` says otherwise; and ``work_mem``, as the
+server's own configuration has it."""
+
+# of these PostgreSQL takes a list of names, and keeps each one quoted where it needs to be
+_LISTS = frozenset({"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"})
+# where a value in pg_settings comes from that holds for the whole server, and not just for who asks
+_SERVER_WIDE = ("default", "configuration file", "command line", "environment variable")
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSettings:
+    """What each tenant's role on one server is to have.
+
+    Args:
+        values: By name, in lower case.
+        refused: What the administrator may not set.
+        unknown: What the server does not know.
+    """
+
+    values: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def statements(self, role: str) -> list[str]:
+        """The statements that give ``role``, which has no settings, these."""
+        quoted = quote_identifier(role)
+        return [f"ALTER ROLE {quoted} SET {_name(name)} TO {_value(name, self.values[name])}" for name in self.values]
+
+    def differ(self, found: Found) -> bool:
+        """Whether the role has anything else."""
+        own = {name: _plain(name, value) for name, value in found.settings.items() if name not in self.refused}
+        wanted = {name: _plain(name, value) for name, value in self.values.items()}
+        return own != wanted or bool(found.databases) or bool(found.memberships)
+
+
+@dataclass(slots=True)
+class Found:
+    """What one role has: its settings by name, the databases for which it has others, and memberships with it.
+
+    ``memberships`` are (role, member, grantor); those of administrators are not among them.
+    """
+
+    settings: dict[str, str] = field(default_factory=dict)
+    databases: list[str] = field(default_factory=list)
+    memberships: list[tuple[str, str, str | None]] = field(default_factory=list)
+
+
+_ASK = """
+SELECT n AS name, s.name IS NOT NULL AS known, s.reset_val || coalesce(s.unit, '') AS value,
+       s.source = ANY($2) AS server_wide, coalesce(s.context = 'user', false) OR r.rolsuper{granted} AS allowed
+  FROM unnest($1::text[]) n LEFT JOIN pg_settings s ON lower(s.name) = n JOIN pg_roles r ON r.rolname = current_user
+"""
+
+
+async def wanted(connection: Connection, configured: Mapping[str, str | None]) -> RoleSettings:
+    """What roles on this server are to have, by the defaults and the configuration.
+
+    Args:
+        connection: The administrator's.
+        configured: ``TenancyConfig.role_settings``.
+    """
+    given = {name.lower(): value for name, value in {**DEFAULTS, "work_mem": None, **configured}.items()}
+    granted = " OR has_parameter_privilege(r.oid, n, 'SET')" if databases.version(connection) >= 15 else ""
+    rows = await connection.fetch(_ASK.format(granted=granted), list(given), list(_SERVER_WIDE))
+    about = {row["name"]: row for row in rows}
+    own = {name.lower() for name in configured}
+    if "work_mem" not in own and about["work_mem"]["server_wide"]:
+        given["work_mem"] = about["work_mem"]["value"]
+    # a name with a dot is an extension's, which need not be loaded here
+    values = {name: value for name, value in given.items() if value and (about[name]["known"] or "." in name)}
+    refused = tuple(name for name in values if not about[name]["allowed"])
+    unknown = tuple(name for name in own if name not in values and given[name])
+    return RoleSettings({name: values[name] for name in values if name not in refused}, refused, unknown)
+
+
+async def warn(connection: Connection, server: str, settings: RoleSettings) -> None:
+    """Say what tenants' roles on ``server`` go without, and what a superuser can do about it."""
+    for name in settings.unknown:
+        logger.warning("server %s does not know the setting %s of role_settings", server, name)
+    if not settings.refused:
+        return
+    if databases.version(connection) < 15:
+        logger.warning(
+            "the administrator of server %s may not set %s for tenants' roles; before PostgreSQL 15 a superuser must",
+            server,
+            ", ".join(settings.refused),
+        )
+        return
+    administrator = quote_identifier(await connection.fetchval("SELECT current_user::text"))
+    logger.warning(
+        "the administrator of server %s may not set %s for tenants' roles; run as a superuser: %s",
+        server,
+        ", ".join(settings.refused),
+        "; ".join(f"GRANT SET ON PARAMETER {_name(name)} TO {administrator}" for name in settings.refused),
+    )
+
+
+_SETTINGS = """
+SELECT r.rolname, d.datname, s.setdatabase, s.setconfig FROM pg_roles r
+  LEFT JOIN pg_db_role_setting s ON s.setrole = r.oid LEFT JOIN pg_database d ON d.oid = s.setdatabase
+ WHERE starts_with(r.rolname::text, $1)
+"""
+# An administrator is a member of the roles that it made, from PostgreSQL 16 on, and joins one to end its sessions.
+_MEMBERSHIPS = """
+SELECT r.rolname AS role, m.rolname AS member, g.rolname AS grantor
+  FROM pg_auth_members a JOIN pg_roles r ON r.oid = a.roleid JOIN pg_roles m ON m.oid = a.member
+  LEFT JOIN pg_roles g ON g.oid = a.grantor
+ WHERE (starts_with(r.rolname::text, $1) OR starts_with(m.rolname::text, $1))
+   AND NOT (m.rolsuper OR m.rolcreaterole OR m.rolname = current_user)
+"""
+
+
+async def look(connection: Connection, stem: str) -> dict[str, Found]:
+    """What every role has whose name begins with ``stem``, by its name."""
+    found: dict[str, Found] = {}
+    for name, database, database_id, config in await connection.fetch(_SETTINGS, stem):
+        one = found.setdefault(name, Found())
+        if database is not None:
+            one.databases.append(database)
+        elif database_id == 0:
+            one.settings.update((entry.partition("=")[0].lower(), entry.partition("=")[2]) for entry in config)
+    for role, member, grantor in await connection.fetch(_MEMBERSHIPS, stem):
+        for name in {role, member} & found.keys():
+            found[name].memberships.append((role, member, grantor))
+    return found
+
+
+async def restore(connection: Connection, role: str, configured: Mapping[str, str | None], *, timeout: float) -> bool:
+    """Give a role what it is to have, and nothing else. Returns whether it had anything else.
+
+    Sessions that are open keep what they have. Where the role resists, by a transaction of its own on the same rows,
+    its sessions that do so are ended. A member that this administrator may not remove is named in a warning.
+
+    Args:
+        connection: An administrator's, which holds the tenant's lock.
+        role: The tenant's role.
+        configured: ``TenancyConfig.role_settings``.
+        timeout: Seconds for all of it.
+
+    Raises:
+        TimeoutError: it resisted for longer.
+    """
+    settings = await wanted(connection, configured)
+    found = (await look(connection, role)).get(role)
+    if found is None or not settings.differ(found):
+        return False
+    await insist(connection, role, partial(_correct, connection, role, found, settings), timeout=timeout)
+    if (await look(connection, role)).get(role) == found:
+        logger.info("role %s has settings or members from a superuser, which this administrator cannot remove", role)
+        return False
+    logger.warning("role %s had other settings or members than it was given; it has those again", role)
+    return True
+
+
+async def _correct(connection: Connection, role: str, found: Found, settings: RoleSettings) -> None:
+    """RESET ALL leaves alone what only a superuser may set, and so has set."""
+    quoted = quote_identifier(role)
+    own = (f"ALTER ROLE {quoted} IN DATABASE {quote_identifier(name)} RESET ALL" for name in found.databases)
+    # one message, and so one transaction
+    await connection.execute("; ".join([*own, f"ALTER ROLE {quoted} RESET ALL", *settings.statements(role)]))
+    for granted, member, grantor in found.memberships:
+        statement = f"REVOKE {quote_identifier(granted)} FROM {quote_identifier(member)}"
+        if grantor is not None and databases.version(connection) >= 16:
+            # there, a membership exists once for each grantor
+            statement += f" GRANTED BY {quote_identifier(grantor)} CASCADE"
+        try:
+            await connection.execute(statement)
+        except asyncpg.InsufficientPrivilegeError:
+            logger.warning("role %s is a member of role %s; run as a superuser: %s", member, granted, statement)
+
+
+def _name(name: str) -> str:
+    return ".".join(quote_identifier(part) for part in name.split("."))
+
+
+def _value(name: str, value: str) -> str:
+    return ", ".join(quote_literal(part) for part in _plain(name, value))
+
+
+def _plain(name: str, value: str) -> tuple[str, ...]:
+    """The value as it can be compared: PostgreSQL keeps the names in a list quoted where they need to be."""
+    if name not in _LISTS:
+        return (value,)
+    return tuple(part.strip().strip('"') for part in value.split(","))

@@ -1,0 +1,380 @@
+"""End the sessions of tenants that would stop a server for the others.
+
+PostgreSQL bounds none of this for a single role: the locks that a session holds (the table of locks is one for the
+whole server), how long a transaction stays open, and for how long a listening session keeps the notification queue from
+being emptied. A role's settings bound well-meaning programs; SQL of a tenant's own may change them in its session.
+
+Once the table of locks is full, nobody can log in. So the watchdog keeps its connections between two runs, each with a
+reserve of locks that it gives up at such a time: what works then is what was connected before. A program that only
+looks once, such as a timer's, may come too late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+from uuid import UUID
+
+from ..config import TenancyConfig
+from ..control.audit import SYSTEM, Actor
+from ..control.failures import SERVER_FAILURES
+from ..control.names import quote_identifier, quote_literal
+from ..errors import ServerUnavailableError, TenancyError
+from ..events import SessionTerminated
+from ..routing.servers import Server
+from . import databases, sessions
+from .cancellation import settled
+from .databases import Connection
+from .pipeline import Parts, describe
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+RESERVE: Final = 200
+"""How many locks a watchdog's connection keeps, to have room for its own work when the table is full."""
+TENANT_FACTOR: Final = 2
+"""How many times ``max_session_locks`` all sessions of one tenant may hold together."""
+LISTENER_SECONDS: Final = 2.0
+"""Who keeps a full notification queue from being emptied has had a transaction open for at least so long."""
+
+_GONE_SECONDS: Final = 5.0  # how long an ended session may take to go
+_FULL: Final = "53"  # the class of SQLSTATE of a server that has no room for one more connection
+_SETTINGS: Final = {"lock_timeout": "5s", "statement_timeout": "20s", "idle_session_timeout": "0"}
+
+_SESSIONS: Final = """
+SELECT a.pid, r.oid, r.rolname AS role, coalesce(l.locks, 0) AS locks,
+       extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS open_seconds,
+       CASE WHEN a.state LIKE 'idle in transaction%' AND a.xact_start IS NOT NULL
+            THEN extract(epoch FROM clock_timestamp() - a.state_change)::float8 END AS idle_seconds
+  FROM pg_stat_activity a JOIN pg_roles r ON r.oid = a.usesysid
+  LEFT JOIN (SELECT pid, count(*) AS locks FROM pg_locks GROUP BY pid) l ON l.pid = a.pid
+ WHERE starts_with(r.rolname::text, $1)
+"""
+# The same without a table: functions alone, which need no lock themselves.
+_LOCKS: Final = """
+SELECT a.pid, a.usesysid AS oid, l.locks FROM pg_stat_get_activity(NULL) a
+  JOIN (SELECT pid, count(*) AS locks FROM pg_lock_status() GROUP BY pid) l ON l.pid = a.pid
+"""
+_PREPARED: Final = """
+SELECT p.gid, p.owner AS role, p.database, extract(epoch FROM clock_timestamp() - p.prepared)::float8 AS open_seconds,
+       (SELECT count(*) FROM pg_locks own JOIN pg_locks l USING (virtualtransaction)
+         WHERE own.transactionid = p.transaction AND own.pid IS NULL AND l.pid IS NULL) AS locks
+  FROM pg_prepared_xacts p WHERE starts_with(p.owner::text, $1)
+"""
+_ABILITIES: Final = """
+SELECT rolname AS name, rolsuper AS superuser, pg_has_role(oid, 'pg_read_all_stats', 'USAGE') AS sees,
+       rolsuper OR pg_has_role(oid, 'pg_signal_backend', 'USAGE') AS ends
+  FROM pg_roles WHERE rolname = current_user
+"""
+# a key of its own for each watchdog: of a lock that two share, giving up one makes no room
+_TAKE_RESERVE: Final = "SELECT count(pg_try_advisory_lock(pg_backend_pid(), n)) FROM generate_series(1, $1::int) AS n"
+_GIVE_RESERVE: Final = "SELECT pg_advisory_unlock_all()"
+
+
+@dataclass(frozen=True, slots=True)
+class EndedSession:
+    """A session, or a prepared transaction, that was ended.
+
+    Args:
+        tenant_id: The tenant of its role.
+        server: The server.
+        reason: "locks", "transaction", "idle_in_transaction", "notify_queue" or "prepared_transaction".
+        locks: How many locks it held.
+        seconds: How long its transaction was open; None where that is unknown.
+    """
+
+    tenant_id: UUID
+    server: str
+    reason: str
+    locks: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class WatchReport:
+    """What one run has ended, on every server, and what it could not do."""
+
+    ended: tuple[EndedSession, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A session of a tenant's role. How long it has been open or idle is None where the administrator may not see."""
+
+    pid: int
+    oid: int
+    role: str
+    locks: int
+    open_seconds: float | None = None
+    idle_seconds: float | None = None
+
+
+def excessive(found: Iterable[Session], config: TenancyConfig) -> dict[int, tuple[Session, str]]:
+    """Those sessions that are above a bound, by their pid, and which one that is."""
+    above: dict[int, tuple[Session, str]] = {}
+    by_role: defaultdict[str, list[Session]] = defaultdict(list)
+    for session in found:
+        by_role[session.role].append(session)
+        for reason, value, bound in (
+            ("locks", session.locks, config.max_session_locks),
+            ("idle_in_transaction", session.idle_seconds, config.max_idle_transaction_seconds),
+            ("transaction", session.open_seconds, config.max_transaction_seconds),
+        ):
+            if bound and value is not None and value > bound:
+                above.setdefault(session.pid, (session, reason))
+    if config.max_session_locks:
+        # many sessions with few locks each fill the table as well
+        for own in by_role.values():
+            own.sort(key=lambda session: session.locks)
+            while sum(session.locks for session in own) > TENANT_FACTOR * config.max_session_locks:
+                session = own.pop()
+                above.setdefault(session.pid, (session, "locks"))
+    return above
+
+
+@dataclass(slots=True)
+class _Post:
+    """The watchdog's place on one server: its connection, and what it has learned there."""
+
+    server: Server
+    connection: Connection | None = None
+    roles: dict[int, str] = field(default_factory=dict)  # names of tenants' roles by oid
+    may_end: bool | None = None  # whether the administrator may end every session; None until asked
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    ended: list[EndedSession] = field(default_factory=list)  # of the run under way, and so are the errors
+    errors: list[str] = field(default_factory=list)
+
+
+class Watchdog:
+    """Looks at the tenants' sessions on every server, at each ``run``.
+
+    Args:
+        parts: Of provisioning.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._config = parts.config
+        self._posts = [_Post(server) for server in parts.servers.values()]
+
+    async def run(self, *, actor: Actor = SYSTEM) -> WatchReport:
+        """Look once at every server, all at once, and end what is above a bound. Needs no control database.
+
+        Args:
+            actor: Who does this, for the audit log, which is written where the control database answers.
+        """
+        reports = await asyncio.gather(*(self._attempt(post) for post in self._posts))
+        ended = tuple(one for report in reports for one in report.ended)
+        for one in ended:
+            self._parts.events.emit(
+                SessionTerminated(
+                    tenant_id=one.tenant_id, server=one.server, reason=one.reason, locks=one.locks, seconds=one.seconds
+                )
+            )
+        await self._record(ended, actor)
+        return WatchReport(ended, tuple(error for report in reports for error in report.errors))
+
+    async def watch(self, *, every: float, actor: Actor = SYSTEM) -> None:
+        """Look every ``every`` seconds, until cancelled. What fails is logged and tried again."""
+        while True:
+            await self.run(actor=actor)
+            await asyncio.sleep(every)
+
+    async def close(self) -> None:
+        """Close the connections that are kept between two runs."""
+        await asyncio.gather(*(_leave(post) for post in self._posts))
+
+    async def _record(self, ended: Iterable[EndedSession], actor: Actor) -> None:
+        for one in ended:
+            detail = {"server": one.server, "reason": one.reason, "locks": one.locks, "seconds": one.seconds}
+            try:
+                async with asyncio.timeout(self._config.connect_timeout):
+                    await self._parts.registry.note(one.tenant_id, "session.terminate", detail=detail, actor=actor)
+            except (TenancyError, *SERVER_FAILURES) as exc:
+                # it is in the application's log, and the control database may be what suffers
+                logger.warning("the end of a session is not in the audit log: %s", describe(exc))
+                return
+
+    # --- one server -------------------------------------------------------------------------------------------------
+
+    async def _attempt(self, post: _Post) -> WatchReport:
+        async with post.busy:
+            post.ended, post.errors = [], []
+            try:
+                async with asyncio.timeout(self._config.provision_timeout), _stationed(post) as connection:
+                    await self._visit(post, connection)
+            except (TenancyError, *SERVER_FAILURES) as exc:
+                post.errors.append(f"{post.server.name}: {describe(exc)}")
+            for error in post.errors:
+                logger.error("watching the tenants' sessions: %s", error)
+            return WatchReport(tuple(post.ended), tuple(post.errors))
+
+    async def _visit(self, post: _Post, connection: Connection) -> None:
+        await self._make_room(post, connection)
+        await self._learn(post, connection)
+        for session, reason in excessive(await self._look(post, connection), self._config).values():
+            await self._end(post, connection, session, reason)
+        await self._end_listeners(post, connection)
+        await self._end_prepared(post, connection)
+        await connection.fetchval(_TAKE_RESERVE, RESERVE)
+
+    async def _make_room(self, post: _Post, connection: Connection) -> None:
+        """End who fills the table of locks, by functions that need none; then give up the reserve for what follows."""
+        rows = await connection.fetch(_LOCKS)
+        # others are no tenants', or have logged in since the last look
+        known = [
+            Session(row["pid"], row["oid"], post.roles[row["oid"]], row["locks"])
+            for row in rows
+            if row["oid"] in post.roles
+        ]
+        for session, reason in excessive(known, self._config).values():
+            await self._end_by_reserve(post, connection, session, reason)
+        await connection.execute(_GIVE_RESERVE)
+
+    async def _end_by_reserve(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
+        """Give up the reserve and end a session in one message, so that nobody takes the room in between."""
+        role = quote_identifier(session.role)
+        found = f"pg_stat_get_activity({session.pid:d}) WHERE usesysid = {session.oid:d}"
+        kill = f"SELECT pg_terminate_backend(pid) FROM {found}"  # noqa: S608 - two numbers
+        steps = [_GIVE_RESERVE, kill]
+        if not post.may_end:
+            # as ``sessions.end`` does it
+            options = " WITH INHERIT TRUE, SET TRUE" if databases.version(connection) >= 16 else ""
+            steps[1:] = [f"GRANT {role} TO CURRENT_USER{options}", kill, f"REVOKE {role} FROM CURRENT_USER"]
+        await connection.execute("; ".join(steps))
+        await self._confirm(post, connection, session, reason)
+
+    async def _learn(self, post: _Post, connection: Connection) -> None:
+        if post.may_end is not None:
+            return
+        able = await connection.fetchrow(_ABILITIES)
+        if not able["sees"]:
+            logger.warning(
+                "the administrator of server %s does not see how long tenants' transactions are open: only their locks "
+                "are bounded; run as a superuser: GRANT pg_monitor TO %s",
+                post.server.name,
+                quote_identifier(able["name"]),
+            )
+        post.may_end = able["ends"]
+
+    async def _look(self, post: _Post, connection: Connection) -> list[Session]:
+        rows = await connection.fetch(_SESSIONS, self._parts.names.tenant_stem)
+        post.roles.update((row["oid"], row["role"]) for row in rows)
+        return [Session(**row) for row in rows]
+
+    async def _end_listeners(self, post: _Post, connection: Connection) -> None:
+        """Have the notification queue emptied. It ends where the slowest listener is, which PostgreSQL does not name.
+
+        A listener reads nothing while its transaction is open. So the tenants' sessions with the oldest transactions
+        are ended, one by one, until the queue is below its bound.
+        """
+        bound = self._config.max_notify_queue
+        if not bound or (usage := await _queue_usage(connection)) <= bound:
+            return
+        found = [one for one in await self._look(post, connection) if (one.open_seconds or 0) > LISTENER_SECONDS]
+        for session in sorted(found, key=lambda one: one.open_seconds or 0, reverse=True):
+            await self._end(post, connection, session, "notify_queue")
+            if (usage := await _queue_usage(connection)) <= bound:
+                return
+        post.errors.append(
+            f"{post.server.name}: the notification queue is at {usage:.0%}, and no transaction of a tenant that has "
+            f"been open for {LISTENER_SECONDS:g} s keeps it there"
+        )
+
+    async def _end(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
+        if await sessions.end(connection, session.role, [session.pid]):
+            await self._confirm(post, connection, session, reason)
+
+    async def _confirm(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
+        """Wait until a session is gone, and tell."""
+        if not await _gone(connection, session):
+            post.errors.append(
+                f"{post.server.name}: session {session.pid} of {session.role} was ended, but is still there"
+            )
+        self._tell(post, session.role, reason, session.locks, session.open_seconds)
+
+    def _tell(self, post: _Post, role: str, reason: str, locks: int, seconds: float | None) -> None:
+        tenant_id = self._parts.names.parse(role)
+        logger.error(
+            "a session of role %s on server %s was ended (%s): it held %d locks, and its transaction was open for %s s",
+            role,
+            post.server.name,
+            reason,
+            locks,
+            "?" if seconds is None else round(seconds, 1),
+        )
+        if tenant_id is not None:
+            post.ended.append(EndedSession(tenant_id, post.server.name, reason, locks, seconds))
+
+    # --- prepared transactions --------------------------------------------------------------------------------------
+
+    async def _end_prepared(self, post: _Post, connection: Connection) -> None:
+        """Roll back prepared transactions: they keep their locks without a session, even over a restart."""
+        config = self._config
+        for row in await connection.fetch(_PREPARED, self._parts.names.tenant_stem):
+            too_old = 0 < config.max_transaction_seconds < row["open_seconds"]
+            if too_old or 0 < config.max_session_locks < row["locks"]:
+                await self._roll_back(post, connection, row["role"], row["database"], row["gid"])
+                self._tell(post, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
+
+    async def _roll_back(self, post: _Post, connection: Connection, role: str, database: str, gid: str) -> None:
+        """Only in the database where it was prepared, and only as its owner or as a superuser."""
+        if await databases.is_superuser(connection):
+            await _roll_back(post.server, database, None, gid)
+            return
+        async with sessions.joined(connection, role):
+            await _roll_back(post.server, database, role, gid)
+
+
+async def _roll_back(server: Server, database: str, role: str | None, gid: str) -> None:
+    inside = await server.connect_admin(database, role=role, settings=_SETTINGS)
+    try:
+        await inside.execute(f"ROLLBACK PREPARED {quote_literal(gid)}")
+    finally:
+        await settled(databases.close(inside))
+
+
+async def _queue_usage(connection: Connection) -> float:
+    return float(await connection.fetchval("SELECT pg_notification_queue_usage()"))
+
+
+async def _gone(connection: Connection, session: Session) -> bool:
+    """Whether a session that was ended goes, soon."""
+    query = "SELECT count(*) FROM pg_stat_get_activity($1) WHERE usesysid = $2"
+    try:
+        async with asyncio.timeout(_GONE_SECONDS):
+            while await connection.fetchval(query, session.pid, session.oid):  # noqa: ASYNC110 - it is another process
+                await asyncio.sleep(databases.POLL_SECONDS)
+    except TimeoutError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def _stationed(post: _Post) -> AsyncIterator[Connection]:
+    """The connection of a post, which stays open; one that is lost is replaced, as soon as the server has room."""
+    if post.connection is None or not await databases.is_alive(post.connection):
+        await _leave(post)
+        post.connection = await _connect(post.server)
+    yield post.connection
+
+
+async def _connect(server: Server) -> Connection:
+    while True:
+        try:
+            return await server.connect_admin(settings=_SETTINGS)
+        except ServerUnavailableError as exc:
+            if not (exc.sqlstate or "").startswith(_FULL):
+                raise
+            await asyncio.sleep(databases.POLL_SECONDS)
+
+
+async def _leave(post: _Post) -> None:
+    connection, post.connection = post.connection, None
+    if connection is not None:
+        await settled(databases.close(connection))
