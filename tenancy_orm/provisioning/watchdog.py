@@ -21,6 +21,7 @@ from typing import Final
 from uuid import UUID
 
 from ..config import TenancyConfig
+from ..context import refuse_while_bound
 from ..control.audit import SYSTEM, Actor
 from ..control.failures import SERVER_FAILURES
 from ..control.names import quote_identifier, quote_literal
@@ -167,7 +168,11 @@ class Watchdog:
 
         Args:
             actor: Who does this, for the audit log, which is written where the control database answers.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("ending sessions")
         reports = await asyncio.gather(*(self._attempt(post) for post in self._posts))
         ended = tuple(one for report in reports for one in report.ended)
         for one in ended:
@@ -180,7 +185,11 @@ class Watchdog:
         return WatchReport(ended, tuple(error for report in reports for error in report.errors))
 
     async def watch(self, *, every: float, actor: Actor = SYSTEM) -> None:
-        """Look every ``every`` seconds, until cancelled. What fails is logged and tried again."""
+        """Look every ``every`` seconds, until cancelled. What fails is logged and tried again.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
         while True:
             await self.run(actor=actor)
             await asyncio.sleep(every)

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, get_type_hints
 
 import pytest
@@ -26,6 +27,7 @@ from tenancy_orm.control.registry import TenantDraft, uuid7
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
 from tenancy_orm.events import EventBus
 from tenancy_orm.protocols import UsageRecord
+from tenancy_orm.provisioning.watchdog import Watchdog
 from tests.support.models import Base
 from tests.support.postgres import Postgres
 
@@ -52,6 +54,7 @@ EXCUSED = {
     "events.subscribe": "registers a callback of the application's",
     "events.wants": "tells whether the application listens",
     "migrations.environment": "loads the migration directory",
+    "provisioner.watchdog.close": "closes connections",
     "provisioner.close": "closes connections",
     "quotas.close": "closes connections",
     "quotas.invalidate": "forgets what is looked up again",
@@ -67,6 +70,8 @@ EXCUSED = {
     "servers.values": "returns addresses of the configuration",
     "tiers.in_force": "tiers are nobody's own, and tenants may know them",
 }
+
+HELD_EXCUSED = {"directory.admissions": "ends what no longer holds, and names no tenant"}
 
 
 class _Sender:
@@ -121,6 +126,7 @@ def parts() -> dict[str, type]:
     found: dict[str, type] = {
         "rates": Rates,
         "events": EventBus,
+        "provisioner.watchdog": Watchdog,
     }
     for name, member in vars(Tenancy).items():
         if isinstance(member, property) and not name.startswith("_"):
@@ -193,13 +199,15 @@ def others(plane: Plane) -> dict[str, Any]:
         "error": "x",
         "target": None,
         "role": "x",
+        "detail": {},
+        "every": 60.0,
         "addresses": {},
     }
 
 
 async def call(tenancy: Tenancy, part: str, name: str, arguments: dict[str, Any]) -> Any:
     """Call a method and carry out whatever it returns."""
-    outcome = getattr(getattr(tenancy, part), name)(**arguments)
+    outcome = attrgetter(f"{part}.{name}")(tenancy)(**arguments)
     if isinstance(outcome, AbstractAsyncContextManager):
         async with outcome:
             return None
@@ -237,6 +245,21 @@ async def test_a_bound_tenant_reaches_no_other(plane: Plane, part: str, name: st
                 continue
             # what answers from memory may also say that it does not know
             assert part == "directory" and name == "peek" and answer is None, arguments
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_the_parts_hold_in_public_is_enumerated_as_well(plane: Plane) -> None:
+    """A part that hands out another object of the package hands out its methods."""
+    held = {
+        f"{part}.{name}"
+        for part in parts()
+        if part != "config"
+        for name, value in vars(attrgetter(part)(plane.tenancy)).items()
+        if not name.startswith("_")
+        and type(value).__module__.startswith("tenancy_orm.")
+        and any(inspect.iscoroutinefunction(member) for _, member in inspect.getmembers(type(value)))
+    }
+    assert held <= parts().keys() | HELD_EXCUSED.keys()
 
 
 def test_every_excuse_is_needed() -> None:
