@@ -55,25 +55,28 @@ async def test_a_key_that_is_not_remembered_any_more_ends_what_it_has_let_in(con
 
 
 async def test_who_is_let_in_while_the_key_is_revoked_is_found(
-    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+    control_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The look-up had its answer before the revocation, and its caller after it."""
-    _, key = await plane.tenant("acme")
-    key_id = (await plane.directory.authenticate(key)).key_id
-    plane.directory.invalidate()
-    revoked = False
+    # without a listener: it would tell of the revocation once more
+    async with control_plane(control_url, opened=False) as plane:
+        _, key = await plane.tenant("acme")
+        key_id = (await plane.directory.authenticate(key)).key_id
+        await plane.directory.flush()  # what was used is remembered until it is written down
+        plane.directory.invalidate()
+        revoked = False
 
-    async def revoke() -> None:
-        nonlocal revoked
-        if not revoked:
-            revoked = True
-            await plane.keys.revoke(key_id)
+        async def revoke() -> None:
+            nonlocal revoked
+            if not revoked:
+                revoked = True
+                await plane.keys.revoke(key_id)
 
-    follow(monkeypatch, plane.directory._key_batch, revoke)
-    credential = await plane.directory.authenticate(key)
-    await until(lambda: admission_of(credential.tenant).ended)
-    with pytest.raises(InvalidApiKeyError):
-        await plane.directory.authenticate(key)
+        follow(monkeypatch, plane.directory._key_batch, revoke)
+        credential = await plane.directory.authenticate(key)
+        await until(lambda: admission_of(credential.tenant).ended)
+        with pytest.raises(InvalidApiKeyError):
+            await plane.directory.authenticate(key)
 
 
 async def test_a_change_that_was_not_heard_of_ends_it_once_the_listener_is_back(plane: ControlPlane) -> None:
