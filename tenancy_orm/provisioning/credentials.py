@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 from ..config import TenancyConfig
@@ -13,6 +14,7 @@ from ..context import Placement, Status, Tenant
 from ..control.audit import SYSTEM, Actor
 from ..control.data_keys import DataKeys
 from ..control.failures import SERVER_FAILURES
+from ..control.names import Names
 from ..control.registry import Registry
 from ..control.sealed import ResealReport, SealedPasswords
 from ..control.secrets import Keyring
@@ -20,6 +22,7 @@ from ..errors import ConfigurationError, ProvisioningError, TenancyError, Tenant
 from ..routing.servers import Servers
 from . import databases
 from .administration import Administration
+from .blockers import Blockers
 from .cancellation import settled
 from .pipeline import describe, tenant_key
 from .scram import scram_verifier
@@ -55,6 +58,7 @@ class SecretManager:
         registry: Registry,
         sealed: SealedPasswords,
         servers: Servers,
+        names: Names,
         keyring: Keyring,
         data_keys: DataKeys | None = None,
     ) -> None:
@@ -64,7 +68,8 @@ class SecretManager:
         self._servers = servers
         self._keyring = keyring
         self._data_keys = data_keys
-        self._administration = Administration(keep=CONCURRENCY)
+        self._blockers = partial(Blockers, names=names, registry=registry)
+        self._administration = Administration(self._blockers, keep=CONCURRENCY)
 
     # --- passwords --------------------------------------------------------------------------------------------------
 
@@ -169,7 +174,8 @@ class SecretManager:
         try:
             # no variable holds the password: what fails below would carry it in its traceback's frames
             verifier = scram_verifier(await self._sealed.begin(tenant_id))
-            await databases.set_password(connection, placement.role, verifier=verifier)
+            change = partial(databases.set_password, connection, placement.role, verifier=verifier)
+            await self._blockers(server).run(connection, change, role=placement.role)
             await self._sealed.finish(tenant_id, actor=actor)
         finally:
             await settled(self._administration.release(server, connection, key))
