@@ -43,6 +43,7 @@ _ATTEMPTS = 100
 _TOLERATED = 3
 # "tuple concurrently updated", deadlock detected, lock_timeout
 _RACES = frozenset({databases.CONCURRENT_UPDATE, "40P01", "55P03"})
+_RETRY_SECONDS = 0.5  # after an error of the watching connection itself
 _DOORS = 8
 
 # Whoever keeps $1 waiting, and whoever keeps those waiting: a stranger's session may itself wait for a tenant's.
@@ -181,6 +182,16 @@ class Blockers:
         finally:
             await databases.close(connection)
 
+    async def clear_doors(self, connection: Connection) -> None:
+        """End the sessions of tenants that wait to drop or rename a database, which they may not do.
+
+        Until such a session ends, everybody else who wants to connect to that database waits behind it.
+
+        Args:
+            connection: To any database of the server.
+        """
+        await self._end_sessions(connection, await connection.fetch(_IN_THE_DOOR, self._stem))
+
     # --- watching ---------------------------------------------------------------------------------------------------
 
     @property
@@ -202,7 +213,7 @@ class Blockers:
             except (TenancyError, *SERVER_FAILURES) as exc:
                 # another administrator may have ended it first, or left a role that this one has just joined
                 logger.warning("ending what keeps a statement waiting failed: %s: %s", type(exc).__name__, exc)
-                await asyncio.sleep(POLL_SECONDS)
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def _end_blockers(self, connection: Connection, pid: int) -> None:
         await self._end_sessions(connection, await connection.fetch(_SESSIONS, pid, self._stem))
@@ -225,7 +236,7 @@ class Blockers:
             connection = await self._enter_anywhere()
             try:
                 while True:
-                    await self._end_sessions(connection, await connection.fetch(_IN_THE_DOOR, self._stem))
+                    await self.clear_doors(connection)
                     await asyncio.sleep(POLL_SECONDS)
             finally:
                 await databases.close(connection)
@@ -234,7 +245,10 @@ class Blockers:
 
     async def _enter_anywhere(self) -> Connection:
         """Log in to whichever database admits the administrator first: a tenant can block only a few."""
-        known = sorted(await self._registry.placements(self._server.name))
+        try:
+            known = sorted(await self._registry.placements(self._server.name))
+        except TenancyError:
+            known = []  # the control database is on the same server, perhaps, and blocked as well
         doors = [None, "postgres", "template1", *random.sample(known, min(len(known), _DOORS))]
         attempts = {asyncio.ensure_future(self._server.connect_admin(door)) for door in doors}
         waiting = set(attempts)

@@ -339,7 +339,8 @@ async def role_exists(connection: Connection, name: str) -> bool:
 async def roles(connection: Connection, stem: str) -> dict[str, RoleState]:
     """Every role whose name begins with ``stem``, by its name."""
     rows = await connection.fetch(
-        "SELECT rolname, rolcanlogin, rolconnlimit, oid IN (SELECT usesysid FROM pg_stat_activity) AS connected, "
+        "SELECT rolname, rolcanlogin, rolconnlimit, "
+        "EXISTS (SELECT FROM pg_stat_activity WHERE usesysid = pg_roles.oid) AS connected, "
         "coalesce(admitted.names, '{}') AS admitted_to FROM pg_roles LEFT JOIN ("
         "SELECT granted.grantee, array_agg(datname::text) AS names FROM pg_database, aclexplode(datacl) AS granted "
         "WHERE granted.privilege_type = 'CONNECT' GROUP BY 1) AS admitted ON admitted.grantee = oid "

@@ -24,7 +24,7 @@ from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import TemplateError, TenancyError
 from ..routing.servers import Server
-from . import databases, removal
+from . import catalogue_guard, databases, removal
 from .blockers import Blockers
 from .cancellation import settled
 from .databases import Connection, Contents, Strategy
@@ -221,6 +221,7 @@ class Templates:
         connection = await self._blockers(server).connect(name)
         try:
             await databases.prepare_schema(connection, self._names.owner)
+            await catalogue_guard.install(connection, self._names.owner)
             for extension in self._config.extensions:
                 await databases.create_extension(connection, extension)
         finally:
