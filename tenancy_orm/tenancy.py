@@ -729,6 +729,7 @@ class _Parts:
             registry=self.registry,
             sealed=self.sealed,
             servers=self.servers,
+            names=self.names,
             keyring=self.keyring,
             data_keys=self._data_keys,
         )

@@ -68,6 +68,10 @@ class Names:
         """The name of a short-lived database; ``token`` is hexadecimal digits."""
         return f"{self.stem}_x_{token[:16]}"
 
+    def retired(self, token: str) -> str:
+        """The name of a role that was a purged tenant's and cannot be dropped yet; ``token`` is hexadecimal digits."""
+        return f"{self.stem}_r_{token[:16]}"
+
     def parse(self, name: str) -> UUID | None:
         """The tenant's id in the name of one of this installation's databases or roles, or None."""
         match = self._tenant.fullmatch(name)

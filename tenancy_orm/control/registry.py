@@ -714,6 +714,20 @@ class Registry:
                 await self._write_audit(connection, "tenant.purge_begin", before, actor)
         return before
 
+    async def erase_secrets(self, tenant_id: UUID) -> None:
+        """Erase the keys and passwords of a tenant that is being purged. What is left of it is of use to nobody.
+
+        An empty password stays: until the purge is finished, the row says where the tenant was.
+        """
+        async with self._control.transaction() as connection:
+            await connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant_id))
+            await connection.execute(
+                update(tenants)
+                .where(tenants.c.id == tenant_id, tenants.c.purge_started_at.is_not(None))
+                .where(tenants.c.status == Status.DELETED)
+                .values(sealed_password=b"", next_sealed_password=None)
+            )
+
     async def finish_purge(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
         """Leave a tombstone: the keys, the sealed password, metadata and overrides go, and the slug is free again.
 

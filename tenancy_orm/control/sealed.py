@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ARRAY, LargeBinary, Row, Select, Uuid, bindparam, select, text, update
+from sqlalchemy import ARRAY, LargeBinary, Row, Select, Uuid, bindparam, func, or_, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -248,7 +248,8 @@ class SealedPasswords:
         prefix = bytes([1, len(key_id)]) + key_id
         return (
             select(tenants.c.id, tenants.c.slug, stored.label("sealed"))
-            .where(stored.is_not(None))
+            # an empty one has been erased by a purge
+            .where(or_(func.length(stored) > 0, tenants.c.purge_started_at.is_(None)))
             .where(text(f"substring({column} for {len(prefix)}) <> :prefix").bindparams(prefix=prefix))
             .order_by(tenants.c.id)
         )

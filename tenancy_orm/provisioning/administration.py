@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Callable
 
 from ..control.failures import SERVER_FAILURES
 from ..loops import HomeLoop
 from ..routing.servers import Server
 from . import databases
+from .blockers import Blockers
 from .cancellation import settled
 from .databases import Connection
 
@@ -26,11 +28,13 @@ class Administration:
     """Hands out connections to servers' maintenance databases, each with an advisory lock held on it.
 
     Args:
+        blockers: Makes what ends tenants' locks on a server.
         keep: How many idle connections are kept for each server.
         idle: ... and for how long, in seconds.
     """
 
-    def __init__(self, *, keep: int, idle: float = IDLE_SECONDS) -> None:
+    def __init__(self, blockers: Callable[[Server], Blockers], *, keep: int, idle: float = IDLE_SECONDS) -> None:
+        self._blockers = blockers
         self._keep = keep
         self._home = HomeLoop()
         self._idle_seconds = idle
@@ -53,7 +57,7 @@ class Administration:
             self._timers.pop(connection).cancel()
             if await self._survived(connection):
                 return await self._locked(connection, key, timeout)
-        return await self._locked(await server.connect_admin(settings=_KEEPALIVES), key, timeout)
+        return await self._locked(await self._blockers(server).connect(settings=_KEEPALIVES), key, timeout)
 
     async def release(self, server: Server, connection: Connection, key: int) -> None:
         """Give up the lock, and keep the connection for the next one where there is room.

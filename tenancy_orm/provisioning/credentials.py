@@ -14,6 +14,7 @@ from ..context import Placement, Status, Tenant, refuse_while_bound
 from ..control.audit import SYSTEM, Actor
 from ..control.data_keys import DataKeys
 from ..control.failures import SERVER_FAILURES
+from ..control.names import Names
 from ..control.registry import Registry
 from ..control.sealed import ResealReport, SealedPasswords
 from ..control.secrets import Keyring
@@ -21,10 +22,10 @@ from ..errors import ConfigurationError, ProvisioningError, TenancyError, Tenant
 from ..routing.servers import Servers
 from . import databases, role_settings
 from .administration import Administration
+from .blockers import Blockers
 from .cancellation import settled
 from .pipeline import describe, tenant_key
 from .scram import scram_verifier
-from .sessions import insist
 
 logger = logging.getLogger("tenancy_orm.secrets")
 
@@ -57,6 +58,7 @@ class SecretManager:
         registry: Registry,
         sealed: SealedPasswords,
         servers: Servers,
+        names: Names,
         keyring: Keyring,
         data_keys: DataKeys | None = None,
     ) -> None:
@@ -67,7 +69,8 @@ class SecretManager:
         self._servers = servers
         self._keyring = keyring
         self._data_keys = data_keys
-        self._administration = Administration(keep=CONCURRENCY)
+        self._blockers = partial(Blockers, names=names, registry=registry)
+        self._administration = Administration(self._blockers, keep=CONCURRENCY)
 
     # --- passwords --------------------------------------------------------------------------------------------------
 
@@ -172,11 +175,11 @@ class SecretManager:
         # the lock that creation and purge take: one process at a time changes a tenant's role
         connection = await self._administration.acquire(server, key, timeout=self._timeout)
         try:
-            await role_settings.restore(connection, placement.role, self._role_settings, timeout=self._timeout)
+            await role_settings.restore(connection, self._blockers(server), placement.role, self._role_settings)
             # no variable holds the password: what fails below would carry it in its traceback's frames
             verifier = scram_verifier(await self._sealed.begin(tenant_id))
             change = partial(databases.set_password, connection, placement.role, verifier=verifier)
-            await insist(connection, placement.role, change, timeout=self._timeout)
+            await self._blockers(server).run(connection, change, role=placement.role)
             await self._sealed.finish(tenant_id, actor=actor)
         finally:
             await settled(self._administration.release(server, connection, key))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -51,11 +52,12 @@ class DatabaseState:
 
 @dataclass(frozen=True, slots=True)
 class RoleState:
-    """What ``pg_roles`` says of one role."""
+    """What ``pg_roles`` and ``pg_database`` say of one role."""
 
     can_login: bool
     connection_limit: int
     connected: bool  # whether it has a connection now
+    admitted_to: frozenset[str] = frozenset()  # the databases it may CONNECT to by a grant of its own
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -176,22 +178,16 @@ async def drop_database(connection: Connection, name: str) -> None:
     """Drop a database, a template as well, and end the connections to it. Does nothing where it is gone.
 
     Raises:
-        ProvisioningError: a prepared transaction, replication slot or subscription holds it (55006).
+        asyncpg.ObjectInUseError: a prepared transaction, replication slot or subscription holds it (55006): see
+            ``removal.drop_database``.
     """
     quoted = quote_identifier(name)
     try:
         if await connection.fetchval("SELECT datistemplate FROM pg_database WHERE datname = $1", name):
             await connection.execute(f"ALTER DATABASE {quoted} WITH IS_TEMPLATE false")
         await connection.execute(f"DROP DATABASE IF EXISTS {quoted} WITH (FORCE)")
-    except asyncpg.PostgresError as exc:
-        if sqlstate(exc) == MISSING_DATABASE:
-            return
-        if sqlstate(exc) == OBJECT_IN_USE:
-            raise ProvisioningError(
-                f"database {name!r} cannot be dropped: it has a prepared transaction, a replication slot or a "
-                "subscription; remove that first"
-            ) from exc
-        raise
+    except asyncpg.InvalidCatalogNameError:  # 3D000
+        return
 
 
 async def database_state(connection: Connection, name: str) -> DatabaseState | None:
@@ -347,11 +343,20 @@ async def role_exists(connection: Connection, name: str) -> bool:
 async def roles(connection: Connection, stem: str) -> dict[str, RoleState]:
     """Every role whose name begins with ``stem``, by its name."""
     rows = await connection.fetch(
-        "SELECT rolname, rolcanlogin, rolconnlimit, oid IN (SELECT usesysid FROM pg_stat_activity) AS connected "
-        "FROM pg_roles WHERE starts_with(rolname::text, $1) ORDER BY rolname",
+        "SELECT rolname, rolcanlogin, rolconnlimit, "
+        "EXISTS (SELECT FROM pg_stat_activity WHERE usesysid = pg_roles.oid) AS connected, "
+        "coalesce(admitted.names, '{}') AS admitted_to FROM pg_roles LEFT JOIN ("
+        "SELECT granted.grantee, array_agg(datname::text) AS names FROM pg_database, aclexplode(datacl) AS granted "
+        "WHERE granted.privilege_type = 'CONNECT' GROUP BY 1) AS admitted ON admitted.grantee = oid "
+        "WHERE starts_with(rolname::text, $1) ORDER BY rolname",
         stem,
     )
-    return {row["rolname"]: RoleState(row["rolcanlogin"], row["rolconnlimit"], row["connected"]) for row in rows}
+    return {
+        row["rolname"]: RoleState(
+            row["rolcanlogin"], row["rolconnlimit"], row["connected"], frozenset(row["admitted_to"])
+        )
+        for row in rows
+    }
 
 
 async def is_superuser(connection: Connection) -> bool:
@@ -416,6 +421,25 @@ async def _alter_role(connection: Connection, name: str, attributes: str) -> Non
         raise ProvisioningError(f"role {name!r} does not exist; run: tenancy reconcile") from exc
 
 
+@asynccontextmanager
+async def joined(connection: Connection, *names: str) -> AsyncIterator[None]:
+    """Have the rights of roles while the body runs. Superusers have them anyway.
+
+    An administrator who is not a superuser is a member of a tenant's role only while it needs to be: with thousands of
+    memberships PostgreSQL would get slow for it.
+    """
+    wanted = () if await is_superuser(connection) else names
+    try:
+        for name in wanted:
+            await join_role(connection, name)
+        yield
+    finally:
+        for name in wanted:
+            if not connection.is_closed():
+                with suppress(asyncpg.UndefinedObjectError):  # dropped, or renamed, by the body
+                    await leave_role(connection, name)
+
+
 async def terminate(connection: Connection, role: str, *, timeout: float) -> None:
     """End every connection of ``role``, which may log in no more, and wait until they are gone.
 
@@ -426,37 +450,27 @@ async def terminate(connection: Connection, role: str, *, timeout: float) -> Non
         # a login that was admitted just before appears among the connections a moment later: look again
         looks_left = 2
         while looks_left:
-            looks_left = 2 if await _terminate_once(connection, role) else looks_left - 1
+            looks_left = 2 if await end_connections(connection, role) else looks_left - 1
             if looks_left:
                 await asyncio.sleep(POLL_SECONDS)
 
 
-async def _terminate_once(connection: Connection, role: str) -> bool:
-    query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1"
+async def end_connections(connection: Connection, role: str, pids: Sequence[int] | None = None) -> bool:
+    """End the connections that ``role`` has now, or some of them, and return whether there were any."""
+    query = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE usename = $1 AND ($2::int[] IS NULL OR pid = ANY ($2))"
+    )
     try:
-        return bool(await connection.fetch(query, role))
+        return bool(await connection.fetch(query, role, pids))
     except asyncpg.InsufficientPrivilegeError:
-        # An administrator who is not a superuser may end the connections of roles it is a member of. It is a member
-        # only while it does so: with thousands of memberships PostgreSQL would get slow for it.
-        await join_role(connection, role)
         try:
-            return bool(await connection.fetch(query, role))
-        finally:
-            await leave_role(connection, role)
-
-
-async def remove(connection: Connection, *, database: str, role: str, timeout: float) -> None:
-    """Remove a tenant's database and role, whatever is left of them, in the order that leaves no way in.
-
-    Raises:
-        TimeoutError: a connection of the role did not end within ``timeout`` seconds.
-        ProvisioningError: the database cannot be dropped, see ``drop_database``.
-    """
-    if await role_exists(connection, role):
-        await set_login(connection, role, False)
-        await terminate(connection, role, timeout=timeout)
-    await drop_database(connection, database)
-    await drop_role(connection, role)
+            async with joined(connection, role):
+                return bool(await connection.fetch(query, role, pids))
+        except asyncpg.PostgresError as exc:
+            if sqlstate(exc) not in (INSUFFICIENT_PRIVILEGE, CONCURRENT_UPDATE):
+                raise
+            return True  # another administrator has just left the role: there may be some, look again
 
 
 # --- rights inside a database ---------------------------------------------------------------------------------------

@@ -37,8 +37,9 @@ from ..errors import (
 from ..events import EventBus, TenantCreationFailed
 from ..routing import marker
 from ..routing.servers import Server, Servers
-from . import advisory_locks, databases
+from . import access, advisory_locks, databases, removal
 from .administration import Administration
+from .blockers import Blockers
 from .cancellation import settled
 from .databases import Connection, Strategy
 from .role_settings import RoleSettings
@@ -49,6 +50,9 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 
 # What the registry's row says of a creation whose undoing failed. Not a step: reconcile removes what it finds.
 UNDOING = "undoing"
+
+# CREATE DATABASE takes a while by itself.
+_PATIENCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class Parts:
     installation: UUID
     templates: Templates
     events: EventBus
+    blockers: Callable[[Server], Blockers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,7 @@ class Creation:
     ) -> None:
         self._parts = parts
         self._server = server
+        self._blockers = parts.blockers(server)
         self._template = template
         self._draft = draft
         self._settings = settings
@@ -175,7 +181,8 @@ class Creation:
         self._begun.append(step)
         writing = asyncio.ensure_future(self._write(following))
         try:
-            await step.apply()
+            async with self._blockers.ending(self._admin, patience=_PATIENCE_SECONDS):
+                await step.apply()
         except DatabaseExistsError:
             # not made by this step, so not to be undone by it
             self._begun.remove(step)
@@ -223,7 +230,7 @@ class Creation:
     async def _grant(self) -> None:
         draft = self._draft
         await databases.admit(self._admin, draft.database, role=draft.role)
-        connection = await self._server.connect_admin(draft.database, role=self._parts.names.owner)
+        connection = await self._blockers.connect(draft.database, role=self._parts.names.owner)
         try:
             await databases.grant_and_mark(
                 connection,
@@ -255,14 +262,19 @@ class Creation:
 
     async def _end_connections(self) -> None:
         if await databases.role_exists(self._admin, self._draft.role):
-            await databases.set_login(self._admin, self._draft.role, False)
-            await databases.terminate(self._admin, self._draft.role, timeout=self._timeout)
+            await access.block(
+                self._admin,
+                self._blockers,
+                database=self._draft.database,
+                role=self._draft.role,
+                deadline=asyncio.get_running_loop().time() + self._timeout,
+            )
 
     async def _drop_database(self) -> None:
-        await databases.drop_database(self._admin, self._draft.database)
+        await removal.drop_database(self._admin, self._blockers, self._draft.database)
 
     async def _drop_role(self) -> None:
-        await databases.drop_role(self._admin, self._draft.role)
+        await removal.remove_role(self._admin, self._blockers, self._parts.names, self._draft.role)
 
     @property
     def _stands(self) -> bool:

@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from uuid import UUID
 
 from ..config import TenancyConfig
@@ -23,8 +24,9 @@ from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..loops import HomeLoop
 from ..routing.servers import Server, Servers
-from . import databases
+from . import access, databases, removal
 from .administration import Administration
+from .blockers import Blockers
 from .cancellation import settled
 from .databases import Connection, Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
@@ -59,8 +61,9 @@ class Provisioner:
         self.names = names
         self._control = control
         self._home = HomeLoop()
-        self._templates = Templates(config=config, names=names, schema=schema)
-        self._administration = Administration(keep=config.provision_concurrency)
+        blockers = partial(Blockers, names=names, registry=registry)
+        self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers)
+        self._administration = Administration(blockers, keep=config.provision_concurrency)
         self._parts = Parts(
             config=config,
             registry=registry,
@@ -71,6 +74,7 @@ class Provisioner:
             installation=control.installation,
             templates=self._templates,
             events=events,
+            blockers=blockers,
         )
         self.watchdog = Watchdog(self._parts)
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
@@ -225,15 +229,16 @@ class Provisioner:
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         server = self._parts.servers[tenant.placement.server]
+        deadline = asyncio.get_running_loop().time() + timeout
         try:
-            async with asyncio.timeout(timeout):
-                connection = await server.connect_admin()
+            async with asyncio.timeout_at(deadline):
+                connection = await self._parts.blockers(server).connect()
                 try:
                     if not await databases.try_lock(connection, tenant_key(tenant.id)):
-                        await self._bar(connection, tenant, timeout=timeout)
+                        await self._block(connection, server, tenant, deadline=deadline)
                         await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
                     current = await self._parts.registry.get(tenant.id)
-                    await align_role(self._parts, connection, current, timeout=timeout)
+                    await align_role(self._parts, connection, current, deadline=deadline)
                 finally:
                     await databases.close(connection)
         except SERVER_FAILURES as exc:
@@ -244,15 +249,15 @@ class Provisioner:
                 step="align",
             ) from exc
 
-    async def _bar(self, connection: Connection, tenant: Tenant, *, timeout: float) -> None:
+    async def _block(self, connection: Connection, server: Server, tenant: Tenant, *, deadline: float) -> None:
         """Keep a suspended or deleted tenant out before the lock is free: what holds it may take long.
 
         Should the tenant be admitted again at this very moment, what follows under the lock sets it right.
         """
         current = await self._parts.registry.get(tenant.id)
         if current.status in BARRED and current.placement is not None:
-            await databases.set_login(connection, current.placement.role, False)
-            await databases.terminate(connection, current.placement.role, timeout=timeout)
+            place, blockers = current.placement, self._parts.blockers(server)
+            await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
 
     async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
         """Remove a deleted tenant's database, role, keys and secrets; its slug is free once all of them are gone.
@@ -276,8 +281,9 @@ class Provisioner:
             return
         async with self._slots[placement.server]:
             try:
-                async with asyncio.timeout(self._timeout):
-                    await self._purge(tenant.id, placement, listed, actor)
+                deadline = asyncio.get_running_loop().time() + self._timeout
+                async with asyncio.timeout_at(deadline):
+                    await self._purge(tenant.id, placement, deadline, listed, actor)
             except SERVER_FAILURES as exc:
                 raise ProvisioningError(
                     f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",
@@ -285,13 +291,23 @@ class Provisioner:
                     step="purge",
                 ) from exc
 
-    async def _purge(self, tenant_id: UUID, placement: Placement, listed: Tenant | None, actor: Actor) -> None:
+    async def _purge(
+        self, tenant_id: UUID, placement: Placement, deadline: float, listed: Tenant | None, actor: Actor
+    ) -> None:
         server, key = self._parts.servers[placement.server], tenant_key(tenant_id)
         connection = await self._administration.acquire(server, key, timeout=self._timeout)
         try:
             await self._parts.registry.begin_purge(tenant_id, listed=listed, actor=actor)
-            await databases.remove(connection, database=placement.database, role=placement.role, timeout=self._timeout)
-            await self._parts.registry.finish_purge(tenant_id, actor=actor)
+            await removal.purge(
+                connection,
+                self._parts.blockers(server),
+                self.names,
+                self._parts.registry,
+                tenant_id,
+                placement,
+                deadline=deadline,
+                actor=actor,
+            )
         finally:
             await settled(self._administration.release(server, connection, key))
 

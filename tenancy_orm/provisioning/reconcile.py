@@ -28,7 +28,8 @@ from ..control.lifecycle import BARRED
 from ..control.registry import Unfinished
 from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
-from . import databases, role_settings
+from . import access, databases, removal, role_settings
+from .blockers import Blockers
 from .databases import Connection, RoleState
 from .pipeline import Parts, prove, tenant_key
 
@@ -48,7 +49,8 @@ class ReconcileReport:
         corrected: Tenants whose role was not what the registry says: it could log in although the tenant is suspended
             or deleted, or could not although it is neither; or it had another connection limit than its tier; or it
             had given itself settings or members.
-        orphans: Databases and roles that were dropped, because the registry does not know them.
+        orphans: Databases and roles that were dropped, because the registry does not know them; and roles of purged
+            tenants that could not be dropped by then.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
             hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
         errors: What could not be done, and why. Nothing else was kept from being done by it.
@@ -105,6 +107,12 @@ class Reconciler:
         await asyncio.gather(*visits)
         return self._found.report()
 
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._timeout
+
+    def _blockers(self, server: str) -> Blockers:
+        return self._parts.blockers(self._parts.servers[server])
+
     async def _attempt(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do one piece of work; what it raises is reported and stops nothing else."""
         try:
@@ -130,12 +138,13 @@ class Reconciler:
             raise ConnectionResetError("the connection was lost")
 
     async def _visit(self, server: str, unfinished: list[Unfinished]) -> None:
-        connection = await self._parts.servers[server].connect_admin()
+        connection = await self._blockers(server).connect()
         try:
             for one in unfinished:
                 await self._do(connection, one.tenant.slug, partial(self._resume, connection, one))
             await self._drop_orphans(server, connection)
-            await self._drop_leftovers(connection)
+            await self._drop_retired(server, connection)
+            await self._drop_leftovers(server, connection)
             await self._correct_roles(server, connection)
             await self._correct_settings(server, connection)
         finally:
@@ -187,26 +196,41 @@ class Reconciler:
         self._parts.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
 
     async def _remove_creation(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
-        await self._remove(connection, placement)
+        await self._remove(connection, placement.server, placement.database, placement.role)
         error = "interrupted; removed by reconcile"
         await self._parts.registry.discard(one.tenant.id, step=one.step or "registered", error=error, actor=self._actor)
         self._found.removed.append(one.tenant.slug)
 
     async def _finish_purge(self, connection: Connection, tenant: Tenant, placement: Placement) -> None:
-        await self._remove(connection, placement)
-        await self._parts.registry.finish_purge(tenant.id, actor=self._actor)
+        await removal.purge(
+            connection,
+            self._blockers(placement.server),
+            self._parts.names,
+            self._parts.registry,
+            tenant.id,
+            placement,
+            deadline=self._deadline(),
+            actor=self._actor,
+        )
         self._found.purged.append(tenant.slug)
         self._parts.events.emit(TenantPurged(tenant_id=tenant.id, slug=tenant.slug))
 
     async def _revision(self, placement: Placement) -> str | None:
-        connection = await self._parts.servers[placement.server].connect_admin(placement.database)
+        connection = await self._blockers(placement.server).connect(placement.database)
         try:
             return await databases.revision(connection, self._parts.names.owner)
         finally:
             await databases.close(connection)
 
-    async def _remove(self, connection: Connection, placement: Placement) -> None:
-        await databases.remove(connection, database=placement.database, role=placement.role, timeout=self._timeout)
+    async def _remove(self, connection: Connection, server: str, database: str, role: str) -> None:
+        await removal.remove(
+            connection,
+            self._blockers(server),
+            self._parts.names,
+            database=database,
+            role=role,
+            deadline=self._deadline(),
+        )
 
     # --- what the registry does not know ----------------------------------------------------------------------------
 
@@ -238,7 +262,7 @@ class Reconciler:
                 )
                 self._found.unknown.append(name)
                 return
-            await databases.remove(connection, database=name, role=name, timeout=self._timeout)
+            await self._remove(connection, server, name, name)
             self._found.orphans.append(name)
 
     async def _status(self, tenant_id: UUID) -> Status | None:
@@ -248,20 +272,31 @@ class Reconciler:
         except TenantNotFoundError:
             return None
 
-    async def _drop_leftovers(self, connection: Connection) -> None:
+    async def _drop_retired(self, server: str, connection: Connection) -> None:
+        """Drop the roles of purged tenants that could not be dropped then."""
+        async with asyncio.timeout(self._timeout):
+            found = await databases.roles(connection, self._parts.names.retired(""))
+        for name in found:
+            await self._do(connection, name, partial(self._drop_retired_role, server, connection, name))
+
+    async def _drop_retired_role(self, server: str, connection: Connection, name: str) -> None:
+        await removal.drop_retired(connection, self._blockers(server), self._parts.names, name)
+        self._found.orphans.append(name)
+
+    async def _drop_leftovers(self, server: str, connection: Connection) -> None:
         """Drop parts of templates, and scratch databases, whose makers are gone."""
         stems = (self._parts.names.template(""), self._parts.names.scratch(""))
         async with asyncio.timeout(self._timeout):
             states = await databases.database_states(connection, self._parts.names.stem)
         for state in states:
             if state.name.startswith(stems) and not state.is_template:
-                await self._do(connection, state.name, partial(self._drop_leftover, connection, state.name))
+                await self._do(connection, state.name, partial(self._drop_leftover, server, connection, state.name))
 
-    async def _drop_leftover(self, connection: Connection, name: str) -> None:
+    async def _drop_leftover(self, server: str, connection: Connection, name: str) -> None:
         async with self._claimed(connection, databases.lock_key(name)) as free:
             state = await databases.database_state(connection, name) if free else None
             if state is not None and not state.is_template:
-                await databases.drop_database(connection, name)
+                await removal.drop_database(connection, self._blockers(server), name)
                 self._found.orphans.append(name)
 
     # --- roles ------------------------------------------------------------------------------------------------------
@@ -287,7 +322,7 @@ class Reconciler:
                 return
             if not self._is_wrong(tenant, await databases.roles(connection, tenant.placement.role)):
                 return
-            await align_role(self._parts, connection, tenant, timeout=self._timeout)
+            await align_role(self._parts, connection, tenant, deadline=self._deadline())
             self._found.corrected.append(tenant.slug)
 
     async def _correct_settings(self, server: str, connection: Connection) -> None:
@@ -305,7 +340,9 @@ class Reconciler:
                 return
             tenant = await self._parts.registry.get(tenant_id)
             configured = self._parts.config.role_settings
-            changed = await role_settings.restore(connection, role, configured, timeout=self._timeout)
+            changed = await role_settings.restore(
+                connection, self._parts.blockers(self._parts.servers[server]), role, configured
+            )
             if changed and tenant.slug not in self._found.corrected:
                 self._found.corrected.append(tenant.slug)
 
@@ -313,12 +350,16 @@ class Reconciler:
         state = states.get(tenant.placement.role) if tenant.placement else None
         if state is None or tenant.status is Status.PROVISIONING:
             return False
-        # a connection may have outlived its role's login: whoever barred it died before it could end it
-        wrong_login = (state.can_login or state.connected) if tenant.status in BARRED else not state.can_login
-        return wrong_login or _limit(self._parts, tenant) not in (None, state.connection_limit)
+        admitted = tenant.placement is not None and tenant.placement.database in state.admitted_to
+        if tenant.status in BARRED:
+            # a connection may have outlived its role's login: whoever blocked it died before it could end it
+            wrong_access = state.can_login or state.connected or admitted
+        else:
+            wrong_access = not (state.can_login and admitted)
+        return wrong_access or _limit(self._parts, tenant) not in (None, state.connection_limit)
 
 
-async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, timeout: float) -> None:
+async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, deadline: float) -> None:
     """Give a tenant's role what its status and tier say: login or not, and its connection limit; and its settings.
 
     Only under the tenant's lock, and with the tenant as the registry has it since: of two changes at once, the later
@@ -328,17 +369,20 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, ti
         parts: Of provisioning.
         connection: An administrator's, which holds the tenant's lock.
         tenant: As it was read under the lock.
-        timeout: Seconds for the role's connections to end.
+        deadline: When a login must be blocked and its connections gone, by the clock of the event loop.
     """
     if tenant.placement is None or tenant.status is Status.PROVISIONING:
         return
-    role = tenant.placement.role
-    if (limit := _limit(parts, tenant)) is not None:
-        await databases.set_connection_limit(connection, role, limit)
-    await databases.set_login(connection, role, tenant.status not in BARRED)
+    database, role = tenant.placement.database, tenant.placement.role
+    blockers = parts.blockers(parts.servers[tenant.placement.server])
     if tenant.status in BARRED:
-        await databases.terminate(connection, role, timeout=timeout)
-    await role_settings.restore(connection, role, parts.config.role_settings, timeout=timeout)
+        await access.block(connection, blockers, database=database, role=role, deadline=deadline)
+    else:
+        await access.admit(connection, blockers, database=database, role=role)
+    if (limit := _limit(parts, tenant)) is not None:
+        set_limit = partial(databases.set_connection_limit, connection, role, limit)
+        await blockers.run(connection, set_limit, role=role)
+    await role_settings.restore(connection, blockers, role, parts.config.role_settings)
 
 
 def _limit(parts: Parts, tenant: Tenant) -> int | None:

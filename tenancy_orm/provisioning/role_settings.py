@@ -20,8 +20,8 @@ import asyncpg
 
 from ..control.names import quote_identifier, quote_literal
 from . import databases
+from .blockers import Blockers
 from .databases import Connection
-from .sessions import insist
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -159,26 +159,24 @@ async def look(connection: Connection, stem: str) -> dict[str, Found]:
     return found
 
 
-async def restore(connection: Connection, role: str, configured: Mapping[str, str | None], *, timeout: float) -> bool:
+async def restore(connection: Connection, blockers: Blockers, role: str, configured: Mapping[str, str | None]) -> bool:
     """Give a role what it is to have, and nothing else. Returns whether it had anything else.
 
     Sessions that are open keep what they have. Where the role resists, by a transaction of its own on the same rows,
-    its sessions that do so are ended. A member that this administrator may not remove is named in a warning.
+    its sessions that do so are ended. A member that this administrator may not remove is named in a warning. The caller
+    sets the deadline.
 
     Args:
         connection: An administrator's, which holds the tenant's lock.
+        blockers: Of its server.
         role: The tenant's role.
         configured: ``TenancyConfig.role_settings``.
-        timeout: Seconds for all of it.
-
-    Raises:
-        TimeoutError: it resisted for longer.
     """
     settings = await wanted(connection, configured)
     found = (await look(connection, role)).get(role)
     if found is None or not settings.differ(found):
         return False
-    await insist(connection, role, partial(_correct, connection, role, found, settings), timeout=timeout)
+    await blockers.run(connection, partial(_correct, connection, role, found, settings), role=role)
     if (await look(connection, role)).get(role) == found:
         logger.info("role %s has settings or members from a superuser, which this administrator cannot remove", role)
         return False

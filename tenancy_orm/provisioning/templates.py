@@ -24,7 +24,8 @@ from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import TemplateError, TenancyError
 from ..routing.servers import Server
-from . import advisory_locks, databases
+from . import advisory_locks, catalogue_guard, databases, removal
+from .blockers import Blockers
 from .cancellation import settled
 from .databases import Connection, Contents, Strategy
 
@@ -71,7 +72,10 @@ class Templates:
     maintenance database does the same.
     """
 
-    def __init__(self, *, config: TenancyConfig, names: Names, schema: SchemaSource) -> None:
+    def __init__(
+        self, *, config: TenancyConfig, names: Names, schema: SchemaSource, blockers: Callable[[Server], Blockers]
+    ) -> None:
+        self._blockers = blockers
         self._config = config
         self._names = names
         self._schema = schema
@@ -90,9 +94,10 @@ class Templates:
         """The name of the template for the schema as it is now.
 
         Args:
-            restricted: Whether advisory locks are taken from PUBLIC in it.
+            restricted: Whether a superuser builds it, and so takes advisory locks from PUBLIC in it and guards the
+                shared catalogue.
         """
-        rights = ("advisory locks restricted",) if restricted else ()
+        rights = ("advisory locks restricted", "catalogue guarded") if restricted else ()
         parts = (self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
         return self._names.template(hashlib.sha256("\n".join(parts).encode()).hexdigest())
 
@@ -168,7 +173,7 @@ class Templates:
         server = await ready()
         template = await self.ensure(server)
         name = self._names.scratch(secrets.token_hex(8))
-        connection = await server.connect_admin()
+        connection = await self._blockers(server).connect()
         try:
             await databases.lock(connection, databases.lock_key(name), timeout=self._config.provision_timeout)
             async with asyncio.timeout(self._config.provision_timeout):
@@ -181,7 +186,7 @@ class Templates:
     # --- building ---------------------------------------------------------------------------------------------------
 
     async def _find_or_build(self, server: Server) -> TemplateInfo:
-        connection = await server.connect_admin()
+        connection = await self._blockers(server).connect()
         name = "for the current schema"
         try:
             name = self.name(restricted=await advisory_locks.may_restrict(connection))
@@ -206,7 +211,7 @@ class Templates:
     async def _build(self, server: Server, connection: Connection, name: str) -> str | None:
         """Build a template under its lock. What is there already is a part of one, left by a builder that died."""
         logger.info("building template %s on server %s", name, server.name)
-        await databases.drop_database(connection, name)
+        await removal.drop_database(connection, self._blockers(server), name)
         try:
             await databases.create_database(
                 connection, name, template="template0", owner=self._names.owner, open_to_connections=False
@@ -216,15 +221,16 @@ class Templates:
             revision = await self._apply(server, name)
             await databases.seal_template(connection, name, comment=_comment(revision))
         except BaseException:
-            await settled(self._drop_partial(connection, name))
+            await settled(self._drop_partial(server, connection, name))
             raise
         return revision
 
     async def _prepare(self, server: Server, name: str) -> None:
-        connection = await server.connect_admin(name)
+        connection = await self._blockers(server).connect(name)
         try:
             await databases.prepare_schema(connection, self._names.owner)
             await advisory_locks.restrict(connection, self._names.owner, server=server.name)
+            await catalogue_guard.install(connection, self._names.owner)
             for extension in self._config.extensions:
                 await databases.create_extension(connection, extension)
         finally:
@@ -234,7 +240,7 @@ class Templates:
         opened: list[Connection] = []
 
         async def connect() -> asyncpg.Connection[Any]:
-            connection = await server.connect_admin(name, role=self._names.owner)
+            connection = await self._blockers(server).connect(name, role=self._names.owner)
             opened.append(connection)
             return connection
 
@@ -245,10 +251,10 @@ class Templates:
             for connection in opened:
                 await settled(databases.close(connection))
 
-    async def _drop_partial(self, connection: Connection, name: str) -> None:
+    async def _drop_partial(self, server: Server, connection: Connection, name: str) -> None:
         try:
             async with asyncio.timeout(self._config.provision_timeout):
-                await databases.drop_database(connection, name)
+                await removal.drop_database(connection, self._blockers(server), name)
         except Exception as exc:  # noqa: BLE001 - the error that is to be raised is the builder's
             # it lacks the flag, so the next builder or reconcile drops it
             logger.warning("part of template %s stays until reconcile: %s", name, exc)
@@ -258,8 +264,8 @@ class Templates:
         try:
             async with asyncio.timeout(self._config.provision_timeout):
                 if connection.is_closed():
-                    connection = await server.connect_admin()
-                await databases.drop_database(connection, name)
+                    connection = await self._blockers(server).connect()
+                await removal.drop_database(connection, self._blockers(server), name)
         except Exception as exc:  # noqa: BLE001 - as above
             logger.warning("scratch database %s stays until reconcile: %s", name, exc)
         finally:

@@ -28,7 +28,7 @@ from ..control.names import quote_identifier, quote_literal
 from ..errors import ServerUnavailableError, TenancyError
 from ..events import SessionTerminated
 from ..routing.servers import Server
-from . import databases, sessions
+from . import databases
 from .cancellation import settled
 from .databases import Connection
 from .pipeline import Parts, describe
@@ -252,7 +252,7 @@ class Watchdog:
         kill = f"SELECT pg_terminate_backend(pid) FROM {found}"  # noqa: S608 - two numbers
         steps = [_GIVE_RESERVE, kill]
         if not post.may_end:
-            # as ``sessions.end`` does it
+            # as ``databases.end_connections`` does it
             options = " WITH INHERIT TRUE, SET TRUE" if databases.version(connection) >= 16 else ""
             steps[1:] = [f"GRANT {role} TO CURRENT_USER{options}", kill, f"REVOKE {role} FROM CURRENT_USER"]
         await connection.execute("; ".join(steps))
@@ -296,7 +296,7 @@ class Watchdog:
         )
 
     async def _end(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
-        if await sessions.end(connection, session.role, [session.pid]):
+        if await databases.end_connections(connection, session.role, [session.pid]):
             await self._confirm(post, connection, session, reason)
 
     async def _confirm(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
@@ -336,7 +336,7 @@ class Watchdog:
         if await databases.is_superuser(connection):
             await _roll_back(post.server, database, None, gid)
             return
-        async with sessions.joined(connection, role):
+        async with databases.joined(connection, role):
             await _roll_back(post.server, database, role, gid)
 
 

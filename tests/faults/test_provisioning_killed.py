@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tenancy_orm.context import Status
-from tenancy_orm.provisioning import ReconcileReport
+from tenancy_orm.provisioning import ReconcileReport, databases
 from tests.support.postgres import Postgres
-from tests.support.provisioning import Workshop, names_of, open_workshop
+from tests.support.provisioning import Workshop, names_of, open_workshop, placement
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
@@ -168,15 +168,34 @@ async def test_a_process_that_is_killed_anywhere_leaves_whole_tenants(workshop: 
     assert leftovers == {(await workshop.provisioner.template("default")).name}
 
 
-@pytest.mark.parametrize("at", ["after begin_purge", "after drop_database", "after drop_role", "after finish_purge"])
+PURGE = ["begin_purge", "block", "drop_database", "erase", "drop_role", "finish_purge"]
+
+
+@pytest.mark.parametrize("at", PURGE)
 async def test_a_purge_that_is_killed_is_finished(workshop: Workshop, at: str) -> None:
     """The tombstone stays, and nothing else; the slug is free."""
     tenant = await workshop.deleted("acme")
     await workshop.provisioner.align(tenant)
-    await killed(workshop, "purge", at=at)
-    expected = ReconcileReport() if at == "after finish_purge" else ReconcileReport(purged=("acme",))
+    await killed(workshop, "purge", at=f"after {at}")
+    expected = ReconcileReport() if at == "finish_purge" else ReconcileReport(purged=("acme",))
     assert await reconcile(workshop) == expected
     assert (await workshop.present(), await workshop.slugs()) == (set(), {"acme": "purged"})
+    await workshop.create("acme")
+
+
+@pytest.mark.parametrize("at", ["erase", "retire", "forget"])
+async def test_a_purge_that_another_tenant_resists_is_finished(workshop: Workshop, at: str) -> None:
+    """Killed between the steps that only such a purge has: the role, which has no name any more, is dropped as well."""
+    tenant, other = await workshop.deleted("acme"), await workshop.create("globex")
+    async with workshop.connect(other) as connection:
+        await connection.execute(f'ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO "{placement(tenant).role}"')
+    await killed(workshop, "purge", at=f"after {at}")
+    report = await reconcile(workshop)
+    assert (report.purged, len(report.orphans)) == (("acme",), 0 if at == "erase" else 1)
+    async with workshop.admin() as connection:
+        assert await databases.roles(connection, workshop.names.retired("")) == {}
+    assert await workshop.present() == names_of(other)
+    assert await workshop.slugs() == {"acme": "purged", "globex": "active"}
     await workshop.create("acme")
 
 

@@ -23,6 +23,7 @@ from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
 from tenancy_orm.control.secrets import Keyring, new_password
 from tenancy_orm.events import EventBus
 from tenancy_orm.provisioning import Provisioner, SchemaSource
+from tenancy_orm.provisioning.blockers import Blockers
 from tenancy_orm.provisioning.pipeline import Creation, Step
 from tenancy_orm.routing.servers import Servers
 from tenancy_orm.testing import _programs, embedded
@@ -93,6 +94,10 @@ class Workshop:
         )
         self.others.append(made)
         return made
+
+    def blockers(self, server: str = "default") -> Blockers:
+        """What ends tenants' locks on a server."""
+        return Blockers(self.servers[server], self.names, self.registry)
 
     def draft(self, slug: str, *, server: str = "default", **values: Any) -> TenantDraft:
         """A tenant to be."""

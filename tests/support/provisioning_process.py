@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import pytest
 
 from tenancy_orm.control.registry import Registry
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning import access, databases, removal
 from tenancy_orm.provisioning.templates import Templates
 from tests.support.provisioning import ScriptSchema, Workshop, intercept, open_workshop
 
@@ -52,6 +52,10 @@ def arrange(patch: pytest.MonkeyPatch, at: str) -> None:
         "complete": (Registry, "complete"),
         "begin_purge": (Registry, "begin_purge"),
         "drop_database": (databases, "drop_database"),
+        "block": (access, "block"),
+        "erase": (Registry, "erase_secrets"),
+        "retire": (removal, "_retire"),
+        "forget": (removal, "_forget"),
         "drop_role": (databases, "drop_role"),
         "finish_purge": (Registry, "finish_purge"),
         "seal": (databases, "seal_template"),

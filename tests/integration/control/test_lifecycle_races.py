@@ -62,17 +62,17 @@ async def test_reconcile_ends_what_an_interrupted_suspension_left_open(
     await tenancy.tenants.create("acme")
     async with tenancy.session("acme") as session:
         await session.execute(text("SELECT 1"))
-        real = databases._terminate_once
+        real = databases.end_connections
 
         async def died(*_: object) -> bool:
             raise ConnectionResetError
 
-        monkeypatch.setattr(databases, "_terminate_once", died)
+        monkeypatch.setattr(databases, "end_connections", died)
         with pytest.raises(RoleNotBarredError, match="tenancy reconcile") as caught:
             await tenancy.tenants.suspend("acme")
         assert (caught.value.tenant, caught.value.status) == ("acme", "suspended")
         assert (await tenancy.tenants.get("acme")).status is Status.SUSPENDED
-        monkeypatch.setattr(databases, "_terminate_once", real)
+        monkeypatch.setattr(databases, "end_connections", real)
         assert await session.scalar(text("SELECT 1")) == 1  # the hole
         assert (await tenancy.provisioner.reconcile()).corrected == ("acme",)
         with pytest.raises(DBAPIError):
@@ -99,17 +99,17 @@ async def test_a_suspension_by_maintenance_that_a_server_does_not_hear_of_is_an_
     """The tenant is suspended all the same, and reconcile of the same run tells the server."""
     await tenancy.tenants.create("acme")
     await tenancy.tenants.schedule_suspension("acme", ago(1))
-    real = databases._terminate_once
+    real = databases.end_connections
     calls = 0
 
-    async def fails_once(connection: asyncpg.Connection[Any], role: str) -> bool:
+    async def fails_once(connection: asyncpg.Connection[Any], role: str, *pids: Any) -> bool:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise ConnectionResetError
-        return await real(connection, role)
+        return await real(connection, role, *pids)
 
-    monkeypatch.setattr(databases, "_terminate_once", fails_once)
+    monkeypatch.setattr(databases, "end_connections", fails_once)
     async with tenancy.session("acme") as session:
         await session.execute(text("SELECT 1"))
         report = await tenancy.run_maintenance()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tenancy_orm.control.names import MAX_IDENTIFIER_BYTES
 from tenancy_orm.control.secrets import new_password
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning import databases, removal
 from tenancy_orm.provisioning.scram import scram_verifier
 from tests.support.postgres import Postgres
 from tests.support.provisioning import ScriptSchema, Workshop
@@ -38,7 +38,7 @@ async def admin(postgres: Postgres) -> AsyncIterator[Any]:
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, hostile: str) -> None:
+async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, workshop: Workshop, hostile: str) -> None:
     """A whole life under that name: nothing else on the server changes."""
     name = f"{postgres.new_name()[-10:]} {hostile}".encode()[:MAX_IDENTIFIER_BYTES].decode(errors="ignore")
     roles = await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper")
@@ -59,7 +59,8 @@ async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, hos
         await databases.set_connection_limit(admin, name, 1)
         await databases.seal_template(admin, name, comment=hostile)
     finally:
-        await databases.remove(admin, database=name, role=name, timeout=10)
+        deadline = asyncio.get_running_loop().time() + 10
+        await removal.remove(admin, workshop.blockers(), workshop.names, database=name, role=name, deadline=deadline)
         await databases.drop_role(admin, f"{name[:30]} owner")
     assert await databases.database_state(admin, name) is None
     assert await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper") == roles

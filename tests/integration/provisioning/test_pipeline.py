@@ -345,13 +345,14 @@ async def test_a_tenant_that_reconcile_has_completed_is_not_undone(
 
 async def test_what_cannot_be_undone_is_left_to_reconcile(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first error is raised, the row says what happened, and reconcile removes the rest once it can."""
-    role = ""
+    name = ""
 
     async def fail(creation: Creation) -> None:
-        nonlocal role
-        role = creation.role
-        async with workshop.admin(workshop.control.database) as connection:
-            await connection.execute(f'CREATE TABLE hook (); GRANT SELECT ON hook TO "{role}"')  # DROP ROLE: 2BP01
+        nonlocal name
+        name = creation.role
+        async with workshop.admin(name) as connection:
+            # DROP DATABASE: 55006
+            await connection.execute("CREATE SUBSCRIPTION hook CONNECTION '' PUBLICATION p WITH (connect = false)")
         raise InjectedError("on purpose")
 
     with monkeypatch.context() as patch:
@@ -359,16 +360,16 @@ async def test_what_cannot_be_undone_is_left_to_reconcile(workshop: Workshop, mo
         with pytest.raises(ProvisioningError, match="run: tenancy reconcile") as caught:
             await workshop.create("acme")
     assert isinstance(caught.value.__cause__, InjectedError)
-    assert await workshop.present() == {f"role {role}"}
+    assert await workshop.present() == {f"database {name}", f"role {name}"}
     async with workshop.control.connect() as connection:
         step, error = (await connection.execute(text("SELECT step, step_error FROM tenancy.tenants"))).one()
-    assert step == "undoing" and "DependentObjectsStillExistError" in error
+    assert step == "undoing" and 'DROP SUBSCRIPTION "hook"' in error
     with pytest.raises(TenantExistsError):
         await workshop.create("acme")
     report = await workshop.provisioner.reconcile()
     assert report.removed == () and "acme" in report.errors[0]
-    async with workshop.admin(workshop.control.database) as connection:
-        await connection.execute("DROP TABLE hook")
+    async with workshop.admin(name) as connection:
+        await connection.execute("ALTER SUBSCRIPTION hook SET (slot_name = NONE); DROP SUBSCRIPTION hook")
     assert (await workshop.provisioner.reconcile()).removed == ("acme",)
     assert (await workshop.present(), await workshop.slugs()) == (set(), {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import asyncpg
 import pytest
@@ -19,7 +19,7 @@ from tenancy_orm.errors import (
     TenantExistsError,
     TenantNotFoundError,
 )
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning import databases, removal
 from tenancy_orm.provisioning.pipeline import tenant_key
 from tests.support.provisioning import Workshop, names_of, placement
 
@@ -84,14 +84,14 @@ async def test_the_slug_is_free_only_when_the_database_is_gone(
 ) -> None:
     """While the purge is under way another tenant cannot take its name."""
     tenant = await workshop.deleted("acme")
-    remove = databases.remove
+    remove = removal.purge
 
     async def removing(*args: object, **options: object) -> None:
         with pytest.raises(TenantExistsError):
             await workshop.create("acme")
         await remove(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(databases, "remove", removing)
+    monkeypatch.setattr(removal, "purge", removing)
     await workshop.provisioner.purge(tenant)
     again = await workshop.create("acme")
     assert again.id != tenant.id
@@ -105,7 +105,7 @@ def before_removal(workshop: Workshop, patch: pytest.MonkeyPatch) -> None:
     async def fail(*_: object, **__: object) -> None:
         raise OSError("on purpose")
 
-    patch.setattr(databases, "remove", fail)
+    patch.setattr(removal, "purge", fail)
 
 
 def between_database_and_role(workshop: Workshop, patch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ async def test_barring_has_a_deadline(workshop: Workshop, monkeypatch: pytest.Mo
     async def still_there(*_: object) -> bool:
         return True
 
-    monkeypatch.setattr(databases, "_terminate_once", still_there)
+    monkeypatch.setattr(databases, "end_connections", still_there)
     with pytest.raises(ProvisioningError, match=r"tenant 'acme'.* within 0\.2 s") as caught:
         await workshop.set_login(tenant, False, timeout=0.2)
     assert caught.value.step == "align"
@@ -232,7 +232,10 @@ async def test_barring_has_a_deadline(workshop: Workshop, monkeypatch: pytest.Mo
 async def drop_everything(workshop: Workshop, tenant: Tenant) -> None:
     async with workshop.admin() as connection:
         place = placement(tenant)
-        await databases.remove(connection, database=place.database, role=place.role, timeout=5)
+        deadline = asyncio.get_running_loop().time() + 5
+        await removal.remove(
+            connection, workshop.blockers(), workshop.names, database=place.database, role=place.role, deadline=deadline
+        )
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -247,9 +250,8 @@ async def test_a_missing_role_is_an_error(workshop: Workshop, allowed: bool) -> 
 async def test_removing_what_is_gone_does_nothing(workshop: Workshop) -> None:
     """Every verb that removes can be repeated."""
     tenant = await workshop.create("acme")
-    removals: list[Awaitable[None]] = [drop_everything(workshop, tenant) for _ in range(2)]
-    for removal in removals:
-        await removal
+    for _ in range(2):
+        await drop_everything(workshop, tenant)
     assert await workshop.present() == set()
 
 

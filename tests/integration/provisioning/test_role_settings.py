@@ -119,6 +119,7 @@ def manager(workshop: Workshop) -> SecretManager:
         sealed=SealedPasswords(workshop.control, audit, workshop.keyring),
         servers=workshop.servers,
         keyring=workshop.keyring,
+        names=workshop.names,
     )
 
 

@@ -18,7 +18,7 @@ prefixes = st.from_regex(r"[a-z][a-z0-9]{0,11}", fullmatch=True)
 def test_every_name_fits_and_is_plain(prefix: str, installation: UUID, tenant: UUID, digits: str) -> None:
     """At most 63 bytes of a-z, 0-9 and underscores: PostgreSQL cuts longer ones silently, and two could meet."""
     names = Names(prefix, installation)
-    made = [names.owner, names.tenant(tenant), names.template(digits), names.scratch(digits)]
+    made = [names.owner, names.tenant(tenant), names.template(digits), names.scratch(digits), names.retired(digits)]
     assert len(set(made)) == len(made)
     for name in made:
         assert len(name.encode()) <= MAX_IDENTIFIER_BYTES
@@ -42,6 +42,7 @@ def test_only_names_of_this_installation_are_parsed(name: str) -> None:
     assert names.parse(Names("tenancy", UUID(int=7)).tenant(UUID(int=1))) is None
     assert names.parse(names.tenant(UUID(int=1)) + "\n") is None
     assert names.parse(names.template("abcdef123456")) is None
+    assert names.parse(names.retired("ab" * 16)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Whether PostgreSQL admits a tenant's role: two bolts, of which either suffices.
+
+The role is allowed to log in (LOGIN), and to connect to its database (CONNECT). A tenant can hold a lock on either row,
+but has to be connected for that. So its connections are ended first; and what cannot be done at once is repeated, and
+what blocks it ended, until it is done or its deadline has passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+import asyncpg
+
+from ..control.names import quote_identifier
+from ..errors import ProvisioningError
+from . import databases
+from .blockers import Blockers
+from .databases import Connection
+
+# What is left of a deadline once this one has passed, for the error that says what is not done.
+_MARGIN_SECONDS = 0.05
+
+
+async def block(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
+    """Refuse a role's logins, and end its connections. It works also where the database is gone already.
+
+    Args:
+        connection: An administrator's.
+        blockers: Of its server.
+        database: The tenant's database.
+        role: The tenant's role.
+        deadline: When all of it must be done, by the clock of the event loop.
+
+    Raises:
+        ProvisioningError: the role is missing.
+        TimeoutError: something was not done by then; the message says what.
+    """
+    left = ["right to connect", "login", "connections"]
+    try:
+        async with asyncio.timeout_at(deadline - _MARGIN_SECONDS):
+            # what it holds locked is released; should it come back before it is kept out, the blockers end it again
+            await databases.end_connections(connection, role)
+            await blockers.run(connection, partial(_revoke_connect, connection, database, role), role=role)
+            left.remove("right to connect")
+            await databases.end_connections(connection, role)
+            await blockers.run(connection, partial(databases.set_login, connection, role, False), role=role)
+            left.remove("login")
+            await databases.terminate(connection, role, timeout=max(deadline - asyncio.get_running_loop().time(), 0))
+    except TimeoutError as exc:
+        raise TimeoutError(f"the role's {', '.join(left)} could not be ended in time") from exc
+
+
+async def admit(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
+    """Let a role log in again, to its own database.
+
+    Raises:
+        ProvisioningError: the role or the database is missing.
+    """
+    await blockers.run(connection, partial(_grant_connect, connection, database, role), role=role)
+    await blockers.run(connection, partial(databases.set_login, connection, role, True), role=role)
+
+
+async def _grant_connect(connection: Connection, database: str, role: str) -> None:
+    try:
+        await connection.execute(f"GRANT CONNECT ON DATABASE {quote_identifier(database)} TO {quote_identifier(role)}")
+    except (asyncpg.UndefinedObjectError, asyncpg.InvalidCatalogNameError) as exc:
+        raise ProvisioningError(f"role or database {role!r} does not exist; run: tenancy reconcile") from exc
+
+
+async def _revoke_connect(connection: Connection, database: str, role: str) -> None:
+    revoke = f"REVOKE CONNECT ON DATABASE {quote_identifier(database)} FROM {quote_identifier(role)}"
+    try:
+        await connection.execute(revoke)
+    except asyncpg.InvalidCatalogNameError:
+        return
+    except asyncpg.UndefinedObjectError as exc:
+        raise ProvisioningError(f"role {role!r} does not exist; run: tenancy reconcile") from exc

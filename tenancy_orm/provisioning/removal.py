@@ -1,0 +1,212 @@
+"""The end of a tenant's database and role, whatever other tenants do against it.
+
+The data goes first, then the role. A role that is still named elsewhere cannot be dropped (2BP01), and every tenant can
+write another's role into its own catalogue. So the role gets a name that is no tenant's and loses all that it could do;
+then its mentions are removed where they are, and it is dropped. If even that fails, because of something in a database
+that cannot be entered, say, the powerless role stays for ``reconcile``: the tenant is gone all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from contextlib import suppress
+from functools import partial
+from uuid import UUID
+
+import asyncpg
+
+from ..context import Placement
+from ..control.audit import Actor
+from ..control.failures import SERVER_FAILURES
+from ..control.names import Names, quote_identifier, quote_literal
+from ..control.registry import Registry
+from ..errors import ProvisioningError, TenancyError
+from . import access, databases
+from .blockers import Blockers, PreparedTransaction
+from .databases import Connection
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+_ATTEMPTS = 3
+
+_PREPARED = "SELECT gid, owner::text AS role, database::text AS database FROM pg_prepared_xacts WHERE database = $1"
+# Where a role is named: in which database, and whether it owns something there. 'o' is SHARED_DEPENDENCY_OWNER. What
+# every database shares (the right to connect to one, say) can be taken from it anywhere: that is in no database here.
+_REFERENCES = """
+SELECT d.datname::text AS database, bool_or(s.deptype = 'o') AS owns
+FROM pg_shdepend s
+JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND s.refobjid = r.oid
+LEFT JOIN pg_database d ON d.oid = s.dbid
+WHERE r.rolname = $1
+GROUP BY 1
+ORDER BY 1 NULLS LAST
+"""
+_MEMBERSHIPS = """
+SELECT g.rolname::text AS granted, m.rolname::text AS member
+FROM pg_auth_members a JOIN pg_roles g ON g.oid = a.roleid JOIN pg_roles m ON m.oid = a.member
+WHERE m.rolname = $1 OR (g.rolname = $1 AND m.rolname <> current_user)
+"""
+
+
+async def remove_data(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
+    """Keep a tenant's role out, and drop its database. Does nothing where they are gone.
+
+    Raises:
+        TimeoutError: the role could not be kept out by the deadline.
+        ProvisioningError: the database cannot be dropped, see ``drop_database``.
+    """
+    if await databases.role_exists(connection, role):
+        await access.block(connection, blockers, database=database, role=role, deadline=deadline)
+    await drop_database(connection, blockers, database)
+
+
+async def purge(
+    connection: Connection,
+    blockers: Blockers,
+    names: Names,
+    registry: Registry,
+    tenant_id: UUID,
+    placement: Placement,
+    *,
+    deadline: float,
+    actor: Actor,
+) -> None:
+    """Purge a tenant that the registry has marked for it: its data, its secrets, its role, and all but its tombstone.
+
+    Interrupted anywhere, it is finished by repeating it.
+
+    Raises:
+        TimeoutError, ProvisioningError: see ``remove_data``.
+    """
+    database, role = placement.database, placement.role
+    await remove_data(connection, blockers, database=database, role=role, deadline=deadline)
+    await registry.erase_secrets(tenant_id)
+    await remove_role(connection, blockers, names, role)
+    await registry.finish_purge(tenant_id, actor=actor)
+
+
+async def remove(
+    connection: Connection, blockers: Blockers, names: Names, *, database: str, role: str, deadline: float
+) -> None:
+    """Remove a tenant's database and role, whatever is left of them, in the order that leaves no way in.
+
+    Raises:
+        TimeoutError, ProvisioningError: see ``remove_data``.
+    """
+    await remove_data(connection, blockers, database=database, role=role, deadline=deadline)
+    await remove_role(connection, blockers, names, role)
+
+
+# --- databases ------------------------------------------------------------------------------------------------------
+
+
+async def drop_database(connection: Connection, blockers: Blockers, name: str) -> None:
+    """Drop a database, end what delays that, and roll back what tenants or the owner have prepared in it.
+
+    Raises:
+        ProvisioningError: somebody else's prepared transaction, an active replication slot or a subscription holds it
+            (55006); the message has the statements that remove them.
+    """
+    drop = partial(databases.drop_database, connection, name)
+    try:
+        await blockers.run(connection, drop)
+    except asyncpg.ObjectInUseError:
+        for found in await connection.fetch(_PREPARED, name):
+            if blockers.may_end(found["role"]):
+                await blockers.roll_back(PreparedTransaction(**found))
+        try:
+            await blockers.run(connection, drop)
+        except asyncpg.ObjectInUseError as exc:
+            remedies = "; ".join(await _remedies(connection, name))
+            raise ProvisioningError(
+                f"database {name!r} is in use and cannot be dropped" + (f"; run: {remedies}" if remedies else "")
+            ) from exc
+
+
+async def _remedies(connection: Connection, name: str) -> list[str]:
+    """The statements that make room for DROP DATABASE, each with where to run it."""
+    inside = f"(in database {quote_identifier(name)})"
+    found = [
+        f"ROLLBACK PREPARED {quote_literal(gid)} {inside}" for gid, _, _ in await connection.fetch(_PREPARED, name)
+    ]
+    slots = "SELECT slot_name FROM pg_replication_slots WHERE database = $1 AND active ORDER BY 1"
+    for (slot,) in await connection.fetch(slots, name):
+        found.append(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots "  # noqa: S608 - quoted
+            f"WHERE slot_name = {quote_literal(slot)}"
+        )
+    subscriptions = (
+        "SELECT subname FROM pg_subscription JOIN pg_database d ON d.oid = subdbid WHERE datname = $1 ORDER BY 1"
+    )
+    for (subscription,) in await connection.fetch(subscriptions, name):
+        found.append(f"DROP SUBSCRIPTION {quote_identifier(subscription)} {inside}")
+    return found
+
+
+# --- roles ----------------------------------------------------------------------------------------------------------
+
+
+async def remove_role(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
+    """Drop a tenant's role, or leave it under a name of no tenant and without any power, for ``reconcile`` to drop."""
+    try:
+        await blockers.run(connection, partial(databases.drop_role, connection, role))
+    except asyncpg.DependentObjectsStillExistError:
+        retired = names.retired(secrets.token_hex(8))
+        await blockers.run(connection, partial(_retire, connection, role, retired))
+        with suppress(TenancyError, *SERVER_FAILURES):
+            await drop_retired(connection, blockers, names, retired)
+            return
+        logger.warning("role %s is now %s and powerless; reconcile will drop it", role, retired)
+
+
+async def drop_retired(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
+    """Drop a powerless role, wherever it is still named.
+
+    Raises:
+        ProvisioningError: something names it that cannot be changed from here; the message says where.
+    """
+    for _ in range(_ATTEMPTS):
+        for database, owns in await connection.fetch(_REFERENCES, role):
+            # what it owns outside its own database is somebody's data, and not ours to drop
+            if not owns:
+                await _forget(blockers, names, role, database)
+        with suppress(asyncpg.DependentObjectsStillExistError):
+            await blockers.run(connection, partial(databases.drop_role, connection, role))
+            return
+    where = [
+        f"database {name!r}" if name else "shared objects" for name, _ in await connection.fetch(_REFERENCES, role)
+    ]
+    raise ProvisioningError(
+        f"role {role!r} cannot be dropped, it is still named by {', '.join(where)}; look at what that is, then run "
+        f"there as a superuser: DROP OWNED BY {quote_identifier(role)}"
+    )
+
+
+async def _forget(blockers: Blockers, names: Names, role: str, database: str | None) -> None:
+    """Take from a role all rights that it has in a database, and those in what all databases share."""
+    connection = await blockers.connect(database)
+    try:
+        # A right is taken away by whoever has the rights of the object's owner. That of a large object is the role of
+        # the tenant whose database it is, which is called like it.
+        roles = [role] if database is None or names.parse(database) is None else [role, database]
+        async with databases.joined(connection, *roles):
+            await blockers.run(connection, partial(connection.execute, f"DROP OWNED BY {quote_identifier(role)}"))
+    except asyncpg.UndefinedObjectError:
+        return  # dropped by somebody else
+    finally:
+        await databases.close(connection)
+
+
+async def _retire(connection: Connection, role: str, retired: str) -> None:
+    """Rename a role and make it powerless, in one transaction; memberships that are not the administrator's last."""
+    old, new = quote_identifier(role), quote_identifier(retired)
+    if await databases.role_exists(connection, role):
+        await connection.execute(
+            f"ALTER ROLE {old} RENAME TO {new}; ALTER ROLE {new} NOLOGIN CONNECTION LIMIT 0 PASSWORD NULL"
+        )
+    for granted, member in await connection.fetch(_MEMBERSHIPS, retired):
+        try:
+            await connection.execute(f"REVOKE {quote_identifier(granted)} FROM {quote_identifier(member)} CASCADE")
+        except asyncpg.InsufficientPrivilegeError:
+            logger.warning("role %s is still a member of %s: the administrator may not change that", member, granted)
