@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -366,3 +367,33 @@ async def test_the_connection_limit_holds(neighbours: Neighbours) -> None:
     finally:
         for connection in opened:
             await connection.close()
+
+
+SEEN = [
+    "SELECT * FROM pg_stat_activity",
+    "SELECT * FROM pg_stat_get_activity(NULL)",
+    "SELECT * FROM pg_stat_database",
+    "SELECT * FROM pg_locks",
+    "SELECT * FROM pg_lock_status()",
+    "SELECT * FROM pg_db_role_setting",
+]
+
+
+async def test_what_a_tenant_sees_of_others_can_be_taken_away(neighbours: Neighbours) -> None:
+    """By the statements that the page on security has. Its data can be used as before."""
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
+    statements = page.partition("```sql\n")[2].partition("```")[0]
+    async with neighbours.tenant() as connection, neighbours.server.connect(neighbours.role) as superuser:
+        other = await connection.fetch("SELECT usename, query FROM pg_stat_activity WHERE usename <> current_user")
+        assert {row["query"] for row in other} == {"<insufficient privilege>"}
+        for query in SEEN:
+            await connection.fetch(query)
+        await superuser.execute(statements)
+        try:
+            for query in SEEN:
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await connection.fetch(query)
+            async with neighbours.tenant() as another:
+                assert await another.fetchval("SELECT count(*) FROM notes") >= 0
+        finally:
+            await superuser.execute(statements.replace("REVOKE", "GRANT").replace("FROM", "TO"))
