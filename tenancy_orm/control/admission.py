@@ -95,7 +95,7 @@ class Admission:
         """Why it does not hold any more; None while it does, as far as is known."""
 
     def __repr__(self) -> str:
-        """Tell whose it is and whether it holds."""
+        """Name its credential, and tell whether it holds."""
         state = "holds" if self.ended is None else f"ended: {self.ended.reason}"
         return f"<Admission of {self.granted.credential_id} {state}>"
 
