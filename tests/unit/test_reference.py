@@ -31,7 +31,7 @@ def name_of(value: object) -> str:
     return f"{value.__module__}.{value.__qualname__}"  # type: ignore[attr-defined]
 
 
-def descendants(base: type) -> Iterator[type]:
+def descendants(base: type[object]) -> Iterator[type[object]]:
     """Every class of the package that derives from ``base``, as far as it is imported."""
     for derived in base.__subclasses__():
         if derived.__module__.startswith("tenancy_orm."):
