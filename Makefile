@@ -8,15 +8,18 @@ BIN := $(VENV)/bin
 ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help demo test check format bench docs clean
+# What `make check` runs, the quickest first. Whatever else names a check (.pre-commit-config.yaml, tests) runs these targets.
+CHECKS := formatting lint types docs
+
+.PHONY: help demo test check $(CHECKS) format bench clean
 
 help:
 	@echo "make demo    three tenants, an application over HTTP, a fleet migration; leaves nothing behind"
 	@echo "make test    the whole suite on an embedded PostgreSQL, or on TENANCY_TEST_DSN"
-	@echo "make check   formatting, lint, types, documentation"
+	@echo "make check   formatting, lint, types, documentation; each is a target too: make $(CHECKS)"
 	@echo "make format  apply formatting and safe fixes"
 	@echo "make bench   the benchmarks, one at a time"
-	@echo "make docs    build the documentation into site/"
+	@echo "make docs    build the documentation into site/, without a warning"
 	@echo "make clean   remove .venv, caches and what was built"
 
 demo: $(VENV)/.demo
@@ -24,13 +27,23 @@ demo: $(VENV)/.demo
 
 # tests start hundreds of programs of this package: where bytecode is not kept, each would compile it anew
 test: $(VENV)/.dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore=tests/benchmarks $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests \
+		--ignore=tests/benchmarks $(ARGS)
 
-check: $(VENV)/.dev
+check: $(CHECKS)
+
+formatting: $(VENV)/.dev
 	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
 	$(BIN)/mypy --strict tenancy_orm tests
-	$(MAKE) --no-print-directory docs
+
+# never --quiet: it drops the warnings that --strict counts
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -38,9 +51,6 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/benchmarks -s -p no:xdist $(ARGS)
-
-docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,6 @@
 """Every error this package raises, in one tree.
 
-.. code-block:: text
-
+```text
     TenancyError
     ├── ConfigurationError (ValueError)
     │   ├── MissingExtraError (ImportError)
@@ -58,6 +57,7 @@
     │   └── FleetMigrationError
     └── AuditError
         └── AuditChainError
+```
 
 A message says what failed, for which tenant, and the remedy; the same facts are typed attributes. Every error
 can be pickled. No message, attribute or ``repr`` contains a secret. An application's own SQLAlchemy errors (an

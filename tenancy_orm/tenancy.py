@@ -75,6 +75,10 @@ class Tenancy:
 
     Args:
         config: What to connect to and how; from ``TENANCY_*`` variables where None.
+
+    Attributes:
+        events (EventBus): Where to subscribe to what happens in this process.
+        rates (Rates): How many requests a second each tenant may make of this process.
     """
 
     def __init__(self, config: TenancyConfig | None = None) -> None:

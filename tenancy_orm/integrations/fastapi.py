@@ -1,13 +1,13 @@
 """FastAPI: the tenant, its session and its key's scopes as dependencies.
 
-.. code-block:: python
+```python
+app = FastAPI(lifespan=tenancy.lifespan)
+app.add_middleware(TenancyMiddleware, tenancy=tenancy, exempt=["/docs", "/openapi.json"])
 
-    app = FastAPI(lifespan=tenancy.lifespan)
-    app.add_middleware(TenancyMiddleware, tenancy=tenancy, exempt=["/docs", "/openapi.json"])
 
-
-    @app.get("/orders", dependencies=[RequireScope("orders:read")])
-    async def orders(session: TenantSession, tenant: CurrentTenant) -> list[Order]: ...
+@app.get("/orders", dependencies=[RequireScope("orders:read")])
+async def orders(session: TenantSession, tenant: CurrentTenant) -> list[Order]: ...
+```
 
 Sessions are closed, and transactions committed, after the path operation has returned and before the response is
 sent: a commit that fails is an error of the request, and no connection is held while a slow client reads. A streaming

@@ -1,9 +1,9 @@
 """Stripe: usage records as billing meter events (extra ``billing``).
 
-.. code-block:: python
-
-    sender = StripeMeterSender(api_key, meters={"api_calls": "acme_api_calls"})
-    tenancy = Tenancy(TenancyConfig(usage_sender=sender, ...))  # run_maintenance sends
+```python
+sender = StripeMeterSender(api_key, meters={"api_calls": "acme_api_calls"})
+tenancy = Tenancy(TenancyConfig(usage_sender=sender, ...))  # run_maintenance sends
+```
 
 A tenant's customer is ``metadata["stripe_customer_id"]`` unless ``customer`` says otherwise. One whose id is null,
 and a resource without a meter, are not billed; where the id is missing the record is given up until it is mended and
@@ -132,3 +132,6 @@ def _translate(error: stripe.StripeError) -> UsageExportError:
     # what was wrong with the record; other errors' messages may quote the key
     message = f": {error.user_message[:200]}" if permanent and error.user_message else ""
     return UsageExportError(f"Stripe refused the record: {reason}{status}{message}", permanent=permanent)
+
+
+__all__ = ["StripeMeterSender", "customer_from_metadata"]

@@ -1,13 +1,13 @@
 """What a tenant env.py calls, so that Alembic's own commands do the right thing for a fleet.
 
-.. code-block:: python
+```python
+from alembic import context
+from tenancy_orm.migrations import environment
 
-    from alembic import context
-    from tenancy_orm.migrations import environment
+from myapp.models import Base
 
-    from myapp.models import Base
-
-    environment.run(context, target_metadata=Base.metadata)
+environment.run(context, target_metadata=Base.metadata)
+```
 
 ``upgrade``, ``downgrade`` and ``stamp`` go to every tenant, or to those of ``-x tenant=acme``; ``current`` asks each of
 them; ``check`` and ``revision --autogenerate`` compare with a clone of the template, which is at head; ``--sql`` prints
