@@ -29,6 +29,7 @@ from ..errors import ServerUnavailableError, TenancyError
 from ..events import SessionTerminated
 from ..routing.servers import Server
 from . import databases
+from .blockers import Blockers
 from .cancellation import settled
 from .databases import Connection
 from .pipeline import Parts, describe
@@ -143,6 +144,7 @@ class _Post:
     """The watchdog's place on one server: its connection, and what it has learned there."""
 
     server: Server
+    blockers: Blockers
     connection: Connection | None = None
     roles: dict[int, str] = field(default_factory=dict)  # names of tenants' roles by oid
     may_end: bool | None = None  # whether the administrator may end every session; None until asked
@@ -161,7 +163,7 @@ class Watchdog:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._config = parts.config
-        self._posts = [_Post(server) for server in parts.servers.values()]
+        self._posts = [_Post(server, parts.blockers(server)) for server in parts.servers.values()]
 
     async def run(self, *, actor: Actor = SYSTEM) -> WatchReport:
         """Look once at every server, all at once, and end what is above a bound. Needs no control database.
@@ -230,6 +232,8 @@ class Watchdog:
             await self._end(post, connection, session, reason)
         await self._end_listeners(post, connection)
         await self._end_prepared(post, connection)
+        # who waits to drop a database, without the right to, keeps everybody else from connecting to it
+        await post.blockers.clear_doors(connection)
         await connection.fetchval(_TAKE_RESERVE, RESERVE)
 
     async def _make_room(self, post: _Post, connection: Connection) -> None:
@@ -369,14 +373,14 @@ async def _stationed(post: _Post) -> AsyncIterator[Connection]:
     """The connection of a post, which stays open; one that is lost is replaced, as soon as the server has room."""
     if post.connection is None or not await databases.is_alive(post.connection):
         await _leave(post)
-        post.connection = await _connect(post.server)
+        post.connection = await _connect(post.blockers)
     yield post.connection
 
 
-async def _connect(server: Server) -> Connection:
+async def _connect(blockers: Blockers) -> Connection:
     while True:
         try:
-            return await server.connect_admin(settings=_SETTINGS)
+            return await blockers.connect(settings=_SETTINGS)
         except ServerUnavailableError as exc:
             if not (exc.sqlstate or "").startswith(_FULL):
                 raise

@@ -408,6 +408,31 @@ async def test_a_tenant_does_not_lock_the_administrator_out(arena: Arena, databa
     await arena.purge(arena.attacker)
 
 
+async def test_the_watchdog_lets_a_tenants_own_connections_in_again(arena: Arena) -> None:
+    """Whoever waits to drop another's database keeps that tenant from connecting, until the watchdog looks."""
+    other = placement(arena.victim).database
+    quoted = quote_identifier(other)
+    await arena.attack("BEGIN", f"ALTER ROLE CURRENT_USER IN DATABASE {quoted} SET work_mem = '1MB'")
+    second = await arena.attack()
+    dropping = asyncio.create_task(second.execute(f"DROP DATABASE {quoted}"))
+    async with arena.server.connect("template1") as connection:
+
+        async def waits() -> bool:
+            return bool(
+                await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'object'")
+            )
+
+        await until(waits)
+    with pytest.raises(TimeoutError):
+        await asyncpg.connect(arena.server.url(other), timeout=0.5)
+    await arena.workshop.provisioner.end_excessive_sessions()
+    async with hostile(arena.workshop, arena.victim) as connection:
+        assert await connection.fetchval("SELECT 1") == 1
+    with pytest.raises(SERVER_FAILURES):
+        await dropping
+    assert await arena.connections(arena.attacker) == 1  # what does not wait there is left alone
+
+
 LOCK_BEFORE_RIGHTS = {
     "rule": "CREATE RULE r AS ON INSERT TO pg_authid DO INSTEAD NOTHING",
     "trigger": "CREATE TRIGGER t BEFORE INSERT ON pg_authid FOR EACH ROW "
