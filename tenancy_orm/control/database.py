@@ -13,8 +13,9 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, event, select, text
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -38,7 +39,9 @@ from .viewer import VIEW_AS, prepare_viewer
 _MIGRATION_LOCK = 0x74656E616E637900
 
 _NO_SUCH_ROLE = ("22023", "42501")  # it does not exist, or is not granted
-_CONNECT_SQLSTATES = ("08", "57P", "53")  # connection, operator intervention, out of resources
+_OUT_OF_RESOURCES = "53"
+_CONNECT_SQLSTATES = ("08", "57P", _OUT_OF_RESOURCES)  # connection, operator intervention
+_NO_TRANSACTION = "25P01"
 
 
 def is_unavailable(error: BaseException) -> bool:
@@ -55,6 +58,18 @@ def is_unavailable(error: BaseException) -> bool:
     if isinstance(error, asyncpg.PostgresError):
         return (error.sqlstate or "").startswith(_CONNECT_SQLSTATES)
     return False
+
+
+def _drop_unusable(context: ExceptionContext) -> None:
+    """Give a connection up after an error from which asyncpg does not recover.
+
+    Where a BEGIN fails, for want of a lock, say, asyncpg takes the transaction for open, and sends a SAVEPOINT in place
+    of every further BEGIN, which is refused: the pool would keep a connection that never works again.
+    """
+    sqlstate = getattr(context.original_exception, "sqlstate", None) or ""
+    if sqlstate.startswith(_OUT_OF_RESOURCES) or sqlstate == _NO_TRANSACTION:
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
 
 
 Administrator: TypeAlias = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
@@ -102,6 +117,7 @@ class ControlDatabase:
                 "server_settings": {"application_name": "tenancy-control"},
             },
         )
+        event.listen(self.engine.sync_engine, "handle_error", _drop_unusable)
 
     def __repr__(self) -> str:
         """Name the database, without host or credentials."""

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
+import asyncpg
+
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..control.audit import SYSTEM, Actor
@@ -36,7 +38,7 @@ from .pipeline import Parts, describe
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
-RESERVE: Final = 200
+RESERVE: Final = 400
 """How many locks a watchdog's connection keeps, to have room for its own work when the table is full."""
 TENANT_FACTOR: Final = 2
 """How many times ``max_session_locks`` all sessions of one tenant may hold together."""
@@ -246,7 +248,10 @@ class Watchdog:
             if row["oid"] in post.roles
         ]
         for session, reason in excessive(known, self._config).values():
-            await self._end_by_reserve(post, connection, session, reason)
+            try:
+                await self._end_by_reserve(post, connection, session, reason)
+            except asyncpg.OutOfMemoryError:
+                break  # the room was taken by others; what follows tries once more
         await connection.execute(_GIVE_RESERVE)
 
     async def _end_by_reserve(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:

@@ -5,6 +5,7 @@ Every attack is for real, on a server of this module's own, and is first seen to
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -36,6 +37,13 @@ REFUSED = "42501"
 SMALL = {"max_locks_per_transaction": "10", "max_connections": "40", "max_prepared_transactions": "5"}
 NOTIFY_PAGES = {"max_notify_queue_pages": "64"}
 TAKE_ALL = "SELECT count(pg_try_advisory_lock(n)) FROM generate_series(1, 1000000) AS n"
+
+# what is free is taken within microseconds
+TAKE_FOR_EVER = """
+DO $$ DECLARE n bigint := 0; BEGIN LOOP
+    BEGIN n := n + 1; PERFORM pg_try_advisory_lock(n); EXCEPTION WHEN out_of_memory THEN NULL; END;
+END LOOP; END $$
+"""
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
@@ -73,6 +81,26 @@ async def fill_by_savepoints(connection: Any) -> None:
     await connection.execute("BEGIN")
     step = "SAVEPOINT s; INSERT INTO notes (body) VALUES ('x');"
     assert await refused(connection.execute(step * 100_000)) == FULL
+
+
+async def fill_by_large_objects(connection: Any) -> None:
+    """One for each that is removed, which whoever made it may do: fewer and fewer at a time, until there is no room."""
+    await connection.execute("SELECT lo_create(0) FROM generate_series(1, 10000)")
+    await connection.execute("BEGIN")
+    for count in (500, 50, 5, 1):
+        remove = f"SELECT lo_unlink(oid) FROM (SELECT oid FROM pg_largeobject_metadata LIMIT {count}) AS chosen"
+        try:
+            for _ in range(100):
+                await connection.execute("SAVEPOINT s")
+                await connection.execute(remove)
+        except asyncpg.OutOfMemoryError:
+            if count > 1:
+                await connection.execute("ROLLBACK TO s")
+
+
+async def fill_by_advisory_locks(connection: Any) -> None:
+    """Where they could not be taken from tenants, or were granted."""
+    assert await refused(connection.fetchval(TAKE_ALL)) == FULL
 
 
 async def server_is_down(versioned: Postgres, workshop: Workshop, neighbour: Any) -> None:
@@ -200,15 +228,18 @@ async def test_a_plain_administrator_names_what_a_superuser_can_do(
 # --- the table of locks ---------------------------------------------------------------------------------------------
 
 
-async def test_who_fills_the_table_of_locks_is_ended(versioned: Postgres, opened: Callable[..., Any]) -> None:
-    """By savepoints, which no right can forbid. A watchdog that was there before ends the session; it is told."""
-    async with opened(max_session_locks=500) as workshop:
+@pytest.mark.parametrize("fill", [fill_by_savepoints, fill_by_large_objects, fill_by_advisory_locks])
+async def test_who_fills_the_table_of_locks_is_ended(
+    versioned: Postgres, opened: Callable[..., Any], fill: Callable[[Any], Awaitable[None]]
+) -> None:
+    """A watchdog that was there before ends the session; it is told."""
+    async with opened(max_session_locks=500, tenant_advisory_locks=True) as workshop:
         tenant, other = await workshop.create("acme"), await workshop.create("globex")
         told: list[SessionTerminated] = []
         workshop.events.subscribe(SessionTerminated, told.append)
         async with workshop.connect(tenant) as connection, workshop.connect(other) as neighbour:
             assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
-            await fill_by_savepoints(connection)
+            await fill(connection)
             await server_is_down(versioned, workshop, neighbour)
             report = await workshop.provisioner.end_excessive_sessions()
             assert reasons(report) == [(tenant.id, "locks")]
@@ -221,6 +252,38 @@ async def test_who_fills_the_table_of_locks_is_ended(versioned: Postgres, opened
         assert entry.detail is not None
         assert entry.detail["reason"] == "locks"
         assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
+
+
+async def test_who_goes_on_taking_locks_is_ended(versioned: Postgres, opened: Callable[..., Any]) -> None:
+    """It would take the room that the watchdog makes for itself, were that not used in the same message."""
+    async with opened(max_session_locks=500, tenant_advisory_locks=True) as workshop:
+        async with workshop.admin() as admin, versioned.connect() as superuser:
+            # so that it need not join the role first
+            await superuser.execute(f'GRANT pg_signal_backend TO "{await admin.fetchval("SELECT current_user::text")}"')
+        tenant = await workshop.create("acme")
+        async with workshop.connect(tenant) as connection:
+            assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
+            again = asyncio.create_task(connection.execute(TAKE_FOR_EVER))
+            await until(lambda: _refuses_logins(versioned), seconds=30)
+            found: list[Any] = []
+
+            async def ended() -> bool:
+                report = await workshop.provisioner.end_excessive_sessions()
+                found.extend((one.tenant_id, one.reason) for one in report.ended)
+                return bool(found)
+
+            await until(ended, seconds=60)
+            assert found == [(tenant.id, "locks")]
+            with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+                await again
+
+
+async def _refuses_logins(versioned: Postgres) -> bool:
+    try:
+        async with versioned.connect():
+            return False
+    except asyncpg.OutOfMemoryError:
+        return True
 
 
 async def test_a_session_that_logged_in_since_the_last_look_is_ended(
