@@ -32,6 +32,16 @@ RESOURCE_NAME: Final = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
 LARGEST_AMOUNT: Final = 10**15  # leaves room to add without leaving PostgreSQL's bigint
 
 
+ROLE_SETTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "idle_in_transaction_session_timeout": "5min",
+        "transaction_timeout": "1h",  # PostgreSQL 17 and later
+        "temp_file_limit": "10GB",  # of one session
+    }
+)
+"""What every tenant's role gets unless ``TenancyConfig.role_settings`` says otherwise; and the server's work_mem."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """How much of a resource a tenant may use per period.

@@ -7,16 +7,17 @@ as an argument.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar, Token, copy_context
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from .errors import CrossTenantError, NoTenantError
@@ -104,6 +105,8 @@ def _restore(values: dict[str, Any]) -> Tenant:
     values["quotas"] = _frozen(values["quotas"])
     return Tenant(**values)
 
+
+T = TypeVar("T")
 
 # as ``uuid.UUID`` writes one, or without hyphens: no slug and no domain is either
 _UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -214,6 +217,16 @@ def refuse_while_bound(what: str) -> None:
     bound = _current.get()
     if bound is not None:
         raise CrossTenantError(what, bound=bound.slug, requested=None)
+
+
+async def run_unbound(work: Coroutine[Any, Any, T]) -> T:
+    """Do ``work`` with no tenant bound, and otherwise in the caller's context; cancelling the caller cancels it.
+
+    For what administration does for a tenant, once it is certain that this is the bound one.
+    """
+    context = copy_context()
+    context.run(_current.set, None)
+    return await asyncio.get_running_loop().create_task(work, context=context)
 
 
 class _UnboundFinalizer:

@@ -556,7 +556,10 @@ class _SessionScope:
         bound = current_tenant_or_none()
         check_usable(tenant, operator=self._operator or (bound is not None and bound.operator))
         self._inner = self._parts.router.session(tenant, **self._options)
-        return await self._inner.__aenter__()
+        session = await self._inner.__aenter__()
+        if bound is not None and bound.admission is not None:
+            session.sync_session.admission = bound.admission  # type: ignore[attr-defined]
+        return session
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

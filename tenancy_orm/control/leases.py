@@ -110,8 +110,11 @@ class LeasedQuota:
         if get_ident() != self._home.thread:
             self._home.check()
         # written out here: it is to cost less than a microsecond
-        if (bound := _current.get()) is not None and bound.id != self.tenant_id:
-            refuse_other_tenant(self.tenant_id)
+        if (bound := _current.get()) is not None:
+            if bound.id != self.tenant_id:
+                refuse_other_tenant(self.tenant_id)
+            if bound.admission is not None:
+                bound.admission.check()
         if type(amount) is int and 0 < amount <= self._held and time.monotonic() < self._until:
             self._held -= amount
             self._touched = True

@@ -718,14 +718,20 @@ class Registry:
         """Erase the keys and passwords of a tenant that is being purged. What is left of it is of use to nobody.
 
         An empty password stays: until the purge is finished, the row says where the tenant was.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            InvalidTransitionError: its purge has not begun.
+            CrossTenantError: another tenant is bound.
         """
+        refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
+            before, row = await self._locked(connection, tenant_id)
+            if before.status is not Status.DELETED or row.purge_started_at is None:
+                raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
             await connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant_id))
             await connection.execute(
-                update(tenants)
-                .where(tenants.c.id == tenant_id, tenants.c.purge_started_at.is_not(None))
-                .where(tenants.c.status == Status.DELETED)
-                .values(sealed_password=b"", next_sealed_password=None)
+                update(tenants).where(tenants.c.id == tenant_id).values(sealed_password=b"", next_sealed_password=None)
             )
 
     async def finish_purge(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:

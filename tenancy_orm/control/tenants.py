@@ -335,6 +335,8 @@ class TenantManager:
             page = await self.list(status=status, tier=tier, limit=500, after=after)
             for tenant in page.items:
                 yield tenant
+                # whoever asks for the next one must have left the scope of this one
+                refuse_while_bound("listing tenants")
             if page.next is None:
                 return
             after = page.next

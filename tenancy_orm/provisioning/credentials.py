@@ -10,7 +10,7 @@ from functools import partial
 from uuid import UUID
 
 from ..config import TenancyConfig
-from ..context import Placement, Status, Tenant, refuse_while_bound
+from ..context import Placement, Status, Tenant, refuse_while_bound, run_unbound
 from ..control.audit import SYSTEM, Actor
 from ..control.data_keys import DataKeys
 from ..control.failures import SERVER_FAILURES
@@ -94,7 +94,7 @@ class SecretManager:
             raise TenantNotFoundError(tenant.slug)
         try:
             async with asyncio.timeout(self._timeout):
-                await self._rotate(tenant.id, tenant.placement, actor)
+                await run_unbound(self._rotate(tenant.id, tenant.placement, actor))
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"the password of tenant {tenant.slug!r} was not rotated ({describe(exc)}); try again",

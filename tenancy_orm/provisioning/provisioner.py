@@ -11,7 +11,7 @@ from functools import partial
 from uuid import UUID
 
 from ..config import TenancyConfig
-from ..context import Placement, Tenant, refuse_other_tenant, refuse_while_bound
+from ..context import Placement, Tenant, refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.audit import SYSTEM, Actor
 from ..control.database import ControlDatabase
 from ..control.failures import SERVER_FAILURES
@@ -226,6 +226,9 @@ class Provisioner:
             TenantNotFoundError: the tenant has been purged.
         """
         refuse_other_tenant(tenant)
+        await run_unbound(self._align(tenant, timeout))
+
+    async def _align(self, tenant: Tenant, timeout: float) -> None:
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         server = self._parts.servers[tenant.placement.server]
@@ -283,7 +286,7 @@ class Provisioner:
             try:
                 deadline = asyncio.get_running_loop().time() + self._timeout
                 async with asyncio.timeout_at(deadline):
-                    await self._purge(tenant.id, placement, deadline, listed, actor)
+                    await run_unbound(self._purge(tenant.id, placement, deadline, listed, actor))
             except SERVER_FAILURES as exc:
                 raise ProvisioningError(
                     f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",

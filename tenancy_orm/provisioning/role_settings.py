@@ -14,26 +14,16 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 
 import asyncpg
 
+from ..config import ROLE_SETTINGS
 from ..control.names import quote_identifier, quote_literal
 from . import databases
 from .blockers import Blockers
 from .databases import Connection
 
 logger = logging.getLogger("tenancy_orm.provisioning")
-
-DEFAULTS: Mapping[str, str] = MappingProxyType(
-    {
-        "idle_in_transaction_session_timeout": "5min",
-        "transaction_timeout": "1h",  # PostgreSQL 17 and later
-        "temp_file_limit": "10GB",  # of one session
-    }
-)
-"""What every tenant's role gets unless ``TenancyConfig.role_settings`` says otherwise; and ``work_mem``, as the
-server's own configuration has it."""
 
 # of these PostgreSQL takes a list of names, and keeps each one quoted where it needs to be
 _LISTS = frozenset({"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"})
@@ -93,7 +83,7 @@ async def wanted(connection: Connection, configured: Mapping[str, str | None]) -
         connection: The administrator's.
         configured: ``TenancyConfig.role_settings``.
     """
-    given = {name.lower(): value for name, value in {**DEFAULTS, "work_mem": None, **configured}.items()}
+    given = {name.lower(): value for name, value in {**ROLE_SETTINGS, "work_mem": None, **configured}.items()}
     granted = " OR has_parameter_privilege(r.oid, n, 'SET')" if databases.version(connection) >= 15 else ""
     rows = await connection.fetch(_ASK.format(granted=granted), list(given), list(_SERVER_WIDE))
     about = {row["name"]: row for row in rows}

@@ -6,9 +6,11 @@ import asyncio
 import select
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import asyncpg
+from asyncpg.prepared_stmt import PreparedStatement
 from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_connection,
     AsyncAdapt_asyncpg_ss_cursor,
@@ -32,22 +34,64 @@ _RESET = (
 
 
 class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
-    """What asyncpg connects with; its ``reset`` cleans as ``DISCARD ALL`` does."""
+    """What asyncpg connects with; its ``reset`` cleans as ``DISCARD ALL`` does.
 
-    __slots__ = ("_home",)
+    An application can reach it, by ``get_raw_connection``. So it asks ``guard`` by itself before each operation, but
+    for those that end a transaction: the tenant's pool sets that.
+    """
+
+    __slots__ = ("_home", "guard", "rolling_back")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._home = HomeLoop()
+        self.guard: Callable[[], None] | None = None
+        self.rolling_back = False
 
     def get_reset_query(self) -> str:
         """The statements that ``reset`` runs."""
         return _RESET
 
     def _check_open(self) -> None:
-        """What asyncpg asks before each operation: the driver's own connection is refused in another loop as well."""
+        """What asyncpg asks before each operation."""
         super()._check_open()
+        if self.guard is None or self.rolling_back:
+            self._home.check()
+        else:
+            self.guard()
+
+    async def _prepare(self, *args: Any, **options: Any) -> Any:
+        statement = await super()._prepare(*args, **options)
+        statement.__class__ = _PreparedStatement
+        return statement
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """Close, as in asyncpg.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread.
+        """
         self._home.check()
+        await super().close(timeout=timeout)
+
+    def terminate(self) -> None:
+        """Cut the connection, as in asyncpg.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread.
+        """
+        self._home.check()
+        super().terminate()
+
+
+class _PreparedStatement(PreparedStatement):  # type: ignore[misc]
+    """A prepared statement, which asks what its connection asks."""
+
+    __slots__ = ()
+
+    def _check_conn_validity(self, meth_name: str) -> None:
+        super()._check_conn_validity(meth_name)
+        self._connection._check_open()
 
 
 # two turns of the loop for each of: the message, the end of the stream
@@ -82,7 +126,7 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     """
 
     _ss_cursor_cls = _StreamCursor
-    _connection: Raw
+    _connection: DriverConnection
 
     __slots__ = ("__weakref__", "finalizer", "poller", "pool")
 
@@ -102,8 +146,12 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
 
     def rollback(self) -> None:
         """Roll back, unless this is another event loop: before anything is sent."""
-        self.pool.connector.home.check()
-        super().rollback()  # type: ignore[no-untyped-call]
+        raw = self._connection
+        raw.rolling_back = True
+        try:
+            super().rollback()  # type: ignore[no-untyped-call]
+        finally:
+            raw.rolling_back = False
 
     @property
     def usable(self) -> bool:

@@ -16,6 +16,7 @@ import select
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -25,7 +26,7 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import LRUCache
 
 from ..config import TenancyConfig
-from ..context import Tenant
+from ..context import Tenant, set_current
 from ..control.failures import SERVER_FAILURES
 from ..control.secrets import Keyring
 from ..errors import (
@@ -115,8 +116,10 @@ class Connector:
         return f"Connector({self.server.name!r})"
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run ``work`` in a task of its own, which outlives the caller."""
-        task = asyncio.get_running_loop().create_task(work)
+        """Run ``work`` in a task of its own, which outlives the caller, and with no tenant bound."""
+        context = copy_context()
+        context.run(set_current, None)
+        task = asyncio.get_running_loop().create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -226,6 +229,7 @@ class Connector:
             prepared_statement_cache_size=self.server.prepared_statement_cache_size,
         )
         connection.pool = pool
+        raw.guard = pool.check_bound
         connection.poller = select.poll()
         connection.poller.register(raw._transport.get_extra_info("socket").fileno(), select.POLLIN)
         connection.finalizer = weakref.finalize(

@@ -23,6 +23,7 @@ from sqlalchemy.orm import InstanceState, Session, SessionTransaction, UOWTransa
 from sqlalchemy.orm.attributes import instance_state
 
 from ..errors import CrossTenantError, NotOpenError
+from ..protocols import Admission
 from .pool import TenantPool
 
 MARK = "tenancy_orm.tenant"
@@ -56,6 +57,8 @@ class TenantSession(Session):
     ) -> None:
         self.tenant = tenant
         self.ended = False
+        # of the request that opened it: it ends with that, whoever goes on using the session
+        self.admission: Admission | None = None
         self._on_refusal = on_refusal
         self._home = bind
         self._refused: _Refused | None = None
@@ -109,9 +112,12 @@ class TenantSession(Session):
 
         Raises:
             CrossTenantError: it is another tenant's.
+            AdmissionEndedError, TenantUnavailableError: what the request that opened it was let in with has ended.
             NotOpenError: the block in which the session was opened has ended.
         """
         bind = super().get_bind(*args, **options)
+        if self.admission is not None:
+            self.admission.check()
         if self.ended:
             raise NotOpenError("the block of this session has ended; open another: async with tenancy.session()")
         if bind is not self._home:
@@ -129,8 +135,11 @@ class TenantSession(Session):
 
         Raises:
             WrongEventLoopError: this is another event loop or thread. The transaction goes on.
+            AdmissionEndedError, TenantUnavailableError: what the request that opened it was let in with has ended.
         """
         self._check_loop()
+        if self.admission is not None:
+            self.admission.check()
         super().commit()
 
     def rollback(self) -> None:

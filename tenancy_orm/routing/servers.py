@@ -7,18 +7,19 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import Context
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy.engine import URL
 
-from ..config import TenancyConfig
-from ..context import Placement
+from ..config import ROLE_SETTINGS, TenancyConfig
+from ..context import Placement, refuse_while_bound
 from ..control.failures import SERVER_FAILURES
 from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
 from ..loops import HomeLoop
-from .settings import named_in_url, read_settings, without
+from .settings import BOUNDS, named_in_url, read_settings, without
 
 logger = logging.getLogger("tenancy_orm.routing")
 
@@ -50,6 +51,7 @@ class Server:
         connect_timeout: Seconds that opening a connection may take.
         statement_timeout: PostgreSQL's statement_timeout for tenants, in seconds; 0 leaves it to the server.
         session_settings: Further settings for tenants' connections, but for those that the URL gives a value.
+        bounds: What tenants' roles have for ``settings.BOUNDS``.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Server:
         connect_timeout: float,
         statement_timeout: float = 0.0,
         session_settings: Mapping[str, str] = MappingProxyType({}),
+        bounds: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self.url = url
@@ -67,9 +70,13 @@ class Server:
         self.connect_timeout = connect_timeout
         self._base = url.difference_update_query(_CLIENT_OPTIONS)._replace(password=None)
         self._client_options = {key: int(str(value)) for key, value in url.query.items() if key in _CLIENT_OPTIONS}
-        self._driver_options = {k: size for k, size in self._client_options.items() if k == "statement_cache_size"}
+        self._driver_options: dict[str, Any] = {
+            k: size for k, size in self._client_options.items() if k == "statement_cache_size"
+        }
         self._tenant_base = URL.create("postgresql+asyncpg", host=url.host or None, port=url.port)
         self._named = named_in_url(url)
+        self._bounds = bounds
+        self._refuses_settings = False  # as PgBouncer does, without saying so in its URL
         given = {setting.lower(): value for setting, value in session_settings.items()}
         self.further_settings = without(given, self._named)
         self._tenant_settings = {"application_name": "tenancy", **self.further_settings}
@@ -105,8 +112,8 @@ class Server:
 
     @property
     def is_pooled(self) -> bool:
-        """Whether a transaction pooler is in front, by its URL: PgBouncer refuses startup parameters (08P01)."""
-        return self._client_options.get("statement_cache_size") == 0
+        """Whether a pooler is in front that refuses startup parameters (08P01): its URL says so, or it has refused."""
+        return self._refuses_settings or self._client_options.get("statement_cache_size") == 0
 
     def admin_url(self, database: str | None = None) -> URL:
         """The administrative URL of ``database``; it holds the password."""
@@ -135,7 +142,9 @@ class Server:
         Raises:
             ServerUnavailableError: the server does not answer, or takes no connections now.
             asyncpg.PostgresError: it refuses this one: no such database, say.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("logging in as the administrator")
         startup = {"application_name": "tenancy-admin", **settings}
         if role is not None:
             startup["role"] = role
@@ -178,24 +187,47 @@ class Server:
             LoginRefusedError: the password, the role or its rights do not admit it.
             ServerUnavailableError: the server does not answer, or takes no connections now.
             SecretError: (from ``password``) it does not open.
+            CrossTenantError: a tenant is bound; its sessions are had from the router.
         """
+        refuse_while_bound("logging in as a tenant's role")
         label = tenant or placement.role
-        startup = await self._startup_settings()
-        try:
-            connection: C = await self._connect(
+
+        async def connect(settings: Mapping[str, str]) -> C:
+            opened: C = await self._connect(
                 placement.role,
                 placement.database,
                 password,
-                startup,
+                settings,
                 timeout=timeout,
                 connection_class=connection_class,
                 command_timeout=self._command_timeout,
                 **self._driver_options,
             )
+            return opened
+
+        startup = await self._startup_settings()
+        try:
+            try:
+                connection = await connect(startup)
+            except asyncpg.ProtocolViolationError:
+                if self.is_pooled:
+                    raise
+                connection = await connect(self._without_pins())
         except SERVER_FAILURES as exc:
             raise self.unavailable(exc, tenant=label) from without_frames(exc)
         notice_a_dead_peer(connection)
         return connection
+
+    def _without_pins(self) -> Mapping[str, str]:
+        """What is left to send where a pooler refuses startup parameters, from now on."""
+        self._refuses_settings = True
+        logger.warning(
+            "server %s refuses startup parameters (08P01), as PgBouncer does: settings that a tenant's role has given "
+            "itself are in force for that tenant until reconcile; let PgBouncer ignore them, or name them in its "
+            "track_extra_parameters",
+            self.name,
+        )
+        return self._tenant_settings
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -205,7 +237,7 @@ class Server:
         Raises:
             asyncpg.PostgresError: the server refuses.
         """
-        found = await read_settings(connection)
+        found = await read_settings(connection, self._bounds)
         self._pins = {**without(found, self._named), **self._tenant_settings}
         self.session_settings = {**found, **self.further_settings}
         self._pinned_at = time.monotonic()
@@ -217,7 +249,7 @@ class Server:
             await self._read_settings()
         elif time.monotonic() - self._pinned_at > SETTINGS_SECONDS and self._reading is None:
             # the server's configuration may have changed; an answer some minutes old is good enough for this one
-            self._reading = asyncio.get_running_loop().create_task(self._renew_settings())
+            self._reading = asyncio.get_running_loop().create_task(self._renew_settings(), context=Context())
         assert self._pins is not None  # noqa: S101 - for the type checker
         return self._pins
 
@@ -340,6 +372,8 @@ class Servers(Mapping[str, Server]):
     """
 
     def __init__(self, config: TenancyConfig) -> None:
+        given = {name.lower(): value for name, value in {**ROLE_SETTINGS, **config.role_settings}.items()}
+        bounds = {name: value for name in BOUNDS if (value := given.get(name))}
         self._servers = {
             name: Server(
                 name,
@@ -347,6 +381,7 @@ class Servers(Mapping[str, Server]):
                 connect_timeout=config.connect_timeout,
                 statement_timeout=config.statement_timeout,
                 session_settings=config.session_settings,
+                bounds=bounds,
             )
             for name, url in config.server_urls.items()
         }

@@ -7,8 +7,8 @@ it. A startup parameter wins over that, and ``RESET ALL`` returns to it; a ``SET
 Pinned is what SQLAlchemy and asyncpg assume of a connection, what gives the same statement another meaning, and what
 keeps a statement from working at all. Not pinned are:
 
-- what an administrator sets for the tenants' roles, to bound them: ``idle_in_transaction_session_timeout``,
-  ``transaction_timeout``, ``temp_file_limit``, ``work_mem``;
+- ``temp_file_limit`` and ``work_mem``, which an administrator sets for the tenants' roles (the bounds on transactions,
+  which are set so too, are pinned to the same values);
 - what only a superuser may set, so that no tenant's role can: ``session_preload_libraries``, ``lc_messages``,
   ``session_replication_role``;
 - the planner's settings (``enable_*``, ``jit``, costs): they change how fast an answer comes, and no answer;
@@ -68,6 +68,12 @@ PINNED: Final = frozenset(
 )
 """In lower case, as PostgreSQL compares them. ``role`` is pinned to ``none`` as well, which no view lists."""
 
+PINNED_WHERE_KNOWN: Final = frozenset({"restrict_nonsystem_relation_kind", "transaction_timeout"})
+"""Further ones, which not every version has."""
+
+BOUNDS: Final = ("idle_in_transaction_session_timeout", "transaction_timeout")
+"""What an administrator sets for the tenants' roles, and would end a connection where a role has set it to nothing."""
+
 # the values of others are those of the administrator's role, or of the database it has logged in to
 _SERVERS_OWN = frozenset({"default", "environment variable", "configuration file", "command line", "global"})
 _READ = (
@@ -80,19 +86,23 @@ _READ_FILES = "SELECT f.name, f.setting FROM pg_catalog.pg_file_settings AS f WH
 _IDENTIFIER = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",\s][^",]*?))\s*(?:,|$)')
 
 
-async def read_settings(connection: asyncpg.Connection[Any]) -> dict[str, str]:
+async def read_settings(connection: asyncpg.Connection[Any], bounds: Mapping[str, str]) -> dict[str, str]:
     """Read the server's own values of what is pinned.
 
     Args:
         connection: The administrator's. Settings of its role and of its database do not count; what the server's URL
             says does.
+        bounds: Values of ``BOUNDS`` that tenants' roles have in place of the server's.
 
     Raises:
         asyncpg.PostgresError: the server refuses.
     """
     values, hidden = {"role": "none"}, set()
-    for row in await connection.fetch(_READ, list(PINNED)):
+    for row in await connection.fetch(_READ, [*PINNED, *PINNED_WHERE_KNOWN, *BOUNDS]):
         name = row["name"].lower()
+        if name in bounds:
+            values[name] = bounds[name]
+            continue
         if row["source"] in _SERVERS_OWN or row["source"] == "client":
             values[name] = str(row["setting"])
         else:
@@ -144,4 +154,4 @@ def default_schema(search_path: str) -> str:
     return "public"
 
 
-__all__ = ["PINNED", "default_schema", "named_in_url", "read_settings", "without"]
+__all__ = ["BOUNDS", "PINNED", "PINNED_WHERE_KNOWN", "default_schema", "named_in_url", "read_settings", "without"]

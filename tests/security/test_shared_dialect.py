@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from tenancy_orm.context import Tenant
 from tenancy_orm.control.names import quote_identifier
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError
 from tenancy_orm.routing import servers
-from tenancy_orm.routing.settings import PINNED, default_schema, named_in_url, read_settings
+from tenancy_orm.routing.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, default_schema, named_in_url, read_settings
 from tests.support.models import Base, Note
 from tests.support.postgres import Postgres
 from tests.support.provisioning import VERSIONS, placement, plain_administrator, running_server
@@ -396,6 +396,81 @@ async def test_behind_a_pooler_only_what_is_configured_is_sent(two: Neighbours) 
         assert await through_a_literal(engine, BACKSLASH) == BACKSLASH
 
 
+async def test_what_would_end_every_transaction_does_not_count(two: Neighbours) -> None:
+    """A role's own bounds of a millisecond; its connections have those of the configuration."""
+    await two.set(idle_in_transaction_session_timeout="1")
+    connection = await asyncpg.connect(two.url(two.hostile), timeout=10)
+    try:
+        assert await connection.fetchval("SHOW idle_in_transaction_session_timeout") == "1ms"
+        known = connection.get_server_version().major >= 17
+    finally:
+        await connection.close()
+    if known:
+        await two.set(transaction_timeout="1")
+    async with fresh(two, role_settings={"transaction_timeout": "30min"}) as tenancy:
+        shown = "SHOW idle_in_transaction_session_timeout"
+        assert await tenancy.fetch_value(shown, tenant="mallory") == "5min"
+        if known:
+            assert await tenancy.fetch_value("SHOW transaction_timeout", tenant="mallory") == "30min"
+
+
+@asynccontextmanager
+async def refusing_settings(port: int) -> AsyncIterator[int]:
+    """PgBouncer's answer to startup parameters that it does not know (08P01), in front of a real server."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        size = await reader.readexactly(4)
+        startup = await reader.readexactly(int.from_bytes(size) - 4)
+        names = startup[4:].split(b"\0")[0::2]
+        if unknown := set(names) - {b"", b"user", b"database", b"application_name", b"client_encoding"}:
+            message = f"unsupported startup parameter: {min(unknown).decode()}"
+            fields = f"SFATAL\0C08P01\0M{message}\0".encode()
+            writer.write(b"E" + (len(fields) + 5).to_bytes(4) + fields + b"\0")
+            writer.close()
+            return
+        inner, outer = await asyncio.open_connection("127.0.0.1", port)
+        outer.write(size + startup)
+        await asyncio.gather(pump(reader, outer), pump(inner, writer))
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+        with suppress(ConnectionError):
+            await sink.wait_closed()
+
+    served: set[asyncio.Task[None]] = set()
+
+    async def tracked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        served.add(asyncio.ensure_future(serve(reader, writer)))
+
+    listener = await asyncio.start_server(tracked, "127.0.0.1", 0)
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+        await asyncio.gather(*served)
+
+
+async def test_a_pooler_that_refuses_the_settings_is_served_without(
+    two: Neighbours, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose URL does not say that it is one: tenants are served, and the log names what that costs."""
+    direct = make_url(two.server.admin_url)
+    assert direct.port is not None
+    async with refusing_settings(direct.port) as port:
+        with pytest.raises(asyncpg.ProtocolViolationError):
+            await asyncpg.connect(
+                direct.set(port=port).render_as_string(hide_password=False), server_settings={"search_path": "x"}
+            )
+        url = direct.set(port=port).render_as_string(hide_password=False)
+        async with fresh(two, servers={"default": url}) as tenancy:
+            assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
+    assert sum("refuses startup parameters" in record.message for record in caplog.records) == 1
+
+
 async def test_a_change_of_the_server_s_configuration_is_followed(
     two: Neighbours, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,8 +499,10 @@ async def test_a_change_of_the_server_s_configuration_is_followed(
 async def test_every_pin_is_a_setting_that_a_role_may_give_itself(server: Postgres) -> None:
     """So none of them is missing on some version, and none would be refused at the start of a connection."""
     async with server.connect() as admin:
-        found = await read_settings(admin)
-    assert found.keys() == PINNED | {"role"}
+        found = await read_settings(admin, {"idle_in_transaction_session_timeout": "5min"})
+        known = set(await admin.fetchval("SELECT array_agg(lower(name)) FROM pg_settings"))
+    assert found.keys() == PINNED | ({*PINNED_WHERE_KNOWN, *BOUNDS} & known) | {"role"}
+    assert found["idle_in_transaction_session_timeout"] == "5min"
     role = f"plain_{secrets.token_hex(4)}"
     async with server.connect() as admin:
         await admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'plain'; GRANT CONNECT ON DATABASE postgres TO {role}")
