@@ -21,7 +21,10 @@ import pytest
 import pytest_asyncio
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.context import Tenant
+from tenancy_orm.context import Tenant, current_tenant_or_none
+from tenancy_orm.control import holds
+from tenancy_orm.control.holds import HoldKeeper
+from tenancy_orm.control.leases import LeaseKeeper
 from tenancy_orm.control.rates import Rates
 from tenancy_orm.control.registry import TenantDraft, uuid7
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
@@ -30,6 +33,7 @@ from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tests.support.models import Base
 from tests.support.postgres import Postgres
+from tests.support.waiting import until
 
 EXCUSED = {
     "audit.keep_public_keys": "writes the configured keys' public halves, nothing of a tenant's",
@@ -345,6 +349,72 @@ async def test_a_leased_quota_of_another_tenant_is_refused(tenancy: Tenancy) -> 
     await lease.release()
 
 
+async def test_what_was_got_hold_of_before_is_refused(tenancy: Tenancy) -> None:
+    """A driver's connection, a prepared statement, an engine and an iterator, all of another tenant or of all."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    globex = (await tenancy.tenants.create("globex")).tenant
+    async with tenancy.router.connection(globex) as connection, tenancy.router.lease(globex) as engine:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        statement = await driver.prepare("SELECT 1")
+        listed = tenancy.tenants.iterate()
+        assert await statement.fetchval() == await driver.fetchval("SELECT 1") == 1
+        assert (await anext(listed)).id == acme.id
+        async with tenancy.scope("acme"):
+            for use in (
+                lambda: driver.fetchval("SELECT 1"),
+                statement.fetchval,
+                lambda: engine.connect().start(),
+                lambda: anext(listed),
+            ):
+                with pytest.raises(CrossTenantError):
+                    await use()
+            await connection.rollback()  # gives back, and reads nothing
+        assert await driver.fetchval("SELECT 1") == 1
+
+
+async def test_no_login_by_hand_while_a_tenant_is_bound(tenancy: Tenancy) -> None:
+    """Neither the administrator's nor a tenant's: both lead to any database."""
+    globex = (await tenancy.tenants.create("globex")).tenant
+    await tenancy.tenants.create("acme")
+    assert globex.placement is not None
+    server, password = tenancy.servers["default"], tenancy.provisioner.password(globex)
+    for _ in range(2):
+        connection: Any = await server.connect_tenant(globex.placement, password)
+        await connection.close()
+    async with tenancy.scope("acme"):
+        with pytest.raises(CrossTenantError):
+            await server.connect_admin(globex.placement.database)
+        with pytest.raises(CrossTenantError):
+            await server.connect_tenant(globex.placement, password)
+        # what administration does for the bound tenant itself goes on
+        await tenancy.secrets.rotate_password("acme")
+        await tenancy.tenants.suspend("acme")
+        await tenancy.tenants.delete("acme")
+        await tenancy.tenants.purge("acme")
+
+
+async def test_what_a_process_keeps_up_is_done_for_nobody(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases and holds of all tenants are renewed by one task, which the first of them starts."""
+    bound: list[Tenant | None] = []
+    for keeper, beat in ((LeaseKeeper, "_beat"), (HoldKeeper, "_renew")):
+        plain = getattr(keeper, beat)
+
+        async def watched(self: Any, plain: Any = plain) -> None:
+            bound.append(current_tenant_or_none())
+            await plain(self)
+
+        monkeypatch.setattr(keeper, beat, watched)
+    monkeypatch.setattr(holds, "_RENEW_SECONDS", 0.01)
+    await tenancy.tenants.create("acme")
+    await tenancy.quotas.set("acme", {"seats": {"amount": 5, "period": "concurrent"}})
+    async with tenancy.scope("acme") as acme:
+        await tenancy.quotas.leased(acme, "api_calls").consume()
+        async with tenancy.quotas.hold(acme, "seats"):
+            await until(lambda: len(bound) > 3)
+    assert set(bound) == {None}
+
+
 async def test_a_slug_that_became_anothers_is_not_the_bound_tenants_any_more(tenancy: Tenancy) -> None:
     """The name was its own when it was bound; what it leads to now decides."""
     await tenancy.tenants.create("acme")
@@ -362,9 +432,10 @@ async def test_a_slug_that_became_anothers_is_not_the_bound_tenants_any_more(ten
         for param in TRIED:
             part, name, method = param.values
             signature = inspect.signature(method)
-            if "tenant" not in signature.parameters or part in ("router", "provisioner", "rates") or name == "leased":
+            naming = {"tenant", "ref"} & signature.parameters.keys()
+            if not naming or part in ("router", "provisioner", "rates") or name == "leased":
                 continue  # these take no slug
-            arguments = {**calls(Plane(tenancy, other.tenant, other.tenant, "", ""), method)[0], "tenant": "acme"}
+            arguments = {**calls(Plane(tenancy, other.tenant, other.tenant, "", ""), method)[0], naming.pop(): "acme"}
             with pytest.raises(CrossTenantError):
                 await call(tenancy, part, name, arguments)
     finally:

@@ -301,7 +301,13 @@ async def test_an_open_session_is_refused_at_its_next_use(acme: Acme) -> None:
     issued = await tenancy.keys.issue("acme")
     tenant = (await tenancy.directory.authenticate(issued.text)).tenant
     with bind(tenant):
-        async with tenancy.session() as session, tenancy.session() as writing:
+        lease = tenancy.quotas.leased(tenant, "api_calls")
+        await lease.consume()
+        async with tenancy.session() as session, tenancy.session() as writing, tenancy.session() as lent:
+            driver = (await (await lent.connection()).get_raw_connection()).driver_connection
+            assert driver is not None
+            prepared = await driver.prepare(counting)
+            assert await prepared.fetchval() == await driver.fetchval(counting) == 1
             rows = await session.stream(text("SELECT generate_series(1, 10000)"))
             assert await rows.fetchone() == (1,)
             await writing.execute(text("INSERT INTO notes (body) VALUES ('written before')"))
@@ -313,6 +319,15 @@ async def test_an_open_session_is_refused_at_its_next_use(acme: Acme) -> None:
                 await session.execute(text(counting))
             with pytest.raises(AdmissionEndedError):
                 await writing.commit()
+            for use in (lambda: driver.fetchval(counting), prepared.fetchval, lambda: session.scalar(text(counting))):
+                with pytest.raises(AdmissionEndedError):
+                    await use()
+            # lent to a task that is nobody's, it is still this request's
+            for work in (lent.scalar(text(counting)), lent.commit()):
+                with pytest.raises(AdmissionEndedError):
+                    await asyncio.create_task(work, context=Context())
+            with pytest.raises(AdmissionEndedError):
+                lease.try_consume()
         for attempt in (
             tenancy.fetch_value(counting),
             tenancy.fetch_value(counting, tenant="acme"),

@@ -22,6 +22,7 @@ from tenancy_orm.control.audit import Actor
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.domains import DomainManager
 from tenancy_orm.control.grants import application_policy, grant_application, revoke_application
+from tenancy_orm.control.metrics import TenantMetrics
 from tenancy_orm.control.models import metadata
 from tenancy_orm.control.names import quote_identifier, quote_literal
 from tenancy_orm.control.quotas import QuotaManager
@@ -373,6 +374,10 @@ async def test_what_tenants_read_is_read_as_them(two: Two, application: ControlP
     viewer = await two.viewer()
     quotas = QuotaManager(plane.control, plane.config, plane.events, plane.audit)
     domains = DomainManager(plane.control, plane.audit)
+    async with two.plane.control.transaction() as connection:
+        for tenant in (two.acme, two.globex):
+            sample = "INSERT INTO tenancy.tenant_metrics VALUES (:id, now(), 1, 0, 0, 0) ON CONFLICT DO NOTHING"
+            await connection.execute(text(sample), {"id": tenant.id})
     statements: list[tuple[str, Any]] = []
     engine = plane.control.engine.sync_engine
     event.listen(engine, "before_cursor_execute", lambda *args: statements.append((args[2], args[3])))
@@ -381,6 +386,7 @@ async def test_what_tenants_read_is_read_as_them(two: Two, application: ControlP
         "domains": lambda: domains.list(two.acme),
         "usage": lambda: quotas.usage(two.acme),
         "usage by id": lambda: quotas.usage(two.acme.id),
+        "metrics": lambda: TenantMetrics(plane.control).history(two.acme),
         "audit": lambda: plane.audit.events(tenant=two.acme),
         "audit by id": lambda: plane.audit.events(tenant=two.acme.id),
     }

@@ -32,6 +32,7 @@ from tests.support.provisioning import VERSIONS, placement, plain_administrator,
 from tests.support.waiting import until
 
 BACKSLASH = r"C:\new"
+_TLS = (80877103).to_bytes(4)  # asks whether the server speaks TLS
 
 # what a tenant's role sets for itself; the last one would keep it from setting more
 SETTINGS = {
@@ -419,8 +420,10 @@ async def refusing_settings(port: int) -> AsyncIterator[int]:
     """PgBouncer's answer to startup parameters that it does not know (08P01), in front of a real server."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        size = await reader.readexactly(4)
-        startup = await reader.readexactly(int.from_bytes(size) - 4)
+        size, startup = await packet(reader)
+        if startup == _TLS:
+            writer.write(b"N")
+            size, startup = await packet(reader)
         names = startup[4:].split(b"\0")[0::2]
         if unknown := set(names) - {b"", b"user", b"database", b"application_name", b"client_encoding"}:
             message = f"unsupported startup parameter: {min(unknown).decode()}"
@@ -431,6 +434,10 @@ async def refusing_settings(port: int) -> AsyncIterator[int]:
         inner, outer = await asyncio.open_connection("127.0.0.1", port)
         outer.write(size + startup)
         await asyncio.gather(pump(reader, outer), pump(inner, writer))
+
+    async def packet(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+        size = await reader.readexactly(4)
+        return size, await reader.readexactly(int.from_bytes(size) - 4)
 
     async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
