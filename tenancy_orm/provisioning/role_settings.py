@@ -144,8 +144,7 @@ async def look(connection: Connection, stem: str) -> dict[str, Found]:
         elif database_id == 0:
             one.settings.update((entry.partition("=")[0].lower(), entry.partition("=")[2]) for entry in config)
     for role, member, grantor in await connection.fetch(_MEMBERSHIPS, stem):
-        for name in {role, member} & found.keys():
-            found[name].memberships.append((role, member, grantor))
+        found[role if role in found else member].memberships.append((role, member, grantor))
     return found
 
 

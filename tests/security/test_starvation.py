@@ -76,26 +76,25 @@ async def refused(work: Awaitable[Any]) -> str:
     return str(caught.value.sqlstate)
 
 
+SAVE = "SAVEPOINT s; INSERT INTO notes (body) VALUES ('x');"
+
+
 async def fill_by_savepoints(connection: Any) -> None:
     """Hold as many locks as there are: one for the number of each subtransaction that writes."""
     await connection.execute("BEGIN")
-    step = "SAVEPOINT s; INSERT INTO notes (body) VALUES ('x');"
-    assert await refused(connection.execute(step * 100_000)) == FULL
+    assert await refused(connection.execute(SAVE * 100_000)) == FULL
 
 
 async def fill_by_large_objects(connection: Any) -> None:
-    """One for each that is removed, which whoever made it may do: fewer and fewer at a time, until there is no room."""
+    """One for each that its owner removes; then by savepoints, where the last ones would not fit."""
     await connection.execute("SELECT lo_create(0) FROM generate_series(1, 10000)")
-    await connection.execute("BEGIN")
-    for count in (500, 50, 5, 1):
-        remove = f"SELECT lo_unlink(oid) FROM (SELECT oid FROM pg_largeobject_metadata LIMIT {count}) AS chosen"
-        try:
-            for _ in range(100):
-                await connection.execute("SAVEPOINT s")
-                await connection.execute(remove)
-        except asyncpg.OutOfMemoryError:
-            if count > 1:
-                await connection.execute("ROLLBACK TO s")
+    await connection.execute("BEGIN; SAVEPOINT s")
+    remove = "SELECT lo_unlink(oid) FROM (SELECT oid FROM pg_largeobject_metadata LIMIT 100) AS chosen"
+    with pytest.raises(asyncpg.OutOfMemoryError):
+        for _ in range(100):
+            await connection.execute(f"SAVEPOINT s; {remove}")
+    await connection.execute("ROLLBACK TO s")
+    assert await refused(connection.execute(SAVE * 10_000)) == FULL
 
 
 async def fill_by_advisory_locks(connection: Any) -> None:

@@ -260,7 +260,7 @@ async def test_a_role_keeps_no_members(workshop: Workshop) -> None:
             await admin.execute(statement)
         await neighbour.execute(f'SET ROLE "{placement(tenant).role}"')
         assert await neighbour.fetchval("SELECT current_user") == placement(tenant).role
-    assert "acme" in (await workshop.provisioner.reconcile()).corrected
+    assert await workshop.provisioner.reconcile() == ReconcileReport(corrected=("acme",))
     assert await members(workshop) == before
     assert await workshop.provisioner.reconcile() == NOTHING
 
