@@ -157,7 +157,8 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     def usable(self) -> bool:
         """Whether the next statement can work, as far as is known: an open socket, no transaction left behind."""
         raw = self._connection
-        return not raw.is_closed() and not raw.is_in_transaction()
+        # where a BEGIN was refused, for want of a lock, say, asyncpg takes the transaction for open for good
+        return not raw.is_closed() and not raw.is_in_transaction() and raw._top_xact is None
 
     @property
     def heard(self) -> bool:

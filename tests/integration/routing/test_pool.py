@@ -73,6 +73,23 @@ async def watching(made: Databases) -> AsyncIterator[list[int]]:
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_a_connection_that_a_refused_begin_has_left_is_not_kept(made: Databases, router: Router) -> None:
+    """The driver takes its transaction for open, and the server does not: as after a BEGIN that was refused (53200)."""
+    [tenant] = await made.create_many(1)
+    before = await pid(router, tenant)
+    async with router.connection(tenant) as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        await driver.transaction().start()
+        await driver.execute("ROLLBACK")
+        with pytest.raises(DBAPIError) as caught:
+            await connection.execute(text("SELECT 1"))
+        assert getattr(caught.value.orig, "sqlstate", None) == "25P01"
+    after = await pid(router, tenant)
+    assert after != before
+    assert await pid(router, tenant) == after
+
+
 # --- the budget -----------------------------------------------------------------------------------------------------
 
 
