@@ -68,7 +68,7 @@ class Tenants:
 
     def __init__(self) -> None:
         self.memory = MemoryTenancy()
-        self.admissions = Admissions(self._look_up, hears=lambda: True, ttl=60.0, clock=lambda: 0.0)
+        self.admissions = Admissions(self._look_up, hears=lambda: True, ttl=60.0, grace=300.0, clock=lambda: 0.0)
         self.acme = self.memory.add("acme")
         self.standing: Standing | None = Standing("acmexxxxxxxxxxxx", self.acme, 0.0)
         self.admission = self.admissions.admit(self.standing)
