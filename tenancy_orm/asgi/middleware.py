@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..events import KeyRejected, OperatorAdmitted, QuotaRefused
 from .exempt import ExemptPaths
-from .outside import Outside, aborted
+from .outside import Outside
 from .problems import RATE_LIMITED, problem_for, rate_headers
 from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver, Resolver, TenantResolver
 
@@ -151,14 +151,17 @@ class TenancyMiddleware:
                 _bind(tenant)
             admitted = True
             await self.app(scope, outside.receive, outside.send)
-            if outside.ended is not None and kind == "http":
+            if outside.ended is not None and (kind == "http" or not outside.started):
                 # or a middleware further out would complete the response
-                raise aborted()
+                raise outside.aborted()
         except TenancyError as error:
             await self._answer(error, scope, outside, admitted=admitted)
         except (ConnectionAbortedError, ClientDisconnect, WebSocketDisconnect):
             # what the application raises since we have disconnected it is no failure of its own
-            if outside.ended is None or kind == "http":
+            refusal = outside.refusal
+            if refusal is not None:
+                await self._answer(refusal, scope, outside, admitted=admitted)
+            elif outside.ended is None or kind == "http":
                 raise
         finally:
             reset_current(token)
@@ -246,16 +249,18 @@ class TenancyMiddleware:
             self.tenancy.directory.report_cross_tenant(
                 credential, error.requested or "*", "application", _source(scope)
             )
-        if outside.ended is not None and type(error) is type(outside.ended.error) and scope["type"] == "websocket":
-            return  # it was closed for this
-        if outside.started or (admitted and not self.map_errors and not outside.refused):
+        if outside.started:
+            if scope["type"] == "websocket" and outside.ended and type(error) is type(outside.ended.error):
+                return  # it was closed for this
+            raise error
+        if admitted and not self.map_errors and outside.ended is None:
             raise error
         problem = problem_for(error, tenant=None if credential is None else credential.tenant)
         if problem is None:
             raise error
         if problem.status >= 500:
             logger.warning("answered %d: %s", problem.status, error)
-        await problem(scope, outside.receive, outside.send)
+        await problem(scope, outside.receive, outside.answer)
 
 
 def _source(scope: Scope) -> str | None:

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ..context import Tenant, _current, reset_current
 from ..control.admission import Admission, Ended
+from ..errors import TenancyError
 from ..events import AdmissionEnded
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ class Outside:
     """The server's side of a connection.
 
     ``started`` tells whether anything was answered; ``headers`` are added to the answer; ``admitted`` is whom the
-    middleware let in, with the connection's scope. A websocket is watched from accept on, and a response from the first
-    part of its body that is not the last; ``lasts`` tells that it is. Once its admission has ended, so has the
-    connection: a websocket is closed, a response is cut and never completed, ``receive`` returns the disconnect and
-    ``send`` raises ``ConnectionAbortedError``, also where the application waits in them at that moment.
+    middleware let in, with the connection's scope. A websocket is watched from accept on, and a request from the second
+    ``receive`` or the first part of its body that is not the last, until its response is complete; ``lasts`` tells that
+    it is. Once its admission has ended, so has the connection: a websocket is closed, a response is cut and never
+    completed, ``receive`` returns the disconnect and ``send`` raises ``ConnectionAbortedError``, also where the
+    application waits in them at that moment. Before a response has started, ``send`` raises the admission's error
+    instead, which is also the ``refusal``.
     """
 
     # defaults of the class: most requests never set these
@@ -51,11 +54,10 @@ class Outside:
     headers: Sequence[tuple[bytes, bytes]] = ()
     admitted: tuple[Tenant, Scope, Tenancy] | None = None
     lasts = False
-    refused = False
-    """Whether a websocket was not accepted, since its admission had ended by then."""
     ended: Ended | None = None
 
     _accepted = False
+    _complete = False  # a response, unless it was watched
     _told = False  # whether a websocket's application knows that it is disconnected
     _admission: Admission | None = None  # while it is watched
     _received = False
@@ -71,6 +73,7 @@ class Outside:
 
         Raises:
             ConnectionAbortedError: the connection has ended, and a websocket's application knows it already.
+            AdmissionEndedError, TenantUnavailableError: it ended before it was accepted, and that is known already.
         """
         # what comes first is there at once, or is the body of a request that nothing was answered to
         if self._received:
@@ -83,9 +86,11 @@ class Outside:
             reset_current(token)
 
     async def _receive_more(self) -> Message:
+        if not (self.lasts or self._complete or self._is_websocket):
+            self._watch_response()
         if self.ended is not None:
             if self._told:
-                raise aborted()
+                raise self.aborted()
             return self._disconnect()
         task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         before = task.cancelling()
@@ -108,16 +113,20 @@ class Outside:
 
         Raises:
             ConnectionAbortedError: the connection has ended.
-            AdmissionEndedError, TenantUnavailableError: it ended before the websocket was accepted.
+            AdmissionEndedError, TenantUnavailableError: it ended before the websocket was accepted, or the response
+                begun.
         """
         if self.started:
             if self.lasts or message.get("more_body"):
                 await self._send_part(message)
                 return
+            self._complete = True
         elif (kind := message["type"]) in _STARTS:
             if kind == "websocket.accept":
                 await self._accept(message)
                 return
+            if self.ended is not None and kind == "http.response.start":
+                raise self.aborted()
             self.started = True
             if self.headers and "status" in message:
                 message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
@@ -131,6 +140,14 @@ class Outside:
             except ValueError:
                 pass
 
+    async def answer(self, message: Message) -> None:
+        """Send what the middleware itself answers: it passes also where the application's answer would not."""
+        if message["type"] in _STARTS:
+            self.started = True
+            if self.headers and "status" in message:
+                message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+        await self._pass_on(message)
+
     async def _pass_on(self, message: Message) -> None:
         token = _bind(None)
         try:
@@ -143,22 +160,21 @@ class Outside:
     async def _accept(self, message: Message) -> None:
         ended = self._watch()
         if ended is not None:
-            self.refused = True
-            raise copy(ended.error)
+            self.ended = ended
+            raise self.aborted()
         self.started = True
         await self._pass_on(message)
         self._accepted = True
         if self.ended is not None:
             # while it was being accepted
             self._close()
-            raise aborted()
+            raise self.aborted()
 
     async def _send_part(self, message: Message) -> None:
-        if not self.lasts and (ended := self._watch()) is not None:
-            self.lasts = True
-            self.end(ended)
+        if not self.lasts:
+            self._watch_response()
         if self.ended is not None:
-            raise aborted()
+            raise self.aborted()
         if message["type"] == "websocket.close" or not (message.get("more_body") or self._accepted):
             # complete with this
             self._unwatch()
@@ -172,7 +188,7 @@ class Outside:
         except asyncio.CancelledError:
             if not self._is_ours(task, before):
                 raise
-            raise aborted() from None
+            raise self.aborted() from None
         finally:
             self._waiting.discard(task)
             if self._interrupted:
@@ -191,6 +207,12 @@ class Outside:
         if ended is None:
             self.lasts, self._admission = True, admission
         return ended
+
+    def _watch_response(self) -> None:
+        ended = self._watch()
+        if ended is not None:
+            self.lasts = True
+            self.end(ended)
 
     def _unwatch(self) -> None:
         admission, self._admission = self._admission, None
@@ -211,8 +233,20 @@ class Outside:
         if self._accepted:
             self._close()
         self._interrupt()
-        if self.admitted is not None:
+        # a request that nothing was answered to yet is refused as any other
+        if self.started and self.admitted is not None:
             self._report(ended, *self.admitted)
+
+    @property
+    def refusal(self) -> TenancyError | None:
+        """What a connection is refused with, if its admission ended before anything was answered."""
+        return None if self.ended is None or self.started else copy(self.ended.error)
+
+    def aborted(self) -> Exception:
+        """Return what an application gets that goes on to use a connection which has ended."""
+        return self.refusal or ConnectionAbortedError(
+            "the connection was ended: what it was opened with is no longer valid"
+        )
 
     def _report(self, ended: Ended, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
         kind = "websocket" if self._is_websocket else "stream"
@@ -275,9 +309,4 @@ class Outside:
         return task.uncancel() <= before
 
 
-def aborted() -> ConnectionAbortedError:
-    """What an application gets that goes on to use a connection which has ended."""
-    return ConnectionAbortedError("the connection was ended: what it was opened with is no longer valid")
-
-
-__all__ = ["CREDENTIAL_ENDED", "TENANT_UNAVAILABLE", "Outside", "aborted"]
+__all__ = ["CREDENTIAL_ENDED", "TENANT_UNAVAILABLE", "Outside"]

@@ -1,6 +1,7 @@
 """An admission: whether the credential that a request was let in with still holds, and who hears when it does not.
 
-State without I/O; ``admissions`` keeps all of them and asks the control database.
+State without I/O; ``admissions`` keeps all of them and asks the control database. It knows this module, not the other
+way round: what an admission needs of it is in a ``Keeper``.
 """
 
 from __future__ import annotations
@@ -9,15 +10,11 @@ import logging
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from ..context import Status, Tenant
 from ..errors import AdmissionEndedError, TenancyError
 from .lifecycle import check_usable
 from .networks import Network, is_admitted
-
-if TYPE_CHECKING:
-    from .admissions import Admissions
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -56,6 +53,27 @@ class Ended:
         return not isinstance(self.error, AdmissionEndedError)
 
 
+@dataclass(slots=True, eq=False)
+class Keeper:
+    """What all admissions of a process have in common, and what they call.
+
+    Args:
+        clock: The directory's.
+        note: Keeps a new admission, so that it is found when its credential or tenant changes.
+        doubt: Has one verified, soon; from any thread.
+        watch: Has one end at its time, and when it cannot be verified for too long; called again when its time changed.
+        unwatch: Takes back ``watch``.
+        generation: Counts how often any credential may have changed unheard.
+    """
+
+    clock: Callable[[], float]
+    note: Callable[[Admission], None]
+    doubt: Callable[[Admission], None]
+    watch: Callable[[Admission], None]
+    unwatch: Callable[[Admission], None]
+    generation: int = 0
+
+
 class Admission:
     """Whether a credential that was looked up still holds, for those who were let in with it.
 
@@ -63,7 +81,7 @@ class Admission:
     bound to networks has one for each source, and each websocket has one of its own.
 
     Args:
-        admissions: Who keeps it.
+        keeper: Of those who keep it.
         granted: What was known of the credential when it was let in.
         source: The peer's address.
         shared: Whether it is of any source, so that ``source`` says nothing.
@@ -71,7 +89,7 @@ class Admission:
 
     __slots__ = (
         "__weakref__",
-        "_admissions",
+        "_keeper",
         "_watchers",
         "ended",
         "expires",
@@ -80,17 +98,20 @@ class Admission:
         "secret",
         "shared",
         "source",
+        "verified",
     )
 
-    def __init__(self, admissions: Admissions, granted: Standing, *, source: str | None, shared: bool) -> None:
-        self._admissions = admissions
+    def __init__(self, keeper: Keeper, granted: Standing, *, source: str | None, shared: bool) -> None:
+        self._keeper = keeper
         self._watchers: set[Callable[[Ended], None]] = set()
         self.granted = granted
         self.source = source
         self.shared = shared
         self.secret = granted.secret
         self.expires = granted.expires
-        self.generation = admissions.generation
+        self.verified = granted.asked
+        """When the control database was asked last, and said that it holds."""
+        self.generation = keeper.generation
         self.ended: Ended | None = None
         """Why it does not hold any more; None while it does, as far as is known."""
 
@@ -101,7 +122,13 @@ class Admission:
 
     def of(self, source: str | None) -> Admission:
         """An admission by the same credential for one source alone."""
-        return self if not self.shared and self.source == source else self._admissions.derive(self, source)
+        if not self.shared and self.source == source:
+            return self
+        derived = Admission(self._keeper, self.granted, source=source, shared=False)
+        derived.ended, derived.generation, derived.verified = self.ended, self.generation, self.verified
+        derived.secret, derived.expires = self.secret, self.expires
+        self._keeper.note(derived)
+        return derived
 
     def check(self) -> None:
         """Refuse what is done with it once it has ended. Called for every statement.
@@ -110,16 +137,19 @@ class Admission:
             AdmissionEndedError: the credential does not hold any more.
             TenantUnavailableError, TenantNotFoundError: the tenant's status admits nobody any more.
         """
-        if self.ended is None and self.expires is None and self.generation == self._admissions.generation:
+        if self.ended is None and self.expires is None and self.generation == self._keeper.generation:
             return
-        if self.generation != self._admissions.generation:
-            self._admissions.doubt_one(self)
+        self._doubt()
         ended = self.ended or self._expired()
         if ended is not None:
             raise copy(ended.error)
 
+    def _doubt(self) -> None:
+        if self.generation != self._keeper.generation:
+            self._keeper.doubt(self)
+
     def _expired(self) -> Ended | None:
-        if self.expires is None or self._admissions.clock() < self.expires:
+        if self.expires is None or self._keeper.clock() < self.expires:
             return None
         return _ended("expired", self.granted.credential_id)
 
@@ -135,14 +165,15 @@ class Admission:
         ended = self.ended or self._expired()
         if ended is None:
             self._watchers.add(watcher)
-            self._admissions.keep_watch(self)
+            self._keeper.watch(self)
+            self._doubt()
         return ended
 
     def unwatch(self, watcher: Callable[[Ended], None]) -> None:
         """Take back ``watch``."""
         self._watchers.discard(watcher)
         if not self._watchers:
-            self._admissions.end_watch(self)
+            self._keeper.unwatch(self)
 
     def expire(self) -> bool:
         """End it if its time is over, and tell whether it is."""
@@ -150,6 +181,10 @@ class Admission:
         if ended is not None:
             self.end(ended)
         return ended is not None
+
+    def end_unverified(self) -> None:
+        """End it, since nobody could tell for too long whether it holds."""
+        self.end(_ended("unverified", self.granted.credential_id))
 
     # --- what is learned of it --------------------------------------------------------------------------------------
 
@@ -162,8 +197,9 @@ class Admission:
             self.end(ended)
         elif now is not None:
             self.secret, self.expires = now.secret, now.expires
+            self.verified = max(self.verified, now.asked)
             if self._watchers:
-                self._admissions.keep_watch(self)
+                self._keeper.watch(self)
 
     def end(self, ended: Ended) -> None:
         """Refuse what is done with it from now on, and call those who watch it."""
@@ -171,7 +207,7 @@ class Admission:
             return
         self.ended = ended
         watchers, self._watchers = self._watchers, set()
-        self._admissions.end_watch(self)
+        self._keeper.unwatch(self)
         for watcher in watchers:
             try:
                 watcher(ended)
@@ -187,7 +223,7 @@ class Admission:
             reason = "revoked"
         elif now.tenant.id != granted.tenant.id:
             reason = "tenant"
-        elif now.expires is not None and self._admissions.clock() >= now.expires:
+        elif now.expires is not None and self._keeper.clock() >= now.expires:
             reason = "expired"
         elif now.secret != self.secret and now.secret[0] == self.secret[0]:
             # of another version it is the same secret, digested under the current pepper
@@ -220,4 +256,4 @@ def _ended(reason: str, credential_id: str) -> Ended:
     return Ended(credential_id, reason, AdmissionEndedError(reason, credential_id=credential_id))
 
 
-__all__ = ["Admission", "Ended", "Standing", "for_source"]
+__all__ = ["Admission", "Ended", "Keeper", "Standing", "for_source"]

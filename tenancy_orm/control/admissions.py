@@ -16,7 +16,7 @@ from contextvars import Context
 from uuid import UUID
 
 from ..errors import ControlUnavailableError
-from .admission import Admission, Standing
+from .admission import Admission, Keeper, Standing
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -36,14 +36,16 @@ class _Ref(weakref.ref[Admission]):
 class Admissions:
     """Keeps weak references to what requests were admitted with, and ends those that no longer hold.
 
-    Where the control database does not answer, they go on: nobody can revoke anything while it is away. What was to
-    be verified then is verified once it is back.
+    Where the control database does not answer, they go on, and are verified once it is back. It may be away for this
+    process alone, and others may revoke: what is watched and cannot be verified for ``ttl`` and ``grace`` seconds ends,
+    as new requests are refused from then on.
 
     Args:
         look_up: Returns what is known of a credential now, or None; raises ``ControlUnavailableError``.
         hears: Whether changes are heard of now. While they are not, what is watched is verified every ``ttl`` seconds,
             and what is not watched when it is used.
         ttl: Seconds, see ``TenancyConfig.directory_ttl``.
+        grace: Seconds, see ``TenancyConfig.grace``.
         clock: The directory's.
     """
 
@@ -53,19 +55,25 @@ class Admissions:
         *,
         hears: Callable[[], bool],
         ttl: float,
+        grace: float,
         clock: Callable[[], float],
     ) -> None:
         self._look_up = look_up
         self._hears = hears
         self._ttl = ttl
-        self.clock = clock
-        self.generation = 0
-        """Counts how often any credential may have changed unheard."""
+        self._patience = ttl + grace
+        self._clock = clock
+        self._keeper = Keeper(clock, self._note, self._doubt_one, self._keep_watch, self._end_watch)
         self._refs: dict[str | UUID, set[_Ref]] = {}
         # the collector may run in any thread: what it finds is taken out by the next who adds
         self._dead: deque[_Ref] = deque()
         self._watched: dict[Admission, asyncio.TimerHandle | None] = {}
+        self._heard = clock()  # when changes were heard of for certain: what was not asked about held by then
+        # credentials that are to be verified, each with the value of _heard when that was asked for first
+        self._unanswered: dict[str, float] = {}
         self._due: set[str] = set()
+        self._failed: set[str] = set()  # those that wait to be tried again, by one task that sleeps
+        self._retrying = False
         self._begun = False  # whether _begin will be called for what is due
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,7 +81,8 @@ class Admissions:
 
     def open(self) -> None:
         """Begin to verify what is watched while changes are not heard of."""
-        self._start(self._patrol())
+        if not self._closed:
+            self._start(self._patrol())
 
     async def close(self) -> None:
         """Stop verifying."""
@@ -101,20 +110,17 @@ class Admissions:
         """Return a new admission."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
+        admission = Admission(self._keeper, granted, source=source, shared=shared)
+        self._note(admission)
+        return admission
+
+    def _note(self, admission: Admission) -> None:
         self._bury()
-        admission = Admission(self, granted, source=source, shared=shared)
+        granted = admission.granted
         ref = _Ref(admission, self._dead.append)
         ref.credential_id, ref.tenant_id = granted.credential_id, granted.tenant.id
         self._refs.setdefault(ref.credential_id, set()).add(ref)
         self._refs.setdefault(ref.tenant_id, set()).add(ref)
-        return admission
-
-    def derive(self, admission: Admission, source: str | None) -> Admission:
-        """Return an admission by the same credential for one source alone. It has ended where the first has."""
-        derived = self.admit(admission.granted, source=source, shared=False)
-        derived.ended, derived.generation = admission.ended, admission.generation
-        derived.secret, derived.expires = admission.secret, admission.expires
-        return derived
 
     def _bury(self) -> None:
         while self._dead:
@@ -134,25 +140,23 @@ class Admissions:
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
-    def keep_watch(self, admission: Admission) -> None:
-        """Have an admission end at its time; called again whenever that time changed."""
-        self.end_watch(admission)
+    def _keep_watch(self, admission: Admission) -> None:
+        self._end_watch(admission)
         timer = None
         if admission.expires is not None and self._loop is not None:
             timer = self._loop.call_later(
-                max(admission.expires - self.clock(), 0.0), self._expire, admission, context=Context()
+                max(admission.expires - self._clock(), 0.0), self._expire, admission, context=Context()
             )
         self._watched[admission] = timer
 
-    def end_watch(self, admission: Admission) -> None:
-        """Take back ``keep_watch``."""
+    def _end_watch(self, admission: Admission) -> None:
         timer = self._watched.pop(admission, None)
         if timer is not None:
             timer.cancel()
 
     def _expire(self, admission: Admission) -> None:
         if not admission.expire():
-            self.keep_watch(admission)
+            self._keep_watch(admission)
 
     # --- verifying --------------------------------------------------------------------------------------------------
 
@@ -162,17 +166,18 @@ class Admissions:
 
     def doubt(self) -> None:
         """Verify what is watched, and the rest when it is used next: anything may have changed."""
-        self.generation += 1
+        self._keeper.generation += 1
         self._ask(admission.granted.credential_id for admission in self._watched)
 
-    def doubt_one(self, admission: Admission) -> None:
-        """Verify one that is used, once; from any thread."""
+    def _doubt_one(self, admission: Admission) -> None:
         # at once: what cannot be verified now is kept until it can be
-        admission.generation = self.generation
+        admission.generation = self._keeper.generation
         self._ask((admission.granted.credential_id,))
 
     def _ask(self, credential_ids: Iterable[str]) -> None:
-        self._due.update(credential_ids)
+        for credential_id in credential_ids:
+            self._unanswered.setdefault(credential_id, self._heard)
+            self._due.add(credential_id)
         if self._due and not self._begun and not self._closed and self._loop is not None:
             self._begun = True
             self._loop.call_soon_threadsafe(self._begin, context=Context())
@@ -180,29 +185,42 @@ class Admissions:
     def _begin(self) -> None:
         self._begun = False
         due, self._due = list(self._due), set()
-        if due:
+        if due and not self._closed:
             self._start(self._verify(due))
 
     def _start(self, work: Coroutine[object, object, None]) -> None:
-        if self._closed:
-            return
         # a context of its own: it is not the work of whoever was there when something changed
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _verify(self, credential_ids: list[str]) -> None:
-        failed: list[str] = []
         for start in range(0, len(credential_ids), _PAGE):
             page = credential_ids[start : start + _PAGE]
             outcomes = await asyncio.gather(*(self._verify_one(credential_id) for credential_id in page))
-            failed += [credential_id for credential_id, done in zip(page, outcomes, strict=True) if not done]
-        if failed:
+            self._failed.update(credential_id for credential_id, done in zip(page, outcomes, strict=True) if not done)
+        if self._failed and not self._retrying:
             # others may be asked for sooner; these wait until the control database is back
+            self._retrying = True
             await asyncio.sleep(_RETRY_SECONDS * random.uniform(0.5, 1.0))
-            self._ask(credential_id for credential_id in failed if any(self._living(credential_id)))
+            self._retrying = False
+            self._try_again()
+
+    def _try_again(self) -> None:
+        """Ask about what could not be verified, and end what has not been for too long."""
+        failed, self._failed = self._failed, set()
+        latest = self._clock() - self._patience
+        for credential_id in failed:
+            since = self._unanswered.pop(credential_id, self._heard)
+            for admission in self._living(credential_id):
+                if admission.watched and max(since, admission.verified) <= latest:
+                    admission.end_unverified()
+            if any(self._living(credential_id)):
+                self._unanswered[credential_id] = since
+        self._ask(failed & self._unanswered.keys())
 
     async def _verify_one(self, credential_id: str) -> bool:
+        self._failed.discard(credential_id)
         try:
             standing = await self._look_up(credential_id)
         except ControlUnavailableError:
@@ -210,6 +228,7 @@ class Admissions:
         except Exception:
             logger.exception("what was admitted by %s could not be verified; it is tried again", credential_id)
             return False
+        self._unanswered.pop(credential_id, None)
         for admission in self._living(credential_id):
             admission.judge(standing)
         return True
@@ -217,7 +236,9 @@ class Admissions:
     async def _patrol(self) -> None:
         while True:
             await asyncio.sleep(self._ttl)
-            if not self._hears():
+            if self._hears():
+                self._heard = self._clock()
+            else:
                 self.doubt()
 
 

@@ -221,7 +221,11 @@ class Directory:
             listen_dsn = plain_url(config.listen_url).render_as_string(hide_password=False)
         self._listener = Listener(listen_dsn, on_change=self._changed, on_connected=self.revalidate, events=events)
         self.admissions = Admissions(
-            self._standing_of, hears=lambda: self._listener.connected, ttl=config.directory_ttl, clock=clock
+            self._standing_of,
+            hears=lambda: self._listener.connected,
+            ttl=config.directory_ttl,
+            grace=config.grace,
+            clock=clock,
         )
         self._probe: asyncio.Task[None] | None = None  # set while the control database is away
         self._closed = False

@@ -283,6 +283,48 @@ async def test_without_a_listener_what_is_open_ends_within_the_ttl(acme: Acme, c
             await until(lambda: idle(port))
 
 
+async def test_without_the_control_database_what_is_open_ends_after_the_grace_time(
+    acme: Acme, control_url: str
+) -> None:
+    """One process alone has lost it, so the key is revoked elsewhere; a long grace time lets it read on."""
+    async with proxied(control_url) as proxy:
+        config = acme.config.replace(control_url=proxy.url(control_url), directory_ttl=1.0)
+        async with (
+            uvicorn_command("tests.support.lasting:create_watched", config.replace(grace=3_600.0)) as old,
+            uvicorn_command("tests.support.lasting:create_watched", config.replace(grace=1.0)) as new,
+            websocket(old, acme.key) as patient,
+            websocket(new, acme.key) as watched,
+            stream(new, acme.key, "?idle=1") as idle_stream,
+        ):
+            proxy.refuse()
+            await revoke(acme)
+            assert await closed(watched) == (REVOKED, "credential no longer valid")
+            await cut(idle_stream)
+            assert await read(patient) == NOTES, "the attack must work"
+            await until(lambda: idle(new))
+            assert {reason for _, reason, *_ in (await state(new))["ended"]} == {"unverified"}
+            proxy.restore()
+            assert (await closed(patient))[0] == REVOKED
+
+
+async def test_a_stream_that_has_sent_nothing_yet_ends(acme: Acme) -> None:
+    """It waits for its first event, with its headers sent; one that is never watched sends it."""
+    async with (
+        uvicorn_command("tests.support.lasting:create_unwatched", acme.config) as old,
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as new,
+        Wire.to(old) as unwatched,
+        Wire.to(new) as watched,
+    ):
+        for wire in (unwatched, watched):
+            wire.ask("/stream?silent=1", [("X-API-Key", acme.key)])
+            assert (await wire.head()).status == 200
+        await revoke(acme)
+        await cut(watched)
+        async with Wire.to(old) as wire:
+            await wire.request("/state?speak=1")
+        assert await chunk(unwatched) == [0, *NOTES], "the attack must work"
+
+
 async def deaf(port: int) -> bool:
     """Whether the application hears of no changes."""
     return not (await state(port))["listening"]

@@ -73,10 +73,14 @@ async def _refusal(attempt: Callable[[], Awaitable[object]]) -> str:
 
 
 def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
-    """The application. ``/state`` tells how the work of ended connections was refused, and what is left of them."""
+    """The application. ``/state`` tells how the work of ended connections was refused, and what is left of them.
+
+    With ``speak`` it has the streams that are silent begin.
+    """
     refused: Counter[tuple[str, str]] = Counter()
     ended: list[list[str | None]] = []
     running: set[asyncio.Task[None]] = set()
+    spoken = asyncio.Event()
     tenancy.events.subscribe(
         AdmissionEnded, lambda event: ended.append([event.kind, event.reason, event.credential_id, event.source])
     )
@@ -121,6 +125,8 @@ def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
 
     async def stream(request: Request) -> StreamingResponse:
         async def lines() -> AsyncIterator[bytes]:
+            if request.query_params.get("silent"):
+                await spoken.wait()
             for number in itertools.count():
                 yield json.dumps([number, *await read()]).encode() + b"\n"
                 # one that is idle waits for what never comes
@@ -129,6 +135,8 @@ def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
         return StreamingResponse(lines())
 
     async def state(request: Request) -> JSONResponse:
+        if request.query_params.get("speak"):
+            spoken.set()
         parts = tenancy.directory.admissions
         return JSONResponse(
             {

@@ -74,6 +74,7 @@ def variables(config: TenancyConfig) -> Mapping[str, str]:
         ),
         "TENANCY_NAME_PREFIX": config.name_prefix,
         "TENANCY_DIRECTORY_TTL": str(config.directory_ttl),
+        "TENANCY_GRACE": str(config.grace),
         **({"TENANCY_LISTEN_URL": config.listen_url} if config.listen_url else {}),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,83 +14,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.context import Tenant, current_tenant, current_tenant_or_none
-from tenancy_orm.control.admission import Admission, Standing
-from tenancy_orm.control.admissions import Admissions
-from tenancy_orm.control.directory import Credential
+from tenancy_orm.context import current_tenant
+from tenancy_orm.control.admission import Admission
 from tenancy_orm.errors import AdmissionEndedError
-from tenancy_orm.events import AdmissionEnded
-from tests.support.asgi import MemoryTenancy, http_scope, request, websocket_scope
+from tests.support.asgi import request
+from tests.support.connections import CLOSE, KEY, Tenants, finish, stream, websocket
 from tests.support.waiting import until
-
-KEY = ("X-API-Key", "key-acme")
-
-
-class Server:
-    """A server with one connection. ``full``: its peer reads nothing, so that what is sent waits."""
-
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-        self.sent: list[Message] = []
-        self.incoming: asyncio.Queue[Message] = asyncio.Queue()
-        self.writable = asyncio.Event()
-        self.writable.set()
-        self.bound: list[Tenant | None] = []
-
-    async def receive(self) -> Message:
-        """What the peer sends."""
-        self.bound.append(current_tenant_or_none())
-        return await self.incoming.get()
-
-    async def send(self, message: Message) -> None:
-        """Keeps what the application sends."""
-        self.bound.append(current_tenant_or_none())
-        await self.writable.wait()
-        self.sent.append(message)
-
-    def serve(self, app: ASGIApp) -> asyncio.Task[None]:
-        """Have an application serve the connection."""
-
-        async def run() -> None:
-            await app(self.scope, self.receive, self.send)
-
-        return asyncio.create_task(run())
-
-    def types(self) -> list[str]:
-        """The types of what was sent."""
-        return [message["type"] for message in self.sent]
-
-
-class Tenants:
-    """Acme, and what its key has let in."""
-
-    def __init__(self) -> None:
-        self.memory = MemoryTenancy()
-        self.admissions = Admissions(self._look_up, hears=lambda: True, ttl=60.0, clock=lambda: 0.0)
-        self.acme = self.memory.add("acme")
-        self.standing: Standing | None = Standing("acmexxxxxxxxxxxx", self.acme, 0.0)
-        self.admission = self.admissions.admit(self.standing)
-        bound = replace(self.acme, admission=self.admission)
-        self.memory.directory.keys[KEY[1]] = Credential(bound, "acmexxxxxxxxxxxx")
-        self.events: list[AdmissionEnded] = []
-        self.memory.events.subscribe(AdmissionEnded, self.events.append)
-
-    async def _look_up(self, credential_id: str) -> Standing | None:
-        return self.standing
-
-    def guard(self, app: ASGIApp, **options: Any) -> TenancyMiddleware:
-        """The middleware before an application."""
-        return TenancyMiddleware(app, tenancy=self.memory.as_tenancy(), **options)
-
-    def revoke(self) -> None:
-        """Have all that the key has let in end, soon."""
-        self.standing = None
-        self.admissions.ask("acmexxxxxxxxxxxx")
-
-    async def ended(self) -> None:
-        """Wait until the shared admission has ended."""
-        await until(lambda: self.admission.ended)
 
 
 @pytest.fixture
@@ -100,28 +28,6 @@ async def tenants() -> AsyncIterator[Tenants]:
     made = Tenants()
     yield made
     await made.admissions.close()
-
-
-async def finish(task: asyncio.Task[None]) -> None:
-    """Wait for an application's end."""
-    await asyncio.wait_for(task, 10)
-
-
-def websocket() -> Server:
-    """A websocket that connects."""
-    server = Server(websocket_scope(headers=[KEY]))
-    server.incoming.put_nowait({"type": "websocket.connect"})
-    return server
-
-
-def stream() -> Server:
-    """A request that is complete."""
-    server = Server(http_scope(headers=[KEY]))
-    server.incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-    return server
-
-
-CLOSE = {"type": "websocket.close", "code": 4401, "reason": "credential no longer valid"}
 
 
 # --- websockets -----------------------------------------------------------------------------------------------------
@@ -371,6 +277,116 @@ async def test_a_stream_that_begins_after_the_end_is_refused(tenants: Tenants) -
         await finish(server.serve(tenants.guard(app)))
     assert server.types() == ["http.response.start"]
     assert [event.kind for event in tenants.events] == ["stream"]
+
+
+@pytest.mark.parametrize("spec", ["none", "2.3"])
+async def test_a_stream_that_has_no_part_yet_is_cut_where_it_listens(tenants: Tenants, spec: str) -> None:
+    """Server-sent events that wait for the first one, by hand and by Starlette."""
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b"never"
+
+    async def by_hand(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        assert await receive() == {"type": "http.disconnect"}
+        with pytest.raises(ConnectionAbortedError):
+            await send({"type": "http.response.body", "body": b"all at once"})
+
+    server = stream()
+    server.scope["asgi"] = {"version": "3.0", "spec_version": spec}
+    task = server.serve(tenants.guard(by_hand if spec == "none" else StreamingResponse(nothing())))
+    await until(lambda: tenants.admissions.watched)
+    assert server.types() == ["http.response.start"]
+    tenants.revoke()
+    with pytest.raises(ConnectionAbortedError):
+        await finish(task)
+    assert server.types() == ["http.response.start"]
+    assert tenants.admissions.watched == 0
+    assert [(event.kind, event.reason) for event in tenants.events] == [("stream", "unknown")]
+
+
+@pytest.mark.parametrize("map_errors", [True, False])
+@pytest.mark.parametrize("then", ["answers", "answers, whatever is raised", "returns", "raises"])
+async def test_a_request_that_listens_before_it_answers_is_refused(
+    tenants: Tenants, then: str, map_errors: bool
+) -> None:
+    """An upload that never ends, for example. What the application answers afterwards does not pass."""
+    start: Message = {"type": "http.response.start", "status": 200, "headers": []}
+    sends: list[Send] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        sends.append(send)
+        await receive()
+        assert await receive() == {"type": "http.disconnect"}
+        if then == "answers":
+            await send(start)
+        elif then == "raises":
+            raise ClientDisconnect
+        elif then != "returns":
+            for _ in range(2):
+                with pytest.raises(AdmissionEndedError):
+                    await send(start)
+
+    server = stream()
+    task = server.serve(tenants.guard(app, map_errors=map_errors))
+    await until(lambda: tenants.admissions.watched)
+    tenants.revoke()
+    await finish(task)
+    assert server.types() == ["http.response.start", "http.response.body"]
+    assert server.sent[0]["status"] == 401
+    assert b"invalid-api-key" in server.sent[1]["body"]
+    assert (tenants.admissions.watched, tenants.events) == (0, [])
+    for late in (start, {"type": "http.response.body", "body": b"late"}):
+        with pytest.raises(ConnectionAbortedError):
+            await sends[0]({**late, "more_body": True})
+    assert len(server.sent) == 2
+
+
+async def test_a_request_that_begins_to_listen_after_the_end_is_refused(tenants: Tenants) -> None:
+    """It was let in, and its key revoked before it received a second time."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        tenants.revoke()
+        await tenants.ended()
+        assert await receive() == {"type": "http.disconnect"}
+
+    server = stream()
+    await finish(server.serve(tenants.guard(app)))
+    assert server.sent[0]["status"] == 401
+
+
+@pytest.mark.parametrize("listens", ["before", "during", "after"])
+async def test_a_response_that_is_complete_is_left_alone_by_who_listens(tenants: Tenants, listens: str) -> None:
+    """Its connection serves further requests: nothing may interrupt what waits for them, nor fail."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def listen(when: str) -> None:
+            if when == listens:
+                listening.append(asyncio.ensure_future(receive()))
+                await asyncio.sleep(0)
+                assert tenants.admissions.watched == (when != "after")
+
+        listening: list[asyncio.Task[Message]] = []
+        await receive()
+        await listen("before")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await listen("during")
+        await send({"type": "http.response.body", "body": b"all"})
+        assert tenants.admissions.watched == 0
+        await listen("after")
+        tenants.revoke()
+        await tenants.ended()
+        assert not listening[0].done()
+        server.incoming.put_nowait({"type": "http.disconnect"})
+        await listening[0]
+
+    server = stream()
+    await finish(server.serve(tenants.guard(app)))
+    assert server.types() == ["http.response.start", "http.response.body"]
+    assert tenants.events == []
 
 
 async def test_a_stream_that_was_completed_is_left_alone(tenants: Tenants) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
+import warnings
 from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from dataclasses import replace
@@ -14,6 +16,7 @@ from uuid import UUID
 import pytest
 
 from tenancy_orm.context import Status, Tenant
+from tenancy_orm.control import admission as admission_module
 from tenancy_orm.control.admission import Admission, Ended, Standing, for_source
 from tenancy_orm.control.admissions import Admissions
 from tenancy_orm.errors import (
@@ -29,6 +32,7 @@ from tests.support.control import Clock
 from tests.support.waiting import until
 
 ACME = Tenant(UUID(int=1), "acme", Status.ACTIVE, "free")
+GRACE = 100.0
 HERE, THERE = ip_network("192.0.2.0/24"), ip_network("198.51.100.0/24")
 
 
@@ -73,7 +77,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def admissions(registry: Registry, clock: Clock) -> AsyncIterator[Admissions]:
-    opened = Admissions(registry.look_up, hears=lambda: registry.hears, ttl=0.01, clock=clock)
+    opened = Admissions(registry.look_up, hears=lambda: registry.hears, ttl=0.01, grace=GRACE, clock=clock)
     opened.open()
     yield opened
     await opened.close()
@@ -315,6 +319,114 @@ async def test_without_an_answer_it_goes_on_and_is_asked_about_later(
     assert refusal(admission) is None
     registry.away = False
     await until(lambda: admission.ended)
+
+
+async def asked_again(registry: Registry) -> None:
+    """Wait until what could not be verified was tried again; ``hears``, so that nothing else asks."""
+    assert registry.hears
+    before = len(registry.asked)
+    await until(lambda: len(registry.asked) >= before + 2)
+
+
+@pytest.mark.parametrize("why", ["a change", "a silence"])
+async def test_what_is_watched_and_cannot_be_verified_for_too_long_ends(
+    admissions: Admissions, registry: Registry, clock: Clock, why: str
+) -> None:
+    """Only this process may have lost the control database; it may hear of changes by another connection."""
+    registry.away = True
+    watched, used = admissions.admit(standing()), admissions.admit(standing())
+    called: list[str] = []
+    watched.watch(lambda ended: called.append(ended.reason))
+    if why == "a change":
+        admissions.ask("key")
+    else:
+        admissions.doubt()
+    await until(lambda: registry.asked)
+    clock.now += GRACE
+    await asked_again(registry)
+    assert called == []
+    clock.now += 1.0
+    await until(lambda: called == ["unverified"])
+    error = refusal(watched)
+    assert isinstance(error, AdmissionEndedError)
+    assert "unverified" not in str(error)
+    assert used.ended is None
+
+
+async def test_what_could_be_verified_has_its_time_again(
+    admissions: Admissions, registry: Registry, clock: Clock
+) -> None:
+    """It counts from the last answer."""
+    admission = admissions.admit(standing())
+    admission.watch(lambda ended: None)
+    registry.hears = False
+    clock.now += 2 * GRACE
+    registry.known["key"] = standing(asked=clock.now)
+    await until(lambda: admission.verified == clock.now)
+    registry.away = True
+    await until(lambda: admissions._failed)
+    registry.hears = True
+    await asked_again(registry)
+    assert admission.ended is None
+    assert admission.of("192.0.2.1").verified == clock.now
+
+
+async def test_what_was_open_for_long_outlives_a_short_absence(
+    admissions: Admissions, registry: Registry, clock: Clock
+) -> None:
+    """While changes are heard of nothing is verified, and nothing has to be."""
+    admission = admissions.admit(standing())
+    admission.watch(lambda ended: None)
+    clock.now += 100 * GRACE
+    await until(lambda: admissions._heard == clock.now)
+    registry.away = True
+    admissions.doubt()
+    await asked_again(registry)
+    assert admission.ended is None
+    clock.now += GRACE + 1.0
+    await until(lambda: admission.ended)
+
+
+async def test_what_was_let_in_before_a_silence_is_asked_about_when_it_is_watched(
+    admissions: Admissions, registry: Registry
+) -> None:
+    """Nobody asked before."""
+    admission = admissions.admit(standing())
+    admissions.doubt()
+    assert admission.watch(lambda ended: None) is None
+    await until(lambda: admission.ended)
+
+
+async def test_one_task_tries_again_however_often_it_is_asked(admissions: Admissions, registry: Registry) -> None:
+    """Or an absence would start one after the other."""
+    registry.away, registry.hears = True, False
+    admission = admissions.admit(standing())
+    admission.watch(lambda ended: None)
+    await until(lambda: len(registry.asked) >= 20)
+    await until(lambda: len(admissions._tasks) == 2)
+    registry.hears, registry.away = True, False
+    await until(lambda: admission.ended)
+    await until(lambda: len(admissions._tasks) == 1)
+    assert (admissions._failed, admissions._unanswered) == (set(), {})
+
+
+def test_an_admission_does_not_know_who_keeps_it() -> None:
+    """Imports point one way, also those that only a type checker sees."""
+    assert "import Admissions" not in inspect.getsource(admission_module)
+
+
+async def test_nothing_is_begun_after_the_end(admissions: Admissions, registry: Registry) -> None:
+    """A change that is heard of as it closes is not asked about, and leaves no coroutine that nobody awaits."""
+    kept = admissions.admit(standing())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        admissions.ask(kept.granted.credential_id)
+        await admissions.close()
+        admissions.open()
+        await asyncio.sleep(0)
+        gc.collect()
+    assert (registry.asked, [str(warning.message) for warning in caught]) == ([], [])
+    assert not admissions._tasks
 
 
 async def test_what_nobody_uses_is_not_asked_about_again(admissions: Admissions, registry: Registry) -> None:
