@@ -1,10 +1,11 @@
 """A PostgreSQL database of its own for every tenant, as easy and as fast as having one."""
 
+from .audit.actor import Actor
 from .config import Limit, TenancyConfig, Tier, UpgradePolicy
-from .context import Status, Tenant, current_tenant, current_tenant_or_none
-from .control.audit import Actor
+from .context import current_tenant, current_tenant_or_none
 from .errors import TenancyError
 from .tenancy import Tenancy
+from .tenant import Status, Tenant
 
 __all__ = [
     "Actor",

@@ -18,38 +18,40 @@ from uuid import UUID
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from .audit.actor import SYSTEM, Actor
+from .audit.checkpoints import Checkpoint, Signer
+from .audit.log import AuditLog
+from .authentication.directory import Directory
+from .authentication.keys import KeyManager
 from .config import TenancyConfig
-from .context import Status, Tenant, bind, current_tenant_or_none, refuse_while_bound, set_current
-from .control.audit import SYSTEM, Actor, AuditLog
-from .control.checkpoints import Checkpoint, Signer
-from .control.data_keys import DataKeys
+from .context import bind, current_tenant_or_none, refuse_while_bound, set_current
 from .control.database import Administrator, ControlDatabase
-from .control.directory import Directory
-from .control.domains import DomainManager
-from .control.keys import KeyManager
-from .control.lifecycle import check_usable
-from .control.maintenance import Maintenance, MaintenanceReport
-from .control.metrics import StorageSampler, TenantMetrics
 from .control.names import Names
-from .control.providers import read_secrets
-from .control.quotas import QuotaManager
-from .control.rates import Rates
-from .control.registry import Registry
-from .control.sealed import SealedPasswords
-from .control.secrets import Keyring
-from .control.tenants import TenantManager, TenantRef
-from .control.tiers import TierRegistry, differing
-from .control.upgrades import Upgrades
-from .control.usage import UsageExporter
 from .errors import ConfigurationError, NoTenantError, NotOpenError, TenancyError
 from .events import DRAIN_TIMEOUT, EventBus
+from .housekeeping import Maintenance, MaintenanceReport
 from .loops import HomeLoop
+from .metering.metrics import StorageSampler, TenantMetrics
+from .metering.policies import Upgrades
+from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
 from .migrations.environment import register_factory
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
 from .provisioning.credentials import SecretManager
+from .quotas.manager import QuotaManager
+from .quotas.rates import Rates
+from .registry.lifecycle import check_usable
+from .registry.registry import Registry
 from .routing import Router, Servers
+from .secrets.data_keys import DataKeys
+from .secrets.keyring import Keyring
+from .secrets.providers import read_secrets
+from .secrets.sealed import SealedPasswords
+from .tenant import Status, Tenant
+from .tenants.domains import DomainManager
+from .tenants.manager import TenantManager, TenantRef
+from .tenants.tiers import TierRegistry, differing
 
 logger = logging.getLogger("tenancy_orm")
 
@@ -660,7 +662,6 @@ class _Parts:
             keyring=self.keyring,
             installation=self.control.installation,
             events=events,
-            ambient=current_tenant_or_none,
             passwords=self._passwords,
         )
         self._opened.append(self.router.close)

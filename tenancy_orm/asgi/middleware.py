@@ -12,19 +12,14 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from ..context import Status, Tenant, _current, close_generators_unbound, reset_current
-from ..control.admission import for_source
-from ..control.directory import Credential
-from ..control.lifecycle import check_usable
-from ..control.quotas import REQUEST_RATE
-from ..errors import (
-    ConfigurationError,
-    CrossTenantError,
-    InvalidApiKeyError,
-    MalformedRequestError,
-    TenancyError,
-)
+from ..authentication.admission import for_source
+from ..authentication.credential import Credential
+from ..context import _current, close_generators_unbound, reset_current
+from ..errors import ConfigurationError, CrossTenantError, InvalidApiKeyError, MalformedRequestError, TenancyError
 from ..events import KeyRejected, OperatorAdmitted, QuotaRefused
+from ..quotas.manager import REQUEST_RATE
+from ..registry.lifecycle import check_usable
+from ..tenant import Status, Tenant
 from .exempt import ExemptPaths
 from .outside import Outside
 from .problems import RATE_LIMITED, problem_for, rate_headers

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from starlette.types import Message, Receive, Scope, Send
 
-from ..context import Tenant, _current, reset_current
-from ..control.admission import Admission, Ended
+from ..authentication.admission import Admission, Ended
+from ..context import _current, reset_current
 from ..errors import TenancyError
 from ..events import AdmissionEnded
+from ..tenant import Tenant
 
 if TYPE_CHECKING:
     from ..tenancy import Tenancy

@@ -17,8 +17,6 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from ..context import Tenant
-from ..control.rates import Allowed, Denied
 from ..errors import (
     AdmissionEndedError,
     CheckoutTimeoutError,
@@ -37,6 +35,8 @@ from ..errors import (
     TenantUnavailableError,
     TooManyAttemptsError,
 )
+from ..quotas.rates import Allowed, Denied
+from ..tenant import Tenant
 
 POLICY_VIOLATION = 1008
 """The code that closes a websocket where the server cannot answer its handshake with a document (RFC 6455)."""

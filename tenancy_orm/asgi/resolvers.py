@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 from starlette.types import Scope
 
-from ..context import Tenant
 from ..errors import ConfigurationError, InvalidApiKeyError, MalformedRequestError
+from ..tenant import Tenant
 
 Headers = Mapping[bytes, bytes]
 """The headers that the resolvers declared, by lower-case name."""

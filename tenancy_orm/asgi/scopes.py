@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from starlette.requests import HTTPConnection
 
-from ..control.directory import Credential
+from ..authentication.credential import Credential
 from ..errors import ConfigurationError, InvalidApiKeyError
 from .middleware import CREDENTIAL
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..control.chain import VerifyReport
-from ..control.checkpoints import Checkpoint, Verifier
+from ..audit.chain import VerifyReport
+from ..audit.checkpoints import Checkpoint, Verifier
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table

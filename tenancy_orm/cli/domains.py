@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..control.domains import Domain
 from ..tenancy import Tenancy
+from ..tenants.domains import Domain
 from .output import console, print_json, print_table
 from .runtime import Json, TenantArgument, operator, run
 

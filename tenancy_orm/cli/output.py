@@ -16,7 +16,7 @@ from uuid import UUID
 from rich.console import Console
 from rich.table import Table
 
-from ..context import Tenant
+from ..tenant import Tenant
 
 # in a pipe or a file there is no width to fit into, and an id that is broken over two lines cannot be searched for
 _PIPED_WIDTH = 400

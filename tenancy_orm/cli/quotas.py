@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from ..config import UNLIMITED
-from ..control.quotas import Override
 from ..errors import ConfigurationError
+from ..quotas.manager import Override
 from ..tenancy import Tenancy
 from .output import print_json, print_table
 from .runtime import Json, TenantArgument, guarded, operator, run

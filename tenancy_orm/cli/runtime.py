@@ -14,8 +14,8 @@ import typer
 from rich.markup import escape
 from sqlalchemy.exc import SQLAlchemyError
 
+from ..audit.actor import Actor
 from ..config import TenancyConfig, load_object
-from ..control.audit import Actor
 from ..errors import ConfigurationError, TenancyError
 from ..tenancy import Tenancy
 from .output import errors

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..control.sealed import ResealReport
 from ..provisioning.credentials import CONCURRENCY, RotationReport
+from ..secrets.sealed import ResealReport
 from ..tenancy import Tenancy
 from .output import console, errors, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run

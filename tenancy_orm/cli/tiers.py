@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import typer
 
-from ..control.tiers import TierChanges, differing
 from ..tenancy import Tenancy
+from ..tenants.tiers import TierChanges, differing
 from .output import print_fields, print_json, print_table
 from .runtime import Json, operator, run
 

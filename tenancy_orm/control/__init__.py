@@ -1,1 +1,1 @@
-"""What tenants exist: the control database and everything that reads and writes it."""
+"""The control database: its connection, its tables, who may see which rows, its notifications, tenants by name."""

@@ -30,7 +30,7 @@ from ..errors import (
     TenancyError,
 )
 from ..loops import HomeLoop
-from .failures import SERVER_FAILURES
+from ..postgres.failures import SERVER_FAILURES
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .viewer import VIEW_AS, prepare_viewer

@@ -19,8 +19,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import ConfigurationError
+from ..postgres.quoting import quote_identifier
 from .models import SCHEMA
-from .names import quote_identifier
 from .viewer import admit_viewer, viewer_of
 
 # Every table and view of the schema is here; a test compares this with the catalogue.

@@ -12,8 +12,9 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..context import Status, Tenant, as_reference, refuse_other_tenant
+from ..context import as_reference, refuse_other_tenant
 from ..errors import TenantNotFoundError
+from ..tenant import Status, Tenant
 from .database import ControlDatabase
 from .models import domains, former_slugs, tenants
 

@@ -14,8 +14,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import AdministratorNeededError, ConfigurationError, ControlSchemaError
+from ..postgres.quoting import quote_identifier
 from .models import SCHEMA, installation
-from .names import Names, quote_identifier
+from .names import Names
 
 # What a tenant may know of itself, by table; and the tiers, without which its limits cannot be told.
 VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {

@@ -24,10 +24,11 @@ from starlette.requests import HTTPConnection
 
 from ..asgi.middleware import TENANCY
 from ..asgi.scopes import credential_of, demand_scopes
-from ..context import Tenant, current_tenant
-from ..control.directory import Credential
+from ..authentication.credential import Credential
+from ..context import current_tenant
 from ..errors import ConfigurationError, InvalidApiKeyError, MissingExtraError
 from ..tenancy import Tenancy
+from ..tenant import Tenant
 
 try:
     from fastapi import Depends, Security

@@ -49,7 +49,7 @@ def customer_from_metadata(record: UsageRecord) -> str | None:
 
 
 class StripeMeterSender:
-    """Sends usage records to Stripe; a ``control.usage.UsageSender``.
+    """Sends usage records to Stripe; a ``metering.usage.UsageSender``.
 
     Args:
         api_key: A secret or restricted key that may write meter events. It appears in no error and no ``repr``.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sqlalchemy.engine import URL
 
-from ..context import Placement, Tenant
 from ..control.database import is_unavailable
 from ..errors import ServerUnavailableError, TenantNotFoundError
 from ..routing.marker import marker_text
+from ..tenant import Placement, Tenant
 from .database import Connection, Limits, Target, Wrapper
 from .failures import TOO_MANY_CONNECTIONS, sqlstate_of
 from .services import FleetServices

@@ -21,11 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from ..context import Tenant
-from ..control.failures import SERVER_FAILURES
+from ..cancellation import settled
 from ..errors import MarkerMismatchError, MigrationError
-from ..provisioning.cancellation import settled
+from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.databases import protect_version_table
+from ..tenant import Tenant
 from . import local
 from .failures import INVALID_PARAMETER_VALUE, TRANSIENT, UNDEFINED_TABLE, describe, sqlstate_of
 from .indexes import InvalidIndex, build_missing, drop_invalid

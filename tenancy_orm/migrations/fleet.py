@@ -8,8 +8,9 @@ from typing import Any
 
 from sqlalchemy import Connection as SyncConnection
 
-from ..context import Tenant, refuse_while_bound
+from ..context import refuse_while_bound
 from ..errors import ConfigurationError
+from ..tenant import Tenant
 from . import local
 from .connections import Connections, Health, placement_of
 from .database import close, read_state

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import asyncpg
 
-from ..control.names import quote_identifier
+from ..postgres.quoting import quote_identifier
 from .logs import logger
 
 # partitioned indexes (relkind I) are invalid on purpose until every partition has its own; others' are not ours to drop

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterable
 from uuid import UUID
 
-from ..context import Tenant
 from ..errors import ControlUnavailableError, MigrationError, TemplateError, TenancyError
 from ..events import TenantMigrated, TenantMigrationFailed
+from ..tenant import Tenant
 from .connections import Connections, Health, is_down, placement_of
 from .database import Work, close
 from .failures import INVALID_CATALOG_NAME, describe, sqlstate_of

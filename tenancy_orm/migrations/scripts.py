@@ -16,8 +16,8 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from alembic.util.pyfiles import coerce_resource_to_filename
 
-from ..control.names import quote_identifier
 from ..errors import ConfigurationError
+from ..postgres.quoting import quote_identifier
 from . import local
 
 # where ``environment.run`` leaves an env.py's options instead of acting on them, while ``load`` reads that env.py

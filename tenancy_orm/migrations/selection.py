@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from uuid import UUID
 
-from ..context import Status, Tenant
 from ..errors import TenantNotFoundError, TenantProvisioningError
+from ..tenant import Status, Tenant
 from .services import FleetRegistry
 
 TenantRef = str | UUID | Tenant

@@ -11,15 +11,15 @@ from uuid import UUID
 import asyncpg
 
 from ..config import TenancyConfig
-from ..context import Tenant
 from ..control.database import ControlDatabase
 from ..control.names import Names
-from ..control.registry import TenantPage, Unfinished
 from ..events import EventBus
+from ..registry.rows import TenantPage, Unfinished
+from ..tenant import Tenant
 
 
 class FleetRegistry(Protocol):
-    """The part of ``control.registry.Registry`` that is used here."""
+    """The part of ``registry.registry.Registry`` that is used here."""
 
     async def get(self, tenant_id: UUID) -> Tenant:
         """Return the tenant with this id."""

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
-from ..context import Tenant
+from ..tenant import Tenant
 from .connections import placement_of
 
 T = TypeVar("T")

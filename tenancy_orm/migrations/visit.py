@@ -13,7 +13,7 @@ from typing import Any
 from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
 
-from ..context import Tenant
+from ..tenant import Tenant
 from . import local
 from .connections import Connections, Health, placement_of
 from .database import Connection, Target, active, close, lock, make_version_table, read_state

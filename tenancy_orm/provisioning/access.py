@@ -12,8 +12,8 @@ from functools import partial
 
 import asyncpg
 
-from ..control.names import quote_identifier
 from ..errors import ProvisioningError
+from ..postgres.quoting import quote_identifier
 from . import databases
 from .blockers import Blockers
 from .databases import Connection

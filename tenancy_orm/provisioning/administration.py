@@ -10,12 +10,12 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
-from ..control.failures import SERVER_FAILURES
+from ..cancellation import settled
 from ..loops import HomeLoop
+from ..postgres.failures import SERVER_FAILURES
 from ..routing.servers import Server
 from . import databases
 from .blockers import Blockers
-from .cancellation import settled
 from .databases import Connection
 
 IDLE_SECONDS = 60.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ..control.names import quote_identifier
+from ..postgres.quoting import quote_identifier
 from . import databases
 from .databases import Connection
 

@@ -22,13 +22,14 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from ..control.failures import SERVER_FAILURES
-from ..control.names import Names, quote_identifier, quote_literal
-from ..control.registry import Registry
+from ..cancellation import settled
+from ..control.names import Names
 from ..errors import TenancyError
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.quoting import quote_identifier, quote_literal
+from ..registry.registry import Registry
 from ..routing.servers import Server
 from . import databases
-from .cancellation import settled
 from .databases import Connection
 
 logger = logging.getLogger("tenancy_orm.provisioning")

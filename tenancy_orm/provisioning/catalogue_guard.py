@@ -9,7 +9,7 @@ Only a superuser can create an event trigger. It is put into the template, so ev
 
 from __future__ import annotations
 
-from ..control.names import quote_identifier, quote_literal
+from ..postgres.quoting import quote_identifier, quote_literal
 from . import databases
 from .databases import Connection
 

@@ -9,21 +9,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
+from ..audit.actor import SYSTEM, Actor
+from ..cancellation import settled
 from ..config import TenancyConfig
-from ..context import Placement, Status, Tenant, refuse_while_bound, run_unbound
-from ..control.audit import SYSTEM, Actor
-from ..control.data_keys import DataKeys
-from ..control.failures import SERVER_FAILURES
+from ..context import refuse_while_bound, run_unbound
 from ..control.names import Names
-from ..control.registry import Registry
-from ..control.sealed import ResealReport, SealedPasswords
-from ..control.secrets import Keyring
 from ..errors import ConfigurationError, ProvisioningError, TenancyError, TenantNotFoundError
+from ..postgres.failures import SERVER_FAILURES
+from ..registry.registry import Registry
 from ..routing.servers import Servers
+from ..secrets.data_keys import DataKeys
+from ..secrets.keyring import Keyring
+from ..secrets.sealed import ResealReport, SealedPasswords
+from ..tenant import Placement, Status, Tenant
 from . import databases, role_settings
 from .administration import Administration
 from .blockers import Blockers
-from .cancellation import settled
 from .pipeline import describe, tenant_key
 from .scram import scram_verifier
 

@@ -19,9 +19,9 @@ from typing import Literal, TypeAlias
 
 import asyncpg
 
-from ..control.failures import SERVER_FAILURES
-from ..control.names import quote_identifier, quote_literal
 from ..errors import DatabaseExistsError, ProvisioningError
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.quoting import quote_identifier, quote_literal
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 

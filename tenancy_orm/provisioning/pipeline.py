@@ -20,27 +20,22 @@ from dataclasses import dataclass
 from functools import partial
 from uuid import UUID
 
+from ..audit.actor import Actor
+from ..cancellation import settled
 from ..config import TenancyConfig
-from ..context import Placement, Status, Tenant
-from ..control.audit import Actor
-from ..control.keys import NewKey
 from ..control.names import Names
-from ..control.registry import Registry, TenantDraft
-from ..control.secrets import Keyring
-from ..errors import (
-    DatabaseExistsError,
-    ProvisioningError,
-    TenancyError,
-    TenantExistsError,
-    TenantNotFoundError,
-)
+from ..errors import DatabaseExistsError, ProvisioningError, TenancyError, TenantExistsError, TenantNotFoundError
 from ..events import EventBus, TenantCreationFailed
+from ..keys.format import NewKey
+from ..registry.registry import Registry
+from ..registry.rows import TenantDraft
 from ..routing import marker
 from ..routing.servers import Server, Servers
+from ..secrets.keyring import Keyring
+from ..tenant import Placement, Status, Tenant
 from . import access, advisory_locks, databases, removal
 from .administration import Administration
 from .blockers import Blockers
-from .cancellation import settled
 from .databases import Connection, Strategy
 from .role_settings import RoleSettings
 from .scram import scram_verifier

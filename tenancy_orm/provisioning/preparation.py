@@ -11,12 +11,12 @@ from functools import partial
 import asyncpg
 from sqlalchemy import text
 
+from ..cancellation import settled
 from ..control.database import ControlDatabase
-from ..control.names import quote_identifier
 from ..errors import DatabaseExistsError
+from ..postgres.quoting import quote_identifier
 from ..routing.servers import Server
 from . import databases, role_settings
-from .cancellation import settled
 from .databases import Connection
 from .role_settings import RoleSettings
 

@@ -10,24 +10,26 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from uuid import UUID
 
+from ..audit.actor import SYSTEM, Actor
+from ..cancellation import settled
 from ..config import TenancyConfig
-from ..context import Placement, Tenant, refuse_other_tenant, refuse_while_bound, run_unbound
-from ..control.audit import SYSTEM, Actor
+from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
-from ..control.failures import SERVER_FAILURES
-from ..control.keys import NewKey
-from ..control.lifecycle import BARRED
 from ..control.names import Names
-from ..control.registry import Registry, TenantDraft
-from ..control.secrets import Keyring
 from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
+from ..keys.format import NewKey
 from ..loops import HomeLoop
+from ..postgres.failures import SERVER_FAILURES
+from ..registry.lifecycle import BARRED
+from ..registry.registry import Registry
+from ..registry.rows import TenantDraft
 from ..routing.servers import Server, Servers
+from ..secrets.keyring import Keyring
+from ..tenant import Placement, Tenant
 from . import access, databases, removal
 from .administration import Administration
 from .blockers import Blockers
-from .cancellation import settled
 from .databases import Connection, Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
 from .preparation import prepare

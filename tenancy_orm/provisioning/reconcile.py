@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from functools import partial
 from uuid import UUID
 
-from ..context import Placement, Status, Tenant
-from ..control.audit import SYSTEM, Actor
-from ..control.failures import SERVER_FAILURES
-from ..control.lifecycle import BARRED
-from ..control.registry import Unfinished
+from ..audit.actor import SYSTEM, Actor
 from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
+from ..postgres.failures import SERVER_FAILURES
+from ..registry.lifecycle import BARRED
+from ..registry.rows import Unfinished
+from ..tenant import Placement, Status, Tenant
 from . import access, databases, removal, role_settings
 from .blockers import Blockers
 from .databases import Connection, RoleState

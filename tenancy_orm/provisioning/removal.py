@@ -16,12 +16,13 @@ from uuid import UUID
 
 import asyncpg
 
-from ..context import Placement
-from ..control.audit import Actor
-from ..control.failures import SERVER_FAILURES
-from ..control.names import Names, quote_identifier, quote_literal
-from ..control.registry import Registry
+from ..audit.actor import Actor
+from ..control.names import Names
 from ..errors import ProvisioningError, TenancyError
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.quoting import quote_identifier, quote_literal
+from ..registry.registry import Registry
+from ..tenant import Placement
 from . import access, databases
 from .blockers import Blockers, PreparedTransaction
 from .databases import Connection

@@ -18,7 +18,7 @@ from functools import partial
 import asyncpg
 
 from ..config import ROLE_SETTINGS
-from ..control.names import quote_identifier, quote_literal
+from ..postgres.quoting import quote_identifier, quote_literal
 from . import databases
 from .blockers import Blockers
 from .databases import Connection

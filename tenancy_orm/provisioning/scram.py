@@ -25,7 +25,7 @@ def scram_verifier(password: str, *, salt: bytes | None = None, iterations: int 
     sound for random secrets only, which is why a short password is refused here whatever its origin.
 
     Args:
-        password: At least 43 printable ASCII characters, as ``control.secrets.new_password`` makes them. (Others
+        password: At least 43 printable ASCII characters, as ``secrets.keyring.new_password`` makes them. (Others
             would have to pass SASLprep first, which maps some to others.)
         salt: 16 random bytes where None.
         iterations: PBKDF2 rounds.

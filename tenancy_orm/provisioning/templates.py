@@ -20,13 +20,13 @@ from typing import Any, Protocol, TypeAlias
 
 import asyncpg
 
+from ..cancellation import settled
 from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import TemplateError, TenancyError
 from ..routing.servers import Server
 from . import advisory_locks, catalogue_guard, databases, removal
 from .blockers import Blockers
-from .cancellation import settled
 from .databases import Connection, Contents, Strategy
 
 logger = logging.getLogger("tenancy_orm.provisioning")

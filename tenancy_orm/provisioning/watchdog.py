@@ -22,17 +22,17 @@ from uuid import UUID
 
 import asyncpg
 
+from ..audit.actor import SYSTEM, Actor
+from ..cancellation import settled
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
-from ..control.audit import SYSTEM, Actor
-from ..control.failures import SERVER_FAILURES
-from ..control.names import quote_identifier, quote_literal
 from ..errors import ServerUnavailableError, TenancyError
 from ..events import SessionTerminated
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.quoting import quote_identifier, quote_literal
 from ..routing.servers import Server
 from . import databases
 from .blockers import Blockers
-from .cancellation import settled
 from .databases import Connection
 from .pipeline import Parts, describe
 

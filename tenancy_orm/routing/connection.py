@@ -7,7 +7,7 @@ import select
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import asyncpg
 from asyncpg.prepared_stmt import PreparedStatement
@@ -20,9 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
 
 from ..loops import HomeLoop
-
-if TYPE_CHECKING:
-    from .pool import TenantPool
+from .route import TenantRoute
 
 Raw: TypeAlias = "asyncpg.Connection[Any]"
 
@@ -106,15 +104,15 @@ class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
     _adapt_connection: TenantConnection
 
     def fetchone(self) -> Any:
-        self._adapt_connection.pool.check_bound()
+        self._adapt_connection.route.check_bound()
         return super().fetchone()  # type: ignore[no-untyped-call]
 
     def fetchmany(self, size: int | None = None) -> Any:
-        self._adapt_connection.pool.check_bound()
+        self._adapt_connection.route.check_bound()
         return super().fetchmany(size)  # type: ignore[no-untyped-call]
 
     def fetchall(self) -> Any:
-        self._adapt_connection.pool.check_bound()
+        self._adapt_connection.route.check_bound()
         return super().fetchall()  # type: ignore[no-untyped-call]
 
 
@@ -128,20 +126,20 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     _ss_cursor_cls = _StreamCursor
     _connection: DriverConnection
 
-    __slots__ = ("__weakref__", "finalizer", "poller", "pool")
+    __slots__ = ("__weakref__", "finalizer", "poller", "route")
 
-    pool: TenantPool
+    route: TenantRoute
     poller: select.poll
     finalizer: weakref.finalize[Any, TenantConnection]
 
     def cursor(self, server_side: bool = False) -> Any:
         """Begin a statement, unless another tenant is bound, the request's admission has ended, or in another loop."""
-        self.pool.check_bound()
+        self.route.check_bound()
         return super().cursor(server_side)
 
     def commit(self) -> None:
         """Commit, unless ``cursor`` would refuse: before anything is sent."""
-        self.pool.check_bound()
+        self.route.check_bound()
         super().commit()  # type: ignore[no-untyped-call]
 
     def rollback(self) -> None:

@@ -19,16 +19,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import LRUCache
 
 from ..config import TenancyConfig
-from ..context import Tenant, set_current
-from ..control.failures import SERVER_FAILURES
-from ..control.secrets import Keyring
+from ..context import set_current
 from ..errors import (
     ControlUnavailableError,
     LoginRefusedError,
@@ -38,15 +36,15 @@ from ..errors import (
     SecretProviderError,
     ServerUnavailableError,
 )
-from ..events import ConnectionEvicted, ConnectionOpened, EventBus, IsolationIncident
+from ..events import ConnectionEvicted, ConnectionOpened, EventBus
+from ..postgres.failures import SERVER_FAILURES
+from ..secrets.keyring import Keyring
 from .budget import Budget, Share
 from .connection import DriverConnection, Raw, TenantConnection
 from .dialect import SharedDialect
 from .marker import verify
+from .route import TenantRoute
 from .servers import Server, without_frames
-
-if TYPE_CHECKING:
-    from .pool import TenantPool
 
 logger = logging.getLogger("tenancy_orm.routing")
 
@@ -73,7 +71,6 @@ class Connector:
         keyring: Opens the tenants' passwords, each for the moment it is needed.
         installation: The id of this installation, for the markers.
         events: Where openings, evictions and incidents are told.
-        ambient: Returns the tenant that the calling code is bound to, if any.
         passwords: Reads a tenant's sealed passwords anew: one, or two while it is being rotated.
     """
 
@@ -85,13 +82,11 @@ class Connector:
         keyring: Keyring,
         installation: UUID,
         events: EventBus,
-        ambient: Callable[[], Tenant | None] | None = None,
         passwords: Callable[[UUID], Awaitable[Sequence[bytes]]] | None = None,
     ) -> None:
         self.server = server
         self.home = server.home
         self.events = events
-        self.ambient = ambient
         self.full_reset = config.full_reset
         self.checkout_timeout = config.checkout_timeout
         self.idle_timeout = config.idle_timeout
@@ -126,7 +121,7 @@ class Connector:
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
-    async def connect(self, pool: TenantPool) -> TenantConnection:
+    async def connect(self, route: TenantRoute) -> TenantConnection:
         """Open a connection in a slot that was reserved, and prove that it leads to the tenant's own database.
 
         Raises:
@@ -141,38 +136,38 @@ class Connector:
                 raise NotOpenError("the router is closed; open another Tenancy")
             async with asyncio.timeout(self.server.connect_timeout):
                 if not self._shared.ready:
-                    await self._prepare(self._shared.begin, pool)
-                raw = await self._log_in(pool)
-                await verify(raw, self._installation, pool.tenant_id, tenant=pool.slug)
+                    await self._prepare(self._shared.begin, route)
+                raw = await self._log_in(route)
+                await verify(raw, self._installation, route.tenant_id, tenant=route.slug)
                 if not self._shared.ready:
-                    await self._prepare(self._shared.finish, pool)
+                    await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
-            self._give_back(pool.share, raw)
-            raise self.server.unavailable(exc, tenant=pool.slug) from without_frames(exc)
+            self._give_back(route.share, raw)
+            raise self.server.unavailable(exc, tenant=route.slug) from without_frames(exc)
         except asyncio.CancelledError:
             # only at the end of the process, when there is no time left to be polite
             if raw is not None:
                 raw.terminate()
-            self._give_back(pool.share, None)
+            self._give_back(route.share, None)
             raise
         except BaseException as exc:
-            self._give_back(pool.share, raw)
+            self._give_back(route.share, raw)
             if isinstance(exc, MarkerMismatchError):
-                self.tell_incident(pool, exc)
+                route.report_incident(exc)
             raise
-        return self._adopt(pool, raw, time.monotonic() - started)
+        return self._adopt(route, raw, time.monotonic() - started)
 
-    async def _log_in(self, pool: TenantPool) -> Raw:
-        # read before the login: another one of the same pool may replace it meanwhile
-        sealed = pool.placement.sealed_password
+    async def _log_in(self, route: TenantRoute) -> Raw:
+        # read before the login: another one of the same tenant may replace it meanwhile
+        sealed = route.placement.sealed_password
         try:
-            return await self._log_in_with(pool, sealed)
+            return await self._log_in_with(route, sealed)
         except (LoginRefusedError, SecretError) as exc:
             if self._passwords is None or not _concerns_password(exc):
                 raise
-            return await self._log_in_anew(pool, sealed, exc)
+            return await self._log_in_anew(route, sealed, exc)
 
-    async def _log_in_anew(self, pool: TenantPool, used: bytes, refused: LoginRefusedError | SecretError) -> Raw:
+    async def _log_in_anew(self, route: TenantRoute, used: bytes, refused: LoginRefusedError | SecretError) -> Raw:
         """Log in with what the registry has now: the password, or the key that seals it, is being rotated.
 
         Read again while the registry has something new, since the next rotation may begin between a look and a login.
@@ -180,7 +175,7 @@ class Connector:
         # what did not open is tried again: reading the registry may have brought the key that opens it
         tried = {used} if isinstance(refused, LoginRefusedError) else set()
         for _ in range(_LOOKS):
-            stored = await self._stored_passwords(pool, refused)
+            stored = await self._stored_passwords(route, refused)
             if tried.issuperset(stored):
                 break
             for sealed in stored:
@@ -188,59 +183,59 @@ class Connector:
                     continue
                 tried.add(sealed)
                 try:
-                    raw = await self._log_in_with(pool, sealed)
+                    raw = await self._log_in_with(route, sealed)
                 except (LoginRefusedError, SecretError) as exc:
                     if not _concerns_password(exc):
                         raise
                     refused = exc
                 else:
-                    pool.placement = replace(pool.placement, sealed_password=sealed)
+                    route.placement = replace(route.placement, sealed_password=sealed)
                     return raw
         raise refused
 
-    async def _stored_passwords(self, pool: TenantPool, refused: Exception) -> Sequence[bytes]:
+    async def _stored_passwords(self, route: TenantRoute, refused: Exception) -> Sequence[bytes]:
         assert self._passwords is not None  # noqa: S101 - for the type checker: the caller has looked
         try:
-            return await self._passwords(pool.tenant_id)
+            return await self._passwords(route.tenant_id)
         except (ControlUnavailableError, SecretProviderError) as exc:
-            logger.warning("the password of tenant %s cannot be read anew: %s", pool.slug, exc)
+            logger.warning("the password of tenant %s cannot be read anew: %s", route.slug, exc)
             raise refused from exc
 
-    async def _log_in_with(self, pool: TenantPool, sealed: bytes) -> Raw:
+    async def _log_in_with(self, route: TenantRoute, sealed: bytes) -> Raw:
         return await self.server.connect_tenant(
-            pool.placement,
-            partial(self._keyring.open_password, pool.tenant_id, sealed),
-            tenant=pool.slug,
+            route.placement,
+            partial(self._keyring.open_password, route.tenant_id, sealed),
+            tenant=route.slug,
             connection_class=DriverConnection,
         )
 
-    async def _prepare(self, step: Callable[[], Awaitable[None]], pool: TenantPool) -> None:
+    async def _prepare(self, step: Callable[[], Awaitable[None]], route: TenantRoute) -> None:
         """Have the administrator's connection tell what all tenants share."""
         try:
             await step()
         except ServerUnavailableError as exc:
             # one error may be many callers'
-            raise ServerUnavailableError(server=exc.server, tenant=pool.slug, sqlstate=exc.sqlstate) from exc
+            raise ServerUnavailableError(server=exc.server, tenant=route.slug, sqlstate=exc.sqlstate) from exc
 
-    def _adopt(self, pool: TenantPool, raw: Raw, seconds: float) -> TenantConnection:
+    def _adopt(self, route: TenantRoute, raw: Raw, seconds: float) -> TenantConnection:
         connection = TenantConnection(  # type: ignore[no-untyped-call]
             self.dialect.loaded_dbapi,
             raw,
             prepared_statement_cache_size=self.server.prepared_statement_cache_size,
         )
-        connection.pool = pool
-        raw.guard = pool.check_bound
+        connection.route = route
+        raw.guard = route.check_bound
         connection.poller = select.poll()
         connection.poller.register(raw._transport.get_extra_info("socket").fileno(), select.POLLIN)
         connection.finalizer = weakref.finalize(
-            connection, _in_loop, asyncio.get_running_loop(), self._shut_later, pool.share, raw
+            connection, _in_loop, asyncio.get_running_loop(), self._shut_later, route.share, raw
         )
         connection.finalizer.atexit = False
         self._live.add(raw)
         self.budget.opened()
         if self.events.wants(ConnectionOpened):
             self.events.emit(
-                ConnectionOpened(tenant_id=pool.tenant_id, slug=pool.slug, server=self.server.name, seconds=seconds)
+                ConnectionOpened(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name, seconds=seconds)
             )
         return connection
 
@@ -258,7 +253,12 @@ class Connector:
     def close(self, connection: TenantConnection) -> None:
         """Begin to close a connection that is in use. In the loop's thread; a second time does nothing."""
         if connection.finalizer.detach() is not None:
-            self._shut_later(connection.pool.share, connection._connection)
+            self._shut_later(connection.route.share, connection._connection)
+
+    def discard(self, record: Record) -> None:
+        """Close a connection that counts as in use, and empty its record."""
+        self.close(cast("TenantConnection", record.dbapi_connection))
+        record.close()
 
     def close_soon(self, connection: TenantConnection) -> None:
         """Have ``close`` called by the loop: from the garbage collector, in any thread, amid anything."""
@@ -282,11 +282,10 @@ class Connector:
             self._check_emptied()
 
     def _evict(self, record: Record) -> None:
-        connection = cast("TenantConnection", record.dbapi_connection)
-        pool = connection.pool
-        pool.discard(record)
+        route = cast("TenantConnection", record.dbapi_connection).route
+        self.discard(record)
         if self.events.wants(ConnectionEvicted):
-            self.events.emit(ConnectionEvicted(tenant_id=pool.tenant_id, slug=pool.slug, server=self.server.name))
+            self.events.emit(ConnectionEvicted(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name))
 
     def watch_idle(self) -> None:
         """See to it that a connection that has just come to rest is closed when it has rested too long."""
@@ -297,7 +296,7 @@ class Connector:
     def _sweep(self) -> None:
         self._sweeper = None
         for _, record in self.budget.expired(time.monotonic() - self.idle_timeout):
-            cast("TenantConnection", record.dbapi_connection).pool.discard(record)
+            self.discard(record)
         if self.budget.idle:
             self.watch_idle()
 
@@ -325,12 +324,6 @@ class Connector:
     def _check_emptied(self) -> None:
         if self.budget.open == 0:
             self._emptied.set()
-
-    def tell_incident(self, pool: TenantPool, error: Exception) -> None:
-        """Tell that a layer of isolation refused something in a tenant's name."""
-        kind = type(error).__name__
-        logger.error("%s: %s", kind, error)
-        self.events.emit(IsolationIncident(tenant_id=pool.tenant_id, slug=pool.slug, kind=kind, detail=str(error)))
 
 
 def _concerns_password(error: LoginRefusedError | SecretError) -> bool:

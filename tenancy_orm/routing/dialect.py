@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from ..control.failures import SERVER_FAILURES
 from ..errors import ConfigurationError, ServerUnavailableError
+from ..postgres.failures import SERVER_FAILURES
 from .connection import Raw, TenantExecutionContext
 from .servers import Server, close, without_frames
 from .settings import default_schema

@@ -10,11 +10,11 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from ..context import Placement, Tenant
-from ..control.lifecycle import check_usable
 from ..errors import CrossTenantError, NotOpenError, RoutingError
 from ..events import EngineEvicted, EventBus
 from ..loops import HomeLoop
+from ..registry.lifecycle import check_usable
+from ..tenant import Placement, Tenant
 from .connection import TenantEngine
 from .connector import Connector
 from .guard import Owner
@@ -55,7 +55,7 @@ class Entry:
 
     def tell_refusal(self, error: CrossTenantError) -> None:
         """Tell that the guard of a session refused something."""
-        self.pool.connector.tell_incident(self.pool, error)
+        self.pool.route.report_incident(error)
 
     def serves(self, tenant: Tenant) -> bool:
         """Whether it was made for this placement, this password and this slug."""

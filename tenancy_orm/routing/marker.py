@@ -12,8 +12,8 @@ from uuid import UUID
 
 import asyncpg
 
-from ..control.names import quote_literal
 from ..errors import MarkerMismatchError
+from ..postgres.quoting import quote_literal
 
 # Everything is qualified: a role can set its own search_path. Nothing is bound: a statement without parameters goes by
 # the simple protocol, in one round trip instead of two, and its command tag tells how many rows there were.

@@ -13,13 +13,14 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_, greenlet_spawn
 
-from ..context import Placement
-from ..control.failures import SERVER_FAILURES
-from ..errors import CheckoutTimeoutError, CrossTenantError, ServerUnavailableError
+from ..errors import CheckoutTimeoutError, ServerUnavailableError
 from ..events import CheckoutTimedOut
+from ..postgres.failures import SERVER_FAILURES
+from ..tenant import Placement
 from .budget import Share
 from .connection import TenantConnection
 from .connector import Connector, Record
+from .route import TenantRoute
 
 logger = logging.getLogger("tenancy_orm.routing")
 
@@ -41,10 +42,15 @@ class TenantPool(Pool):
     def __init__(self, connector: Connector, *, tenant_id: UUID, slug: str, placement: Placement) -> None:
         super().__init__(self._no_creator, dialect=connector.dialect)
         self.connector = connector
-        self.tenant_id = tenant_id
-        self.slug = slug
-        self.placement = placement
         self.share: Share[Record] = connector.budget.share(tenant_id)
+        self.route = TenantRoute(
+            tenant_id=tenant_id,
+            slug=slug,
+            placement=placement,
+            share=self.share,
+            home=connector.home,
+            events=connector.events,
+        )
         self.retired = False
         self.schema_changed_at = 0.0
 
@@ -63,7 +69,7 @@ class TenantPool(Pool):
         pass
 
     def _invoke_creator(self, rec: ConnectionPoolEntry) -> DBAPIConnection:
-        connection = await_(self.connector.connect(self))
+        connection = await_(self.connector.connect(self.route))
         adapted = cast("DBAPIConnection", connection)
         try:
             if self.connector.on_connect is not None:
@@ -73,31 +79,20 @@ class TenantPool(Pool):
             raise
         return adapted
 
-    def check_bound(self) -> None:
-        """Refuse to work for this tenant while the code is bound to another, or admitted no more, or in another loop.
+    @property
+    def tenant_id(self) -> UUID:
+        """The tenant."""
+        return self.route.tenant_id
 
-        Raises:
-            CrossTenantError: another tenant is bound.
-            AdmissionEndedError, TenantUnavailableError: what its request was let in with does not hold any more.
-            WrongEventLoopError: this is another loop or thread.
-        """
-        self.connector.home.check()
-        if self.connector.ambient is None:
-            return
-        bound = self.connector.ambient()
-        if bound is None:
-            return
-        if bound.id != self.tenant_id:
-            error = CrossTenantError("using a connection", bound=bound.slug, requested=self.slug)
-            self.connector.tell_incident(self, error)
-            raise error
-        if bound.admission is not None:
-            bound.admission.check()
+    @property
+    def slug(self) -> str:
+        """Its slug."""
+        return self.route.slug
 
     # --- checkout ---------------------------------------------------------------------------------------------------
 
     def _do_get(self) -> Record:
-        self.check_bound()
+        self.route.check_bound()
         share = self.share
         self.connector.budget.touch(share)
         while share.idle:
@@ -264,8 +259,7 @@ class TenantPool(Pool):
 
     def discard(self, record: Record) -> None:
         """Close a connection that counts as in use."""
-        self.connector.close(cast("TenantConnection", record.dbapi_connection))
-        record.close()
+        self.connector.discard(record)
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         self.connector.close_soon(cast("TenantConnection", connection))
@@ -287,7 +281,7 @@ class TenantPool(Pool):
 
     def recreate(self) -> TenantPool:
         """Return a new pool for the same tenant, as ``Engine.dispose`` asks for."""
-        return TenantPool(self.connector, tenant_id=self.tenant_id, slug=self.slug, placement=self.placement)
+        return TenantPool(self.connector, tenant_id=self.tenant_id, slug=self.slug, placement=self.route.placement)
 
     def status(self) -> str:
         """Describe the pool in words."""

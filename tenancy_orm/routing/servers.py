@@ -15,10 +15,11 @@ import asyncpg
 from sqlalchemy.engine import URL
 
 from ..config import ROLE_SETTINGS, TenancyConfig
-from ..context import Placement, refuse_while_bound
-from ..control.failures import SERVER_FAILURES
+from ..context import refuse_while_bound
 from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
 from ..loops import HomeLoop
+from ..postgres.failures import SERVER_FAILURES
+from ..tenant import Placement
 from .settings import BOUNDS, named_in_url, read_settings, without
 
 logger = logging.getLogger("tenancy_orm.routing")

@@ -13,10 +13,11 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ..config import TenancyConfig
-from ..context import Tenant, refuse_other_tenant
-from ..control.secrets import Keyring
+from ..context import refuse_other_tenant
 from ..errors import ConfigurationError, UnknownServerError
 from ..events import EventBus
+from ..secrets.keyring import Keyring
+from ..tenant import Tenant
 from .budget import BudgetStatistics
 from .connector import Connector
 from .engines import EngineCache, Entry, Lease
@@ -45,8 +46,6 @@ class Router:
         keyring: Opens the tenants' passwords.
         installation: The id of this installation.
         events: Where openings, evictions and incidents are told.
-        ambient: Returns the tenant that the calling code is bound to, if any. While another is, a tenant's sessions and
-            connections refuse to work.
         passwords: Reads a tenant's sealed passwords from the registry, for when PostgreSQL refuses the one at hand.
     """
 
@@ -57,7 +56,6 @@ class Router:
         keyring: Keyring,
         installation: UUID,
         events: EventBus,
-        ambient: Callable[[], Tenant | None] | None = None,
         passwords: Callable[[UUID], Awaitable[Sequence[bytes]]] | None = None,
     ) -> None:
         self._connectors = {
@@ -67,7 +65,6 @@ class Router:
                 keyring=keyring,
                 installation=installation,
                 events=events,
-                ambient=ambient,
                 passwords=passwords,
             )
             for name, server in servers.items()

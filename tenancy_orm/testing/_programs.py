@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tenancy_orm.errors import ConfigurationError, MissingExtraError
-from tenancy_orm.testing import _watchdog
+from ..errors import ConfigurationError, MissingExtraError
+from . import _watchdog
 
 # Found, not imported: importing the package reads the environment, makes a lock file and may warn, all for a server
 # class that is not used here.

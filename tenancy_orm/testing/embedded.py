@@ -41,17 +41,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from tenancy_orm.errors import ConfigurationError, NotOpenError, TenancyError
-from tenancy_orm.testing import _watchdog
-from tenancy_orm.testing._programs import (
-    SYSTEM_DATA,
-    Account,
-    find_binary,
-    installations,
-    may,
-    reachable_programs,
-    system_account,
-)
+from ..errors import ConfigurationError, NotOpenError, TenancyError
+from . import _watchdog
+from ._programs import SYSTEM_DATA, Account, find_binary, installations, may, reachable_programs, system_account
 
 __all__ = ["EmbeddedProvider", "EmbeddedServer", "EmbeddedServerError", "ProvidedServer", "find_binary"]
 

@@ -17,10 +17,9 @@ from uuid import UUID
 import asyncpg
 import pytest
 
-from tenancy_orm.control.key_format import ALPHABET
-from tenancy_orm.control.keys import NewKey, generate_key
-from tenancy_orm.control.registry import uuid7
 from tenancy_orm.errors import InvalidApiKeyError
+from tenancy_orm.keys.format import ALPHABET, NewKey, generate_key
+from tenancy_orm.registry.rows import uuid7
 from tests.support.control import ControlPlane, control_plane
 from tests.support.postgres import Postgres
 

@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import select
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Placement, Status, Tenant
-from tenancy_orm.control.secrets import Keyring, new_password
 from tenancy_orm.events import EventBus
 from tenancy_orm.routing import Router, Servers
+from tenancy_orm.secrets.keyring import Keyring, new_password
+from tenancy_orm.tenant import Placement, Status, Tenant
 from tests.support import databases as support
 from tests.support.models import Note, Tag
 from tests.support.postgres import Postgres

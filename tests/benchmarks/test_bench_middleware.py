@@ -24,8 +24,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tenancy_orm.asgi import HeaderResolver, SubdomainResolver, TenancyMiddleware
-from tenancy_orm.control.tenants import CreatedTenant
 from tenancy_orm.tenancy import Tenancy
+from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import http_scope
 from tests.support.models import Note
 from tests.support.postgres import Postgres

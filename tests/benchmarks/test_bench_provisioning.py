@@ -16,11 +16,11 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.control.key_format import generate_key
-from tenancy_orm.control.registry import uuid7
-from tenancy_orm.control.secrets import new_password
+from tenancy_orm.keys.format import generate_key
 from tenancy_orm.provisioning import databases, pipeline
+from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.routing.servers import Server
+from tenancy_orm.secrets.keyring import new_password
 from tests.support.postgres import Postgres
 from tests.support.provisioning import ScriptSchema, Workshop, open_workshop
 

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 import asyncpg
 
 from tenancy_orm.config import Limit, Tier
-from tenancy_orm.control.rates import Rates
 from tenancy_orm.errors import QuotaExceededError
+from tenancy_orm.quotas.rates import Rates
 from tests.support.quotas import line, quota_plane, say, start_worker
 
 TIERS = {

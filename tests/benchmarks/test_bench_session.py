@@ -17,8 +17,8 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
-from tenancy_orm.context import Tenant, current_tenant_or_none
 from tenancy_orm.routing import Router
+from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases
 from tests.support.models import Note
@@ -48,7 +48,7 @@ async def sides(postgres: Postgres, name_prefix: str) -> AsyncIterator[Sides]:
         engine = create_async_engine(
             postgres.url(role, user=role, password=made.passwords[tenant.id], driver="asyncpg")
         )
-        async with support.router(made, config, ambient=current_tenant_or_none) as router:
+        async with support.router(made, config) as router:
             async with router.session(tenant) as session:
                 session.add_all([Note(body=f"note {number}") for number in range(ROWS)])
                 await session.commit()

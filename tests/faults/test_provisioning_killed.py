@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tenancy_orm.context import Status
 from tenancy_orm.provisioning import ReconcileReport, databases
+from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, names_of, open_workshop, placement
 

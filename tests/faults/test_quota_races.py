@@ -15,10 +15,10 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.config import Limit, Tier
-from tenancy_orm.context import Tenant
-from tenancy_orm.control.quotas import Usage
 from tenancy_orm.errors import ControlUnavailableError, QuotaError, QuotaExceededError
 from tenancy_orm.events import QuotaThresholdReached
+from tenancy_orm.quotas.manager import Usage
+from tenancy_orm.tenant import Tenant
 from tests.support.proxy import proxied
 from tests.support.quotas import QuotaPlane, line, quota_plane, race, say, start_worker
 from tests.support.waiting import until
@@ -326,8 +326,8 @@ async def test_a_block_in_hand_is_spent_while_the_database_is_away(plane: QuotaP
 
 async def test_what_could_not_be_returned_is_returned_later(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keeper tries again at its next beat."""
-    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.05)
-    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.2)
     tenant = await plane.tenant()
     async with (
         proxied(plane.config.control_url) as proxy,
@@ -353,8 +353,8 @@ async def test_what_was_given_back_is_not_spent_though_nobody_said_so(
     plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
     """The database may have it back, and given it to another; telling it again returns nothing twice."""
-    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 1_000.0)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 1_000.0)
     tenant = await plane.tenant()
     await plane.quotas.consume(tenant, "calls", 100)
     share = plane.quotas.leased(tenant, "calls", block=10)
@@ -408,7 +408,7 @@ async def test_a_release_that_breaks_at_any_moment_gives_nothing_away_twice(plan
 
 async def test_a_block_whose_answer_was_lost_is_returned(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the call asked for may count; the rest of the block does not stay counted, with nobody to spend it."""
-    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
     tenant = await plane.tenant()
     share = plane.quotas.leased(tenant, "calls", block=10)
     await share.consume(6)
@@ -433,8 +433,8 @@ async def test_leases_are_looked_after_again_once_that_works(
     plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, away: Exception
 ) -> None:
     """Whatever the error was: it would end the renewing of all of this process's leases, and their return."""
-    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.1)
     tenant = await plane.tenant()
     await plane.quotas.leased(tenant, "calls", block=10).consume()
     failed = Failures(monkeypatch, plane, away)
@@ -452,7 +452,7 @@ async def test_holds_are_renewed_again_once_that_works(
     plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, away: Exception
 ) -> None:
     """Whatever the error was: it would end the renewing of all of this process's holds."""
-    monkeypatch.setattr("tenancy_orm.control.holds._RENEW_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.holds._RENEW_SECONDS", 0.02)
     tenant = await plane.tenant()
     async with plane.quotas.hold(tenant, "jobs") as hold:
         failed = Failures(monkeypatch, plane, away)
@@ -471,8 +471,8 @@ async def test_a_hold_that_cannot_be_renewed_says_so_in_time(
     plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the process's own clock, when the place is free for others; not only once the database is back."""
-    monkeypatch.setattr("tenancy_orm.control.holds.HOLD_SECONDS", 0.3)
-    monkeypatch.setattr("tenancy_orm.control.holds._RENEW_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.holds.HOLD_SECONDS", 0.3)
+    monkeypatch.setattr("tenancy_orm.quotas.holds._RENEW_SECONDS", 0.02)
     tenant = await plane.tenant()
     async with plane.quotas.hold(tenant, "jobs") as hold:
         failed = Failures(monkeypatch, plane, RuntimeError("read-only"))
@@ -522,7 +522,7 @@ async def test_a_hold_ends_without_an_error_while_the_database_is_away(plane: Qu
 
 async def test_a_hold_that_was_given_to_another_says_so(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that runs on can look."""
-    monkeypatch.setattr("tenancy_orm.control.holds._RENEW_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.holds._RENEW_SECONDS", 0.02)
     tenant = await plane.tenant()
     async with plane.quotas.hold(tenant, "jobs") as hold:
         assert not hold.lost

@@ -10,10 +10,10 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.checkpoints import Signer
+from tenancy_orm.audit.checkpoints import Signer
+from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.control.database import ControlDatabase
-from tenancy_orm.control.providers import EnvironmentSecrets, SecretKeyWrapper
+from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
 from tests.support.audit import age
 from tests.support.processes import opened
 from tests.support.waiting import until

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.checkpoints import Signer
+from tenancy_orm.audit.checkpoints import Signer
+from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.control.database import ControlDatabase
 from tests.support.audit import age
 from tests.support.postgres import Postgres

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.cli import secrets as secrets_commands
-from tenancy_orm.control.sealed import ResealReport
+from tenancy_orm.secrets.sealed import ResealReport
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
 

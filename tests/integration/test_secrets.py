@@ -17,9 +17,6 @@ from sqlalchemy import text
 
 from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant
 from tenancy_orm import tenancy as tenancy_module
-from tenancy_orm.control import sealed
-from tenancy_orm.control.providers import EnvironmentSecrets, SecretKeyWrapper
-from tenancy_orm.control.sealed import ResealReport, SealedPasswords
 from tenancy_orm.errors import (
     ConfigurationError,
     ControlUnavailableError,
@@ -32,7 +29,10 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.provisioning import databases
 from tenancy_orm.routing.connector import Connector
-from tenancy_orm.routing.pool import TenantPool
+from tenancy_orm.routing.route import TenantRoute
+from tenancy_orm.secrets import sealed
+from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
+from tenancy_orm.secrets.sealed import ResealReport, SealedPasswords
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.proxy import proxied
@@ -190,12 +190,12 @@ async def test_two_logins_that_are_refused_at_once_both_find_the_new_password(
     first_refused, second_connected = asyncio.Event(), asyncio.Event()
     real, logins = Connector._log_in_with, 0
 
-    async def log_in_with(self: Connector, pool: TenantPool, sealed: bytes) -> Any:
+    async def log_in_with(self: Connector, route: TenantRoute, sealed: bytes) -> Any:
         nonlocal logins
         logins += 1
         number = logins
         try:
-            return await real(self, pool, sealed)
+            return await real(self, route, sealed)
         except LoginRefusedError:
             if number == 1:
                 first_refused.set()

@@ -13,8 +13,6 @@ import pytest
 from sqlalchemy import select, text
 
 from tenancy_orm import Status, Tenancy, Tenant, current_tenant, current_tenant_or_none
-from tenancy_orm.control.lifecycle import TRANSITIONS
-from tenancy_orm.control.registry import TenantDraft, uuid7
 from tenancy_orm.errors import (
     ConfigurationError,
     CrossTenantError,
@@ -31,6 +29,8 @@ from tenancy_orm.errors import (
     TenantSuspendedError,
     UnknownTierError,
 )
+from tenancy_orm.registry.lifecycle import TRANSITIONS
+from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tests.support.models import Note
 
 

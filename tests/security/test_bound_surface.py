@@ -21,16 +21,17 @@ import pytest
 import pytest_asyncio
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.context import Tenant, current_tenant_or_none
-from tenancy_orm.control import holds
-from tenancy_orm.control.holds import HoldKeeper
-from tenancy_orm.control.leases import LeaseKeeper
-from tenancy_orm.control.rates import Rates
-from tenancy_orm.control.registry import TenantDraft, uuid7
+from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
 from tenancy_orm.events import EventBus
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning.watchdog import Watchdog
+from tenancy_orm.quotas import holds
+from tenancy_orm.quotas.holds import HoldKeeper
+from tenancy_orm.quotas.leases import LeaseKeeper
+from tenancy_orm.quotas.rates import Rates
+from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.tenant import Tenant
 from tests.support.models import Base
 from tests.support.postgres import Postgres
 from tests.support.waiting import until

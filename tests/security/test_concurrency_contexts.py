@@ -23,9 +23,10 @@ from starlette.websockets import WebSocket
 from websockets.asyncio.client import connect
 
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.context import Tenant, current_tenant_or_none, set_current
+from tenancy_orm.context import current_tenant_or_none, set_current
 from tenancy_orm.errors import NoTenantError
 from tenancy_orm.tenancy import Tenancy
+from tenancy_orm.tenant import Tenant
 from tests.support.asgi import Wire, serve
 from tests.support.models import Note
 

@@ -14,12 +14,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tenancy_orm.asgi import HeaderResolver, PathPrefixResolver, SubdomainResolver, TenancyMiddleware
+from tenancy_orm.audit.log import AuditEvent
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import set_current
-from tenancy_orm.control.audit import AuditEvent
-from tenancy_orm.control.tenants import CreatedTenant
 from tenancy_orm.events import ConnectionOpened, CrossTenantRequest, IntrusionSuspected
 from tenancy_orm.tenancy import Tenancy
+from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import PARSERS, Wire, serve
 from tests.support.models import Note
 from tests.support.postgres import Postgres

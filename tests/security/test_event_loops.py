@@ -24,10 +24,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.control.tenants import CreatedTenant
 from tenancy_orm.errors import NotOpenError, WrongEventLoopError
 from tenancy_orm.events import TenantUpdated
 from tenancy_orm.loops import HomeLoop
+from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.models import Note
 from tests.support.postgres import Postgres
 

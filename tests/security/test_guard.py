@@ -17,10 +17,10 @@ from sqlalchemy.orm import Session, make_transient, make_transient_to_detached, 
 from sqlalchemy.orm.loading import merge_frozen_result
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Tenant
 from tenancy_orm.errors import CrossTenantError
 from tenancy_orm.events import EventBus, IsolationIncident
 from tenancy_orm.routing import Router, TenantSession
+from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases
 from tests.support.models import Note, Tag

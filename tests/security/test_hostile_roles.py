@@ -15,14 +15,14 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.failures import SERVER_FAILURES
-from tenancy_orm.control.names import quote_identifier
-from tenancy_orm.control.sealed import SealedPasswords
+from tenancy_orm.audit.log import AuditLog
+from tenancy_orm.postgres.failures import SERVER_FAILURES
+from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.provisioning import catalogue_guard, databases
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.secrets.sealed import SealedPasswords
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.control import key_format
-from tenancy_orm.control.audit import Actor
-from tenancy_orm.control.directory import Credential
-from tenancy_orm.control.keys import generate_key
+from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.errors import InvalidApiKeyError, TooManyAttemptsError
 from tenancy_orm.events import CrossTenantRequest, DirectoryMissed, IntrusionSuspected, KeyLockedOut
+from tenancy_orm.keys import format as key_format
+from tenancy_orm.keys.format import generate_key
 from tests.support.control import Clock, ControlPlane, control_plane
 from tests.support.waiting import until
 
@@ -63,7 +63,7 @@ async def test_an_unknown_id_and_a_wrong_secret_take_the_same_path(
         compared.append((len(left), len(right)))
         return compare(left, right)
 
-    monkeypatch.setattr("tenancy_orm.control.key_format.hmac.compare_digest", spy)
+    monkeypatch.setattr("tenancy_orm.keys.format.hmac.compare_digest", spy)
     outcomes = []
     for presented in (generate_key("ten_live").text, with_secret(key, generate_key("ten_live").text)):
         queries = len(plane.of(DirectoryMissed))
@@ -304,7 +304,7 @@ async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(c
 
 async def test_the_refusals_held_back_are_bounded(control_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond, the answer comes at once: waiting requests are memory as well."""
-    monkeypatch.setattr("tenancy_orm.control.directory._MAX_DELAYED", 2)
+    monkeypatch.setattr("tenancy_orm.authentication.directory._MAX_DELAYED", 2)
     async with control_plane(control_url, lockout_failures=1) as plane:
         _, key = await plane.tenant("acme")
         guess = with_secret(key, generate_key("ten_live").text)
@@ -372,7 +372,7 @@ async def test_the_keys_that_named_others_are_remembered_in_bounded_memory(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those whose last request was longest ago are forgotten."""
-    monkeypatch.setattr("tenancy_orm.control.directory._INTRUSION_KEYS", 3)
+    monkeypatch.setattr("tenancy_orm.authentication.directory._INTRUSION_KEYS", 3)
     tenant, _ = await plane.tenant("acme")
     for number in range(5):
         plane.directory.report_cross_tenant(Credential(tenant, str(number)), "globex", "header")

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, Tenant
-from tenancy_orm.control.secrets import Keyring
 from tenancy_orm.errors import MarkerMismatchError, SecretError
+from tenancy_orm.secrets.keyring import Keyring
 
 PLACEMENT = ("server", "database_name", "role_name", "sealed_password")
 

@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Tenant
 from tenancy_orm.errors import MarkerMismatchError
 from tenancy_orm.events import EventBus, IsolationIncident
 from tenancy_orm.routing import Router, connector, marker
+from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases, moved
 from tests.support.postgres import Postgres

@@ -20,8 +20,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.authentication.admission import Admission
 from tenancy_orm.context import bind
-from tenancy_orm.control.admission import Admission
 from tenancy_orm.errors import AdmissionEndedError
 from tests.support.asgi import Wire
 from tests.support.models import Note

@@ -16,7 +16,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.context import Tenant
+from tenancy_orm.tenant import Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import VERSIONS, open_workshop, placement, running_server
 

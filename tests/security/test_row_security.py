@@ -16,19 +16,19 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tenancy_orm.context import Tenant
+from tenancy_orm.audit.actor import Actor
 from tenancy_orm.control import database
-from tenancy_orm.control.audit import Actor
 from tenancy_orm.control.database import ControlDatabase
-from tenancy_orm.control.domains import DomainManager
 from tenancy_orm.control.grants import application_policy, grant_application, revoke_application
-from tenancy_orm.control.metrics import TenantMetrics
 from tenancy_orm.control.models import metadata
-from tenancy_orm.control.names import quote_identifier, quote_literal
-from tenancy_orm.control.quotas import QuotaManager
-from tenancy_orm.control.registry import sqlstate_of
 from tenancy_orm.control.viewer import VIEWER_COLUMNS
 from tenancy_orm.errors import ConfigurationError, ControlSchemaError, TenantNotFoundError
+from tenancy_orm.metering.metrics import TenantMetrics
+from tenancy_orm.postgres.errors import sqlstate_of
+from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
+from tenancy_orm.quotas.manager import QuotaManager
+from tenancy_orm.tenant import Tenant
+from tenancy_orm.tenants.domains import DomainManager
 from tests.support.control import ControlPlane, control_plane
 from tests.support.postgres import Postgres
 

@@ -21,11 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.context import Tenant
-from tenancy_orm.control.names import quote_identifier
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError
+from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.routing import servers
 from tenancy_orm.routing.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, default_schema, named_in_url, read_settings
+from tenancy_orm.tenant import Tenant
 from tests.support.models import Base, Note
 from tests.support.postgres import Postgres
 from tests.support.provisioning import VERSIONS, placement, plain_administrator, running_server

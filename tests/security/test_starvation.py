@@ -14,8 +14,8 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.control.audit import AuditLog
 from tenancy_orm.errors import TenancyError
 from tenancy_orm.events import SessionTerminated
 from tenancy_orm.provisioning import WatchReport, advisory_locks, databases

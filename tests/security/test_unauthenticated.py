@@ -22,10 +22,10 @@ from starlette.types import ASGIApp
 from examples.agent_platform.app import create_app
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.control.key_format import KeyDigester, _checksum, generate_key
-from tenancy_orm.control.tenants import CreatedTenant
 from tenancy_orm.events import DirectoryMissed, KeyRejected
+from tenancy_orm.keys.format import KeyDigester, _checksum, generate_key
 from tenancy_orm.tenancy import Tenancy
+from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import PARSERS, MemoryTenancy, Wire, messages, request, serve, websocket_scope
 
 EXEMPT = ["/healthz", "/static/*"]

@@ -14,12 +14,12 @@ from uuid import UUID
 import uvicorn
 from starlette.types import ASGIApp, Message, Scope
 
+from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.config import Tier
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.directory import Credential
-from tenancy_orm.control.rates import Rates
 from tenancy_orm.errors import InvalidApiKeyError
 from tenancy_orm.events import EventBus
+from tenancy_orm.quotas.rates import Rates
+from tenancy_orm.tenant import Status, Tenant
 
 if TYPE_CHECKING:
     from tenancy_orm.tenancy import Tenancy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from tenancy_orm.control.audit import AuditLog
+from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.control.database import ControlDatabase
 
 _FUNCTIONS = "SELECT pg_get_functiondef('tenancy.audit_{}'::regproc)"

@@ -9,11 +9,12 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Scope
 
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.context import Tenant, current_tenant_or_none
-from tenancy_orm.control.admission import Standing
-from tenancy_orm.control.admissions import Admissions
-from tenancy_orm.control.directory import Credential
+from tenancy_orm.authentication.admission import Standing
+from tenancy_orm.authentication.admissions import Admissions
+from tenancy_orm.authentication.credential import Credential
+from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.events import AdmissionEnded
+from tenancy_orm.tenant import Tenant
 from tests.support.asgi import MemoryTenancy, http_scope, websocket_scope
 from tests.support.waiting import until
 

@@ -12,15 +12,17 @@ from uuid import UUID
 
 import pytest
 
+from tenancy_orm.audit.log import AuditLog
+from tenancy_orm.authentication.batch import Batch
+from tenancy_orm.authentication.directory import Directory
+from tenancy_orm.authentication.keys import IssuedKey, KeyManager
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.batch import Batch
 from tenancy_orm.control.database import ControlDatabase
-from tenancy_orm.control.directory import Directory
-from tenancy_orm.control.keys import IssuedKey, KeyDigester, KeyManager, generate_key
-from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
 from tenancy_orm.events import Event, EventBus
+from tenancy_orm.keys.format import KeyDigester, generate_key
+from tenancy_orm.registry.registry import Registry
+from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.registry import synchronise
 from tests.support.waiting import until
 

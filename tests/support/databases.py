@@ -15,12 +15,13 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.schema import CreateTable
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Placement, Status, Tenant
-from tenancy_orm.control.names import Names, quote_identifier, quote_literal
-from tenancy_orm.control.secrets import Keyring, new_password
+from tenancy_orm.control.names import Names
 from tenancy_orm.events import EventBus
+from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
 from tenancy_orm.routing import Router, Servers
 from tenancy_orm.routing.marker import marker_text
+from tenancy_orm.secrets.keyring import Keyring, new_password
+from tenancy_orm.tenant import Placement, Status, Tenant
 from tests.support.models import Base
 from tests.support.postgres import Postgres
 
@@ -128,9 +129,7 @@ async def databases(postgres: Postgres, config: TenancyConfig) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def router(
-    made: Databases, config: TenancyConfig, *, events: EventBus | None = None, ambient: Any = None
-) -> AsyncIterator[Router]:
+async def router(made: Databases, config: TenancyConfig, *, events: EventBus | None = None) -> AsyncIterator[Router]:
     """Yield an open router to those databases."""
     opened = Router(
         config=config,
@@ -138,7 +137,6 @@ async def router(
         keyring=made.keyring,
         installation=made.installation,
         events=events or EventBus(),
-        ambient=ambient,
     )
     try:
         yield opened

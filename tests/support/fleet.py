@@ -12,9 +12,9 @@ from typing import Any
 import asyncpg
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
-from tenancy_orm.control.registry import Registry
 from tenancy_orm.migrations import FleetMigrator, FleetServices
 from tenancy_orm.provisioning import Provisioner
+from tenancy_orm.registry.registry import Registry
 from tests.support import waiting
 from tests.support.postgres import Postgres
 from tests.support.projects import Project

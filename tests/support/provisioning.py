@@ -14,18 +14,19 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
+from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Placement, Status, Tenant
-from tenancy_orm.control.audit import AuditLog
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.names import Names
-from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
-from tenancy_orm.control.secrets import Keyring, new_password
 from tenancy_orm.events import EventBus
 from tenancy_orm.provisioning import Provisioner, SchemaSource
 from tenancy_orm.provisioning.blockers import Blockers
 from tenancy_orm.provisioning.pipeline import Creation, Step
+from tenancy_orm.registry.registry import Registry
+from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.routing.servers import Servers
+from tenancy_orm.secrets.keyring import Keyring, new_password
+from tenancy_orm.tenant import Placement, Status, Tenant
 from tenancy_orm.testing import _programs, embedded
 from tests.support.postgres import Postgres
 from tests.support.registry import synchronise

@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tenancy_orm.control.registry import Registry
 from tenancy_orm.provisioning import access, databases, removal
 from tenancy_orm.provisioning.templates import Templates
+from tenancy_orm.registry.registry import Registry
 from tests.support.provisioning import ScriptSchema, Workshop, intercept, open_workshop
 
 

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from tenancy_orm.control.audit import Actor
+from tenancy_orm.audit.actor import Actor
 from tenancy_orm.errors import QuotaExceededError
 from tests.support.quotas import QuotaPlane, quota_plane
 

@@ -14,14 +14,15 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from tenancy_orm.audit.checkpoints import Signer
+from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.checkpoints import Signer
 from tenancy_orm.control.database import ControlDatabase
-from tenancy_orm.control.quotas import QuotaManager, check_overrides
-from tenancy_orm.control.registry import Registry, TenantDraft, uuid7
 from tenancy_orm.events import Event, EventBus
+from tenancy_orm.quotas.manager import QuotaManager, check_overrides
+from tenancy_orm.registry.registry import Registry
+from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.registry import synchronise
 from tests.support.waiting import until
 

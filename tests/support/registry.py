@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tenancy_orm.config import Tier
 from tenancy_orm.control.database import ControlDatabase
-from tenancy_orm.control.tiers import write_tiers
+from tenancy_orm.tenants.tiers import write_tiers
 
 
 async def synchronise(

@@ -11,17 +11,9 @@ from uuid import UUID
 
 import pytest
 
-from tenancy_orm.context import (
-    Placement,
-    Status,
-    Tenant,
-    bind,
-    current_tenant,
-    current_tenant_or_none,
-    refuse_other_tenant,
-    set_current,
-)
+from tenancy_orm.context import bind, current_tenant, current_tenant_or_none, refuse_other_tenant, set_current
 from tenancy_orm.errors import AdmissionEndedError, CrossTenantError, NoTenantError
+from tenancy_orm.tenant import Placement, Status, Tenant
 
 ACME = Tenant(
     id=UUID(int=1),

@@ -14,9 +14,8 @@ from sqlalchemy import select
 from starlette.types import Message
 
 from tenancy_orm.asgi import TenancyMiddleware
+from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.context import current_tenant
-from tenancy_orm.control.directory import Credential
-from tenancy_orm.control.tenants import CreatedTenant
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.integrations.fastapi import (
     CurrentCredential,
@@ -27,6 +26,7 @@ from tenancy_orm.integrations.fastapi import (
     TenantTransaction,
 )
 from tenancy_orm.tenancy import Tenancy
+from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import http_scope, messages, request, websocket_scope
 from tests.support.models import Note
 from tests.support.shell import ROOT, environment

@@ -15,7 +15,7 @@ from starlette.types import Scope
 
 from tenancy_orm import Tenancy
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.control.directory import Credential
+from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.errors import TenantMaintenanceError
 from tenancy_orm.events import OperatorAdmitted
 

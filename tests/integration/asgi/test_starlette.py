@@ -28,9 +28,9 @@ from tenancy_orm.asgi import (
     require_scope,
 )
 from tenancy_orm.config import TenancyConfig, Tier
-from tenancy_orm.control.tenants import CreatedTenant
 from tenancy_orm.errors import CheckoutTimeoutError
 from tenancy_orm.tenancy import Tenancy
+from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import PARSERS, Wire, request, serve
 from tests.support.models import Note, Tag
 

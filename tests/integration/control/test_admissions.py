@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.context import Tenant
-from tenancy_orm.control.admission import Admission, for_source
+from tenancy_orm.authentication.admission import Admission, for_source
 from tenancy_orm.errors import AdmissionEndedError, InvalidApiKeyError
+from tenancy_orm.tenant import Tenant
 from tests.support.control import ControlPlane, control_plane, follow
 from tests.support.proxy import proxied
 from tests.support.waiting import until

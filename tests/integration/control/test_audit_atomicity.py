@@ -11,12 +11,13 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm.config import Tier
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.domains import DomainManager
-from tenancy_orm.control.keys import KeyDigester, generate_key
-from tenancy_orm.control.quotas import QuotaManager
-from tenancy_orm.control.registry import TenantDraft, sqlstate_of, uuid7
-from tenancy_orm.control.tiers import TierRegistry
+from tenancy_orm.keys.format import KeyDigester, generate_key
+from tenancy_orm.postgres.errors import sqlstate_of
+from tenancy_orm.quotas.manager import QuotaManager
+from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.tenant import Status, Tenant
+from tenancy_orm.tenants.domains import DomainManager
+from tenancy_orm.tenants.tiers import TierRegistry
 from tests.support.control import ControlPlane, control_plane
 
 REFUSED = "TN099"

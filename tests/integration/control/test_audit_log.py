@@ -15,11 +15,11 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tenancy_orm.control.audit import Actor
-from tenancy_orm.control.chain import canonical
-from tenancy_orm.control.checkpoints import Checkpoint, Signer, Verifier
-from tenancy_orm.control.registry import sqlstate_of
+from tenancy_orm.audit.actor import Actor
+from tenancy_orm.audit.chain import canonical
+from tenancy_orm.audit.checkpoints import Checkpoint, Signer, Verifier
 from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
+from tenancy_orm.postgres.errors import sqlstate_of
 from tests.support.audit import age
 from tests.support.quotas import KEYS, QuotaPlane, quota_plane
 

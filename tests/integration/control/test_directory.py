@@ -12,10 +12,10 @@ import asyncpg
 import pytest
 from sqlalchemy import event, make_url, text
 
-from tenancy_orm.context import Status
-from tenancy_orm.control.keys import generate_key
 from tenancy_orm.errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFoundError
 from tenancy_orm.events import DirectoryMissed, DirectoryUnavailable
+from tenancy_orm.keys.format import generate_key
+from tenancy_orm.tenant import Status
 from tests.support.control import Clock, ControlPlane, control_plane, follow
 from tests.support.postgres import Postgres
 from tests.support.proxy import Proxy, proxied
@@ -552,7 +552,7 @@ async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or it would be away until the process is restarted."""
-    monkeypatch.setattr("tenancy_orm.control.directory._PROBE_SECONDS", 0.01)
+    monkeypatch.setattr("tenancy_orm.authentication.directory._PROBE_SECONDS", 0.01)
     connect, failures = plane.directory._control.connect, 3
 
     def fail() -> Any:

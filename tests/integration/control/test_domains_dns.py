@@ -12,8 +12,8 @@ import dns.rcode
 import dns.rrset
 import pytest
 
-from tenancy_orm.control.domains import DnsTextRecords
 from tenancy_orm.errors import DomainError
+from tenancy_orm.tenants.domains import DnsTextRecords
 
 RECORDS = {"_tenancy-challenge.acme.example.": ['"first part " "second part"', '"other"']}
 

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.context import Status
-from tenancy_orm.control.audit import Actor
-from tenancy_orm.control.keys import IssuedKey
+from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication.keys import IssuedKey
 from tenancy_orm.errors import (
     ApiKeyInactiveError,
     ApiKeyNotFoundError,
@@ -23,6 +22,7 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.events import KeyIssued, KeyRevoked
+from tenancy_orm.tenant import Status
 from tests.support.control import ControlPlane, control_plane
 from tests.support.waiting import until
 
@@ -93,7 +93,7 @@ async def test_a_key_made_for_another_prefix_is_another_key(control_url: str) ->
     async with control_plane(control_url, key_prefix="acme_live", key_prefixes=("acme_test",)) as plane:
         await plane.tenant("acme")
         issued = await plane.key("acme", prefix="acme_test")
-        from tenancy_orm.control import key_format
+        from tenancy_orm.keys import format as key_format
 
         body = issued.text.replace("acme_test", "acme_live")[: -key_format.CHECKSUM_LENGTH]
         assert await refused(plane, body + key_format._checksum(body)) == "secret"
@@ -458,7 +458,7 @@ async def test_of_many_processes_one_writes_the_time_of_last_use(plane: ControlP
 
 async def test_the_keys_noted_as_used_are_bounded(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing can be written, and when what could not be is put back."""
-    monkeypatch.setattr("tenancy_orm.control.key_journal._MAX_PENDING", 3)
+    monkeypatch.setattr("tenancy_orm.authentication.journal._MAX_PENDING", 3)
     await plane.tenant("acme")
     issued = [await plane.key("acme") for _ in range(5)]
     for key in issued:

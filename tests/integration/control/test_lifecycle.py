@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Limit, Status, Tenancy, TenancyConfig, Tier, UpgradePolicy
-from tenancy_orm.control.domains import DomainManager, check_domain
 from tenancy_orm.errors import (
     ConfigurationError,
     DomainError,
@@ -20,6 +19,7 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.protocols import UsageRecord
+from tenancy_orm.tenants.domains import DomainManager, check_domain
 
 
 def ago(seconds: float) -> datetime:

@@ -15,10 +15,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from tenancy_orm.context import Status
-from tenancy_orm.control.listener import Change, Listener
+from tenancy_orm.control.notifications import Change, Listener
 from tenancy_orm.errors import InvalidApiKeyError
 from tenancy_orm.events import Event, EventBus, ListenerLost, ListenerRestored
+from tenancy_orm.tenant import Status
 from tests.support.control import ControlPlane, control_plane
 from tests.support.proxy import Proxy, proxied
 from tests.support.registry import synchronise

@@ -16,11 +16,9 @@ from zoneinfo import ZoneInfo
 import pytest
 from sqlalchemy import text
 
+from tenancy_orm.audit.actor import Actor
 from tenancy_orm.config import Limit, Tier
-from tenancy_orm.context import Tenant
-from tenancy_orm.control.audit import Actor
-from tenancy_orm.control.listener import Change
-from tenancy_orm.control.quotas import Usage
+from tenancy_orm.control.notifications import Change
 from tenancy_orm.errors import (
     ConfigurationError,
     QuotaError,
@@ -29,6 +27,8 @@ from tenancy_orm.errors import (
     UnknownQuotaError,
 )
 from tenancy_orm.events import QuotaRefused, QuotaThresholdReached, TenantUpdated
+from tenancy_orm.quotas.manager import Usage
+from tenancy_orm.tenant import Tenant
 from tests.support.quotas import QuotaPlane, quota_plane
 from tests.support.registry import synchronise
 from tests.support.waiting import until
@@ -643,7 +643,7 @@ async def test_a_body_that_is_cancelled_twice_lets_go(plane: QuotaPlane) -> None
 
 async def test_a_hold_is_renewed_while_its_body_runs(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long that is."""
-    monkeypatch.setattr("tenancy_orm.control.holds._RENEW_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.holds._RENEW_SECONDS", 0.02)
     tenant = await plane.tenant()
     async with plane.quotas.hold(tenant, "jobs") as hold:
         await plane.sql("UPDATE tenancy.quota_holds SET expires_at = now()")
@@ -660,7 +660,7 @@ async def test_a_hold_is_certain_for_half_a_minute_from_its_last_renewal(
 ) -> None:
     """By the process's own clock, from before the database was asked: it is lost there no earlier than here."""
     now = 1_000.0
-    monkeypatch.setattr("tenancy_orm.control.holds.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("tenancy_orm.quotas.holds.time", SimpleNamespace(monotonic=lambda: now))
     lost = []
     async with plane.quotas.hold(await plane.tenant(), "jobs") as hold:
         now += 20
@@ -851,8 +851,8 @@ async def test_a_block_that_another_process_sits_on_is_called_back(plane: QuotaP
 
 async def test_an_idle_block_is_returned_unasked(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Usage then shows what was used."""
-    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 0.2)
-    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.05)
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls", block=50)
     await share.consume()
@@ -883,8 +883,8 @@ async def test_a_lowered_limit_reaches_a_lease_when_the_tenant_is_invalidated(pl
 
 async def test_a_lease_is_renewed_while_it_is_in_hand(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others would take it for a dead process's, and be refused without waiting for it."""
-    monkeypatch.setattr("tenancy_orm.control.leases.HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr("tenancy_orm.control.leases.IDLE_SECONDS", 1_000.0)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 1_000.0)
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls")
     await share.consume()

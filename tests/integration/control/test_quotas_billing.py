@@ -11,12 +11,12 @@ import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.config import Limit, TenancyConfig, Tier
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.usage import ExportReport, UsageExporter
 from tenancy_orm.errors import QuotaError, UsageExportError
 from tenancy_orm.events import UsageExported, UsageExportFailed
 from tenancy_orm.integrations.stripe_billing import StripeMeterSender
+from tenancy_orm.metering.usage import ExportReport, UsageExporter
 from tenancy_orm.protocols import UsageRecord
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.quotas import QuotaPlane, quota_plane
 from tests.support.stripe_server import FakeStripe, fake_stripe
 

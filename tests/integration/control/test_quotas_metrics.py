@@ -13,13 +13,13 @@ import asyncpg
 import pytest
 
 from tenancy_orm import Tenancy
+from tenancy_orm.audit.actor import Actor
 from tenancy_orm.config import Limit, Tier, UpgradePolicy
-from tenancy_orm.context import Tenant
-from tenancy_orm.control.audit import Actor
-from tenancy_orm.control.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
-from tenancy_orm.control.upgrades import ChangeTier, Upgrades
 from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, TenantNotFoundError, TierChangedError
 from tenancy_orm.events import QuotaThresholdReached, TierUpgradeProposed
+from tenancy_orm.metering.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
+from tenancy_orm.metering.policies import ChangeTier, Upgrades
+from tenancy_orm.tenant import Tenant
 from tests.support.postgres import Postgres
 from tests.support.quotas import QuotaPlane, quota_plane
 from tests.support.registry import synchronise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tenancy_orm import Actor, Limit, Tenancy, TenancyConfig, Tier
-from tenancy_orm.control.tiers import differing
 from tenancy_orm.errors import QuotaExceededError, UnknownTierError
+from tenancy_orm.tenants.tiers import differing
 
 
 def tiers(*given: Tier) -> dict[str, Tier]:

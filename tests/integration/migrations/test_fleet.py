@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.registry import TenantDraft, uuid7
 from tenancy_orm.errors import (
     ConfigurationError,
     FleetMigrationError,
@@ -18,6 +16,8 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
 from tenancy_orm.migrations import FleetReport, TenantOutcome
+from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.fleet import Fleet, activity, until
 from tests.support.projects import Project
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenancy_orm.control.names import MAX_IDENTIFIER_BYTES
-from tenancy_orm.control.secrets import new_password
+from tenancy_orm.postgres.quoting import MAX_IDENTIFIER_BYTES
 from tenancy_orm.provisioning import databases, removal
 from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.secrets.keyring import new_password
 from tests.support.postgres import Postgres
 from tests.support.provisioning import ScriptSchema, Workshop
 

@@ -13,8 +13,6 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.key_format import generate_key
 from tenancy_orm.errors import (
     ControlUnavailableError,
     DatabaseExistsError,
@@ -27,9 +25,11 @@ from tenancy_orm.errors import (
     UnknownServerError,
 )
 from tenancy_orm.events import TenantCreationFailed
+from tenancy_orm.keys.format import generate_key
 from tenancy_orm.provisioning import Provisioner, databases
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
 from tenancy_orm.routing import Servers
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.provisioning import Workshop, intercept, names_of, placement
 from tests.support.waiting import until
 

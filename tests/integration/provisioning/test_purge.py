@@ -9,9 +9,6 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.failures import SERVER_FAILURES
-from tenancy_orm.control.key_format import generate_key
 from tenancy_orm.errors import (
     ControlUnavailableError,
     InvalidTransitionError,
@@ -19,8 +16,11 @@ from tenancy_orm.errors import (
     TenantExistsError,
     TenantNotFoundError,
 )
+from tenancy_orm.keys.format import generate_key
+from tenancy_orm.postgres.failures import SERVER_FAILURES
 from tenancy_orm.provisioning import databases, removal
 from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.provisioning import Workshop, names_of, placement
 
 # --- purge ----------------------------------------------------------------------------------------------------------

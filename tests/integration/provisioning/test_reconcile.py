@@ -15,11 +15,11 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.registry import TenantDraft
 from tenancy_orm.errors import ControlUnavailableError
 from tenancy_orm.provisioning import ReconcileReport, databases
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
+from tenancy_orm.registry.rows import TenantDraft
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,

@@ -10,12 +10,12 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.context import Tenant
-from tenancy_orm.control.audit import AuditLog
-from tenancy_orm.control.sealed import SealedPasswords
+from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.provisioning import ReconcileReport, databases, role_settings
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.secrets.sealed import SealedPasswords
+from tenancy_orm.tenant import Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, placement, plain_workshop, superuser_workshop
 

@@ -12,11 +12,11 @@ import asyncpg
 import psycopg
 import pytest
 
-from tenancy_orm.context import Status
-from tenancy_orm.control.secrets import new_password
 from tenancy_orm.errors import DatabaseExistsError
 from tenancy_orm.provisioning import databases
 from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.secrets.keyring import new_password
+from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     Workshop,

@@ -10,9 +10,9 @@ from contextlib import AsyncExitStack
 from sqlalchemy import text
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Tenant
 from tenancy_orm.events import EngineEvicted, EventBus
 from tenancy_orm.routing.pool import TenantPool
+from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases
 from tests.support.waiting import until

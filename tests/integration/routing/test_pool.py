@@ -19,7 +19,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import Pool
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Tenant
 from tenancy_orm.errors import (
     CheckoutTimeoutError,
     LoginRefusedError,
@@ -29,6 +28,7 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import CheckoutTimedOut, ConnectionEvicted, EventBus
 from tenancy_orm.routing import BudgetStatistics, Router
+from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases, moved
 from tests.support.postgres import Postgres

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, selectinload
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Status, Tenant
+from tenancy_orm.context import reset_current, set_current
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, NotOpenError, RoutingError, TenantNotFoundError
 from tenancy_orm.events import ConnectionOpened, EventBus, IsolationIncident
 from tenancy_orm.routing import Router, TenantSession
+from tenancy_orm.tenant import Status, Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases
 from tests.support.models import Note, Tag
@@ -203,21 +203,19 @@ async def test_opening_a_connection_is_told(made: Databases, config: TenancyConf
 
 # --- another tenant is bound ----------------------------------------------------------------------------------------
 
-_bound: ContextVar[Tenant | None] = ContextVar("bound", default=None)
-
 
 async def test_nothing_of_a_tenant_works_while_another_is_bound(made: Databases, config: TenancyConfig) -> None:
     """Sessions, connections, streams under way: refused, told, and usable again when the binding has ended."""
     a, b = await made.create(), await made.create()
     events, seen = EventBus(), list[IsolationIncident]()
     events.subscribe(IsolationIncident, seen.append)
-    async with support.router(made, config, events=events, ambient=_bound.get) as router:
+    async with support.router(made, config, events=events) as router:
         async with router.session(b) as session, router.connection(b) as connection:
             session.add_all([Note(body=str(number)) for number in range(200)])
             await session.commit()
             stream = await session.stream_scalars(select(Note.id).execution_options(yield_per=10))
             assert await anext(aiter(stream)) is not None
-            token = _bound.set(a)
+            token = set_current(a)
             for attempt in (
                 lambda: session.execute(text("SELECT 1")),
                 lambda: session.scalars(select(Note)),
@@ -230,13 +228,13 @@ async def test_nothing_of_a_tenant_works_while_another_is_bound(made: Databases,
             with pytest.raises(CrossTenantError):
                 async with router.connection(b):
                     pass
-            _bound.reset(token)
+            reset_current(token)
             await session.rollback()
             assert await session.scalar(text("SELECT 1")) == 1
         async with router.session(a) as session:
-            _bound.set(a)
+            set_current(a)
             assert await session.scalar(text("SELECT 1")) == 1
-            _bound.set(None)
+            set_current(None)
     assert {event.kind for event in seen} == {"CrossTenantError"}
     assert {event.tenant_id for event in seen} == {b.id}
 
@@ -244,9 +242,9 @@ async def test_nothing_of_a_tenant_works_while_another_is_bound(made: Databases,
 async def test_a_task_that_inherits_the_binding_may_go_on(made: Databases, config: TenancyConfig) -> None:
     """The tenant that is bound is the session's own."""
     a = await made.create()
-    async with support.router(made, config, ambient=_bound.get) as router:
-        token = _bound.set(a)
+    async with support.router(made, config) as router:
+        token = set_current(a)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(bodies(router, a))
-        _bound.reset(token)
+        reset_current(token)
         assert task.result() == []

@@ -18,7 +18,7 @@ from tenancy_orm.asgi import (
     TenancyMiddleware,
     WebSocketKeyProtocol,
 )
-from tenancy_orm.context import Status, Tenant, current_tenant, current_tenant_or_none, set_current
+from tenancy_orm.context import current_tenant, current_tenant_or_none, set_current
 from tenancy_orm.errors import (
     ConfigurationError,
     ControlUnavailableError,
@@ -28,6 +28,7 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.events import KeyRejected, QuotaRefused
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.asgi import MemoryTenancy, http_scope, messages, request, websocket_scope
 
 KEY = ("X-API-Key", "key-acme")

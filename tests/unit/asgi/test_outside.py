@@ -14,8 +14,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from tenancy_orm.authentication.admission import Admission
 from tenancy_orm.context import current_tenant
-from tenancy_orm.control.admission import Admission
 from tenancy_orm.errors import AdmissionEndedError
 from tests.support.asgi import request
 from tests.support.connections import CLOSE, KEY, Tenants, finish, stream, websocket

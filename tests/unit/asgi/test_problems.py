@@ -11,7 +11,6 @@ import pytest
 
 from tenancy_orm.asgi import Problem, problem_for
 from tenancy_orm.asgi.problems import INVALID_KEY
-from tenancy_orm.context import Status, Tenant
 from tenancy_orm.errors import (
     CheckoutTimeoutError,
     ControlUnavailableError,
@@ -32,6 +31,7 @@ from tenancy_orm.errors import (
     TenantSuspendedError,
     TooManyAttemptsError,
 )
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.asgi import http_scope, messages, websocket_scope
 
 ACME = Tenant(id=UUID(int=1), slug="acme", status=Status.ACTIVE, tier="free")

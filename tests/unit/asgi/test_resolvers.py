@@ -18,8 +18,8 @@ from tenancy_orm.asgi import (
     WebSocketKeyProtocol,
 )
 from tenancy_orm.asgi.resolvers import parse_host, route_path
-from tenancy_orm.context import Status, Tenant
 from tenancy_orm.errors import ConfigurationError, InvalidApiKeyError, MalformedRequestError
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.asgi import http_scope, websocket_scope
 
 SCOPE = http_scope()

@@ -15,10 +15,9 @@ from uuid import UUID
 
 import pytest
 
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control import admission as admission_module
-from tenancy_orm.control.admission import Admission, Ended, Standing, for_source
-from tenancy_orm.control.admissions import Admissions
+from tenancy_orm.authentication import admission as admission_module
+from tenancy_orm.authentication.admission import Admission, Ended, Standing, for_source
+from tenancy_orm.authentication.admissions import Admissions
 from tenancy_orm.errors import (
     AdmissionEndedError,
     ControlUnavailableError,
@@ -28,6 +27,7 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
     TenantSuspendedError,
 )
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.control import Clock
 from tests.support.waiting import until
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenancy_orm.control.audit import Actor
-from tenancy_orm.control.chain import GENESIS, Chain, canonical
-from tenancy_orm.control.checkpoints import Checkpoint, Signer, Verifier, Voucher
+from tenancy_orm.audit.actor import Actor
+from tenancy_orm.audit.chain import GENESIS, Chain, canonical
+from tenancy_orm.audit.checkpoints import Checkpoint, Signer, Verifier, Voucher
 from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
 
 INSTALLATION = UUID(int=7)

@@ -8,14 +8,14 @@ from contextvars import ContextVar
 
 import pytest
 
-from tenancy_orm.context import Status, Tenant
-from tenancy_orm.control.batch import Batch
-from tenancy_orm.control.cache import SecondChance
-from tenancy_orm.control.directory import Credential
-from tenancy_orm.control.refusals import MAX_KEYS, MAX_KINDS, MAX_WRITTEN, Refusal, Tally
-from tenancy_orm.control.registry import uuid7
-from tenancy_orm.control.throttle import Attempts, Throttle
+from tenancy_orm.authentication.batch import Batch
+from tenancy_orm.authentication.cache import SecondChance
+from tenancy_orm.authentication.credential import Credential
+from tenancy_orm.authentication.refusals import MAX_KEYS, MAX_KINDS, MAX_WRITTEN, Refusal, Tally
+from tenancy_orm.authentication.throttle import Attempts, Throttle
 from tenancy_orm.errors import ControlUnavailableError, MissingScopeError, TooManyAttemptsError
+from tenancy_orm.registry.rows import uuid7
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.waiting import until
 
 # --- throttle -------------------------------------------------------------------------------------------------------

@@ -12,15 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.control.key_format import (
-    ALPHABET,
-    KeyDigester,
-    NewKey,
-    generate_key,
-    parse_key,
-    scanner_pattern,
-)
 from tenancy_orm.errors import ConfigurationError, InvalidApiKeyError
+from tenancy_orm.keys.format import ALPHABET, KeyDigester, NewKey, generate_key, parse_key, scanner_pattern
 
 URL = "postgresql://user:secret@host/database"
 

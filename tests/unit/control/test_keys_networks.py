@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tenancy_orm.control.networks import is_admitted, parse_networks, source_group
 from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.keys.networks import is_admitted, parse_networks, source_group
 
 
 @pytest.mark.parametrize(

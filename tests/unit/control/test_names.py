@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenancy_orm.control.names import MAX_IDENTIFIER_BYTES, Names, quote_identifier, quote_literal
+from tenancy_orm.control.names import Names
+from tenancy_orm.postgres.quoting import MAX_IDENTIFIER_BYTES, quote_identifier, quote_literal
 
 INSTALLATION = UUID("0e6d1a3c-59a0-4f6c-9d59-0123456789ab")
 prefixes = st.from_regex(r"[a-z][a-z0-9]{0,11}", fullmatch=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tenancy_orm.config import TenancyConfig, parse_keys
-from tenancy_orm.control.providers import EnvironmentSecrets, FileSecrets, SecretKeyWrapper, read_secrets
 from tenancy_orm.errors import ConfigurationError, MissingExtraError, SecretNotFoundError, SecretProviderError
+from tenancy_orm.secrets.providers import EnvironmentSecrets, FileSecrets, SecretKeyWrapper, read_secrets
 
 URL = "postgresql://user@host/database"
 KEYS = f"1:{base64.b64encode(b'a' * 32).decode()},2:{base64.b64encode(b'b' * 32).decode()}"
@@ -238,7 +238,7 @@ async def test_a_wrapping_key_has_32_bytes_and_a_short_id(key_id: str, length: i
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the modules themselves import without it."""
-    from tenancy_orm.control import aws, vault
+    from tenancy_orm.secrets import aws, vault
 
     for package in ("hvac", "boto3"):
         monkeypatch.setitem(sys.modules, package, None)

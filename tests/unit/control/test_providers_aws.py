@@ -11,9 +11,9 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from tenancy_orm.control import providers
-from tenancy_orm.control.aws import AwsKms, AwsSecrets
 from tenancy_orm.errors import ConfigurationError, SecretNotFoundError, SecretProviderError
+from tenancy_orm.secrets import providers
+from tenancy_orm.secrets.aws import AwsKms, AwsSecrets
 
 REGION = "eu-central-1"
 

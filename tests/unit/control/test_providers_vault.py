@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tenancy_orm.control.vault import VaultConnection, VaultSecrets, VaultTransit
 from tenancy_orm.errors import ConfigurationError, SecretNotFoundError, SecretProviderError
+from tenancy_orm.secrets.vault import VaultConnection, VaultSecrets, VaultTransit
 from tests.support.vault import FakeVault, fake_vault
 
 

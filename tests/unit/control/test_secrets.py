@@ -6,8 +6,8 @@ from uuid import uuid4
 
 import pytest
 
-from tenancy_orm.control.secrets import Keyring, new_password
 from tenancy_orm.errors import ConfigurationError, SecretError
+from tenancy_orm.secrets.keyring import Keyring, new_password
 
 OLD, NEW = bytes(32), bytes(range(32))
 

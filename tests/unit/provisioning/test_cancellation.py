@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from tenancy_orm.provisioning.cancellation import settled
+from tenancy_orm.cancellation import settled
 
 
 async def test_the_result_is_returned() -> None:

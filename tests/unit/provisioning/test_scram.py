@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from tenancy_orm.control.secrets import new_password
 from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.secrets.keyring import new_password
 
 
 def test_a_verifier_has_the_form_postgresql_stores() -> None:

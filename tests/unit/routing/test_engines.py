@@ -13,11 +13,11 @@ from uuid import UUID, uuid4
 import pytest
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Placement, Status, Tenant
-from tenancy_orm.control.secrets import Keyring
 from tenancy_orm.errors import NotOpenError, UnknownServerError
 from tenancy_orm.events import EngineEvicted, EventBus
 from tenancy_orm.routing import Router, Servers
+from tenancy_orm.secrets.keyring import Keyring
+from tenancy_orm.tenant import Placement, Status, Tenant
 
 KEYRING = Keyring({"1": bytes(32)})
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.context import Placement
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError, UnknownServerError
 from tenancy_orm.routing import Server, Servers
+from tenancy_orm.tenant import Placement
 
 URL = "postgresql://admin:hunter2@db.example:5433/registry?sslmode=verify-full&prepared_statement_cache_size=0"
 PLACEMENT = Placement("default", "tenant_db", "tenant_role", b"")

@@ -1,0 +1,1 @@
+"""Who did what to which tenant, in one hash chain: actors, the log, its checkpoints and its proof."""

@@ -1,0 +1,43 @@
+"""Who acts, for the audit log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ActorKind = Literal["system", "operator", "key"]
+
+
+_TEXT_LENGTH = 256  # of what comes from outside: a request id, a source address, an actor's name
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who acts: the system itself, an operator, or the holder of an API key.
+
+    Args:
+        kind: "system", "operator" or "key".
+        id: The operator's name, or the public id of the key.
+        request_id: What ties the entry to the application's own logs.
+        source: The address it came from.
+    """
+
+    kind: ActorKind
+    id: str | None = None
+    request_id: str | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind here, where the mistake is, rather than in the database."""
+        if self.kind not in ("system", "operator", "key"):
+            raise ValueError(f"an actor is 'system', 'operator' or 'key', not {self.kind!r}")
+
+
+SYSTEM = Actor("system")
+
+
+def clean_text(value: str | None) -> str | None:
+    """Return ``value`` as PostgreSQL can keep it, shortened: what comes from outside must not fail the change."""
+    if value is None:
+        return None
+    return value[:_TEXT_LENGTH].replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()

@@ -1,0 +1,238 @@
+"""What requests leave behind, written in the background: a request never waits for a write.
+
+Gathered in bounded memory and written every interval: when keys were last used, digests under the current pepper, and
+what was refused. Of a flood of refusals the most frequent are written one by one, the rest as a number; of cross-tenant
+requests the rest as a number for each key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextvars import Context
+from typing import TYPE_CHECKING, Protocol
+
+from sqlalchemy import ARRAY, Float, LargeBinary, Text, bindparam, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..audit.actor import Actor
+from ..audit.log import AuditLog
+from ..control.database import ControlDatabase
+from ..errors import TenancyError
+from ..keys.format import KeyDigester, ParsedKey
+from ..tenant import Tenant
+from .refusals import Refusal, Tally
+
+if TYPE_CHECKING:
+    from .credential import Credential
+
+logger = logging.getLogger("tenancy_orm.keys")
+
+_CHUNK = 1_000
+_MAX_PENDING = 100_000
+_MAX_DIGESTS = 1_000
+_CLOSE_SECONDS = 5.0
+
+# Rows that another process has locked are being given much the same time by it: passing over them saves the wait, and
+# rules out deadlocks between processes that write the same keys in another order.
+_TOUCH = text(
+    """
+    WITH used AS (
+        SELECT k.id, now() - u.age * interval '1 second' AS at
+        FROM unnest(:ids, :ages) AS u (id, age) JOIN tenancy.api_keys k ON k.id = u.id
+        WHERE k.last_used_at IS NULL OR k.last_used_at < now() - (u.age + :grain) * interval '1 second'
+        ORDER BY k.id FOR NO KEY UPDATE OF k SKIP LOCKED
+    )
+    UPDATE tenancy.api_keys k SET last_used_at = used.at FROM used WHERE k.id = used.id
+    """
+).bindparams(
+    bindparam("ids", type_=ARRAY(Text)), bindparam("ages", type_=ARRAY(Float)), bindparam("grain", type_=Float)
+)
+
+_REDIGEST = text(
+    """
+    WITH old AS (
+        SELECT k.id, n.digest FROM unnest(:ids, :versions, :digests) AS n (id, version, digest)
+        JOIN tenancy.api_keys k ON k.id = n.id AND k.digest_version = n.version
+        ORDER BY k.id FOR NO KEY UPDATE OF k SKIP LOCKED
+    )
+    UPDATE tenancy.api_keys k SET digest = old.digest, digest_version = :current FROM old WHERE k.id = old.id
+    """
+).bindparams(
+    bindparam("ids", type_=ARRAY(Text)),
+    bindparam("versions", type_=ARRAY(Text)),
+    bindparam("digests", type_=ARRAY(LargeBinary)),
+    bindparam("current", type_=Text),
+)
+
+
+class UsedKey(Protocol):
+    """A remembered key: ``used`` is when it was last used by the directory's clock, ``noted`` that we know of it."""
+
+    used: float
+    noted: bool
+
+    @property
+    def credential(self) -> Credential:
+        """Whose key it is."""
+
+
+class KeyJournal:
+    """Gathers and writes.
+
+    Args:
+        control: The control database.
+        audit: Where refusals are recorded; nowhere where None.
+        digester: Makes digests under the current pepper.
+        interval: Seconds between writes.
+        clock: The directory's clock.
+    """
+
+    def __init__(
+        self,
+        control: ControlDatabase,
+        audit: AuditLog | None,
+        digester: KeyDigester,
+        *,
+        interval: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._control = control
+        self._audit = audit
+        self._digester = digester
+        self._interval = interval
+        self._clock = clock
+        self._used: list[UsedKey] = []
+        self._digests: dict[str, tuple[str, bytes]] = {}
+        self._refused_keys = Tally()
+        self._cross_tenant = Tally()
+        self._task: asyncio.Task[None] | None = None
+        self._flushing = asyncio.Lock()
+
+    def open(self) -> None:
+        """Begin to write every interval."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
+
+    async def close(self) -> None:
+        """Write what is left, within five seconds."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self._attempt(_CLOSE_SECONDS)
+
+    # --- gathering: called on the hot path --------------------------------------------------------------------------
+
+    def note_use(self, key: UsedKey) -> None:
+        """Remember that a key is in use; once per key and interval, since ``key.used`` is read when it is written."""
+        if len(self._used) < _MAX_PENDING:
+            key.noted = True
+            self._used.append(key)
+
+    def note_digest(self, key: ParsedKey, version: str) -> None:
+        """Have a key, known to be right, digested under the current pepper in place of ``version``."""
+        if len(self._digests) < _MAX_DIGESTS:
+            self._digests[key.key_id] = (version, self._digester.digest(key.text))
+
+    def note_refusal(self, reason: str, key_id: str | None, source: str | None, tenant: Tenant | None = None) -> None:
+        """Count a refused key."""
+        if self._audit is not None:
+            owner = (tenant.id, tenant.slug) if tenant else (None, None)
+            self._refused_keys.add(Refusal.of_key(reason, key_id, source, owner))
+
+    def note_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
+        """Count a request that named another tenant than its key's."""
+        if self._audit is not None:
+            owner = (credential.tenant.id, credential.tenant.slug)
+            self._cross_tenant.add(Refusal.of_request(named, resolver, credential.key_id, source, owner))
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Write what was gathered.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer; what was gathered is kept for the next time.
+        """
+        async with self._flushing:
+            await self._write_uses()
+            await self._write_digests()
+            await self._write_refusals()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            await self._attempt(self._interval + _CLOSE_SECONDS)
+
+    async def _attempt(self, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await self.flush()
+        except (TenancyError, TimeoutError, SQLAlchemyError) as exc:
+            logger.warning("key usage and refusals could not be written (%s); they are kept", type(exc).__name__)
+
+    async def _write_uses(self) -> None:
+        taken, self._used = self._used, []
+        now = self._clock()
+        ages: dict[str, float] = {}
+        for key in taken:
+            key.noted = False
+            key_id = key.credential.key_id
+            ages[key_id] = min(now - key.used, ages.get(key_id, float("inf")))
+        try:
+            ids = list(ages)
+            for start in range(0, len(ids), _CHUNK):
+                chunk = ids[start : start + _CHUNK]
+                # a time as old as half an interval says as much; so of many processes one writes
+                values = {"ids": chunk, "ages": [ages[key_id] for key_id in chunk], "grain": self._interval / 2}
+                async with self._control.transaction() as connection:
+                    await connection.execute(text("SET LOCAL synchronous_commit = off"))
+                    await connection.execute(_TOUCH, values)
+        except BaseException:
+            for key in taken:
+                # those used again meanwhile are noted already
+                if not key.noted:
+                    self.note_use(key)
+            raise
+
+    async def _write_digests(self) -> None:
+        taken, self._digests = self._digests, {}
+        if not taken:
+            return
+        values = {
+            "ids": list(taken),
+            "versions": [version for version, _ in taken.values()],
+            "digests": [digest for _, digest in taken.values()],
+            "current": self._digester.current,
+        }
+        try:
+            async with self._control.transaction() as connection:
+                await connection.execute(_REDIGEST, values)
+        except BaseException:
+            for key_id, digest in taken.items():
+                if len(self._digests) < _MAX_DIGESTS:
+                    self._digests.setdefault(key_id, digest)
+            raise
+
+    async def _write_refusals(self) -> None:
+        refused, self._refused_keys = self._refused_keys, Tally()
+        crossed, self._cross_tenant = self._cross_tenant, Tally()
+        if self._audit is None or not (refused or crossed):
+            return
+        try:
+            async with self._control.transaction() as connection:
+                for refusal, detail in (*crossed.entries(), *refused.entries()):
+                    await self._audit.append(
+                        connection,
+                        action=refusal.action,
+                        tenant_id=refusal.tenant_id,
+                        slug=refusal.slug,
+                        actor=Actor("key", refusal.key_id, source=refusal.source),
+                        detail=detail,
+                    )
+        except BaseException:
+            self._refused_keys.add_all(refused)
+            self._cross_tenant.add_all(crossed)
+            raise

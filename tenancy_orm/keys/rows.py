@@ -1,0 +1,156 @@
+"""Rows of API keys: what is known of one, and how one is inserted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
+
+from sqlalchemy import Row, insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..control.models import api_keys
+from ..errors import ConfigurationError
+from .format import NewKey
+from .networks import Network, parse_networks
+
+if TYPE_CHECKING:
+    pass
+
+
+_SCOPE = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
+
+
+_MAX_SCOPES = 100
+
+
+_MAX_NETWORKS = 100
+
+
+_NAME_LENGTH = 200
+
+
+KeyState = Literal["active", "expired", "revoked"]
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKeyInfo:
+    """What is known of a key; the key itself is not kept anywhere. Times are aware datetimes in UTC.
+
+    ``last_used_at`` lags by up to ``TenancyConfig.key_usage_interval``.
+    """
+
+    key_id: str
+    tenant_id: UUID
+    prefix: str
+    name: str
+    scopes: frozenset[str]
+    networks: tuple[Network, ...]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    revoked_reason: str | None = None
+    last_used_at: datetime | None = None
+    rotated_from: str | None = None
+
+    @property
+    def state(self) -> KeyState:
+        """Whether it works now: "active", "expired" or "revoked"."""
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and self.expires_at <= datetime.now(UTC):
+            return "expired"
+        return "active"
+
+
+KEY_COLUMNS = (
+    api_keys.c.id,
+    api_keys.c.tenant_id,
+    api_keys.c.prefix,
+    api_keys.c.name,
+    api_keys.c.scopes,
+    api_keys.c.networks,
+    api_keys.c.created_at,
+    api_keys.c.expires_at,
+    api_keys.c.revoked_at,
+    api_keys.c.revoked_reason,
+    api_keys.c.last_used_at,
+    api_keys.c.rotated_from,
+)
+
+
+def key_from_row(row: Row[*tuple[Any, ...]]) -> ApiKeyInfo:
+    """Build the value object from a row of ``KEY_COLUMNS``."""
+    return ApiKeyInfo(
+        key_id=row.id,
+        tenant_id=row.tenant_id,
+        prefix=row.prefix,
+        name=row.name,
+        scopes=frozenset(row.scopes),
+        networks=parse_networks(row.networks),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        revoked_reason=row.revoked_reason,
+        last_used_at=row.last_used_at,
+        rotated_from=row.rotated_from,
+    )
+
+
+def check_scopes(scopes: Iterable[str]) -> list[str]:
+    """Return the scopes, sorted and each once.
+
+    Raises:
+        ConfigurationError: one is malformed, or there are too many.
+    """
+    if isinstance(scopes, str):
+        raise ConfigurationError("scopes must be a sequence of scopes, not one string")
+    found = sorted(set(scopes))
+    if len(found) > _MAX_SCOPES:
+        raise ConfigurationError(f"a key has at most {_MAX_SCOPES} scopes, not {len(found)}")
+    for scope in found:
+        if not _SCOPE.fullmatch(scope):
+            raise ConfigurationError(
+                f"scope {scope!r} must be *, or 1 to 64 of letters, digits and . _ : / - from a letter or digit"
+            )
+    return found
+
+
+async def insert_key(
+    connection: AsyncConnection,
+    tenant_id: UUID,
+    key: NewKey,
+    *,
+    name: str = "",
+    scopes: Iterable[str] = (),
+    expires_at: datetime | None = None,
+    networks: Iterable[str | Network] = (),
+    rotated_from: str | None = None,
+) -> ApiKeyInfo:
+    """Insert the row of a new key in the caller's transaction, which also audits it.
+
+    Raises:
+        ConfigurationError: an argument is malformed.
+    """
+    allowed = parse_networks(networks)
+    if len(allowed) > _MAX_NETWORKS:
+        raise ConfigurationError(f"a key has at most {_MAX_NETWORKS} networks, not {len(allowed)}")
+    if len(name) > _NAME_LENGTH or not name.isprintable():
+        raise ConfigurationError(f"the name of a key must be at most {_NAME_LENGTH} printable characters")
+    values = {
+        "id": key.key_id,
+        "tenant_id": tenant_id,
+        "prefix": key.prefix,
+        "name": name,
+        "digest": key.digest,
+        "digest_version": key.digest_version,
+        "scopes": check_scopes(scopes),
+        "networks": [str(network) for network in allowed],
+        "expires_at": expires_at,
+        "rotated_from": rotated_from,
+    }
+    row = (await connection.execute(insert(api_keys).values(values).returning(*KEY_COLUMNS))).one()
+    return key_from_row(row)

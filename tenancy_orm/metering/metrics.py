@@ -1,0 +1,296 @@
+"""What the tenants' servers say about each tenant, sampled in the background: size, connections, transactions, errors.
+
+``pg_database_size`` walks a database's files: 0.5 s for a thousand databases. It is never asked on the way of a
+request; what the sampler saw last is read from ``tenancy.tenant_metrics``, and counted as the use of a storage quota.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy import text
+
+from ..context import refuse_while_bound
+from ..control.database import ControlDatabase
+from ..control.lookup import ask_tenant_id
+from ..errors import ControlUnavailableError, RoutingError
+from ..postgres.failures import SERVER_FAILURES
+from ..quotas.manager import QuotaManager
+from ..tenant import Tenant
+
+logger = logging.getLogger("tenancy_orm.metrics")
+
+STORAGE = "storage_bytes"
+
+Connect = Callable[[str], Awaitable[asyncpg.Connection]]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSample:
+    """What one tenant's database was at one time.
+
+    Args:
+        tenant_id: Whose database.
+        sampled_at: When, UTC.
+        size_bytes: Its size on disk.
+        connections: How many connections were open to it.
+        queries: Transactions ended (committed or rolled back) since PostgreSQL's statistics were last reset.
+        errors: Deadlocks, conflicts with recovery, and sessions that ended abnormally, since then.
+    """
+
+    tenant_id: UUID
+    sampled_at: datetime
+    size_bytes: int
+    connections: int
+    queries: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveTenant:
+    """A tenant in use, with what the sampler saw last (None before the first sample)."""
+
+    id: UUID
+    slug: str
+    status: str
+    tier: str
+    server: str
+    created_at: datetime
+    sample: TenantSample | None
+
+
+@dataclass(frozen=True, slots=True)
+class TierShare:
+    """How many tenants a tier has, in ascending order of rank; purged ones do not count."""
+
+    tier: str
+    tenants: int
+    active: int
+    trials: int
+    suspended: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReport:
+    """What one run of the sampler did: tenants sampled, and the servers that did not answer."""
+
+    sampled: int
+    unavailable: tuple[str, ...]
+
+
+class TenantMetrics:
+    """Reads the samples, and what can be summed up from the registry."""
+
+    def __init__(self, control: ControlDatabase) -> None:
+        self._control = control
+
+    async def history(
+        self, tenant: str | UUID | Tenant, *, since: datetime | None = None, limit: int = 1_000
+    ) -> list[TenantSample]:
+        """Return a tenant's samples, newest first, from ``since`` on.
+
+        Raises:
+            TenantNotFoundError: no tenant has this slug.
+            CrossTenantError: another tenant is bound.
+        """
+        tenant_id = await ask_tenant_id(self._control, tenant)
+        async with self._control.viewing(tenant_id) as conn:
+            parameters = {"tenant_id": tenant_id, "since": since, "limit": limit}
+            rows = (await conn.execute(_HISTORY, parameters)).all()
+        return [TenantSample(*row) for row in rows]
+
+    async def active_tenants(self, *, limit: int = 100, after: UUID | None = None) -> list[ActiveTenant]:
+        """Return tenants in use with their last sample, in the order of their creation, after the id ``after``.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("listing tenants")
+        async with self._control.connect() as conn:
+            rows = (await conn.execute(_ACTIVE, {"limit": limit, "after": after})).all()
+        return [_active(row) for row in rows]
+
+    async def tier_distribution(self) -> list[TierShare]:
+        """Count the tenants of each tier.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("counting tenants")
+        async with self._control.connect() as conn:
+            return [TierShare(*row) for row in (await conn.execute(_TIERS)).all()]
+
+    async def prune(self, *, days: float = 90) -> int:
+        """Remove samples older than this many days; returns how many.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("removing samples")
+        async with self._control.transaction() as conn:
+            return int((await conn.execute(_PRUNE, {"days": days})).rowcount)
+
+
+class StorageSampler:
+    """Measures every tenant's database now and then.
+
+    Args:
+        control: The control database, where samples are kept.
+        quotas: Counts the size as the use of ``storage_bytes``, and announces its soft limits.
+        connect: Opens an administrative connection to the server of this name.
+        chunk: How many databases are measured by one query: it bounds how long a query holds the disk's attention.
+        timeout: How long one query may take, in seconds.
+    """
+
+    def __init__(
+        self,
+        control: ControlDatabase,
+        quotas: QuotaManager,
+        connect: Connect,
+        *,
+        chunk: int = 100,
+        timeout: float = 30.0,
+    ) -> None:
+        self._control = control
+        self._quotas = quotas
+        self._connect = connect
+        self._chunk = chunk
+        self._timeout = timeout
+
+    async def run(self, *, unless_within: float = 0.0) -> SampleReport:
+        """Sample every tenant once, all servers at the same time; one that does not answer is left out and named.
+
+        Args:
+            unless_within: Do nothing if any process sampled less than this many seconds ago.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("sampling tenants")
+        async with self._control.connect() as conn:
+            if unless_within and await conn.scalar(_RECENT, {"seconds": unless_within}):
+                return SampleReport(0, ())
+            rows = (await conn.execute(_DATABASES)).all()
+        servers: dict[str, dict[str, UUID]] = {}
+        for row in rows:
+            servers.setdefault(row.server, {})[row.database_name] = row.id
+        work = (self._sample_server(name, found) for name, found in servers.items())
+        counts: dict[str, int | None] = {}
+        # all of them end before an error is raised: none goes on behind the caller's back
+        for name, count in zip(servers, await asyncio.gather(*work, return_exceptions=True), strict=True):
+            if isinstance(count, BaseException):
+                raise count
+            counts[name] = count
+        missing = tuple(name for name, count in counts.items() if count is None)
+        return SampleReport(sum(count or 0 for count in counts.values()), missing)
+
+    async def run_every(self, seconds: float) -> None:
+        """Sample for ever, every so many seconds, and of several processes one at a time; cancel it to stop.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("sampling tenants")
+        while True:
+            try:
+                await self.run(unless_within=seconds * 0.75)
+            except ControlUnavailableError as exc:
+                logger.warning("tenants could not be sampled: %s", exc)
+            except Exception as exc:
+                # whatever it is, it must not be the last sample that this process takes
+                logger.error("tenants could not be sampled", exc_info=exc)
+            await asyncio.sleep(seconds)
+
+    async def _sample_server(self, server: str, databases: dict[str, UUID]) -> int | None:
+        names = sorted(databases)
+        try:
+            async with asyncio.timeout(self._timeout):
+                connection = await self._connect(server)
+        except (RoutingError, *SERVER_FAILURES) as exc:
+            logger.warning("server %s could not be sampled: %s", server, type(exc).__name__)
+            return None
+        sampled = 0
+        try:
+            for start in range(0, len(names), self._chunk):
+                chunk = names[start : start + self._chunk]
+                samples = await connection.fetch(_SAMPLE, chunk, timeout=self._timeout)
+                # no size: its files are gone already, it is being dropped
+                found = [(databases[row["datname"]], row) for row in samples if row["size_bytes"] is not None]
+                await self._store(found)
+                sampled += len(found)
+        except SERVER_FAILURES as exc:
+            logger.warning("server %s could not be sampled to the end: %s", server, type(exc).__name__)
+            return None
+        except ControlUnavailableError:
+            raise
+        except Exception as exc:
+            # the other servers' samples are worth having all the same
+            logger.error("server %s could not be sampled to the end", server, exc_info=exc)
+            return None
+        finally:
+            connection.terminate()
+        return sampled
+
+    async def _store(self, samples: Sequence[tuple[UUID, Any]]) -> None:
+        values = [
+            {
+                "tenant_id": tenant_id,
+                "size": row["size_bytes"],
+                "connections": row["connections"],
+                "queries": row["queries"],
+                "errors": row["errors"],
+            }
+            for tenant_id, row in samples
+        ]
+        if not values:
+            return
+        async with self._control.transaction() as conn:
+            await conn.execute(_STORE, values)
+        await self._quotas.measure_many(STORAGE, {tenant_id: row["size_bytes"] for tenant_id, row in samples})
+
+
+_DATABASES = text(
+    "SELECT id, server, database_name FROM tenancy.tenants "
+    "WHERE status IN ('trial', 'active', 'suspended', 'maintenance', 'deleted') ORDER BY server, id"
+)
+_RECENT = text(
+    "SELECT max(sampled_at) > statement_timestamp() - make_interval(secs => :seconds) FROM tenancy.tenant_metrics"
+)
+# PostgreSQL's own counters; every one of these columns exists from version 14 on
+_SAMPLE = """
+SELECT d.datname, pg_database_size(d.oid) AS size_bytes, s.numbackends AS connections,
+    s.xact_commit + s.xact_rollback AS queries,
+    s.deadlocks + s.conflicts + s.sessions_abandoned + s.sessions_fatal + s.sessions_killed AS errors
+FROM pg_database AS d JOIN pg_stat_database AS s ON s.datid = d.oid
+WHERE d.datname = ANY($1)
+"""
+_STORE = text(
+    "INSERT INTO tenancy.tenant_metrics (tenant_id, sampled_at, size_bytes, connections, queries, errors) "
+    "SELECT id, statement_timestamp(), :size, :connections, :queries, :errors FROM tenancy.tenants "
+    "WHERE id = :tenant_id ON CONFLICT DO NOTHING"
+)
+_HISTORY = text(
+    "SELECT tenant_id, sampled_at, size_bytes, connections, queries, errors FROM tenancy.tenant_metrics "
+    "WHERE tenant_id = :tenant_id AND (CAST(:since AS timestamptz) IS NULL OR sampled_at >= :since) "
+    "ORDER BY sampled_at DESC LIMIT :limit"
+)
+_ACTIVE = text(
+    "SELECT * FROM tenancy.active_tenants WHERE CAST(:after AS uuid) IS NULL OR id > :after ORDER BY id LIMIT :limit"
+)
+_TIERS = text("SELECT tier, tenants, active, trials, suspended FROM tenancy.tier_distribution ORDER BY rank, tier")
+_PRUNE = text("DELETE FROM tenancy.tenant_metrics WHERE sampled_at < now() - make_interval(secs => 86400 * :days)")
+
+
+def _active(row: Any) -> ActiveTenant:
+    sample = None
+    if row.sampled_at is not None:
+        sample = TenantSample(row.id, row.sampled_at, row.size_bytes, row.connections, row.queries, row.errors)
+    return ActiveTenant(row.id, row.slug, row.status, row.tier, row.server, row.created_at, sample)

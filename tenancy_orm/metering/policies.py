@@ -1,0 +1,182 @@
+"""Rules that propose, or apply, a higher tier to tenants that have been near a limit for some time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.log import AuditLog
+from ..config import TenancyConfig, UpgradePolicy
+from ..context import refuse_while_bound
+from ..control.database import ControlDatabase
+from ..events import EventBus, TierUpgradeProposed
+
+logger = logging.getLogger("tenancy_orm.upgrades")
+
+ChangeTier = Callable[[UUID, str, str, Actor], Awaitable[object]]
+
+# how long one process has for changing a tier, before another one tries: far longer than it can take
+_CLAIM_SECONDS: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradeProposal:
+    """A tenant that a policy found; ``applied`` tells whether its tier was changed."""
+
+    tenant_id: UUID
+    slug: str
+    tier: str
+    proposed: str
+    resource: str
+    used: int
+    limit: int
+    since: datetime
+    applied: bool
+
+
+class Upgrades:
+    """Evaluates ``TenancyConfig.upgrade_policies``; ``tenancy.upgrades``. ``run_maintenance`` does it too.
+
+    Safe to run from many processes at once: each proposal is made by one of them. One that dies while it applies a
+    tier leaves that to the next evaluation after ten minutes.
+
+    Args:
+        control: The control database.
+        config: For the policies, and the order of the tiers.
+        events: Where proposals are announced.
+        audit: Where they are written down.
+        change_tier: Changes a tenant's tier to the first one given, if it still is the second one, as
+            ``TenantManager.update`` does.
+    """
+
+    def __init__(
+        self,
+        control: ControlDatabase,
+        config: TenancyConfig,
+        events: EventBus,
+        audit: AuditLog,
+        change_tier: ChangeTier,
+    ) -> None:
+        self._ladder = dict(pairwise(config.tiers))
+        self._control = control
+        self._events = events
+        self._audit = audit
+        self._policies = config.upgrade_policies
+        self._change_tier = change_tier
+
+    async def evaluate(self, *, at: datetime | None = None) -> list[UpgradeProposal]:
+        """Look once; returns the proposals made now.
+
+        A tenant is proposed once for as long as it stays in its tier and near the limit. What a policy was to apply and
+        could not is tried again by each evaluation.
+
+        Args:
+            at: The time to judge by; the database's clock where None.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        refuse_while_bound("evaluating upgrade policies")
+        proposals: list[UpgradeProposal] = []
+        for policy in self._policies:
+            async with self._control.transaction() as conn:
+                parameters = {
+                    "policy": policy.name,
+                    "resource": policy.resource,
+                    "fraction": policy.fraction,
+                    "seconds": policy.sustained.total_seconds(),
+                    "apply": policy.apply,
+                    "at": at,
+                }
+                rows = (await conn.execute(_NOTE, parameters)).all()
+            for row in rows:
+                target = policy.next_tier.get(row.tier) or (None if policy.next_tier else self._ladder.get(row.tier))
+                if target is not None and (found := await self._propose(policy, row, target, at)):
+                    proposals.append(found)
+        return proposals
+
+    async def _propose(
+        self, policy: UpgradePolicy, row: Any, target: str, at: datetime | None
+    ) -> UpgradeProposal | None:
+        note = {"tenant_id": row.tenant_id, "policy": policy.name, "tier": row.tier}
+        async with self._control.transaction() as conn:
+            claim = {**note, "apply": policy.apply, "at": at, "seconds": _CLAIM_SECONDS}
+            claimed = (await conn.execute(_CLAIM, claim)).one_or_none()
+            if claimed is None:
+                return None  # another process has just made it
+            if claimed.first:
+                await self._write_down(conn, policy, row, target)
+        # its success needs no note: one of the tier that was left is forgotten
+        applied = policy.apply and await self._apply(row, target, note)
+        if claimed.first or applied:
+            self._events.emit(
+                TierUpgradeProposed(
+                    tenant_id=row.tenant_id,
+                    slug=row.slug,
+                    resource=policy.resource,
+                    tier=row.tier,
+                    proposed=target,
+                    applied=applied,
+                )
+            )
+        return UpgradeProposal(
+            row.tenant_id, row.slug, row.tier, target, policy.resource, row.used, row.amount_limit, row.since, applied
+        )
+
+    async def _write_down(self, conn: AsyncConnection, policy: UpgradePolicy, row: Any, target: str) -> None:
+        await self._audit.append(
+            conn,
+            action="tier.propose",
+            tenant_id=row.tenant_id,
+            slug=row.slug,
+            before={"tier": row.tier},
+            after={"tier": target},
+            detail={
+                "policy": policy.name,
+                "resource": policy.resource,
+                "used": row.used,
+                "limit": row.amount_limit,
+                "since": row.since,
+            },
+        )
+
+    async def _apply(self, row: Any, target: str, note: Mapping[str, Any]) -> bool:
+        try:
+            await self._change_tier(row.tenant_id, target, row.tier, SYSTEM)
+        except Exception as exc:
+            # whatever it is: the other tenants must not wait for it, and the next evaluation tries again
+            logger.error("tenant %s could not be moved to tier %s", row.slug, target, exc_info=exc)
+            async with self._control.transaction() as conn:
+                await conn.execute(_UNCLAIM, note)
+            return False
+        return True
+
+
+_NOTE = text(
+    "SELECT * FROM tenancy.quota_note_pressure(:policy, :resource, CAST(:fraction AS double precision), "
+    "CAST(:seconds AS double precision), CAST(:apply AS boolean), CAST(:at AS timestamptz))"
+)
+# the look at the row as it was tells whether this is the first time; its lock is waited for before
+_CLAIM = text(
+    "WITH found AS (SELECT proposed_at FROM tenancy.quota_pressure "
+    "WHERE tenant_id = :tenant_id AND policy = :policy AND tier = :tier "
+    "AND (CAST(:apply AS boolean) OR proposed_at IS NULL) "
+    "AND (claimed_until IS NULL OR claimed_until <= coalesce(CAST(:at AS timestamptz), now())) FOR UPDATE) "
+    "UPDATE tenancy.quota_pressure AS p SET proposed_at = coalesce(p.proposed_at, now()), claimed_until = "
+    "CASE WHEN :apply THEN coalesce(CAST(:at AS timestamptz), now()) + make_interval(secs => :seconds) END "
+    "FROM found WHERE p.tenant_id = :tenant_id AND p.policy = :policy "
+    "RETURNING found.proposed_at IS NULL AS first"
+)
+_UNCLAIM = text(
+    "UPDATE tenancy.quota_pressure SET claimed_until = NULL "
+    "WHERE tenant_id = :tenant_id AND policy = :policy AND tier = :tier"
+)

@@ -1,0 +1,26 @@
+"""Identifiers and constants, quoted for the statements that take no parameters."""
+
+from __future__ import annotations
+
+MAX_IDENTIFIER_BYTES = 63  # NAMEDATALEN - 1; PostgreSQL cuts longer ones silently
+
+
+def quote_identifier(name: str) -> str:
+    """Quote ``name`` for use as an SQL identifier.
+
+    Raises:
+        ValueError: it is empty, holds a NUL, or is longer than PostgreSQL keeps.
+    """
+    if not name or "\x00" in name or len(name.encode()) > MAX_IDENTIFIER_BYTES:
+        raise ValueError("an identifier must be 1 to 63 bytes without NUL")
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """Quote ``text`` as an SQL string constant, for the statements (DDL) that take no parameters.
+
+    The E'' form makes backslashes mean the same whatever ``standard_conforming_strings`` says.
+    """
+    if "\x00" in text:
+        raise ValueError("a string constant cannot hold NUL")
+    return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"

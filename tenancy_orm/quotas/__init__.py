@@ -1,0 +1,1 @@
+"""Limits and what is counted against them: exact, leased, held; and request rates."""

@@ -1,0 +1,136 @@
+"""Limits on concurrency: what is held at one moment, by processes that may die while they hold it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import Context
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+from sqlalchemy import text
+
+from ..control.database import ControlDatabase
+from ..errors import ControlUnavailableError
+
+logger = logging.getLogger("tenancy_orm.quotas")
+
+HOLD_SECONDS: Final = 30.0  # a holder that does not renew is forgotten after this long
+_RENEW_SECONDS: Final = HOLD_SECONDS / 3
+
+_HOLD = text(
+    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_hold(CAST(:tenant_id AS uuid), :resource, "
+    "CAST(:amount AS bigint), CAST(:id AS uuid), CAST(:seconds AS double precision))"
+)
+_RENEW = text(
+    "UPDATE tenancy.quota_holds SET expires_at = clock_timestamp() + make_interval(secs => :seconds) "
+    "WHERE id = ANY(CAST(:ids AS uuid[])) RETURNING id"
+)
+_LET_GO = text("DELETE FROM tenancy.quota_holds WHERE id = CAST(:id AS uuid)")
+
+
+class Hold:
+    """Something a tenant holds for as long as a block of code runs."""
+
+    __slots__ = ("_until", "id")
+
+    def __init__(self) -> None:
+        self.id: UUID = uuid4()
+        # until when the place is certain, by the monotonic clock
+        self._until = math.inf
+
+    @property
+    def lost(self) -> bool:
+        """Whether the place may be another's: it was not renewed for so long that it was taken for a dead process's."""
+        return time.monotonic() >= self._until
+
+    def renewed(self, asked: float) -> None:
+        """The place is certain for ``HOLD_SECONDS`` from when that was asked for, which is before it was done."""
+        self._until = asked + HOLD_SECONDS
+
+    def lose(self) -> None:
+        """The place is another's."""
+        self._until = -math.inf
+
+
+class HoldKeeper:
+    """Renews what this process holds."""
+
+    def __init__(self, control: ControlDatabase) -> None:
+        self._control = control
+        self._holds: dict[UUID, Hold] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def take(self, hold: Hold, tenant_id: UUID, resource: str, amount: int) -> Any:
+        """Ask for one more hold; returns the database's answer."""
+        parameters = {
+            "tenant_id": tenant_id,
+            "resource": resource,
+            "amount": amount,
+            "id": hold.id,
+            "seconds": HOLD_SECONDS,
+        }
+        asked = time.monotonic()
+        async with self._control.connect() as conn:
+            row = (await conn.execute(_HOLD, parameters)).one()
+        if row.outcome == "counted":
+            hold.renewed(asked)
+            # not before: a renewal in the meantime would not find it, and take it for lost
+            self._holds[hold.id] = hold
+            if self._task is None or self._task.done():
+                # it renews all tenants' holds, so it must not run for the one whose hold was the first
+                self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
+        return row
+
+    @asynccontextmanager
+    async def keep(self, hold: Hold) -> AsyncIterator[None]:
+        """Let go of ``hold`` after the body, which takes it; it is renewed until then."""
+        try:
+            yield
+        finally:
+            self._holds.pop(hold.id, None)
+            # apart, so that a cancelled body lets go as well
+            task = asyncio.ensure_future(self.let_go(hold))
+            await asyncio.shield(task)
+
+    async def let_go(self, hold: Hold) -> None:
+        """Give the place free. Where the database does not answer, it is free when the hold expires."""
+        try:
+            async with self._control.connect() as conn:
+                await conn.execute(_LET_GO, {"id": hold.id})
+        except ControlUnavailableError:
+            logger.warning("a hold ends by itself in %g s: the control database is not available", HOLD_SECONDS)
+
+    async def close(self) -> None:
+        """Stop renewing."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _run(self) -> None:
+        while self._holds:
+            await asyncio.sleep(_RENEW_SECONDS)
+            try:
+                await self._renew()
+            except ControlUnavailableError:
+                logger.warning("holds cannot be renewed: the control database is not available")
+            except Exception:
+                # a server that only reads for a moment, say: the next renewal may be in time
+                logger.exception("holds cannot be renewed")
+
+    async def _renew(self) -> None:
+        holds = dict(self._holds)
+        asked = time.monotonic()
+        async with self._control.connect() as conn:
+            kept = set(await conn.scalars(_RENEW, {"ids": list(holds), "seconds": HOLD_SECONDS}))
+        for hold_id, hold in holds.items():
+            if hold_id in kept:
+                hold.renewed(asked)
+            elif hold_id in self._holds:
+                hold.lose()
+                logger.error("a hold was lost: it had not been renewed for %g s", HOLD_SECONDS)

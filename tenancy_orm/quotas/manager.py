@@ -1,0 +1,560 @@
+"""Quotas: how much of each resource a tenant may use, counted exactly over any number of processes.
+
+Limits come from the tenant's tier, with overrides of its own. They are resolved by the database in the statement that
+counts, so that a change takes effect with its commit, whatever a process still has in its caches. The database's clock
+and time zones decide in which period a use falls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, TypeAlias
+from uuid import UUID
+from weakref import WeakValueDictionary
+
+from sqlalchemy import select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.log import AuditLog
+from ..config import RESOURCE_NAME, Limit, Period, TenancyConfig
+from ..context import refuse_other_tenant, refuse_while_bound
+from ..control.database import ControlDatabase
+from ..control.lookup import ask_tenant_id, find_tenant_id
+from ..control.models import tenants
+from ..errors import ConfigurationError, QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
+from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
+from ..tenant import Status, Tenant
+from .holds import Hold, HoldKeeper
+from .leases import RECLAIM_SECONDS, LeasedQuota, LeaseKeeper, check_amount
+
+TenantRef: TypeAlias = str | UUID | Tenant
+Override: TypeAlias = int | float | Limit | Mapping[str, Any] | None
+
+# an override with a name of its own: the tenant's request rate, which control.rates enforces in the process
+REQUEST_RATE: Final = "requests_per_second"
+
+_LONGEST_KEY = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a tenant has used of one resource in the period that runs now.
+
+    ``limit`` is None where there is none; ``resets_at`` (UTC) is None where the period does not end.
+    """
+
+    resource: str
+    used: int
+    limit: int | None
+    period: Period
+    resets_at: datetime | None = None
+
+    @property
+    def remaining(self) -> int | None:
+        """How much is left, at least 0; None without a limit."""
+        return None if self.limit is None else max(self.limit - self.used, 0)
+
+    @property
+    def fraction(self) -> float:
+        """What part of the limit is used; 0 without a limit, infinite where the limit is 0 and something is used."""
+        if self.limit is None or self.used == 0:
+            return 0.0
+        return self.used / self.limit if self.limit else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """How much of one limit one tenant uses; ``fraction`` may be above 1 where the limit was lowered."""
+
+    tenant_id: UUID
+    slug: str
+    tier: str
+    fraction: float
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """The answer of ``check``: true where ``requested`` more would fit."""
+
+    usage: Usage
+    requested: int
+
+    @property
+    def allowed(self) -> bool:
+        """Whether ``requested`` more would fit."""
+        return self.usage.limit is None or self.usage.used + self.requested <= self.usage.limit
+
+    def __bool__(self) -> bool:
+        """The same as ``allowed``."""
+        return self.allowed
+
+
+_CONSUME = text(
+    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_consume("
+    "CAST(:tenant_id AS uuid), :resource, CAST(:amount AS bigint), :key, CAST(:at AS timestamptz))"
+)
+_RELEASE = text(
+    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_release("
+    "CAST(:tenant_id AS uuid), :resource, CAST(:amount AS bigint), CAST(:at AS timestamptz))"
+)
+_USAGE = text(
+    "SELECT resource, used, amount_limit, period, nullif(ends_at, 'infinity') AS resets_at "
+    "FROM tenancy.quota_usage(CAST(:tenant_id AS uuid), CAST(:at AS timestamptz))"
+)
+_MEASURE = text(
+    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_measure("
+    "CAST(:tenant_id AS uuid), :resource, CAST(:value AS bigint))"
+)
+_MEASURE_MANY = text(
+    "SELECT m.id AS tenant_id, q.*, nullif(q.ends_at, 'infinity') AS resets_at "
+    "FROM unnest(CAST(:ids AS uuid[]), CAST(:values AS bigint[])) WITH ORDINALITY AS m (id, value, position) "
+    "CROSS JOIN LATERAL tenancy.quota_measure(m.id, :resource, m.value) AS q ORDER BY m.position"
+)
+_UTILISATION = text(
+    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_utilisation(CAST(:at AS timestamptz)) "
+    "WHERE CAST(:resource AS text) IS NULL OR resource = :resource ORDER BY fraction DESC, slug, resource LIMIT :limit"
+)
+_AT_RISK = text(
+    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_at_risk("
+    "CAST(:fraction AS double precision), CAST(:at AS timestamptz)) ORDER BY fraction DESC, slug, resource LIMIT :limit"
+)
+_CLEAN = (
+    "DELETE FROM tenancy.usage_keys WHERE created_at < now() - make_interval(secs => 86400 * :days)",
+    # where usage is billed, what has not been is kept
+    (
+        "DELETE FROM tenancy.usage WHERE period_end < now() - make_interval(secs => 86400 * :days) "
+        "AND (closed_at IS NOT NULL OR NOT (CAST(:bills AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)))"
+    ),
+    "DELETE FROM tenancy.quota_holds WHERE expires_at < now() - make_interval(secs => 86400 * :days)",
+    "DELETE FROM tenancy.quota_leases WHERE expires_at < now() - make_interval(secs => 86400 * :days)",
+)
+_LIMITS = text("SELECT resource, amount, period, soft FROM tenancy.quota_limits(CAST(:tenant_id AS uuid))")
+
+
+class QuotaManager:
+    """Sets limits and counts what is used; ``tenancy.quotas``.
+
+    ``tenant`` arguments accept a slug, an id or a ``Tenant``; an id or a ``Tenant`` saves a look-up.
+    """
+
+    def __init__(
+        self,
+        control: ControlDatabase,
+        config: TenancyConfig,
+        events: EventBus,
+        audit: AuditLog,
+    ) -> None:
+        self._control = control
+        self._config = config
+        self._events = events
+        self._audit = audit
+        self._keeper = LeaseKeeper(control, self._conclude)
+        self._holds = HoldKeeper(control)
+        # those in use, or with something in hand: the keeper holds on to the latter
+        self._leased: WeakValueDictionary[tuple[UUID, str], LeasedQuota] = WeakValueDictionary()
+
+    async def close(self) -> None:
+        """Return every block that was leased; where the control database does not answer, they stay counted as used."""
+        await self._holds.close()
+        await self._keeper.close()
+
+    def invalidate(self, tenant_id: UUID | None) -> None:
+        """A tenant's limits may have changed (None: any tenant's): blocks in hand are returned before more is used."""
+        for lease in list(self._leased.values()):
+            if tenant_id is None or lease.tenant_id == tenant_id:
+                lease.expire()
+
+    # --- limits -----------------------------------------------------------------------------------------------------
+
+    async def set(
+        self, tenant: TenantRef, overrides: Mapping[str, Override], *, actor: Actor = SYSTEM
+    ) -> dict[str, Limit]:
+        """Override limits of the tenant's tier; returns the limits now in force.
+
+        It holds from the commit on, in every process.
+
+        Args:
+            tenant: Whose limits.
+            overrides: By resource: an amount, a ``Limit``, a mapping such as ``{"amount": 500, "period": "day"}`` (an
+                amount of None is no limit), or None to fall back to the tier. Resources not named keep theirs.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            ConfigurationError: an override is malformed.
+        """
+        checked = check_overrides(overrides)
+        removed = {name for name, value in overrides.items() if value is None}
+        async with self._control.transaction() as conn:
+            tenant_id = await find_tenant_id(conn, tenant)
+            living = (tenants.c.id == tenant_id) & (tenants.c.status != Status.PURGED)
+            query = select(tenants.c.slug, tenants.c.quotas).where(living).with_for_update()
+            row = (await conn.execute(query)).one_or_none()
+            if row is None:
+                raise TenantNotFoundError(tenant_id)
+            before = dict(row.quotas)
+            after = {name: value for name, value in before.items() if name not in removed} | checked
+            if after != before:
+                await conn.execute(update(tenants).where(tenants.c.id == tenant_id).values(quotas=after))
+            limits = _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
+            if after != before:
+                await self._audit.append(
+                    conn,
+                    action="quota.set",
+                    tenant_id=tenant_id,
+                    slug=row.slug,
+                    actor=actor,
+                    before={"quotas": before},
+                    after={"quotas": after},
+                )
+        if after != before:
+            self._events.emit(TenantUpdated(tenant_id=tenant_id, slug=row.slug, fields=("quotas",)))
+        return limits
+
+    async def limits(self, tenant: TenantRef) -> dict[str, Limit]:
+        """Return the tenant's limits by resource: its tier's, with its own overrides applied.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+        """
+        async with self._control.connect() as conn:
+            tenant_id = await find_tenant_id(conn, tenant)
+            return _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
+
+    # --- usage ------------------------------------------------------------------------------------------------------
+
+    async def usage(self, tenant: TenantRef, *, at: datetime | None = None) -> list[Usage]:
+        """Return what the tenant has used of each resource it has a quota for, in the order of their names.
+
+        Args:
+            tenant: Whose usage.
+            at: In the periods that ran at this time, an aware datetime; now where None.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            ValueError: ``at`` is naive.
+        """
+        _check_time(at)
+        tenant_id = await ask_tenant_id(self._control, tenant)
+        async with self._control.viewing(tenant_id) as conn:
+            rows = (await conn.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
+            if not rows:
+                await self._require(conn, tenant_id)
+        return [Usage(row.resource, row.used, row.amount_limit, row.period, row.resets_at) for row in rows]
+
+    async def check(self, tenant: TenantRef, resource: str, amount: int = 1) -> Remaining:
+        """Tell whether ``amount`` more would fit now. It reserves nothing: only ``consume`` decides.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            UnknownQuotaError: the resource has no limit for this tenant.
+        """
+        check_amount(amount)
+        for usage in await self.usage(tenant):
+            if usage.resource == resource:
+                return Remaining(usage, amount)
+        raise UnknownQuotaError(resource, tenant=_name(tenant))
+
+    async def consume(
+        self, tenant: TenantRef, resource: str, amount: int = 1, *, key: str | None = None, at: datetime | None = None
+    ) -> Usage:
+        """Count ``amount`` more as used, or refuse all of it.
+
+        The limit is checked and the count made by one statement on one locked row: over any number of processes never
+        one more than the limit is let through, and never one too few.
+
+        Args:
+            tenant: Who uses it.
+            resource: What is used.
+            amount: How much, at least 1.
+            key: An idempotency key of 1 to 200 characters: repeating a call with the same key counts once.
+            at: The time of the use, an aware datetime; the database's clock where None.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            UnknownQuotaError: the resource has no limit for this tenant.
+            QuotaExceededError: it would pass the limit; nothing was counted.
+            QuotaError: the limit is one on concurrency, its period has been closed for billing, or the key was used
+                for another amount or resource.
+            ValueError: ``amount`` is no whole number from 1 to 10**15, ``key`` too long, or ``at`` naive.
+        """
+        check_amount(amount)
+        _check_key(key)
+        _check_time(at)
+        async with self._control.connect() as conn:
+            tenant_id = await find_tenant_id(conn, tenant)
+            parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
+            row = (await conn.execute(_CONSUME, parameters)).one()
+        deadline = time.monotonic() + RECLAIM_SECONDS
+        while row.outcome == "exceeded" and row.leased and time.monotonic() < deadline:
+            # processes that lease hold some of it unspent: they have been asked to return it
+            await asyncio.sleep(0.05)
+            async with self._control.connect() as conn:
+                row = (await conn.execute(_CONSUME, parameters)).one()
+        return self._conclude(tenant_id, resource, amount, row)
+
+    def leased(self, tenant: UUID | Tenant, resource: str, *, block: int = 100) -> LeasedQuota:
+        """Return this process's share of a quota, counted in memory: for what is used thousands of times a second.
+
+        ``await quotas.leased(tenant, "api_calls").consume()`` takes a microsecond or two where the block in hand
+        covers it. The limit is never passed. Usage and soft limits run ahead by what is in hand; a process that dies
+        loses at most ``block``, or what one call asked for beyond it; a lowered limit reaches a process with its
+        next block, or when it hears of the change.
+
+        Args:
+            tenant: Whose quota, by id or as a ``Tenant``.
+            resource: Which.
+            block: How much is taken at once; less near the limit. What the first call gave holds while it is in use.
+
+        Raises:
+            TypeError: ``tenant`` is a slug, which only the database could look up.
+            ValueError: ``block`` is no whole number from 1 to 10**15.
+        """
+        refuse_other_tenant(tenant)
+        given: object = tenant
+        if isinstance(given, str):
+            raise TypeError("leased() takes a Tenant or its id, not a slug: it does not ask the database")
+        check_amount(block, what="a block")
+        key = (tenant.id if isinstance(tenant, Tenant) else tenant, resource)
+        lease = self._leased.get(key)
+        if lease is None:
+            lease = self._leased[key] = LeasedQuota(self._keeper, *key, block)
+        return lease
+
+    @asynccontextmanager
+    async def hold(self, tenant: TenantRef, resource: str, amount: int = 1) -> AsyncIterator[Hold]:
+        """Hold ``amount`` of a resource whose limit is "concurrent" while the body runs.
+
+        A process that dies gives its holds free after ``holds.HOLD_SECONDS``. ``Hold.lost`` tells a long body that
+        it could not be renewed for so long that its place may be another's.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            UnknownQuotaError: the resource has no limit for this tenant.
+            QuotaError: the limit is not one on concurrency.
+            QuotaExceededError: as much as the limit is held already.
+        """
+        check_amount(amount)
+        tenant_id = await ask_tenant_id(self._control, tenant)
+        hold = Hold()
+        async with self._holds.keep(hold):
+            row = await self._holds.take(hold, tenant_id, resource, amount)
+            self._conclude(tenant_id, resource, amount, row)
+            yield hold
+
+    async def measure(self, tenant: TenantRef, resource: str, value: int) -> Usage:
+        """Record what was measured, such as the size of a database, as what is used: whatever the limit.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            UnknownQuotaError: the resource has no limit for this tenant.
+            ValueError: ``value`` is no whole number from 0 to 10**15.
+        """
+        check_amount(value, least=0)
+        async with self._control.connect() as conn:
+            tenant_id = await find_tenant_id(conn, tenant)
+            parameters = {"tenant_id": tenant_id, "resource": resource, "value": value}
+            row = (await conn.execute(_MEASURE, parameters)).one()
+        return self._conclude(tenant_id, resource, value, row)
+
+    async def measure_many(self, resource: str, values: Mapping[UUID, int]) -> int:
+        """Record measures of many tenants in one statement; returns how many have a quota for ``resource``."""
+        for tenant_id in values:
+            refuse_other_tenant(tenant_id)
+        for value in values.values():
+            check_amount(value, least=0)
+        # in one order everywhere, so that two at once cannot deadlock
+        ordered = sorted(values.items())
+        parameters = {"resource": resource, "ids": [i for i, _ in ordered], "values": [v for _, v in ordered]}
+        async with self._control.connect() as conn:
+            rows = (await conn.execute(_MEASURE_MANY, parameters)).all()
+        counted = [row for row in rows if row.outcome == "counted"]
+        for row in counted:
+            self._conclude(row.tenant_id, resource, row.used, row)
+        return len(counted)
+
+    async def release(self, tenant: TenantRef, resource: str, amount: int = 1, *, at: datetime | None = None) -> Usage:
+        """Give back ``amount``, down to 0: a user was removed, a call failed.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            UnknownQuotaError: the resource has no limit for this tenant.
+            QuotaError: the limit is one on concurrency, or its period has been closed for billing.
+            ValueError: ``amount`` is no whole number from 1 to 10**15, or ``at`` naive.
+        """
+        check_amount(amount)
+        _check_time(at)
+        async with self._control.connect() as conn:
+            tenant_id = await find_tenant_id(conn, tenant)
+            parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "at": at}
+            row = (await conn.execute(_RELEASE, parameters)).one()
+        return self._conclude(tenant_id, resource, amount, row)
+
+    # --- over all tenants -------------------------------------------------------------------------------------------
+
+    async def utilisation(
+        self, *, resource: str | None = None, limit: int = 1_000, at: datetime | None = None
+    ) -> list[TenantUsage]:
+        """Return who uses most of a limit, highest fraction first.
+
+        Args:
+            resource: Of this resource only.
+            limit: How many at most.
+            at: In the periods that ran at this time, an aware datetime; now where None.
+        """
+        refuse_while_bound("reading the usage of all tenants")
+        _check_time(at)
+        async with self._control.connect() as conn:
+            rows = (await conn.execute(_UTILISATION, {"resource": resource, "limit": limit, "at": at})).all()
+        return [_tenant_usage(row) for row in rows]
+
+    async def at_risk(
+        self, fraction: float = 0.8, *, limit: int = 1_000, at: datetime | None = None
+    ) -> list[TenantUsage]:
+        """Return who has used ``fraction`` of a limit or more, highest fraction first."""
+        refuse_while_bound("reading the usage of all tenants")
+        _check_time(at)
+        async with self._control.connect() as conn:
+            rows = (await conn.execute(_AT_RISK, {"fraction": fraction, "limit": limit, "at": at})).all()
+        return [_tenant_usage(row) for row in rows]
+
+    async def clean(self, *, keys_days: float = 7, usage_days: float = 400) -> int:
+        """Remove idempotency keys and ended periods older than so many days, and what dead processes left behind.
+
+        Where usage is exported for billing, a period stays until its usage record has been made.
+
+        Safe to run from many processes at once. Returns how many rows went.
+        """
+        refuse_while_bound("removing old usage")
+        bills = self._config.usage_sender is not None
+        async with self._control.transaction() as conn:
+            return sum(
+                [
+                    (await conn.execute(text(statement), {"days": days, "bills": bills})).rowcount
+                    for statement, days in zip(_CLEAN, (keys_days, usage_days, 1, 1), strict=True)
+                ]
+            )
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
+        """Turn the database's answer into a value or an error, and announce soft limits that were reached."""
+        if row.outcome == "no_tenant":
+            raise TenantNotFoundError(tenant_id)
+        if row.outcome == "unknown":
+            raise UnknownQuotaError(resource, tenant=row.slug)
+        if row.outcome == "period":
+            verb = "hold" if row.period == "concurrent" else "consume"
+            raise QuotaError(f"quota {resource!r} of tenant {row.slug!r} is per {row.period}: use {verb}()")
+        if row.outcome == "closed":
+            raise QuotaError(f"that period of quota {resource!r} of tenant {row.slug!r} has been closed for billing")
+        if row.outcome == "mismatched":
+            raise QuotaError(
+                f"the key of this use of {resource!r} by tenant {row.slug!r} has counted another amount or resource: "
+                "give every use a key of its own"
+            )
+        usage = Usage(resource, row.used, row.amount_limit, row.period, row.resets_at)
+        if row.outcome == "exceeded":
+            self._events.emit(
+                QuotaRefused(
+                    tenant_id=tenant_id, slug=row.slug, resource=resource, limit=row.amount_limit, used=row.used
+                )
+            )
+            raise QuotaExceededError(
+                tenant=row.slug,
+                resource=resource,
+                limit=row.amount_limit,
+                used=row.used,
+                requested=amount,
+                resets_at=row.resets_at,
+                period=row.period,
+            )
+        for fraction in row.crossed or ():
+            self._events.emit(
+                QuotaThresholdReached(
+                    tenant_id=tenant_id,
+                    slug=row.slug,
+                    resource=resource,
+                    fraction=fraction,
+                    limit=row.amount_limit,
+                    used=row.used,
+                )
+            )
+        return usage
+
+    async def _require(self, conn: AsyncConnection, tenant_id: UUID) -> None:
+        known = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.status != Status.PURGED)
+        if await conn.scalar(known) is None:
+            raise TenantNotFoundError(tenant_id)
+
+
+def check_overrides(overrides: Mapping[str, Override]) -> dict[str, Any]:
+    """Return ``overrides`` as the registry keeps them, those that are None left out.
+
+    Raises:
+        ConfigurationError: a resource's name or a limit is malformed.
+    """
+    return {name: _check_override(name, value) for name, value in overrides.items() if value is not None}
+
+
+def _check_override(name: str, value: Override) -> Any:
+    if not RESOURCE_NAME.fullmatch(name):
+        raise ConfigurationError(f"resource {name!r} must be 1 to 63 of a-z, 0-9, _, . and -, from a letter")
+    if name == REQUEST_RATE:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ConfigurationError(f"{REQUEST_RATE} must be a number above 0, not {value!r}")
+        return value
+    if isinstance(value, Limit):
+        return {"amount": value.amount, "period": value.period, "soft": list(value.soft)}
+    if isinstance(value, Mapping):
+        return _check_mapping(name, value)
+    return _limit(name, {"amount": value}).amount
+
+
+def _check_mapping(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = set(value) - {"amount", "period", "soft"}
+    if unknown or not value:
+        raise ConfigurationError(f"the limit of {name!r} has amount, period and soft, not {sorted(map(str, unknown))}")
+    limit = _limit(name, value)
+    checked = {"amount": limit.amount, "period": limit.period, "soft": list(limit.soft)}
+    return {field: checked[field] for field in value}
+
+
+def _limit(name: str, fields: Mapping[str, Any]) -> Limit:
+    # Limit knows what it admits
+    try:
+        return Limit(**{"amount": None, **fields})
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"the limit of {name!r} is malformed: {exc}") from exc
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and (not 1 <= len(key) <= _LONGEST_KEY or "\0" in key):
+        raise ValueError(f"an idempotency key must have 1 to {_LONGEST_KEY} characters, none of them NUL, not {key!r}")
+
+
+def _check_time(at: datetime | None) -> None:
+    # the driver would read a naive one in the time zone of whatever machine this is
+    if at is not None and at.utcoffset() is None:
+        raise ValueError(f"a time must be aware, such as datetime.now(UTC): {at!r} is not")
+
+
+def _tenant_usage(row: Any) -> TenantUsage:
+    usage = Usage(row.resource, row.used, row.amount_limit, row.period, row.resets_at)
+    return TenantUsage(row.tenant_id, row.slug, row.tier, row.fraction, usage)
+
+
+def _limits(rows: Any) -> dict[str, Limit]:
+    return {row.resource: Limit(row.amount, row.period, tuple(row.soft)) for row in rows}
+
+
+def _name(tenant: TenantRef) -> str:
+    return tenant.slug if isinstance(tenant, Tenant) else str(tenant)

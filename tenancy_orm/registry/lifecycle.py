@@ -1,0 +1,89 @@
+"""The tenant's life as data: which status may follow which.
+
+The same table is compiled into the control database's trigger (see its migrations), so that a hand-written UPDATE is
+refused as well; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from uuid import UUID
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..control.models import tenants
+from ..errors import (
+    InvalidTransitionError,
+    TenantDeletedError,
+    TenantMaintenanceError,
+    TenantNotFoundError,
+    TenantProvisioningError,
+    TenantSuspendedError,
+)
+from ..tenant import Status, Tenant
+
+_RUNNING = frozenset({Status.TRIAL, Status.ACTIVE})
+
+BARRED = frozenset({Status.SUSPENDED, Status.DELETED})
+"""PostgreSQL itself refuses the roles of these."""
+
+TRANSITIONS: Mapping[Status, frozenset[Status]] = {
+    Status.PROVISIONING: frozenset({Status.TRIAL, Status.ACTIVE}),
+    Status.TRIAL: frozenset({Status.ACTIVE, Status.SUSPENDED, Status.MAINTENANCE, Status.DELETED}),
+    Status.ACTIVE: frozenset({Status.SUSPENDED, Status.MAINTENANCE, Status.DELETED}),
+    Status.SUSPENDED: frozenset({Status.TRIAL, Status.ACTIVE, Status.MAINTENANCE, Status.DELETED}),
+    Status.MAINTENANCE: frozenset({Status.TRIAL, Status.ACTIVE, Status.SUSPENDED, Status.DELETED}),
+    Status.DELETED: frozenset({Status.TRIAL, Status.ACTIVE, Status.SUSPENDED, Status.MAINTENANCE, Status.PURGED}),
+    Status.PURGED: frozenset(),
+}
+
+
+def check_transition(slug: str, current: Status, target: Status) -> None:
+    """Refuse a change of status that the lifecycle does not have.
+
+    Raises:
+        InvalidTransitionError: ``target`` may not follow ``current``.
+    """
+    if target not in TRANSITIONS[current]:
+        raise InvalidTransitionError(slug, current.value, target.value)
+
+
+def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
+    """Refuse a tenant whose status admits no session.
+
+    Args:
+        tenant: Whose session is asked for.
+        operator: Whether the caller is an operator, who passes maintenance. Nobody passes suspension: PostgreSQL itself
+            refuses the tenant's role then.
+
+    Raises:
+        TenantUnavailableError: one of its subclasses, by status.
+        TenantNotFoundError: it has been purged.
+    """
+    status = tenant.status
+    if status in _RUNNING:
+        return
+    if status is Status.PROVISIONING:
+        raise TenantProvisioningError(tenant.slug)
+    if status is Status.DELETED:
+        raise TenantDeletedError(tenant.slug)
+    if status is Status.PURGED:
+        raise TenantNotFoundError(tenant.slug)
+    if status is Status.SUSPENDED:
+        raise TenantSuspendedError(tenant.slug, reason=tenant.reason)
+    if not operator:
+        raise TenantMaintenanceError(tenant.slug, reason=tenant.reason)
+
+
+async def hold_tenant(connection: AsyncConnection, tenant_id: UUID) -> tuple[str, Status]:
+    """Keep a tenant from being purged until the transaction ends, and return its slug and status.
+
+    Raises:
+        TenantNotFoundError: there is none, or it has been purged.
+    """
+    query = select(tenants.c.slug, tenants.c.status).where(tenants.c.id == tenant_id).with_for_update(read=True)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None or row.status == Status.PURGED:
+        raise TenantNotFoundError(tenant_id)
+    return row.slug, Status(row.status)

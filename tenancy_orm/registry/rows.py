@@ -1,0 +1,122 @@
+"""Rows of the registry as values, and what the audit log keeps of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Row,
+    Text,
+    literal_column,
+)
+
+from ..control.models import tenants
+from ..tenant import Placement, Status, Tenant
+
+TENANT_COLUMNS: tuple[ColumnElement[Any], ...] = (
+    tenants.c.id,
+    tenants.c.slug,
+    tenants.c.status,
+    tenants.c.tier,
+    tenants.c.server,
+    tenants.c.database_name,
+    tenants.c.role_name,
+    tenants.c.sealed_password,
+    tenants.c.schema_revision,
+    tenants.c.metadata,
+    tenants.c.quotas,
+    tenants.c.reason,
+    tenants.c.timezone,
+    tenants.c.trial_ends_at,
+    tenants.c.suspend_at,
+    tenants.c.purge_at,
+    tenants.c.created_at,
+    tenants.c.updated_at,
+    tenants.c.deleted_at,
+    # what else may name the tenant: former slugs that still lead to it, and verified domains of its own
+    literal_column(
+        "ARRAY(SELECT f.slug FROM tenancy.former_slugs f "
+        "WHERE f.tenant_id = tenancy.tenants.id AND f.redirects_until > now() "
+        "UNION ALL SELECT d.domain FROM tenancy.domains d "
+        "WHERE d.tenant_id = tenancy.tenants.id AND d.verified_at IS NOT NULL)",
+        ARRAY(Text),
+    ).label("aliases"),
+)
+
+
+def uuid7() -> UUID:
+    """Return a time-ordered UUID (RFC 9562, version 7): 48 bits of milliseconds, then random bits."""
+    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10))
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return UUID(int=value)
+
+
+def tenant_from_row(row: Row[*tuple[Any, ...]]) -> Tenant:
+    """Build the value object from a row of ``TENANT_COLUMNS``."""
+    placement = None
+    if row.sealed_password is not None:
+        placement = Placement(row.server, row.database_name, row.role_name, row.sealed_password)
+    return Tenant(
+        id=row.id,
+        slug=row.slug,
+        status=Status(row.status),
+        tier=row.tier,
+        placement=placement,
+        schema_revision=row.schema_revision,
+        metadata=MappingProxyType(row.metadata),
+        quotas=MappingProxyType(row.quotas),
+        reason=row.reason,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        deleted_at=row.deleted_at,
+        trial_ends_at=row.trial_ends_at,
+        suspend_at=row.suspend_at,
+        purge_at=row.purge_at,
+        timezone=row.timezone,
+        aliases=frozenset(row.aliases),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantDraft:
+    """A tenant that is about to be created. ``target_status`` is what it becomes once it is usable."""
+
+    id: UUID
+    slug: str
+    tier: str
+    server: str
+    database: str
+    role: str
+    sealed_password: bytes = field(repr=False)
+    target_status: Status = Status.ACTIVE
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    quotas: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    timezone: str = "UTC"
+    trial_ends_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A creation or purge that was begun and not ended; ``step`` is the last one that was started."""
+
+    tenant: Tenant
+    kind: Literal["provisioning", "purging"]
+    step: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPage:
+    """Some tenants in the order of their creation; ``next`` continues after the last, None at the end."""
+
+    items: tuple[Tenant, ...]
+    next: UUID | None

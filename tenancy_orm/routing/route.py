@@ -1,0 +1,77 @@
+"""What routing knows of one tenant on one server: its pool and its connections share it."""
+
+from __future__ import annotations
+
+import logging
+from uuid import UUID
+
+from sqlalchemy.pool.base import _ConnectionRecord
+
+from ..context import current_tenant_or_none
+from ..errors import CrossTenantError
+from ..events import EventBus, IsolationIncident
+from ..loops import HomeLoop
+from ..tenant import Placement
+from .budget import Share
+
+logger = logging.getLogger("tenancy_orm.routing")
+
+
+class TenantRoute:
+    """One tenant on one server.
+
+    Args:
+        tenant_id: The tenant.
+        slug: Its slug, for errors and events.
+        placement: Where its database is; the sealed password in it is replaced when it has been rotated.
+        share: Its part of the server's budget.
+        home: The event loop that its connections belong to.
+        events: Where incidents are reported.
+    """
+
+    __slots__ = ("_events", "home", "placement", "share", "slug", "tenant_id")
+
+    def __init__(
+        self,
+        *,
+        tenant_id: UUID,
+        slug: str,
+        placement: Placement,
+        share: Share[_ConnectionRecord],
+        home: HomeLoop,
+        events: EventBus,
+    ) -> None:
+        self.tenant_id = tenant_id
+        self.slug = slug
+        self.placement = placement
+        self.share = share
+        self.home = home
+        self._events = events
+
+    def check_bound(self) -> None:
+        """Refuse to work for this tenant while the code is bound to another, or admitted no more, or in another loop.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
+            AdmissionEndedError, TenantUnavailableError: what its request was let in with does not hold any more.
+            WrongEventLoopError: this is another loop or thread.
+        """
+        self.home.check()
+        bound = current_tenant_or_none()
+        if bound is None:
+            return
+        if bound.id != self.tenant_id:
+            error = CrossTenantError("using a connection", bound=bound.slug, requested=self.slug)
+            self.report_incident(error)
+            raise error
+        if bound.admission is not None:
+            bound.admission.check()
+
+    def report_incident(self, error: Exception) -> None:
+        """Report that a layer of isolation refused something in the tenant's name."""
+        kind = type(error).__name__
+        logger.error("%s: %s", kind, error)
+        self._events.emit(IsolationIncident(tenant_id=self.tenant_id, slug=self.slug, kind=kind, detail=str(error)))
+
+
+__all__ = ["TenantRoute"]

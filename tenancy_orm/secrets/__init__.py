@@ -1,0 +1,1 @@
+"""What passwords are sealed with: the keyring, data keys, and where keys are kept."""

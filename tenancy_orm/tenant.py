@@ -1,0 +1,95 @@
+"""A tenant as a value: its identity, its status, where its data is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
+
+from .protocols import Admission
+
+
+class Status(StrEnum):
+    """Where a tenant is in its life."""
+
+    PROVISIONING = "provisioning"
+    TRIAL = "trial"
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    MAINTENANCE = "maintenance"
+    DELETED = "deleted"
+    PURGED = "purged"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a tenant's data is: the server's name, its database and login role, and the sealed password.
+
+    ``sealed_password`` is ciphertext (AES-GCM, see ``secrets.keyring``); it is left out of every ``repr``.
+    """
+
+    server: str
+    database: str
+    role: str
+    sealed_password: bytes = field(repr=False)
+
+
+def _frozen(value: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    return MappingProxyType(dict(value or {}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tenant:
+    """A tenant as it was when it was looked up. Two are equal when their ids are.
+
+    Times are aware datetimes in UTC. ``metadata`` and ``quotas`` (overrides of the tier's limits) are read-only
+    mappings of JSON values. ``suspend_at`` and ``purge_at`` are what is scheduled. ``reason`` is what the operator gave
+    when suspending. ``aliases`` are the former slugs that still lead to it and the verified domains of its own.
+    ``operator`` tells that it was bound for an operator, who passes maintenance: the middleware's ``operators`` decides
+    that. ``admission`` is that of the request it was bound for, and None elsewhere; it is not pickled.
+    """
+
+    id: UUID
+    slug: str
+    status: Status
+    tier: str
+    placement: Placement | None = field(default=None, repr=False)
+    schema_revision: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=_frozen, repr=False)
+    quotas: Mapping[str, Any] = field(default_factory=_frozen, repr=False)
+    reason: str | None = field(default=None, repr=False)
+    created_at: datetime | None = field(default=None, repr=False)
+    updated_at: datetime | None = field(default=None, repr=False)
+    deleted_at: datetime | None = field(default=None, repr=False)
+    trial_ends_at: datetime | None = field(default=None, repr=False)
+    suspend_at: datetime | None = field(default=None, repr=False)
+    purge_at: datetime | None = field(default=None, repr=False)
+    timezone: str = field(default="UTC", repr=False)
+    aliases: frozenset[str] = field(default=frozenset(), repr=False)
+    operator: bool = field(default=False, repr=False)
+    admission: Admission | None = field(default=None, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by id alone: a tenant that was renamed or suspended meanwhile is the same tenant."""
+        return isinstance(other, Tenant) and other.id == self.id
+
+    def __hash__(self) -> int:
+        """Hash by id, as ``__eq__`` compares."""
+        return hash(self.id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by field, since a mapping proxy cannot be pickled."""
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "admission"}
+        values["metadata"] = dict(self.metadata)
+        values["quotas"] = dict(self.quotas)
+        return (_restore, (values,))
+
+
+def _restore(values: dict[str, Any]) -> Tenant:
+    values["metadata"] = _frozen(values["metadata"])
+    values["quotas"] = _frozen(values["quotas"])
+    return Tenant(**values)

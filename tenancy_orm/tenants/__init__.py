@@ -1,0 +1,1 @@
+"""Tenants as an application manages them: ``TenantManager``, domains, tiers."""

@@ -1,0 +1,233 @@
+"""Domains of the tenants' own: claimed with a token, used once the domain's owner has published it.
+
+A claim alone gives nothing. The owner publishes the token as a TXT record, and ``verify`` looks it up; only then does a
+request to that host name the tenant. A verified domain belongs to one tenant; until then any number may claim it, each
+with a token of its own, so that nobody can block a domain that is not theirs.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+import idna
+from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.log import AuditLog
+from ..control.database import ControlDatabase
+from ..control.lookup import ask_tenant_id
+from ..control.models import domains
+from ..errors import DomainError, MissingExtraError, TenantDeletedError
+from ..registry.lifecycle import hold_tenant
+from ..registry.registry import Registry
+from ..tenant import Status, Tenant
+
+_LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_DOMAIN = re.compile(rf"{_LABEL}(\.{_LABEL})+")
+_CHALLENGE = "_tenancy-challenge"
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A tenant's domain. Publish ``token`` as a TXT record of the name ``challenge``, then verify."""
+
+    domain: str
+    tenant_id: UUID
+    token: str = field(repr=False)
+    created_at: datetime
+    verified_at: datetime | None
+
+    @property
+    def challenge(self) -> str:
+        """The name of the TXT record that proves ownership."""
+        return f"{_CHALLENGE}.{self.domain}"
+
+
+class TextRecords(Protocol):
+    """Looks up TXT records."""
+
+    async def lookup(self, name: str) -> list[str]:
+        """Return the texts published under ``name``; an empty list where there are none."""
+
+
+class DnsTextRecords:
+    """TXT records from the DNS, by dnspython (extra ``domains``).
+
+    Args:
+        nameservers: Addresses to ask instead of the system's resolvers.
+        port: Their port.
+        timeout: Seconds for the whole look-up.
+    """
+
+    def __init__(self, *, nameservers: list[str] | None = None, port: int = 53, timeout: float = 5.0) -> None:
+        try:
+            import dns.asyncresolver
+        except ModuleNotFoundError as exc:
+            raise MissingExtraError("dnspython", "domains") from exc
+        self._resolver = dns.asyncresolver.Resolver(configure=nameservers is None)
+        if nameservers is not None:
+            self._resolver.nameservers = nameservers
+            self._resolver.port = port
+        self._resolver.lifetime = timeout
+
+    async def lookup(self, name: str) -> list[str]:
+        """Return the texts published under ``name``.
+
+        Raises:
+            DomainError: no name server answered.
+        """
+        import dns.exception
+        import dns.resolver
+
+        try:
+            answer = await self._resolver.resolve(name, "TXT")
+        except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
+            return []
+        except dns.exception.DNSException as exc:
+            raise DomainError(f"the TXT record of {name!r} cannot be looked up: {exc}") from exc
+        return [b"".join(record.strings).decode("utf-8", "replace") for record in answer]
+
+
+def check_domain(domain: str) -> str:
+    """Return ``domain`` in lower case and ASCII (IDNA 2008), without a final dot.
+
+    Raises:
+        DomainError: it is not a domain name of two labels or more.
+    """
+    try:
+        # as browsers do (UTS 46, non-transitional): Python's own codec knows the names of 2003 alone
+        ascii_name = idna.encode(domain.removesuffix("."), uts46=True).decode("ascii")
+    except idna.IDNAError:
+        ascii_name = ""
+    if len(ascii_name) > 253 or not _DOMAIN.fullmatch(ascii_name) or re.fullmatch(r"[0-9.]+", ascii_name):
+        raise DomainError(f"{domain!r} is not a domain name")
+    return ascii_name
+
+
+class DomainManager:
+    """Claim, verify and release tenants' domains; ``tenancy.domains``."""
+
+    def __init__(
+        self,
+        control: ControlDatabase,
+        audit: AuditLog,
+        records: TextRecords | None = None,
+    ) -> None:
+        self._control = control
+        self._audit = audit
+        self._records = records
+        self._registry = Registry(control, audit)
+
+    async def claim(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
+        """Claim ``domain`` for ``tenant``; it names the tenant once it is verified. Claiming twice changes nothing.
+
+        Raises:
+            DomainError: it is not a domain name, or verified for another tenant.
+            TenantNotFoundError, TenantDeletedError: the tenant is gone.
+        """
+        tenant = await self._registry.find(tenant)
+        name = check_domain(domain)
+        values = {"domain": name, "tenant_id": tenant.id, "token": secrets.token_urlsafe(24)}
+        verified = domains.c.verified_at.is_not(None)
+        owner = select(domains.c.tenant_id).where(domains.c.domain == name, verified)
+        statement = insert(domains).values(values).on_conflict_do_nothing().returning(domains)
+        async with self._control.transaction() as connection:
+            await _hold(connection, tenant)
+            if await connection.scalar(owner) not in (None, tenant.id):
+                raise _taken(name)
+            row = (await connection.execute(statement)).one_or_none()
+            if row is not None:
+                await self._write_audit(connection, "domain.claim", tenant, actor, after={"domain": name})
+        return await self._claimed(tenant, name) if row is None else _domain_from_row(row)
+
+    async def verify(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
+        """Look up the token that the owner of ``domain`` published, and make the domain the tenant's.
+
+        Raises:
+            DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant was
+                faster.
+        """
+        tenant = await self._registry.find(tenant)
+        found = await self._claimed(tenant, domain)
+        if found.verified_at is not None:
+            return found
+        if self._records is None:
+            self._records = DnsTextRecords()
+        published = await self._records.lookup(found.challenge)
+        if not any(secrets.compare_digest(text.strip().encode(), found.token.encode()) for text in published):
+            raise DomainError(f"no TXT record of {found.challenge!r} has the token of this claim")
+        condition = (
+            (domains.c.domain == found.domain) & (domains.c.tenant_id == tenant.id) & (domains.c.token == found.token)
+        )
+        statement = update(domains).where(condition).values(verified_at=func.now()).returning(domains)
+        try:
+            async with self._control.transaction() as connection:
+                await _hold(connection, tenant)
+                row = (await connection.execute(statement)).one_or_none()
+                if row is None:
+                    raise DomainError(f"domain {found.domain!r} was released while it was verified")
+                await self._write_audit(connection, "domain.verify", tenant, actor, after={"domain": found.domain})
+        except IntegrityError as exc:
+            raise _taken(found.domain) from exc
+        return _domain_from_row(row)
+
+    async def release(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> None:
+        """Give ``domain`` up.
+
+        Raises:
+            DomainError: it is not this tenant's.
+        """
+        tenant = await self._registry.find(tenant)
+        found = await self._claimed(tenant, domain)
+        async with self._control.transaction() as connection:
+            statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
+            if (await connection.execute(statement)).rowcount == 0:
+                return  # another call has just done so
+            await self._write_audit(connection, "domain.release", tenant, actor, before={"domain": found.domain})
+
+    async def list(self, tenant: str | UUID | Tenant) -> list[Domain]:
+        """Return the tenant's domains, claimed and verified, by name."""
+        tenant_id = await ask_tenant_id(self._control, tenant)
+        query = select(domains).where(domains.c.tenant_id == tenant_id).order_by(domains.c.domain)
+        async with self._control.viewing(tenant_id) as connection:
+            return [_domain_from_row(row) for row in await connection.execute(query)]
+
+    async def _write_audit(
+        self, connection: AsyncConnection, action: str, tenant: Tenant, actor: Actor, **change: Mapping[str, Any]
+    ) -> None:
+        await self._audit.append(
+            connection, action=action, tenant_id=tenant.id, slug=tenant.slug, actor=actor, **change
+        )
+
+    async def _claimed(self, tenant: Tenant, domain: str) -> Domain:
+        name = check_domain(domain)
+        query = select(domains).where(domains.c.domain == name, domains.c.tenant_id == tenant.id)
+        async with self._control.connect() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise DomainError(f"domain {name!r} is not claimed by tenant {tenant.slug!r}")
+        return _domain_from_row(row)
+
+
+async def _hold(connection: AsyncConnection, tenant: Tenant) -> None:
+    """Refuse a deleted tenant a domain, and keep it from being purged meanwhile: nobody could have the domain then."""
+    _, status = await hold_tenant(connection, tenant.id)
+    if status is Status.DELETED:
+        raise TenantDeletedError(tenant.slug)
+
+
+def _taken(domain: str) -> DomainError:
+    return DomainError(f"domain {domain!r} belongs to another tenant")
+
+
+def _domain_from_row(row: Row[*tuple[Any, ...]]) -> Domain:
+    return Domain(row.domain, row.tenant_id, row.token, row.created_at, row.verified_at)

@@ -1,0 +1,642 @@
+"""``TenantManager``: create, find, change and remove tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol, TypeAlias
+from uuid import UUID
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from ..audit.actor import SYSTEM, Actor
+from ..authentication.directory import Directory
+from ..config import TenancyConfig
+from ..context import refuse_other_tenant, refuse_while_bound
+from ..control.names import Names
+from ..errors import (
+    ConfigurationError,
+    InvalidApiKeyError,
+    InvalidMetadataError,
+    InvalidSlugError,
+    ProvisioningError,
+    RoleNotBarredError,
+    RoutingError,
+    TenantNotFoundError,
+    UnknownTierError,
+)
+from ..events import EventBus, TenantCreated, TenantPurged, TenantStatusChanged, TenantUpdated
+from ..keys.format import KeyDigester, NewKey, generate_key
+from ..quotas.manager import check_overrides
+from ..registry.lifecycle import BARRED
+from ..registry.registry import Registry
+from ..registry.rows import TenantDraft, TenantPage, uuid7
+from ..secrets.keyring import Keyring, new_password
+from ..tenant import Status, Tenant
+
+logger = logging.getLogger("tenancy_orm.tenants")
+
+TenantRef: TypeAlias = str | UUID | Tenant
+
+_SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_UUID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_LONGEST_REDIRECT = 100 * 366 * 86_400.0
+_METADATA_BYTES = 64 * 1024
+
+
+class Provisioner(Protocol):
+    """What the manager needs of the provisioning room, which is above it."""
+
+    async def create(
+        self,
+        draft: TenantDraft,
+        *,
+        key: NewKey | None,
+        key_name: str = "default",
+        scopes: Sequence[str] = (),
+        actor: Actor = SYSTEM,
+    ) -> Tenant:
+        """Make the tenant's database and role; all of it or nothing."""
+
+    async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
+        """Remove the database, the role, the keys and the secrets of a deleted tenant."""
+
+    async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
+        """Have PostgreSQL do by the tenant's role what the registry says now."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedTenant:
+    """A new tenant and its first API key, which is shown here and nowhere else."""
+
+    tenant: Tenant
+    api_key: str = field(repr=False)
+    key_id: str = ""
+
+    @property
+    def id(self) -> UUID:
+        """The tenant's id."""
+        return self.tenant.id
+
+    @property
+    def slug(self) -> str:
+        """The tenant's slug."""
+        return self.tenant.slug
+
+
+def check_slug(slug: str) -> str:
+    """Return ``slug`` if it keeps the rule: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.
+
+    The rule is that of a DNS label, since a slug may be a sub-domain.
+
+    Raises:
+        InvalidSlugError: it does not.
+    """
+    if not _SLUG.fullmatch(slug) or _UUID.fullmatch(slug):
+        # what reads as an id would be looked for as one
+        raise InvalidSlugError(
+            f"slug {slug!r} must be 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter, and no UUID",
+            tenant=slug,
+        )
+    return slug
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``metadata`` as PostgreSQL's jsonb can keep it.
+
+    Raises:
+        InvalidMetadataError: it is not JSON, holds a NUL character, or is larger than 64 KiB.
+    """
+    try:
+        encoded = json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise InvalidMetadataError(f"metadata must be a JSON object: {exc}") from exc
+    if r"\u0000" in encoded:
+        raise InvalidMetadataError("metadata holds a NUL character, which jsonb cannot keep")
+    if len(encoded) > _METADATA_BYTES:
+        raise InvalidMetadataError(f"metadata takes {len(encoded)} bytes as JSON, the most is {_METADATA_BYTES}")
+    try:
+        encoded.encode().decode("utf-8")
+        loaded: dict[str, Any] = json.loads(encoded)
+        json.dumps(loaded, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidMetadataError("metadata holds half of a surrogate pair, which is not text") from exc
+    return loaded
+
+
+def check_timezone(name: str) -> str:
+    """Return ``name`` if it is an IANA time zone.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ConfigurationError(f"{name!r} is not an IANA time zone") from None
+    return name
+
+
+class TenantManager:
+    """Create, find, change and remove tenants; ``tenancy.tenants``.
+
+    Every method that takes a ``tenant`` accepts a slug, an id or a ``Tenant``. Every change is audited in its own
+    transaction, under ``actor``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TenancyConfig,
+        registry: Registry,
+        directory: Directory,
+        provisioner: Provisioner,
+        names: Names,
+        keyring: Keyring,
+        events: EventBus,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._directory = directory
+        self._provisioner = provisioner
+        self._names = names
+        self._keyring = keyring
+        self._events = events
+
+    # --- creation ---------------------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        slug: str,
+        *,
+        tier: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        quotas: Mapping[str, Any] | None = None,
+        status: Status | str = Status.ACTIVE,
+        trial_ends_at: datetime | None = None,
+        timezone: str = "UTC",
+        server: str | None = None,
+        key_name: str = "default",
+        scopes: Sequence[str] = (),
+        actor: Actor = SYSTEM,
+    ) -> CreatedTenant:
+        """Create a tenant: its registry row, database, role and first API key.
+
+        Args:
+            slug: What people type: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.
+            tier: Name of a configured tier; ``TenancyConfig.default_tier`` where None.
+            metadata: A JSON object of at most 64 KiB, kept with the tenant.
+            quotas: Overrides of the tier's limits, as ``tenancy.quotas.set`` takes them.
+            status: ``active`` or ``trial``.
+            trial_ends_at: When a trial ends, an aware datetime.
+            timezone: IANA name of the time zone in which daily and monthly quotas begin anew.
+            server: Name of the server to place it on; the one with the fewest tenants where None.
+            key_name: Name of the first API key.
+            scopes: Its scopes.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantExistsError: the slug is taken.
+            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is wrong.
+            ProvisioningError: a step failed; what was made has been undone.
+            ControlUnavailableError, ServerUnavailableError: a server does not answer.
+        """
+        refuse_while_bound("creating a tenant")
+        started = time.perf_counter()
+        draft = TenantDraft(
+            **await self._place(server),
+            slug=check_slug(slug),
+            tier=self._check_tier(tier or self._config.default_tier),
+            metadata=check_metadata(metadata or {}),
+            quotas=check_overrides(quotas or {}),
+            target_status=self._check_initial(status),
+            timezone=check_timezone(timezone),
+            trial_ends_at=_aware("trial_ends_at", trial_ends_at),
+        )
+        key = generate_key(self._config.key_prefix, KeyDigester(self._config.peppers, self._config.key_pepper_current))
+        tenant = await self._provisioner.create(draft, key=key, key_name=key_name, scopes=scopes, actor=actor)
+        self._directory.invalidate(tenant_id=tenant.id)
+        seconds = time.perf_counter() - started
+        self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
+        return CreatedTenant(tenant, key.text, key.key_id)
+
+    async def _place(self, server: str | None) -> dict[str, Any]:
+        tenant_id = uuid7()
+        name = self._names.tenant(tenant_id)
+        return {
+            "id": tenant_id,
+            "server": server or await self._least_filled(),
+            "database": name,
+            "role": name,
+            "sealed_password": self._keyring.seal_password(tenant_id, new_password()),
+        }
+
+    async def _least_filled(self) -> str:
+        configured = self._config.server_urls
+        if len(configured) == 1:
+            return next(iter(configured))
+        counts = {k: v for k, v in (await self._registry.count_by_server()).items() if k in configured}
+        if not counts:
+            raise ConfigurationError("no configured server accepts new tenants")
+        return min(counts, key=lambda name: counts[name])
+
+    def _check_tier(self, tier: str) -> str:
+        if tier not in self._config.tiers:
+            raise UnknownTierError(tier, tuple(self._config.tiers))
+        return tier
+
+    @staticmethod
+    def _check_initial(status: Status | str) -> Status:
+        if status not in (Status.ACTIVE, Status.TRIAL):
+            raise ConfigurationError(f"a tenant is created as active or trial, not {status}")
+        return Status(status)
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    async def get(self, tenant: TenantRef) -> Tenant:
+        """Return the tenant as the registry has it now, by id, slug, former slug, verified domain or older ``Tenant``.
+
+        Raises:
+            TenantNotFoundError: there is none; by id, a purged tenant's tombstone is found.
+            CrossTenantError: another tenant is bound.
+        """
+        return await self._registry.find(tenant)
+
+    async def get_by_slug(self, slug: str) -> Tenant:
+        """Return the tenant that has this slug, or a former slug that still redirects.
+
+        Raises:
+            TenantNotFoundError: none has.
+            CrossTenantError: another tenant is bound.
+        """
+        if not _SLUG.fullmatch(slug):
+            raise TenantNotFoundError(slug[:64])
+        return await self._registry.find(slug)
+
+    async def get_by_api_key(self, key: str) -> Tenant:
+        """Return the tenant whose API key this is.
+
+        Raises:
+            InvalidApiKeyError: malformed, unknown, revoked, expired or a deleted tenant's; never told apart.
+            CrossTenantError: it is another tenant's than the bound one.
+        """
+        credential = await self._directory.authenticate(key)
+        if credential.tenant.status in (Status.DELETED, Status.PURGED):
+            raise InvalidApiKeyError("tenant deleted", key_id=credential.key_id)
+        return credential.tenant
+
+    async def list(
+        self,
+        *,
+        status: Status | str | Iterable[Status | str] = (),
+        tier: str | Iterable[str] = (),
+        server: str | None = None,
+        limit: int = 100,
+        after: UUID | None = None,
+    ) -> TenantPage:
+        """Return a page of tenants in order of creation.
+
+        Args:
+            status: Only these; tombstones of purged tenants appear only where asked for.
+            tier: Only these.
+            server: Only those placed on this server.
+            limit: How many at most, 1 to 1,000.
+            after: The ``next`` of the page before.
+
+        Raises:
+            ConfigurationError: ``limit`` or a status is out of range.
+        """
+        refuse_while_bound("listing tenants")
+        if not 1 <= limit <= 1_000:
+            raise ConfigurationError(f"limit must be 1 to 1,000, not {limit}")
+        names = (status,) if isinstance(status, str) else tuple(status)
+        try:
+            statuses = [Status(name) for name in names]
+        except ValueError as exc:
+            raise ConfigurationError(f"{exc}; statuses: {', '.join(Status)}") from None
+        tiers = (tier,) if isinstance(tier, str) else tuple(tier)
+        return await self._registry.page(status=statuses, tier=tiers, server=server, limit=limit, after=after)
+
+    async def iterate(
+        self, *, status: Status | str | Iterable[Status | str] = (), tier: str | Iterable[str] = ()
+    ) -> AsyncIterator[Tenant]:
+        """Yield every tenant in order of creation, page by page."""
+        after: UUID | None = None
+        while True:
+            page = await self.list(status=status, tier=tier, limit=500, after=after)
+            for tenant in page.items:
+                yield tenant
+                # whoever asks for the next one must have left the scope of this one
+                refuse_while_bound("listing tenants")
+            if page.next is None:
+                return
+            after = page.next
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    async def update(
+        self,
+        tenant: TenantRef,
+        *,
+        tier: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        timezone: str | None = None,
+        trial_ends_at: datetime | None = None,
+        expected_tier: str | None = None,
+        actor: Actor = SYSTEM,
+    ) -> Tenant:
+        """Change fields of a tenant; those left None stay. ``metadata`` replaces what was there.
+
+        Args:
+            tenant: Which one.
+            tier: Name of a configured tier.
+            metadata: A JSON object of at most 64 KiB.
+            timezone: IANA name of a time zone.
+            trial_ends_at: When its trial ends, an aware datetime.
+            expected_tier: Change nothing unless the tenant is still in this tier.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            TierChangedError: it is not in ``expected_tier``.
+            UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is wrong; nothing changed.
+        """
+        values: dict[str, Any] = {}
+        if tier is not None:
+            values["tier"] = self._check_tier(tier)
+        if metadata is not None:
+            values["metadata"] = check_metadata(metadata)
+        if timezone is not None:
+            values["timezone"] = check_timezone(timezone)
+        if trial_ends_at is not None:
+            values["trial_ends_at"] = _aware("trial_ends_at", trial_ends_at)
+        found = await self._living(tenant)
+        if not values:
+            return found
+        return await _whole(self._update(found, values, expected_tier, actor))
+
+    async def _update(self, found: Tenant, values: dict[str, Any], expected_tier: str | None, actor: Actor) -> Tenant:
+        before, after = await self._registry.change(
+            found.id, action="tenant.update", actor=actor, expected_tier=expected_tier, **values
+        )
+        self._directory.invalidate(tenant_id=found.id)
+        if before.tier != after.tier:
+            await self._align(after)
+        self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=tuple(sorted(values))))
+        return after
+
+    async def activate(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Make a suspended, trial or maintained tenant active, whatever it was before: ``end_maintenance`` asks that.
+
+        Raises:
+            InvalidTransitionError: it is none of these.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.ACTIVE, action="tenant.activate", actor=actor)
+
+    async def suspend(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Refuse the tenant's requests and end its connections, in every process; its data stays.
+
+        Raises:
+            InvalidTransitionError: it is not running.
+            TenantNotFoundError: no such tenant.
+            RoleNotBarredError: it is suspended, but its server was not told: see there.
+        """
+        return await self._transition(tenant, Status.SUSPENDED, action="tenant.suspend", reason=reason, actor=actor)
+
+    async def start_maintenance(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Answer the tenant's requests with 503 and Retry-After; operators pass. ``end_maintenance`` ends it.
+
+        Raises:
+            InvalidTransitionError: its status does not admit this.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.MAINTENANCE, action="tenant.maintain", reason=reason, actor=actor)
+
+    async def end_maintenance(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Make a tenant what it was before its maintenance: a trial goes on, and what was suspended stays so.
+
+        Raises:
+            InvalidTransitionError: it is not in maintenance.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(
+            tenant, None, action="tenant.end_maintenance", leaving=Status.MAINTENANCE, actor=actor
+        )
+
+    async def start_trial(self, tenant: TenantRef, *, ends_at: datetime, actor: Actor = SYSTEM) -> Tenant:
+        """Let a suspended tenant try once more, until ``ends_at``: one whose trial has ended, say.
+
+        ``update(trial_ends_at=...)`` prolongs a trial that is running.
+
+        Raises:
+            InvalidTransitionError: it is neither suspended nor in maintenance.
+            ConfigurationError: the time is naive.
+            TenantNotFoundError: no such tenant.
+        """
+        values = {"trial_ends_at": _aware("ends_at", ends_at)}
+        return await self._transition(tenant, Status.TRIAL, action="tenant.start_trial", actor=actor, values=values)
+
+    async def delete(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Delete softly: keys are refused and connections ended, data is kept until ``purge``.
+
+        Raises:
+            InvalidTransitionError: it is being provisioned, or deleted already.
+            TenantNotFoundError: no such tenant.
+            RoleNotBarredError: it is deleted, but its server was not told: see there.
+        """
+        return await self._transition(tenant, Status.DELETED, action="tenant.delete", reason=reason, actor=actor)
+
+    async def restore(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Undo ``delete``: the tenant is again what it was.
+
+        Raises:
+            InvalidTransitionError: it is not deleted, or its purge has begun.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, None, action="tenant.restore", actor=actor)
+
+    async def rename(
+        self, tenant: TenantRef, slug: str, *, redirect_seconds: float = 30 * 86_400.0, actor: Actor = SYSTEM
+    ) -> Tenant:
+        """Give a tenant another slug. Names of its database and role do not change.
+
+        Args:
+            tenant: Which one.
+            slug: Its new slug.
+            redirect_seconds: How long the old slug leads to this tenant; until then no other tenant can have it.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantExistsError: the slug is taken, or still leads to another tenant.
+            InvalidSlugError: it breaks the rule.
+            ConfigurationError: ``redirect_seconds`` is below 0, or longer than 100 years.
+            TenantNotFoundError: no such tenant.
+        """
+        if not 0 <= redirect_seconds <= _LONGEST_REDIRECT:
+            raise ConfigurationError(f"redirect_seconds must be from 0 to {_LONGEST_REDIRECT:.0f} (100 years)")
+        found = await self._living(tenant)
+        return await _whole(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
+
+    async def _rename(self, tenant_id: UUID, slug: str, redirect_seconds: float, actor: Actor) -> Tenant:
+        before, after = await self._registry.rename(tenant_id, slug, redirect_seconds=redirect_seconds, actor=actor)
+        self._directory.invalidate(tenant_id=tenant_id)
+        if before.slug != after.slug:
+            self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=("slug",)))
+        return after
+
+    async def schedule_suspension(
+        self, tenant: TenantRef, at: datetime | None, *, reason: str | None = None, actor: Actor = SYSTEM
+    ) -> Tenant:
+        """Have ``run_maintenance`` suspend the tenant at a time, an aware datetime; None calls it off.
+
+        Raises:
+            ConfigurationError: the time is naive.
+            TenantNotFoundError: no such tenant.
+        """
+        at = _aware("at", at)
+        found = await self._living(tenant)
+        return await self._registry.schedule_suspension(found.id, at, reason=reason, actor=actor)
+
+    async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
+        """Have ``run_maintenance`` purge a deleted tenant at a time of its own; None: after the usual retention.
+
+        Raises:
+            ConfigurationError: the time is naive.
+            InvalidTransitionError: the tenant is not deleted.
+            TenantNotFoundError: no such tenant.
+        """
+        at = _aware("at", at)
+        found = await self._living(tenant)
+        return await self._registry.schedule_purge(found.id, at, actor=actor)
+
+    async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
+        """Remove a deleted tenant for good: database, role, keys and secrets. A tombstone stays in the registry.
+
+        A purge that is interrupted is finished by calling this again, or by ``reconcile``.
+
+        Raises:
+            InvalidTransitionError: it is not deleted.
+            TenantNotFoundError: no such tenant.
+            ProvisioningError, ServerUnavailableError: its server refused; try again.
+        """
+        found = await self.get(tenant)
+        await _whole(self._purge(found, None, actor))
+
+    async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
+        await self._provisioner.purge(found, listed=listed, actor=actor)
+        self._directory.invalidate(tenant_id=found.id)
+        self._events.emit(TenantPurged(tenant_id=found.id, slug=found.slug))
+        return found
+
+    async def suspend_due(self, listed: Tenant, *, reason: str | None, actor: Actor = SYSTEM) -> Tenant:
+        """Suspend a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_maintenance``.
+
+        Raises:
+            InvalidTransitionError: it was changed meanwhile.
+            RoleNotBarredError: it is suspended, but its server was not told.
+        """
+        refuse_other_tenant(listed)
+        return await self._transition(
+            listed, Status.SUSPENDED, action="tenant.suspend", reason=reason, listed=listed, actor=actor
+        )
+
+    async def purge_due(self, listed: Tenant, *, actor: Actor = SYSTEM) -> None:
+        """Purge a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_maintenance``.
+
+        Raises:
+            InvalidTransitionError: it was changed meanwhile.
+            ProvisioningError, ServerUnavailableError: its server refused.
+        """
+        refuse_other_tenant(listed)
+        await _whole(self._purge(listed, listed, actor))
+
+    async def _transition(
+        self,
+        tenant: TenantRef,
+        target: Status | None,
+        *,
+        action: str,
+        actor: Actor,
+        leaving: Status = Status.DELETED,
+        reason: str | None = None,
+        listed: Tenant | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> Tenant:
+        found = await self._living(tenant)
+        change = self._registry.transition(
+            found.id,
+            target,
+            action=action,
+            leaving=leaving,
+            reason=reason,
+            listed=listed,
+            actor=actor,
+            **(values or {}),
+        )
+        return await _whole(self._change_status(change))
+
+    async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
+        before, after = await change
+        self._directory.invalidate(tenant_id=after.id)
+        # before the server is told, which takes a while: changes are announced in the order in which they took place
+        self._events.emit(
+            TenantStatusChanged(
+                tenant_id=after.id,
+                slug=after.slug,
+                before=before.status.value,
+                after=after.status.value,
+                reason=after.reason,
+            )
+        )
+        if (before.status in BARRED) != (after.status in BARRED):
+            await self._align(after)
+        return after
+
+    async def _align(self, tenant: Tenant) -> None:
+        """Have PostgreSQL itself refuse a suspended or deleted tenant, admit it again, and apply its tier's limit.
+
+        The registry has decided already and every process obeys it; a server that is away now is told by ``reconcile``.
+
+        Raises:
+            RoleNotBarredError: the tenant is to be kept out, and its server was not told.
+        """
+        try:
+            await self._provisioner.align(tenant)
+        except (RoutingError, ProvisioningError) as exc:
+            if tenant.status in BARRED:
+                raise RoleNotBarredError(tenant.slug, tenant.status.value, str(exc)) from exc
+            logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
+
+    async def _living(self, tenant: TenantRef) -> Tenant:
+        found = await self.get(tenant)
+        if found.status is Status.PURGED:
+            raise TenantNotFoundError(found.slug)
+        return found
+
+
+async def _whole(change: Coroutine[Any, Any, Tenant]) -> Tenant:
+    """Run a change to its end although the caller is cancelled: what follows the commit belongs to it."""
+    task = asyncio.ensure_future(change)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        # bounded: by the control database's timeouts, and by those of ``align``
+        await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a change whose caller was cancelled failed: %s", error)
+        raise
+
+
+def _aware(name: str, moment: datetime | None) -> datetime | None:
+    if moment is not None and moment.tzinfo is None:
+        raise ConfigurationError(f"{name} must be an aware datetime, with a time zone")
+    return moment
+
+
+__all__ = ["CreatedTenant", "Provisioner", "TenantManager", "TenantRef"]

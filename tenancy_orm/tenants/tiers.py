@@ -1,0 +1,123 @@
+"""The tiers in force: those of the registry, by which every process counts and the database decides.
+
+They come from a configuration, but not from whichever process was started last: a command that is run from another
+directory, or an old process that restarts in the middle of a deployment, must not change what customers may do. So they
+are applied by an act of its own (``tenancy init``, ``tenancy tiers apply``), which is audited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.log import AuditLog
+from ..config import Tier
+from ..context import refuse_while_bound
+from ..control.database import ControlDatabase
+from ..control.models import tenants, tiers
+
+
+@dataclass(frozen=True, slots=True)
+class TierChanges:
+    """Names of tiers that were added, changed and removed; ``kept``: not configured any more, but tenants have them."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        """Whether anything was changed."""
+        return bool(self.added or self.changed or self.removed)
+
+
+class TierRegistry:
+    """Reads and applies the tiers in force; ``tenancy.tiers``."""
+
+    def __init__(self, control: ControlDatabase, audit: AuditLog) -> None:
+        self._control = control
+        self._audit = audit
+
+    async def in_force(self) -> dict[str, dict[str, Any]]:
+        """Return the limits of each tier, as JSON values, in ascending order of the tiers."""
+        async with self._control.connect() as connection:
+            return await _read(connection)
+
+    async def apply(self, configured: Mapping[str, Tier], *, actor: Actor = SYSTEM) -> TierChanges:
+        """Put the configured tiers in force, in every process at once.
+
+        A tier that is not configured any more is removed, unless tenants have it: give those another one first.
+
+        Args:
+            configured: Tiers, in ascending order.
+            actor: Who does this, for the audit log.
+        """
+        refuse_while_bound("changing the tiers in force")
+        async with self._control.transaction() as connection:
+            # one at a time: two configurations must not be mixed
+            await connection.execute(select(tiers.c.name).order_by(tiers.c.name).with_for_update())
+            before = await _read(connection)
+            await write_tiers(connection, configured)
+            changes = await _drop_others(connection, before, configured)
+            if changes:
+                await self._audit.append(
+                    connection, action="tiers.apply", actor=actor, before=before, after=await _read(connection)
+                )
+        return changes
+
+
+def differing(in_force: Mapping[str, Mapping[str, Any]], configured: Mapping[str, Tier]) -> tuple[str, ...]:
+    """Return the names of configured tiers that are not in force as they are configured."""
+    return tuple(name for name, tier in configured.items() if in_force.get(name) != limits_of(tier))
+
+
+def limits_of(tier: Tier) -> dict[str, Any]:
+    """A tier's limits as the registry keeps them."""
+    return {
+        name: {"amount": limit.amount, "period": limit.period, "soft": list(limit.soft)}
+        for name, limit in tier.limits.items()
+    }
+
+
+async def write_tiers(connection: AsyncConnection, configured: Mapping[str, Tier]) -> None:
+    """Insert or change tiers where they are not as configured; no others."""
+    for rank, tier in enumerate(configured.values()):
+        statement = insert(tiers).values(name=tier.name, rank=rank, limits=limits_of(tier))
+        changes = {"rank": statement.excluded.rank, "limits": statement.excluded.limits}
+        await connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=["name"],
+                set_=changes,
+                where=(tiers.c.rank != changes["rank"]) | (tiers.c.limits != changes["limits"]),
+            )
+        )
+
+
+async def _read(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
+    rows = await connection.execute(select(tiers.c.name, tiers.c.limits).order_by(tiers.c.rank, tiers.c.name))
+    return {row.name: dict(row.limits) for row in rows}
+
+
+async def _drop_others(
+    connection: AsyncConnection, before: Mapping[str, Any], configured: Mapping[str, Tier]
+) -> TierChanges:
+    unused = ~select(tenants.c.id).where(tenants.c.tier == tiers.c.name).exists()
+    gone = delete(tiers).where(tiers.c.name.not_in(configured), unused).returning(tiers.c.name)
+    removed = set(await connection.scalars(gone))
+    kept = [name for name in before if name not in configured and name not in removed]
+    for position, name in enumerate(kept):
+        # behind all that are configured, in the order that they had
+        rank = len(configured) + position
+        await connection.execute(update(tiers).where(tiers.c.name == name, tiers.c.rank != rank).values(rank=rank))
+    return TierChanges(
+        added=tuple(name for name in configured if name not in before),
+        changed=tuple(name for name in differing(before, configured) if name in before),
+        removed=tuple(sorted(removed)),
+        kept=tuple(kept),
+    )
