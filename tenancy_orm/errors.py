@@ -186,7 +186,7 @@ class CrossTenantError(ContextError, PermissionError):
         ``requested`` is None where it was the whole fleet.
         """
         reason = f"but it belongs to tenant {requested!r}" if requested is not None else "and this is for all tenants"
-        super().__init__(f"{what} refused: bound to tenant {bound!r}, {reason}")
+        super().__init__(f"{what} refused: bound to tenant {bound!r}, {reason}; leave its scope first")
         self.bound = bound
         self.requested = requested
 

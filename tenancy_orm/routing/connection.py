@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import asyncpg
-from asyncpg.prepared_stmt import PreparedStatement
+from asyncpg import prepared_stmt
 from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_connection,
     AsyncAdapt_asyncpg_ss_cursor,
@@ -60,7 +60,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     async def _prepare(self, *args: Any, **options: Any) -> Any:
         statement = await super()._prepare(*args, **options)
-        statement.__class__ = _PreparedStatement
+        statement.__class__ = PreparedStatement
         return statement
 
     async def close(self, *, timeout: float | None = None) -> None:
@@ -82,7 +82,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         super().terminate()
 
 
-class _PreparedStatement(PreparedStatement):  # type: ignore[misc]
+class PreparedStatement(prepared_stmt.PreparedStatement):  # type: ignore[misc]
     """A prepared statement, which asks what its connection asks."""
 
     __slots__ = ()
@@ -145,6 +145,10 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     def rollback(self) -> None:
         """Roll back, unless this is another event loop: before anything is sent."""
         raw = self._connection
+        if raw.is_closed():
+            # PostgreSQL has rolled back already: whoever ended it has an error of its own, which this must not replace
+            self._transaction = None
+            return
         raw.rolling_back = True
         try:
             super().rollback()  # type: ignore[no-untyped-call]

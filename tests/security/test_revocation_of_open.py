@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.authentication.admission import Admission
 from tenancy_orm.context import bind
-from tenancy_orm.errors import AdmissionEndedError
+from tenancy_orm.errors import AdmissionEndedError, TenantSuspendedError
 from tests.support.asgi import Wire
 from tests.support.models import Note
 from tests.support.proxy import proxied
@@ -383,6 +383,22 @@ async def test_an_open_session_is_refused_at_its_next_use(acme: Acme) -> None:
                 await attempt
         outside = asyncio.create_task(tenancy.fetch_value(counting, tenant="acme"), context=Context())
         assert await outside == 1, "nothing was committed, and what has a context of its own goes on"
+
+
+async def test_a_suspension_amid_a_session_is_told_as_one(acme: Acme) -> None:
+    """PostgreSQL has ended the connection by then: giving that back must not replace the error."""
+    tenancy = acme.tenancy
+    tenant = (await tenancy.directory.authenticate(acme.key)).tenant
+    with bind(tenant), pytest.raises(TenantSuspendedError):
+        async with tenancy.session() as session:
+            await session.execute(text("INSERT INTO notes (body) VALUES ('never committed')"))
+            driver = (await (await session.connection()).get_raw_connection()).driver_connection
+            assert driver is not None
+            await asyncio.create_task(suspend(acme), context=Context())
+            await until(
+                lambda: driver.is_closed() and isinstance(tenant.admission, Admission) and tenant.admission.ended
+            )
+            await session.execute(text("SELECT 1"))
 
 
 # --- what goes on ---------------------------------------------------------------------------------------------------
