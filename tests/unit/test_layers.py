@@ -140,6 +140,15 @@ def test_every_room_has_a_floor() -> None:
     assert {room_of(file) for file in SOURCES} <= FLOOR_OF.keys()
 
 
+def test_the_drawing_of_the_rooms_is_right() -> None:
+    """The page on architecture has every room that there is, on its floor."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    drawing = page.partition("```text\n")[2].partition("```")[0]
+    drawn = [frozenset(line.partition("#")[0].split()) for line in drawing.splitlines()]
+    present = {room_of(file) for file in SOURCES} - {"tenancy_orm"}
+    assert drawn == [floor & present for floor in FLOORS if floor & present]
+
+
 def test_no_two_files_import_each_other() -> None:
     """Not by way of others, for the type checker alone, or inside a function: a reader follows them all the same."""
     graph = {

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from ..models import SCHEMA, metadata
+from tenancy_orm.control.models import SCHEMA, metadata
 
 connection = context.config.attributes["connection"]
 context.configure(

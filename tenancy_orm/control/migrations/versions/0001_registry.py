@@ -1,6 +1,6 @@
 """Tenants, their servers, tiers and keys, with the checks and triggers that guard them."""
 
-from ...scripts import run_script
+from tenancy_orm.control.scripts import run_script
 
 revision = "0001_registry"
 down_revision = None

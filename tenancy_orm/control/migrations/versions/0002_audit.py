@@ -1,6 +1,6 @@
 """The audit log: append-only, one hash chain, partitioned by month."""
 
-from ...scripts import run_script
+from tenancy_orm.control.scripts import run_script
 
 revision = "0002_audit"
 down_revision = "0001_registry"

@@ -1,6 +1,6 @@
 """Quotas and usage: limits are resolved, and use is counted, by the database, where neither can be stale."""
 
-from ...scripts import run_script
+from tenancy_orm.control.scripts import run_script
 
 revision = "0003_quotas"
 down_revision = "0002_audit"

@@ -1,6 +1,6 @@
 """Data keys for envelope encryption, and room for a tenant's next password while it is being rotated."""
 
-from ...scripts import run_script
+from tenancy_orm.control.scripts import run_script
 
 revision = "0004_keys"
 down_revision = "0003_quotas"

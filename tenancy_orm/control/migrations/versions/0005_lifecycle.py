@@ -1,6 +1,6 @@
 """What time does to a tenant: schedules, former slugs that redirect, and domains of its own."""
 
-from ...scripts import run_script
+from tenancy_orm.control.scripts import run_script
 
 revision = "0005_lifecycle"
 down_revision = "0004_keys"

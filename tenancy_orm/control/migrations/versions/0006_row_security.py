@@ -1,6 +1,6 @@
 """Row-level security: who looks as one tenant sees that tenant's rows, whatever the query forgets to ask."""
 
-from ...scripts import run_script
+from tenancy_orm.control.scripts import run_script
 
 revision = "0006_row_security"
 down_revision = "0005_lifecycle"

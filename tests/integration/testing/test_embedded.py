@@ -29,7 +29,7 @@ from tenancy_orm.testing.embedded import (
     find_binary,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEADLINE_SECONDS = 30.0
 
 # Uses the directory of its argument until its standard input closes; says when it has joined.
