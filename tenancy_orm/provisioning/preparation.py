@@ -16,6 +16,7 @@ from ..control.names import quote_identifier
 from ..errors import DatabaseExistsError
 from ..routing.servers import Server
 from . import databases, role_settings
+from .blockers import Blockers
 from .cancellation import settled
 from .databases import Connection
 from .role_settings import RoleSettings
@@ -30,6 +31,7 @@ _RACES = (databases.CONCURRENT_UPDATE, databases.DUPLICATE_OBJECT, databases.UNI
 
 async def prepare(
     server: Server,
+    blockers: Blockers,
     *,
     owner: str,
     control: ControlDatabase,
@@ -52,7 +54,7 @@ async def prepare(
         asyncpg.InsufficientPrivilegeError: the administrator may not create roles.
         ServerUnavailableError: the server does not answer.
     """
-    connection = await server.connect_admin()
+    connection = await blockers.connect()
     try:
         await databases.lock(connection, databases.lock_key(_LOCK), timeout=timeout)
         async with asyncio.timeout(timeout):

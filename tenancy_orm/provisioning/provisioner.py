@@ -108,6 +108,7 @@ class Provisioner:
             try:
                 self._prepared[name] = await prepare(
                     server,
+                    self._parts.blockers(server),
                     owner=self.names.owner,
                     control=self._control,
                     configured=self._parts.config.role_settings,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -18,24 +17,20 @@ import pytest
 from tenancy_orm.context import Status, Tenant
 from tenancy_orm.control.audit import AuditLog
 from tenancy_orm.control.failures import SERVER_FAILURES
-from tenancy_orm.control.names import quote_identifier
 from tenancy_orm.control.sealed import SealedPasswords
 from tenancy_orm.provisioning import catalogue_guard, databases
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
+from tests.support.arena import PURGE_SECONDS, Arena, hostile, open_arena
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,
-    Workshop,
     names_of,
-    open_workshop,
     placement,
-    plain_administrator,
     running_server,
 )
 from tests.support.waiting import until
 
-SECONDS = 30.0
 LOCKED = "55P03"
 
 
@@ -46,97 +41,11 @@ def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postg
         yield running
 
 
-@dataclass
-class Arena:
-    """Two tenants: the attacker, and its victim."""
-
-    server: Postgres
-    workshop: Workshop
-    attacker: Tenant
-    victim: Tenant
-    stack: AsyncExitStack = field(repr=False)
-
-    def fill(self, statement: str) -> str:
-        """Put the names into a statement. Database and role of a tenant are called alike."""
-        own, other = (quote_identifier(placement(tenant).role) for tenant in (self.attacker, self.victim))
-        return statement.replace("<own>", own).replace("<other>", other)
-
-    async def attack(self, *statements: str) -> Any:
-        """Run statements as the attacker, and leave its connection, and what it holds, as they are."""
-        connection = await self.stack.enter_async_context(hostile(self.workshop, self.attacker))
-        for statement in statements:
-            await connection.execute(self.fill(statement))
-        return connection
-
-    async def plainly(self, statement: str) -> str | None:
-        """The SQLSTATE of what a statement by itself, in the administrator's session, fails with; None if it works."""
-        async with self.workshop.admin() as connection:
-            await connection.execute("SET lock_timeout = '200ms'")
-            try:
-                await connection.execute(self.fill(statement))
-            except asyncpg.PostgresError as exc:
-                return databases.sqlstate(exc)
-        return None
-
-    async def connections(self, tenant: Tenant) -> int:
-        """How many connections a tenant's role has."""
-        async with self.workshop.admin() as connection:
-            query = "SELECT count(*) FROM pg_stat_activity WHERE usename = $1"
-            return int(await connection.fetchval(query, placement(tenant).role))
-
-    async def prepared(self) -> int:
-        """How many prepared transactions there are."""
-        async with self.workshop.admin() as connection:
-            return int(await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts"))
-
-    async def purge(self, tenant: Tenant) -> None:
-        """Delete and purge a tenant, within the deadline of this module."""
-        deleted = await self.change(tenant, Status.DELETED)
-        async with asyncio.timeout(SECONDS):
-            await self.workshop.provisioner.align(deleted, timeout=10)
-            await self.workshop.provisioner.purge(deleted)
-
-    async def change(self, tenant: Tenant, status: Status) -> Tenant:
-        """Change a tenant's status in the registry."""
-        _, after = await self.workshop.registry.transition(tenant.id, status, action="tenant.update")
-        return after
-
-    async def retired(self) -> set[str]:
-        """The roles that a purge could not drop."""
-        async with self.workshop.admin() as connection:
-            return set(await databases.roles(connection, self.workshop.names.retired("")))
-
-
-@asynccontextmanager
-async def hostile(workshop: Workshop, tenant: Tenant) -> AsyncIterator[Any]:
-    """A tenant's connection that is closed without a word."""
-    place = placement(tenant)
-    server = workshop.servers[place.server]
-    password = workshop.provisioner.password(tenant)
-    connection = await asyncpg.connect(
-        host=server.host, port=server.port, user=place.role, password=password, database=place.database, timeout=10
-    )
-    try:
-        yield connection
-    finally:
-        connection.terminate()
-
-
 @pytest.fixture(params=["superuser", "plain"])
 async def arena(request: pytest.FixtureRequest, server: Postgres) -> AsyncIterator[Arena]:
     """Two tenants, with either kind of administrator."""
-    async with AsyncExitStack() as stack:
-        admin_url = server.admin_url
-        if request.param == "plain":
-            admin_url = await stack.enter_async_context(plain_administrator(server))
-        name = server.new_name("hostile")
-        control_url = await server.create_database(name)
-        workshop = await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix="h")
-        stack.push_async_callback(workshop.close)
-        yield Arena(server, workshop, await workshop.create("mallory"), await workshop.create("acme"), stack)
-        await stack.aclose()
-    async with server.connect() as connection:
-        assert await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts") == 0
+    async with open_arena(server, request.param) as opened:
+        yield opened
 
 
 # --- against another tenant's purge ---------------------------------------------------------------------------------
@@ -299,13 +208,13 @@ async def test_reconcile_is_not_blocked(arena: Arena, attack: str) -> None:
     """It blocks the login of whoever was suspended while the server was away, and finishes a purge."""
     await arena.attack(*AGAINST_ITSELF[attack][0])
     tenant = await arena.change(arena.attacker, Status.SUSPENDED)
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PURGE_SECONDS):
         report = await arena.workshop.provisioner.reconcile()
     assert (report.corrected, report.errors) == (("mallory",), ())
     assert await arena.connections(tenant) == 0
     await arena.change(tenant, Status.DELETED)
     await arena.workshop.registry.begin_purge(tenant.id)
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PURGE_SECONDS):
         report = await arena.workshop.provisioner.reconcile()
     assert (report.purged, report.errors) == (("mallory",), ())
 
@@ -330,7 +239,7 @@ async def test_a_tenant_does_not_block_the_rotation_of_its_password(arena: Arena
     assert await arena.plainly("ALTER ROLE <own> CONNECTION LIMIT 7") == LOCKED
     secrets = secrets_of(arena)
     try:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(PURGE_SECONDS):
             await secrets.rotate_password(arena.attacker)
     finally:
         await secrets.close()
@@ -377,61 +286,7 @@ async def test_a_role_that_changes_its_row_all_the_time_is_suspended(arena: Aren
         assert await arena.connections(tenant) == 0
 
 
-# --- against logging in at all --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("database", ["maintenance", "own", "other"])
-async def test_a_tenant_does_not_lock_the_administrator_out(arena: Arena, database: str) -> None:
-    """A DROP DATABASE that it may not do queues for a lock ahead of everybody who wants to connect."""
-    workshop = arena.workshop
-    async with workshop.admin() as connection:
-        maintenance = await connection.fetchval("SELECT current_database()")
-    own, other = (placement(tenant).database for tenant in (arena.attacker, arena.victim))
-    name = {"maintenance": maintenance, "own": own, "other": other}[database]
-    quoted = quote_identifier(name)
-    await arena.attack("BEGIN", f"ALTER ROLE CURRENT_USER IN DATABASE {quoted} SET work_mem = '1MB'")
-    second = await arena.attack()
-    dropping = asyncio.create_task(second.execute(f"DROP DATABASE {quoted}"))
-    async with arena.server.connect("template1") as connection:
-        waiting = "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
-
-        async def waits() -> bool:
-            return bool(await connection.fetchval(waiting))
-
-        await until(waits)
-    with pytest.raises(TimeoutError):
-        await asyncpg.connect(arena.server.url(name), timeout=0.5)
-    connected = await workshop.blockers().connect(name)
-    await connected.close()
-    with pytest.raises(SERVER_FAILURES):
-        await dropping
-    await arena.purge(arena.attacker)
-
-
-async def test_the_watchdog_lets_a_tenants_own_connections_in_again(arena: Arena) -> None:
-    """Whoever waits to drop another's database keeps that tenant from connecting, until the watchdog looks."""
-    other = placement(arena.victim).database
-    quoted = quote_identifier(other)
-    await arena.attack("BEGIN", f"ALTER ROLE CURRENT_USER IN DATABASE {quoted} SET work_mem = '1MB'")
-    second = await arena.attack()
-    dropping = asyncio.create_task(second.execute(f"DROP DATABASE {quoted}"))
-    async with arena.server.connect("template1") as connection:
-
-        async def waits() -> bool:
-            return bool(
-                await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'object'")
-            )
-
-        await until(waits)
-    with pytest.raises(TimeoutError):
-        await asyncpg.connect(arena.server.url(other), timeout=0.5)
-    await arena.workshop.provisioner.end_excessive_sessions()
-    async with hostile(arena.workshop, arena.victim) as connection:
-        assert await connection.fetchval("SELECT 1") == 1
-    with pytest.raises(SERVER_FAILURES):
-        await dropping
-    assert await arena.connections(arena.attacker) == 1  # what does not wait there is left alone
-
+# --- against the whole server ---------------------------------------------------------------------------------------
 
 LOCK_BEFORE_RIGHTS = {
     "rule": "CREATE RULE r AS ON INSERT TO pg_authid DO INSTEAD NOTHING",
