@@ -50,6 +50,7 @@ async def prepare(
         set is named in a warning too.
 
     Raises:
+        ConfigurationError: PostgreSQL refuses a value of ``configured``.
         TimeoutError: another preparation did not end within ``timeout`` seconds.
         asyncpg.InsufficientPrivilegeError: the administrator may not create roles.
         ServerUnavailableError: the server does not answer.
@@ -63,6 +64,7 @@ async def prepare(
                 await _retry(partial(_close, connection, server.name, name, users))
             settings = await role_settings.wanted(connection, configured)
             await role_settings.warn(connection, server.name, settings)
+            await role_settings.verify(connection, server.name, settings)
             return settings
     finally:
         await settled(databases.close(connection))

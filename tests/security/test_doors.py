@@ -19,6 +19,8 @@ from tenancy_orm.context import Status
 from tenancy_orm.control.failures import SERVER_FAILURES
 from tenancy_orm.control.names import quote_identifier
 from tenancy_orm.events import SessionTerminated
+from tenancy_orm.migrations.connections import Connections, Health
+from tenancy_orm.migrations.services import FleetServices
 from tests.support.arena import Arena, hostile, open_arena
 from tests.support.postgres import Postgres
 from tests.support.provisioning import VERSIONS, placement, running_server
@@ -90,6 +92,25 @@ async def test_a_fresh_process_prepares_a_server_although_its_maintenance_databa
     assert (await arena.workshop.slugs())["fresh"] == "active"
 
 
+async def test_a_tenant_does_not_block_the_migration_of_others(arena: Arena) -> None:
+    """Migrations log in to each tenant's database as its owner."""
+    workshop = arena.workshop
+    services = FleetServices(
+        config=workshop.config,
+        control=workshop.control,
+        registry=workshop.registry,
+        servers=workshop.servers,
+        names=workshop.names,
+        provisioner=workshop.provisioner,
+        events=workshop.events,
+    )
+    database = placement(arena.victim).database
+    async with blocked(arena, database):
+        connection = await Connections(services).connect("default", database, Health())
+        assert await connection.fetchval("SELECT current_user::text") == workshop.names.owner
+        await connection.close()
+
+
 async def test_a_tenant_does_not_block_the_creation_of_others(arena: Arena) -> None:
     """It looks for new databases all the time, and blocks each one as soon as it sees it."""
     stop, blocks = asyncio.Event(), 0
@@ -132,6 +153,33 @@ async def test_a_tenant_does_not_block_the_creation_of_others(arena: Arena) -> N
 
 async def _connected(arena: Arena) -> bool:
     return await arena.connections(arena.attacker) > 0
+
+
+async def test_the_administrator_opens_few_connections_to_find_a_way_in(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is only slow must not be given more to do at once; more are tried where three do not lead in."""
+    server: Any = arena.workshop.servers["default"]
+    connect_admin = server.connect_admin
+    for hanging in (0, 3):
+        tried: list[str | None] = []
+
+        async def counted(
+            database: str | None = None, *, tried: list[str | None] = tried, hanging: int = hanging, **options: Any
+        ) -> Any:
+            tried.append(database)
+            # after the one that waits
+            if 1 < len(tried) <= 1 + hanging:
+                await asyncio.Event().wait()
+            return await connect_admin(database, **options)
+
+        name = await maintenance(arena)
+        async with blocked(arena, name):
+            with monkeypatch.context() as patch:
+                patch.setattr(server, "connect_admin", counted)
+                connected = await arena.workshop.blockers().connect(name)
+                await connected.close()
+        assert len(tried) == 1 + 3 if not hanging else len(tried) > 1 + 3
 
 
 # --- the watchdog ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ import pytest
 from tenancy_orm.context import Status, Tenant
 from tenancy_orm.control.audit import AuditLog
 from tenancy_orm.control.failures import SERVER_FAILURES
+from tenancy_orm.control.names import quote_identifier
 from tenancy_orm.control.sealed import SealedPasswords
-from tenancy_orm.provisioning import catalogue_guard, databases
+from tenancy_orm.errors import ProvisioningError
+from tenancy_orm.provisioning import catalogue_guard, databases, removal
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
 from tests.support.arena import PURGE_SECONDS, Arena, hostile, open_arena
@@ -160,6 +162,47 @@ async def test_a_role_that_cannot_be_dropped_is_left_powerless(arena: Arena) -> 
         await connection.execute("DROP TABLE t; DROP ROLE above; DROP ROLE below")
     assert (await arena.workshop.provisioner.reconcile()).orphans == (role,)
     assert await arena.retired() == set()
+
+
+async def test_a_role_that_takes_long_to_drop_does_not_stop_a_purge(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others can grant it any number of large objects: those are taken away some at a time, and reconcile goes on."""
+    monkeypatch.setattr(removal, "_BATCH", 10)
+    grant = "GRANT SELECT ON LARGE OBJECT " + ", ".join(map(str, range(1, 31))) + " TO <other>"
+    await arena.attack("SELECT lo_create(n) FROM generate_series(1, 30) AS n", grant)
+    left = """
+        SELECT count(*) FROM pg_shdepend
+        WHERE classid = 'pg_largeobject'::regclass AND deptype = 'a' AND refobjid = $1::regrole
+    """
+    async with arena.server.connect(placement(arena.attacker).database) as operator:
+        assert await operator.fetchval(left, placement(arena.victim).role) == 30
+        # nobody's session that may be ended, as long as it likes
+        await operator.execute("BEGIN; GRANT SELECT ON LARGE OBJECT 30 TO PUBLIC")
+        deleted = await arena.change(arena.victim, Status.DELETED)
+        await arena.workshop.provisioner_of(provision_timeout=4.0).purge(deleted)
+        assert (await arena.workshop.slugs())["acme"] == "purged"
+        assert await arena.workshop.present() == names_of(arena.attacker)
+        (role,) = await arena.retired()
+        await operator.execute("ROLLBACK")
+        assert await operator.fetchval(left, role) == 10
+    assert (await arena.workshop.provisioner.reconcile()).orphans == (role,)
+    assert await arena.retired() == set()
+
+
+async def test_a_purge_that_cannot_drop_the_role_has_erased_the_secrets(arena: Arena) -> None:
+    """The data is gone by then, and neither a password nor a key stays."""
+    async with arena.server.connect() as operator:
+        await operator.execute(arena.fill(f"BEGIN; {DEFAULTS}"))
+        deleted = await arena.change(arena.victim, Status.DELETED)
+        assert placement(deleted).sealed_password != b""
+        with pytest.raises(ProvisioningError, match="purging"):
+            await arena.workshop.provisioner_of(provision_timeout=3.0).purge(deleted)
+        after = await arena.workshop.registry.get(deleted.id)
+        assert (after.status, placement(after).sealed_password) == (Status.DELETED, b"")
+        assert await arena.workshop.present() == names_of(arena.attacker) | {f"role {placement(deleted).role}"}
+        await operator.execute("ROLLBACK")
+    assert (await arena.workshop.provisioner.reconcile()).purged == ("acme",)
 
 
 # --- against its own suspension, deletion, purge and password -------------------------------------------------------
@@ -318,6 +361,22 @@ async def test_a_tenant_does_not_freeze_the_server(arena: Arena, kind: str) -> N
             await attack
 
 
+@pytest.mark.parametrize("arena", ["superuser"], indirect=True)
+async def test_a_dump_that_is_restored_elsewhere_takes_triggers(arena: Arena) -> None:
+    """The roles of the installation are not there: its event trigger refuses nobody then."""
+    owner = quote_identifier(arena.workshop.names.owner)
+    create = (
+        "CREATE TRIGGER t BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+    )
+    async with arena.server.connect(placement(arena.victim).database) as elsewhere:
+        assert await elsewhere.fetchval("SELECT count(*) FROM pg_event_trigger") == 1
+        await elsewhere.execute(f"ALTER ROLE {owner} RENAME TO elsewhere")
+        try:
+            await elsewhere.execute(create)
+        finally:
+            await elsewhere.execute(f"ALTER ROLE elsewhere RENAME TO {owner}")
+
+
 async def arena_is_frozen(arena: Arena, kind: str, superuser: Any) -> bool:
     """Whether logins (for a rule), or changes of any role (for a trigger), wait behind the attacker."""
     try:
@@ -353,6 +412,20 @@ async def test_nobody_elses_session_is_ended(arena: Arena) -> None:
         async with hostile(arena.workshop, tenant):
             pass
     assert (await arena.workshop.provisioner.reconcile()).corrected == ("mallory",)
+
+
+async def test_a_stranger_that_waits_for_a_tenant_goes_on(arena: Arena) -> None:
+    """It keeps the administrator waiting, and a tenant it: the tenant's session is ended, and no other."""
+    await arena.attack("BEGIN", "INSERT INTO notes (body) VALUES ('x')")
+    tenant = await arena.change(arena.victim, Status.SUSPENDED)
+    async with arena.server.connect(placement(arena.attacker).database) as operator, arena.server.connect() as observer:
+        await operator.execute(arena.fill("BEGIN; ALTER ROLE <other> CONNECTION LIMIT 3"))
+        waiting = asyncio.create_task(operator.execute("LOCK TABLE notes; COMMIT"))
+        await until(lambda: observer.fetchval("SELECT count(*) = 1 FROM pg_locks WHERE NOT granted"))
+        assert await arena.plainly("ALTER ROLE <other> NOLOGIN") == LOCKED
+        await arena.workshop.provisioner.align(tenant, timeout=10)
+        await waiting
+    assert await arena.connections(arena.attacker) == 0
 
 
 async def test_a_strangers_prepared_transaction_stays(arena: Arena) -> None:
