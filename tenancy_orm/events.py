@@ -296,9 +296,10 @@ class EngineEvicted(TenantEvent):
 class SessionTerminated(Event):
     """A session of a tenant's role was ended, since it was above a bound: it would stop the server for others.
 
-    ``reason`` is "locks", "transaction", "idle_in_transaction", "notify_queue" or "prepared_transaction". It held
-    ``locks`` locks, and its transaction was open for ``seconds`` (None where that is unknown). The tenant's slug is in
-    the control database, which may not answer at such a time.
+    ``reason`` is "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or "door" (it
+    kept others from connecting to a database that is not its own). It held ``locks`` locks, and its transaction was
+    open for ``seconds`` (None where that is unknown). The tenant's slug is in the control database, which may not
+    answer at such a time.
     """
 
     tenant_id: UUID

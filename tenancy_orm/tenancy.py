@@ -672,7 +672,7 @@ class _Parts:
         self._opened.append(self.quotas.close)
         self.directory.on_invalidate(self.quotas.invalidate)
         self.metrics = TenantMetrics(self.control)
-        self.sampler = StorageSampler(self.control, self.quotas, lambda name: self.servers[name].connect_admin())
+        self.sampler = StorageSampler(self.control, self.quotas, self.provisioner.connect_admin)
         self.tenants = TenantManager(
             config=config,
             registry=self.registry,

@@ -90,8 +90,8 @@ class Connections:
         # statement_timeout may have been set for the administrator's role; an index takes as long as it takes
         settings = {"lock_timeout": f"{round(config.lock_timeout * 1000)}ms", "statement_timeout": "0"}
         try:
-            connection = await self._services.servers[server].connect_admin(
-                database, role=names.owner, settings=settings, timeout=config.connect_timeout
+            connection = await self._services.provisioner.connect_admin(
+                server, database, role=names.owner, settings=settings, timeout=config.connect_timeout
             )
         except Exception as exc:
             if is_down(exc):

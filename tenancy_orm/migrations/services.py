@@ -51,16 +51,6 @@ class FleetServer(Protocol):
     def port(self) -> int:
         """Its TCP port."""
 
-    async def connect_admin(
-        self,
-        database: str | None = None,
-        *,
-        role: str | None = None,
-        settings: Mapping[str, str] = ...,
-        timeout: float | None = None,
-    ) -> asyncpg.Connection[Any]:
-        """Connect as the administrator, acting as ``role`` from the start."""
-
 
 class FleetServers(Protocol):
     """The part of ``routing.servers.Servers`` that is used here."""
@@ -80,6 +70,17 @@ class FleetTemplates(Protocol):
 
     def scratch(self, server: str) -> AbstractAsyncContextManager[str]:
         """Yield the name of a short-lived clone of the template."""
+
+    async def connect_admin(
+        self,
+        server: str,
+        database: str | None = None,
+        *,
+        role: str | None = None,
+        settings: Mapping[str, str] = ...,
+        timeout: float | None = None,
+    ) -> asyncpg.Connection[Any]:
+        """Connect to a server as the administrator, acting as ``role`` from the start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -37,6 +37,7 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 T = TypeVar("T")
 
 PATIENCE_SECONDS = 0.1
+LOGIN_PATIENCE_SECONDS = 0.5
 POLL_SECONDS = 0.05
 
 # How often work is repeated that lost a race, and after which failure the connections of its role are ended.
@@ -45,7 +46,10 @@ _TOLERATED = 3
 # "tuple concurrently updated", deadlock detected, lock_timeout
 _RACES = frozenset({databases.CONCURRENT_UPDATE, "40P01", "55P03"})
 _RETRY_SECONDS = 0.5  # after an error of the watching connection itself
-_DOORS = 8
+# How many databases are tried at once where one does not admit the administrator; and the others, so much later.
+_FIRST_DOORS = 3
+_DOORS = 11
+_DOOR_SECONDS = 1.0
 
 # Whoever keeps $1 waiting, and whoever keeps those waiting: a stranger's session may itself wait for a tenant's.
 _CHAIN = """
@@ -82,12 +86,33 @@ WHERE starts_with(x.owner::text, $2)
 """
 )
 # A role that may not drop a database still queues for the lock on it, ahead of everybody who then wants to connect.
-_IN_THE_DOOR = """
-SELECT a.pid, a.usename::text AS role
-FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-WHERE l.locktype = 'object' AND l.classid = 'pg_database'::regclass AND NOT l.granted
-  AND l.mode = 'AccessExclusiveLock' AND starts_with(a.usename::text, $1)
+# What it waits for is another lock on that database, which a role has no honest reason to hold unless it is its own.
+# Object 0 is no database: a commit that sends notifications locks it, and others wait for it in turn.
+_AT_DOORS = """
+WITH doors AS MATERIALIZED (
+    SELECT pid, objid, mode, granted FROM pg_locks
+    WHERE locktype = 'object' AND classid = 'pg_database'::regclass AND objid <> 0
+)
+SELECT a.pid, a.usename::text AS role,
+       (SELECT count(*) FROM pg_locks l WHERE l.pid = a.pid AND l.mode <> 'SIReadLock') AS locks,
+       extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS open_seconds
+FROM pg_stat_activity a
+WHERE starts_with(a.usename::text, $1) AND EXISTS (
+    SELECT FROM doors d WHERE d.pid = a.pid AND (
+        (NOT d.granted AND d.mode = 'AccessExclusiveLock')
+        OR (d.granted AND d.objid <> a.datid
+            AND EXISTS (SELECT FROM doors w WHERE w.objid = d.objid AND NOT w.granted))))
 """
+
+
+@dataclass(frozen=True, slots=True)
+class DoorHolder:
+    """A session that was ended, since it kept others from connecting to a database: its role, and what it had."""
+
+    pid: int
+    role: str
+    locks: int
+    open_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +178,21 @@ class Blockers:
         *,
         role: str | None = None,
         settings: Mapping[str, str] = MappingProxyType({}),
+        timeout: float | None = None,
     ) -> Connection:
         """Log in as ``Server.connect_admin`` does, and end what keeps that waiting.
 
         Raises:
             ServerUnavailableError, asyncpg.PostgresError: as there.
         """
-        async with _later(PATIENCE_SECONDS, self._open_the_door):
-            return await self._server.connect_admin(database, role=role, settings=settings)
+        async with self.admitting():
+            return await self._server.connect_admin(database, role=role, settings=settings, timeout=timeout)
+
+    @asynccontextmanager
+    async def admitting(self) -> AsyncIterator[None]:
+        """While the body logs in to this server, as whatever role, end what keeps logins waiting."""
+        async with _later(LOGIN_PATIENCE_SECONDS, self._open_the_door):
+            yield
 
     async def roll_back(self, transaction: PreparedTransaction) -> None:
         """Roll back a prepared transaction. Does nothing where it has ended.
@@ -183,15 +215,18 @@ class Blockers:
         finally:
             await databases.close(connection)
 
-    async def clear_doors(self, connection: Connection) -> None:
+    async def clear_doors(self, connection: Connection) -> list[DoorHolder]:
         """End the sessions of tenants that wait to drop or rename a database, which they may not do.
 
-        Until such a session ends, everybody else who wants to connect to that database waits behind it.
+        Until such a session ends, everybody else who wants to connect to that database waits behind it. What it waits
+        for ends as well, where that is a tenant's lock on a database that is not its own: the next would wait again.
 
         Args:
             connection: To any database of the server.
         """
-        await self._end_sessions(connection, await connection.fetch(_IN_THE_DOOR, self._names.tenant_stem))
+        rows = await connection.fetch(_AT_DOORS, self._names.tenant_stem)
+        ended = await self._end_sessions(connection, [(row["pid"], row["role"]) for row in rows])
+        return [DoorHolder(**row) for row in rows if row["role"] in ended]
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
@@ -216,13 +251,17 @@ class Blockers:
         for gid, role, database in await connection.fetch(_PREPARED, pid, self._names.tenant_stem):
             await settled(_in_time(self.roll_back(PreparedTransaction(gid, role, database))))
 
-    async def _end_sessions(self, connection: Connection, found: list[asyncpg.Record]) -> None:
+    async def _end_sessions(self, connection: Connection, found: Iterable[tuple[int, str]]) -> set[str]:
+        """End sessions, each given by its pid and role; returns the roles that had any."""
         pids: dict[str, list[int]] = {}
+        ended: set[str] = set()
         for pid, role in found:
             pids.setdefault(role, []).append(pid)
         for role, of_role in pids.items():
             logger.warning("role %s keeps administration waiting: ending %d of its connections", role, len(of_role))
-            await settled(_in_time(databases.end_connections(connection, role, of_role)))
+            if await settled(_in_time(databases.end_connections(connection, role, of_role))):
+                ended.add(role)
+        return ended
 
     # --- logging in -------------------------------------------------------------------------------------------------
 
@@ -245,20 +284,39 @@ class Blockers:
             known = sorted(await self._registry.placements(self._server.name))
         except TenancyError:
             known = []  # the control database is on the same server, perhaps, and blocked as well
-        doors = [None, "postgres", "template1", *random.sample(known, min(len(known), _DOORS))]
-        attempts = {asyncio.ensure_future(self._server.connect_admin(door)) for door in doors}
-        waiting = set(attempts)
+        # the one that an attacker expects least comes first
+        sample = random.sample(known, min(len(known), _DOORS - 3))
+        doors = [*sample[:1], "postgres", None, "template1", *sample[1:]]
+        waiting: set[asyncio.Future[Connection]] = set()
+        attempts: list[asyncio.Future[Connection]] = []
         entered: Connection | None = None
         try:
-            while waiting and entered is None:
-                ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                entered = next((attempt.result() for attempt in ended if attempt.exception() is None), None)
+            for tried, seconds in ((doors[:_FIRST_DOORS], _DOOR_SECONDS), (doors[_FIRST_DOORS:], None)):
+                begun = [asyncio.ensure_future(self._server.connect_admin(door)) for door in tried]
+                attempts.extend(begun)
+                entered, waiting = await _first(waiting.union(begun), seconds)
+                if entered is not None:
+                    return entered
         finally:
             for attempt in attempts:
                 _abandon(attempt, keep=entered)
-        if entered is None:
-            raise ConnectionError("no database admits the administrator")
-        return entered
+        raise ConnectionError("no database admits the administrator")
+
+
+async def _first(
+    attempts: set[asyncio.Future[Connection]], seconds: float | None
+) -> tuple[Connection | None, set[asyncio.Future[Connection]]]:
+    """The first connection that an attempt leads to, if one does within some seconds; and the attempts under way."""
+    ends = None if seconds is None else asyncio.get_running_loop().time() + seconds
+    while attempts:
+        left = None if ends is None else max(ends - asyncio.get_running_loop().time(), 0)
+        ended, attempts = await asyncio.wait(attempts, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for attempt in ended:
+            if attempt.exception() is None:
+                return attempt.result(), attempts
+        if not ended:
+            break
+    return None, attempts
 
 
 @asynccontextmanager
@@ -287,7 +345,7 @@ def _abandon(login: asyncio.Future[Connection], *, keep: Connection | None = Non
     login.add_done_callback(close)
 
 
-async def _in_time(work: Awaitable[object]) -> None:
+async def _in_time(work: Awaitable[T]) -> T:
     """Bound work that a cancellation does not cut in half."""
     async with asyncio.timeout(databases.CLOSE_SECONDS):
-        await work
+        return await work

@@ -26,8 +26,10 @@ async def install(connection: Connection, owner: str) -> None:
     if not await databases.is_superuser(connection):
         return
     name = quote_identifier(NAME)
+    # where a dump was restored without the installation's roles, there is nobody to keep out
     body = (
-        f"BEGIN IF NOT pg_has_role(session_user, {quote_literal(owner)}::name, 'MEMBER') THEN "
+        f"BEGIN IF to_regrole({quote_literal(quote_identifier(owner))}) IS NOT NULL "
+        f"AND NOT pg_has_role(session_user, {quote_literal(owner)}::name, 'MEMBER') THEN "
         "RAISE EXCEPTION 'permission denied for %', tg_tag USING ERRCODE = 'insufficient_privilege'; END IF; END"
     )
     await connection.execute(

@@ -94,8 +94,9 @@ class SecretManager:
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         try:
-            async with asyncio.timeout(self._timeout):
-                await run_unbound(self._rotate(tenant.id, tenant.placement, actor))
+            deadline = asyncio.get_running_loop().time() + self._timeout
+            async with asyncio.timeout_at(deadline):
+                await run_unbound(self._rotate(tenant.id, tenant.placement, deadline, actor))
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"the password of tenant {tenant.slug!r} was not rotated ({describe(exc)}); try again",
@@ -171,17 +172,19 @@ class SecretManager:
             if after is None:
                 return found
 
-    async def _rotate(self, tenant_id: UUID, placement: Placement, actor: Actor) -> None:
+    async def _rotate(self, tenant_id: UUID, placement: Placement, deadline: float, actor: Actor) -> None:
         server, key = self._servers[placement.server], tenant_key(tenant_id)
         # the lock that creation and purge take: one process at a time changes a tenant's role
         connection = await self._administration.acquire(server, key, timeout=self._timeout)
         try:
-            await role_settings.restore(connection, self._blockers(server), placement.role, self._role_settings)
             # no variable holds the password: what fails below would carry it in its traceback's frames
             verifier = scram_verifier(await self._sealed.begin(tenant_id))
             change = partial(databases.set_password, connection, placement.role, verifier=verifier)
             await self._blockers(server).run(connection, change, role=placement.role)
             await self._sealed.finish(tenant_id, actor=actor)
+            await role_settings.try_restore(
+                connection, self._blockers(server), placement.role, self._role_settings, deadline=deadline
+            )
         finally:
             await settled(self._administration.release(server, connection, key))
 

@@ -227,14 +227,15 @@ class Creation:
         await databases.admit(self._admin, draft.database, role=draft.role)
         connection = await self._blockers.connect(draft.database, role=self._parts.names.owner)
         try:
-            await databases.grant_and_mark(
-                connection,
-                draft.database,
-                role=draft.role,
-                what=await self._parts.templates.contents(connection, self._template),
-                marker=marker.marker_text(self._parts.installation, draft.id),
-                further=advisory_locks.grants(draft.role) if self._parts.config.tenant_advisory_locks else (),
-            )
+            async with self._blockers.ending(connection):
+                await databases.grant_and_mark(
+                    connection,
+                    draft.database,
+                    role=draft.role,
+                    what=await self._parts.templates.contents(connection, self._template),
+                    marker=marker.marker_text(self._parts.installation, draft.id),
+                    further=advisory_locks.grants(draft.role) if self._parts.config.tenant_advisory_locks else (),
+                )
         finally:
             self._close_later(connection)
 
@@ -367,7 +368,9 @@ async def prove(parts: Parts, tenant_id: UUID, slug: str, placement: Placement) 
         ServerUnavailableError: the server does not answer.
     """
     password = partial(parts.keyring.open_password, tenant_id, placement.sealed_password)
-    connection: Connection = await parts.servers[placement.server].connect_tenant(placement, password, tenant=slug)
+    server = parts.servers[placement.server]
+    async with parts.blockers(server).admitting():
+        connection: Connection = await server.connect_tenant(placement, password, tenant=slug)
     try:
         await marker.verify(connection, parts.installation, tenant_id, tenant=slug)
     except BaseException:

@@ -17,6 +17,7 @@ from ..errors import DatabaseExistsError
 from ..postgres.quoting import quote_identifier
 from ..routing.servers import Server
 from . import databases, role_settings
+from .blockers import Blockers
 from .databases import Connection
 from .role_settings import RoleSettings
 
@@ -30,6 +31,7 @@ _RACES = (databases.CONCURRENT_UPDATE, databases.DUPLICATE_OBJECT, databases.UNI
 
 async def prepare(
     server: Server,
+    blockers: Blockers,
     *,
     owner: str,
     control: ControlDatabase,
@@ -48,11 +50,12 @@ async def prepare(
         set is named in a warning too.
 
     Raises:
+        ConfigurationError: PostgreSQL refuses a value of ``configured``.
         TimeoutError: another preparation did not end within ``timeout`` seconds.
         asyncpg.InsufficientPrivilegeError: the administrator may not create roles.
         ServerUnavailableError: the server does not answer.
     """
-    connection = await server.connect_admin()
+    connection = await blockers.connect()
     try:
         await databases.lock(connection, databases.lock_key(_LOCK), timeout=timeout)
         async with asyncio.timeout(timeout):
@@ -61,6 +64,7 @@ async def prepare(
                 await _retry(partial(_close, connection, server.name, name, users))
             settings = await role_settings.wanted(connection, configured)
             await role_settings.warn(connection, server.name, settings)
+            await role_settings.verify(connection, server.name, settings)
             return settings
     finally:
         await settled(databases.close(connection))

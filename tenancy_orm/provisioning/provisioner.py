@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
+from types import MappingProxyType
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
@@ -101,6 +102,7 @@ class Provisioner:
         Raises:
             UnknownServerError: no such server is configured.
             ServerUnavailableError: it does not answer.
+            ConfigurationError: it refuses a value of ``role_settings``.
             ProvisioningError: the administrator lacks the rights, or another process prepares it for too long.
         """
         refuse_while_bound("preparing a server")
@@ -110,6 +112,7 @@ class Provisioner:
             try:
                 self._prepared[name] = await prepare(
                     server,
+                    self._parts.blockers(server),
                     owner=self.names.owner,
                     control=self._control,
                     configured=self._parts.config.role_settings,
@@ -144,6 +147,31 @@ class Provisioner:
         """
         refuse_while_bound("cloning a template")
         return self._templates.scratch(lambda: self._ready(server))
+
+    async def connect_admin(
+        self,
+        server: str,
+        database: str | None = None,
+        *,
+        role: str | None = None,
+        settings: Mapping[str, str] = MappingProxyType({}),
+        timeout: float | None = None,
+    ) -> Connection:
+        """Log in to a server as its administrator, and end those tenants' sessions that keep that waiting.
+
+        Args:
+            server: The server's name.
+            database: Where to; that of the server's URL where None.
+            role: The role to act as from the very first statement.
+            settings: Further server settings, in force from the start.
+            timeout: Seconds this may take; ``connect_timeout`` where None.
+
+        Raises:
+            UnknownServerError: no such server is configured.
+            ServerUnavailableError, asyncpg.PostgresError: as ``Server.connect_admin``.
+        """
+        blockers = self._parts.blockers(self._parts.servers[server])
+        return await blockers.connect(database, role=role, settings=settings, timeout=timeout)
 
     async def _ready(self, name: str) -> Server:
         """The server, prepared."""

@@ -382,7 +382,12 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, de
     if (limit := _limit(parts, tenant)) is not None:
         set_limit = partial(databases.set_connection_limit, connection, role, limit)
         await blockers.run(connection, set_limit, role=role)
-    await role_settings.restore(connection, blockers, role, parts.config.role_settings)
+    settings = parts.config.role_settings
+    if tenant.status in BARRED:
+        # it is kept out, and that must not look failed
+        await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)
+    else:
+        await role_settings.restore(connection, blockers, role, settings)
 
 
 def _limit(parts: Parts, tenant: Tenant) -> int | None:

@@ -8,6 +8,7 @@ that cannot be entered, say, the powerless role stays for ``reconcile``: the ten
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from contextlib import suppress
@@ -30,6 +31,9 @@ from .databases import Connection
 logger = logging.getLogger("tenancy_orm.provisioning")
 
 _ATTEMPTS = 3
+_RETIRED_SECONDS = 5.0  # how long a purge tries to drop a role that is powerless already
+_MARGIN_SECONDS = 1.0  # ... and how long before its deadline it gives that up
+_BATCH = 2000  # large objects in one transaction
 
 _PREPARED = "SELECT gid, owner::text AS role, database::text AS database FROM pg_prepared_xacts WHERE database = $1"
 # Where a role is named: in which database, and whether it owns something there. 'o' is SHARED_DEPENDENCY_OWNER. What
@@ -42,6 +46,15 @@ LEFT JOIN pg_database d ON d.oid = s.dbid
 WHERE r.rolname = $1
 GROUP BY 1
 ORDER BY 1 NULLS LAST
+"""
+# 'a' is SHARED_DEPENDENCY_ACL
+_LARGE_OBJECTS = """
+SELECT s.objid FROM pg_shdepend s
+JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND s.refobjid = r.oid
+JOIN pg_database d ON d.oid = s.dbid
+WHERE r.rolname = $1 AND d.datname = current_database() AND s.classid = 'pg_largeobject'::regclass
+  AND s.deptype = 'a' AND s.objid > $2::oid
+ORDER BY 1 LIMIT $3
 """
 _MEMBERSHIPS = """
 SELECT g.rolname::text AS granted, m.rolname::text AS member
@@ -83,8 +96,12 @@ async def purge(
     database, role = placement.database, placement.role
     await remove_data(connection, blockers, database=database, role=role, deadline=deadline)
     await registry.erase_secrets(tenant_id)
-    await remove_role(connection, blockers, names, role)
+    retired = await _drop_or_retire(connection, blockers, names, role)
     await registry.finish_purge(tenant_id, actor=actor)
+    if retired is not None:
+        # it is done: what is left must not pass the deadline, and so make it look failed
+        left = deadline - asyncio.get_running_loop().time() - _MARGIN_SECONDS
+        await _try_to_drop(connection, blockers, names, retired, was=role, seconds=left)
 
 
 async def remove(
@@ -150,15 +167,31 @@ async def _remedies(connection: Connection, name: str) -> list[str]:
 
 async def remove_role(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
     """Drop a tenant's role, or leave it under a name of no tenant and without any power, for ``reconcile`` to drop."""
+    retired = await _drop_or_retire(connection, blockers, names, role)
+    if retired is not None:
+        await _try_to_drop(connection, blockers, names, retired, was=role, seconds=_RETIRED_SECONDS)
+
+
+async def _drop_or_retire(connection: Connection, blockers: Blockers, names: Names, role: str) -> str | None:
+    """Drop a tenant's role; where it is named elsewhere, make it powerless, and return the name that it has then."""
     try:
         await blockers.run(connection, partial(databases.drop_role, connection, role))
     except asyncpg.DependentObjectsStillExistError:
         retired = names.retired(secrets.token_hex(8))
         await blockers.run(connection, partial(_retire, connection, role, retired))
-        with suppress(TenancyError, *SERVER_FAILURES):
+        return retired
+    return None
+
+
+async def _try_to_drop(
+    connection: Connection, blockers: Blockers, names: Names, retired: str, *, was: str, seconds: float
+) -> None:
+    """Drop a powerless role if that can be done at once: others can have it take long. ``reconcile`` has more time."""
+    with suppress(TenancyError, *SERVER_FAILURES):
+        async with asyncio.timeout(min(seconds, _RETIRED_SECONDS)):
             await drop_retired(connection, blockers, names, retired)
             return
-        logger.warning("role %s is now %s and powerless; reconcile will drop it", role, retired)
+    logger.warning("role %s is now %s and powerless; reconcile will drop it", was, retired)
 
 
 async def drop_retired(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
@@ -192,11 +225,27 @@ async def _forget(blockers: Blockers, names: Names, role: str, database: str | N
         # the tenant whose database it is, which is called like it.
         roles = [role] if database is None or names.parse(database) is None else [role, database]
         async with databases.joined(connection, *roles):
+            await _revoke_large_objects(connection, blockers, role)
             await blockers.run(connection, partial(connection.execute, f"DROP OWNED BY {quote_identifier(role)}"))
     except asyncpg.UndefinedObjectError:
         return  # dropped by somebody else
     finally:
         await databases.close(connection)
+
+
+async def _revoke_large_objects(connection: Connection, blockers: Blockers, role: str) -> None:
+    """Take a role's rights on large objects away, some thousands in a transaction: anybody can grant any number.
+
+    What is interrupted goes on from there the next time, which one DROP OWNED for all of them would not.
+    """
+    last = 0
+    while found := [row["objid"] for row in await connection.fetch(_LARGE_OBJECTS, role, last, _BATCH)]:
+        objects = ", ".join(map(str, found))
+        revoke = f"REVOKE ALL ON LARGE OBJECT {objects} FROM {quote_identifier(role)} CASCADE"
+        # one of them is gone by now, or not ours to change: left to DROP OWNED, as are the others of its batch
+        with suppress(asyncpg.UndefinedObjectError, asyncpg.InsufficientPrivilegeError):
+            await blockers.run(connection, partial(connection.execute, revoke))
+        last = found[-1]
 
 
 async def _retire(connection: Connection, role: str, retired: str) -> None:

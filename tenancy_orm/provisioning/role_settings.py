@@ -10,14 +10,19 @@ its session. ``temp_file_limit`` it may not; for the others there is the watchdo
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import asyncpg
 
+from ..cancellation import settled
 from ..config import ROLE_SETTINGS
+from ..errors import ConfigurationError, TenancyError
+from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from . import databases
 from .blockers import Blockers
@@ -25,9 +30,11 @@ from .databases import Connection
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
+_BATCH = 100  # databases in one transaction
 # of these PostgreSQL takes a list of names, and keeps each one quoted where it needs to be
 _LISTS = frozenset({"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"})
 # where a value in pg_settings comes from that holds for the whole server, and not just for who asks
+_MARGIN_SECONDS = 0.05
 _SERVER_WIDE = ("default", "configuration file", "command line", "environment variable")
 
 
@@ -173,12 +180,66 @@ async def restore(connection: Connection, blockers: Blockers, role: str, configu
     return True
 
 
+async def try_restore(
+    connection: Connection, blockers: Blockers, role: str, configured: Mapping[str, str | None], *, deadline: float
+) -> None:
+    """Do as ``restore`` does after something else that has succeeded: a failure is logged, and left to ``reconcile``.
+
+    Args:
+        connection: An administrator's, which holds the tenant's lock.
+        blockers: Of its server.
+        role: The tenant's role.
+        configured: ``TenancyConfig.role_settings``.
+        deadline: When the caller must be done, by the clock of the event loop.
+    """
+    try:
+        async with asyncio.timeout_at(deadline - _MARGIN_SECONDS):
+            await restore(connection, blockers, role, configured)
+    except (TenancyError, *SERVER_FAILURES) as exc:
+        # the class and SQLSTATE alone: PostgreSQL repeats what the role has written
+        logger.error(
+            "role %s does not have the settings that it is to have (%s, %s); reconcile will repeat it",
+            role,
+            type(exc).__name__,
+            getattr(exc, "sqlstate", None),
+        )
+
+
+async def verify(connection: Connection, server: str, settings: RoleSettings) -> None:
+    """Try the settings on a role that is never committed.
+
+    Raises:
+        ConfigurationError: PostgreSQL refuses a value; the message names the setting.
+    """
+    role = f"tenancy_try_{secrets.token_hex(8)}"
+    trial = connection.transaction()
+    await trial.start()
+    try:
+        await connection.execute(f"CREATE ROLE {quote_identifier(role)}")
+        for name, statement in zip(settings.values, settings.statements(role), strict=True):
+            try:
+                await connection.execute(statement)
+            except (asyncpg.DataError, asyncpg.SyntaxOrAccessError) as exc:
+                raise ConfigurationError(
+                    f"role_settings: server {server!r} refuses {settings.values[name]!r} for {name!r} "
+                    f"(SQLSTATE {exc.sqlstate})"
+                ) from exc
+    finally:
+        await settled(trial.rollback())
+
+
 async def _correct(connection: Connection, role: str, found: Found, settings: RoleSettings) -> None:
     """RESET ALL leaves alone what only a superuser may set, and so has set."""
     quoted = quote_identifier(role)
-    own = (f"ALTER ROLE {quoted} IN DATABASE {quote_identifier(name)} RESET ALL" for name in found.databases)
-    # one message, and so one transaction
-    await connection.execute("; ".join([*own, f"ALTER ROLE {quoted} RESET ALL", *settings.statements(role)]))
+    names = sorted(found.databases)
+    # One message is one transaction. A role can have settings for every database there is: what is interrupted goes on
+    # from there the next time.
+    for first in range(0, len(names), _BATCH):
+        own = (
+            f"ALTER ROLE {quoted} IN DATABASE {quote_identifier(n)} RESET ALL" for n in names[first : first + _BATCH]
+        )
+        await connection.execute("; ".join(own))
+    await connection.execute("; ".join([f"ALTER ROLE {quoted} RESET ALL", *settings.statements(role)]))
     for granted, member, grantor in found.memberships:
         statement = f"REVOKE {quote_identifier(granted)} FROM {quote_identifier(member)}"
         if grantor is not None and databases.version(connection) >= 16:

@@ -28,6 +28,7 @@ from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..errors import ServerUnavailableError, TenancyError
 from ..events import SessionTerminated
+from ..loops import HomeLoop
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..routing.servers import Server
@@ -49,24 +50,26 @@ _GONE_SECONDS: Final = 5.0  # how long an ended session may take to go
 _FULL: Final = "53"  # the class of SQLSTATE of a server that has no room for one more connection
 _SETTINGS: Final = {"lock_timeout": "5s", "statement_timeout": "20s", "idle_session_timeout": "0"}
 
+# What a SERIALIZABLE transaction has read (SIReadLock) is in a table of its own: it takes no room, and blocks nobody.
 _SESSIONS: Final = """
 SELECT a.pid, r.oid, r.rolname AS role, coalesce(l.locks, 0) AS locks,
        extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS open_seconds,
        CASE WHEN a.state LIKE 'idle in transaction%' AND a.xact_start IS NOT NULL
             THEN extract(epoch FROM clock_timestamp() - a.state_change)::float8 END AS idle_seconds
   FROM pg_stat_activity a JOIN pg_roles r ON r.oid = a.usesysid
-  LEFT JOIN (SELECT pid, count(*) AS locks FROM pg_locks GROUP BY pid) l ON l.pid = a.pid
+  LEFT JOIN (SELECT pid, count(*) AS locks FROM pg_locks WHERE mode <> 'SIReadLock' GROUP BY pid) l ON l.pid = a.pid
  WHERE starts_with(r.rolname::text, $1)
 """
 # The same without a table: functions alone, which need no lock themselves.
 _LOCKS: Final = """
 SELECT a.pid, a.usesysid AS oid, l.locks FROM pg_stat_get_activity(NULL) a
-  JOIN (SELECT pid, count(*) AS locks FROM pg_lock_status() GROUP BY pid) l ON l.pid = a.pid
+  JOIN (SELECT pid, count(*) AS locks FROM pg_lock_status() WHERE mode <> 'SIReadLock' GROUP BY pid) l ON l.pid = a.pid
 """
 _PREPARED: Final = """
 SELECT p.gid, p.owner AS role, p.database, extract(epoch FROM clock_timestamp() - p.prepared)::float8 AS open_seconds,
        (SELECT count(*) FROM pg_locks own JOIN pg_locks l USING (virtualtransaction)
-         WHERE own.transactionid = p.transaction AND own.pid IS NULL AND l.pid IS NULL) AS locks
+         WHERE own.transactionid = p.transaction AND own.pid IS NULL AND l.pid IS NULL
+           AND l.mode <> 'SIReadLock') AS locks
   FROM pg_prepared_xacts p WHERE starts_with(p.owner::text, $1)
 """
 _ABILITIES: Final = """
@@ -86,7 +89,8 @@ class EndedSession:
     Args:
         tenant_id: The tenant of its role.
         server: The server.
-        reason: "locks", "transaction", "idle_in_transaction", "notify_queue" or "prepared_transaction".
+        reason: "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or "door": it
+            waited to drop a database that is not its own, or locked one that others waited for.
         locks: How many locks it held.
         seconds: How long its transaction was open; None where that is unknown.
     """
@@ -165,6 +169,7 @@ class Watchdog:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._config = parts.config
+        self._home = HomeLoop()
         self._posts = [_Post(server, parts.blockers(server)) for server in parts.servers.values()]
 
     async def run(self, *, actor: Actor = SYSTEM) -> WatchReport:
@@ -175,7 +180,9 @@ class Watchdog:
 
         Raises:
             CrossTenantError: a tenant is bound.
+            WrongEventLoopError: this is another event loop or thread than the one that the connections belong to.
         """
+        self._home.check()
         refuse_while_bound("ending sessions")
         reports = await asyncio.gather(*(self._attempt(post) for post in self._posts))
         ended = tuple(one for report in reports for one in report.ended)
@@ -192,14 +199,19 @@ class Watchdog:
         """Look every ``every`` seconds, until cancelled. What fails is logged and tried again.
 
         Raises:
-            CrossTenantError: a tenant is bound.
+            CrossTenantError, WrongEventLoopError: as ``run``.
         """
         while True:
             await self.run(actor=actor)
             await asyncio.sleep(every)
 
     async def close(self) -> None:
-        """Close the connections that are kept between two runs."""
+        """Close the connections that are kept between two runs.
+
+        Raises:
+            WrongEventLoopError: as ``run``.
+        """
+        self._home.check()
         await asyncio.gather(*(_leave(post) for post in self._posts))
 
     async def _record(self, ended: Iterable[EndedSession], actor: Actor) -> None:
@@ -235,7 +247,8 @@ class Watchdog:
         await self._end_listeners(post, connection)
         await self._end_prepared(post, connection)
         # who waits to drop a database, without the right to, keeps everybody else from connecting to it
-        await post.blockers.clear_doors(connection)
+        for one in await post.blockers.clear_doors(connection):
+            self._tell(post, one.role, "door", one.locks, one.open_seconds)
         await connection.fetchval(_TAKE_RESERVE, RESERVE)
 
     async def _make_room(self, post: _Post, connection: Connection) -> None:
@@ -343,14 +356,14 @@ class Watchdog:
     async def _roll_back(self, post: _Post, connection: Connection, role: str, database: str, gid: str) -> None:
         """Only in the database where it was prepared, and only as its owner or as a superuser."""
         if await databases.is_superuser(connection):
-            await _roll_back(post.server, database, None, gid)
+            await _roll_back(post.blockers, database, None, gid)
             return
         async with databases.joined(connection, role):
-            await _roll_back(post.server, database, role, gid)
+            await _roll_back(post.blockers, database, role, gid)
 
 
-async def _roll_back(server: Server, database: str, role: str | None, gid: str) -> None:
-    inside = await server.connect_admin(database, role=role, settings=_SETTINGS)
+async def _roll_back(blockers: Blockers, database: str, role: str | None, gid: str) -> None:
+    inside = await blockers.connect(database, role=role, settings=_SETTINGS)
     try:
         await inside.execute(f"ROLLBACK PREPARED {quote_literal(gid)}")
     finally:

@@ -125,6 +125,10 @@ WAYS_IN: dict[str, Use] = {
     "registry.get": lambda t: t.registry.by_slug("acme"),
     "provisioner.reconcile": lambda t: t.provisioner.reconcile(),
     "provisioner.prepare_server": lambda t: t.provisioner.prepare_server("default"),
+    "provisioner.end_excessive_sessions": lambda t: t.provisioner.end_excessive_sessions(),
+    "watchdog.run": lambda t: t.provisioner.watchdog.run(),
+    "watchdog.watch": lambda t: t.provisioner.watchdog.watch(every=60),
+    "watchdog.close": lambda t: t.provisioner.watchdog.close(),
     "secrets.finish_rotations": lambda t: t.secrets.finish_rotations(),
     "directory.tenant": lambda t: t.directory.tenant("acme"),
     "directory.flush": lambda t: t.directory.flush(),
@@ -142,6 +146,7 @@ WAYS_IN: dict[str, Use] = {
 @pytest.mark.parametrize("name", WAYS_IN)
 async def test_every_way_in_is_refused_elsewhere(tenancy: Tenancy, acme: CreatedTenant, name: str) -> None:
     """From another loop in another thread; the pooled connection is the same as before, and works."""
+    await tenancy.provisioner.end_excessive_sessions()  # keeps its connection, like the pool
     before = await pid_of(tenancy)
     entries = await tenancy.audit.events()
     assert type(await in_a_thread(WAYS_IN[name], tenancy)) is WrongEventLoopError

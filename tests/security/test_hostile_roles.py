@@ -8,34 +8,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 import pytest
 
 from tenancy_orm.audit.log import AuditLog
+from tenancy_orm.errors import ProvisioningError
 from tenancy_orm.postgres.failures import SERVER_FAILURES
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.provisioning import catalogue_guard, databases
+from tenancy_orm.provisioning import catalogue_guard, databases, removal
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
+from tests.support.arena import PURGE_SECONDS, Arena, hostile, open_arena
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,
-    Workshop,
     names_of,
-    open_workshop,
     placement,
-    plain_administrator,
     running_server,
 )
 from tests.support.waiting import until
 
-SECONDS = 30.0
 LOCKED = "55P03"
 
 
@@ -46,97 +43,11 @@ def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postg
         yield running
 
 
-@dataclass
-class Arena:
-    """Two tenants: the attacker, and its victim."""
-
-    server: Postgres
-    workshop: Workshop
-    attacker: Tenant
-    victim: Tenant
-    stack: AsyncExitStack = field(repr=False)
-
-    def fill(self, statement: str) -> str:
-        """Put the names into a statement. Database and role of a tenant are called alike."""
-        own, other = (quote_identifier(placement(tenant).role) for tenant in (self.attacker, self.victim))
-        return statement.replace("<own>", own).replace("<other>", other)
-
-    async def attack(self, *statements: str) -> Any:
-        """Run statements as the attacker, and leave its connection, and what it holds, as they are."""
-        connection = await self.stack.enter_async_context(hostile(self.workshop, self.attacker))
-        for statement in statements:
-            await connection.execute(self.fill(statement))
-        return connection
-
-    async def plainly(self, statement: str) -> str | None:
-        """The SQLSTATE of what a statement by itself, in the administrator's session, fails with; None if it works."""
-        async with self.workshop.admin() as connection:
-            await connection.execute("SET lock_timeout = '200ms'")
-            try:
-                await connection.execute(self.fill(statement))
-            except asyncpg.PostgresError as exc:
-                return databases.sqlstate(exc)
-        return None
-
-    async def connections(self, tenant: Tenant) -> int:
-        """How many connections a tenant's role has."""
-        async with self.workshop.admin() as connection:
-            query = "SELECT count(*) FROM pg_stat_activity WHERE usename = $1"
-            return int(await connection.fetchval(query, placement(tenant).role))
-
-    async def prepared(self) -> int:
-        """How many prepared transactions there are."""
-        async with self.workshop.admin() as connection:
-            return int(await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts"))
-
-    async def purge(self, tenant: Tenant) -> None:
-        """Delete and purge a tenant, within the deadline of this module."""
-        deleted = await self.change(tenant, Status.DELETED)
-        async with asyncio.timeout(SECONDS):
-            await self.workshop.provisioner.align(deleted, timeout=10)
-            await self.workshop.provisioner.purge(deleted)
-
-    async def change(self, tenant: Tenant, status: Status) -> Tenant:
-        """Change a tenant's status in the registry."""
-        _, after = await self.workshop.registry.transition(tenant.id, status, action="tenant.update")
-        return after
-
-    async def retired(self) -> set[str]:
-        """The roles that a purge could not drop."""
-        async with self.workshop.admin() as connection:
-            return set(await databases.roles(connection, self.workshop.names.retired("")))
-
-
-@asynccontextmanager
-async def hostile(workshop: Workshop, tenant: Tenant) -> AsyncIterator[Any]:
-    """A tenant's connection that is closed without a word."""
-    place = placement(tenant)
-    server = workshop.servers[place.server]
-    password = workshop.provisioner.password(tenant)
-    connection = await asyncpg.connect(
-        host=server.host, port=server.port, user=place.role, password=password, database=place.database, timeout=10
-    )
-    try:
-        yield connection
-    finally:
-        connection.terminate()
-
-
 @pytest.fixture(params=["superuser", "plain"])
 async def arena(request: pytest.FixtureRequest, server: Postgres) -> AsyncIterator[Arena]:
     """Two tenants, with either kind of administrator."""
-    async with AsyncExitStack() as stack:
-        admin_url = server.admin_url
-        if request.param == "plain":
-            admin_url = await stack.enter_async_context(plain_administrator(server))
-        name = server.new_name("hostile")
-        control_url = await server.create_database(name)
-        workshop = await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix="h")
-        stack.push_async_callback(workshop.close)
-        yield Arena(server, workshop, await workshop.create("mallory"), await workshop.create("acme"), stack)
-        await stack.aclose()
-    async with server.connect() as connection:
-        assert await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts") == 0
+    async with open_arena(server, request.param) as opened:
+        yield opened
 
 
 # --- against another tenant's purge ---------------------------------------------------------------------------------
@@ -253,6 +164,47 @@ async def test_a_role_that_cannot_be_dropped_is_left_powerless(arena: Arena) -> 
     assert await arena.retired() == set()
 
 
+async def test_a_role_that_takes_long_to_drop_does_not_stop_a_purge(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others can grant it any number of large objects: those are taken away some at a time, and reconcile goes on."""
+    monkeypatch.setattr(removal, "_BATCH", 10)
+    grant = "GRANT SELECT ON LARGE OBJECT " + ", ".join(map(str, range(1, 31))) + " TO <other>"
+    await arena.attack("SELECT lo_create(n) FROM generate_series(1, 30) AS n", grant)
+    left = """
+        SELECT count(*) FROM pg_shdepend
+        WHERE classid = 'pg_largeobject'::regclass AND deptype = 'a' AND refobjid = $1::regrole
+    """
+    async with arena.server.connect(placement(arena.attacker).database) as operator:
+        assert await operator.fetchval(left, placement(arena.victim).role) == 30
+        # nobody's session that may be ended, as long as it likes
+        await operator.execute("BEGIN; GRANT SELECT ON LARGE OBJECT 30 TO PUBLIC")
+        deleted = await arena.change(arena.victim, Status.DELETED)
+        await arena.workshop.provisioner_of(provision_timeout=4.0).purge(deleted)
+        assert (await arena.workshop.slugs())["acme"] == "purged"
+        assert await arena.workshop.present() == names_of(arena.attacker)
+        (role,) = await arena.retired()
+        await operator.execute("ROLLBACK")
+        assert await operator.fetchval(left, role) == 10
+    assert (await arena.workshop.provisioner.reconcile()).orphans == (role,)
+    assert await arena.retired() == set()
+
+
+async def test_a_purge_that_cannot_drop_the_role_has_erased_the_secrets(arena: Arena) -> None:
+    """The data is gone by then, and neither a password nor a key stays."""
+    async with arena.server.connect() as operator:
+        await operator.execute(arena.fill(f"BEGIN; {DEFAULTS}"))
+        deleted = await arena.change(arena.victim, Status.DELETED)
+        assert placement(deleted).sealed_password != b""
+        with pytest.raises(ProvisioningError, match="purging"):
+            await arena.workshop.provisioner_of(provision_timeout=3.0).purge(deleted)
+        after = await arena.workshop.registry.get(deleted.id)
+        assert (after.status, placement(after).sealed_password) == (Status.DELETED, b"")
+        assert await arena.workshop.present() == names_of(arena.attacker) | {f"role {placement(deleted).role}"}
+        await operator.execute("ROLLBACK")
+    assert (await arena.workshop.provisioner.reconcile()).purged == ("acme",)
+
+
 # --- against its own suspension, deletion, purge and password -------------------------------------------------------
 
 ROW = "ALTER ROLE CURRENT_USER PASSWORD 'x'"
@@ -299,13 +251,13 @@ async def test_reconcile_is_not_blocked(arena: Arena, attack: str) -> None:
     """It blocks the login of whoever was suspended while the server was away, and finishes a purge."""
     await arena.attack(*AGAINST_ITSELF[attack][0])
     tenant = await arena.change(arena.attacker, Status.SUSPENDED)
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PURGE_SECONDS):
         report = await arena.workshop.provisioner.reconcile()
     assert (report.corrected, report.errors) == (("mallory",), ())
     assert await arena.connections(tenant) == 0
     await arena.change(tenant, Status.DELETED)
     await arena.workshop.registry.begin_purge(tenant.id)
-    async with asyncio.timeout(SECONDS):
+    async with asyncio.timeout(PURGE_SECONDS):
         report = await arena.workshop.provisioner.reconcile()
     assert (report.purged, report.errors) == (("mallory",), ())
 
@@ -330,7 +282,7 @@ async def test_a_tenant_does_not_block_the_rotation_of_its_password(arena: Arena
     assert await arena.plainly("ALTER ROLE <own> CONNECTION LIMIT 7") == LOCKED
     secrets = secrets_of(arena)
     try:
-        async with asyncio.timeout(SECONDS):
+        async with asyncio.timeout(PURGE_SECONDS):
             await secrets.rotate_password(arena.attacker)
     finally:
         await secrets.close()
@@ -377,61 +329,7 @@ async def test_a_role_that_changes_its_row_all_the_time_is_suspended(arena: Aren
         assert await arena.connections(tenant) == 0
 
 
-# --- against logging in at all --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("database", ["maintenance", "own", "other"])
-async def test_a_tenant_does_not_lock_the_administrator_out(arena: Arena, database: str) -> None:
-    """A DROP DATABASE that it may not do queues for a lock ahead of everybody who wants to connect."""
-    workshop = arena.workshop
-    async with workshop.admin() as connection:
-        maintenance = await connection.fetchval("SELECT current_database()")
-    own, other = (placement(tenant).database for tenant in (arena.attacker, arena.victim))
-    name = {"maintenance": maintenance, "own": own, "other": other}[database]
-    quoted = quote_identifier(name)
-    await arena.attack("BEGIN", f"ALTER ROLE CURRENT_USER IN DATABASE {quoted} SET work_mem = '1MB'")
-    second = await arena.attack()
-    dropping = asyncio.create_task(second.execute(f"DROP DATABASE {quoted}"))
-    async with arena.server.connect("template1") as connection:
-        waiting = "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessExclusiveLock'"
-
-        async def waits() -> bool:
-            return bool(await connection.fetchval(waiting))
-
-        await until(waits)
-    with pytest.raises(TimeoutError):
-        await asyncpg.connect(arena.server.url(name), timeout=0.5)
-    connected = await workshop.blockers().connect(name)
-    await connected.close()
-    with pytest.raises(SERVER_FAILURES):
-        await dropping
-    await arena.purge(arena.attacker)
-
-
-async def test_the_watchdog_lets_a_tenants_own_connections_in_again(arena: Arena) -> None:
-    """Whoever waits to drop another's database keeps that tenant from connecting, until the watchdog looks."""
-    other = placement(arena.victim).database
-    quoted = quote_identifier(other)
-    await arena.attack("BEGIN", f"ALTER ROLE CURRENT_USER IN DATABASE {quoted} SET work_mem = '1MB'")
-    second = await arena.attack()
-    dropping = asyncio.create_task(second.execute(f"DROP DATABASE {quoted}"))
-    async with arena.server.connect("template1") as connection:
-
-        async def waits() -> bool:
-            return bool(
-                await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'object'")
-            )
-
-        await until(waits)
-    with pytest.raises(TimeoutError):
-        await asyncpg.connect(arena.server.url(other), timeout=0.5)
-    await arena.workshop.provisioner.end_excessive_sessions()
-    async with hostile(arena.workshop, arena.victim) as connection:
-        assert await connection.fetchval("SELECT 1") == 1
-    with pytest.raises(SERVER_FAILURES):
-        await dropping
-    assert await arena.connections(arena.attacker) == 1  # what does not wait there is left alone
-
+# --- against the whole server ---------------------------------------------------------------------------------------
 
 LOCK_BEFORE_RIGHTS = {
     "rule": "CREATE RULE r AS ON INSERT TO pg_authid DO INSTEAD NOTHING",
@@ -461,6 +359,22 @@ async def test_a_tenant_does_not_freeze_the_server(arena: Arena, kind: str) -> N
         first.terminate()
         with pytest.raises(asyncpg.InsufficientPrivilegeError):  # now that it has the lock, PostgreSQL asks
             await attack
+
+
+@pytest.mark.parametrize("arena", ["superuser"], indirect=True)
+async def test_a_dump_that_is_restored_elsewhere_takes_triggers(arena: Arena) -> None:
+    """The roles of the installation are not there: its event trigger refuses nobody then."""
+    owner = quote_identifier(arena.workshop.names.owner)
+    create = (
+        "CREATE TRIGGER t BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+    )
+    async with arena.server.connect(placement(arena.victim).database) as elsewhere:
+        assert await elsewhere.fetchval("SELECT count(*) FROM pg_event_trigger") == 1
+        await elsewhere.execute(f"ALTER ROLE {owner} RENAME TO elsewhere")
+        try:
+            await elsewhere.execute(create)
+        finally:
+            await elsewhere.execute(f"ALTER ROLE elsewhere RENAME TO {owner}")
 
 
 async def arena_is_frozen(arena: Arena, kind: str, superuser: Any) -> bool:
@@ -498,6 +412,20 @@ async def test_nobody_elses_session_is_ended(arena: Arena) -> None:
         async with hostile(arena.workshop, tenant):
             pass
     assert (await arena.workshop.provisioner.reconcile()).corrected == ("mallory",)
+
+
+async def test_a_stranger_that_waits_for_a_tenant_goes_on(arena: Arena) -> None:
+    """It keeps the administrator waiting, and a tenant it: the tenant's session is ended, and no other."""
+    await arena.attack("BEGIN", "INSERT INTO notes (body) VALUES ('x')")
+    tenant = await arena.change(arena.victim, Status.SUSPENDED)
+    async with arena.server.connect(placement(arena.attacker).database) as operator, arena.server.connect() as observer:
+        await operator.execute(arena.fill("BEGIN; ALTER ROLE <other> CONNECTION LIMIT 3"))
+        waiting = asyncio.create_task(operator.execute("LOCK TABLE notes; COMMIT"))
+        await until(lambda: observer.fetchval("SELECT count(*) = 1 FROM pg_locks WHERE NOT granted"))
+        assert await arena.plainly("ALTER ROLE <other> NOLOGIN") == LOCKED
+        await arena.workshop.provisioner.align(tenant, timeout=10)
+        await waiting
+    assert await arena.connections(arena.attacker) == 0
 
 
 async def test_a_strangers_prepared_transaction_stays(arena: Arena) -> None:

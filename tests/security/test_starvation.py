@@ -313,6 +313,32 @@ async def test_a_watchdog_that_comes_late_waits_for_room(versioned: Postgres) ->
         assert await late.end_excessive_sessions() == WatchReport()
 
 
+async def test_what_a_serializable_transaction_has_read_is_no_lock(
+    versioned: Postgres, opened: Callable[..., Any]
+) -> None:
+    """It is in a table of its own: an honest program that reads much is left alone, prepared or not."""
+    reading = (
+        "SET enable_seqscan = off; SET enable_bitmapscan = off; BEGIN ISOLATION LEVEL SERIALIZABLE;"
+        + "".join(f"SELECT body FROM notes WHERE id = {8 * n + 1};" for n in range(25))
+        + "INSERT INTO notes (body) VALUES ('x')"
+    )
+    counted = "SELECT count(*) FROM pg_locks WHERE pid IS NOT DISTINCT FROM $1 AND (mode = 'SIReadLock') = $2"
+    async with opened(max_session_locks=20) as workshop, versioned.connect() as superuser:
+        tenant = await workshop.create("acme")
+        async with workshop.connect(tenant) as session, workshop.connect(tenant) as prepared:
+            # eight rows are a page
+            await session.execute("INSERT INTO notes (body) SELECT repeat('x', 900) FROM generate_series(1, 300)")
+            await session.execute(reading)
+            await prepared.execute(reading + "; PREPARE TRANSACTION 'honest'")
+            for pid in (session.get_server_pid(), None):
+                assert await superuser.fetchval(counted, pid, True) > 20
+                assert 0 < await superuser.fetchval(counted, pid, False) < 20
+            for _ in range(2):  # the second time, its roles are known
+                assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
+            await session.execute("COMMIT")
+            await prepared.execute("ROLLBACK PREPARED 'honest'")
+
+
 async def test_0_is_no_bound(versioned: Postgres) -> None:
     """The operator may switch each of them off."""
     off = {

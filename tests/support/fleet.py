@@ -60,7 +60,7 @@ class Fleet:
         """An administrator's connection to a tenant's database."""
         placement = (await self.registry.by_slug(slug)).placement
         assert placement is not None
-        connection = await self.services.servers[placement.server].connect_admin(placement.database)
+        connection = await self.services.provisioner.connect_admin(placement.server, placement.database)
         try:
             yield connection
         finally:

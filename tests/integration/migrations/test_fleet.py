@@ -57,7 +57,7 @@ async def test_what_is_at_head_is_left_alone(fleet: Fleet) -> None:
 async def test_a_tenant_at_head_costs_one_connection_and_one_select(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = fleet.services.servers["default"]
+    server: Any = fleet.services.servers["default"]
     connect = server.connect_admin
     queries: dict[str | None, list[str]] = {}
 

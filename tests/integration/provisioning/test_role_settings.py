@@ -11,11 +11,12 @@ import asyncpg
 import pytest
 
 from tenancy_orm.audit.log import AuditLog
+from tenancy_orm.errors import ConfigurationError, ProvisioningError
 from tenancy_orm.provisioning import ReconcileReport, databases, role_settings
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.pipeline import tenant_key
 from tenancy_orm.secrets.sealed import SealedPasswords
-from tenancy_orm.tenant import Tenant
+from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, placement, plain_workshop, superuser_workshop
 
@@ -232,6 +233,56 @@ async def test_open_work_of_others_is_not_ended(workshop: Workshop) -> None:
         await own.execute("COMMIT")
         await theirs.execute("ROLLBACK")
         assert await own.fetchval("SELECT body FROM notes") == "kept"
+
+
+async def test_what_is_interrupted_goes_on_from_there(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A role can have settings for every database of the server: they go some at a time."""
+    monkeypatch.setattr(role_settings, "_BATCH", 2)
+    tenant = await workshop.create("acme")
+    role = placement(tenant).role
+    async with workshop.admin() as admin:
+        names = [row["datname"] for row in await admin.fetch("SELECT datname FROM pg_database")]
+        names.sort()
+        assert len(names) > 3
+        async with workshop.connect(tenant) as connection:
+            for name in names:
+                await connection.execute(f"ALTER ROLE CURRENT_USER IN DATABASE \"{name}\" SET work_mem = '1GB'")
+        await admin.execute(f'BEGIN; ALTER ROLE "{role}" IN DATABASE "{names[-1]}" SET jit = off')
+        with pytest.raises(ProvisioningError):
+            await workshop.provisioner.align(tenant, timeout=2)
+        await admin.execute("ROLLBACK")
+        left = (await role_settings.look(admin, role))[role].databases
+        assert sorted(left) == names[-(len(names) % 2 or 2) :]
+    await by_align(workshop, tenant)
+    await settings_of(workshop, tenant)  # which has none for a database
+
+
+async def test_a_value_that_postgresql_refuses_is_named(workshop: Workshop) -> None:
+    """Before anything is created by it."""
+    refusing = workshop.provisioner_of(role_settings={"work_mem": "lots"})
+    with pytest.raises(ConfigurationError, match="'work_mem'"):
+        await refusing.create(workshop.draft("acme"), key=None)
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
+
+
+async def test_a_value_that_postgresql_refuses_keeps_nobody_from_being_suspended(
+    workshop: Workshop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor a password from being changed; the log says what was left."""
+    tenant = await workshop.create("acme")
+    workshop.config = workshop.config.replace(role_settings={"work_mem": "lots"})
+    await by_rotation(workshop, tenant)
+    tenant = await workshop.registry.get(tenant.id)
+    async with workshop.connect(tenant) as connection:
+        assert await connection.fetchval("SELECT 1") == 1
+    assert [record.levelname for record in caplog.records if "settings" in record.message] == ["ERROR"]
+    _, suspended = await workshop.registry.transition(tenant.id, Status.SUSPENDED, action="tenant.update")
+    refusing = workshop.provisioner_of()
+    await refusing.align(suspended)
+    with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
+        async with workshop.connect(suspended):
+            pass
+    assert [record.levelname for record in caplog.records if "settings" in record.message] == ["ERROR", "ERROR"]
 
 
 # --- members --------------------------------------------------------------------------------------------------------
