@@ -69,6 +69,27 @@ async def test_an_approle_logs_in_and_again_when_its_token_has_expired(vault: Fa
     await connection.close()
 
 
+async def test_a_token_that_another_call_has_just_renewed_is_no_refusal(
+    vault: FakeVault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that asks whether its token is valid is told of the new one."""
+    connection = VaultConnection(vault.url, role_id="role-1", secret_id="secret-1")
+    secrets = VaultSecrets(connection)
+    assert await secrets.read("encryption_keys") == "1:abc"
+    expired = connection._client.token
+    vault.tokens.clear()
+    asks = connection._is_valid
+
+    async def after_another() -> bool:
+        await connection._log_in(expired)
+        return await asks()
+
+    monkeypatch.setattr(connection, "_is_valid", after_another)
+    assert await secrets.read("encryption_keys") == "1:abc"
+    assert vault.logins == 2
+    await connection.close()
+
+
 async def test_a_refused_token_is_an_error(vault: FakeVault) -> None:
     """Not a missing secret. A wrong AppRole is another."""
     for connection in (
