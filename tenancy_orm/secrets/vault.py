@@ -98,8 +98,8 @@ class VaultConnection:
         try:
             return await self._run(request, missing)
         except _ForbiddenError as exc:
-            # a new token would be refused as well, where it is the policy that does not admit the request; unless it was
-            # another call that has just got it
+            # A new token would be refused as well, where it is the policy that does not admit the request. But the one
+            # that is valid may be new itself: another call has got it.
             if self._role_id is None or (await self._is_valid() and self._client.token == used):
                 raise SecretProviderError(str(exc)) from None
         await self._log_in(used)
