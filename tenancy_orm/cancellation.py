@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def settled(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to its end even if the caller is cancelled meanwhile, once or repeatedly; then be cancelled.
+    """Run ``work`` to its end even if the caller is cancelled, once or repeatedly; then be cancelled.
 
     Whoever handles the cancellation can so be sure that the work has happened or has failed, and is not still about
     to happen: a COMMIT that was sent cannot be called back. The work itself must have a deadline.

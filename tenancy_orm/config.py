@@ -47,7 +47,7 @@ class Limit:
     """How much of a resource a tenant may use per period.
 
     ``amount`` is a whole number of the resource's own unit, at most 10**15; None means no limit (usage is still
-    counted). ``period``: "lifetime" counts up and down, "day" and "month" begin anew in the tenant's time zone,
+    counted). ``period``: "lifetime" counts up and down, "day" and "month" start again in the tenant's time zone,
     "concurrent" bounds what is held at one moment. ``soft`` lists fractions of the limit (0.8, say) at which an event
     is raised.
     """
@@ -128,7 +128,7 @@ class UpgradePolicy:
     """At ``fraction`` of ``resource`` for ``sustained``, propose or apply the next tier.
 
     ``UpgradePolicy(resource="storage_bytes", fraction=0.9, sustained=timedelta(days=3))`` reads: at 90 % of storage for
-    three days, propose the next tier. What falls below the fraction between two evaluations begins anew, so this suits
+    three days, propose the next tier. What falls below the fraction between two evaluations starts again, so this suits
     limits per lifetime or month better than those per day.
 
     Args:
@@ -137,7 +137,7 @@ class UpgradePolicy:
         sustained: For how long.
         apply: Whether the tier is changed, or only proposed.
         next_tier: The next tier of each; the order of ``TenancyConfig.tiers`` where it is empty.
-        name: What it is told from other policies by; the resource and the fraction ("storage_bytes:0.9") where it is
+        name: What distinguishes it from other policies; the resource and the fraction ("storage_bytes:0.9") where it is
             empty.
     """
 

@@ -163,7 +163,7 @@ def close_generators_unbound() -> None:
     """Keep what an abandoned async generator does in its ``finally`` from being done for a stranger.
 
     The garbage collector finds such a generator while any request runs, and the event loop then closes it in a task
-    with a copy of *that* context: with another tenant bound. The event loop sets its hook anew whenever it begins to
+    with a copy of *that* context: with another tenant bound. The event loop sets its hook again whenever it begins to
     run, so this is called with every binding; by the middleware, whenever it looks a key up.
     """
     finalizer = sys.get_asyncgen_hooks().finalizer

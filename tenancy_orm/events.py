@@ -1,9 +1,9 @@
 """Typed in-process events: what happened, for metrics, tracing and the application's own subscribers.
 
 Subscribe with ``tenancy.events.subscribe(TenantCreated, callback)``; subscribing to a base class receives all of its
-subclasses. A callback runs after the fact, and after the commit where it is told of a change: one that fails is logged
-and never breaks the operation. Delivery is at most once and within this process: nothing is written down, so a process
-that ends takes with it what was not yet delivered.
+subclasses. A callback runs after the fact, and after the commit where the event is about a change: one that fails is
+logged and never breaks the operation. Delivery is at most once and within this process: nothing is written down, so a
+process that ends takes with it what was not yet delivered.
 
 A plain function is called at once, by the task that emits and with its tenant bound: for as long as it runs, nothing
 else does, so it must not block. A coroutine runs later, in a task of its own with an empty context: no tenant is bound.

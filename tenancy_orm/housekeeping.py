@@ -89,7 +89,7 @@ class Maintenance:
 
 
 class _Run:
-    """What one run does to tenants, and what became of it."""
+    """What one run does to tenants, and how it ended."""
 
     def __init__(self, tenants: TenantManager, actor: Actor) -> None:
         self._tenants = tenants

@@ -74,7 +74,7 @@ class Tenant:
     admission: Admission | None = field(default=None, repr=False)
 
     def __eq__(self, other: object) -> bool:
-        """Compare by id alone: a tenant that was renamed or suspended meanwhile is the same tenant."""
+        """Compare by id alone: a tenant that was renamed or suspended is the same tenant."""
         return isinstance(other, Tenant) and other.id == self.id
 
     def __hash__(self) -> int:

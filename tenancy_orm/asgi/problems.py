@@ -1,4 +1,4 @@
-"""What a caller is told when a request is refused: problem documents (RFC 9457).
+"""What a caller gets when a request is refused: problem documents (RFC 9457).
 
 They say what the caller can do about it, and nothing about the inside: no database, no server, no other tenant, and
 not why a key is not valid. HTTP codes live in this package alone.

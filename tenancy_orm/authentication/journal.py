@@ -192,7 +192,7 @@ class KeyJournal:
                     await connection.execute(_TOUCH, values)
         except BaseException:
             for key in taken:
-                # those used again meanwhile are noted already
+                # those that were used again are noted already
                 if not key.noted:
                     self.note_use(key)
             raise

@@ -94,7 +94,7 @@ async def grant_application(conn: AsyncConnection, role: str) -> None:
     Raises:
         ConfigurationError: the role does not exist; or nothing here could hold it back, since it is a superuser, is or
             can make itself a member of the tables' owner, or is above row-level security; or it would have more than
-            is granted here, by way of PUBLIC or another role. The transaction must not be committed then.
+            is granted here, through PUBLIC or another role. The transaction must not be committed then.
         ControlSchemaError: the control database has no viewer role.
     """
     row = (await conn.execute(_ROLE, {"role": role})).one_or_none()

@@ -44,7 +44,7 @@ _schema_changed: ContextVar[float] = ContextVar("tenancy_orm.migrations.schema_c
 class FleetDialect(PGDialect_asyncpg):
     """The asyncpg dialect, shared by connections to many databases at once.
 
-    DDL makes a dialect's every connection prepare its statements anew; here that stays with the task that ran the DDL.
+    DDL makes a dialect's every connection prepare its statements again; here that stays with the task that ran the DDL.
     """
 
     supports_statement_cache = True
@@ -387,7 +387,7 @@ _NOTICE_DEATH = "pg_catalog.set_config('client_connection_check_interval', '2s',
 
 
 async def close(connection: Connection, *, timeout: float = 5.0) -> None:
-    """Close a connection for good, also when cancelled meanwhile, and by force where the server does not answer."""
+    """Close a connection for good, also when cancelled, and by force where the server does not answer."""
     await settled(_close(connection, timeout))
 
 

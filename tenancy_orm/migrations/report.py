@@ -11,7 +11,7 @@ from ..errors import FleetMigrationError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantOutcome:
-    """What became of one tenant.
+    """How it ended for one tenant.
 
     Revisions are as ``plan.format_revision`` writes them. ``changed`` tells whether this run applied something; where
     it failed, ``after`` is the revision last seen, and ``error`` one line that says why.
@@ -35,7 +35,7 @@ class TenantOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetReport:
-    """What became of all tenants, in order of their creation.
+    """How it ended for all tenants, in order of their creation.
 
     ``skipped`` are the slugs of those that were not begun, because an earlier failure stopped the run.
     """
@@ -95,7 +95,7 @@ class Progress(Protocol):
     """Told how a run goes on, from the event loop that runs it: for a progress bar."""
 
     def total(self, count: int) -> None:
-        """There are ``count`` tenants to do; called again when tenants that were created meanwhile are added."""
+        """There are ``count`` tenants to do; called again when tenants are added that were created during the run."""
 
     def done(self, outcome: TenantOutcome) -> None:
         """One tenant is done, well or not."""

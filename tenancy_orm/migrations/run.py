@@ -1,4 +1,4 @@
-"""One command over the fleet: which tenants, in what order, and what became of each."""
+"""One command over the fleet: which tenants, in what order, and how it ended for each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .selection import Selection, TenantRef
 from .services import FleetServices
 from .spread import interleave, spread
 
-_PASSES = 10  # how often a run looks for tenants that were created meanwhile
+_PASSES = 10  # how often a run looks for tenants that were created during it
 
 
 class Run:

@@ -128,7 +128,7 @@ class SecretManager:
             refuse_while_bound("rotating all passwords")
         if concurrency < 1:
             raise ConfigurationError("concurrency must be at least 1")
-        # looked up first, so that a slug that is nobody's is not taken for a tenant that was purged meanwhile
+        # looked up first, so that a slug that is nobody's is not taken for a tenant that has just been purged
         found = await self._all() if tenants is None else [await self._registry.find(each) for each in tenants]
         queue = iter(found)
         rotated, failed = 0, {}
@@ -140,7 +140,7 @@ class SecretManager:
                     await self.rotate_password(tenant, actor=actor)
                     rotated += 1
                 except TenantNotFoundError:
-                    continue  # purged meanwhile
+                    continue  # purged since it was listed
                 except TenancyError as exc:
                     logger.error("the password of tenant %s was not rotated: %s", tenant.slug, exc)
                     failed[tenant.slug] = str(exc)
@@ -197,7 +197,7 @@ class SecretManager:
         ``encryption_keys``: every process must know it before it is made the last one.
 
         Look at the report before an old key goes: ``failed`` are passwords that were not sealed again, ``remaining``
-        the old keys that something is still sealed under, such as what a process has created meanwhile.
+        the old keys that something is still sealed under, such as what another process has just created.
 
         Raises:
             SecretProviderError: the new data key cannot be wrapped, or does not unwrap; nothing is sealed under it.

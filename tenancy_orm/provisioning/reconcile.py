@@ -240,7 +240,7 @@ class Reconciler:
         async with asyncio.timeout(self._timeout):
             present = {state.name for state in await databases.database_states(connection, names.stem)}
             present |= set(await databases.roles(connection, names.stem))
-        # in this order: a creation that begins meanwhile has its row before its database
+        # in this order: a creation that begins now has its row before its database
         known = await self._parts.registry.placements(server)
         for name in sorted(present - known):
             tenant_id = names.parse(name)

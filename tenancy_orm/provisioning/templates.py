@@ -117,7 +117,7 @@ class Templates:
             return self._ready[wanted]
 
     def forget(self, template: TemplateInfo) -> None:
-        """Look for this template anew the next time: it was dropped by somebody."""
+        """Look for this template again the next time: it was dropped by somebody."""
         self._ready = {wanted: found for wanted, found in self._ready.items() if found != template}
 
     async def clone(
@@ -132,7 +132,7 @@ class Templates:
 
         Raises:
             DatabaseExistsError: there is a database of that name.
-            TemplateError: the template is gone, or somebody is connected to it; the next creation builds it anew.
+            TemplateError: the template is gone, or somebody is connected to it; the next creation builds it again.
         """
         try:
             await databases.create_database(

@@ -166,7 +166,7 @@ class LeasedQuota:
         return not self._returning
 
     def expire(self) -> None:
-        """Let the next ``consume`` return what is in hand and ask anew: the limit may have changed.
+        """Let the next ``consume`` return what is in hand and ask again: the limit may have changed.
 
         That holds for a block that is on its way as well.
         """
@@ -334,7 +334,7 @@ class LeaseKeeper:
                 self._renewed = now
         for lease, idle_since in list(self._leases.items()):
             if lease not in self._leases:
-                continue  # returned meanwhile
+                continue  # returned since
             since = (idle_since or now) if lease.idle() else None
             self._leases[lease] = since
             if lease.id in called or (since is not None and now - since > IDLE_SECONDS):

@@ -171,7 +171,7 @@ class Budget(Generic[T]):
         self._settle()
 
     def withdraw(self, share: Share[T], waiter: Waiter[T | None]) -> None:
-        """Wait no longer. What it may have been served with meanwhile is the caller's to give back."""
+        """Wait no longer. What the waiter was served with by then is the caller's to give back."""
         queue = self._waiting.get(share)
         if queue is not None and waiter in queue:
             queue.remove(waiter)

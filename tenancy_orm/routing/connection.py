@@ -216,7 +216,7 @@ TenantEngine._option_cls = _TenantOptionEngine
 class TenantExecutionContext(PGExecutionContext_asyncpg):
     """Keeps on the tenant's pool what SQLAlchemy keeps on the dialect: when prepared statements became stale.
 
-    On the shared dialect, a change to one tenant's schema would make every tenant's connections prepare all anew.
+    On the shared dialect, a change to one tenant's schema would make all tenants' connections prepare everything again.
     """
 
     def handle_dbapi_exception(self, e: BaseException) -> None:

@@ -118,7 +118,7 @@ class TenantPool(Pool):
         return None
 
     def _still_alive(self, record: Record) -> bool:
-        """Whether what the server has said meanwhile was not that it ends the connection."""
+        """Whether the unread data was something else than the server's farewell."""
         connection = cast("TenantConnection", record.dbapi_connection)
         try:
             await_(connection.listen())

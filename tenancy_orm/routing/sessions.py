@@ -46,7 +46,7 @@ class Router:
         keyring: Opens the tenants' passwords.
         installation: The id of this installation.
         events: Where openings, evictions and incidents are told.
-        passwords: Reads a tenant's sealed passwords from the registry, for when PostgreSQL refuses the one at hand.
+        passwords: Reads a tenant's sealed passwords from the registry, for when PostgreSQL refuses the one it has.
     """
 
     def __init__(

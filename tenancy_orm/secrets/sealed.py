@@ -1,4 +1,4 @@
-"""The tenants' stored passwords: read anew, rotated in two steps, and sealed under another key.
+"""The tenants' stored passwords: read again, rotated in two steps, and sealed under another key.
 
 Every statement on ``sealed_password`` and ``next_sealed_password`` but their first INSERT and their purge is here.
 """

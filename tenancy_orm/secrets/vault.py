@@ -125,7 +125,7 @@ class VaultConnection:
     async def _log_in(self, refused: str) -> None:
         async with self._login:
             if self._client.token != refused:
-                return  # another call has logged in meanwhile
+                return  # another call has just logged in
 
             def log_in(client: Any) -> None:
                 client.auth.approle.login(

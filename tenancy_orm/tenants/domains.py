@@ -219,7 +219,7 @@ class DomainManager:
 
 
 async def _hold(connection: AsyncConnection, tenant: Tenant) -> None:
-    """Refuse a deleted tenant a domain, and keep it from being purged meanwhile: nobody could have the domain then."""
+    """Refuse a deleted tenant a domain, and let no purge in before the commit: nobody could have the domain then."""
     _, status = await hold_tenant(connection, tenant.id)
     if status is Status.DELETED:
         raise TenantDeletedError(tenant.slug)

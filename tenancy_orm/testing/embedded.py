@@ -442,7 +442,7 @@ class EmbeddedServer:
                 self._run([*command, "-t", str(START_SECONDS), "-o", options], "PostgreSQL's start", log=log)
                 break
             except EmbeddedServerError:
-                # Either the port was taken meanwhile, or backends of a killed server still hold its shared memory
+                # Either the port has just been taken, or backends of a killed server still hold its shared memory
                 # for a moment; anything else fails again.
                 lost_port = self._requested_port is None and not _is_free(port)
                 if time.monotonic() > deadline or not (lost_port or _shared_memory_busy(log)):
