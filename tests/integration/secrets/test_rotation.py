@@ -15,8 +15,7 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant
-from tenancy_orm import tenancy as tenancy_module
+from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant, assembly
 from tenancy_orm.errors import (
     ConfigurationError,
     ControlUnavailableError,
@@ -816,7 +815,7 @@ async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
     async with opened(wrapped_config, initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
         async with deaf(wrapped_config) as rotating:
-            monkeypatch.setattr(tenancy_module, "_RENEW_SECONDS", 0.05)
+            monkeypatch.setattr(assembly, "_RENEW_SECONDS", 0.05)
             async with deaf(wrapped_config) as waiting:
                 report = await tenancy.secrets.rotate_encryption_key()
                 await until(lambda: waiting._open.keyring.current == report.key_id)
