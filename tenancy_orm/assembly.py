@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 from uuid import UUID
 
-from .audit.actor import Actor
 from .audit.checkpoints import Checkpoint, Signer
 from .audit.log import AuditLog
 from .authentication.directory import Directory
@@ -81,6 +80,7 @@ class Assembly:
     tenants: TenantManager
     domains: DomainManager
     maintenance: Maintenance
+    sealed: SealedPasswords
     secrets: SecretManager
     tiers: TierRegistry
     upgrades: Upgrades
@@ -156,17 +156,18 @@ class Assembly:
             keyring=self.keyring,
             installation=self.control.installation,
             events=events,
-            passwords=self._passwords,
+            passwords=self.sealed,
         )
         self._opened.append(self.router.close)
         self.directory.on_invalidate(self._forget)
+        self.sealed.on_read(self.directory.invalidate)
         self._build_provisioning()
         self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
         self.quotas = QuotaManager(self.control, config, events, self.audit)
         self._opened.append(self.quotas.close)
         self.directory.on_invalidate(self.quotas.invalidate)
         self.metrics = TenantMetrics(self.control)
-        self.sampler = StorageSampler(self.control, self.quotas, self.provisioner.connect_admin)
+        self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
         self.tenants = TenantManager(
             config=config,
             registry=self.registry,
@@ -248,10 +249,7 @@ class Assembly:
         self.migrations = FleetMigrator(services)
 
     def _build_billing(self) -> None:
-        async def change_tier(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
-            await self.tenants.update(tenant_id, tier=tier, expected_tier=expected, actor=actor)
-
-        self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, change_tier)
+        self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, self.tenants)
         sender = self.config.usage_sender
         self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
         if (close := getattr(sender, "close", None)) is not None:
@@ -297,12 +295,6 @@ class Assembly:
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _passwords(self, tenant_id: UUID) -> Sequence[bytes]:
-        """Read a tenant's sealed passwords anew, for a login that was refused: what is remembered of it is too old."""
-        found = await self.sealed.of(tenant_id)
-        self.directory.invalidate(tenant_id=tenant_id)
-        return found
 
     async def _keep_keys(self, data_keys: DataKeys) -> None:
         """Learn of new data keys in a process that hears of no change, so that old ones can be forgotten."""

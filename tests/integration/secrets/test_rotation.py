@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -229,12 +229,13 @@ async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, t
         await tenancy.secrets.rotate_password(acme)
         connector, asked = other.router._connector("default"), []
 
-        async def passwords(tenant_id: UUID) -> Sequence[bytes]:
-            # and the directory is left as it is, or the next session would have another pool
-            asked.append(tenant_id)
-            return await other._open.sealed.of(tenant_id)
+        class Asked(SealedPasswords):
+            async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
+                asked.append(tenant_id)
+                return await super().of(tenant_id)
 
-        connector._passwords = passwords
+        # nobody subscribed to it: the directory is left as it is, or the next session would have another pool
+        connector._passwords = Asked(other.control, other.audit, other._open.keyring)
         async with AsyncExitStack() as stack:
             for _ in range(3):
                 session = await stack.enter_async_context(other.session("acme"))
@@ -351,12 +352,14 @@ async def test_without_the_registry_the_refusal_itself_is_raised(
     """The control database being away as well does not hide why the connection failed."""
     (acme,) = await created(tenancy, "acme")
 
-    async def away(tenant_id: object) -> tuple[bytes, ...]:
-        raise ControlUnavailableError("the control database is not available")
+    class Away(SealedPasswords):
+        async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
+            raise ControlUnavailableError("the control database is not available")
 
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
         await tenancy.secrets.rotate_password(acme)
+        away = Away(other.control, other.audit, other._open.keyring)
         monkeypatch.setattr(other.router._connector("default"), "_passwords", away)
         with pytest.raises(LoginRefusedError) as caught:
             await works(other, acme)
