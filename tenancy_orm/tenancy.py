@@ -1,4 +1,4 @@
-"""``Tenancy``: the one object an application holds. It builds, opens and closes everything else."""
+"""``Tenancy``: the one object an application holds."""
 
 from __future__ import annotations
 
@@ -6,68 +6,48 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from contextvars import Context
-from datetime import UTC, datetime, timedelta
-from importlib.metadata import entry_points
 from types import TracebackType
-from typing import Any, ParamSpec, Protocol, Self, TypeVar, overload
-from uuid import UUID
+from typing import Any, ParamSpec, Self, TypeVar, overload
 
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from .assembly import Assembly
 from .audit.actor import SYSTEM, Actor
-from .audit.checkpoints import Checkpoint, Signer
 from .audit.log import AuditLog
 from .authentication.directory import Directory
 from .authentication.keys import KeyManager
 from .config import TenancyConfig
-from .context import bind, current_tenant_or_none, refuse_while_bound, set_current
-from .control.database import Administrator, ControlDatabase
-from .control.names import Names
-from .errors import ConfigurationError, NoTenantError, NotOpenError, TenancyError
+from .context import bind, refuse_while_bound
+from .control.database import ControlDatabase
+from .errors import ConfigurationError, NotOpenError
 from .events import DRAIN_TIMEOUT, EventBus
-from .housekeeping import Maintenance, MaintenanceReport
+from .housekeeping import MaintenanceReport
 from .loops import HomeLoop
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import Upgrades
 from .metering.usage import UsageExporter
-from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
+from .migrations import FleetMigrator
 from .migrations.environment import register_factory
-from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
 from .provisioning.credentials import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
-from .registry.lifecycle import check_usable
 from .registry.registry import Registry
 from .routing import Router, Servers
-from .secrets.data_keys import DataKeys
-from .secrets.keyring import Keyring
-from .secrets.providers import read_secrets
-from .secrets.sealed import SealedPasswords
+from .scopes import BoundTenants, ResolvedSession, resolve
 from .tenant import Status, Tenant
 from .tenants.domains import DomainManager
 from .tenants.manager import TenantManager, TenantRef
-from .tenants.tiers import TierRegistry, differing
+from .tenants.tiers import TierRegistry
 
 logger = logging.getLogger("tenancy_orm")
 
-_RENEW_SECONDS = 300.0  # how often a process reads the data keys that nobody tells it of
-_SAMPLE_SECONDS = 240.0  # maintenance samples the tenants' databases unless this was done so recently
-
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class _ProvidedServer(Protocol):
-    control_url: str
-    server_url: str
-    encryption_key: str
-
-    async def close(self) -> None: ...
 
 
 class Tenancy:
@@ -88,7 +68,7 @@ class Tenancy:
         self.events = EventBus()
         # how many requests a second each tenant may make of this process: state of its own, which nothing opens
         self.rates = Rates(self.configured.tiers, processes=self.configured.rate_processes)
-        self._parts: _Parts | None = None
+        self._assembly: Assembly | None = None
         self._home: HomeLoop | None = None  # from the beginning of ``open`` to the end of ``close``
         self._claims = 0  # calls of these two under way
         self._claiming = threading.Lock()  # it protects the two above against other threads
@@ -97,7 +77,7 @@ class Tenancy:
 
     def __repr__(self) -> str:
         """Tell whether it is open; no configuration, which holds credentials."""
-        return f"<Tenancy {'open' if self._parts else 'closed'}>"
+        return f"<Tenancy {'open' if self._assembly else 'closed'}>"
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
@@ -119,8 +99,8 @@ class Tenancy:
         """
         with self._at_home():
             async with self._opening:
-                if self._parts is None:
-                    self._parts = await _Parts.build(self.configured, self.events, initialise=initialise)
+                if self._assembly is None:
+                    self._assembly = await Assembly.build(self.configured, self.events, initialise=initialise)
         return self
 
     async def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:
@@ -138,7 +118,7 @@ class Tenancy:
                 await self.events.drain(timeout)
             finally:
                 try:
-                    await self._close_parts()
+                    await self._close_assembly()
                 finally:
                     await self.events.cancel()
 
@@ -160,28 +140,28 @@ class Tenancy:
             with self._claiming:
                 if home is self._home:
                     self._claims -= 1
-                    if not self._claims and self._parts is None:
+                    if not self._claims and self._assembly is None:
                         self._home = self.events.home = self.rates.home = None
 
     def _forget(self) -> None:
         """Give up what belongs to an event loop that was closed first: nothing can be closed there any more."""
-        if self._parts is not None:
+        if self._assembly is not None:
             logger.warning(
                 "the event loop of an open Tenancy was closed; its connections and background tasks are given up. "
                 "Close a Tenancy in the loop that opened it"
             )
-        self._home = self._parts = None
+        self._home = self._assembly = None
         self._claims = self._entered = 0
         self.events.forget()
 
-    async def _close_parts(self) -> None:
+    async def _close_assembly(self) -> None:
         async with self._opening:
-            parts, self._parts = self._parts, None
-            if parts is not None:
+            assembly, self._assembly = self._assembly, None
+            if assembly is not None:
                 # A caller that is cancelled does not keep the remaining parts open. And what the parts write down at
                 # their end is for all tenants, so they run unbound.
                 loop = asyncio.get_running_loop()
-                await asyncio.shield(loop.create_task(parts.close(), context=Context()))
+                await asyncio.shield(loop.create_task(assembly.close(), context=Context()))
 
     async def __aenter__(self) -> Self:
         """Open. Blocks may be nested; the outermost one closes."""
@@ -206,7 +186,7 @@ class Tenancy:
     @property
     def is_open(self) -> bool:
         """Whether it is open."""
-        return self._parts is not None
+        return self._assembly is not None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -216,22 +196,22 @@ class Tenancy:
             NotOpenError: it is not open.
         """
         home = self._home
-        if self._parts is None or home is None or home.loop is None:
+        if self._assembly is None or home is None or home.loop is None:
             raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
         return home.loop
 
     @property
-    def _open(self) -> _Parts:
-        if self._parts is None:
+    def _open(self) -> Assembly:
+        if self._assembly is None:
             raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
-        return self._parts
+        return self._assembly
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> TenancyConfig:
         """The configuration in force: once open, with the embedded server's addresses and keys filled in."""
-        return self._parts.config if self._parts else self.configured
+        return self._assembly.config if self._assembly else self.configured
 
     @property
     def tenants(self) -> TenantManager:
@@ -307,9 +287,9 @@ class Tenancy:
     @property
     def directory(self) -> Directory:
         """The cached look-up of keys and tenants."""
-        parts = self._parts
+        assembly = self._assembly
         # not by way of _open where it need not be: every request comes through here
-        return self._open.directory if parts is None else parts.directory
+        return self._open.directory if assembly is None else assembly.directory
 
     @property
     def router(self) -> Router:
@@ -367,7 +347,8 @@ class Tenancy:
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
-        return _SessionScope(self._open, tenant, operator, options)
+        assembly = self._open
+        return ResolvedSession(assembly.directory, assembly.router, tenant, operator=operator, options=options)
 
     @asynccontextmanager
     async def transaction(
@@ -389,7 +370,7 @@ class Tenancy:
             CrossTenantError: another tenant is bound; a scope cannot be switched from inside.
             TenantNotFoundError: there is no such tenant.
         """
-        found = await self._open.resolve(tenant)
+        found = await resolve(self._open.directory, tenant)
         with bind(found):
             yield found
 
@@ -498,366 +479,6 @@ class Tenancy:
         async with self.transaction(tenant, operator=operator) as session:
             result = await session.connection()
             return (await result.execute(text(sql), dict(parameters or {}))).rowcount
-
-
-class BoundTenants:
-    """An iterator over tenants that binds each in turn.
-
-    An ``async for`` tells its iterator nothing when the loop is left early. This is a plain object, so that CPython
-    finalises it right there, in the same context, and the binding ends with the loop; an async generator would be
-    closed later, elsewhere.
-    """
-
-    def __init__(self, source: AsyncIterator[Tenant]) -> None:
-        refuse_while_bound("iterating over the fleet")
-        self._source = source
-        self._bound: Tenant | None = None
-
-    def __aiter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    async def __anext__(self) -> Tenant:
-        """Bind and return the next tenant.
-
-        Raises:
-            CrossTenantError: the body has bound a tenant of its own, which this would replace.
-        """
-        self.release()
-        refuse_while_bound("iterating over the fleet")
-        tenant = await anext(self._source)
-        set_current(tenant)
-        self._bound = tenant
-        return tenant
-
-    def release(self) -> None:
-        """End the binding of the tenant returned last, if it is in force here."""
-        if self._bound is not None and current_tenant_or_none() is self._bound:
-            set_current(None)
-        self._bound = None
-
-    def __del__(self) -> None:
-        """End the binding when the loop is left."""
-        self.release()
-
-
-class _SessionScope:
-    """``async with tenancy.session()``: resolves the tenant, then is the router's session."""
-
-    __slots__ = ("_inner", "_operator", "_options", "_parts", "_tenant")
-
-    def __init__(self, parts: _Parts, tenant: TenantRef | None, operator: bool, options: dict[str, Any]) -> None:
-        self._parts = parts
-        self._tenant = tenant
-        self._operator = operator
-        self._options = options
-        self._inner: AbstractAsyncContextManager[AsyncSession] | None = None
-
-    async def __aenter__(self) -> AsyncSession:
-        tenant = await self._parts.resolve(self._tenant)
-        bound = current_tenant_or_none()
-        check_usable(tenant, operator=self._operator or (bound is not None and bound.operator))
-        self._inner = self._parts.router.session(tenant, **self._options)
-        session = await self._inner.__aenter__()
-        if bound is not None and bound.admission is not None:
-            session.sync_session.admission = bound.admission  # type: ignore[attr-defined]
-        return session
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        if self._inner is None:
-            return None
-        return await self._inner.__aexit__(kind, error, traceback)
-
-
-class _Parts:
-    """Everything an open ``Tenancy`` is made of."""
-
-    config: TenancyConfig
-    control: ControlDatabase
-    keyring: Keyring
-    names: Names
-    audit: AuditLog
-    registry: Registry
-    directory: Directory
-    keys: KeyManager
-    quotas: QuotaManager
-    metrics: TenantMetrics
-    sampler: StorageSampler
-    servers: Servers
-    router: Router
-    provisioner: Provisioner
-    migrations: FleetMigrator
-    tenants: TenantManager
-    domains: DomainManager
-    maintenance: Maintenance
-    secrets: SecretManager
-    tiers: TierRegistry
-    upgrades: Upgrades
-    usage_exporter: UsageExporter | None
-
-    def __init__(self, config: TenancyConfig, events: EventBus, provided: _ProvidedServer | None) -> None:
-        self.config = config
-        self.events = events
-        self._provided = provided
-        self._opened: list[Callable[[], Awaitable[None]]] = []
-        self._data_keys: DataKeys | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @classmethod
-    async def build(cls, config: TenancyConfig, events: EventBus, *, initialise: bool | None) -> _Parts:
-        provided = None
-        if config.is_embedded:
-            provided = await _provide(config.control_url)
-            config = config.replace(
-                control_url=provided.control_url,
-                servers=config.servers or {"default": provided.server_url},
-                encryption_keys=config.encryption_keys or {"1": provided.encryption_key},
-            )
-        parts = cls(config, events, provided)
-        try:
-            await parts._open(provided is not None if initialise is None else initialise)
-        except BaseException:
-            await asyncio.shield(parts.close())
-            raise
-        return parts
-
-    async def _open(self, initialise: bool) -> None:
-        events = self.events
-        if provided := self._provided:
-            self._opened.append(provided.close)
-        self._close_with(self.config.secrets, self.config.key_wrapper)
-        config = self.config = await read_secrets(self.config)
-        self.control = ControlDatabase(
-            config.control_url,
-            pool_size=config.control_pool_size,
-            connect_timeout=config.connect_timeout,
-            name_prefix=config.name_prefix,
-        )
-        self._opened += [self.control.close, self._end_tasks]
-        self.servers = Servers(config)
-        self._opened.append(self.servers.close)
-        if initialise:
-            await self.control.upgrade(administrator=self._administrator())
-        await self.control.open()
-        if config.key_wrapper is not None:
-            self._data_keys = DataKeys(self.control, config.key_wrapper)
-            # those that are configured as well still open what they have sealed
-            keys = {**config.sealing_keys, **await self._data_keys.open()}
-            config = self.config = config.replace(encryption_keys=keys)
-        self.keyring = Keyring(config.sealing_keys)
-        self.names = Names(config.name_prefix, self.control.installation)
-        self.audit = AuditLog(self.control, Signer(config.sealing_keys))
-        await self.audit.keep_public_keys()
-        if self._data_keys is not None:
-            self._data_keys.on_read(self.audit.renew_keys)
-            self._start(self._keep_keys(self._data_keys))
-        self.registry = Registry(self.control, self.audit, bills=config.usage_sender is not None)
-        self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
-        self.directory = Directory(self.control, config, events, audit=self.audit)
-        self.router = Router(
-            config=config,
-            servers=self.servers,
-            keyring=self.keyring,
-            installation=self.control.installation,
-            events=events,
-            passwords=self._passwords,
-        )
-        self._opened.append(self.router.close)
-        self.directory.on_invalidate(self._forget)
-        self._build_provisioning()
-        self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
-        self.quotas = QuotaManager(self.control, config, events, self.audit)
-        self._opened.append(self.quotas.close)
-        self.directory.on_invalidate(self.quotas.invalidate)
-        self.metrics = TenantMetrics(self.control)
-        self.sampler = StorageSampler(self.control, self.quotas, self.provisioner.connect_admin)
-        self.tenants = TenantManager(
-            config=config,
-            registry=self.registry,
-            directory=self.directory,
-            provisioner=self.provisioner,
-            names=self.names,
-            keyring=self.keyring,
-            events=events,
-        )
-        self.domains = DomainManager(self.control, self.audit)
-        self._build_billing()
-        urgent = {"end_excessive_sessions": self.provisioner.end_excessive_sessions}
-        self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores(), urgent=urgent)
-        addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
-        await self.control.note_servers(addresses)
-        self.tiers = TierRegistry(self.control, self.audit)
-        await self._settle_tiers(initialise)
-        if initialise:
-            for name in self.servers:
-                await self.provisioner.prepare_server(name)
-        # before it is open: one that is given up meanwhile has begun to listen
-        self._opened.append(self.directory.close)
-        await self.directory.open()
-
-    async def _settle_tiers(self, initialise: bool) -> None:
-        """Put the configured tiers in force where that was asked for, or where there are none yet."""
-        if initialise or not (in_force := await self.tiers.in_force()):
-            await self.tiers.apply(self.config.tiers)
-        elif names := differing(in_force, self.config.tiers):
-            logger.warning(
-                "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
-                ", ".join(names),
-            )
-
-    def _administrator(self) -> Administrator | None:
-        """Who administers the control database's server, where that is one of the tenants' servers."""
-        address = self.control.address
-        return next((s.connect_admin for s in self.servers.values() if (s.host, s.port) == address), None)
-
-    def _build_provisioning(self) -> None:
-        config = self.config
-        schema: AlembicSchema | MetadataSchema
-        if config.migrations is not None:
-            schema = AlembicSchema(config.migrations)
-        elif config.metadata is not None:
-            schema = MetadataSchema(config.metadata)
-        else:
-            raise ConfigurationError("give TenancyConfig a migrations directory, or metadata to create tables from")
-        self.provisioner = Provisioner(
-            config=config,
-            control=self.control,
-            registry=self.registry,
-            servers=self.servers,
-            names=self.names,
-            keyring=self.keyring,
-            schema=schema,
-            events=self.events,
-        )
-        self._opened.append(self.provisioner.close)
-        self.secrets = SecretManager(
-            config=config,
-            registry=self.registry,
-            sealed=self.sealed,
-            servers=self.servers,
-            names=self.names,
-            keyring=self.keyring,
-            data_keys=self._data_keys,
-        )
-        self._opened.append(self.secrets.close)
-        services = FleetServices(
-            config=config,
-            control=self.control,
-            registry=self.registry,
-            servers=self.servers,
-            names=self.names,
-            provisioner=self.provisioner,
-            events=self.events,
-        )
-        self.migrations = FleetMigrator(services)
-
-    def _build_billing(self) -> None:
-        async def change_tier(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
-            await self.tenants.update(tenant_id, tier=tier, expected_tier=expected, actor=actor)
-
-        self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, change_tier)
-        sender = self.config.usage_sender
-        self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
-        if (close := getattr(sender, "close", None)) is not None:
-            self._opened.append(close)
-
-    def _chores(self) -> dict[str, Callable[[], Awaitable[Any]]]:
-        billing: dict[str, Callable[[], Awaitable[Any]]] = {}
-        if self.config.upgrade_policies:
-            billing["evaluate_upgrades"] = self.upgrades.evaluate
-        if self.usage_exporter is not None:
-            billing["export_usage"] = self.usage_exporter.run
-            billing["prune_usage"] = self.usage_exporter.prune
-        return {
-            "reconcile": self.provisioner.reconcile,
-            "expire_former_slugs": self.registry.expire_former_slugs,
-            "finish_rotations": self.secrets.finish_rotations,
-            "prepare_audit_partitions": self.audit.ensure_partitions,
-            "prune_audit": self._prune_audit,
-            "clean_quotas": self.quotas.clean,
-            "sample_tenants": lambda: self.sampler.run(unless_within=_SAMPLE_SECONDS),
-            "prune_metrics": self.metrics.prune,
-            # after the sizes were measured, which the policies may be about
-            **billing,
-        }
-
-    async def _prune_audit(self) -> Checkpoint | None:
-        if self.config.audit_retention_seconds == 0:
-            return None
-        return await self.audit.prune(before=datetime.now(UTC) - timedelta(seconds=self.config.audit_retention_seconds))
-
-    def _close_with(self, *providers: SecretProvider | KeyWrapper | None) -> None:
-        self._opened.extend(provider.close for provider in providers if provider is not None)
-
-    def _forget(self, tenant_id: UUID | None) -> None:
-        if tenant_id is not None:
-            self.router.retire(tenant_id)
-        elif self._data_keys is not None:
-            # there may be a new one: what is sealed from now on should be sealed with it
-            self._start(self._renew_keys(self._data_keys))
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        # unbound: whoever happens to run now
-        task = asyncio.get_running_loop().create_task(work, context=Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _passwords(self, tenant_id: UUID) -> Sequence[bytes]:
-        """Read a tenant's sealed passwords anew, for a login that was refused: what is remembered of it is too old."""
-        found = await self.sealed.of(tenant_id)
-        self.directory.invalidate(tenant_id=tenant_id)
-        return found
-
-    async def _keep_keys(self, data_keys: DataKeys) -> None:
-        """Learn of new data keys in a process that hears of no change, so that old ones can be forgotten."""
-        while True:
-            await asyncio.sleep(_RENEW_SECONDS)
-            await self._renew_keys(data_keys)
-
-    async def _renew_keys(self, data_keys: DataKeys) -> None:
-        try:
-            await data_keys.renew(self.keyring)
-        except TenancyError as exc:
-            logger.warning("the data keys cannot be read anew (%s); what they seal is opened when it is needed", exc)
-
-    async def _end_tasks(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def close(self) -> None:
-        """Close the parts in reverse order; one that fails does not keep the others open."""
-        errors = []
-        while self._opened:
-            try:
-                await self._opened.pop()()
-            except Exception as exc:  # noqa: BLE001 - raised below, once everything else is closed
-                errors.append(exc)
-        if errors:
-            raise errors[0]
-
-    async def resolve(self, ref: TenantRef | None) -> Tenant:
-        """The tenant that code may use now, as the directory knows it: the bound one, or the one it names.
-
-        An ambient binding is never widened: while a tenant is bound, no other can be named.
-        """
-        bound = current_tenant_or_none()
-        if ref is None:
-            if bound is None:
-                raise NoTenantError
-            return await self.directory.tenant(bound.id)
-        return await self.directory.tenant(ref)
-
-
-async def _provide(url: str) -> _ProvidedServer:
-    """Start the server that an ``embedded`` URL asks for, through the entry point that knows how."""
-    scheme = url.partition(":")[0]
-    for entry in entry_points(group="tenancy_orm.servers", name=scheme):
-        provided: _ProvidedServer = await entry.load()().open(url)
-        return provided
-    raise ConfigurationError(f"no server provider is installed for control_url {scheme!r}")
 
 
 # For ``alembic`` as the program that runs: migrations cannot import this module.

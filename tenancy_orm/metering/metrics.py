@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import asyncpg
 from sqlalchemy import text
 
 from ..context import refuse_while_bound
@@ -22,14 +21,13 @@ from ..control.database import ControlDatabase
 from ..control.lookup import ask_tenant_id
 from ..errors import ControlUnavailableError, RoutingError
 from ..postgres.failures import SERVER_FAILURES
+from ..provisioning import Provisioner
 from ..quotas.manager import QuotaManager
 from ..tenant import Tenant
 
 logger = logging.getLogger("tenancy_orm.metrics")
 
 STORAGE = "storage_bytes"
-
-Connect = Callable[[str], Awaitable[asyncpg.Connection]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +142,7 @@ class StorageSampler:
     Args:
         control: The control database, where samples are kept.
         quotas: Counts the size as the use of ``storage_bytes``, and announces its soft limits.
-        connect: Opens an administrative connection to the server of this name.
+        provisioner: Connects to the servers as their administrators.
         chunk: How many databases are measured by one query: it bounds how long a query holds the disk's attention.
         timeout: How long one query may take, in seconds.
     """
@@ -153,14 +151,14 @@ class StorageSampler:
         self,
         control: ControlDatabase,
         quotas: QuotaManager,
-        connect: Connect,
+        provisioner: Provisioner,
         *,
         chunk: int = 100,
         timeout: float = 30.0,
     ) -> None:
         self._control = control
         self._quotas = quotas
-        self._connect = connect
+        self._provisioner = provisioner
         self._chunk = chunk
         self._timeout = timeout
 
@@ -213,7 +211,7 @@ class StorageSampler:
         names = sorted(databases)
         try:
             async with asyncio.timeout(self._timeout):
-                connection = await self._connect(server)
+                connection = await self._provisioner.connect_admin(server)
         except (RoutingError, *SERVER_FAILURES) as exc:
             logger.warning("server %s could not be sampled: %s", server, type(exc).__name__)
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -13,16 +13,15 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..audit.actor import SYSTEM, Actor
+from ..audit.actor import SYSTEM
 from ..audit.log import AuditLog
 from ..config import TenancyConfig, UpgradePolicy
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..events import EventBus, TierUpgradeProposed
+from ..tenants.manager import TenantManager
 
 logger = logging.getLogger("tenancy_orm.upgrades")
-
-ChangeTier = Callable[[UUID, str, str, Actor], Awaitable[object]]
 
 # how long one process has for changing a tier, before another one tries: far longer than it can take
 _CLAIM_SECONDS: Final = 600.0
@@ -54,8 +53,7 @@ class Upgrades:
         config: For the policies, and the order of the tiers.
         events: Where proposals are announced.
         audit: Where they are written down.
-        change_tier: Changes a tenant's tier to the first one given, if it still is the second one, as
-            ``TenantManager.update`` does.
+        tenants: Changes the tiers.
     """
 
     def __init__(
@@ -64,14 +62,14 @@ class Upgrades:
         config: TenancyConfig,
         events: EventBus,
         audit: AuditLog,
-        change_tier: ChangeTier,
+        tenants: TenantManager,
     ) -> None:
         self._ladder = dict(pairwise(config.tiers))
         self._control = control
         self._events = events
         self._audit = audit
         self._policies = config.upgrade_policies
-        self._change_tier = change_tier
+        self._tenants = tenants
 
     async def evaluate(self, *, at: datetime | None = None) -> list[UpgradeProposal]:
         """Look once; returns the proposals made now.
@@ -151,7 +149,7 @@ class Upgrades:
 
     async def _apply(self, row: Any, target: str, note: Mapping[str, Any]) -> bool:
         try:
-            await self._change_tier(row.tenant_id, target, row.tier, SYSTEM)
+            await self._tenants.update(row.tenant_id, tier=target, expected_tier=row.tier, actor=SYSTEM)
         except Exception as exc:
             # whatever it is: the other tenants must not wait for it, and the next evaluation tries again
             logger.error("tenant %s could not be moved to tier %s", row.slug, target, exc_info=exc)

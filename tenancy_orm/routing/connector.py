@@ -39,6 +39,7 @@ from ..errors import (
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus
 from ..postgres.failures import SERVER_FAILURES
 from ..secrets.keyring import Keyring
+from ..secrets.sealed import SealedPasswords
 from .budget import Budget, Share
 from .connection import DriverConnection, Raw, TenantConnection
 from .dialect import SharedDialect
@@ -71,7 +72,7 @@ class Connector:
         keyring: Opens the tenants' passwords, each for the moment it is needed.
         installation: The id of this installation, for the markers.
         events: Where openings, evictions and incidents are told.
-        passwords: Reads a tenant's sealed passwords anew: one, or two while it is being rotated.
+        passwords: The sealed passwords of the registry, for when PostgreSQL refuses the one at hand.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Connector:
         keyring: Keyring,
         installation: UUID,
         events: EventBus,
-        passwords: Callable[[UUID], Awaitable[Sequence[bytes]]] | None = None,
+        passwords: SealedPasswords | None = None,
     ) -> None:
         self.server = server
         self.home = server.home
@@ -196,7 +197,7 @@ class Connector:
     async def _stored_passwords(self, route: TenantRoute, refused: Exception) -> Sequence[bytes]:
         assert self._passwords is not None  # noqa: S101 - for the type checker: the caller has looked
         try:
-            return await self._passwords(route.tenant_id)
+            return await self._passwords.of(route.tenant_id)
         except (ControlUnavailableError, SecretProviderError) as exc:
             logger.warning("the password of tenant %s cannot be read anew: %s", route.slug, exc)
             raise refused from exc

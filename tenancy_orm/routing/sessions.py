@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
@@ -17,6 +17,7 @@ from ..context import refuse_other_tenant
 from ..errors import ConfigurationError, UnknownServerError
 from ..events import EventBus
 from ..secrets.keyring import Keyring
+from ..secrets.sealed import SealedPasswords
 from ..tenant import Tenant
 from .budget import BudgetStatistics
 from .connector import Connector
@@ -46,7 +47,7 @@ class Router:
         keyring: Opens the tenants' passwords.
         installation: The id of this installation.
         events: Where openings, evictions and incidents are told.
-        passwords: Reads a tenant's sealed passwords from the registry, for when PostgreSQL refuses the one it has.
+        passwords: The sealed passwords of the registry, for when PostgreSQL refuses the one it has.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Router:
         keyring: Keyring,
         installation: UUID,
         events: EventBus,
-        passwords: Callable[[UUID], Awaitable[Sequence[bytes]]] | None = None,
+        passwords: SealedPasswords | None = None,
     ) -> None:
         self._connectors = {
             name: Connector(

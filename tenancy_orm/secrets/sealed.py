@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
@@ -69,6 +69,14 @@ class SealedPasswords:
         self._audit = audit
         self._keyring = keyring
         self._data_keys = data_keys
+        self._subscribers: list[Callable[[UUID], None]] = []
+
+    def on_read(self, subscriber: Callable[[UUID], None]) -> None:
+        """Call ``subscriber`` with a tenant's id whenever ``of`` has read its passwords.
+
+        That is after a login was refused: what a process remembers of this tenant may be outdated.
+        """
+        self._subscribers.append(subscriber)
 
     async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
         """Return what may be the password of a tenant's role now: one, or two while it is being rotated.
@@ -85,6 +93,8 @@ class SealedPasswords:
         found = tuple(sealed for sealed in row or () if sealed is not None)
         if self._data_keys is not None and not all(self._keyring.knows(sealed) for sealed in found):
             await self._data_keys.renew(self._keyring)
+        for subscriber in self._subscribers:
+            subscriber(tenant_id)
         return found
 
     # --- rotation ---------------------------------------------------------------------------------------------------

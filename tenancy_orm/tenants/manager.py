@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -31,7 +31,8 @@ from ..errors import (
     UnknownTierError,
 )
 from ..events import EventBus, TenantCreated, TenantPurged, TenantStatusChanged, TenantUpdated
-from ..keys.format import KeyDigester, NewKey, generate_key
+from ..keys.format import KeyDigester, generate_key
+from ..provisioning import Provisioner
 from ..quotas.manager import check_overrides
 from ..registry.lifecycle import BARRED
 from ..registry.registry import Registry
@@ -47,27 +48,6 @@ _SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _UUID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LONGEST_REDIRECT = 100 * 366 * 86_400.0
 _METADATA_BYTES = 64 * 1024
-
-
-class Provisioner(Protocol):
-    """What the manager needs of the provisioning room, which is above it."""
-
-    async def create(
-        self,
-        draft: TenantDraft,
-        *,
-        key: NewKey | None,
-        key_name: str = "default",
-        scopes: Sequence[str] = (),
-        actor: Actor = SYSTEM,
-    ) -> Tenant:
-        """Make the tenant's database and role; all of it or nothing."""
-
-    async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
-        """Remove the database, the role, the keys and the secrets of a deleted tenant."""
-
-    async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
-        """Have PostgreSQL do by the tenant's role what the registry says now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -639,4 +619,4 @@ def _aware(name: str, moment: datetime | None) -> datetime | None:
     return moment
 
 
-__all__ = ["CreatedTenant", "Provisioner", "TenantManager", "TenantRef"]
+__all__ = ["CreatedTenant", "TenantManager", "TenantRef"]

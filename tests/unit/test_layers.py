@@ -29,6 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"migrations", "tenants", "operations"}),
     frozenset({"metering"}),
     frozenset({"housekeeping"}),
+    frozenset({"assembly", "scopes"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
     frozenset({"asgi"}),

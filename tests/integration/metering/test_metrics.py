@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -13,15 +12,21 @@ import asyncpg
 import pytest
 
 from tenancy_orm import Tenancy
-from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication.directory import Directory
 from tenancy_orm.config import Limit, Tier, UpgradePolicy
+from tenancy_orm.control.names import Names
 from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, TenantNotFoundError, TierChangedError
 from tenancy_orm.events import QuotaThresholdReached, TierUpgradeProposed
 from tenancy_orm.metering.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
-from tenancy_orm.metering.policies import ChangeTier, Upgrades
+from tenancy_orm.metering.policies import Upgrades
+from tenancy_orm.provisioning import Provisioner
+from tenancy_orm.routing import Servers
+from tenancy_orm.secrets.keyring import Keyring
 from tenancy_orm.tenant import Tenant
+from tenancy_orm.tenants.manager import TenantManager, TenantRef
 from tests.support.postgres import Postgres
-from tests.support.quotas import QuotaPlane, quota_plane
+from tests.support.provisioning import ScriptSchema
+from tests.support.quotas import KEYS, QuotaPlane, quota_plane
 from tests.support.registry import synchronise
 
 GIB = 1024**3
@@ -34,8 +39,9 @@ NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 @pytest.fixture
-async def plane(control_url: str) -> AsyncIterator[QuotaPlane]:
-    async with quota_plane(control_url, tiers=TIERS) as opened:
+async def plane(control_url: str, postgres: Postgres) -> AsyncIterator[QuotaPlane]:
+    servers = {"default": postgres.admin_url}
+    async with quota_plane(control_url, tiers=TIERS, servers=servers, encryption_keys=KEYS) as opened:
         yield opened
 
 
@@ -57,6 +63,28 @@ async def place(plane: QuotaPlane, tenant: Tenant, database: str, server: str = 
     )
 
 
+def provisioner_of(plane: QuotaPlane, kind: type[Provisioner] = Provisioner, **servers: str) -> Provisioner:
+    """What connects to the server of the tests, and to further ``servers``."""
+    config = plane.config.replace(servers={**(plane.config.servers or {}), **servers})
+    return kind(
+        config=config,
+        control=plane.control,
+        registry=plane.registry,
+        servers=Servers(config),
+        names=Names(config.name_prefix, plane.control.installation),
+        keyring=Keyring(config.sealing_keys),
+        schema=ScriptSchema(),
+        events=plane.events,
+    )
+
+
+def sampler_of(
+    plane: QuotaPlane, kind: type[Provisioner] = Provisioner, *, chunk: int = 100, **servers: str
+) -> StorageSampler:
+    """A sampler of the server of the tests, and of further ``servers``."""
+    return StorageSampler(plane.control, plane.quotas, provisioner_of(plane, kind, **servers), chunk=chunk)
+
+
 # --- the sampler ----------------------------------------------------------------------------------------------------
 
 
@@ -66,12 +94,7 @@ async def test_the_sampler_records_size_connections_queries_and_errors(
     """As PostgreSQL counts them; the size is the use of the storage quota."""
     tenant = await plane.tenant(quotas={STORAGE: 8_000_000})
     await place(plane, tenant, database)
-
-    async def connect(server: str) -> asyncpg.Connection:
-        assert server == "default"
-        return await asyncpg.connect(postgres.admin_url)
-
-    sampler = StorageSampler(plane.control, plane.quotas, connect)
+    sampler = sampler_of(plane)
     async with postgres.connect(database) as connection:
         await connection.execute("CREATE TABLE big AS SELECT repeat('x', 500) AS x FROM generate_series(1, 4000)")
         report = await sampler.run()
@@ -88,18 +111,14 @@ async def test_the_sampler_records_size_connections_queries_and_errors(
 
 
 async def test_a_server_that_is_down_does_not_keep_the_others_from_being_sampled(
-    plane: QuotaPlane, postgres: Postgres, database: str
+    plane: QuotaPlane, database: str
 ) -> None:
     """It is named in the report."""
     await synchronise(plane.control, {}, {"other": ("127.0.0.1", 1)})
     await place(plane, await plane.tenant("acme"), database)
     await place(plane, await plane.tenant("globex"), "gone", "other")
     await plane.tenant("initech")  # its database does not exist
-
-    async def connect(server: str) -> asyncpg.Connection:
-        return await asyncpg.connect(postgres.admin_url if server == "default" else "postgresql://x@127.0.0.1:1/x")
-
-    report = await StorageSampler(plane.control, plane.quotas, connect).run()
+    report = await sampler_of(plane, other="postgresql://x@127.0.0.1:1/x").run()
     assert (report.sampled, report.unavailable) == (1, ("other",))
 
 
@@ -118,18 +137,17 @@ class Vanishing:
         self._connection.terminate()
 
 
-async def test_a_database_that_is_being_dropped_is_left_out(
-    plane: QuotaPlane, postgres: Postgres, database: str
-) -> None:
+async def test_a_database_that_is_being_dropped_is_left_out(plane: QuotaPlane, database: str) -> None:
     """PostgreSQL knows no size of it; the others are sampled, and so is the storage of theirs counted."""
     there, going = await plane.tenant("acme"), await plane.tenant("globex")
     await place(plane, there, database)
     await place(plane, going, "postgres")
 
-    async def connect(_: str) -> Any:
-        return Vanishing(await asyncpg.connect(postgres.admin_url), "postgres")
+    class Dropping(Provisioner):
+        async def connect_admin(self, server: str, *arguments: Any, **options: Any) -> Any:
+            return Vanishing(await super().connect_admin(server, *arguments, **options), "postgres")
 
-    report = await StorageSampler(plane.control, plane.quotas, connect).run()
+    report = await sampler_of(plane, Dropping).run()
     assert (report.sampled, report.unavailable) == (1, ())
     assert await TenantMetrics(plane.control).history(going) == []
     assert len(await TenantMetrics(plane.control).history(there)) == 1
@@ -147,11 +165,12 @@ async def test_whatever_goes_wrong_with_one_server_the_others_are_sampled(
         async def fetch(self, *arguments: Any, **options: Any) -> list[dict[str, Any]]:
             raise KeyError("an answer that nobody thought of")
 
-    async def connect(server: str) -> Any:
-        connection = await asyncpg.connect(postgres.admin_url)
-        return connection if server == "default" else Odd(connection, "")
+    class Answering(Provisioner):
+        async def connect_admin(self, server: str, *arguments: Any, **options: Any) -> Any:
+            connection = await super().connect_admin(server, *arguments, **options)
+            return connection if server == "default" else Odd(connection, "")
 
-    report = await StorageSampler(plane.control, plane.quotas, connect).run()
+    report = await sampler_of(plane, Answering, other=postgres.admin_url).run()
     assert (report.sampled, report.unavailable) == (1, ("other",))
     assert "KeyError" in caplog.text
 
@@ -165,11 +184,12 @@ async def test_a_control_database_that_does_not_answer_ends_the_run(
     await place(plane, globex := await plane.tenant("globex"), "postgres", "other")
     measure, gone = plane.quotas.measure_many, asyncio.Event()
 
-    async def connect(server: str) -> asyncpg.Connection:
-        if server == "other":
-            await gone.wait()
-            await asyncio.sleep(0)
-        return await asyncpg.connect(postgres.admin_url)
+    class Late(Provisioner):
+        async def connect_admin(self, server: str, *arguments: Any, **options: Any) -> Any:
+            if server == "other":
+                await gone.wait()
+                await asyncio.sleep(0)
+            return await super().connect_admin(server, *arguments, **options)
 
     async def away_once(*arguments: Any) -> int:
         if not gone.is_set():
@@ -179,13 +199,12 @@ async def test_a_control_database_that_does_not_answer_ends_the_run(
 
     monkeypatch.setattr(plane.quotas, "measure_many", away_once)
     with pytest.raises(ControlUnavailableError):
-        await StorageSampler(plane.control, plane.quotas, connect).run()
+        await sampler_of(plane, Late, other=postgres.admin_url).run()
     assert len(await TenantMetrics(plane.control).history(globex)) == 1
 
 
 async def test_sampling_goes_on_after_it_failed(
     plane: QuotaPlane,
-    postgres: Postgres,
     database: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -194,10 +213,7 @@ async def test_sampling_goes_on_after_it_failed(
     await place(plane, await plane.tenant(), database)
     failures = [ControlUnavailableError("no answer"), RuntimeError("anything")]
 
-    async def connect(_: str) -> asyncpg.Connection:
-        return await asyncpg.connect(postgres.admin_url)
-
-    sampler = StorageSampler(plane.control, plane.quotas, connect)
+    sampler = sampler_of(plane)
     measure, measured = plane.quotas.measure_many, asyncio.Event()
     run = sampler.run
 
@@ -222,30 +238,22 @@ async def test_sampling_goes_on_after_it_failed(
     assert logged == [True, False]
 
 
-async def test_of_several_samplers_one_does_the_work(plane: QuotaPlane, postgres: Postgres, database: str) -> None:
+async def test_of_several_samplers_one_does_the_work(plane: QuotaPlane, database: str) -> None:
     """The others see that it has been done."""
     await place(plane, await plane.tenant(), database)
 
-    async def connect(_: str) -> asyncpg.Connection:
-        return await asyncpg.connect(postgres.admin_url)
-
-    sampler = StorageSampler(plane.control, plane.quotas, connect, chunk=1)
+    sampler = sampler_of(plane, chunk=1)
     assert (await sampler.run(unless_within=60)).sampled == 1
     assert (await sampler.run(unless_within=60)).sampled == 0
     assert (await sampler.run()).sampled == 1
 
 
-async def test_a_tier_without_a_storage_limit_is_sampled_all_the_same(
-    plane: QuotaPlane, postgres: Postgres, database: str
-) -> None:
+async def test_a_tier_without_a_storage_limit_is_sampled_all_the_same(plane: QuotaPlane, database: str) -> None:
     """Its size is known, and counted against nothing."""
     tenant = await plane.tenant(tier="max")
     await place(plane, tenant, database)
 
-    async def connect(_: str) -> asyncpg.Connection:
-        return await asyncpg.connect(postgres.admin_url)
-
-    assert (await StorageSampler(plane.control, plane.quotas, connect).run()).sampled == 1
+    assert (await sampler_of(plane).run()).sampled == 1
     assert [usage.resource for usage in await plane.quotas.usage(tenant)] == ["users"]
 
 
@@ -282,27 +290,51 @@ async def test_the_registry_is_summed_up_by_tier(plane: QuotaPlane) -> None:
 # --- policies -------------------------------------------------------------------------------------------------------
 
 
-def upgrades(plane: QuotaPlane, policy: UpgradePolicy, changed: list[tuple[UUID, str]] | None = None) -> Upgrades:
-    """A policy, and what changes a tier in the registry."""
-
-    async def change(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
-        if changed is None:
-            raise TenantNotFoundError(tenant_id)
-        await change_tier(plane, tenant_id, tier, expected, actor)
-        changed.append((tenant_id, tier))
-
-    return evaluator(plane, change, policy)
+Hook = Callable[[UUID], Awaitable[object]]
 
 
-async def change_tier(plane: QuotaPlane, tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
-    """As ``TenantManager.update`` does, but that there is no server to tell."""
-    await plane.registry.change(tenant_id, action="tenant.update", actor=actor, expected_tier=expected, tier=tier)
+class Changing(TenantManager):
+    """Calls ``before`` for each change of a tenant, and keeps in ``changed`` those that were made."""
+
+    before: Hook | None = None
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.changed: list[tuple[UUID, str]] = []
+
+    async def update(self, tenant: TenantRef, **values: Any) -> Tenant:
+        assert isinstance(tenant, UUID)
+        if self.before is not None:
+            await self.before(tenant)
+        found = await super().update(tenant, **values)
+        self.changed.append((found.id, found.tier))
+        return found
 
 
-def evaluator(plane: QuotaPlane, change: ChangeTier, *policies: UpgradePolicy) -> Upgrades:
+def manager_of(plane: QuotaPlane, before: Hook | None = None) -> Changing:
+    """What changes tiers; the tenants have no roles on the server, which is logged."""
+    made = Changing(
+        config=plane.config,
+        registry=plane.registry,
+        directory=Directory(plane.control, plane.config, plane.events),
+        provisioner=provisioner_of(plane),
+        names=Names(plane.config.name_prefix, plane.control.installation),
+        keyring=Keyring(plane.config.sealing_keys),
+        events=plane.events,
+    )
+    made.before = before
+    return made
+
+
+def evaluator(plane: QuotaPlane, *policies: UpgradePolicy, tenants: TenantManager | None = None) -> Upgrades:
     """Policies, and what changes a tier."""
     config = plane.config.replace(upgrade_policies=policies)
-    return Upgrades(plane.control, config, plane.events, plane.audit, change)
+    return Upgrades(plane.control, config, plane.events, plane.audit, tenants or manager_of(plane))
+
+
+async def refuse(tenant_id: UUID) -> None:
+    """Have no tenant changed."""
+    raise TenantNotFoundError(tenant_id)
 
 
 APPLY = UpgradePolicy(resource=STORAGE, sustained=timedelta(0), apply=True)
@@ -313,7 +345,7 @@ async def test_a_tenant_near_its_limit_for_long_enough_is_proposed_the_next_tier
     """Once, with an event and an audit entry; one that was near only for a moment is not."""
     acme, globex = await plane.tenant("acme"), await plane.tenant("globex")
     await plane.quotas.measure_many(STORAGE, {acme.id: int(0.95 * GIB), globex.id: int(0.95 * GIB)})
-    rules = upgrades(plane, THREE_DAYS)
+    rules = evaluator(plane, THREE_DAYS)
     assert await rules.evaluate(at=NOW) == []
     await plane.quotas.measure(globex, STORAGE, int(0.5 * GIB))
     assert await rules.evaluate(at=NOW + timedelta(days=2)) == []
@@ -333,10 +365,10 @@ async def test_a_policy_can_apply_the_next_tier(plane: QuotaPlane) -> None:
     """The tenant is then no longer near its limit."""
     tenant = await plane.tenant()
     await plane.quotas.measure(tenant, STORAGE, GIB)
-    changed: list[tuple[UUID, str]] = []
-    rules = upgrades(plane, APPLY, changed)
+    tenants = manager_of(plane)
+    rules = evaluator(plane, APPLY, tenants=tenants)
     [proposal] = await rules.evaluate()
-    assert proposal.applied and changed == [(tenant.id, "pro")]
+    assert proposal.applied and tenants.changed == [(tenant.id, "pro")]
     assert (await plane.registry.get(tenant.id)).tier == "pro"
     assert await rules.evaluate() == []
     assert await plane.sql("SELECT * FROM tenancy.quota_pressure") == []
@@ -345,7 +377,7 @@ async def test_a_policy_can_apply_the_next_tier(plane: QuotaPlane) -> None:
 async def test_a_tier_that_could_not_be_changed_is_tried_again(plane: QuotaPlane) -> None:
     """At the next evaluation."""
     await plane.quotas.measure(await plane.tenant(), STORAGE, GIB)
-    rules = upgrades(plane, APPLY)
+    rules = evaluator(plane, APPLY, tenants=manager_of(plane, refuse))
     for _ in range(2):
         [proposal] = await rules.evaluate()
         assert not proposal.applied
@@ -357,12 +389,11 @@ async def test_what_goes_wrong_with_one_tenant_keeps_no_other_from_its_tier(plan
     await plane.quotas.measure_many(STORAGE, {tenant.id: GIB for tenant in tenants})
     broken = {tenants[0].id}
 
-    async def change(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+    async def break_some(tenant_id: UUID) -> None:
         if tenant_id in broken:
             raise RuntimeError("the application's own code")
-        await change_tier(plane, tenant_id, tier, expected, actor)
 
-    rules = evaluator(plane, change, APPLY)
+    rules = evaluator(plane, APPLY, tenants=manager_of(plane, break_some))
     assert {found.slug: found.applied for found in await rules.evaluate()} == {"acme": False, "globex": True}
     assert [found.applied for found in await rules.evaluate()] == [False]
     broken.clear()
@@ -377,13 +408,13 @@ async def test_a_process_that_dies_while_it_applies_leaves_it_to_another(plane: 
     tenant = await plane.tenant()
     await plane.quotas.measure(tenant, STORAGE, GIB)
 
-    async def dies(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+    async def die(tenant_id: UUID) -> None:
         raise asyncio.CancelledError
 
     now = datetime.now(UTC)
     with pytest.raises(asyncio.CancelledError):
-        await evaluator(plane, dies, APPLY).evaluate(at=now)
-    another = upgrades(plane, APPLY, [])
+        await evaluator(plane, APPLY, tenants=manager_of(plane, die)).evaluate(at=now)
+    another = evaluator(plane, APPLY)
     assert await another.evaluate(at=now + timedelta(minutes=9)) == []
     [proposal] = await another.evaluate(at=now + timedelta(minutes=11))
     assert proposal.applied and (await plane.registry.get(tenant.id)).tier == "pro"
@@ -395,7 +426,7 @@ async def test_a_tenant_climbs_until_it_is_no_longer_near_its_limit(plane: Quota
     await plane.quotas.consume(tenant, "users", 10)
     await plane.quotas.set(tenant, {"users": 10})
     policy = UpgradePolicy(resource="users", sustained=timedelta(days=1), apply=True)
-    rules = upgrades(plane, policy, [])
+    rules = evaluator(plane, policy)
     found = [
         (day, proposal.tier, proposal.proposed)
         for day in range(6)
@@ -409,7 +440,7 @@ async def test_two_policies_of_one_limit_do_not_share_their_notes(plane: QuotaPl
     await plane.quotas.measure(await plane.tenant(), STORAGE, GIB)
     early = UpgradePolicy(name="early", resource=STORAGE, sustained=timedelta(days=1))
     late = UpgradePolicy(name="late", resource=STORAGE, sustained=timedelta(days=3), apply=True)
-    rules = evaluator(plane, partial(change_tier, plane), early, late)
+    rules = evaluator(plane, early, late)
     found = [
         (day, proposal.applied) for day in range(6) for proposal in await rules.evaluate(at=NOW + timedelta(days=day))
     ]
@@ -421,11 +452,10 @@ async def test_a_tier_that_was_changed_meanwhile_stays(plane: QuotaPlane) -> Non
     tenant = await plane.tenant()
     await plane.quotas.measure(tenant, STORAGE, GIB)
 
-    async def change(tenant_id: UUID, tier: str, expected: str, actor: Actor) -> None:
+    async def change_first(tenant_id: UUID) -> None:
         await plane.registry.change(tenant_id, action="tenant.update", tier="max")
-        await change_tier(plane, tenant_id, tier, expected, actor)
 
-    [proposal] = await evaluator(plane, change, APPLY).evaluate()
+    [proposal] = await evaluator(plane, APPLY, tenants=manager_of(plane, change_first)).evaluate()
     assert not proposal.applied
     assert (await plane.registry.get(tenant.id)).tier == "max"
 
@@ -449,7 +479,7 @@ async def test_of_two_that_evaluate_at_once_one_proposes(plane: QuotaPlane, appl
     insert = "INSERT INTO tenancy.quota_pressure VALUES (:id, :policy, :resource, 'free', now())"
     await plane.sql(insert, id=tenant.id, policy=policy.name, resource=STORAGE)
     async with plane.holding("SELECT 1 FROM tenancy.quota_pressure FOR UPDATE"):
-        looking = [asyncio.create_task(upgrades(plane, policy, []).evaluate()) for _ in range(2)]
+        looking = [asyncio.create_task(evaluator(plane, policy).evaluate()) for _ in range(2)]
         await plane.waiting(*looking)
     assert sorted([len(found) for found in await asyncio.gather(*looking)]) == [0, 1]
     assert len(plane.of(TierUpgradeProposed)) == 1
@@ -462,14 +492,14 @@ async def test_the_highest_tier_has_no_next_one_and_a_ladder_can_be_given(plane:
         tenant = await plane.tenant(slug, tier=tier, quotas={"users": 1})
         await plane.quotas.consume(tenant, "users")
     policy = UpgradePolicy(resource="users", sustained=timedelta(0), next_tier={"free": "max"})
-    assert [(found.slug, found.proposed) for found in await upgrades(plane, policy).evaluate()] == [("acme", "max")]
+    assert [(found.slug, found.proposed) for found in await evaluator(plane, policy).evaluate()] == [("acme", "max")]
     plain = UpgradePolicy(resource="users", fraction=0.5, sustained=timedelta(0))
-    found = [(proposal.slug, proposal.proposed) for proposal in await upgrades(plane, plain).evaluate()]
+    found = [(proposal.slug, proposal.proposed) for proposal in await evaluator(plane, plain).evaluate()]
     assert sorted(found) == [("acme", "pro"), ("globex", "max")]
 
 
 async def test_a_policy_of_an_unknown_resource_finds_nobody(plane: QuotaPlane) -> None:
     """It is data, like the tiers; a fraction out of range is a mistake."""
-    assert await upgrades(plane, UpgradePolicy(resource="unicorns", sustained=timedelta(0))).evaluate() == []
+    assert await evaluator(plane, UpgradePolicy(resource="unicorns", sustained=timedelta(0))).evaluate() == []
     with pytest.raises(ConfigurationError):
         UpgradePolicy(resource="users", fraction=2)

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import secrets
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -15,8 +15,7 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant
-from tenancy_orm import tenancy as tenancy_module
+from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant, assembly
 from tenancy_orm.errors import (
     ConfigurationError,
     ControlUnavailableError,
@@ -230,12 +229,13 @@ async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, t
         await tenancy.secrets.rotate_password(acme)
         connector, asked = other.router._connector("default"), []
 
-        async def passwords(tenant_id: UUID) -> Sequence[bytes]:
-            # and the directory is left as it is, or the next session would have another pool
-            asked.append(tenant_id)
-            return await other._open.sealed.of(tenant_id)
+        class Asked(SealedPasswords):
+            async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
+                asked.append(tenant_id)
+                return await super().of(tenant_id)
 
-        connector._passwords = passwords
+        # nobody subscribed to it: the directory is left as it is, or the next session would have another pool
+        connector._passwords = Asked(other.control, other.audit, other._open.keyring)
         async with AsyncExitStack() as stack:
             for _ in range(3):
                 session = await stack.enter_async_context(other.session("acme"))
@@ -352,12 +352,14 @@ async def test_without_the_registry_the_refusal_itself_is_raised(
     """The control database being away as well does not hide why the connection failed."""
     (acme,) = await created(tenancy, "acme")
 
-    async def away(tenant_id: object) -> tuple[bytes, ...]:
-        raise ControlUnavailableError("the control database is not available")
+    class Away(SealedPasswords):
+        async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
+            raise ControlUnavailableError("the control database is not available")
 
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
         await tenancy.secrets.rotate_password(acme)
+        away = Away(other.control, other.audit, other._open.keyring)
         monkeypatch.setattr(other.router._connector("default"), "_passwords", away)
         with pytest.raises(LoginRefusedError) as caught:
             await works(other, acme)
@@ -816,7 +818,7 @@ async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
     async with opened(wrapped_config, initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
         async with deaf(wrapped_config) as rotating:
-            monkeypatch.setattr(tenancy_module, "_RENEW_SECONDS", 0.05)
+            monkeypatch.setattr(assembly, "_RENEW_SECONDS", 0.05)
             async with deaf(wrapped_config) as waiting:
                 report = await tenancy.secrets.rotate_encryption_key()
                 await until(lambda: waiting._open.keyring.current == report.key_id)

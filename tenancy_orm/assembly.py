@@ -1,0 +1,337 @@
+"""``Assembly``: builds the parts of an open ``Tenancy``, in order, and closes them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import Context
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+from uuid import UUID
+
+from .audit.checkpoints import Checkpoint, Signer
+from .audit.log import AuditLog
+from .authentication.directory import Directory
+from .authentication.keys import KeyManager
+from .config import TenancyConfig
+from .control.database import Administrator, ControlDatabase
+from .control.names import Names
+from .errors import ConfigurationError, TenancyError
+from .events import EventBus
+from .housekeeping import Maintenance
+from .metering.metrics import StorageSampler, TenantMetrics
+from .metering.policies import Upgrades
+from .metering.usage import UsageExporter
+from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
+from .protocols import KeyWrapper, SecretProvider
+from .provisioning import Provisioner
+from .provisioning.credentials import SecretManager
+from .quotas.manager import QuotaManager
+from .registry.registry import Registry
+from .routing import Router, Servers
+from .secrets.data_keys import DataKeys
+from .secrets.keyring import Keyring
+from .secrets.providers import read_secrets
+from .secrets.sealed import SealedPasswords
+from .tenants.domains import DomainManager
+from .tenants.manager import TenantManager
+from .tenants.tiers import TierRegistry, differing
+
+logger = logging.getLogger("tenancy_orm")
+
+_RENEW_SECONDS = 300.0  # how often a process reads the data keys that nobody tells it of
+_SAMPLE_SECONDS = 240.0  # maintenance samples the tenants' databases unless this was done so recently
+
+
+class _ProvidedServer(Protocol):
+    control_url: str
+    server_url: str
+    encryption_key: str
+
+    async def close(self) -> None: ...
+
+
+class Assembly:
+    """Everything an open ``Tenancy`` is made of; ``build`` opens it in order, ``close`` closes it in reverse.
+
+    Args:
+        config: What to connect to and how.
+        events: Where the parts announce what happens.
+        provided: The embedded server that was started for them, if any.
+    """
+
+    config: TenancyConfig
+    control: ControlDatabase
+    keyring: Keyring
+    names: Names
+    audit: AuditLog
+    registry: Registry
+    directory: Directory
+    keys: KeyManager
+    quotas: QuotaManager
+    metrics: TenantMetrics
+    sampler: StorageSampler
+    servers: Servers
+    router: Router
+    provisioner: Provisioner
+    migrations: FleetMigrator
+    tenants: TenantManager
+    domains: DomainManager
+    maintenance: Maintenance
+    sealed: SealedPasswords
+    secrets: SecretManager
+    tiers: TierRegistry
+    upgrades: Upgrades
+    usage_exporter: UsageExporter | None
+
+    def __init__(self, config: TenancyConfig, events: EventBus, provided: _ProvidedServer | None) -> None:
+        self.config = config
+        self.events = events
+        self._provided = provided
+        self._opened: list[Callable[[], Awaitable[None]]] = []
+        self._data_keys: DataKeys | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def build(cls, config: TenancyConfig, events: EventBus, *, initialise: bool | None) -> Assembly:
+        """Build the parts and open them. Where one fails, those that are open already are closed.
+
+        Raises:
+            TenancyError: as ``Tenancy.open``.
+        """
+        provided = None
+        if config.is_embedded:
+            provided = await _provide(config.control_url)
+            config = config.replace(
+                control_url=provided.control_url,
+                servers=config.servers or {"default": provided.server_url},
+                encryption_keys=config.encryption_keys or {"1": provided.encryption_key},
+            )
+        parts = cls(config, events, provided)
+        try:
+            await parts._open(provided is not None if initialise is None else initialise)
+        except BaseException:
+            await asyncio.shield(parts.close())
+            raise
+        return parts
+
+    async def _open(self, initialise: bool) -> None:
+        events = self.events
+        if provided := self._provided:
+            self._opened.append(provided.close)
+        self._close_with(self.config.secrets, self.config.key_wrapper)
+        config = self.config = await read_secrets(self.config)
+        self.control = ControlDatabase(
+            config.control_url,
+            pool_size=config.control_pool_size,
+            connect_timeout=config.connect_timeout,
+            name_prefix=config.name_prefix,
+        )
+        self._opened += [self.control.close, self._end_tasks]
+        self.servers = Servers(config)
+        self._opened.append(self.servers.close)
+        if initialise:
+            await self.control.upgrade(administrator=self._administrator())
+        await self.control.open()
+        if config.key_wrapper is not None:
+            self._data_keys = DataKeys(self.control, config.key_wrapper)
+            # those that are configured as well still open what they have sealed
+            keys = {**config.sealing_keys, **await self._data_keys.open()}
+            config = self.config = config.replace(encryption_keys=keys)
+        self.keyring = Keyring(config.sealing_keys)
+        self.names = Names(config.name_prefix, self.control.installation)
+        self.audit = AuditLog(self.control, Signer(config.sealing_keys))
+        await self.audit.keep_public_keys()
+        if self._data_keys is not None:
+            self._data_keys.on_read(self.audit.renew_keys)
+            self._start(self._keep_keys(self._data_keys))
+        self.registry = Registry(self.control, self.audit, bills=config.usage_sender is not None)
+        self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
+        self.directory = Directory(self.control, config, events, audit=self.audit)
+        self.router = Router(
+            config=config,
+            servers=self.servers,
+            keyring=self.keyring,
+            installation=self.control.installation,
+            events=events,
+            passwords=self.sealed,
+        )
+        self._opened.append(self.router.close)
+        self.directory.on_invalidate(self._forget)
+        self.sealed.on_read(self.directory.invalidate)
+        self._build_provisioning()
+        self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
+        self.quotas = QuotaManager(self.control, config, events, self.audit)
+        self._opened.append(self.quotas.close)
+        self.directory.on_invalidate(self.quotas.invalidate)
+        self.metrics = TenantMetrics(self.control)
+        self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
+        self.tenants = TenantManager(
+            config=config,
+            registry=self.registry,
+            directory=self.directory,
+            provisioner=self.provisioner,
+            names=self.names,
+            keyring=self.keyring,
+            events=events,
+        )
+        self.domains = DomainManager(self.control, self.audit)
+        self._build_billing()
+        urgent = {"end_excessive_sessions": self.provisioner.end_excessive_sessions}
+        self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores(), urgent=urgent)
+        addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
+        await self.control.note_servers(addresses)
+        self.tiers = TierRegistry(self.control, self.audit)
+        await self._settle_tiers(initialise)
+        if initialise:
+            for name in self.servers:
+                await self.provisioner.prepare_server(name)
+        # before it is open: one that is given up meanwhile has begun to listen
+        self._opened.append(self.directory.close)
+        await self.directory.open()
+
+    async def _settle_tiers(self, initialise: bool) -> None:
+        """Put the configured tiers in force where that was asked for, or where there are none yet."""
+        if initialise or not (in_force := await self.tiers.in_force()):
+            await self.tiers.apply(self.config.tiers)
+        elif names := differing(in_force, self.config.tiers):
+            logger.warning(
+                "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
+                ", ".join(names),
+            )
+
+    def _administrator(self) -> Administrator | None:
+        """Who administers the control database's server, where that is one of the tenants' servers."""
+        address = self.control.address
+        return next((s.connect_admin for s in self.servers.values() if (s.host, s.port) == address), None)
+
+    def _build_provisioning(self) -> None:
+        config = self.config
+        schema: AlembicSchema | MetadataSchema
+        if config.migrations is not None:
+            schema = AlembicSchema(config.migrations)
+        elif config.metadata is not None:
+            schema = MetadataSchema(config.metadata)
+        else:
+            raise ConfigurationError("give TenancyConfig a migrations directory, or metadata to create tables from")
+        self.provisioner = Provisioner(
+            config=config,
+            control=self.control,
+            registry=self.registry,
+            servers=self.servers,
+            names=self.names,
+            keyring=self.keyring,
+            schema=schema,
+            events=self.events,
+        )
+        self._opened.append(self.provisioner.close)
+        self.secrets = SecretManager(
+            config=config,
+            registry=self.registry,
+            sealed=self.sealed,
+            servers=self.servers,
+            names=self.names,
+            keyring=self.keyring,
+            data_keys=self._data_keys,
+        )
+        self._opened.append(self.secrets.close)
+        services = FleetServices(
+            config=config,
+            control=self.control,
+            registry=self.registry,
+            servers=self.servers,
+            names=self.names,
+            provisioner=self.provisioner,
+            events=self.events,
+        )
+        self.migrations = FleetMigrator(services)
+
+    def _build_billing(self) -> None:
+        self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, self.tenants)
+        sender = self.config.usage_sender
+        self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
+        if (close := getattr(sender, "close", None)) is not None:
+            self._opened.append(close)
+
+    def _chores(self) -> dict[str, Callable[[], Awaitable[Any]]]:
+        billing: dict[str, Callable[[], Awaitable[Any]]] = {}
+        if self.config.upgrade_policies:
+            billing["evaluate_upgrades"] = self.upgrades.evaluate
+        if self.usage_exporter is not None:
+            billing["export_usage"] = self.usage_exporter.run
+            billing["prune_usage"] = self.usage_exporter.prune
+        return {
+            "reconcile": self.provisioner.reconcile,
+            "expire_former_slugs": self.registry.expire_former_slugs,
+            "finish_rotations": self.secrets.finish_rotations,
+            "prepare_audit_partitions": self.audit.ensure_partitions,
+            "prune_audit": self._prune_audit,
+            "clean_quotas": self.quotas.clean,
+            "sample_tenants": lambda: self.sampler.run(unless_within=_SAMPLE_SECONDS),
+            "prune_metrics": self.metrics.prune,
+            # after the sizes were measured, which the policies may be about
+            **billing,
+        }
+
+    async def _prune_audit(self) -> Checkpoint | None:
+        if self.config.audit_retention_seconds == 0:
+            return None
+        return await self.audit.prune(before=datetime.now(UTC) - timedelta(seconds=self.config.audit_retention_seconds))
+
+    def _close_with(self, *providers: SecretProvider | KeyWrapper | None) -> None:
+        self._opened.extend(provider.close for provider in providers if provider is not None)
+
+    def _forget(self, tenant_id: UUID | None) -> None:
+        if tenant_id is not None:
+            self.router.retire(tenant_id)
+        elif self._data_keys is not None:
+            # there may be a new one: what is sealed from now on should be sealed with it
+            self._start(self._renew_keys(self._data_keys))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        # unbound: whoever happens to run now
+        task = asyncio.get_running_loop().create_task(work, context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _keep_keys(self, data_keys: DataKeys) -> None:
+        """Learn of new data keys in a process that hears of no change, so that old ones can be forgotten."""
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            await self._renew_keys(data_keys)
+
+    async def _renew_keys(self, data_keys: DataKeys) -> None:
+        try:
+            await data_keys.renew(self.keyring)
+        except TenancyError as exc:
+            logger.warning("the data keys cannot be read anew (%s); what they seal is opened when it is needed", exc)
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Close the parts in reverse order; one that fails does not keep the others open."""
+        errors = []
+        while self._opened:
+            try:
+                await self._opened.pop()()
+            except Exception as exc:  # noqa: BLE001 - raised below, once everything else is closed
+                errors.append(exc)
+        if errors:
+            raise errors[0]
+
+
+async def _provide(url: str) -> _ProvidedServer:
+    """Start the server that an ``embedded`` URL asks for, through the entry point that knows how."""
+    scheme = url.partition(":")[0]
+    for entry in entry_points(group="tenancy_orm.servers", name=scheme):
+        provided: _ProvidedServer = await entry.load()().open(url)
+        return provided
+    raise ConfigurationError(f"no server provider is installed for control_url {scheme!r}")
+
+
+__all__ = ["Assembly"]
