@@ -1,0 +1,131 @@
+"""The end of a tenant: its secrets are erased, and then its row becomes a tombstone."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from sqlalchemy import delete, func, text, update
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.log import AuditLog
+from ..context import refuse_other_tenant
+from ..control.database import ControlDatabase
+from ..control.models import api_keys, domains, former_slugs, tenants
+from ..errors import InvalidTransitionError
+from ..tenant import Status, Tenant
+from .table import TenantTable, check_unchanged
+
+# what was counted and measured of a tenant: its own keys of idempotency, which may name people, among it
+_REMAINS = tuple(
+    text(f"DELETE FROM tenancy.{table} WHERE tenant_id = :id")  # noqa: S608 - constants of this module
+    for table in ("usage_keys", "quota_holds", "quota_leases", "quota_pressure", "tenant_metrics")
+)
+
+
+# what a tenant used is to be paid though it is purged; but where nobody bills, nothing of it is kept for that
+_SETTLE = text(
+    "SELECT tenancy.usage_settle(:id) WHERE CAST(:bills AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)"
+)
+
+
+class Purge(TenantTable):
+    """Purges tenants.
+
+    Args:
+        control: The control database.
+        audit: Where changes are written down.
+        bills: Whether usage is exported for billing; known also by there being records of it.
+    """
+
+    def __init__(self, control: ControlDatabase, audit: AuditLog, *, bills: bool = False) -> None:
+        super().__init__(control, audit)
+        self._bills = bills
+
+    async def begin_purge(self, tenant_id: UUID, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Mark a deleted tenant as being purged: from here on it cannot be restored. Repeating it changes nothing.
+
+        Args:
+            tenant_id: Which tenant.
+            listed: Refuse, unless the tenant is still as it was listed here, or its purge has begun.
+            actor: Who does this.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
+        """
+        refuse_other_tenant(tenant_id)
+        async with self._control.transaction() as connection:
+            before, row = await self._locked(connection, tenant_id)
+            if listed is not None and row.purge_started_at is None:
+                check_unchanged(before, listed, Status.PURGED)
+            if before.status is not Status.DELETED:
+                raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
+            if row.purge_started_at is None:
+                before = await self._set(connection, tenant_id, purge_started_at=func.now())
+                await self._write_audit(connection, "tenant.purge_begin", before, actor)
+        return before
+
+    async def erase_secrets(self, tenant_id: UUID) -> None:
+        """Erase the keys and passwords of a tenant that is being purged. What is left of it is of use to nobody.
+
+        An empty password stays: until the purge is finished, the row says where the tenant was.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+            InvalidTransitionError: its purge has not begun.
+            CrossTenantError: another tenant is bound.
+        """
+        refuse_other_tenant(tenant_id)
+        async with self._control.transaction() as connection:
+            before, row = await self._locked(connection, tenant_id)
+            if before.status is not Status.DELETED or row.purge_started_at is None:
+                raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
+            await connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant_id))
+            await connection.execute(
+                update(tenants).where(tenants.c.id == tenant_id).values(sealed_password=b"", next_sealed_password=None)
+            )
+
+    async def finish_purge(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
+        """Leave a tombstone: the keys, the sealed password, metadata and overrides go, and the slug is free again.
+
+        Usage that is yet to be billed keeps the metadata until it is.
+
+        Raises:
+            TenantNotFoundError: no such tenant.
+        """
+        refuse_other_tenant(tenant_id)
+        async with self._control.transaction() as connection:
+            before, _ = await self._locked(connection, tenant_id)
+            if before.status is Status.PURGED:
+                return
+            for table in (api_keys, former_slugs, domains):
+                await connection.execute(delete(table).where(table.c.tenant_id == tenant_id))
+            await connection.execute(_SETTLE, {"id": tenant_id, "bills": self._bills})
+            for statement in _REMAINS:
+                await connection.execute(statement, {"id": tenant_id})
+            after = await self._set(
+                connection,
+                tenant_id,
+                status=Status.PURGED,
+                sealed_password=None,
+                next_sealed_password=None,
+                metadata={},
+                quotas={},
+                reason=None,
+                next_status=None,
+                former_status=None,
+                former_reason=None,
+                step=None,
+                step_error=None,
+                suspend_at=None,
+                suspend_reason=None,
+                purge_at=None,
+            )
+            await self._write_audit(
+                connection,
+                "tenant.purge",
+                after,
+                actor,
+                before={"status": before.status.value},
+                after={"status": after.status.value},
+            )

@@ -1,0 +1,161 @@
+"""Look-ups in the table of tenants: one, a page, those that are unfinished or due."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, text, true
+
+from ..context import as_reference, refuse_other_tenant, refuse_while_bound
+from ..control.lookup import check_name, has_name
+from ..control.models import tenants
+from ..errors import TenantNotFoundError
+from ..tenant import Status, Tenant
+from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
+from .table import TenantTable
+
+
+class Reading(TenantTable):
+    """Finds tenants and lists them."""
+
+    async def get(self, tenant_id: UUID) -> Tenant:
+        """Return the tenant with this id, a purged one's tombstone included.
+
+        Raises:
+            TenantNotFoundError: no row has this id.
+            CrossTenantError: another tenant is bound.
+        """
+        return await self.find(tenant_id)
+
+    async def by_slug(self, slug: str) -> Tenant:
+        """Return the tenant that has this slug, or a former slug that still redirects.
+
+        Raises:
+            TenantNotFoundError: none has; one that was purged has given it up.
+            CrossTenantError: another tenant is bound.
+        """
+        return await self.find(slug)
+
+    async def find(self, ref: str | UUID | Tenant) -> Tenant:
+        """Return the tenant that ``ref`` names, as it is now: see ``lookup``. By id, a tombstone is found as well.
+
+        Raises:
+            TenantNotFoundError: there is none.
+            CrossTenantError: another tenant is bound.
+        """
+        refuse_other_tenant(ref)
+        named = as_reference(ref)
+        condition = tenants.c.id == named if isinstance(named, UUID) else has_name(check_name(named))
+        async with self._control.connect() as connection:
+            row = (await connection.execute(select(*TENANT_COLUMNS).where(condition))).one_or_none()
+        if row is None:
+            raise TenantNotFoundError(named)
+        found = tenant_from_row(row)
+        # the name may have become another tenant's since the tenant was bound
+        refuse_other_tenant(found)
+        return found
+
+    async def page(
+        self,
+        *,
+        status: Sequence[Status] = (),
+        tier: Sequence[str] = (),
+        server: str | None = None,
+        limit: int = 100,
+        after: UUID | None = None,
+    ) -> TenantPage:
+        """Return up to ``limit`` tenants in order of creation, after the id ``after``; tombstones only if asked for."""
+        refuse_while_bound("listing tenants")
+        query = select(*TENANT_COLUMNS).order_by(tenants.c.id).limit(limit + 1)
+        query = query.where(tenants.c.status.in_(status) if status else tenants.c.status != Status.PURGED)
+        if tier:
+            query = query.where(tenants.c.tier.in_(tier))
+        if server is not None:
+            query = query.where(tenants.c.server == server)
+        if after is not None:
+            query = query.where(tenants.c.id > after)
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(query)).all()
+        items = tuple(tenant_from_row(row) for row in rows[:limit])
+        return TenantPage(items, items[-1].id if len(rows) > limit else None)
+
+    async def unfinished(self) -> list[Unfinished]:
+        """Return every creation and purge that was begun and not ended, oldest first."""
+        refuse_while_bound("listing tenants")
+        return await self._unfinished(true())
+
+    async def is_unfinished(self, tenant_id: UUID) -> Unfinished | None:
+        """Return this tenant's unfinished creation or purge, or None: asked again once its lock is held."""
+        refuse_other_tenant(tenant_id)
+        return next(iter(await self._unfinished(tenants.c.id == tenant_id)), None)
+
+    async def _unfinished(self, condition: ColumnElement[bool]) -> list[Unfinished]:
+        purging = and_(tenants.c.status == Status.DELETED, tenants.c.purge_started_at.is_not(None))
+        query = (
+            select(*TENANT_COLUMNS, tenants.c.step)
+            .where(or_(tenants.c.status == Status.PROVISIONING, purging), condition)
+            .order_by(tenants.c.id)
+        )
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(query)).all()
+        return [
+            Unfinished(
+                tenant_from_row(row), "provisioning" if row.status == Status.PROVISIONING else "purging", row.step
+            )
+            for row in rows
+        ]
+
+    async def due(self, *, retention_seconds: float, limit: int = 1_000) -> list[tuple[Tenant, str, str | None]]:
+        """Return tenants whose time has come, with what is due ("suspend" or "purge") and the reason to give.
+
+        Args:
+            retention_seconds: How long a deleted tenant's data is kept, where it has no time of its own.
+            limit: How many at most of each kind.
+        """
+        refuse_while_bound("listing tenants")
+        trial_over = and_(tenants.c.status == Status.TRIAL, tenants.c.trial_ends_at <= func.now())
+        scheduled = and_(
+            tenants.c.status.in_([Status.TRIAL, Status.ACTIVE, Status.MAINTENANCE]),
+            tenants.c.suspend_at <= func.now(),
+        )
+        retained = func.coalesce(tenants.c.purge_at, tenants.c.deleted_at + timedelta(seconds=retention_seconds))
+        reason = case((scheduled, tenants.c.suspend_reason), else_="the trial has ended").label("due_reason")
+        # the latest first: what cannot be done for a long time must not keep the others from being listed
+        suspending = (
+            select(*TENANT_COLUMNS, reason)
+            .where(or_(trial_over, scheduled))
+            .order_by(func.least(tenants.c.suspend_at, tenants.c.trial_ends_at).desc())
+            .limit(limit)
+        )
+        purging = (
+            select(*TENANT_COLUMNS)
+            .where(tenants.c.status == Status.DELETED, retained <= func.now())
+            .order_by(retained.desc())
+            .limit(limit)
+        )
+        async with self._control.connect() as connection:
+            found: list[tuple[Tenant, str, str | None]] = [
+                (tenant_from_row(row), "suspend", row.due_reason) for row in await connection.execute(suspending)
+            ]
+            found += [(tenant_from_row(row), "purge", None) for row in await connection.execute(purging)]
+        return found
+
+    async def placements(self, server: str) -> set[str]:
+        """Return the names of all databases that the registry knows on ``server``, tombstones left out."""
+        refuse_while_bound("listing databases")
+        query = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
+        async with self._control.connect() as connection:
+            return set(await connection.scalars(query))
+
+    async def count_by_server(self) -> dict[str, int]:
+        """Return how many tenants each server that accepts new ones holds."""
+        refuse_while_bound("counting tenants")
+        query = text(
+            "SELECT s.name, count(t.id) FROM tenancy.servers s "
+            "LEFT JOIN tenancy.tenants t ON t.server = s.name AND t.status <> 'purged' "
+            "WHERE s.accepts_tenants GROUP BY s.name"
+        )
+        async with self._control.connect() as connection:
+            return {row[0]: row[1] for row in await connection.execute(query)}

@@ -1,0 +1,128 @@
+"""The table of tenants: a row is locked, its columns are set, and the change is written into the audit log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import Actor
+from ..audit.log import AuditLog
+from ..control.database import ControlDatabase
+from ..control.models import tenants
+from ..errors import InvalidTransitionError, TenantExistsError, TenantNotFoundError, UnknownTierError
+from ..postgres.errors import constraint_of, sqlstate_of
+from ..tenant import Status, Tenant
+from .rows import TENANT_COLUMNS, tenant_from_row
+
+_ILLEGAL_TRANSITION = "TN001"  # raised by the trigger tenants_guard
+
+
+def snapshot(tenant: Tenant) -> dict[str, Any]:
+    """What the audit log keeps of a tenant: no placement, no secrets."""
+    return {
+        "slug": tenant.slug,
+        "status": tenant.status.value,
+        "tier": tenant.tier,
+        "metadata": dict(tenant.metadata),
+        "quotas": dict(tenant.quotas),
+        "reason": tenant.reason,
+        "timezone": tenant.timezone,
+        "trial_ends_at": tenant.trial_ends_at.isoformat() if tenant.trial_ends_at else None,
+    }
+
+
+def difference(before: Tenant, after: Tenant) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a change has changed, for the audit log: as it was, and as it is now."""
+    old, new = snapshot(before), snapshot(after)
+    changed = [name for name in new if old[name] != new[name]]
+    return {name: old[name] for name in changed}, {name: new[name] for name in changed}
+
+
+def refusal_of(error: IntegrityError, values: Mapping[str, Any]) -> Exception:
+    """What to raise where a constraint refuses a row of the registry."""
+    constraint = constraint_of(error)
+    if constraint in ("tenants_slug_key", "former_slugs_pkey"):
+        return TenantExistsError(str(values["slug"]), reserved=constraint == "former_slugs_pkey")
+    if constraint == "tenants_tier_fkey":
+        return UnknownTierError(str(values["tier"]))
+    return error
+
+
+def check_unchanged(found: Tenant, listed: Tenant, target: Status) -> None:
+    """Refuse to change a tenant that is not as it was listed.
+
+    Raises:
+        InvalidTransitionError: it was changed since.
+    """
+    if found.updated_at != listed.updated_at:
+        raise InvalidTransitionError(found.slug, f"{found.status.value} (changed meanwhile)", target.value)
+
+
+class TenantTable:
+    """What every part of the registry is built on.
+
+    Args:
+        control: The control database.
+        audit: Where changes are written down.
+    """
+
+    def __init__(self, control: ControlDatabase, audit: AuditLog) -> None:
+        self._control = control
+        self._audit = audit
+
+    async def _locked(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+        remembered = (tenants.c.next_status, tenants.c.former_status, tenants.c.former_reason)
+        query = (
+            select(*TENANT_COLUMNS, *remembered, tenants.c.purge_started_at)
+            .where(tenants.c.id == tenant_id)
+            .with_for_update()
+        )
+        row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            raise TenantNotFoundError(tenant_id)
+        return tenant_from_row(row), row
+
+    async def _living(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+        """Lock a tenant that has not been purged: nothing is written on a tombstone."""
+        found, row = await self._locked(connection, tenant_id)
+        if found.status is Status.PURGED:
+            raise TenantNotFoundError(found.slug)
+        return found, row
+
+    async def _set(self, connection: AsyncConnection, tenant_id: UUID, **values: Any) -> Tenant:
+        statement = update(tenants).where(tenants.c.id == tenant_id).values(**values).returning(*TENANT_COLUMNS)
+        try:
+            return tenant_from_row((await connection.execute(statement)).one())
+        except IntegrityError as exc:
+            raise refusal_of(exc, values) from exc
+        except DBAPIError as exc:
+            if sqlstate_of(exc) == _ILLEGAL_TRANSITION:
+                raise InvalidTransitionError(str(tenant_id), "its status", str(values.get("status"))) from exc
+            raise
+
+    async def _write_audit(
+        self,
+        connection: AsyncConnection,
+        action: str,
+        tenant: Tenant,
+        actor: Actor,
+        *,
+        before: Mapping[str, Any] | None = None,
+        after: Mapping[str, Any] | None = None,
+        detail: Mapping[str, Any] | None = None,
+    ) -> None:
+        await self._audit.append(
+            connection,
+            action=action,
+            tenant_id=tenant.id,
+            slug=tenant.slug,
+            actor=actor,
+            before=before,
+            after=after,
+            detail=detail,
+        )
