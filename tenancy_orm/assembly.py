@@ -118,10 +118,24 @@ class Assembly:
         return parts
 
     async def _open(self, initialise: bool) -> None:
-        events = self.events
         if provided := self._provided:
             self._opened.append(provided.close)
         self._close_with(self.config.secrets, self.config.key_wrapper)
+        await self._open_control(initialise)
+        self._build_parts()
+        addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
+        await self.control.note_servers(addresses)
+        self.tiers = TierRegistry(self.control, self.audit)
+        await self._settle_tiers(initialise)
+        if initialise:
+            for name in self.servers:
+                await self.provisioner.prepare_server(name)
+        # before it is open: an opening that is cancelled has begun to listen
+        self._opened.append(self.directory.close)
+        await self.directory.open()
+
+    async def _open_control(self, initialise: bool) -> None:
+        """Open the control database, and what seals the passwords and signs the audit log in it."""
         config = self.config = await read_secrets(self.config)
         self.control = ControlDatabase(
             config.control_url,
@@ -147,6 +161,9 @@ class Assembly:
         if self._data_keys is not None:
             self._data_keys.on_read(self.audit.renew_keys)
             self._start(self._keep_keys(self._data_keys))
+
+    def _build_parts(self) -> None:
+        config, events = self.config, self.events
         self.registry = Registry(self.control, self.audit, bills=config.usage_sender is not None)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
         self.directory = Directory(self.control, config, events, audit=self.audit)
@@ -181,16 +198,6 @@ class Assembly:
         self._build_billing()
         urgent = {"end_excessive_sessions": self.provisioner.end_excessive_sessions}
         self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores(), urgent=urgent)
-        addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
-        await self.control.note_servers(addresses)
-        self.tiers = TierRegistry(self.control, self.audit)
-        await self._settle_tiers(initialise)
-        if initialise:
-            for name in self.servers:
-                await self.provisioner.prepare_server(name)
-        # before it is open: one that is given up meanwhile has begun to listen
-        self._opened.append(self.directory.close)
-        await self.directory.open()
 
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
