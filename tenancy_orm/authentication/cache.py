@@ -19,6 +19,15 @@ class Entry(Protocol):
 
 
 E = TypeVar("E", bound=Entry)
+V = TypeVar("V")
+
+
+def remember(memory: OrderedDict[K, V], key: K, value: V, capacity: int) -> None:
+    """Put ``value`` last; beyond ``capacity`` what was put there longest ago is forgotten."""
+    memory[key] = value
+    memory.move_to_end(key)
+    while len(memory) > capacity:
+        memory.popitem(last=False)
 
 
 class SecondChance(Generic[K, E]):

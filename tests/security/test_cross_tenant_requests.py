@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tenancy_orm.asgi import HeaderResolver, PathPrefixResolver, SubdomainResolver, TenancyMiddleware
-from tenancy_orm.audit.log import AuditEvent
+from tenancy_orm.audit.entries import AuditEvent
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import set_current
 from tenancy_orm.events import ConnectionOpened, CrossTenantRequest, IntrusionSuspected

@@ -213,13 +213,13 @@ async def test_the_memory_of_keys_that_a_lock_out_spares_is_bounded(control_url:
         issued = [await plane.key(tenant) for _ in range(5)]
         for one in issued:
             await plane.directory.authenticate(one.text)
-        assert len(plane.directory._proven) == 3
+        assert len(plane.directory._memory.proven) == 3
         async with plane.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.api_keys SET digest = sha256(digest)"))
         plane.directory.invalidate()
         for one in issued:
             assert (await refusal(plane, one.text)).reason == "secret"
-        assert len(plane.directory._proven) == 0
+        assert len(plane.directory._memory.proven) == 0
 
 
 async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(control_url: str) -> None:
@@ -248,7 +248,7 @@ async def test_good_keys_at_once_from_one_source_all_work(control_url: str) -> N
         presented = [key.text for key in issued for _ in range(5)]
         found = await asyncio.gather(*(plane.directory.authenticate(key, source="192.0.2.1") for key in presented))
         assert {credential.key_id for credential in found} == {key.key_id for key in issued}
-        assert len(plane.directory._attempts) == 0
+        assert len(plane.directory._lockout.attempts) == 0
 
 
 async def test_malformed_keys_count_as_failures_of_their_source(control_url: str) -> None:
@@ -304,16 +304,16 @@ async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(c
 
 async def test_the_refusals_held_back_are_bounded(control_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond, the answer comes at once: waiting requests are memory as well."""
-    monkeypatch.setattr("tenancy_orm.authentication.directory._MAX_DELAYED", 2)
+    monkeypatch.setattr("tenancy_orm.authentication.lockout._MAX_DELAYED", 2)
     async with control_plane(control_url, lockout_failures=1) as plane:
         _, key = await plane.tenant("acme")
         guess = with_secret(key, generate_key("ten_live").text)
         guesses = [asyncio.create_task(refusal(plane, guess)) for _ in range(5)]
         await until(lambda: sum(task.done() for task in guesses) >= 3)
         assert sum(task.done() for task in guesses) == 3
-        assert plane.directory._delayed == 2
+        assert plane.directory._lockout._delayed == 2
         await asyncio.gather(*guesses)
-        assert plane.directory._delayed == 0
+        assert plane.directory._lockout._delayed == 0
 
 
 # --- one key that names others --------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ async def test_one_key_raises_few_intrusion_events_however_many_it_names(plane: 
             plane.directory.report_cross_tenant(credential, f"t{number}", "header")
     events = plane.of(IntrusionSuspected)
     assert [len(event.named) for event in events if isinstance(event, IntrusionSuspected)] == [3, 6, 12, 24, 48, 96]
-    assert len(plane.directory._named[credential.key_id]) == 100
+    assert len(plane.directory._intrusions._named[credential.key_id]) == 100
 
 
 async def test_names_of_more_than_an_hour_ago_are_no_suspicion(control_url: str) -> None:
@@ -372,11 +372,11 @@ async def test_the_keys_that_named_others_are_remembered_in_bounded_memory(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those whose last request was longest ago are forgotten."""
-    monkeypatch.setattr("tenancy_orm.authentication.directory._INTRUSION_KEYS", 3)
+    monkeypatch.setattr("tenancy_orm.authentication.intrusions._KEYS", 3)
     tenant, _ = await plane.tenant("acme")
     for number in range(5):
         plane.directory.report_cross_tenant(Credential(tenant, str(number)), "globex", "header")
-    assert list(plane.directory._named) == ["2", "3", "4"]
+    assert list(plane.directory._intrusions._named) == ["2", "3", "4"]
 
 
 async def test_noise_does_not_keep_a_cross_tenant_request_out_of_the_audit_log(control_url: str) -> None:

@@ -592,7 +592,7 @@ async def test_a_deadlock_with_retention_is_tried_again_and_then_said_in_words(
 ) -> None:
     """Where PostgreSQL finds it before the lock's timeout does."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
-    cut, tries = plane.audit._cut, 0
+    cut, tries = plane.audit._retention._cut, 0
 
     async def aborted_once(*arguments: Any) -> Checkpoint | None:
         nonlocal tries
@@ -601,7 +601,7 @@ async def test_a_deadlock_with_retention_is_tried_again_and_then_said_in_words(
             await plane.sql("DO $$BEGIN RAISE EXCEPTION 'deadlock detected' USING ERRCODE = '40P01'; END$$")
         return await cut(*arguments)
 
-    monkeypatch.setattr(plane.audit, "_cut", aborted_once)
+    monkeypatch.setattr(plane.audit._retention, "_cut", aborted_once)
     with pytest.raises(AuditError, match="waits to append"):
         await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=0)
     assert await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60) is not None

@@ -72,7 +72,7 @@ async def test_who_is_let_in_while_the_key_is_revoked_is_found(
                 revoked = True
                 await plane.keys.revoke(key_id)
 
-        follow(monkeypatch, plane.directory._key_batch, revoke)
+        follow(monkeypatch, plane.directory._lookups._keys, revoke)
         credential = await plane.directory.authenticate(key)
         await until(lambda: admission_of(credential.tenant).ended)
         with pytest.raises(InvalidApiKeyError):

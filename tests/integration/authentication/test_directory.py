@@ -147,7 +147,7 @@ async def test_the_sources_remembered_of_a_key_are_bounded(plane: ControlPlane) 
     issued = await plane.key(tenant, networks=["10.0.0.0/8"])
     for number in range(200):
         await plane.directory.authenticate(issued.text, source=f"10.0.0.{number}")
-    (entry,) = plane.directory._keys.entries.values()
+    (entry,) = plane.directory._memory.keys.entries.values()
     assert entry.admitted is not None
     assert 0 < len(entry.admitted) <= 64
     assert plane.directory.peek(issued.text, "10.0.0.199") is not None
@@ -158,11 +158,11 @@ async def test_a_tenant_whose_keys_are_forgotten_is_kept_nowhere(plane: ControlP
     for change in ("key", "tenant"):
         tenant, key = await plane.tenant(f"acme-{change}")
         credential = await plane.directory.authenticate(key)
-        assert plane.directory._by_tenant
+        assert plane.directory._memory._by_tenant
         changed = {"key_id": credential.key_id} if change == "key" else {"tenant_id": tenant.id}
         plane.directory.invalidate(**changed)
-        assert not plane.directory._by_tenant
-        assert not plane.directory._by_key_id
+        assert not plane.directory._memory._by_tenant
+        assert not plane.directory._memory._by_key_id
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ async def test_time_counts_from_when_the_control_database_was_asked(control_url:
         # connects; from then on every query takes ten seconds
         await plane.directory.authenticate(key)
         plane.directory.invalidate()
-        engine = plane.directory._control.engine.sync_engine
+        engine = plane.directory._lookups._control.engine.sync_engine
         event.listen(engine, "after_cursor_execute", lambda *_: setattr(clock, "now", clock.now + 10.0))
         start = clock.now
         await plane.directory.authenticate(ending.text)
@@ -226,7 +226,7 @@ async def test_expiry_is_by_the_control_databases_clock(control_url: str) -> Non
                 f'ALTER DATABASE "{plane.control.database}" SET search_path = clock, pg_catalog, public',
             ):
                 await connection.execute(text(statement))
-        await plane.directory._control.engine.dispose()
+        await plane.directory._lookups._control.engine.dispose()
         with pytest.raises(InvalidApiKeyError) as caught:
             await plane.directory.authenticate(keys[0].text)
         assert caught.value.reason == "expired"
@@ -340,7 +340,7 @@ async def test_a_key_read_before_everything_is_to_be_looked_up_again_is_not_reme
 ) -> None:
     """The listener came back while it was read: whether it changed meanwhile is not known."""
     _, key = await plane.tenant("acme")
-    follow(monkeypatch, plane.directory._key_batch, plane.directory.revalidate)
+    follow(monkeypatch, plane.directory._lookups._keys, plane.directory.revalidate)
     await plane.directory.authenticate(key)
     assert plane.directory.peek(key) is None
 
@@ -356,7 +356,7 @@ async def test_a_tenant_that_changed_while_it_was_read_is_not_remembered(
         "everything": plane.directory.invalidate,
         "unknown": plane.directory.revalidate,
     }
-    follow(monkeypatch, plane.directory._tenant_batch, changes[change])
+    follow(monkeypatch, plane.directory._lookups._tenants, changes[change])
     for ref in ("acme", tenant.id):
         assert await plane.directory.tenant(ref) == tenant
         assert plane.directory.peek_tenant(tenant) is None
@@ -372,7 +372,7 @@ async def test_a_tenant_that_was_made_while_it_was_asked_for_is_not_remembered_a
         tenant, _ = await plane.tenant("acme")
         plane.directory.invalidate(tenant_id=tenant.id)
 
-    follow(monkeypatch, plane.directory._tenant_batch, make)
+    follow(monkeypatch, plane.directory._lookups._tenants, make)
     with pytest.raises(TenantNotFoundError):
         await plane.directory.tenant("acme")
     assert (await plane.directory.tenant("acme")).slug == "acme"
@@ -477,7 +477,7 @@ async def test_known_keys_keep_working_while_the_control_database_refuses(
             await plane.directory.authenticate(key)
             refusal = "PASSWORD 'two'" if trouble == "password" else "SET statement_timeout = '50ms'"
             await admin.execute(f"ALTER ROLE {role} {refusal}")
-            await plane.directory._control.engine.dispose()
+            await plane.directory._lookups._control.engine.dispose()
             async with plane.control.transaction() as connection:
                 if trouble == "timeout":
                     await connection.execute(text("LOCK TABLE tenancy.api_keys IN ACCESS EXCLUSIVE MODE"))
@@ -542,7 +542,7 @@ async def test_a_key_that_is_invalidated_while_it_is_looked_up_again_does_not_wo
         plane.directory.invalidate(key_id=credential.key_id)
         raise ControlUnavailableError("gone")
 
-    follow(monkeypatch, plane.directory._key_batch, invalidated_and_gone)
+    follow(monkeypatch, plane.directory._lookups._keys, invalidated_and_gone)
     plane.directory.revalidate()
     with pytest.raises(ControlUnavailableError):
         await plane.directory.authenticate(key)
@@ -552,8 +552,8 @@ async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or it would be away until the process is restarted."""
-    monkeypatch.setattr("tenancy_orm.authentication.directory._PROBE_SECONDS", 0.01)
-    connect, failures = plane.directory._control.connect, 3
+    monkeypatch.setattr("tenancy_orm.authentication.lookups._PROBE_SECONDS", 0.01)
+    connect, failures = plane.directory._lookups._control.connect, 3
 
     def fail() -> Any:
         nonlocal failures
@@ -562,8 +562,8 @@ async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
             raise RuntimeError("unforeseen")
         return connect()
 
-    monkeypatch.setattr(plane.directory._control, "connect", fail)
-    plane.directory._begin_probing()
+    monkeypatch.setattr(plane.directory._lookups._control, "connect", fail)
+    plane.directory._lookups._begin_probing()
     assert not plane.directory.statistics.control_available
     await until(lambda: plane.directory.statistics.control_available)
     assert failures < 0
@@ -575,7 +575,7 @@ async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
 def background() -> set[str]:
     """The directory's tasks that are not done."""
     names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
-    return {name for name in names if name.startswith(("Directory.", "Listener.", "KeyJournal.", "Batch."))}
+    return {name for name in names if name.startswith(("Directory.", "LookUps.", "Listener.", "KeyJournal.", "Batch."))}
 
 
 async def test_closing_with_a_look_up_under_way_leaves_nothing(plane: ControlPlane) -> None:

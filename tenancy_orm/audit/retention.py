@@ -1,0 +1,161 @@
+"""Retention: the partitions of the log, and the removal of whole months from its beginning."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..control.database import ControlDatabase
+from ..errors import AuditError
+from ..postgres.quoting import quote_identifier
+from .actor import Actor
+from .chain import Chain
+from .checkpoints import Checkpoint, Signer, Verifier
+from .entries import insert_entry
+from .verification import SNAPSHOT, follow, follow_on, read_cuts
+
+_LOCK_WAIT = 0.2  # seconds that retention waits for a lock while it holds up everybody who appends
+_PAUSE = 0.1  # ... and lets them go on before it tries again
+_REFUSED = {
+    "42501": "only the owner of the control tables may; run it as the role that ran tenancy init",
+    "55P03": "a transaction that reads the log held it for too long; try again",
+    "40P01": "a transaction that reads the log waits to append to it; try again",
+}
+_BUSY = ("55P03", "40P01")
+_PARTITIONS = text(
+    "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+    "WHERE i.inhparent = 'tenancy.audit_log'::regclass ORDER BY c.relname"
+)
+# by the clock that entries are timed with; an application's own may be ahead of it
+_THIS_MONTH = text("SELECT date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC'")
+_NEWEST = text(
+    "SELECT sequence, hash FROM tenancy.audit_log WHERE occurred_at < :until "
+    "ORDER BY occurred_at DESC, sequence DESC LIMIT 1"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Removal:
+    """What retention has verified: the months that ended by ``until``, whose last entry is ``last``."""
+
+    until: datetime
+    last: Any
+
+
+class Retention:
+    """Removes whole months of the log that were verified, and signs the cut.
+
+    Args:
+        control: The control database.
+        signer: Who signs the cut.
+    """
+
+    def __init__(self, control: ControlDatabase, signer: Signer) -> None:
+        self._control = control
+        self._signer = signer
+
+    async def prune(
+        self, *, before: datetime, detach: bool, actor: Actor, lock_timeout: float, judge: Verifier
+    ) -> Checkpoint | None:
+        """Remove the months that ended by ``before``, once ``judge`` has verified them; see ``AuditLog.prune``."""
+        removal = await self._removal(before, judge)
+        if removal is None:
+            return None
+        deadline = time.monotonic() + lock_timeout
+        while True:
+            try:
+                return await self._cut(removal, detach, actor, min(lock_timeout, _LOCK_WAIT))
+            except DBAPIError as exc:
+                state = getattr(exc.orig, "sqlstate", None) or ""
+                if state not in _REFUSED:
+                    raise
+                if state not in _BUSY or time.monotonic() >= deadline:
+                    raise AuditError(f"old months of the audit log were not removed: {_REFUSED[state]}") from exc
+            await asyncio.sleep(_PAUSE)
+
+    async def _cut(self, removal: _Removal, detach: bool, actor: Actor, lock_wait: float) -> Checkpoint | None:
+        async with self._control.transaction() as conn:
+            await conn.execute(
+                text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": f"{int(lock_wait * 1000)}ms"}
+            )
+            # the head first and the tables after it: the order in which every append locks them
+            await conn.execute(text("SELECT 1 FROM tenancy.audit_head FOR UPDATE"))
+            names = await _ended(conn, removal.until)
+            if not names:
+                return None  # another process was faster
+            newest = (await conn.execute(_NEWEST, {"until": removal.until})).one_or_none()
+            if newest is None or (newest.sequence, newest.hash) != (removal.last.sequence, removal.last.hash):
+                raise AuditError("the old months of the audit log have changed since they were verified; try again")
+            cut = await self._record_cut(conn, removal.last, names, actor)
+            for name in names:
+                table = f"tenancy.{quote_identifier(name)}"
+                await conn.exec_driver_sql(
+                    f"ALTER TABLE tenancy.audit_log DETACH PARTITION {table}" if detach else f"DROP TABLE {table}"
+                )
+        return cut
+
+    async def _removal(self, before: datetime, judge: Verifier) -> _Removal | None:
+        """Verify what retention would remove; returns None if there is nothing."""
+        # a transaction of its own: its cursor keeps the tables in use to the end
+        async with self._control.transaction() as conn:
+            await conn.execute(SNAPSHOT)
+            names = await _ended(conn, before)
+            if not names:
+                return None
+            until = max(map(_month_end, names))
+            chain = Chain(await read_cuts(conn, self._control.installation), [], judge, None)
+            holds = await follow(conn, chain, None, until)
+            last = chain.previous
+            if holds:
+                await follow_on(conn, chain, until)
+        chain.report().raise_if_bad()
+        return None if last is None else _Removal(until, last)
+
+    async def _record_cut(self, conn: AsyncConnection, last: Any, names: Sequence[str], actor: Actor) -> Checkpoint:
+        cut = self._signer.sign(
+            "cut",
+            installation=self._control.installation,
+            sequence=last.sequence,
+            digest=last.hash,
+            occurred_at=last.occurred_at,
+        )
+        await conn.execute(
+            text(
+                "INSERT INTO tenancy.audit_cuts (sequence, occurred_at, hash, cut_at, key_id, signature) "
+                "VALUES (:sequence, :occurred_at, :hash, :cut_at, :key_id, :signature)"
+            ),
+            {
+                "sequence": cut.sequence,
+                "occurred_at": cut.occurred_at,
+                "hash": cut.hash,
+                "cut_at": cut.signed_at,
+                "key_id": cut.key_id,
+                "signature": cut.signature,
+            },
+        )
+        detail = {"sequence": cut.sequence, "hash": cut.hash.hex(), "months": list(names)}
+        await insert_entry(conn, action="audit.cut", actor=actor, detail=detail)
+        return cut
+
+
+async def _ended(conn: AsyncConnection, before: datetime) -> list[str]:
+    """The partitions of the months that ended by ``before``, and before the current month."""
+    until = min(before, await conn.scalar(_THIS_MONTH))
+    return [name for name in await conn.scalars(_PARTITIONS) if _month_end(name) <= until]
+
+
+def _month_end(partition: str) -> datetime:
+    """When the month of ``audit_log_y2026m11`` is over."""
+    try:
+        first = datetime.strptime(partition, "audit_log_y%Ym%m").replace(tzinfo=UTC)
+        return (first + timedelta(days=31)).replace(day=1)
+    except (ValueError, OverflowError) as exc:
+        raise AuditError(f"table {partition!r} is a part of the audit log that this package did not make") from exc

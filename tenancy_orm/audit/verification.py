@@ -1,0 +1,89 @@
+"""Following the chain: the entries in their order, from a server-side cursor, to the head."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from .chain import Chain
+from .checkpoints import Checkpoint
+
+_BATCH = 500  # entries hashed between two waits for the server, so that the event loop is never held for long
+SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+HEAD = text("SELECT sequence, occurred_at, hash FROM tenancy.audit_head")
+_SELECT_ENTRIES = (
+    "SELECT sequence, occurred_at, action, tenant_id, slug, actor_kind, actor_id, before::text AS before, "
+    "after::text AS after, detail::text AS detail, request_id, source, database_role, previous_hash, hash "
+    "FROM tenancy.audit_log WHERE occurred_at >= :since AND occurred_at < :until ORDER BY occurred_at, sequence"
+)
+_ENTRIES = text(_SELECT_ENTRIES)
+_FIRST_ENTRY = text(f"{_SELECT_ENTRIES} LIMIT 1")
+# between these every time is one that Python has, in any time zone
+_EARLIEST, _LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+_STRAY = text(
+    "SELECT sequence FROM tenancy.audit_log WHERE occurred_at < :earliest OR occurred_at >= :latest "
+    "ORDER BY sequence LIMIT 1"
+)
+
+
+async def read_cuts(conn: AsyncConnection, installation: UUID) -> dict[int, Checkpoint]:
+    """The cuts that retention made, by the sequence number of the last entry before each."""
+    rows = (await conn.execute(text("SELECT * FROM tenancy.audit_cuts"))).all()
+    return {
+        row.sequence: Checkpoint(
+            kind="cut",
+            installation=installation,
+            sequence=row.sequence,
+            hash=row.hash,
+            occurred_at=row.occurred_at,
+            signed_at=row.cut_at,
+            key_id=row.key_id,
+            signature=row.signature,
+        )
+        for row in rows
+    }
+
+
+async def follow(conn: AsyncConnection, chain: Chain, since: datetime | None, until: datetime | None = None) -> bool:
+    """Follow the entries of a stretch of time to the first that does not hold, and return whether all do."""
+    async for batch in _stream(conn, since, until):
+        if not all(chain.follow(row) for row in batch):
+            return False
+    return True
+
+
+async def follow_on(conn: AsyncConnection, chain: Chain, until: datetime) -> None:
+    """Follow the first entry that is kept, or to the head: what is gone before it shows there alone."""
+    kept = (await conn.execute(_FIRST_ENTRY, {"since": until, "until": _LATEST})).one_or_none()
+    if kept is None:
+        await finish(conn, chain)
+    else:
+        chain.follow(kept)
+
+
+async def finish(conn: AsyncConnection, chain: Chain) -> None:
+    """After the last entry: compare the head, and look for entries at times that none can have."""
+    stray = await conn.scalar(_STRAY, {"earliest": _EARLIEST, "latest": _LATEST})
+    if stray is not None:
+        chain.reject(stray, "its time is outside of the years 1 to 9999")
+    head = (await conn.execute(HEAD)).one_or_none()
+    if head is None:
+        chain.reject(chain.sequence + 1, "the head of the chain is gone")
+    else:
+        chain.finish(head.sequence, head.hash)
+
+
+async def _stream(
+    conn: AsyncConnection, since: datetime | None, until: datetime | None
+) -> AsyncIterator[Sequence[Any]]:
+    """Yield entries in the chain's order, a batch at a time, through a server-side cursor."""
+    parameters = {"since": since or _EARLIEST, "until": until or _LATEST}
+    options = {"yield_per": _BATCH}
+    async with conn.stream(_ENTRIES, parameters, execution_options=options) as result:
+        async for batch in result.partitions(_BATCH):
+            yield batch

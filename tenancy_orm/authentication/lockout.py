@@ -1,0 +1,74 @@
+"""Lock-out: sources and key ids with too many invalid keys are slowed down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ..config import TenancyConfig
+from ..errors import TooManyAttemptsError
+from ..events import EventBus, KeyLockedOut
+from ..keys.networks import source_group
+from .throttle import Attempts, Throttle
+
+logger = logging.getLogger("tenancy_orm.directory")
+
+_LOCKED_DELAY = 1.0  # how long at most the refusal of a locked key id is held back
+_MAX_DELAYED = 256  # refusals held back at one time
+
+
+class Lockout:
+    """Counts invalid keys by source and by key id, and makes their further attempts slow.
+
+    Args:
+        config: Limits and times, see ``TenancyConfig``.
+        events: Where lock-outs are reported.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, config: TenancyConfig, events: EventBus, *, clock: Callable[[], float]) -> None:
+        self._seconds = config.lockout_seconds
+        self._events = events
+        self._clock = clock
+        self._sources = Throttle(limit=config.lockout_failures, window=config.lockout_seconds)
+        self._key_ids = Throttle(limit=config.lockout_failures, window=config.lockout_seconds)
+        self.attempts = Attempts(self._sources, patience=2 * config.directory_timeout, clock=clock)
+        self._delayed = 0
+
+    def __len__(self) -> int:
+        """How many sources and key ids are remembered."""
+        return len(self._sources) + len(self._key_ids)
+
+    def check(self, group: str) -> None:
+        """Refuse a group of sources that must wait.
+
+        Raises:
+            TooManyAttemptsError: it presented too many invalid keys.
+        """
+        if pause := self._sources.pause(group, self._clock()):
+            raise TooManyAttemptsError(pause)
+
+    async def count(self, key_id: str | None, source: str | None) -> None:
+        """Count an invalid key, and hold the answer back where its key id was tried too often."""
+        now = self._clock()
+        if source is not None:
+            group = source_group(source)
+            self._report(self._sources.fail(group, now), source=group)
+        if key_id is None:
+            return
+        self._report(self._key_ids.fail(key_id, now), key_id=key_id)
+        delay = min(self._key_ids.pause(key_id, now), _LOCKED_DELAY)
+        # the refusal alone is slow: whoever has the right key must not suffer from others' guesses at its public id
+        if delay and self._delayed < _MAX_DELAYED:
+            self._delayed += 1
+            try:
+                await asyncio.sleep(delay)
+            finally:
+                self._delayed -= 1
+
+    def _report(self, failures: int | None, *, source: str | None = None, key_id: str | None = None) -> None:
+        if failures is None:
+            return
+        logger.warning("%d invalid keys from %s: slowed down", failures, source or f"key id {key_id}")
+        self._events.emit(KeyLockedOut(failures=failures, seconds=self._seconds, source=source, key_id=key_id))

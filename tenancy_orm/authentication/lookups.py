@@ -1,0 +1,231 @@
+"""Look-ups of keys and tenants in the control database, and what happens while it does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from contextvars import Context
+from typing import Any, TypeVar
+from uuid import UUID
+
+import asyncpg
+from sqlalchemy import ARRAY, Executable, Row, Text, Uuid, any_, bindparam, func, select, union_all
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..config import TenancyConfig
+from ..control.database import ControlDatabase
+from ..control.models import api_keys, domains, former_slugs, tenants
+from ..errors import ControlUnavailableError
+from ..events import DirectoryMissed, DirectoryUnavailable, EventBus
+from ..keys.networks import parse_networks
+from ..registry.rows import TENANT_COLUMNS, tenant_from_row
+from ..tenant import Status, Tenant
+from .admission import Standing
+from .batch import Batch
+
+logger = logging.getLogger("tenancy_orm.directory")
+
+_POOL_SIZE = 2
+_PROBE_SECONDS = 1.0
+
+T = TypeVar("T")
+
+_KEYS = (
+    select(
+        api_keys.c.id.label("key_id"),
+        api_keys.c.digest,
+        api_keys.c.digest_version,
+        api_keys.c.scopes,
+        api_keys.c.networks,
+        api_keys.c.name,
+        api_keys.c.prefix,
+        api_keys.c.expires_at,
+        api_keys.c.revoked_at,
+        func.now().label("now"),
+        *TENANT_COLUMNS,
+    )
+    .join(tenants, tenants.c.id == api_keys.c.tenant_id)
+    .where(api_keys.c.id == any_(bindparam("ids", type_=ARRAY(Text))))
+)
+
+_TENANTS = union_all(
+    select(*TENANT_COLUMNS).where(tenants.c.id == any_(bindparam("ids", type_=ARRAY(Uuid)))),
+    select(*TENANT_COLUMNS).where(
+        tenants.c.slug == any_(bindparam("names", type_=ARRAY(Text))), tenants.c.status != Status.PURGED
+    ),
+    select(*TENANT_COLUMNS)
+    .join(former_slugs, former_slugs.c.tenant_id == tenants.c.id)
+    .where(
+        former_slugs.c.slug == any_(bindparam("names", type_=ARRAY(Text))),
+        former_slugs.c.redirects_until > func.now(),
+    ),
+    select(*TENANT_COLUMNS)
+    .join(domains, domains.c.tenant_id == tenants.c.id)
+    .where(domains.c.domain == any_(bindparam("names", type_=ARRAY(Text))), domains.c.verified_at.is_not(None)),
+)
+
+
+def standing_of(row: Row[Any], asked: float) -> Standing:
+    """What a key's row says of it, asked for at this time."""
+    return Standing(
+        credential_id=row.key_id,
+        tenant=tenant_from_row(row),
+        asked=asked,
+        scopes=frozenset(row.scopes),
+        networks=parse_networks(row.networks),
+        secret=(row.digest_version, row.digest),
+        revoked=row.revoked_at is not None,
+        # by the database's clock, so that clocks that differ do not matter
+        expires=None if row.expires_at is None else asked + (row.expires_at - row.now).total_seconds(),
+    )
+
+
+class LookUps:
+    """Asks the control database; those who ask at the same moment share a query.
+
+    Args:
+        control: The control database.
+        config: Times, see ``TenancyConfig``.
+        events: Where look-ups and the control database's absence are reported.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, control: ControlDatabase, config: TenancyConfig, events: EventBus, *, clock: Callable[[], float]
+    ) -> None:
+        # connections of its own: provisioning must not make look-ups wait for one
+        self._control = ControlDatabase(
+            control.listen_dsn, pool_size=_POOL_SIZE, connect_timeout=config.directory_timeout
+        )
+        self._config = config
+        self._events = events
+        self._clock = clock
+        timeout = config.directory_timeout
+        # each with the time when it was asked for
+        self._keys: Batch[str, tuple[Row[Any], float]] = Batch(self._load_keys, timeout=timeout)
+        self._tenants: Batch[UUID | str, tuple[Tenant, float]] = Batch(self._load_tenants, timeout=timeout)
+        self._probe: asyncio.Task[None] | None = None  # set while the control database is away
+        self._closing = False
+
+    @property
+    def available(self) -> bool:
+        """Whether the control database answers, as far as is known."""
+        return self._probe is None
+
+    async def key(self, key_id: str) -> tuple[tuple[Row[Any], float] | None, set[Hashable]]:
+        """Return a key's row, when it was asked for, and what was invalidated while it was looked up.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        self._check()
+        return await self._guarded(self._keys.get(key_id))
+
+    async def tenant(self, wanted: UUID | str) -> tuple[tuple[Tenant, float] | None, set[Hashable]]:
+        """Return a tenant by id or name; otherwise as ``key``.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        self._check()
+        return await self._guarded(self._tenants.get(wanted))
+
+    def touch(self, tag: Hashable) -> None:
+        """Note that ``tag`` was invalidated: what is being read may be old."""
+        self._keys.touch(tag)
+        self._tenants.touch(tag)
+
+    def stop(self) -> None:
+        """From here on a look-up that fails is not taken for the control database's absence."""
+        self._closing = True
+
+    async def close(self) -> None:
+        """End every look-up and close the connections."""
+        self.stop()
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        await self._keys.close()
+        await self._tenants.close()
+        await self._control.close()
+
+    def _check(self) -> None:
+        if self._probe is not None:
+            raise ControlUnavailableError("the control database is not available")
+
+    async def _guarded(self, look_up: Awaitable[T]) -> T:
+        try:
+            return await look_up
+        except ControlUnavailableError as exc:
+            self._begin_probing()
+            raise ControlUnavailableError(*exc.args) from exc
+
+    def _begin_probing(self) -> None:
+        """Answer from memory, without waiting, until the control database answers again."""
+        if self._probe is not None or self._closing:
+            return
+        logger.warning("the control database does not answer; what is known keeps working for %g s", self._config.grace)
+        self._events.emit(DirectoryUnavailable())
+        self._probe = asyncio.get_running_loop().create_task(self._probe_until_back(), context=Context())
+
+    async def _probe_until_back(self) -> None:
+        while True:
+            await asyncio.sleep(_PROBE_SECONDS * random.uniform(0.5, 1.0))
+            try:
+                async with asyncio.timeout(self._config.directory_timeout), self._control.connect() as connection:
+                    await connection.execute(select(1))
+            except Exception as exc:  # noqa: BLE001 - whatever it is, ending here would leave it away for ever
+                logger.debug("the control database still does not answer: %s", type(exc).__name__)
+                continue
+            self._probe = None
+            logger.info("the control database answers again")
+            return
+
+    async def _query(self, statement: Executable, parameters: dict[str, Any]) -> tuple[Sequence[Row[Any]], float]:
+        """Run one reading statement; twice where the first try met a connection that a restart had left dead.
+
+        Returns its rows, and when they were asked for: what they say may change from then on.
+
+        Raises:
+            ControlUnavailableError: there is no answer, or a refusal: a password that is being changed, a database that
+                is being restored. To those who ask it is the same: what is known keeps working.
+        """
+        for attempt in range(2):
+            try:
+                async with self._control.connect() as connection:
+                    asked = self._clock()
+                    return (await connection.execute(statement, parameters)).all(), asked
+            except ControlUnavailableError:
+                if attempt:
+                    raise
+            except (SQLAlchemyError, asyncpg.PostgresError) as exc:
+                logger.error("the control database refused a look-up: %s", type(getattr(exc, "orig", exc)).__name__)
+                raise ControlUnavailableError("the control database refused a look-up") from exc
+        raise AssertionError("unreachable")
+
+    async def _load_keys(self, key_ids: list[str]) -> Mapping[str, tuple[Row[Any], float]]:
+        started = time.perf_counter()
+        rows, asked = await self._query(_KEYS, {"ids": key_ids})
+        seconds = time.perf_counter() - started
+        self._events.emit(DirectoryMissed(keys=len(key_ids), tenants=0, seconds=seconds))
+        return {row.key_id: (row, asked) for row in rows}
+
+    async def _load_tenants(self, wanted: list[UUID | str]) -> Mapping[UUID | str, tuple[Tenant, float]]:
+        started = time.perf_counter()
+        ids = [x for x in wanted if isinstance(x, UUID)]
+        names = [x for x in wanted if isinstance(x, str)]
+        rows, asked = await self._query(_TENANTS, {"ids": ids, "names": names})
+        seconds = time.perf_counter() - started
+        self._events.emit(DirectoryMissed(keys=0, tenants=len(wanted), seconds=seconds))
+        found: dict[UUID | str, Tenant] = {}
+        for row in rows:
+            tenant = tenant_from_row(row)
+            found[tenant.id] = tenant
+            if tenant.status is not Status.PURGED:
+                for name in tenant.aliases:
+                    found.setdefault(name, tenant)
+                found[tenant.slug] = tenant
+        return {key: (tenant, asked) for key, tenant in found.items()}
