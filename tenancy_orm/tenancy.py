@@ -744,7 +744,6 @@ class _Parts:
         self._opened.append(self.secrets.close)
         services = FleetServices(
             config=config,
-            control=self.control,
             registry=self.registry,
             servers=self.servers,
             names=self.names,
