@@ -246,7 +246,6 @@ class Assembly:
         self._opened.append(self.secrets.close)
         services = FleetServices(
             config=config,
-            control=self.control,
             registry=self.registry,
             servers=self.servers,
             names=self.names,

@@ -253,7 +253,6 @@ class TenancyConfig:
         control_pool_size: Connections to the control database.
         listen_url: Another URL of the control database, for LISTEN: needed where ``control_url`` leads through a pooler
             in transaction mode, which drops it.
-        installation_owner: Free text recorded with the installation (who runs it); optional.
     """
 
     control_url: str = field(repr=False)
@@ -307,7 +306,6 @@ class TenancyConfig:
     audit_retention_seconds: float = 0.0
     control_pool_size: int = 5
     listen_url: str | None = field(default=None, repr=False)
-    installation_owner: str = ""
 
     def __post_init__(self) -> None:
         """Check every field, so that a mistake is reported where it was made."""

@@ -53,7 +53,6 @@
     │   ├── DatabaseExistsError
     │   └── TemplateError
     ├── MigrationError
-    │   ├── TenantMigrationError
     │   └── FleetMigrationError
     └── AuditError
         └── AuditChainError
@@ -585,17 +584,6 @@ class TemplateError(ProvisioningError):
 
 class MigrationError(TenancyError):
     """A schema migration failed."""
-
-
-class TenantMigrationError(MigrationError):
-    """One tenant's migration failed; its schema is at ``revision``."""
-
-    def __init__(self, message: str, *, tenant: str, revision: str | None = None, sqlstate: str | None = None) -> None:
-        """Attach the ``tenant`` (slug), the ``revision`` it is at and PostgreSQL's ``sqlstate``."""
-        super().__init__(message)
-        self.tenant = tenant
-        self.revision = revision
-        self.sqlstate = sqlstate
 
 
 class FleetMigrationError(MigrationError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed_version
@@ -15,6 +16,7 @@ import typer
 
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
+from ..tenant import Tenant
 from . import audit, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
 from .output import console, print_fields, print_json, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, fail, guarded, operator, run
@@ -185,10 +187,9 @@ def update(
     show_tenant(run(command), as_json)
 
 
-def _change(tenant: str, verb: str, as_json: bool, **options: Any) -> None:
+def _change(change: Callable[[Tenancy], Awaitable[Tenant]], as_json: bool) -> None:
     async def command(tenancy: Tenancy) -> dict[str, Any]:
-        changed = await getattr(tenancy.tenants, verb)(tenant, actor=operator(), **options)
-        return tenant_fields(changed)
+        return tenant_fields(await change(tenancy))
 
     fields = run(command)
     if as_json:
@@ -200,25 +201,25 @@ def _change(tenant: str, verb: str, as_json: bool, **options: Any) -> None:
 @app.command()
 def suspend(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
     """Refuse a tenant's requests and end its connections; its data stays."""
-    _change(tenant, "suspend", as_json, reason=reason)
+    _change(lambda tenancy: tenancy.tenants.suspend(tenant, reason=reason, actor=operator()), as_json)
 
 
 @app.command()
 def activate(tenant: TenantArgument, as_json: Json = False) -> None:
     """Make a suspended, trial or maintained tenant active."""
-    _change(tenant, "activate", as_json)
+    _change(lambda tenancy: tenancy.tenants.activate(tenant, actor=operator()), as_json)
 
 
 @app.command()
 def maintain(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
     """Put a tenant into maintenance: its requests get 503 until end-maintenance."""
-    _change(tenant, "start_maintenance", as_json, reason=reason)
+    _change(lambda tenancy: tenancy.tenants.start_maintenance(tenant, reason=reason, actor=operator()), as_json)
 
 
 @app.command("end-maintenance")
 def end_maintenance(tenant: TenantArgument, as_json: Json = False) -> None:
     """Make a tenant what it was before its maintenance."""
-    _change(tenant, "end_maintenance", as_json)
+    _change(lambda tenancy: tenancy.tenants.end_maintenance(tenant, actor=operator()), as_json)
 
 
 @app.command("start-trial")
@@ -228,19 +229,20 @@ def start_trial(
     as_json: Json = False,
 ) -> None:
     """Let a suspended tenant, whose trial has ended, say, try once more."""
-    _change(tenant, "start_trial", as_json, ends_at=datetime.now(UTC) + timedelta(days=days))
+    ends_at = datetime.now(UTC) + timedelta(days=days)
+    _change(lambda tenancy: tenancy.tenants.start_trial(tenant, ends_at=ends_at, actor=operator()), as_json)
 
 
 @app.command()
 def delete(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
     """Delete a tenant softly: its keys are refused, its data is kept until it is purged."""
-    _change(tenant, "delete", as_json, reason=reason)
+    _change(lambda tenancy: tenancy.tenants.delete(tenant, reason=reason, actor=operator()), as_json)
 
 
 @app.command()
 def restore(tenant: TenantArgument, as_json: Json = False) -> None:
     """Undo delete."""
-    _change(tenant, "restore", as_json)
+    _change(lambda tenancy: tenancy.tenants.restore(tenant, actor=operator()), as_json)
 
 
 @app.command()

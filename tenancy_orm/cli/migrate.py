@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
 
-from ..migrations import FleetReport, TenantOutcome
+from ..migrations import FleetReport, Progress, TenantOutcome
 from ..tenancy import Tenancy
 from .output import console, errors, print_json, print_table
 from .runtime import EXIT_FAILED, Json, run
@@ -29,7 +30,13 @@ def upgrade(
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
-    _run("upgrade", revision, tenant, concurrency, stop_on_failure, as_json)
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.upgrade(
+            revision, tenants=tenant, concurrency=concurrency, stop_on_failure=stop_on_failure, progress=progress
+        )
+
+    _run("upgrade", command, as_json)
 
 
 @app.command()
@@ -41,7 +48,13 @@ def downgrade(
     as_json: Json = False,
 ) -> None:
     """Downgrade every tenant's database."""
-    _run("downgrade", revision, tenant, concurrency, stop_on_failure, as_json)
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.downgrade(
+            revision, tenants=tenant, concurrency=concurrency, stop_on_failure=stop_on_failure, progress=progress
+        )
+
+    _run("downgrade", command, as_json)
 
 
 @app.command()
@@ -52,7 +65,11 @@ def stamp(
     as_json: Json = False,
 ) -> None:
     """Record a revision in every tenant's database without running anything."""
-    _run("stamp", revision, tenant, concurrency, False, as_json)
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.stamp(revision, tenants=tenant, concurrency=concurrency, progress=progress)
+
+    _run("stamp", command, as_json)
 
 
 @app.command()
@@ -76,7 +93,7 @@ def status(as_json: Json = False) -> None:
 class _Bar:
     """Shows a run's progress as a bar."""
 
-    def __init__(self, bar: Progress, verb: str) -> None:
+    def __init__(self, bar: ProgressBar, verb: str) -> None:
         self._bar = bar
         self._verb = verb
         self._task = bar.add_task(verb, total=None)
@@ -88,19 +105,10 @@ class _Bar:
         self._bar.update(self._task, advance=1, description=f"{self._verb} {outcome.slug}")
 
 
-def _run(
-    verb: str, revision: str, tenants: list[str] | None, concurrency: int, stop_on_failure: bool, as_json: bool
-) -> None:
+def _run(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, disable=as_json) as bar:
-
-        async def command(tenancy: Tenancy) -> FleetReport:
-            migrate: Callable[..., Awaitable[FleetReport]] = getattr(tenancy.migrations, verb)
-            options: dict[str, Any] = {} if verb == "stamp" else {"stop_on_failure": stop_on_failure}
-            progress = _Bar(bar, verb)
-            return await migrate(revision, tenants=tenants, concurrency=concurrency, progress=progress, **options)
-
-        report = run(command)
+    with ProgressBar(*columns, console=errors, disable=as_json) as bar:
+        report = run(lambda tenancy: migrate(tenancy, _Bar(bar, verb)))
     _show(report, as_json)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)

@@ -77,10 +77,10 @@ _MAY_CREATE = text(
     "WHERE pg_has_role(CAST(:role AS name), r.oid, 'MEMBER')"
 )
 # without the partitions: no query of ours names one
-_PROTECTED = text(
-    "SELECT c.relname, EXISTS (SELECT 1 FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = :policy) AS admitted "
-    "FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relrowsecurity AND NOT c.relispartition "
-    "ORDER BY 1"
+_NOT_ADMITTED = text(
+    "SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace "
+    "AND c.relrowsecurity AND NOT c.relispartition "
+    "AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = :policy) ORDER BY 1"
 )
 
 
@@ -107,7 +107,7 @@ async def grant_application(conn: AsyncConnection, role: str) -> None:
     for statement in (*_revokes(role), *await _grants(conn, role)):
         await conn.exec_driver_sql(statement)
     policy = application_policy(role)
-    for table in await _protected(conn, policy, admitted=False):
+    for table in (await conn.scalars(_NOT_ADMITTED, {"policy": policy})).all():
         # where it may only read, the policy says so as well
         verb, check = ("SELECT", "") if _is_read_only(table) else ("ALL", "WITH CHECK (true)")
         await conn.exec_driver_sql(
@@ -115,17 +115,6 @@ async def grant_application(conn: AsyncConnection, role: str) -> None:
         )
     await admit_viewer(conn, await viewer_of(conn), role)
     await _check(conn, role)
-
-
-async def revoke_application(conn: AsyncConnection, role: str) -> None:
-    """Take every privilege on the control tables from ``role``, and its policies; run as their owner."""
-    for statement in _revokes(role):
-        await conn.exec_driver_sql(statement)
-    policy = application_policy(role)
-    for table in await _protected(conn, policy, admitted=True):
-        await conn.exec_driver_sql(f"DROP POLICY {policy} ON {_qualified(table)}")
-    viewer = quote_identifier(await viewer_of(conn))
-    await conn.exec_driver_sql(f"REVOKE {viewer} FROM {quote_identifier(role)}")
 
 
 def application_policy(role: str) -> str:
@@ -146,11 +135,6 @@ async def _check(conn: AsyncConnection, role: str) -> None:
             f"role {role!r} would have {', '.join(excess)}, from PUBLIC or from a role that it is a member of; "
             "revoke that first"
         )
-
-
-async def _protected(conn: AsyncConnection, policy: str, *, admitted: bool) -> list[str]:
-    rows = await conn.execute(_PROTECTED, {"policy": policy})
-    return [row.relname for row in rows if row.admitted is admitted]
 
 
 def _is_read_only(table: str) -> bool:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..errors import AdministratorNeededError, ConfigurationError, ControlSchemaError
+from ..postgres.errors import INSUFFICIENT_PRIVILEGE, sqlstate_of
 from ..postgres.quoting import quote_identifier
 from .models import SCHEMA, installation
 from .names import Names
@@ -87,7 +88,6 @@ VIEW_AS = text(
     "set_config('role', :role, true)"
 )
 
-_INSUFFICIENT_PRIVILEGE = "42501"
 _ROLE = text("SELECT rolcanlogin, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = :role")
 # from PostgreSQL 16 on a membership says separately whether it inherits, and whether it can be taken on
 _GRANTED = text(
@@ -175,7 +175,7 @@ async def _administer(conn: AsyncConnection, statement: str, *more: str) -> None
     try:
         await conn.exec_driver_sql(statement)
     except DBAPIError as exc:
-        if getattr(exc.orig, "sqlstate", None) != _INSUFFICIENT_PRIVILEGE:
+        if sqlstate_of(exc) != INSUFFICIENT_PRIVILEGE:
             raise
         raise AdministratorNeededError((statement, *more)) from exc
 

@@ -24,7 +24,7 @@ from sqlalchemy.util import await_only
 from ..cancellation import settled
 from ..errors import MarkerMismatchError, MigrationError
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.databases import protect_version_table
+from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
 from .failures import INVALID_PARAMETER_VALUE, TRANSIENT, UNDEFINED_TABLE, describe, sqlstate_of

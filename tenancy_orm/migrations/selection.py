@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from uuid import UUID
 
 from ..errors import TenantNotFoundError, TenantProvisioningError
+from ..registry.registry import Registry
 from ..tenant import Status, Tenant
-from .services import FleetRegistry
 
 TenantRef = str | UUID | Tenant
 
@@ -21,7 +21,7 @@ class Selection:
         registry: The control database's tenants.
     """
 
-    def __init__(self, registry: FleetRegistry) -> None:
+    def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
     async def choose(self, tenants: Iterable[TenantRef] | None) -> list[Tenant]:

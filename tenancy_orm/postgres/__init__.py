@@ -1,1 +1,1 @@
-"""What every room that talks to PostgreSQL shares: quoting, errors by SQLSTATE, what a lost server raises."""
+"""What every room that talks to PostgreSQL shares: connections, locks, quoting, SQLSTATEs, what a lost server says."""

@@ -13,10 +13,10 @@ from functools import partial
 import asyncpg
 
 from ..errors import ProvisioningError
+from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
-from . import databases
+from . import roles
 from .blockers import Blockers
-from .databases import Connection
 
 # What is left of a deadline once this one has passed, for the error that says what is not done.
 _MARGIN_SECONDS = 0.05
@@ -40,13 +40,13 @@ async def block(connection: Connection, blockers: Blockers, *, database: str, ro
     try:
         async with asyncio.timeout_at(deadline - _MARGIN_SECONDS):
             # what it holds locked is released; should it come back before it is kept out, the blockers end it again
-            await databases.end_connections(connection, role)
+            await roles.end_connections(connection, role)
             await blockers.run(connection, partial(_revoke_connect, connection, database, role), role=role)
             left.remove("right to connect")
-            await databases.end_connections(connection, role)
-            await blockers.run(connection, partial(databases.set_login, connection, role, False), role=role)
+            await roles.end_connections(connection, role)
+            await blockers.run(connection, partial(roles.set_login, connection, role, False), role=role)
             left.remove("login")
-            await databases.terminate(connection, role, timeout=max(deadline - asyncio.get_running_loop().time(), 0))
+            await roles.terminate(connection, role, timeout=max(deadline - asyncio.get_running_loop().time(), 0))
     except TimeoutError as exc:
         raise TimeoutError(f"the role's {', '.join(left)} could not be ended in time") from exc
 
@@ -58,7 +58,7 @@ async def admit(connection: Connection, blockers: Blockers, *, database: str, ro
         ProvisioningError: the role or the database is missing.
     """
     await blockers.run(connection, partial(_grant_connect, connection, database, role), role=role)
-    await blockers.run(connection, partial(databases.set_login, connection, role, True), role=role)
+    await blockers.run(connection, partial(roles.set_login, connection, role, True), role=role)
 
 
 async def _grant_connect(connection: Connection, database: str, role: str) -> None:

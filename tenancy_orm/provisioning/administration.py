@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from ..cancellation import settled
 from ..loops import HomeLoop
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..routing.servers import Server
-from . import databases
 from .blockers import Blockers
-from .databases import Connection
 
 IDLE_SECONDS = 60.0
 
@@ -65,7 +65,7 @@ class Administration:
         Never raises because of the connection: what was done under the lock is done, and the lock goes with it.
         """
         if len(self._idle[server.name]) >= self._keep or not await self._unlocked(connection, key):
-            await settled(databases.close(connection))
+            await settled(connections.close(connection))
             return
         self._idle[server.name].append(connection)
         self._timers[connection] = asyncio.get_running_loop().call_later(
@@ -75,8 +75,8 @@ class Administration:
     async def close(self) -> None:
         """Close what is idle."""
         self._home.check()
-        for name, connections in self._idle.items():
-            for connection in tuple(connections):
+        for name, idle in self._idle.items():
+            for connection in tuple(idle):
                 self._timers[connection].cancel()
                 self._expire(name, connection)
         if self._closing:
@@ -87,18 +87,18 @@ class Administration:
         """Whether the connection still works after having been idle; it is closed if not."""
         works = False
         try:
-            works = await databases.is_alive(connection)
+            works = await connections.is_alive(connection)
         finally:
             if not works:
-                await settled(databases.close(connection))
+                await settled(connections.close(connection))
         return works
 
     @staticmethod
     async def _locked(connection: Connection, key: int, timeout: float) -> Connection:
         try:
-            await databases.lock(connection, key, timeout=timeout)
+            await locks.lock(connection, key, timeout=timeout)
         except BaseException:
-            await settled(databases.close(connection))
+            await settled(connections.close(connection))
             raise
         return connection
 
@@ -106,8 +106,8 @@ class Administration:
     async def _unlocked(connection: Connection, key: int) -> bool:
         """Whether the connection gave up the lock, and so can be used again."""
         try:
-            async with asyncio.timeout(databases.CLOSE_SECONDS):
-                await databases.unlock(connection, key)
+            async with asyncio.timeout(connections.CLOSE_SECONDS):
+                await locks.unlock(connection, key)
         except SERVER_FAILURES:
             return False
         return True
@@ -115,6 +115,6 @@ class Administration:
     def _expire(self, server: str, connection: Connection) -> None:
         self._timers.pop(connection)
         self._idle[server].remove(connection)
-        task = asyncio.get_running_loop().create_task(databases.close(connection))
+        task = asyncio.get_running_loop().create_task(connections.close(connection))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

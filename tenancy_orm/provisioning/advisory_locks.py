@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
-from . import databases
-from .databases import Connection
+from . import roles
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -44,7 +44,7 @@ def grants(role: str) -> Sequence[str]:
 
 async def may_restrict(connection: Connection) -> bool:
     """Whether this administrator may change who executes PostgreSQL's own functions."""
-    return await databases.is_superuser(connection)
+    return await roles.is_superuser(connection)
 
 
 async def restrict(connection: Connection, owner: str, *, server: str) -> None:

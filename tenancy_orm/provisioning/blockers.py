@@ -25,12 +25,14 @@ import asyncpg
 from ..cancellation import settled
 from ..control.names import Names
 from ..errors import TenancyError
+from ..postgres import connections
+from ..postgres.connections import Connection
+from ..postgres.errors import CONCURRENT_UPDATE, sqlstate
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.registry import Registry
 from ..routing.servers import Server
-from . import databases
-from .databases import Connection
+from . import roles
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -44,7 +46,7 @@ POLL_SECONDS = 0.05
 _ATTEMPTS = 100
 _TOLERATED = 3
 # "tuple concurrently updated", deadlock detected, lock_timeout
-_RACES = frozenset({databases.CONCURRENT_UPDATE, "40P01", "55P03"})
+_RACES = frozenset({CONCURRENT_UPDATE, "40P01", "55P03"})
 _RETRY_SECONDS = 0.5  # after an error of the watching connection itself
 # How many databases are tried at once where one does not admit the administrator; and the others, so much later.
 _FIRST_DOORS = 3
@@ -157,13 +159,13 @@ class Blockers:
                     return await work()
             except asyncpg.PostgresError as exc:
                 failures += 1
-                if databases.sqlstate(exc) not in _RACES or failures == _ATTEMPTS:
+                if sqlstate(exc) not in _RACES or failures == _ATTEMPTS:
                     raise
             if role is None or failures < _TOLERATED:
                 await asyncio.sleep(POLL_SECONDS)
             else:
                 # at once after this: whoever logs in again is too late
-                await databases.end_connections(connection, role)
+                await roles.end_connections(connection, role)
 
     @asynccontextmanager
     async def ending(self, connection: Connection, *, patience: float = PATIENCE_SECONDS) -> AsyncIterator[None]:
@@ -201,8 +203,8 @@ class Blockers:
         """
         connection = await self.connect(transaction.database)
         try:
-            async with databases.joined(connection, transaction.role):
-                if not await databases.is_superuser(connection):
+            async with roles.joined(connection, transaction.role):
+                if not await roles.is_superuser(connection):
                     await connection.execute(f"SET ROLE {quote_identifier(transaction.role)}")
                 try:
                     await connection.execute(f"ROLLBACK PREPARED {quote_literal(transaction.gid)}")
@@ -213,7 +215,7 @@ class Blockers:
                         await connection.execute("RESET ROLE")
             logger.warning("prepared transaction %r of role %s was rolled back", transaction.gid, transaction.role)
         finally:
-            await databases.close(connection)
+            await connections.close(connection)
 
     async def clear_doors(self, connection: Connection) -> list[DoorHolder]:
         """End the sessions of tenants that wait to drop or rename a database, which they may not do.
@@ -240,7 +242,7 @@ class Blockers:
                         await self._end_blockers(connection, pid)
                         await asyncio.sleep(POLL_SECONDS)
                 finally:
-                    await databases.close(connection)
+                    await connections.close(connection)
             except (TenancyError, *SERVER_FAILURES) as exc:
                 # another administrator may have ended it first, or left a role that this one has just joined
                 logger.warning("ending what keeps a statement waiting failed: %s: %s", type(exc).__name__, exc)
@@ -259,7 +261,7 @@ class Blockers:
             pids.setdefault(role, []).append(pid)
         for role, of_role in pids.items():
             logger.warning("role %s keeps administration waiting: ending %d of its connections", role, len(of_role))
-            if await settled(_in_time(databases.end_connections(connection, role, of_role))):
+            if await settled(_in_time(roles.end_connections(connection, role, of_role))):
                 ended.add(role)
         return ended
 
@@ -274,7 +276,7 @@ class Blockers:
                     await self.clear_doors(connection)
                     await asyncio.sleep(POLL_SECONDS)
             finally:
-                await databases.close(connection)
+                await connections.close(connection)
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.warning("no login to server %s: %s: %s", self._server.name, type(exc).__name__, exc)
 
@@ -347,5 +349,5 @@ def _abandon(login: asyncio.Future[Connection], *, keep: Connection | None = Non
 
 async def _in_time(work: Awaitable[T]) -> T:
     """Bound work that a cancellation does not cut in half."""
-    async with asyncio.timeout(databases.CLOSE_SECONDS):
+    async with asyncio.timeout(connections.CLOSE_SECONDS):
         return await work

@@ -9,9 +9,9 @@ Only a superuser can create an event trigger. It is put into the template, so ev
 
 from __future__ import annotations
 
+from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier, quote_literal
-from . import databases
-from .databases import Connection
+from . import roles
 
 NAME = "tenancy_guard"
 
@@ -23,7 +23,7 @@ async def install(connection: Connection, owner: str) -> None:
         connection: To a template under construction, as the administrator.
         owner: The owner of tenants' databases.
     """
-    if not await databases.is_superuser(connection):
+    if not await roles.is_superuser(connection):
         return
     name = quote_identifier(NAME)
     # where a dump was restored without the installation's roles, there is nobody to keep out

@@ -22,7 +22,7 @@ from ..secrets.data_keys import DataKeys
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import ResealReport, SealedPasswords
 from ..tenant import Placement, Status, Tenant
-from . import databases, role_settings
+from . import role_settings, roles
 from .administration import Administration
 from .blockers import Blockers
 from .pipeline import describe, tenant_key
@@ -179,7 +179,7 @@ class SecretManager:
         try:
             # no variable holds the password: what fails below would carry it in its traceback's frames
             verifier = scram_verifier(await self._sealed.begin(tenant_id))
-            change = partial(databases.set_password, connection, placement.role, verifier=verifier)
+            change = partial(roles.set_password, connection, placement.role, verifier=verifier)
             await self._blockers(server).run(connection, change, role=placement.role)
             await self._sealed.finish(tenant_id, actor=actor)
             await role_settings.try_restore(

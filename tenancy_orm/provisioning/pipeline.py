@@ -27,16 +27,18 @@ from ..control.names import Names
 from ..errors import DatabaseExistsError, ProvisioningError, TenancyError, TenantExistsError, TenantNotFoundError
 from ..events import EventBus, TenantCreationFailed
 from ..keys.format import NewKey
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..routing import marker
 from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
 from ..tenant import Placement, Status, Tenant
-from . import access, advisory_locks, databases, removal
+from . import access, advisory_locks, databases, grants, removal, roles
 from .administration import Administration
 from .blockers import Blockers
-from .databases import Connection, Strategy
+from .databases import Strategy
 from .role_settings import RoleSettings
 from .scram import scram_verifier
 from .templates import TemplateInfo, Templates
@@ -77,7 +79,7 @@ class Step:
 
 def tenant_key(tenant_id: UUID) -> int:
     """The advisory lock key that every process holds while it makes or removes what belongs to this tenant."""
-    return databases.lock_key(f"tenant:{tenant_id}")
+    return locks.lock_key(f"tenant:{tenant_id}")
 
 
 class Creation:
@@ -211,7 +213,7 @@ class Creation:
 
     async def _create_role(self) -> None:
         password = self._parts.keyring.open_password(self._draft.id, self._draft.sealed_password)
-        await databases.create_role(
+        await roles.create(
             self._admin,
             self._draft.role,
             verifier=scram_verifier(password),
@@ -228,7 +230,7 @@ class Creation:
         connection = await self._blockers.connect(draft.database, role=self._parts.names.owner)
         try:
             async with self._blockers.ending(connection):
-                await databases.grant_and_mark(
+                await grants.grant_and_mark(
                     connection,
                     draft.database,
                     role=draft.role,
@@ -246,7 +248,7 @@ class Creation:
 
     def _close_later(self, connection: Connection) -> None:
         """Close a connection while the next step is done: the server takes 2 ms to say good-bye."""
-        self._closing.append(asyncio.ensure_future(databases.close(connection)))
+        self._closing.append(asyncio.ensure_future(connections.close(connection)))
 
     async def _let_go(self) -> None:
         if self._closing:
@@ -257,7 +259,7 @@ class Creation:
     # --- back -------------------------------------------------------------------------------------------------------
 
     async def _end_connections(self) -> None:
-        if await databases.role_exists(self._admin, self._draft.role):
+        if await roles.exists(self._admin, self._draft.role):
             await access.block(
                 self._admin,
                 self._blockers,
@@ -319,11 +321,11 @@ class Creation:
 
     async def _hold_lock(self) -> None:
         """Make sure that the lock is held: the connection may be what failed."""
-        if self._connection is not None and await databases.is_alive(self._connection):
+        if self._connection is not None and await connections.is_alive(self._connection):
             return
         self._lock_unbroken = False
         if self._connection is not None:
-            await databases.close(self._connection)
+            await connections.close(self._connection)
         # the server may need a while to notice the loss of the old one
         self._connection = await self._lock()
 
@@ -374,7 +376,7 @@ async def prove(parts: Parts, tenant_id: UUID, slug: str, placement: Placement) 
     try:
         await marker.verify(connection, parts.installation, tenant_id, tenant=slug)
     except BaseException:
-        await settled(databases.close(connection))
+        await settled(connections.close(connection))
         raise
     return connection
 

@@ -14,11 +14,13 @@ from sqlalchemy import text
 from ..cancellation import settled
 from ..control.database import ControlDatabase
 from ..errors import DatabaseExistsError
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
+from ..postgres.errors import CONCURRENT_UPDATE, DUPLICATE_OBJECT, UNIQUE_VIOLATION, sqlstate
 from ..postgres.quoting import quote_identifier
 from ..routing.servers import Server
-from . import databases, role_settings
+from . import databases, role_settings, roles
 from .blockers import Blockers
-from .databases import Connection
 from .role_settings import RoleSettings
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -26,7 +28,7 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 _LOCK = "prepare"
 
 # What the loser of a race with another installation's preparation of the same server gets.
-_RACES = (databases.CONCURRENT_UPDATE, databases.DUPLICATE_OBJECT, databases.UNIQUE_VIOLATION)
+_RACES = (CONCURRENT_UPDATE, DUPLICATE_OBJECT, UNIQUE_VIOLATION)
 
 
 async def prepare(
@@ -57,7 +59,7 @@ async def prepare(
     """
     connection = await blockers.connect()
     try:
-        await databases.lock(connection, databases.lock_key(_LOCK), timeout=timeout)
+        await locks.lock(connection, locks.lock_key(_LOCK), timeout=timeout)
         async with asyncio.timeout(timeout):
             await _prepare_owner(connection, owner)
             for name, users in (await _databases_to_close(connection, control)).items():
@@ -67,15 +69,15 @@ async def prepare(
             await role_settings.verify(connection, server.name, settings)
             return settings
     finally:
-        await settled(databases.close(connection))
+        await settled(connections.close(connection))
 
 
 async def _prepare_owner(connection: Connection, owner: str) -> None:
-    if not await databases.role_exists(connection, owner):
+    if not await roles.exists(connection, owner):
         with suppress(DatabaseExistsError):  # another process was faster; this is the one role that is shared
-            await databases.create_owner(connection, owner)
-    if not await databases.is_member(connection, owner):
-        await _retry(partial(databases.join_role, connection, owner))
+            await roles.create_owner(connection, owner)
+    if not await roles.is_member(connection, owner):
+        await _retry(partial(roles.join, connection, owner))
 
 
 async def _databases_to_close(connection: Connection, control: ControlDatabase) -> dict[str, set[str]]:
@@ -85,7 +87,7 @@ async def _databases_to_close(connection: Connection, control: ControlDatabase) 
         "SELECT current_database(), current_user, pg_postmaster_start_time()"
     )
     found.setdefault(maintenance, set())
-    if not await databases.is_superuser(connection):
+    if not await roles.is_superuser(connection):
         found[maintenance].add(administrator)
     query = text(
         "SELECT current_database(), current_user, pg_postmaster_start_time(), "
@@ -119,8 +121,8 @@ async def _retry(work: Callable[[], Awaitable[None]], *, attempts: int = 50) -> 
         try:
             await work()
         except asyncpg.PostgresError as exc:
-            if databases.sqlstate(exc) not in _RACES or not remaining:
+            if sqlstate(exc) not in _RACES or not remaining:
                 raise
-            await asyncio.sleep(databases.POLL_SECONDS)
+            await asyncio.sleep(connections.POLL_SECONDS)
         else:
             return

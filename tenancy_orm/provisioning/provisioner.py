@@ -21,6 +21,8 @@ from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
 from ..loops import HomeLoop
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import BARRED
 from ..registry.registry import Registry
@@ -28,10 +30,10 @@ from ..registry.rows import TenantDraft
 from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
 from ..tenant import Placement, Tenant
-from . import access, databases, removal
+from . import access, removal
 from .administration import Administration
 from .blockers import Blockers
-from .databases import Connection, Strategy
+from .databases import Strategy
 from .pipeline import Creation, Parts, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
@@ -267,13 +269,13 @@ class Provisioner:
             async with asyncio.timeout_at(deadline):
                 connection = await self._parts.blockers(server).connect()
                 try:
-                    if not await databases.try_lock(connection, tenant_key(tenant.id)):
+                    if not await locks.try_lock(connection, tenant_key(tenant.id)):
                         await self._block(connection, server, tenant, deadline=deadline)
-                        await databases.lock(connection, tenant_key(tenant.id), timeout=timeout)
+                        await locks.lock(connection, tenant_key(tenant.id), timeout=timeout)
                     current = await self._parts.registry.get(tenant.id)
                     await align_role(self._parts, connection, current, deadline=deadline)
                 finally:
-                    await databases.close(connection)
+                    await connections.close(connection)
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"aligning the role of tenant {tenant.slug!r} did not succeed within {timeout:g} s ({describe(exc)}); "

@@ -24,14 +24,16 @@ from uuid import UUID
 from ..audit.actor import SYSTEM, Actor
 from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import BARRED
 from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
-from . import access, databases, removal, role_settings
+from . import access, databases, grants, removal, role_settings, roles
 from .blockers import Blockers
-from .databases import Connection, RoleState
 from .pipeline import Parts, prove, tenant_key
+from .roles import RoleState
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -134,7 +136,7 @@ class Reconciler:
                 await work()
 
         await self._attempt(what, in_time)
-        if not await databases.is_alive(connection):
+        if not await connections.is_alive(connection):
             raise ConnectionResetError("the connection was lost")
 
     async def _visit(self, server: str, unfinished: list[Unfinished]) -> None:
@@ -148,19 +150,19 @@ class Reconciler:
             await self._correct_roles(server, connection)
             await self._correct_settings(server, connection)
         finally:
-            await databases.close(connection)
+            await connections.close(connection)
 
     @asynccontextmanager
     async def _claimed(self, connection: Connection, key: int) -> AsyncIterator[bool]:
         """Whether the lock was free; it is held for the body then."""
-        if not await databases.try_lock(connection, key):
+        if not await locks.try_lock(connection, key):
             yield False
             return
         try:
             yield True
         finally:
             if not connection.is_closed():
-                await databases.unlock(connection, key)
+                await locks.unlock(connection, key)
 
     # --- creations and purges ---------------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ class Reconciler:
         """Whether the last step succeeds now: it was begun, but nobody knows how it ended."""
         try:
             async with asyncio.timeout(self._timeout):
-                await databases.close(await prove(self._parts, tenant.id, tenant.slug, placement))
+                await connections.close(await prove(self._parts, tenant.id, tenant.slug, placement))
         except (IsolationError, RoutingError, *SERVER_FAILURES) as exc:
             logger.info("tenant %s does not prove itself, and is removed: %s", tenant.slug, exc)
             return False
@@ -218,9 +220,9 @@ class Reconciler:
     async def _revision(self, placement: Placement) -> str | None:
         connection = await self._blockers(placement.server).connect(placement.database)
         try:
-            return await databases.revision(connection, self._parts.names.owner)
+            return await grants.revision(connection, self._parts.names.owner)
         finally:
-            await databases.close(connection)
+            await connections.close(connection)
 
     async def _remove(self, connection: Connection, server: str, database: str, role: str) -> None:
         await removal.remove(
@@ -238,8 +240,8 @@ class Reconciler:
         """Drop databases and roles of tenants that the registry does not have, on any server."""
         names = self._parts.names
         async with asyncio.timeout(self._timeout):
-            present = {state.name for state in await databases.database_states(connection, names.stem)}
-            present |= set(await databases.roles(connection, names.stem))
+            present = {state.name for state in await databases.states(connection, names.stem)}
+            present |= set(await roles.states(connection, names.stem))
         # in this order: a creation that begins now has its row before its database
         known = await self._parts.registry.placements(server)
         for name in sorted(present - known):
@@ -252,7 +254,7 @@ class Reconciler:
             status = await self._status(tenant_id)
             if not free or status not in (None, Status.PURGED):
                 return
-            state = await databases.database_state(connection, name)
+            state = await databases.state(connection, name)
             marked = state is not None and state.comment is not None
             if marked and status is None and not self._drop_unknown:
                 logger.error(
@@ -275,7 +277,7 @@ class Reconciler:
     async def _drop_retired(self, server: str, connection: Connection) -> None:
         """Drop the roles of purged tenants that could not be dropped then."""
         async with asyncio.timeout(self._timeout):
-            found = await databases.roles(connection, self._parts.names.retired(""))
+            found = await roles.states(connection, self._parts.names.retired(""))
         for name in found:
             await self._do(connection, name, partial(self._drop_retired_role, server, connection, name))
 
@@ -287,14 +289,14 @@ class Reconciler:
         """Drop parts of templates, and scratch databases, whose makers are gone."""
         stems = (self._parts.names.template(""), self._parts.names.scratch(""))
         async with asyncio.timeout(self._timeout):
-            states = await databases.database_states(connection, self._parts.names.stem)
+            states = await databases.states(connection, self._parts.names.stem)
         for state in states:
             if state.name.startswith(stems) and not state.is_template:
                 await self._do(connection, state.name, partial(self._drop_leftover, server, connection, state.name))
 
     async def _drop_leftover(self, server: str, connection: Connection, name: str) -> None:
-        async with self._claimed(connection, databases.lock_key(name)) as free:
-            state = await databases.database_state(connection, name) if free else None
+        async with self._claimed(connection, locks.lock_key(name)) as free:
+            state = await databases.state(connection, name) if free else None
             if state is not None and not state.is_template:
                 await removal.drop_database(connection, self._blockers(server), name)
                 self._found.orphans.append(name)
@@ -304,7 +306,7 @@ class Reconciler:
     async def _correct_roles(self, server: str, connection: Connection) -> None:
         """Bar the roles of suspended and deleted tenants, admit all others, and give each its tier's limit."""
         async with asyncio.timeout(self._timeout):
-            states = await databases.roles(connection, self._parts.names.stem)
+            states = await roles.states(connection, self._parts.names.stem)
         after: UUID | None = None
         while True:
             page = await self._parts.registry.page(server=server, limit=_PAGE, after=after)
@@ -320,7 +322,7 @@ class Reconciler:
             tenant = await self._parts.registry.get(tenant_id)
             if not free or tenant.placement is None:
                 return
-            if not self._is_wrong(tenant, await databases.roles(connection, tenant.placement.role)):
+            if not self._is_wrong(tenant, await roles.states(connection, tenant.placement.role)):
                 return
             await align_role(self._parts, connection, tenant, deadline=self._deadline())
             self._found.corrected.append(tenant.slug)
@@ -380,7 +382,7 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, de
     else:
         await access.admit(connection, blockers, database=database, role=role)
     if (limit := _limit(parts, tenant)) is not None:
-        set_limit = partial(databases.set_connection_limit, connection, role, limit)
+        set_limit = partial(roles.set_connection_limit, connection, role, limit)
         await blockers.run(connection, set_limit, role=role)
     settings = parts.config.role_settings
     if tenant.status in BARRED:

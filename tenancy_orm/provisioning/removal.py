@@ -20,13 +20,14 @@ import asyncpg
 from ..audit.actor import Actor
 from ..control.names import Names
 from ..errors import ProvisioningError, TenancyError
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.registry import Registry
 from ..tenant import Placement
-from . import access, databases
+from . import access, databases, roles
 from .blockers import Blockers, PreparedTransaction
-from .databases import Connection
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -70,7 +71,7 @@ async def remove_data(connection: Connection, blockers: Blockers, *, database: s
         TimeoutError: the role could not be kept out by the deadline.
         ProvisioningError: the database cannot be dropped, see ``drop_database``.
     """
-    if await databases.role_exists(connection, role):
+    if await roles.exists(connection, role):
         await access.block(connection, blockers, database=database, role=role, deadline=deadline)
     await drop_database(connection, blockers, database)
 
@@ -126,7 +127,7 @@ async def drop_database(connection: Connection, blockers: Blockers, name: str) -
         ProvisioningError: somebody else's prepared transaction, an active replication slot or a subscription holds it
             (55006); the message has the statements that remove them.
     """
-    drop = partial(databases.drop_database, connection, name)
+    drop = partial(databases.drop, connection, name)
     try:
         await blockers.run(connection, drop)
     except asyncpg.ObjectInUseError:
@@ -175,7 +176,7 @@ async def remove_role(connection: Connection, blockers: Blockers, names: Names, 
 async def _drop_or_retire(connection: Connection, blockers: Blockers, names: Names, role: str) -> str | None:
     """Drop a tenant's role; where it is named elsewhere, make it powerless, and return the name that it has then."""
     try:
-        await blockers.run(connection, partial(databases.drop_role, connection, role))
+        await blockers.run(connection, partial(roles.drop, connection, role))
     except asyncpg.DependentObjectsStillExistError:
         retired = names.retired(secrets.token_hex(8))
         await blockers.run(connection, partial(_retire, connection, role, retired))
@@ -206,7 +207,7 @@ async def drop_retired(connection: Connection, blockers: Blockers, names: Names,
             if not owns:
                 await _forget(blockers, names, role, database)
         with suppress(asyncpg.DependentObjectsStillExistError):
-            await blockers.run(connection, partial(databases.drop_role, connection, role))
+            await blockers.run(connection, partial(roles.drop, connection, role))
             return
     where = [
         f"database {name!r}" if name else "shared objects" for name, _ in await connection.fetch(_REFERENCES, role)
@@ -223,14 +224,14 @@ async def _forget(blockers: Blockers, names: Names, role: str, database: str | N
     try:
         # A right is taken away by whoever has the rights of the object's owner. That of a large object is the role of
         # the tenant whose database it is, which is called like it.
-        roles = [role] if database is None or names.parse(database) is None else [role, database]
-        async with databases.joined(connection, *roles):
+        needed = [role] if database is None or names.parse(database) is None else [role, database]
+        async with roles.joined(connection, *needed):
             await _revoke_large_objects(connection, blockers, role)
             await blockers.run(connection, partial(connection.execute, f"DROP OWNED BY {quote_identifier(role)}"))
     except asyncpg.UndefinedObjectError:
         return  # dropped by somebody else
     finally:
-        await databases.close(connection)
+        await connections.close(connection)
 
 
 async def _revoke_large_objects(connection: Connection, blockers: Blockers, role: str) -> None:
@@ -251,7 +252,7 @@ async def _revoke_large_objects(connection: Connection, blockers: Blockers, role
 async def _retire(connection: Connection, role: str, retired: str) -> None:
     """Rename a role and make it powerless, in one transaction; memberships that are not the administrator's last."""
     old, new = quote_identifier(role), quote_identifier(retired)
-    if await databases.role_exists(connection, role):
+    if await roles.exists(connection, role):
         await connection.execute(
             f"ALTER ROLE {old} RENAME TO {new}; ALTER ROLE {new} NOLOGIN CONNECTION LIMIT 0 PASSWORD NULL"
         )

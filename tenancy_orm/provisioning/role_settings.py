@@ -22,11 +22,11 @@ import asyncpg
 from ..cancellation import settled
 from ..config import ROLE_SETTINGS
 from ..errors import ConfigurationError, TenancyError
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
-from . import databases
 from .blockers import Blockers
-from .databases import Connection
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -91,7 +91,7 @@ async def wanted(connection: Connection, configured: Mapping[str, str | None]) -
         configured: ``TenancyConfig.role_settings``.
     """
     given = {name.lower(): value for name, value in {**ROLE_SETTINGS, "work_mem": None, **configured}.items()}
-    granted = " OR has_parameter_privilege(r.oid, n, 'SET')" if databases.version(connection) >= 15 else ""
+    granted = " OR has_parameter_privilege(r.oid, n, 'SET')" if connections.version(connection) >= 15 else ""
     rows = await connection.fetch(_ASK.format(granted=granted), list(given), list(_SERVER_WIDE))
     about = {row["name"]: row for row in rows}
     own = {name.lower() for name in configured}
@@ -110,7 +110,7 @@ async def warn(connection: Connection, server: str, settings: RoleSettings) -> N
         logger.warning("server %s does not know the setting %s of role_settings", server, name)
     if not settings.refused:
         return
-    if databases.version(connection) < 15:
+    if connections.version(connection) < 15:
         logger.warning(
             "the administrator of server %s may not set %s for tenants' roles; before PostgreSQL 15 a superuser must",
             server,
@@ -242,7 +242,7 @@ async def _correct(connection: Connection, role: str, found: Found, settings: Ro
     await connection.execute("; ".join([f"ALTER ROLE {quoted} RESET ALL", *settings.statements(role)]))
     for granted, member, grantor in found.memberships:
         statement = f"REVOKE {quote_identifier(granted)} FROM {quote_identifier(member)}"
-        if grantor is not None and databases.version(connection) >= 16:
+        if grantor is not None and connections.version(connection) >= 16:
             # there, a membership exists once for each grantor
             statement += f" GRANTED BY {quote_identifier(grantor)} CASCADE"
         try:

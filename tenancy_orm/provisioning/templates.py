@@ -24,10 +24,14 @@ from ..cancellation import settled
 from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import TemplateError, TenancyError
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
+from ..postgres.errors import MISSING_DATABASE, OBJECT_IN_USE, sqlstate
 from ..routing.servers import Server
-from . import advisory_locks, catalogue_guard, databases, removal
+from . import advisory_locks, catalogue_guard, databases, grants, removal
 from .blockers import Blockers
-from .databases import Connection, Contents, Strategy
+from .databases import Strategy
+from .grants import Contents
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -135,7 +139,7 @@ class Templates:
             TemplateError: the template is gone, or somebody is connected to it; the next creation builds it again.
         """
         try:
-            await databases.create_database(
+            await databases.create(
                 connection,
                 name,
                 template=template.name,
@@ -144,7 +148,7 @@ class Templates:
                 open_to_connections=False,
             )
         except asyncpg.PostgresError as exc:
-            if databases.sqlstate(exc) not in (databases.MISSING_DATABASE, databases.OBJECT_IN_USE):
+            if sqlstate(exc) not in (MISSING_DATABASE, OBJECT_IN_USE):
                 raise
             self.forget(template)
             raise TemplateError(
@@ -156,7 +160,7 @@ class Templates:
         """List what a GRANT in a clone of ``template`` has to name; ``connection`` is to such a clone."""
         found = self._contents.get(template.name)
         if found is None:
-            found = self._contents[template.name] = await databases.contents(connection, self._names.owner)
+            found = self._contents[template.name] = await grants.contents(connection, self._names.owner)
         return found
 
     @asynccontextmanager
@@ -175,7 +179,7 @@ class Templates:
         name = self._names.scratch(secrets.token_hex(8))
         connection = await self._blockers(server).connect()
         try:
-            await databases.lock(connection, databases.lock_key(name), timeout=self._config.provision_timeout)
+            await locks.lock(connection, locks.lock_key(name), timeout=self._config.provision_timeout)
             async with asyncio.timeout(self._config.provision_timeout):
                 await self.clone(connection, template, name)
                 await databases.admit_owner(connection, name)
@@ -190,9 +194,9 @@ class Templates:
         name = "for the current schema"
         try:
             name = self.name(restricted=await advisory_locks.may_restrict(connection))
-            await databases.lock(connection, databases.lock_key(name), timeout=self.build_timeout)
+            await locks.lock(connection, locks.lock_key(name), timeout=self.build_timeout)
             async with asyncio.timeout(self.build_timeout):
-                state = await databases.database_state(connection, name)
+                state = await databases.state(connection, name)
                 if state is not None and state.is_template:
                     return TemplateInfo(server.name, name, _revision(state.comment))
                 return TemplateInfo(server.name, name, await self._build(server, connection, name))
@@ -206,20 +210,20 @@ class Templates:
         except Exception as exc:
             raise TemplateError(f"template {name!r} on server {server.name!r} could not be built: {exc}") from exc
         finally:
-            await settled(databases.close(connection))
+            await settled(connections.close(connection))
 
     async def _build(self, server: Server, connection: Connection, name: str) -> str | None:
         """Build a template under its lock. What is there already is a part of one, left by a builder that died."""
         logger.info("building template %s on server %s", name, server.name)
         await removal.drop_database(connection, self._blockers(server), name)
         try:
-            await databases.create_database(
+            await databases.create(
                 connection, name, template="template0", owner=self._names.owner, open_to_connections=False
             )
             await databases.admit_owner(connection, name)
             await self._prepare(server, name)
             revision = await self._apply(server, name)
-            await databases.seal_template(connection, name, comment=_comment(revision))
+            await databases.seal(connection, name, comment=_comment(revision))
         except BaseException:
             await settled(self._drop_partial(server, connection, name))
             raise
@@ -228,13 +232,13 @@ class Templates:
     async def _prepare(self, server: Server, name: str) -> None:
         connection = await self._blockers(server).connect(name)
         try:
-            await databases.prepare_schema(connection, self._names.owner)
+            await grants.prepare_schema(connection, self._names.owner)
             await advisory_locks.restrict(connection, self._names.owner, server=server.name)
             await catalogue_guard.install(connection, self._names.owner)
             for extension in self._config.extensions:
                 await databases.create_extension(connection, extension)
         finally:
-            await settled(databases.close(connection))
+            await settled(connections.close(connection))
 
     async def _apply(self, server: Server, name: str) -> str | None:
         opened: list[Connection] = []
@@ -249,7 +253,7 @@ class Templates:
         finally:
             # one that stays open would fail every clone
             for connection in opened:
-                await settled(databases.close(connection))
+                await settled(connections.close(connection))
 
     async def _drop_partial(self, server: Server, connection: Connection, name: str) -> None:
         try:
@@ -269,7 +273,7 @@ class Templates:
         except Exception as exc:  # noqa: BLE001 - as above
             logger.warning("scratch database %s stays until reconcile: %s", name, exc)
         finally:
-            await databases.close(connection)
+            await connections.close(connection)
 
 
 def _comment(revision: str | None) -> str:

@@ -29,12 +29,13 @@ from ..context import refuse_while_bound
 from ..errors import ServerUnavailableError, TenancyError
 from ..events import SessionTerminated
 from ..loops import HomeLoop
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..routing.servers import Server
-from . import databases
+from . import roles
 from .blockers import Blockers
-from .databases import Connection
 from .pipeline import Parts, describe
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -274,8 +275,8 @@ class Watchdog:
         kill = f"SELECT pg_terminate_backend(pid) FROM {found}"  # noqa: S608 - two numbers
         steps = [_GIVE_RESERVE, kill]
         if not post.may_end:
-            # as ``databases.end_connections`` does it
-            options = " WITH INHERIT TRUE, SET TRUE" if databases.version(connection) >= 16 else ""
+            # as ``roles.end_connections`` does it
+            options = " WITH INHERIT TRUE, SET TRUE" if connections.version(connection) >= 16 else ""
             steps[1:] = [f"GRANT {role} TO CURRENT_USER{options}", kill, f"REVOKE {role} FROM CURRENT_USER"]
         await connection.execute("; ".join(steps))
         await self._confirm(post, connection, session, reason)
@@ -318,7 +319,7 @@ class Watchdog:
         )
 
     async def _end(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
-        if await databases.end_connections(connection, session.role, [session.pid]):
+        if await roles.end_connections(connection, session.role, [session.pid]):
             await self._confirm(post, connection, session, reason)
 
     async def _confirm(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
@@ -355,10 +356,10 @@ class Watchdog:
 
     async def _roll_back(self, post: _Post, connection: Connection, role: str, database: str, gid: str) -> None:
         """Only in the database where it was prepared, and only as its owner or as a superuser."""
-        if await databases.is_superuser(connection):
+        if await roles.is_superuser(connection):
             await _roll_back(post.blockers, database, None, gid)
             return
-        async with databases.joined(connection, role):
+        async with roles.joined(connection, role):
             await _roll_back(post.blockers, database, role, gid)
 
 
@@ -367,7 +368,7 @@ async def _roll_back(blockers: Blockers, database: str, role: str | None, gid: s
     try:
         await inside.execute(f"ROLLBACK PREPARED {quote_literal(gid)}")
     finally:
-        await settled(databases.close(inside))
+        await settled(connections.close(inside))
 
 
 async def _queue_usage(connection: Connection) -> float:
@@ -380,7 +381,7 @@ async def _gone(connection: Connection, session: Session) -> bool:
     try:
         async with asyncio.timeout(_GONE_SECONDS):
             while await connection.fetchval(query, session.pid, session.oid):  # noqa: ASYNC110 - it is another process
-                await asyncio.sleep(databases.POLL_SECONDS)
+                await asyncio.sleep(connections.POLL_SECONDS)
     except TimeoutError:
         return False
     return True
@@ -389,7 +390,7 @@ async def _gone(connection: Connection, session: Session) -> bool:
 @asynccontextmanager
 async def _stationed(post: _Post) -> AsyncIterator[Connection]:
     """The connection of a post, which stays open; one that is lost is replaced, as soon as the server has room."""
-    if post.connection is None or not await databases.is_alive(post.connection):
+    if post.connection is None or not await connections.is_alive(post.connection):
         await _leave(post)
         post.connection = await _connect(post.blockers)
     yield post.connection
@@ -402,10 +403,10 @@ async def _connect(blockers: Blockers) -> Connection:
         except ServerUnavailableError as exc:
             if not (exc.sqlstate or "").startswith(_FULL):
                 raise
-            await asyncio.sleep(databases.POLL_SECONDS)
+            await asyncio.sleep(connections.POLL_SECONDS)
 
 
 async def _leave(post: _Post) -> None:
     connection, post.connection = post.connection, None
     if connection is not None:
-        await settled(databases.close(connection))
+        await settled(connections.close(connection))

@@ -116,10 +116,6 @@ class Server:
         """Whether a pooler is in front that refuses startup parameters (08P01): its URL says so, or it has refused."""
         return self._refuses_settings or self._client_options.get("statement_cache_size") == 0
 
-    def admin_url(self, database: str | None = None) -> URL:
-        """The administrative URL of ``database``; it holds the password."""
-        return self.url if database is None else self.url.set(database=database)
-
     def tenant_url(self, placement: Placement) -> URL:
         """The URL of a tenant's database as SQLAlchemy writes it, without the password: a name, not a way in."""
         return self._tenant_base._replace(username=placement.role, database=placement.database)

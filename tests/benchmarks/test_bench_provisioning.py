@@ -11,13 +11,14 @@ import asyncio
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import ModuleType
 from typing import Any
 
 import asyncpg
 import pytest
 
 from tenancy_orm.keys.format import generate_key
-from tenancy_orm.provisioning import databases, pipeline
+from tenancy_orm.provisioning import databases, grants, pipeline, roles
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.routing.servers import Server
 from tenancy_orm.secrets.keyring import new_password
@@ -129,12 +130,15 @@ async def test_a_creation(
     raw = Raw(postgres, template, name_prefix, parts)
     for owner, names in {
         workshop.registry: ("register", "record_step", "complete"),
-        databases: ("create_role", "create_database", "admit", "grant_and_mark"),
+        roles: ("create",),
+        databases: ("create", "admit"),
+        grants: ("grant_and_mark",),
         Server: ("connect_admin", "connect_tenant"),
         pipeline: ("prove",),
     }.items():
         for name in names:
-            parts.watch(monkeypatch, owner, name)
+            label = f"{owner.__name__.rpartition('.')[2]}.{name}" if isinstance(owner, ModuleType) else name
+            parts.watch(monkeypatch, owner, name, label)
 
     async def create(number: int) -> None:
         draft = workshop.draft(f"t{number}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tenancy_orm.provisioning import ReconcileReport, databases
+from tenancy_orm.provisioning import ReconcileReport, roles
 from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, names_of, open_workshop, placement
@@ -193,7 +193,7 @@ async def test_a_purge_that_another_tenant_resists_is_finished(workshop: Worksho
     report = await reconcile(workshop)
     assert (report.purged, len(report.orphans)) == (("acme",), 0 if at == "erase" else 1)
     async with workshop.admin() as connection:
-        assert await databases.roles(connection, workshop.names.retired("")) == {}
+        assert await roles.states(connection, workshop.names.retired("")) == {}
     assert await workshop.present() == names_of(other)
     assert await workshop.slugs() == {"acme": "purged", "globex": "active"}
     await workshop.create("acme")

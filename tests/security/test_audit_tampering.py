@@ -17,10 +17,11 @@ from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm.audit.actor import Actor
 from tenancy_orm.audit.checkpoints import Signer, Verifier
-from tenancy_orm.control.grants import APPLICATION_FUNCTIONS, APPLICATION_TABLES, grant_application, revoke_application
+from tenancy_orm.control.grants import APPLICATION_FUNCTIONS, APPLICATION_TABLES, grant_application
 from tenancy_orm.errors import AuditError, ConfigurationError
 from tenancy_orm.postgres.errors import sqlstate_of
 from tests.support.audit import age
+from tests.support.control import revoke_application
 from tests.support.postgres import Postgres
 from tests.support.quotas import QuotaPlane, quota_plane, race
 from tests.support.registry import synchronise

@@ -146,7 +146,7 @@ async def test_a_clone_does_not_inherit_its_templates_revoke(fleet: Fleet) -> No
             assert await databases.is_open_to_public(connection, name)
             assert not await databases.is_open_to_public(connection, fleet.names["template"])
         finally:
-            await databases.drop_database(connection, name)
+            await databases.drop(connection, name)
 
 
 @pytest.mark.parametrize("step", ["database", "grants", "proved"])
@@ -172,7 +172,7 @@ async def test_there_is_no_moment_at_which_a_new_database_is_open(
         assert refusals == [{"database": "55000"}.get(step, "42501")]
         with monkeypatch.context() as patch:
             # the same attack on a database that is made in the usual way
-            patch.setattr(databases, "create_database", usual(databases.create_database))
+            patch.setattr(databases, "create", usual(databases.create))
             if step == "database":
                 await workshop.create("usual")
                 assert refusals[1:] == [None]

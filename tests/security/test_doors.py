@@ -97,7 +97,6 @@ async def test_a_tenant_does_not_block_the_migration_of_others(arena: Arena) -> 
     workshop = arena.workshop
     services = FleetServices(
         config=workshop.config,
-        control=workshop.control,
         registry=workshop.registry,
         servers=workshop.servers,
         names=workshop.names,

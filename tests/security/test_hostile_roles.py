@@ -18,7 +18,7 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ProvisioningError
 from tenancy_orm.postgres.failures import SERVER_FAILURES
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.provisioning import catalogue_guard, databases, removal
+from tenancy_orm.provisioning import catalogue_guard, removal, roles
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
 from tenancy_orm.secrets.sealed import SealedPasswords
@@ -151,7 +151,7 @@ async def test_a_role_that_cannot_be_dropped_is_left_powerless(arena: Arena) -> 
         assert tuple(kept) == (False, None)
         members = "SELECT count(*) FROM pg_auth_members WHERE 'above'::regrole = roleid OR 'below'::regrole = member"
         async with arena.workshop.admin() as administrator:
-            superuser = await databases.is_superuser(administrator)
+            superuser = await roles.is_superuser(administrator)
         assert await connection.fetchval(members) == (0 if superuser or arena.server.version < "16" else 2)
         with pytest.raises(asyncpg.PostgresError):
             await asyncpg.connect(arena.server.url(name, user=role, password=password))
@@ -237,7 +237,7 @@ async def test_a_tenant_does_not_block_its_own_suspension(arena: Arena, attack: 
         async with hostile(arena.workshop, tenant):
             pass
     async with arena.workshop.admin() as connection:
-        (state,) = (await databases.roles(connection, placement(tenant).role)).values()
+        (state,) = (await roles.states(connection, placement(tenant).role)).values()
     assert (state.can_login, state.connected, state.admitted_to) == (False, False, frozenset())
     tenant = await arena.change(tenant, Status.ACTIVE)
     await arena.workshop.provisioner.align(tenant, timeout=10)
@@ -406,7 +406,7 @@ async def test_nobody_elses_session_is_ended(arena: Arena) -> None:
         assert await operator.fetchval("SELECT 1") == 1
         await operator.execute("ROLLBACK")
     async with arena.workshop.admin() as connection:
-        (state,) = (await databases.roles(connection, placement(tenant).role)).values()
+        (state,) = (await roles.states(connection, placement(tenant).role)).values()
     assert (state.can_login, state.admitted_to) == (True, frozenset())
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         async with hostile(arena.workshop, tenant):

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tenancy_orm.audit.actor import Actor
 from tenancy_orm.control import database
 from tenancy_orm.control.database import ControlDatabase
-from tenancy_orm.control.grants import application_policy, grant_application, revoke_application
+from tenancy_orm.control.grants import application_policy, grant_application
 from tenancy_orm.control.models import metadata
 from tenancy_orm.control.viewer import VIEWER_COLUMNS
 from tenancy_orm.errors import ConfigurationError, ControlSchemaError, TenantNotFoundError
@@ -29,7 +29,7 @@ from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
 from tenancy_orm.quotas.manager import QuotaManager
 from tenancy_orm.tenant import Tenant
 from tenancy_orm.tenants.domains import DomainManager
-from tests.support.control import ControlPlane, control_plane
+from tests.support.control import ControlPlane, control_plane, revoke_application
 from tests.support.postgres import Postgres
 
 DENIED = "42501"

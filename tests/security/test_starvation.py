@@ -214,7 +214,7 @@ async def test_a_plain_administrator_names_what_a_superuser_can_do(
                     await inside.execute("; ".join(statements))
                 await superuser.execute("ALTER DATABASE template0 ALLOW_CONNECTIONS false")
             async with workshop.admin() as admin:
-                await databases.drop_database(admin, (await workshop.provisioner.template("default")).name)
+                await databases.drop(admin, (await workshop.provisioner.template("default")).name)
             caplog.clear()
             again = workshop.provisioner_of()
             with caplog.at_level(logging.WARNING):

@@ -10,8 +10,9 @@ from typing import Any
 
 import asyncpg
 
+from tenancy_orm.postgres.errors import sqlstate
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning import roles
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, open_workshop, placement, plain_administrator
@@ -48,7 +49,7 @@ class Arena:
             try:
                 await connection.execute(self.fill(statement))
             except asyncpg.PostgresError as exc:
-                return databases.sqlstate(exc)
+                return sqlstate(exc)
         return None
 
     async def connections(self, tenant: Tenant) -> int:
@@ -77,7 +78,7 @@ class Arena:
     async def retired(self) -> set[str]:
         """The roles that a purge could not drop."""
         async with self.workshop.admin() as connection:
-            return set(await databases.roles(connection, self.workshop.names.retired("")))
+            return set(await roles.states(connection, self.workshop.names.retired("")))
 
 
 @asynccontextmanager

@@ -11,6 +11,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.authentication.batch import Batch
@@ -18,8 +20,12 @@ from tenancy_orm.authentication.directory import Directory
 from tenancy_orm.authentication.keys import IssuedKey, KeyManager
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.control.grants import application_policy
+from tenancy_orm.control.models import SCHEMA
+from tenancy_orm.control.viewer import viewer_of
 from tenancy_orm.events import Event, EventBus
 from tenancy_orm.keys.format import KeyDigester, generate_key
+from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Status, Tenant
@@ -144,3 +150,15 @@ async def control_plane(
         await looked_up.close()
         await control.close()
         await events.drain()
+
+
+async def revoke_application(connection: AsyncConnection, role: str) -> None:
+    """Take back all that ``grant_application`` gives to ``role``, but for its right to connect; as the owner."""
+    grantee, policy = quote_identifier(role), application_policy(role)
+    for kind in ("TABLES", "SEQUENCES", "FUNCTIONS"):
+        await connection.exec_driver_sql(f"REVOKE ALL ON ALL {kind} IN SCHEMA {SCHEMA} FROM {grantee}")
+    await connection.exec_driver_sql(f"REVOKE ALL ON SCHEMA {SCHEMA} FROM {grantee}")
+    tables = await connection.scalars(text("SELECT tablename FROM pg_policies WHERE policyname = :p"), {"p": policy})
+    for table in tables.all():
+        await connection.exec_driver_sql(f"DROP POLICY {policy} ON {SCHEMA}.{quote_identifier(table)}")
+    await connection.exec_driver_sql(f"REVOKE {quote_identifier(await viewer_of(connection))} FROM {grantee}")

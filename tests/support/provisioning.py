@@ -19,6 +19,7 @@ from tenancy_orm.config import TenancyConfig
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.names import Names
 from tenancy_orm.events import EventBus
+from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
 from tenancy_orm.provisioning import Provisioner, SchemaSource
 from tenancy_orm.provisioning.blockers import Blockers
 from tenancy_orm.provisioning.pipeline import Creation, Step
@@ -221,6 +222,11 @@ def placement(tenant: Tenant) -> Placement:
     """Where a living tenant is."""
     assert tenant.placement is not None
     return tenant.placement
+
+
+async def set_marker(connection: asyncpg.Connection[Any], name: str, marker: str) -> None:
+    """Give a database the comment by which it proves whose it is."""
+    await connection.execute(f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(marker)}")
 
 
 def names_of(tenant: Tenant | TenantDraft) -> set[str]:

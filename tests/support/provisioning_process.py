@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tenancy_orm.provisioning import access, databases, removal
+from tenancy_orm.provisioning import access, databases, removal, roles
 from tenancy_orm.provisioning.templates import Templates
 from tenancy_orm.registry.registry import Registry
 from tests.support.provisioning import ScriptSchema, Workshop, intercept, open_workshop
@@ -51,14 +51,14 @@ def arrange(patch: pytest.MonkeyPatch, at: str) -> None:
         "register": (Registry, "register"),
         "complete": (Registry, "complete"),
         "begin_purge": (Registry, "begin_purge"),
-        "drop_database": (databases, "drop_database"),
+        "drop_database": (databases, "drop"),
         "block": (access, "block"),
         "erase": (Registry, "erase_secrets"),
         "retire": (removal, "_retire"),
         "forget": (removal, "_forget"),
-        "drop_role": (databases, "drop_role"),
+        "drop_role": (roles, "drop"),
         "finish_purge": (Registry, "finish_purge"),
-        "seal": (databases, "seal_template"),
+        "seal": (databases, "seal"),
         "apply": (Templates, "_apply"),
         "scratch": (Templates, "clone"),
     }

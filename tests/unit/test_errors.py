@@ -31,7 +31,6 @@ SAMPLES: list[TenancyError] = [
     errors.CheckoutTimeoutError(server="default", tenant="acme", timeout=1.5, limit=20),
     errors.ServerUnavailableError(server="default", tenant="acme", sqlstate="57P03"),
     errors.ProvisioningError("it failed", tenant="acme", step="role"),
-    errors.TenantMigrationError("it failed", tenant="acme", revision="0001", sqlstate="42P07"),
     errors.FleetMigrationError({"acme": "it failed"}, total=3),
 ]
 

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenancy_orm.postgres.quoting import MAX_IDENTIFIER_BYTES
-from tenancy_orm.provisioning import databases, removal
+from tenancy_orm.provisioning import databases, removal, roles
 from tenancy_orm.provisioning.scram import scram_verifier
 from tenancy_orm.secrets.keyring import new_password
 from tests.support.postgres import Postgres
-from tests.support.provisioning import ScriptSchema, Workshop
+from tests.support.provisioning import ScriptSchema, Workshop, set_marker
 
 HOSTILE = [
     'x"; DROP ROLE postgres; --',
@@ -41,29 +41,27 @@ async def admin(postgres: Postgres) -> AsyncIterator[Any]:
 async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, workshop: Workshop, hostile: str) -> None:
     """A whole life under that name: nothing else on the server changes."""
     name = f"{postgres.new_name()[-10:]} {hostile}".encode()[:MAX_IDENTIFIER_BYTES].decode(errors="ignore")
-    roles = await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper")
+    superusers = await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper")
     password = new_password()
-    await databases.create_owner(admin, f"{name[:30]} owner")
-    await databases.create_role(admin, name, verifier=scram_verifier(password), connection_limit=2)
-    await databases.create_database(
-        admin, name, template="template0", owner=f"{name[:30]} owner", open_to_connections=False
-    )
+    await roles.create_owner(admin, f"{name[:30]} owner")
+    await roles.create(admin, name, verifier=scram_verifier(password), connection_limit=2)
+    await databases.create(admin, name, template="template0", owner=f"{name[:30]} owner", open_to_connections=False)
     try:
         await databases.admit(admin, name, role=name)
-        await databases.set_marker(admin, name, hostile)
-        state = await databases.database_state(admin, name)
+        await set_marker(admin, name, hostile)
+        state = await databases.state(admin, name)
         assert state is not None and (state.name, state.comment) == (name, hostile)
         connection = await asyncpg.connect(postgres.url(), database=name, user=name, password=password)
         assert await connection.fetchrow("SELECT current_database(), current_user") == (name, name)
         await connection.close()
-        await databases.set_connection_limit(admin, name, 1)
-        await databases.seal_template(admin, name, comment=hostile)
+        await roles.set_connection_limit(admin, name, 1)
+        await databases.seal(admin, name, comment=hostile)
     finally:
         deadline = asyncio.get_running_loop().time() + 10
         await removal.remove(admin, workshop.blockers(), workshop.names, database=name, role=name, deadline=deadline)
-        await databases.drop_role(admin, f"{name[:30]} owner")
-    assert await databases.database_state(admin, name) is None
-    assert await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper") == roles
+        await roles.drop(admin, f"{name[:30]} owner")
+    assert await databases.state(admin, name) is None
+    assert await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper") == superusers
 
 
 async def test_hostile_table_names_are_granted_and_nothing_else(workshop: Workshop) -> None:
@@ -87,8 +85,8 @@ def test_any_marker_is_read_back_as_it_was(postgres: Postgres, marker: str) -> N
     async def there_and_back() -> str | None:
         async with postgres.connect() as connection, connection.transaction():
             name = await connection.fetchval("SELECT current_database()")
-            await databases.set_marker(connection, name, marker)
-            state = await databases.database_state(connection, name)
+            await set_marker(connection, name, marker)
+            state = await databases.state(connection, name)
             assert state is not None
             await connection.execute("ROLLBACK; BEGIN")
             return state.comment

@@ -26,11 +26,12 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import TenantCreationFailed
 from tenancy_orm.keys.format import generate_key
+from tenancy_orm.postgres import locks
 from tenancy_orm.provisioning import Provisioner, databases
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
 from tenancy_orm.routing import Servers
 from tenancy_orm.tenant import Status, Tenant
-from tests.support.provisioning import Workshop, intercept, names_of, placement
+from tests.support.provisioning import Workshop, intercept, names_of, placement, set_marker
 from tests.support.waiting import until
 
 STEPS = ("role", "database", "grants", "proved")
@@ -122,7 +123,7 @@ async def test_the_lock_is_held_from_before_the_row_to_the_end(
 
     async def is_free() -> bool:
         async with workshop.admin() as connection:
-            return await databases.try_lock(connection, tenant_key(draft.id))
+            return await locks.try_lock(connection, tenant_key(draft.id))
 
     async def registering(*args: Any, **options: Any) -> Tenant:
         free.append(await is_free())
@@ -246,7 +247,7 @@ async def test_a_database_of_another_tenant_is_found_out(workshop: Workshop, mon
     async def swap(creation: Creation) -> None:
         async with workshop.admin() as connection:
             for name in await workshop.databases() - {(await workshop.provisioner.template("default")).name}:
-                await databases.set_marker(connection, name, "tenancy:another")
+                await set_marker(connection, name, "tenancy:another")
 
     intercept(monkeypatch, "grants", after=swap)
     with pytest.raises(MarkerMismatchError):
@@ -272,7 +273,7 @@ async def test_a_template_that_was_dropped_is_built_anew_by_the_next_creation(wo
     """The creation that finds out fails as a whole; the next one succeeds."""
     template = (await workshop.provisioner.template("default")).name
     async with workshop.admin() as connection:
-        await databases.drop_database(connection, template)
+        await databases.drop(connection, template)
     with pytest.raises(TemplateError, match="cannot be cloned") as caught:
         await workshop.create("acme")
     assert (caught.value.tenant, caught.value.step) == ("acme", "database")

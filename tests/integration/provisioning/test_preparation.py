@@ -8,7 +8,7 @@ import secrets
 import pytest
 
 from tenancy_orm.errors import ProvisioningError, ServerUnavailableError, UnknownServerError
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning import databases, roles
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, open_workshop
 
@@ -49,7 +49,7 @@ async def test_many_processes_can_prepare_at_once(workshop: Workshop) -> None:
     """None fails, and there is one owner."""
     await asyncio.gather(*(workshop.provisioner_of().prepare_server("default") for _ in range(8)))
     async with workshop.admin() as connection:
-        assert await databases.role_exists(connection, workshop.names.owner)
+        assert await roles.exists(connection, workshop.names.owner)
 
 
 async def test_many_installations_can_prepare_one_server_at_once(own_server: Postgres, name_prefix: str) -> None:

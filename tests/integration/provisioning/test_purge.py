@@ -17,8 +17,9 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.keys.format import generate_key
+from tenancy_orm.postgres import locks
 from tenancy_orm.postgres.failures import SERVER_FAILURES
-from tenancy_orm.provisioning import databases, removal
+from tenancy_orm.provisioning import removal, roles
 from tenancy_orm.provisioning.pipeline import tenant_key
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.provisioning import Workshop, names_of, placement
@@ -112,7 +113,7 @@ def between_database_and_role(workshop: Workshop, patch: pytest.MonkeyPatch) -> 
     async def fail(*_: object, **__: object) -> None:
         raise OSError("on purpose")
 
-    patch.setattr(databases, "drop_role", fail)
+    patch.setattr(roles, "drop", fail)
 
 
 def after_removal(workshop: Workshop, patch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ async def test_a_purge_waits_for_whoever_works_on_the_tenant(workshop: Workshop)
     tenant = await workshop.deleted("acme")
     impatient = workshop.provisioner_of(provision_timeout=0.2)
     async with workshop.admin() as connection:
-        await databases.lock(connection, tenant_key(tenant.id), timeout=1)
+        await locks.lock(connection, tenant_key(tenant.id), timeout=1)
         with pytest.raises(ProvisioningError, match="'acme'") as caught:
             await impatient.purge(tenant)
         assert caught.value.step == "purge"
@@ -223,7 +224,7 @@ async def test_barring_has_a_deadline(workshop: Workshop, monkeypatch: pytest.Mo
     async def still_there(*_: object) -> bool:
         return True
 
-    monkeypatch.setattr(databases, "end_connections", still_there)
+    monkeypatch.setattr(roles, "end_connections", still_there)
     with pytest.raises(ProvisioningError, match=r"tenant 'acme'.* within 0\.2 s") as caught:
         await workshop.set_login(tenant, False, timeout=0.2)
     assert caught.value.step == "align"
@@ -270,7 +271,7 @@ async def test_aligning_waits_for_whoever_works_on_the_tenant(workshop: Workshop
     """Until its deadline."""
     tenant = await workshop.create("acme")
     async with workshop.admin() as connection:
-        await databases.lock(connection, tenant_key(tenant.id), timeout=1)
+        await locks.lock(connection, tenant_key(tenant.id), timeout=1)
         with pytest.raises(ProvisioningError, match="'acme'") as caught:
             await workshop.provisioner.align(tenant, timeout=0.2)
     assert caught.value.step == "align"

@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.errors import ControlUnavailableError
-from tenancy_orm.provisioning import ReconcileReport, databases
+from tenancy_orm.postgres import locks
+from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
 from tenancy_orm.registry.rows import TenantDraft
 from tenancy_orm.tenant import Status, Tenant
@@ -29,6 +30,7 @@ from tests.support.provisioning import (
     open_workshop,
     placement,
     running_server,
+    set_marker,
 )
 
 NOTHING = ReconcileReport()
@@ -41,10 +43,10 @@ async def abandon(workshop: Workshop, draft: TenantDraft, step: str) -> None:
     done = creation_steps[: creation_steps.index(step) + 1]
     async with workshop.admin() as connection:
         if "role" in done:
-            await databases.create_role(connection, draft.role, verifier="SCRAM-SHA-256$1:x", connection_limit=1)
+            await roles.create(connection, draft.role, verifier="SCRAM-SHA-256$1:x", connection_limit=1)
         if "database" in done:
             template = (await workshop.provisioner.template("default")).name
-            await databases.create_database(
+            await databases.create(
                 connection, draft.database, template=template, owner=workshop.names.owner, open_to_connections=False
             )
     await workshop.registry.record_step(draft.id, step)
@@ -212,9 +214,7 @@ async def test_a_tombstone_is_honoured(workshop: Workshop) -> None:
     await workshop.provisioner.purge(tenant)
     async with workshop.admin() as connection:
         await connection.execute(f'CREATE DATABASE "{placement(tenant).database}"')
-        await databases.set_marker(
-            connection, placement(tenant).database, f"tenancy:{workshop.names.installation}:{tenant.id}"
-        )
+        await set_marker(connection, placement(tenant).database, f"tenancy:{workshop.names.installation}:{tenant.id}")
     report = await workshop.provisioner.reconcile()
     assert report == ReconcileReport(orphans=(placement(tenant).database,))
     assert await workshop.present() == set()
@@ -243,7 +243,7 @@ async def test_an_orphan_whose_lock_is_held_is_left_alone(workshop: Workshop) ->
     draft = workshop.draft("x")
     async with workshop.admin() as connection:
         await connection.execute(f'CREATE DATABASE "{draft.database}"')
-        await databases.lock(connection, tenant_key(draft.id), timeout=1)
+        await locks.lock(connection, tenant_key(draft.id), timeout=1)
         assert await workshop.provisioner.reconcile() == NOTHING
     assert await workshop.provisioner.reconcile() == ReconcileReport(orphans=(draft.database,))
 
@@ -269,7 +269,7 @@ async def test_logins_follow_the_registry(workshop: Workshop) -> None:
     suspended, active = await workshop.create("acme"), await workshop.create("globex")
     await workshop.registry.transition(suspended.id, Status.SUSPENDED, action="tenant.suspend")
     async with workshop.admin() as connection:
-        await databases.set_login(connection, placement(active).role, False)
+        await roles.set_login(connection, placement(active).role, False)
     async with workshop.connect(suspended) as connection:
         assert await workshop.provisioner.reconcile() == ReconcileReport(corrected=("acme", "globex"))
         with pytest.raises(Exception, match=r"closed|terminat"):
@@ -369,7 +369,7 @@ async def test_a_creation_without_its_grants_does_not_prove_itself(
 
     with monkeypatch.context() as patch:
         patch.setattr(Creation, "_abandon", do_nothing)
-        patch.setattr(databases, "grant_and_mark", fail)
+        patch.setattr(grants, "grant_and_mark", fail)
         with pytest.raises(ControlUnavailableError):
             await workshop.provisioner.create(draft, key=None)
     async with workshop.control.connect() as connection:

@@ -12,7 +12,8 @@ import pytest
 
 from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ConfigurationError, ProvisioningError
-from tenancy_orm.provisioning import ReconcileReport, databases, role_settings
+from tenancy_orm.postgres import connections, locks
+from tenancy_orm.provisioning import ReconcileReport, role_settings, roles
 from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.pipeline import tenant_key
 from tenancy_orm.secrets.sealed import SealedPasswords
@@ -52,8 +53,8 @@ async def test_every_session_of_a_new_role_is_bounded(workshop: Workshop, versio
     tenant = await workshop.create("acme")
     assert await shown(workshop, tenant, "idle_in_transaction_session_timeout") == "5min"
     async with workshop.admin() as connection:
-        version = databases.version(connection)
-        superuser = await databases.is_superuser(connection)
+        version = connections.version(connection)
+        superuser = await roles.is_superuser(connection)
     if version >= 17:
         assert await shown(workshop, tenant, "transaction_timeout") == "1h"
     assert await shown(workshop, tenant, "temp_file_limit") == ("10GB" if superuser else "-1")
@@ -304,7 +305,7 @@ async def test_a_role_keeps_no_members(workshop: Workshop) -> None:
     before = await members(workshop)
     statement = f'GRANT "{placement(tenant).role}" TO "{placement(other).role}" WITH ADMIN OPTION'
     async with workshop.connect(tenant) as connection, workshop.connect(other) as neighbour:
-        if databases.version(connection) >= 15:
+        if connections.version(connection) >= 15:
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await connection.execute(statement)
         async with workshop.admin() as admin:
@@ -332,10 +333,10 @@ async def test_what_was_granted_by_hand_goes(workshop: Workshop, versioned: Post
             )
         }
         async with workshop.admin() as connection:
-            if await databases.is_superuser(connection):
+            if await roles.is_superuser(connection):
                 assert (report, left) == (ReconcileReport(corrected=("acme",)), set())
                 assert await members(workshop) == before
-            elif databases.version(connection) >= 16:
+            elif connections.version(connection) >= 16:
                 assert report == NOTHING
                 assert left == {group, "pg_monitor"}
                 assert f'REVOKE "{group}" FROM "{role}" GRANTED BY' in caplog.text
@@ -358,6 +359,6 @@ async def test_a_tenant_that_is_being_created_is_left_alone(workshop: Workshop) 
     async with workshop.connect(tenant) as connection:
         await connection.execute("ALTER ROLE CURRENT_USER SET work_mem = '1GB'")
     async with workshop.admin() as connection:
-        await databases.lock(connection, tenant_key(tenant.id), timeout=5)
+        await locks.lock(connection, tenant_key(tenant.id), timeout=5)
         assert await workshop.provisioner.reconcile() == NOTHING
     assert (await settings_of(workshop, tenant))["work_mem"] == "1GB"

@@ -109,7 +109,7 @@ async def test_what_a_dead_builder_left_is_built_anew(workshop: Workshop) -> Non
     """A database of the template's name without the flag is never cloned, whatever is in it."""
     name = (await workshop.provisioner.template("default")).name
     async with workshop.admin() as connection:
-        await databases.drop_database(connection, name)
+        await databases.drop(connection, name)
         await connection.execute(f'CREATE DATABASE "{name}"')
     async with workshop.admin(name) as connection:
         await connection.execute("CREATE TABLE half_done ()")

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from tenancy_orm.errors import DatabaseExistsError
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning import databases, roles
 from tenancy_orm.provisioning.scram import scram_verifier
 from tenancy_orm.secrets.keyring import new_password
 from tenancy_orm.tenant import Status
@@ -33,7 +33,7 @@ async def role(versioned: Postgres) -> tuple[str, str]:
     """A role made as tenants' roles are, and its password."""
     name, password = versioned.new_name("role"), new_password()
     async with versioned.connect() as connection:
-        await databases.create_role(connection, name, verifier=scram_verifier(password), connection_limit=3)
+        await roles.create(connection, name, verifier=scram_verifier(password), connection_limit=3)
     return name, password
 
 

@@ -26,7 +26,7 @@ from tenancy_orm.errors import (
     SecretProviderError,
     TenantNotFoundError,
 )
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning import roles
 from tenancy_orm.routing.connector import Connector
 from tenancy_orm.routing.route import TenantRoute
 from tenancy_orm.secrets import sealed
@@ -275,13 +275,13 @@ async def test_the_server_is_given_a_verifier_and_no_password(
     """It stores the verifier as it came, with one iteration, where it would make one of its own from a password."""
     (acme,) = await created(tenancy, "acme")
     given: list[str] = []
-    real = databases.set_password
+    real = roles.set_password
 
     async def set_password(connection: Any, name: str, *, verifier: str) -> None:
         given.append(verifier)
         await real(connection, name, verifier=verifier)
 
-    monkeypatch.setattr(databases, "set_password", set_password)
+    monkeypatch.setattr(roles, "set_password", set_password)
     await tenancy.secrets.rotate_password(acme)
     async with postgres.connect() as connection:
         (kept,) = await connection.fetchrow("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role(acme))
@@ -378,7 +378,7 @@ async def test_an_interrupted_rotation_fails_no_connection_and_is_finished(
 
     with monkeypatch.context() as patched:
         if step == "before the role has it":
-            patched.setattr(databases, "set_password", fail)
+            patched.setattr(roles, "set_password", fail)
         else:
             patched.setattr(tenancy.secrets._sealed, "finish", fail)
         with pytest.raises(ProvisioningError, match="not rotated"):
@@ -414,7 +414,7 @@ async def test_a_tenant_is_purged_with_both_passwords(tenancy: Tenancy, monkeypa
         raise OSError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(databases, "set_password", fail)
+        patched.setattr(roles, "set_password", fail)
         with pytest.raises(ProvisioningError):
             await tenancy.secrets.rotate_password(acme)
     await tenancy.tenants.delete("acme")

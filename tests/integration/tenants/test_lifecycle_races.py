@@ -16,7 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from tenancy_orm import Status, Tenancy, Tenant
 from tenancy_orm.errors import InvalidTransitionError, RoleNotBarredError, TenantDeletedError, TenantNotFoundError
 from tenancy_orm.events import TenantCreated, TenantEvent, TenantPurged, TenantStatusChanged, TenantUpdated
-from tenancy_orm.provisioning import databases
+from tenancy_orm.postgres import locks
+from tenancy_orm.provisioning import roles
 from tenancy_orm.provisioning.pipeline import tenant_key
 from tests.support.waiting import until
 
@@ -31,7 +32,7 @@ async def held(tenancy: Tenancy, tenant: Tenant) -> AsyncIterator[None]:
     """Hold a tenant's lock on its server, as whoever rotates its password does."""
     connection = await tenancy.servers["default"].connect_admin()
     try:
-        await databases.lock(connection, tenant_key(tenant.id), timeout=1)
+        await locks.lock(connection, tenant_key(tenant.id), timeout=1)
         yield
     finally:
         await connection.close()
@@ -40,7 +41,7 @@ async def held(tenancy: Tenancy, tenant: Tenant) -> AsyncIterator[None]:
 async def waits_for_lock(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """An event that is set when somebody begins to wait for the tenant's lock."""
     reached = asyncio.Event()
-    real = databases.try_lock
+    real = locks.try_lock
 
     async def try_lock(connection: asyncpg.Connection[Any], key: int) -> bool:
         free = await real(connection, key)
@@ -48,7 +49,7 @@ async def waits_for_lock(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.M
             reached.set()
         return free
 
-    monkeypatch.setattr(databases, "try_lock", try_lock)
+    monkeypatch.setattr(locks, "try_lock", try_lock)
     return reached
 
 
@@ -62,17 +63,17 @@ async def test_reconcile_ends_what_an_interrupted_suspension_left_open(
     await tenancy.tenants.create("acme")
     async with tenancy.session("acme") as session:
         await session.execute(text("SELECT 1"))
-        real = databases.end_connections
+        real = roles.end_connections
 
         async def died(*_: object) -> bool:
             raise ConnectionResetError
 
-        monkeypatch.setattr(databases, "end_connections", died)
+        monkeypatch.setattr(roles, "end_connections", died)
         with pytest.raises(RoleNotBarredError, match="tenancy reconcile") as caught:
             await tenancy.tenants.suspend("acme")
         assert (caught.value.tenant, caught.value.status) == ("acme", "suspended")
         assert (await tenancy.tenants.get("acme")).status is Status.SUSPENDED
-        monkeypatch.setattr(databases, "end_connections", real)
+        monkeypatch.setattr(roles, "end_connections", real)
         assert await session.scalar(text("SELECT 1")) == 1  # the hole
         assert (await tenancy.provisioner.reconcile()).corrected == ("acme",)
         with pytest.raises(DBAPIError):
@@ -99,7 +100,7 @@ async def test_a_suspension_by_maintenance_that_a_server_does_not_hear_of_is_an_
     """The tenant is suspended all the same, and reconcile of the same run tells the server."""
     await tenancy.tenants.create("acme")
     await tenancy.tenants.schedule_suspension("acme", ago(1))
-    real = databases.end_connections
+    real = roles.end_connections
     calls = 0
 
     async def fails_once(connection: asyncpg.Connection[Any], role: str, *pids: Any) -> bool:
@@ -109,7 +110,7 @@ async def test_a_suspension_by_maintenance_that_a_server_does_not_hear_of_is_an_
             raise ConnectionResetError
         return await real(connection, role, *pids)
 
-    monkeypatch.setattr(databases, "end_connections", fails_once)
+    monkeypatch.setattr(roles, "end_connections", fails_once)
     async with tenancy.session("acme") as session:
         await session.execute(text("SELECT 1"))
         report = await tenancy.run_maintenance()

@@ -35,13 +35,6 @@ def test_a_tenants_url_is_a_name_and_not_a_way_in() -> None:
     assert url.render_as_string(hide_password=False) == "postgresql+asyncpg://tenant_role@db.example:5433/tenant_db"
 
 
-def test_the_administrative_url_of_another_database() -> None:
-    """Everything else stays."""
-    assert server().admin_url("other").database == "other"
-    assert server().admin_url().database == "registry"
-    assert server().admin_url("other").password == "hunter2"
-
-
 def test_options_of_the_client_are_read_from_the_url() -> None:
     """For a server behind PgBouncer."""
     assert server().prepared_statement_cache_size == 0

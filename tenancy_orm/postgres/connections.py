@@ -1,0 +1,48 @@
+"""What is done with any asyncpg connection, whatever it is for."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeAlias
+
+import asyncpg
+
+from .failures import SERVER_FAILURES
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+
+POLL_SECONDS = 0.02  # between two looks at what another session does
+CLOSE_SECONDS = 5.0
+
+
+def version(connection: Connection) -> int:
+    """The server's major version."""
+    return int(connection.get_server_version().major)
+
+
+async def close(connection: Connection) -> None:
+    """Close a connection; at once where the server does not answer."""
+    try:
+        await connection.close(timeout=CLOSE_SECONDS)
+    except SERVER_FAILURES:
+        connection.terminate()
+
+
+async def is_alive(connection: Connection) -> bool:
+    """Whether the connection still works, and answers soon. What was cancelled on it has ended before this returns."""
+    if connection.is_closed():
+        return False
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            return bool(await connection.fetchval("SELECT true"))
+    except SERVER_FAILURES:
+        return False
+
+
+async def execute_unflushed(connection: Connection, *statements: str) -> None:
+    """Run statements in one transaction whose commit does not wait for the disk.
+
+    One message holds them all, which PostgreSQL makes one implicit transaction: an error or a cancellation at any of
+    them leaves neither a part of the work nor an open transaction behind.
+    """
+    await connection.execute("; ".join(("SET LOCAL synchronous_commit = off", *statements)))

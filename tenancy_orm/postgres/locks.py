@@ -1,0 +1,37 @@
+"""Advisory locks of a session, by a key that every process computes alike."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+from .connections import POLL_SECONDS, Connection
+
+
+def lock_key(text: str) -> int:
+    """Return the 64-bit advisory lock key of ``text``."""
+    return int.from_bytes(hashlib.blake2b(b"tenancy:" + text.encode(), digest_size=8).digest(), signed=True)
+
+
+async def try_lock(connection: Connection, key: int) -> bool:
+    """Take the session-level lock ``key`` if it is free. It goes with the connection, however that ends."""
+    return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", key))
+
+
+async def unlock(connection: Connection, key: int) -> None:
+    """Release one hold of the lock ``key``."""
+    await connection.execute(f"SELECT pg_advisory_unlock({key})")
+
+
+async def lock(connection: Connection, key: int, *, timeout: float) -> None:
+    """Take the session-level lock ``key``, by polling. It is held until ``unlock``, or until the connection ends.
+
+    A session that *waits* in pg_advisory_lock holds a snapshot all the while, and CREATE INDEX CONCURRENTLY in the
+    session that holds the lock waits for exactly such snapshots: a deadlock. Polling holds nothing between two tries.
+
+    Raises:
+        TimeoutError: it was not free within ``timeout`` seconds.
+    """
+    async with asyncio.timeout(timeout):
+        while not await try_lock(connection, key):  # noqa: ASYNC110 - the event is in another process
+            await asyncio.sleep(POLL_SECONDS)

@@ -1,0 +1,121 @@
+"""Rights inside a tenant's database: the owner has what is in it, the tenant's role its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..postgres.connections import Connection, version
+from ..postgres.quoting import quote_identifier, quote_literal
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The owner's schemas, tables, sequences and version tables in a database: quoted, ready for a GRANT."""
+
+    schemas: tuple[str, ...]
+    tables: tuple[str, ...]
+    sequences: tuple[str, ...]
+    version_tables: tuple[str, ...]
+
+
+_CONTENTS = """
+WITH owner AS (SELECT oid FROM pg_roles WHERE rolname = $1),
+versions AS (SELECT attrelid FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped
+              GROUP BY attrelid HAVING array_agg(attname::text) = ARRAY['version_num'])
+SELECT 'schema' AS kind, quote_ident(nspname) AS name FROM pg_namespace
+ WHERE nspname = 'public' OR nspowner = (TABLE owner)
+UNION ALL
+SELECT CASE WHEN relkind = 'S' THEN 'sequence' WHEN c.oid IN (TABLE versions) THEN 'version' ELSE 'table' END,
+       quote_ident(nspname) || '.' || quote_ident(relname)
+  FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+ WHERE relowner = (TABLE owner) AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+ ORDER BY 1, 2
+"""
+
+
+async def contents(connection: Connection, owner: str) -> Contents:
+    """List what ``owner`` has in the database of ``connection``. What an extension brought is not the owner's.
+
+    A version table can have any name (``version_table`` in env.py), but always the one column ``version_num``.
+    """
+    found: dict[str, list[str]] = {"schema": [], "table": [], "sequence": [], "version": []}
+    for kind, name in await connection.fetch(_CONTENTS, owner):
+        found[kind].append(name)
+    return Contents(*(tuple(found[kind]) for kind in ("schema", "table", "sequence", "version")))
+
+
+async def grant_and_mark(
+    connection: Connection, name: str, *, role: str, what: Contents, marker: str, further: Sequence[str] = ()
+) -> None:
+    """Give ``role`` the data and nothing else, now and in whatever the owner makes later; and set the marker.
+
+    One transaction: a database that has its marker has everything else as well, and one without it has never been a
+    tenant's.
+
+    Rights are the role's own rather than a group's, so that another tenant's role has none here even if it could
+    connect. Alembic's version table can be read, not written. A table needs SELECT, INSERT, UPDATE and DELETE;
+    TRUNCATE, REFERENCES and TRIGGER are left out. Sequences are needed whole, since loading rows sets them.
+
+    Args:
+        connection: To the tenant's database, as the owner.
+        name: The tenant's database.
+        role: The tenant's role.
+        what: The database's contents.
+        marker: What ``routing.marker`` will look for.
+        further: Statements that give the role more, in the same transaction.
+    """
+    grantee = f"TO {quote_identifier(role)}"
+    rows, counters = "SELECT, INSERT, UPDATE, DELETE", "USAGE, SELECT, UPDATE"
+    statements = [
+        f"ALTER DEFAULT PRIVILEGES GRANT USAGE ON SCHEMAS {grantee}",
+        f"ALTER DEFAULT PRIVILEGES GRANT {rows} ON TABLES {grantee}",
+        f"ALTER DEFAULT PRIVILEGES GRANT {counters} ON SEQUENCES {grantee}",
+        *_grant("USAGE", "SCHEMA", what.schemas, grantee),
+        *_grant(rows, "TABLE", what.tables, grantee),
+        *_grant(counters, "SEQUENCE", what.sequences, grantee),
+        *_grant("SELECT", "TABLE", what.version_tables, grantee),
+        *further,
+        f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(marker)}",
+    ]
+    await connection.execute("; ".join(statements))
+
+
+def _grant(rights: str, kind: str, names: Sequence[str], grantee: str) -> Iterable[str]:
+    if names:
+        yield f"GRANT {rights} ON {kind} {', '.join(names)} {grantee}"
+
+
+async def revision(connection: Connection, owner: str) -> str | None:
+    """Read the schema's revision from Alembic's version table, or None where the database has no such table."""
+    for table in (await contents(connection, owner)).version_tables:
+        found = await connection.fetch(f"SELECT version_num FROM {table} ORDER BY 1")  # noqa: S608 - quoted by PostgreSQL
+        return ",".join(row["version_num"] for row in found) or None
+    return None
+
+
+async def protect_version_table(connection: Connection, role: str, table: str) -> None:
+    """Leave ``role`` only SELECT on a version table that was made after the role's default privileges.
+
+    Args:
+        connection: To the tenant's database, as the owner.
+        role: The tenant's role.
+        table: The version table, quoted.
+    """
+    await connection.execute(f"REVOKE INSERT, UPDATE, DELETE ON TABLE {table} FROM {quote_identifier(role)}")
+
+
+async def prepare_schema(connection: Connection, owner: str) -> None:
+    """Make the owner, and not PUBLIC, master of schema ``public``, as PostgreSQL 15 and later have it by default.
+
+    Args:
+        connection: To a database under construction, as the administrator.
+        owner: The owner of the database.
+
+    Raises:
+        asyncpg.InsufficientPrivilegeError: PostgreSQL 14, and the administrator is not a superuser.
+    """
+    if version(connection) < 15:
+        await connection.execute(
+            f"ALTER SCHEMA public OWNER TO {quote_identifier(owner)}; REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+        )

@@ -1,0 +1,226 @@
+"""Roles: tenants' own, and the one that owns their databases; each verb is a function on an administrative connection.
+
+Nothing that exists is ever adopted: creating over a role raises ``DatabaseExistsError``. Dropping is idempotent.
+
+The administrator need not be a superuser: CREATEDB and CREATEROLE are enough from PostgreSQL 16 on, as long as it is
+a member of the owner role (``join``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import asyncpg
+
+from ..errors import DatabaseExistsError, ProvisioningError
+from ..postgres.connections import POLL_SECONDS, Connection, execute_unflushed, version
+from ..postgres.errors import CONCURRENT_UPDATE, DUPLICATE_OBJECT, INSUFFICIENT_PRIVILEGE, UNIQUE_VIOLATION, sqlstate
+from ..postgres.quoting import quote_identifier, quote_literal
+
+_TENANT_ROLE = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATION NOBYPASSRLS"
+
+
+_OWNER_ROLE = "NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleState:
+    """What ``pg_roles`` and ``pg_database`` say of one role."""
+
+    can_login: bool
+    connection_limit: int
+    connected: bool  # whether it has a connection now
+    admitted_to: frozenset[str] = frozenset()  # the databases it may CONNECT to by a grant of its own
+
+
+async def create(
+    connection: Connection, name: str, *, verifier: str, connection_limit: int, settings: Sequence[str] = ()
+) -> None:
+    """Create a tenant's login role.
+
+    The commit is not flushed by itself: CREATE DATABASE, which comes next, flushes everything before it.
+
+    Args:
+        connection: To any database of the server.
+        name: The role.
+        verifier: What ``scram_verifier`` made of its password.
+        connection_limit: How many connections it may have at once.
+        settings: Statements that give it its settings, in the same transaction.
+
+    Raises:
+        DatabaseExistsError: there is a role of that name.
+    """
+    await _create(
+        connection,
+        name,
+        f"{_TENANT_ROLE} CONNECTION LIMIT {int(connection_limit)} PASSWORD {quote_literal(verifier)}",
+        *settings,
+    )
+
+
+async def create_owner(connection: Connection, name: str) -> None:
+    """Create the NOLOGIN role that owns tenant databases and their tables.
+
+    Raises:
+        DatabaseExistsError: there is a role of that name.
+    """
+    await _create(connection, name, _OWNER_ROLE)
+
+
+async def _create(connection: Connection, name: str, attributes: str, *settings: str) -> None:
+    try:
+        await execute_unflushed(connection, f"CREATE ROLE {quote_identifier(name)} {attributes}", *settings)
+    except asyncpg.PostgresError as exc:
+        if sqlstate(exc) in (DUPLICATE_OBJECT, UNIQUE_VIOLATION):
+            raise DatabaseExistsError(f"role {name!r} exists already, and is not adopted") from exc
+        raise
+
+
+async def drop(connection: Connection, name: str) -> None:
+    """Drop a role whose database is gone already. Does nothing where the role is gone.
+
+    Raises:
+        asyncpg.DependentObjectsStillExistError: somebody gave it rights in a database that is still there (2BP01).
+    """
+    await connection.execute(f"DROP ROLE IF EXISTS {quote_identifier(name)}")
+
+
+async def exists(connection: Connection, name: str) -> bool:
+    """Whether there is a role of that name."""
+    return await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", name) is not None
+
+
+async def states(connection: Connection, stem: str) -> dict[str, RoleState]:
+    """Every role whose name begins with ``stem``, by its name."""
+    rows = await connection.fetch(
+        "SELECT rolname, rolcanlogin, rolconnlimit, "
+        "EXISTS (SELECT FROM pg_stat_activity WHERE usesysid = pg_roles.oid) AS connected, "
+        "coalesce(admitted.names, '{}') AS admitted_to FROM pg_roles LEFT JOIN ("
+        "SELECT granted.grantee, array_agg(datname::text) AS names FROM pg_database, aclexplode(datacl) AS granted "
+        "WHERE granted.privilege_type = 'CONNECT' GROUP BY 1) AS admitted ON admitted.grantee = oid "
+        "WHERE starts_with(rolname::text, $1) ORDER BY rolname",
+        stem,
+    )
+    return {
+        row["rolname"]: RoleState(
+            row["rolcanlogin"], row["rolconnlimit"], row["connected"], frozenset(row["admitted_to"])
+        )
+        for row in rows
+    }
+
+
+async def is_superuser(connection: Connection) -> bool:
+    """Whether the connection's role is a superuser."""
+    return bool(await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user"))
+
+
+async def is_member(connection: Connection, name: str) -> bool:
+    """Whether the administrator has the rights of role ``name`` and may SET ROLE to it."""
+    can_set = "SET" if version(connection) >= 16 else "MEMBER"
+    query = "SELECT pg_has_role(current_user, $1::name, 'USAGE') AND pg_has_role(current_user, $1::name, $2)"
+    return bool(await connection.fetchval(query, name, can_set))
+
+
+async def join(connection: Connection, name: str) -> None:
+    """Make the administrator a member of ``name``, with its rights and able to SET ROLE to it. Superusers need not."""
+    options = " WITH INHERIT TRUE, SET TRUE" if version(connection) >= 16 else ""
+    await connection.execute(f"GRANT {quote_identifier(name)} TO CURRENT_USER{options}")
+
+
+async def leave(connection: Connection, name: str) -> None:
+    """Undo ``join``. The right to administer the role, which its creator has, is another grant and stays."""
+    await connection.execute(f"REVOKE {quote_identifier(name)} FROM CURRENT_USER")
+
+
+async def set_login(connection: Connection, name: str, allowed: bool) -> None:
+    """Let a role log in, or refuse it. Its open connections stay, see ``terminate``.
+
+    Raises:
+        ProvisioningError: there is no such role.
+    """
+    await _alter(connection, name, "LOGIN" if allowed else "NOLOGIN")
+
+
+async def set_password(connection: Connection, name: str, *, verifier: str) -> None:
+    """Give a role another password. Its open connections stay.
+
+    Args:
+        connection: To any database of the server.
+        name: The role.
+        verifier: What ``scram_verifier`` made of the password.
+
+    Raises:
+        ProvisioningError: there is no such role.
+    """
+    await _alter(connection, name, f"PASSWORD {quote_literal(verifier)}")
+
+
+async def set_connection_limit(connection: Connection, name: str, limit: int) -> None:
+    """Set how many connections a role may have at once. Those it has stay.
+
+    Raises:
+        ProvisioningError: there is no such role.
+    """
+    await _alter(connection, name, f"CONNECTION LIMIT {int(limit)}")
+
+
+async def _alter(connection: Connection, name: str, attributes: str) -> None:
+    try:
+        await connection.execute(f"ALTER ROLE {quote_identifier(name)} {attributes}")
+    except asyncpg.UndefinedObjectError as exc:
+        raise ProvisioningError(f"role {name!r} does not exist; run: tenancy reconcile") from exc
+
+
+@asynccontextmanager
+async def joined(connection: Connection, *names: str) -> AsyncIterator[None]:
+    """Have the rights of roles while the body runs. Superusers have them anyway.
+
+    An administrator who is not a superuser is a member of a tenant's role only while it needs to be: with thousands of
+    memberships PostgreSQL would get slow for it.
+    """
+    wanted = () if await is_superuser(connection) else names
+    try:
+        for name in wanted:
+            await join(connection, name)
+        yield
+    finally:
+        for name in wanted:
+            if not connection.is_closed():
+                with suppress(asyncpg.UndefinedObjectError):  # dropped, or renamed, by the body
+                    await leave(connection, name)
+
+
+async def terminate(connection: Connection, role: str, *, timeout: float) -> None:
+    """End every connection of ``role``, which may log in no more, and wait until they are gone.
+
+    Raises:
+        TimeoutError: some are still there after ``timeout`` seconds.
+    """
+    async with asyncio.timeout(timeout):
+        # a login that was admitted just before appears among the connections a moment later: look again
+        looks_left = 2
+        while looks_left:
+            looks_left = 2 if await end_connections(connection, role) else looks_left - 1
+            if looks_left:
+                await asyncio.sleep(POLL_SECONDS)
+
+
+async def end_connections(connection: Connection, role: str, pids: Sequence[int] | None = None) -> bool:
+    """End the connections that ``role`` has now, or some of them, and return whether there were any."""
+    query = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE usename = $1 AND ($2::int[] IS NULL OR pid = ANY ($2))"
+    )
+    try:
+        return bool(await connection.fetch(query, role, pids))
+    except asyncpg.InsufficientPrivilegeError:
+        try:
+            async with joined(connection, role):
+                return bool(await connection.fetch(query, role, pids))
+        except asyncpg.PostgresError as exc:
+            if sqlstate(exc) not in (INSUFFICIENT_PRIVILEGE, CONCURRENT_UPDATE):
+                raise
+            return True  # another administrator has just left the role: there may be some, look again
