@@ -278,7 +278,7 @@ class TierChangedError(TenantError):
 class RoleNotBarredError(TenantError):
     """A tenant is suspended or deleted, and refused by the application; but its server could not be told in time.
 
-    Connections that were open may still be. ``tenancy reconcile`` (or ``run-maintenance``) tells the server.
+    Connections that were open may still be. ``tenancy reconcile`` (or ``housekeeping``) tells the server.
     """
 
     def __init__(self, tenant: str, status: str, reason: str) -> None:

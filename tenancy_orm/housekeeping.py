@@ -1,4 +1,4 @@
-"""What has to be done from time to time: ``tenancy run-maintenance``, from a timer, on any number of machines.
+"""What has to be done from time to time: ``tenancy housekeeping``, from a timer, on any number of machines.
 
 Every part decides under a lock of its own (the tenant's row, its advisory lock on the server), so that two runs at once
 share the work and never do anything twice, and a tenant that an operator has changed since it was listed is left alone.

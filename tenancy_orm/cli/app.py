@@ -101,7 +101,7 @@ def create(
     metadata: Annotated[str | None, typer.Option(help="A JSON object kept with the tenant.")] = None,
     trial: Annotated[bool, typer.Option("--trial", help="Begin as a trial.")] = False,
     trial_days: Annotated[
-        float | None, typer.Option(help="Begin as a trial that run-maintenance suspends after so many days.")
+        float | None, typer.Option(help="Begin as a trial that housekeeping suspends after so many days.")
     ] = None,
     server: Annotated[str | None, typer.Option(help="The server to place it on.")] = None,
     as_json: Json = False,
@@ -279,8 +279,9 @@ def rename(
     show_tenant(run(command), as_json)
 
 
-@app.command("run-maintenance")
-def run_maintenance(as_json: Json = False) -> None:
+@app.command("run-maintenance", hidden=True)  # its former name
+@app.command()
+def housekeeping(as_json: Json = False) -> None:
     """Do what is due: end trials, scheduled suspensions, purges after retention, reconcile. For a timer."""
 
     async def command(tenancy: Tenancy) -> Any:
@@ -290,7 +291,7 @@ def run_maintenance(as_json: Json = False) -> None:
     if as_json:
         print_json(report)
     else:
-        print_fields("maintenance", {name: getattr(report, name) for name in report.__slots__})
+        print_fields("housekeeping", {name: getattr(report, name) for name in report.__slots__})
     if report.errors:
         raise typer.Exit(1)
 

@@ -1,4 +1,4 @@
-"""``tenancy schedule``: what ``run-maintenance`` is to do to a tenant at a time."""
+"""``tenancy schedule``: what ``housekeeping`` is to do to a tenant at a time."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ app = typer.Typer(help="Send usage to billing; TenancyConfig.usage_sender says w
 
 @app.command()
 def export(as_json: Json = False) -> None:
-    """Close the periods that have ended and send their records; run-maintenance does it too."""
+    """Close the periods that have ended and send their records; housekeeping does it too."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.usage_exporter.run()

@@ -103,7 +103,8 @@ async def test_a_tenants_life_by_command(cli: Cli, tmp_path: Path) -> None:
     assert (await cli("purge", "acme-corp", "--yes", "--json")).json["status"] == "purged"
     assert (await cli("list", "--json")).json["items"] == []
     assert (await cli("reconcile", "--json")).json["errors"] == []
-    assert (await cli("run-maintenance", "--json")).json["errors"] == []
+    for name in ("housekeeping", "run-maintenance"):
+        assert (await cli(name, "--json")).json["errors"] == []
 
 
 async def test_people_get_tables(cli: Cli) -> None:
@@ -223,7 +224,7 @@ async def test_quotas_and_audit_by_command(cli: Cli, tmp_path: Path) -> None:
 
 
 async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
-    """A trial that ended and a suspension that is due are done by run-maintenance; a domain is claimed and released."""
+    """A trial that ended and a suspension that is due are done by housekeeping; a domain is claimed and released."""
     await cli("init")
     assert (await cli("create", "tried", "--trial-days", "-1", "--json")).json["status"] == "trial"
     for slug in ("due", "spared"):
@@ -231,7 +232,7 @@ async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
         scheduled = await cli("schedule", "suspension", slug, "2020-01-01T00:00+00:00", "-r", "unpaid", "--json")
         assert scheduled.json == {"slug": slug, "suspend_at": "2020-01-01T00:00:00+00:00"}, scheduled.err
     assert (await cli("schedule", "suspension", "spared", "never", "--json")).json["suspend_at"] is None
-    report = (await cli("run-maintenance", "--json")).json
+    report = (await cli("housekeeping", "--json")).json
     assert sorted(report["suspended"]) == ["due", "tried"]
     assert (await cli("start-trial", "tried", "--days", "3", "--json")).json["status"] == "trial"
     prolonged = (await cli("update", "tried", "--trial-days", "9", "--json")).json["trial_ends_at"]
@@ -240,7 +241,7 @@ async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
     assert (ended["status"], ended["trial_ends_at"]) == ("trial", prolonged)
     await cli("delete", "due")
     assert (await cli("schedule", "purge", "due", "2020-01-01T00:00+00:00")).status == 0
-    assert (await cli("run-maintenance", "--json")).json["purged"] == ["due"]
+    assert (await cli("housekeeping", "--json")).json["purged"] == ["due"]
     for text, message in (("2020-01-01", "offset"), ("soon", "not a time")):
         refused = await cli("schedule", "suspension", "spared", text)
         assert (refused.status, message in refused.err) == (1, True)
