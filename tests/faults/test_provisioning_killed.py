@@ -191,7 +191,9 @@ async def test_a_purge_that_another_tenant_resists_is_finished(workshop: Worksho
         await connection.execute(f'ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO "{placement(tenant).role}"')
     await killed(workshop, "purge", at=f"after {at}")
     report = await reconcile(workshop)
-    assert (report.purged, len(report.orphans)) == (("acme",), 0 if at == "erase" else 1)
+    # the tenant is purged before its role is forgotten elsewhere, which may take long
+    purged = () if at == "forget" else ("acme",)
+    assert (report.purged, len(report.orphans)) == (purged, 0 if at == "erase" else 1)
     async with workshop.admin() as connection:
         assert await roles.states(connection, workshop.names.retired("")) == {}
     assert await workshop.present() == names_of(other)
