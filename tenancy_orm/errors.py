@@ -21,7 +21,7 @@
     │   ├── UnknownTierError (ValueError)
     │   ├── TierChangedError                 a tenant's tier is not the one that the change was made for
     │   ├── InvalidTransitionError
-    │   ├── RoleNotBarredError               suspended or deleted, but its server could not be told in time
+    │   ├── LoginNotBlockedError             suspended or deleted, but its server could not be told in time
     │   └── TenantUnavailableError           its status does not admit sessions
     │       ├── TenantProvisioningError
     │       ├── TenantSuspendedError
@@ -275,7 +275,7 @@ class TierChangedError(TenantError):
         self.found = found
 
 
-class RoleNotBarredError(TenantError):
+class LoginNotBlockedError(TenantError):
     """A tenant is suspended or deleted, and refused by the application; but its server could not be told in time.
 
     Connections that were open may still be. ``tenancy reconcile`` (or ``housekeeping``) tells the server.

@@ -24,7 +24,7 @@ from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..registry.lifecycle import BARRED
+from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..routing.servers import Server, Servers
@@ -290,7 +290,7 @@ class Provisioner:
         Should the tenant be admitted again at this very moment, what follows under the lock sets it right.
         """
         current = await self._parts.registry.get(tenant.id)
-        if current.status in BARRED and current.placement is not None:
+        if current.status in LOGIN_BLOCKED and current.placement is not None:
             place, blockers = current.placement, self._parts.blockers(server)
             await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
 

@@ -27,7 +27,7 @@ from ..events import TenantCreated, TenantPurged
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..registry.lifecycle import BARRED
+from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
 from . import access, databases, grants, removal, role_settings, roles
@@ -304,7 +304,7 @@ class Reconciler:
     # --- roles ------------------------------------------------------------------------------------------------------
 
     async def _correct_roles(self, server: str, connection: Connection) -> None:
-        """Bar the roles of suspended and deleted tenants, admit all others, and give each its tier's limit."""
+        """Block the logins of suspended and deleted tenants, admit all others, and give each its tier's limit."""
         async with asyncio.timeout(self._timeout):
             states = await roles.states(connection, self._parts.names.stem)
         after: UUID | None = None
@@ -353,7 +353,7 @@ class Reconciler:
         if state is None or tenant.status is Status.PROVISIONING:
             return False
         admitted = tenant.placement is not None and tenant.placement.database in state.admitted_to
-        if tenant.status in BARRED:
+        if tenant.status in LOGIN_BLOCKED:
             # a connection may have outlived its role's login: whoever blocked it died before it could end it
             wrong_access = state.can_login or state.connected or admitted
         else:
@@ -377,7 +377,7 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, de
         return
     database, role = tenant.placement.database, tenant.placement.role
     blockers = parts.blockers(parts.servers[tenant.placement.server])
-    if tenant.status in BARRED:
+    if tenant.status in LOGIN_BLOCKED:
         await access.block(connection, blockers, database=database, role=role, deadline=deadline)
     else:
         await access.admit(connection, blockers, database=database, role=role)
@@ -385,7 +385,7 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, de
         set_limit = partial(roles.set_connection_limit, connection, role, limit)
         await blockers.run(connection, set_limit, role=role)
     settings = parts.config.role_settings
-    if tenant.status in BARRED:
+    if tenant.status in LOGIN_BLOCKED:
         # it is kept out, and that must not look failed
         await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)
     else:

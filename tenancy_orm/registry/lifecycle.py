@@ -25,7 +25,7 @@ from ..tenant import Status, Tenant
 
 _RUNNING = frozenset({Status.TRIAL, Status.ACTIVE})
 
-BARRED = frozenset({Status.SUSPENDED, Status.DELETED})
+LOGIN_BLOCKED = frozenset({Status.SUSPENDED, Status.DELETED})
 """PostgreSQL itself refuses the roles of these."""
 
 TRANSITIONS: Mapping[Status, frozenset[Status]] = {

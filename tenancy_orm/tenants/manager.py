@@ -24,8 +24,8 @@ from ..errors import (
     InvalidApiKeyError,
     InvalidMetadataError,
     InvalidSlugError,
+    LoginNotBlockedError,
     ProvisioningError,
-    RoleNotBarredError,
     RoutingError,
     TenantNotFoundError,
     UnknownTierError,
@@ -34,7 +34,7 @@ from ..events import EventBus, TenantCreated, TenantPurged, TenantStatusChanged,
 from ..keys.format import KeyDigester, generate_key
 from ..provisioning import Provisioner
 from ..quotas.manager import check_overrides
-from ..registry.lifecycle import BARRED
+from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft, TenantPage, uuid7
 from ..secrets.keyring import Keyring, new_password
@@ -385,7 +385,7 @@ class TenantManager:
         Raises:
             InvalidTransitionError: it is not running.
             TenantNotFoundError: no such tenant.
-            RoleNotBarredError: it is suspended, but its server was not told: see there.
+            LoginNotBlockedError: it is suspended, but its server was not told: see there.
         """
         return await self._transition(tenant, Status.SUSPENDED, action="tenant.suspend", reason=reason, actor=actor)
 
@@ -428,7 +428,7 @@ class TenantManager:
         Raises:
             InvalidTransitionError: it is being provisioned, or deleted already.
             TenantNotFoundError: no such tenant.
-            RoleNotBarredError: it is deleted, but its server was not told: see there.
+            LoginNotBlockedError: it is deleted, but its server was not told: see there.
         """
         return await self._transition(tenant, Status.DELETED, action="tenant.delete", reason=reason, actor=actor)
 
@@ -519,7 +519,7 @@ class TenantManager:
 
         Raises:
             InvalidTransitionError: it was changed meanwhile.
-            RoleNotBarredError: it is suspended, but its server was not told.
+            LoginNotBlockedError: it is suspended, but its server was not told.
         """
         refuse_other_tenant(listed)
         return await self._transition(
@@ -574,7 +574,7 @@ class TenantManager:
                 reason=after.reason,
             )
         )
-        if (before.status in BARRED) != (after.status in BARRED):
+        if (before.status in LOGIN_BLOCKED) != (after.status in LOGIN_BLOCKED):
             await self._align(after)
         return after
 
@@ -584,13 +584,13 @@ class TenantManager:
         The registry has decided already and every process obeys it; a server that is away now is told by ``reconcile``.
 
         Raises:
-            RoleNotBarredError: the tenant is to be kept out, and its server was not told.
+            LoginNotBlockedError: the tenant is to be kept out, and its server was not told.
         """
         try:
             await self._provisioner.align(tenant)
         except (RoutingError, ProvisioningError) as exc:
-            if tenant.status in BARRED:
-                raise RoleNotBarredError(tenant.slug, tenant.status.value, str(exc)) from exc
+            if tenant.status in LOGIN_BLOCKED:
+                raise LoginNotBlockedError(tenant.slug, tenant.status.value, str(exc)) from exc
             logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
 
     async def _living(self, tenant: TenantRef) -> Tenant:

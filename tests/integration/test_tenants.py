@@ -667,7 +667,7 @@ async def test_changes_at_once_leave_the_role_as_the_registry_has_it(tenancy: Te
 
 
 async def test_a_cancelled_suspension_is_whole_or_nothing(tenancy: Tenancy) -> None:
-    """A handler that is cancelled after the commit has barred the role nevertheless."""
+    """A handler that is cancelled after the commit has blocked the login all the same."""
     created = await tenancy.tenants.create("acme")
     for turns in range(0, 60, 3):
         task = asyncio.create_task(tenancy.tenants.suspend("acme"))

@@ -193,7 +193,7 @@ async def test_a_barred_role_is_refused_and_its_connections_end(workshop: Worksh
 
 
 async def test_no_connection_survives_a_storm_of_logins(workshop: Workshop) -> None:
-    """A login that is under way while its role is barred is refused or ended."""
+    """A login that is under way while its login is blocked is refused or ended."""
     tenant = await workshop.create("acme")
     stop = asyncio.Event()
 

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Status, Tenancy, Tenant
-from tenancy_orm.errors import InvalidTransitionError, RoleNotBarredError, TenantDeletedError, TenantNotFoundError
+from tenancy_orm.errors import InvalidTransitionError, LoginNotBlockedError, TenantDeletedError, TenantNotFoundError
 from tenancy_orm.events import TenantCreated, TenantEvent, TenantPurged, TenantStatusChanged, TenantUpdated
 from tenancy_orm.postgres import locks
 from tenancy_orm.provisioning import roles
@@ -59,7 +59,7 @@ async def waits_for_lock(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.M
 async def test_reconcile_ends_what_an_interrupted_suspension_left_open(
     tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The role could log in no more, but whoever barred it died before it had ended its connections."""
+    """The role could log in no more, but whoever blocked it died before it had ended its connections."""
     await tenancy.tenants.create("acme")
     async with tenancy.session("acme") as session:
         await session.execute(text("SELECT 1"))
@@ -69,7 +69,7 @@ async def test_reconcile_ends_what_an_interrupted_suspension_left_open(
             raise ConnectionResetError
 
         monkeypatch.setattr(roles, "end_connections", died)
-        with pytest.raises(RoleNotBarredError, match="tenancy reconcile") as caught:
+        with pytest.raises(LoginNotBlockedError, match="tenancy reconcile") as caught:
             await tenancy.tenants.suspend("acme")
         assert (caught.value.tenant, caught.value.status) == ("acme", "suspended")
         assert (await tenancy.tenants.get("acme")).status is Status.SUSPENDED
@@ -87,7 +87,7 @@ async def test_a_suspension_does_not_wait_for_whoever_works_on_the_tenant(tenanc
     tenant = (await tenancy.tenants.create("acme")).tenant
     async with tenancy.session("acme") as session, held(tenancy, tenant):
         await session.execute(text("SELECT 1"))
-        with pytest.raises(RoleNotBarredError):
+        with pytest.raises(LoginNotBlockedError):
             await tenancy.tenants.suspend("acme")
         with pytest.raises(DBAPIError):
             await session.scalar(text("SELECT 1"))
