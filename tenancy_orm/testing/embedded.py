@@ -74,6 +74,9 @@ _TEST_SETTINGS: Mapping[str, str] = {
 _MARKER = "superuser.password"
 
 
+_LAST_LOOK_SECONDS = 1.0  # how long the watchdog may take to see that nobody uses the server
+
+
 class EmbeddedServerError(TenancyError):
     """An embedded server could not be initialised, started or stopped. The message ends with the server's log."""
 
@@ -273,13 +276,22 @@ class EmbeddedServer:
             if not (self.data_dir / _MARKER).exists():
                 return
             with self._lock(create=False):
-                try:
-                    with _watchdog.locked(self.data_dir / "users", fcntl.LOCK_EX | fcntl.LOCK_NB):
-                        self._stop_and_delete(delete=True)
-                except BlockingIOError:
-                    raise EmbeddedServerError(
-                        f"the embedded server in {str(self.data_dir)!r} is in use; stop it first"
-                    ) from None
+                deadline = time.monotonic() + _LAST_LOOK_SECONDS
+                while not self._deleted():
+                    if time.monotonic() > deadline:
+                        raise EmbeddedServerError(
+                            f"the embedded server in {str(self.data_dir)!r} is in use; stop it first"
+                        )
+                    time.sleep(0.02)
+
+    def _deleted(self) -> bool:
+        """Delete everything unless somebody uses it, as the watchdog does for a moment after its last user."""
+        try:
+            with _watchdog.locked(self.data_dir / "users", fcntl.LOCK_EX | fcntl.LOCK_NB):
+                self._stop_and_delete(delete=True)
+        except BlockingIOError:
+            return False
+        return True
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
