@@ -33,8 +33,8 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 _BATCH = 100  # databases in one transaction
 # of these PostgreSQL takes a list of names, and keeps each one quoted where it needs to be
 _LISTS = frozenset({"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"})
+_MARGIN_SECONDS = 0.05  # what is left of a caller's deadline, for it to end in time
 # where a value in pg_settings comes from that holds for the whole server, and not just for who asks
-_MARGIN_SECONDS = 0.05
 _SERVER_WIDE = ("default", "configuration file", "command line", "environment variable")
 
 

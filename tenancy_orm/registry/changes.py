@@ -76,16 +76,7 @@ class Changes(TenantTable):
             after = replace(after, aliases=(after.aliases | {before.slug}) - {slug})
             detail = {"redirect_seconds": redirect_seconds}
             old, new = difference(before, after)
-            await self._audit.append(
-                connection,
-                action="tenant.rename",
-                tenant_id=tenant_id,
-                slug=slug,
-                actor=actor,
-                before=old,
-                after=new,
-                detail=detail,
-            )
+            await self._write_audit(connection, "tenant.rename", after, actor, before=old, after=new, detail=detail)
         return before, after
 
     async def expire_former_slugs(self) -> int:

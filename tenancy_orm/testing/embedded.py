@@ -72,8 +72,6 @@ _TEST_SETTINGS: Mapping[str, str] = {
 
 # Guards against removal by name: what a directory must contain before anything in it is changed or deleted.
 _MARKER = "superuser.password"
-
-
 _LAST_LOOK_SECONDS = 1.0  # how long the watchdog may take to see that nobody uses the server
 
 
@@ -276,22 +274,16 @@ class EmbeddedServer:
             if not (self.data_dir / _MARKER).exists():
                 return
             with self._lock(create=False):
-                deadline = time.monotonic() + _LAST_LOOK_SECONDS
-                while not self._deleted():
-                    if time.monotonic() > deadline:
+                users = self._open_users()
+                try:
+                    # the watchdog holds it for a moment after its last user
+                    if not _flock(users, time.monotonic() + _LAST_LOOK_SECONDS):
                         raise EmbeddedServerError(
                             f"the embedded server in {str(self.data_dir)!r} is in use; stop it first"
                         )
-                    time.sleep(0.02)
-
-    def _deleted(self) -> bool:
-        """Delete everything unless somebody uses it, as the watchdog does for a moment after its last user."""
-        try:
-            with _watchdog.locked(self.data_dir / "users", fcntl.LOCK_EX | fcntl.LOCK_NB):
-                self._stop_and_delete(delete=True)
-        except BlockingIOError:
-            return False
-        return True
+                    self._stop_and_delete(delete=True)
+                finally:
+                    os.close(users)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -465,10 +457,13 @@ class EmbeddedServer:
 
     def _join(self) -> None:
         if self._users is None:
-            self._users = os.open(self.data_dir / "users", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._users = self._open_users()
             # never waits: whoever takes the exclusive lock holds the directory's lock, which is ours now, or lets go
             # at once
             fcntl.flock(self._users, fcntl.LOCK_SH)
+
+    def _open_users(self) -> int:
+        return os.open(self.data_dir / "users", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _undo_start(self) -> None:
         """After a failed start: stop what nobody uses. Needs the lock."""
