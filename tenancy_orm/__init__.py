@@ -1,7 +1,7 @@
 """A PostgreSQL database of its own for every tenant, as easy and as fast as having one."""
 
 from .audit.actor import Actor
-from .config import Limit, TenancyConfig, Tier, UpgradePolicy
+from .config import Limit, TenancyConfig, Tier, TierPolicy
 from .context import current_tenant, current_tenant_or_none
 from .errors import TenancyError
 from .tenancy import Tenancy
@@ -16,7 +16,7 @@ __all__ = [
     "TenancyError",
     "Tenant",
     "Tier",
-    "UpgradePolicy",
+    "TierPolicy",
     "current_tenant",
     "current_tenant_or_none",
 ]

@@ -120,7 +120,7 @@ class Assembly:
     async def _open(self, initialise: bool) -> None:
         if provided := self._provided:
             self._opened.append(provided.close)
-        self._close_with(self.config.secrets, self.config.key_wrapper)
+        self._close_with(self.config.secrets.provider, self.config.secrets.key_wrapper)
         await self._open_control(initialise)
         self._build_parts()
         addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
@@ -139,8 +139,8 @@ class Assembly:
         config = self.config = await read_secrets(self.config)
         self.control = ControlDatabase(
             config.control_url,
-            pool_size=config.control_pool_size,
-            connect_timeout=config.connect_timeout,
+            pool_size=config.control.pool_size,
+            connect_timeout=config.pool.connect_timeout,
             name_prefix=config.name_prefix,
         )
         self._opened += [self.control.close, self._end_tasks]
@@ -149,8 +149,8 @@ class Assembly:
         if initialise:
             await self.control.upgrade(administrator=self._administrator())
         await self.control.open()
-        if config.key_wrapper is not None:
-            self._data_keys = DataKeys(self.control, config.key_wrapper)
+        if config.secrets.key_wrapper is not None:
+            self._data_keys = DataKeys(self.control, config.secrets.key_wrapper)
             # those that are configured as well still open what they have sealed
             keys = {**config.sealing_keys, **await self._data_keys.open()}
             config = self.config = config.replace(encryption_keys=keys)
@@ -164,7 +164,7 @@ class Assembly:
 
     def _build_parts(self) -> None:
         config, events = self.config, self.events
-        self.registry = Registry(self.control, self.audit, bills=config.usage_sender is not None)
+        self.registry = Registry(self.control, self.audit, bills=config.metering.usage_sender is not None)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
         self.directory = Directory(self.control, config, events, audit=self.audit)
         self.router = Router(
@@ -256,14 +256,14 @@ class Assembly:
 
     def _build_billing(self) -> None:
         self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, self.tenants)
-        sender = self.config.usage_sender
+        sender = self.config.metering.usage_sender
         self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
         if (close := getattr(sender, "close", None)) is not None:
             self._opened.append(close)
 
     def _chores(self) -> dict[str, Callable[[], Awaitable[Any]]]:
         billing: dict[str, Callable[[], Awaitable[Any]]] = {}
-        if self.config.upgrade_policies:
+        if self.config.metering.tier_policies:
             billing["evaluate_upgrades"] = self.upgrades.evaluate
         if self.usage_exporter is not None:
             billing["export_usage"] = self.usage_exporter.run
@@ -282,9 +282,9 @@ class Assembly:
         }
 
     async def _prune_audit(self) -> Checkpoint | None:
-        if self.config.audit_retention_seconds == 0:
+        if self.config.retention.audit_seconds == 0:
             return None
-        return await self.audit.prune(before=datetime.now(UTC) - timedelta(seconds=self.config.audit_retention_seconds))
+        return await self.audit.prune(before=datetime.now(UTC) - timedelta(seconds=self.config.retention.audit_seconds))
 
     def _close_with(self, *providers: SecretProvider | KeyWrapper | None) -> None:
         self._opened.extend(provider.close for provider in providers if provider is not None)

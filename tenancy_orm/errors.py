@@ -3,6 +3,7 @@
 ```text
     TenancyError
     ├── ConfigurationError (ValueError)
+    │   ├── SettingError                     a setting is malformed, unknown or missing
     │   ├── MissingExtraError (ImportError)
     │   └── AdministratorNeededError         the control database's role lacks a right; the SQL to run is in it
     ├── NotOpenError (RuntimeError)          the Tenancy object is not open, or already closed
@@ -91,6 +92,22 @@ class TenancyError(DontWrapMixin, Exception):
 
 class ConfigurationError(TenancyError, ValueError):
     """A setting is missing, malformed or contradicts another. The message names the setting."""
+
+
+class SettingError(ConfigurationError):
+    """Settings are malformed, unknown or missing. The message names each, where it came from, and what is wrong.
+
+    Attributes:
+        problems: What is wrong with each setting, by its dotted name (``pool.max_connections``).
+        origins: Where each came from: a variable, a file; none where it was an argument.
+    """
+
+    def __init__(self, problems: Mapping[str, str], origins: Mapping[str, str] | None = None) -> None:
+        """Say what is wrong with each setting."""
+        self.problems = dict(problems)
+        self.origins = {name: origin for name, origin in (origins or {}).items() if name in self.problems}
+        found = ((name, f" ({self.origins[name]})" if name in self.origins else "") for name in self.problems)
+        super().__init__("; ".join(f"{name}{origin}: {self.problems[name]}" for name, origin in found))
 
 
 class MissingExtraError(ConfigurationError, ImportError):

@@ -78,7 +78,7 @@ class Maintenance:
         """
         run = _Run(self._tenants, actor)
         results = await run.do_chores(self._urgent)
-        due = await self._registry.due(retention_seconds=self._config.retention_seconds)
+        due = await self._registry.due(retention_seconds=self._config.retention.tenant_seconds)
         by_server: dict[str, list[_Due]] = {}
         for one in due:
             by_server.setdefault(one[0].placement.server if one[0].placement else "", []).append(one)

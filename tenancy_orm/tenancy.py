@@ -67,7 +67,7 @@ class Tenancy:
         self.configured = config or TenancyConfig.from_env()
         self.events = EventBus()
         # how many requests a second each tenant may make of this process: state of its own, which nothing opens
-        self.rates = Rates(self.configured.tiers, processes=self.configured.rate_processes)
+        self.rates = Rates(self.configured.tiers, processes=self.configured.quotas.rate_processes)
         self._assembly: Assembly | None = None
         self._home: HomeLoop | None = None  # from the beginning of ``open`` to the end of ``close``
         self._claims = 0  # calls of these two under way
@@ -235,12 +235,12 @@ class Tenancy:
 
     @property
     def upgrades(self) -> Upgrades:
-        """Evaluates ``TenancyConfig.upgrade_policies``; ``run_maintenance`` does too."""
+        """Evaluates ``TenancyConfig.metering.tier_policies``; ``run_maintenance`` does too."""
         return self._open.upgrades
 
     @property
     def usage_exporter(self) -> UsageExporter:
-        """Sends the usage of ended periods to ``TenancyConfig.usage_sender``; ``run_maintenance`` does too.
+        """Sends the usage of ended periods to ``TenancyConfig.metering.usage_sender``; ``run_maintenance`` does too.
 
         Raises:
             ConfigurationError: there is no ``usage_sender``.

@@ -44,8 +44,8 @@ class Admissions:
         look_up: Returns what is known of a credential now, or None; raises ``ControlUnavailableError``.
         hears: Whether changes are heard of now. While they are not, what is watched is verified every ``ttl`` seconds,
             and what is not watched when it is used.
-        ttl: Seconds, see ``TenancyConfig.directory_ttl``.
-        grace: Seconds, see ``TenancyConfig.grace``.
+        ttl: Seconds, see ``TenancyConfig.directory.ttl``.
+        grace: Seconds, see ``TenancyConfig.directory.grace``.
         clock: The directory's.
     """
 

@@ -20,7 +20,8 @@ from uuid import UUID
 from sqlalchemy import Row
 
 from ..audit.log import AuditLog
-from ..config import TenancyConfig, plain_url
+from ..config import TenancyConfig
+from ..config.values import plain_url
 from ..context import _current, as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import check_name
@@ -81,8 +82,8 @@ class Directory:
         self._clock = clock
         self._home = control.home
         self._salt = os.urandom(32)
-        self._digester = KeyDigester(config.peppers, config.key_pepper_current)
-        self._prefixes = frozenset((config.key_prefix, *config.key_prefixes))
+        self._digester = KeyDigester(config.keys.decoded_peppers, config.keys.pepper_current)
+        self._prefixes = frozenset((config.keys.prefix, *config.keys.prefixes))
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._memory = Memory(config, clock)
         # bound here: peek reads nothing through more than one attribute
@@ -90,17 +91,17 @@ class Directory:
         self._tenant_entry = self._memory.tenant_entry
         self._lookups = LookUps(control, config, events, clock=clock)
         self._lockout = Lockout(config, events, clock=clock)
-        self._journal = KeyJournal(control, audit, self._digester, interval=config.key_usage_interval, clock=clock)
+        self._journal = KeyJournal(control, audit, self._digester, interval=config.keys.usage_interval, clock=clock)
         self._intrusions = Intrusions(events, self._journal, clock=clock)
         listen_dsn = control.listen_dsn
-        if config.listen_url is not None:
-            listen_dsn = plain_url(config.listen_url).render_as_string(hide_password=False)
+        if config.control.listen_url is not None:
+            listen_dsn = plain_url(config.control.listen_url).render_as_string(hide_password=False)
         self._listener = Listener(listen_dsn, on_change=self._changed, on_connected=self.revalidate, events=events)
         self.admissions = Admissions(
             self._standing_of,
             hears=lambda: self._listener.connected,
-            ttl=config.directory_ttl,
-            grace=config.grace,
+            ttl=config.directory.ttl,
+            grace=config.directory.grace,
             clock=clock,
         )
 

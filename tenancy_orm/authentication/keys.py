@@ -86,7 +86,7 @@ class KeyManager:
         self._directory = directory
         self._audit = audit
         self._events = events
-        self._digester = KeyDigester(config.peppers, config.key_pepper_current)
+        self._digester = KeyDigester(config.keys.decoded_peppers, config.keys.pepper_current)
 
     async def issue(
         self,
@@ -107,7 +107,7 @@ class KeyManager:
             scopes: What it may do, as the application's routes ask for it; ``*`` is everything, none is no scope.
             expires_at: From when on it is refused, an aware datetime; never where None.
             networks: From where it may be used, in CIDR notation; anywhere where empty.
-            prefix: One of the configured ones; ``TenancyConfig.key_prefix`` where None.
+            prefix: One of the configured ones; ``TenancyConfig.keys.prefix`` where None.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -166,7 +166,7 @@ class KeyManager:
             if expires_at is None:
                 life = await connection.scalar(_LIFE, {"id": key_id, "tenant_id": tenant_id})
                 expires_at = None if life is None else datetime.now(UTC) + life
-            key = generate_key(old.prefix or self._config.key_prefix, self._digester)
+            key = generate_key(old.prefix or self._config.keys.prefix, self._digester)
             info = await insert_key(
                 connection,
                 old.tenant_id,
@@ -244,8 +244,8 @@ class KeyManager:
 
     def _check_prefix(self, prefix: str | None) -> str:
         if prefix is None:
-            return self._config.key_prefix
-        if prefix not in (self._config.key_prefix, *self._config.key_prefixes):
+            return self._config.keys.prefix
+        if prefix not in (self._config.keys.prefix, *self._config.keys.prefixes):
             raise ConfigurationError(f"prefix {prefix!r} is neither key_prefix nor among key_prefixes")
         return prefix
 

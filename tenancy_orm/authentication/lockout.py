@@ -28,12 +28,12 @@ class Lockout:
     """
 
     def __init__(self, config: TenancyConfig, events: EventBus, *, clock: Callable[[], float]) -> None:
-        self._seconds = config.lockout_seconds
+        self._seconds = config.lockout.seconds
         self._events = events
         self._clock = clock
-        self._sources = Throttle(limit=config.lockout_failures, window=config.lockout_seconds)
-        self._key_ids = Throttle(limit=config.lockout_failures, window=config.lockout_seconds)
-        self.attempts = Attempts(self._sources, patience=2 * config.directory_timeout, clock=clock)
+        self._sources = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
+        self._key_ids = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
+        self.attempts = Attempts(self._sources, patience=2 * config.directory.timeout, clock=clock)
         self._delayed = 0
 
     def __len__(self) -> int:

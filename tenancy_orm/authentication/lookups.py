@@ -98,12 +98,12 @@ class LookUps:
     ) -> None:
         # connections of its own: provisioning must not make look-ups wait for one
         self._control = ControlDatabase(
-            control.listen_dsn, pool_size=_POOL_SIZE, connect_timeout=config.directory_timeout
+            control.listen_dsn, pool_size=_POOL_SIZE, connect_timeout=config.directory.timeout
         )
         self._config = config
         self._events = events
         self._clock = clock
-        timeout = config.directory_timeout
+        timeout = config.directory.timeout
         # each with the time when it was asked for
         self._keys: Batch[str, tuple[Row[Any], float]] = Batch(self._load_keys, timeout=timeout)
         self._tenants: Batch[UUID | str, tuple[Tenant, float]] = Batch(self._load_tenants, timeout=timeout)
@@ -167,7 +167,9 @@ class LookUps:
         """Answer from memory, without waiting, until the control database answers again."""
         if self._probe is not None or self._closing:
             return
-        logger.warning("the control database does not answer; what is known keeps working for %g s", self._config.grace)
+        logger.warning(
+            "the control database does not answer; what is known keeps working for %g s", self._config.directory.grace
+        )
         self._events.emit(DirectoryUnavailable())
         self._probe = asyncio.get_running_loop().create_task(self._probe_until_back(), context=Context())
 
@@ -175,7 +177,7 @@ class LookUps:
         while True:
             await asyncio.sleep(_PROBE_SECONDS * random.uniform(0.5, 1.0))
             try:
-                async with asyncio.timeout(self._config.directory_timeout), self._control.connect() as connection:
+                async with asyncio.timeout(self._config.directory.timeout), self._control.connect() as connection:
                     await connection.execute(select(1))
             except Exception as exc:  # noqa: BLE001 - whatever it is, ending here would leave it away for ever
                 logger.debug("the control database still does not answer: %s", type(exc).__name__)

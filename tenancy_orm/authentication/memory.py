@@ -46,8 +46,8 @@ class KeyEntry:
     ) -> None:
         self.credential = credential
         self.refusal = refusal
-        self.fresh_until = asked + config.directory_ttl
-        self.stale_until = self.fresh_until + config.grace
+        self.fresh_until = asked + config.directory.ttl
+        self.stale_until = self.fresh_until + config.directory.grace
         self.expires = float("inf") if expires is None else expires
         self.good_until = min(self.fresh_until, self.expires) if refusal is None else 0.0
         # of a key that is bound to networks: a credential for each source
@@ -84,8 +84,8 @@ class TenantEntry:
 
     def __init__(self, tenant: Tenant, asked: float, config: TenancyConfig) -> None:
         self.tenant = tenant
-        self.fresh_until = asked + config.directory_ttl
-        self.stale_until = self.fresh_until + config.grace
+        self.fresh_until = asked + config.directory.ttl
+        self.stale_until = self.fresh_until + config.directory.grace
         self.used = self.placed = asked
 
 
@@ -100,8 +100,8 @@ class Memory:
     def __init__(self, config: TenancyConfig, clock: Callable[[], float]) -> None:
         self._config = config
         self._clock = clock
-        self.keys: SecondChance[bytes, KeyEntry] = SecondChance(config.directory_size, self._unlink_key)
-        self.tenants: SecondChance[UUID, TenantEntry] = SecondChance(config.directory_size, self._unlink_tenant)
+        self.keys: SecondChance[bytes, KeyEntry] = SecondChance(config.directory.size, self._unlink_key)
+        self.tenants: SecondChance[UUID, TenantEntry] = SecondChance(config.directory.size, self._unlink_tenant)
         # fingerprints of keys that worked when they were last looked up. Nothing is admitted by it, and invalidations
         # leave it as it is: it tells whom the lock-out of a source must not keep from being looked up
         self.proven: OrderedDict[bytes, None] = OrderedDict()
@@ -142,7 +142,9 @@ class Memory:
 
     def refuse_key(self, digest: bytes, reason: str) -> None:
         """Remember for a while that there is no such key."""
-        remember(self._unknown_keys, digest, (self._clock() + self._config.negative_ttl, reason), _NEGATIVE_SIZE)
+        remember(
+            self._unknown_keys, digest, (self._clock() + self._config.directory.negative_ttl, reason), _NEGATIVE_SIZE
+        )
 
     def refusal_of_key(self, digest: bytes, now: float) -> str | None:
         """Why a key is refused without a look-up; None where one must be made."""
@@ -152,7 +154,7 @@ class Memory:
     def prove_key(self, digest: bytes, works: bool) -> None:
         """Remember whether a key worked when it was last looked up."""
         if works:
-            remember(self.proven, digest, None, self._config.directory_size)
+            remember(self.proven, digest, None, self._config.directory.size)
         else:
             self.proven.pop(digest, None)
 
@@ -195,7 +197,7 @@ class Memory:
 
     def refuse_tenant(self, wanted: UUID | str) -> None:
         """Remember for a while that there is no such tenant."""
-        remember(self._unknown_tenants, wanted, self._clock() + self._config.negative_ttl, _NEGATIVE_SIZE)
+        remember(self._unknown_tenants, wanted, self._clock() + self._config.directory.negative_ttl, _NEGATIVE_SIZE)
 
     def is_refused_tenant(self, wanted: UUID | str) -> bool:
         """Whether there is no such tenant, as far as that is remembered."""

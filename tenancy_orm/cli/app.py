@@ -17,7 +17,7 @@ import typer
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
-from . import audit, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
+from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
 from .output import console, print_fields, print_json, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, fail, guarded, operator, run
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(quotas.app, name="quotas")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import plain_url
+from ..config.values import plain_url
 from ..errors import ConfigurationError
 from ..migrations.layout import init_directory
 from ..tenancy import Tenancy

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import UNLIMITED
+from ..config.tiers import UNLIMITED
 from ..errors import ConfigurationError
 from ..quotas.manager import Override
 from ..tenancy import Tenancy

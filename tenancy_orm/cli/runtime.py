@@ -15,7 +15,8 @@ from rich.markup import escape
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit.actor import Actor
-from ..config import TenancyConfig, load_object
+from ..config import TenancyConfig
+from ..config.values import load_object
 from ..errors import ConfigurationError, TenancyError
 from ..tenancy import Tenancy
 from .output import errors

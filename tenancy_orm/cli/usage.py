@@ -11,7 +11,7 @@ from ..tenancy import Tenancy
 from .output import console, print_fields, print_json, print_table
 from .runtime import Json, run
 
-app = typer.Typer(help="Send usage to billing; TenancyConfig.usage_sender says where.", no_args_is_help=True)
+app = typer.Typer(help="Send usage to billing; TenancyConfig.metering.usage_sender says where.", no_args_is_help=True)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from ..config import plain_url
+from ..config.values import plain_url
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..errors import (
     AdministratorNeededError,

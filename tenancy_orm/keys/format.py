@@ -118,7 +118,7 @@ def generate_key(prefix: str, digester: KeyDigester = PLAIN) -> NewKey:
     """Make a new random key.
 
     Args:
-        prefix: What it begins with, see ``TenancyConfig.key_prefix``.
+        prefix: What it begins with, see ``TenancyConfig.keys.prefix``.
         digester: Makes the digest to store; without peppers by default.
     """
     key_id = "".join(secrets.choice(ALPHABET) for _ in range(ID_LENGTH))

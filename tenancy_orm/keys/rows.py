@@ -40,7 +40,7 @@ KeyState = Literal["active", "expired", "revoked"]
 class ApiKeyInfo:
     """What is known of a key; the key itself is not kept anywhere. Times are aware datetimes in UTC.
 
-    ``last_used_at`` lags by up to ``TenancyConfig.key_usage_interval``.
+    ``last_used_at`` lags by up to ``TenancyConfig.keys.usage_interval``.
     """
 
     key_id: str

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..audit.actor import SYSTEM
 from ..audit.log import AuditLog
-from ..config import TenancyConfig, UpgradePolicy
+from ..config import TenancyConfig, TierPolicy
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..events import EventBus, TierUpgradeProposed
@@ -43,7 +43,7 @@ class UpgradeProposal:
 
 
 class Upgrades:
-    """Evaluates ``TenancyConfig.upgrade_policies``; ``tenancy.upgrades``. ``run_maintenance`` does it too.
+    """Evaluates ``TenancyConfig.metering.tier_policies``; ``tenancy.upgrades``. ``run_maintenance`` does it too.
 
     Safe to run from many processes at once: each proposal is made by one of them. One that dies while it applies a
     tier leaves that to the next evaluation after ten minutes.
@@ -68,7 +68,7 @@ class Upgrades:
         self._control = control
         self._events = events
         self._audit = audit
-        self._policies = config.upgrade_policies
+        self._policies = config.metering.tier_policies
         self._tenants = tenants
 
     async def evaluate(self, *, at: datetime | None = None) -> list[UpgradeProposal]:
@@ -102,9 +102,7 @@ class Upgrades:
                     proposals.append(found)
         return proposals
 
-    async def _propose(
-        self, policy: UpgradePolicy, row: Any, target: str, at: datetime | None
-    ) -> UpgradeProposal | None:
+    async def _propose(self, policy: TierPolicy, row: Any, target: str, at: datetime | None) -> UpgradeProposal | None:
         note = {"tenant_id": row.tenant_id, "policy": policy.name, "tier": row.tier}
         async with self._control.transaction() as conn:
             claim = {**note, "apply": policy.apply, "at": at, "seconds": _CLAIM_SECONDS}
@@ -130,7 +128,7 @@ class Upgrades:
             row.tenant_id, row.slug, row.tier, target, policy.resource, row.used, row.amount_limit, row.since, applied
         )
 
-    async def _write_down(self, conn: AsyncConnection, policy: UpgradePolicy, row: Any, target: str) -> None:
+    async def _write_down(self, conn: AsyncConnection, policy: TierPolicy, row: Any, target: str) -> None:
         await self._audit.append(
             conn,
             action="tier.propose",

@@ -54,7 +54,9 @@ class Connections:
         self._services = services
         self._wrappers: dict[str, Wrapper] = {}
         config = services.config
-        self.limits = Limits(connect=config.connect_timeout, wait=config.migration_wait, total=config.migration_timeout)
+        self.limits = Limits(
+            connect=config.pool.connect_timeout, wait=config.migration.wait, total=config.migration.timeout
+        )
 
     def wrapper(self, server: str) -> Wrapper:
         """What makes SQLAlchemy connections for databases of ``server``."""
@@ -88,10 +90,10 @@ class Connections:
         config, names = self._services.config, self._services.names
         health.check(server, tenant)
         # statement_timeout may have been set for the administrator's role; an index takes as long as it takes
-        settings = {"lock_timeout": f"{round(config.lock_timeout * 1000)}ms", "statement_timeout": "0"}
+        settings = {"lock_timeout": f"{round(config.migration.lock_timeout * 1000)}ms", "statement_timeout": "0"}
         try:
             connection = await self._services.provisioner.connect_admin(
-                server, database, role=names.owner, settings=settings, timeout=config.connect_timeout
+                server, database, role=names.owner, settings=settings, timeout=config.pool.connect_timeout
             )
         except Exception as exc:
             if is_down(exc):

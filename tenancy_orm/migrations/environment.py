@@ -32,7 +32,8 @@ from alembic.util.exc import CommandError, DatabaseNotAtHead
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import MetaData
 
-from ..config import TenancyConfig, load_object
+from ..config import TenancyConfig
+from ..config.values import load_object
 from ..errors import ConfigurationError, FleetMigrationError, TenancyError
 from . import local, logs
 from .failures import FleetCommandError, describe

@@ -63,8 +63,8 @@ class SecretManager:
         keyring: Keyring,
         data_keys: DataKeys | None = None,
     ) -> None:
-        self._timeout = config.provision_timeout
-        self._role_settings = config.role_settings
+        self._timeout = config.provisioning.timeout
+        self._role_settings = config.provisioning.role_settings
         self._registry = registry
         self._sealed = sealed
         self._servers = servers

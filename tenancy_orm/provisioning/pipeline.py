@@ -110,7 +110,7 @@ class Creation:
         self._scopes = scopes
         self._strategy = strategy
         self._actor = actor
-        self._timeout = parts.config.provision_timeout
+        self._timeout = parts.config.provisioning.timeout
         self._connection: Connection | None = None
         # whether the lock was held without a gap: only then no reconcile can have touched this tenant
         self._lock_unbroken = True
@@ -236,7 +236,9 @@ class Creation:
                     role=draft.role,
                     what=await self._parts.templates.contents(connection, self._template),
                     marker=marker.marker_text(self._parts.installation, draft.id),
-                    further=advisory_locks.grants(draft.role) if self._parts.config.tenant_advisory_locks else (),
+                    further=advisory_locks.grants(draft.role)
+                    if self._parts.config.provisioning.tenant_advisory_locks
+                    else (),
                 )
         finally:
             self._close_later(connection)
@@ -331,7 +333,7 @@ class Creation:
 
     async def _leave_to_reconcile(self, error: Exception) -> None:
         try:
-            async with asyncio.timeout(self._parts.config.connect_timeout):
+            async with asyncio.timeout(self._parts.config.pool.connect_timeout):
                 await self._parts.registry.note_failure(self._draft.id, step=UNDOING, error=describe(error))
         except Exception as exc:  # noqa: BLE001 - as above; the row is there, and reconcile finds it
             logger.error("the registry was not told of it either: %s", describe(exc))

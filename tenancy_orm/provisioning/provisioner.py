@@ -47,8 +47,8 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 class Provisioner:
     """Makes and removes tenants' databases and roles.
 
-    At most ``config.provision_concurrency`` creations and purges run on one server at once, per process; the others
-    wait their turn, each of those before them being bounded by ``config.provision_timeout``.
+    At most ``config.provisioning.concurrency`` creations and purges run on one server at once, per process; the others
+    wait their turn, each of those before them being bounded by ``config.provisioning.timeout``.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Provisioner:
         self._home = HomeLoop()
         blockers = partial(Blockers, names=names, registry=registry)
         self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers)
-        self._administration = Administration(blockers, keep=config.provision_concurrency)
+        self._administration = Administration(blockers, keep=config.provisioning.concurrency)
         self._parts = Parts(
             config=config,
             registry=registry,
@@ -83,7 +83,7 @@ class Provisioner:
         )
         self.watchdog = Watchdog(self._parts)
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(config.provision_concurrency)
+            lambda: asyncio.Semaphore(config.provisioning.concurrency)
         )
         # by server: what roles made there are given
         self._prepared: dict[str, RoleSettings] = {}
@@ -92,7 +92,7 @@ class Provisioner:
 
     @property
     def _timeout(self) -> float:
-        return self._parts.config.provision_timeout
+        return self._parts.config.provisioning.timeout
 
     # --- servers and templates --------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ class Provisioner:
                     self._parts.blockers(server),
                     owner=self.names.owner,
                     control=self._control,
-                    configured=self._parts.config.role_settings,
+                    configured=self._parts.config.provisioning.role_settings,
                     timeout=self._timeout,
                 )
             except TenancyError:

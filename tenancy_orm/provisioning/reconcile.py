@@ -89,7 +89,7 @@ class Reconciler:
         self._actor = actor
         self._drop_unknown = drop_unknown
         self._found = _Findings()
-        self._timeout = parts.config.provision_timeout
+        self._timeout = parts.config.provisioning.timeout
 
     async def run(self) -> ReconcileReport:
         """Look at everything, on all servers at once.
@@ -330,7 +330,7 @@ class Reconciler:
     async def _correct_settings(self, server: str, connection: Connection) -> None:
         """Take from every role what it has given itself: settings of any database, and members."""
         async with asyncio.timeout(self._timeout):
-            settings = await role_settings.wanted(connection, self._parts.config.role_settings)
+            settings = await role_settings.wanted(connection, self._parts.config.provisioning.role_settings)
             found = await role_settings.look(connection, self._parts.names.tenant_stem)
         for role, one in found.items():
             if settings.differ(one) and (tenant_id := self._parts.names.parse(role)) is not None:
@@ -341,7 +341,7 @@ class Reconciler:
             if not free or await self._status(tenant_id) in (None, Status.PROVISIONING, Status.PURGED):
                 return
             tenant = await self._parts.registry.get(tenant_id)
-            configured = self._parts.config.role_settings
+            configured = self._parts.config.provisioning.role_settings
             changed = await role_settings.restore(
                 connection, self._parts.blockers(self._parts.servers[server]), role, configured
             )
@@ -384,7 +384,7 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, de
     if (limit := _limit(parts, tenant)) is not None:
         set_limit = partial(roles.set_connection_limit, connection, role, limit)
         await blockers.run(connection, set_limit, role=role)
-    settings = parts.config.role_settings
+    settings = parts.config.provisioning.role_settings
     if tenant.status in LOGIN_BLOCKED:
         # it is kept out, and that must not look failed
         await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)

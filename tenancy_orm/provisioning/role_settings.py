@@ -20,7 +20,7 @@ from functools import partial
 import asyncpg
 
 from ..cancellation import settled
-from ..config import ROLE_SETTINGS
+from ..config.sections import ROLE_SETTINGS
 from ..errors import ConfigurationError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
@@ -88,7 +88,7 @@ async def wanted(connection: Connection, configured: Mapping[str, str | None]) -
 
     Args:
         connection: The administrator's.
-        configured: ``TenancyConfig.role_settings``.
+        configured: ``TenancyConfig.provisioning.role_settings``.
     """
     given = {name.lower(): value for name, value in {**ROLE_SETTINGS, "work_mem": None, **configured}.items()}
     granted = " OR has_parameter_privilege(r.oid, n, 'SET')" if connections.version(connection) >= 15 else ""
@@ -166,7 +166,7 @@ async def restore(connection: Connection, blockers: Blockers, role: str, configu
         connection: An administrator's, which holds the tenant's lock.
         blockers: Of its server.
         role: The tenant's role.
-        configured: ``TenancyConfig.role_settings``.
+        configured: ``TenancyConfig.provisioning.role_settings``.
     """
     settings = await wanted(connection, configured)
     found = (await look(connection, role)).get(role)
@@ -189,7 +189,7 @@ async def try_restore(
         connection: An administrator's, which holds the tenant's lock.
         blockers: Of its server.
         role: The tenant's role.
-        configured: ``TenancyConfig.role_settings``.
+        configured: ``TenancyConfig.provisioning.role_settings``.
         deadline: When the caller must be done, by the clock of the event loop.
     """
     try:

@@ -92,7 +92,7 @@ class Templates:
     @property
     def build_timeout(self) -> float:
         """How long building a template may take, in seconds."""
-        return self._config.provision_timeout * BUILD_FACTOR
+        return self._config.provisioning.timeout * BUILD_FACTOR
 
     def name(self, *, restricted: bool) -> str:
         """The name of the template for the schema as it is now.
@@ -179,8 +179,8 @@ class Templates:
         name = self._names.scratch(secrets.token_hex(8))
         connection = await self._blockers(server).connect()
         try:
-            await locks.lock(connection, locks.lock_key(name), timeout=self._config.provision_timeout)
-            async with asyncio.timeout(self._config.provision_timeout):
+            await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
+            async with asyncio.timeout(self._config.provisioning.timeout):
                 await self.clone(connection, template, name)
                 await databases.admit_owner(connection, name)
             yield name
@@ -257,7 +257,7 @@ class Templates:
 
     async def _drop_partial(self, server: Server, connection: Connection, name: str) -> None:
         try:
-            async with asyncio.timeout(self._config.provision_timeout):
+            async with asyncio.timeout(self._config.provisioning.timeout):
                 await removal.drop_database(connection, self._blockers(server), name)
         except Exception as exc:  # noqa: BLE001 - the error that is to be raised is the builder's
             # it lacks the flag, so the next builder or reconcile drops it
@@ -266,7 +266,7 @@ class Templates:
     async def _drop(self, server: Server, connection: Connection, name: str) -> None:
         """Drop a scratch database; one that cannot be dropped now is left to ``reconcile``."""
         try:
-            async with asyncio.timeout(self._config.provision_timeout):
+            async with asyncio.timeout(self._config.provisioning.timeout):
                 if connection.is_closed():
                     connection = await self._blockers(server).connect()
                 await removal.drop_database(connection, self._blockers(server), name)

@@ -130,17 +130,17 @@ def excessive(found: Iterable[Session], config: TenancyConfig) -> dict[int, tupl
     for session in found:
         by_role[session.role].append(session)
         for reason, value, bound in (
-            ("locks", session.locks, config.max_session_locks),
-            ("idle_in_transaction", session.idle_seconds, config.max_idle_transaction_seconds),
-            ("transaction", session.open_seconds, config.max_transaction_seconds),
+            ("locks", session.locks, config.watchdog.max_session_locks),
+            ("idle_in_transaction", session.idle_seconds, config.watchdog.max_idle_transaction_seconds),
+            ("transaction", session.open_seconds, config.watchdog.max_transaction_seconds),
         ):
             if bound and value is not None and value > bound:
                 above.setdefault(session.pid, (session, reason))
-    if config.max_session_locks:
+    if config.watchdog.max_session_locks:
         # many sessions with few locks each fill the table as well
         for own in by_role.values():
             own.sort(key=lambda session: session.locks)
-            while sum(session.locks for session in own) > TENANT_FACTOR * config.max_session_locks:
+            while sum(session.locks for session in own) > TENANT_FACTOR * config.watchdog.max_session_locks:
                 session = own.pop()
                 above.setdefault(session.pid, (session, "locks"))
     return above
@@ -219,7 +219,7 @@ class Watchdog:
         for one in ended:
             detail = {"server": one.server, "reason": one.reason, "locks": one.locks, "seconds": one.seconds}
             try:
-                async with asyncio.timeout(self._config.connect_timeout):
+                async with asyncio.timeout(self._config.pool.connect_timeout):
                     await self._parts.registry.note(one.tenant_id, "session.terminate", detail=detail, actor=actor)
             except (TenancyError, *SERVER_FAILURES) as exc:
                 # it is in the application's log, and the control database may be what suffers
@@ -232,7 +232,7 @@ class Watchdog:
         async with post.busy:
             post.ended, post.errors = [], []
             try:
-                async with asyncio.timeout(self._config.provision_timeout), _stationed(post) as connection:
+                async with asyncio.timeout(self._config.provisioning.timeout), _stationed(post) as connection:
                     await self._visit(post, connection)
             except (TenancyError, *SERVER_FAILURES) as exc:
                 post.errors.append(f"{post.server.name}: {describe(exc)}")
@@ -305,7 +305,7 @@ class Watchdog:
         A listener reads nothing while its transaction is open. So the tenants' sessions with the oldest transactions
         are ended, one by one, until the queue is below its bound.
         """
-        bound = self._config.max_notify_queue
+        bound = self._config.watchdog.max_notify_queue
         if not bound or (usage := await _queue_usage(connection)) <= bound:
             return
         found = [one for one in await self._look(post, connection) if (one.open_seconds or 0) > LISTENER_SECONDS]
@@ -349,8 +349,8 @@ class Watchdog:
         """Roll back prepared transactions: they keep their locks without a session, even over a restart."""
         config = self._config
         for row in await connection.fetch(_PREPARED, self._parts.names.tenant_stem):
-            too_old = 0 < config.max_transaction_seconds < row["open_seconds"]
-            if too_old or 0 < config.max_session_locks < row["locks"]:
+            too_old = 0 < config.watchdog.max_transaction_seconds < row["open_seconds"]
+            if too_old or 0 < config.watchdog.max_session_locks < row["locks"]:
                 await self._roll_back(post, connection, row["role"], row["database"], row["gid"])
                 self._tell(post, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
 

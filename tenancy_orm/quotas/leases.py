@@ -22,7 +22,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import text
 
-from ..config import LARGEST_AMOUNT
+from ..config.tiers import LARGEST_AMOUNT
 from ..context import _current, refuse_other_tenant
 from ..control.database import ControlDatabase
 from ..errors import ControlUnavailableError

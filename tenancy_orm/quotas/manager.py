@@ -23,7 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
-from ..config import RESOURCE_NAME, Limit, Period, TenancyConfig
+from ..config import Limit, TenancyConfig
+from ..config.tiers import RESOURCE_NAME, Period
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import ask_tenant_id, find_tenant_id
@@ -434,7 +435,7 @@ class QuotaManager:
         Safe to run from many processes at once. Returns how many rows went.
         """
         refuse_while_bound("removing old usage")
-        bills = self._config.usage_sender is not None
+        bills = self._config.metering.usage_sender is not None
         async with self._control.transaction() as conn:
             return sum(
                 [

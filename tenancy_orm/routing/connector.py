@@ -88,11 +88,11 @@ class Connector:
         self.server = server
         self.home = server.home
         self.events = events
-        self.full_reset = config.full_reset
-        self.checkout_timeout = config.checkout_timeout
-        self.idle_timeout = config.idle_timeout
+        self.full_reset = config.pool.full_reset
+        self.checkout_timeout = config.pool.checkout_timeout
+        self.idle_timeout = config.pool.idle_timeout
         self.budget: Budget[Record] = Budget(
-            config.max_connections, config.max_connections_per_tenant, lambda _, record: self._evict(record)
+            config.pool.max_connections, config.pool.max_connections_per_tenant, lambda _, record: self._evict(record)
         )
         self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
         self._shared = SharedDialect(server, self.spawn)

@@ -63,7 +63,7 @@ class SharedDialect:
 
         Raises:
             ServerUnavailableError: the server does not admit the administrator. The next call tries again.
-            ConfigurationError: it refuses one of ``session_settings``.
+            ConfigurationError: it refuses one of ``sessions.settings``.
         """
         if self._initialising is None or self._initialising.done():
             self._reading = self._spawn(self._read())
@@ -134,7 +134,7 @@ class SharedDialect:
             if not self._server.further_settings or not (exc.sqlstate or "").startswith(_REFUSED):
                 raise
             raise ConfigurationError(
-                f"server {self._server.name!r} refuses a value of session_settings ({exc.sqlstate}): "
+                f"server {self._server.name!r} refuses a value of sessions.settings ({exc.sqlstate}): "
                 + ", ".join(self._server.further_settings)
             ) from exc
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import asyncpg
 from sqlalchemy.engine import URL
 
-from ..config import ROLE_SETTINGS, TenancyConfig
+from ..config import TenancyConfig
+from ..config.sections import ROLE_SETTINGS
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
 from ..loops import HomeLoop
@@ -369,15 +370,15 @@ class Servers(Mapping[str, Server]):
     """
 
     def __init__(self, config: TenancyConfig) -> None:
-        given = {name.lower(): value for name, value in {**ROLE_SETTINGS, **config.role_settings}.items()}
+        given = {name.lower(): value for name, value in {**ROLE_SETTINGS, **config.provisioning.role_settings}.items()}
         bounds = {name: value for name in BOUNDS if (value := given.get(name))}
         self._servers = {
             name: Server(
                 name,
                 url,
-                connect_timeout=config.connect_timeout,
-                statement_timeout=config.statement_timeout,
-                session_settings=config.session_settings,
+                connect_timeout=config.pool.connect_timeout,
+                statement_timeout=config.sessions.statement_timeout,
+                session_settings=config.sessions.settings,
                 bounds=bounds,
             )
             for name, url in config.server_urls.items()

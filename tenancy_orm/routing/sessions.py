@@ -70,7 +70,7 @@ class Router:
             )
             for name, server in servers.items()
         }
-        self._cache = EngineCache(self._connector, max_engines=config.max_engines, events=events)
+        self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
 
     def session(self, tenant: Tenant, **options: Any) -> SessionScope:
         """Open a session on a tenant's database: ``async with router.session(tenant) as session``.

@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
-from ..config import TenancyConfig, parse_keys
+from ..config import TenancyConfig
+from ..config.values import parse_keys
 from ..errors import ConfigurationError, SecretError, SecretNotFoundError, SecretProviderError
 from ..protocols import KeyWrapper, SecretProvider
 from .keyring import Keyring
@@ -236,25 +238,30 @@ def encode_context(context: Mapping[str, str]) -> bytes:
 
 
 async def read_secrets(config: TenancyConfig) -> TenancyConfig:
-    """Return ``config`` with the ``secret_options`` filled in from its provider; those that are set already stay.
+    """Return ``config`` with what ``secrets.options`` names filled in from its provider; what is set already stays.
 
-    Where none are named, that is ``encryption_keys``, unless a ``key_wrapper`` makes them needless.
+    Where nothing is named, that is ``encryption_keys``, unless a ``key_wrapper`` makes them needless.
 
     Raises:
         SecretNotFoundError: the provider lacks one.
         SecretProviderError: it does not answer, or refuses.
         ConfigurationError: a secret is malformed.
     """
-    if config.secrets is None:
+    if config.secrets.provider is None:
         return config
-    found = {}
-    options = config.secret_options
+    options = config.secrets.options
     if options is None:
-        options = () if config.key_wrapper is not None else ("encryption_keys",)
-    for option in options:
-        if getattr(config, option) is None:
-            found[option] = parse_keys(option, await config.secrets.read(option))
+        options = () if config.secrets.key_wrapper is not None else ("encryption_keys",)
+    found: dict[str, Any] = {}
+    if "encryption_keys" in options and config.encryption_keys is None:
+        found["encryption_keys"] = await _read_keys(config.secrets.provider, "encryption_keys")
+    if "key_peppers" in options and config.keys.peppers is None:
+        found["keys"] = {"peppers": await _read_keys(config.secrets.provider, "key_peppers")}
     return config.replace(**found)
+
+
+async def _read_keys(provider: SecretProvider, name: str) -> Mapping[str, bytes]:
+    return parse_keys(name, await provider.read(name))
 
 
 __all__ = [

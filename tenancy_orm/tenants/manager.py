@@ -198,7 +198,9 @@ class TenantManager:
             timezone=check_timezone(timezone),
             trial_ends_at=_aware("trial_ends_at", trial_ends_at),
         )
-        key = generate_key(self._config.key_prefix, KeyDigester(self._config.peppers, self._config.key_pepper_current))
+        key = generate_key(
+            self._config.keys.prefix, KeyDigester(self._config.keys.decoded_peppers, self._config.keys.pepper_current)
+        )
         tenant = await self._provisioner.create(draft, key=key, key_name=key_name, scopes=scopes, actor=actor)
         self._directory.invalidate(tenant_id=tenant.id)
         seconds = time.perf_counter() - started

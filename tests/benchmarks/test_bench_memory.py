@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import select
 
-from tenancy_orm.config import TenancyConfig
+from tenancy_orm.config import PoolConfig, TenancyConfig
 from tenancy_orm.events import EventBus
 from tenancy_orm.routing import Router, Servers
 from tenancy_orm.secrets.keyring import Keyring, new_password
@@ -53,7 +53,7 @@ def tenant(keyring: Keyring) -> Tenant:
 
 async def test_bench_memory_of_an_engine() -> None:
     """Tenants and their engines, leased once."""
-    config = TenancyConfig(control_url="postgresql://nobody@127.0.0.1:1/none", max_engines=TENANTS)
+    config = TenancyConfig(control_url="postgresql://nobody@127.0.0.1:1/none", pool=PoolConfig(max_engines=TENANTS))
     keyring = Keyring({"1": bytes(32)})
     router = Router(config, Servers(config), keyring, uuid4(), EventBus())
     async with router.lease(tenant(keyring)):
@@ -73,7 +73,7 @@ async def test_bench_memory_of_an_engine() -> None:
 
 async def test_bench_memory_of_an_engine_that_was_used(postgres: Postgres, name_prefix: str) -> None:
     """Engines that have run statements, and whose connections were closed to make room for others."""
-    config = support.configuration(postgres, name_prefix, max_connections=2)
+    config = support.configuration(postgres, name_prefix, pool={"max_connections": 2})
     async with support.databases(postgres, config) as made, support.router(made, config) as router:
         tenants = await made.create_many(USED + 1)
 

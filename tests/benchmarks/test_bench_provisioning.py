@@ -43,7 +43,7 @@ async def workshop(postgres: Postgres, control_url: str, name_prefix: str) -> As
         admin_url=postgres.admin_url,
         name_prefix=name_prefix,
         schema=ScriptSchema(SCHEMA),
-        provision_concurrency=AT_ONCE,
+        provisioning={"concurrency": AT_ONCE},
     )
     try:
         await opened.provisioner.template("default")

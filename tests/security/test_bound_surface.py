@@ -21,6 +21,7 @@ import pytest
 import pytest_asyncio
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.config import MeteringConfig
 from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
 from tenancy_orm.events import EventBus
@@ -41,6 +42,7 @@ EXCUSED = {
     "audit.renew_keys": "keys of the installation",
     "audit.verifier": "reads public keys",
     "config.from_env": "reads no tenant",
+    "config.settings_customise_sources": "reads no tenant",
     "config.replace": "reads no tenant",
     "control.close": "closes connections",
     "control.connect": "plain SQL on the control database, which is an operator's by nature",
@@ -111,7 +113,7 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
         metadata=Base.metadata,
         encryption_keys={"1": "a2V5" * 10 + "a2U="},
         name_prefix=prefix,
-        usage_sender=_Sender(),
+        metering=MeteringConfig(usage_sender=_Sender()),
     )
     tenancy = Tenancy(config)
     await tenancy.open(initialise=True)
@@ -145,7 +147,8 @@ def surface() -> Iterator[Any]:
     """Every public method of every part."""
     for part, kind in parts().items():
         for name, method in inspect.getmembers(kind, inspect.isroutine):
-            if not name.startswith("_"):
+            # the configuration has pydantic's methods as well, which know no tenants
+            if not name.startswith("_") and not (method.__module__ or "").startswith("pydantic"):
                 yield pytest.param(part, name, method, id=f"{part}.{name}")
 
 

@@ -55,7 +55,7 @@ class Two:
 @pytest.fixture
 def tenancy_config(tenancy_config: TenancyConfig) -> TenancyConfig:
     """Refusals are written soon."""
-    return tenancy_config.replace(key_usage_interval=0.1)
+    return tenancy_config.replace(keys={"usage_interval": 0.1})
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ async def test_a_role_that_takes_long_to_drop_does_not_stop_a_purge(
         # nobody's session that may be ended, as long as it likes
         await operator.execute("BEGIN; GRANT SELECT ON LARGE OBJECT 30 TO PUBLIC")
         deleted = await arena.change(arena.victim, Status.DELETED)
-        await arena.workshop.provisioner_of(provision_timeout=4.0).purge(deleted)
+        await arena.workshop.provisioner_of(provisioning={"timeout": 4.0}).purge(deleted)
         assert (await arena.workshop.slugs())["acme"] == "purged"
         assert await arena.workshop.present() == names_of(arena.attacker)
         (role,) = await arena.retired()
@@ -197,7 +197,7 @@ async def test_a_purge_that_cannot_drop_the_role_has_erased_the_secrets(arena: A
         deleted = await arena.change(arena.victim, Status.DELETED)
         assert placement(deleted).sealed_password != b""
         with pytest.raises(ProvisioningError, match="purging"):
-            await arena.workshop.provisioner_of(provision_timeout=3.0).purge(deleted)
+            await arena.workshop.provisioner_of(provisioning={"timeout": 3.0}).purge(deleted)
         after = await arena.workshop.registry.get(deleted.id)
         assert (after.status, placement(after).sealed_password) == (Status.DELETED, b"")
         assert await arena.workshop.present() == names_of(arena.attacker) | {f"role {placement(deleted).role}"}

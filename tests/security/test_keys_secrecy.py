@@ -26,7 +26,7 @@ from tests.support.waiting import until
 @pytest.fixture
 async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
     """A control plane with a pepper."""
-    async with control_plane(control_url, key_peppers={"1": b"p" * 32}) as opened:
+    async with control_plane(control_url, keys={"peppers": {"1": b"p" * 32}}) as opened:
         yield opened
 
 
@@ -93,7 +93,7 @@ async def test_a_digest_does_not_fit_another_row(plane: ControlPlane) -> None:
 async def test_a_copy_of_the_registry_does_not_verify_a_key(control_url: str) -> None:
     """Without a pepper a stolen digest tells whether a guess is right; with one it does not."""
     for peppers, tells in ((None, True), ({"1": b"p" * 32}, False)):
-        async with control_plane(control_url, key_peppers=peppers) as plane:
+        async with control_plane(control_url, keys={"peppers": peppers}) as plane:
             tenant, _ = await plane.tenant(f"acme-{tells}".lower())
             issued = await plane.key(tenant)
             async with plane.control.connect() as connection:
@@ -159,10 +159,10 @@ async def attempts(plane: ControlPlane, count: int, source: str | None) -> list[
 
 async def test_a_source_that_keeps_failing_is_slowed_down(control_url: str) -> None:
     """Its further attempts reach no database; with lock-out off, every one of them does."""
-    async with control_plane(control_url, lockout_failures=0) as plane:
+    async with control_plane(control_url, lockout={"failures": 0}) as plane:
         assert await attempts(plane, 30, "192.0.2.1") == [InvalidApiKeyError] * 30
         assert len(plane.of(DirectoryMissed)) == 30
-    async with control_plane(control_url, lockout_failures=5) as plane:
+    async with control_plane(control_url, lockout={"failures": 5}) as plane:
         assert await attempts(plane, 30, "192.0.2.1") == [InvalidApiKeyError] * 5 + [TooManyAttemptsError] * 25
         assert len(plane.of(DirectoryMissed)) == 5
         (event,) = plane.of(KeyLockedOut)
@@ -172,7 +172,7 @@ async def test_a_source_that_keeps_failing_is_slowed_down(control_url: str) -> N
 
 async def test_a_lock_out_of_a_source_spares_others_and_keys_in_use(control_url: str) -> None:
     """Everybody behind one proxy has its address: one of them must not shut the others out."""
-    async with control_plane(control_url, lockout_failures=5) as plane:
+    async with control_plane(control_url, lockout={"failures": 5}) as plane:
         tenant, key = await plane.tenant("acme")
         new = await plane.key(tenant)
         await plane.directory.authenticate(key, source="192.0.2.1")
@@ -188,7 +188,7 @@ async def test_a_lock_out_of_a_source_spares_others_and_keys_in_use(control_url:
 
 async def test_a_lock_out_of_a_source_spares_keys_in_use_that_are_to_be_looked_up_again(control_url: str) -> None:
     """A change of the tenant or of the key makes it be looked up, and not be locked out; until it works no more."""
-    async with control_plane(control_url, opened=False, lockout_failures=5) as plane:
+    async with control_plane(control_url, opened=False, lockout={"failures": 5}) as plane:
         tenant, key = await plane.tenant("acme")
         new = await plane.key(tenant)
         credential = await plane.directory.authenticate(key, source="192.0.2.1")
@@ -208,7 +208,7 @@ async def test_a_lock_out_of_a_source_spares_keys_in_use_that_are_to_be_looked_u
 
 async def test_the_memory_of_keys_that_a_lock_out_spares_is_bounded(control_url: str) -> None:
     """And a key whose secret is wrong by now is not in it."""
-    async with control_plane(control_url, opened=False, directory_size=3) as plane:
+    async with control_plane(control_url, opened=False, directory={"size": 3}) as plane:
         tenant, _ = await plane.tenant("acme")
         issued = [await plane.key(tenant) for _ in range(5)]
         for one in issued:
@@ -225,7 +225,7 @@ async def test_the_memory_of_keys_that_a_lock_out_spares_is_bounded(control_url:
 async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(control_url: str) -> None:
     """Or a source would have as many look-ups as it can open connections, and again whenever a pause ends."""
     clock = Clock()
-    async with control_plane(control_url, opened=False, clock=clock, lockout_failures=5) as plane:
+    async with control_plane(control_url, opened=False, clock=clock, lockout={"failures": 5}) as plane:
 
         async def at_once(count: int) -> tuple[int, int]:
             """How many were refused after a look-up, and how many look-ups there were."""
@@ -242,7 +242,7 @@ async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(contro
 
 async def test_good_keys_at_once_from_one_source_all_work(control_url: str) -> None:
     """A process starts behind a proxy whose address is all it sees."""
-    async with control_plane(control_url, opened=False, lockout_failures=5) as plane:
+    async with control_plane(control_url, opened=False, lockout={"failures": 5}) as plane:
         tenant, _ = await plane.tenant("acme")
         issued = [await plane.key(tenant) for _ in range(40)]
         presented = [key.text for key in issued for _ in range(5)]
@@ -253,7 +253,7 @@ async def test_good_keys_at_once_from_one_source_all_work(control_url: str) -> N
 
 async def test_malformed_keys_count_as_failures_of_their_source(control_url: str) -> None:
     """They cost no look-up, and show a guesser all the same."""
-    async with control_plane(control_url, lockout_failures=5) as plane:
+    async with control_plane(control_url, lockout={"failures": 5}) as plane:
         for _ in range(5):
             assert (await refusal(plane, "nonsense", "192.0.2.1")).reason == "malformed"
         assert await attempts(plane, 1, "192.0.2.1") == [TooManyAttemptsError]
@@ -270,7 +270,7 @@ async def test_a_wrong_secret_is_looked_up_once(plane: ControlPlane) -> None:
 
 async def test_a_whole_ipv6_site_is_one_source(control_url: str) -> None:
     """A new address for every attempt does not help."""
-    async with control_plane(control_url, lockout_failures=5) as plane:
+    async with control_plane(control_url, lockout={"failures": 5}) as plane:
         outcomes = []
         for number in range(10):
             outcomes += await attempts(plane, 1, f"2001:db8:0:1::{number:x}")
@@ -280,7 +280,7 @@ async def test_a_whole_ipv6_site_is_one_source(control_url: str) -> None:
 
 async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(control_url: str) -> None:
     """From however many sources they come; the id is public, so a lock must not be a way to shut its owner out."""
-    async with control_plane(control_url, lockout_failures=3) as plane:
+    async with control_plane(control_url, lockout={"failures": 3}) as plane:
         _, key = await plane.tenant("acme")
 
         async def guess(number: int) -> float:
@@ -305,7 +305,7 @@ async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(c
 async def test_the_refusals_held_back_are_bounded(control_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond, the answer comes at once: waiting requests are memory as well."""
     monkeypatch.setattr("tenancy_orm.authentication.lockout._MAX_DELAYED", 2)
-    async with control_plane(control_url, lockout_failures=1) as plane:
+    async with control_plane(control_url, lockout={"failures": 1}) as plane:
         _, key = await plane.tenant("acme")
         guess = with_secret(key, generate_key("ten_live").text)
         guesses = [asyncio.create_task(refusal(plane, guess)) for _ in range(5)]
@@ -381,7 +381,7 @@ async def test_the_keys_that_named_others_are_remembered_in_bounded_memory(
 
 async def test_noise_does_not_keep_a_cross_tenant_request_out_of_the_audit_log(control_url: str) -> None:
     """Neither keys that are not valid nor another key's requests: it is recorded with its tenant and its key."""
-    async with control_plane(control_url, opened=False, lockout_failures=0) as plane:
+    async with control_plane(control_url, opened=False, lockout={"failures": 0}) as plane:
         acme, key = await plane.tenant("acme")
         globex, other = await plane.tenant("globex")
         quiet, noisy = [await plane.directory.authenticate(one) for one in (key, other)]

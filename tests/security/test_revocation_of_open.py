@@ -269,7 +269,7 @@ async def test_a_key_ends_at_its_time(acme: Acme) -> None:
 async def test_without_a_listener_what_is_open_ends_within_the_ttl(acme: Acme, control_url: str) -> None:
     """The listener is cut off for good."""
     async with proxied(control_url) as proxy:
-        config = acme.config.replace(directory_ttl=1.0, listen_url=proxy.url(control_url))
+        config = acme.config.replace(directory={"ttl": 1.0}, control={"listen_url": proxy.url(control_url)})
         async with (
             uvicorn_command("tests.support.lasting:create_watched", config) as port,
             websocket(port, acme.key, "?work=1") as opened,
@@ -288,10 +288,12 @@ async def test_without_the_control_database_what_is_open_ends_after_the_grace_ti
 ) -> None:
     """One process alone has lost it, so the key is revoked elsewhere; a long grace time lets it read on."""
     async with proxied(control_url) as proxy:
-        config = acme.config.replace(control_url=proxy.url(control_url), directory_ttl=1.0)
+        config = acme.config.replace(control_url=proxy.url(control_url), directory={"ttl": 1.0})
         async with (
-            uvicorn_command("tests.support.lasting:create_watched", config.replace(grace=3_600.0)) as old,
-            uvicorn_command("tests.support.lasting:create_watched", config.replace(grace=1.0)) as new,
+            uvicorn_command(
+                "tests.support.lasting:create_watched", config.replace(directory={"grace": 3_600.0})
+            ) as old,
+            uvicorn_command("tests.support.lasting:create_watched", config.replace(directory={"grace": 1.0})) as new,
             websocket(old, acme.key) as patient,
             websocket(new, acme.key) as watched,
             stream(new, acme.key, "?idle=1") as idle_stream,

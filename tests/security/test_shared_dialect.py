@@ -355,13 +355,15 @@ async def test_settings_of_the_application_win(two: Neighbours) -> None:
     )
     changes = {
         "servers": {"default": url.render_as_string(hide_password=False)},
-        "session_settings": {
-            "Search_Path": 'App, "$user", public',
-            "TimeZone": "UTC",
-            "lock_timeout": "9s",
-            "my.own": "x",
+        "sessions": {
+            "settings": {
+                "Search_Path": 'App, "$user", public',
+                "TimeZone": "UTC",
+                "lock_timeout": "9s",
+                "my.own": "x",
+            },
+            "statement_timeout": 30.0,
         },
-        "statement_timeout": 30.0,
     }
     async with fresh(two, **changes) as tenancy:
         for tenant in ("mallory", "acme"):
@@ -376,8 +378,8 @@ async def test_settings_of_the_application_win(two: Neighbours) -> None:
 
 async def test_a_setting_that_the_server_refuses_is_an_error_of_the_configuration(two: Neighbours) -> None:
     """It names what was configured, not the tenant or its server's health."""
-    async with Tenancy(two.config.replace(session_settings={"timezone": "Nowhere/Land"})) as tenancy:
-        with pytest.raises(ConfigurationError, match=r"session_settings \(22023\): timezone"):
+    async with Tenancy(two.config.replace(sessions={"settings": {"timezone": "Nowhere/Land"}})) as tenancy:
+        with pytest.raises(ConfigurationError, match=r"sessions.settings \(22023\): timezone"):
             await tenancy.fetch_value("SELECT 1", tenant="acme")
 
 
@@ -408,7 +410,7 @@ async def test_what_would_end_every_transaction_does_not_count(two: Neighbours) 
         await connection.close()
     if known:
         await two.set(transaction_timeout="1")
-    async with fresh(two, role_settings={"transaction_timeout": "30min"}) as tenancy:
+    async with fresh(two, provisioning={"role_settings": {"transaction_timeout": "30min"}}) as tenancy:
         shown = "SHOW idle_in_transaction_session_timeout"
         assert await tenancy.fetch_value(shown, tenant="mallory") == "5min"
         if known:

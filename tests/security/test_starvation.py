@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from tenancy_orm.audit.log import AuditLog
-from tenancy_orm.config import TenancyConfig
+from tenancy_orm.config import TenancyConfig, WatchdogConfig
 from tenancy_orm.errors import TenancyError
 from tenancy_orm.events import SessionTerminated
 from tenancy_orm.provisioning import WatchReport, advisory_locks, databases
@@ -176,7 +176,7 @@ async def test_every_function_that_takes_an_advisory_lock_is_known(versioned: Po
 
 async def test_migrations_take_advisory_locks(versioned: Postgres) -> None:
     """The owner may, as migrations do; so may tenants where the configuration says it."""
-    async with superuser_workshop(versioned, tenant_advisory_locks=True) as workshop:
+    async with superuser_workshop(versioned, provisioning={"tenant_advisory_locks": True}) as workshop:
         tenant = await workshop.create("acme")
         database = placement(tenant).database
         owning = await workshop.servers["default"].connect_admin(database, role=workshop.names.owner)
@@ -232,7 +232,7 @@ async def test_who_fills_the_table_of_locks_is_ended(
     versioned: Postgres, opened: Callable[..., Any], fill: Callable[[Any], Awaitable[None]]
 ) -> None:
     """A watchdog that was there before ends the session; it is told."""
-    async with opened(max_session_locks=500, tenant_advisory_locks=True) as workshop:
+    async with opened(watchdog={"max_session_locks": 500}, provisioning={"tenant_advisory_locks": True}) as workshop:
         tenant, other = await workshop.create("acme"), await workshop.create("globex")
         told: list[SessionTerminated] = []
         workshop.events.subscribe(SessionTerminated, told.append)
@@ -255,7 +255,7 @@ async def test_who_fills_the_table_of_locks_is_ended(
 
 async def test_who_goes_on_taking_locks_is_ended(versioned: Postgres, opened: Callable[..., Any]) -> None:
     """It would take the room that the watchdog makes for itself, were that not used in the same message."""
-    async with opened(max_session_locks=500, tenant_advisory_locks=True) as workshop:
+    async with opened(watchdog={"max_session_locks": 500}, provisioning={"tenant_advisory_locks": True}) as workshop:
         async with workshop.admin() as admin, versioned.connect() as superuser:
             # so that it need not join the role first
             await superuser.execute(f'GRANT pg_signal_backend TO "{await admin.fetchval("SELECT current_user::text")}"')
@@ -289,7 +289,7 @@ async def test_a_session_that_logged_in_since_the_last_look_is_ended(
     versioned: Postgres, opened: Callable[..., Any]
 ) -> None:
     """Its role is not known yet: the reserve of locks makes room to look it up."""
-    async with opened(max_session_locks=500) as workshop:
+    async with opened(watchdog={"max_session_locks": 500}) as workshop:
         tenant, other = await workshop.create("acme"), await workshop.create("globex")
         async with workshop.connect(other) as neighbour:
             assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
@@ -302,7 +302,9 @@ async def test_a_session_that_logged_in_since_the_last_look_is_ended(
 
 async def test_a_watchdog_that_comes_late_waits_for_room(versioned: Postgres) -> None:
     """Nobody can log in then: it says so after its deadline, and works as soon as it gets in."""
-    async with superuser_workshop(versioned, provision_timeout=2.0, max_session_locks=500) as workshop:
+    async with superuser_workshop(
+        versioned, provisioning={"timeout": 2.0}, watchdog={"max_session_locks": 500}
+    ) as workshop:
         tenant = await workshop.create("acme")
         late = workshop.provisioner_of()
         async with workshop.connect(tenant) as connection:
@@ -323,7 +325,7 @@ async def test_what_a_serializable_transaction_has_read_is_no_lock(
         + "INSERT INTO notes (body) VALUES ('x')"
     )
     counted = "SELECT count(*) FROM pg_locks WHERE pid IS NOT DISTINCT FROM $1 AND (mode = 'SIReadLock') = $2"
-    async with opened(max_session_locks=20) as workshop, versioned.connect() as superuser:
+    async with opened(watchdog={"max_session_locks": 20}) as workshop, versioned.connect() as superuser:
         tenant = await workshop.create("acme")
         async with workshop.connect(tenant) as session, workshop.connect(tenant) as prepared:
             # eight rows are a page
@@ -347,7 +349,7 @@ async def test_0_is_no_bound(versioned: Postgres) -> None:
         "max_idle_transaction_seconds": 0,
         "max_notify_queue": 0,
     }
-    async with superuser_workshop(versioned, **off) as workshop:
+    async with superuser_workshop(versioned, watchdog=off) as workshop:
         tenant = await workshop.create("acme")
         async with workshop.connect(tenant) as connection:
             await connection.execute("BEGIN; " + "SAVEPOINT s; INSERT INTO notes (body) VALUES ('x');" * 1_000)
@@ -355,7 +357,9 @@ async def test_0_is_no_bound(versioned: Postgres) -> None:
             await connection.execute("COMMIT")
 
 
-CONFIG = TenancyConfig(control_url="postgresql://admin@db.example/control", max_session_locks=100)
+CONFIG = TenancyConfig(
+    control_url="postgresql://admin@db.example/control", watchdog=WatchdogConfig(max_session_locks=100)
+)
 
 
 def test_many_sessions_of_one_tenant_are_taken_together() -> None:
@@ -372,7 +376,7 @@ def test_many_sessions_of_one_tenant_are_taken_together() -> None:
 async def test_a_transaction_that_stays_open_is_ended(opened: Callable[..., Any], kind: str) -> None:
     """Although the tenant has lifted its own limits; sessions of others, and short ones, stay."""
     bound = {"max_idle_transaction_seconds": 0.5} if kind == "idle_in_transaction" else {"max_transaction_seconds": 0.5}
-    async with opened(**bound) as workshop:
+    async with opened(watchdog=bound) as workshop:
         tenant, other = await workshop.create("acme"), await workshop.create("globex")
         async with workshop.connect(tenant) as connection, workshop.connect(other) as neighbour:
             await connection.execute("SET idle_in_transaction_session_timeout = 0; BEGIN; SELECT 1")
@@ -404,7 +408,7 @@ async def test_an_administrator_who_cannot_see_transactions_says_so_once(
 async def test_a_prepared_transaction_is_rolled_back(versioned: Postgres, opened: Callable[..., Any]) -> None:
     """It keeps its locks without a session: it is found by its age, and by its locks."""
     for bound in ({"max_transaction_seconds": 0.1}, {"max_session_locks": 2}):
-        async with opened(**bound) as workshop:
+        async with opened(watchdog=bound) as workshop:
             tenant = await workshop.create("acme")
             async with workshop.connect(tenant) as connection:
                 await connection.execute("BEGIN; INSERT INTO notes (body) VALUES ('x'); PREPARE TRANSACTION 'it''s'")
@@ -431,7 +435,7 @@ async def test_who_keeps_the_notification_queue_full_is_ended(versioned: Postgre
     """A listener with an open transaction, while another session sends: nobody can send any more, on small queues."""
     async with versioned.connect() as superuser:
         small = int(await superuser.fetchval("SHOW server_version_num")) >= 170000
-    async with opened(max_notify_queue=0.25 if small else 1e-7) as workshop:
+    async with opened(watchdog={"max_notify_queue": 0.25 if small else 1e-7}) as workshop:
         tenant, other = await workshop.create("acme"), await workshop.create("globex")
         async with (
             workshop.connect(tenant) as listener,
@@ -471,7 +475,7 @@ async def _send_for_ever(connection: Any) -> None:
 async def test_temporary_files_are_bounded(versioned: Postgres) -> None:
     """A tenant may raise everything but this; without the bound the same statement works."""
     statement = "SET work_mem = '64kB'; SELECT count(*) FROM (SELECT n FROM generate_series(1, 300000) n ORDER BY -n) s"
-    async with superuser_workshop(versioned, role_settings={"temp_file_limit": "1MB"}) as workshop:
+    async with superuser_workshop(versioned, provisioning={"role_settings": {"temp_file_limit": "1MB"}}) as workshop:
         tenant = await workshop.create("acme")
         async with workshop.admin(placement(tenant).database) as unbounded:
             await unbounded.execute(statement)
@@ -483,4 +487,4 @@ async def test_temporary_files_are_bounded(versioned: Postgres) -> None:
 def test_bounds_are_checked() -> None:
     """None is negative."""
     with pytest.raises(TenancyError, match="max_session_locks"):
-        CONFIG.replace(max_session_locks=-1)
+        CONFIG.replace(watchdog={"max_session_locks": -1})

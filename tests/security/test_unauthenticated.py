@@ -202,7 +202,7 @@ async def test_a_websocket_is_refused_by_its_handshake(parser: str) -> None:
 @pytest.fixture
 def tenancy_config(tenancy_config: TenancyConfig) -> TenancyConfig:
     """Without the lock-out, which would answer the later ones otherwise."""
-    return tenancy_config.replace(lockout_failures=0)
+    return tenancy_config.replace(lockout={"failures": 0})
 
 
 @pytest.fixture

@@ -66,7 +66,9 @@ class ControlPlane:
             target_status=status,
         )
         await self.registry.register(draft)
-        key = generate_key(self.config.key_prefix, KeyDigester(self.config.peppers, self.config.key_pepper_current))
+        key = generate_key(
+            self.config.keys.prefix, KeyDigester(self.config.keys.decoded_peppers, self.config.keys.pepper_current)
+        )
         tenant = await self.registry.complete(tenant_id, revision=None, key=key, scopes=scopes)
         if self.directory.statistics.listening:
             # or the notification of this very change would make it forget what a test is about to look up
@@ -125,9 +127,9 @@ async def control_plane(
         opened: Whether the directory listens for invalidations.
         through: Another URL of the same database, for the directory alone.
         clock: The directory's.
-        options: Further fields of ``TenancyConfig``.
+        options: Changes of a ``TenancyConfig``.
     """
-    config = TenancyConfig(control_url=url, **options)
+    config = TenancyConfig(control_url=url).replace(**options)
     events = EventBus()
     control = ControlDatabase(url)
     looked_up = ControlDatabase(through or url)

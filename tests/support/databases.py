@@ -14,7 +14,7 @@ import asyncpg
 from sqlalchemy.engine import make_url
 from sqlalchemy.schema import CreateTable
 
-from tenancy_orm.config import TenancyConfig
+from tenancy_orm.config import PoolConfig, TenancyConfig
 from tenancy_orm.control.names import Names
 from tenancy_orm.events import EventBus
 from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
@@ -109,8 +109,8 @@ def configuration(postgres: Postgres, name_prefix: str, **changes: Any) -> Tenan
         servers={"default": postgres.admin_url},
         encryption_keys={"1": secrets.token_bytes(32)},
         name_prefix=name_prefix,
-        **{"max_connections": 6, "max_connections_per_tenant": 3, "checkout_timeout": 30.0, **changes},
-    )
+        pool=PoolConfig(max_connections=6, max_connections_per_tenant=3, checkout_timeout=30.0),
+    ).replace(**changes)
 
 
 @asynccontextmanager

@@ -18,7 +18,9 @@ async def main(url: str, ttl: str, listen_url: str, key: str) -> None:
     """Use ``key`` until it is refused, for a minute at most."""
     async with (
         asyncio.timeout(60),
-        control_plane(url, initialise=False, directory_ttl=float(ttl), listen_url=listen_url) as plane,
+        control_plane(
+            url, initialise=False, directory={"ttl": float(ttl)}, control={"listen_url": listen_url}
+        ) as plane,
     ):
         await plane.directory.authenticate(key)
         print("known" if plane.directory.statistics.listening else "deaf", flush=True)

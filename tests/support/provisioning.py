@@ -243,8 +243,8 @@ async def open_workshop(
         control_url=control_url,
         encryption_keys={"1": SEALING_KEY},
         name_prefix=name_prefix,
-        **{"servers": {"default": admin_url}, **config},
-    )
+        servers={"default": admin_url},
+    ).replace(**config)
     control = ControlDatabase(control_url)
     await control.upgrade(administrator=Servers(settings)["default"].connect_admin)
     await control.open()

@@ -73,9 +73,9 @@ def variables(config: TenancyConfig) -> Mapping[str, str]:
             f"{key_id}:{key!s}" for key_id, key in (config.encryption_keys or {}).items()
         ),
         "TENANCY_NAME_PREFIX": config.name_prefix,
-        "TENANCY_DIRECTORY_TTL": str(config.directory_ttl),
-        "TENANCY_GRACE": str(config.grace),
-        **({"TENANCY_LISTEN_URL": config.listen_url} if config.listen_url else {}),
+        "TENANCY_DIRECTORY_TTL": str(config.directory.ttl),
+        "TENANCY_DIRECTORY_GRACE": str(config.directory.grace),
+        **({"TENANCY_CONTROL_LISTEN_URL": config.control.listen_url} if config.control.listen_url else {}),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 

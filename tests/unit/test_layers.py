@@ -55,7 +55,11 @@ EXTRAS: dict[str, frozenset[str]] = {
     "boto3": frozenset({"secrets"}),
     "botocore": frozenset({"secrets"}),
 }
-CORE_DEPENDENCIES = frozenset({"sqlalchemy", "asyncpg", "alembic", "starlette", "cryptography", "idna"})
+CORE_DEPENDENCIES = frozenset(
+    {"sqlalchemy", "asyncpg", "alembic", "starlette", "cryptography", "idna", "pydantic_settings"}
+    # what pydantic-settings is built on
+    | {"pydantic", "pydantic_core", "dotenv"}
+)
 
 
 @dataclass(frozen=True)

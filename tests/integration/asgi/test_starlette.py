@@ -194,7 +194,7 @@ async def test_a_tenants_connections_that_are_all_in_use_are_answered_503(
     tenancy_config: TenancyConfig, acme: CreatedTenant
 ) -> None:
     """With when to try again, and nothing about the server."""
-    small = Tenancy(tenancy_config.replace(max_connections_per_tenant=1, checkout_timeout=0.2))
+    small = Tenancy(tenancy_config.replace(pool={"max_connections_per_tenant": 1, "checkout_timeout": 0.2}))
     async with small, small.session("acme") as session:
         await session.connection()
         with pytest.raises(CheckoutTimeoutError):

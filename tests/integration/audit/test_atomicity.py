@@ -104,7 +104,7 @@ async def _create(world: World) -> None:
 
 
 async def _complete(world: World) -> None:
-    key = generate_key("ten_live", KeyDigester(world.plane.config.peppers, None))
+    key = generate_key("ten_live", KeyDigester(world.plane.config.keys.decoded_peppers, None))
     await world.plane.registry.complete(world.tenants["waiting"].id, revision="1", key=key)
 
 

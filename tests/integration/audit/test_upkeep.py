@@ -40,7 +40,7 @@ def wrapped_config(aged_config: TenancyConfig) -> TenancyConfig:
     wrapper = SecretKeyWrapper(
         EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{base64.b64encode(secrets.token_bytes(32)).decode()}"})
     )
-    return aged_config.replace(encryption_keys=None, key_wrapper=wrapper)
+    return aged_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
 
 
 OLDEST = text("SELECT min(inhrelid::regclass::text) FROM pg_inherits WHERE inhparent = 'tenancy.audit_log'::regclass")
@@ -59,8 +59,8 @@ async def oldest_month(tenancy: Tenancy) -> str:
 async def test_maintenance_removes_the_months_that_are_past_retention(
     aged_config: TenancyConfig, days: float, removed: bool
 ) -> None:
-    """By ``audit_retention_seconds``, where 0 is for ever; the rest of the log still verifies."""
-    config = aged_config.replace(audit_retention_seconds=days * 86_400)
+    """By ``retention.audit_seconds``, where 0 is for ever; the rest of the log still verifies."""
+    config = aged_config.replace(retention={"audit_seconds": days * 86_400})
     async with opened(config, initialise=True) as tenancy:
         assert await oldest_month(tenancy) == "tenancy.audit_log_y2024m01"
         report = await tenancy.run_maintenance()

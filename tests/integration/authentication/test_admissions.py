@@ -44,7 +44,7 @@ async def test_a_revoked_key_ends_what_it_has_let_in(plane: ControlPlane) -> Non
 
 async def test_a_key_that_is_not_remembered_any_more_ends_what_it_has_let_in(control_url: str) -> None:
     """It was evicted by others, and what it let in goes on."""
-    async with control_plane(control_url, directory_size=1) as plane:
+    async with control_plane(control_url, directory={"size": 1}) as plane:
         _, key = await plane.tenant("acme")
         _, other = await plane.tenant("globex")
         credential = await plane.directory.authenticate(key)
@@ -102,7 +102,11 @@ async def test_what_could_not_be_verified_is_once_the_control_database_is_back(
     async with (
         proxied(control_url) as proxy,
         control_plane(
-            control_url, initialise=False, through=proxy.url(control_url), directory_timeout=0.5, listen_url=control_url
+            control_url,
+            initialise=False,
+            through=proxy.url(control_url),
+            directory={"timeout": 0.5},
+            control={"listen_url": control_url},
         ) as other,
     ):
         _, key = await plane.tenant("acme")

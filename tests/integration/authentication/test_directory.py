@@ -118,7 +118,7 @@ async def test_a_malformed_key_is_refused_without_a_look_up(plane: ControlPlane)
 
 async def test_a_flood_of_random_keys_evicts_no_good_one(control_url: str) -> None:
     """Nor does it grow memory: what is unknown has a memory of its own, and that is bounded."""
-    async with control_plane(control_url, opened=False, directory_size=10, lockout_failures=0) as plane:
+    async with control_plane(control_url, opened=False, directory={"size": 10}, lockout={"failures": 0}) as plane:
         _, key = await plane.tenant("acme")
         await plane.directory.authenticate(key)
         flood = (plane.directory.authenticate(generate_key("ten_live").text) for _ in range(11_000))
@@ -131,7 +131,7 @@ async def test_a_flood_of_random_keys_evicts_no_good_one(control_url: str) -> No
 
 async def test_the_memory_of_keys_is_bounded(control_url: str) -> None:
     """What is in use stays when room is made."""
-    async with control_plane(control_url, opened=False, directory_size=10) as plane:
+    async with control_plane(control_url, opened=False, directory={"size": 10}) as plane:
         tenant, busy = await plane.tenant("acme")
         await plane.directory.authenticate(busy)
         for _ in range(40):
@@ -170,7 +170,7 @@ async def test_a_tenant_whose_keys_are_forgotten_is_kept_nowhere(plane: ControlP
 
 async def test_what_is_known_is_looked_up_again_after_its_ttl(control_url: str) -> None:
     """Without an invalidation a revoked key works until then, and no longer."""
-    async with control_plane(control_url, opened=False, directory_ttl=0.2) as plane:
+    async with control_plane(control_url, opened=False, directory={"ttl": 0.2}) as plane:
         _, key = await plane.tenant("acme")
         credential = await plane.directory.authenticate(key)
         async with plane.control.transaction() as connection:
@@ -185,7 +185,7 @@ async def test_what_is_known_is_looked_up_again_after_its_ttl(control_url: str) 
 async def test_time_counts_from_when_the_control_database_was_asked(control_url: str) -> None:
     """A slow answer does not make it true for longer: neither a key's expiry nor the TTL of anything."""
     clock = Clock()
-    async with control_plane(control_url, opened=False, clock=clock, directory_ttl=100.0) as plane:
+    async with control_plane(control_url, opened=False, clock=clock, directory={"ttl": 100.0}) as plane:
         tenant, key = await plane.tenant("acme")
         ending = await plane.key(tenant, expires_at=datetime.now(UTC) + timedelta(seconds=50))
         # connects; from then on every query takes ten seconds
@@ -439,7 +439,7 @@ async def test_known_keys_keep_working_while_the_control_database_is_away(
     control_url: str, proxy: Proxy, how: str
 ) -> None:
     """Past their TTL and within the grace time; after the first failure without waiting. Unknown ones get an error."""
-    options: dict[str, Any] = {"directory_ttl": 0.05, "grace": 60.0, "directory_timeout": 0.5}
+    options: dict[str, Any] = {"directory": {"ttl": 0.05, "grace": 60.0, "timeout": 0.5}}
     async with control_plane(control_url, through=proxy.url(control_url), opened=False, **options) as plane:
         tenant, key = await plane.tenant("acme")
         unknown = (await plane.key(tenant)).text
@@ -472,7 +472,7 @@ async def test_known_keys_keep_working_while_the_control_database_refuses(
     admin = await asyncpg.connect(postgres.admin_url)
     try:
         await admin.execute(f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD 'one'")
-        async with control_plane(control_url, through=through, opened=False, directory_ttl=0.05) as plane:
+        async with control_plane(control_url, through=through, opened=False, directory={"ttl": 0.05}) as plane:
             _, key = await plane.tenant("acme")
             await plane.directory.authenticate(key)
             refusal = "PASSWORD 'two'" if trouble == "password" else "SET statement_timeout = '50ms'"
@@ -492,7 +492,7 @@ async def test_known_keys_keep_working_while_the_control_database_refuses(
 
 async def test_nothing_works_on_memory_after_the_grace_time(control_url: str, proxy: Proxy) -> None:
     """Known keys get the same error as unknown ones then."""
-    options: dict[str, Any] = {"directory_ttl": 0.05, "grace": 0.2, "directory_timeout": 0.5}
+    options: dict[str, Any] = {"directory": {"ttl": 0.05, "grace": 0.2, "timeout": 0.5}}
     async with control_plane(control_url, through=proxy.url(control_url), opened=False, **options) as plane:
         _, key = await plane.tenant("acme")
         await plane.directory.authenticate(key)
@@ -514,7 +514,7 @@ async def test_nothing_works_on_memory_after_the_grace_time(control_url: str, pr
 
 async def test_a_refused_key_stays_refused_while_the_control_database_is_away(control_url: str, proxy: Proxy) -> None:
     """The grace time is for what worked: revoked, expired and invalidated keys do not come back."""
-    options: dict[str, Any] = {"directory_ttl": 0.05, "grace": 60.0, "directory_timeout": 0.5}
+    options: dict[str, Any] = {"directory": {"ttl": 0.05, "grace": 60.0, "timeout": 0.5}}
     async with control_plane(control_url, through=proxy.url(control_url), opened=False, **options) as plane:
         tenant, invalidated = await plane.tenant("acme")
         revoked = await plane.key(tenant)
@@ -604,7 +604,7 @@ async def test_an_opening_that_is_given_up_leaves_nothing(tenancy_config: Tenanc
 
     async with proxied(tenancy_config.control_url) as proxy:
         proxy.swallow()
-        tenancy = Tenancy(tenancy_config.replace(listen_url=proxy.url(tenancy_config.control_url)))
+        tenancy = Tenancy(tenancy_config.replace(control={"listen_url": proxy.url(tenancy_config.control_url)}))
         opening = asyncio.create_task(tenancy.open(initialise=True))
         await until(lambda: proxy.connections)
         opening.cancel()

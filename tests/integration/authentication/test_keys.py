@@ -79,7 +79,7 @@ async def test_a_tenant_has_any_number_of_keys(plane: ControlPlane) -> None:
 
 async def test_a_key_can_be_issued_with_another_configured_prefix(control_url: str) -> None:
     """Test keys can be told from live ones, by scanners and by the application."""
-    async with control_plane(control_url, key_prefix="acme_live", key_prefixes=("acme_test",)) as plane:
+    async with control_plane(control_url, keys={"prefix": "acme_live", "prefixes": ("acme_test",)}) as plane:
         await plane.tenant("acme")
         issued = await plane.key("acme", prefix="acme_test")
         assert issued.text.startswith("acme_test_")
@@ -90,7 +90,7 @@ async def test_a_key_can_be_issued_with_another_configured_prefix(control_url: s
 
 async def test_a_key_made_for_another_prefix_is_another_key(control_url: str) -> None:
     """The prefix is part of what is digested: a test key does not become a live one by relabelling."""
-    async with control_plane(control_url, key_prefix="acme_live", key_prefixes=("acme_test",)) as plane:
+    async with control_plane(control_url, keys={"prefix": "acme_live", "prefixes": ("acme_test",)}) as plane:
         await plane.tenant("acme")
         issued = await plane.key("acme", prefix="acme_test")
         from tenancy_orm.keys import format as key_format
@@ -404,7 +404,7 @@ async def last_used(plane: ControlPlane, key_id: str) -> datetime | None:
 
 async def test_the_time_of_last_use_is_written_in_the_background(control_url: str) -> None:
     """Not with the request: once per interval, and at close."""
-    async with control_plane(control_url, key_usage_interval=0.05) as plane:
+    async with control_plane(control_url, keys={"usage_interval": 0.05}) as plane:
         await plane.tenant("acme")
         issued = await plane.key("acme")
         await plane.directory.authenticate(issued.text)
@@ -526,7 +526,7 @@ async def test_peppers_can_be_introduced_and_rotated(control_url: str) -> None:
         issued = await plane.key("acme")
         assert (await version(plane, issued.key_id))[0] == "0"
     for peppers, expected in (({"a": first}, "a"), ({"a": first, "b": second}, "b")):
-        async with control_plane(control_url, initialise=False, key_peppers=peppers) as plane:
+        async with control_plane(control_url, initialise=False, keys={"peppers": peppers}) as plane:
             before = await version(plane, issued.key_id)
             await plane.directory.authenticate(issued.text)
             await plane.directory.flush()
@@ -534,14 +534,14 @@ async def test_peppers_can_be_introduced_and_rotated(control_url: str) -> None:
             assert after[0] == expected
             assert after[1] != before[1]
             assert (await plane.directory.authenticate(issued.text)).tenant.slug == "acme"
-    async with control_plane(control_url, initialise=False, key_peppers={"b": second}) as plane:
+    async with control_plane(control_url, initialise=False, keys={"peppers": {"b": second}}) as plane:
         # the first pepper can go
         assert (await plane.directory.authenticate(issued.text)).tenant.slug == "acme"
 
 
 async def test_a_key_whose_pepper_is_missing_is_refused(control_url: str) -> None:
     """Also where its plain digest would match: a missing pepper never weakens the check."""
-    async with control_plane(control_url, key_peppers={"a": b"1" * 32}) as plane:
+    async with control_plane(control_url, keys={"peppers": {"a": b"1" * 32}}) as plane:
         await plane.tenant("acme")
         issued = await plane.key("acme")
     async with control_plane(control_url, initialise=False) as plane:
@@ -559,15 +559,15 @@ async def test_a_newer_pepper_is_accepted_everywhere_before_it_is_used(
     none: dict[str, Any] = {"initialise": False}
     versions: list[str] = []
     async with (
-        control_plane(control_url, key_peppers=before) as old,
-        control_plane(control_url, **none, key_peppers=newer, key_pepper_current=old_version) as accepting,
+        control_plane(control_url, keys={"peppers": before}) as old,
+        control_plane(control_url, **none, keys={"peppers": newer, "pepper_current": old_version}) as accepting,
     ):
         await old.tenant("acme")
         keys = [await plane.key("acme") for plane in (old, accepting)]
         await use(keys, versions, old, accepting)
         assert versions == [old_version]
         await old.directory.close()
-        async with control_plane(control_url, **none, key_peppers=newer) as using:
+        async with control_plane(control_url, **none, keys={"peppers": newer}) as using:
             keys.append(await using.key("acme"))
             for _ in range(3):
                 await use(keys, versions, using, accepting)
@@ -591,8 +591,8 @@ async def test_without_that_processes_with_the_older_pepper_refuse_keys(control_
     """What the setting is for."""
     first, second = b"1" * 32, b"2" * 32
     async with (
-        control_plane(control_url, key_peppers={"a": first}) as old,
-        control_plane(control_url, initialise=False, key_peppers={"a": first, "b": second}) as new,
+        control_plane(control_url, keys={"peppers": {"a": first}}) as old,
+        control_plane(control_url, initialise=False, keys={"peppers": {"a": first, "b": second}}) as new,
     ):
         await old.tenant("acme")
         issued = await new.key("acme")
@@ -605,7 +605,7 @@ async def test_a_digest_that_another_process_replaced_meanwhile_is_left_alone(co
     async with control_plane(control_url, opened=False) as plane:
         await plane.tenant("acme")
         issued = await plane.key("acme")
-    async with control_plane(control_url, initialise=False, opened=False, key_peppers=peppers) as plane:
+    async with control_plane(control_url, initialise=False, opened=False, keys={"peppers": peppers}) as plane:
         await plane.directory.authenticate(issued.text)
         async with plane.control.transaction() as connection:
             query = "UPDATE tenancy.api_keys SET digest_version = 'a', digest = :digest WHERE id = :id"
@@ -619,7 +619,7 @@ async def test_a_digest_that_could_not_be_written_is_kept(control_url: str) -> N
     async with control_plane(control_url, opened=False) as plane:
         await plane.tenant("acme")
         issued = await plane.key("acme")
-    async with control_plane(control_url, initialise=False, opened=False, key_peppers={"a": b"1" * 32}) as plane:
+    async with control_plane(control_url, initialise=False, opened=False, keys={"peppers": {"a": b"1" * 32}}) as plane:
         await plane.directory.authenticate(issued.text)
         async with plane.control.transaction() as connection:
             await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN digest_version TO away"))

@@ -274,7 +274,7 @@ async def test_usage_by_command(cli: Cli, tmp_path: Path) -> None:
     )
     await cli("init")
     await cli("create", "acme")
-    sender = {"TENANCY_USAGE_SENDER": "billing:sender"}
+    sender = {"TENANCY_METERING_USAGE_SENDER": "billing:sender"}
     assert (await cli("usage", "export")).status == 1
     used = await cli(program=("-c", "import asyncio, billing; asyncio.run(billing.use())"))
     assert used.status == 0, used.err

@@ -100,7 +100,7 @@ async def test_a_key_is_issued_with_networks_and_a_prefix(
 ) -> None:
     """And listed with them."""
     await tenancy.tenants.create("acme")
-    changed = {**variables, "TENANCY_KEY_PREFIXES": "ten_test"}
+    changed = {**variables, "TENANCY_KEYS_PREFIXES": "ten_test"}
     options = ("--network", "192.0.2.0/24", "--network", "2001:db8::/32", "--prefix", "ten_test", "--scope", "a")
     issued = await cli(changed, tmp_path, "keys", "issue", "acme", *options)
     assert issued["api_key"].startswith("ten_test_")

@@ -201,7 +201,7 @@ async def test_the_directory_opens_without_a_listener(control_url: str, caplog: 
     async with proxied(control_url) as proxy:
         proxy.refuse()
         with caplog.at_level(logging.WARNING, "tenancy_orm.listener"):
-            async with control_plane(control_url, listen_url=proxy.url(control_url)) as plane:
+            async with control_plane(control_url, control={"listen_url": proxy.url(control_url)}) as plane:
                 assert not plane.directory.statistics.listening
                 assert "lives by its TTL" in caplog.text
                 _, key = await plane.tenant("acme")

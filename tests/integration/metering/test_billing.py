@@ -399,7 +399,7 @@ async def test_use_that_was_never_billed_is_not_cleaned_away(plane: QuotaPlane) 
 
 async def test_nor_is_it_before_the_first_export(control_url: str) -> None:
     """The configuration says that there is billing."""
-    async with quota_plane(control_url, tiers=TIERS, usage_sender=Collector()) as plane:
+    async with quota_plane(control_url, tiers=TIERS, metering={"usage_sender": Collector()}) as plane:
         await plane.quotas.consume(await plane.tenant(), "jobs", at=datetime.now(UTC) - timedelta(days=401))
         assert await plane.quotas.clean() == 0
 
@@ -463,7 +463,7 @@ async def test_where_nobody_bills_a_purge_keeps_no_metadata(plane: QuotaPlane) -
 async def test_the_first_tenant_to_be_purged_pays_as_well(tenancy_config: TenancyConfig) -> None:
     """Where the configuration has a sender, before anything was ever sent."""
     collector = Collector()
-    tenancy = Tenancy(tenancy_config.replace(usage_sender=collector))
+    tenancy = Tenancy(tenancy_config.replace(metering={"usage_sender": collector}))
     await tenancy.open(initialise=True)
     async with tenancy:
         await tenancy.tenants.create("acme", metadata={"stripe_customer_id": "cus_1"})

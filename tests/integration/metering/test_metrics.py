@@ -13,7 +13,7 @@ import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.authentication.directory import Directory
-from tenancy_orm.config import Limit, Tier, UpgradePolicy
+from tenancy_orm.config import Limit, Tier, TierPolicy
 from tenancy_orm.control.names import Names
 from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, TenantNotFoundError, TierChangedError
 from tenancy_orm.events import QuotaThresholdReached, TierUpgradeProposed
@@ -326,9 +326,9 @@ def manager_of(plane: QuotaPlane, before: Hook | None = None) -> Changing:
     return made
 
 
-def evaluator(plane: QuotaPlane, *policies: UpgradePolicy, tenants: TenantManager | None = None) -> Upgrades:
+def evaluator(plane: QuotaPlane, *policies: TierPolicy, tenants: TenantManager | None = None) -> Upgrades:
     """Policies, and what changes a tier."""
-    config = plane.config.replace(upgrade_policies=policies)
+    config = plane.config.replace(metering={"tier_policies": policies})
     return Upgrades(plane.control, config, plane.events, plane.audit, tenants or manager_of(plane))
 
 
@@ -337,8 +337,8 @@ async def refuse(tenant_id: UUID) -> None:
     raise TenantNotFoundError(tenant_id)
 
 
-APPLY = UpgradePolicy(resource=STORAGE, sustained=timedelta(0), apply=True)
-THREE_DAYS = UpgradePolicy(resource=STORAGE, fraction=0.9, sustained=timedelta(days=3))
+APPLY = TierPolicy(resource=STORAGE, sustained=timedelta(0), apply=True)
+THREE_DAYS = TierPolicy(resource=STORAGE, fraction=0.9, sustained=timedelta(days=3))
 
 
 async def test_a_tenant_near_its_limit_for_long_enough_is_proposed_the_next_tier(plane: QuotaPlane) -> None:
@@ -425,7 +425,7 @@ async def test_a_tenant_climbs_until_it_is_no_longer_near_its_limit(plane: Quota
     tenant = await plane.tenant()
     await plane.quotas.consume(tenant, "users", 10)
     await plane.quotas.set(tenant, {"users": 10})
-    policy = UpgradePolicy(resource="users", sustained=timedelta(days=1), apply=True)
+    policy = TierPolicy(resource="users", sustained=timedelta(days=1), apply=True)
     rules = evaluator(plane, policy)
     found = [
         (day, proposal.tier, proposal.proposed)
@@ -438,8 +438,8 @@ async def test_a_tenant_climbs_until_it_is_no_longer_near_its_limit(plane: Quota
 async def test_two_policies_of_one_limit_do_not_share_their_notes(plane: QuotaPlane) -> None:
     """One proposes after a day, the other applies after three."""
     await plane.quotas.measure(await plane.tenant(), STORAGE, GIB)
-    early = UpgradePolicy(name="early", resource=STORAGE, sustained=timedelta(days=1))
-    late = UpgradePolicy(name="late", resource=STORAGE, sustained=timedelta(days=3), apply=True)
+    early = TierPolicy(name="early", resource=STORAGE, sustained=timedelta(days=1))
+    late = TierPolicy(name="late", resource=STORAGE, sustained=timedelta(days=3), apply=True)
     rules = evaluator(plane, early, late)
     found = [
         (day, proposal.applied) for day in range(6) for proposal in await rules.evaluate(at=NOW + timedelta(days=day))
@@ -475,7 +475,7 @@ async def test_of_two_that_evaluate_at_once_one_proposes(plane: QuotaPlane, appl
     """The other has seen the same tenant, and leaves it alone when its turn comes."""
     tenant = await plane.tenant()
     await plane.quotas.measure(tenant, STORAGE, GIB)
-    policy = UpgradePolicy(resource=STORAGE, sustained=timedelta(0), apply=apply)
+    policy = TierPolicy(resource=STORAGE, sustained=timedelta(0), apply=apply)
     insert = "INSERT INTO tenancy.quota_pressure VALUES (:id, :policy, :resource, 'free', now())"
     await plane.sql(insert, id=tenant.id, policy=policy.name, resource=STORAGE)
     async with plane.holding("SELECT 1 FROM tenancy.quota_pressure FOR UPDATE"):
@@ -491,15 +491,15 @@ async def test_the_highest_tier_has_no_next_one_and_a_ladder_can_be_given(plane:
     for slug, tier in (("acme", "free"), ("globex", "pro"), ("initech", "max")):
         tenant = await plane.tenant(slug, tier=tier, quotas={"users": 1})
         await plane.quotas.consume(tenant, "users")
-    policy = UpgradePolicy(resource="users", sustained=timedelta(0), next_tier={"free": "max"})
+    policy = TierPolicy(resource="users", sustained=timedelta(0), next_tier={"free": "max"})
     assert [(found.slug, found.proposed) for found in await evaluator(plane, policy).evaluate()] == [("acme", "max")]
-    plain = UpgradePolicy(resource="users", fraction=0.5, sustained=timedelta(0))
+    plain = TierPolicy(resource="users", fraction=0.5, sustained=timedelta(0))
     found = [(proposal.slug, proposal.proposed) for proposal in await evaluator(plane, plain).evaluate()]
     assert sorted(found) == [("acme", "pro"), ("globex", "max")]
 
 
 async def test_a_policy_of_an_unknown_resource_finds_nobody(plane: QuotaPlane) -> None:
     """It is data, like the tiers; a fraction out of range is a mistake."""
-    assert await evaluator(plane, UpgradePolicy(resource="unicorns", sustained=timedelta(0))).evaluate() == []
+    assert await evaluator(plane, TierPolicy(resource="unicorns", sustained=timedelta(0))).evaluate() == []
     with pytest.raises(ConfigurationError):
-        UpgradePolicy(resource="users", fraction=2)
+        TierPolicy(resource="users", fraction=2)

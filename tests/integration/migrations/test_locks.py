@@ -30,7 +30,7 @@ WHERE i.indrelid = 'notes'::regclass AND NOT i.indisprimary ORDER BY 1
 
 
 @asynccontextmanager
-async def impatient(config: TenancyConfig, **changes: float) -> AsyncIterator[FleetMigrator]:
+async def impatient(config: TenancyConfig, **changes: Any) -> AsyncIterator[FleetMigrator]:
     """Another process's migrator, with other time limits."""
     async with open_fleet(config.replace(**changes)) as fleet:
         yield fleet.migrations
@@ -46,7 +46,7 @@ async def is_waiting(connection: asyncpg.Connection[Any], event: str) -> bool:
 
 async def test_a_lock_conflict_is_tried_again(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
     project.add("0002", RATING, down="0001")
-    async with impatient(config, lock_timeout=0.2) as migrations, fleet.connect("acme") as holder:
+    async with impatient(config, migration={"lock_timeout": 0.2}) as migrations, fleet.connect("acme") as holder:
         transaction = holder.transaction()
         await transaction.start()
         await holder.execute("LOCK TABLE notes")
@@ -65,7 +65,7 @@ async def test_a_lock_that_stays_is_a_bounded_wait_and_one_tenants_failure(
     fleet: Fleet, config: TenancyConfig, project: Project
 ) -> None:
     project.add("0002", RATING, down="0001")
-    impatiently = impatient(config, lock_timeout=0.1)
+    impatiently = impatient(config, migration={"lock_timeout": 0.1})
     async with impatiently as migrations, fleet.connect("acme") as holder, holder.transaction():
         await holder.execute("LOCK TABLE notes")
         report = await migrations.upgrade()
@@ -82,7 +82,7 @@ async def test_a_migration_ends_by_its_deadline(fleet: Fleet, config: TenancyCon
             op.execute("SELECT pg_sleep(60)")
     """
     project.add("0002", body, down="0001")
-    async with impatient(config, migration_timeout=1.0) as migrations:
+    async with impatient(config, migration={"timeout": 1.0}) as migrations:
         report = await migrations.upgrade()
     (failure,) = report.failures
     assert (failure.slug, failure.error) == ("acme", "not done within 1 s")
@@ -135,7 +135,7 @@ async def test_waiting_for_another_run_is_bounded(fleet: Fleet, config: TenancyC
         await holder.execute("LOCK TABLE notes")
         run = asyncio.create_task(fleet.migrations.upgrade())
         await until(lambda: is_waiting(holder, "relation"))
-        async with impatient(config, migration_wait=0.2) as other:
+        async with impatient(config, migration={"wait": 0.2}) as other:
             report = await other.upgrade()
         assert [failure.slug for failure in report.failures] == ["acme"]
         assert "another run has been migrating it for 0.2 s" in str(report.failures[0].error)
@@ -174,7 +174,7 @@ async def test_an_index_that_a_lock_timeout_interrupted_is_built(
     fleet: Fleet, config: TenancyConfig, project: Project
 ) -> None:
     project.add("0002", CONCURRENTLY, down="0001")
-    async with impatient(config, lock_timeout=0.2) as migrations:
+    async with impatient(config, migration={"lock_timeout": 0.2}) as migrations:
         async with writer(fleet, "acme"):
             run = asyncio.create_task(migrations.upgrade())
             await until(lambda: fleet.fetch("acme", INDEXES), [("ix_notes_body", False)])

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from socket import create_server, socket
 
 import pytest
@@ -43,7 +42,7 @@ def port_of(listening: socket) -> int:
 async def with_lost_server(fleet: Fleet, config: TenancyConfig, port: int) -> AsyncIterator[Fleet]:
     """The fleet as if acme and globex were on a server at ``port``."""
     servers = {**(config.servers or {}), "lost": f"postgresql://postgres:secret@127.0.0.1:{port}/postgres"}
-    async with open_fleet(replace(config, servers=servers, connect_timeout=1.0)) as opened:
+    async with open_fleet(config.replace(servers=servers, pool={"connect_timeout": 1.0})) as opened:
         async with opened.tenancy.control.transaction() as connection:
             await connection.execute(
                 text("UPDATE tenancy.tenants SET server = 'lost' WHERE slug IN ('acme', 'globex')")

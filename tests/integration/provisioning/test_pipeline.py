@@ -258,7 +258,7 @@ async def test_a_database_of_another_tenant_is_found_out(workshop: Workshop, mon
 async def test_a_creation_that_takes_too_long_is_undone(workshop: Workshop) -> None:
     """The deadline is ``provision_timeout``, and the error says at which step it passed."""
     template = (await workshop.provisioner.template("default")).name
-    impatient = workshop.provisioner_of(provision_timeout=2.0)
+    impatient = workshop.provisioner_of(provisioning={"timeout": 2.0})
     await impatient.template("default")
     async with workshop.admin() as connection, connection.transaction():
         # until this transaction ends, a clone waits
@@ -507,7 +507,7 @@ async def test_no_more_run_at_once_than_configured(workshop: Workshop, monkeypat
 
     intercept(monkeypatch, "role", before=begin)
     intercept(monkeypatch, "proved", after=end)
-    limited = workshop.provisioner_of(provision_concurrency=3)
+    limited = workshop.provisioner_of(provisioning={"concurrency": 3})
     await asyncio.gather(*(limited.create(workshop.draft(f"t{i}"), key=None) for i in range(12)))
     assert highest == 3
 

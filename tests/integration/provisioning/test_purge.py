@@ -149,7 +149,7 @@ async def test_an_interrupted_purge_can_be_finished(
 async def test_a_purge_waits_for_whoever_works_on_the_tenant(workshop: Workshop) -> None:
     """The tenant's lock is taken before anything; a holder that does not let go makes it fail at its deadline."""
     tenant = await workshop.deleted("acme")
-    impatient = workshop.provisioner_of(provision_timeout=0.2)
+    impatient = workshop.provisioner_of(provisioning={"timeout": 0.2})
     async with workshop.admin() as connection:
         await locks.lock(connection, tenant_key(tenant.id), timeout=1)
         with pytest.raises(ProvisioningError, match="'acme'") as caught:

@@ -381,7 +381,7 @@ async def test_a_creation_without_its_grants_does_not_prove_itself(
 async def test_a_server_that_stops_answering_does_not_hold_up_the_others(workshop: Workshop) -> None:
     """Stopped in the middle of reconcile (SIGSTOP): its work ends by its deadline, the other server's is done."""
     with running_server(max(VERSIONS), "stopped") as stopped:
-        async with second_server(workshop, stopped.admin_url, provision_timeout=1.0) as two:
+        async with second_server(workshop, stopped.admin_url, provisioning={"timeout": 1.0}) as two:
             await two.provisioner.prepare_server("second")
             await abandon(workshop, workshop.draft("acme"), "database")
             pids: list[int] = []

@@ -95,7 +95,7 @@ async def test_the_configuration_wins_over_the_defaults(versioned: Postgres, cap
         "tenancy_test.note": "it's \\ fine",
         "no_such_setting": "1",
     }
-    async with superuser_workshop(versioned, role_settings=given) as workshop:
+    async with superuser_workshop(versioned, provisioning={"role_settings": given}) as workshop:
         with caplog.at_level(logging.WARNING):
             tenant = await workshop.create("acme")
         assert "does not know the setting no_such_setting" in caplog.text
@@ -260,7 +260,7 @@ async def test_what_is_interrupted_goes_on_from_there(workshop: Workshop, monkey
 
 async def test_a_value_that_postgresql_refuses_is_named(workshop: Workshop) -> None:
     """Before anything is created by it."""
-    refusing = workshop.provisioner_of(role_settings={"work_mem": "lots"})
+    refusing = workshop.provisioner_of(provisioning={"role_settings": {"work_mem": "lots"}})
     with pytest.raises(ConfigurationError, match="'work_mem'"):
         await refusing.create(workshop.draft("acme"), key=None)
     assert (await workshop.present(), await workshop.slugs()) == (set(), {})
@@ -271,7 +271,7 @@ async def test_a_value_that_postgresql_refuses_keeps_nobody_from_being_suspended
 ) -> None:
     """Nor a password from being changed; the log says what was left."""
     tenant = await workshop.create("acme")
-    workshop.config = workshop.config.replace(role_settings={"work_mem": "lots"})
+    workshop.config = workshop.config.replace(provisioning={"role_settings": {"work_mem": "lots"}})
     await by_rotation(workshop, tenant)
     tenant = await workshop.registry.get(tenant.id)
     async with workshop.connect(tenant) as connection:

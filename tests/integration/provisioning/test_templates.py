@@ -154,7 +154,7 @@ async def test_waiting_for_another_builder_has_a_deadline(workshop: Workshop) ->
     schema = PausedSchema()
     builder = asyncio.create_task(workshop.provisioner_of(schema).template("default"))
     await schema.reached.wait()
-    impatient = workshop.provisioner_of(schema, provision_timeout=0.2)
+    impatient = workshop.provisioner_of(schema, provisioning={"timeout": 0.2})
     await impatient.prepare_server("default")
     with pytest.raises(TemplateError, match="was not built within 2 s"):
         await impatient.template("default")

@@ -27,7 +27,7 @@ from tests.support.waiting import until
 @pytest.fixture
 def tenancy_config(tenancy_config: TenancyConfig) -> TenancyConfig:
     """A transaction may be idle for a moment."""
-    return tenancy_config.replace(max_idle_transaction_seconds=0.2)
+    return tenancy_config.replace(watchdog={"max_idle_transaction_seconds": 0.2})
 
 
 @asynccontextmanager
@@ -70,7 +70,7 @@ async def test_maintenance_looks_although_the_control_database_is_away(
     """That may suffer from what a tenant does."""
     await tenancy.tenants.create("acme")
     async with proxied(tenancy_config.control_url) as proxy:
-        away = tenancy_config.replace(control_url=proxy.url(tenancy_config.control_url), connect_timeout=1.0)
+        away = tenancy_config.replace(control_url=proxy.url(tenancy_config.control_url), pool={"connect_timeout": 1.0})
         async with opened(away) as other, idle(tenancy, "acme") as connection:
             told: list[SessionTerminated] = []
             other.events.subscribe(SessionTerminated, told.append)
@@ -87,7 +87,7 @@ async def test_the_command_watches_until_it_is_stopped(tenancy: Tenancy, tenancy
     """``tenancy watch`` goes on, ``--once`` does not; both write into the audit log."""
     await tenancy.tenants.create("acme")
     variables = settings(tenancy_config, "tests.support.models:Base.metadata")
-    variables |= {"TENANCY_MAX_IDLE_TRANSACTION_SECONDS": "0.2", "PYTHONPATH": str(ROOT)}
+    variables |= {"TENANCY_WATCHDOG_MAX_IDLE_TRANSACTION_SECONDS": "0.2", "PYTHONPATH": str(ROOT)}
     command = (sys.executable, "-m", "tenancy_orm.cli", "watch")
     start = partial(
         asyncio.create_subprocess_exec,

@@ -27,7 +27,7 @@ async def test_ten_times_more_tenants_than_the_cache_holds(made: Databases, conf
     chance = random.Random(4)
     events, dropped = EventBus(), list[EngineEvicted]()
     events.subscribe(EngineEvicted, dropped.append)
-    small = config.replace(max_engines=4, max_connections=10)
+    small = config.replace(pool={"max_engines": 4, "max_connections": 10})
     async with support.router(made, small, events=events) as router, AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(router.session(tenant)) for tenant in held]
         backends = [await session.scalar(BACKEND) for session in sessions]

@@ -135,7 +135,7 @@ async def test_five_hundred_cold_requests_to_one_tenant(made: Databases, router:
 async def test_a_loud_tenant_does_not_keep_a_quiet_one_waiting(made: Databases, config: TenancyConfig) -> None:
     """With the whole budget taken and a long queue before it, a single request is served among the first."""
     loud, quiet = await made.create(), await made.create()
-    async with support.router(made, config.replace(max_connections=3)) as router:
+    async with support.router(made, config.replace(pool={"max_connections": 3})) as router:
         served: list[str] = []
 
         async def request(tenant: Tenant) -> None:
@@ -154,7 +154,7 @@ async def test_a_wait_ends_at_its_deadline_with_a_clear_error(made: Databases, c
     a, b = await made.create(), await made.create()
     events, told = EventBus(), list[CheckoutTimedOut]()
     events.subscribe(CheckoutTimedOut, told.append)
-    small = config.replace(max_connections=3, max_connections_per_tenant=2, checkout_timeout=0.2)
+    small = config.replace(pool={"max_connections": 3, "max_connections_per_tenant": 2, "checkout_timeout": 0.2})
     async with support.router(made, small, events=events) as router:
         async with router.connection(a), router.connection(a):
             with pytest.raises(CheckoutTimeoutError) as caught:
@@ -172,7 +172,7 @@ async def test_a_wait_ends_at_its_deadline_with_a_clear_error(made: Databases, c
 async def test_an_idle_connection_is_not_reused_after_idle_timeout(made: Databases, config: TenancyConfig) -> None:
     """It is closed by itself, without anybody asking."""
     a = await made.create()
-    async with support.router(made, config.replace(idle_timeout=0.3)) as router:
+    async with support.router(made, config.replace(pool={"idle_timeout": 0.3})) as router:
         first = await pid(router, a)
         assert await pid(router, a) == first
         await until(lambda: counts(router).open == 0)
@@ -242,7 +242,7 @@ async def test_a_connection_that_nobody_waits_for_any_more_is_kept(made: Databas
 async def test_a_waiter_cancelled_as_it_is_served_passes_it_on(made: Databases, config: TenancyConfig) -> None:
     """In the very turn of the loop in which it gets its connection."""
     a = await made.create()
-    async with support.router(made, config.replace(max_connections_per_tenant=1)) as router:
+    async with support.router(made, config.replace(pool={"max_connections_per_tenant": 1})) as router:
         async with router.connection(a):
             first = asyncio.create_task(ask(router, a))
             second = asyncio.create_task(ask(router, a))
@@ -491,7 +491,7 @@ async def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(
 ) -> None:
     """Packets that get lost cost connect_timeout, and not for ever."""
     a = await made.create()
-    through = config.replace(servers={"default": proxy.url(postgres.admin_url)}, connect_timeout=0.3)
+    through = config.replace(servers={"default": proxy.url(postgres.admin_url)}, pool={"connect_timeout": 0.3})
     async with support.router(made, through) as router:
         proxy.swallow()
         async with asyncio.timeout(5):
@@ -567,7 +567,7 @@ async def test_a_role_at_its_connection_limit_waits_for_one_to_be_returned(made:
 async def test_a_role_that_stays_at_its_connection_limit_is_unavailable(made: Databases, config: TenancyConfig) -> None:
     """At the deadline. Trying again may help, so it is not a refused login."""
     a = await made.create(connection_limit=1)
-    async with support.router(made, config.replace(checkout_timeout=0.3)) as router, router.connection(a):
+    async with support.router(made, config.replace(pool={"checkout_timeout": 0.3})) as router, router.connection(a):
         with pytest.raises(ServerUnavailableError) as caught:
             await ask(router, a)
         assert caught.value.sqlstate == "53300"
@@ -643,7 +643,7 @@ async def test_a_dirty_connection_is_clean_at_the_next_checkout(
     a = await made.create()
     assert a.placement is not None
     await made.admin.execute(f"GRANT TEMP ON DATABASE {a.placement.database} TO {a.placement.role}")
-    async with support.router(made, config.replace(full_reset=full_reset)) as router:
+    async with support.router(made, config.replace(pool={"full_reset": full_reset})) as router:
         # prepared, so that the next use shows whether the reset took it away
         statement = "SELECT count(*) FROM public.notes"
         assert await ask(router, a, statement) == 0
@@ -687,7 +687,7 @@ async def test_statement_timeout_and_application_name_are_in_force_from_the_star
 ) -> None:
     """They come with the connection, so that a reset does not lose them."""
     a = await made.create()
-    async with support.router(made, config.replace(statement_timeout=0.2)) as router:
+    async with support.router(made, config.replace(sessions={"statement_timeout": 0.2})) as router:
         assert await ask(router, a, "SHOW application_name") == "tenancy"
         with pytest.raises(DBAPIError) as caught:
             await ask(router, a, "SELECT pg_sleep(10)")

@@ -48,7 +48,9 @@ async def deaf(config: TenancyConfig) -> AsyncIterator[Tenancy]:
     """Another process that hears of no change, and remembers what it has read."""
     async with proxied(config.control_url) as proxy:
         proxy.refuse()
-        async with opened(config.replace(listen_url=proxy.url(config.control_url), directory_ttl=3_600.0)) as other:
+        async with opened(
+            config.replace(control={"listen_url": proxy.url(config.control_url)}, directory={"ttl": 3_600.0})
+        ) as other:
             yield other
 
 
@@ -633,7 +635,7 @@ def wrapped_config(tenancy_config: TenancyConfig) -> TenancyConfig:
     """Keys in the control database, wrapped by one that is elsewhere."""
     environ = {"W_WRAPPING_KEYS": f"1:{new_key()}"}
     wrapper = SecretKeyWrapper(EnvironmentSecrets("W_", environ))
-    return tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)
+    return tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
 
 
 async def data_keys(tenancy: Tenancy) -> list[str]:
@@ -652,7 +654,7 @@ async def test_data_keys_seal_and_the_wrapper_opens_them(wrapped_config: Tenancy
         assert len(await data_keys(tenancy)) == 1
     other = SecretKeyWrapper(EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{new_key()}"}))
     with pytest.raises(SecretProviderError):
-        await Tenancy(wrapped_config.replace(key_wrapper=other)).open()
+        await Tenancy(wrapped_config.replace(secrets={"key_wrapper": other})).open()
 
 
 async def test_processes_that_open_at_once_agree_on_the_first_data_key(
@@ -743,7 +745,7 @@ class Told(SecretKeyWrapper):
 async def test_data_keys_are_bound_to_the_installation_and_to_their_ids(tenancy_config: TenancyConfig) -> None:
     """Rows that are swapped unwrap for neither, and a row of another installation would not."""
     wrapper = Told(EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{new_key()}"}))
-    config = tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)
+    config = tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
     async with opened(config, initialise=True) as tenancy:
         await tenancy.secrets.rotate_encryption_key()
         installation = str(tenancy.control.installation)
@@ -767,7 +769,9 @@ async def test_a_data_key_has_256_bits(tenancy_config: TenancyConfig) -> None:
 
     wrapper = Short(EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{new_key()}"}))
     with pytest.raises(SecretError, match="16 bytes"):
-        await Tenancy(tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)).open(initialise=True)
+        await Tenancy(tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})).open(
+            initialise=True
+        )
 
 
 async def test_a_data_key_that_does_not_unwrap_stops_nothing_else(wrapped_config: TenancyConfig) -> None:
@@ -835,7 +839,7 @@ async def test_no_request_fails_after_the_wrapping_keys_are_rotated(tenancy_conf
 
     def config() -> TenancyConfig:
         wrapper = SecretKeyWrapper(EnvironmentSecrets("W_", environ))
-        return tenancy_config.replace(encryption_keys=None, key_wrapper=wrapper)
+        return tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
 
     async with opened(config(), initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
@@ -855,7 +859,9 @@ async def test_an_installation_whose_keys_come_from_a_provider_can_change_over(
     (acme,) = await created(tenancy, "acme")
     keys = tenancy.config.encryption_keys or {}
     environ = {"S_ENCRYPTION_KEYS": ",".join(f"{key_id}:{value!s}" for key_id, value in keys.items())}
-    changing = wrapped_config.replace(secrets=EnvironmentSecrets("S_", environ), secret_options=("encryption_keys",))
+    changing = wrapped_config.replace(
+        secrets={"provider": EnvironmentSecrets("S_", environ), "options": ("encryption_keys",)}
+    )
     async with opened(changing) as other:
         assert await works(other, acme)
         report = await other.secrets.rotate_encryption_key()
@@ -884,7 +890,7 @@ async def test_a_tenancy_reads_its_keys_from_a_provider(tenancy: Tenancy, tenanc
     (acme,) = await created(tenancy, "acme")
     keys = tenancy_config.encryption_keys or {}
     environ = {"S_ENCRYPTION_KEYS": ",".join(f"{key_id}:{value!s}" for key_id, value in keys.items())}
-    config = tenancy_config.replace(encryption_keys=None, secrets=EnvironmentSecrets("S_", environ))
+    config = tenancy_config.replace(encryption_keys=None, secrets={"provider": EnvironmentSecrets("S_", environ)})
     async with opened(config) as other:
         assert await works(other, acme)
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm import Limit, Status, Tenancy, TenancyConfig, Tier, UpgradePolicy
+from tenancy_orm import Limit, Status, Tenancy, TenancyConfig, Tier, TierPolicy
 from tenancy_orm.errors import (
     ConfigurationError,
     DomainError,
@@ -191,9 +191,12 @@ async def test_maintenance_exports_usage_and_applies_policies(tenancy_config: Te
     """Where the configuration has a sender and policies; the sender is closed with the ``Tenancy``."""
     collector = Collector()
     tiers = {name: Tier(name, {"calls": Limit(100, "day"), "seats": limit}) for name, limit in (("s", 1), ("m", 9))}
-    policy = UpgradePolicy(resource="seats", sustained=timedelta(0), apply=True)
+    policy = TierPolicy(resource="seats", sustained=timedelta(0), apply=True)
     config = tenancy_config.replace(
-        tiers=tiers, default_tier="s", usage_sender=collector, upgrade_policies=(policy,), retention_seconds=0
+        tiers=tiers,
+        default_tier="s",
+        metering={"usage_sender": collector, "tier_policies": (policy,)},
+        retention={"tenant_seconds": 0},
     )
     tenancy = Tenancy(config)
     await tenancy.open(initialise=True)

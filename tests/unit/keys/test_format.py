@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenancy_orm.config import TenancyConfig
+from tenancy_orm.config import KeyConfig, SecretsConfig, TenancyConfig
 from tenancy_orm.errors import ConfigurationError, InvalidApiKeyError
 from tenancy_orm.keys.format import ALPHABET, KeyDigester, NewKey, generate_key, parse_key, scanner_pattern
 
@@ -91,7 +91,7 @@ def test_a_key_of_another_prefix_is_refused() -> None:
 @pytest.mark.parametrize("prefix", ["t", "ten_live", "acme_prod_eu_1", "a" * 24])
 def test_every_admitted_prefix_works(prefix: str) -> None:
     """Also one with underscores, and the longest."""
-    TenancyConfig(control_url=URL, key_prefix=prefix)
+    TenancyConfig(control_url=URL, keys=KeyConfig(prefix=prefix))
     key = generate_key(prefix)
     assert parse_key(key.text, prefix).key_id == key.key_id
 
@@ -190,42 +190,44 @@ def test_a_digest_under_a_later_pepper_is_not_to_be_taken_back() -> None:
         ({"1": "not base64!"}, "not base64"),
         ({"1": b"short"}, "32 bytes"),
         ({"0": b"x" * 32}, "version"),
-        ({"a b": b"x" * 32}, "version"),
+        ({"a b": b"x" * 32}, "the id of each key pepper"),
     ],
 )
 def test_malformed_peppers_are_refused(peppers: dict[str, str | bytes], message: str) -> None:
     """Where they are configured, without repeating them."""
     with pytest.raises(ConfigurationError, match=message) as caught:
-        TenancyConfig(control_url=URL, key_peppers=peppers)
+        TenancyConfig(control_url=URL, keys=KeyConfig(peppers=peppers))
     assert "not base64!" not in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{}, {"key_peppers": {"1": b"a" * 32}}])
+@pytest.mark.parametrize("options", [{}, {"peppers": {"1": b"a" * 32}}])
 def test_a_current_pepper_must_be_configured(options: dict[str, Any]) -> None:
     """A mistyped version is reported where it was made."""
-    with pytest.raises(ConfigurationError, match="key_pepper_current '2'"):
-        TenancyConfig(control_url=URL, key_pepper_current="2", **options)
-    assert TenancyConfig(control_url=URL, key_pepper_current="0", **options).key_pepper_current == "0"
+    with pytest.raises(ConfigurationError, match=r"keys\.pepper_current: '2'"):
+        TenancyConfig(control_url=URL, keys=KeyConfig(pepper_current="2", **options))
+    assert TenancyConfig(control_url=URL, keys=KeyConfig(pepper_current="0", **options)).keys.pepper_current == "0"
 
 
 def test_a_current_pepper_is_checked_once_the_peppers_are_known() -> None:
     """They are read from elsewhere when the ``Tenancy`` opens."""
-    config = TenancyConfig(control_url=URL, secret_options=("key_peppers",), key_pepper_current="2")
-    assert config.replace(key_peppers={"1": b"a" * 32, "2": b"b" * 32}).key_pepper_current == "2"
-    with pytest.raises(ConfigurationError, match="key_pepper_current"):
-        config.replace(key_peppers={"1": b"a" * 32})
+    config = TenancyConfig(
+        control_url=URL, secrets=SecretsConfig(options=("key_peppers",)), keys=KeyConfig(pepper_current="2")
+    )
+    assert config.replace(keys={"peppers": {"1": b"a" * 32, "2": b"b" * 32}}).keys.pepper_current == "2"
+    with pytest.raises(ConfigurationError, match=r"keys\.pepper_current"):
+        config.replace(keys={"peppers": {"1": b"a" * 32}})
 
 
 def test_peppers_and_prefixes_come_from_the_environment() -> None:
     """In the order in which they are written; the last pepper is the newest."""
     environ = {
         "TENANCY_CONTROL_URL": URL,
-        "TENANCY_KEY_PEPPERS": f"1:{'YWFh' * 11},2:{'YmJi' * 11}",
-        "TENANCY_KEY_PEPPER_CURRENT": "1",
-        "TENANCY_KEY_PREFIXES": "ten_test, ten_old",
+        "TENANCY_KEYS_PEPPERS": f"1:{'YWFh' * 11},2:{'YmJi' * 11}",
+        "TENANCY_KEYS_PEPPER_CURRENT": "1",
+        "TENANCY_KEYS_PREFIXES": "ten_test, ten_old",
     }
     config = TenancyConfig.from_env(environ)
-    assert config.peppers == {"1": b"a" * 33, "2": b"b" * 33}
-    assert config.key_pepper_current == "1"
-    assert config.key_prefixes == ("ten_test", "ten_old")
+    assert config.keys.decoded_peppers == {"1": b"a" * 33, "2": b"b" * 33}
+    assert config.keys.pepper_current == "1"
+    assert config.keys.prefixes == ("ten_test", "ten_old")
     assert "YWFh" not in repr(config)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenancy_orm.config import Limit, TenancyConfig, Tier, UpgradePolicy
+from tenancy_orm.config import Limit, TenancyConfig, Tier, TierPolicy
 from tenancy_orm.errors import ConfigurationError, QuotaExceededError
 from tenancy_orm.loops import HomeLoop
 from tenancy_orm.quotas.leases import LeasedQuota, LeaseKeeper
@@ -359,16 +359,19 @@ def test_no_window_lets_more_through_than_burst_and_rate(pauses: list[float], ra
 def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     """Where it is written."""
     with pytest.raises(ConfigurationError):
-        UpgradePolicy(resource="users", **options)
+        TierPolicy(resource="users", **options)
 
 
 def test_policies_must_fit_the_configuration() -> None:
     """Its tiers, and each by a name of its own: what is noted of a tenant is noted under it."""
     config = TenancyConfig(control_url="postgresql://u@h/d")
     with pytest.raises(ConfigurationError, match="gold"):
-        config.replace(upgrade_policies=(UpgradePolicy(resource="users", next_tier={"free": "gold"}),))
-    twice = (UpgradePolicy(resource="users"), UpgradePolicy(resource="users", apply=True))
+        config.replace(metering={"tier_policies": (TierPolicy(resource="users", next_tier={"free": "gold"}),)})
+    twice = (TierPolicy(resource="users"), TierPolicy(resource="users", apply=True))
     with pytest.raises(ConfigurationError, match=r"users:0\.9"):
-        config.replace(upgrade_policies=twice)
-    named = (twice[0], UpgradePolicy(name="apply", resource="users", apply=True))
-    assert [policy.name for policy in config.replace(upgrade_policies=named).upgrade_policies] == ["users:0.9", "apply"]
+        config.replace(metering={"tier_policies": twice})
+    named = (twice[0], TierPolicy(name="apply", resource="users", apply=True))
+    assert [policy.name for policy in config.replace(metering={"tier_policies": named}).metering.tier_policies] == [
+        "users:0.9",
+        "apply",
+    ]

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from tenancy_orm.config import TenancyConfig
+from tenancy_orm.config import PoolConfig, TenancyConfig
 from tenancy_orm.errors import NotOpenError, UnknownServerError
 from tenancy_orm.events import EngineEvicted, EventBus
 from tenancy_orm.routing import Router, Servers
@@ -34,7 +34,7 @@ def tenant(number: int) -> Tenant:
 
 
 def make(max_engines: int = 3, events: EventBus | None = None) -> Router:
-    config = TenancyConfig(control_url="postgresql://nobody@127.0.0.1:1/none", max_engines=max_engines)
+    config = TenancyConfig(control_url="postgresql://nobody@127.0.0.1:1/none", pool=PoolConfig(max_engines=max_engines))
     return Router(config, Servers(config), KEYRING, uuid4(), events or EventBus())
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tenancy_orm.config import TenancyConfig, parse_keys
+from tenancy_orm.config import SecretsConfig, TenancyConfig
+from tenancy_orm.config.values import parse_keys
 from tenancy_orm.errors import ConfigurationError, MissingExtraError, SecretNotFoundError, SecretProviderError
 from tenancy_orm.secrets.providers import EnvironmentSecrets, FileSecrets, SecretKeyWrapper, read_secrets
 
@@ -136,12 +137,12 @@ async def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str)
 async def test_options_are_filled_in_from_the_provider() -> None:
     """Those that are named and not set already."""
     provider = EnvironmentSecrets("S_", {"S_ENCRYPTION_KEYS": KEYS, "S_KEY_PEPPERS": KEYS})
-    config = TenancyConfig(control_url=URL, secrets=provider)
+    config = TenancyConfig(control_url=URL, secrets=SecretsConfig(provider=provider))
     read = await read_secrets(config)
     assert read.sealing_keys == {"1": b"a" * 32, "2": b"b" * 32}
-    assert read.peppers == {}
-    both = await read_secrets(config.replace(secret_options=("encryption_keys", "key_peppers")))
-    assert both.peppers == {"1": b"a" * 32, "2": b"b" * 32}
+    assert read.keys.decoded_peppers == {}
+    both = await read_secrets(config.replace(secrets={"options": ("encryption_keys", "key_peppers")}))
+    assert both.keys.decoded_peppers == {"1": b"a" * 32, "2": b"b" * 32}
     own = await read_secrets(config.replace(encryption_keys={"9": b"c" * 32}))
     assert list(own.sealing_keys) == ["9"]
 
@@ -149,9 +150,11 @@ async def test_options_are_filled_in_from_the_provider() -> None:
 async def test_a_key_wrapper_makes_the_encryption_keys_needless_unless_they_are_named() -> None:
     """By default they are not read, and may be absent; in a change-over they are, and must be there."""
     provider = EnvironmentSecrets("S_", environ := {"S_WRAPPING_KEYS": KEYS})
-    config = TenancyConfig(control_url=URL, secrets=provider, key_wrapper=SecretKeyWrapper(provider))
+    config = TenancyConfig(
+        control_url=URL, secrets=SecretsConfig(provider=provider, key_wrapper=SecretKeyWrapper(provider))
+    )
     assert (await read_secrets(config)).sealing_keys == {}
-    changing = config.replace(secret_options=("encryption_keys",))
+    changing = config.replace(secrets={"options": ("encryption_keys",)})
     with pytest.raises(SecretNotFoundError):
         await read_secrets(changing)
     environ["S_ENCRYPTION_KEYS"] = KEYS
@@ -161,21 +164,21 @@ async def test_a_key_wrapper_makes_the_encryption_keys_needless_unless_they_are_
 
 async def test_no_secret_option_can_be_named() -> None:
     """Then the provider is for other things."""
-    config = TenancyConfig(control_url=URL, secrets=EnvironmentSecrets(environ={}), secret_options=())
+    config = TenancyConfig(control_url=URL, secrets=SecretsConfig(provider=EnvironmentSecrets(environ={}), options=()))
     assert await read_secrets(config) == config
 
 
 async def test_a_missing_secret_is_an_error() -> None:
     """Rather than a key that silently is not there."""
-    config = TenancyConfig(control_url=URL, secrets=EnvironmentSecrets(environ={}))
+    config = TenancyConfig(control_url=URL, secrets=SecretsConfig(provider=EnvironmentSecrets(environ={})))
     with pytest.raises(SecretNotFoundError):
         await read_secrets(config)
 
 
 def test_only_secret_options_are_read_from_providers() -> None:
     """A typing error is found when the configuration is made."""
-    with pytest.raises(ConfigurationError, match="secret_options"):
-        TenancyConfig(control_url=URL, secret_options=("encryption_key",))
+    with pytest.raises(ConfigurationError, match="options: may hold"):
+        TenancyConfig(control_url=URL, secrets=SecretsConfig(options=("encryption_key",)))
 
 
 @pytest.mark.parametrize("text", ["", ",", "1", "1:", "1:&&&", "YWFh"])

@@ -1,0 +1,39 @@
+"""Configuration: ``TenancyConfig``, its sections, tiers, and where settings are read from."""
+
+from .sections import (
+    ControlConfig,
+    DirectoryConfig,
+    KeyConfig,
+    LockoutConfig,
+    MeteringConfig,
+    MigrationConfig,
+    PoolConfig,
+    ProvisioningConfig,
+    QuotaConfig,
+    RetentionConfig,
+    SecretsConfig,
+    SessionConfig,
+    WatchdogConfig,
+)
+from .settings import TenancyConfig
+from .tiers import Limit, Tier, TierPolicy
+
+__all__ = [
+    "ControlConfig",
+    "DirectoryConfig",
+    "KeyConfig",
+    "Limit",
+    "LockoutConfig",
+    "MeteringConfig",
+    "MigrationConfig",
+    "PoolConfig",
+    "ProvisioningConfig",
+    "QuotaConfig",
+    "RetentionConfig",
+    "SecretsConfig",
+    "SessionConfig",
+    "TenancyConfig",
+    "Tier",
+    "TierPolicy",
+    "WatchdogConfig",
+]

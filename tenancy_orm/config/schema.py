@@ -1,0 +1,41 @@
+"""The JSON Schema of a settings file, for editors that complete and check TOML."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from typing import Any
+
+from pydantic import BaseModel
+
+from .settings import TenancyConfig
+from .validation import Section
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of ``tenancy.toml``, and of ``[tool.tenancy]`` in ``pyproject.toml``.
+
+    Each setting is described by what the documentation says of it. Nothing is required: what a file leaves out comes
+    from variables.
+    """
+    schema = TenancyConfig.model_json_schema()
+    schema.pop("required", None)
+    _describe(schema, TenancyConfig)
+    for section in Section.__subclasses__():
+        if section.__name__ in schema["$defs"]:
+            _describe(schema["$defs"][section.__name__], section)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Settings of tenancy_orm"}
+
+
+def _describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add the docstring of each field. pydantic can do so too, but only when a class is made: at every import."""
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(model))).body
+    assert isinstance(definition, ast.ClassDef)  # noqa: S101 - what getsource returns of a class
+    for field, docstring in zip(definition.body, definition.body[1:], strict=False):
+        match field, docstring:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ) if name in schema["properties"]:
+                schema["properties"][name]["description"] = " ".join(text.split())

@@ -1,0 +1,260 @@
+"""The sections of ``TenancyConfig``: what can be tuned, by the part of the package that it concerns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from .tiers import TierPolicyList
+from .validation import Section
+from .values import (
+    SETTING_NAME,
+    AtLeastZero,
+    Count,
+    LoadedProvider,
+    LoadedSender,
+    LoadedWrapper,
+    NamedKeys,
+    Names,
+    OptionalPairs,
+    Pairs,
+    PostgresUrl,
+    Seconds,
+    SecondsOrZero,
+    decode_keys,
+)
+
+ROLE_SETTINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "idle_in_transaction_session_timeout": "5min",
+        "transaction_timeout": "1h",  # PostgreSQL 17 and later
+        "temp_file_limit": "10GB",  # of one session
+    }
+)
+"""What every tenant's role gets unless ``provisioning.role_settings`` says otherwise; and the server's work_mem."""
+
+_KEY_PREFIX = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+_LONGEST_KEY_PREFIX = 24
+_SHORTEST_PEPPER = 32
+
+_NOT_OF_A_SESSION = {
+    "client_encoding": "the driver decides it",
+    "statement_timeout": "use sessions.statement_timeout",
+    **dict.fromkeys(("database", "options", "replication", "user"), "it is no setting of a session"),
+}
+
+
+class ControlConfig(Section):
+    """Connections to the control database."""
+
+    pool_size: Count = 5
+    """How many connections each process may hold open to it."""
+    listen_url: PostgresUrl | None = Field(default=None, repr=False)
+    """Another URL of the control database, for LISTEN: needed where ``control_url`` leads through a pooler in
+    transaction mode, which drops it."""
+
+
+class PoolConfig(Section):
+    """Connections of one process to the tenants' databases."""
+
+    max_connections: Count = 20
+    """How many connections the process may hold open to one server."""
+    max_connections_per_tenant: Count = 5
+    """How many of those for one tenant."""
+    max_engines: Count = 1_000
+    """How many tenants' engines are kept."""
+    checkout_timeout: Seconds = 10.0
+    """How long a session waits for a connection, in seconds."""
+    connect_timeout: Seconds = 10.0
+    """How long opening a connection may take, in seconds; one to the control database too."""
+    idle_timeout: SecondsOrZero = 600.0
+    """An idle connection older than this many seconds is not used again."""
+    full_reset: bool = False
+    """Whether a connection is cleaned by DISCARD ALL at every return (about 200 us)."""
+
+
+class SessionConfig(Section):
+    """What tenants' sessions start with."""
+
+    statement_timeout: SecondsOrZero = 0.0
+    """PostgreSQL's statement_timeout, in seconds; 0 is none."""
+    settings: Pairs = Field(default_factory=dict)
+    """Settings that tenants' connections start with, ``search_path`` for example, in place of the server's own. They
+    win over ``ALTER ROLE`` and ``ALTER DATABASE``; those in a server's URL win over them. As text: ``name=value``,
+    separated by semicolons."""
+
+    @field_validator("settings", mode="after")
+    @classmethod
+    def _check_settings(cls, settings: Mapping[str, str]) -> Mapping[str, str]:
+        for name, value in settings.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*", name):
+                raise ValueError(f"{name!r} is not the name of a setting of PostgreSQL")
+            if type(value) is not str or "\x00" in value:
+                raise ValueError(f"the value of {name!r} must be text")
+            if (why := _NOT_OF_A_SESSION.get(name.lower())) is not None:
+                raise ValueError(f"cannot hold {name!r}: {why}")
+        return settings
+
+
+class DirectoryConfig(Section):
+    """The directory: the cached look-up of keys and tenants."""
+
+    size: Count = 100_000
+    """How many looked-up keys and tenants are remembered."""
+    ttl: Seconds = 30.0
+    """How long a looked-up key or tenant is believed, in seconds."""
+    negative_ttl: SecondsOrZero = 5.0
+    """How long an unknown key is remembered as unknown, in seconds."""
+    timeout: Seconds = 2.0
+    """How long one look-up in the control database may take, in seconds."""
+    grace: SecondsOrZero = 300.0
+    """How long tenants that are known keep working while the control database does not answer, in seconds."""
+
+
+class KeyConfig(Section):
+    """API keys."""
+
+    prefix: str = "ten_live"
+    """What new keys begin with, for secret scanners."""
+    prefixes: Names = ()
+    """Further prefixes that are accepted (``("ten_test",)``, say), and that a key can be issued with."""
+    peppers: NamedKeys | None = Field(default=None, repr=False)
+    """Secrets that key digests are bound to, ``{"1": <32 bytes or more, or their base64>}``, the oldest first; all of
+    them verify. Keep them elsewhere than the control database. As text: ``id:base64``, separated by commas."""
+    pepper_current: str | None = None
+    """The pepper that new digests are made with, the last one where None; "0" is none of them. Set it while some
+    processes do not have the newest pepper yet."""
+    usage_interval: Seconds = 30.0
+    """How often the keys' times of last use are written, in seconds."""
+
+    @field_validator("prefix", "prefixes", mode="after")
+    @classmethod
+    def _check_prefixes(cls, given: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for prefix in (given,) if isinstance(given, str) else given:
+            if not _KEY_PREFIX.fullmatch(prefix) or len(prefix) > _LONGEST_KEY_PREFIX:
+                raise ValueError("must be at most 24 of a-z, 0-9 and single inner underscores, from a letter")
+        return given
+
+    @field_validator("peppers", mode="after")
+    @classmethod
+    def _check_peppers(cls, given: Mapping[str, str | bytes] | None) -> Mapping[str, str | bytes] | None:
+        for version, pepper in decode_keys(given, "key pepper").items():
+            if len(pepper) < _SHORTEST_PEPPER:
+                raise ValueError(f"key pepper {version!r} must be 32 bytes or more, not {len(pepper)}")
+            if version == "0":
+                raise ValueError("a key pepper's version must not be 0, which stands for none")
+        return given
+
+    @property
+    def decoded_peppers(self) -> Mapping[str, bytes]:
+        """``peppers`` as bytes, in order."""
+        return decode_keys(self.peppers, "key pepper")
+
+
+class LockoutConfig(Section):
+    """The lock-out of those who guess API keys."""
+
+    failures: AtLeastZero = 20
+    """How many invalid keys a source, or one key id, may present within ``seconds`` before it is slowed down; 0 is no
+    limit."""
+    seconds: Seconds = 60.0
+    """The longest time between two attempts of a source that is slowed down, in seconds."""
+
+
+class SecretsConfig(Section):
+    """Where encryption keys and peppers come from, if not from the configuration itself."""
+
+    provider: LoadedProvider | None = Field(default=None, repr=False)
+    """Where the settings in ``options`` are read from when a ``Tenancy`` opens; as text ``module:attribute``."""
+    options: Names | None = None
+    """"encryption_keys", "key_peppers", or both; each is a secret of that name, written as its environment variable
+    would be. Where None, "encryption_keys", or nothing with a ``key_wrapper``."""
+    key_wrapper: LoadedWrapper | None = Field(default=None, repr=False)
+    """Wraps the keys that seal tenants' passwords (envelope encryption), which are then kept in the control database;
+    ``encryption_keys`` is not needed, but opens what it has sealed before. As text ``module:attribute``."""
+
+    @field_validator("options", mode="after")
+    @classmethod
+    def _check_options(cls, options: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if not set(options or ()) <= {"encryption_keys", "key_peppers"}:
+            raise ValueError("may hold encryption_keys and key_peppers alone")
+        return options
+
+
+class ProvisioningConfig(Section):
+    """How tenants' databases and roles are made."""
+
+    timeout: Seconds = 60.0
+    """How long creating or removing one database may take, in seconds."""
+    concurrency: Count = 4
+    """How many databases are created at once on one server."""
+    role_settings: OptionalPairs = Field(default_factory=dict)
+    """PostgreSQL's settings for each tenant's role, by name, over the defaults of ``ROLE_SETTINGS``; "" leaves a
+    default out. As text: ``name=value``, separated by semicolons."""
+    tenant_advisory_locks: bool = False
+    """Whether tenants' roles may take advisory locks, with which one of them can fill the lock table of the whole
+    server."""
+
+    @field_validator("role_settings", mode="after")
+    @classmethod
+    def _check_role_settings(cls, settings: Mapping[str, str | None]) -> Mapping[str, str | None]:
+        for name, value in settings.items():
+            if not SETTING_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of a setting of PostgreSQL")
+            if value is not None and (type(value) is not str or "\x00" in value):
+                raise ValueError(f"the value of {name!r} must be text")
+        return settings
+
+
+class MigrationConfig(Section):
+    """Migrations of the tenants' databases."""
+
+    lock_timeout: SecondsOrZero = 5.0
+    """PostgreSQL's lock_timeout, in seconds; 0 is none."""
+    wait: SecondsOrZero = 300.0
+    """How long a migration waits for another run that migrates the same tenant, in seconds."""
+    timeout: Seconds = 3_600.0
+    """How long the migration of one tenant may take, in seconds."""
+
+
+class WatchdogConfig(Section):
+    """What the watchdog ends of the tenants' sessions; 0 is no bound."""
+
+    max_session_locks: AtLeastZero = 2_000
+    """How many locks one session may hold."""
+    max_transaction_seconds: SecondsOrZero = 7_200.0
+    """For how long it may have one transaction open."""
+    max_idle_transaction_seconds: SecondsOrZero = 600.0
+    """For how long it may be idle in a transaction."""
+    max_notify_queue: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """From this fraction of the server's notification queue on, the sessions with the oldest transactions end."""
+
+
+class QuotaConfig(Section):
+    """Quotas and request rates."""
+
+    rate_processes: Count = 1
+    """How many processes share the request rate of each tenant: every one of them admits its part."""
+
+
+class MeteringConfig(Section):
+    """What is done with what tenants use."""
+
+    usage_sender: LoadedSender | None = Field(default=None, repr=False)
+    """Where housekeeping sends the usage of periods that have ended, for billing; as text ``module:attribute``. It is
+    closed with the ``Tenancy`` where it has a ``close``."""
+    tier_policies: TierPolicyList = ()
+    """Rules by which housekeeping proposes, or applies, the next tier."""
+
+
+class RetentionConfig(Section):
+    """For how long things are kept that nobody uses any more."""
+
+    tenant_seconds: SecondsOrZero = 30 * 86_400.0
+    """How long a deleted tenant's data is kept before housekeeping purges it."""
+    audit_seconds: SecondsOrZero = 0.0
+    """How long audit entries are kept before housekeeping removes their month; 0 is for ever."""

@@ -1,0 +1,243 @@
+"""``TenancyConfig``: everything a ``Tenancy`` needs to know, in one frozen object."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy.engine import URL
+
+from ..errors import SettingError
+from . import sources
+from .sections import (
+    ControlConfig,
+    DirectoryConfig,
+    KeyConfig,
+    LockoutConfig,
+    MeteringConfig,
+    MigrationConfig,
+    PoolConfig,
+    ProvisioningConfig,
+    QuotaConfig,
+    RetentionConfig,
+    SecretsConfig,
+    SessionConfig,
+    WatchdogConfig,
+)
+from .tiers import Tiers, default_tiers
+from .validation import replaced, setting_error, settings_of
+from .values import DirectoryPath, LoadedMetaData, NamedKeys, Names, ServerUrls, check_url, decode_keys, plain_url
+
+_SEALING_KEY_BYTES = 32
+
+
+class TenancyConfig(BaseSettings):
+    """Everything a ``Tenancy`` needs to know: what an application says about itself, and sections for tuning.
+
+    The constructor reads its arguments alone. ``from_env`` reads a settings file and ``TENANCY_*`` variables: the
+    setting ``pool.max_connections`` is the variable ``TENANCY_POOL_MAX_CONNECTIONS``.
+
+    Raises:
+        SettingError: a setting is malformed or contradicts another, or there is none of that name.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+        env_prefix="TENANCY_",
+        # TENANCY_POOL_MAX_CONNECTIONS is max_connections in the section pool: no section has an underscore in its name
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        # text is read as ``values`` says, the same in a variable, a file and an argument
+        enable_decoding=False,
+    )
+
+    control_url: str = Field(repr=False)
+    """The control database, ``postgresql://user:password@host/database``; or ``embedded`` / ``embedded:<directory>``
+    for a server of its own in development (extra ``embedded``)."""
+    servers: ServerUrls | None = Field(default=None, repr=False)
+    """Administrative URL of each PostgreSQL server that holds tenant databases, by name. Its role must be able to
+    create databases and roles. Where None, ``{"default": <the server of control_url>}``. As text: ``name=url``,
+    separated by spaces."""
+    metadata: LoadedMetaData | None = Field(default=None, repr=False)
+    """The application's tables, as text ``module:attribute``. Needed for autogenerate, and for templates where
+    ``migrations`` is None."""
+    migrations: DirectoryPath | None = None
+    """Directory of the application's Alembic environment (made by ``tenancy init``). One in a settings file is beside
+    that file."""
+    extensions: Names = ()
+    """PostgreSQL extensions every tenant database gets, through the template. As text: separated by commas."""
+    encryption_keys: NamedKeys | None = Field(default=None, repr=False)
+    """Keys that seal tenants' passwords, ``{"1": <32 bytes or their base64>}``; the last one seals, all of them open.
+    As text: ``id:base64``, separated by commas."""
+    name_prefix: str = "tenancy"
+    """What the names of databases and roles begin with; 1 to 12 of a-z and 0-9."""
+    tiers: Tiers = Field(default_factory=default_tiers, repr=False)
+    """Tiers by name, in ascending order. As text: JSON of what a settings file holds."""
+    default_tier: str = "free"
+    """The tier of a tenant created without one."""
+
+    control: ControlConfig = Field(default_factory=ControlConfig)
+    """Connections to the control database."""
+    pool: PoolConfig = Field(default_factory=PoolConfig)
+    """Connections of one process to the tenants' databases."""
+    sessions: SessionConfig = Field(default_factory=SessionConfig)
+    """What tenants' sessions start with."""
+    directory: DirectoryConfig = Field(default_factory=DirectoryConfig)
+    """The cached look-up of keys and tenants."""
+    keys: KeyConfig = Field(default_factory=KeyConfig)
+    """API keys."""
+    lockout: LockoutConfig = Field(default_factory=LockoutConfig)
+    """The lock-out of those who guess API keys."""
+    secrets: SecretsConfig = Field(default_factory=SecretsConfig)
+    """Where encryption keys and peppers come from, if not from the configuration itself."""
+    provisioning: ProvisioningConfig = Field(default_factory=ProvisioningConfig)
+    """How tenants' databases and roles are made."""
+    migration: MigrationConfig = Field(default_factory=MigrationConfig)
+    """Migrations of the tenants' databases."""
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
+    """What the watchdog ends of the tenants' sessions."""
+    quotas: QuotaConfig = Field(default_factory=QuotaConfig)
+    """Quotas and request rates."""
+    metering: MeteringConfig = Field(default_factory=MeteringConfig)
+    """What is done with what tenants use."""
+    retention: RetentionConfig = Field(default_factory=RetentionConfig)
+    """For how long things are kept that nobody uses any more."""
+
+    if not TYPE_CHECKING:  # type checkers see the arguments that the fields make
+
+        def __init__(self, **values: Any) -> None:
+            """Check the values."""
+            error = None
+            try:
+                super().__init__(**values)
+            except ValidationError as exc:
+                error = setting_error(exc, known=settings_of(type(self)))
+            # outside of the handler: pydantic's error holds the values, and would be this one's context
+            if error is not None:
+                raise error
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the arguments alone: ``from_env`` reads the rest."""
+        return (init_settings,)
+
+    @field_validator("control_url", mode="after")
+    @classmethod
+    def _check_control_url(cls, url: str) -> str:
+        if not url:
+            raise ValueError("is empty; write postgresql://user:password@host/database, or embedded")
+        if not _is_embedded(url):
+            check_url(url)
+        return url
+
+    @field_validator("name_prefix", mode="after")
+    @classmethod
+    def _check_name_prefix(cls, prefix: str) -> str:
+        if not re.fullmatch(r"[a-z][a-z0-9]{0,11}", prefix):
+            raise ValueError("must be 1 to 12 of a-z and 0-9, from a letter")
+        return prefix
+
+    @field_validator("extensions", mode="after")
+    @classmethod
+    def _check_extensions(cls, extensions: tuple[str, ...]) -> tuple[str, ...]:
+        for extension in extensions:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", extension):
+                raise ValueError(f"{extension!r} is not the name of an extension")
+        return extensions
+
+    @field_validator("encryption_keys", mode="after")
+    @classmethod
+    def _check_encryption_keys(cls, keys: Mapping[str, str | bytes] | None) -> Mapping[str, str | bytes] | None:
+        for key_id, key in decode_keys(keys, "encryption key").items():
+            if len(key) != _SEALING_KEY_BYTES:
+                raise ValueError(f"encryption key {key_id!r} must be 32 bytes, not {len(key)}")
+        return keys
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = {}
+        if self.default_tier not in self.tiers:
+            problems["default_tier"] = f"{self.default_tier!r} is not among tiers"
+        for policy in self.metering.tier_policies:
+            if unknown := {*policy.next_tier, *policy.next_tier.values()} - set(self.tiers):
+                problems["metering.tier_policies"] = f"unknown tiers: {', '.join(sorted(unknown))}"
+        peppers, current = self.keys.decoded_peppers, self.keys.pepper_current
+        known = self.keys.peppers is not None or "key_peppers" not in (self.secrets.options or ())
+        if known and current not in (None, "0", *peppers):
+            problems["keys.pepper_current"] = f"{current!r} is not among keys.peppers"
+        if problems:
+            raise SettingError(problems)
+        return self
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether ``control_url`` asks for an embedded server."""
+        return _is_embedded(self.control_url)
+
+    @property
+    def sealing_keys(self) -> Mapping[str, bytes]:
+        """``encryption_keys`` as 32 bytes each, in order; the last one seals."""
+        return decode_keys(self.encryption_keys, "encryption key")
+
+    @property
+    def server_urls(self) -> Mapping[str, URL]:
+        """Administrative URL of each server, without a driver name."""
+        urls = self.servers or {"default": self.control_url}
+        return {name: plain_url(url) for name, url in urls.items()}
+
+    def replace(self, **changes: Any) -> TenancyConfig:
+        """Return a copy with ``changes``; a mapping changes single settings of a section.
+
+        ``config.replace(default_tier="pro", pool={"max_connections": 50})``.
+
+        Raises:
+            SettingError: as the constructor.
+        """
+        return type(self)(**replaced(self, changes))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> TenancyConfig:
+        """Read the settings of a deployment.
+
+        What comes first here wins, setting by setting:
+
+        1. ``overrides``; a mapping overrides single settings of a section,
+        2. ``TENANCY_*`` variables,
+        3. ``.env`` in the working directory, or the file that ``TENANCY_ENV_FILE`` names,
+        4. secret files, as Docker and Kubernetes mount them, in the directory that ``TENANCY_SECRETS_DIR`` names: each
+           is named like its variable, in either case,
+        5. ``tenancy.toml`` and ``[tool.tenancy]`` of ``pyproject.toml`` in the working directory; or the file that
+           ``TENANCY_CONFIG`` names alone.
+
+        Args:
+            environ: The variables; ``os.environ`` where None.
+            overrides: As the constructor's arguments.
+
+        Raises:
+            SettingError: a setting is malformed, unknown or missing. The message names the variable, or the file.
+            ConfigurationError: a file cannot be read.
+        """
+        found = sources.read(cls, environ, overrides)
+        error = None
+        try:
+            return cls(**found.values)
+        except SettingError as exc:
+            error = found.locate(exc)
+        raise error
+
+
+def _is_embedded(url: str) -> bool:
+    return url == "embedded" or url.startswith("embedded:")

@@ -1,0 +1,211 @@
+"""How a setting is written as text: lists, pairs, keys, objects, URLs; in a variable, a file and an argument alike."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import Field, PlainValidator, WithJsonSchema
+from sqlalchemy import MetaData
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from ..errors import ConfigurationError
+from ..protocols import KeyWrapper, SecretProvider, UsageSender
+
+SETTING_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}(\.[A-Za-z_][A-Za-z0-9_$]{0,62})?")
+_KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,16}")
+_SERVER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
+
+Keys = Mapping[str, str | bytes]
+
+
+# --- text that means more ---------------------------------------------------------------------------------------------
+
+
+def _read_names(value: object) -> object:
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ValueError("must be names: a list, or text with commas between them")
+    return tuple(item.strip() for item in value if item.strip())
+
+
+def _read_pairs(value: object) -> object:
+    if isinstance(value, str):
+        pairs = [item.partition("=") for item in value.split(";") if item.strip()]
+        if not all(separator for _, separator, _ in pairs):
+            raise ValueError("must be name=value, separated by semicolons")
+        return {name.strip(): given.strip() for name, _, given in pairs}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError("must be a table of values by name")
+    return {name: str(given) if type(given) in (int, float) else given for name, given in value.items()}
+
+
+def _read_servers(value: object) -> object:
+    if isinstance(value, str):
+        # a comma separates servers where a name follows it; several hosts of one URL have commas as well
+        pairs = [item.partition("=") for item in re.split(r"\s+|,(?=[a-z][a-z0-9_-]*=)", value.strip()) if item]
+        if not all(separator for _, separator, _ in pairs):
+            raise ValueError("must be name=url, separated by spaces")
+        value = {name: url for name, _, url in pairs}
+    if not isinstance(value, Mapping) or not all(isinstance(url, str) for url in value.values()):
+        raise ValueError("must be a table of URLs by name")
+    for name, url in value.items():
+        if not isinstance(name, str) or not _SERVER_NAME.fullmatch(name):
+            raise ValueError(f"server name {name!r} must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
+        check_url(url, f"the URL of server {name!r} ")
+    return value
+
+
+def _read_keys(value: object) -> Keys:
+    if isinstance(value, str):
+        pairs = [item.strip().partition(":") for item in value.split(",") if item.strip()]
+        if not all(separator for _, separator, _ in pairs):
+            raise ValueError("must be id:base64, separated by commas")
+        value = {key_id: encoded for key_id, _, encoded in pairs}
+    if not isinstance(value, Mapping) or not all(isinstance(key, (str, bytes)) for key in value.values()):
+        raise ValueError("must be a table of keys by id, each as base64")
+    return value
+
+
+def _read_url(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    check_url(value)
+    return value
+
+
+def _read_path(value: object) -> object:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise ValueError("must be a path")
+    return value
+
+
+def check_url(url: str, what: str = "") -> None:
+    """Refuse what is no URL of a PostgreSQL database.
+
+    Raises:
+        ValueError: ... and which is not repeated: it may hold a password.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
+        raise ValueError(f"{what}is not a URL; use postgresql://user:password@host/database") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(f"{what}must begin with postgresql://, not {parsed.get_backend_name()}://")
+    if not parsed.database:
+        raise ValueError(f"{what}names no database")
+
+
+def load_object(path: str) -> Any:
+    """Import ``module:attribute.path``.
+
+    Raises:
+        ConfigurationError: the path is malformed or names nothing.
+    """
+    module, separator, attribute = path.partition(":")
+    if not separator or not module or not attribute:
+        raise ConfigurationError(f"{path!r} is not of the form module:attribute")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigurationError(f"{path!r} cannot be loaded: {exc}") from exc
+    return found
+
+
+def _read_object(value: object) -> object:
+    return load_object(value) if isinstance(value, str) else value
+
+
+def _read_metadata(value: object) -> object:
+    found = _read_object(value)
+    if found is not None and not isinstance(found, MetaData):
+        raise ValueError("must be a MetaData of SQLAlchemy, or module:attribute that names one")
+    return found
+
+
+# --- kinds of settings ------------------------------------------------------------------------------------------------
+
+_LOADED = WithJsonSchema({"type": "string", "pattern": "^[^:]+:[^:]+$", "description": "module:attribute"})
+_TABLE_OF_TEXT = {"type": "object", "additionalProperties": {"type": "string"}}
+
+_TABLE_OF_VALUES = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+
+Count = Annotated[int, Field(ge=1)]
+AtLeastZero = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+SecondsOrZero = Annotated[float, Field(ge=0)]
+Names = Annotated[
+    tuple[str, ...], PlainValidator(_read_names), WithJsonSchema({"type": "array", "items": {"type": "string"}})
+]
+Pairs = Annotated[Mapping[str, str], PlainValidator(_read_pairs), WithJsonSchema(_TABLE_OF_VALUES)]
+OptionalPairs = Annotated[Mapping[str, str | None], PlainValidator(_read_pairs), WithJsonSchema(_TABLE_OF_VALUES)]
+PostgresUrl = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string"})]
+DirectoryPath = Annotated[str | Path, PlainValidator(_read_path), WithJsonSchema({"type": "string"})]
+ServerUrls = Annotated[Mapping[str, str], PlainValidator(_read_servers), WithJsonSchema(_TABLE_OF_TEXT)]
+NamedKeys = Annotated[Mapping[str, str | bytes], PlainValidator(_read_keys), WithJsonSchema(_TABLE_OF_TEXT)]
+LoadedMetaData = Annotated[MetaData, PlainValidator(_read_metadata), _LOADED]
+LoadedProvider = Annotated[SecretProvider, PlainValidator(_read_object), _LOADED]
+LoadedWrapper = Annotated[KeyWrapper, PlainValidator(_read_object), _LOADED]
+LoadedSender = Annotated[UsageSender, PlainValidator(_read_object), _LOADED]
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def decode_keys(keys: Keys | None, what: str) -> dict[str, bytes]:
+    """Return ``keys`` as bytes, in their order.
+
+    Args:
+        keys: Each as bytes, or as their base64.
+        what: What one of them is called in a message, "encryption key" for example.
+
+    Raises:
+        ConfigurationError: an id or a key is malformed.
+    """
+    found = {}
+    for key_id, value in (keys or {}).items():
+        if not _KEY_ID.fullmatch(key_id):
+            raise ConfigurationError(f"the id of each {what} must be 1 to 16 of A-Z, a-z, 0-9, _ and -")
+        try:
+            found[key_id] = _decoded(value)
+        except ValueError:
+            raise ConfigurationError(f"{what} {key_id!r} is not base64") from None
+    return found
+
+
+def _decoded(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else base64.b64decode(value, validate=True)
+
+
+def parse_keys(name: str, text: str) -> Mapping[str, bytes]:
+    """Read keys as ``TENANCY_ENCRYPTION_KEYS`` holds them, ``id:base64`` separated by commas, in order.
+
+    Raises:
+        ConfigurationError: the text, which ``name`` stands for in the message, is malformed or empty.
+    """
+    keys: dict[str, bytes] = {}
+    try:
+        keys = {key_id: _decoded(value) for key_id, value in _read_keys(text).items()}
+    except ValueError:
+        keys = {}
+    if not keys or not all(keys.values()):
+        # the text is a secret, so it is not repeated
+        raise ConfigurationError(f"the secret {name!r} is malformed; write it as id:base64, separated by commas")
+    return keys
+
+
+# --- URLs -------------------------------------------------------------------------------------------------------------
+
+
+def plain_url(url: str | URL) -> URL:
+    """Return ``url`` with the bare ``postgresql`` scheme, as asyncpg and psql read it."""
+    return make_url(url).set(drivername="postgresql")
