@@ -21,6 +21,7 @@ from .control.names import Names
 from .errors import ConfigurationError, TenancyError
 from .events import EventBus
 from .housekeeping import Maintenance
+from .internals import Internals
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import Upgrades
 from .metering.usage import UsageExporter
@@ -29,6 +30,7 @@ from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
 from .provisioning.credentials import SecretManager
 from .quotas.manager import QuotaManager
+from .quotas.rates import Rates
 from .registry.registry import Registry
 from .routing import Router, Servers
 from .secrets.data_keys import DataKeys
@@ -59,6 +61,7 @@ class Assembly:
     Args:
         config: What to connect to and how.
         events: Where the parts announce what happens.
+        rates: The request rates of this process, which outlive what is opened here.
         provided: The embedded server that was started for them, if any.
     """
 
@@ -85,17 +88,19 @@ class Assembly:
     tiers: TierRegistry
     upgrades: Upgrades
     usage_exporter: UsageExporter | None
+    internals: Internals
 
-    def __init__(self, config: TenancyConfig, events: EventBus, provided: _ProvidedServer | None) -> None:
+    def __init__(self, config: TenancyConfig, events: EventBus, rates: Rates, provided: _ProvidedServer | None) -> None:
         self.config = config
         self.events = events
+        self.rates = rates
         self._provided = provided
         self._opened: list[Callable[[], Awaitable[None]]] = []
         self._data_keys: DataKeys | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def build(cls, config: TenancyConfig, events: EventBus, *, initialise: bool | None) -> Assembly:
+    async def build(cls, config: TenancyConfig, events: EventBus, rates: Rates, *, initialise: bool | None) -> Assembly:
         """Build the parts and open them. Where one fails, those that are open already are closed.
 
         Raises:
@@ -109,7 +114,7 @@ class Assembly:
                 servers=config.servers or {"default": provided.server_url},
                 encryption_keys=config.encryption_keys or {"1": provided.encryption_key},
             )
-        parts = cls(config, events, provided)
+        parts = cls(config, events, rates, provided)
         try:
             await parts._open(provided is not None if initialise is None else initialise)
         except BaseException:
@@ -198,6 +203,18 @@ class Assembly:
         self._build_billing()
         urgent = {"end_excessive_sessions": self.provisioner.end_excessive_sessions}
         self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores(), urgent=urgent)
+        self.internals = Internals(
+            control=self.control,
+            registry=self.registry,
+            directory=self.directory,
+            servers=self.servers,
+            router=self.router,
+            provisioner=self.provisioner,
+            sampler=self.sampler,
+            rates=self.rates,
+            policies=self.upgrades,
+            _usage_exporter=self.usage_exporter,
+        )
 
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""

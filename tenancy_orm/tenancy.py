@@ -18,26 +18,20 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from .assembly import Assembly
 from .audit.actor import SYSTEM, Actor
 from .audit.log import AuditLog
-from .authentication.directory import Directory
 from .authentication.keys import KeyManager
 from .config import TenancyConfig
 from .context import bind, refuse_while_bound
-from .control.database import ControlDatabase
-from .errors import ConfigurationError, NotOpenError
+from .errors import NotOpenError
 from .events import DRAIN_TIMEOUT, EventBus
 from .housekeeping import MaintenanceReport
+from .internals import Internals
 from .loops import HomeLoop
-from .metering.metrics import StorageSampler, TenantMetrics
-from .metering.policies import Upgrades
-from .metering.usage import UsageExporter
+from .metering.metrics import TenantMetrics
 from .migrations import FleetMigrator
 from .migrations.environment import register_factory
-from .provisioning import Provisioner
 from .provisioning.credentials import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
-from .registry.registry import Registry
-from .routing import Router, Servers
 from .scopes import BoundTenants, ResolvedSession, resolve
 from .tenant import Status, Tenant
 from .tenants.domains import DomainManager
@@ -60,14 +54,13 @@ class Tenancy:
 
     Attributes:
         events (EventBus): Where to subscribe to what happens in this process.
-        rates (Rates): How many requests a second each tenant may make of this process.
     """
 
     def __init__(self, config: TenancyConfig | None = None) -> None:
-        self.configured = config or TenancyConfig.from_env()
+        self._configured = config or TenancyConfig.from_env()
         self.events = EventBus()
-        # how many requests a second each tenant may make of this process: state of its own, which nothing opens
-        self.rates = Rates(self.configured.tiers, processes=self.configured.quotas.rate_processes)
+        # state of its own, which nothing opens and closing does not reset
+        self._rates = Rates(self._configured.tiers, processes=self._configured.quotas.rate_processes)
         self._assembly: Assembly | None = None
         self._home: HomeLoop | None = None  # from the beginning of ``open`` to the end of ``close``
         self._claims = 0  # calls of these two under way
@@ -79,251 +72,7 @@ class Tenancy:
         """Tell whether it is open; no configuration, which holds credentials."""
         return f"<Tenancy {'open' if self._assembly else 'closed'}>"
 
-    # --- opening and closing ----------------------------------------------------------------------------------------
-
-    async def open(self, *, initialise: bool | None = None) -> Self:
-        """Connect to the control database and make every part ready. Opening an open one does nothing.
-
-        From then on until it is closed it belongs to the running event loop. Where that one was closed first, what is
-        left is given up with a warning, and it belongs to the loop that opens it next.
-
-        Args:
-            initialise: Create or upgrade the control database first, as ``tenancy init`` does. None does so for an
-                embedded server alone.
-
-        Raises:
-            ControlUnavailableError: the control database does not answer.
-            ControlSchemaError: it is not initialised, or by another version.
-            ConfigurationError: a setting is missing.
-            WrongEventLoopError: it is open in another event loop or thread.
-        """
-        with self._at_home():
-            async with self._opening:
-                if self._assembly is None:
-                    self._assembly = await Assembly.build(self.configured, self.events, initialise=initialise)
-        return self
-
-    async def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:
-        """End every connection and background task. A closed ``Tenancy`` can be opened again.
-
-        Args:
-            timeout: How long to wait for subscribers' coroutines, in seconds, before anything is closed: they may use
-                this object until then. Those still at work after it are cancelled, which is logged.
-
-        Raises:
-            WrongEventLoopError: it is open in another event loop or thread.
-        """
-        with self._at_home():
-            try:
-                await self.events.drain(timeout)
-            finally:
-                try:
-                    await self._close_assembly()
-                finally:
-                    await self.events.cancel()
-
-    @contextmanager
-    def _at_home(self) -> Iterator[None]:
-        """Take the running event loop for this object's own, unless it has one; it has none while it is closed."""
-        with self._claiming:
-            if self._home is not None and self._home.is_closed:
-                self._forget()
-            if self._home is None:
-                self._home = self.events.home = self.rates.home = HomeLoop()
-                self._opening = asyncio.Lock()
-            self._home.check()
-            home = self._home
-            self._claims += 1
-        try:
-            yield
-        finally:
-            with self._claiming:
-                if home is self._home:
-                    self._claims -= 1
-                    if not self._claims and self._assembly is None:
-                        self._home = self.events.home = self.rates.home = None
-
-    def _forget(self) -> None:
-        """Give up what belongs to an event loop that was closed first: nothing can be closed there any more."""
-        if self._assembly is not None:
-            logger.warning(
-                "the event loop of an open Tenancy was closed; its connections and background tasks are given up. "
-                "Close a Tenancy in the loop that opened it"
-            )
-        self._home = self._assembly = None
-        self._claims = self._entered = 0
-        self.events.forget()
-
-    async def _close_assembly(self) -> None:
-        async with self._opening:
-            assembly, self._assembly = self._assembly, None
-            if assembly is not None:
-                # A caller that is cancelled does not keep the remaining parts open. And what the parts write down at
-                # their end is for all tenants, so they run unbound.
-                loop = asyncio.get_running_loop()
-                await asyncio.shield(loop.create_task(assembly.close(), context=Context()))
-
-    async def __aenter__(self) -> Self:
-        """Open. Blocks may be nested; the outermost one closes."""
-        await self.open()
-        self._entered += 1
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close, if this is the outermost block."""
-        self._entered -= 1
-        if self._entered == 0:
-            await self.close()
-
-    @asynccontextmanager
-    async def lifespan(self, app: object) -> AsyncIterator[dict[str, Any]]:
-        """Open for as long as an application runs: ``Starlette(..., lifespan=tenancy.lifespan)``."""
-        async with self:
-            yield {"tenancy": self}
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it is open."""
-        return self._assembly is not None
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop that it belongs to: for ``asyncio.run_coroutine_threadsafe`` in worker threads.
-
-        Raises:
-            NotOpenError: it is not open.
-        """
-        home = self._home
-        if self._assembly is None or home is None or home.loop is None:
-            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
-        return home.loop
-
-    @property
-    def _open(self) -> Assembly:
-        if self._assembly is None:
-            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
-        return self._assembly
-
-    # --- parts ------------------------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> TenancyConfig:
-        """The configuration in force: once open, with the embedded server's addresses and keys filled in."""
-        return self._assembly.config if self._assembly else self.configured
-
-    @property
-    def tenants(self) -> TenantManager:
-        """Create, find, change and remove tenants."""
-        return self._open.tenants
-
-    @property
-    def keys(self) -> KeyManager:
-        """Issue, rotate and revoke API keys."""
-        return self._open.keys
-
-    @property
-    def quotas(self) -> QuotaManager:
-        """Limits and usage."""
-        return self._open.quotas
-
-    @property
-    def tiers(self) -> TierRegistry:
-        """The tiers in force; ``tiers.apply(tenancy.config.tiers)`` changes them to the configured ones."""
-        return self._open.tiers
-
-    @property
-    def upgrades(self) -> Upgrades:
-        """Evaluates ``TenancyConfig.metering.tier_policies``; ``run_maintenance`` does too."""
-        return self._open.upgrades
-
-    @property
-    def usage_exporter(self) -> UsageExporter:
-        """Sends the usage of ended periods to ``TenancyConfig.metering.usage_sender``; ``run_maintenance`` does too.
-
-        Raises:
-            ConfigurationError: there is no ``usage_sender``.
-        """
-        if (exporter := self._open.usage_exporter) is None:
-            raise ConfigurationError("give TenancyConfig a usage_sender to export usage")
-        return exporter
-
-    @property
-    def metrics(self) -> TenantMetrics:
-        """What was sampled of the tenants' databases, and sums over the registry."""
-        return self._open.metrics
-
-    @property
-    def sampler(self) -> StorageSampler:
-        """Samples the tenants' databases; ``run_maintenance`` does too."""
-        return self._open.sampler
-
-    @property
-    def audit(self) -> AuditLog:
-        """What was done, by whom, when."""
-        return self._open.audit
-
-    @property
-    def migrations(self) -> FleetMigrator:
-        """Upgrade and inspect all tenants' schemas."""
-        return self._open.migrations
-
-    @property
-    def domains(self) -> DomainManager:
-        """Claim and verify tenants' own domains."""
-        return self._open.domains
-
-    @property
-    def provisioner(self) -> Provisioner:
-        """Databases, templates, ``reconcile``."""
-        return self._open.provisioner
-
-    @property
-    def secrets(self) -> SecretManager:
-        """Rotate the roles' passwords, and the keys that seal them."""
-        return self._open.secrets
-
-    @property
-    def directory(self) -> Directory:
-        """The cached look-up of keys and tenants."""
-        assembly = self._assembly
-        # not by way of _open where it need not be: every request comes through here
-        return self._open.directory if assembly is None else assembly.directory
-
-    @property
-    def router(self) -> Router:
-        """Engines and connections."""
-        return self._open.router
-
-    @property
-    def registry(self) -> Registry:
-        """Rows of the control database's tenants."""
-        return self._open.registry
-
-    @property
-    def control(self) -> ControlDatabase:
-        """The control database."""
-        return self._open.control
-
-    @property
-    def servers(self) -> Servers:
-        """The PostgreSQL servers that hold tenants."""
-        return self._open.servers
-
-    async def run_maintenance(self, *, actor: Actor = SYSTEM) -> MaintenanceReport:
-        """Do what is due: end trials, scheduled suspensions, purges after retention, reconcile, housekeeping.
-
-        For a timer; safe to run from many machines at once.
-
-        Raises:
-            ControlUnavailableError: the control database does not answer.
-            CrossTenantError: a tenant is bound.
-        """
-        refuse_while_bound("run_maintenance")
-        return await self._open.maintenance.run(actor=actor)
-
-    # --- sessions ---------------------------------------------------------------------------------------------------
+    # --- sessions and scopes ------------------------------------------------------------------------------------------
 
     def session(
         self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
@@ -413,7 +162,7 @@ class Tenancy:
             outcome = await asyncio.to_thread(func, *args, **kwargs)
             return await outcome if inspect.isawaitable(outcome) else outcome
 
-    # --- textual SQL ------------------------------------------------------------------------------------------------
+    # --- textual SQL --------------------------------------------------------------------------------------------------
 
     async def fetch_all(
         self,
@@ -479,6 +228,212 @@ class Tenancy:
         async with self.transaction(tenant, operator=operator) as session:
             result = await session.connection()
             return (await result.execute(text(sql), dict(parameters or {}))).rowcount
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> TenancyConfig:
+        """The configuration in force: once open, with the embedded server's addresses and keys filled in."""
+        return self._assembly.config if self._assembly else self._configured
+
+    @property
+    def tenants(self) -> TenantManager:
+        """Create, find, change and remove tenants."""
+        return self._open.tenants
+
+    @property
+    def domains(self) -> DomainManager:
+        """Claim and verify tenants' own domains."""
+        return self._open.domains
+
+    @property
+    def keys(self) -> KeyManager:
+        """Issue, rotate and revoke API keys."""
+        return self._open.keys
+
+    @property
+    def tiers(self) -> TierRegistry:
+        """The tiers in force; ``tiers.apply(tenancy.config.tiers)`` changes them to the configured ones."""
+        return self._open.tiers
+
+    @property
+    def quotas(self) -> QuotaManager:
+        """Limits and usage."""
+        return self._open.quotas
+
+    @property
+    def metrics(self) -> TenantMetrics:
+        """What was sampled of the tenants' databases, and sums over the registry."""
+        return self._open.metrics
+
+    @property
+    def audit(self) -> AuditLog:
+        """What was done, by whom, when."""
+        return self._open.audit
+
+    @property
+    def secrets(self) -> SecretManager:
+        """Rotate the roles' passwords, and the keys that seal them."""
+        return self._open.secrets
+
+    @property
+    def migrations(self) -> FleetMigrator:
+        """Upgrade and inspect all tenants' schemas."""
+        return self._open.migrations
+
+    @property
+    def internals(self) -> Internals:
+        """The machinery below the parts, for what they do not offer.
+
+        Raises:
+            NotOpenError: it is not open.
+        """
+        assembly = self._assembly
+        # not through _open where it need not be: every request comes through here
+        return self._open.internals if assembly is None else assembly.internals
+
+    # --- housekeeping -------------------------------------------------------------------------------------------------
+
+    async def run_maintenance(self, *, actor: Actor = SYSTEM) -> MaintenanceReport:
+        """Do what is due: end trials, scheduled suspensions, purges after retention, reconcile, housekeeping.
+
+        For a timer; safe to run from many machines at once.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("run_maintenance")
+        return await self._open.maintenance.run(actor=actor)
+
+    # --- opening and closing ------------------------------------------------------------------------------------------
+
+    async def open(self, *, initialise: bool | None = None) -> Self:
+        """Connect to the control database and make every part ready. Opening an open one does nothing.
+
+        From then on until it is closed it belongs to the running event loop. Where that one was closed first, what is
+        left is given up with a warning, and it belongs to the loop that opens it next.
+
+        Args:
+            initialise: Create or upgrade the control database first, as ``tenancy init`` does. None does so for an
+                embedded server alone.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            ControlSchemaError: it is not initialised, or by another version.
+            ConfigurationError: a setting is missing.
+            WrongEventLoopError: it is open in another event loop or thread.
+        """
+        with self._at_home():
+            async with self._opening:
+                if self._assembly is None:
+                    self._assembly = await Assembly.build(
+                        self._configured, self.events, self._rates, initialise=initialise
+                    )
+        return self
+
+    async def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:
+        """End every connection and background task. A closed ``Tenancy`` can be opened again.
+
+        Args:
+            timeout: How long to wait for subscribers' coroutines, in seconds, before anything is closed: they may use
+                this object until then. Those still at work after it are cancelled, which is logged.
+
+        Raises:
+            WrongEventLoopError: it is open in another event loop or thread.
+        """
+        with self._at_home():
+            try:
+                await self.events.drain(timeout)
+            finally:
+                try:
+                    await self._close_assembly()
+                finally:
+                    await self.events.cancel()
+
+    @contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """Take the running event loop for this object's own, unless it has one; it has none while it is closed."""
+        with self._claiming:
+            if self._home is not None and self._home.is_closed:
+                self._forget()
+            if self._home is None:
+                self._home = self.events.home = self._rates.home = HomeLoop()
+                self._opening = asyncio.Lock()
+            self._home.check()
+            home = self._home
+            self._claims += 1
+        try:
+            yield
+        finally:
+            with self._claiming:
+                if home is self._home:
+                    self._claims -= 1
+                    if not self._claims and self._assembly is None:
+                        self._home = self.events.home = self._rates.home = None
+
+    def _forget(self) -> None:
+        """Give up what belongs to an event loop that was closed first: nothing can be closed there any more."""
+        if self._assembly is not None:
+            logger.warning(
+                "the event loop of an open Tenancy was closed; its connections and background tasks are given up. "
+                "Close a Tenancy in the loop that opened it"
+            )
+        self._home = self._assembly = None
+        self._claims = self._entered = 0
+        self.events.forget()
+
+    async def _close_assembly(self) -> None:
+        async with self._opening:
+            assembly, self._assembly = self._assembly, None
+            if assembly is not None:
+                # A caller that is cancelled does not keep the remaining parts open. And what the parts write down at
+                # their end is for all tenants, so they run unbound.
+                loop = asyncio.get_running_loop()
+                await asyncio.shield(loop.create_task(assembly.close(), context=Context()))
+
+    async def __aenter__(self) -> Self:
+        """Open. Blocks may be nested; the outermost one closes."""
+        await self.open()
+        self._entered += 1
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close, if this is the outermost block."""
+        self._entered -= 1
+        if self._entered == 0:
+            await self.close()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncIterator[dict[str, Any]]:
+        """Open for as long as an application runs: ``Starlette(..., lifespan=tenancy.lifespan)``."""
+        async with self:
+            yield {"tenancy": self}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is open."""
+        return self._assembly is not None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that it belongs to: for ``asyncio.run_coroutine_threadsafe`` in worker threads.
+
+        Raises:
+            NotOpenError: it is not open.
+        """
+        home = self._home
+        if self._assembly is None or home is None or home.loop is None:
+            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
+        return home.loop
+
+    @property
+    def _open(self) -> Assembly:
+        if self._assembly is None:
+            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
+        return self._assembly
 
 
 # For ``alembic`` as the program that runs: migrations cannot import this module.

@@ -354,7 +354,7 @@ async def tell(story: Story, directory: Path) -> None:
             expect(not found, f"a new control database knows no tenants, not {found}")
             story.saw("ready, without tenants")
         with story.step("Build the template database by running the migrations"):
-            template = await tenancy.provisioner.template("default")
+            template = await tenancy.internals.provisioner.template("default")
             expect(template.revision == "0001", f"the template is at 0001, not {template.revision}")
             story.saw(f"{template.name}, at revision {template.revision}")
         with story.step("Provision three tenants from the template"):

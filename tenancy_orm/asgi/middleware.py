@@ -116,7 +116,8 @@ class TenancyMiddleware:
             if not self.exempt.covers(scope):
                 headers = self._read(scope)
                 key = self._key(scope, headers)
-                directory = self.tenancy.directory
+                internals = self.tenancy.internals
+                directory = internals.directory
                 client = scope.get("client")
                 source = client[0] if client else None
                 credential = directory.peek(key, source)
@@ -125,7 +126,7 @@ class TenancyMiddleware:
                     close_generators_unbound()
                     credential = await directory.authenticate(key, source=source)
                 tenant = credential.tenant
-                rate = self.tenancy.rates.acquire(tenant)
+                rate = internals.rates.acquire(tenant)
                 if rate.limit is not None:
                     outside.headers = rate_headers(rate)
                     if not rate.allowed:
@@ -212,7 +213,7 @@ class TenancyMiddleware:
         for namer in self.namers:
             named = namer.named(scope, headers)
             if named is not None and not namer.matches(named, tenant):
-                self.tenancy.directory.report_cross_tenant(credential, named, namer.name, _source(scope))
+                self.tenancy.internals.directory.report_cross_tenant(credential, named, namer.name, _source(scope))
                 raise CrossTenantError("a request", bound=tenant.slug, requested=named)
             if named is not None and moved is None:
                 moved = namer.moved(scope, named, tenant)
@@ -241,7 +242,7 @@ class TenancyMiddleware:
         credential: Credential | None = scope[CREDENTIAL]
         if credential is not None and isinstance(error, CrossTenantError):
             # the application was led to another tenant by something in the request that it read itself
-            self.tenancy.directory.report_cross_tenant(
+            self.tenancy.internals.directory.report_cross_tenant(
                 credential, error.requested or "*", "application", _source(scope)
             )
         if outside.started:

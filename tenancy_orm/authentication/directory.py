@@ -58,7 +58,7 @@ class DirectoryStatistics:
 
 
 class Directory:
-    """Looks up keys and tenants; ``tenancy.directory``.
+    """Looks up keys and tenants; ``tenancy.internals.directory``.
 
     Args:
         control: The control database.

@@ -306,10 +306,10 @@ def watch(
     """End tenants' sessions that would stop a server for others. For a service: it must be connected beforehand."""
 
     async def look(tenancy: Tenancy) -> Any:
-        return await tenancy.provisioner.end_excessive_sessions(actor=operator())
+        return await tenancy.internals.provisioner.end_excessive_sessions(actor=operator())
 
     async def look_on(tenancy: Tenancy) -> None:
-        await tenancy.provisioner.watchdog.watch(every=every, actor=operator())
+        await tenancy.internals.provisioner.watchdog.watch(every=every, actor=operator())
 
     if not once:
         run(look_on)
@@ -328,7 +328,7 @@ def reconcile(as_json: Json = False) -> None:
     """Finish or remove what interrupted creations and purges have left."""
 
     async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.provisioner.reconcile(actor=operator())
+        return await tenancy.internals.provisioner.reconcile(actor=operator())
 
     report = run(command)
     if as_json:

@@ -56,7 +56,7 @@ def init(
     made = guarded(prepare)
 
     async def command(tenancy: Tenancy) -> str:
-        return str(tenancy.control.installation)
+        return str(tenancy.internals.control.installation)
 
     installation = run(command, initialise=True)
     if as_json:
@@ -108,8 +108,8 @@ def psql(
         found = await tenancy.tenants.get(tenant)
         if found.placement is None:
             raise ConfigurationError(f"tenant {found.slug!r} has no database")
-        server = tenancy.servers[found.placement.server]
-        password = tenancy.provisioner.password(found)
+        server = tenancy.internals.servers[found.placement.server]
+        password = tenancy.internals.provisioner.password(found)
         environment = {
             **os.environ,
             "PGHOST": server.host,
@@ -118,7 +118,7 @@ def psql(
             "PGDATABASE": found.placement.database,
             "PGPASSWORD": password,
         }
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await tenancy.audit.append(
                 connection, action="tenant.psql", tenant_id=found.id, slug=found.slug, actor=operator()
             )

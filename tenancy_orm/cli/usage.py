@@ -19,7 +19,7 @@ def export(as_json: Json = False) -> None:
     """Close the periods that have ended and send their records; housekeeping does it too."""
 
     async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.usage_exporter.run()
+        return await tenancy.internals.usage_exporter.run()
 
     report = run(command)
     if as_json:
@@ -37,7 +37,7 @@ def failures(
     """List records that were given up, with the error of each."""
 
     async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.usage_exporter.failures(limit=limit)
+        return await tenancy.internals.usage_exporter.failures(limit=limit)
 
     found = run(command)
     rows = [
@@ -66,7 +66,7 @@ def retry(
     """Make records that were given up due again."""
 
     async def command(tenancy: Tenancy) -> int:
-        return await tenancy.usage_exporter.retry(record_ids)
+        return await tenancy.internals.usage_exporter.retry(record_ids)
 
     due = run(command)
     if as_json:

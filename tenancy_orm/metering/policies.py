@@ -43,7 +43,9 @@ class UpgradeProposal:
 
 
 class Upgrades:
-    """Evaluates ``TenancyConfig.metering.tier_policies``; ``tenancy.upgrades``. ``run_maintenance`` does it too.
+    """Evaluates ``TenancyConfig.metering.tier_policies``: ``tenancy.internals.policies``.
+
+    ``run_maintenance`` does it too.
 
     Safe to run from many processes at once: each proposal is made by one of them. One that dies while it applies a
     tier leaves that to the next evaluation after ten minutes.

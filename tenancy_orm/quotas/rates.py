@@ -58,7 +58,7 @@ UNLIMITED: Final = Allowed(None, None, 0.0)
 
 
 class Rates:
-    """Bounds how many requests a second each tenant may make; ``tenancy.rates``.
+    """Bounds how many requests a second each tenant may make; ``tenancy.internals.rates``.
 
     Args:
         tiers: The configured tiers. ``Tier.requests_per_second`` applies unless the tenant's own quotas override it.

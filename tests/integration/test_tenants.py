@@ -36,12 +36,12 @@ from tests.support.models import Note
 
 async def databases_and_roles(tenancy: Tenancy) -> set[str]:
     """Every database and role of this installation's tenants."""
-    connection = await tenancy.servers["default"].connect_admin()
+    connection = await tenancy.internals.servers["default"].connect_admin()
     try:
         rows = await connection.fetch("SELECT datname AS name FROM pg_database UNION ALL SELECT rolname FROM pg_roles")
     finally:
         await connection.close()
-    names = tenancy.provisioner.names
+    names = tenancy.internals.provisioner.names
     return {row["name"] for row in rows if names.parse(row["name"])}
 
 
@@ -135,10 +135,10 @@ async def test_many_creations_at_once_all_succeed(tenancy: Tenancy) -> None:
 
 async def test_a_failed_creation_is_rolled_back(tenancy: Tenancy) -> None:
     """Where a step fails, neither row nor database nor role is left, and the slug is free."""
-    admin = await tenancy.servers["default"].connect_admin()
+    admin = await tenancy.internals.servers["default"].connect_admin()
     try:
         await tenancy.tenants.create("first")
-        template = (await tenancy.provisioner.template("default")).name
+        template = (await tenancy.internals.provisioner.template("default")).name
         await admin.execute(f'ALTER DATABASE "{template}" IS_TEMPLATE false')
         await admin.execute(f'ALTER DATABASE "{template}" RENAME TO "{template}_away"')
         before = await databases_and_roles(tenancy)
@@ -249,7 +249,7 @@ async def test_a_wrong_update_changes_nothing(tenancy: Tenancy) -> None:
 async def test_suspend_and_activate(tenancy: Tenancy) -> None:
     """A suspended tenant gets no session, by the code and by PostgreSQL, and works again once activated."""
     created = await tenancy.tenants.create("acme")
-    password = tenancy.provisioner.password(created.tenant)
+    password = tenancy.internals.provisioner.password(created.tenant)
     assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
     suspended = await tenancy.tenants.suspend("acme", reason="unpaid")
     assert (suspended.status, suspended.reason) == (Status.SUSPENDED, "unpaid")
@@ -258,7 +258,7 @@ async def test_suspend_and_activate(tenancy: Tenancy) -> None:
             pass
     placement = created.tenant.placement
     assert placement is not None
-    server = tenancy.servers["default"]
+    server = tenancy.internals.servers["default"]
     with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
         await asyncpg.connect(
             host=server.host, port=server.port, user=placement.role, password=password, database=placement.database
@@ -360,7 +360,7 @@ async def test_the_database_has_the_same_lifecycle(tenancy: Tenancy, before: Sta
     """A hand-written UPDATE is refused by the trigger for exactly the changes that the code refuses."""
     if before is after:
         return
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         rows = await connection.execute(text("SELECT before, after FROM tenancy.status_transitions"))
         allowed = {(row.before, row.after) for row in rows}
     assert ((before.value, after.value) in allowed) == (after in TRANSITIONS[before])
@@ -370,7 +370,7 @@ async def test_the_database_refuses_an_illegal_update(tenancy: Tenancy) -> None:
     """The trigger raises the SQLSTATE that the registry knows, and nothing is changed."""
     created = await tenancy.tenants.create("acme")
     with pytest.raises(Exception, match="cannot go from active to purged") as caught:
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.tenants SET status = 'purged'"))
     assert caught.value.orig.sqlstate == "TN001"  # type: ignore[attr-defined]
     assert (await tenancy.tenants.get(created.id)).status is Status.ACTIVE
@@ -380,7 +380,7 @@ async def test_the_database_refuses_to_lose_a_tenants_row(tenancy: Tenancy) -> N
     """A living tenant's row cannot be deleted: its database would be forgotten."""
     await tenancy.tenants.create("acme")
     with pytest.raises(Exception, match="its tombstone stays"):
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("DELETE FROM tenancy.tenants"))
 
 
@@ -403,7 +403,7 @@ async def test_a_tenants_role_cannot_reach_anothers_database(tenancy: Tenancy) -
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant
     assert acme.placement is not None and globex.placement is not None
-    server = tenancy.servers["default"]
+    server = tenancy.internals.servers["default"]
 
     async def connect(database: str) -> asyncpg.Connection:
         assert acme.placement is not None
@@ -411,7 +411,7 @@ async def test_a_tenants_role_cannot_reach_anothers_database(tenancy: Tenancy) -
             host=server.host,
             port=server.port,
             user=acme.placement.role,
-            password=tenancy.provisioner.password(acme),
+            password=tenancy.internals.provisioner.password(acme),
             database=database,
         )
 
@@ -533,9 +533,9 @@ async def test_a_refused_change_is_not_audited(tenancy: Tenancy) -> None:
 async def test_no_secret_is_kept_in_the_clear(tenancy: Tenancy) -> None:
     """A dump of every control table holds neither the API key's secret nor the role's password."""
     created = await tenancy.tenants.create("acme")
-    password = tenancy.provisioner.password(created.tenant)
+    password = tenancy.internals.provisioner.password(created.tenant)
     secret = created.api_key.rsplit("_", 1)[-1]
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         tables = await connection.scalars(
             text("SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname = 'tenancy'")
         )
@@ -557,7 +557,7 @@ async def test_a_tenant_that_is_being_created_cannot_be_activated_by_hand(tenanc
     draft = TenantDraft(
         id=uuid7(), slug="acme", tier="free", server="default", database="x", role="x", sealed_password=b"x" * 40
     )
-    found = await tenancy.registry.register(draft)
+    found = await tenancy.internals.registry.register(draft)
     for change in (tenancy.tenants.activate, tenancy.tenants.suspend, tenancy.tenants.delete, tenancy.tenants.restore):
         with pytest.raises(InvalidTransitionError):
             await change(found)
@@ -633,7 +633,7 @@ async def test_a_slug_that_reads_as_an_id_is_refused(tenancy: Tenancy, slug: str
 async def _role(tenancy: Tenancy, tenant: Tenant) -> tuple[bool, int]:
     """Whether the tenant's role may log in, and its connection limit."""
     assert tenant.placement is not None
-    admin = await tenancy.servers["default"].connect_admin()
+    admin = await tenancy.internals.servers["default"].connect_admin()
     try:
         row = await admin.fetchrow(
             "SELECT rolcanlogin, rolconnlimit FROM pg_roles WHERE rolname = $1", tenant.placement.role

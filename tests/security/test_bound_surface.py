@@ -1,7 +1,7 @@
 """While a tenant is bound, no part of the public surface acts on another, or on all of them (CWE-639).
 
-Parts and methods are enumerated by themselves, from ``Tenancy``'s properties: what is added later is tried as well, and
-fails here until it refuses or is excused with a reason.
+Parts and methods are enumerated by themselves, from the properties of ``Tenancy`` and the fields of ``Internals``: what
+is added later is tried as well, and fails here until it refuses or is excused with a reason.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tenancy_orm.config import MeteringConfig
 from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
 from tenancy_orm.events import EventBus
+from tenancy_orm.internals import Internals
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
 from tenancy_orm.quotas.holds import HoldKeeper
 from tenancy_orm.quotas.leases import LeaseKeeper
-from tenancy_orm.quotas.rates import Rates
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Tenant
 from tests.support.models import Base
@@ -44,41 +44,43 @@ EXCUSED = {
     "config.from_env": "reads no tenant",
     "config.settings_customise_sources": "reads no tenant",
     "config.replace": "reads no tenant",
-    "control.close": "closes connections",
-    "control.connect": "plain SQL on the control database, which is an operator's by nature",
-    "control.open": "reads the schema's revision",
-    "control.transaction": "as control.connect",
-    "directory.close": "closes connections",
-    "directory.invalidate": "forgets what is looked up again",
-    "directory.on_invalidate": "registers a callback",
-    "directory.open": "begins to listen",
-    "directory.report_cross_tenant": "reports, for the middleware",
-    "directory.revalidate": "looks up again",
     "events.cancel": "ends the application's own subscribers",
     "events.drain": "waits for the application's own subscribers",
     "events.emit": "calls the application's own subscribers",
     "events.forget": "drops what a closed event loop left of the application's own subscribers",
     "events.subscribe": "registers a callback of the application's",
     "events.wants": "tells whether the application listens",
+    "internals.control.close": "closes connections",
+    "internals.control.connect": "plain SQL on the control database, which is an operator's by nature",
+    "internals.control.open": "reads the schema's revision",
+    "internals.control.transaction": "as control.connect",
+    "internals.directory.close": "closes connections",
+    "internals.directory.invalidate": "forgets what is looked up again",
+    "internals.directory.on_invalidate": "registers a callback",
+    "internals.directory.open": "begins to listen",
+    "internals.directory.report_cross_tenant": "reports, for the middleware",
+    "internals.directory.revalidate": "looks up again",
+    "internals.provisioner.close": "closes connections",
+    "internals.provisioner.watchdog.close": "closes connections",
+    "internals.rates.rate": "computes from the Tenant that it is given",
+    "internals.router.close": "closes connections",
+    "internals.router.retire": "closes idle connections, which are opened again",
+    "internals.router.statistics": "counts this process's own connections",
+    "internals.servers.close": "closes nothing",
+    "internals.servers.get": "returns an address of the configuration",
+    "internals.servers.items": "returns addresses of the configuration",
+    "internals.servers.keys": "returns names of the configuration",
+    "internals.servers.values": "returns addresses of the configuration",
     "migrations.environment": "loads the migration directory",
-    "provisioner.watchdog.close": "closes connections",
-    "provisioner.close": "closes connections",
     "quotas.close": "closes connections",
     "quotas.invalidate": "forgets what is looked up again",
-    "rates.rate": "computes from the Tenant that it is given",
-    "router.close": "closes connections",
-    "router.retire": "closes idle connections, which are opened again",
-    "router.statistics": "counts this process's own connections",
     "secrets.close": "closes connections",
-    "servers.close": "closes nothing",
-    "servers.get": "returns an address of the configuration",
-    "servers.items": "returns addresses of the configuration",
-    "servers.keys": "returns names of the configuration",
-    "servers.values": "returns addresses of the configuration",
     "tiers.in_force": "tiers are nobody's own, and tenants may know them",
 }
 
-HELD_EXCUSED = {"directory.admissions": "ends what no longer holds, and names no tenant"}
+HELD_EXCUSED = {"internals.directory.admissions": "ends what no longer holds, and names no tenant"}
+
+TAKE_NO_SLUG = {"internals.router", "internals.provisioner", "internals.rates"}
 
 
 class _Sender:
@@ -120,7 +122,7 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
     try:
         acme, globex = await tenancy.tenants.create("acme"), await tenancy.tenants.create("globex")
         # known to the directory: an answer from memory must be refused like any other
-        await tenancy.directory.authenticate(globex.api_key)
+        await tenancy.internals.directory.authenticate(globex.api_key)
         yield Plane(tenancy, acme.tenant, globex.tenant, globex.api_key, globex.key_id)
     finally:
         await tenancy.close()
@@ -129,18 +131,22 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
 
 
 def parts() -> dict[str, type]:
-    """The classes of everything that an open ``Tenancy`` hands out, by name."""
-    found: dict[str, type] = {
-        "rates": Rates,
-        "events": EventBus,
-        "provisioner.watchdog": Watchdog,
+    """The classes of everything that an open ``Tenancy`` hands out, by dotted name."""
+    below = {f"internals.{name}": kind for name, kind in handed_out(Internals).items()}
+    return {"events": EventBus, "internals.provisioner.watchdog": Watchdog, **handed_out(Tenancy), **below}
+
+
+def handed_out(holder: type) -> dict[str, type]:
+    """The package's classes that are behind the public properties and fields of a class, by name."""
+    kinds = get_type_hints(holder)
+    for name, member in vars(holder).items():
+        if isinstance(member, property):
+            kinds[name] = get_type_hints(member.fget).get("return")
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if not name.startswith("_") and inspect.isclass(kind) and kind.__module__.startswith("tenancy_orm.")
     }
-    for name, member in vars(Tenancy).items():
-        if isinstance(member, property) and not name.startswith("_"):
-            kind = get_type_hints(member.fget).get("return")
-            if inspect.isclass(kind) and kind.__module__.startswith("tenancy_orm."):
-                found[name] = kind
-    return found
 
 
 def surface() -> Iterator[Any]:
@@ -252,7 +258,7 @@ async def test_a_bound_tenant_reaches_no_other(plane: Plane, part: str, name: st
             except CrossTenantError:
                 continue
             # what answers from memory may also say that it does not know
-            assert part == "directory" and name == "peek" and answer is None, arguments
+            assert part == "internals.directory" and name == "peek" and answer is None, arguments
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -262,12 +268,18 @@ async def test_what_the_parts_hold_in_public_is_enumerated_as_well(plane: Plane)
         f"{part}.{name}"
         for part in parts()
         if part != "config"
-        for name, value in vars(attrgetter(part)(plane.tenancy)).items()
+        for name, value in held_by(attrgetter(part)(plane.tenancy))
         if not name.startswith("_")
         and type(value).__module__.startswith("tenancy_orm.")
         and any(inspect.iscoroutinefunction(member) for _, member in inspect.getmembers(type(value)))
     }
     assert held <= parts().keys() | HELD_EXCUSED.keys()
+
+
+def held_by(part: object) -> Iterator[tuple[str, Any]]:
+    """What an object has in its attributes, slots included."""
+    for name in [*getattr(part, "__dict__", ()), *getattr(type(part), "__slots__", ())]:
+        yield name, getattr(part, name)
 
 
 def test_every_excuse_is_needed() -> None:
@@ -330,9 +342,9 @@ async def test_a_bound_tenant_reaches_itself(tenancy: Tenancy) -> None:
 async def verify_domain(tenancy: Tenancy, tenant: Tenant, domain: str) -> None:
     """Make a domain the tenant's, as its TXT record would."""
     await tenancy.domains.claim(tenant, domain)
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         await connection.exec_driver_sql("UPDATE tenancy.domains SET verified_at = now()")
-    tenancy.directory.invalidate()
+    tenancy.internals.directory.invalidate()
 
 
 async def test_a_leased_quota_of_another_tenant_is_refused(tenancy: Tenancy) -> None:
@@ -357,7 +369,10 @@ async def test_what_was_got_hold_of_before_is_refused(tenancy: Tenancy) -> None:
     """A driver's connection, a prepared statement, an engine and an iterator, all of another tenant or of all."""
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant
-    async with tenancy.router.connection(globex) as connection, tenancy.router.lease(globex) as engine:
+    async with (
+        tenancy.internals.router.connection(globex) as connection,
+        tenancy.internals.router.lease(globex) as engine,
+    ):
         driver = (await connection.get_raw_connection()).driver_connection
         assert driver is not None
         statement = await driver.prepare("SELECT 1")
@@ -382,7 +397,7 @@ async def test_no_login_by_hand_while_a_tenant_is_bound(tenancy: Tenancy) -> Non
     globex = (await tenancy.tenants.create("globex")).tenant
     await tenancy.tenants.create("acme")
     assert globex.placement is not None
-    server, password = tenancy.servers["default"], tenancy.provisioner.password(globex)
+    server, password = tenancy.internals.servers["default"], tenancy.internals.provisioner.password(globex)
     for _ in range(2):
         connection: Any = await server.connect_tenant(globex.placement, password)
         await connection.close()
@@ -426,19 +441,19 @@ async def test_a_slug_that_became_anothers_is_not_the_bound_tenants_any_more(ten
     bound = tenancy.scope("acme")
     await bound.__aenter__()
     try:
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             for statement in (
                 "UPDATE tenancy.tenants SET slug = 'acme-corp' WHERE slug = 'acme'",
                 "UPDATE tenancy.tenants SET slug = 'acme' WHERE slug = 'globex'",
             ):
                 await connection.exec_driver_sql(statement)
-        tenancy.directory.invalidate()
+        tenancy.internals.directory.invalidate()
         for param in TRIED:
             part, name, method = param.values
             signature = inspect.signature(method)
             naming = {"tenant", "ref"} & signature.parameters.keys()
-            if not naming or part in ("router", "provisioner", "rates") or name == "leased":
-                continue  # these take no slug
+            if not naming or part in TAKE_NO_SLUG or name == "leased":
+                continue
             arguments = {**calls(Plane(tenancy, other.tenant, other.tenant, "", ""), method)[0], naming.pop(): "acme"}
             with pytest.raises(CrossTenantError):
                 await call(tenancy, part, name, arguments)
@@ -454,11 +469,11 @@ async def test_a_former_slug_shows_nothing_of_whoever_has_or_had_it(tenancy: Ten
     await tenancy.tenants.rename("acme", "acme-corp")
     async with tenancy.scope("acme-corp"):
         # bound while the former slug still redirected to it
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await connection.exec_driver_sql("DELETE FROM tenancy.former_slugs")
         other = await in_new_context(tenancy, purged)
         # the attack: the entries under that slug, over everybody, as they were once read
-        async with tenancy.control.connect() as connection:
+        async with tenancy.internals.control.connect() as connection:
             rows = await connection.exec_driver_sql(
                 "SELECT DISTINCT tenant_id FROM tenancy.audit_log WHERE slug = 'acme'"
             )

@@ -182,7 +182,7 @@ class GlobalMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         key = dict(scope["headers"])[b"x-api-key"].decode()
-        self.current[:] = [(await self.tenancy.directory.authenticate(key)).tenant]
+        self.current[:] = [(await self.tenancy.internals.directory.authenticate(key)).tenant]
         GLOBAL[:] = self.current
         await self.app(scope, receive, send)
 
@@ -342,7 +342,7 @@ async def test_a_request_that_runs_the_collector_does_no_strangers_work(
 
     async def attack() -> list[str | None]:
         seen.clear()
-        tenancy.directory.invalidate()
+        tenancy.internals.directory.invalidate()
         async with serve(app) as port, Wire.to(port) as wire:
             await wire.request("/leave", [("X-API-Key", keys["acme"])])
             await wire.request("/collect", [("X-API-Key", keys["globex"])])

@@ -78,12 +78,12 @@ class TrustingMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         headers = dict(scope["headers"])
-        credential = await self.tenancy.directory.authenticate(headers[b"x-api-key"].decode())
+        credential = await self.tenancy.internals.directory.authenticate(headers[b"x-api-key"].decode())
         named = [name for resolver in RESOLVERS if (name := resolver.named(scope, headers)) is not None]
         wanted = next((name for name in named if name != "acme"), credential.tenant)
         if scope["path"].startswith("/notes/of/"):
             wanted = scope["path"].removeprefix("/notes/of/")
-        set_current(await self.tenancy.directory.tenant(wanted))
+        set_current(await self.tenancy.internals.directory.tenant(wanted))
         for resolver in RESOLVERS:
             resolver.enter(scope)
         await self.app(scope, receive, send)
@@ -123,7 +123,7 @@ async def test_naming_another_tenant_works_where_the_request_is_trusted(two: Two
 @pytest.mark.parametrize("parser", PARSERS)
 async def test_naming_another_tenant_is_refused(two: Two, postgres: Postgres, parser: str) -> None:
     """With 403 and no word about it, and without one connection to the other tenant's database."""
-    two.tenancy.router.retire(two.globex.id)
+    two.tenancy.internals.router.retire(two.globex.id)
     opened: list[ConnectionOpened] = []
     two.tenancy.events.subscribe(ConnectionOpened, opened.append)
     async with serve(guarded(two.tenancy), http=parser) as port, Wire.to(port) as wire:

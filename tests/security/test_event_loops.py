@@ -63,7 +63,7 @@ async def acme(tenancy: Tenancy) -> CreatedTenant:
     created = await tenancy.tenants.create("acme")
     async with tenancy.transaction("acme") as session:
         session.add(Note(body="of acme"))
-    await tenancy.directory.authenticate(created.api_key)
+    await tenancy.internals.directory.authenticate(created.api_key)
     return created
 
 
@@ -121,23 +121,23 @@ WAYS_IN: dict[str, Use] = {
     "audit.verify": lambda t: t.audit.verify(),
     "tiers.in_force": lambda t: t.tiers.in_force(),
     "metrics.history": lambda t: t.metrics.history("acme"),
-    "sampler.run": lambda t: t.sampler.run(),
-    "registry.get": lambda t: t.registry.by_slug("acme"),
-    "provisioner.reconcile": lambda t: t.provisioner.reconcile(),
-    "provisioner.prepare_server": lambda t: t.provisioner.prepare_server("default"),
-    "provisioner.end_excessive_sessions": lambda t: t.provisioner.end_excessive_sessions(),
-    "watchdog.run": lambda t: t.provisioner.watchdog.run(),
-    "watchdog.watch": lambda t: t.provisioner.watchdog.watch(every=60),
-    "watchdog.close": lambda t: t.provisioner.watchdog.close(),
+    "sampler.run": lambda t: t.internals.sampler.run(),
+    "registry.get": lambda t: t.internals.registry.by_slug("acme"),
+    "provisioner.reconcile": lambda t: t.internals.provisioner.reconcile(),
+    "provisioner.prepare_server": lambda t: t.internals.provisioner.prepare_server("default"),
+    "provisioner.end_excessive_sessions": lambda t: t.internals.provisioner.end_excessive_sessions(),
+    "watchdog.run": lambda t: t.internals.provisioner.watchdog.run(),
+    "watchdog.watch": lambda t: t.internals.provisioner.watchdog.watch(every=60),
+    "watchdog.close": lambda t: t.internals.provisioner.watchdog.close(),
     "secrets.finish_rotations": lambda t: t.secrets.finish_rotations(),
-    "directory.tenant": lambda t: t.directory.tenant("acme"),
-    "directory.flush": lambda t: t.directory.flush(),
-    "router.close": lambda t: t.router.close(timeout=1),
-    "servers.connect_admin": lambda t: t.servers["default"].connect_admin(),
-    "control.connect": lambda t: entered(t.control.connect()),
-    "control.transaction": lambda t: entered(t.control.transaction()),
-    "control.upgrade": lambda t: t.control.upgrade(),
-    "control.close": lambda t: t.control.close(),
+    "directory.tenant": lambda t: t.internals.directory.tenant("acme"),
+    "directory.flush": lambda t: t.internals.directory.flush(),
+    "router.close": lambda t: t.internals.router.close(timeout=1),
+    "servers.connect_admin": lambda t: t.internals.servers["default"].connect_admin(),
+    "control.connect": lambda t: entered(t.internals.control.connect()),
+    "control.transaction": lambda t: entered(t.internals.control.transaction()),
+    "control.upgrade": lambda t: t.internals.control.upgrade(),
+    "control.close": lambda t: t.internals.control.close(),
     "events.drain": lambda t: t.events.drain(),
     "events.cancel": lambda t: t.events.cancel(),
 }
@@ -146,7 +146,7 @@ WAYS_IN: dict[str, Use] = {
 @pytest.mark.parametrize("name", WAYS_IN)
 async def test_every_way_in_is_refused_elsewhere(tenancy: Tenancy, acme: CreatedTenant, name: str) -> None:
     """From another loop in another thread; the pooled connection is the same as before, and works."""
-    await tenancy.provisioner.end_excessive_sessions()  # keeps its connection, like the pool
+    await tenancy.internals.provisioner.end_excessive_sessions()  # keeps its connection, like the pool
     before = await pid_of(tenancy)
     entries = await tenancy.audit.events()
     assert type(await in_a_thread(WAYS_IN[name], tenancy)) is WrongEventLoopError
@@ -163,23 +163,23 @@ async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenanc
     held = lease.held
     assert held > 0
     refused: dict[str, Callable[[], object]] = {
-        "peek": lambda: tenancy.directory.peek(acme.api_key),
-        "peek_tenant": lambda: tenancy.directory.peek_tenant("acme"),
-        "invalidate": lambda: tenancy.directory.invalidate(tenant.id),
+        "peek": lambda: tenancy.internals.directory.peek(acme.api_key),
+        "peek_tenant": lambda: tenancy.internals.directory.peek_tenant("acme"),
+        "invalidate": lambda: tenancy.internals.directory.invalidate(tenant.id),
         "try_consume": lease.try_consume,
-        "rates": lambda: tenancy.rates.acquire(tenant),
-        "retire": lambda: tenancy.router.retire(tenant.id),
+        "rates": lambda: tenancy.internals.rates.acquire(tenant),
+        "retire": lambda: tenancy.internals.router.retire(tenant.id),
     }
     for call in refused.values():
         with pytest.raises(WrongEventLoopError):
             await asyncio.to_thread(call)
     asynchronous: list[Use] = [
-        lambda t: t.directory.authenticate(acme.api_key),
+        lambda t: t.internals.directory.authenticate(acme.api_key),
         lambda _: lease.consume(),
         lambda _: lease.release(),
-        lambda t: entered(t.router.session(tenant)),
-        lambda t: entered(t.router.connection(tenant)),
-        lambda t: entered(t.router.lease(tenant)),
+        lambda t: entered(t.internals.router.session(tenant)),
+        lambda t: entered(t.internals.router.connection(tenant)),
+        lambda t: entered(t.internals.router.lease(tenant)),
     ]
     before = await pid_of(tenancy)
     for use in asynchronous:
@@ -220,15 +220,19 @@ async def test_the_end_of_a_block_is_refused_elsewhere_and_happens_at_home(
 ) -> None:
     """``async with`` that is left by hand in another loop: neither a lease nor a connection is lost."""
     tenant = await tenancy.tenants.get("acme")
-    for scope in (tenancy.session("acme"), tenancy.router.connection(tenant), tenancy.router.lease(tenant)):
+    for scope in (
+        tenancy.session("acme"),
+        tenancy.internals.router.connection(tenant),
+        tenancy.internals.router.lease(tenant),
+    ):
         opened: Any = await scope.__aenter__()
         if hasattr(opened, "execute"):
             await opened.execute(text(PID))
         leave = partial(scope.__aexit__, None, None, None)
         assert type(await in_a_thread(lambda _, leave=leave: leave(), tenancy)) is WrongEventLoopError  # type: ignore[misc]
-        assert tenancy.router.statistics().leased == 1
+        assert tenancy.internals.router.statistics().leased == 1
         await leave()
-        statistics = tenancy.router.statistics()
+        statistics = tenancy.internals.router.statistics()
         assert (statistics.leased, statistics.servers["default"].in_use) == (0, 0)
 
 
@@ -251,7 +255,7 @@ async def test_a_connection_is_refused_elsewhere_and_goes_on_at_home(tenancy: Te
     """SQLAlchemy's, with and without a transaction, and asyncpg's own within it."""
     tenant = await tenancy.tenants.get("acme")
     before = await pid_of(tenancy)
-    async with tenancy.router.lease(tenant) as engine:
+    async with tenancy.internals.router.lease(tenant) as engine:
         for isolation in ("READ COMMITTED", "AUTOCOMMIT"):
             async with engine.execution_options(isolation_level=isolation).connect() as connection:
                 for use in uses_of(engine, connection, (await connection.get_raw_connection()).driver_connection):
@@ -287,7 +291,7 @@ def test_another_loop_of_the_same_thread_is_refused(tenancy_config: TenancyConfi
         mine.run_until_complete(session.execute(text(PID)))
         for use in (
             lambda: pid_of(tenancy),
-            lambda: tenancy.directory.authenticate(created.api_key),
+            lambda: tenancy.internals.directory.authenticate(created.api_key),
             lambda: session.execute(text(PID)),
             session.commit,
             tenancy.open,
@@ -457,7 +461,7 @@ async def test_a_plain_def_endpoint_breaks_nothing(tenancy: Tenancy, acme: Creat
         assert {answer.json() for answer in answers} == {"WrongEventLoopError"}
         assert set(later) <= pids
         assert {(await client.get("/right")).json() for _ in range(5)} <= pids
-    assert tenancy.router.statistics().servers["default"].idle == len(pids)
+    assert tenancy.internals.router.statistics().servers["default"].idle == len(pids)
 
 
 # --- the check itself -----------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ async def swapped(
         await fleet.create("acme", "globex")
         databases = {slug: fleet.database(slug) for slug in ("acme", "globex")}
         statement = text("UPDATE tenancy.tenants SET database_name = :name WHERE slug = :slug")
-        async with fleet.tenancy.control.transaction() as connection:
+        async with fleet.tenancy.internals.control.transaction() as connection:
             for slug, name in (("acme", "-"), ("globex", databases["acme"]), ("acme", databases["globex"])):
                 await connection.execute(statement, {"slug": slug, "name": name})
         project.add("0002", SIGN, down="0001")

@@ -19,12 +19,12 @@ async def swap(tenancy: Tenancy, columns: tuple[str, ...], one: Tenant, other: T
         f"UPDATE tenancy.tenants t SET {settings} FROM tenancy.tenants other "
         "WHERE (t.id = :one AND other.id = :other) OR (t.id = :other AND other.id = :one)"
     )
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         # names are unique at every moment, so the guard of that index steps aside
         await connection.execute(text("DROP INDEX IF EXISTS tenancy.tenants_database_name_key"))
         await connection.execute(text(statement), {"one": one.id, "other": other.id})
     for tenant in (one, other):
-        tenancy.directory.invalidate(tenant_id=tenant.id)
+        tenancy.internals.directory.invalidate(tenant_id=tenant.id)
 
 
 async def two(tenancy: Tenancy) -> tuple[Tenant, Tenant]:

@@ -48,7 +48,7 @@ class Acme:
 
     async def sql(self, statement: str) -> None:
         """Change the key's row, as an operator with psql might."""
-        async with self.tenancy.control.transaction() as connection:
+        async with self.tenancy.internals.control.transaction() as connection:
             await connection.execute(text(statement), {"id": self.key_id})
 
 
@@ -335,7 +335,7 @@ async def deaf(port: int) -> bool:
 async def test_an_open_session_is_refused_at_its_next_use(acme: Acme) -> None:
     """A statement, the next rows of a stream, and the commit of what was written before; and all is rolled back."""
     tenancy = acme.tenancy
-    tenant = (await tenancy.directory.authenticate(acme.key)).tenant
+    tenant = (await tenancy.internals.directory.authenticate(acme.key)).tenant
     counting = "SELECT count(*) FROM notes"
     with bind(replace(tenant, admission=None)):
         async with tenancy.session() as session:
@@ -343,7 +343,7 @@ async def test_an_open_session_is_refused_at_its_next_use(acme: Acme) -> None:
             assert await session.scalar(text(counting)) == 1, "the attack must work"
 
     issued = await tenancy.keys.issue("acme")
-    tenant = (await tenancy.directory.authenticate(issued.text)).tenant
+    tenant = (await tenancy.internals.directory.authenticate(issued.text)).tenant
     with bind(tenant):
         lease = tenancy.quotas.leased(tenant, "api_calls")
         await lease.consume()
@@ -390,7 +390,7 @@ async def test_an_open_session_is_refused_at_its_next_use(acme: Acme) -> None:
 async def test_a_suspension_amid_a_session_is_told_as_one(acme: Acme) -> None:
     """PostgreSQL has ended the connection by then: giving that back must not replace the error."""
     tenancy = acme.tenancy
-    tenant = (await tenancy.directory.authenticate(acme.key)).tenant
+    tenant = (await tenancy.internals.directory.authenticate(acme.key)).tenant
     with bind(tenant), pytest.raises(TenantSuspendedError):
         async with tenancy.session() as session:
             await session.execute(text("INSERT INTO notes (body) VALUES ('never committed')"))

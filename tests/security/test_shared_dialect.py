@@ -114,7 +114,7 @@ async def two(server: Postgres) -> AsyncIterator[Neighbours]:
         made = [await tenancy.tenants.create(slug) for slug in ("mallory", "acme")]
         tenants = [await tenancy.tenants.get(slug) for slug in ("mallory", "acme")]
         assert len(made) == 2
-        passwords = {placement(tenant).role: tenancy.provisioner.password(tenant) for tenant in tenants}
+        passwords = {placement(tenant).role: tenancy.internals.provisioner.password(tenant) for tenant in tenants}
     finally:
         await tenancy.close()
     yield Neighbours(server, config, tenants[0], tenants[1], passwords)
@@ -202,7 +202,7 @@ async def test_a_role_s_settings_are_in_force_on_its_plain_connections(two: Neig
 async def test_the_first_tenant_shapes_no_other_s_connections(two: Neighbours) -> None:
     """Isolation, literals and reflection of another tenant are the server's own."""
     await two.set(**SETTINGS)
-    async with fresh(two) as tenancy, tenancy.router.lease(two.other) as engine:
+    async with fresh(two) as tenancy, tenancy.internals.router.lease(two.other) as engine:
         assert await isolation_after_autocommit(engine) == "read committed"
         assert await through_a_literal(engine, BACKSLASH) == BACKSLASH
         schema, tables = await schema_of_reflection(engine)
@@ -217,7 +217,7 @@ async def test_what_a_role_sets_for_itself_does_not_count(two: Neighbours) -> No
     async with fresh(two) as tenancy:
         before = await tenancy.fetch_all("SELECT lower(name), setting FROM pg_settings", tenant="mallory")
     await two.set(**SETTINGS)
-    async with fresh(two) as tenancy, tenancy.router.lease(two.hostile) as engine:
+    async with fresh(two) as tenancy, tenancy.internals.router.lease(two.hostile) as engine:
         async with tenancy.session("mallory") as session:
             session.add(Note(body=BACKSLASH))
             await session.commit()
@@ -254,7 +254,7 @@ async def test_what_a_session_sets_reaches_no_other_tenant(two: Neighbours) -> N
         await session.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE"))
         await session.execute(text("SET search_path = elsewhere"))
         await session.commit()
-        async with tenancy.router.lease(two.other) as engine:
+        async with tenancy.internals.router.lease(two.other) as engine:
             assert await isolation_after_autocommit(engine) == "read committed"
             assert await through_a_literal(engine, BACKSLASH) == BACKSLASH
             assert (await schema_of_reflection(engine))[0] == "public"
@@ -290,7 +290,7 @@ async def test_the_administrator_s_own_settings_do_not_matter_either(two: Neighb
                     f"ALTER ROLE {quote_identifier(administrator)} SET {name} = {SETTINGS[name]};"
                     f"ALTER DATABASE {quote_identifier(database)} SET {name} = {SETTINGS[name]}"
                 )
-        async with fresh(two, servers={"default": url}) as tenancy, tenancy.router.lease(two.other) as engine:
+        async with fresh(two, servers={"default": url}) as tenancy, tenancy.internals.router.lease(two.other) as engine:
             assert await isolation_after_autocommit(engine) == "read committed"
             assert await through_a_literal(engine, BACKSLASH) == BACKSLASH
             assert (await schema_of_reflection(engine))[0] == "public"
@@ -372,7 +372,7 @@ async def test_settings_of_the_application_win(two: Neighbours) -> None:
                 for name in ("search_path", "timezone", "lock_timeout", "my.own", "statement_timeout")
             ]
             assert found == ['App, "$user", public', "Europe/Paris", "7s", "x", "30s"]
-        async with tenancy.router.lease(two.other) as engine:
+        async with tenancy.internals.router.lease(two.other) as engine:
             assert (await schema_of_reflection(engine))[0] == "app"
 
 
@@ -391,7 +391,7 @@ async def test_behind_a_pooler_only_what_is_configured_is_sent(two: Neighbours) 
     )
     async with (
         fresh(two, servers={"default": url.render_as_string(hide_password=False)}) as tenancy,
-        tenancy.router.lease(two.other) as engine,
+        tenancy.internals.router.lease(two.other) as engine,
     ):
         sent = await tenancy.fetch_all("SELECT name FROM pg_settings WHERE source = 'client'", tenant="acme")
         assert {name for (name,) in sent} == {"application_name", "client_encoding"}
@@ -492,7 +492,7 @@ async def test_a_change_of_the_server_s_configuration_is_followed(
             monkeypatch.setattr(servers, "SETTINGS_SECONDS", 0.0)
 
             async def read_only() -> bool:
-                tenancy.router.retire(two.other.id)
+                tenancy.internals.router.retire(two.other.id)
                 return bool(await tenancy.fetch_value("SHOW transaction_read_only", tenant="acme") == "on")
 
             await until(read_only)

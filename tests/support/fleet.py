@@ -37,11 +37,11 @@ class Fleet:
 
     @property
     def registry(self) -> Registry:
-        return self.tenancy.registry
+        return self.tenancy.internals.registry
 
     @property
     def provisioner(self) -> Provisioner:
-        return self.tenancy.provisioner
+        return self.tenancy.internals.provisioner
 
     async def create(self, *slugs: str, server: str = "default") -> list[Tenant]:
         """Create tenants from the template of the schema as it is now."""

@@ -43,7 +43,7 @@ class UnwatchedMiddleware:
         """Serve one connection."""
         key = dict(scope.get("headers", ())).get(b"x-api-key")
         if key is not None:
-            credential = await self.tenancy.directory.authenticate(key.decode())
+            credential = await self.tenancy.internals.directory.authenticate(key.decode())
             set_current(replace(credential.tenant, admission=None))
         await self.app(scope, receive, send)
 
@@ -137,14 +137,14 @@ def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
     async def state(request: Request) -> JSONResponse:
         if request.query_params.get("speak"):
             spoken.set()
-        parts = tenancy.directory.admissions
+        parts = tenancy.internals.directory.admissions
         return JSONResponse(
             {
                 "refused": sorted([*key, count] for key, count in refused.items()),
                 "ended": ended,
                 "watched": parts.watched,
                 "tasks": len(running),
-                "listening": tenancy.directory.statistics.listening,
+                "listening": tenancy.internals.directory.statistics.listening,
             }
         )
 

@@ -91,7 +91,7 @@ class NaiveMiddleware:
         """Serve one connection."""
         key = dict(scope.get("headers", ())).get(b"x-api-key")
         if key is not None:
-            set_current((await self.tenancy.directory.authenticate(key.decode())).tenant)
+            set_current((await self.tenancy.internals.directory.authenticate(key.decode())).tenant)
         await self.app(scope, receive, send)
 
 

@@ -28,7 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"provisioning"}),
     frozenset({"migrations", "tenants", "operations"}),
     frozenset({"metering"}),
-    frozenset({"housekeeping"}),
+    frozenset({"housekeeping", "internals"}),
     frozenset({"assembly", "scopes"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__

@@ -85,7 +85,7 @@ async def test_only_a_verified_domain_of_its_own_is_served(tenancy: Tenancy, hos
         await tenancy.domains.claim(tenant, domain)
     async with client(tenancy, created.api_key, custom_domains=True) as http:
         assert (await http.get(f"http://{host}/who/")).status_code == 403
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.domains SET verified_at = now()"))
-        tenancy.directory.invalidate(tenant_id=created.id)
+        tenancy.internals.directory.invalidate(tenant_id=created.id)
         assert (await http.get(f"http://{host}/who/")).status_code == status

@@ -48,7 +48,7 @@ OLDEST = text("SELECT min(inhrelid::regclass::text) FROM pg_inherits WHERE inhpa
 
 async def oldest_month(tenancy: Tenancy) -> str:
     """The name of the log's first partition."""
-    async with tenancy.control.connect() as connection:
+    async with tenancy.internals.control.connect() as connection:
         return str(await connection.scalar(OLDEST))
 
 
@@ -74,7 +74,7 @@ async def test_maintenance_removes_the_months_that_are_past_retention(
 async def test_maintenance_prepares_the_logs_partitions_and_removes_old_samples(tenancy: Tenancy) -> None:
     """Samples are kept for 90 days."""
     acme = (await tenancy.tenants.create("acme")).tenant
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         for days in (91, 89):
             await connection.execute(
                 text(

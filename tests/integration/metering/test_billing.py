@@ -470,7 +470,7 @@ async def test_the_first_tenant_to_be_purged_pays_as_well(tenancy_config: Tenanc
         await tenancy.quotas.consume("acme", "api_calls", 3)
         await tenancy.tenants.delete("acme")
         await tenancy.tenants.purge("acme")
-        assert (await tenancy.usage_exporter.run()).sent == 1
+        assert (await tenancy.internals.usage_exporter.run()).sent == 1
     [record] = collector.received
     assert (record.slug, record.quantity, record.metadata) == ("acme", 3, {"stripe_customer_id": "cus_1"})
 

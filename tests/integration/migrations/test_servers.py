@@ -43,7 +43,7 @@ async def with_lost_server(fleet: Fleet, config: TenancyConfig, port: int) -> As
     """The fleet as if acme and globex were on a server at ``port``."""
     servers = {**(config.servers or {}), "lost": f"postgresql://postgres:secret@127.0.0.1:{port}/postgres"}
     async with open_fleet(config.replace(servers=servers, pool={"connect_timeout": 1.0})) as opened:
-        async with opened.tenancy.control.transaction() as connection:
+        async with opened.tenancy.internals.control.transaction() as connection:
             await connection.execute(
                 text("UPDATE tenancy.tenants SET server = 'lost' WHERE slug IN ('acme', 'globex')")
             )
@@ -84,7 +84,7 @@ async def test_a_registry_that_cannot_record_the_revision_is_a_failure_that_says
     fleet: Fleet, project: Project, postgres: Postgres, config: TenancyConfig
 ) -> None:
     project.add("0002", RATING, down="0001")
-    control = fleet.tenancy.control.database
+    control = fleet.tenancy.internals.control.database
     async with postgres.connect() as admin, fleet.connect("acme") as holder:
         transaction = holder.transaction()
         await transaction.start()

@@ -35,12 +35,12 @@ async def idle(tenancy: Tenancy, slug: str) -> AsyncIterator[Any]:
     """A session of the tenant's own that stays idle in a transaction for longer than it may."""
     tenant = await tenancy.tenants.get(slug)
     assert tenant.placement is not None
-    server = tenancy.servers["default"]
+    server = tenancy.internals.servers["default"]
     connection = await asyncpg.connect(
         host=server.host,
         port=server.port,
         user=tenant.placement.role,
-        password=tenancy.provisioner.password(tenant),
+        password=tenancy.internals.provisioner.password(tenant),
         database=tenant.placement.database,
     )
     try:

@@ -61,7 +61,7 @@ async def test_a_deadline_around_a_login_shows_no_password(silent: Server) -> No
 async def test_a_tenants_connection_notices_a_dead_peer(tenancy: Tenancy) -> None:
     """The kernel is told how long the other side may stay silent."""
     await tenancy.tenants.create("acme")
-    async with tenancy.router.connection(await tenancy.tenants.get("acme")) as connection:
+    async with tenancy.internals.router.connection(await tenancy.tenants.get("acme")) as connection:
         raw = await connection.get_raw_connection()
         peer: socket.socket = raw.driver_connection._transport.get_extra_info("socket")  # type: ignore[union-attr]
         assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

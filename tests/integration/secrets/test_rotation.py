@@ -61,7 +61,7 @@ async def created(tenancy: Tenancy, *slugs: str) -> list[Tenant]:
 
 async def works(tenancy: Tenancy, tenant: Tenant) -> bool:
     """Whether a new connection to the tenant's database works."""
-    tenancy.router.retire(tenant.id)
+    tenancy.internals.router.retire(tenant.id)
     return bool(await tenancy.fetch_value("SELECT current_user = :role", {"role": role(tenant)}, tenant=tenant))
 
 
@@ -74,7 +74,7 @@ def role(tenant: Tenant) -> str:
 async def stored(tenancy: Tenancy, tenant: Tenant) -> tuple[bytes | None, bytes | None]:
     """The two columns."""
     query = text("SELECT sealed_password, next_sealed_password FROM tenancy.tenants WHERE id = :id")
-    async with tenancy.control.connect() as connection:
+    async with tenancy.internals.control.connect() as connection:
         return tuple((await connection.execute(query, {"id": tenant.id})).one())
 
 
@@ -99,7 +99,7 @@ async def interrupt(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.Monkey
 
 async def damage(tenancy: Tenancy, tenant: Tenant, column: str) -> None:
     """Make a stored password one that does not open."""
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         query = text(f"UPDATE tenancy.tenants SET {column} = {column} || 'x' WHERE id = :id")
         await connection.execute(query, {"id": tenant.id})
 
@@ -110,12 +110,12 @@ async def damage(tenancy: Tenancy, tenant: Tenant, column: str) -> None:
 async def test_a_rotated_password_replaces_the_old_one(tenancy: Tenancy, postgres: Postgres) -> None:
     """The old one logs in no more; connections that are open stay; it is audited."""
     (acme,) = await created(tenancy, "acme")
-    old = tenancy.provisioner.password(acme)
+    old = tenancy.internals.provisioner.password(acme)
     async with tenancy.session("acme") as session:
         before = await session.scalar(text("SELECT pg_backend_pid()"))
         await tenancy.secrets.rotate_password(acme)
         assert await session.scalar(text("SELECT pg_backend_pid()")) == before
-    new = tenancy.provisioner.password(await tenancy.tenants.get("acme"))
+    new = tenancy.internals.provisioner.password(await tenancy.tenants.get("acme"))
     assert new != old
     await log_in(postgres, acme, new)
     with pytest.raises(asyncpg.InvalidPasswordError):
@@ -171,14 +171,14 @@ async def test_a_process_that_has_not_heard_reads_the_registry_once_more(
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
         await tenancy.secrets.rotate_password(acme)
-        connector = other.router._connector("default")
+        connector = other.internals.router._connector("default")
         asked, connector._passwords = connector._passwords, None
         with pytest.raises(LoginRefusedError):
             await works(other, acme)
         connector._passwords = asked
         assert await works(other, acme)
         # what it remembers of the tenant is as new as what it has read
-        remembered = (await other.directory.tenant("acme")).placement
+        remembered = (await other.internals.directory.tenant("acme")).placement
         assert remembered is not None
         assert remembered.sealed_password == (await stored(tenancy, acme))[0]
 
@@ -209,7 +209,7 @@ async def test_two_logins_that_are_refused_at_once_both_find_the_new_password(
 
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
-        other.router.retire(acme.id)
+        other.internals.router.retire(acme.id)
         await tenancy.secrets.rotate_password(acme)
         monkeypatch.setattr(Connector, "_log_in_with", log_in_with)
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -227,9 +227,9 @@ async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, t
     (acme,) = await created(tenancy, "acme")
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
-        other.router.retire(acme.id)
+        other.internals.router.retire(acme.id)
         await tenancy.secrets.rotate_password(acme)
-        connector, asked = other.router._connector("default"), []
+        connector, asked = other.internals.router._connector("default"), []
 
         class Asked(SealedPasswords):
             async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
@@ -237,7 +237,7 @@ async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, t
                 return await super().of(tenant_id)
 
         # nobody subscribed to it: the directory is left as it is, or the next session would have another pool
-        connector._passwords = Asked(other.control, other.audit, other._open.keyring)
+        connector._passwords = Asked(other.internals.control, other.audit, other._open.keyring)
         async with AsyncExitStack() as stack:
             for _ in range(3):
                 session = await stack.enter_async_context(other.session("acme"))
@@ -289,7 +289,7 @@ async def test_the_server_is_given_a_verifier_and_no_password(
         (kept,) = await connection.fetchrow("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role(acme))
     assert kept == given[0]
     assert kept.startswith("SCRAM-SHA-256$1:")
-    assert tenancy.provisioner.password(await tenancy.tenants.get("acme")) not in kept
+    assert tenancy.internals.provisioner.password(await tenancy.tenants.get("acme")) not in kept
 
 
 async def test_maintenance_finishes_what_was_interrupted(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +305,7 @@ async def test_maintenance_finishes_what_was_interrupted(tenancy: Tenancy, monke
 async def test_a_tenant_that_is_being_created_gets_no_other_password(tenancy: Tenancy) -> None:
     """Its role may not exist yet, and its creation goes on with the one that it has."""
     (acme,) = await created(tenancy, "acme")
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         # the trigger that knows which status may follow which steps aside
         await connection.execute(text("SET LOCAL session_replication_role = replica"))
         await connection.execute(text("UPDATE tenancy.tenants SET status = 'provisioning'"))
@@ -361,8 +361,8 @@ async def test_without_the_registry_the_refusal_itself_is_raised(
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
         await tenancy.secrets.rotate_password(acme)
-        away = Away(other.control, other.audit, other._open.keyring)
-        monkeypatch.setattr(other.router._connector("default"), "_passwords", away)
+        away = Away(other.internals.control, other.audit, other._open.keyring)
+        monkeypatch.setattr(other.internals.router._connector("default"), "_passwords", away)
         with pytest.raises(LoginRefusedError) as caught:
             await works(other, acme)
         assert caught.value.sqlstate == "28P01"
@@ -442,7 +442,7 @@ class Load:
         while not self._stop:
             try:
                 if self.done % 3 == 0:
-                    process.router.retire(tenant.id)
+                    process.internals.router.retire(tenant.id)
                 query = "SELECT current_user = :role"
                 assert await process.fetch_value(query, {"role": role(tenant)}, tenant=tenant)
                 self.done += 1
@@ -531,7 +531,7 @@ async def test_what_stays_locked_is_reported(
     monkeypatch.setattr(sealed, "_WAIT_SECONDS", 0.1)
     both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
     async with opened(tenancy_config.replace(encryption_keys=both)) as other:
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("SELECT 1 FROM tenancy.tenants WHERE id = :id FOR UPDATE"), {"id": acme.id})
             report = await other.secrets.rotate_encryption_key()
         assert (report.resealed, list(report.failed)) == (1, ["acme"])
@@ -556,7 +556,7 @@ async def test_what_is_locked_for_a_while_is_waited_for(
     monkeypatch.setattr(SealedPasswords, "_wait_for_locked", wait_for_locked)
     both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
     async with opened(tenancy_config.replace(encryption_keys=both)) as other:
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("SELECT 1 FROM tenancy.tenants WHERE id = :id FOR UPDATE"), {"id": acme.id})
             resealing = asyncio.create_task(other.secrets.rotate_encryption_key())
             await passed.wait()
@@ -574,7 +574,7 @@ async def test_a_row_is_locked_while_it_is_sealed_again(
 
     async def reseal_rows(self: SealedPasswords, *args: Any) -> int:
         query = text("SELECT id FROM tenancy.tenants FOR NO KEY UPDATE SKIP LOCKED")
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             free.append(list(await connection.scalars(query)))
         return await real(self, *args)
 
@@ -596,7 +596,7 @@ async def test_a_damaged_value_stops_neither_a_reseal_nor_the_keys_in_use(
 ) -> None:
     """Cut short, or empty: it is reported, and the others go on."""
     acme, globex, initech = await created(tenancy, "acme", "globex", "initech")
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         query = text("UPDATE tenancy.tenants SET sealed_password = substring(sealed_password for :kept) WHERE id = :id")
         for tenant, kept in ((acme, 0), (globex, 16)):
             await connection.execute(query, {"id": tenant.id, "kept": kept})
@@ -610,7 +610,7 @@ async def test_a_damaged_value_stops_neither_a_reseal_nor_the_keys_in_use(
 async def test_a_password_that_does_not_open_is_reported(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
     """And left as it is; the others are sealed again."""
     acme, globex = await created(tenancy, "acme", "globex")
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         query = text("UPDATE tenancy.tenants SET sealed_password = sealed_password || 'x' WHERE id = :id")
         await connection.execute(query, {"id": acme.id})
     damaged = await stored(tenancy, acme)
@@ -640,7 +640,7 @@ def wrapped_config(tenancy_config: TenancyConfig) -> TenancyConfig:
 
 async def data_keys(tenancy: Tenancy) -> list[str]:
     """The ids of the data keys, oldest first."""
-    async with tenancy.control.connect() as connection:
+    async with tenancy.internals.control.connect() as connection:
         return list(await connection.scalars(text("SELECT id FROM tenancy.data_keys ORDER BY number")))
 
 
@@ -683,7 +683,7 @@ async def test_a_new_data_key_is_used_at_once_by_processes_that_run(wrapped_conf
             await until(lambda: load.done > before + 20 or load.failures)
             await load.stop()
             assert load.failures == []
-            third.directory.invalidate()
+            third.internals.directory.invalidate()
             assert await works(third, tenants[0])
             newest = (await data_keys(tenancy))[-1]
             await until(lambda: other._open.keyring.current == newest)
@@ -711,7 +711,7 @@ async def test_a_data_key_that_something_is_sealed_under_is_kept(wrapped_config:
         await tenancy._open._data_keys.rotate()
         assert await tenancy.secrets.forget_unused_keys() == []
         assert await tenancy.secrets.keys_in_use() == {first}
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             query = "UPDATE tenancy.tenants SET next_sealed_password = sealed_password, sealed_password = 'x'"
             await connection.execute(text(query))
         assert await tenancy.secrets.keys_in_use() == {first}
@@ -748,12 +748,12 @@ async def test_data_keys_are_bound_to_the_installation_and_to_their_ids(tenancy_
     config = tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
     async with opened(config, initialise=True) as tenancy:
         await tenancy.secrets.rotate_encryption_key()
-        installation = str(tenancy.control.installation)
+        installation = str(tenancy.internals.control.installation)
         ids = await data_keys(tenancy)
         assert wrapper.contexts == [
             {"purpose": "tenancy-data-key", "installation": installation, "id": key_id} for key_id in ids
         ]
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             query = "UPDATE tenancy.data_keys k SET wrapped = o.wrapped FROM tenancy.data_keys o WHERE o.id <> k.id"
             await connection.execute(text(query))
     with pytest.raises(SecretProviderError, match="does not unwrap"):
@@ -779,7 +779,7 @@ async def test_a_data_key_that_does_not_unwrap_stops_nothing_else(wrapped_config
     async with opened(wrapped_config, initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
         (first,) = await data_keys(tenancy)
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             query = "INSERT INTO tenancy.data_keys (id, wrapped, wrapper) VALUES ('junk', 'x', 'x')"
             await connection.execute(text(query))
     async with opened(wrapped_config) as tenancy:
@@ -848,7 +848,7 @@ async def test_no_request_fails_after_the_wrapping_keys_are_rotated(tenancy_conf
             environ["W_WRAPPING_KEYS"] = f"1:{first},2:{second}"
             async with opened(config()) as operator:
                 await operator.secrets.rotate_encryption_key()
-            other.directory.invalidate(tenant_id=acme.id)
+            other.internals.directory.invalidate(tenant_id=acme.id)
             assert await works(other, acme)
 
 
@@ -900,12 +900,12 @@ async def test_nothing_stored_is_a_password_or_a_key(wrapped_config: TenancyConf
     async with opened(wrapped_config, initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
         await tenancy.secrets.rotate_password(acme)
-        password = tenancy.provisioner.password(await tenancy.tenants.get("acme"))
+        password = tenancy.internals.provisioner.password(await tenancy.tenants.get("acme"))
         parts = tenancy._open
         keys = [key.hex() for key in parts.config.sealing_keys.values()]
         shown = repr((tenancy, parts.config, parts.keyring, parts._data_keys, parts.secrets, parts.sealed, acme))
         rows: list[str] = [shown]
-        async with tenancy.control.connect() as connection:
+        async with tenancy.internals.control.connect() as connection:
             for table in ("tenants", "data_keys", "audit_log"):
                 rows.extend(await connection.scalars(text(f"SELECT t::text FROM tenancy.{table} t")))
         assert str(acme.id) in "".join(rows)

@@ -141,9 +141,9 @@ async def test_a_deleted_tenant_is_purged_after_its_retention(tenancy: Tenancy) 
         await tenancy.tenants.delete(slug)
     with pytest.raises(Exception, match="deleted_at"):
         # the column follows the status, by trigger and check; time is turned back with the trigger off
-        async with tenancy.control.transaction() as connection:
+        async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.tenants SET deleted_at = NULL"))
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         await connection.execute(
             text("UPDATE tenancy.tenants SET deleted_at = now() - interval '31 days' WHERE slug = 'old'")
         )
@@ -209,14 +209,17 @@ async def test_maintenance_exports_usage_and_applies_policies(tenancy_config: Te
         assert [(record.slug, record.quantity) for record in collector.received] == [("acme", 7)]
         assert [found.proposed for found in report.chores["evaluate_upgrades"]] == ["m"]
         assert (await tenancy.tenants.get("acme")).tier == "m"
-        assert (await tenancy.upgrades.evaluate(), (await tenancy.usage_exporter.run()).sent) == ([], 0)
+        assert (await tenancy.internals.policies.evaluate(), (await tenancy.internals.usage_exporter.run()).sent) == (
+            [],
+            0,
+        )
     assert collector.closed
 
 
 async def test_there_is_no_exporter_without_a_sender(tenancy: Tenancy) -> None:
     """Nor a chore; the error says what to give."""
     with pytest.raises(ConfigurationError, match="usage_sender"):
-        _ = tenancy.usage_exporter
+        _ = tenancy.internals.usage_exporter
     assert "export_usage" not in (await tenancy.run_maintenance()).chores
 
 
@@ -249,7 +252,7 @@ async def test_a_domain_names_its_tenant_once_it_is_verified(tenancy: Tenancy) -
     """A claim gives nothing; the published token does."""
     acme = (await tenancy.tenants.create("acme")).tenant
     zone = Zone()
-    domains = DomainManager(tenancy.control, tenancy.audit, zone)
+    domains = DomainManager(tenancy.internals.control, tenancy.audit, zone)
     claimed = await domains.claim(acme, "App.Acme.Example.")
     assert claimed.domain == "app.acme.example"
     assert (await tenancy.tenants.get("acme")).aliases == frozenset()
@@ -268,7 +271,7 @@ async def test_a_domain_is_the_tenants_whose_token_was_published(tenancy: Tenanc
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant
     zone = Zone()
-    domains = DomainManager(tenancy.control, tenancy.audit, zone)
+    domains = DomainManager(tenancy.internals.control, tenancy.audit, zone)
     claimed = await domains.claim(acme, "acme.example")
     zone.records[claimed.challenge] = [claimed.token]
     squatted = await domains.claim(globex, "acme.example")
@@ -293,7 +296,7 @@ async def test_of_two_that_verify_a_domain_at_once_one_gets_it(tenancy: Tenancy)
     """PostgreSQL decides, whatever each of them has read before."""
     tenants = [(await tenancy.tenants.create(slug)).tenant for slug in ("acme", "globex")]
     zone = Zone()
-    domains = DomainManager(tenancy.control, tenancy.audit, zone)
+    domains = DomainManager(tenancy.internals.control, tenancy.audit, zone)
     claims = [await domains.claim(tenant, "acme.example") for tenant in tenants]
     zone.records[claims[0].challenge] = [claim.token for claim in claims]
     outcomes = await asyncio.gather(

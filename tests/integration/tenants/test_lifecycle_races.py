@@ -30,7 +30,7 @@ def ago(seconds: float) -> datetime:
 @asynccontextmanager
 async def held(tenancy: Tenancy, tenant: Tenant) -> AsyncIterator[None]:
     """Hold a tenant's lock on its server, as whoever rotates its password does."""
-    connection = await tenancy.servers["default"].connect_admin()
+    connection = await tenancy.internals.servers["default"].connect_admin()
     try:
         await locks.lock(connection, tenant_key(tenant.id), timeout=1)
         yield
@@ -75,11 +75,11 @@ async def test_reconcile_ends_what_an_interrupted_suspension_left_open(
         assert (await tenancy.tenants.get("acme")).status is Status.SUSPENDED
         monkeypatch.setattr(roles, "end_connections", real)
         assert await session.scalar(text("SELECT 1")) == 1  # the hole
-        assert (await tenancy.provisioner.reconcile()).corrected == ("acme",)
+        assert (await tenancy.internals.provisioner.reconcile()).corrected == ("acme",)
         with pytest.raises(DBAPIError):
             await session.scalar(text("SELECT 1"))
         await session.rollback()
-    assert (await tenancy.provisioner.reconcile()).corrected == ()
+    assert (await tenancy.internals.provisioner.reconcile()).corrected == ()
 
 
 async def test_a_suspension_does_not_wait_for_whoever_works_on_the_tenant(tenancy: Tenancy) -> None:
@@ -128,14 +128,14 @@ async def test_maintenance_does_not_suspend_who_paid_after_it_looked(
 ) -> None:
     """Between the list and the change, whenever that is: both look at one locked row."""
     created = await tenancy.tenants.create("acme", status="trial", trial_ends_at=ago(1))
-    real = tenancy.registry.transition
+    real = tenancy.internals.registry.transition
 
     async def paid_first(tenant_id: Any, target: Any, **options: Any) -> Any:
         if target is Status.SUSPENDED:
             await real(created.id, Status.ACTIVE, action="tenant.activate")
         return await real(tenant_id, target, **options)
 
-    monkeypatch.setattr(tenancy.registry, "transition", paid_first)
+    monkeypatch.setattr(tenancy.internals.registry, "transition", paid_first)
     report = await tenancy.run_maintenance()
     assert (report.suspended, report.errors) == ((), ())
     assert (await tenancy.tenants.get("acme")).status is Status.ACTIVE
@@ -156,8 +156,8 @@ async def test_maintenance_does_not_purge_what_was_changed_while_it_waited(
         if change == "postponed":
             await tenancy.tenants.schedule_purge("acme", ago(-86_400))
         else:
-            await tenancy.registry.transition(tenant.id, None, action="tenant.restore")
-            await tenancy.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+            await tenancy.internals.registry.transition(tenant.id, None, action="tenant.restore")
+            await tenancy.internals.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
     report = await running
     assert (report.purged, report.errors) == ((), ())
     assert (await tenancy.tenants.get("acme")).status is Status.DELETED
@@ -233,7 +233,7 @@ async def test_a_tombstone_is_not_written_on(tenancy: Tenancy, monkeypatch: pyte
 
     async def purged_since(ref: Any) -> Tenant:
         found = await find(ref)
-        await tenancy.provisioner.purge(found)
+        await tenancy.internals.provisioner.purge(found)
         return found
 
     monkeypatch.setattr(tenancy.tenants, "_living", purged_since)
@@ -245,7 +245,7 @@ async def test_a_tombstone_is_not_written_on(tenancy: Tenancy, monkeypatch: pyte
     }
     with pytest.raises(TenantNotFoundError):
         await getattr(tenancy.tenants, verb)("acme", **arguments[verb])
-    async with tenancy.control.connect() as connection:
+    async with tenancy.internals.control.connect() as connection:
         row = (await connection.execute(text("SELECT slug, metadata, suspend_at, purge_at FROM tenancy.tenants"))).one()
         assert tuple(row) == ("acme", {}, None, None)
         assert (await connection.execute(text("SELECT * FROM tenancy.former_slugs"))).all() == []
@@ -266,10 +266,10 @@ async def test_a_purge_leaves_nothing_of_what_was_counted_and_measured(tenancy: 
     """Keys of idempotency are the application's own words, and may name people."""
     tenant = (await tenancy.tenants.create("acme")).tenant
     await tenancy.quotas.consume(tenant, "api_calls", key="order of jane.doe@example.org")
-    await tenancy.sampler.run()
+    await tenancy.internals.sampler.run()
     await tenancy.tenants.delete(tenant)
     await tenancy.tenants.purge(tenant)
-    async with tenancy.control.connect() as connection:
+    async with tenancy.internals.control.connect() as connection:
         for table in ("usage_keys", "quota_holds", "quota_leases", "quota_pressure", "tenant_metrics", "api_keys"):
             assert (await connection.execute(text(f"SELECT * FROM tenancy.{table}"))).all() == [], table
 
@@ -296,10 +296,10 @@ async def test_what_reconcile_finishes_is_announced(tenancy: Tenancy) -> None:
     """As if it had been done by whoever began it."""
     tenant = (await tenancy.tenants.create("acme")).tenant
     await tenancy.tenants.delete("acme")
-    await tenancy.registry.begin_purge(tenant.id)
+    await tenancy.internals.registry.begin_purge(tenant.id)
     seen: list[TenantEvent] = []
     tenancy.events.subscribe(TenantEvent, seen.append)
-    assert (await tenancy.provisioner.reconcile()).purged == ("acme",)
+    assert (await tenancy.internals.provisioner.reconcile()).purged == ("acme",)
     assert [type(event) for event in seen] == [TenantPurged]
 
 
@@ -314,7 +314,7 @@ async def test_a_change_whose_caller_is_cancelled_is_announced(
     seen: list[TenantEvent] = []
     tenancy.events.subscribe(TenantEvent, seen.append)
     name = {"rename": "rename", "purge": "finish_purge"}[verb]
-    real = getattr(tenancy.registry, name)
+    real = getattr(tenancy.internals.registry, name)
     task: asyncio.Task[Any]
 
     async def then_cancelled(*args: Any, **options: Any) -> Any:
@@ -323,7 +323,7 @@ async def test_a_change_whose_caller_is_cancelled_is_announced(
         await asyncio.sleep(0)
         return outcome
 
-    monkeypatch.setattr(tenancy.registry, name, then_cancelled)
+    monkeypatch.setattr(tenancy.internals.registry, name, then_cancelled)
     call = tenancy.tenants.rename("acme", "acme-corp") if verb == "rename" else tenancy.tenants.purge("acme")
     task = asyncio.create_task(call)
     with pytest.raises(asyncio.CancelledError):
@@ -335,7 +335,7 @@ async def test_a_change_whose_caller_is_cancelled_is_announced(
 async def test_a_creation_that_reconcile_finishes_is_announced(tenancy: Tenancy) -> None:
     """With the time that has passed since it was asked for."""
     tenant = (await tenancy.tenants.create("acme")).tenant
-    async with tenancy.control.transaction() as connection:
+    async with tenancy.internals.control.transaction() as connection:
         await connection.execute(text("ALTER TABLE tenancy.tenants DISABLE TRIGGER USER"))
         await connection.execute(
             text("UPDATE tenancy.tenants SET status = 'provisioning', step = 'proved', next_status = 'active'")
@@ -343,7 +343,7 @@ async def test_a_creation_that_reconcile_finishes_is_announced(tenancy: Tenancy)
         await connection.execute(text("ALTER TABLE tenancy.tenants ENABLE TRIGGER USER"))
     seen: list[TenantEvent] = []
     tenancy.events.subscribe(TenantEvent, seen.append)
-    assert (await tenancy.provisioner.reconcile()).finished == ("acme",)
+    assert (await tenancy.internals.provisioner.reconcile()).finished == ("acme",)
     [created] = seen
     assert isinstance(created, TenantCreated)
     assert (created.tenant_id, created.seconds > 0) == (tenant.id, True)
