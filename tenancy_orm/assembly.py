@@ -20,7 +20,7 @@ from .control.database import Administrator, ControlDatabase
 from .control.names import Names
 from .errors import ConfigurationError, TenancyError
 from .events import EventBus
-from .housekeeping import Maintenance
+from .housekeeping import Housekeeping
 from .internals import Internals
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import Upgrades
@@ -44,7 +44,7 @@ from .tenants.tiers import TierRegistry, differing
 logger = logging.getLogger("tenancy_orm")
 
 _RENEW_SECONDS = 300.0  # how often a process reads the data keys that nobody tells it of
-_SAMPLE_SECONDS = 240.0  # maintenance samples the tenants' databases unless this was done so recently
+_SAMPLE_SECONDS = 240.0  # housekeeping samples the tenants' databases unless this was done so recently
 
 
 class _ProvidedServer(Protocol):
@@ -82,7 +82,7 @@ class Assembly:
     migrations: FleetMigrator
     tenants: TenantManager
     domains: DomainManager
-    maintenance: Maintenance
+    housekeeping: Housekeeping
     sealed: SealedPasswords
     secrets: SecretManager
     tiers: TierRegistry
@@ -202,7 +202,7 @@ class Assembly:
         self.domains = DomainManager(self.control, self.audit)
         self._build_billing()
         urgent = {"end_excessive_sessions": self.provisioner.end_excessive_sessions}
-        self.maintenance = Maintenance(config, self.registry, self.tenants, self._chores(), urgent=urgent)
+        self.housekeeping = Housekeeping(config, self.registry, self.tenants, self._chores(), urgent=urgent)
         self.internals = Internals(
             control=self.control,
             registry=self.registry,

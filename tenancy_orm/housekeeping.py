@@ -22,7 +22,7 @@ from .registry.registry import Registry
 from .tenant import Tenant
 from .tenants.manager import TenantManager
 
-logger = logging.getLogger("tenancy_orm.maintenance")
+logger = logging.getLogger("tenancy_orm.housekeeping")
 
 Chore = Callable[[], Awaitable[Any]]
 _Due = tuple[Tenant, str, str | None]
@@ -32,7 +32,7 @@ _FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 
 
 @dataclass(frozen=True, slots=True)
-class MaintenanceReport:
+class HousekeepingReport:
     """What one run did: slugs of tenants suspended and purged, results of the chores by name, and what failed.
 
     A tenant whose server could not be told of its suspension is suspended, and among the errors.
@@ -44,7 +44,7 @@ class MaintenanceReport:
     errors: tuple[str, ...]
 
 
-class Maintenance:
+class Housekeeping:
     """Does what is due.
 
     Args:
@@ -70,7 +70,7 @@ class Maintenance:
         self._chores = chores
         self._urgent = urgent
 
-    async def run(self, *, actor: Actor = SYSTEM) -> MaintenanceReport:
+    async def run(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
         """Suspend and purge the tenants whose time has come, and do every chore; a failure does not stop the rest.
 
         Raises:
@@ -85,7 +85,7 @@ class Maintenance:
         # side by side: a server that does not answer keeps no tenant of another waiting
         await asyncio.gather(*(run.do_all(listed) for listed in by_server.values()))
         results |= await run.do_chores(self._chores)
-        return MaintenanceReport(tuple(run.suspended), tuple(run.purged), results, tuple(run.errors))
+        return HousekeepingReport(tuple(run.suspended), tuple(run.purged), results, tuple(run.errors))
 
 
 class _Run:
@@ -104,7 +104,7 @@ class _Run:
             try:
                 results[name] = await chore()
             except _FAILURES as exc:
-                logger.error("maintenance could not do %s: %s", name, exc)
+                logger.error("housekeeping could not do %s: %s", name, exc)
                 self.errors.append(f"{name}: {exc}")
             else:
                 self.errors += [f"{name}: {error}" for error in getattr(results[name], "errors", ())]
@@ -116,9 +116,9 @@ class _Run:
                 await self._do(tenant, what, reason)
             except (InvalidTransitionError, TenantNotFoundError) as exc:
                 # another run, or an operator, was faster
-                logger.debug("maintenance does not %s tenant %s: %s", what, tenant.slug, exc)
+                logger.debug("housekeeping does not %s tenant %s: %s", what, tenant.slug, exc)
             except _FAILURES as exc:
-                logger.error("maintenance could not %s tenant %s: %s", what, tenant.slug, exc)
+                logger.error("housekeeping could not %s tenant %s: %s", what, tenant.slug, exc)
                 self.errors.append(f"{what} {tenant.slug}: {exc}")
 
     async def _do(self, tenant: Tenant, what: str, reason: str | None) -> None:

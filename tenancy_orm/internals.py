@@ -30,9 +30,9 @@ class Internals:
         servers (Servers): The PostgreSQL servers that hold tenants, by name, with connections as their administrator.
         router (Router): Engines and connections of tenants; ``statistics`` counts them.
         provisioner (Provisioner): Databases, roles and templates; ``reconcile`` and the watchdog.
-        sampler (StorageSampler): Samples tenants' databases now; ``run_maintenance`` does it from time to time.
+        sampler (StorageSampler): Samples tenants' databases now; ``run_housekeeping`` does it from time to time.
         rates (Rates): How many requests a second each tenant may make of this process.
-        policies (Upgrades): Evaluates ``TenancyConfig.metering.tier_policies`` now; ``run_maintenance`` does it too.
+        policies (Upgrades): Evaluates ``TenancyConfig.metering.tier_policies`` now; ``run_housekeeping`` does it too.
     """
 
     control: ControlDatabase
@@ -48,7 +48,7 @@ class Internals:
 
     @property
     def usage_exporter(self) -> UsageExporter:
-        """Sends the usage of ended periods to ``TenancyConfig.metering.usage_sender``, as ``run_maintenance`` does.
+        """Sends the usage of ended periods to ``TenancyConfig.metering.usage_sender``, as ``run_housekeeping`` does.
 
         Raises:
             ConfigurationError: there is no ``usage_sender``.

@@ -23,7 +23,7 @@ from .config import TenancyConfig
 from .context import bind, refuse_while_bound
 from .errors import NotOpenError
 from .events import DRAIN_TIMEOUT, EventBus
-from .housekeeping import MaintenanceReport
+from .housekeeping import HousekeepingReport
 from .internals import Internals
 from .loops import HomeLoop
 from .metering.metrics import TenantMetrics
@@ -72,7 +72,7 @@ class Tenancy:
         """Tell whether it is open; no configuration, which holds credentials."""
         return f"<Tenancy {'open' if self._assembly else 'closed'}>"
 
-    # --- sessions and scopes ------------------------------------------------------------------------------------------
+    # --- sessions and scopes ----------------------------------------------------------------------------------------
 
     def session(
         self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
@@ -162,7 +162,7 @@ class Tenancy:
             outcome = await asyncio.to_thread(func, *args, **kwargs)
             return await outcome if inspect.isawaitable(outcome) else outcome
 
-    # --- textual SQL --------------------------------------------------------------------------------------------------
+    # --- textual SQL ------------------------------------------------------------------------------------------------
 
     async def fetch_all(
         self,
@@ -229,7 +229,7 @@ class Tenancy:
             result = await session.connection()
             return (await result.execute(text(sql), dict(parameters or {}))).rowcount
 
-    # --- parts --------------------------------------------------------------------------------------------------------
+    # --- parts ------------------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> TenancyConfig:
@@ -292,10 +292,10 @@ class Tenancy:
         # not through _open where it need not be: every request comes through here
         return self._open.internals if assembly is None else assembly.internals
 
-    # --- housekeeping -------------------------------------------------------------------------------------------------
+    # --- housekeeping -----------------------------------------------------------------------------------------------
 
-    async def run_maintenance(self, *, actor: Actor = SYSTEM) -> MaintenanceReport:
-        """Do what is due: end trials, scheduled suspensions, purges after retention, reconcile, housekeeping.
+    async def run_housekeeping(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
+        """Do what is due: end trials, suspend and purge as scheduled, reconcile, prune, sample, export usage.
 
         For a timer; safe to run from many machines at once.
 
@@ -303,10 +303,10 @@ class Tenancy:
             ControlUnavailableError: the control database does not answer.
             CrossTenantError: a tenant is bound.
         """
-        refuse_while_bound("run_maintenance")
-        return await self._open.maintenance.run(actor=actor)
+        refuse_while_bound("run_housekeeping")
+        return await self._open.housekeeping.run(actor=actor)
 
-    # --- opening and closing ------------------------------------------------------------------------------------------
+    # --- opening and closing ----------------------------------------------------------------------------------------
 
     async def open(self, *, initialise: bool | None = None) -> Self:
         """Connect to the control database and make every part ready. Opening an open one does nothing.

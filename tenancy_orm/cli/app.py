@@ -286,7 +286,7 @@ def housekeeping(as_json: Json = False) -> None:
     """Do what is due: end trials, scheduled suspensions, purges after retention, reconcile. For a timer."""
 
     async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.run_maintenance(actor=operator())
+        return await tenancy.run_housekeeping(actor=operator())
 
     report = run(command)
     if as_json:

@@ -2,7 +2,7 @@
 
 ```python
 sender = StripeMeterSender(api_key, meters={"api_calls": "acme_api_calls"})
-tenancy = Tenancy(TenancyConfig(usage_sender=sender, ...))  # run_maintenance sends
+tenancy = Tenancy(TenancyConfig(usage_sender=sender, ...))  # run_housekeeping sends
 ```
 
 A tenant's customer is ``metadata["stripe_customer_id"]`` unless ``customer`` says otherwise. One whose id is null,

@@ -45,7 +45,7 @@ class UpgradeProposal:
 class Upgrades:
     """Evaluates ``TenancyConfig.metering.tier_policies``: ``tenancy.internals.policies``.
 
-    ``run_maintenance`` does it too.
+    ``run_housekeeping`` does it too.
 
     Safe to run from many processes at once: each proposal is made by one of them. One that dies while it applies a
     tier leaves that to the next evaluation after ten minutes.

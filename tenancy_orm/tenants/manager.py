@@ -475,7 +475,7 @@ class TenantManager:
     async def schedule_suspension(
         self, tenant: TenantRef, at: datetime | None, *, reason: str | None = None, actor: Actor = SYSTEM
     ) -> Tenant:
-        """Have ``run_maintenance`` suspend the tenant at a time, an aware datetime; None calls it off.
+        """Have ``run_housekeeping`` suspend the tenant at a time, an aware datetime; None calls it off.
 
         Raises:
             ConfigurationError: the time is naive.
@@ -486,7 +486,7 @@ class TenantManager:
         return await self._registry.schedule_suspension(found.id, at, reason=reason, actor=actor)
 
     async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
-        """Have ``run_maintenance`` purge a deleted tenant at a time of its own; None: after the usual retention.
+        """Have ``run_housekeeping`` purge a deleted tenant at a time of its own; None: after the usual retention.
 
         Raises:
             ConfigurationError: the time is naive.
@@ -517,7 +517,7 @@ class TenantManager:
         return found
 
     async def suspend_due(self, listed: Tenant, *, reason: str | None, actor: Actor = SYSTEM) -> Tenant:
-        """Suspend a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_maintenance``.
+        """Suspend a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
 
         Raises:
             InvalidTransitionError: it was changed meanwhile.
@@ -529,7 +529,7 @@ class TenantManager:
         )
 
     async def purge_due(self, listed: Tenant, *, actor: Actor = SYSTEM) -> None:
-        """Purge a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_maintenance``.
+        """Purge a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
 
         Raises:
             InvalidTransitionError: it was changed meanwhile.

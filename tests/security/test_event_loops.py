@@ -105,7 +105,7 @@ WAYS_IN: dict[str, Use] = {
     "fetch_all": lambda t: t.fetch_all(PID, tenant="acme"),
     "fetch_one": lambda t: t.fetch_one(PID, tenant="acme"),
     "execute": lambda t: t.execute(PID, tenant="acme"),
-    "run_maintenance": lambda t: t.run_maintenance(),
+    "run_housekeeping": lambda t: t.run_housekeeping(),
     "tenants.get": lambda t: t.tenants.get("acme"),
     "tenants.create": lambda t: t.tenants.create("globex"),
     "tenants.suspend": lambda t: t.tenants.suspend("acme", reason="x"),

@@ -328,7 +328,7 @@ async def test_a_forged_entry_of_an_old_number_is_found_from_a_checkpoint_too(pl
 async def test_entries_at_impossible_times_are_found(plane: QuotaPlane, bounds: str, moment: str) -> None:
     """``events`` would show them, in a partition that the owner made."""
     await plane.append()
-    # neither a name of no month nor a month without an end stops maintenance
+    # neither a name of no month nor a month without an end stops housekeeping
     name = "audit_log_far" if moment == "infinity" else "audit_log_y9999m12"
     await plane.sql(f"CREATE TABLE tenancy.{name} PARTITION OF tenancy.audit_log FOR VALUES FROM {bounds}")
     await forge(plane, 77, f"'{moment}'")
@@ -449,7 +449,7 @@ async def test_partitions_are_made_ahead(plane: QuotaPlane) -> None:
 
 
 async def test_appending_makes_a_missing_partition(plane: QuotaPlane) -> None:
-    """Where maintenance never ran, the log goes on, months and years later."""
+    """Where housekeeping never ran, the log goes on, months and years later."""
     for moment in (datetime(2031, 12, 31, 23, 59, 59, tzinfo=UTC), datetime(2032, 1, 1, tzinfo=UTC)):
         await age(plane.control, plane.audit, moment, 2)
     names = await partitions(plane)

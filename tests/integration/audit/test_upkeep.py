@@ -1,4 +1,4 @@
-"""What a whole ``Tenancy`` does for the audit log: retention by maintenance, and signatures that outlive their keys."""
+"""What a whole ``Tenancy`` does for the audit log: retention, and signatures that outlive their keys."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ async def oldest_month(tenancy: Tenancy) -> str:
         return str(await connection.scalar(OLDEST))
 
 
-# --- maintenance ----------------------------------------------------------------------------------------------------
+# --- housekeeping ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("days", "removed"), [(0.0, False), (30.0, True), (36_500.0, False)])
-async def test_maintenance_removes_the_months_that_are_past_retention(
+async def test_housekeeping_removes_the_months_that_are_past_retention(
     aged_config: TenancyConfig, days: float, removed: bool
 ) -> None:
     """By ``retention.audit_seconds``, where 0 is for ever; the rest of the log still verifies."""
     config = aged_config.replace(retention={"audit_seconds": days * 86_400})
     async with opened(config, initialise=True) as tenancy:
         assert await oldest_month(tenancy) == "tenancy.audit_log_y2024m01"
-        report = await tenancy.run_maintenance()
+        report = await tenancy.run_housekeeping()
         assert report.errors == ()
         cut = report.chores["prune_audit"]
         assert (cut.sequence if cut else None) == (3 if removed else None)
@@ -71,7 +71,7 @@ async def test_maintenance_removes_the_months_that_are_past_retention(
         assert (await tenancy.audit.verify()).ok
 
 
-async def test_maintenance_prepares_the_logs_partitions_and_removes_old_samples(tenancy: Tenancy) -> None:
+async def test_housekeeping_prepares_the_logs_partitions_and_removes_old_samples(tenancy: Tenancy) -> None:
     """Samples are kept for 90 days."""
     acme = (await tenancy.tenants.create("acme")).tenant
     async with tenancy.internals.control.transaction() as connection:
@@ -88,7 +88,7 @@ async def test_maintenance_prepares_the_logs_partitions_and_removes_old_samples(
                 "JOIN pg_class c ON c.oid = i.inhrelid WHERE i.inhparent = 'tenancy.audit_log'::regclass); END $$"
             )
         )
-    report = await tenancy.run_maintenance()
+    report = await tenancy.run_housekeeping()
     assert report.errors == ()
     assert report.chores["prepare_audit_partitions"] == 1
     assert report.chores["prune_metrics"] == 1

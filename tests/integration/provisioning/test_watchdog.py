@@ -54,17 +54,17 @@ async def idle(tenancy: Tenancy, slug: str) -> AsyncIterator[Any]:
         await connection.close()
 
 
-async def test_maintenance_looks_first(tenancy: Tenancy) -> None:
+async def test_housekeeping_looks_first(tenancy: Tenancy) -> None:
     """What it ended is in the report."""
     acme = await tenancy.tenants.create("acme")
     async with idle(tenancy, "acme"):
-        report = await tenancy.run_maintenance()
+        report = await tenancy.run_housekeeping()
     assert report.errors == ()
     assert next(iter(report.chores)) == "end_excessive_sessions"
     assert [one.tenant_id for one in report.chores["end_excessive_sessions"].ended] == [acme.id]
 
 
-async def test_maintenance_looks_although_the_control_database_is_away(
+async def test_housekeeping_looks_although_the_control_database_is_away(
     tenancy: Tenancy, tenancy_config: TenancyConfig
 ) -> None:
     """That may suffer from what a tenant does."""
@@ -77,7 +77,7 @@ async def test_maintenance_looks_although_the_control_database_is_away(
             proxy.refuse()
             proxy.cut()
             with pytest.raises(ControlUnavailableError):
-                await other.run_maintenance()
+                await other.run_housekeeping()
             assert [event.reason for event in told] == ["idle_in_transaction"]
             with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
                 await connection.execute("COMMIT")

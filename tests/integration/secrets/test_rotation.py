@@ -292,11 +292,11 @@ async def test_the_server_is_given_a_verifier_and_no_password(
     assert tenancy.internals.provisioner.password(await tenancy.tenants.get("acme")) not in kept
 
 
-async def test_maintenance_finishes_what_was_interrupted(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_housekeeping_finishes_what_was_interrupted(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody needs to think of it."""
     (acme,) = await created(tenancy, "acme")
     await interrupt(tenancy, acme, monkeypatch)
-    report = await tenancy.run_maintenance()
+    report = await tenancy.run_housekeeping()
     assert report.chores["finish_rotations"].rotated == 1
     assert (await stored(tenancy, acme))[1] is None
     assert await works(tenancy, acme)

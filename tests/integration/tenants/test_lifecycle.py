@@ -107,13 +107,13 @@ async def test_a_scheduled_suspension_takes_place(tenancy: Tenancy) -> None:
     """At its time, for the reason given; before, nothing."""
     await tenancy.tenants.create("acme")
     await tenancy.tenants.schedule_suspension("acme", datetime.now(UTC) + timedelta(days=1), reason="notice given")
-    assert (await tenancy.run_maintenance()).suspended == ()
+    assert (await tenancy.run_housekeeping()).suspended == ()
     await tenancy.tenants.schedule_suspension("acme", ago(1), reason="notice given")
-    assert (await tenancy.run_maintenance()).suspended == ("acme",)
+    assert (await tenancy.run_housekeeping()).suspended == ("acme",)
     suspended = await tenancy.tenants.get("acme")
     assert (suspended.status, suspended.reason) == (Status.SUSPENDED, "notice given")
     await tenancy.tenants.activate("acme")
-    assert (await tenancy.run_maintenance()).suspended == ()
+    assert (await tenancy.run_housekeeping()).suspended == ()
 
 
 async def test_a_schedule_can_be_called_off(tenancy: Tenancy) -> None:
@@ -121,7 +121,7 @@ async def test_a_schedule_can_be_called_off(tenancy: Tenancy) -> None:
     await tenancy.tenants.create("acme")
     await tenancy.tenants.schedule_suspension("acme", ago(1))
     await tenancy.tenants.schedule_suspension("acme", None)
-    assert (await tenancy.run_maintenance()).suspended == ()
+    assert (await tenancy.run_housekeeping()).suspended == ()
 
 
 async def test_a_trial_that_ended_is_suspended(tenancy: Tenancy) -> None:
@@ -129,7 +129,7 @@ async def test_a_trial_that_ended_is_suspended(tenancy: Tenancy) -> None:
     await tenancy.tenants.create("over", status="trial", trial_ends_at=ago(1))
     await tenancy.tenants.create("running", status="trial", trial_ends_at=datetime.now(UTC) + timedelta(days=1))
     await tenancy.tenants.create("endless", status="trial")
-    assert (await tenancy.run_maintenance()).suspended == ("over",)
+    assert (await tenancy.run_housekeeping()).suspended == ("over",)
     assert (await tenancy.tenants.get("over")).reason == "the trial has ended"
     assert (await tenancy.tenants.get("running")).status is Status.TRIAL
 
@@ -148,7 +148,7 @@ async def test_a_deleted_tenant_is_purged_after_its_retention(tenancy: Tenancy) 
             text("UPDATE tenancy.tenants SET deleted_at = now() - interval '31 days' WHERE slug = 'old'")
         )
     await tenancy.tenants.schedule_purge("early", ago(1))
-    report = await tenancy.run_maintenance()
+    report = await tenancy.run_housekeeping()
     assert sorted(report.purged) == ["early", "old"]
     assert (await tenancy.tenants.get("young")).status is Status.DELETED
 
@@ -162,12 +162,12 @@ async def test_only_a_deleted_tenant_can_be_scheduled_for_a_purge(tenancy: Tenan
         await tenancy.tenants.schedule_suspension("acme", datetime(2030, 1, 1))  # noqa: DTZ001 - the mistake under test
 
 
-async def test_maintenance_can_run_many_times_at_once(tenancy: Tenancy) -> None:
+async def test_housekeeping_can_run_many_times_at_once(tenancy: Tenancy) -> None:
     """Each due tenant is dealt with by one of the runs, and no run fails."""
     for i in range(4):
         await tenancy.tenants.create(f"t{i}")
         await tenancy.tenants.schedule_suspension(f"t{i}", ago(1))
-    reports = await asyncio.gather(*(tenancy.run_maintenance() for _ in range(3)))
+    reports = await asyncio.gather(*(tenancy.run_housekeeping() for _ in range(3)))
     assert sorted(slug for report in reports for slug in report.suspended) == ["t0", "t1", "t2", "t3"]
     assert [report.errors for report in reports] == [(), (), ()]
 
@@ -187,7 +187,7 @@ class Collector:
         self.closed = True
 
 
-async def test_maintenance_exports_usage_and_applies_policies(tenancy_config: TenancyConfig) -> None:
+async def test_housekeeping_exports_usage_and_applies_policies(tenancy_config: TenancyConfig) -> None:
     """Where the configuration has a sender and policies; the sender is closed with the ``Tenancy``."""
     collector = Collector()
     tiers = {name: Tier(name, {"calls": Limit(100, "day"), "seats": limit}) for name, limit in (("s", 1), ("m", 9))}
@@ -204,7 +204,7 @@ async def test_maintenance_exports_usage_and_applies_policies(tenancy_config: Te
         tenant = (await tenancy.tenants.create("acme")).tenant
         await tenancy.quotas.consume(tenant, "seats")
         await tenancy.quotas.consume(tenant, "calls", 7, at=ago(2 * 86_400))
-        report = await tenancy.run_maintenance()
+        report = await tenancy.run_housekeeping()
         assert report.errors == ()
         assert [(record.slug, record.quantity) for record in collector.received] == [("acme", 7)]
         assert [found.proposed for found in report.chores["evaluate_upgrades"]] == ["m"]
@@ -220,7 +220,7 @@ async def test_there_is_no_exporter_without_a_sender(tenancy: Tenancy) -> None:
     """Nor a chore; the error says what to give."""
     with pytest.raises(ConfigurationError, match="usage_sender"):
         _ = tenancy.internals.usage_exporter
-    assert "export_usage" not in (await tenancy.run_maintenance()).chores
+    assert "export_usage" not in (await tenancy.run_housekeeping()).chores
 
 
 async def test_operators_pass_maintenance(tenancy: Tenancy) -> None:

@@ -94,7 +94,7 @@ async def test_a_suspension_does_not_wait_for_whoever_works_on_the_tenant(tenanc
         await session.rollback()
 
 
-async def test_a_suspension_by_maintenance_that_a_server_does_not_hear_of_is_an_error(
+async def test_a_suspension_by_housekeeping_that_a_server_does_not_hear_of_is_an_error(
     tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tenant is suspended all the same, and reconcile of the same run tells the server."""
@@ -113,7 +113,7 @@ async def test_a_suspension_by_maintenance_that_a_server_does_not_hear_of_is_an_
     monkeypatch.setattr(roles, "end_connections", fails_once)
     async with tenancy.session("acme") as session:
         await session.execute(text("SELECT 1"))
-        report = await tenancy.run_maintenance()
+        report = await tenancy.run_housekeeping()
         assert [error.startswith("suspend acme: ") for error in report.errors] == [True]
         assert report.chores["reconcile"].corrected == ("acme",)
         await session.invalidate()
@@ -123,7 +123,7 @@ async def test_a_suspension_by_maintenance_that_a_server_does_not_hear_of_is_an_
 # --- what was listed and has changed --------------------------------------------------------------------------------
 
 
-async def test_maintenance_does_not_suspend_who_paid_after_it_looked(
+async def test_housekeeping_does_not_suspend_who_paid_after_it_looked(
     tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the list and the change, whenever that is: both look at one locked row."""
@@ -136,13 +136,13 @@ async def test_maintenance_does_not_suspend_who_paid_after_it_looked(
         return await real(tenant_id, target, **options)
 
     monkeypatch.setattr(tenancy.internals.registry, "transition", paid_first)
-    report = await tenancy.run_maintenance()
+    report = await tenancy.run_housekeeping()
     assert (report.suspended, report.errors) == ((), ())
     assert (await tenancy.tenants.get("acme")).status is Status.ACTIVE
 
 
 @pytest.mark.parametrize("change", ["postponed", "restored and deleted again"])
-async def test_maintenance_does_not_purge_what_was_changed_while_it_waited(
+async def test_housekeeping_does_not_purge_what_was_changed_while_it_waited(
     tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """For the tenant's lock, for as long as somebody works on it."""
@@ -151,7 +151,7 @@ async def test_maintenance_does_not_purge_what_was_changed_while_it_waited(
     await tenancy.tenants.schedule_purge("acme", ago(1))
     waits = await waits_for_lock(tenancy, tenant, monkeypatch)
     async with held(tenancy, tenant):
-        running = asyncio.create_task(tenancy.run_maintenance())
+        running = asyncio.create_task(tenancy.run_housekeeping())
         await asyncio.wait_for(waits.wait(), 30)
         if change == "postponed":
             await tenancy.tenants.schedule_purge("acme", ago(-86_400))
@@ -170,9 +170,9 @@ async def test_the_end_of_maintenance_makes_a_tenant_what_it_was(tenancy: Tenanc
     """A trial ends when it ended; who was suspended stays so, for the same reason, deletion in between or not."""
     await tenancy.tenants.create("tried", status="trial", trial_ends_at=ago(1))
     await tenancy.tenants.start_maintenance("tried")
-    assert (await tenancy.run_maintenance()).suspended == ()
+    assert (await tenancy.run_housekeeping()).suspended == ()
     assert (await tenancy.tenants.end_maintenance("tried")).status is Status.TRIAL
-    assert (await tenancy.run_maintenance()).suspended == ("tried",)
+    assert (await tenancy.run_housekeeping()).suspended == ("tried",)
     await tenancy.tenants.create("unpaid")
     await tenancy.tenants.suspend("unpaid", reason="invoice 7")
     await tenancy.tenants.start_maintenance("unpaid", reason="moving")
@@ -193,10 +193,10 @@ async def test_a_scheduled_suspension_outlives_maintenance_and_payment(tenancy: 
     await tenancy.tenants.start_maintenance("acme")
     await tenancy.tenants.end_maintenance("acme")
     await tenancy.tenants.activate("acme")
-    assert (await tenancy.run_maintenance()).suspended == ("acme",)
+    assert (await tenancy.run_housekeeping()).suspended == ("acme",)
     assert (await tenancy.tenants.get("acme")).reason == "notice given"
     await tenancy.tenants.activate("acme")
-    assert (await tenancy.run_maintenance()).suspended == ()
+    assert (await tenancy.run_housekeeping()).suspended == ()
 
 
 async def test_a_suspension_gives_the_reason_of_what_is_due(tenancy: Tenancy) -> None:
@@ -205,7 +205,7 @@ async def test_a_suspension_gives_the_reason_of_what_is_due(tenancy: Tenancy) ->
     await tenancy.tenants.schedule_suspension("scheduled", ago(1))
     await tenancy.tenants.create("tried", status="trial", trial_ends_at=ago(1))
     await tenancy.tenants.schedule_suspension("tried", ago(-86_400), reason="contract ends")
-    await tenancy.run_maintenance()
+    await tenancy.run_housekeeping()
     assert (await tenancy.tenants.get("scheduled")).reason is None
     assert (await tenancy.tenants.get("tried")).reason == "the trial has ended"
 
@@ -213,10 +213,10 @@ async def test_a_suspension_gives_the_reason_of_what_is_due(tenancy: Tenancy) ->
 async def test_a_trial_that_has_ended_can_be_started_anew(tenancy: Tenancy) -> None:
     """With an end in the future, in one step."""
     await tenancy.tenants.create("acme", status="trial", trial_ends_at=ago(1))
-    await tenancy.run_maintenance()
+    await tenancy.run_housekeeping()
     again = await tenancy.tenants.start_trial("acme", ends_at=ago(-60))
     assert (again.status, again.reason) == (Status.TRIAL, None)
-    assert (await tenancy.run_maintenance()).suspended == ()
+    assert (await tenancy.run_housekeeping()).suspended == ()
     with pytest.raises(InvalidTransitionError):
         await tenancy.tenants.start_trial("acme", ends_at=ago(-60))
 
