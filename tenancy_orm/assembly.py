@@ -6,12 +6,11 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 from uuid import UUID
 
-from .audit.checkpoints import Checkpoint, Signer
+from .audit.checkpoints import Signer
 from .audit.log import AuditLog
 from .authentication.directory import Directory
 from .authentication.keys import KeyManager
@@ -44,7 +43,6 @@ from .tenants.tiers import TierRegistry, differing
 logger = logging.getLogger("tenancy_orm")
 
 _RENEW_SECONDS = 300.0  # how often a process reads the data keys that nobody tells it of
-_SAMPLE_SECONDS = 240.0  # housekeeping samples the tenants' databases unless this was done so recently
 
 
 class _ProvidedServer(Protocol):
@@ -201,8 +199,19 @@ class Assembly:
         )
         self.domains = DomainManager(self.control, self.audit)
         self._build_billing()
-        urgent = {"end_excessive_sessions": self.provisioner.end_excessive_sessions}
-        self.housekeeping = Housekeeping(config, self.registry, self.tenants, self._chores(), urgent=urgent)
+        self.housekeeping = Housekeeping(
+            config=config,
+            registry=self.registry,
+            tenants=self.tenants,
+            provisioner=self.provisioner,
+            secrets=self.secrets,
+            audit=self.audit,
+            quotas=self.quotas,
+            sampler=self.sampler,
+            metrics=self.metrics,
+            policies=self.upgrades,
+            usage_exporter=self.usage_exporter,
+        )
         self.internals = Internals(
             control=self.control,
             registry=self.registry,
@@ -277,31 +286,6 @@ class Assembly:
         self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
         if (close := getattr(sender, "close", None)) is not None:
             self._opened.append(close)
-
-    def _chores(self) -> dict[str, Callable[[], Awaitable[Any]]]:
-        billing: dict[str, Callable[[], Awaitable[Any]]] = {}
-        if self.config.metering.tier_policies:
-            billing["evaluate_upgrades"] = self.upgrades.evaluate
-        if self.usage_exporter is not None:
-            billing["export_usage"] = self.usage_exporter.run
-            billing["prune_usage"] = self.usage_exporter.prune
-        return {
-            "reconcile": self.provisioner.reconcile,
-            "expire_former_slugs": self.registry.expire_former_slugs,
-            "finish_rotations": self.secrets.finish_rotations,
-            "prepare_audit_partitions": self.audit.ensure_partitions,
-            "prune_audit": self._prune_audit,
-            "clean_quotas": self.quotas.clean,
-            "sample_tenants": lambda: self.sampler.run(unless_within=_SAMPLE_SECONDS),
-            "prune_metrics": self.metrics.prune,
-            # after the sizes were measured, which the policies may be about
-            **billing,
-        }
-
-    async def _prune_audit(self) -> Checkpoint | None:
-        if self.config.retention.audit_seconds == 0:
-            return None
-        return await self.audit.prune(before=datetime.now(UTC) - timedelta(seconds=self.config.retention.audit_seconds))
 
     def _close_with(self, *providers: SecretProvider | KeyWrapper | None) -> None:
         self._opened.extend(provider.close for provider in providers if provider is not None)

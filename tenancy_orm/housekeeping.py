@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from .audit.actor import SYSTEM, Actor
+from .audit.checkpoints import Checkpoint
+from .audit.log import AuditLog
 from .config import TenancyConfig
 from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
+from .metering.metrics import StorageSampler, TenantMetrics
+from .metering.policies import Upgrades
+from .metering.usage import UsageExporter
 from .postgres.failures import SERVER_FAILURES
+from .provisioning import Provisioner
+from .provisioning.credentials import SecretManager
+from .quotas.manager import QuotaManager
 from .registry.registry import Registry
 from .tenant import Tenant
 from .tenants.manager import TenantManager
 
 logger = logging.getLogger("tenancy_orm.housekeeping")
 
-Chore = Callable[[], Awaitable[Any]]
+_SAMPLE_SECONDS = 240.0  # the tenants' databases are sampled unless this was done so recently
+
 _Due = tuple[Tenant, str, str | None]
 
 # what a server may answer, or fail to; a mistake in the code is none of them and ends the run
@@ -44,76 +54,85 @@ class HousekeepingReport:
     errors: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Housekeeping:
-    """Does what is due.
+    """Does what is due, with the parts that know how. ``usage_exporter`` is None where usage is not exported."""
 
-    Args:
-        config: For the retention time.
-        registry: Knows what is due.
-        tenants: Suspends and purges.
-        chores: What else is to be done at every run, by name, in this order.
-        urgent: ... and what before anything that needs the control database, which may suffer from what they end.
-    """
-
-    def __init__(
-        self,
-        config: TenancyConfig,
-        registry: Registry,
-        tenants: TenantManager,
-        chores: Mapping[str, Chore],
-        *,
-        urgent: Mapping[str, Chore],
-    ) -> None:
-        self._config = config
-        self._registry = registry
-        self._tenants = tenants
-        self._chores = chores
-        self._urgent = urgent
+    config: TenancyConfig
+    registry: Registry
+    tenants: TenantManager
+    provisioner: Provisioner
+    secrets: SecretManager
+    audit: AuditLog
+    quotas: QuotaManager
+    sampler: StorageSampler
+    metrics: TenantMetrics
+    policies: Upgrades
+    usage_exporter: UsageExporter | None
 
     async def run(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
         """Suspend and purge the tenants whose time has come, and do every chore; a failure does not stop the rest.
 
         Raises:
-            ControlUnavailableError: the control database does not answer; what is urgent has been done.
+            ControlUnavailableError: the control database does not answer; excessive sessions have been ended.
         """
-        run = _Run(self._tenants, actor)
-        results = await run.do_chores(self._urgent)
-        due = await self._registry.due(retention_seconds=self._config.retention.tenant_seconds)
+        run = _Run(self.tenants, actor)
+        # before anything that needs the control database, which may suffer from what this ends
+        await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
+        await self._end_due(run)
+        await run.do("reconcile", self.provisioner.reconcile())
+        await run.do("expire_former_slugs", self.registry.expire_former_slugs())
+        await run.do("finish_rotations", self.secrets.finish_rotations())
+        await run.do("prepare_audit_partitions", self.audit.ensure_partitions())
+        await run.do("prune_audit", self._prune_audit())
+        await run.do("clean_quotas", self.quotas.clean())
+        await run.do("sample_tenants", self.sampler.run(unless_within=_SAMPLE_SECONDS))
+        await run.do("prune_metrics", self.metrics.prune())
+        if self.config.metering.tier_policies:
+            # after the sizes were measured, which the policies may be about
+            await run.do("evaluate_upgrades", self.policies.evaluate())
+        if self.usage_exporter is not None:
+            await run.do("export_usage", self.usage_exporter.run())
+            await run.do("prune_usage", self.usage_exporter.prune())
+        return HousekeepingReport(tuple(run.suspended), tuple(run.purged), run.chores, tuple(run.errors))
+
+    async def _end_due(self, run: _Run) -> None:
+        due = await self.registry.due(retention_seconds=self.config.retention.tenant_seconds)
         by_server: dict[str, list[_Due]] = {}
         for one in due:
             by_server.setdefault(one[0].placement.server if one[0].placement else "", []).append(one)
         # side by side: a server that does not answer keeps no tenant of another waiting
-        await asyncio.gather(*(run.do_all(listed) for listed in by_server.values()))
-        results |= await run.do_chores(self._chores)
-        return HousekeepingReport(tuple(run.suspended), tuple(run.purged), results, tuple(run.errors))
+        await asyncio.gather(*(run.end_all(listed) for listed in by_server.values()))
+
+    async def _prune_audit(self) -> Checkpoint | None:
+        kept = self.config.retention.audit_seconds
+        return await self.audit.prune(before=datetime.now(UTC) - timedelta(seconds=kept)) if kept else None
 
 
 class _Run:
-    """What one run does to tenants, and how it ended."""
+    """What one run did, and how it ended."""
 
     def __init__(self, tenants: TenantManager, actor: Actor) -> None:
         self._tenants = tenants
         self._actor = actor
         self.suspended: list[str] = []
         self.purged: list[str] = []
+        self.chores: dict[str, Any] = {}
         self.errors: list[str] = []
 
-    async def do_chores(self, chores: Mapping[str, Chore]) -> dict[str, Any]:
-        results: dict[str, Any] = {}
-        for name, chore in chores.items():
-            try:
-                results[name] = await chore()
-            except _FAILURES as exc:
-                logger.error("housekeeping could not do %s: %s", name, exc)
-                self.errors.append(f"{name}: {exc}")
-            else:
-                self.errors += [f"{name}: {error}" for error in getattr(results[name], "errors", ())]
-        return results
+    async def do(self, name: str, chore: Awaitable[Any]) -> None:
+        try:
+            result = self.chores[name] = await chore
+        except _FAILURES as exc:
+            logger.error("housekeeping could not do %s: %s", name, exc)
+            self.errors.append(f"{name}: {exc}")
+        else:
+            self.errors += [f"{name}: {error}" for error in getattr(result, "errors", ())]
 
-    async def do_all(self, due: Sequence[_Due]) -> None:
+    async def end_all(self, due: Sequence[_Due]) -> None:
         for tenant, what, reason in due:
             try:
-                await self._do(tenant, what, reason)
+                await self._end(tenant, what, reason)
             except (InvalidTransitionError, TenantNotFoundError) as exc:
                 # another run, or an operator, was faster
                 logger.debug("housekeeping does not %s tenant %s: %s", what, tenant.slug, exc)
@@ -121,7 +140,7 @@ class _Run:
                 logger.error("housekeeping could not %s tenant %s: %s", what, tenant.slug, exc)
                 self.errors.append(f"{what} {tenant.slug}: {exc}")
 
-    async def _do(self, tenant: Tenant, what: str, reason: str | None) -> None:
+    async def _end(self, tenant: Tenant, what: str, reason: str | None) -> None:
         if what == "suspend":
             await self._tenants.suspend_due(tenant, reason=reason, actor=self._actor)
             self.suspended.append(tenant.slug)
