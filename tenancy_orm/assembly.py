@@ -15,9 +15,9 @@ from .audit.log import AuditLog
 from .authentication.directory import Directory
 from .authentication.keys import KeyManager
 from .config import TenancyConfig
-from .control.database import Administrator, ControlDatabase
+from .control.database import ControlDatabase
 from .control.names import Names
-from .errors import ConfigurationError, TenancyError
+from .errors import AdministratorNeededError, ConfigurationError, TenancyError
 from .events import EventBus
 from .housekeeping import Housekeeping
 from .internals import Internals
@@ -150,7 +150,7 @@ class Assembly:
         self.servers = Servers(config)
         self._opened.append(self.servers.close)
         if initialise:
-            await self.control.upgrade(administrator=self._administrator())
+            await self._upgrade_control()
         await self.control.open()
         if config.secrets.key_wrapper is not None:
             self._data_keys = DataKeys(self.control, config.secrets.key_wrapper)
@@ -235,10 +235,20 @@ class Assembly:
                 ", ".join(names),
             )
 
-    def _administrator(self) -> Administrator | None:
-        """Who administers the control database's server, where that is one of the tenants' servers."""
-        address = self.control.address
-        return next((s.connect_admin for s in self.servers.values() if (s.host, s.port) == address), None)
+    async def _upgrade_control(self) -> None:
+        """Upgrade the control database, as its server's administrator where its own role may not do everything."""
+        try:
+            await self.control.upgrade()
+        except AdministratorNeededError:
+            address = self.control.address
+            server = next((s for s in self.servers.values() if (s.host, s.port) == address), None)
+            if server is None:
+                raise  # it is none of the tenants' servers, the ones that have an administrator
+            administrator = await server.connect_admin()
+            try:
+                await self.control.upgrade(administrator=administrator)
+            finally:
+                await administrator.close(timeout=5)
 
     def _build_provisioning(self) -> None:
         config = self.config

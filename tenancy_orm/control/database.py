@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -70,9 +70,6 @@ def _drop_unusable(context: ExceptionContext) -> None:
     if sqlstate.startswith(_OUT_OF_RESOURCES) or sqlstate == _NO_TRANSACTION:
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
-
-
-Administrator: TypeAlias = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
 
 
 class ControlDatabase:
@@ -231,14 +228,15 @@ class ControlDatabase:
 
     # --- schema -----------------------------------------------------------------------------------------------------
 
-    async def upgrade(self, revision: str = "head", *, administrator: Administrator | None = None) -> None:
+    async def upgrade(self, revision: str = "head", *, administrator: asyncpg.Connection[Any] | None = None) -> None:
         """Bring the schema to ``revision``; one process at a time, the others wait and find it done.
 
         At the head it also makes the role that ``viewing`` takes on, and gives it its rights.
 
         Args:
             revision: A revision of the package's own migrations.
-            administrator: Connects to the same server as a role that may create roles, for what this one may not do.
+            administrator: A connection to the same server, any database of it, as a role that may create roles: for
+                what this one may not do. The caller closes it.
 
         Raises:
             ControlUnavailableError: the server does not answer.
@@ -260,7 +258,7 @@ class ControlDatabase:
                 await connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
                 await connection.commit()
 
-    async def _prepare_viewer(self, connection: AsyncConnection, administrator: Administrator | None) -> None:
+    async def _prepare_viewer(self, connection: AsyncConnection, administrator: asyncpg.Connection[Any] | None) -> None:
         # twice refused at the most: the role is created by one statement, and granted by another
         for attempt in range(3):
             try:
@@ -270,15 +268,10 @@ class ControlDatabase:
                 await connection.rollback()
                 if administrator is None or attempt == 2:
                     raise
-                statements = exc.statements
+                for statement in exc.statements:
+                    await administrator.execute(statement)
             else:
                 return
-            helper = await administrator()
-            try:
-                for statement in statements:
-                    await helper.execute(statement)
-            finally:
-                await helper.close(timeout=5)
 
     @staticmethod
     async def _lock(connection: AsyncConnection, *, timeout: float = 60.0) -> None:

@@ -18,6 +18,7 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.names import Names
+from tenancy_orm.errors import AdministratorNeededError
 from tenancy_orm.events import EventBus
 from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
 from tenancy_orm.provisioning import Provisioner, SchemaSource
@@ -246,9 +247,14 @@ async def open_workshop(
         servers={"default": admin_url},
     ).replace(**config)
     control = ControlDatabase(control_url)
-    await control.upgrade(administrator=Servers(settings)["default"].connect_admin)
-    await control.open()
     servers = Servers(settings)
+    try:
+        await control.upgrade()
+    except AdministratorNeededError:
+        administrator = await servers["default"].connect_admin()
+        await control.upgrade(administrator=administrator)
+        await administrator.close()
+    await control.open()
     await synchronise(control, settings.tiers, dict.fromkeys(settings.server_urls, ("127.0.0.1", 5432)))
     names = Names(settings.name_prefix, control.installation)
     parts: dict[str, Any] = {
