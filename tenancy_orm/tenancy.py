@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from contextvars import Context
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, overload
 
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from .assembly import Assembly
 from .audit.actor import SYSTEM, Actor
 from .audit.log import AuditLog
 from .authentication.keys import KeyManager
 from .config import TenancyConfig
 from .context import bind, refuse_while_bound
-from .errors import NotOpenError
 from .events import DRAIN_TIMEOUT, EventBus
 from .housekeeping import HousekeepingReport
 from .internals import Internals
-from .loops import HomeLoop
+from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
 from .migrations import FleetMigrator
 from .migrations.environment import register_factory
@@ -37,8 +32,6 @@ from .tenant import Status, Tenant
 from .tenants.domains import DomainManager
 from .tenants.manager import TenantManager, TenantRef
 from .tenants.tiers import TierRegistry
-
-logger = logging.getLogger("tenancy_orm")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,18 +52,12 @@ class Tenancy:
     def __init__(self, config: TenancyConfig | None = None) -> None:
         self._configured = config or TenancyConfig.from_env()
         self.events = EventBus()
-        # state of its own, which nothing opens and closing does not reset
-        self._rates = Rates(self._configured.tiers, processes=self._configured.quotas.rate_processes)
-        self._assembly: Assembly | None = None
-        self._home: HomeLoop | None = None  # from the beginning of ``open`` to the end of ``close``
-        self._claims = 0  # calls of these two under way
-        self._claiming = threading.Lock()  # it protects the two above against other threads
-        self._opening = asyncio.Lock()
-        self._entered = 0  # ``async with`` blocks, lifespans included
+        rates = Rates(self._configured.tiers, processes=self._configured.quotas.rate_processes)
+        self._lifetime = Lifetime(self._configured, self.events, rates)
 
     def __repr__(self) -> str:
         """Tell whether it is open; no configuration, which holds credentials."""
-        return f"<Tenancy {'open' if self._assembly else 'closed'}>"
+        return f"<Tenancy {'open' if self.is_open else 'closed'}>"
 
     # --- sessions and scopes ----------------------------------------------------------------------------------------
 
@@ -96,8 +83,8 @@ class Tenancy:
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
-        assembly = self._open
-        return ResolvedSession(assembly.directory, assembly.router, tenant, operator=operator, options=options)
+        parts = self._lifetime.parts
+        return ResolvedSession(parts.directory, parts.router, tenant, operator=operator, options=options)
 
     @asynccontextmanager
     async def transaction(
@@ -119,7 +106,7 @@ class Tenancy:
             CrossTenantError: another tenant is bound; a scope cannot be switched from inside.
             TenantNotFoundError: there is no such tenant.
         """
-        found = await resolve(self._open.directory, tenant)
+        found = await resolve(self._lifetime.parts.directory, tenant)
         with bind(found):
             yield found
 
@@ -138,7 +125,7 @@ class Tenancy:
         Raises:
             CrossTenantError: a tenant is bound already; work over the fleet is not a tenant's to do.
         """
-        return BoundTenants(self._open.tenants.iterate(status=tuple(status), tier=tier))
+        return BoundTenants(self._lifetime.parts.tenants.iterate(status=tuple(status), tier=tier))
 
     @overload
     async def run(
@@ -234,52 +221,53 @@ class Tenancy:
     @property
     def config(self) -> TenancyConfig:
         """The configuration in force: once open, with the embedded server's addresses and keys filled in."""
-        return self._assembly.config if self._assembly else self._configured
+        assembly = self._lifetime.assembly
+        return self._configured if assembly is None else assembly.config
 
     @property
     def tenants(self) -> TenantManager:
         """Create, find, change and remove tenants."""
-        return self._open.tenants
+        return self._lifetime.parts.tenants
 
     @property
     def domains(self) -> DomainManager:
         """Claim and verify tenants' own domains."""
-        return self._open.domains
+        return self._lifetime.parts.domains
 
     @property
     def keys(self) -> KeyManager:
         """Issue, rotate and revoke API keys."""
-        return self._open.keys
+        return self._lifetime.parts.keys
 
     @property
     def tiers(self) -> TierRegistry:
         """The tiers in force; ``tiers.apply(tenancy.config.tiers)`` changes them to the configured ones."""
-        return self._open.tiers
+        return self._lifetime.parts.tiers
 
     @property
     def quotas(self) -> QuotaManager:
         """Limits and usage."""
-        return self._open.quotas
+        return self._lifetime.parts.quotas
 
     @property
     def metrics(self) -> TenantMetrics:
         """What was sampled of the tenants' databases, and sums over the registry."""
-        return self._open.metrics
+        return self._lifetime.parts.metrics
 
     @property
     def audit(self) -> AuditLog:
         """What was done, by whom, when."""
-        return self._open.audit
+        return self._lifetime.parts.audit
 
     @property
     def secrets(self) -> SecretManager:
         """Rotate the roles' passwords, and the keys that seal them."""
-        return self._open.secrets
+        return self._lifetime.parts.secrets
 
     @property
     def migrations(self) -> FleetMigrator:
         """Upgrade and inspect all tenants' schemas."""
-        return self._open.migrations
+        return self._lifetime.parts.migrations
 
     @property
     def internals(self) -> Internals:
@@ -288,9 +276,9 @@ class Tenancy:
         Raises:
             NotOpenError: it is not open.
         """
-        assembly = self._assembly
-        # not through _open where it need not be: every request comes through here
-        return self._open.internals if assembly is None else assembly.internals
+        assembly = self._lifetime.assembly
+        # not through ``parts`` where it need not be: every request comes through here
+        return self._lifetime.parts.internals if assembly is None else assembly.internals
 
     # --- housekeeping -----------------------------------------------------------------------------------------------
 
@@ -304,7 +292,7 @@ class Tenancy:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("run_housekeeping")
-        return await self._open.housekeeping.run(actor=actor)
+        return await self._lifetime.parts.housekeeping.run(actor=actor)
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
@@ -324,12 +312,7 @@ class Tenancy:
             ConfigurationError: a setting is missing.
             WrongEventLoopError: it is open in another event loop or thread.
         """
-        with self._at_home():
-            async with self._opening:
-                if self._assembly is None:
-                    self._assembly = await Assembly.build(
-                        self._configured, self.events, self._rates, initialise=initialise
-                    )
+        await self._lifetime.open(initialise=initialise)
         return self
 
     async def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:
@@ -342,69 +325,18 @@ class Tenancy:
         Raises:
             WrongEventLoopError: it is open in another event loop or thread.
         """
-        with self._at_home():
-            try:
-                await self.events.drain(timeout)
-            finally:
-                try:
-                    await self._close_assembly()
-                finally:
-                    await self.events.cancel()
-
-    @contextmanager
-    def _at_home(self) -> Iterator[None]:
-        """Take the running event loop for this object's own, unless it has one; it has none while it is closed."""
-        with self._claiming:
-            if self._home is not None and self._home.is_closed:
-                self._forget()
-            if self._home is None:
-                self._home = self.events.home = self._rates.home = HomeLoop()
-                self._opening = asyncio.Lock()
-            self._home.check()
-            home = self._home
-            self._claims += 1
-        try:
-            yield
-        finally:
-            with self._claiming:
-                if home is self._home:
-                    self._claims -= 1
-                    if not self._claims and self._assembly is None:
-                        self._home = self.events.home = self._rates.home = None
-
-    def _forget(self) -> None:
-        """Give up what belongs to an event loop that was closed first: nothing can be closed there any more."""
-        if self._assembly is not None:
-            logger.warning(
-                "the event loop of an open Tenancy was closed; its connections and background tasks are given up. "
-                "Close a Tenancy in the loop that opened it"
-            )
-        self._home = self._assembly = None
-        self._claims = self._entered = 0
-        self.events.forget()
-
-    async def _close_assembly(self) -> None:
-        async with self._opening:
-            assembly, self._assembly = self._assembly, None
-            if assembly is not None:
-                # A caller that is cancelled does not keep the remaining parts open. And what the parts write down at
-                # their end is for all tenants, so they run unbound.
-                loop = asyncio.get_running_loop()
-                await asyncio.shield(loop.create_task(assembly.close(), context=Context()))
+        await self._lifetime.close(timeout=timeout)
 
     async def __aenter__(self) -> Self:
         """Open. Blocks may be nested; the outermost one closes."""
-        await self.open()
-        self._entered += 1
+        await self._lifetime.enter()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close, if this is the outermost block."""
-        self._entered -= 1
-        if self._entered == 0:
-            await self.close()
+        await self._lifetime.leave(timeout=DRAIN_TIMEOUT)
 
     @asynccontextmanager
     async def lifespan(self, app: object) -> AsyncIterator[dict[str, Any]]:
@@ -415,7 +347,7 @@ class Tenancy:
     @property
     def is_open(self) -> bool:
         """Whether it is open."""
-        return self._assembly is not None
+        return self._lifetime.assembly is not None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -424,16 +356,7 @@ class Tenancy:
         Raises:
             NotOpenError: it is not open.
         """
-        home = self._home
-        if self._assembly is None or home is None or home.loop is None:
-            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
-        return home.loop
-
-    @property
-    def _open(self) -> Assembly:
-        if self._assembly is None:
-            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
-        return self._assembly
+        return self._lifetime.loop
 
 
 # For ``alembic`` as the program that runs: migrations cannot import this module.

@@ -126,7 +126,7 @@ async def test_parts_are_closed_though_closing_is_cancelled(closable: Tenancy) -
     async def close_last() -> None:
         ended.set()
 
-    opened = closable._open._opened
+    opened = closable._lifetime.parts._opened
     opened.insert(0, close_last)
     opened.append(close_slowly)
     closing = asyncio.create_task(closable.close())
@@ -149,7 +149,7 @@ async def test_a_part_that_cannot_be_closed_does_not_spare_subscribers(closable:
     async def hang(event: TenantCreated) -> None:
         await asyncio.Event().wait()
 
-    closable._open._opened.append(fail)
+    closable._lifetime.parts._opened.append(fail)
     closable.events.subscribe(TenantCreated, hang)
     await closable.tenants.create("acme")
     with pytest.raises(RuntimeError, match="no way to close"):

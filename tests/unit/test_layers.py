@@ -30,6 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"metering"}),
     frozenset({"housekeeping", "internals"}),
     frozenset({"assembly", "scopes"}),
+    frozenset({"lifetime"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
     frozenset({"asgi"}),

@@ -237,7 +237,7 @@ async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, t
                 return await super().of(tenant_id)
 
         # nobody subscribed to it: the directory is left as it is, or the next session would have another pool
-        connector._passwords = Asked(other.internals.control, other.audit, other._open.keyring)
+        connector._passwords = Asked(other.internals.control, other.audit, other._lifetime.parts.keyring)
         async with AsyncExitStack() as stack:
             for _ in range(3):
                 session = await stack.enter_async_context(other.session("acme"))
@@ -345,7 +345,7 @@ async def test_a_failed_rotation_holds_no_password_in_its_frames(tenancy: Tenanc
     assert "acme" in shown
     pending = (await stored(tenancy, acme))[1]
     assert pending is not None
-    assert tenancy._open.keyring.open_password(acme.id, pending) not in shown
+    assert tenancy._lifetime.parts.keyring.open_password(acme.id, pending) not in shown
 
 
 async def test_without_the_registry_the_refusal_itself_is_raised(
@@ -361,7 +361,7 @@ async def test_without_the_registry_the_refusal_itself_is_raised(
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
         await tenancy.secrets.rotate_password(acme)
-        away = Away(other.internals.control, other.audit, other._open.keyring)
+        away = Away(other.internals.control, other.audit, other._lifetime.parts.keyring)
         monkeypatch.setattr(other.internals.router._connector("default"), "_passwords", away)
         with pytest.raises(LoginRefusedError) as caught:
             await works(other, acme)
@@ -686,7 +686,7 @@ async def test_a_new_data_key_is_used_at_once_by_processes_that_run(wrapped_conf
             third.internals.directory.invalidate()
             assert await works(third, tenants[0])
             newest = (await data_keys(tenancy))[-1]
-            await until(lambda: other._open.keyring.current == newest)
+            await until(lambda: other._lifetime.parts.keyring.current == newest)
 
 
 async def test_unused_data_keys_are_forgotten(wrapped_config: TenancyConfig) -> None:
@@ -707,8 +707,8 @@ async def test_a_data_key_that_something_is_sealed_under_is_kept(wrapped_config:
     async with opened(wrapped_config, initialise=True) as tenancy:
         await created(tenancy, "acme")
         (first,) = await data_keys(tenancy)
-        assert tenancy._open._data_keys is not None
-        await tenancy._open._data_keys.rotate()
+        assert tenancy._lifetime.parts._data_keys is not None
+        await tenancy._lifetime.parts._data_keys.rotate()
         assert await tenancy.secrets.forget_unused_keys() == []
         assert await tenancy.secrets.keys_in_use() == {first}
         async with tenancy.internals.control.transaction() as connection:
@@ -784,7 +784,7 @@ async def test_a_data_key_that_does_not_unwrap_stops_nothing_else(wrapped_config
             await connection.execute(text(query))
     async with opened(wrapped_config) as tenancy:
         assert await works(tenancy, acme)
-        assert tenancy._open.keyring.current == first
+        assert tenancy._lifetime.parts.keyring.current == first
         # another process may have made it, and be about to seal with it
         assert await tenancy.secrets.forget_unused_keys() == []
         report = await tenancy.secrets.rotate_encryption_key()
@@ -825,8 +825,8 @@ async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
             monkeypatch.setattr(assembly, "_RENEW_SECONDS", 0.05)
             async with deaf(wrapped_config) as waiting:
                 report = await tenancy.secrets.rotate_encryption_key()
-                await until(lambda: waiting._open.keyring.current == report.key_id)
-            assert rotating._open.keyring.current != report.key_id
+                await until(lambda: waiting._lifetime.parts.keyring.current == report.key_id)
+            assert rotating._lifetime.parts.keyring.current != report.key_id
             await rotating.secrets.rotate_password(acme)
             assert await tenancy.secrets.keys_in_use() == {report.key_id}
             assert await works(tenancy, acme)
@@ -901,7 +901,7 @@ async def test_nothing_stored_is_a_password_or_a_key(wrapped_config: TenancyConf
         (acme,) = await created(tenancy, "acme")
         await tenancy.secrets.rotate_password(acme)
         password = tenancy.internals.provisioner.password(await tenancy.tenants.get("acme"))
-        parts = tenancy._open
+        parts = tenancy._lifetime.parts
         keys = [key.hex() for key in parts.config.sealing_keys.values()]
         shown = repr((tenancy, parts.config, parts.keyring, parts._data_keys, parts.secrets, parts.sealed, acme))
         rows: list[str] = [shown]

@@ -1,0 +1,147 @@
+"""``Lifetime``: from when to when the parts of a ``Tenancy`` are open, and in which event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import Context
+
+from .assembly import Assembly
+from .config import TenancyConfig
+from .errors import NotOpenError
+from .events import EventBus
+from .loops import HomeLoop
+from .quotas.rates import Rates
+
+logger = logging.getLogger("tenancy_orm")
+
+
+class Lifetime:
+    """Opens the parts and closes them, as often as wanted, in one event loop at a time.
+
+    Args:
+        config: What to connect to and how.
+        events: Where the parts announce what happens. It outlives them.
+        rates: The request rates of this process. They outlive the parts as well.
+
+    Attributes:
+        assembly (Assembly | None): The parts, while they are open.
+    """
+
+    def __init__(self, config: TenancyConfig, events: EventBus, rates: Rates) -> None:
+        self.assembly: Assembly | None = None
+        self._config = config
+        self._events = events
+        self._rates = rates
+        self._home: HomeLoop | None = None  # from the beginning of ``open`` to the end of ``close``
+        self._claims = 0  # calls of these two under way
+        self._claiming = threading.Lock()  # it protects the two above against other threads
+        self._opening = asyncio.Lock()
+        self._entered = 0  # blocks, see ``enter``
+
+    @property
+    def parts(self) -> Assembly:
+        """The parts.
+
+        Raises:
+            NotOpenError: they are not open.
+        """
+        if self.assembly is None:
+            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
+        return self.assembly
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that the parts belong to.
+
+        Raises:
+            NotOpenError: they are not open.
+        """
+        home = self._home
+        if self.assembly is None or home is None or home.loop is None:
+            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
+        return home.loop
+
+    async def open(self, *, initialise: bool | None) -> None:
+        """Open the parts, unless they are open.
+
+        Raises:
+            TenancyError: as ``Tenancy.open``.
+        """
+        with self._at_home():
+            async with self._opening:
+                if self.assembly is None:
+                    self.assembly = await Assembly.build(self._config, self._events, self._rates, initialise=initialise)
+
+    async def close(self, *, timeout: float) -> None:
+        """Let the subscribers finish for ``timeout`` seconds, then close the parts.
+
+        Raises:
+            WrongEventLoopError: they are open in another event loop or thread.
+        """
+        with self._at_home():
+            try:
+                await self._events.drain(timeout)
+            finally:
+                try:
+                    await self._close_assembly()
+                finally:
+                    await self._events.cancel()
+
+    async def enter(self) -> None:
+        """Open the parts for a block. Blocks may be nested."""
+        await self.open(initialise=None)
+        self._entered += 1
+
+    async def leave(self, *, timeout: float) -> None:
+        """Close them, if this ends the outermost block."""
+        self._entered -= 1
+        if self._entered == 0:
+            await self.close(timeout=timeout)
+
+    @contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """Take the running event loop for its own, unless it has one; it has none while it is closed."""
+        with self._claiming:
+            if self._home is not None and self._home.is_closed:
+                self._forget()
+            if self._home is None:
+                self._home = self._events.home = self._rates.home = HomeLoop()
+                self._opening = asyncio.Lock()
+            self._home.check()
+            home = self._home
+            self._claims += 1
+        try:
+            yield
+        finally:
+            with self._claiming:
+                if home is self._home:
+                    self._claims -= 1
+                    if not self._claims and self.assembly is None:
+                        self._home = self._events.home = self._rates.home = None
+
+    def _forget(self) -> None:
+        """Give up what belongs to an event loop that was closed first: nothing can be closed there any more."""
+        if self.assembly is not None:
+            logger.warning(
+                "the event loop of an open Tenancy was closed; its connections and background tasks are given up. "
+                "Close a Tenancy in the loop that opened it"
+            )
+        self._home = self.assembly = None
+        self._claims = self._entered = 0
+        self._events.forget()
+
+    async def _close_assembly(self) -> None:
+        async with self._opening:
+            assembly, self.assembly = self.assembly, None
+            if assembly is not None:
+                # A caller that is cancelled does not keep the remaining parts open. And what the parts write down at
+                # their end is for all tenants, so they run unbound.
+                loop = asyncio.get_running_loop()
+                await asyncio.shield(loop.create_task(assembly.close(), context=Context()))
+
+
+__all__ = ["Lifetime"]
