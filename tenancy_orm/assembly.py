@@ -209,7 +209,7 @@ class Assembly:
             quotas=self.quotas,
             sampler=self.sampler,
             metrics=self.metrics,
-            policies=self.upgrades,
+            tier_policies=self.upgrades,
             usage_exporter=self.usage_exporter,
         )
         self.internals = Internals(
@@ -221,7 +221,7 @@ class Assembly:
             provisioner=self.provisioner,
             sampler=self.sampler,
             rates=self.rates,
-            policies=self.upgrades,
+            tier_policies=self.upgrades,
             _usage_exporter=self.usage_exporter,
         )
 

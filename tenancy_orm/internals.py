@@ -32,7 +32,7 @@ class Internals:
         provisioner (Provisioner): Databases, roles and templates; ``reconcile`` and the watchdog.
         sampler (StorageSampler): Samples tenants' databases now; ``run_housekeeping`` does it from time to time.
         rates (Rates): How many requests a second each tenant may make of this process.
-        policies (Upgrades): Evaluates ``TenancyConfig.metering.tier_policies`` now; ``run_housekeeping`` does it too.
+        tier_policies (Upgrades): Evaluates ``TenancyConfig.metering.tier_policies``, as ``run_housekeeping`` does.
     """
 
     control: ControlDatabase
@@ -43,7 +43,7 @@ class Internals:
     provisioner: Provisioner
     sampler: StorageSampler
     rates: Rates
-    policies: Upgrades
+    tier_policies: Upgrades
     _usage_exporter: UsageExporter | None
 
     @property

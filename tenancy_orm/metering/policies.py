@@ -43,7 +43,7 @@ class UpgradeProposal:
 
 
 class Upgrades:
-    """Evaluates ``TenancyConfig.metering.tier_policies``: ``tenancy.internals.policies``.
+    """Evaluates ``TenancyConfig.metering.tier_policies``: ``tenancy.internals.tier_policies``.
 
     ``run_housekeeping`` does it too.
 

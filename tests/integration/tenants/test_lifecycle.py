@@ -209,7 +209,10 @@ async def test_housekeeping_exports_usage_and_applies_policies(tenancy_config: T
         assert [(record.slug, record.quantity) for record in collector.received] == [("acme", 7)]
         assert [found.proposed for found in report.chores["evaluate_upgrades"]] == ["m"]
         assert (await tenancy.tenants.get("acme")).tier == "m"
-        assert (await tenancy.internals.policies.evaluate(), (await tenancy.internals.usage_exporter.run()).sent) == (
+        assert (
+            await tenancy.internals.tier_policies.evaluate(),
+            (await tenancy.internals.usage_exporter.run()).sent,
+        ) == (
             [],
             0,
         )
