@@ -70,7 +70,7 @@ class Tenancy:
 
         Args:
             tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
-            operator: Admit a tenant in maintenance.
+            operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
             options: Further arguments of ``AsyncSession``.
 
         Raises:

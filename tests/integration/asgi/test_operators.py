@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -25,14 +27,18 @@ def is_operator(scope: Scope, credential: Credential) -> bool:
     return (b"x-operator", b"yes") in scope["headers"]
 
 
-def client(tenancy: Tenancy, key: str, **options: Any) -> httpx.AsyncClient:
-    """A client of an application that counts notes."""
+Endpoint = Callable[[Request], Awaitable[PlainTextResponse]]
+
+
+def client(tenancy: Tenancy, key: str, *, read: Endpoint | None = None, **options: Any) -> httpx.AsyncClient:
+    """A client of an application that counts notes, and has ``read`` for ``/read``."""
 
     async def count(request: Request) -> PlainTextResponse:
         return PlainTextResponse(str(await tenancy.fetch_value("SELECT count(*) FROM notes")))
 
     app = Starlette(
-        routes=[Route("/count", count)], middleware=[Middleware(TenancyMiddleware, tenancy=tenancy, **options)]
+        routes=[Route("/count", count), Route("/read", read or count)],
+        middleware=[Middleware(TenancyMiddleware, tenancy=tenancy, **options)],
     )
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://api.example", headers={"X-API-Key": key}
@@ -81,3 +87,25 @@ async def test_a_scope_alone_makes_no_operator(tenancy: Tenancy) -> None:
         with pytest.raises(TenantMaintenanceError):
             await tenancy.fetch_value("SELECT 1")
         assert await tenancy.fetch_value("SELECT 1", operator=True) == 1
+
+
+async def test_a_request_that_maintenance_ended_gets_no_operators_session(tenancy: Tenancy) -> None:
+    """It was let in as the tenant's own, and has lost that; code outside of it is an operator's."""
+    created = await tenancy.tenants.create("acme")
+    inside, go_on = asyncio.Event(), asyncio.Event()
+
+    async def read(request: Request) -> PlainTextResponse:
+        assert await tenancy.fetch_value("SELECT 1", operator=True) == 1
+        inside.set()
+        await go_on.wait()
+        with pytest.raises(TenantMaintenanceError):
+            await tenancy.fetch_value("SELECT 1", operator=True)
+        return PlainTextResponse("refused")
+
+    async with client(tenancy, created.api_key, read=read) as http:
+        asked = asyncio.create_task(http.get("/read"))
+        await inside.wait()
+        await tenancy.tenants.start_maintenance("acme")
+        go_on.set()
+        assert (await asked).text == "refused"
+    assert await tenancy.fetch_value("SELECT 1", tenant="acme", operator=True) == 1
