@@ -14,8 +14,7 @@ from .context import current_tenant_or_none, refuse_while_bound, set_current
 from .errors import NoTenantError
 from .registry.lifecycle import check_usable
 from .routing import Router
-from .tenant import Tenant
-from .tenants.manager import TenantRef
+from .tenant import Tenant, TenantRef
 
 
 async def resolve(directory: Directory, ref: TenantRef | None) -> Tenant:

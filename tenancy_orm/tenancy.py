@@ -28,9 +28,9 @@ from .provisioning.credentials import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .scopes import BoundTenants, ResolvedSession, resolve
-from .tenant import Status, Tenant
+from .tenant import Status, Tenant, TenantRef
 from .tenants.domains import DomainManager
-from .tenants.manager import TenantManager, TenantRef
+from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry
 
 P = ParamSpec("P")

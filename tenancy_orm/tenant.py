@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from .protocols import Admission
@@ -87,6 +87,10 @@ class Tenant:
         values["metadata"] = dict(self.metadata)
         values["quotas"] = dict(self.quotas)
         return (_restore, (values,))
+
+
+TenantRef: TypeAlias = str | UUID | Tenant
+"""How a caller names a tenant: by slug, former slug or verified domain, by id, or as an older ``Tenant``."""
 
 
 def _restore(values: dict[str, Any]) -> Tenant:

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
-import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import UUID
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
 from ..config import TenancyConfig
-from ..context import refuse_other_tenant, refuse_while_bound
+from ..context import refuse_while_bound
 from ..control.names import Names
-from ..errors import (
-    ConfigurationError,
-    InvalidApiKeyError,
-    InvalidMetadataError,
-    InvalidSlugError,
-    LoginNotBlockedError,
-    ProvisioningError,
-    RoutingError,
-    TenantNotFoundError,
-    UnknownTierError,
-)
-from ..events import EventBus, TenantCreated, TenantPurged, TenantStatusChanged, TenantUpdated
+from ..errors import ConfigurationError, InvalidApiKeyError, TenantNotFoundError, UnknownTierError
+from ..events import EventBus, TenantCreated, TenantUpdated
 from ..keys.format import KeyDigester, generate_key
 from ..provisioning import Provisioner
 from ..quotas.manager import check_overrides
-from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft, TenantPage, uuid7
 from ..secrets.keyring import Keyring, new_password
-from ..tenant import Status, Tenant
+from ..tenant import Status, Tenant, TenantRef
+from .fields import SLUG, check_aware, check_metadata, check_slug, check_timezone
+from .lifecycle import TenantLifecycle, run_whole
 
-logger = logging.getLogger("tenancy_orm.tenants")
-
-TenantRef: TypeAlias = str | UUID | Tenant
-
-_SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-_UUID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LONGEST_REDIRECT = 100 * 366 * 86_400.0
-_METADATA_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,60 +48,7 @@ class CreatedTenant:
         return self.tenant.slug
 
 
-def check_slug(slug: str) -> str:
-    """Return ``slug`` if it keeps the rule: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.
-
-    The rule is that of a DNS label, since a slug may be a sub-domain.
-
-    Raises:
-        InvalidSlugError: it does not.
-    """
-    if not _SLUG.fullmatch(slug) or _UUID.fullmatch(slug):
-        # what reads as an id would be looked for as one
-        raise InvalidSlugError(
-            f"slug {slug!r} must be 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter, and no UUID",
-            tenant=slug,
-        )
-    return slug
-
-
-def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``metadata`` as PostgreSQL's jsonb can keep it.
-
-    Raises:
-        InvalidMetadataError: it is not JSON, holds a NUL character, or is larger than 64 KiB.
-    """
-    try:
-        encoded = json.dumps(dict(metadata), allow_nan=False)
-    except (TypeError, ValueError) as exc:
-        raise InvalidMetadataError(f"metadata must be a JSON object: {exc}") from exc
-    if r"\u0000" in encoded:
-        raise InvalidMetadataError("metadata holds a NUL character, which jsonb cannot keep")
-    if len(encoded) > _METADATA_BYTES:
-        raise InvalidMetadataError(f"metadata takes {len(encoded)} bytes as JSON, the most is {_METADATA_BYTES}")
-    try:
-        encoded.encode().decode("utf-8")
-        loaded: dict[str, Any] = json.loads(encoded)
-        json.dumps(loaded, ensure_ascii=False).encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidMetadataError("metadata holds half of a surrogate pair, which is not text") from exc
-    return loaded
-
-
-def check_timezone(name: str) -> str:
-    """Return ``name`` if it is an IANA time zone.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
-    try:
-        ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ConfigurationError(f"{name!r} is not an IANA time zone") from None
-    return name
-
-
-class TenantManager:
+class TenantManager(TenantLifecycle):
     """Create, find, change and remove tenants; ``tenancy.tenants``.
 
     Every method that takes a ``tenant`` accepts a slug, an id or a ``Tenant``. Every change is audited in its own
@@ -140,13 +66,10 @@ class TenantManager:
         keyring: Keyring,
         events: EventBus,
     ) -> None:
+        super().__init__(registry=registry, directory=directory, provisioner=provisioner, events=events)
         self._config = config
-        self._registry = registry
-        self._directory = directory
-        self._provisioner = provisioner
         self._names = names
         self._keyring = keyring
-        self._events = events
 
     # --- creation ---------------------------------------------------------------------------------------------------
 
@@ -196,7 +119,7 @@ class TenantManager:
             quotas=check_overrides(quotas or {}),
             target_status=self._check_initial(status),
             timezone=check_timezone(timezone),
-            trial_ends_at=_aware("trial_ends_at", trial_ends_at),
+            trial_ends_at=check_aware("trial_ends_at", trial_ends_at),
         )
         key = generate_key(
             self._config.keys.prefix, KeyDigester(self._config.keys.decoded_peppers, self._config.keys.pepper_current)
@@ -256,7 +179,7 @@ class TenantManager:
             TenantNotFoundError: none has.
             CrossTenantError: another tenant is bound.
         """
-        if not _SLUG.fullmatch(slug):
+        if not SLUG.fullmatch(slug):
             raise TenantNotFoundError(slug[:64])
         return await self._registry.find(slug)
 
@@ -356,11 +279,11 @@ class TenantManager:
         if timezone is not None:
             values["timezone"] = check_timezone(timezone)
         if trial_ends_at is not None:
-            values["trial_ends_at"] = _aware("trial_ends_at", trial_ends_at)
+            values["trial_ends_at"] = check_aware("trial_ends_at", trial_ends_at)
         found = await self._living(tenant)
         if not values:
             return found
-        return await _whole(self._update(found, values, expected_tier, actor))
+        return await run_whole(self._update(found, values, expected_tier, actor))
 
     async def _update(self, found: Tenant, values: dict[str, Any], expected_tier: str | None, actor: Actor) -> Tenant:
         before, after = await self._registry.change(
@@ -371,77 +294,6 @@ class TenantManager:
             await self._align(after)
         self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=tuple(sorted(values))))
         return after
-
-    async def activate(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
-        """Make a suspended, trial or maintained tenant active, whatever it was before: ``end_maintenance`` asks that.
-
-        Raises:
-            InvalidTransitionError: it is none of these.
-            TenantNotFoundError: no such tenant.
-        """
-        return await self._transition(tenant, Status.ACTIVE, action="tenant.activate", actor=actor)
-
-    async def suspend(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Refuse the tenant's requests and end its connections, in every process; its data stays.
-
-        Raises:
-            InvalidTransitionError: it is not running.
-            TenantNotFoundError: no such tenant.
-            LoginNotBlockedError: it is suspended, but its server was not told: see there.
-        """
-        return await self._transition(tenant, Status.SUSPENDED, action="tenant.suspend", reason=reason, actor=actor)
-
-    async def start_maintenance(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Answer the tenant's requests with 503 and Retry-After; operators pass. ``end_maintenance`` ends it.
-
-        Raises:
-            InvalidTransitionError: its status does not admit this.
-            TenantNotFoundError: no such tenant.
-        """
-        return await self._transition(tenant, Status.MAINTENANCE, action="tenant.maintain", reason=reason, actor=actor)
-
-    async def end_maintenance(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
-        """Make a tenant what it was before its maintenance: a trial goes on, and what was suspended stays so.
-
-        Raises:
-            InvalidTransitionError: it is not in maintenance.
-            TenantNotFoundError: no such tenant.
-        """
-        return await self._transition(
-            tenant, None, action="tenant.end_maintenance", leaving=Status.MAINTENANCE, actor=actor
-        )
-
-    async def start_trial(self, tenant: TenantRef, *, ends_at: datetime, actor: Actor = SYSTEM) -> Tenant:
-        """Let a suspended tenant try once more, until ``ends_at``: one whose trial has ended, say.
-
-        ``update(trial_ends_at=...)`` prolongs a trial that is running.
-
-        Raises:
-            InvalidTransitionError: it is neither suspended nor in maintenance.
-            ConfigurationError: the time is naive.
-            TenantNotFoundError: no such tenant.
-        """
-        values = {"trial_ends_at": _aware("ends_at", ends_at)}
-        return await self._transition(tenant, Status.TRIAL, action="tenant.start_trial", actor=actor, values=values)
-
-    async def delete(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Delete softly: keys are refused and connections ended, data is kept until ``purge``.
-
-        Raises:
-            InvalidTransitionError: it is being provisioned, or deleted already.
-            TenantNotFoundError: no such tenant.
-            LoginNotBlockedError: it is deleted, but its server was not told: see there.
-        """
-        return await self._transition(tenant, Status.DELETED, action="tenant.delete", reason=reason, actor=actor)
-
-    async def restore(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
-        """Undo ``delete``: the tenant is again what it was.
-
-        Raises:
-            InvalidTransitionError: it is not deleted, or its purge has begun.
-            TenantNotFoundError: no such tenant.
-        """
-        return await self._transition(tenant, None, action="tenant.restore", actor=actor)
 
     async def rename(
         self, tenant: TenantRef, slug: str, *, redirect_seconds: float = 30 * 86_400.0, actor: Actor = SYSTEM
@@ -463,7 +315,7 @@ class TenantManager:
         if not 0 <= redirect_seconds <= _LONGEST_REDIRECT:
             raise ConfigurationError(f"redirect_seconds must be from 0 to {_LONGEST_REDIRECT:.0f} (100 years)")
         found = await self._living(tenant)
-        return await _whole(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
+        return await run_whole(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
 
     async def _rename(self, tenant_id: UUID, slug: str, redirect_seconds: float, actor: Actor) -> Tenant:
         before, after = await self._registry.rename(tenant_id, slug, redirect_seconds=redirect_seconds, actor=actor)
@@ -472,153 +324,5 @@ class TenantManager:
             self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=("slug",)))
         return after
 
-    async def schedule_suspension(
-        self, tenant: TenantRef, at: datetime | None, *, reason: str | None = None, actor: Actor = SYSTEM
-    ) -> Tenant:
-        """Have ``run_housekeeping`` suspend the tenant at a time, an aware datetime; None calls it off.
 
-        Raises:
-            ConfigurationError: the time is naive.
-            TenantNotFoundError: no such tenant.
-        """
-        at = _aware("at", at)
-        found = await self._living(tenant)
-        return await self._registry.schedule_suspension(found.id, at, reason=reason, actor=actor)
-
-    async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
-        """Have ``run_housekeeping`` purge a deleted tenant at a time of its own; None: after the usual retention.
-
-        Raises:
-            ConfigurationError: the time is naive.
-            InvalidTransitionError: the tenant is not deleted.
-            TenantNotFoundError: no such tenant.
-        """
-        at = _aware("at", at)
-        found = await self._living(tenant)
-        return await self._registry.schedule_purge(found.id, at, actor=actor)
-
-    async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
-        """Remove a deleted tenant for good: database, role, keys and secrets. A tombstone stays in the registry.
-
-        A purge that is interrupted is finished by calling this again, or by ``reconcile``.
-
-        Raises:
-            InvalidTransitionError: it is not deleted.
-            TenantNotFoundError: no such tenant.
-            ProvisioningError, ServerUnavailableError: its server refused; try again.
-        """
-        found = await self.get(tenant)
-        await _whole(self._purge(found, None, actor))
-
-    async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
-        await self._provisioner.purge(found, listed=listed, actor=actor)
-        self._directory.invalidate(tenant_id=found.id)
-        self._events.emit(TenantPurged(tenant_id=found.id, slug=found.slug))
-        return found
-
-    async def suspend_due(self, listed: Tenant, *, reason: str | None, actor: Actor = SYSTEM) -> Tenant:
-        """Suspend a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
-
-        Raises:
-            InvalidTransitionError: it was changed meanwhile.
-            LoginNotBlockedError: it is suspended, but its server was not told.
-        """
-        refuse_other_tenant(listed)
-        return await self._transition(
-            listed, Status.SUSPENDED, action="tenant.suspend", reason=reason, listed=listed, actor=actor
-        )
-
-    async def purge_due(self, listed: Tenant, *, actor: Actor = SYSTEM) -> None:
-        """Purge a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
-
-        Raises:
-            InvalidTransitionError: it was changed meanwhile.
-            ProvisioningError, ServerUnavailableError: its server refused.
-        """
-        refuse_other_tenant(listed)
-        await _whole(self._purge(listed, listed, actor))
-
-    async def _transition(
-        self,
-        tenant: TenantRef,
-        target: Status | None,
-        *,
-        action: str,
-        actor: Actor,
-        leaving: Status = Status.DELETED,
-        reason: str | None = None,
-        listed: Tenant | None = None,
-        values: Mapping[str, Any] | None = None,
-    ) -> Tenant:
-        found = await self._living(tenant)
-        change = self._registry.transition(
-            found.id,
-            target,
-            action=action,
-            leaving=leaving,
-            reason=reason,
-            listed=listed,
-            actor=actor,
-            **(values or {}),
-        )
-        return await _whole(self._change_status(change))
-
-    async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
-        before, after = await change
-        self._directory.invalidate(tenant_id=after.id)
-        # before the server is told, which takes a while: changes are announced in the order in which they took place
-        self._events.emit(
-            TenantStatusChanged(
-                tenant_id=after.id,
-                slug=after.slug,
-                before=before.status.value,
-                after=after.status.value,
-                reason=after.reason,
-            )
-        )
-        if (before.status in LOGIN_BLOCKED) != (after.status in LOGIN_BLOCKED):
-            await self._align(after)
-        return after
-
-    async def _align(self, tenant: Tenant) -> None:
-        """Have PostgreSQL itself refuse a suspended or deleted tenant, admit it again, and apply its tier's limit.
-
-        The registry has decided already and every process obeys it; a server that is away now is told by ``reconcile``.
-
-        Raises:
-            LoginNotBlockedError: the tenant is to be kept out, and its server was not told.
-        """
-        try:
-            await self._provisioner.align(tenant)
-        except (RoutingError, ProvisioningError) as exc:
-            if tenant.status in LOGIN_BLOCKED:
-                raise LoginNotBlockedError(tenant.slug, tenant.status.value, str(exc)) from exc
-            logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
-
-    async def _living(self, tenant: TenantRef) -> Tenant:
-        found = await self.get(tenant)
-        if found.status is Status.PURGED:
-            raise TenantNotFoundError(found.slug)
-        return found
-
-
-async def _whole(change: Coroutine[Any, Any, Tenant]) -> Tenant:
-    """Run a change to its end although the caller is cancelled: what follows the commit belongs to it."""
-    task = asyncio.ensure_future(change)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        # bounded: by the control database's timeouts, and by those of ``align``
-        await asyncio.wait([task])
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a change whose caller was cancelled failed: %s", error)
-        raise
-
-
-def _aware(name: str, moment: datetime | None) -> datetime | None:
-    if moment is not None and moment.tzinfo is None:
-        raise ConfigurationError(f"{name} must be an aware datetime, with a time zone")
-    return moment
-
-
-__all__ = ["CreatedTenant", "TenantManager", "TenantRef"]
+__all__ = ["CreatedTenant", "TenantManager"]

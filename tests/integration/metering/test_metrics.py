@@ -22,8 +22,8 @@ from tenancy_orm.metering.policies import Upgrades
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.routing import Servers
 from tenancy_orm.secrets.keyring import Keyring
-from tenancy_orm.tenant import Tenant
-from tenancy_orm.tenants.manager import TenantManager, TenantRef
+from tenancy_orm.tenant import Tenant, TenantRef
+from tenancy_orm.tenants.manager import TenantManager
 from tests.support.postgres import Postgres
 from tests.support.provisioning import ScriptSchema
 from tests.support.quotas import KEYS, QuotaPlane, quota_plane

@@ -1,0 +1,259 @@
+"""``TenantLifecycle``: changes of a tenant's status, at once or at a set time, and its purge."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping
+from datetime import datetime
+from typing import Any
+
+from ..audit.actor import SYSTEM, Actor
+from ..authentication.directory import Directory
+from ..context import refuse_other_tenant
+from ..errors import LoginNotBlockedError, ProvisioningError, RoutingError, TenantNotFoundError
+from ..events import EventBus, TenantPurged, TenantStatusChanged
+from ..provisioning import Provisioner
+from ..registry.lifecycle import LOGIN_BLOCKED
+from ..registry.registry import Registry
+from ..tenant import Status, Tenant, TenantRef
+from .fields import check_aware
+
+logger = logging.getLogger("tenancy_orm.tenants")
+
+
+class TenantLifecycle:
+    """Changes tenants' statuses, at once or at a set time, and purges; a part of ``TenantManager``.
+
+    Every change is audited in its own transaction, under ``actor``.
+    """
+
+    def __init__(self, *, registry: Registry, directory: Directory, provisioner: Provisioner, events: EventBus) -> None:
+        self._registry = registry
+        self._directory = directory
+        self._provisioner = provisioner
+        self._events = events
+
+    # --- status -----------------------------------------------------------------------------------------------------
+
+    async def activate(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Make a suspended, trial or maintained tenant active, whatever it was before: ``end_maintenance`` asks that.
+
+        Raises:
+            InvalidTransitionError: it is none of these.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.ACTIVE, action="tenant.activate", actor=actor)
+
+    async def suspend(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Refuse the tenant's requests and end its connections, in every process; its data stays.
+
+        Raises:
+            InvalidTransitionError: it is not running.
+            TenantNotFoundError: no such tenant.
+            LoginNotBlockedError: it is suspended, but its server was not told: see there.
+        """
+        return await self._transition(tenant, Status.SUSPENDED, action="tenant.suspend", reason=reason, actor=actor)
+
+    async def start_maintenance(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Answer the tenant's requests with 503 and Retry-After; operators pass. ``end_maintenance`` ends it.
+
+        Raises:
+            InvalidTransitionError: its status does not admit this.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, Status.MAINTENANCE, action="tenant.maintain", reason=reason, actor=actor)
+
+    async def end_maintenance(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Make a tenant what it was before its maintenance: a trial goes on, and what was suspended stays so.
+
+        Raises:
+            InvalidTransitionError: it is not in maintenance.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(
+            tenant, None, action="tenant.end_maintenance", leaving=Status.MAINTENANCE, actor=actor
+        )
+
+    async def start_trial(self, tenant: TenantRef, *, ends_at: datetime, actor: Actor = SYSTEM) -> Tenant:
+        """Let a suspended tenant try once more, until ``ends_at``: one whose trial has ended, say.
+
+        ``update(trial_ends_at=...)`` prolongs a trial that is running.
+
+        Raises:
+            InvalidTransitionError: it is neither suspended nor in maintenance.
+            ConfigurationError: the time is naive.
+            TenantNotFoundError: no such tenant.
+        """
+        values = {"trial_ends_at": check_aware("ends_at", ends_at)}
+        return await self._transition(tenant, Status.TRIAL, action="tenant.start_trial", actor=actor, values=values)
+
+    async def delete(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+        """Delete softly: keys are refused and connections ended, data is kept until ``purge``.
+
+        Raises:
+            InvalidTransitionError: it is being provisioned, or deleted already.
+            TenantNotFoundError: no such tenant.
+            LoginNotBlockedError: it is deleted, but its server was not told: see there.
+        """
+        return await self._transition(tenant, Status.DELETED, action="tenant.delete", reason=reason, actor=actor)
+
+    async def restore(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
+        """Undo ``delete``: the tenant is again what it was.
+
+        Raises:
+            InvalidTransitionError: it is not deleted, or its purge has begun.
+            TenantNotFoundError: no such tenant.
+        """
+        return await self._transition(tenant, None, action="tenant.restore", actor=actor)
+
+    # --- schedules --------------------------------------------------------------------------------------------------
+
+    async def schedule_suspension(
+        self, tenant: TenantRef, at: datetime | None, *, reason: str | None = None, actor: Actor = SYSTEM
+    ) -> Tenant:
+        """Have ``run_housekeeping`` suspend the tenant at a time, an aware datetime; None calls it off.
+
+        Raises:
+            ConfigurationError: the time is naive.
+            TenantNotFoundError: no such tenant.
+        """
+        at = check_aware("at", at)
+        found = await self._living(tenant)
+        return await self._registry.schedule_suspension(found.id, at, reason=reason, actor=actor)
+
+    async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
+        """Have ``run_housekeeping`` purge a deleted tenant at a time of its own; None: after the usual retention.
+
+        Raises:
+            ConfigurationError: the time is naive.
+            InvalidTransitionError: the tenant is not deleted.
+            TenantNotFoundError: no such tenant.
+        """
+        at = check_aware("at", at)
+        found = await self._living(tenant)
+        return await self._registry.schedule_purge(found.id, at, actor=actor)
+
+    async def suspend_due(self, listed: Tenant, *, reason: str | None, actor: Actor = SYSTEM) -> Tenant:
+        """Suspend a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
+
+        Raises:
+            InvalidTransitionError: it was changed meanwhile.
+            LoginNotBlockedError: it is suspended, but its server was not told.
+        """
+        refuse_other_tenant(listed)
+        return await self._transition(
+            listed, Status.SUSPENDED, action="tenant.suspend", reason=reason, listed=listed, actor=actor
+        )
+
+    async def purge_due(self, listed: Tenant, *, actor: Actor = SYSTEM) -> None:
+        """Purge a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
+
+        Raises:
+            InvalidTransitionError: it was changed meanwhile.
+            ProvisioningError, ServerUnavailableError: its server refused.
+        """
+        refuse_other_tenant(listed)
+        await run_whole(self._purge(listed, listed, actor))
+
+    # --- purge ------------------------------------------------------------------------------------------------------
+
+    async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
+        """Remove a deleted tenant for good: database, role, keys and secrets. A tombstone stays in the registry.
+
+        A purge that is interrupted is finished by calling this again, or by ``reconcile``.
+
+        Raises:
+            InvalidTransitionError: it is not deleted.
+            TenantNotFoundError: no such tenant.
+            ProvisioningError, ServerUnavailableError: its server refused; try again.
+        """
+        found = await self._registry.find(tenant)
+        await run_whole(self._purge(found, None, actor))
+
+    async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
+        await self._provisioner.purge(found, listed=listed, actor=actor)
+        self._directory.invalidate(tenant_id=found.id)
+        self._events.emit(TenantPurged(tenant_id=found.id, slug=found.slug))
+        return found
+
+    # --- what they share --------------------------------------------------------------------------------------------
+
+    async def _transition(
+        self,
+        tenant: TenantRef,
+        target: Status | None,
+        *,
+        action: str,
+        actor: Actor,
+        leaving: Status = Status.DELETED,
+        reason: str | None = None,
+        listed: Tenant | None = None,
+        values: Mapping[str, Any] | None = None,
+    ) -> Tenant:
+        found = await self._living(tenant)
+        change = self._registry.transition(
+            found.id,
+            target,
+            action=action,
+            leaving=leaving,
+            reason=reason,
+            listed=listed,
+            actor=actor,
+            **(values or {}),
+        )
+        return await run_whole(self._change_status(change))
+
+    async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
+        before, after = await change
+        self._directory.invalidate(tenant_id=after.id)
+        # before the server is told, which takes a while: changes are announced in the order in which they took place
+        self._events.emit(
+            TenantStatusChanged(
+                tenant_id=after.id,
+                slug=after.slug,
+                before=before.status.value,
+                after=after.status.value,
+                reason=after.reason,
+            )
+        )
+        if (before.status in LOGIN_BLOCKED) != (after.status in LOGIN_BLOCKED):
+            await self._align(after)
+        return after
+
+    async def _align(self, tenant: Tenant) -> None:
+        """Have PostgreSQL itself refuse a suspended or deleted tenant, admit it again, and apply its tier's limit.
+
+        The registry has decided already and every process obeys it; a server that is away now is told by ``reconcile``.
+
+        Raises:
+            LoginNotBlockedError: the tenant is to be kept out, and its server was not told.
+        """
+        try:
+            await self._provisioner.align(tenant)
+        except (RoutingError, ProvisioningError) as exc:
+            if tenant.status in LOGIN_BLOCKED:
+                raise LoginNotBlockedError(tenant.slug, tenant.status.value, str(exc)) from exc
+            logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
+
+    async def _living(self, tenant: TenantRef) -> Tenant:
+        found = await self._registry.find(tenant)
+        if found.status is Status.PURGED:
+            raise TenantNotFoundError(found.slug)
+        return found
+
+
+async def run_whole(change: Coroutine[Any, Any, Tenant]) -> Tenant:
+    """Run a change to its end although the caller is cancelled: what follows the commit belongs to it."""
+    task = asyncio.ensure_future(change)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        # bounded: by the control database's timeouts, and by those of ``align``
+        await asyncio.wait([task])
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a change whose caller was cancelled failed: %s", error)
+        raise
+
+
+__all__ = ["TenantLifecycle", "run_whole"]
