@@ -17,7 +17,7 @@ from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
 from ..errors import ConfigurationError, CrossTenantError, InvalidApiKeyError, MalformedRequestError, TenancyError
 from ..events import KeyRejected, OperatorAdmitted, QuotaRefused
-from ..quotas.manager import REQUEST_RATE
+from ..quotas.overrides import REQUEST_RATE
 from ..registry.lifecycle import check_usable
 from ..tenant import Status, Tenant
 from .exempt import ExemptPaths

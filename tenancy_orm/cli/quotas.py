@@ -8,7 +8,7 @@ import typer
 
 from ..config.tiers import UNLIMITED
 from ..errors import ConfigurationError
-from ..quotas.manager import Override
+from ..quotas.overrides import Override
 from ..tenancy import Tenancy
 from .output import print_json, print_table
 from .runtime import Json, TenantArgument, guarded, operator, run

@@ -8,13 +8,11 @@ and time zones decide in which period a use falls.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any
 from uuid import UUID
 from weakref import WeakValueDictionary
 
@@ -24,79 +22,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
 from ..config import Limit, TenancyConfig
-from ..config.tiers import RESOURCE_NAME, Period
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import ask_tenant_id, find_tenant_id
 from ..control.models import tenants
-from ..errors import ConfigurationError, QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
+from ..errors import QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
-from ..tenant import Status, Tenant
+from ..tenant import Status, Tenant, TenantRef
 from .holds import Hold, HoldKeeper
 from .leases import RECLAIM_SECONDS, LeasedQuota, LeaseKeeper, check_amount
-
-TenantRef: TypeAlias = str | UUID | Tenant
-Override: TypeAlias = int | float | Limit | Mapping[str, Any] | None
-
-# an override with a name of its own: the tenant's request rate, which control.rates enforces in the process
-REQUEST_RATE: Final = "requests_per_second"
+from .overrides import Override, check_overrides
+from .usage import Remaining, TenantUsage, Usage
 
 _LONGEST_KEY = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a tenant has used of one resource in the period that runs now.
-
-    ``limit`` is None where there is none; ``resets_at`` (UTC) is None where the period does not end.
-    """
-
-    resource: str
-    used: int
-    limit: int | None
-    period: Period
-    resets_at: datetime | None = None
-
-    @property
-    def remaining(self) -> int | None:
-        """How much is left, at least 0; None without a limit."""
-        return None if self.limit is None else max(self.limit - self.used, 0)
-
-    @property
-    def fraction(self) -> float:
-        """What part of the limit is used; 0 without a limit, infinite where the limit is 0 and something is used."""
-        if self.limit is None or self.used == 0:
-            return 0.0
-        return self.used / self.limit if self.limit else math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class TenantUsage:
-    """How much of one limit one tenant uses; ``fraction`` may be above 1 where the limit was lowered."""
-
-    tenant_id: UUID
-    slug: str
-    tier: str
-    fraction: float
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Remaining:
-    """The answer of ``check``: true where ``requested`` more would fit."""
-
-    usage: Usage
-    requested: int
-
-    @property
-    def allowed(self) -> bool:
-        """Whether ``requested`` more would fit."""
-        return self.usage.limit is None or self.usage.used + self.requested <= self.usage.limit
-
-    def __bool__(self) -> bool:
-        """The same as ``allowed``."""
-        return self.allowed
-
 
 _CONSUME = text(
     "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_consume("
@@ -495,46 +433,6 @@ class QuotaManager:
         known = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.status != Status.PURGED)
         if await conn.scalar(known) is None:
             raise TenantNotFoundError(tenant_id)
-
-
-def check_overrides(overrides: Mapping[str, Override]) -> dict[str, Any]:
-    """Return ``overrides`` as the registry keeps them, those that are None left out.
-
-    Raises:
-        ConfigurationError: a resource's name or a limit is malformed.
-    """
-    return {name: _check_override(name, value) for name, value in overrides.items() if value is not None}
-
-
-def _check_override(name: str, value: Override) -> Any:
-    if not RESOURCE_NAME.fullmatch(name):
-        raise ConfigurationError(f"resource {name!r} must be 1 to 63 of a-z, 0-9, _, . and -, from a letter")
-    if name == REQUEST_RATE:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ConfigurationError(f"{REQUEST_RATE} must be a number above 0, not {value!r}")
-        return value
-    if isinstance(value, Limit):
-        return {"amount": value.amount, "period": value.period, "soft": list(value.soft)}
-    if isinstance(value, Mapping):
-        return _check_mapping(name, value)
-    return _limit(name, {"amount": value}).amount
-
-
-def _check_mapping(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = set(value) - {"amount", "period", "soft"}
-    if unknown or not value:
-        raise ConfigurationError(f"the limit of {name!r} has amount, period and soft, not {sorted(map(str, unknown))}")
-    limit = _limit(name, value)
-    checked = {"amount": limit.amount, "period": limit.period, "soft": list(limit.soft)}
-    return {field: checked[field] for field in value}
-
-
-def _limit(name: str, fields: Mapping[str, Any]) -> Limit:
-    # Limit knows what it admits
-    try:
-        return Limit(**{"amount": None, **fields})
-    except ConfigurationError as exc:
-        raise ConfigurationError(f"the limit of {name!r} is malformed: {exc}") from exc
 
 
 def _check_key(key: str | None) -> None:

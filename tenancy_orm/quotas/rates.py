@@ -18,7 +18,7 @@ from ..context import _current
 from ..errors import CrossTenantError
 from ..loops import HomeLoop
 from ..tenant import Tenant
-from .manager import REQUEST_RATE
+from .overrides import REQUEST_RATE
 
 _SWEEP_AT: Final = 10_000  # buckets
 

@@ -18,7 +18,7 @@ from ..errors import ConfigurationError, InvalidApiKeyError, TenantNotFoundError
 from ..events import EventBus, TenantCreated, TenantUpdated
 from ..keys.format import KeyDigester, generate_key
 from ..provisioning import Provisioner
-from ..quotas.manager import check_overrides
+from ..quotas.overrides import check_overrides
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft, TenantPage, uuid7
 from ..secrets.keyring import Keyring, new_password

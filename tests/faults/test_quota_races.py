@@ -17,7 +17,7 @@ from sqlalchemy import text
 from tenancy_orm.config import Limit, Tier
 from tenancy_orm.errors import ControlUnavailableError, QuotaError, QuotaExceededError
 from tenancy_orm.events import QuotaThresholdReached
-from tenancy_orm.quotas.manager import Usage
+from tenancy_orm.quotas.usage import Usage
 from tenancy_orm.tenant import Tenant
 from tests.support.proxy import proxied
 from tests.support.quotas import QuotaPlane, line, quota_plane, race, say, start_worker

@@ -19,7 +19,8 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.events import Event, EventBus
-from tenancy_orm.quotas.manager import QuotaManager, check_overrides
+from tenancy_orm.quotas.manager import QuotaManager
+from tenancy_orm.quotas.overrides import check_overrides
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Status, Tenant

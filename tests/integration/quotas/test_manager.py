@@ -27,7 +27,7 @@ from tenancy_orm.errors import (
     UnknownQuotaError,
 )
 from tenancy_orm.events import QuotaRefused, QuotaThresholdReached, TenantUpdated
-from tenancy_orm.quotas.manager import Usage
+from tenancy_orm.quotas.usage import Usage
 from tenancy_orm.tenant import Tenant
 from tests.support.quotas import QuotaPlane, quota_plane
 from tests.support.registry import synchronise

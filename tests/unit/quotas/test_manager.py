@@ -17,8 +17,9 @@ from tenancy_orm.config import Limit, TenancyConfig, Tier, TierPolicy
 from tenancy_orm.errors import ConfigurationError, QuotaExceededError
 from tenancy_orm.loops import HomeLoop
 from tenancy_orm.quotas.leases import LeasedQuota, LeaseKeeper
-from tenancy_orm.quotas.manager import Override, Remaining, Usage, check_overrides
+from tenancy_orm.quotas.overrides import Override, check_overrides
 from tenancy_orm.quotas.rates import UNLIMITED, Allowed, Denied, Rates
+from tenancy_orm.quotas.usage import Remaining, Usage
 from tenancy_orm.tenant import Status, Tenant
 
 # --- overrides ------------------------------------------------------------------------------------------------------
