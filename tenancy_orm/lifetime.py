@@ -1,4 +1,4 @@
-"""``Lifetime``: from when to when the parts of a ``Tenancy`` are open, and in which event loop."""
+"""``Lifetime``: when the parts of a ``Tenancy`` are open, and in which event loop."""
 
 from __future__ import annotations
 
