@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..errors import MarkerMismatchError, MigrationError
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
@@ -388,7 +388,7 @@ _NOTICE_DEATH = "pg_catalog.set_config('client_connection_check_interval', '2s',
 
 async def close(connection: Connection, *, timeout: float = 5.0) -> None:
     """Close a connection for good, also when cancelled, and by force where the server does not answer."""
-    await settled(_close(connection, timeout))
+    await run_to_completion(_close(connection, timeout))
 
 
 async def _close(connection: Connection, timeout: float) -> None:

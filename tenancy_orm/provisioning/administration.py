@@ -10,7 +10,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable
 
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
@@ -65,7 +65,7 @@ class Administration:
         Never raises because of the connection: what was done under the lock is done, and the lock goes with it.
         """
         if len(self._idle[server.name]) >= self._keep or not await self._unlocked(connection, key):
-            await settled(connections.close(connection))
+            await run_to_completion(connections.close(connection))
             return
         self._idle[server.name].append(connection)
         self._timers[connection] = asyncio.get_running_loop().call_later(
@@ -90,7 +90,7 @@ class Administration:
             works = await connections.is_alive(connection)
         finally:
             if not works:
-                await settled(connections.close(connection))
+                await run_to_completion(connections.close(connection))
         return works
 
     @staticmethod
@@ -98,7 +98,7 @@ class Administration:
         try:
             await locks.lock(connection, key, timeout=timeout)
         except BaseException:
-            await settled(connections.close(connection))
+            await run_to_completion(connections.close(connection))
             raise
         return connection
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..control.names import Names
 from ..errors import TenancyError
 from ..postgres import connections
@@ -251,7 +251,7 @@ class Blockers:
     async def _end_blockers(self, connection: Connection, pid: int) -> None:
         await self._end_sessions(connection, await connection.fetch(_SESSIONS, pid, self._names.tenant_stem))
         for gid, role, database in await connection.fetch(_PREPARED, pid, self._names.tenant_stem):
-            await settled(_in_time(self.roll_back(PreparedTransaction(gid, role, database))))
+            await run_to_completion(_in_time(self.roll_back(PreparedTransaction(gid, role, database))))
 
     async def _end_sessions(self, connection: Connection, found: Iterable[tuple[int, str]]) -> set[str]:
         """End sessions, each given by its pid and role; returns the roles that had any."""
@@ -261,7 +261,7 @@ class Blockers:
             pids.setdefault(role, []).append(pid)
         for role, of_role in pids.items():
             logger.warning("role %s keeps administration waiting: ending %d of its connections", role, len(of_role))
-            if await settled(_in_time(roles.end_connections(connection, role, of_role))):
+            if await run_to_completion(_in_time(roles.end_connections(connection, role, of_role))):
                 ended.add(role)
         return ended
 

@@ -10,7 +10,7 @@ from functools import partial
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound, run_unbound
 from ..control.names import Names
@@ -186,7 +186,7 @@ class SecretManager:
                 connection, self._blockers(server), placement.role, self._role_settings, deadline=deadline
             )
         finally:
-            await settled(self._administration.release(server, connection, key))
+            await run_to_completion(self._administration.release(server, connection, key))
 
     # --- keys -------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from functools import partial
 from uuid import UUID
 
 from ..audit.actor import Actor
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import DatabaseExistsError, ProvisioningError, TenancyError, TenantExistsError, TenantNotFoundError
@@ -144,15 +144,15 @@ class Creation:
                 steps = self.steps()
                 for step, following in zip(steps, [*steps[1:], None], strict=True):
                     await self._take(step, following)
-                return await settled(self._complete())
+                return await run_to_completion(self._complete())
         except BaseException as exc:
-            undone = await settled(self._abandon(exc))
+            undone = await run_to_completion(self._abandon(exc))
             if self._tenant is not None and isinstance(exc, Exception):
                 return self._tenant  # the deadline passed, or the connection broke, once the tenant was active
             self._explain(exc, undone)
             raise
         finally:
-            await settled(self._let_go())
+            await run_to_completion(self._let_go())
 
     @property
     def role(self) -> str:
@@ -166,7 +166,7 @@ class Creation:
 
     async def _register(self) -> None:
         self._step = "registered"
-        await settled(self._parts.registry.register(self._draft, actor=self._actor))
+        await run_to_completion(self._parts.registry.register(self._draft, actor=self._actor))
 
     async def _take(self, step: Step, following: Step | None) -> None:
         """Do a step, whose name is in the registry, while the name of the one after it is written there.
@@ -185,7 +185,7 @@ class Creation:
             self._begun.remove(step)
             raise
         finally:
-            await settled(_ended(writing))
+            await run_to_completion(_ended(writing))
         writing.result()
 
     async def _write(self, step: Step | None) -> None:
@@ -378,7 +378,7 @@ async def prove(parts: Parts, tenant_id: UUID, slug: str, placement: Placement) 
     try:
         await marker.verify(connection, parts.installation, tenant_id, tenant=slug)
     except BaseException:
-        await settled(connections.close(connection))
+        await run_to_completion(connections.close(connection))
         raise
     return connection
 

@@ -11,7 +11,7 @@ from functools import partial
 import asyncpg
 from sqlalchemy import text
 
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..control.database import ControlDatabase
 from ..errors import DatabaseExistsError
 from ..postgres import connections, locks
@@ -69,7 +69,7 @@ async def prepare(
             await role_settings.verify(connection, server.name, settings)
             return settings
     finally:
-        await settled(connections.close(connection))
+        await run_to_completion(connections.close(connection))
 
 
 async def _prepare_owner(connection: Connection, owner: str) -> None:

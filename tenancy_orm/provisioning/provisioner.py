@@ -12,7 +12,7 @@ from types import MappingProxyType
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
@@ -344,7 +344,7 @@ class Provisioner:
                 actor=actor,
             )
         finally:
-            await settled(self._administration.release(server, connection, key))
+            await run_to_completion(self._administration.release(server, connection, key))
 
     async def reconcile(self, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> ReconcileReport:
         """Finish or remove what interrupted creations and purges have left, on every server.

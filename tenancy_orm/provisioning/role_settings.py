@@ -19,7 +19,7 @@ from functools import partial
 
 import asyncpg
 
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..config.sections import ROLE_SETTINGS
 from ..errors import ConfigurationError, TenancyError
 from ..postgres import connections
@@ -225,7 +225,7 @@ async def verify(connection: Connection, server: str, settings: RoleSettings) ->
                     f"(SQLSTATE {exc.sqlstate})"
                 ) from exc
     finally:
-        await settled(trial.rollback())
+        await run_to_completion(trial.rollback())
 
 
 async def _correct(connection: Connection, role: str, found: Found, settings: RoleSettings) -> None:

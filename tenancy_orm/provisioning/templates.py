@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias
 
 import asyncpg
 
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import TemplateError, TenancyError
@@ -185,7 +185,7 @@ class Templates:
                 await databases.admit_owner(connection, name)
             yield name
         finally:
-            await settled(self._drop(server, connection, name))
+            await run_to_completion(self._drop(server, connection, name))
 
     # --- building ---------------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class Templates:
         except Exception as exc:
             raise TemplateError(f"template {name!r} on server {server.name!r} could not be built: {exc}") from exc
         finally:
-            await settled(connections.close(connection))
+            await run_to_completion(connections.close(connection))
 
     async def _build(self, server: Server, connection: Connection, name: str) -> str | None:
         """Build a template under its lock. What is there already is a part of one, left by a builder that died."""
@@ -225,7 +225,7 @@ class Templates:
             revision = await self._apply(server, name)
             await databases.seal(connection, name, comment=_comment(revision))
         except BaseException:
-            await settled(self._drop_partial(server, connection, name))
+            await run_to_completion(self._drop_partial(server, connection, name))
             raise
         return revision
 
@@ -238,7 +238,7 @@ class Templates:
             for extension in self._config.extensions:
                 await databases.create_extension(connection, extension)
         finally:
-            await settled(connections.close(connection))
+            await run_to_completion(connections.close(connection))
 
     async def _apply(self, server: Server, name: str) -> str | None:
         opened: list[Connection] = []
@@ -253,7 +253,7 @@ class Templates:
         finally:
             # one that stays open would fail every clone
             for connection in opened:
-                await settled(connections.close(connection))
+                await run_to_completion(connections.close(connection))
 
     async def _drop_partial(self, server: Server, connection: Connection, name: str) -> None:
         try:

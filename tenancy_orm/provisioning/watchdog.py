@@ -23,7 +23,7 @@ from uuid import UUID
 import asyncpg
 
 from ..audit.actor import SYSTEM, Actor
-from ..cancellation import settled
+from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..errors import ServerUnavailableError, TenancyError
@@ -368,7 +368,7 @@ async def _roll_back(blockers: Blockers, database: str, role: str | None, gid: s
     try:
         await inside.execute(f"ROLLBACK PREPARED {quote_literal(gid)}")
     finally:
-        await settled(connections.close(inside))
+        await run_to_completion(connections.close(inside))
 
 
 async def _queue_usage(connection: Connection) -> float:
@@ -409,4 +409,4 @@ async def _connect(blockers: Blockers) -> Connection:
 async def _leave(post: _Post) -> None:
     connection, post.connection = post.connection, None
     if connection is not None:
-        await settled(connections.close(connection))
+        await run_to_completion(connections.close(connection))

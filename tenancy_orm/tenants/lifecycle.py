@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
 from datetime import datetime
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
+from ..cancellation import run_to_completion
 from ..context import refuse_other_tenant
 from ..errors import LoginNotBlockedError, ProvisioningError, RoutingError, TenantNotFoundError
 from ..events import EventBus, TenantPurged, TenantStatusChanged
@@ -154,7 +154,7 @@ class TenantLifecycle:
             ProvisioningError, ServerUnavailableError: its server refused.
         """
         refuse_other_tenant(listed)
-        await run_whole(self._purge(listed, listed, actor))
+        await run_to_completion(self._purge(listed, listed, actor))
 
     # --- purge ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class TenantLifecycle:
             ProvisioningError, ServerUnavailableError: its server refused; try again.
         """
         found = await self._registry.find(tenant)
-        await run_whole(self._purge(found, None, actor))
+        await run_to_completion(self._purge(found, None, actor))
 
     async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
         await self._provisioner.purge(found, listed=listed, actor=actor)
@@ -202,7 +202,7 @@ class TenantLifecycle:
             actor=actor,
             **(values or {}),
         )
-        return await run_whole(self._change_status(change))
+        return await run_to_completion(self._change_status(change))
 
     async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
         before, after = await change
@@ -243,17 +243,4 @@ class TenantLifecycle:
         return found
 
 
-async def run_whole(change: Coroutine[Any, Any, Tenant]) -> Tenant:
-    """Run a change to its end although the caller is cancelled: what follows the commit belongs to it."""
-    task = asyncio.ensure_future(change)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        # bounded: by the control database's timeouts, and by those of ``align``
-        await asyncio.wait([task])
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a change whose caller was cancelled failed: %s", error)
-        raise
-
-
-__all__ = ["TenantLifecycle", "run_whole"]
+__all__ = ["TenantLifecycle"]

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
+from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..control.names import Names
@@ -24,7 +25,7 @@ from ..registry.rows import TenantDraft, TenantPage, uuid7
 from ..secrets.keyring import Keyring, new_password
 from ..tenant import Status, Tenant, TenantRef
 from .fields import SLUG, check_aware, check_metadata, check_slug, check_timezone
-from .lifecycle import TenantLifecycle, run_whole
+from .lifecycle import TenantLifecycle
 
 _LONGEST_REDIRECT = 100 * 366 * 86_400.0
 
@@ -283,7 +284,7 @@ class TenantManager(TenantLifecycle):
         found = await self._living(tenant)
         if not values:
             return found
-        return await run_whole(self._update(found, values, expected_tier, actor))
+        return await run_to_completion(self._update(found, values, expected_tier, actor))
 
     async def _update(self, found: Tenant, values: dict[str, Any], expected_tier: str | None, actor: Actor) -> Tenant:
         before, after = await self._registry.change(
@@ -315,7 +316,7 @@ class TenantManager(TenantLifecycle):
         if not 0 <= redirect_seconds <= _LONGEST_REDIRECT:
             raise ConfigurationError(f"redirect_seconds must be from 0 to {_LONGEST_REDIRECT:.0f} (100 years)")
         found = await self._living(tenant)
-        return await run_whole(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
+        return await run_to_completion(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
 
     async def _rename(self, tenant_id: UUID, slug: str, redirect_seconds: float, actor: Actor) -> Tenant:
         before, after = await self._registry.rename(tenant_id, slug, redirect_seconds=redirect_seconds, actor=actor)

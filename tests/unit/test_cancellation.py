@@ -1,4 +1,4 @@
-"""``settled``: work that a cancellation must not cut in half."""
+"""``run_to_completion``: work that a cancellation must not cut in half."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from tenancy_orm.cancellation import settled
+from tenancy_orm.cancellation import run_to_completion
 
 
 async def test_the_result_is_returned() -> None:
@@ -17,7 +17,7 @@ async def test_the_result_is_returned() -> None:
         await asyncio.sleep(0)
         return 7
 
-    assert await settled(work()) == 7
+    assert await run_to_completion(work()) == 7
 
 
 async def test_an_error_is_raised() -> None:
@@ -27,7 +27,7 @@ async def test_an_error_is_raised() -> None:
         raise LookupError("no")
 
     with pytest.raises(LookupError, match="no"):
-        await settled(work())
+        await run_to_completion(work())
 
 
 async def test_a_cancellation_waits_for_the_work() -> None:
@@ -39,7 +39,7 @@ async def test_a_cancellation_waits_for_the_work() -> None:
         await proceed.wait()
         done.set()
 
-    task = asyncio.create_task(settled(work()))
+    task = asyncio.create_task(run_to_completion(work()))
     await begun.wait()
     for _ in range(3):
         task.cancel()
@@ -60,7 +60,7 @@ async def test_an_error_after_a_cancellation_is_logged(caplog: pytest.LogCapture
         await proceed.wait()
         raise LookupError("too late")
 
-    task = asyncio.create_task(settled(work()))
+    task = asyncio.create_task(run_to_completion(work()))
     await begun.wait()
     task.cancel()
     await asyncio.sleep(0)
@@ -80,5 +80,5 @@ async def test_a_deadline_works_across_it() -> None:
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await settled(work())
+            await run_to_completion(work())
     assert done.is_set()
