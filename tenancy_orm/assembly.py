@@ -167,7 +167,7 @@ class Assembly:
 
     def _build_parts(self) -> None:
         config, events = self.config, self.events
-        self.registry = Registry(self.control, self.audit, bills=config.metering.usage_sender is not None)
+        self.registry = Registry(self.control, self.audit, usage_billed=config.metering.usage_sender is not None)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
         self.directory = Directory(self.control, config, events, audit=self.audit)
         self.router = Router(

@@ -23,7 +23,7 @@ from ..events import EventBus, KeyIssued, KeyRevoked
 from ..keys.format import ID_LENGTH, KeyDigester, generate_key
 from ..keys.networks import Network
 from ..keys.rows import KEY_COLUMNS, ApiKeyInfo, insert_key, key_from_row
-from ..registry.lifecycle import hold_tenant
+from ..registry.lifecycle import lock_tenant_for_share
 from ..tenant import Tenant
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class KeyManager:
         key = generate_key(self._check_prefix(prefix), self._digester)
         _check_expiry(expires_at)
         async with self._control.transaction() as connection:
-            slug, _ = await hold_tenant(connection, owner.id)
+            slug, _ = await lock_tenant_for_share(connection, owner.id)
             info = await insert_key(
                 connection, owner.id, key, name=name, scopes=scopes, expires_at=expires_at, networks=networks
             )
@@ -160,7 +160,7 @@ class KeyManager:
             if tenant_id is None:
                 raise ApiKeyNotFoundError(key_id)
             refuse_other_tenant(tenant_id)
-            await hold_tenant(connection, tenant_id)
+            await lock_tenant_for_share(connection, tenant_id)
             old, slug = await self._locked(connection, key_id)
             await _check_rotatable(connection, old)
             if expires_at is None:

@@ -44,7 +44,7 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "usage": "SELECT, INSERT, UPDATE, DELETE",
     "usage_keys": "SELECT, INSERT, DELETE",
     "quota_holds": "SELECT, INSERT, UPDATE, DELETE",
-    "quota_leases": "SELECT, INSERT, UPDATE, DELETE",
+    "quota_blocks": "SELECT, INSERT, UPDATE, DELETE",
     "quota_pressure": "SELECT, INSERT, UPDATE, DELETE",
     "usage_records": "SELECT, INSERT, UPDATE, DELETE",
     "tenant_metrics": "SELECT, INSERT, DELETE",

@@ -285,8 +285,8 @@ quota_holds = Table(
     Column("expires_at", DateTime(timezone=True), nullable=False),
 )
 
-quota_leases = Table(
-    "quota_leases",
+quota_blocks = Table(
+    "quota_blocks",
     metadata,
     Column("id", Uuid, primary_key=True),
     _of_tenant(),

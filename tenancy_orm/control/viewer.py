@@ -57,7 +57,7 @@ VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "usage_keys": ("tenant_id", "key", "resource", "amount", "created_at"),
     "usage_records": ("tenant_id", "resource", "period", "period_start", "period_end", "quantity", "created_at"),
     "quota_holds": ("tenant_id", "resource", "amount", "expires_at"),
-    "quota_leases": ("tenant_id", "resource", "period", "period_start", "unspent", "expires_at"),
+    "quota_blocks": ("tenant_id", "resource", "period", "period_start", "unspent", "expires_at"),
     "quota_pressure": ("tenant_id", "resource", "tier", "since"),
     "tenant_metrics": ("tenant_id", "sampled_at", "size_bytes", "connections", "queries", "errors"),
     "audit_log": (

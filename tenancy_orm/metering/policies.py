@@ -160,7 +160,7 @@ class Upgrades:
 
 
 _NOTE = text(
-    "SELECT * FROM tenancy.quota_note_pressure(:policy, :resource, CAST(:fraction AS double precision), "
+    "SELECT * FROM tenancy.quota_update_pressure(:policy, :resource, CAST(:fraction AS double precision), "
     "CAST(:seconds AS double precision), CAST(:apply AS boolean), CAST(:at AS timestamptz))"
 )
 # the look at the row as it was tells whether this is the first time; its lock is waited for before

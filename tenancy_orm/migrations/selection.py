@@ -40,7 +40,7 @@ class Selection:
         """Whether a tenant has been purged, or is being purged, by now."""
         if (await self._registry.get(tenant.id)).status is Status.PURGED:
             return True
-        unfinished = await self._registry.is_unfinished(tenant.id)
+        unfinished = await self._registry.find_unfinished(tenant.id)
         return unfinished is not None and unfinished.kind == "purging"
 
     async def _all(self) -> list[Tenant]:

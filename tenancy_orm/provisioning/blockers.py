@@ -283,7 +283,7 @@ class Blockers:
     async def _enter_anywhere(self) -> Connection:
         """Log in to whichever database admits the administrator first: a tenant can block only a few."""
         try:
-            known = sorted(await self._registry.placements(self._server.name))
+            known = sorted(await self._registry.database_names(self._server.name))
         except TenancyError:
             known = []  # the control database is on the same server, perhaps, and blocked as well
         # the one that an attacker expects least comes first

@@ -334,7 +334,7 @@ class Creation:
     async def _leave_to_reconcile(self, error: Exception) -> None:
         try:
             async with asyncio.timeout(self._parts.config.pool.connect_timeout):
-                await self._parts.registry.note_failure(self._draft.id, step=UNDOING, error=describe(error))
+                await self._parts.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
         except Exception as exc:  # noqa: BLE001 - as above; the row is there, and reconcile finds it
             logger.error("the registry was not told of it either: %s", describe(exc))
 

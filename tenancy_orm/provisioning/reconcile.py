@@ -170,7 +170,7 @@ class Reconciler:
         async with self._claimed(connection, tenant_key(found.tenant.id)) as free:
             if not free:
                 return  # under way
-            one = await self._parts.registry.is_unfinished(found.tenant.id)
+            one = await self._parts.registry.find_unfinished(found.tenant.id)
             if one is None or one.tenant.placement is None:
                 return
             if one.kind == "purging":
@@ -243,7 +243,7 @@ class Reconciler:
             present = {state.name for state in await databases.states(connection, names.stem)}
             present |= set(await roles.states(connection, names.stem))
         # in this order: a creation that begins now has its row before its database
-        known = await self._parts.registry.placements(server)
+        known = await self._parts.registry.database_names(server)
         for name in sorted(present - known):
             tenant_id = names.parse(name)
             if tenant_id is not None:

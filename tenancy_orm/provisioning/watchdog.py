@@ -220,7 +220,7 @@ class Watchdog:
             detail = {"server": one.server, "reason": one.reason, "locks": one.locks, "seconds": one.seconds}
             try:
                 async with asyncio.timeout(self._config.pool.connect_timeout):
-                    await self._parts.registry.note(one.tenant_id, "session.terminate", detail=detail, actor=actor)
+                    await self._parts.registry.record(one.tenant_id, "session.terminate", detail=detail, actor=actor)
             except (TenancyError, *SERVER_FAILURES) as exc:
                 # it is in the application's log, and the control database may be what suffers
                 logger.warning("the end of a session is not in the audit log: %s", describe(exc))

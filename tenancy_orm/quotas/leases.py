@@ -39,14 +39,14 @@ _ALL: Final = 2**62  # of what the database knows to be unspent
 
 _LEASE = text(
     "SELECT *, nullif(ends_at, 'infinity') AS resets_at, extract(epoch FROM nullif(ends_at, 'infinity') - at)"
-    "::double precision AS seconds FROM tenancy.quota_lease("
+    "::double precision AS seconds FROM tenancy.quota_take_block("
     "CAST(:tenant_id AS uuid), :resource, CAST(:id AS uuid), CAST(:previous AS uuid), CAST(:held AS bigint), "
     "CAST(:amount AS bigint), CAST(:block AS bigint), CAST(:seconds AS double precision))"
 )
-_RETURN = text("SELECT tenancy.quota_return(CAST(:id AS uuid), CAST(:unspent AS bigint))")
-_RECLAIMED = text("SELECT id FROM tenancy.quota_leases WHERE id = ANY(CAST(:ids AS uuid[])) AND reclaim")
+_RETURN = text("SELECT tenancy.quota_return_block(CAST(:id AS uuid), CAST(:unspent AS bigint))")
+_RECLAIMED = text("SELECT id FROM tenancy.quota_blocks WHERE id = ANY(CAST(:ids AS uuid[])) AND reclaim")
 _RENEW = text(
-    "UPDATE tenancy.quota_leases SET expires_at = clock_timestamp() + make_interval(secs => :seconds) "
+    "UPDATE tenancy.quota_blocks SET expires_at = clock_timestamp() + make_interval(secs => :seconds) "
     "WHERE id = ANY(CAST(:ids AS uuid[]))"
 )
 
@@ -180,7 +180,7 @@ class LeasedQuota:
                 if self.try_consume(amount):
                     return
                 row = self._refusal(called, amount) or await self._ask(amount)
-            if row.outcome != "exceeded" or not row.leased or time.monotonic() - called >= RECLAIM_SECONDS:
+            if row.outcome != "exceeded" or not row.in_blocks or time.monotonic() - called >= RECLAIM_SECONDS:
                 self._keeper.conclude(self.tenant_id, self.resource, amount, row)
                 return
             # others hold some of it: they have been asked to return it, and look every HEARTBEAT_SECONDS
@@ -190,7 +190,7 @@ class LeasedQuota:
         """A final refusal of as much or less that was asked for after this call began, and so holds for it as well."""
         if self._refused is not None:
             asked, refused, row = self._refused
-            if asked >= called and amount >= refused and not row.leased:
+            if asked >= called and amount >= refused and not row.in_blocks:
                 return row
         return None
 

@@ -73,7 +73,7 @@ _CLEAN = (
         "AND (closed_at IS NOT NULL OR NOT (CAST(:bills AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)))"
     ),
     "DELETE FROM tenancy.quota_holds WHERE expires_at < now() - make_interval(secs => 86400 * :days)",
-    "DELETE FROM tenancy.quota_leases WHERE expires_at < now() - make_interval(secs => 86400 * :days)",
+    "DELETE FROM tenancy.quota_blocks WHERE expires_at < now() - make_interval(secs => 86400 * :days)",
 )
 _LIMITS = text("SELECT resource, amount, period, soft FROM tenancy.quota_limits(CAST(:tenant_id AS uuid))")
 
@@ -233,7 +233,7 @@ class QuotaManager:
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
             row = (await conn.execute(_CONSUME, parameters)).one()
         deadline = time.monotonic() + RECLAIM_SECONDS
-        while row.outcome == "exceeded" and row.leased and time.monotonic() < deadline:
+        while row.outcome == "exceeded" and row.in_blocks and time.monotonic() < deadline:
             # processes that lease hold some of it unspent: they have been asked to return it
             await asyncio.sleep(0.05)
             async with self._control.connect() as conn:

@@ -39,7 +39,7 @@ class Changes(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, _ = await self._living(connection, tenant_id)
+            before, _ = await self._lock_unless_purged(connection, tenant_id)
             if expected_tier not in (None, before.tier):
                 raise TierChangedError(before.slug, expected=str(expected_tier), found=before.tier)
             after = await self._set(connection, tenant_id, **values)
@@ -59,7 +59,7 @@ class Changes(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, _ = await self._living(connection, tenant_id)
+            before, _ = await self._lock_unless_purged(connection, tenant_id)
             if before.slug == slug:
                 return before, before
             after = await self._set(connection, tenant_id, slug=slug)

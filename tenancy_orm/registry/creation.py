@@ -16,7 +16,7 @@ from ..keys.format import NewKey
 from ..keys.rows import insert_key
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantDraft, tenant_from_row
-from .table import TenantTable, refusal_of, snapshot
+from .table import TenantTable, constraint_error, snapshot
 
 
 class Creation(TenantTable):
@@ -52,7 +52,7 @@ class Creation(TenantTable):
                 tenant = tenant_from_row(row)
                 await self._write_audit(connection, "tenant.create", tenant, actor, after=snapshot(tenant))
         except IntegrityError as exc:
-            raise refusal_of(exc, values) from exc
+            raise constraint_error(exc, values) from exc
         return tenant
 
     async def record_step(self, tenant_id: UUID, step: str) -> None:
@@ -88,7 +88,7 @@ class Creation(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, row = await self._locked(connection, tenant_id)
+            before, row = await self._lock(connection, tenant_id)
             if before.status is not Status.PROVISIONING:
                 raise InvalidTransitionError(before.slug, before.status.value, row.next_status or Status.ACTIVE)
             after = await self._set(
@@ -125,7 +125,7 @@ class Creation(TenantTable):
                 connection, "tenant.create_failed", tenant, actor, detail={"step": step, "error": error}
             )
 
-    async def note_failure(self, tenant_id: UUID, *, step: str, error: str) -> None:
+    async def record_failure(self, tenant_id: UUID, *, step: str, error: str) -> None:
         """Record on the row that ``step`` failed and could not be undone; ``reconcile`` takes it from there."""
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:

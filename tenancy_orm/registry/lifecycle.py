@@ -76,7 +76,7 @@ def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
         raise TenantMaintenanceError(tenant.slug, reason=tenant.reason)
 
 
-async def hold_tenant(connection: AsyncConnection, tenant_id: UUID) -> tuple[str, Status]:
+async def lock_tenant_for_share(connection: AsyncConnection, tenant_id: UUID) -> tuple[str, Status]:
     """Keep a tenant from being purged until the transaction ends, and return its slug and status.
 
     Raises:

@@ -15,16 +15,16 @@ from ..errors import InvalidTransitionError
 from ..tenant import Status, Tenant
 from .table import TenantTable, check_unchanged
 
-# what was counted and measured of a tenant: its own keys of idempotency, which may name people, among it
-_REMAINS = tuple(
+# what was counted and measured of the tenant; its idempotency keys may name people
+_DELETE_USAGE = tuple(
     text(f"DELETE FROM tenancy.{table} WHERE tenant_id = :id")  # noqa: S608 - constants of this module
-    for table in ("usage_keys", "quota_holds", "quota_leases", "quota_pressure", "tenant_metrics")
+    for table in ("usage_keys", "quota_holds", "quota_blocks", "quota_pressure", "tenant_metrics")
 )
 
-
-# what a tenant used is to be paid though it is purged; but where nobody bills, nothing of it is kept for that
-_SETTLE = text(
-    "SELECT tenancy.usage_settle(:id) WHERE CAST(:bills AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)"
+# a purged tenant's usage is still billed; where usage is not billed, no record of it is made
+_CLOSE_USAGE = text(
+    "SELECT tenancy.usage_close_tenant(:id) "
+    "WHERE CAST(:billed AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)"
 )
 
 
@@ -34,12 +34,12 @@ class Purge(TenantTable):
     Args:
         control: The control database.
         audit: Where changes are written down.
-        bills: Whether usage is exported for billing; known also by there being records of it.
+        usage_billed: Whether usage is exported for billing. Where there are usage records already, it is.
     """
 
-    def __init__(self, control: ControlDatabase, audit: AuditLog, *, bills: bool = False) -> None:
+    def __init__(self, control: ControlDatabase, audit: AuditLog, *, usage_billed: bool = False) -> None:
         super().__init__(control, audit)
-        self._bills = bills
+        self._usage_billed = usage_billed
 
     async def begin_purge(self, tenant_id: UUID, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> Tenant:
         """Mark a deleted tenant as being purged: from here on it cannot be restored. Repeating it changes nothing.
@@ -55,7 +55,7 @@ class Purge(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, row = await self._locked(connection, tenant_id)
+            before, row = await self._lock(connection, tenant_id)
             if listed is not None and row.purge_started_at is None:
                 check_unchanged(before, listed, Status.PURGED)
             if before.status is not Status.DELETED:
@@ -77,7 +77,7 @@ class Purge(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, row = await self._locked(connection, tenant_id)
+            before, row = await self._lock(connection, tenant_id)
             if before.status is not Status.DELETED or row.purge_started_at is None:
                 raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
             await connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant_id))
@@ -95,13 +95,13 @@ class Purge(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, _ = await self._locked(connection, tenant_id)
+            before, _ = await self._lock(connection, tenant_id)
             if before.status is Status.PURGED:
                 return
             for table in (api_keys, former_slugs, domains):
                 await connection.execute(delete(table).where(table.c.tenant_id == tenant_id))
-            await connection.execute(_SETTLE, {"id": tenant_id, "bills": self._bills})
-            for statement in _REMAINS:
+            await connection.execute(_CLOSE_USAGE, {"id": tenant_id, "billed": self._usage_billed})
+            for statement in _DELETE_USAGE:
                 await connection.execute(statement, {"id": tenant_id})
             after = await self._set(
                 connection,

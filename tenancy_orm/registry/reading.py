@@ -29,15 +29,6 @@ class Reading(TenantTable):
         """
         return await self.find(tenant_id)
 
-    async def by_slug(self, slug: str) -> Tenant:
-        """Return the tenant that has this slug, or a former slug that still redirects.
-
-        Raises:
-            TenantNotFoundError: none has; one that was purged has given it up.
-            CrossTenantError: another tenant is bound.
-        """
-        return await self.find(slug)
-
     async def find(self, ref: str | UUID | Tenant) -> Tenant:
         """Return the tenant that ``ref`` names, as it is now: see ``lookup``. By id, a tombstone is found as well.
 
@@ -86,7 +77,7 @@ class Reading(TenantTable):
         refuse_while_bound("listing tenants")
         return await self._unfinished(true())
 
-    async def is_unfinished(self, tenant_id: UUID) -> Unfinished | None:
+    async def find_unfinished(self, tenant_id: UUID) -> Unfinished | None:
         """Return this tenant's unfinished creation or purge, or None: asked again once its lock is held."""
         refuse_other_tenant(tenant_id)
         return next(iter(await self._unfinished(tenants.c.id == tenant_id)), None)
@@ -142,7 +133,7 @@ class Reading(TenantTable):
             found += [(tenant_from_row(row), "purge", None) for row in await connection.execute(purging)]
         return found
 
-    async def placements(self, server: str) -> set[str]:
+    async def database_names(self, server: str) -> set[str]:
         """Return the names of all databases that the registry knows on ``server``, tombstones left out."""
         refuse_while_bound("listing databases")
         query = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)

@@ -25,13 +25,13 @@ class Registry(Reading, Creation, Changes, Transitions, Purge):
     Args:
         control: The control database.
         audit: Where changes are written down.
-        bills: Whether usage is exported for billing; known also by there being records of it.
+        usage_billed: Whether usage is exported for billing. Where there are usage records already, it is.
     """
 
-    def __init__(self, control: ControlDatabase, audit: AuditLog, *, bills: bool = False) -> None:
-        super().__init__(control, audit, bills=bills)
+    def __init__(self, control: ControlDatabase, audit: AuditLog, *, usage_billed: bool = False) -> None:
+        super().__init__(control, audit, usage_billed=usage_billed)
 
-    async def note(self, tenant_id: UUID, action: str, *, detail: Mapping[str, Any], actor: Actor = SYSTEM) -> None:
+    async def record(self, tenant_id: UUID, action: str, *, detail: Mapping[str, Any], actor: Actor = SYSTEM) -> None:
         """Write into the audit log what was done to a tenant elsewhere than in the control database.
 
         Raises:

@@ -43,7 +43,7 @@ def difference(before: Tenant, after: Tenant) -> tuple[dict[str, Any], dict[str,
     return {name: old[name] for name in changed}, {name: new[name] for name in changed}
 
 
-def refusal_of(error: IntegrityError, values: Mapping[str, Any]) -> Exception:
+def constraint_error(error: IntegrityError, values: Mapping[str, Any]) -> Exception:
     """What to raise where a constraint refuses a row of the registry."""
     constraint = constraint_of(error)
     if constraint in ("tenants_slug_key", "former_slugs_pkey"):
@@ -75,10 +75,10 @@ class TenantTable:
         self._control = control
         self._audit = audit
 
-    async def _locked(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
-        remembered = (tenants.c.next_status, tenants.c.former_status, tenants.c.former_reason)
+    async def _lock(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+        former = (tenants.c.next_status, tenants.c.former_status, tenants.c.former_reason)
         query = (
-            select(*TENANT_COLUMNS, *remembered, tenants.c.purge_started_at)
+            select(*TENANT_COLUMNS, *former, tenants.c.purge_started_at)
             .where(tenants.c.id == tenant_id)
             .with_for_update()
         )
@@ -87,9 +87,11 @@ class TenantTable:
             raise TenantNotFoundError(tenant_id)
         return tenant_from_row(row), row
 
-    async def _living(self, connection: AsyncConnection, tenant_id: UUID) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
+    async def _lock_unless_purged(
+        self, connection: AsyncConnection, tenant_id: UUID
+    ) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
         """Lock a tenant that has not been purged: nothing is written on a tombstone."""
-        found, row = await self._locked(connection, tenant_id)
+        found, row = await self._lock(connection, tenant_id)
         if found.status is Status.PURGED:
             raise TenantNotFoundError(found.slug)
         return found, row
@@ -99,7 +101,7 @@ class TenantTable:
         try:
             return tenant_from_row((await connection.execute(statement)).one())
         except IntegrityError as exc:
-            raise refusal_of(exc, values) from exc
+            raise constraint_error(exc, values) from exc
         except DBAPIError as exc:
             if sqlstate_of(exc) == _ILLEGAL_TRANSITION:
                 raise InvalidTransitionError(str(tenant_id), "its status", str(values.get("status"))) from exc

@@ -17,7 +17,7 @@ from .lifecycle import check_transition
 from .table import TenantTable, check_unchanged, difference
 
 
-def _memory(before: Tenant, row: Row[*tuple[Any, ...]], new: Status, reason: str | None) -> dict[str, Any]:
+def _status_columns(before: Tenant, row: Row[*tuple[Any, ...]], new: Status, reason: str | None) -> dict[str, Any]:
     """What a change of status makes of the status, its reason, and what is remembered for the way back."""
     values: dict[str, Any] = {"status": new, "next_status": None, "former_status": None, "former_reason": None}
     if new is Status.DELETED:
@@ -33,7 +33,7 @@ def _memory(before: Tenant, row: Row[*tuple[Any, ...]], new: Status, reason: str
     return values
 
 
-def _overtaken(before: Tenant, new: Status) -> dict[str, Any]:
+def _cleared_schedule(before: Tenant, new: Status) -> dict[str, Any]:
     """What was scheduled and has taken place, or has been overtaken, is taken off the schedule."""
     cleared: dict[str, Any] = {}
     if new in (Status.SUSPENDED, Status.DELETED):
@@ -77,12 +77,16 @@ class Transitions(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, row = await self._locked(connection, tenant_id)
+            before, row = await self._lock(connection, tenant_id)
             new = self._target(before, row, target, leaving)
             if listed is not None:
                 check_unchanged(before, listed, new)
             after = await self._set(
-                connection, tenant_id, **_memory(before, row, new, reason), **_overtaken(before, new), **values
+                connection,
+                tenant_id,
+                **_status_columns(before, row, new, reason),
+                **_cleared_schedule(before, new),
+                **values,
             )
             old, changed = difference(before, after)
             await self._write_audit(connection, action, after, actor, before=old, after=changed)
@@ -95,8 +99,8 @@ class Transitions(TenantTable):
         Raises:
             InvalidTransitionError: it may not.
         """
-        remembered = row.next_status if leaving is Status.DELETED else row.former_status
-        new = Status(remembered or Status.ACTIVE) if target is None else target
+        former = row.next_status if leaving is Status.DELETED else row.former_status
+        new = Status(former or Status.ACTIVE) if target is None else target
         if before.status is Status.PROVISIONING:
             # only the creation itself ends it, by ``complete``: until then there may be no database
             raise InvalidTransitionError(before.slug, before.status.value, new.value)
@@ -136,7 +140,7 @@ class Transitions(TenantTable):
         self, tenant_id: UUID, values: Mapping[str, Any], action: str, detail: Mapping[str, Any], actor: Actor
     ) -> Tenant:
         async with self._control.transaction() as connection:
-            before, row = await self._living(connection, tenant_id)
+            before, row = await self._lock_unless_purged(connection, tenant_id)
             if "purge_at" in values and (before.status is not Status.DELETED or row.purge_started_at is not None):
                 raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
             after = await self._set(connection, tenant_id, **values)

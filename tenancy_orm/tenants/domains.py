@@ -27,7 +27,7 @@ from ..control.database import ControlDatabase
 from ..control.lookup import ask_tenant_id
 from ..control.models import domains
 from ..errors import DomainError, MissingExtraError, TenantDeletedError
-from ..registry.lifecycle import hold_tenant
+from ..registry.lifecycle import lock_tenant_for_share
 from ..registry.registry import Registry
 from ..tenant import Status, Tenant
 
@@ -220,7 +220,7 @@ class DomainManager:
 
 async def _hold(connection: AsyncConnection, tenant: Tenant) -> None:
     """Refuse a deleted tenant a domain, and let no purge in before the commit: nobody could have the domain then."""
-    _, status = await hold_tenant(connection, tenant.id)
+    _, status = await lock_tenant_for_share(connection, tenant.id)
     if status is Status.DELETED:
         raise TenantDeletedError(tenant.slug)
 

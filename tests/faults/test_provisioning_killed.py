@@ -143,7 +143,7 @@ async def test_a_creation_that_is_killed_before_its_row_leaves_nothing(workshop:
 
 async def assert_usable(workshop: Workshop) -> None:
     """The tenant works, wholly."""
-    tenant = await workshop.registry.by_slug("acme")
+    tenant = await workshop.registry.find("acme")
     assert (tenant.status, tenant.schema_revision) == (Status.ACTIVE, "0001")
     assert await workshop.present() == names_of(tenant)
     async with workshop.connect(tenant) as connection:
@@ -162,7 +162,7 @@ async def test_a_process_that_is_killed_anywhere_leaves_whole_tenants(workshop: 
     assert await workshop.consistent()
     for slug, status in (await workshop.slugs()).items():
         assert status == "active"
-        async with workshop.connect(await workshop.registry.by_slug(slug)) as connection:
+        async with workshop.connect(await workshop.registry.find(slug)) as connection:
             assert await connection.fetchval("SELECT count(*) FROM notes") == 0
     leftovers = {name for name in await workshop.databases() if workshop.names.parse(name) is None}
     assert leftovers == {(await workshop.provisioner.template("default")).name}

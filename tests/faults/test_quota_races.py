@@ -39,7 +39,7 @@ async def usage_of(plane: QuotaPlane, tenant: Tenant, resource: str = "calls") -
 
 async def outstanding(plane: QuotaPlane) -> int:
     """How much is leased and unspent, at most."""
-    return int((await plane.sql("SELECT coalesce(sum(unspent), 0) FROM tenancy.quota_leases"))[0][0])
+    return int((await plane.sql("SELECT coalesce(sum(unspent), 0) FROM tenancy.quota_blocks"))[0][0])
 
 
 # --- races ----------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ async def test_a_lease_that_is_returned_takes_its_locks_in_the_order_of_all_othe
         task = asyncio.create_task(share.release())
         await plane.waiting(task)
         await conn.execute(text("SET LOCAL lock_timeout = '2s'"))
-        await conn.execute(text("UPDATE tenancy.quota_leases SET reclaim = true"))
+        await conn.execute(text("UPDATE tenancy.quota_blocks SET reclaim = true"))
     await task
     assert (await usage_of(plane, tenant)).used == 1
 
@@ -241,7 +241,7 @@ async def test_a_process_that_is_killed_loses_at_most_its_block(plane: QuotaPlan
     assert 400 - 40 <= done < 400
     assert (await usage_of(plane, tenant)).used == 400
     # once its lease has run out, a refusal is immediate again
-    await plane.sql("UPDATE tenancy.quota_leases SET expires_at = now()")
+    await plane.sql("UPDATE tenancy.quota_blocks SET expires_at = now()")
     began = asyncio.get_running_loop().time()
     with pytest.raises(QuotaExceededError):
         await plane.quotas.consume(tenant, "calls")

@@ -122,7 +122,7 @@ WAYS_IN: dict[str, Use] = {
     "tiers.in_force": lambda t: t.tiers.in_force(),
     "metrics.history": lambda t: t.metrics.history("acme"),
     "sampler.run": lambda t: t.internals.sampler.run(),
-    "registry.get": lambda t: t.internals.registry.by_slug("acme"),
+    "registry.find": lambda t: t.internals.registry.find("acme"),
     "provisioner.reconcile": lambda t: t.internals.provisioner.reconcile(),
     "provisioner.prepare_server": lambda t: t.internals.provisioner.prepare_server("default"),
     "provisioner.end_excessive_sessions": lambda t: t.internals.provisioner.end_excessive_sessions(),

@@ -51,7 +51,7 @@ INSERT INTO tenancy.usage (tenant_id, resource, period, period_start, period_end
     VALUES ({id}, 'users', 'lifetime', 'epoch', 'infinity', 3);
 INSERT INTO tenancy.usage_keys (tenant_id, key, resource, amount) VALUES ({id}, 'once', 'users', 1);
 INSERT INTO tenancy.quota_holds VALUES (gen_random_uuid(), {id}, 'jobs', 1, 'infinity');
-INSERT INTO tenancy.quota_leases VALUES (gen_random_uuid(), {id}, 'users', 'lifetime', 'epoch', 1, 'infinity');
+INSERT INTO tenancy.quota_blocks VALUES (gen_random_uuid(), {id}, 'users', 'lifetime', 'epoch', 1, 'infinity');
 INSERT INTO tenancy.quota_pressure VALUES ({id}, 'users:0.8', 'users', 'free', now());
 INSERT INTO tenancy.usage_records (tenant_id, resource, period, period_start, period_end, quantity, idempotency_key)
     VALUES ({id}, 'users', 'month', 'epoch', now(), 3, {id});

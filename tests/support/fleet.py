@@ -58,7 +58,7 @@ class Fleet:
     @asynccontextmanager
     async def connect(self, slug: str) -> AsyncIterator[asyncpg.Connection[Any]]:
         """An administrator's connection to a tenant's database."""
-        placement = (await self.registry.by_slug(slug)).placement
+        placement = (await self.registry.find(slug)).placement
         assert placement is not None
         connection = await self.services.provisioner.connect_admin(placement.server, placement.database)
         try:
@@ -82,7 +82,7 @@ class Fleet:
 
     async def recorded(self, slug: str) -> str | None:
         """What the registry says of a tenant's revision."""
-        return (await self.registry.by_slug(slug)).schema_revision
+        return (await self.registry.find(slug)).schema_revision
 
     async def columns(self, slug: str, table: str = "notes") -> list[str]:
         """The columns of one of a tenant's tables."""

@@ -92,7 +92,7 @@ async def run(task: dict[str, Any]) -> None:
         case "create many":
             await create_many(workshop, task["slug"])
         case "purge":
-            await workshop.provisioner.purge(await workshop.registry.by_slug(task["slug"]))
+            await workshop.provisioner.purge(await workshop.registry.find(task["slug"]))
         case "template":
             await workshop.provisioner.template("default")
         case "scratch":

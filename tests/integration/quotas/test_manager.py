@@ -307,7 +307,7 @@ async def test_a_first_use_past_the_limit_is_refused(plane: QuotaPlane) -> None:
     """Also where the unlocked look could not tell, since a lease may be returned."""
     tenant = await plane.tenant()
     await plane.sql(
-        "INSERT INTO tenancy.quota_leases (id, tenant_id, resource, period, period_start, unspent, expires_at) "
+        "INSERT INTO tenancy.quota_blocks (id, tenant_id, resource, period, period_start, unspent, expires_at) "
         "SELECT gen_random_uuid(), :id, 'api_calls', 'day', p.starts_at, 1, now() + interval '1 second' "
         "FROM tenancy.quota_period('day', 'UTC', now()) AS p",
         id=tenant.id,
@@ -342,7 +342,7 @@ async def test_hammering_on_a_limit_writes_nothing_after_a_crash(plane: QuotaPla
     tenant = await plane.tenant()
     await plane.quotas.consume(tenant, "api_calls", 10)
     await plane.sql(
-        "INSERT INTO tenancy.quota_leases (id, tenant_id, resource, period, period_start, unspent, expires_at) "
+        "INSERT INTO tenancy.quota_blocks (id, tenant_id, resource, period, period_start, unspent, expires_at) "
         "SELECT gen_random_uuid(), tenant_id, resource, period, period_start, 1, now() FROM tenancy.usage"
     )
     before = (await plane.sql("SELECT xmin, ctid FROM tenancy.usage"))[0]
@@ -740,7 +740,7 @@ async def test_a_leased_quota_asks_the_database_once_per_block(plane: QuotaPlane
     await share.consume(7)
     await share.release()
     assert (share.held, (await usage_of(plane, tenant, "api_calls")).used) == (0, 107)
-    assert await plane.sql("SELECT * FROM tenancy.quota_leases") == []
+    assert await plane.sql("SELECT * FROM tenancy.quota_blocks") == []
     assert plane.quotas.leased(tenant.id, "api_calls") is share
 
 
@@ -749,11 +749,11 @@ async def test_blocks_shrink_towards_the_limit(plane: QuotaPlane) -> None:
     tenant = await plane.tenant(quotas={"api_calls": 16})
     share = plane.quotas.leased(tenant, "api_calls", block=1_000)
     await share.consume()
-    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_leases")) == (1, [(1,)])
+    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_blocks")) == (1, [(1,)])
     await share.consume()
     # one at a time from here on: nothing is in hand, and nobody waits for it to be returned
     await share.consume()
-    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_leases")) == (0, [])
+    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_blocks")) == (0, [])
     assert (await usage_of(plane, tenant, "api_calls")).used == 3
 
 
@@ -763,7 +763,7 @@ async def test_no_more_is_returned_than_was_leased_and_no_more_than_once(plane: 
     await plane.quotas.consume(tenant, "api_calls", 100)
     share = plane.quotas.leased(tenant, "api_calls", block=10)
     await share.consume()
-    statement = "SELECT tenancy.quota_return(:id, 1000)"
+    statement = "SELECT tenancy.quota_return_block(:id, 1000)"
     assert await plane.sql(statement, id=share.id) == [(True,)]
     assert await plane.sql(statement, id=share.id) == [(False,)]
     assert (await usage_of(plane, tenant, "api_calls")).used == 101
@@ -777,7 +777,7 @@ async def test_nothing_is_returned_into_a_period_that_was_billed(plane: QuotaPla
     await plane.sql("UPDATE tenancy.usage SET closed_at = now()")
     await share.release()
     assert await plane.sql("SELECT used FROM tenancy.usage") == [(10,)]
-    assert await plane.sql("SELECT * FROM tenancy.quota_leases") == []
+    assert await plane.sql("SELECT * FROM tenancy.quota_blocks") == []
 
 
 async def test_a_counted_use_is_not_refused_while_a_process_sits_on_a_block(plane: QuotaPlane) -> None:
@@ -889,10 +889,10 @@ async def test_a_lease_is_renewed_while_it_is_in_hand(plane: QuotaPlane, monkeyp
     share = plane.quotas.leased(tenant, "api_calls")
     await share.consume()
     plane.quotas._keeper._renewed = 0.0
-    await plane.sql("UPDATE tenancy.quota_leases SET expires_at = now()")
+    await plane.sql("UPDATE tenancy.quota_blocks SET expires_at = now()")
 
     async def renewed() -> bool:
-        return bool((await plane.sql("SELECT expires_at > now() FROM tenancy.quota_leases"))[0][0])
+        return bool((await plane.sql("SELECT expires_at > now() FROM tenancy.quota_blocks"))[0][0])
 
     await until(renewed)
 
@@ -904,7 +904,7 @@ async def test_a_lease_does_not_outlive_its_period(plane: QuotaPlane) -> None:
     await share.consume()
     # the day ends, as far as both can see
     await plane.sql("UPDATE tenancy.usage SET period_start = period_start - interval '1 day', period_end = now()")
-    await plane.sql("UPDATE tenancy.quota_leases SET period_start = period_start - interval '1 day'")
+    await plane.sql("UPDATE tenancy.quota_blocks SET period_start = period_start - interval '1 day'")
     share._until = time.monotonic()
     await share.consume(2)
     assert (await usage_of(plane, tenant, "api_calls")).used == 50

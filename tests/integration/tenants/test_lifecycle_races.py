@@ -270,7 +270,7 @@ async def test_a_purge_leaves_nothing_of_what_was_counted_and_measured(tenancy: 
     await tenancy.tenants.delete(tenant)
     await tenancy.tenants.purge(tenant)
     async with tenancy.internals.control.connect() as connection:
-        for table in ("usage_keys", "quota_holds", "quota_leases", "quota_pressure", "tenant_metrics", "api_keys"):
+        for table in ("usage_keys", "quota_holds", "quota_blocks", "quota_pressure", "tenant_metrics", "api_keys"):
             assert (await connection.execute(text(f"SELECT * FROM tenancy.{table}"))).all() == [], table
 
 

@@ -173,7 +173,7 @@ class Database(LeaseKeeper):
         async with asyncio.timeout(5):
             held, amount, waiting = await self.asked.get()
         outcome = "counted" if granted else "exceeded"
-        waiting.set_result(SimpleNamespace(outcome=outcome, granted=granted, seconds=seconds, leased=0))
+        waiting.set_result(SimpleNamespace(outcome=outcome, granted=granted, seconds=seconds, in_blocks=0))
         return held, amount
 
 
@@ -188,7 +188,7 @@ async def test_nothing_is_spent_while_the_database_is_asked() -> None:
     held, amount, answer = await database.asked.get()
     assert (held, amount) == (4, 5)
     assert not share.try_consume()
-    answer.set_result(SimpleNamespace(outcome="counted", granted=1, seconds=None, leased=0))
+    answer.set_result(SimpleNamespace(outcome="counted", granted=1, seconds=None, in_blocks=0))
     await second
     assert share.held == 0
 
@@ -202,7 +202,7 @@ async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.Mo
     task = asyncio.create_task(share.consume())
     held, _, answer = await database.asked.get()
     clock.now += 10
-    answer.set_result(SimpleNamespace(outcome="counted", granted=10, seconds=5.0, leased=0))
+    answer.set_result(SimpleNamespace(outcome="counted", granted=10, seconds=5.0, in_blocks=0))
     await task
     assert held == 0 and share.held == 9
     assert not share.try_consume()

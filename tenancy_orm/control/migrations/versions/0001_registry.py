@@ -90,7 +90,7 @@ CREATE TABLE tenancy.api_keys (
 CREATE INDEX api_keys_tenant_id_idx ON tenancy.api_keys (tenant_id, created_at);
 """
 
-# One statement, so that code and database cannot drift apart unnoticed: a test compares it with lifecycle.TRANSITIONS.
+# A test compares this with lifecycle.TRANSITIONS, so that code and database cannot drift apart unnoticed.
 TRANSITIONS = """
 CREATE TABLE tenancy.status_transitions (
     before text NOT NULL,
@@ -113,15 +113,15 @@ LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
     IF TG_OP = 'INSERT' THEN
         IF NEW.status <> 'provisioning' THEN
-            RAISE EXCEPTION 'a tenant begins as provisioning, not %', NEW.status
+            RAISE EXCEPTION 'a new tenant must have the status provisioning, not %', NEW.status
                 USING ERRCODE = 'TN001', TABLE = 'tenants', COLUMN = 'status';
         END IF;
         RETURN NEW;
     END IF;
     IF TG_OP = 'DELETE' THEN
-        -- a tenant leaves the registry only where it never came to be; all others keep a tombstone
+        -- only the row of an unfinished creation is deleted; every other tenant leaves a tombstone
         IF OLD.status <> 'provisioning' THEN
-            RAISE EXCEPTION 'tenant % is %: purge it, its tombstone stays', OLD.id, OLD.status
+            RAISE EXCEPTION 'tenant % is % and cannot be deleted; purge it, which keeps a tombstone', OLD.id, OLD.status
                 USING ERRCODE = 'TN002', TABLE = 'tenants';
         END IF;
         RETURN OLD;
@@ -161,7 +161,7 @@ BEGIN
     PERFORM pg_notify('tenancy', jsonb_build_object('t', OLD.id, 'k', NULL, 'c', 'tenant')::text);
     RETURN NULL;
 END $$;
--- only what another process may have cached; progress of a creation is nobody's business
+-- only columns that another process may have cached; the progress of a creation is not among them
 CREATE TRIGGER tenants_notify AFTER UPDATE OF
         slug, status, tier, server, database_name, role_name, sealed_password, metadata, quotas, timezone,
         trial_ends_at, reason ON tenancy.tenants

@@ -36,10 +36,10 @@ CREATE INDEX audit_log_tenant_id_idx ON tenancy.audit_log (tenant_id, occurred_a
 CREATE INDEX audit_log_slug_idx ON tenancy.audit_log (slug, occurred_at, sequence);
 CREATE INDEX audit_log_actor_idx ON tenancy.audit_log (actor_kind, actor_id, occurred_at, sequence);
 CREATE INDEX audit_log_action_idx ON tenancy.audit_log (action, occurred_at, sequence);
--- for audit_summary by day; in a table that only grows, a block range index is a few bytes and next to no work
+-- for audit_summary by day; in a table that only grows, a BRIN index takes a few bytes and hardly any work
 CREATE INDEX audit_log_day_idx ON tenancy.audit_log USING brin (((occurred_at AT TIME ZONE 'UTC')::date));
 
--- the one row that every append locks: this is what keeps the chain from forking
+-- the one row that every append locks, so that the chain cannot fork
 CREATE TABLE tenancy.audit_head (
     singleton boolean NOT NULL DEFAULT true
         CONSTRAINT audit_head_pkey PRIMARY KEY
@@ -52,7 +52,7 @@ CREATE TABLE tenancy.audit_head (
 INSERT INTO tenancy.audit_head (sequence, occurred_at, hash, partitioned_until)
 VALUES (0, 'epoch', decode(repeat('00', 32), 'hex'), 'epoch');
 
--- what retention removed: everything up to and including this sequence, whose hash the next row continues
+-- what retention removed: all entries up to this sequence number; the next entry continues from its hash
 CREATE TABLE tenancy.audit_cuts (
     sequence bigint CONSTRAINT audit_cuts_pkey PRIMARY KEY,
     occurred_at timestamptz NOT NULL,
@@ -62,8 +62,8 @@ CREATE TABLE tenancy.audit_cuts (
     signature bytea NOT NULL
 );
 
--- public keys that signed cuts and checkpoints, each signed by a key that came after: nobody without a key can add one
--- that counts, and by its primary key nobody can keep one out
+-- public keys that signed cuts and checkpoints, each signed by a newer key. Without a key nobody can add a row that
+-- counts; and since the signature is the primary key, no forged row can keep a genuine one out
 CREATE TABLE tenancy.audit_keys (
     signature bytea CONSTRAINT audit_keys_pkey PRIMARY KEY,
     key_id text NOT NULL,
@@ -81,8 +81,8 @@ BEGIN
         USING ERRCODE = 'TN010', TABLE = TG_TABLE_NAME;
 END $$;
 
--- a statement's trigger fires for the table that the statement names: the parent has one here, and each partition
--- gets its own when it is made
+-- a statement-level trigger fires for the table that the statement names: the parent has one here, and each partition
+-- gets its own when it is created
 CREATE TRIGGER audit_log_refuse BEFORE UPDATE OR DELETE OR TRUNCATE ON tenancy.audit_log
     FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse();
 ALTER TABLE tenancy.audit_log ENABLE ALWAYS TRIGGER audit_log_refuse;
@@ -98,13 +98,6 @@ ALTER TABLE tenancy.audit_head ENABLE ALWAYS TRIGGER audit_head_refuse;
 """
 
 FUNCTIONS = """
--- what a partition is given before it is attached; the revision that brings row-level security has something to give
-CREATE FUNCTION tenancy.audit_prepare_partition(p_partition regclass) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-END $$;
-REVOKE ALL ON FUNCTION tenancy.audit_prepare_partition FROM PUBLIC;
-
 CREATE FUNCTION tenancy.audit_ensure_partitions(p_months integer DEFAULT 3) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC' AS $$
 DECLARE
@@ -126,13 +119,13 @@ BEGIN
         IF to_regclass('tenancy.' || v_name) IS NOT NULL THEN
             CONTINUE;
         END IF;
-        -- made apart and then attached: PARTITION OF would lock out every reader of the log (ACCESS EXCLUSIVE)
+        -- created first and then attached: PARTITION OF would lock out every reader of the log (ACCESS EXCLUSIVE)
         EXECUTE format('CREATE TABLE tenancy.%I (LIKE tenancy.audit_log INCLUDING ALL)', v_name);
         EXECUTE format(
             'CREATE TRIGGER audit_log_refuse BEFORE UPDATE OR DELETE OR TRUNCATE ON tenancy.%I '
             'FOR EACH STATEMENT EXECUTE FUNCTION tenancy.audit_refuse()', v_name);
         EXECUTE format('ALTER TABLE tenancy.%I ENABLE ALWAYS TRIGGER audit_log_refuse', v_name);
-        -- default privileges would reach it: whoever may create a trigger here runs code as the one who appends
+        -- default privileges apply to it: a role that may create a trigger here could run code as the role that appends
         FOR v_grantee IN
             SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
             FROM pg_class AS c CROSS JOIN LATERAL aclexplode(c.relacl) AS a
@@ -140,7 +133,10 @@ BEGIN
         LOOP
             EXECUTE format('REVOKE ALL ON tenancy.%I FROM %s', v_name, v_grantee);
         END LOOP;
-        PERFORM tenancy.audit_prepare_partition(format('tenancy.%I', v_name)::regclass);
+        -- neither INCLUDING ALL nor attaching copies row-level security, which revision 0006 enables
+        IF (SELECT relrowsecurity FROM pg_class WHERE oid = 'tenancy.audit_log'::regclass) THEN
+            PERFORM tenancy.protect_rows(format('tenancy.%I', v_name)::regclass, 'tenant_id');
+        END IF;
         EXECUTE format(
             'ALTER TABLE tenancy.audit_log ATTACH PARTITION tenancy.%I FOR VALUES FROM (%L) TO (%L)',
             v_name, v_month AT TIME ZONE 'UTC', (v_month + interval '1 month') AT TIME ZONE 'UTC');
@@ -184,11 +180,11 @@ BEGIN
     v_entry.detail := p_detail;
     v_entry.request_id := p_request_id;
     v_entry.source := p_source;
-    -- who is logged in, whatever SET ROLE or this function's own rights say
+    -- the role that logged in, whatever SET ROLE says and whatever role this function runs as
     v_entry.database_role := session_user;
     v_entry.previous_hash := v_head.hash;
     v_entry.hash := sha256(convert_to(tenancy.audit_canonical(v_entry), 'UTF8'));
-    -- a month ahead of need, so that hardly ever an append at the turn of the month finds none
+    -- a month ahead, so that an append at the turn of the month rarely has to create one
     IF v_entry.occurred_at + interval '31 days' >= v_head.partitioned_until THEN
         PERFORM tenancy.audit_ensure_partitions(3);
     END IF;
@@ -222,12 +218,11 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the log. Export a checkpoint and a dump before: nothing brings it back."""
+    """Drop the log. Dump it and export a checkpoint first: it cannot be restored."""
     run_script(
         """
         DROP VIEW tenancy.audit_summary;
-        DROP FUNCTION tenancy.audit_append, tenancy.audit_canonical, tenancy.audit_ensure_partitions,
-            tenancy.audit_prepare_partition;
+        DROP FUNCTION tenancy.audit_append, tenancy.audit_canonical, tenancy.audit_ensure_partitions;
         DROP TABLE tenancy.audit_log, tenancy.audit_head, tenancy.audit_cuts, tenancy.audit_keys;
         DROP FUNCTION tenancy.audit_refuse;
         """

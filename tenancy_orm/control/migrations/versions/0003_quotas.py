@@ -1,4 +1,4 @@
-"""Quotas and usage: limits are resolved, and use is counted, by the database, where neither can be stale."""
+"""Quotas and usage: the database resolves limits and counts use, so that neither can be stale."""
 
 from tenancy_orm.control.scripts import run_script
 
@@ -16,15 +16,15 @@ CREATE TABLE tenancy.usage (
     period_start timestamptz NOT NULL,
     period_end timestamptz NOT NULL,
     used bigint NOT NULL DEFAULT 0 CONSTRAINT usage_used_check CHECK (used >= 0),
-    -- the highest soft limit that was announced, the limit it was a fraction of, and when
+    -- the highest soft limit that was announced, the limit that it is a fraction of, and when
     soft_reached double precision NOT NULL DEFAULT 0,
     soft_limit bigint,
     soft_at timestamptz,
-    -- when its usage record was made: nothing is counted in it from then on
+    -- when the period was closed and its usage record made: nothing is counted in it from then on
     closed_at timestamptz,
     CONSTRAINT usage_pkey PRIMARY KEY (tenant_id, resource, period, period_start),
     CONSTRAINT usage_period_end_check CHECK (period_end > period_start)
-) WITH (fillfactor = 50);  -- room for the next version of a row on its own page: then no index is touched
+) WITH (fillfactor = 50);  -- leaves room on the page for heap-only updates, which touch no index
 CREATE INDEX usage_open_idx ON tenancy.usage (period_end) WHERE closed_at IS NULL;
 
 CREATE TABLE tenancy.usage_keys (
@@ -37,7 +37,7 @@ CREATE TABLE tenancy.usage_keys (
 );
 CREATE INDEX usage_keys_created_at_idx ON tenancy.usage_keys (created_at);
 
--- what is held at this moment, for limits on concurrency; a holder that dies is forgotten at expires_at
+-- places of limits on concurrency that are taken now; one that was not given back ends at expires_at
 CREATE TABLE tenancy.quota_holds (
     id uuid CONSTRAINT quota_holds_pkey PRIMARY KEY,
     tenant_id uuid NOT NULL CONSTRAINT quota_holds_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
@@ -47,22 +47,22 @@ CREATE TABLE tenancy.quota_holds (
 );
 CREATE INDEX quota_holds_tenant_id_idx ON tenancy.quota_holds (tenant_id, resource);
 
--- what a process took ahead of need and had not spent when it last spoke: it is counted as used until it is returned
-CREATE TABLE tenancy.quota_leases (
-    id uuid CONSTRAINT quota_leases_pkey PRIMARY KEY,
+-- what a process took in advance and had not spent when it last reported; it counts as used until it is returned
+CREATE TABLE tenancy.quota_blocks (
+    id uuid CONSTRAINT quota_blocks_pkey PRIMARY KEY,
     tenant_id uuid NOT NULL
-        CONSTRAINT quota_leases_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+        CONSTRAINT quota_blocks_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
     resource text NOT NULL,
     period text NOT NULL,
     period_start timestamptz NOT NULL,
-    unspent bigint NOT NULL CONSTRAINT quota_leases_unspent_check CHECK (unspent > 0),
+    unspent bigint NOT NULL CONSTRAINT quota_blocks_unspent_check CHECK (unspent > 0),
     expires_at timestamptz NOT NULL,
-    -- somebody was refused for want of it
+    -- another use was refused for lack of it
     reclaim boolean NOT NULL DEFAULT false
 );
-CREATE INDEX quota_leases_tenant_id_idx ON tenancy.quota_leases (tenant_id, resource, period, period_start);
+CREATE INDEX quota_blocks_tenant_id_idx ON tenancy.quota_blocks (tenant_id, resource, period, period_start);
 
--- since when a tenant has been near a limit of its tier, for the policies that propose a higher one
+-- since when a tenant has been near a limit of its tier, for the policies that propose a higher tier
 CREATE TABLE tenancy.quota_pressure (
     tenant_id uuid NOT NULL
         CONSTRAINT quota_pressure_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
@@ -71,12 +71,12 @@ CREATE TABLE tenancy.quota_pressure (
     tier text NOT NULL,
     since timestamptz NOT NULL,
     proposed_at timestamptz,
-    -- until then one process is changing the tier; should it die, another one does it after that
+    -- until then one process is changing the tier; after that another may, in case the first one died
     claimed_until timestamptz,
     CONSTRAINT quota_pressure_pkey PRIMARY KEY (tenant_id, policy)
 );
 
--- the outbox of billing: one record per closed period, sent at least once under a key that makes twice the same as once
+-- the outbox of billing: one record per closed period, sent at least once under an idempotency key
 CREATE TABLE tenancy.usage_records (
     id bigint GENERATED ALWAYS AS IDENTITY CONSTRAINT usage_records_pkey PRIMARY KEY,
     tenant_id uuid NOT NULL
@@ -87,7 +87,7 @@ CREATE TABLE tenancy.usage_records (
     period_end timestamptz NOT NULL,
     quantity bigint NOT NULL,
     idempotency_key text NOT NULL,
-    -- that of a tenant that was purged since, for as long as the record is not sent: who is to pay is in it
+    -- the metadata of a tenant that has been purged, which may name who pays; kept until the record is sent
     metadata jsonb,
     created_at timestamptz NOT NULL DEFAULT now(),
     sent_at timestamptz,
@@ -100,7 +100,7 @@ CREATE TABLE tenancy.usage_records (
 );
 CREATE INDEX usage_records_due_idx ON tenancy.usage_records (due_at) WHERE sent_at IS NULL AND failed_at IS NULL;
 
--- what the sampler saw; counters are PostgreSQL's own, cumulative since its statistics were last reset
+-- what the sampler measured; the counters are PostgreSQL's, cumulative since its statistics were last reset
 CREATE TABLE tenancy.tenant_metrics (
     tenant_id uuid NOT NULL
         CONSTRAINT tenant_metrics_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
@@ -114,8 +114,8 @@ CREATE TABLE tenancy.tenant_metrics (
 CREATE INDEX tenant_metrics_sampled_at_idx ON tenancy.tenant_metrics (sampled_at);
 """
 
-# Functions in PL/pgSQL pin their search_path. Those with a body of standard SQL need not: its names were resolved when
-# the function was made, and without a SET clause PostgreSQL can inline them.
+# Functions in PL/pgSQL pin their search_path. Those with a body of standard SQL need not: their names were resolved
+# when the function was created, and without a SET clause PostgreSQL can inline them.
 PERIODS = """
 -- The first instant at which the clocks of a time zone show this date. AT TIME ZONE reads a midnight that happens twice
 -- as the second, and one that is skipped by the offset before the change, which is the instant of the change.
@@ -148,9 +148,9 @@ BEGIN
     END IF;
 END $$;
 
--- The period that use at this time counts in. One that was begun is finished first, none overlaps another, and one that
--- a change of the time zone would cut short lasts until the boundary after: a tenant that moves its time zone about
--- does not get a fresh quota each time.
+-- The period that use at this time counts in. A period that has begun is finished first, and none overlaps another. One
+-- that a change of the time zone would cut short lasts until the next boundary, so that a tenant that keeps changing
+-- its time zone does not get a fresh quota each time.
 CREATE FUNCTION tenancy.quota_current(
     p_tenant_id uuid, p_resource text, p_period text, p_timezone text, p_at timestamptz,
     OUT starts_at timestamptz, OUT ends_at timestamptz, OUT used bigint
@@ -170,7 +170,7 @@ BEGIN
     FROM tenancy.quota_period(p_period, p_timezone, p_at) AS p;
     IF v_last > starts_at THEN
         starts_at := v_last;
-        -- a full day; of a month the 26 hours that time zones are apart may be missing
+        -- a full day; a month may lack the 26 hours by which time zones differ
         IF ends_at - starts_at < (CASE p_period WHEN 'day' THEN interval '24 hours' ELSE interval '26 days' END) THEN
             SELECT p.ends_at INTO ends_at FROM tenancy.quota_period(p_period, p_timezone, ends_at) AS p;
         END IF;
@@ -182,7 +182,7 @@ END $$;
 """
 
 LIMITS = """
--- An override replaces what it names of the tier's limit: a number the amount, an object its own fields.
+-- An override replaces part of the tier's limit: a number replaces the amount, an object the fields that it has.
 CREATE FUNCTION tenancy.quota_merge(p_tier jsonb, p_override jsonb) RETURNS jsonb
 LANGUAGE sql IMMUTABLE
 RETURN CASE
@@ -217,7 +217,7 @@ BEGIN ATOMIC
     WHERE t.id = p_tenant_id AND r.resource <> 'requests_per_second';
 END;
 
--- limits that a tier had until now are in every process's leases
+-- every process has taken blocks under the tier's former limits
 CREATE FUNCTION tenancy.notify_tier() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 BEGIN
@@ -241,10 +241,10 @@ CREATE TYPE tenancy.quota_state AS (
     soft double precision[],
     crossed double precision[],
     granted bigint,
-    leased bigint
+    in_blocks bigint
 );
 
--- What a statement needs to know of one quota, read afresh: no process can act on a limit that has been changed.
+-- One quota as it is now, read by every statement: no process can act on a limit that has been changed.
 CREATE FUNCTION tenancy.quota_find(
     p_tenant_id uuid, p_resource text, p_at timestamptz, p_concurrent boolean DEFAULT false
 ) RETURNS tenancy.quota_state
@@ -286,19 +286,19 @@ BEGIN
     RETURN v_state;
 END $$;
 
--- Whether this much more is past the limit for certain, with nothing leased that could be had back: a lease that has
--- expired is a dead process's. It writes nothing: a tenant that hammers on its limit costs a look.
-CREATE FUNCTION tenancy.quota_hopeless(
+-- Whether this much more surely exceeds the limit: no process has a block that it could return. A block that has
+-- expired is a dead process's. It writes nothing, so that a tenant that keeps asking at its limit costs only a read.
+CREATE FUNCTION tenancy.quota_surely_exceeded(
     p_tenant_id uuid, p_resource text, p_state tenancy.quota_state, p_amount bigint
 ) RETURNS boolean
 LANGUAGE sql STABLE
 RETURN coalesce((p_state).used + p_amount > (p_state).amount_limit, false) AND NOT EXISTS (
-    SELECT 1 FROM tenancy.quota_leases AS l
+    SELECT 1 FROM tenancy.quota_blocks AS l
     WHERE l.tenant_id = p_tenant_id AND l.resource = p_resource AND l.period = (p_state).period
         AND l.period_start = (p_state).starts_at AND l.expires_at > statement_timestamp()
 );
 
--- What a use under this key is, where the key was used before: the same use again, or another one by mistake.
+-- Whether a use under an idempotency key that was used before is the same use again, or another one by mistake.
 CREATE FUNCTION tenancy.quota_replay(p_tenant_id uuid, p_resource text, p_amount bigint, p_key text) RETURNS text
 LANGUAGE sql STABLE
 RETURN (
@@ -306,7 +306,7 @@ RETURN (
     FROM tenancy.usage_keys AS k WHERE k.tenant_id = p_tenant_id AND k.key = p_key
 );
 
--- Lock the row of this quota's period, making it where there is none, and return it.
+-- Lock the row of this quota's period and return it; insert it where it is missing.
 CREATE FUNCTION tenancy.quota_lock(p_tenant_id uuid, p_resource text, p_state tenancy.quota_state)
 RETURNS tenancy.usage
 LANGUAGE sql
@@ -317,8 +317,8 @@ BEGIN ATOMIC
     RETURNING u;
 END;
 
--- How much of the soft limits is still announced at this use: one that was left by a tenth is announced anew when it
--- comes back.
+-- The highest soft limit that counts as announced at this use. One that use has fallen a tenth below is announced again
+-- when use reaches it again.
 CREATE FUNCTION tenancy.quota_rearm(p_reached double precision, p_used bigint, p_limit bigint) RETURNS double precision
 LANGUAGE sql IMMUTABLE
 RETURN least(p_reached, p_used / (0.9 * nullif(p_limit, 0)));
@@ -350,21 +350,21 @@ BEGIN
     RETURN v_crossed;
 END $$;
 
--- Ask the processes that hold unspent leases of this quota to return them; how much they hold at most. The caller holds
--- the row's lock, which every statement on leases takes before the leases' own.
-CREATE FUNCTION tenancy.quota_reclaim(p_tenant_id uuid, p_resource text, p_state tenancy.quota_state, p_own uuid)
+-- Ask the processes that have blocks of this quota to return them, and return how much is in them at most. The caller
+-- has locked the usage row, which every statement on blocks locks before the blocks.
+CREATE FUNCTION tenancy.quota_reclaim_blocks(p_tenant_id uuid, p_resource text, p_state tenancy.quota_state, p_own uuid)
 RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     v_unspent bigint;
 BEGIN
-    UPDATE tenancy.quota_leases
+    UPDATE tenancy.quota_blocks
     SET reclaim = true
     WHERE tenant_id = p_tenant_id AND resource = p_resource AND period = p_state.period
         AND period_start = p_state.starts_at AND id IS DISTINCT FROM p_own AND NOT reclaim;
-    -- one that has expired is a dead process's: what it had not spent is lost with it
+    -- a block that has expired is a dead process's: what it had not spent is lost
     SELECT sum(unspent) INTO v_unspent
-    FROM tenancy.quota_leases
+    FROM tenancy.quota_blocks
     WHERE tenant_id = p_tenant_id AND resource = p_resource AND period = p_state.period
         AND period_start = p_state.starts_at AND id IS DISTINCT FROM p_own AND expires_at > clock_timestamp();
     RETURN coalesce(v_unspent, 0);
@@ -383,7 +383,7 @@ DECLARE
     v_row tenancy.usage;
 BEGIN
     v_state := tenancy.quota_find(p_tenant_id, p_resource, p_at);
-    -- what was counted stays counted, also when its period has been closed since
+    -- what was counted stays counted, even if its period has been closed since
     IF p_key IS NOT NULL AND (v_state.outcome IS NULL OR v_state.outcome = 'closed') THEN
         v_state.outcome := coalesce(
             tenancy.quota_replay(p_tenant_id, p_resource, p_amount, p_key), v_state.outcome);
@@ -392,13 +392,13 @@ BEGIN
         RETURN v_state;
     END IF;
     IF v_state.used + p_amount > v_state.amount_limit
-        AND tenancy.quota_hopeless(p_tenant_id, p_resource, v_state, p_amount)
+        AND tenancy.quota_surely_exceeded(p_tenant_id, p_resource, v_state, p_amount)
     THEN
         v_state.outcome := 'exceeded';
         RETURN v_state;
     END IF;
     IF p_key IS NOT NULL THEN
-        -- two at once with one key: the second waits here for the first
+        -- of two at once with the same key, the second waits here for the first
         INSERT INTO tenancy.usage_keys (tenant_id, key, resource, amount)
         VALUES (p_tenant_id, p_key, p_resource, p_amount) ON CONFLICT DO NOTHING;
         IF NOT FOUND THEN
@@ -406,8 +406,8 @@ BEGIN
             RETURN v_state;
         END IF;
     END IF;
-    -- the checks and the count are one statement on one locked row: any number of processes, never one too many, and
-    -- none that billing has not seen
+    -- one statement on one locked row checks and counts: however many processes, the limit is never exceeded, and
+    -- nothing is counted that billing misses
     INSERT INTO tenancy.usage AS u (tenant_id, resource, period, period_start, period_end, used)
     SELECT p_tenant_id, p_resource, v_state.period, v_state.starts_at, v_state.ends_at, p_amount
     WHERE p_amount <= v_state.amount_limit OR v_state.amount_limit IS NULL
@@ -417,7 +417,7 @@ BEGIN
     RETURNING u.used, u.soft_reached, u.soft_limit INTO v_state.used, v_reached, v_reached_limit;
     IF FOUND THEN
         v_state.outcome := 'counted';
-        -- they are in ascending order
+        -- soft limits are in ascending order
         IF v_state.used >= v_state.soft[1] * v_state.amount_limit THEN
             v_state.crossed := tenancy.quota_cross(p_tenant_id, p_resource, v_state, v_reached, v_reached_limit);
         END IF;
@@ -431,7 +431,7 @@ BEGIN
         RETURN v_state;
     END IF;
     v_state.outcome := 'exceeded';
-    v_state.leased := tenancy.quota_reclaim(p_tenant_id, p_resource, v_state, NULL);
+    v_state.in_blocks := tenancy.quota_reclaim_blocks(p_tenant_id, p_resource, v_state, NULL);
     RETURN v_state;
 END $$;
 
@@ -448,7 +448,7 @@ BEGIN
     END IF;
     UPDATE tenancy.usage AS u
     SET used = greatest(u.used - p_amount, 0),
-        -- a day or month announces each soft limit once, a lifetime is too long for that
+        -- each soft limit is announced once per day or month; a lifetime announces it again
         soft_reached = CASE WHEN u.period = 'lifetime'
             THEN tenancy.quota_rearm(u.soft_reached, greatest(u.used - p_amount, 0), v_state.amount_limit)
             ELSE u.soft_reached END
@@ -457,7 +457,7 @@ BEGIN
     RETURNING u.used INTO v_state.used;
     v_state.outcome := 'counted';
     IF NOT FOUND THEN
-        -- nothing was used, or it was closed since it was looked for
+        -- nothing was used, or the period was closed since it was looked up
         SELECT u.used, 'closed' INTO v_state.used, v_state.outcome
         FROM tenancy.usage AS u
         WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
@@ -468,7 +468,7 @@ BEGIN
     RETURN v_state;
 END $$;
 
--- Record a measured amount, such as the size of a database: it is what it is, whatever the limit.
+-- Record a measured amount, such as the size of a database, whether or not it exceeds the limit.
 CREATE FUNCTION tenancy.quota_measure(p_tenant_id uuid, p_resource text, p_value bigint) RETURNS tenancy.quota_state
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -521,7 +521,7 @@ BEGIN
     VALUES (p_id, p_tenant_id, p_resource, p_amount, clock_timestamp() + make_interval(secs => p_seconds));
     v_state.used := v_state.used + p_amount;
     v_state.outcome := 'counted';
-    -- what is held comes and goes all the time: a soft limit on it is announced once a day at most
+    -- holds come and go all the time: a soft limit on them is announced once a day at most
     IF v_row.soft_at < v_state.at - interval '1 day' THEN
         v_row.soft_reached := 0;
     END IF;
@@ -530,11 +530,11 @@ BEGIN
 END $$;
 """
 
-LEASES = """
--- Take p_amount, of which the process has p_held in hand, and with it a block ahead of need. Near the limit the block
--- shrinks to what is needed, so that no process holds what another is refused for. What is in hand goes over from the
--- lease p_previous to the new one: which of them exists tells whether this was done, should its answer be lost.
-CREATE FUNCTION tenancy.quota_lease(
+BLOCKS = """
+-- Take p_amount, of which the process has p_held unspent, and with it a block in advance. Near the limit the block
+-- shrinks to what is needed, so that no process keeps what another is refused. What is unspent moves from the block
+-- p_previous to the new one: should the answer be lost, which of them exists shows whether this was done.
+CREATE FUNCTION tenancy.quota_take_block(
     p_tenant_id uuid, p_resource text, p_id uuid, p_previous uuid, p_held bigint, p_amount bigint, p_block bigint,
     p_seconds double precision
 ) RETURNS tenancy.quota_state
@@ -549,7 +549,7 @@ BEGIN
     IF v_state.outcome IS NOT NULL THEN
         RETURN v_state;
     END IF;
-    IF tenancy.quota_hopeless(p_tenant_id, p_resource, v_state, v_needed) THEN
+    IF tenancy.quota_surely_exceeded(p_tenant_id, p_resource, v_state, v_needed) THEN
         v_state.outcome := 'exceeded';
         RETURN v_state;
     END IF;
@@ -562,9 +562,9 @@ BEGIN
     v_left := v_state.amount_limit - v_row.used;
     IF v_left < v_needed THEN
         v_state.outcome := 'exceeded';
-        v_state.leased := tenancy.quota_reclaim(p_tenant_id, p_resource, v_state, p_previous);
+        v_state.in_blocks := tenancy.quota_reclaim_blocks(p_tenant_id, p_resource, v_state, p_previous);
         IF p_held = 0 THEN
-            DELETE FROM tenancy.quota_leases WHERE id = p_previous;
+            DELETE FROM tenancy.quota_blocks WHERE id = p_previous;
         END IF;
         RETURN v_state;
     END IF;
@@ -573,9 +573,9 @@ BEGIN
     WHERE u.tenant_id = p_tenant_id AND u.resource = p_resource
         AND u.period = v_state.period AND u.period_start = v_state.starts_at
     RETURNING u.used INTO v_state.used;
-    DELETE FROM tenancy.quota_leases WHERE id = p_previous;
+    DELETE FROM tenancy.quota_blocks WHERE id = p_previous;
     IF v_state.granted > v_needed THEN
-        INSERT INTO tenancy.quota_leases (id, tenant_id, resource, period, period_start, unspent, expires_at)
+        INSERT INTO tenancy.quota_blocks (id, tenant_id, resource, period, period_start, unspent, expires_at)
         VALUES (p_id, p_tenant_id, p_resource, v_state.period, v_state.starts_at, v_state.granted - v_needed,
             clock_timestamp() + make_interval(secs => p_seconds));
     END IF;
@@ -584,27 +584,27 @@ BEGIN
     RETURN v_state;
 END $$;
 
--- Give back what a lease has not spent; false where the lease is gone, or its period has been billed.
-CREATE FUNCTION tenancy.quota_return(p_id uuid, p_unspent bigint) RETURNS boolean
+-- Return what is unspent of a block; false where the block does not exist, or its period has been closed.
+CREATE FUNCTION tenancy.quota_return_block(p_id uuid, p_unspent bigint) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    v_lease tenancy.quota_leases;
+    v_block tenancy.quota_blocks;
 BEGIN
-    SELECT * INTO v_lease FROM tenancy.quota_leases WHERE id = p_id;
+    SELECT * INTO v_block FROM tenancy.quota_blocks WHERE id = p_id;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    -- the usage row's lock comes first, as everywhere
+    -- the usage row is locked first, as everywhere
     PERFORM 1 FROM tenancy.usage AS u
-    WHERE u.tenant_id = v_lease.tenant_id AND u.resource = v_lease.resource
-        AND u.period = v_lease.period AND u.period_start = v_lease.period_start FOR UPDATE;
-    DELETE FROM tenancy.quota_leases WHERE id = p_id RETURNING * INTO v_lease;
+    WHERE u.tenant_id = v_block.tenant_id AND u.resource = v_block.resource
+        AND u.period = v_block.period AND u.period_start = v_block.period_start FOR UPDATE;
+    DELETE FROM tenancy.quota_blocks WHERE id = p_id RETURNING * INTO v_block;
     IF NOT FOUND THEN
         RETURN false;
     END IF;
-    UPDATE tenancy.usage AS u SET used = greatest(u.used - least(p_unspent, v_lease.unspent), 0)
-    WHERE u.tenant_id = v_lease.tenant_id AND u.resource = v_lease.resource
-        AND u.period = v_lease.period AND u.period_start = v_lease.period_start AND u.closed_at IS NULL;
+    UPDATE tenancy.usage AS u SET used = greatest(u.used - least(p_unspent, v_block.unspent), 0)
+    WHERE u.tenant_id = v_block.tenant_id AND u.resource = v_block.resource
+        AND u.period = v_block.period AND u.period_start = v_block.period_start AND u.closed_at IS NULL;
     RETURN FOUND;
 END $$;
 """
@@ -629,7 +629,7 @@ BEGIN ATOMIC
     ORDER BY l.resource;
 END;
 
--- How much of its limits every tenant uses, in the periods that run at this time; without limits and use nothing.
+-- How much of its limits each tenant uses in the current periods; only where there is a limit and use.
 CREATE FUNCTION tenancy.quota_utilisation(p_at timestamptz DEFAULT NULL)
 RETURNS TABLE (
     tenant_id uuid, slug text, tier text, resource text, period text, used bigint, amount_limit bigint,
@@ -665,9 +665,10 @@ BEGIN ATOMIC
     SELECT u.* FROM tenancy.quota_utilisation(p_at) AS u WHERE u.fraction >= p_fraction;
 END;
 
--- Note who is at p_fraction of a limit now, forget who no longer is, and return those who have been for p_seconds and
--- were not proposed a higher tier, or (p_apply) do not have it yet. Another tier has other limits: it begins anew.
-CREATE FUNCTION tenancy.quota_note_pressure(
+-- Record which tenants are at p_fraction of a limit now, delete those that no longer are, and return those that have
+-- been for p_seconds and have no proposal of a higher tier yet, or (p_apply) do not have that tier yet. Another tier
+-- has other limits, so that a change of the tier starts the time again.
+CREATE FUNCTION tenancy.quota_update_pressure(
     p_policy text, p_resource text, p_fraction double precision, p_seconds double precision, p_apply boolean,
     p_at timestamptz DEFAULT NULL
 ) RETURNS TABLE (tenant_id uuid, slug text, tier text, used bigint, amount_limit bigint, since timestamptz)
@@ -694,8 +695,8 @@ BEGIN
     ORDER BY p.since;
 END $$;
 
--- Close the periods that ended p_seconds ago, some at a time, and make the record of each that was used; of the tenant
--- p_tenant_id alone where it is given, and then those too that have not ended.
+-- Close periods that ended p_seconds ago, 10,000 at a time, and make a usage record of each that was used. Where
+-- p_tenant_id is given: that tenant's periods alone, including those that have not ended.
 CREATE FUNCTION tenancy.usage_close(
     p_seconds double precision, p_at timestamptz DEFAULT NULL, p_tenant_id uuid DEFAULT NULL,
     OUT closed integer, OUT made integer
@@ -722,7 +723,7 @@ BEGIN
         tenant_id, resource, period, period_start, period_end, quantity, due_at, idempotency_key)
     SELECT
         c.tenant_id, c.resource, c.period, c.period_start, least(c.period_end, v_at), c.used, v_at,
-        -- derived from what it is about, so that it stays the same whatever is lost and made again
+        -- derived from the record's subject, so that a record that is lost and made again has the same key
         encode(sha256(convert_to(concat_ws('|', i.id, c.tenant_id, c.resource, c.period,
             extract(epoch FROM c.period_start)), 'UTF8')), 'hex')
     FROM ended AS c CROSS JOIN tenancy.installation AS i
@@ -733,11 +734,12 @@ BEGIN
     SELECT (SELECT count(*) FROM ended), (SELECT count(*) FROM recorded) INTO closed, made;
 END $$;
 
--- Make the last records of a tenant that is being purged, and keep with what is not sent yet who is to pay for it.
-CREATE FUNCTION tenancy.usage_settle(p_tenant_id uuid) RETURNS void
+-- Close all periods of a tenant that is being purged, and keep its metadata, which may name who pays, with every record
+-- that is not sent yet.
+CREATE FUNCTION tenancy.usage_close_tenant(p_tenant_id uuid) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    -- a use that is being counted now is waited for, which usage_close would not do
+    -- wait for a use that is being counted now, which usage_close would skip
     PERFORM 1 FROM tenancy.usage WHERE tenant_id = p_tenant_id AND closed_at IS NULL
     ORDER BY resource, period, period_start FOR UPDATE;
     PERFORM tenancy.usage_close(0, NULL, p_tenant_id);
@@ -748,7 +750,7 @@ END $$;
 """
 
 VIEWS = """
--- tenants in use, with what the sampler saw last
+-- tenants in use, with the sampler's last measurement
 CREATE VIEW tenancy.active_tenants AS
 SELECT
     t.id, t.slug, t.status, t.tier, t.server, t.created_at,
@@ -774,27 +776,26 @@ GROUP BY i.name, i.rank;
 
 
 def upgrade() -> None:
-    """Create the tables of usage, the functions that count and the views that sum up."""
-    run_script(TABLES + PERIODS + LIMITS + STATE + CONSUME + HOLDS + LEASES + READING + VIEWS)
+    """Create the tables of usage, the functions that count it, and the views that summarise it."""
+    run_script(TABLES + PERIODS + LIMITS + STATE + CONSUME + HOLDS + BLOCKS + READING + VIEWS)
 
 
 def downgrade() -> None:
-    """Drop them, with all usage counted so far."""
+    """Drop them, with all usage that was counted."""
     run_script(
         """
         DROP VIEW tenancy.active_tenants, tenancy.tier_distribution;
         DROP TRIGGER tiers_notify ON tenancy.tiers;
         DROP FUNCTION tenancy.notify_tier;
-        DROP FUNCTION tenancy.usage_settle, tenancy.usage_close, tenancy.quota_note_pressure, tenancy.quota_at_risk,
-            tenancy.quota_utilisation, tenancy.quota_usage, tenancy.quota_return, tenancy.quota_lease,
-            tenancy.quota_hold, tenancy.quota_measure, tenancy.quota_release, tenancy.quota_consume,
-            tenancy.quota_reclaim, tenancy.quota_cross, tenancy.quota_rearm, tenancy.quota_lock,
-            tenancy.quota_replay, tenancy.quota_hopeless,
-            tenancy.quota_find, tenancy.quota_limits,
-            tenancy.quota_soft, tenancy.quota_merge, tenancy.quota_current, tenancy.quota_period,
-            tenancy.local_midnight;
+        DROP FUNCTION tenancy.usage_close_tenant, tenancy.usage_close, tenancy.quota_update_pressure,
+            tenancy.quota_at_risk, tenancy.quota_utilisation, tenancy.quota_usage, tenancy.quota_return_block,
+            tenancy.quota_take_block, tenancy.quota_hold, tenancy.quota_measure, tenancy.quota_release,
+            tenancy.quota_consume, tenancy.quota_reclaim_blocks, tenancy.quota_cross, tenancy.quota_rearm,
+            tenancy.quota_lock, tenancy.quota_replay, tenancy.quota_surely_exceeded, tenancy.quota_find,
+            tenancy.quota_limits, tenancy.quota_soft, tenancy.quota_merge, tenancy.quota_current,
+            tenancy.quota_period, tenancy.local_midnight;
         DROP TYPE tenancy.quota_state;
-        DROP TABLE tenancy.tenant_metrics, tenancy.usage_records, tenancy.quota_pressure, tenancy.quota_leases,
+        DROP TABLE tenancy.tenant_metrics, tenancy.usage_records, tenancy.quota_pressure, tenancy.quota_blocks,
             tenancy.quota_holds, tenancy.usage_keys, tenancy.usage;
         """
     )

@@ -8,7 +8,7 @@ branch_labels = None
 depends_on = None
 
 UPGRADE = """
--- the key that wraps these is elsewhere; the newest one seals
+-- wrapped by a key that is kept elsewhere; the newest data key seals
 CREATE TABLE tenancy.data_keys (
     id text CONSTRAINT data_keys_pkey PRIMARY KEY
         CONSTRAINT data_keys_id_check CHECK (id ~ '^[A-Za-z0-9_-]{1,16}$'),
@@ -27,7 +27,7 @@ END $$;
 CREATE TRIGGER data_keys_notify AFTER INSERT ON tenancy.data_keys
     FOR EACH STATEMENT EXECUTE FUNCTION tenancy.notify_data_key();
 
--- written before the role gets that password, so that a process killed in between has lost nothing
+-- written before the role gets the new password, so that a process that is killed in between loses nothing
 ALTER TABLE tenancy.tenants
     ADD COLUMN next_sealed_password bytea,
     ADD CONSTRAINT tenants_next_sealed_password_check CHECK (status <> 'purged' OR next_sealed_password IS NULL);
@@ -36,12 +36,12 @@ CREATE INDEX tenants_next_sealed_password_idx ON tenancy.tenants (id) WHERE next
 
 
 def upgrade() -> None:
-    """Add them."""
+    """Add the data keys and the column of the next password."""
     run_script(UPGRADE)
 
 
 def downgrade() -> None:
-    """Remove them; a rotation that is under way has to be repeated."""
+    """Remove both; a rotation that is under way must be repeated."""
     run_script(
         """
         ALTER TABLE tenancy.tenants DROP COLUMN next_sealed_password;

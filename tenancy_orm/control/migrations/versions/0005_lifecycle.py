@@ -1,4 +1,4 @@
-"""What time does to a tenant: schedules, former slugs that redirect, and domains of its own."""
+"""Scheduled changes of a tenant, former slugs that redirect to it, and its own domains."""
 
 from tenancy_orm.control.scripts import run_script
 
@@ -21,7 +21,7 @@ CREATE INDEX tenants_suspend_at_idx ON tenancy.tenants (suspend_at)
 CREATE INDEX tenants_trial_ends_at_idx ON tenancy.tenants (trial_ends_at) WHERE status = 'trial';
 CREATE INDEX tenants_purge_at_idx ON tenancy.tenants (coalesce(purge_at, deleted_at)) WHERE status = 'deleted';
 
--- a slug that a tenant gave up still leads to it, and is nobody else's, until this time
+-- a slug that a tenant had before it was renamed redirects to it, and is refused to others, until this time
 CREATE TABLE tenancy.former_slugs (
     slug text CONSTRAINT former_slugs_pkey PRIMARY KEY,
     tenant_id uuid NOT NULL
@@ -30,7 +30,7 @@ CREATE TABLE tenancy.former_slugs (
 );
 CREATE INDEX former_slugs_tenant_id_idx ON tenancy.former_slugs (tenant_id);
 
--- any number of tenants may claim a domain, each with a token of its own; one of them can verify it
+-- any number of tenants may claim a domain, each with its own token; only one of them can verify it
 CREATE TABLE tenancy.domains (
     domain text NOT NULL CONSTRAINT domains_domain_check CHECK (
         length(domain) <= 253
@@ -56,8 +56,8 @@ BEGIN
     IF TG_OP = 'UPDATE' AND NEW.slug = OLD.slug THEN
         RETURN NEW;
     END IF;
-    -- whoever gives a slug up and whoever takes it wait here for one another; in one order, so that crossing renames
-    -- cannot deadlock
+    -- the transaction that gives a slug up and the one that takes it wait here for each other; locks are taken in one
+    -- order, so that crossing renames cannot deadlock
     FOR v_slug IN
         SELECT s FROM unnest(ARRAY[NEW.slug, CASE WHEN TG_OP = 'UPDATE' THEN OLD.slug END]) AS u (s)
         WHERE s IS NOT NULL ORDER BY s
@@ -67,7 +67,7 @@ BEGIN
     SELECT tenant_id INTO v_owner FROM tenancy.former_slugs
     WHERE slug = NEW.slug AND redirects_until > now() AND tenant_id <> NEW.id;
     IF FOUND THEN
-        RAISE EXCEPTION 'the slug still leads to a tenant that gave it up'
+        RAISE EXCEPTION 'the slug still redirects to a renamed tenant'
             USING ERRCODE = '23505', CONSTRAINT = 'former_slugs_pkey', SCHEMA = 'tenancy', TABLE = 'former_slugs';
     END IF;
     DELETE FROM tenancy.former_slugs WHERE slug = NEW.slug;

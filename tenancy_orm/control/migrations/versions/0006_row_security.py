@@ -1,4 +1,4 @@
-"""Row-level security: who looks as one tenant sees that tenant's rows, whatever the query forgets to ask."""
+"""Row-level security: a reader for one tenant sees that tenant's rows alone, whatever its query leaves out."""
 
 from tenancy_orm.control.scripts import run_script
 
@@ -8,10 +8,11 @@ branch_labels = None
 depends_on = None
 
 VIEWER = """
--- the role that reads for one tenant; upgrade() creates it, for roles belong to the server and not to this database
+-- the role that reads for one tenant; ControlDatabase.upgrade creates it, since roles belong to the server, not to this
+-- database
 ALTER TABLE tenancy.installation ADD COLUMN viewer text;
 
--- Whose rows a reader sees. NULL where nobody said, which equals no tenant: no rows at all.
+-- The tenant whose rows a reader sees; NULL where none is set, which equals no tenant: no rows at all.
 CREATE FUNCTION tenancy.viewing_tenant() RETURNS uuid
 LANGUAGE sql STABLE
 RETURN nullif(current_setting('tenancy.viewer', true), '')::uuid;
@@ -35,16 +36,17 @@ SELECT tenancy.protect_rows('tenancy.usage', 'tenant_id');
 SELECT tenancy.protect_rows('tenancy.usage_keys', 'tenant_id');
 SELECT tenancy.protect_rows('tenancy.usage_records', 'tenant_id');
 SELECT tenancy.protect_rows('tenancy.quota_holds', 'tenant_id');
-SELECT tenancy.protect_rows('tenancy.quota_leases', 'tenant_id');
+SELECT tenancy.protect_rows('tenancy.quota_blocks', 'tenant_id');
 SELECT tenancy.protect_rows('tenancy.quota_pressure', 'tenant_id');
 SELECT tenancy.protect_rows('tenancy.tenant_metrics', 'tenant_id');
 SELECT tenancy.protect_rows('tenancy.audit_log', 'tenant_id');
--- a query that names a partition is judged by the partition's own policies
+-- a query that names a partition is subject to the partition's own policies
 SELECT tenancy.protect_rows(inhrelid::regclass, 'tenant_id')
 FROM pg_inherits WHERE inhparent = 'tenancy.audit_log'::regclass;
 """
 
-# From PostgreSQL 15 on a view can read with its reader's rights; before, with its owner's, whom no policy holds.
+# From PostgreSQL 15 on a view can run with its reader's rights; before that it runs with its owner's, who is exempt
+# from the policies.
 VIEWS = """
 DO $$
 BEGIN
@@ -56,7 +58,8 @@ BEGIN
 END $$;
 """
 
-# Roles that were granted as the application's before this revision keep seeing every row; as grants.py names it.
+# Roles that were granted the application's rights before this revision keep seeing every row; grants.py names the
+# policy in the same way.
 APPLICATION = """
 DO $$
 DECLARE
@@ -85,24 +88,13 @@ BEGIN
 END $$;
 """
 
-PREPARE_PARTITION = """
-CREATE OR REPLACE FUNCTION tenancy.audit_prepare_partition(p_partition regclass) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    {protect}
-END $$;
-"""
-
-PROTECT = """-- neither INCLUDING ALL nor attaching copies policies
-    PERFORM tenancy.protect_rows(p_partition, 'tenant_id');"""
-
 
 def upgrade() -> None:
-    """Protect the rows of every table that holds tenants' rows, and of every partition made from now on."""
-    run_script(VIEWER + TABLES + VIEWS + APPLICATION + PREPARE_PARTITION.replace("{protect}", PROTECT))
+    """Protect the rows of every table that holds tenants' rows; ``audit_ensure_partitions`` protects new partitions."""
+    run_script(VIEWER + TABLES + VIEWS + APPLICATION)
 
 
-# the viewer first loses what only the policies made safe to give
+# the viewer loses its rights first: they were safe only under the policies
 DOWNGRADE = """
 DO $$
 DECLARE
@@ -137,7 +129,6 @@ def downgrade() -> None:
     """Remove the policies, and the viewer's rights with them; the role stays, and can be dropped."""
     run_script(
         DOWNGRADE
-        + PREPARE_PARTITION.replace("{protect}", "")
         + """
         DROP FUNCTION tenancy.protect_rows, tenancy.viewing_tenant;
         ALTER TABLE tenancy.installation DROP COLUMN viewer;
