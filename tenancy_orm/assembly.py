@@ -127,7 +127,7 @@ class Assembly:
         await self._open_control(initialise)
         self._build_parts()
         addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
-        await self.control.note_servers(addresses)
+        await self.control.save_servers(addresses)
         self.tiers = TierRegistry(self.control, self.audit)
         await self._settle_tiers(initialise)
         if initialise:
@@ -160,9 +160,9 @@ class Assembly:
         self.keyring = Keyring(config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
-        await self.audit.keep_public_keys()
+        await self.audit.vouch_for_keys()
         if self._data_keys is not None:
-            self._data_keys.on_read(self.audit.renew_keys)
+            self._data_keys.on_read(self.audit.add_keys)
             self._start(self._keep_keys(self._data_keys))
 
     def _build_parts(self) -> None:
@@ -321,7 +321,7 @@ class Assembly:
 
     async def _renew_keys(self, data_keys: DataKeys) -> None:
         try:
-            await data_keys.renew(self.keyring)
+            await data_keys.update(self.keyring)
         except TenancyError as exc:
             logger.warning("the data keys cannot be read anew (%s); what they seal is opened when it is needed", exc)
 

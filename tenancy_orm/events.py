@@ -222,7 +222,7 @@ class QuotaRefused(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TierUpgradeProposed(TenantEvent):
+class TierChangeProposed(TenantEvent):
     """A policy found that the tenant should go from ``tier`` to ``proposed``; ``applied`` tells whether it has."""
 
     resource: str
@@ -390,7 +390,7 @@ class EventBus:
 
         return unsubscribe
 
-    def wants(self, event: type[Event]) -> bool:
+    def has_subscribers(self, event: type[Event]) -> bool:
         """Tell whether anyone listens, so that a hot path need not build the event."""
         return bool(self._route(event))
 
@@ -446,11 +446,11 @@ class EventBus:
         for task in tasks:
             task.cancel()
         if tasks:
-            _, deaf = await asyncio.wait(tasks, timeout=_CANCEL_TIMEOUT)
-            for task in deaf:
+            _, unresponsive = await asyncio.wait(tasks, timeout=_CANCEL_TIMEOUT)
+            for task in unresponsive:
                 self._abandon(self._tasks[task])
 
-    def forget(self) -> None:
+    def discard_tasks(self) -> None:
         """Give up the coroutines of an event loop that is closed: nothing can end them. What waits is dropped."""
         for subscriber in self._tasks.values():
             subscriber.busy = False

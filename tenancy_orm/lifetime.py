@@ -132,7 +132,7 @@ class Lifetime:
             )
         self._home = self.assembly = None
         self._claims = self._entered = 0
-        self._events.forget()
+        self._events.discard_tasks()
 
     async def _close_assembly(self) -> None:
         async with self._opening:

@@ -58,23 +58,23 @@ class VerifyReport:
             )
 
 
-class Chain:
+class ChainCheck:
     """Follows the chain entry by entry. Pure state, no I/O."""
 
     def __init__(
         self,
         cuts: Mapping[int, Checkpoint],
         checkpoints: Sequence[Checkpoint],
-        judge: Verifier,
+        verifier: Verifier,
         since: Checkpoint | None,
     ) -> None:
         self._cuts = cuts
-        self._judge = judge
+        self._verifier = verifier
         self._since = since
         self._wanted: dict[int, list[Checkpoint]] = {}
         for checkpoint in checkpoints:
             self._wanted.setdefault(checkpoint.sequence, []).append(checkpoint)
-        self._begun = False
+        self._started = False
         self._origin = 0  # what the first entry continues: a checkpoint's sequence number, a cut's, or 0
         self.sequence = 0  # of the last entry that holds, or the origin
         self._hash = GENESIS
@@ -85,9 +85,9 @@ class Chain:
         self.bad: int | None = None
         self.problem: str | None = None
 
-    def follow(self, row: Any) -> bool:
+    def check_entry(self, row: Any) -> bool:
         """Take the next entry; False if it does not hold."""
-        if not self._begun and not self._begin(row.sequence):
+        if not self._started and not self._start(row.sequence):
             return False
         expected = self.sequence + 1
         if self._since is not None and self._precedes(self._since, row):
@@ -103,11 +103,11 @@ class Chain:
         self.sequence, self._hash, self.previous = row.sequence, row.hash, row
         self._entries += 1
         self._first = self._first or row.sequence
-        return self._agree(row.sequence, row.hash)
+        return self._check_checkpoints(row.sequence, row.hash)
 
-    def finish(self, head_sequence: int, head_hash: bytes) -> None:
+    def check_head(self, head_sequence: int, head_hash: bytes) -> None:
         """After the last entry: the chain must end where its head and every checkpoint say."""
-        if not self._begun and not self._begin(head_sequence + 1):
+        if not self._started and not self._start(head_sequence + 1):
             return
         if self.sequence != head_sequence:
             self._fail(min(self.sequence, head_sequence) + 1, f"the head of the chain is at entry {head_sequence}")
@@ -117,7 +117,7 @@ class Chain:
         if beyond and self.problem is None:
             self._fail(self.sequence + 1, f"the log ends here, but a checkpoint of entry {max(beyond)} was signed")
 
-    def reject(self, sequence: int, problem: str) -> None:
+    def add_problem(self, sequence: int, problem: str) -> None:
         """Note what was found wrong outside the chain, unless something is wrong in it."""
         if self.problem is None:
             self._fail(sequence, problem)
@@ -144,28 +144,28 @@ class Chain:
         """
         return self._entries == 0 and row.sequence <= since.sequence and row.occurred_at == since.occurred_at
 
-    def _begin(self, first: int) -> bool:
+    def _start(self, first: int) -> bool:
         """Find what the first entry continues: the checkpoint asked for, the genesis, or a signed cut."""
-        self._begun = True
+        self._started = True
         if self._since is not None and first <= self._since.sequence + 1:
-            return self._begin_after(self._since)
+            return self._start_after(self._since)
         if first == 1:
             return True
         cut = self._cuts.get(first - 1)
         if cut is None:
             return self._fail(1, f"the log begins at entry {first}, and no cut of retention says why")
         try:
-            self._judge.verify(cut)
+            self._verifier.verify(cut)
         except AuditError as exc:
             return self._fail(first, f"the log was cut before it, and {exc}")
-        return self._begin_after(cut)
+        return self._start_after(cut)
 
-    def _begin_after(self, known: Checkpoint) -> bool:
+    def _start_after(self, known: Checkpoint) -> bool:
         self._origin = self.sequence = known.sequence
         self._hash = known.hash
-        return self._agree(known.sequence, known.hash)
+        return self._check_checkpoints(known.sequence, known.hash)
 
-    def _agree(self, sequence: int, found: bytes) -> bool:
+    def _check_checkpoints(self, sequence: int, found: bytes) -> bool:
         for checkpoint in self._wanted.get(sequence, ()):
             if checkpoint.hash != found:
                 return self._fail(sequence, "a checkpoint signed earlier holds another hash: it was rewritten")

@@ -204,13 +204,13 @@ class Signer(Verifier):
         self._private: dict[str, Ed25519PrivateKey] = {}
         self.current: str | None = None
         super().__init__({})
-        self.renew(keys)
+        self.add_keys(keys)
 
     def __repr__(self) -> str:
         """Name the key ids only."""
         return f"Signer({', '.join(self._private)})"
 
-    def renew(self, keys: Mapping[str, bytes]) -> None:
+    def add_keys(self, keys: Mapping[str, bytes]) -> None:
         """Verify with these keys as well from now on, and sign with the last of them."""
         self._private.update((key_id, _derive(key)) for key_id, key in keys.items())
         self._keys = {key_id: key.public_key() for key_id, key in self._private.items()}

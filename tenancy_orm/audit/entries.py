@@ -57,7 +57,7 @@ _COLUMNS = (
 
 
 async def insert_entry(
-    conn: AsyncConnection,
+    connection: AsyncConnection,
     *,
     action: str,
     tenant_id: UUID | None = None,
@@ -82,7 +82,7 @@ async def insert_entry(
         "request_id": clean_text(actor.request_id),
         "source": clean_text(actor.source),
     }
-    sequence = await conn.scalar(_APPEND, parameters)
+    sequence = await connection.scalar(_APPEND, parameters)
     return int(sequence)
 
 

@@ -22,15 +22,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..context import current_tenant_or_none, refuse_while_bound
 from ..control.database import ControlDatabase
-from ..control.lookup import ask_tenant_id
+from ..control.lookup import resolve_tenant_id
 from ..errors import AuditError, TenantNotFoundError
 from ..tenant import Tenant
 from .actor import SYSTEM, Actor
-from .chain import Chain, VerifyReport
+from .chain import ChainCheck, VerifyReport
 from .checkpoints import Checkpoint, Signer, Verifier, Voucher
 from .entries import AuditEvent, AuditSummary, event_from_row, events_query, insert_entry
 from .retention import Retention
-from .verification import HEAD, SNAPSHOT, finish, follow, read_cuts
+from .verification import HEAD, SNAPSHOT, check_end, check_entries, read_cuts
 
 
 class AuditLog:
@@ -41,11 +41,11 @@ class AuditLog:
         self._control = control
         self._signer = signer or Signer({})
         self._retention = Retention(control, self._signer)
-        self._kept: frozenset[str] = frozenset()  # ids of the keys that the newest one has vouched for
+        self._vouched_for: frozenset[str] = frozenset()  # ids of the keys that the newest one has vouched for
 
     async def append(
         self,
-        conn: AsyncConnection,
+        connection: AsyncConnection,
         *,
         action: str,
         tenant_id: UUID | None = None,
@@ -55,13 +55,13 @@ class AuditLog:
         after: Mapping[str, Any] | None = None,
         detail: Mapping[str, Any] | None = None,
     ) -> int:
-        """Append one entry in the transaction of ``conn`` and return its sequence number.
+        """Append one entry in the transaction of ``connection`` and return its sequence number.
 
         The chain's head stays locked until that transaction ends: make this its last statement. It also keeps the
         order of locks the same everywhere (rows first, the head last), which is what rules out deadlocks.
 
         Args:
-            conn: An open transaction on the control database, READ COMMITTED.
+            connection: An open transaction on the control database, READ COMMITTED.
             action: What was done, as ``noun.verb``: lower case letters, digits, dots and underscores.
             tenant_id: Whom it was done to.
             slug: ... as it was called then.
@@ -75,7 +75,7 @@ class AuditLog:
             CrossTenantError: another tenant is bound.
         """
         return await insert_entry(
-            conn,
+            connection,
             action=action,
             tenant_id=tenant_id,
             slug=slug,
@@ -115,21 +115,21 @@ class AuditLog:
         """
         if tenant is None:
             refuse_while_bound("reading the audit log of all tenants")
-        whose = None if tenant is None else await self._whose(tenant)
+        whose = None if tenant is None else await self._resolve_tenant(tenant)
         bound = current_tenant_or_none()
         reader = bound.id if bound is not None else whose
         query, parameters = events_query(whose, actor, action, since, until, limit, after)
         # Row-level security shows a tenant's rows alone: those of the bound tenant, whatever it asked for. Only
         # operators read everybody's, and the entries under a slug that is nobody's any more.
         reading = self._control.viewing(reader) if isinstance(reader, UUID) else self._control.connect()
-        async with reading as conn:
-            rows = (await conn.execute(text(query), parameters)).all()
+        async with reading as connection:
+            rows = (await connection.execute(text(query), parameters)).all()
         return [event_from_row(row) for row in rows]
 
-    async def _whose(self, tenant: str | UUID | Tenant) -> UUID | str:
+    async def _resolve_tenant(self, tenant: str | UUID | Tenant) -> UUID | str:
         """The id of the tenant that has this name now, or else the slug under which entries were made."""
         try:
-            return await ask_tenant_id(self._control, tenant)
+            return await resolve_tenant_id(self._control, tenant)
         except TenantNotFoundError:
             return str(tenant)
 
@@ -146,8 +146,8 @@ class AuditLog:
             "WHERE (CAST(:since AS date) IS NULL OR day >= :since) AND (CAST(:until AS date) IS NULL OR day < :until) "
             "ORDER BY day DESC, entries DESC, action, actor_kind"
         )
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(query, {"since": since, "until": until})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(query, {"since": since, "until": until})).all()
         return [AuditSummary(*row) for row in rows]
 
     # --- proof ------------------------------------------------------------------------------------------------------
@@ -172,14 +172,14 @@ class AuditLog:
         """
         refuse_while_bound("verifying the audit log")
         given = [checkpoints] if isinstance(checkpoints, Checkpoint) else list(checkpoints)
-        judge = verifier or await self.verifier()
+        verifier = verifier or await self.verifier()
         for checkpoint in (*given, *([since] if since else [])):
-            self._admit(checkpoint, judge)
-        async with self._control.transaction() as conn:
-            await conn.execute(SNAPSHOT)
-            chain = Chain(await read_cuts(conn, self._control.installation), given, judge, since)
-            if await follow(conn, chain, since.occurred_at if since else None):
-                await finish(conn, chain)
+            self._check_checkpoint(checkpoint, verifier)
+        async with self._control.transaction() as connection:
+            await connection.execute(SNAPSHOT)
+            chain = ChainCheck(await read_cuts(connection, self._control.installation), given, verifier, since)
+            if await check_entries(connection, chain, since.occurred_at if since else None):
+                await check_end(connection, chain)
         return chain.report()
 
     async def export_checkpoint(self) -> Checkpoint:
@@ -190,8 +190,8 @@ class AuditLog:
             ConfigurationError: there is no key to sign with.
         """
         refuse_while_bound("signing the audit log")
-        async with self._control.connect() as conn:
-            head = (await conn.execute(HEAD)).one_or_none()
+        async with self._control.connect() as connection:
+            head = (await connection.execute(HEAD)).one_or_none()
         if head is None or head.sequence == 0:
             raise AuditError("the audit log is empty; there is nothing to sign")
         return self._signer.sign(
@@ -202,10 +202,10 @@ class AuditLog:
             occurred_at=head.occurred_at,
         )
 
-    def _admit(self, checkpoint: Checkpoint, judge: Verifier) -> None:
+    def _check_checkpoint(self, checkpoint: Checkpoint, verifier: Verifier) -> None:
         if checkpoint.installation != self._control.installation:
             raise AuditError(f"the {checkpoint.kind} is of installation {checkpoint.installation}, not of this one")
-        judge.verify(checkpoint)
+        verifier.verify(checkpoint)
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
@@ -220,20 +220,20 @@ class AuditLog:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_VOUCHERS)).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_VOUCHERS)).all()
         return self._signer.including(Voucher(installation=self._control.installation, **row._mapping) for row in rows)
 
-    async def renew_keys(self, keys: Mapping[str, bytes]) -> None:
+    async def add_keys(self, keys: Mapping[str, bytes]) -> None:
         """Sign with the last of these keys from now on, and keep the public keys of the others.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        self._signer.renew(keys)
-        await self.keep_public_keys()
+        self._signer.add_keys(keys)
+        await self.vouch_for_keys()
 
-    async def keep_public_keys(self) -> None:
+    async def vouch_for_keys(self) -> None:
         """Have the newest key vouch for the others, so that what they signed still verifies when they are retired.
 
         With one key there is nothing to do. Repeating it does nothing.
@@ -242,20 +242,20 @@ class AuditLog:
             ControlUnavailableError: the control database does not answer.
         """
         signer = self._signer
-        if signer.current is None or set(signer.public_keys) <= {signer.current, *self._kept}:
+        if signer.current is None or set(signer.public_keys) <= {signer.current, *self._vouched_for}:
             return
         # those that an older key has vouched for too: that key's word ends with it
         known = (await self.verifier()).public_keys
         due = [key_id for key_id in known if key_id != signer.current]
-        async with self._control.transaction() as conn:
+        async with self._control.transaction() as connection:
             for key_id in due:
                 voucher = signer.vouch(
                     installation=self._control.installation,
                     key_id=key_id,
                     public_key=base64.b64decode(known[key_id]),
                 )
-                await conn.execute(_KEEP, {name: getattr(voucher, name) for name in _VOUCHER_COLUMNS})
-        self._kept = frozenset(due)
+                await connection.execute(_INSERT_VOUCHER, {name: getattr(voucher, name) for name in _VOUCHER_COLUMNS})
+        self._vouched_for = frozenset(due)
 
     # --- upkeep -----------------------------------------------------------------------------------------------------
 
@@ -265,8 +265,8 @@ class AuditLog:
         Appending makes them too, a month ahead of need; with this it never has to.
         """
         refuse_while_bound("extending the audit log")
-        async with self._control.transaction() as conn:
-            made = await conn.scalar(text("SELECT tenancy.audit_ensure_partitions(:months)"), {"months": months})
+        async with self._control.transaction() as connection:
+            made = await connection.scalar(text("SELECT tenancy.audit_ensure_partitions(:months)"), {"months": months})
         return int(made)
 
     async def prune(
@@ -299,15 +299,15 @@ class AuditLog:
             ConfigurationError: there is no key to sign with.
         """
         refuse_while_bound("removing audit entries")
-        judge = verifier or await self.verifier()
+        verifier = verifier or await self.verifier()
         return await self._retention.prune(
-            before=before, detach=detach, actor=actor, lock_timeout=lock_timeout, judge=judge
+            before=before, detach=detach, actor=actor, lock_timeout=lock_timeout, verifier=verifier
         )
 
 
 _VOUCHER_COLUMNS = ("key_id", "public_key", "signed_by", "signature")
 _VOUCHERS = text("SELECT key_id, public_key, signed_by, signature FROM tenancy.audit_keys")
-_KEEP = text(
+_INSERT_VOUCHER = text(
     "INSERT INTO tenancy.audit_keys (key_id, public_key, signed_by, signature) "
     "VALUES (:key_id, :public_key, :signed_by, :signature) ON CONFLICT DO NOTHING"
 )

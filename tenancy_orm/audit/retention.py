@@ -1,4 +1,4 @@
-"""Retention: the partitions of the log, and the removal of whole months from its beginning."""
+"""Retention: the partitions of the log, and the verified of whole months from its beginning."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..control.database import ControlDatabase
 from ..errors import AuditError
 from ..postgres.quoting import quote_identifier
 from .actor import Actor
-from .chain import Chain
+from .chain import ChainCheck
 from .checkpoints import Checkpoint, Signer, Verifier
 from .entries import insert_entry
-from .verification import SNAPSHOT, follow, follow_on, read_cuts
+from .verification import SNAPSHOT, check_entries, check_next_entry, read_cuts
 
 _LOCK_WAIT = 0.2  # seconds that retention waits for a lock while it holds up everybody who appends
 _PAUSE = 0.1  # ... and lets them go on before it tries again
@@ -43,7 +43,7 @@ _NEWEST = text(
 
 
 @dataclass(frozen=True, slots=True)
-class _Removal:
+class _VerifiedMonths:
     """What retention has verified: the months that ended by ``until``, whose last entry is ``last``."""
 
     until: datetime
@@ -63,16 +63,16 @@ class Retention:
         self._signer = signer
 
     async def prune(
-        self, *, before: datetime, detach: bool, actor: Actor, lock_timeout: float, judge: Verifier
+        self, *, before: datetime, detach: bool, actor: Actor, lock_timeout: float, verifier: Verifier
     ) -> Checkpoint | None:
-        """Remove the months that ended by ``before``, once ``judge`` has verified them; see ``AuditLog.prune``."""
-        removal = await self._removal(before, judge)
-        if removal is None:
+        """Remove the months that ended by ``before``, once ``verifier`` has verified them; see ``AuditLog.prune``."""
+        verified = await self._verify(before, verifier)
+        if verified is None:
             return None
         deadline = time.monotonic() + lock_timeout
         while True:
             try:
-                return await self._cut(removal, detach, actor, min(lock_timeout, _LOCK_WAIT))
+                return await self._remove(verified, detach, actor, min(lock_timeout, _LOCK_WAIT))
             except DBAPIError as exc:
                 state = getattr(exc.orig, "sqlstate", None) or ""
                 if state not in _REFUSED:
@@ -81,45 +81,49 @@ class Retention:
                     raise AuditError(f"old months of the audit log were not removed: {_REFUSED[state]}") from exc
             await asyncio.sleep(_PAUSE)
 
-    async def _cut(self, removal: _Removal, detach: bool, actor: Actor, lock_wait: float) -> Checkpoint | None:
-        async with self._control.transaction() as conn:
-            await conn.execute(
+    async def _remove(
+        self, verified: _VerifiedMonths, detach: bool, actor: Actor, lock_wait: float
+    ) -> Checkpoint | None:
+        async with self._control.transaction() as connection:
+            await connection.execute(
                 text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": f"{int(lock_wait * 1000)}ms"}
             )
             # the head first and the tables after it: the order in which every append locks them
-            await conn.execute(text("SELECT 1 FROM tenancy.audit_head FOR UPDATE"))
-            names = await _ended(conn, removal.until)
+            await connection.execute(text("SELECT 1 FROM tenancy.audit_head FOR UPDATE"))
+            names = await _ended_partitions(connection, verified.until)
             if not names:
                 return None  # another process was faster
-            newest = (await conn.execute(_NEWEST, {"until": removal.until})).one_or_none()
-            if newest is None or (newest.sequence, newest.hash) != (removal.last.sequence, removal.last.hash):
+            newest = (await connection.execute(_NEWEST, {"until": verified.until})).one_or_none()
+            if newest is None or (newest.sequence, newest.hash) != (verified.last.sequence, verified.last.hash):
                 raise AuditError("the old months of the audit log have changed since they were verified; try again")
-            cut = await self._record_cut(conn, removal.last, names, actor)
+            cut = await self._record_cut(connection, verified.last, names, actor)
             for name in names:
                 table = f"tenancy.{quote_identifier(name)}"
-                await conn.exec_driver_sql(
+                await connection.exec_driver_sql(
                     f"ALTER TABLE tenancy.audit_log DETACH PARTITION {table}" if detach else f"DROP TABLE {table}"
                 )
         return cut
 
-    async def _removal(self, before: datetime, judge: Verifier) -> _Removal | None:
+    async def _verify(self, before: datetime, verifier: Verifier) -> _VerifiedMonths | None:
         """Verify what retention would remove; returns None if there is nothing."""
         # a transaction of its own: its cursor keeps the tables in use to the end
-        async with self._control.transaction() as conn:
-            await conn.execute(SNAPSHOT)
-            names = await _ended(conn, before)
+        async with self._control.transaction() as connection:
+            await connection.execute(SNAPSHOT)
+            names = await _ended_partitions(connection, before)
             if not names:
                 return None
             until = max(map(_month_end, names))
-            chain = Chain(await read_cuts(conn, self._control.installation), [], judge, None)
-            holds = await follow(conn, chain, None, until)
+            chain = ChainCheck(await read_cuts(connection, self._control.installation), [], verifier, None)
+            holds = await check_entries(connection, chain, None, until)
             last = chain.previous
             if holds:
-                await follow_on(conn, chain, until)
+                await check_next_entry(connection, chain, until)
         chain.report().raise_if_bad()
-        return None if last is None else _Removal(until, last)
+        return None if last is None else _VerifiedMonths(until, last)
 
-    async def _record_cut(self, conn: AsyncConnection, last: Any, names: Sequence[str], actor: Actor) -> Checkpoint:
+    async def _record_cut(
+        self, connection: AsyncConnection, last: Any, names: Sequence[str], actor: Actor
+    ) -> Checkpoint:
         cut = self._signer.sign(
             "cut",
             installation=self._control.installation,
@@ -127,7 +131,7 @@ class Retention:
             digest=last.hash,
             occurred_at=last.occurred_at,
         )
-        await conn.execute(
+        await connection.execute(
             text(
                 "INSERT INTO tenancy.audit_cuts (sequence, occurred_at, hash, cut_at, key_id, signature) "
                 "VALUES (:sequence, :occurred_at, :hash, :cut_at, :key_id, :signature)"
@@ -142,14 +146,14 @@ class Retention:
             },
         )
         detail = {"sequence": cut.sequence, "hash": cut.hash.hex(), "months": list(names)}
-        await insert_entry(conn, action="audit.cut", actor=actor, detail=detail)
+        await insert_entry(connection, action="audit.cut", actor=actor, detail=detail)
         return cut
 
 
-async def _ended(conn: AsyncConnection, before: datetime) -> list[str]:
+async def _ended_partitions(connection: AsyncConnection, before: datetime) -> list[str]:
     """The partitions of the months that ended by ``before``, and before the current month."""
-    until = min(before, await conn.scalar(_THIS_MONTH))
-    return [name for name in await conn.scalars(_PARTITIONS) if _month_end(name) <= until]
+    until = min(before, await connection.scalar(_THIS_MONTH))
+    return [name for name in await connection.scalars(_PARTITIONS) if _month_end(name) <= until]
 
 
 def _month_end(partition: str) -> datetime:

@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from .chain import Chain
+from .chain import ChainCheck
 from .checkpoints import Checkpoint
 
 _BATCH = 500  # entries hashed between two waits for the server, so that the event loop is never held for long
@@ -31,9 +31,9 @@ _STRAY = text(
 )
 
 
-async def read_cuts(conn: AsyncConnection, installation: UUID) -> dict[int, Checkpoint]:
+async def read_cuts(connection: AsyncConnection, installation: UUID) -> dict[int, Checkpoint]:
     """The cuts that retention made, by the sequence number of the last entry before each."""
-    rows = (await conn.execute(text("SELECT * FROM tenancy.audit_cuts"))).all()
+    rows = (await connection.execute(text("SELECT * FROM tenancy.audit_cuts"))).all()
     return {
         row.sequence: Checkpoint(
             kind="cut",
@@ -49,41 +49,43 @@ async def read_cuts(conn: AsyncConnection, installation: UUID) -> dict[int, Chec
     }
 
 
-async def follow(conn: AsyncConnection, chain: Chain, since: datetime | None, until: datetime | None = None) -> bool:
+async def check_entries(
+    connection: AsyncConnection, chain: ChainCheck, since: datetime | None, until: datetime | None = None
+) -> bool:
     """Follow the entries of a stretch of time to the first that does not hold, and return whether all do."""
-    async for batch in _stream(conn, since, until):
-        if not all(chain.follow(row) for row in batch):
+    async for batch in _stream(connection, since, until):
+        if not all(chain.check_entry(row) for row in batch):
             return False
     return True
 
 
-async def follow_on(conn: AsyncConnection, chain: Chain, until: datetime) -> None:
+async def check_next_entry(connection: AsyncConnection, chain: ChainCheck, until: datetime) -> None:
     """Follow the first entry that is kept, or to the head: what is gone before it shows there alone."""
-    kept = (await conn.execute(_FIRST_ENTRY, {"since": until, "until": _LATEST})).one_or_none()
+    kept = (await connection.execute(_FIRST_ENTRY, {"since": until, "until": _LATEST})).one_or_none()
     if kept is None:
-        await finish(conn, chain)
+        await check_end(connection, chain)
     else:
-        chain.follow(kept)
+        chain.check_entry(kept)
 
 
-async def finish(conn: AsyncConnection, chain: Chain) -> None:
+async def check_end(connection: AsyncConnection, chain: ChainCheck) -> None:
     """After the last entry: compare the head, and look for entries at times that none can have."""
-    stray = await conn.scalar(_STRAY, {"earliest": _EARLIEST, "latest": _LATEST})
+    stray = await connection.scalar(_STRAY, {"earliest": _EARLIEST, "latest": _LATEST})
     if stray is not None:
-        chain.reject(stray, "its time is outside of the years 1 to 9999")
-    head = (await conn.execute(HEAD)).one_or_none()
+        chain.add_problem(stray, "its time is outside of the years 1 to 9999")
+    head = (await connection.execute(HEAD)).one_or_none()
     if head is None:
-        chain.reject(chain.sequence + 1, "the head of the chain is gone")
+        chain.add_problem(chain.sequence + 1, "the head of the chain is gone")
     else:
-        chain.finish(head.sequence, head.hash)
+        chain.check_head(head.sequence, head.hash)
 
 
 async def _stream(
-    conn: AsyncConnection, since: datetime | None, until: datetime | None
+    connection: AsyncConnection, since: datetime | None, until: datetime | None
 ) -> AsyncIterator[Sequence[Any]]:
     """Yield entries in the chain's order, a batch at a time, through a server-side cursor."""
     parameters = {"since": since or _EARLIEST, "until": until or _LATEST}
     options = {"yield_per": _BATCH}
-    async with conn.stream(_ENTRIES, parameters, execution_options=options) as result:
+    async with connection.stream(_ENTRIES, parameters, execution_options=options) as result:
         async for batch in result.partitions(_BATCH):
             yield batch

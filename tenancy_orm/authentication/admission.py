@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 
 from ..errors import AdmissionEndedError, TenancyError
-from ..keys.networks import Network, is_admitted
+from ..keys.networks import Network, is_in_networks
 from ..registry.lifecycle import check_usable
 from ..tenant import Status, Tenant
 
@@ -243,7 +243,7 @@ class Admission:
         return None
 
     def _is_of(self, networks: tuple[Network, ...]) -> bool:
-        return not self.shared and is_admitted(self.source, networks)
+        return not self.shared and is_in_networks(self.source, networks)
 
 
 def for_source(tenant: Tenant, source: str | None) -> Tenant:

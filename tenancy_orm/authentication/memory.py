@@ -10,7 +10,7 @@ from uuid import UUID
 
 from ..config import TenancyConfig
 from ..errors import InvalidApiKeyError
-from ..keys.networks import is_admitted
+from ..keys.networks import is_in_networks
 from ..tenant import Status, Tenant
 from .admission import for_source
 from .cache import SecondChance, remember
@@ -69,7 +69,7 @@ class KeyEntry:
         if self.admitted is None:
             return credential
         if source not in self.admitted:
-            if not is_admitted(source, credential.networks):
+            if not is_in_networks(source, credential.networks):
                 raise InvalidApiKeyError("network", key_id=credential.key_id)
             if len(self.admitted) >= _ADMITTED_SIZE:
                 self.admitted.clear()

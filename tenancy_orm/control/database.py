@@ -159,7 +159,7 @@ class ControlDatabase:
         Raises:
             ControlUnavailableError: the server does not answer.
         """
-        async with self._reachable(), self._connected() as connection:
+        async with self._translating_errors(), self._pooled() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             yield connection
 
@@ -171,7 +171,7 @@ class ControlDatabase:
             ControlUnavailableError: the server does not answer, or went away; whether a commit took place is unknown
                 if the connection was lost during it.
         """
-        async with self._reachable(), self._connected() as connection, connection.begin():
+        async with self._translating_errors(), self._pooled() as connection, connection.begin():
             yield connection
 
     @asynccontextmanager
@@ -202,7 +202,7 @@ class ControlDatabase:
             yield connection
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[AsyncConnection]:
+    async def _pooled(self) -> AsyncIterator[AsyncConnection]:
         """A connection of the pool. Whatever keeps one from being opened makes the database unavailable."""
         self.home.check()
         async with AsyncExitStack() as stack:
@@ -216,7 +216,7 @@ class ControlDatabase:
             yield connection
 
     @asynccontextmanager
-    async def _reachable(self) -> AsyncIterator[None]:
+    async def _translating_errors(self) -> AsyncIterator[None]:
         try:
             yield
         except TenancyError:
@@ -244,7 +244,7 @@ class ControlDatabase:
         """
         refuse_while_bound("migrating the control database")
         self.home.check()
-        async with self._reachable(), self.engine.connect() as connection:
+        async with self._translating_errors(), self.engine.connect() as connection:
             await self._lock(connection)
             try:
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
@@ -292,7 +292,7 @@ class ControlDatabase:
         async with self.transaction() as connection:
             await grant_application(connection, role)
 
-    async def note_servers(self, addresses: Mapping[str, tuple[str, int]]) -> None:
+    async def save_servers(self, addresses: Mapping[str, tuple[str, int]]) -> None:
         """Write the configured servers into the registry, where foreign keys need them.
 
         Args:

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
 from .models import SCHEMA
-from .viewer import admit_viewer, viewer_of
+from .viewer import grant_viewer, viewer_of
 
 # Every table and view of the schema is here; a test compares this with the catalogue.
 APPLICATION_TABLES: Final[Mapping[str, str]] = {
@@ -84,11 +84,11 @@ _NOT_ADMITTED = text(
 )
 
 
-async def grant_application(conn: AsyncConnection, role: str) -> None:
+async def grant_application(connection: AsyncConnection, role: str) -> None:
     """Give ``role`` exactly the privileges in this module, whatever it had before; run as the tables' owner.
 
     Args:
-        conn: A transaction on the control database.
+        connection: A transaction on the control database.
         role: An existing role, a group or one that logs in.
 
     Raises:
@@ -97,24 +97,24 @@ async def grant_application(conn: AsyncConnection, role: str) -> None:
             is granted here, through PUBLIC or another role. The transaction must not be committed then.
         ControlSchemaError: the control database has no viewer role.
     """
-    row = (await conn.execute(_ROLE, {"role": role})).one_or_none()
+    row = (await connection.execute(_ROLE, {"role": role})).one_or_none()
     if row is None:
         raise ConfigurationError(f"role {role!r} does not exist; create it first")
     if row.owner or row.any_member:
         raise ConfigurationError(f"role {role!r} has or can take the rights of the control tables' owner; use another")
     if row.rolbypassrls:
         raise ConfigurationError(f"row-level security does not hold role {role!r}; run: ALTER ROLE ... NOBYPASSRLS")
-    for statement in (*_revokes(role), *await _grants(conn, role)):
-        await conn.exec_driver_sql(statement)
+    for statement in (*_revokes(role), *await _grants(connection, role)):
+        await connection.exec_driver_sql(statement)
     policy = application_policy(role)
-    for table in (await conn.scalars(_NOT_ADMITTED, {"policy": policy})).all():
+    for table in (await connection.scalars(_NOT_ADMITTED, {"policy": policy})).all():
         # where it may only read, the policy says so as well
         verb, check = ("SELECT", "") if _is_read_only(table) else ("ALL", "WITH CHECK (true)")
-        await conn.exec_driver_sql(
+        await connection.exec_driver_sql(
             f"CREATE POLICY {policy} ON {_qualified(table)} FOR {verb} TO {quote_identifier(role)} USING (true) {check}"
         )
-    await admit_viewer(conn, await viewer_of(conn), role)
-    await _check(conn, role)
+    await grant_viewer(connection, await viewer_of(connection), role)
+    await _check(connection, role)
 
 
 def application_policy(role: str) -> str:
@@ -122,13 +122,13 @@ def application_policy(role: str) -> str:
     return f"application_{sha256(role.encode()).hexdigest()[:16]}"
 
 
-async def _check(conn: AsyncConnection, role: str) -> None:
+async def _check(connection: AsyncConnection, role: str) -> None:
     """Refuse a role that has more than was granted: taking it from others is not this module's business."""
     excess = []
-    for row in await conn.execute(_WRITABLE, {"role": role}):
+    for row in await connection.execute(_WRITABLE, {"role": role}):
         more = set(row.privileges) - set(APPLICATION_TABLES.get(row.relname, "").split(", "))
         excess += [f"{privilege} on {row.relname}" for privilege in sorted(more)]
-    if await conn.scalar(_MAY_CREATE, {"role": role}):
+    if await connection.scalar(_MAY_CREATE, {"role": role}):
         excess.append(f"CREATE on schema {SCHEMA}")
     if excess:
         raise ConfigurationError(
@@ -156,9 +156,9 @@ def _revokes(role: str) -> list[str]:
     ]
 
 
-async def _grants(conn: AsyncConnection, role: str) -> list[str]:
+async def _grants(connection: AsyncConnection, role: str) -> list[str]:
     grantee = quote_identifier(role)
-    database = quote_identifier(str(await conn.scalar(text("SELECT current_database()"))))
+    database = quote_identifier(str(await connection.scalar(text("SELECT current_database()"))))
     statements = [
         # PUBLIC has lost it where tenants' databases share the server
         f"GRANT CONNECT ON DATABASE {database} TO {grantee}",

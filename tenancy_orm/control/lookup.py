@@ -67,7 +67,7 @@ async def find_tenant_id(connection: AsyncConnection, ref: str | UUID | Tenant) 
     return found
 
 
-async def ask_tenant_id(control: ControlDatabase, ref: str | UUID | Tenant) -> UUID:
+async def resolve_tenant_id(control: ControlDatabase, ref: str | UUID | Tenant) -> UUID:
     """As ``find_tenant_id``, on a connection of its own, which only a name needs.
 
     Raises:
@@ -83,4 +83,4 @@ async def ask_tenant_id(control: ControlDatabase, ref: str | UUID | Tenant) -> U
         return await find_tenant_id(connection, named)
 
 
-__all__ = ["NAME_LENGTH", "ask_tenant_id", "check_name", "find_tenant_id", "has_name"]
+__all__ = ["NAME_LENGTH", "check_name", "find_tenant_id", "has_name", "resolve_tenant_id"]

@@ -246,14 +246,14 @@ audit_keys = Table(
 # --- quotas: written by the functions of migration 0003 ---------------------------------------------------------------
 
 
-def _of_tenant(*, key: bool = False) -> Column[Any]:
+def _tenant_id_column(*, key: bool = False) -> Column[Any]:
     return Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=key, nullable=False)
 
 
 usage = Table(
     "usage",
     metadata,
-    _of_tenant(key=True),
+    _tenant_id_column(key=True),
     Column("resource", Text, primary_key=True),
     Column("period", Text, primary_key=True),
     Column("period_start", DateTime(timezone=True), primary_key=True),
@@ -268,7 +268,7 @@ usage = Table(
 usage_keys = Table(
     "usage_keys",
     metadata,
-    _of_tenant(key=True),
+    _tenant_id_column(key=True),
     Column("key", Text, primary_key=True),
     Column("resource", Text, nullable=False),
     Column("amount", BigInteger, nullable=False),
@@ -279,7 +279,7 @@ quota_holds = Table(
     "quota_holds",
     metadata,
     Column("id", Uuid, primary_key=True),
-    _of_tenant(),
+    _tenant_id_column(),
     Column("resource", Text, nullable=False),
     Column("amount", BigInteger, nullable=False),
     Column("expires_at", DateTime(timezone=True), nullable=False),
@@ -289,7 +289,7 @@ quota_blocks = Table(
     "quota_blocks",
     metadata,
     Column("id", Uuid, primary_key=True),
-    _of_tenant(),
+    _tenant_id_column(),
     Column("resource", Text, nullable=False),
     Column("period", Text, nullable=False),
     Column("period_start", DateTime(timezone=True), nullable=False),
@@ -301,7 +301,7 @@ quota_blocks = Table(
 quota_pressure = Table(
     "quota_pressure",
     metadata,
-    _of_tenant(key=True),
+    _tenant_id_column(key=True),
     Column("policy", Text, primary_key=True),
     Column("resource", Text, nullable=False),
     Column("tier", Text, nullable=False),
@@ -314,7 +314,7 @@ usage_records = Table(
     "usage_records",
     metadata,
     Column("id", BigInteger, Identity(always=True), primary_key=True),
-    _of_tenant(),
+    _tenant_id_column(),
     Column("resource", Text, nullable=False),
     Column("period", Text, nullable=False),
     Column("period_start", DateTime(timezone=True), nullable=False),
@@ -333,7 +333,7 @@ usage_records = Table(
 tenant_metrics = Table(
     "tenant_metrics",
     metadata,
-    _of_tenant(key=True),
+    _tenant_id_column(key=True),
     Column("sampled_at", DateTime(timezone=True), primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     Column("connections", Integer, nullable=False),

@@ -80,7 +80,7 @@ class Listener:
         self._probe_interval = probe_interval
         self._timeout = timeout
         self._task: asyncio.Task[None] | None = None
-        self._settled = asyncio.Event()
+        self._attempted = asyncio.Event()
         self._lost_at: float | None = None
         self.connected = False
         """Whether changes arrive now, as far as is known."""
@@ -92,9 +92,9 @@ class Listener:
     async def open(self) -> None:
         """Start, and wait until the first attempt to connect has succeeded or failed; it goes on trying either way."""
         if self._task is None:
-            self._settled.clear()
+            self._attempted.clear()
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
-            await self._settled.wait()
+            await self._attempted.wait()
 
     async def close(self) -> None:
         """Stop, and close the connection."""
@@ -108,7 +108,7 @@ class Listener:
         while True:
             began = time.monotonic()
             reason = await self._connect_and_watch()
-            self._note_lost(reason)
+            self._report_lost(reason)
             if time.monotonic() - began > _LONGEST_PAUSE:
                 pause = _FIRST_PAUSE
             # jitter, so that the processes of a fleet do not all come back in the same instant
@@ -150,8 +150,8 @@ class Listener:
         # after LISTEN: whatever commits from here on is heard, whatever came before is looked up again
         self._on_connected()
         self.connected = True
-        self._note_restored()
-        self._settled.set()
+        self._report_restored()
+        self._attempted.set()
         while True:
             try:
                 async with asyncio.timeout(self._probe_interval):
@@ -163,15 +163,15 @@ class Listener:
     def _received(self, connection: object, pid: int, channel: str, payload: object) -> None:
         self._on_change(Change.parse(str(payload)))
 
-    def _note_lost(self, reason: str) -> None:
-        self._settled.set()
+    def _report_lost(self, reason: str) -> None:
+        self._attempted.set()
         if self._lost_at is not None:
             return
         self._lost_at = time.monotonic()
         logger.warning("the listener for invalidations is lost (%s); the directory lives by its TTL", reason)
         self._events.emit(ListenerLost(reason=reason))
 
-    def _note_restored(self) -> None:
+    def _report_restored(self) -> None:
         if self._lost_at is None:
             return
         seconds, self._lost_at = time.monotonic() - self._lost_at, None

@@ -106,63 +106,63 @@ _INVOKER_VIEWS = text(
 )
 
 
-async def prepare_viewer(conn: AsyncConnection, prefix: str) -> str:
+async def prepare_viewer(connection: AsyncConnection, prefix: str) -> str:
     """Make the installation's viewer role where it is missing, give it exactly its rights, and return its name.
 
     Whoever was granted the application's rights before may take it on from now on.
 
     Args:
-        conn: A transaction on the control database, as the tables' owner.
+        connection: A transaction on the control database, as the tables' owner.
         prefix: ``TenancyConfig.name_prefix``; what an earlier call made of it is kept.
 
     Raises:
         ConfigurationError: the role is missing and this one may not create it; the message is the SQL to run.
     """
-    row = (await conn.execute(select(installation.c.id, installation.c.viewer))).one()
+    row = (await connection.execute(select(installation.c.id, installation.c.viewer))).one()
     viewer = row.viewer or Names(prefix, row.id).viewer
-    owner = str(await conn.scalar(text("SELECT current_user")))
-    await _create(conn, viewer, owner)
-    for role in (owner, *await conn.scalars(_APPLICATIONS)):
-        await admit_viewer(conn, viewer, role)
-    views = list(await conn.scalars(_INVOKER_VIEWS, {"views": list(VIEWER_VIEWS)}))
+    owner = str(await connection.scalar(text("SELECT current_user")))
+    await _ensure_role(connection, viewer, owner)
+    for role in (owner, *await connection.scalars(_APPLICATIONS)):
+        await grant_viewer(connection, viewer, role)
+    views = list(await connection.scalars(_INVOKER_VIEWS, {"views": list(VIEWER_VIEWS)}))
     for statement in _rights(viewer, views):
-        await conn.exec_driver_sql(statement)
+        await connection.exec_driver_sql(statement)
     if row.viewer is None:
-        await conn.execute(update(installation).values(viewer=viewer))
+        await connection.execute(update(installation).values(viewer=viewer))
     return viewer
 
 
-async def viewer_of(conn: AsyncConnection) -> str:
+async def viewer_of(connection: AsyncConnection) -> str:
     """The name of the installation's viewer role.
 
     Raises:
         ControlSchemaError: there is none.
     """
-    found = await conn.scalar(select(installation.c.viewer))
+    found = await connection.scalar(select(installation.c.viewer))
     if found is None:
         raise ControlSchemaError("the control database has no role that reads for a tenant; run: tenancy init")
     return str(found)
 
 
-async def admit_viewer(conn: AsyncConnection, viewer: str, role: str) -> None:
+async def grant_viewer(connection: AsyncConnection, viewer: str, role: str) -> None:
     """Let ``role`` take on ``viewer``, without inheriting anything of it where PostgreSQL can tell the two apart.
 
     Raises:
         ConfigurationError: this role may not grant it; the message is the SQL to run.
     """
-    row = (await conn.execute(_GRANTED, {"viewer": viewer, "role": role})).one()
+    row = (await connection.execute(_GRANTED, {"viewer": viewer, "role": role})).one()
     if row.granted:
         return
     options = " WITH INHERIT FALSE, SET TRUE" if row.modern else ""
-    await _administer(conn, f"GRANT {quote_identifier(viewer)} TO {quote_identifier(role)}{options}")
+    await _execute_privileged(connection, f"GRANT {quote_identifier(viewer)} TO {quote_identifier(role)}{options}")
 
 
-async def _create(conn: AsyncConnection, viewer: str, owner: str) -> None:
+async def _ensure_role(connection: AsyncConnection, viewer: str, owner: str) -> None:
     quoted = quote_identifier(viewer)
-    row = (await conn.execute(_ROLE, {"role": viewer})).one_or_none()
+    row = (await connection.execute(_ROLE, {"role": viewer})).one_or_none()
     if row is None:
         grant = f"GRANT {quoted} TO {quote_identifier(owner)} WITH ADMIN OPTION"
-        await _administer(conn, f"CREATE ROLE {quoted} NOLOGIN", grant)
+        await _execute_privileged(connection, f"CREATE ROLE {quoted} NOLOGIN", grant)
     elif row.rolcanlogin or row.rolsuper or row.rolbypassrls:
         raise ConfigurationError(
             f"role {viewer!r} can log in, or row-level security does not hold it; "
@@ -170,10 +170,10 @@ async def _create(conn: AsyncConnection, viewer: str, owner: str) -> None:
         )
 
 
-async def _administer(conn: AsyncConnection, statement: str, *more: str) -> None:
+async def _execute_privileged(connection: AsyncConnection, statement: str, *more: str) -> None:
     """Run ``statement``; where that is refused, an administrator has to, and ``more`` after it."""
     try:
-        await conn.exec_driver_sql(statement)
+        await connection.exec_driver_sql(statement)
     except DBAPIError as exc:
         if sqlstate_of(exc) != INSUFFICIENT_PRIVILEGE:
             raise

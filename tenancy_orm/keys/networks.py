@@ -45,7 +45,7 @@ def parse_address(source: str | None) -> Address | None:
     return address
 
 
-def is_admitted(source: str | None, networks: Iterable[Network]) -> bool:
+def is_in_networks(source: str | None, networks: Iterable[Network]) -> bool:
     """Whether ``source`` lies in one of ``networks``. An unknown or malformed source lies in none."""
     address = parse_address(source)
     return address is not None and any(address in network for network in networks)

@@ -18,7 +18,7 @@ from sqlalchemy import text
 
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
-from ..control.lookup import ask_tenant_id
+from ..control.lookup import resolve_tenant_id
 from ..errors import ControlUnavailableError, RoutingError
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
@@ -98,7 +98,7 @@ class TenantMetrics:
             TenantNotFoundError: no tenant has this slug.
             CrossTenantError: another tenant is bound.
         """
-        tenant_id = await ask_tenant_id(self._control, tenant)
+        tenant_id = await resolve_tenant_id(self._control, tenant)
         async with self._control.viewing(tenant_id) as conn:
             parameters = {"tenant_id": tenant_id, "since": since, "limit": limit}
             rows = (await conn.execute(_HISTORY, parameters)).all()

@@ -18,7 +18,7 @@ from ..audit.log import AuditLog
 from ..config import TenancyConfig, TierPolicy
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
-from ..events import EventBus, TierUpgradeProposed
+from ..events import EventBus, TierChangeProposed
 from ..tenants.manager import TenantManager
 
 logger = logging.getLogger("tenancy_orm.upgrades")
@@ -117,7 +117,7 @@ class Upgrades:
         applied = policy.apply and await self._apply(row, target, note)
         if claimed.first or applied:
             self._events.emit(
-                TierUpgradeProposed(
+                TierChangeProposed(
                     tenant_id=row.tenant_id,
                     slug=row.slug,
                     resource=policy.resource,

@@ -159,7 +159,7 @@ class SecretManager:
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("rotating all passwords")
-        pending = [await self._registry.get(tenant_id) for tenant_id in await self._sealed.pending()]
+        pending = [await self._registry.get(tenant_id) for tenant_id in await self._sealed.pending_rotations()]
         return await self.rotate_passwords(pending, actor=actor)
 
     async def _all(self) -> list[Tenant]:
@@ -178,10 +178,10 @@ class SecretManager:
         connection = await self._administration.acquire(server, key, timeout=self._timeout)
         try:
             # no variable holds the password: what fails below would carry it in its traceback's frames
-            verifier = scram_verifier(await self._sealed.begin(tenant_id))
+            verifier = scram_verifier(await self._sealed.start_rotation(tenant_id))
             change = partial(roles.set_password, connection, placement.role, verifier=verifier)
             await self._blockers(server).run(connection, change, role=placement.role)
-            await self._sealed.finish(tenant_id, actor=actor)
+            await self._sealed.finish_rotation(tenant_id, actor=actor)
             await role_settings.try_restore(
                 connection, self._blockers(server), placement.role, self._role_settings, deadline=deadline
             )
@@ -205,7 +205,7 @@ class SecretManager:
         """
         refuse_while_bound("rotating keys")
         if self._data_keys is not None:
-            self._keyring.renew(await self._data_keys.rotate())
+            self._keyring.add_keys(await self._data_keys.rotate())
         return await self._sealed.reseal(actor=actor)
 
     async def reseal(self, *, actor: Actor = SYSTEM) -> ResealReport:
@@ -216,7 +216,7 @@ class SecretManager:
         """
         refuse_while_bound("sealing passwords again")
         if self._data_keys is not None:
-            await self._data_keys.renew(self._keyring)
+            await self._data_keys.update(self._keyring)
         return await self._sealed.reseal(actor=actor)
 
     async def keys_in_use(self) -> frozenset[str]:
@@ -241,8 +241,8 @@ class SecretManager:
         refuse_while_bound("removing keys")
         if self._data_keys is None:
             raise ConfigurationError("there are no data keys; take unused keys out of encryption_keys")
-        forgotten = await self._data_keys.forget_unused()
-        await self._data_keys.renew(self._keyring)
+        forgotten = await self._data_keys.delete_unused()
+        await self._data_keys.update(self._keyring)
         return forgotten
 
     async def close(self) -> None:

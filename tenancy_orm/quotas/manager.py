@@ -24,7 +24,7 @@ from ..audit.log import AuditLog
 from ..config import Limit, TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
-from ..control.lookup import ask_tenant_id, find_tenant_id
+from ..control.lookup import find_tenant_id, resolve_tenant_id
 from ..control.models import tenants
 from ..errors import QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
@@ -182,7 +182,7 @@ class QuotaManager:
             ValueError: ``at`` is naive.
         """
         _check_time(at)
-        tenant_id = await ask_tenant_id(self._control, tenant)
+        tenant_id = await resolve_tenant_id(self._control, tenant)
         async with self._control.viewing(tenant_id) as conn:
             rows = (await conn.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
             if not rows:
@@ -282,7 +282,7 @@ class QuotaManager:
             QuotaExceededError: as much as the limit is held already.
         """
         check_amount(amount)
-        tenant_id = await ask_tenant_id(self._control, tenant)
+        tenant_id = await resolve_tenant_id(self._control, tenant)
         hold = Hold()
         async with self._holds.keep(hold):
             row = await self._holds.take(hold, tenant_id, resource, amount)

@@ -197,7 +197,7 @@ class Connector:
     async def _stored_passwords(self, route: TenantRoute, refused: Exception) -> Sequence[bytes]:
         assert self._passwords is not None  # noqa: S101 - for the type checker: the caller has looked
         try:
-            return await self._passwords.of(route.tenant_id)
+            return await self._passwords.candidates(route.tenant_id)
         except (ControlUnavailableError, SecretProviderError) as exc:
             logger.warning("the password of tenant %s cannot be read anew: %s", route.slug, exc)
             raise refused from exc
@@ -234,7 +234,7 @@ class Connector:
         connection.finalizer.atexit = False
         self._live.add(raw)
         self.budget.opened()
-        if self.events.wants(ConnectionOpened):
+        if self.events.has_subscribers(ConnectionOpened):
             self.events.emit(
                 ConnectionOpened(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name, seconds=seconds)
             )
@@ -285,7 +285,7 @@ class Connector:
     def _evict(self, record: Record) -> None:
         route = cast("TenantConnection", record.dbapi_connection).route
         self.discard(record)
-        if self.events.wants(ConnectionEvicted):
+        if self.events.has_subscribers(ConnectionEvicted):
             self.events.emit(ConnectionEvicted(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name))
 
     def watch_idle(self) -> None:

@@ -168,7 +168,7 @@ class EngineCache:
             entry = next(iter(self._unleased.values()))
             tenant_id, slug = entry.owner
             self.retire(tenant_id)
-            if self._events.wants(EngineEvicted):
+            if self._events.has_subscribers(EngineEvicted):
                 self._events.emit(EngineEvicted(tenant_id=tenant_id, slug=slug, server=entry.placement.server))
 
 

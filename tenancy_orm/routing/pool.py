@@ -187,7 +187,7 @@ class TenantPool(Pool):
     def _timed_out(self) -> CheckoutTimeoutError:
         connector, budget = self.connector, self.connector.budget
         mine = self.share.account.open >= budget.per_tenant
-        if connector.events.wants(CheckoutTimedOut):
+        if connector.events.has_subscribers(CheckoutTimedOut):
             connector.events.emit(
                 CheckoutTimedOut(
                     tenant_id=self.tenant_id,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import MissingExtraError, SecretNotFoundError, SecretProviderError
-from .providers import check_name, unlogged
+from .providers import check_name, without_payload_logs
 
 
 class _Client:
@@ -45,9 +45,9 @@ class _Client:
         try:
             async with self._making:
                 if self._client is None:
-                    with unlogged():  # it may ask for credentials
+                    with without_payload_logs():  # it may ask for credentials
                         self._client = await asyncio.to_thread(self._make)
-            with unlogged():
+            with without_payload_logs():
                 return await asyncio.to_thread(getattr(self._client, operation), **arguments)
         except ClientError as exc:
             code = str(exc.response.get("Error", {}).get("Code", "unknown"))

@@ -86,15 +86,15 @@ class DataKeys:
             raise SecretProviderError(f"the new data key {key_id!r} does not unwrap by {self._wrapper.name}; try again")
         return keys
 
-    async def renew(self, keyring: Keyring) -> None:
+    async def update(self, keyring: Keyring) -> None:
         """Make known to ``keyring`` what another process has added.
 
         Raises:
             SecretProviderError, SecretError, ControlUnavailableError: as ``open``.
         """
-        keyring.renew(await self.open())
+        keyring.add_keys(await self.open())
 
-    async def forget_unused(self) -> list[str]:
+    async def delete_unused(self) -> list[str]:
         """Delete the data keys before the newest that nothing is sealed with, and return their ids.
 
         Those that do not unwrap are deleted with them; what is newer than the newest that does is another process's.
@@ -104,10 +104,10 @@ class DataKeys:
         """
         newest = list(await self.open())[-1]
         async with self._control.transaction() as connection:
-            forgotten = list(await connection.scalars(_FORGET, {"newest": newest}))
-        for key_id in forgotten:
+            deleted = list(await connection.scalars(_DELETE_UNUSED, {"newest": newest}))
+        for key_id in deleted:
             self._known.pop(key_id, None)
-        return forgotten
+        return deleted
 
     async def _read(self) -> Mapping[str, bytes]:
         async with self._reading:
@@ -165,7 +165,7 @@ class DataKeys:
 
 
 # A sealed value begins with a version, the length of its key's id, and that id.
-_FORGET = text("""
+_DELETE_UNUSED = text("""
     DELETE FROM tenancy.data_keys k
     WHERE k.number < (SELECT number FROM tenancy.data_keys WHERE id = :newest)
       AND NOT EXISTS (

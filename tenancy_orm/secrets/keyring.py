@@ -48,7 +48,7 @@ class Keyring:
         """Name the key ids only."""
         return f"Keyring({', '.join(self._ciphers)})"
 
-    def renew(self, keys: Mapping[str, bytes]) -> None:
+    def add_keys(self, keys: Mapping[str, bytes]) -> None:
         """Open with these keys as well from now on, and seal with the last of them."""
         self._ciphers.update((key_id, AESGCM(key)) for key_id, key in keys.items())
         self.current = list(keys)[-1]

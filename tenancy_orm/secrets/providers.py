@@ -49,7 +49,7 @@ _SECRET_CALLS = _SecretCalls()
 
 
 @contextmanager
-def unlogged() -> Iterator[None]:
+def without_payload_logs() -> Iterator[None]:
     """Keep the payload of calls within, in this task and in threads it starts, out of the libraries' logs.
 
     Calls of the same libraries elsewhere in the process are logged as before. A logger's filter sees what is logged by
@@ -273,5 +273,5 @@ __all__ = [
     "check_name",
     "encode_context",
     "read_secrets",
-    "unlogged",
+    "without_payload_logs",
 ]

@@ -31,7 +31,7 @@ _BATCH = 200
 _PASSES = 5
 _WAIT_SECONDS = 5.0  # how long reseal waits, altogether, for rows that others keep locked
 _LOCK_NOT_AVAILABLE = "55P03"
-_STORED = ("sealed_password", "next_sealed_password")
+_COLUMNS = ("sealed_password", "next_sealed_password")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,13 @@ class SealedPasswords:
         self._subscribers: list[Callable[[UUID], None]] = []
 
     def on_read(self, subscriber: Callable[[UUID], None]) -> None:
-        """Call ``subscriber`` with a tenant's id whenever ``of`` has read its passwords.
+        """Call ``subscriber`` with a tenant's id whenever ``candidates`` has read its passwords.
 
         That is after a login was refused: what a process remembers of this tenant may be outdated.
         """
         self._subscribers.append(subscriber)
 
-    async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
+    async def candidates(self, tenant_id: UUID) -> tuple[bytes, ...]:
         """Return what may be the password of a tenant's role now: one, or two while it is being rotated.
 
         What another process has sealed under a new data key can be opened once this returns.
@@ -92,14 +92,14 @@ class SealedPasswords:
             row = (await connection.execute(query)).one_or_none()
         found = tuple(sealed for sealed in row or () if sealed is not None)
         if self._data_keys is not None and not all(self._keyring.knows(sealed) for sealed in found):
-            await self._data_keys.renew(self._keyring)
+            await self._data_keys.update(self._keyring)
         for subscriber in self._subscribers:
             subscriber(tenant_id)
         return found
 
     # --- rotation ---------------------------------------------------------------------------------------------------
 
-    async def begin(self, tenant_id: UUID) -> str:
+    async def start_rotation(self, tenant_id: UUID) -> str:
         """Return the password that the tenant's role is to get; it is stored before this returns.
 
         A rotation that was begun and not finished goes on with the password it had: the role may have it already. One
@@ -112,11 +112,11 @@ class SealedPasswords:
         """
         if self._data_keys is not None:
             # what is sealed now is sealed under the newest key, whether or not this process has heard of it
-            await self._data_keys.renew(self._keyring)
+            await self._data_keys.update(self._keyring)
         async with self._control.transaction() as connection:
-            row = await self._locked(connection, tenant_id)
+            row = await self._lock(connection, tenant_id)
             sealed = row.next_sealed_password
-            if sealed is None or not self._opens(tenant_id, row.slug, sealed):
+            if sealed is None or not self._can_open(tenant_id, row.slug, sealed):
                 # no variable holds the password: what fails below would carry it in its traceback's frames
                 sealed = self._keyring.seal_password(tenant_id, new_password())
                 await connection.execute(
@@ -124,14 +124,14 @@ class SealedPasswords:
                 )
         return self._keyring.open_password(tenant_id, sealed)
 
-    async def finish(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
+    async def finish_rotation(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
         """Make the next password the only one, once the role has it. Every process is notified.
 
         Raises:
             TenantNotFoundError: no such tenant, or it has been purged.
         """
         async with self._control.transaction() as connection:
-            row = await self._locked(connection, tenant_id)
+            row = await self._lock(connection, tenant_id)
             if row.next_sealed_password is None:
                 return
             changes = {"sealed_password": row.next_sealed_password, "next_sealed_password": None}
@@ -140,13 +140,13 @@ class SealedPasswords:
                 connection, action="tenant.rotate_password", tenant_id=tenant_id, slug=row.slug, actor=actor
             )
 
-    async def pending(self) -> list[UUID]:
+    async def pending_rotations(self) -> list[UUID]:
         """Return the tenants whose rotation was begun and not finished."""
         query = select(tenants.c.id).where(tenants.c.next_sealed_password.is_not(None)).order_by(tenants.c.id)
         async with self._control.connect() as connection:
             return list(await connection.scalars(query))
 
-    def _opens(self, tenant_id: UUID, slug: str, sealed: bytes) -> bool:
+    def _can_open(self, tenant_id: UUID, slug: str, sealed: bytes) -> bool:
         try:
             self._keyring.open_password(tenant_id, sealed)
         except SecretError as exc:
@@ -154,7 +154,7 @@ class SealedPasswords:
             return False
         return True
 
-    async def _locked(self, connection: AsyncConnection, tenant_id: UUID) -> Row[*tuple[Any, ...]]:
+    async def _lock(self, connection: AsyncConnection, tenant_id: UUID) -> Row[*tuple[Any, ...]]:
         query = (
             select(tenants.c.slug, tenants.c.status, tenants.c.next_sealed_password)
             .where(tenants.c.id == tenant_id)
@@ -181,7 +181,7 @@ class SealedPasswords:
         """
         resealed = 0
         failed: dict[str, str] = {}
-        for column in _STORED:
+        for column in _COLUMNS:
             done, failed_now = await self._reseal_column(column, actor)
             resealed += done
             failed.update(failed_now)
@@ -195,7 +195,7 @@ class SealedPasswords:
         """
         found: set[bytes] = set()
         async with self._control.connect() as connection:
-            for column in _STORED:
+            for column in _COLUMNS:
                 query = (
                     f"SELECT DISTINCT substring({column} from 3 for get_byte({column}, 1)) "  # noqa: S608
                     # what is shorter is damaged, and sealed under nothing
@@ -210,15 +210,15 @@ class SealedPasswords:
         for _ in range(_PASSES):
             # another pass for what others had locked, or have sealed under a key that was not known here
             newest = self._keyring.current
-            done, failed = await self._pass(column, actor)
+            done, failed = await self._reseal_unlocked(column, actor)
             resealed += done
             if failed and self._data_keys is not None:
-                await self._data_keys.renew(self._keyring)
+                await self._data_keys.update(self._keyring)
             if not done and newest == self._keyring.current:
                 break
-        return resealed + await self._wait_for_locked(column, actor, failed), failed
+        return resealed + await self._reseal_locked(column, actor, failed), failed
 
-    async def _pass(self, column: str, actor: Actor) -> tuple[int, dict[str, str]]:
+    async def _reseal_unlocked(self, column: str, actor: Actor) -> tuple[int, dict[str, str]]:
         done, after = 0, UUID(int=0)
         failed: dict[str, str] = {}
         while True:
@@ -230,7 +230,7 @@ class SealedPasswords:
                 after = rows[-1].id
                 done += await self._reseal_rows(connection, column, rows, actor, failed)
 
-    async def _wait_for_locked(self, column: str, actor: Actor, failed: dict[str, str]) -> int:
+    async def _reseal_locked(self, column: str, actor: Actor, failed: dict[str, str]) -> int:
         """Seal what every pass has found locked, waiting for it; what stays locked is added to ``failed``."""
         done, deadline = 0, time.monotonic() + _WAIT_SECONDS
         async with self._control.connect() as connection:
@@ -293,7 +293,7 @@ _RESEAL = {
         f"UPDATE tenancy.tenants t SET {column} = n.value "  # noqa: S608 - one of two constants
         "FROM unnest(:ids, :values) AS n (id, value) WHERE t.id = n.id"
     ).bindparams(bindparam("ids", type_=ARRAY(Uuid)), bindparam("values", type_=ARRAY(LargeBinary)))
-    for column in _STORED
+    for column in _COLUMNS
 }
 
 __all__ = ["ResealReport", "SealedPasswords"]

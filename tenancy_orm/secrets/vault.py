@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigurationError, MissingExtraError, SecretNotFoundError, SecretProviderError
-from .providers import check_name, encode_context, unlogged
+from .providers import check_name, encode_context, without_payload_logs
 
 
 class VaultConnection:
@@ -142,7 +142,7 @@ class VaultConnection:
         import requests
 
         try:
-            with unlogged():
+            with without_payload_logs():
                 return await asyncio.to_thread(request, self._client)
         except hvac.exceptions.InvalidPath:
             raise missing from None

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
 from ..control.database import ControlDatabase
-from ..control.lookup import ask_tenant_id
+from ..control.lookup import resolve_tenant_id
 from ..control.models import domains
 from ..errors import DomainError, MissingExtraError, TenantDeletedError
 from ..registry.lifecycle import lock_tenant_for_share
@@ -196,7 +196,7 @@ class DomainManager:
 
     async def list(self, tenant: str | UUID | Tenant) -> list[Domain]:
         """Return the tenant's domains, claimed and verified, by name."""
-        tenant_id = await ask_tenant_id(self._control, tenant)
+        tenant_id = await resolve_tenant_id(self._control, tenant)
         query = select(domains).where(domains.c.tenant_id == tenant_id).order_by(domains.c.domain)
         async with self._control.viewing(tenant_id) as connection:
             return [_domain_from_row(row) for row in await connection.execute(query)]

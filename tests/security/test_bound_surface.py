@@ -38,8 +38,8 @@ from tests.support.postgres import Postgres
 from tests.support.waiting import until
 
 EXCUSED = {
-    "audit.keep_public_keys": "writes the configured keys' public halves, nothing of a tenant's",
-    "audit.renew_keys": "keys of the installation",
+    "audit.vouch_for_keys": "writes the configured keys' public halves, nothing of a tenant's",
+    "audit.add_keys": "keys of the installation",
     "audit.verifier": "reads public keys",
     "config.from_env": "reads no tenant",
     "config.settings_customise_sources": "reads no tenant",
@@ -47,7 +47,7 @@ EXCUSED = {
     "events.cancel": "ends the application's own subscribers",
     "events.drain": "waits for the application's own subscribers",
     "events.emit": "calls the application's own subscribers",
-    "events.forget": "drops what a closed event loop left of the application's own subscribers",
+    "events.discard_tasks": "drops what a closed event loop left of the application's own subscribers",
     "events.subscribe": "registers a callback of the application's",
     "events.wants": "tells whether the application listens",
     "internals.control.close": "closes connections",

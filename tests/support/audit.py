@@ -15,15 +15,15 @@ async def age(control: ControlDatabase, audit: AuditLog, moment: datetime, entri
 
     Times never run backwards along the chain: the log must be empty, or as old.
     """
-    async with control.engine.begin() as conn:
+    async with control.engine.begin() as connection:
         definitions = []
         for name in ("append", "ensure_partitions"):
-            definitions.append((await conn.exec_driver_sql(_FUNCTIONS.format(name))).scalar_one())
+            definitions.append((await connection.exec_driver_sql(_FUNCTIONS.format(name))).scalar_one())
             at = f"timestamptz '{moment.isoformat()}'"
-            await conn.exec_driver_sql(definitions[-1].replace("clock_timestamp()", at))
+            await connection.exec_driver_sql(definitions[-1].replace("clock_timestamp()", at))
         # as if the partitions of the present had not been made yet
-        await conn.exec_driver_sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
+        await connection.exec_driver_sql("UPDATE tenancy.audit_head SET partitioned_until = 'epoch'")
         for number in range(entries):
-            await audit.append(conn, action="test.old", after={"n": number})
+            await audit.append(connection, action="test.old", after={"n": number})
         for definition in definitions:
-            await conn.exec_driver_sql(definition)
+            await connection.exec_driver_sql(definition)

@@ -15,4 +15,4 @@ async def synchronise(
     """Write tiers and servers into the registry, where foreign keys and functions need them."""
     async with control.transaction() as connection:
         await write_tiers(connection, tiers)
-    await control.note_servers(addresses)
+    await control.save_servers(addresses)

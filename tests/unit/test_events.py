@@ -67,12 +67,12 @@ def test_unsubscribing_ends_delivery() -> None:
     bus = EventBus()
     seen: list[Event] = []
     unsubscribe = bus.subscribe(Event, seen.append)
-    assert bus.wants(TenantCreated)
+    assert bus.has_subscribers(TenantCreated)
     unsubscribe()
     unsubscribe()
     bus.emit(CREATED)
     assert seen == []
-    assert not bus.wants(TenantCreated)
+    assert not bus.has_subscribers(TenantCreated)
 
 
 def test_unsubscribing_twice_leaves_an_equal_subscription() -> None:

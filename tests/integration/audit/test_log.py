@@ -65,17 +65,17 @@ async def test_an_entry_says_who_did_what_to_whom(plane: QuotaPlane) -> None:
 
 async def test_an_entry_is_part_of_the_callers_transaction(plane: QuotaPlane) -> None:
     """What is rolled back was never done, and the next entry takes its number."""
-    async with plane.control.transaction() as conn:
-        assert await plane.audit.append(conn, action="test.undone") == 1
-        await conn.rollback()
+    async with plane.control.transaction() as connection:
+        assert await plane.audit.append(connection, action="test.undone") == 1
+        await connection.rollback()
     assert await plane.append() == 1
     assert (await plane.audit.verify()).ok
 
 
 async def test_several_entries_of_one_transaction_follow_one_another(plane: QuotaPlane) -> None:
     """The head moves within it."""
-    async with plane.control.transaction() as conn:
-        numbers = [await plane.audit.append(conn, action="test.done") for _ in range(3)]
+    async with plane.control.transaction() as connection:
+        numbers = [await plane.audit.append(connection, action="test.done") for _ in range(3)]
     assert numbers == [1, 2, 3]
     assert (await plane.audit.verify()).entries == 3
 
@@ -250,18 +250,18 @@ async def test_python_and_the_database_hash_the_same(plane: QuotaPlane) -> None:
 
 async def test_verification_streams_a_long_log(plane: QuotaPlane) -> None:
     """More entries than one batch."""
-    async with plane.control.transaction() as conn:
+    async with plane.control.transaction() as connection:
         for number in range(1_203):
-            await plane.audit.append(conn, action="test.done", after={"n": number})
+            await plane.audit.append(connection, action="test.done", after={"n": number})
     report = await plane.audit.verify()
     assert (report.entries, report.first, report.last, report.ok) == (1_203, 1, 1_203, True)
 
 
 async def test_verification_is_not_disturbed_by_appends(plane: QuotaPlane) -> None:
     """It sees one moment, head and entries alike."""
-    async with plane.control.transaction() as conn:
+    async with plane.control.transaction() as connection:
         for _ in range(1_000):
-            await plane.audit.append(conn, action="test.done")
+            await plane.audit.append(connection, action="test.done")
     stop = asyncio.Event()
 
     async def keep_appending() -> None:
@@ -357,7 +357,7 @@ NEXT: Mapping[str, bytes] = {"2": b"l" * 32, "3": b"m" * 32}
 async def with_keys(plane: QuotaPlane, keys: Mapping[str, bytes]) -> AsyncIterator[QuotaPlane]:
     """Another process, which is configured with these keys."""
     async with quota_plane(plane.config.control_url, initialise=False, keys=keys) as other:
-        await other.audit.keep_public_keys()
+        await other.audit.vouch_for_keys()
         yield other
 
 
@@ -406,10 +406,10 @@ async def test_a_key_that_nobody_vouched_for_needs_its_public_key(plane: QuotaPl
 async def test_keeping_public_keys_writes_each_once(plane: QuotaPlane) -> None:
     """And with one key there is nothing to keep; processes that do so at once do not collide."""
     rows = "SELECT key_id, signed_by FROM tenancy.audit_keys ORDER BY created_at"
-    await plane.audit.keep_public_keys()
+    await plane.audit.vouch_for_keys()
     assert await plane.sql(rows) == []
     async with with_keys(plane, BOTH) as one, with_keys(plane, BOTH) as other:
-        await asyncio.gather(*(p.audit.keep_public_keys() for p in (one, other) * 3))
+        await asyncio.gather(*(p.audit.vouch_for_keys() for p in (one, other) * 3))
         assert await plane.sql(rows) == [("1", "2")]
         # before the new key is the last one, it is known to the one in use
         async with with_keys(plane, {"2": BOTH["2"], "1": KEYS["1"]}):
@@ -420,7 +420,7 @@ async def test_a_process_that_learns_of_a_key_signs_with_it_and_keeps_the_old_on
     """As when a data key is made."""
     await plane.append()
     before = await plane.audit.export_checkpoint()
-    await plane.audit.renew_keys(BOTH)
+    await plane.audit.add_keys(BOTH)
     after = await plane.audit.export_checkpoint()
     assert (before.key_id, after.key_id) == ("1", "2")
     async with with_keys(plane, {"2": BOTH["2"]}) as fresh:
@@ -592,7 +592,7 @@ async def test_a_deadlock_with_retention_is_tried_again_and_then_said_in_words(
 ) -> None:
     """Where PostgreSQL finds it before the lock's timeout does."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
-    cut, tries = plane.audit._retention._cut, 0
+    cut, tries = plane.audit._retention._remove, 0
 
     async def aborted_once(*arguments: Any) -> Checkpoint | None:
         nonlocal tries
@@ -601,7 +601,7 @@ async def test_a_deadlock_with_retention_is_tried_again_and_then_said_in_words(
             await plane.sql("DO $$BEGIN RAISE EXCEPTION 'deadlock detected' USING ERRCODE = '40P01'; END$$")
         return await cut(*arguments)
 
-    monkeypatch.setattr(plane.audit._retention, "_cut", aborted_once)
+    monkeypatch.setattr(plane.audit._retention, "_remove", aborted_once)
     with pytest.raises(AuditError, match="waits to append"):
         await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=0)
     assert await plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60) is not None

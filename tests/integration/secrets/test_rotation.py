@@ -92,7 +92,7 @@ async def interrupt(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.Monkey
         raise OSError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tenancy.secrets._sealed, "finish", fail)
+        patched.setattr(tenancy.secrets._sealed, "finish_rotation", fail)
         with pytest.raises(ProvisioningError):
             await tenancy.secrets.rotate_password(tenant)
 
@@ -232,9 +232,9 @@ async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, t
         connector, asked = other.internals.router._connector("default"), []
 
         class Asked(SealedPasswords):
-            async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
+            async def candidates(self, tenant_id: UUID) -> tuple[bytes, ...]:
                 asked.append(tenant_id)
-                return await super().of(tenant_id)
+                return await super().candidates(tenant_id)
 
         # nobody subscribed to it: the directory is left as it is, or the next session would have another pool
         connector._passwords = Asked(other.internals.control, other.audit, other._lifetime.parts.keyring)
@@ -355,7 +355,7 @@ async def test_without_the_registry_the_refusal_itself_is_raised(
     (acme,) = await created(tenancy, "acme")
 
     class Away(SealedPasswords):
-        async def of(self, tenant_id: UUID) -> tuple[bytes, ...]:
+        async def candidates(self, tenant_id: UUID) -> tuple[bytes, ...]:
             raise ControlUnavailableError("the control database is not available")
 
     async with deaf(tenancy_config) as other:
@@ -382,7 +382,7 @@ async def test_an_interrupted_rotation_fails_no_connection_and_is_finished(
         if step == "before the role has it":
             patched.setattr(roles, "set_password", fail)
         else:
-            patched.setattr(tenancy.secrets._sealed, "finish", fail)
+            patched.setattr(tenancy.secrets._sealed, "finish_rotation", fail)
         with pytest.raises(ProvisioningError, match="not rotated"):
             await tenancy.secrets.rotate_password(acme)
     current, pending = await stored(tenancy, acme)
@@ -511,7 +511,7 @@ async def test_a_rotation_under_way_is_sealed_again_as_well(
         raise OSError("killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tenancy.secrets._sealed, "finish", fail)
+        patched.setattr(tenancy.secrets._sealed, "finish_rotation", fail)
         with pytest.raises(ProvisioningError):
             await tenancy.secrets.rotate_password(acme)
     both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
@@ -547,13 +547,13 @@ async def test_what_is_locked_for_a_while_is_waited_for(
     """The passes go by it; the lock ends once they have."""
     acme, _ = await created(tenancy, "acme", "globex")
     monkeypatch.setattr(sealed, "_WAIT_SECONDS", 60.0)
-    passed, real = asyncio.Event(), SealedPasswords._wait_for_locked
+    passed, real = asyncio.Event(), SealedPasswords._reseal_locked
 
-    async def wait_for_locked(self: SealedPasswords, *args: Any) -> int:
+    async def reseal_locked(self: SealedPasswords, *args: Any) -> int:
         passed.set()
         return await real(self, *args)
 
-    monkeypatch.setattr(SealedPasswords, "_wait_for_locked", wait_for_locked)
+    monkeypatch.setattr(SealedPasswords, "_reseal_locked", reseal_locked)
     both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
     async with opened(tenancy_config.replace(encryption_keys=both)) as other:
         async with tenancy.internals.control.transaction() as connection:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenancy_orm.audit.actor import Actor
-from tenancy_orm.audit.chain import GENESIS, Chain, canonical
+from tenancy_orm.audit.chain import GENESIS, ChainCheck, canonical
 from tenancy_orm.audit.checkpoints import Checkpoint, Signer, Verifier, Voucher
 from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
 
@@ -72,32 +72,32 @@ def signed(entry: Entry, kind: str = "checkpoint") -> Checkpoint:
     )
 
 
-def follow(
+def check(
     entries: list[Entry],
     *,
     head: Entry | None = None,
     cuts: tuple[Checkpoint, ...] = (),
     checkpoints: tuple[Checkpoint, ...] = (),
     since: Checkpoint | None = None,
-) -> Chain:
+) -> ChainCheck:
     """Follow ``entries`` to the end that ``head`` (their last one where None) claims."""
-    chain = Chain({cut.sequence: cut for cut in cuts}, checkpoints, SIGNER, since)
-    if all(chain.follow(entry) for entry in entries):
+    chain = ChainCheck({cut.sequence: cut for cut in cuts}, checkpoints, SIGNER, since)
+    if all(chain.check_entry(entry) for entry in entries):
         last = head or (entries[-1] if entries else None)
-        chain.finish(last.sequence if last else 0, last.hash if last else GENESIS)
+        chain.check_head(last.sequence if last else 0, last.hash if last else GENESIS)
     return chain
 
 
 def test_a_chain_that_holds_is_reported_so() -> None:
     """Every entry is counted."""
-    report = follow(log(5)).report()
+    report = check(log(5)).report()
     assert report.ok and (report.entries, report.first, report.last) == (5, 1, 5)
     report.raise_if_bad()
 
 
 def test_an_empty_log_holds() -> None:
     """Nothing happened yet."""
-    assert follow([]).report().ok
+    assert check([]).report().ok
 
 
 @pytest.mark.parametrize(
@@ -122,41 +122,41 @@ def test_a_changed_field_is_found(change: dict[str, object]) -> None:
     """Every field is part of what is hashed."""
     entries = log(5)
     entries[2] = replace(entries[2], **change)  # type: ignore[arg-type]
-    assert follow(entries).report().first_bad == 3
+    assert check(entries).report().first_bad == 3
 
 
 def test_a_changed_entry_with_a_new_hash_breaks_the_next() -> None:
     """Its successor continues another hash."""
     entries = log(5)
     entries[2] = sealed(replace(entries[2], actor_id="mallory"))
-    assert follow(entries).report().first_bad == 4
+    assert check(entries).report().first_bad == 4
 
 
 def test_a_removed_entry_is_found() -> None:
     """The first bad sequence number is the missing one."""
     entries = log(5)
     del entries[2]
-    assert follow(entries).report().first_bad == 3
+    assert check(entries).report().first_bad == 3
 
 
 def test_an_inserted_entry_is_found() -> None:
     """A sequence number occurs once."""
     entries = log(5)
     entries.insert(3, sealed(replace(entries[2], previous_hash=entries[2].hash)))
-    assert follow(entries).report().first_bad == 3
+    assert check(entries).report().first_bad == 3
 
 
 def test_swapped_entries_are_found() -> None:
     """Order is part of the chain."""
     entries = log(5)
     entries[2], entries[3] = entries[3], entries[2]
-    assert follow(entries).report().first_bad == 3
+    assert check(entries).report().first_bad == 3
 
 
 def test_a_tail_that_was_cut_off_is_found_by_the_head() -> None:
     """The head says how long the chain is."""
     entries = log(5)
-    report = follow(entries[:3], head=entries[-1]).report()
+    report = check(entries[:3], head=entries[-1]).report()
     assert report.first_bad == 4
     with pytest.raises(AuditChainError) as caught:
         report.raise_if_bad()
@@ -167,14 +167,14 @@ def test_a_tail_that_was_cut_off_is_found_by_the_head() -> None:
 def test_a_head_with_another_hash_is_found() -> None:
     """The head is compared, not only counted."""
     entries = log(3)
-    assert follow(entries, head=replace(entries[-1], hash=b"x" * 32)).report().first_bad == 3
+    assert check(entries, head=replace(entries[-1], hash=b"x" * 32)).report().first_bad == 3
 
 
 def test_a_tail_cut_off_with_its_head_needs_a_checkpoint() -> None:
     """Without one the shorter log is a log like any other; with one it is not."""
     entries = log(5)
-    assert follow(entries[:3]).report().ok
-    report = follow(entries[:3], checkpoints=(signed(entries[4]),)).report()
+    assert check(entries[:3]).report().ok
+    report = check(entries[:3], checkpoints=(signed(entries[4]),)).report()
     assert report.first_bad == 4 and "checkpoint" in str(report.problem)
 
 
@@ -185,64 +185,64 @@ def test_a_rewritten_log_needs_a_checkpoint() -> None:
     for entry in entries:
         forged.append(sealed(replace(entry, previous_hash=previous, actor_id="mallory")))
         previous = forged[-1].hash
-    assert follow(forged).report().ok
-    assert follow(forged, checkpoints=(signed(entries[3]),)).report().first_bad == 4
+    assert check(forged).report().ok
+    assert check(forged, checkpoints=(signed(entries[3]),)).report().first_bad == 4
 
 
 def test_checkpoints_that_agree_are_confirmed() -> None:
     """The report names them."""
     entries = log(5)
-    report = follow(entries, checkpoints=(signed(entries[1]), signed(entries[4]))).report()
+    report = check(entries, checkpoints=(signed(entries[1]), signed(entries[4]))).report()
     assert report.ok and report.confirmed == (2, 5)
 
 
 def test_a_log_that_begins_late_needs_a_signed_cut() -> None:
     """Retention signs what it removes; nobody else can."""
     entries = log(6)
-    assert follow(entries[3:]).report().first_bad == 1
-    report = follow(entries[3:], cuts=(signed(entries[2], "cut"),)).report()
+    assert check(entries[3:]).report().first_bad == 1
+    report = check(entries[3:], cuts=(signed(entries[2], "cut"),)).report()
     assert report.ok and report.first == 4
     forged = replace(signed(entries[2], "cut"), signature=b"x" * 64)
-    assert follow(entries[3:], cuts=(forged,)).report().first_bad == 4
+    assert check(entries[3:], cuts=(forged,)).report().first_bad == 4
 
 
 def test_a_checkpoint_cannot_stand_in_for_a_cut() -> None:
     """Both are signed, and what they are is part of it."""
     entries = log(6)
     posing = replace(signed(entries[2]), kind="cut")
-    assert follow(entries[3:], cuts=(posing,)).report().first_bad == 4
+    assert check(entries[3:], cuts=(posing,)).report().first_bad == 4
 
 
 def test_a_checkpoint_older_than_the_cut_says_nothing_any_more() -> None:
     """It is reported as removed, neither confirmed nor contradicted."""
     entries = log(6)
-    report = follow(entries[3:], cuts=(signed(entries[2], "cut"),), checkpoints=(signed(entries[0]),)).report()
+    report = check(entries[3:], cuts=(signed(entries[2], "cut"),), checkpoints=(signed(entries[0]),)).report()
     assert report.ok and (report.confirmed, report.removed) == ((), (1,))
 
 
 def test_following_can_begin_at_a_checkpoint() -> None:
     """What precedes it is not read again, but for its own microsecond."""
     entries = log(6)
-    report = follow(entries[3:], since=signed(entries[3])).report()
+    report = check(entries[3:], since=signed(entries[3])).report()
     assert report.ok and (report.entries, report.first, report.last) == (2, 5, 6)
-    assert follow(entries[4:], since=replace(signed(entries[3]), hash=b"x" * 32)).report().first_bad == 5
-    assert follow([], head=entries[1], since=signed(entries[3])).report().first_bad == 3
+    assert check(entries[4:], since=replace(signed(entries[3]), hash=b"x" * 32)).report().first_bad == 5
+    assert check([], head=entries[1], since=signed(entries[3])).report().first_bad == 3
     at_once = log(6, apart=timedelta(0))
-    assert follow(at_once, since=signed(at_once[3])).report().entries == 2
+    assert check(at_once, since=signed(at_once[3])).report().entries == 2
 
 
 def test_following_from_a_checkpoint_does_not_pass_over_entries_with_an_older_number() -> None:
     """They would be shown among the newest, and be what nobody verified."""
     entries = log(6)
     forged = sealed(replace(entries[1], occurred_at=entries[4].occurred_at, actor_id="mallory"))
-    assert follow([entries[3], forged, *entries[4:]], since=signed(entries[3])).report().first_bad == 2
+    assert check([entries[3], forged, *entries[4:]], since=signed(entries[3])).report().first_bad == 2
 
 
 def test_the_entry_that_following_begins_after_is_compared() -> None:
     """It is there, and what was signed about it is known."""
     entries = log(6)
     rewritten = sealed(replace(entries[3], actor_id="mallory"))
-    report = follow([rewritten, *entries[4:]], since=signed(entries[3])).report()
+    report = check([rewritten, *entries[4:]], since=signed(entries[3])).report()
     assert report.first_bad == 4 and "rewritten" in str(report.problem)
 
 
@@ -250,12 +250,12 @@ def test_checkpoints_are_compared_skipped_or_removed_and_never_silently_dropped(
     """Every one that was given is in one of the three lists."""
     entries = log(6)
     given = tuple(signed(entry) for entry in (entries[1], entries[3], entries[5]))
-    report = follow(entries[3:], since=signed(entries[3]), checkpoints=given).report()
+    report = check(entries[3:], since=signed(entries[3]), checkpoints=given).report()
     assert report.ok and (report.confirmed, report.skipped, report.removed) == ((4, 6), (2,), ())
     cut = signed(entries[3], "cut")
-    report = follow(entries[4:], cuts=(cut,), checkpoints=given).report()
+    report = check(entries[4:], cuts=(cut,), checkpoints=given).report()
     assert report.ok and (report.confirmed, report.skipped, report.removed) == ((4, 6), (), (2,))
-    report = follow([], head=entries[3], cuts=(cut,), checkpoints=given[:1]).report()
+    report = check([], head=entries[3], cuts=(cut,), checkpoints=given[:1]).report()
     assert report.ok and report.removed == (2,)
 
 
@@ -263,8 +263,8 @@ def test_a_checkpoint_of_the_entry_before_the_first_is_compared() -> None:
     """With the cut's hash, or with the checkpoint's that following begins after."""
     entries = log(6)
     other = replace(signed(entries[3]), hash=b"x" * 32)
-    assert follow(entries[4:], cuts=(signed(entries[3], "cut"),), checkpoints=(other,)).report().first_bad == 4
-    assert follow(entries[3:], since=signed(entries[3]), checkpoints=(other,)).report().first_bad == 4
+    assert check(entries[4:], cuts=(signed(entries[3], "cut"),), checkpoints=(other,)).report().first_bad == 4
+    assert check(entries[3:], since=signed(entries[3]), checkpoints=(other,)).report().first_bad == 4
 
 
 def test_the_canonical_form_is_json_that_anyone_can_compute() -> None:
@@ -403,7 +403,7 @@ def test_only_what_a_known_key_signed_vouches() -> None:
 def test_a_signer_that_is_renewed_signs_with_the_last_key_and_verifies_with_all() -> None:
     """A process learns of a new key while it runs."""
     signer = Signer({"1": b"a" * 32})
-    signer.renew({"1": b"a" * 32, "2": b"b" * 32})
+    signer.add_keys({"1": b"a" * 32, "2": b"b" * 32})
     assert signer.public_keys == SIGNER.public_keys
     checkpoint = signer.sign("cut", installation=INSTALLATION, sequence=1, digest=GENESIS, occurred_at=START)
     NEW.verify(checkpoint)

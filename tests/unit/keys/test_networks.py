@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tenancy_orm.errors import ConfigurationError
-from tenancy_orm.keys.networks import is_admitted, parse_networks, source_group
+from tenancy_orm.keys.networks import is_in_networks, parse_networks, source_group
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from tenancy_orm.keys.networks import is_admitted, parse_networks, source_group
 )
 def test_a_source_is_admitted_by_its_address(source: str | None, networks: list[str], admitted: bool) -> None:
     """What is not an address is admitted nowhere; an IPv4 address is one however it is written."""
-    assert is_admitted(source, parse_networks(networks)) is admitted
+    assert is_in_networks(source, parse_networks(networks)) is admitted
 
 
 @pytest.mark.parametrize("network", ["192.0.2.1/24", "192.0.2.0/33", "everywhere", ""])
