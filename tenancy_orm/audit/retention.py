@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..control.database import ControlDatabase
 from ..errors import AuditError
+from ..postgres.errors import DEADLOCK_DETECTED, INSUFFICIENT_PRIVILEGE, LOCK_NOT_AVAILABLE, sqlstate_of
 from ..postgres.quoting import quote_identifier
 from .actor import Actor
 from .chain import ChainCheck
@@ -25,11 +26,11 @@ from .verification import SNAPSHOT, check_entries, check_next_entry, read_cuts
 _LOCK_WAIT = 0.2  # seconds that retention waits for a lock while it holds up everybody who appends
 _PAUSE = 0.1  # ... and lets them go on before it tries again
 _REFUSED = {
-    "42501": "only the owner of the control tables may; run it as the role that ran tenancy init",
-    "55P03": "a transaction that reads the log held it for too long; try again",
-    "40P01": "a transaction that reads the log waits to append to it; try again",
+    INSUFFICIENT_PRIVILEGE: "only the owner of the control tables may; run it as the role that ran tenancy init",
+    LOCK_NOT_AVAILABLE: "a transaction that reads the log held it for too long; try again",
+    DEADLOCK_DETECTED: "a transaction that reads the log waits to append to it; try again",
 }
-_BUSY = ("55P03", "40P01")
+_BUSY = (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED)
 _PARTITIONS = text(
     "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
     "WHERE i.inhparent = 'tenancy.audit_log'::regclass ORDER BY c.relname"
@@ -74,7 +75,7 @@ class Retention:
             try:
                 return await self._remove(verified, detach, actor, min(lock_timeout, _LOCK_WAIT))
             except DBAPIError as exc:
-                state = getattr(exc.orig, "sqlstate", None) or ""
+                state = sqlstate_of(exc) or ""
                 if state not in _REFUSED:
                     raise
                 if state not in _BUSY or time.monotonic() >= deadline:

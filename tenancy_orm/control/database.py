@@ -30,6 +30,12 @@ from ..errors import (
     TenancyError,
 )
 from ..loops import HomeLoop
+from ..postgres.errors import (
+    INSUFFICIENT_PRIVILEGE,
+    INVALID_PARAMETER_VALUE,
+    NO_ACTIVE_TRANSACTION,
+    sqlstate_of,
+)
 from ..postgres.failures import SERVER_FAILURES
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
@@ -38,26 +44,23 @@ from .viewer import VIEW_AS, prepare_viewer
 # One migration of the control database at a time, whoever runs it: a lock key of our own in the database's key space.
 _MIGRATION_LOCK = 0x74656E616E637900
 
-_NO_SUCH_ROLE = ("22023", "42501")  # it does not exist, or is not granted
+_NO_SUCH_ROLE = (INVALID_PARAMETER_VALUE, INSUFFICIENT_PRIVILEGE)  # it does not exist, or is not granted
 _OUT_OF_RESOURCES = "53"
 _CONNECT_SQLSTATES = ("08", "57P", _OUT_OF_RESOURCES)  # connection, operator intervention
-_NO_TRANSACTION = "25P01"
 
 
 def is_unavailable(error: BaseException) -> bool:
     """Whether ``error`` means that the server could not be reached, rather than that it refused a statement."""
-    if isinstance(error, (OSError, asyncio.TimeoutError, PoolTimeoutError)):
+    if isinstance(error, (OSError, PoolTimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)):
         return True
-    if isinstance(error, DBAPIError):
-        if error.connection_invalidated:
-            return True
-        sqlstate = getattr(error.orig, "sqlstate", None)
-        return isinstance(sqlstate, str) and sqlstate.startswith(_CONNECT_SQLSTATES)
-    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
-    if isinstance(error, asyncpg.PostgresError):
-        return (error.sqlstate or "").startswith(_CONNECT_SQLSTATES)
-    return False
+    # not behind any other error: that is the caller's own
+    return isinstance(error, (DBAPIError, asyncpg.PostgresError)) and _has_class(error, _CONNECT_SQLSTATES)
+
+
+def _has_class(error: BaseException, classes: str | tuple[str, ...]) -> bool:
+    return (sqlstate_of(error) or "").startswith(classes)
 
 
 def _drop_unusable(context: ExceptionContext) -> None:
@@ -66,8 +69,8 @@ def _drop_unusable(context: ExceptionContext) -> None:
     Where a BEGIN fails, for want of a lock, say, asyncpg takes the transaction for open, and sends a SAVEPOINT in place
     of every further BEGIN, which is refused: the pool would keep a connection that never works again.
     """
-    sqlstate = getattr(context.original_exception, "sqlstate", None) or ""
-    if sqlstate.startswith(_OUT_OF_RESOURCES) or sqlstate == _NO_TRANSACTION:
+    error = context.original_exception
+    if _has_class(error, _OUT_OF_RESOURCES) or sqlstate_of(error) == NO_ACTIVE_TRANSACTION:
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
 
@@ -193,7 +196,7 @@ class ControlDatabase:
             try:
                 await connection.execute(VIEW_AS, {"tenant": str(tenant_id), "role": self._viewer})
             except DBAPIError as exc:
-                if getattr(exc.orig, "sqlstate", None) not in _NO_SUCH_ROLE:
+                if sqlstate_of(exc) not in _NO_SUCH_ROLE:
                     raise
                 raise ConfigurationError(
                     f"the control database's role cannot take on {self._viewer!r}; "

@@ -6,10 +6,10 @@ from sqlalchemy.engine import URL
 
 from ..control.database import is_unavailable
 from ..errors import ServerUnavailableError, TenantNotFoundError
+from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
 from .database import Connection, Limits, Target, Wrapper
-from .failures import TOO_MANY_CONNECTIONS, sqlstate_of
 from .services import FleetServices
 
 _FAILURES = 2  # connects in a row that fail before a server's other tenants are not tried any more

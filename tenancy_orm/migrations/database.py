@@ -23,11 +23,12 @@ from sqlalchemy.util import await_only
 
 from ..cancellation import run_to_completion
 from ..errors import MarkerMismatchError, MigrationError
+from ..postgres.errors import INVALID_PARAMETER_VALUE, UNDEFINED_TABLE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
-from .failures import INVALID_PARAMETER_VALUE, TRANSIENT, UNDEFINED_TABLE, describe, sqlstate_of
+from .failures import TRANSIENT, describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
 from .logs import labelled, logger, quiet
 from .plan import Heads, Plan, Route, Step, format_revision

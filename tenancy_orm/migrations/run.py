@@ -9,10 +9,11 @@ from uuid import UUID
 
 from ..errors import ControlUnavailableError, MigrationError, TemplateError, TenancyError
 from ..events import TenantMigrated, TenantMigrationFailed
+from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
 from ..tenant import Tenant
 from .connections import Connections, Health, is_down, placement_of
 from .database import Work, close
-from .failures import INVALID_CATALOG_NAME, describe, sqlstate_of
+from .failures import describe
 from .logs import logger
 from .plan import Plan, format_revision
 from .report import FleetReport, Progress, TenantOutcome

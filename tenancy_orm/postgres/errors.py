@@ -1,31 +1,44 @@
-"""What PostgreSQL says of an error, by SQLSTATE and never by message."""
+"""PostgreSQL's errors, by SQLSTATE and never by message."""
 
 from __future__ import annotations
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError
 
+INVALID_PARAMETER_VALUE = "22023"
+UNIQUE_VIOLATION = "23505"  # also what the loser of a race to create an object gets, in place of the next two
 DUPLICATE_DATABASE = "42P04"
 DUPLICATE_OBJECT = "42710"
-UNIQUE_VIOLATION = "23505"  # what the loser of a race to create one name gets in place of the two above
+NO_ACTIVE_TRANSACTION = "25P01"
+INVALID_CATALOG_NAME = "3D000"  # no such database
+DEADLOCK_DETECTED = "40P01"
 INSUFFICIENT_PRIVILEGE = "42501"
-MISSING_DATABASE = "3D000"
+UNDEFINED_TABLE = "42P01"
+TOO_MANY_CONNECTIONS = "53300"
 OBJECT_IN_USE = "55006"
+LOCK_NOT_AVAILABLE = "55P03"
 CONCURRENT_UPDATE = "XX000"  # "tuple concurrently updated": two sessions changed one catalogue row
 
 
-def sqlstate(error: BaseException) -> str | None:
-    """The SQLSTATE of a PostgreSQL error, or None of any other."""
-    return error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
+def postgres_error(error: BaseException | None) -> asyncpg.PostgresError | None:
+    """PostgreSQL's own error in a chain of wrappers, or None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, asyncpg.PostgresError):
+            return error
+        wrapped = error.orig if isinstance(error, DBAPIError) else None
+        error = wrapped or error.__cause__
+    return None
 
 
-def sqlstate_of(error: DBAPIError) -> str | None:
-    """PostgreSQL's SQLSTATE of a wrapped driver error."""
-    found = getattr(error.orig, "sqlstate", None)
-    return found if isinstance(found, str) else None
+def sqlstate_of(error: BaseException) -> str | None:
+    """The SQLSTATE of the PostgreSQL error behind ``error``, or None."""
+    found = postgres_error(error)
+    return found.sqlstate if found is not None else None
 
 
-def constraint_of(error: DBAPIError) -> str | None:
-    """The name of the constraint that a statement violated."""
-    found = getattr(getattr(error.orig, "__cause__", None), "constraint_name", None)
-    return found if isinstance(found, str) else None
+def constraint_of(error: BaseException) -> str | None:
+    """The name of the constraint that a statement violated, or None."""
+    found = postgres_error(error)
+    return found.constraint_name if found is not None else None

@@ -27,7 +27,7 @@ from ..control.names import Names
 from ..errors import TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..postgres.errors import CONCURRENT_UPDATE, sqlstate
+from ..postgres.errors import CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.registry import Registry
@@ -46,7 +46,7 @@ POLL_SECONDS = 0.05
 _ATTEMPTS = 100
 _TOLERATED = 3
 # "tuple concurrently updated", deadlock detected, lock_timeout
-_RACES = frozenset({CONCURRENT_UPDATE, "40P01", "55P03"})
+_RACES = frozenset({CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE})
 _RETRY_SECONDS = 0.5  # after an error of the watching connection itself
 # How many databases are tried at once where one does not admit the administrator; and the others, so much later.
 _FIRST_DOORS = 3
@@ -159,7 +159,7 @@ class Blockers:
                     return await work()
             except asyncpg.PostgresError as exc:
                 failures += 1
-                if sqlstate(exc) not in _RACES or failures == _ATTEMPTS:
+                if sqlstate_of(exc) not in _RACES or failures == _ATTEMPTS:
                     raise
             if role is None or failures < _TOLERATED:
                 await asyncio.sleep(POLL_SECONDS)

@@ -15,7 +15,7 @@ import asyncpg
 
 from ..errors import DatabaseExistsError
 from ..postgres.connections import Connection, execute_unflushed, version
-from ..postgres.errors import DUPLICATE_DATABASE, UNIQUE_VIOLATION, sqlstate
+from ..postgres.errors import DUPLICATE_DATABASE, UNIQUE_VIOLATION, sqlstate_of
 from ..postgres.quoting import quote_identifier, quote_literal
 
 Strategy = Literal["wal_log", "file_copy"]
@@ -68,7 +68,7 @@ async def create(
     try:
         await connection.execute(f"CREATE DATABASE {quote_identifier(name)} WITH {' '.join(options)}")
     except asyncpg.PostgresError as exc:
-        if sqlstate(exc) in (DUPLICATE_DATABASE, UNIQUE_VIOLATION):
+        if sqlstate_of(exc) in (DUPLICATE_DATABASE, UNIQUE_VIOLATION):
             raise DatabaseExistsError(f"database {name!r} exists already, and is not adopted") from exc
         raise
 

@@ -16,7 +16,7 @@ from ..control.database import ControlDatabase
 from ..errors import DatabaseExistsError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from ..postgres.errors import CONCURRENT_UPDATE, DUPLICATE_OBJECT, UNIQUE_VIOLATION, sqlstate
+from ..postgres.errors import CONCURRENT_UPDATE, DUPLICATE_OBJECT, UNIQUE_VIOLATION, sqlstate_of
 from ..postgres.quoting import quote_identifier
 from ..routing.servers import Server
 from . import databases, role_settings, roles
@@ -121,7 +121,7 @@ async def _retry(work: Callable[[], Awaitable[None]], *, attempts: int = 50) -> 
         try:
             await work()
         except asyncpg.PostgresError as exc:
-            if sqlstate(exc) not in _RACES or not remaining:
+            if sqlstate_of(exc) not in _RACES or not remaining:
                 raise
             await asyncio.sleep(connections.POLL_SECONDS)
         else:

@@ -17,7 +17,7 @@ import asyncpg
 
 from ..errors import DatabaseExistsError, ProvisioningError
 from ..postgres.connections import POLL_SECONDS, Connection, execute_unflushed, version
-from ..postgres.errors import CONCURRENT_UPDATE, DUPLICATE_OBJECT, INSUFFICIENT_PRIVILEGE, UNIQUE_VIOLATION, sqlstate
+from ..postgres.errors import CONCURRENT_UPDATE, DUPLICATE_OBJECT, INSUFFICIENT_PRIVILEGE, UNIQUE_VIOLATION, sqlstate_of
 from ..postgres.quoting import quote_identifier, quote_literal
 
 _TENANT_ROLE = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATION NOBYPASSRLS"
@@ -74,7 +74,7 @@ async def _create(connection: Connection, name: str, attributes: str, *settings:
     try:
         await execute_unflushed(connection, f"CREATE ROLE {quote_identifier(name)} {attributes}", *settings)
     except asyncpg.PostgresError as exc:
-        if sqlstate(exc) in (DUPLICATE_OBJECT, UNIQUE_VIOLATION):
+        if sqlstate_of(exc) in (DUPLICATE_OBJECT, UNIQUE_VIOLATION):
             raise DatabaseExistsError(f"role {name!r} exists already, and is not adopted") from exc
         raise
 
@@ -221,6 +221,6 @@ async def end_connections(connection: Connection, role: str, pids: Sequence[int]
             async with joined(connection, role):
                 return bool(await connection.fetch(query, role, pids))
         except asyncpg.PostgresError as exc:
-            if sqlstate(exc) not in (INSUFFICIENT_PRIVILEGE, CONCURRENT_UPDATE):
+            if sqlstate_of(exc) not in (INSUFFICIENT_PRIVILEGE, CONCURRENT_UPDATE):
                 raise
             return True  # another administrator has just left the role: there may be some, look again

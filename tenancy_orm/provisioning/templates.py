@@ -26,7 +26,7 @@ from ..control.names import Names
 from ..errors import TemplateError, TenancyError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from ..postgres.errors import MISSING_DATABASE, OBJECT_IN_USE, sqlstate
+from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, sqlstate_of
 from ..routing.servers import Server
 from . import advisory_locks, catalogue_guard, databases, grants, removal
 from .blockers import Blockers
@@ -148,7 +148,7 @@ class Templates:
                 open_to_connections=False,
             )
         except asyncpg.PostgresError as exc:
-            if sqlstate(exc) not in (MISSING_DATABASE, OBJECT_IN_USE):
+            if sqlstate_of(exc) not in (INVALID_CATALOG_NAME, OBJECT_IN_USE):
                 raise
             self.forget(template)
             raise TemplateError(

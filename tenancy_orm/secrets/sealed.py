@@ -21,6 +21,7 @@ from ..audit.log import AuditLog
 from ..control.database import ControlDatabase
 from ..control.models import tenants
 from ..errors import InvalidTransitionError, SecretError, TenantNotFoundError
+from ..postgres.errors import LOCK_NOT_AVAILABLE, sqlstate_of
 from ..tenant import Status
 from .data_keys import DataKeys
 from .keyring import Keyring, new_password
@@ -30,7 +31,6 @@ logger = logging.getLogger("tenancy_orm.secrets")
 _BATCH = 200
 _PASSES = 5
 _WAIT_SECONDS = 5.0  # how long reseal waits, altogether, for rows that others keep locked
-_LOCK_NOT_AVAILABLE = "55P03"
 _COLUMNS = ("sealed_password", "next_sealed_password")
 
 
@@ -246,7 +246,7 @@ class SealedPasswords:
                     found = (await connection.execute(query)).all()
                     done += await self._reseal_rows(connection, column, found, actor, failed)
             except DBAPIError as exc:
-                if getattr(exc.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                if sqlstate_of(exc) != LOCK_NOT_AVAILABLE:
                     raise
                 logger.error("the password of tenant %s was not sealed again: its row is locked", row.slug)
                 failed[row.slug] = "another transaction keeps the tenant's row locked; try again"

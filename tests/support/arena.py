@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from tenancy_orm.postgres.errors import sqlstate
+from tenancy_orm.postgres.errors import sqlstate_of
 from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.provisioning import roles
 from tenancy_orm.tenant import Status, Tenant
@@ -49,7 +49,7 @@ class Arena:
             try:
                 await connection.execute(self.fill(statement))
             except asyncpg.PostgresError as exc:
-                return sqlstate(exc)
+                return sqlstate_of(exc)
         return None
 
     async def connections(self, tenant: Tenant) -> int:

@@ -7,7 +7,8 @@ from alembic.util.exc import CommandError
 from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm.errors import MigrationError
-from tenancy_orm.migrations.failures import describe, sqlstate_of
+from tenancy_orm.migrations.failures import describe
+from tenancy_orm.postgres.errors import sqlstate_of
 
 
 def unique_violation() -> asyncpg.UniqueViolationError:
