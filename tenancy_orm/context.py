@@ -1,8 +1,7 @@
 """The current tenant: one context variable that holds a frozen identity, and nothing else.
 
-Tasks and ``asyncio.to_thread`` inherit the binding of the code that starts them; plain threads and executors do not,
-and see none. Only the edge of the package reads this variable; every function below ``tenancy.py`` takes the tenant
-as an argument.
+Tasks and ``asyncio.to_thread`` inherit the binding of the code that starts them; plain threads and executors do not.
+Only the edge of the package reads this variable; every function below ``tenancy.py`` takes the tenant as an argument.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .tenant import Tenant
 
 T = TypeVar("T")
 
-# as ``uuid.UUID`` writes one, or without hyphens: no slug and no domain is either
+# as ``uuid.UUID`` writes an id, or without hyphens; no slug and no domain looks like that
 _UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 _current: ContextVar[Tenant | None] = ContextVar("tenancy_orm.tenant", default=None)
@@ -46,7 +45,7 @@ def current_tenant_or_none() -> Tenant | None:
 
 
 def set_current(tenant: Tenant | None) -> Token[Tenant | None]:
-    """Bind ``tenant`` (or "none") for the rest of this context, whatever was bound: for the start of a request.
+    """Bind ``tenant`` (None: no tenant) for the rest of this context, whatever was bound: for the start of a request.
 
     The middleware calls this on every request, since uvicorn on asyncio's stock loop lets a value set during one
     request of a keep-alive connection be seen by the next (Kludex/uvicorn#2167).
@@ -59,8 +58,8 @@ def set_current(tenant: Tenant | None) -> Token[Tenant | None]:
 def reset_current(token: Token[Tenant | None]) -> None:
     """Undo ``set_current``.
 
-    Where the generator that made the binding is finished in another context (an async generator closed by the event
-    loop, say), there is nothing to undo: that context never had the binding.
+    Does nothing in another context than ``set_current``'s, which never had the binding: the event loop may close an
+    async generator in one.
     """
     try:  # noqa: SIM105 - contextlib.suppress costs 0.4 us, and this runs with every message of every request
         _current.reset(token)
@@ -70,7 +69,7 @@ def reset_current(token: Token[Tenant | None]) -> None:
 
 @contextmanager
 def bind(tenant: Tenant) -> Iterator[Tenant]:
-    """Run the body for ``tenant``. Binding the tenant that is bound already is allowed; another is refused.
+    """Run the body with ``tenant`` bound. The tenant that is bound already may be bound again; another is refused.
 
     Raises:
         CrossTenantError: another tenant is bound.
@@ -79,7 +78,7 @@ def bind(tenant: Tenant) -> Iterator[Tenant]:
     if bound is not None and bound.id != tenant.id:
         raise CrossTenantError("switching the scope", bound=bound.slug, requested=tenant.slug)
     if bound is not None and tenant.admission is not bound.admission:
-        # a scope inside a request ends with what the request was let in with
+        # a scope inside a request is valid for as long as the request's admission
         tenant = replace(tenant, admission=bound.admission)
     close_generators_unbound()
     token = _current.set(tenant)
@@ -90,7 +89,7 @@ def bind(tenant: Tenant) -> Iterator[Tenant]:
 
 
 def as_reference(ref: str | UUID | Tenant) -> UUID | str:
-    """What a reference to a tenant names: an id, or else a slug or domain. Every part reads references by this."""
+    """Return the id, or else the slug or domain, in a reference to a tenant. Every room reads references by this."""
     if isinstance(ref, Tenant):
         return ref.id
     if isinstance(ref, UUID):
@@ -99,14 +98,14 @@ def as_reference(ref: str | UUID | Tenant) -> UUID | str:
 
 
 def refuse_other_tenant(ref: str | UUID | Tenant) -> None:
-    """Refuse to act on a tenant while another one is bound; nothing is refused where none is.
+    """Refuse a reference to another tenant than the bound one; where no tenant is bound, nothing is refused.
 
     An id or a slug that came with a request must not reach another tenant, whatever is done with it (CWE-639).
-    A name of the bound tenant passes as it was when the tenant was bound: check what it leads to as well.
+    The bound tenant's names pass as they were when it was bound: check the tenant that is found by one as well.
 
     Raises:
         CrossTenantError: another tenant is bound.
-        AdmissionEndedError, TenantUnavailableError: what the request was let in with does not hold any more.
+        AdmissionEndedError, TenantUnavailableError: the request's admission is no longer valid.
     """
     bound = _current.get()
     if bound is None:
@@ -120,7 +119,7 @@ def refuse_other_tenant(ref: str | UUID | Tenant) -> None:
 
 
 def refuse_while_bound(what: str) -> None:
-    """Refuse work over the whole fleet while a tenant is bound: it is an operator's, who runs unbound.
+    """Refuse work over the whole fleet while a tenant is bound: that is for operators, who run with none bound.
 
     Args:
         what: What is refused, for the error: "listing tenants".
@@ -134,9 +133,9 @@ def refuse_while_bound(what: str) -> None:
 
 
 async def run_unbound(work: Coroutine[Any, Any, T]) -> T:
-    """Do ``work`` with no tenant bound, and otherwise in the caller's context; cancelling the caller cancels it.
+    """Run ``work`` with no tenant bound, and otherwise in the caller's context; cancelling the caller cancels it.
 
-    For what administration does for a tenant, once it is certain that this is the bound one.
+    For administrative work on a tenant, once it is certain that it is the bound one.
     """
     context = copy_context()
     context.run(_current.set, None)
@@ -144,7 +143,7 @@ async def run_unbound(work: Coroutine[Any, Any, T]) -> T:
 
 
 class _UnboundFinalizer:
-    """Has the event loop close an abandoned async generator with no tenant bound."""
+    """A finalizer of async generators that closes an abandoned one with no tenant bound."""
 
     __slots__ = ("_finalizer",)
 
@@ -160,11 +159,11 @@ class _UnboundFinalizer:
 
 
 def close_generators_unbound() -> None:
-    """Keep what an abandoned async generator does in its ``finally`` from being done for a stranger.
+    """Have abandoned async generators run their ``finally`` with no tenant bound, rather than with another tenant's.
 
-    The garbage collector finds such a generator while any request runs, and the event loop then closes it in a task
-    with a copy of *that* context: with another tenant bound. The event loop sets its hook again whenever it begins to
-    run, so this is called with every binding; by the middleware, whenever it looks a key up.
+    The garbage collector may find such a generator while any request runs, and the event loop then closes it in a task
+    with a copy of *that* request's context. The event loop sets its hook again whenever it starts to run, so this is
+    called with every binding, and by the middleware with every look-up of a key.
     """
     finalizer = sys.get_asyncgen_hooks().finalizer
     if finalizer is not None and type(finalizer) is not _UnboundFinalizer:

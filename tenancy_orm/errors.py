@@ -5,51 +5,51 @@
     ├── ConfigurationError (ValueError)
     │   ├── SettingError                     a setting is malformed, unknown or missing
     │   ├── MissingExtraError (ImportError)
-    │   └── AdministratorNeededError         the control database's role lacks a right; the SQL to run is in it
+    │   └── AdministratorNeededError         the control database's role lacks a right; it has the SQL to run
     ├── NotOpenError (RuntimeError)          the Tenancy object is not open, or already closed
     ├── WrongEventLoopError (RuntimeError)   used from another event loop or thread than the one that opened it
     ├── ControlSchemaError                   the control database is not initialised, or at another revision
     ├── ControlUnavailableError              the control database does not answer
     ├── ContextError
     │   ├── NoTenantError (LookupError)      no tenant is bound
-    │   ├── AdmissionEndedError (PermissionError)   what the request was let in with was revoked, expired, changed
-    │   └── CrossTenantError (PermissionError)   code bound to one tenant reached for another
+    │   ├── AdmissionEndedError (PermissionError)   the request's credential was revoked, has expired or changed
+    │   └── CrossTenantError (PermissionError)   code bound to one tenant used another
     ├── TenantError
     │   ├── TenantNotFoundError (LookupError)
     │   ├── TenantExistsError
     │   ├── InvalidSlugError (ValueError)
     │   ├── InvalidMetadataError (ValueError)
     │   ├── UnknownTierError (ValueError)
-    │   ├── TierChangedError                 a tenant's tier is not the one that the change was made for
+    │   ├── TierChangedError                 a tenant's tier is not the one that the change expected
     │   ├── InvalidTransitionError
-    │   ├── LoginNotBlockedError             suspended or deleted, but its server could not be told in time
+    │   ├── LoginNotBlockedError             suspended or deleted, but its login was not blocked in time
     │   └── TenantUnavailableError           its status does not admit sessions
     │       ├── TenantProvisioningError
     │       ├── TenantSuspendedError
     │       ├── TenantMaintenanceError
     │       └── TenantDeletedError
-    ├── DomainError (ValueError)             a domain is malformed, not proven, or another tenant's
+    ├── DomainError (ValueError)             a domain is malformed, not verified, or another tenant's
     ├── ApiKeyError
     │   ├── InvalidApiKeyError               malformed, unknown, revoked, expired: one answer
     │   ├── ApiKeyNotFoundError (LookupError)
     │   ├── ApiKeyInactiveError              revoked, expired or already rotated: it cannot be changed
     │   ├── TooManyAttemptsError             too many invalid keys from one source; wait
     │   └── MissingScopeError (PermissionError)
-    ├── MalformedRequestError (ValueError)   a request names a tenant in a way that no tenant can be named
-    ├── SecretProviderError                  what keeps the secrets does not answer, or refuses
+    ├── MalformedRequestError (ValueError)   a request names a tenant by a malformed name
+    ├── SecretProviderError                  the provider of secrets does not answer, or refuses
     │   └── SecretNotFoundError (LookupError)
     ├── QuotaError
     │   ├── UnknownQuotaError (ValueError)
     │   ├── QuotaExceededError
-    │   └── UsageExportError                 a usage record could not be sent to where it is billed
+    │   └── UsageExportError                 a usage record could not be sent for billing
     ├── IsolationError
     │   ├── MarkerMismatchError              a database is not the expected tenant's
-    │   └── SecretError                      a stored secret does not open under any configured key
+    │   └── SecretError                      a stored secret cannot be opened with any configured key
     ├── RoutingError
     │   ├── UnknownServerError (LookupError)
     │   ├── CheckoutTimeoutError (sqlalchemy.exc.TimeoutError)
     │   └── ServerUnavailableError
-    │       └── LoginRefusedError            the server answers, but does not let the tenant's role in
+    │       └── LoginRefusedError            the server answers, but refuses the login of the tenant's role
     ├── ProvisioningError
     │   ├── DatabaseExistsError
     │   └── TemplateError
@@ -83,10 +83,10 @@ def _rebuild(cls: type[TenancyError], args: tuple[Any, ...], state: dict[str, An
 
 
 class TenancyError(DontWrapMixin, Exception):
-    """Base of every error raised by this package. SQLAlchemy passes one on unwrapped that is raised inside a call."""
+    """Base of every error raised by this package. SQLAlchemy does not wrap one that is raised inside its calls."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild from the state, since subclasses take keyword arguments that ``args`` does not hold."""
+        """Pickle the state, since subclasses take keyword arguments that ``args`` does not contain."""
         return (_rebuild, (type(self), self.args, self.__dict__.copy()))
 
 
@@ -111,29 +111,29 @@ class SettingError(ConfigurationError):
 
 
 class MissingExtraError(ConfigurationError, ImportError):
-    """A module needs a package that an extra of this distribution installs.
+    """A module needs a package that one of this distribution's extras installs.
 
     Remedy: run the command in the message.
     """
 
     def __init__(self, module: str, extra: str) -> None:
-        """Name the missing ``module`` and the ``extra`` that brings it."""
+        """Name the missing ``module`` and the ``extra`` that installs it."""
         super().__init__(f"{module} is not installed; run: pip install 'tenancy-orm[{extra}]'")
         self.module = module
         self.extra = extra
 
 
 class AdministratorNeededError(ConfigurationError):
-    """The control database's role may not do something that has to be done once.
+    """The control database's role lacks a right that is needed once.
 
     Remedy: run ``statements`` as an administrator of that server; ``tenancy init`` does so itself where ``servers`` has
-    an administrator of it.
+    an administrator of that server.
     """
 
     def __init__(self, statements: tuple[str, ...]) -> None:
         """Give the ``statements`` to run."""
         super().__init__(
-            "the control database's role may not do what an administrator must do once: " + "; ".join(statements)
+            "the control database's role lacks a right; run once as an administrator: " + "; ".join(statements)
         )
         self.statements = statements
 
@@ -143,37 +143,39 @@ class NotOpenError(TenancyError, RuntimeError):
 
 
 class WrongEventLoopError(TenancyError, RuntimeError):
-    """A ``Tenancy``, or something that came from it, was used from another event loop or thread. Nothing was touched.
+    """A ``Tenancy``, or an object that came from it, was used from another event loop or thread. Nothing was changed.
 
-    Remedy: make the endpoint or the job ``async def``. In a worker thread, have the loop do the work and wait for it:
-    ``asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()``; in a thread that anyio or Starlette started,
-    ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as well.
+    Remedy: make the endpoint or the job ``async def``. In a worker thread, run the coroutine in the loop and wait for
+    it: ``asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()``; in a thread that anyio or Starlette
+    started, ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as
+    well.
     """
 
     def __init__(self) -> None:
-        """Say what to do."""
+        """State the remedy."""
         super().__init__(
-            "a Tenancy belongs to the event loop that opened it, and this is another loop or thread; make the function "
-            "async def, or in a worker thread: asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()"
+            "a Tenancy can only be used in the event loop that opened it, and this is another loop or thread; make the "
+            "function async def, or in a worker thread: "
+            "asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()"
         )
 
 
 class ControlSchemaError(TenancyError):
-    """The control database lacks the package's tables, or holds another revision of them.
+    """The control database lacks the package's tables, or has another revision of them.
 
     Remedy: run ``tenancy init``.
     """
 
 
 class ControlUnavailableError(TenancyError):
-    """The control database did not answer within its deadline."""
+    """The control database could not be reached, or did not answer in time."""
 
 
 # --- context --------------------------------------------------------------------------------------------------------
 
 
 class ContextError(TenancyError):
-    """The ambient tenant does not admit what the code asked for."""
+    """The bound tenant does not allow what the code asked for."""
 
 
 class NoTenantError(ContextError, LookupError):
@@ -183,7 +185,7 @@ class NoTenantError(ContextError, LookupError):
     """
 
     def __init__(self, message: str = "") -> None:
-        """Use the standard remedy unless ``message`` says something more precise."""
+        """Use the standard message unless ``message`` is given."""
         super().__init__(
             message
             or "no tenant is bound; enter tenancy.scope(...), pass the tenant, or send a request with an API key"
@@ -191,15 +193,15 @@ class NoTenantError(ContextError, LookupError):
 
 
 class CrossTenantError(ContextError, PermissionError):
-    """Code that runs for one tenant reached for another's session, object or binding, or for the whole fleet.
+    """Code bound to one tenant used another's session, object or binding, or asked for the whole fleet.
 
-    Remedy: name the bound tenant, or none; an operator's work over other tenants runs where no tenant is bound.
+    Remedy: name the bound tenant, or none. Operators' work on other tenants runs where no tenant is bound.
     """
 
     def __init__(self, what: str, *, bound: str, requested: str | None) -> None:
-        """Say ``what`` was refused, for the tenant that is bound and the one that was requested (slugs or ids).
+        """Name the refused action, the ``bound`` tenant and the ``requested`` one (slugs or ids).
 
-        ``requested`` is None where it was the whole fleet.
+        ``requested`` is None for the whole fleet.
         """
         reason = f"but it belongs to tenant {requested!r}" if requested is not None else "and this is for all tenants"
         super().__init__(f"{what} refused: bound to tenant {bound!r}, {reason}; leave its scope first")
@@ -208,19 +210,19 @@ class CrossTenantError(ContextError, PermissionError):
 
 
 class AdmissionEndedError(ContextError, PermissionError):
-    """What the running request was let in with does not hold any more: revoked, expired, or it may do less by now.
+    """The credential that the running request was let in with is no longer valid: revoked, expired, or changed.
 
-    ``reason`` tells which for operators, and must not reach the caller.
+    ``reason`` says which, for operators; it must not reach the caller.
 
-    Remedy: a new request with a credential that is valid. Work that must outlive its request runs in a context of its
-    own: ``asyncio.create_task(work(), context=contextvars.Context())``, with ``tenancy.scope(...)`` inside.
+    Remedy: send a new request with a valid credential. Run work that outlives its request in its own context:
+    ``asyncio.create_task(work(), context=contextvars.Context())``, with ``tenancy.scope(...)`` inside.
     """
 
     def __init__(self, reason: str, *, credential_id: str) -> None:
         """Record the ``reason`` and the public id of the credential."""
         super().__init__(
-            "what this request was admitted with is no longer valid; send a new one with a valid credential, and run "
-            "work that outlives its request in a context of its own"
+            "this request's credential is no longer valid; send a new request with a valid one, and run work that "
+            "outlives its request in its own context"
         )
         self.reason = reason
         self.credential_id = credential_id
@@ -230,7 +232,7 @@ class AdmissionEndedError(ContextError, PermissionError):
 
 
 class TenantError(TenancyError):
-    """Something about one tenant. ``tenant`` is its slug, or its id where the slug is not known."""
+    """Base of errors about one tenant. ``tenant`` is its slug, or its id if the slug is not known."""
 
     def __init__(self, message: str, *, tenant: str | UUID | None = None) -> None:
         """Attach the ``tenant`` (slug or id) to the message."""
@@ -239,7 +241,7 @@ class TenantError(TenancyError):
 
 
 class TenantNotFoundError(TenantError, LookupError):
-    """No such tenant, or it has been purged."""
+    """The tenant does not exist, or has been purged."""
 
     def __init__(self, tenant: str | UUID) -> None:
         """Name the slug or id that was looked for."""
@@ -247,13 +249,13 @@ class TenantNotFoundError(TenantError, LookupError):
 
 
 class TenantExistsError(TenantError):
-    """The slug is taken: by a tenant, by one being provisioned, or by one whose database is not yet gone."""
+    """The slug is taken: by a tenant, by one being provisioned, or by one with a database that is not dropped yet."""
 
     def __init__(self, slug: str, *, reserved: bool = False) -> None:
-        """Name the ``slug`` that is taken; ``reserved``: it still leads to a tenant that was renamed."""
+        """Name the ``slug`` that is taken; ``reserved`` if it still redirects to a renamed tenant."""
         if reserved:
             message = (
-                f"slug {slug!r} still leads to a tenant that was renamed; choose another, or wait until it does not"
+                f"slug {slug!r} still redirects to a renamed tenant; choose another, or wait until the redirect ends"
             )
         else:
             message = f"tenant {slug!r} already exists; choose another slug, or purge that tenant first"
@@ -262,7 +264,7 @@ class TenantExistsError(TenantError):
 
 
 class InvalidSlugError(TenantError, ValueError):
-    """A slug breaks the rule: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter."""
+    """A slug is not 1 to 63 characters of a-z, 0-9 and inner hyphens that begin with a letter."""
 
 
 class InvalidMetadataError(TenantError, ValueError):
@@ -273,7 +275,7 @@ class UnknownTierError(TenantError, ValueError):
     """A tier that the configuration does not define, or that is configured but not in force."""
 
     def __init__(self, tier: str, known: tuple[str, ...] = ()) -> None:
-        """Name the ``tier`` and those that are ``known``; with none, it is configured, but not in force."""
+        """Name the ``tier`` and the ``known`` tiers; none where it is configured, but not in force."""
         if known:
             super().__init__(f"tier {tier!r} is not configured; known tiers: {', '.join(known)}")
         else:
@@ -283,25 +285,25 @@ class UnknownTierError(TenantError, ValueError):
 
 
 class TierChangedError(TenantError):
-    """A tenant's tier was to be changed from the one it had, and is another one by now; nothing was changed."""
+    """A tenant's tier is no longer the one that the change expected; nothing was changed."""
 
     def __init__(self, tenant: str, *, expected: str, found: str) -> None:
-        """Name the ``tenant`` (slug), the tier that was ``expected`` and the one that was ``found``."""
-        super().__init__(f"tenant {tenant!r} is in tier {found!r} by now, not in {expected!r}", tenant=tenant)
+        """Name the ``tenant`` (slug), the ``expected`` tier and the one that was ``found``."""
+        super().__init__(f"tenant {tenant!r} is now in tier {found!r}, not in {expected!r}", tenant=tenant)
         self.expected = expected
         self.found = found
 
 
 class LoginNotBlockedError(TenantError):
-    """A tenant is suspended or deleted, and refused by the application; but its server could not be told in time.
+    """A tenant is suspended or deleted, and the application refuses it; but its server did not block its login in time.
 
-    Connections that were open may still be. ``tenancy reconcile`` (or ``housekeeping``) tells the server.
+    Its connections may still be open. Remedy: run ``tenancy reconcile``, or wait for ``tenancy housekeeping``.
     """
 
     def __init__(self, tenant: str, status: str, reason: str) -> None:
-        """Name the ``tenant`` (slug), its ``status`` from now on, and the ``reason`` why its server does not know."""
+        """Name the ``tenant`` (slug), its new ``status``, and the ``reason`` why its login is not blocked."""
         super().__init__(
-            f"tenant {tenant!r} is {status}, but its server was not told ({reason}): its connections may still be "
+            f"tenant {tenant!r} is {status}, but its login is not blocked ({reason}), and its connections may still be "
             "open; run: tenancy reconcile",
             tenant=tenant,
         )
@@ -310,17 +312,17 @@ class LoginNotBlockedError(TenantError):
 
 
 class InvalidTransitionError(TenantError):
-    """A status change that the lifecycle does not have."""
+    """The lifecycle does not allow this change of status."""
 
     def __init__(self, tenant: str, current: str, target: str) -> None:
-        """Name the ``current`` status and the ``target`` that was refused."""
-        super().__init__(f"tenant {tenant!r} cannot go from {current} to {target}", tenant=tenant)
+        """Name the ``tenant`` (slug), its ``current`` status and the ``target`` that was refused."""
+        super().__init__(f"tenant {tenant!r} cannot change from {current} to {target}", tenant=tenant)
         self.current = current
         self.target = target
 
 
 class TenantUnavailableError(TenantError):
-    """The tenant exists, but its status admits no session."""
+    """The tenant exists, but its status does not admit sessions."""
 
     status: str = "unavailable"
 
@@ -355,21 +357,21 @@ class TenantDeletedError(TenantUnavailableError):
 
 
 class DomainError(TenancyError, ValueError):
-    """A tenant's domain is malformed, not claimed, not proven, or belongs to another tenant."""
+    """A domain is malformed, not claimed, not verified, or another tenant's."""
 
 
 # --- API keys and quotas --------------------------------------------------------------------------------------------
 
 
 class ApiKeyError(TenancyError):
-    """Something about an API key. Never contains the key."""
+    """Base of errors about an API key. Never contains the key."""
 
 
 class InvalidApiKeyError(ApiKeyError):
     """A key is not valid.
 
-    The message is the same whether it is malformed, unknown, revoked or expired; ``reason`` tells them apart for the
-    audit log and must not reach the caller.
+    The message is the same for a malformed, unknown, revoked or expired key; ``reason`` says which, for the audit log,
+    and must not reach the caller.
     """
 
     def __init__(self, reason: str = "unknown", *, key_id: str | None = None) -> None:
@@ -380,7 +382,7 @@ class InvalidApiKeyError(ApiKeyError):
 
 
 class ApiKeyNotFoundError(ApiKeyError, LookupError):
-    """No key with this id."""
+    """There is no key with this id."""
 
     def __init__(self, key_id: str) -> None:
         """Name the public ``key_id``."""
@@ -402,13 +404,13 @@ class ApiKeyInactiveError(ApiKeyError):
 
 
 class TooManyAttemptsError(ApiKeyError):
-    """A source has presented too many invalid keys; keys that are in use already still work from there.
+    """A source has presented too many invalid keys; keys that are already in use still work from there.
 
     Remedy: wait ``retry_after`` seconds.
     """
 
     def __init__(self, retry_after: float) -> None:
-        """Say after how many seconds the source may try again."""
+        """Give the seconds after which the source may try again."""
         super().__init__(f"too many invalid API keys; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
@@ -423,44 +425,44 @@ class MissingScopeError(ApiKeyError, PermissionError):
 
 
 class MalformedRequestError(TenancyError, ValueError):
-    """A request names a tenant twice, or by something that can be no tenant's slug or id."""
+    """A request names a tenant twice, or by a text that cannot be a slug, domain or id."""
 
     def __init__(self, where: str) -> None:
-        """Say ``where`` the name stands: a header, the path. What stands there is not repeated."""
+        """Say ``where`` the name was: a header, the path. The name itself is left out."""
         super().__init__(f"{where} is malformed or repeated")
         self.where = where
 
 
 class SecretProviderError(TenancyError):
-    """What keeps the secrets (a file, Vault, AWS) does not answer, or refuses. Never contains a secret."""
+    """The provider of secrets (files, Vault, AWS) does not answer, or refuses. Never contains a secret."""
 
 
 class SecretNotFoundError(SecretProviderError, LookupError):
     """The provider has no secret of this name."""
 
     def __init__(self, name: str, where: str) -> None:
-        """Say which secret is missing, and ``where`` it was looked for."""
+        """Name the missing secret, and ``where`` it was looked up."""
         super().__init__(f"secret {name!r} does not exist in {where}")
         self.name = name
         self.where = where
 
 
 class QuotaError(TenancyError):
-    """Something about a quota."""
+    """Base of errors about quotas and usage."""
 
 
 class UnknownQuotaError(QuotaError, ValueError):
-    """A resource that no tier and no override gives a limit."""
+    """Neither the tenant's tier nor an override gives the resource a limit."""
 
     def __init__(self, resource: str, *, tenant: str) -> None:
         """Name the ``resource`` and the ``tenant`` (slug)."""
-        super().__init__(f"resource {resource!r} has no quota for tenant {tenant!r}; give its tier or itself a limit")
+        super().__init__(f"resource {resource!r} has no limit for tenant {tenant!r}; give its tier or the tenant one")
         self.resource = resource
         self.tenant = tenant
 
 
 class QuotaExceededError(QuotaError):
-    """Consuming would pass the limit; nothing was consumed."""
+    """The use would exceed the limit; nothing was counted."""
 
     def __init__(
         self,
@@ -473,7 +475,7 @@ class QuotaExceededError(QuotaError):
         resets_at: datetime | None = None,
         period: str | None = None,
     ) -> None:
-        """Carry the ``limit``, what is ``used``, what was ``requested``, when the period ends (UTC), and its kind."""
+        """Give the ``limit``, what is ``used`` and ``requested``, when the ``period`` ends (UTC), and its kind."""
         super().__init__(
             f"quota {resource!r} of tenant {tenant!r} exceeded: {used} of {limit} used, {requested} more requested"
         )
@@ -487,10 +489,10 @@ class QuotaExceededError(QuotaError):
 
 
 class UsageExportError(QuotaError):
-    """A usage record could not be sent. ``permanent`` tells that trying again is of no use."""
+    """A usage record could not be sent. ``permanent`` if another attempt cannot succeed."""
 
     def __init__(self, message: str, *, permanent: bool = False) -> None:
-        """Say what went wrong, without secrets, and whether it is ``permanent``."""
+        """Say what failed, without secrets, and whether it is ``permanent``."""
         super().__init__(message)
         self.permanent = permanent
 
@@ -499,11 +501,11 @@ class UsageExportError(QuotaError):
 
 
 class IsolationError(TenancyError):
-    """A layer of isolation refused; this is an incident, not a user's mistake."""
+    """A layer of isolation refused. This is an incident, not a user's mistake."""
 
 
 class MarkerMismatchError(IsolationError):
-    """A database's own marker does not name the expected tenant; the connection was closed before any use."""
+    """A database's marker does not name the expected tenant. The connection was closed before any use."""
 
     def __init__(self, *, tenant: str, database: str, expected: str, found: str | None) -> None:
         """Name the ``database`` and the ``expected`` and ``found`` markers."""
@@ -518,7 +520,7 @@ class MarkerMismatchError(IsolationError):
 
 
 class SecretError(IsolationError):
-    """A stored secret does not open: wrong or missing encryption key, or it belongs to another tenant."""
+    """A stored secret cannot be opened: the encryption key is missing or wrong, or it is another tenant's."""
 
 
 # --- routing --------------------------------------------------------------------------------------------------------
@@ -544,7 +546,7 @@ class CheckoutTimeoutError(RoutingError, SATimeoutError):
         """Name the ``server`` and ``tenant``, the ``timeout`` in seconds and the budget's ``limit`` in connections."""
         super().__init__(
             f"no connection to server {server!r} for tenant {tenant!r} within {timeout:g} s: all {limit} are in use; "
-            "return sessions sooner, or raise max_connections"
+            "close sessions sooner, or raise max_connections"
         )
         self.server = server
         self.tenant = tenant
@@ -553,10 +555,10 @@ class CheckoutTimeoutError(RoutingError, SATimeoutError):
 
 
 class ServerUnavailableError(RoutingError):
-    """A PostgreSQL server refused or did not answer a new connection. ``tenant`` is None for an administrative one."""
+    """A PostgreSQL server refused a new connection or did not answer. ``tenant`` is None for an administrative one."""
 
     def __init__(self, *, server: str, tenant: str | None = None, sqlstate: str | None = None) -> None:
-        """Name the ``server``, the ``tenant`` if it was for one and, where PostgreSQL answered, its ``sqlstate``."""
+        """Name the ``server``, the ``tenant`` if there is one, and the ``sqlstate`` if PostgreSQL answered."""
         whom = f" for tenant {tenant!r}" if tenant else ""
         super().__init__(f"server {server!r} is not available{whom}" + (f" ({sqlstate})" if sqlstate else ""))
         self.server = server
@@ -565,11 +567,11 @@ class ServerUnavailableError(RoutingError):
 
 
 class LoginRefusedError(ServerUnavailableError):
-    """The server answers, but does not let the tenant's role in: trying again will not help.
+    """The server answers, but refuses the login of the tenant's role: another attempt cannot succeed.
 
-    Remedy, by ``sqlstate``: 28P01, the stored password is not the role's; 28000, the role may not log in, as after a
-    suspension, or pg_hba.conf does not admit it; 42501, the role lacks CONNECT; 3D000, the database is gone. For all
-    but the suspension, run ``tenancy reconcile``.
+    The cause, by ``sqlstate``: 28P01, the stored password is not the role's; 28000, the role may not log in, as during
+    a suspension, or pg_hba.conf refuses it; 42501, the role lacks CONNECT; 3D000, the database does not exist. Remedy,
+    except for a suspension: run ``tenancy reconcile``.
     """
 
     def __init__(self, *, server: str, tenant: str | None = None, sqlstate: str | None = None) -> None:
@@ -582,7 +584,7 @@ class LoginRefusedError(ServerUnavailableError):
 
 
 class ProvisioningError(TenancyError):
-    """Creating or removing a tenant's database failed; what was made has been undone, or is left to ``reconcile``."""
+    """Creating or removing a tenant's database failed; it was undone, or is left to ``tenancy reconcile``."""
 
     def __init__(self, message: str, *, tenant: str | None = None, step: str | None = None) -> None:
         """Attach the ``tenant`` (slug) and the ``step`` that failed."""
@@ -592,7 +594,7 @@ class ProvisioningError(TenancyError):
 
 
 class DatabaseExistsError(ProvisioningError):
-    """A database or role of that name exists already; an existing one is never adopted."""
+    """A database or role of that name already exists, and is never taken over."""
 
 
 class TemplateError(ProvisioningError):
@@ -607,7 +609,7 @@ class FleetMigrationError(MigrationError):
     """Some tenants did not reach the target; the others did."""
 
     def __init__(self, failures: Mapping[str, str], *, total: int) -> None:
-        """Map each failed tenant's slug to its reason; ``total`` is how many were to be migrated."""
+        """Give the reason by the slug of each tenant that failed; ``total`` is how many were to be migrated."""
         names = ", ".join(sorted(failures)[:5]) + (", ..." if len(failures) > 5 else "")
         super().__init__(f"{len(failures)} of {total} tenants failed to migrate: {names}")
         self.failures = dict(failures)
@@ -615,11 +617,11 @@ class FleetMigrationError(MigrationError):
 
 
 class AuditError(TenancyError):
-    """Something about the audit log."""
+    """Base of errors about the audit log."""
 
 
 class AuditChainError(AuditError):
-    """The audit log's hash chain does not hold from ``sequence`` on."""
+    """The audit log's hash chain is broken at entry ``sequence``."""
 
     def __init__(self, message: str, *, sequence: int) -> None:
         """Name the first bad ``sequence`` number."""

@@ -1,14 +1,14 @@
-"""Typed in-process events: what happened, for metrics, tracing and the application's own subscribers.
+"""Typed events within one process, for metrics, tracing and the application's own subscribers.
 
 Subscribe with ``tenancy.events.subscribe(TenantCreated, callback)``; subscribing to a base class receives all of its
 subclasses. A callback runs after the fact, and after the commit where the event is about a change: one that fails is
-logged and never breaks the operation. Delivery is at most once and within this process: nothing is written down, so a
-process that ends takes with it what was not yet delivered.
+logged and never breaks the operation. Delivery is at most once and within this process: nothing is stored, so an event
+that was not delivered when the process ends is lost.
 
-A plain function is called at once, by the task that emits and with its tenant bound: for as long as it runs, nothing
-else does, so it must not block. A coroutine runs later, in a task of its own with an empty context: no tenant is bound.
-Of one subscription one coroutine runs at a time, in the order of emission; while it runs, a bounded number of events
-wait, and beyond that they are dropped, which ``EventBus.dropped`` counts. Events carry ids and figures, never secrets.
+A plain function is called at once, by the task that emits and with its tenant bound: it blocks the event loop, so it
+must be quick. A coroutine runs later, in its own task with an empty context: no tenant is bound. One coroutine of each
+subscription runs at a time, in the order of emission; a bounded number of events wait for it, and further ones are
+dropped and counted in ``EventBus.dropped``. Events carry ids and figures, never secrets.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .loops import HomeLoop
 logger = logging.getLogger("tenancy_orm.events")
 
 DRAIN_TIMEOUT = 10.0
-_CANCEL_TIMEOUT = 1.0  # for what a cancelled coroutine does in its ``finally``
+_CANCEL_TIMEOUT = 1.0  # for the ``finally`` of a cancelled coroutine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantEvent(Event):
-    """Something happened to, or for, one tenant."""
+    """Base of all events about one tenant."""
 
     tenant_id: UUID
     slug: str
@@ -50,14 +50,14 @@ class TenantEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantCreated(TenantEvent):
-    """A tenant became usable, ``seconds`` after its creation was asked for."""
+    """A tenant became usable, ``seconds`` after its creation was requested."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantCreationFailed(TenantEvent):
-    """Creating a tenant failed at ``step``; ``undone`` tells whether nothing was left for ``reconcile``."""
+    """Creating a tenant failed at ``step``; ``undone`` if nothing was left for ``tenancy reconcile``."""
 
     step: str
     undone: bool
@@ -72,7 +72,7 @@ class TenantUpdated(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantStatusChanged(TenantEvent):
-    """A tenant went from the status ``before`` to ``after``."""
+    """A tenant's status changed from ``before`` to ``after``."""
 
     before: str
     after: str
@@ -81,12 +81,12 @@ class TenantStatusChanged(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantPurged(TenantEvent):
-    """A tenant's database, role, keys and secrets are gone."""
+    """A tenant's database, role, keys and secrets were removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorAdmitted(TenantEvent):
-    """A request to a tenant in maintenance was served, because ``TenancyMiddleware(operators=...)`` said so."""
+    """A request to a tenant in maintenance was served, since ``TenancyMiddleware(operators=...)`` allowed it."""
 
     key_id: str
     source: str | None
@@ -116,7 +116,7 @@ class CrossTenantRequest(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyLockedOut(Event):
-    """Failures from one ``source``, or on one ``key_id``, passed the threshold and are slowed down for ``seconds``.
+    """Failures from one ``source``, or on one ``key_id``, passed the threshold; it is slowed down for ``seconds``.
 
     Exactly one of ``source`` and ``key_id`` is set.
     """
@@ -138,7 +138,7 @@ class IntrusionSuspected(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyIssued(TenantEvent):
-    """A key was issued; ``rotated_from`` is the key that it replaces."""
+    """A key was issued; ``rotated_from`` is the id of the key that it replaces."""
 
     key_id: str
     rotated_from: str | None = None
@@ -153,7 +153,7 @@ class KeyRevoked(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionEnded(TenantEvent):
-    """A connection was ended, since what it was let in with does not hold any more: revoked, expired, suspended, ...
+    """A connection was closed, since its credential is no longer valid: revoked, expired, tenant suspended, ...
 
     ``kind`` is "websocket" or "stream" (a streaming response); the caller never learns the ``reason``.
     """
@@ -169,7 +169,7 @@ class AdmissionEnded(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectoryMissed(Event):
-    """A look-up went to the control database for ``keys`` keys and ``tenants`` tenants and took ``seconds``."""
+    """The directory looked up ``keys`` keys and ``tenants`` tenants in the control database, in ``seconds``."""
 
     keys: int
     tenants: int
@@ -178,19 +178,19 @@ class DirectoryMissed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectoryUnavailable(Event):
-    """The control database did not answer a look-up; what is known keeps working for the grace time."""
+    """The control database did not answer a look-up; cached entries stay valid for the grace time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerLost(Event):
-    """The connection that carries invalidations was lost; the directory lives by its TTL until it is restored."""
+    """The connection that carries invalidations was lost; until it is restored, the cache relies on its TTL alone."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerRestored(Event):
-    """Invalidations arrive again, after ``seconds`` without; everything remembered was marked for a fresh look-up."""
+    """Invalidations arrive again, after ``seconds`` without; all cached entries will be looked up again."""
 
     seconds: float
 
@@ -200,10 +200,10 @@ class ListenerRestored(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaThresholdReached(TenantEvent):
-    """Usage reached the soft limit ``fraction`` of ``limit``: raised at most once per period and fraction.
+    """Usage reached the soft limit ``fraction`` of ``limit``: emitted at most once per period and fraction.
 
-    It is raised by the process whose call reached it, and not at all where that call's answer was lost. A limit per
-    lifetime raises it again once use had fallen a tenth below, one on concurrency after a day.
+    The process in which the call reached it emits it; where the answer to that call was lost, none does. For a limit
+    per lifetime it is emitted again after use had fallen a tenth below, for one on concurrency after a day.
     """
 
     resource: str
@@ -214,7 +214,7 @@ class QuotaThresholdReached(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaRefused(TenantEvent):
-    """A use was refused, since it would have passed the ``limit``."""
+    """A use was refused, since it would have exceeded the ``limit``."""
 
     resource: str
     limit: int
@@ -223,7 +223,7 @@ class QuotaRefused(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierChangeProposed(TenantEvent):
-    """A policy found that the tenant should go from ``tier`` to ``proposed``; ``applied`` tells whether it has."""
+    """A policy proposes to change the tenant's tier from ``tier`` to ``proposed``; ``applied`` if it was changed."""
 
     resource: str
     tier: str
@@ -233,7 +233,7 @@ class TierChangeProposed(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageExported(TenantEvent):
-    """The usage record of a closed period was sent to where it is billed."""
+    """The usage record of a closed period was sent for billing."""
 
     resource: str
     quantity: int
@@ -241,7 +241,7 @@ class UsageExported(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageExportFailed(TenantEvent):
-    """A usage record could not be sent; ``permanent`` where it was given up, else it is tried again."""
+    """A usage record could not be sent; ``permanent`` if it will not be tried again."""
 
     resource: str
     permanent: bool
@@ -261,7 +261,7 @@ class IsolationIncident(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionOpened(TenantEvent):
-    """A connection to a tenant's database was opened in ``seconds``."""
+    """A connection to a tenant's database was opened, in ``seconds``."""
 
     server: str
     seconds: float
@@ -269,14 +269,14 @@ class ConnectionOpened(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionEvicted(TenantEvent):
-    """An idle connection of this tenant was closed to make room for another's."""
+    """An idle connection of this tenant was closed to make room for another tenant's."""
 
     server: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckoutTimedOut(TenantEvent):
-    """No connection became free in time."""
+    """A session got no connection within ``checkout_timeout``; it waited for ``seconds``."""
 
     server: str
     seconds: float
@@ -284,7 +284,7 @@ class CheckoutTimedOut(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEvicted(TenantEvent):
-    """A tenant's engine left the cache."""
+    """A tenant's engine was removed from the cache."""
 
     server: str
 
@@ -294,11 +294,11 @@ class EngineEvicted(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionTerminated(Event):
-    """A session of a tenant's role was ended, since it was above a bound: it would stop the server for others.
+    """The watchdog ended a session of a tenant's role that exceeded a bound and could block others on the server.
 
     ``reason`` is "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or "door" (it
     kept others from connecting to a database that is not its own). It held ``locks`` locks, and its transaction was
-    open for ``seconds`` (None where that is unknown). The tenant's slug is in the control database, which may not
+    open for ``seconds`` (None if unknown). The slug is missing, since it is in the control database, which may not
     answer at such a time.
     """
 
@@ -314,7 +314,7 @@ class SessionTerminated(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantMigrated(TenantEvent):
-    """A tenant's schema is at ``revision``; ``changed`` tells whether anything was applied."""
+    """A tenant's schema is at ``revision``; ``changed`` if a migration was applied."""
 
     revision: str | None
     changed: bool
@@ -323,7 +323,7 @@ class TenantMigrated(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantMigrationFailed(TenantEvent):
-    """A tenant's migration failed; ``error`` is the message without secrets."""
+    """A tenant's migration failed; ``error`` is the message, without secrets."""
 
     error: str
 
@@ -334,37 +334,37 @@ Callback = Callable[[E], Awaitable[None] | None]
 
 @dataclass(slots=True, eq=False)
 class _Subscriber:
-    """One subscription, and the coroutines of its callback that wait for the one under way."""
+    """One subscription, and the coroutines of its callback that wait for the running one."""
 
     event: type[Event]
     callback: Callback[Any]
     waiting: deque[tuple[Awaitable[None], Event]] = field(default_factory=deque)
-    busy: bool = False  # a coroutine is under way
-    flooded: bool = False  # events were dropped, which was logged, and those that wait have not been worked off since
+    busy: bool = False  # a coroutine is running
+    flooded: bool = False  # events were dropped, which was logged; until none waits, it is not logged again
 
     def __str__(self) -> str:
-        """Name the callback; without its repr, which may show an object's secrets."""
+        """Name the callback by its qualified name: its repr may show an object's secrets."""
         name = getattr(self.callback, "__qualname__", None) or type(self.callback).__qualname__
         return f"subscriber {name} to {self.event.__name__}"
 
 
 class EventBus:
-    """Delivers events to subscribers, in the order of subscription. For one event loop: it is not thread-safe.
+    """Delivers events to subscribers, in the order of subscription. It is for one event loop and not thread-safe.
 
     Args:
         max_waiting: How many events may wait for one subscription's coroutine before further ones are dropped.
 
     Attributes:
-        dropped: How many events were dropped since too many were waiting, or since the coroutine that they waited for
-            was cancelled.
+        dropped: How many events were dropped, because too many were waiting or because the coroutine that they waited
+            for was cancelled.
     """
 
     def __init__(self, *, max_waiting: int = 10_000) -> None:
         self.dropped = 0
-        self.home: HomeLoop | None = None  # of the open Tenancy that this belongs to
+        self.home: HomeLoop | None = None  # the open Tenancy's
         self._max_waiting = max_waiting
         self._subscribers: list[_Subscriber] = []
-        # per concrete event class: all that want it, so that emitting without subscribers costs a look-up
+        # the subscribers of each concrete event class, so that emitting without subscribers costs one look-up
         self._routes: dict[type[Event], tuple[_Subscriber, ...]] = {}
         self._tasks: dict[asyncio.Task[None], _Subscriber] = {}
 
@@ -372,12 +372,12 @@ class EventBus:
         """Call ``callback`` for every ``event`` of this class or a subclass; returns a function that unsubscribes.
 
         A callback that is subscribed twice is called twice. Unsubscribing ends this one subscription, and does nothing
-        the second time; coroutines that wait for their turn by then still run.
+        the second time; coroutines that are waiting then still run.
 
         Args:
-            event: The class; subclasses are received as well.
+            event: The class of events.
             callback: A function, which blocks the event loop while it runs, or a coroutine function, which runs later
-                and with no tenant bound. Whatever ``Exception`` or ``CancelledError`` it raises is logged.
+                and with no tenant bound. An ``Exception`` or ``CancelledError`` that it raises is logged.
         """
         subscriber = _Subscriber(event, callback)
         self._subscribers.append(subscriber)
@@ -391,13 +391,13 @@ class EventBus:
         return unsubscribe
 
     def has_subscribers(self, event: type[Event]) -> bool:
-        """Tell whether anyone listens, so that a hot path need not build the event."""
+        """Whether ``event`` has a subscriber: where it has none, a hot path need not build the event."""
         return bool(self._route(event))
 
     def emit(self, event: Event) -> None:
-        """Deliver ``event``: functions are called before this returns, coroutines start later.
+        """Deliver ``event``: functions are called before this returns, coroutines run later.
 
-        Of what a subscriber raises, ``KeyboardInterrupt`` and ``SystemExit`` alone come through.
+        Of the exceptions of a subscriber, only ``KeyboardInterrupt`` and ``SystemExit`` are raised here.
         """
         for subscriber in self._route(type(event)):
             if len(subscriber.waiting) >= self._max_waiting:
@@ -407,20 +407,20 @@ class EventBus:
                 outcome = subscriber.callback(event)
                 if inspect.isawaitable(outcome):
                     self._enqueue(subscriber, outcome, event)
-            # a CancelledError as well: nothing is awaited here, so it is not the cancellation of the task that emits
+            # CancelledError too: nothing is awaited here, so it is not a cancellation of the task that emits
             except (Exception, asyncio.CancelledError):
                 logger.exception("a subscriber to %s failed", type(event).__name__)
 
     async def drain(self, timeout: float = DRAIN_TIMEOUT) -> bool:
-        """Wait until every coroutine of a subscriber has ended, those that wait for their turn included.
+        """Wait until every coroutine of a subscriber has ended, including those that wait for their turn.
 
         A subscriber that calls this does not wait for itself.
 
         Args:
-            timeout: For how long at most, in seconds.
+            timeout: The longest time to wait, in seconds.
 
         Returns:
-            Whether they have all ended.
+            True if all have ended.
 
         Raises:
             WrongEventLoopError: the ``Tenancy`` of this bus is open in another event loop or thread.
@@ -436,7 +436,7 @@ class EventBus:
         return True
 
     async def cancel(self) -> None:
-        """Cancel the coroutines that ``drain`` has left, and drop the events that wait for them; both are logged.
+        """Cancel the coroutines that are still running, and drop the events that wait for them; both are logged.
 
         Raises:
             WrongEventLoopError: the ``Tenancy`` of this bus is open in another event loop or thread.
@@ -451,7 +451,7 @@ class EventBus:
                 self._abandon(self._tasks[task])
 
     def discard_tasks(self) -> None:
-        """Give up the coroutines of an event loop that is closed: nothing can end them. What waits is dropped."""
+        """Discard the coroutines of a closed event loop, which can never end, and the events that wait for them."""
         for subscriber in self._tasks.values():
             subscriber.busy = False
             self._abandon(subscriber)
@@ -476,7 +476,7 @@ class EventBus:
         if not subscriber.flooded:
             subscriber.flooded = True
             logger.warning(
-                "%s is too slow: %d events wait for it, and further ones are dropped",
+                "%s is too slow: %d events wait for it, and further events are dropped",
                 subscriber,
                 len(subscriber.waiting),
             )
@@ -495,7 +495,7 @@ class EventBus:
     def _start(self, subscriber: _Subscriber, loop: asyncio.AbstractEventLoop) -> None:
         outcome, event = subscriber.waiting.popleft()
         subscriber.busy = True
-        # a task and a context for each: what one binds is not seen by the next
+        # a task and a context for each, so that no coroutine sees what another has bound
         task = loop.create_task(_guard(outcome, event), context=Context())
         self._tasks[task] = subscriber
         task.add_done_callback(partial(self._ended, subscriber, outcome))
@@ -504,7 +504,7 @@ class EventBus:
         del self._tasks[task]
         subscriber.busy = False
         if task.cancelled() or task.exception() is not None:
-            # by ``cancel``, or since the event loop comes to its end: nothing new may be started in it
+            # by ``cancel``, or because the event loop is closing: nothing may be started in it any more
             _close(outcome)
             self._abandon(subscriber)
         elif subscriber.waiting:
@@ -518,7 +518,7 @@ class EventBus:
             _close(subscriber.waiting.popleft()[0])
         subscriber.flooded = False
         self.dropped += waiting
-        logger.warning("%s was cancelled at work; %d events that waited for it are dropped", subscriber, waiting)
+        logger.warning("%s was cancelled while running; %d events that waited for it are dropped", subscriber, waiting)
 
 
 async def _guard(outcome: Awaitable[None], event: Event) -> None:
@@ -528,14 +528,14 @@ async def _guard(outcome: Awaitable[None], event: Event) -> None:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        # of something that it awaited
+        # raised by something that it awaited
         logger.exception("a subscriber to %s failed", type(event).__name__)
     except Exception:
         logger.exception("a subscriber to %s failed", type(event).__name__)
 
 
 def _close(outcome: Awaitable[None]) -> None:
-    """Give up what was not begun: a coroutine that is merely forgotten has Python warn of it."""
+    """Close a coroutine that was not started, or Python warns that it was never awaited."""
     if inspect.iscoroutine(outcome):
         outcome.close()
     elif asyncio.isfuture(outcome):

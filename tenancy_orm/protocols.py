@@ -1,4 +1,4 @@
-"""What an application may give the package: protocols, and what travels through them."""
+"""Protocols that an application can implement, and the values that they take."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from uuid import UUID
 
 
 class Admission(Protocol):
-    """What a request was let in with: an API key, for example. It is asked before anything is done with the tenant."""
+    """What a request was let in with, such as an API key. It is checked before each use of the tenant."""
 
     def check(self) -> None:
-        """Refuse where it does not hold any more.
+        """Raise if the credential is no longer valid.
 
         Raises:
-            AdmissionEndedError: it was revoked, has expired, or may do less by now.
-            TenantUnavailableError, TenantNotFoundError: the tenant's status admits nobody.
+            AdmissionEndedError: it was revoked, has expired, or has lost rights.
+            TenantUnavailableError, TenantNotFoundError: the tenant's status admits no session.
         """
 
 
@@ -37,14 +37,14 @@ class SecretProvider(Protocol):
 
 
 class KeyWrapper(Protocol):
-    """Encrypts keys under a key that never leaves its place: Vault's transit engine, AWS KMS, or your own."""
+    """Encrypts keys under a key that never leaves its store: Vault's transit engine, AWS KMS, or your own."""
 
     @property
     def name(self) -> str:
-        """What and which key this is, to be recorded beside what it wrapped."""
+        """The kind and name of the wrapping key, which is recorded beside every key that it wrapped."""
 
     async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
-        """Encrypt ``key``, so that it is unwrapped with the same ``context`` alone.
+        """Encrypt ``key`` so that it can only be decrypted with the same ``context``.
 
         Raises:
             SecretProviderError: the provider does not answer, or refuses.
@@ -54,7 +54,7 @@ class KeyWrapper(Protocol):
         """Decrypt what ``wrap`` made.
 
         Raises:
-            SecretProviderError: the provider does not answer, or refuses: another context or key, say.
+            SecretProviderError: the provider does not answer, or refuses, for example because the context is another.
         """
 
     async def close(self) -> None:
@@ -67,16 +67,16 @@ class UsageRecord:
 
     Args:
         id: The record's number.
-        tenant_id: Who used it.
-        slug: ... and what it is called now.
-        metadata: ... and the metadata it has now, or had when it was purged: the receiver's own id of it may be there.
+        tenant_id: The tenant that used it.
+        slug: The tenant's slug now.
+        metadata: The tenant's metadata now, or when it was purged; it may hold the receiver's own id of the tenant.
         resource: What was used.
         period: "day" or "month".
         period_start: Its first instant, UTC.
         period_end: The first instant after it, UTC.
         quantity: How much, above 0.
-        idempotency_key: 64 hexadecimal digits; the same whenever this record is made.
-        attempts: How often it was tried to send it, this time included.
+        idempotency_key: 64 hexadecimal digits; the same however often this record is made.
+        attempts: How many attempts to send it there were, including this one.
     """
 
     id: int
@@ -93,11 +93,11 @@ class UsageRecord:
 
 
 class UsageSender(Protocol):
-    """Takes one record to wherever usage is billed."""
+    """Sends usage records to wherever usage is billed."""
 
     async def send(self, record: UsageRecord) -> bool:
-        """Send it; False where it is not to be billed at all.
+        """Send ``record``; returns False if it is not to be billed at all.
 
         Raises:
-            UsageExportError: it could not be sent; ``permanent`` where trying again is of no use.
+            UsageExportError: it could not be sent; ``permanent`` if another attempt cannot succeed.
         """

@@ -47,10 +47,11 @@ class Tenant:
     """A tenant as it was when it was looked up. Two are equal when their ids are.
 
     Times are aware datetimes in UTC. ``metadata`` and ``quotas`` (overrides of the tier's limits) are read-only
-    mappings of JSON values. ``suspend_at`` and ``purge_at`` are what is scheduled. ``reason`` is what the operator gave
-    when suspending. ``aliases`` are the former slugs that still lead to it and the verified domains of its own.
-    ``operator`` tells that it was bound for an operator, who passes maintenance: the middleware's ``operators`` decides
-    that. ``admission`` is that of the request it was bound for, and None elsewhere; it is not pickled.
+    mappings of JSON values. ``suspend_at`` and ``purge_at`` are when it is to be suspended or purged. ``reason`` is
+    what the operator gave for the suspension. ``aliases`` are its former slugs that still redirect and its verified
+    domains. ``operator`` is True where it was bound for an operator, who may use a tenant in maintenance; the
+    middleware's ``operators`` decides that. ``admission`` is that of the request it was bound for, else None; it is not
+    pickled.
     """
 
     id: UUID

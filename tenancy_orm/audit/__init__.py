@@ -1,1 +1,1 @@
-"""Who did what to which tenant, in one hash chain: actors, the log, its checkpoints and its proof."""
+"""The audit log, one hash chain of who did what to which tenant: actors, entries, checkpoints, verification."""

@@ -1,4 +1,4 @@
-"""Who acts, for the audit log."""
+"""Actors of the audit log."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Literal
 
 ActorKind = Literal["system", "operator", "key"]
 
-
-_TEXT_LENGTH = 256  # of what comes from outside: a request id, a source address, an actor's name
+_TEXT_LENGTH = 256  # of text from outside: a request id, a source address, an actor's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +17,8 @@ class Actor:
     Args:
         kind: "system", "operator" or "key".
         id: The operator's name, or the public id of the key.
-        request_id: What ties the entry to the application's own logs.
-        source: The address it came from.
+        request_id: The request's id in the application's own logs.
+        source: The address that the request came from.
     """
 
     kind: ActorKind
@@ -28,7 +27,7 @@ class Actor:
     source: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown kind here, where the mistake is, rather than in the database."""
+        """Refuse an unknown kind here rather than in the database."""
         if self.kind not in ("system", "operator", "key"):
             raise ValueError(f"an actor is 'system', 'operator' or 'key', not {self.kind!r}")
 
@@ -37,7 +36,7 @@ SYSTEM = Actor("system")
 
 
 def clean_text(value: str | None) -> str | None:
-    """Return ``value`` as PostgreSQL can keep it, shortened: what comes from outside must not fail the change."""
+    """Return ``value`` shortened, and as PostgreSQL can store it: text from outside must not fail the change."""
     if value is None:
         return None
     return value[:_TEXT_LENGTH].replace("\x00", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()

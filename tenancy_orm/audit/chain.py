@@ -1,4 +1,4 @@
-"""The audit log's hash chain, followed entry by entry. Pure state, no I/O."""
+"""The check of the audit log's hash chain, entry by entry. Pure state, no I/O."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 from ..errors import AuditChainError, AuditError
 from .checkpoints import Checkpoint, Verifier
 
-GENESIS = bytes(32)  # the hash that the first entry continues
+GENESIS = bytes(32)  # the previous hash of the first entry
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What ``verify`` found.
+    """The result of ``AuditLog.verify``.
 
     Args:
-        entries: How many entries were recomputed and found right.
-        first: The first sequence number that the chain was followed from; None for an empty log.
-        last: The last one found right.
-        first_bad: The first sequence number that does not hold; None where all do.
+        entries: How many entries were verified.
+        first: The sequence number of the first of them; None for an empty log.
+        last: The sequence number of the last of them.
+        first_bad: The sequence number of the first entry that is not valid; None if all are.
         problem: What is wrong with it.
         confirmed: Sequence numbers of the given checkpoints that the log agrees with.
-        removed: ... and of those older than what retention kept, which nothing can be said about any more.
-        skipped: ... and of those older than the checkpoint that verification began from, which were not compared.
+        removed: Sequence numbers of given checkpoints that could not be compared, since retention removed the entries.
+        skipped: Sequence numbers of given checkpoints that were not compared, since verification began after them.
     """
 
     entries: int
@@ -43,23 +43,23 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the whole chain holds."""
+        """Whether the whole chain is valid."""
         return self.first_bad is None
 
     def raise_if_bad(self) -> None:
-        """Raise where the chain does not hold.
+        """Raise if the chain is not valid.
 
         Raises:
-            AuditChainError: with the first bad sequence number.
+            AuditChainError: it is broken, with the first bad sequence number.
         """
         if self.first_bad is not None:
             raise AuditChainError(
-                f"the audit log does not hold from entry {self.first_bad} on: {self.problem}", sequence=self.first_bad
+                f"the audit log is broken at entry {self.first_bad}: {self.problem}", sequence=self.first_bad
             )
 
 
 class ChainCheck:
-    """Follows the chain entry by entry. Pure state, no I/O."""
+    """Checks the chain entry by entry. Pure state, no I/O."""
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class ChainCheck:
         for checkpoint in checkpoints:
             self._wanted.setdefault(checkpoint.sequence, []).append(checkpoint)
         self._started = False
-        self._origin = 0  # what the first entry continues: a checkpoint's sequence number, a cut's, or 0
-        self.sequence = 0  # of the last entry that holds, or the origin
+        self._origin = 0  # the sequence number before the first entry: a checkpoint's, a cut's, or 0
+        self.sequence = 0  # of the last valid entry, or the origin
         self._hash = GENESIS
         self._first: int | None = None
         self._entries = 0
@@ -86,13 +86,13 @@ class ChainCheck:
         self.problem: str | None = None
 
     def check_entry(self, row: Any) -> bool:
-        """Take the next entry; False if it does not hold."""
+        """Check the next entry, and return whether it is valid."""
         if not self._started and not self._start(row.sequence):
             return False
         expected = self.sequence + 1
         if self._since is not None and self._precedes(self._since, row):
             if row.sequence == self._since.sequence and row.hash != self._since.hash:
-                return self._fail(row.sequence, "the checkpoint to begin from holds another hash: it was rewritten")
+                return self._fail(row.sequence, "the checkpoint to begin from has another hash: it was rewritten")
             return True
         if row.sequence != expected:
             return self._fail(min(row.sequence, expected), f"entry {expected} is missing or out of order")
@@ -106,24 +106,24 @@ class ChainCheck:
         return self._check_checkpoints(row.sequence, row.hash)
 
     def check_head(self, head_sequence: int, head_hash: bytes) -> None:
-        """After the last entry: the chain must end where its head and every checkpoint say."""
+        """Check, after the last entry, that the chain ends where its head and every checkpoint say."""
         if not self._started and not self._start(head_sequence + 1):
             return
         if self.sequence != head_sequence:
             self._fail(min(self.sequence, head_sequence) + 1, f"the head of the chain is at entry {head_sequence}")
         elif self._hash != head_hash:
-            self._fail(self.sequence, "the head of the chain holds another hash")
+            self._fail(self.sequence, "the head of the chain has another hash")
         beyond = [sequence for sequence in self._wanted if sequence > self.sequence]
         if beyond and self.problem is None:
             self._fail(self.sequence + 1, f"the log ends here, but a checkpoint of entry {max(beyond)} was signed")
 
     def add_problem(self, sequence: int, problem: str) -> None:
-        """Note what was found wrong outside the chain, unless something is wrong in it."""
+        """Record a problem that was found outside the chain, unless the chain has one."""
         if self.problem is None:
             self._fail(sequence, problem)
 
     def report(self) -> VerifyReport:
-        """What has been found so far."""
+        """The result so far."""
         older = tuple(sorted(sequence for sequence in self._wanted if sequence < self._origin))
         from_cut = self._origin in self._cuts
         return VerifyReport(
@@ -138,14 +138,14 @@ class ChainCheck:
         )
 
     def _precedes(self, since: Checkpoint, row: Any) -> bool:
-        """Whether an entry is one of the checkpoint's own microsecond, up to the entry that the checkpoint is about.
+        """Whether an entry has the checkpoint's time, up to the microsecond, and does not come after its entry.
 
-        They are read again because times are no finer. A lower number at a later time is none of them.
+        Such entries are read again, since times are no finer. A lower number at a later time is not among them.
         """
         return self._entries == 0 and row.sequence <= since.sequence and row.occurred_at == since.occurred_at
 
     def _start(self, first: int) -> bool:
-        """Find what the first entry continues: the checkpoint asked for, the genesis, or a signed cut."""
+        """Find what the first entry continues: the checkpoint to begin from, the genesis, or a signed cut."""
         self._started = True
         if self._since is not None and first <= self._since.sequence + 1:
             return self._start_after(self._since)
@@ -153,11 +153,11 @@ class ChainCheck:
             return True
         cut = self._cuts.get(first - 1)
         if cut is None:
-            return self._fail(1, f"the log begins at entry {first}, and no cut of retention says why")
+            return self._fail(1, f"the log begins at entry {first}, and no cut by retention explains it")
         try:
             self._verifier.verify(cut)
         except AuditError as exc:
-            return self._fail(first, f"the log was cut before it, and {exc}")
+            return self._fail(first, f"the log was cut before this entry, and {exc}")
         return self._start_after(cut)
 
     def _start_after(self, known: Checkpoint) -> bool:
@@ -168,7 +168,7 @@ class ChainCheck:
     def _check_checkpoints(self, sequence: int, found: bytes) -> bool:
         for checkpoint in self._wanted.get(sequence, ()):
             if checkpoint.hash != found:
-                return self._fail(sequence, "a checkpoint signed earlier holds another hash: it was rewritten")
+                return self._fail(sequence, "a checkpoint of it has another hash: it was rewritten")
             self._confirmed.add(sequence)
         return True
 
@@ -178,7 +178,7 @@ class ChainCheck:
 
 
 def canonical(row: Any) -> bytes:
-    """The bytes that are hashed for an entry; ``tenancy.audit_canonical`` writes the same.
+    """Return the bytes that are hashed for an entry; ``tenancy.audit_canonical`` returns the same.
 
     A JSON array, with a comma and a space between items, of: the format's name, the previous hash in hexadecimal, the
     sequence number, microseconds since 1970, the actor's kind and id, the action, the tenant's id and slug, the texts

@@ -1,12 +1,12 @@
-"""Signed statements about the audit log, to be kept where whoever can rewrite the log cannot reach them.
+"""Signed statements about the audit log, to be kept out of reach of everyone who could rewrite the log.
 
-A checkpoint says: at this sequence number the chain's hash was this. A cut says the same about the last entry that
+A checkpoint states the chain's hash at a sequence number. A cut states it for the last entry that
 retention removed. Both are signed with Ed25519, under a key derived from the installation's encryption keys, so that
 they can be verified with a public key alone.
 
-Encryption keys are retired, and what they signed must outlive them. So the newest key signs a voucher for each other
-one while both are known; the vouchers are kept in the control database. Whoever can write there, but has no key, can
-make none: a voucher counts only where a configured key signed it.
+Encryption keys are retired, and signatures must outlive them. So the newest key signs a voucher for each other key
+while both are known; the vouchers are stored in the control database. Write access there is not enough to forge one: a
+voucher counts only if a configured key signed it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _VOUCHER_FORMAT = "tenancy-audit-key-1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What the chain was at one entry.
+    """A signed statement of the chain's hash at one entry.
 
     Args:
         kind: "checkpoint", or "cut" for the last entry that retention removed.
@@ -43,8 +43,8 @@ class Checkpoint:
         sequence: The entry's number.
         hash: The entry's hash, 32 bytes.
         occurred_at: The entry's time.
-        signed_at: When this was signed.
-        key_id: Which key signed it.
+        signed_at: When this statement was signed.
+        key_id: The id of the key that signed it.
         signature: Ed25519 over ``payload``.
     """
 
@@ -59,7 +59,7 @@ class Checkpoint:
 
     @property
     def payload(self) -> bytes:
-        """What is signed: every field but the signature, as JSON with sorted keys and no spaces."""
+        """The signed bytes: every field but the signature, as JSON with sorted keys and no spaces."""
         return json.dumps(self._fields(), sort_keys=True, separators=(",", ":")).encode()
 
     def _fields(self) -> dict[str, Any]:
@@ -75,15 +75,15 @@ class Checkpoint:
         }
 
     def to_json(self) -> str:
-        """Return it as one JSON object, as ``from_json`` reads it."""
+        """Return one JSON object, which ``from_json`` reads."""
         return json.dumps({**self._fields(), "signature": base64.b64encode(self.signature).decode()}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Checkpoint:
-        """Read what ``to_json`` wrote. The signature is not verified here.
+        """Parse what ``to_json`` wrote. The signature is not verified.
 
         Raises:
-            AuditError: it is not a checkpoint.
+            AuditError: the text is not a checkpoint.
         """
         try:
             values = json.loads(text)
@@ -94,7 +94,7 @@ class Checkpoint:
                 installation=UUID(values["installation"]),
                 sequence=int(values["sequence"]),
                 hash=bytes.fromhex(values["hash"]),
-                # in UTC at once: where that is before the year 1, it is no time that was ever signed
+                # converted to UTC here: a time before the year 1 overflows, and was never signed
                 occurred_at=datetime.fromisoformat(values["occurred_at"]).astimezone(UTC),
                 signed_at=datetime.fromisoformat(values["signed_at"]).astimezone(UTC),
                 key_id=str(values["key_id"]),
@@ -106,13 +106,13 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Voucher:
-    """One key's statement about another: this is a public key of the installation.
+    """One key's signed statement that another is a public key of the installation.
 
     Args:
         installation: The id of the installation.
-        key_id: The key that is vouched for.
+        key_id: The id of the key that is vouched for.
         public_key: Its Ed25519 public key, 32 bytes.
-        signed_by: The key that vouches.
+        signed_by: The id of the key that vouches.
         signature: Ed25519 over ``payload``.
     """
 
@@ -124,7 +124,7 @@ class Voucher:
 
     @property
     def payload(self) -> bytes:
-        """What is signed. Its format's name is another than a checkpoint's: neither passes for the other."""
+        """The signed bytes. Their format has another name than a checkpoint's, so that neither passes for the other."""
         fields = {
             "format": _VOUCHER_FORMAT,
             "installation": str(self.installation),
@@ -136,7 +136,7 @@ class Voucher:
 
 
 class Verifier:
-    """Verifies signatures with public keys alone: for an auditor who has no secret.
+    """Verifies signatures with public keys alone, for an auditor without secrets.
 
     Args:
         public_keys: 32-byte Ed25519 public keys in base64, by key id, as ``Signer.public_keys`` gives them.
@@ -156,25 +156,25 @@ class Verifier:
 
     @property
     def public_keys(self) -> dict[str, str]:
-        """The public keys in base64, by key id: publish them beside the checkpoints."""
+        """The public keys in base64, by key id; publish them with the checkpoints."""
         return {key_id: base64.b64encode(key.public_bytes_raw()).decode() for key_id, key in self._keys.items()}
 
     def verify(self, checkpoint: Checkpoint) -> None:
-        """Check the signature.
+        """Verify the signature.
 
         Raises:
-            AuditError: the key is unknown, or the signature is not that key's over this content.
+            AuditError: the key is unknown, or the signature is not valid.
         """
         if checkpoint.key_id not in self._keys:
             raise AuditError(
-                f"the {checkpoint.kind} was signed with key {checkpoint.key_id!r}, which is not known here; "
+                f"the {checkpoint.kind} was signed with key {checkpoint.key_id!r}, which is not known; "
                 "give a Verifier with its public key"
             )
         if not self._signed(checkpoint.key_id, checkpoint.signature, checkpoint.payload):
             raise AuditError(f"the signature of the {checkpoint.kind} is not valid")
 
     def including(self, vouchers: Iterable[Voucher]) -> Verifier:
-        """Return a verifier that knows the keys as well that a key known here vouches for."""
+        """Return a verifier that also knows the keys that this one's keys vouch for."""
         found = {
             voucher.key_id: base64.b64encode(voucher.public_key).decode()
             for voucher in vouchers
@@ -197,7 +197,7 @@ class Signer(Verifier):
 
     Args:
         keys: The installation's 32-byte encryption keys by id, oldest first. Signing keys are derived from them by
-            HKDF-SHA256, so that one secret need not serve two algorithms.
+            HKDF-SHA256, so that no key is used by two algorithms.
     """
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
@@ -211,7 +211,7 @@ class Signer(Verifier):
         return f"Signer({', '.join(self._private)})"
 
     def add_keys(self, keys: Mapping[str, bytes]) -> None:
-        """Verify with these keys as well from now on, and sign with the last of them."""
+        """Also verify with these keys from now on, and sign with the last of them."""
         self._private.update((key_id, _derive(key)) for key_id, key in keys.items())
         self._keys = {key_id: key.public_key() for key_id, key in self._private.items()}
         self.current = list(keys)[-1] if keys else None

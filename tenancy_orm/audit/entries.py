@@ -1,4 +1,4 @@
-"""The entries of the log: as they are read, asked for and written."""
+"""The entries of the log: the values, the query for them, and their INSERT."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AuditEvent:
 
 @dataclass(frozen=True, slots=True)
 class AuditSummary:
-    """How many entries of one action, by one kind of actor, one day (UTC) has, and for how many tenants."""
+    """The number of entries of one action, by one kind of actor, on one day (UTC), and of tenants in them."""
 
     day: date
     action: str
@@ -67,7 +67,7 @@ async def insert_entry(
     after: Mapping[str, Any] | None = None,
     detail: Mapping[str, Any] | None = None,
 ) -> int:
-    """Insert one entry at the end of the chain and return its sequence number; see ``AuditLog.append``."""
+    """Append one entry to the chain and return its sequence number; see ``AuditLog.append``."""
     if (named := tenant_id or slug) is not None:
         refuse_other_tenant(named)
     parameters = {
@@ -95,7 +95,7 @@ def events_query(
     limit: int,
     after: int | AuditEvent | None,
 ) -> tuple[str, dict[str, Any]]:
-    """The statement that reads these entries, and its parameters; the arguments are those of ``AuditLog.events``."""
+    """Return the query for entries and its parameters; the arguments are those of ``AuditLog.events``."""
     conditions: list[str] = []
     parameters: dict[str, Any] = {"limit": limit}
 
@@ -108,7 +108,7 @@ def events_query(
     elif tenant is not None:
         where("slug = :slug", slug=tenant)
     if actor is not None:
-        # every kind where it is not said: the index begins with it
+        # all kinds where none is given, since the index begins with the kind
         kinds = [actor.kind] if isinstance(actor, Actor) else list(get_args(ActorKind))
         where("actor_kind = ANY(:actor_kinds)", actor_kinds=kinds)
     actor_id = actor.id if isinstance(actor, Actor) else actor
@@ -137,7 +137,7 @@ def events_query(
 
 
 def event_from_row(row: Any) -> AuditEvent:
-    """Return an entry as it was read."""
+    """Build the value object from a row of ``events_query``."""
     return AuditEvent(
         sequence=row.sequence,
         occurred_at=row.occurred_at,
@@ -154,7 +154,7 @@ def event_from_row(row: Any) -> AuditEvent:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` with text that jsonb can keep, and without types that JSON does not have."""
+    """Return ``value`` with JSON types only, and with text that jsonb can store."""
     if isinstance(value, enum.Enum):
         return _plain(value.value)
     if isinstance(value, str):
@@ -170,8 +170,8 @@ def _plain(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, UUID):
         return str(value)
-    # bytes above all: what is not text is likely a secret
-    raise TypeError(f"the audit log keeps JSON values, not {type(value).__name__}")
+    # bytes in particular: they are likely a secret
+    raise TypeError(f"the audit log takes JSON values, not {type(value).__name__}")
 
 
 def _encode(value: Mapping[str, Any] | None) -> str | None:

@@ -2,11 +2,11 @@
 
 Each entry carries the SHA-256 of its own content and of the entry before it. The head of the chain is one row; the
 database function ``tenancy.audit_append`` locks it, numbers, times, hashes and inserts the entry, and moves the head:
-no client can choose a sequence number, a time, a hash or the database role that is recorded. The log takes part in the
-caller's transaction: a change that is rolled back leaves no entry, and one whose entry fails does not commit.
+no client can choose the sequence number, time, hash or database role that is recorded. Entries are written in the
+caller's transaction: a change that is rolled back leaves no entry, and a change without its entry does not commit.
 
-``verify`` recomputes the chain. It finds any entry that was changed, removed or inserted, except that whoever can
-rewrite the whole table can also rewrite every hash from some entry on: against that, keep checkpoints elsewhere.
+``verify`` recomputes the chain. It finds any entry that was changed, removed or inserted. A role that can rewrite the
+whole table can also rewrite every hash from some entry on: to detect that, keep checkpoints elsewhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AuditLog:
     """Appends to the log and reads it; ``tenancy.audit``."""
 
     def __init__(self, control: ControlDatabase, signer: Signer | None = None) -> None:
-        """Use ``control``; ``signer`` signs checkpoints and cuts, which need it."""
+        """Use ``control``; checkpoints and cuts need a ``signer``."""
         self._control = control
         self._signer = signer or Signer({})
         self._retention = Retention(control, self._signer)
@@ -57,18 +57,18 @@ class AuditLog:
     ) -> int:
         """Append one entry in the transaction of ``connection`` and return its sequence number.
 
-        The chain's head stays locked until that transaction ends: make this its last statement. It also keeps the
-        order of locks the same everywhere (rows first, the head last), which is what rules out deadlocks.
+        The chain's head stays locked until that transaction ends, so make this its last statement. That also keeps one
+        order of locks everywhere (rows first, the head last), which rules out deadlocks.
 
         Args:
             connection: An open transaction on the control database, READ COMMITTED.
             action: What was done, as ``noun.verb``: lower case letters, digits, dots and underscores.
-            tenant_id: Whom it was done to.
-            slug: ... as it was called then.
+            tenant_id: The id of the tenant that it was done to.
+            slug: The tenant's slug at that time.
             actor: Who did it.
             before: The changed fields before the change. Never a secret; ``bytes`` are refused.
-            after: ... and after it.
-            detail: Anything else worth keeping.
+            after: The changed fields after it.
+            detail: Anything else worth recording.
 
         Raises:
             TypeError: a value is not JSON; datetimes, UUIDs and enums are written as text.
@@ -102,13 +102,13 @@ class AuditLog:
 
         Args:
             tenant: Only this tenant's, by any of its names. A slug that no tenant has any more finds the entries that
-                were made under it: to operators all of them, while a tenant is bound its own.
-            actor: Only this actor's: an ``Actor`` (its kind and, where given, its id), or the id alone.
-            action: Only this action, or these; one that ends in ``.`` stands for all that begin so.
-            since: Not before this time, an aware datetime.
-            until: Before this time.
-            limit: How many at most.
-            after: Continue a page after this entry, or this sequence number.
+                were made under it: all of them for operators, its own for a bound tenant.
+            actor: Only this actor's: an ``Actor`` (its kind and, if it has one, its id), or the id alone.
+            action: Only this action, or these; one that ends in ``.`` means all actions with that prefix.
+            since: Only from this time on, an aware datetime.
+            until: Only before this time.
+            limit: The largest number of entries.
+            after: Continue after this entry, or this sequence number: the last of the previous page.
 
         Raises:
             CrossTenantError: another tenant is bound, or one is and ``tenant`` is None.
@@ -119,15 +119,15 @@ class AuditLog:
         bound = current_tenant_or_none()
         reader = bound.id if bound is not None else whose
         query, parameters = events_query(whose, actor, action, since, until, limit, after)
-        # Row-level security shows a tenant's rows alone: those of the bound tenant, whatever it asked for. Only
-        # operators read everybody's, and the entries under a slug that is nobody's any more.
+        # Row-level security shows one tenant's rows alone: those of the bound tenant, whatever it asked for. Only
+        # operators read all rows, and the entries under a slug that no tenant has any more.
         reading = self._control.viewing(reader) if isinstance(reader, UUID) else self._control.connect()
         async with reading as connection:
             rows = (await connection.execute(text(query), parameters)).all()
         return [event_from_row(row) for row in rows]
 
     async def _resolve_tenant(self, tenant: str | UUID | Tenant) -> UUID | str:
-        """The id of the tenant that has this name now, or else the slug under which entries were made."""
+        """Return the id of the tenant that has this name now, or else the slug that entries were made under."""
         try:
             return await resolve_tenant_id(self._control, tenant)
         except TenantNotFoundError:
@@ -159,16 +159,16 @@ class AuditLog:
         since: Checkpoint | None = None,
         verifier: Verifier | None = None,
     ) -> VerifyReport:
-        """Recompute the chain in order, in bounded memory and one snapshot, up to the first entry that does not hold.
+        """Recompute the chain in order, in bounded memory and one snapshot, up to the first entry that is not valid.
 
         Args:
-            checkpoints: Exported earlier and kept elsewhere: the log must agree with each. This is what detects a
-                rewrite of the whole chain, and a tail that was cut off.
-            since: Begin after this checkpoint instead of at the start: what precedes it is taken as verified.
-            verifier: Who judges signatures, alone; where None, what ``verifier()`` returns.
+            checkpoints: Exported earlier and kept elsewhere; the log must agree with each. They detect a rewrite of the
+                whole chain, and entries that were removed from its end.
+            since: Begin after this checkpoint instead of at the start; earlier entries are not verified again.
+            verifier: The only judge of signatures; None: what ``verifier()`` returns.
 
         Raises:
-            AuditError: a checkpoint's signature is not valid, or it is another installation's.
+            AuditError: a checkpoint's signature is not valid, or it is another installation's checkpoint.
         """
         refuse_while_bound("verifying the audit log")
         given = [checkpoints] if isinstance(checkpoints, Checkpoint) else list(checkpoints)
@@ -183,7 +183,7 @@ class AuditLog:
         return chain.report()
 
     async def export_checkpoint(self) -> Checkpoint:
-        """Sign where the chain is now. Keep the result (``to_json``) where the database's operators cannot change it.
+        """Sign the chain's current head. Keep the result (``to_json``) where the database's operators cannot change it.
 
         Raises:
             AuditError: the log is empty.
@@ -204,18 +204,18 @@ class AuditLog:
 
     def _check_checkpoint(self, checkpoint: Checkpoint, verifier: Verifier) -> None:
         if checkpoint.installation != self._control.installation:
-            raise AuditError(f"the {checkpoint.kind} is of installation {checkpoint.installation}, not of this one")
+            raise AuditError(f"the {checkpoint.kind} belongs to another installation, {checkpoint.installation}")
         verifier.verify(checkpoint)
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
     @property
     def public_keys(self) -> dict[str, str]:
-        """The public keys, in base64 by id, of the keys that are configured: for ``checkpoints.Verifier``."""
+        """The public keys of the configured keys, in base64 by id, for ``checkpoints.Verifier``."""
         return self._signer.public_keys
 
     async def verifier(self) -> Verifier:
-        """Return who judges this log's signatures: the configured keys, and the retired ones that they vouch for.
+        """Return the verifier of this log's signatures: the configured keys, and the retired keys that they vouch for.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -225,7 +225,7 @@ class AuditLog:
         return self._signer.including(Voucher(installation=self._control.installation, **row._mapping) for row in rows)
 
     async def add_keys(self, keys: Mapping[str, bytes]) -> None:
-        """Sign with the last of these keys from now on, and keep the public keys of the others.
+        """Sign with the last of these keys from now on, and vouch for the public keys of the others.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -234,9 +234,9 @@ class AuditLog:
         await self.vouch_for_keys()
 
     async def vouch_for_keys(self) -> None:
-        """Have the newest key vouch for the others, so that what they signed still verifies when they are retired.
+        """Have the newest key vouch for the others, so that their signatures stay valid when they are retired.
 
-        With one key there is nothing to do. Repeating it does nothing.
+        Does nothing with one key, or where that was done before.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -244,7 +244,7 @@ class AuditLog:
         signer = self._signer
         if signer.current is None or set(signer.public_keys) <= {signer.current, *self._vouched_for}:
             return
-        # those that an older key has vouched for too: that key's word ends with it
+        # also those that an older key has vouched for: its vouchers do not count once it is retired
         known = (await self.verifier()).public_keys
         due = [key_id for key_id in known if key_id != signer.current]
         async with self._control.transaction() as connection:
@@ -260,9 +260,9 @@ class AuditLog:
     # --- upkeep -----------------------------------------------------------------------------------------------------
 
     async def ensure_partitions(self, months: int = 3) -> int:
-        """Make the partitions of this month and the next ``months``; returns how many were missing.
+        """Create the partitions of this month and the next ``months``; returns how many were missing.
 
-        Appending makes them too, a month ahead of need; with this it never has to.
+        ``append`` creates them too, a month ahead; after this it does not have to.
         """
         refuse_while_bound("extending the audit log")
         async with self._control.transaction() as connection:
@@ -280,22 +280,22 @@ class AuditLog:
     ) -> Checkpoint | None:
         """Remove the whole months that ended by ``before``; returns the signed cut, or None if there were none.
 
-        What is removed is verified first, up to the entry that continues it. The cut keeps the hash that this entry
-        continues, so that what remains still verifies, and is itself an entry of the log. Run it as the owner of the
-        tables: the application's role may not.
+        The months are verified first, up to the first entry after them. The cut records the hash that this entry
+        continues, so that the rest of the log stays verifiable; the removal is itself an entry. Run it as the owner of
+        the tables: the application's role may not.
 
         Args:
-            before: An aware datetime; a month is removed when it ended by then. The current month never is.
-            detach: Leave the months behind as tables of their own, to be dumped elsewhere, instead of dropping them.
+            before: An aware datetime; months that ended by then are removed. The current month never is.
+            detach: Detach the months as separate tables, to be dumped elsewhere, instead of dropping them.
             actor: Who does this.
-            lock_timeout: How long to try to get ahead of readers of the log, in seconds. Those who append wait for a
-                fraction of a second at a time.
-            verifier: Who judges the signature of the cut before, as in ``verify``.
+            lock_timeout: Seconds to try to lock the log against its readers. Appends wait for a fraction of a second at
+                a time.
+            verifier: The judge of the previous cut's signature, as in ``verify``.
 
         Raises:
-            AuditChainError: what would be removed does not hold: it is evidence, and stays.
-            AuditError: this role does not own the tables; readers held them for longer than ``lock_timeout``; or the
-                months are not what was verified any more.
+            AuditChainError: the chain is broken in these months; they are evidence, and stay.
+            AuditError: this role does not own the tables; readers locked them for longer than ``lock_timeout``; or the
+                months have changed since they were verified.
             ConfigurationError: there is no key to sign with.
         """
         refuse_while_bound("removing audit entries")

@@ -1,4 +1,4 @@
-"""Retention: the partitions of the log, and the verified of whole months from its beginning."""
+"""Retention: the removal of whole months, which are partitions, from the beginning of the log."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .checkpoints import Checkpoint, Signer, Verifier
 from .entries import insert_entry
 from .verification import SNAPSHOT, check_entries, check_next_entry, read_cuts
 
-_LOCK_WAIT = 0.2  # seconds that retention waits for a lock while it holds up everybody who appends
-_PAUSE = 0.1  # ... and lets them go on before it tries again
+_LOCK_WAIT = 0.2  # seconds that retention waits for a lock, while all appends wait
+_PAUSE = 0.1  # seconds before it tries again, in which they proceed
 _REFUSED = {
     INSUFFICIENT_PRIVILEGE: "only the owner of the control tables may; run it as the role that ran tenancy init",
-    LOCK_NOT_AVAILABLE: "a transaction that reads the log held it for too long; try again",
+    LOCK_NOT_AVAILABLE: "a transaction that reads the log kept it locked for too long; try again",
     DEADLOCK_DETECTED: "a transaction that reads the log waits to append to it; try again",
 }
 _BUSY = (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED)
@@ -35,7 +35,7 @@ _PARTITIONS = text(
     "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
     "WHERE i.inhparent = 'tenancy.audit_log'::regclass ORDER BY c.relname"
 )
-# by the clock that entries are timed with; an application's own may be ahead of it
+# by the clock that times the entries; the application's may be ahead of it
 _THIS_MONTH = text("SELECT date_trunc('month', clock_timestamp() AT TIME ZONE 'UTC') AT TIME ZONE 'UTC'")
 _NEWEST = text(
     "SELECT sequence, hash FROM tenancy.audit_log WHERE occurred_at < :until "
@@ -45,18 +45,18 @@ _NEWEST = text(
 
 @dataclass(frozen=True, slots=True)
 class _VerifiedMonths:
-    """What retention has verified: the months that ended by ``until``, whose last entry is ``last``."""
+    """The months that ended by ``until``, verified; ``last`` is the row of their last entry."""
 
     until: datetime
     last: Any
 
 
 class Retention:
-    """Removes whole months of the log that were verified, and signs the cut.
+    """Removes whole months of the log, once they are verified, and signs the cut.
 
     Args:
         control: The control database.
-        signer: Who signs the cut.
+        signer: Signs the cut.
     """
 
     def __init__(self, control: ControlDatabase, signer: Signer) -> None:
@@ -66,7 +66,7 @@ class Retention:
     async def prune(
         self, *, before: datetime, detach: bool, actor: Actor, lock_timeout: float, verifier: Verifier
     ) -> Checkpoint | None:
-        """Remove the months that ended by ``before``, once ``verifier`` has verified them; see ``AuditLog.prune``."""
+        """Verify and remove the months that ended by ``before``; see ``AuditLog.prune``."""
         verified = await self._verify(before, verifier)
         if verified is None:
             return None
@@ -89,14 +89,14 @@ class Retention:
             await connection.execute(
                 text("SELECT set_config('lock_timeout', :timeout, true)"), {"timeout": f"{int(lock_wait * 1000)}ms"}
             )
-            # the head first and the tables after it: the order in which every append locks them
+            # the head first and the tables after it, the order in which every append locks them
             await connection.execute(text("SELECT 1 FROM tenancy.audit_head FOR UPDATE"))
             names = await _ended_partitions(connection, verified.until)
             if not names:
-                return None  # another process was faster
+                return None  # another process has removed them
             newest = (await connection.execute(_NEWEST, {"until": verified.until})).one_or_none()
             if newest is None or (newest.sequence, newest.hash) != (verified.last.sequence, verified.last.hash):
-                raise AuditError("the old months of the audit log have changed since they were verified; try again")
+                raise AuditError("old months of the audit log have changed since they were verified; try again")
             cut = await self._record_cut(connection, verified.last, names, actor)
             for name in names:
                 table = f"tenancy.{quote_identifier(name)}"
@@ -106,8 +106,8 @@ class Retention:
         return cut
 
     async def _verify(self, before: datetime, verifier: Verifier) -> _VerifiedMonths | None:
-        """Verify what retention would remove; returns None if there is nothing."""
-        # a transaction of its own: its cursor keeps the tables in use to the end
+        """Verify the months that ended by ``before``; returns None if there are none."""
+        # its own transaction, since its cursor keeps the tables locked to the end
         async with self._control.transaction() as connection:
             await connection.execute(SNAPSHOT)
             names = await _ended_partitions(connection, before)
@@ -152,15 +152,15 @@ class Retention:
 
 
 async def _ended_partitions(connection: AsyncConnection, before: datetime) -> list[str]:
-    """The partitions of the months that ended by ``before``, and before the current month."""
+    """The partitions of months that ended by ``before``, the current month never among them."""
     until = min(before, await connection.scalar(_THIS_MONTH))
     return [name for name in await connection.scalars(_PARTITIONS) if _month_end(name) <= until]
 
 
 def _month_end(partition: str) -> datetime:
-    """When the month of ``audit_log_y2026m11`` is over."""
+    """The end of a partition's month, such as ``audit_log_y2026m11``."""
     try:
         first = datetime.strptime(partition, "audit_log_y%Ym%m").replace(tzinfo=UTC)
         return (first + timedelta(days=31)).replace(day=1)
     except (ValueError, OverflowError) as exc:
-        raise AuditError(f"table {partition!r} is a part of the audit log that this package did not make") from exc
+        raise AuditError(f"partition {partition!r} of the audit log was not created by this package") from exc

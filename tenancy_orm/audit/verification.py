@@ -1,4 +1,4 @@
-"""Following the chain: the entries in their order, from a server-side cursor, to the head."""
+"""Reads the entries in the chain's order, through a server-side cursor, and checks them up to the head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from .chain import ChainCheck
 from .checkpoints import Checkpoint
 
-_BATCH = 500  # entries hashed between two waits for the server, so that the event loop is never held for long
+_BATCH = 500  # entries hashed between two reads, so that the event loop is never blocked for long
 SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 HEAD = text("SELECT sequence, occurred_at, hash FROM tenancy.audit_head")
 _SELECT_ENTRIES = (
@@ -23,7 +23,7 @@ _SELECT_ENTRIES = (
 )
 _ENTRIES = text(_SELECT_ENTRIES)
 _FIRST_ENTRY = text(f"{_SELECT_ENTRIES} LIMIT 1")
-# between these every time is one that Python has, in any time zone
+# Python can represent every time between these, in any time zone
 _EARLIEST, _LATEST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
 _STRAY = text(
     "SELECT sequence FROM tenancy.audit_log WHERE occurred_at < :earliest OR occurred_at >= :latest "
@@ -32,7 +32,7 @@ _STRAY = text(
 
 
 async def read_cuts(connection: AsyncConnection, installation: UUID) -> dict[int, Checkpoint]:
-    """The cuts that retention made, by the sequence number of the last entry before each."""
+    """Return the cuts that retention made, by the sequence number of the last entry before each."""
     rows = (await connection.execute(text("SELECT * FROM tenancy.audit_cuts"))).all()
     return {
         row.sequence: Checkpoint(
@@ -52,7 +52,7 @@ async def read_cuts(connection: AsyncConnection, installation: UUID) -> dict[int
 async def check_entries(
     connection: AsyncConnection, chain: ChainCheck, since: datetime | None, until: datetime | None = None
 ) -> bool:
-    """Follow the entries of a stretch of time to the first that does not hold, and return whether all do."""
+    """Check the entries of a range of time up to the first that is not valid; returns whether all are."""
     async for batch in _stream(connection, since, until):
         if not all(chain.check_entry(row) for row in batch):
             return False
@@ -60,7 +60,7 @@ async def check_entries(
 
 
 async def check_next_entry(connection: AsyncConnection, chain: ChainCheck, until: datetime) -> None:
-    """Follow the first entry that is kept, or to the head: what is gone before it shows there alone."""
+    """Check the first entry from ``until`` on, or else the head: only there a missing entry before it shows."""
     kept = (await connection.execute(_FIRST_ENTRY, {"since": until, "until": _LATEST})).one_or_none()
     if kept is None:
         await check_end(connection, chain)
@@ -69,13 +69,13 @@ async def check_next_entry(connection: AsyncConnection, chain: ChainCheck, until
 
 
 async def check_end(connection: AsyncConnection, chain: ChainCheck) -> None:
-    """After the last entry: compare the head, and look for entries at times that none can have."""
+    """Check, after the last entry, the head, and that no entry has an impossible time."""
     stray = await connection.scalar(_STRAY, {"earliest": _EARLIEST, "latest": _LATEST})
     if stray is not None:
-        chain.add_problem(stray, "its time is outside of the years 1 to 9999")
+        chain.add_problem(stray, "its time is outside the years 1 to 9999")
     head = (await connection.execute(HEAD)).one_or_none()
     if head is None:
-        chain.add_problem(chain.sequence + 1, "the head of the chain is gone")
+        chain.add_problem(chain.sequence + 1, "the head of the chain is missing")
     else:
         chain.check_head(head.sequence, head.hash)
 

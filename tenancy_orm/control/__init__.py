@@ -1,1 +1,1 @@
-"""The control database: its connection, its tables, who may see which rows, its notifications, tenants by name."""
+"""The control database: connection, tables, row security, notifications, and the look-up of tenants by name."""

@@ -1,4 +1,4 @@
-"""The control database: its engine, its schema, and its absence told apart from every other error."""
+"""The control database: its engine, its schema, and errors that say that it is not available."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .viewer import VIEW_AS, prepare_viewer
 
-# One migration of the control database at a time, whoever runs it: a lock key of our own in the database's key space.
+# The advisory lock key of the control database's migrations: one process at a time runs them.
 _MIGRATION_LOCK = 0x74656E616E637900
 
 _NO_SUCH_ROLE = (INVALID_PARAMETER_VALUE, INSUFFICIENT_PRIVILEGE)  # it does not exist, or is not granted
@@ -50,12 +50,12 @@ _CONNECT_SQLSTATES = ("08", "57P", _OUT_OF_RESOURCES)  # connection, operator in
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Whether ``error`` means that the server could not be reached, rather than that it refused a statement."""
+    """Whether ``error`` means that the server is not available, rather than that it refused a statement."""
     if isinstance(error, (OSError, PoolTimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError)):
         return True
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         return True
-    # not behind any other error: that is the caller's own
+    # an error of another class is the caller's own, whatever its cause
     return isinstance(error, (DBAPIError, asyncpg.PostgresError)) and _has_class(error, _CONNECT_SQLSTATES)
 
 
@@ -64,10 +64,10 @@ def _has_class(error: BaseException, classes: str | tuple[str, ...]) -> bool:
 
 
 def _drop_unusable(context: ExceptionContext) -> None:
-    """Give a connection up after an error from which asyncpg does not recover.
+    """Invalidate a connection after an error from which asyncpg does not recover.
 
-    Where a BEGIN fails, for want of a lock, say, asyncpg takes the transaction for open, and sends a SAVEPOINT in place
-    of every further BEGIN, which is refused: the pool would keep a connection that never works again.
+    Where a BEGIN fails, for example for lack of memory for locks, asyncpg considers the transaction open and sends a
+    SAVEPOINT in place of every further BEGIN, which PostgreSQL refuses: the pool would keep a broken connection.
     """
     error = context.original_exception
     if _has_class(error, _OUT_OF_RESOURCES) or sqlstate_of(error) == NO_ACTIVE_TRANSACTION:
@@ -81,9 +81,9 @@ class ControlDatabase:
     Args:
         url: ``postgresql://`` URL.
         pool_size: Connections kept; as many again are opened under load and closed when returned.
-        connect_timeout: Seconds for a connect, and for waiting for one of the pool.
-        command_timeout: Seconds any one statement may take.
-        name_prefix: ``TenancyConfig.name_prefix``, for the name of the role that ``upgrade`` makes.
+        connect_timeout: Seconds for a connect, and for waiting for a connection of the pool.
+        command_timeout: Seconds that one statement may take.
+        name_prefix: ``TenancyConfig.name_prefix``, for the name of the role that ``upgrade`` creates.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ControlDatabase:
             max_overflow=pool_size,
             pool_timeout=connect_timeout,
             pool_use_lifo=True,
-            # parameters hold customers' data, digests and sealed passwords, which have no place in an error
+            # parameters contain customers' data, digests and sealed passwords, which must not be in an error
             hide_parameters=True,
             connect_args={
                 "timeout": connect_timeout,
@@ -125,7 +125,7 @@ class ControlDatabase:
 
     @property
     def installation(self) -> UUID:
-        """The id of this installation, known after ``open``."""
+        """The id of this installation; known once ``open`` has run."""
         if self._installation is None:
             raise ControlSchemaError("the control database is not open; open the Tenancy first")
         return self._installation
@@ -157,7 +157,7 @@ class ControlDatabase:
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
-        """Yield a connection in AUTOCOMMIT: for one reading statement, at one round trip.
+        """Yield a connection in AUTOCOMMIT, for one reading statement in one round trip.
 
         Raises:
             ControlUnavailableError: the server does not answer.
@@ -171,27 +171,27 @@ class ControlDatabase:
         """Yield a connection in a transaction that commits when the body succeeds.
 
         Raises:
-            ControlUnavailableError: the server does not answer, or went away; whether a commit took place is unknown
-                if the connection was lost during it.
+            ControlUnavailableError: the server does not answer, or the connection was lost; if that was during the
+                commit, whether it took place is unknown.
         """
         async with self._translating_errors(), self._pooled() as connection, connection.begin():
             yield connection
 
     @asynccontextmanager
     async def viewing(self, tenant_id: UUID) -> AsyncIterator[AsyncConnection]:
-        """Yield a connection that sees this tenant's rows alone, even in a query that does not ask for them.
+        """Yield a connection that sees this tenant's rows alone, even in a query that does not filter them.
 
-        It is a transaction that reads only, as the installation's viewer role, under row-level security. Columns that
-        are no tenant's business are refused (``viewer.VIEWER_COLUMNS``). When it ends the connection is as before.
+        It is in a read-only transaction, as the installation's viewer role, under row-level security. Only the columns
+        in ``viewer.VIEWER_COLUMNS`` may be read. When the transaction ends, the connection is as before.
 
         Raises:
             ControlUnavailableError: the server does not answer.
             ControlSchemaError: there is no viewer role; run ``tenancy init``.
-            ConfigurationError: the role of the control URL may not take it on; run ``grant_application``.
+            ConfigurationError: the role of the control URL may not use the viewer role; run ``grant_application``.
         """
         refuse_other_tenant(tenant_id)
         if self._viewer is None:
-            raise ControlSchemaError("the control database has no role that reads for a tenant; run: tenancy init")
+            raise ControlSchemaError("the control database has no viewer role; run: tenancy init")
         async with self.transaction() as connection:
             try:
                 await connection.execute(VIEW_AS, {"tenant": str(tenant_id), "role": self._viewer})
@@ -199,14 +199,14 @@ class ControlDatabase:
                 if sqlstate_of(exc) not in _NO_SUCH_ROLE:
                     raise
                 raise ConfigurationError(
-                    f"the control database's role cannot take on {self._viewer!r}; "
+                    f"the control database's role may not SET ROLE to {self._viewer!r}; "
                     "run tenancy init, and grant_application for the application's role"
                 ) from exc
             yield connection
 
     @asynccontextmanager
     async def _pooled(self) -> AsyncIterator[AsyncConnection]:
-        """A connection of the pool. Whatever keeps one from being opened makes the database unavailable."""
+        """Yield a connection of the pool; any error in opening one means that the database is not available."""
         self.home.check()
         async with AsyncExitStack() as stack:
             try:
@@ -223,7 +223,7 @@ class ControlDatabase:
         try:
             yield
         except TenancyError:
-            raise  # the body's own; some are a PermissionError too, and so an OSError
+            raise  # the body's own: some are also a PermissionError, and so an OSError
         except Exception as exc:
             if not is_unavailable(exc):
                 raise
@@ -232,18 +232,18 @@ class ControlDatabase:
     # --- schema -----------------------------------------------------------------------------------------------------
 
     async def upgrade(self, revision: str = "head", *, administrator: asyncpg.Connection[Any] | None = None) -> None:
-        """Bring the schema to ``revision``; one process at a time, the others wait and find it done.
+        """Upgrade the schema to ``revision``; one process does so at a time, and the others wait for it.
 
-        At the head it also makes the role that ``viewing`` takes on, and gives it its rights.
+        At the head it also creates the viewer role that ``viewing`` uses, and grants its rights.
 
         Args:
             revision: A revision of the package's own migrations.
-            administrator: A connection to the same server, any database of it, as a role that may create roles: for
-                what this one may not do. The caller closes it.
+            administrator: A connection to any database of the same server, as a role that may create roles, in case
+                this one may not. The caller closes it.
 
         Raises:
             ControlUnavailableError: the server does not answer.
-            AdministratorNeededError: this role may not create that one, and there is no administrator.
+            AdministratorNeededError: this role may not create the viewer role, and there is no administrator.
         """
         refuse_while_bound("migrating the control database")
         self.home.check()
@@ -262,7 +262,7 @@ class ControlDatabase:
                 await connection.commit()
 
     async def _prepare_viewer(self, connection: AsyncConnection, administrator: asyncpg.Connection[Any] | None) -> None:
-        # twice refused at the most: the role is created by one statement, and granted by another
+        # it is refused twice at most: one statement creates the role, and another grants it
         for attempt in range(3):
             try:
                 self._viewer = await prepare_viewer(connection, self._name_prefix)
@@ -278,7 +278,7 @@ class ControlDatabase:
 
     @staticmethod
     async def _lock(connection: AsyncConnection, *, timeout: float = 60.0) -> None:
-        """Poll for the lock: waiting in PostgreSQL would hold a snapshot that CREATE INDEX CONCURRENTLY waits for."""
+        """Poll for the lock: a wait in PostgreSQL would keep a snapshot that CREATE INDEX CONCURRENTLY waits for."""
         async with asyncio.timeout(timeout):
             while not await connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": _MIGRATION_LOCK}):
                 await connection.rollback()
@@ -286,20 +286,20 @@ class ControlDatabase:
         await connection.commit()
 
     async def grant_application(self, role: str) -> None:
-        """Give the application's own role what it needs in this database and nothing else; run as the tables' owner.
+        """Grant the application's own role what it needs in this database and nothing else; run as the tables' owner.
 
         Raises:
-            ConfigurationError: the role does not exist, or has rights that nothing here could take away.
+            ConfigurationError: the role does not exist, or has rights that cannot be revoked here.
         """
         refuse_while_bound("granting rights")
         async with self.transaction() as connection:
             await grant_application(connection, role)
 
     async def save_servers(self, addresses: Mapping[str, tuple[str, int]]) -> None:
-        """Write the configured servers into the registry, where foreign keys need them.
+        """Insert or update the rows of the configured servers, which tenants refer to.
 
         Args:
-            addresses: Host and port of each server by name; credentials stay in the configuration.
+            addresses: Host and port of each server, by name; credentials stay in the configuration.
         """
         refuse_while_bound("changing servers")
         async with self.transaction() as connection:

@@ -1,12 +1,12 @@
-"""What the application's own database role may do in the control database: what it needs, and nothing else.
+"""The rights of the application's own role in the control database: what it needs, and nothing else.
 
 The role that runs ``tenancy init`` owns the tables. An application that serves requests should log in as another one,
-which this module grants exactly what the code uses: it can read the audit log and append to it through
+to which this module grants exactly what the code uses: it can read the audit log and append to it through
 ``tenancy.audit_append``, and can neither change an entry, nor disable a trigger, nor choose an entry's sequence number,
 time, hash or database role.
 
-Row-level security guards the tables that hold tenants' rows. Their owner is above it; the application's role is not, so
-it gets a policy of its own on each that shows it every row, and it may take on the role that reads for one tenant.
+Row-level security protects the tables that hold tenants' rows. Their owner bypasses it; the application's role does
+not, so it gets a policy on each table that shows it every row, and it may SET ROLE to the viewer role.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..postgres.quoting import quote_identifier
 from .models import SCHEMA
 from .viewer import grant_viewer, viewer_of
 
-# Every table and view of the schema is here; a test compares this with the catalogue.
+# Every table and view of the schema; a test compares this with the catalogue.
 APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "alembic_version": "SELECT",
     "installation": "SELECT",
@@ -38,7 +38,7 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "audit_log": "SELECT",
     "audit_head": "SELECT",
     "audit_cuts": "SELECT",
-    # what is added counts only where a key signed it
+    # a row that is added counts only if a key signed it
     "audit_keys": "SELECT, INSERT",
     "audit_summary": "SELECT",
     "usage": "SELECT, INSERT, UPDATE, DELETE",
@@ -52,17 +52,18 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "tier_distribution": "SELECT",
 }
 
-# The only functions that PUBLIC may not call: they run with their owner's rights.
+# These functions run with their owner's rights, so that PUBLIC may not call them.
 APPLICATION_FUNCTIONS: Final[tuple[str, ...]] = ("audit_append", "audit_ensure_partitions")
 
 _ROLE = text(
     # a superuser is a member of every role
     "SELECT r.rolbypassrls, pg_has_role(r.oid, c.relowner, 'MEMBER') AS owner, "
-    # before PostgreSQL 16 it may make itself a member of any role that is not a superuser
+    # before PostgreSQL 16 it can make itself a member of any role that is not a superuser
     "r.rolcreaterole AND current_setting('server_version_num')::integer < 160000 AS any_member "
     "FROM pg_roles r, pg_class c WHERE r.rolname = :role AND c.oid = 'tenancy.audit_log'::regclass"
 )
-# What the role, or one that it may become, may change: by grants to others, to PUBLIC, or by a predefined role.
+# What the role, or one that it can become, may change: by grants to it, to other roles or PUBLIC, or by a predefined
+# role.
 _WRITABLE = text(
     "SELECT c.relname, array_agg(DISTINCT p.privilege) AS privileges FROM pg_class c "
     "CROSS JOIN unnest(ARRAY['INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) AS p (privilege) "
@@ -76,8 +77,8 @@ _MAY_CREATE = text(
     "SELECT bool_or(has_schema_privilege(r.oid, 'tenancy', 'CREATE')) FROM pg_roles r "
     "WHERE pg_has_role(CAST(:role AS name), r.oid, 'MEMBER')"
 )
-# without the partitions: no query of ours names one
-_NOT_ADMITTED = text(
+# without the partitions, which no query of the package names
+_WITHOUT_POLICY = text(
     "SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace "
     "AND c.relrowsecurity AND NOT c.relispartition "
     "AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = :policy) ORDER BY 1"
@@ -85,30 +86,30 @@ _NOT_ADMITTED = text(
 
 
 async def grant_application(connection: AsyncConnection, role: str) -> None:
-    """Give ``role`` exactly the privileges in this module, whatever it had before; run as the tables' owner.
+    """Grant ``role`` exactly the privileges in this module, whatever it had before; run as the tables' owner.
 
     Args:
         connection: A transaction on the control database.
         role: An existing role, a group or one that logs in.
 
     Raises:
-        ConfigurationError: the role does not exist; or nothing here could hold it back, since it is a superuser, is or
-            can make itself a member of the tables' owner, or is above row-level security; or it would have more than
-            is granted here, through PUBLIC or another role. The transaction must not be committed then.
+        ConfigurationError: the role does not exist; or it cannot be restricted, since it is a superuser, is or can make
+            itself a member of the tables' owner, or has BYPASSRLS; or it would have more than is granted here, through
+            PUBLIC or another role. The transaction must not be committed then.
         ControlSchemaError: the control database has no viewer role.
     """
     row = (await connection.execute(_ROLE, {"role": role})).one_or_none()
     if row is None:
         raise ConfigurationError(f"role {role!r} does not exist; create it first")
     if row.owner or row.any_member:
-        raise ConfigurationError(f"role {role!r} has or can take the rights of the control tables' owner; use another")
+        raise ConfigurationError(f"role {role!r} has or can get the rights of the control tables' owner; use another")
     if row.rolbypassrls:
-        raise ConfigurationError(f"row-level security does not hold role {role!r}; run: ALTER ROLE ... NOBYPASSRLS")
+        raise ConfigurationError(f"role {role!r} bypasses row-level security; run: ALTER ROLE ... NOBYPASSRLS")
     for statement in (*_revokes(role), *await _grants(connection, role)):
         await connection.exec_driver_sql(statement)
     policy = application_policy(role)
-    for table in (await connection.scalars(_NOT_ADMITTED, {"policy": policy})).all():
-        # where it may only read, the policy says so as well
+    for table in (await connection.scalars(_WITHOUT_POLICY, {"policy": policy})).all():
+        # where the role may only read, so may the policy
         verb, check = ("SELECT", "") if _is_read_only(table) else ("ALL", "WITH CHECK (true)")
         await connection.exec_driver_sql(
             f"CREATE POLICY {policy} ON {_qualified(table)} FOR {verb} TO {quote_identifier(role)} USING (true) {check}"
@@ -118,12 +119,12 @@ async def grant_application(connection: AsyncConnection, role: str) -> None:
 
 
 def application_policy(role: str) -> str:
-    """The name, an identifier, of the policy that shows ``role`` every row; a role's own name could be too long."""
+    """The name of the policy that shows ``role`` every row: a hash, since the role's name could make it too long."""
     return f"application_{sha256(role.encode()).hexdigest()[:16]}"
 
 
 async def _check(connection: AsyncConnection, role: str) -> None:
-    """Refuse a role that has more than was granted: taking it from others is not this module's business."""
+    """Refuse a role that has more than was granted: this module does not revoke rights of other roles."""
     excess = []
     for row in await connection.execute(_WRITABLE, {"role": role}):
         more = set(row.privileges) - set(APPLICATION_TABLES.get(row.relname, "").split(", "))
@@ -150,7 +151,7 @@ def _revokes(role: str) -> list[str]:
     kinds = ("TABLES", "SEQUENCES", "FUNCTIONS")
     return [
         *(f"REVOKE ALL ON ALL {kind} IN SCHEMA {SCHEMA} FROM {grantee}" for kind in kinds),
-        # what a later upgrade makes is granted then
+        # what a later upgrade creates is granted after it
         *(f"ALTER DEFAULT PRIVILEGES IN SCHEMA {SCHEMA} REVOKE ALL ON {kind} FROM {grantee}" for kind in kinds),
         f"REVOKE ALL ON SCHEMA {SCHEMA} FROM {grantee}",
     ]
@@ -160,7 +161,7 @@ async def _grants(connection: AsyncConnection, role: str) -> list[str]:
     grantee = quote_identifier(role)
     database = quote_identifier(str(await connection.scalar(text("SELECT current_database()"))))
     statements = [
-        # PUBLIC has lost it where tenants' databases share the server
+        # revoked from PUBLIC where tenants' databases share the server
         f"GRANT CONNECT ON DATABASE {database} TO {grantee}",
         f"GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}",
     ]

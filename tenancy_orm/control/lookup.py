@@ -1,7 +1,7 @@
-"""From a name to a tenant's id: the one way there is, and the place where the binding is enforced.
+"""The look-up of a tenant's id by any of its names. The binding is enforced here.
 
 A tenant is named by its slug, by a former slug that still redirects to it, by a verified domain of its own, by its id
-(also as text), or by a ``Tenant``. The directory, which remembers whole tenants, asks the same of many names at once.
+(also as text), or by a ``Tenant``. The directory, which caches whole tenants, looks up many names at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..tenant import Status, Tenant
 from .database import ControlDatabase
 from .models import domains, former_slugs, tenants
 
-# a slug or a domain; anything else names nobody, and some of it PostgreSQL would not even take for a text
+# a slug or a domain; PostgreSQL would not even accept some other strings as a text
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 NAME_LENGTH = 253
 
@@ -27,7 +27,7 @@ def check_name(name: str) -> str:
     """Return ``name`` if a tenant can have it.
 
     Raises:
-        TenantNotFoundError: none can.
+        TenantNotFoundError: it is neither a slug nor a domain.
     """
     if len(name) > NAME_LENGTH or not _NAME.fullmatch(name):
         raise TenantNotFoundError(name[:64])
@@ -35,7 +35,7 @@ def check_name(name: str) -> str:
 
 
 def has_name(name: str) -> ColumnElement[bool]:
-    """The condition on ``tenants`` that a tenant which is not purged goes by ``name`` now."""
+    """The condition on ``tenants`` for the tenant with this name now; a purged one has none."""
     former = select(former_slugs.c.tenant_id).where(
         former_slugs.c.slug == name, former_slugs.c.redirects_until > func.now()
     )
@@ -49,7 +49,7 @@ def has_name(name: str) -> ColumnElement[bool]:
 
 
 async def find_tenant_id(connection: AsyncConnection, ref: str | UUID | Tenant) -> UUID:
-    """Return the id of the tenant that ``ref`` names. An id is taken at its word.
+    """Return the id of the tenant that ``ref`` names. An id is returned without a look-up.
 
     Raises:
         TenantNotFoundError: no tenant has this name.
@@ -62,13 +62,13 @@ async def find_tenant_id(connection: AsyncConnection, ref: str | UUID | Tenant) 
     found: UUID | None = await connection.scalar(select(tenants.c.id).where(has_name(check_name(named))))
     if found is None:
         raise TenantNotFoundError(named)
-    # the name may have become another tenant's since the tenant was bound
+    # the name may be another tenant's since the tenant was bound
     refuse_other_tenant(found)
     return found
 
 
 async def resolve_tenant_id(control: ControlDatabase, ref: str | UUID | Tenant) -> UUID:
-    """As ``find_tenant_id``, on a connection of its own, which only a name needs.
+    """As ``find_tenant_id``, on its own connection, which is opened for a name only.
 
     Raises:
         TenantNotFoundError: no tenant has this name.

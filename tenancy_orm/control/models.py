@@ -50,7 +50,7 @@ installation = Table(
     ),
     Column("id", Uuid, nullable=False),
     Column("owner", Text, nullable=False, server_default=""),
-    # the role that reads for one tenant; None until upgrade() has made it
+    # the role that reads for one tenant; None until ``ControlDatabase.upgrade`` has created it
     Column("viewer", Text, nullable=True),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
@@ -94,7 +94,7 @@ tenants = Table(
     Column("reason", Text, nullable=True),
     Column("timezone", Text, nullable=False, server_default="UTC"),
     Column("trial_ends_at", DateTime(timezone=True), nullable=True),
-    # what a creation under way will become, and what a deleted tenant was before
+    # the status after a creation, or after the restore of a deleted tenant
     Column("next_status", Text, nullable=True),
     Column("step", Text, nullable=True),
     Column("step_error", Text, nullable=True),
@@ -103,7 +103,7 @@ tenants = Table(
     Column("deleted_at", DateTime(timezone=True), nullable=True),
     Column("purge_started_at", DateTime(timezone=True), nullable=True),
     Column("purged_at", DateTime(timezone=True), nullable=True),
-    # what a tenant in maintenance was before, and why
+    # the status and reason of a tenant before its maintenance
     Column("former_status", Text, nullable=True),
     Column("former_reason", Text, nullable=True),
     Column("suspend_at", DateTime(timezone=True), nullable=True),
@@ -121,7 +121,7 @@ tenants = Table(
     CheckConstraint("status = 'purged' OR sealed_password IS NOT NULL", name="sealed_password"),
     CheckConstraint("status <> 'purged' OR next_sealed_password IS NULL", name="next_sealed_password"),
     CheckConstraint("(status IN ('deleted', 'purged')) = (deleted_at IS NOT NULL)", name="deleted_at"),
-    # a purged tenant's slug is free again: its database is gone
+    # a purged tenant's slug is free again: its database does not exist
     Index("tenants_slug_key", "slug", unique=True, postgresql_where=text("status <> 'purged'")),
     Index("tenants_database_name_key", "server", "database_name", unique=True),
     # keyset pages are ordered by id, which is time-ordered
@@ -188,7 +188,7 @@ api_keys = Table(
     Index("api_keys_tenant_id_idx", "tenant_id", "created_at"),
 )
 
-# --- the audit log: written by tenancy.audit_append alone -------------------------------------------------------------
+# --- the audit log: only tenancy.audit_append writes it --------------------------------------------------------------
 
 audit_log = Table(
     "audit_log",

@@ -1,4 +1,4 @@
-"""Names of databases and roles: opaque, quoted, at most 63 bytes, and never derived from anything a person typed."""
+"""Names of databases and roles: opaque, at most 63 bytes, and never derived from what a person typed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from uuid import UUID
 
 
 class Names:
-    """The names one installation uses on its servers.
+    """The names that one installation uses on its servers.
 
-    They carry eight hexadecimal digits of the installation's id, so that two control databases can share a server
-    and neither takes the other's databases for orphans of its own.
+    They contain eight hexadecimal digits of the installation's id, so that two control databases can share a server and
+    neither takes the other's databases for its own orphans.
     """
 
     def __init__(self, prefix: str, installation: UUID) -> None:
@@ -30,7 +30,7 @@ class Names:
 
     @property
     def tenant_stem(self) -> str:
-        """What the names of all tenants' databases and roles begin with."""
+        """The prefix of the names of all tenants' databases and roles."""
         return f"{self.stem}_t_"
 
     def tenant(self, tenant_id: UUID) -> str:
@@ -46,7 +46,7 @@ class Names:
         return f"{self.stem}_x_{token[:16]}"
 
     def retired(self, token: str) -> str:
-        """The name of a role that was a purged tenant's and cannot be dropped yet; ``token`` is hexadecimal digits."""
+        """The name of a purged tenant's role that cannot be dropped yet; ``token`` is hexadecimal digits."""
         return f"{self.stem}_r_{token[:16]}"
 
     def parse(self, name: str) -> UUID | None:

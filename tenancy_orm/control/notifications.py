@@ -1,8 +1,8 @@
-"""Invalidations from the control database: one connection that LISTENs, watched and renewed.
+"""Invalidations from the control database: one connection that LISTENs, and is reopened when it is lost.
 
 The registry's triggers NOTIFY the channel ``tenancy`` with ``{"t": tenant id, "k": key id or null, "c": kind}`` when a
-transaction commits. What is missed while the connection is lost is made up for by looking everything up again once it
-is back; until then what is remembered lives by its TTL alone.
+transaction commits. While the connection is lost, cached entries rely on their TTL alone; once it is back, everything
+is looked up again, since notifications were missed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LONGEST_PAUSE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a notification says: a key changed where ``key_id`` is set, else a tenant; anything may have if none is."""
+    """A notification: a key changed if ``key_id`` is set, else a tenant; if neither is set, anything may have."""
 
     tenant_id: UUID | None
     key_id: str | None
@@ -41,7 +41,7 @@ class Change:
 
     @classmethod
     def parse(cls, payload: str) -> Change:
-        """Read a payload. One that is not understood stands for a change of anything, which is always safe."""
+        """Parse a payload. A malformed one counts as a change of anything, which is always safe."""
         try:
             fields = json.loads(payload)
             tenant_id, key_id = fields["t"], fields["k"]
@@ -52,14 +52,14 @@ class Change:
 
 
 class Listener:
-    """Keeps one connection listening.
+    """Keeps one connection to the control database that LISTENs.
 
     Args:
         dsn: The control database, reached directly: a pooler in transaction mode drops LISTEN.
         on_change: Called with every change, in the event loop.
-        on_connected: Called whenever the connection was made, after LISTEN: what was missed before is unknown.
+        on_connected: Called after each LISTEN on a new connection: what was missed before is unknown.
         events: Receives ``ListenerLost`` and ``ListenerRestored``.
-        probe_interval: Every how many seconds a silent connection is asked whether it lives.
+        probe_interval: Seconds between probes of a silent connection.
         timeout: Seconds for a connect, and for the answer to a probe.
     """
 
@@ -83,14 +83,14 @@ class Listener:
         self._attempted = asyncio.Event()
         self._lost_at: float | None = None
         self.connected = False
-        """Whether changes arrive now, as far as is known."""
+        """Whether the connection is open, as far as is known."""
 
     def __repr__(self) -> str:
-        """Tell whether it is connected; the DSN holds a password."""
+        """Say whether it is connected; the DSN is left out, since it contains a password."""
         return f"<Listener {'connected' if self.connected else 'not connected'}>"
 
     async def open(self) -> None:
-        """Start, and wait until the first attempt to connect has succeeded or failed; it goes on trying either way."""
+        """Start, and wait until the first attempt to connect has succeeded or failed; further attempts follow."""
         if self._task is None:
             self._attempted.clear()
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
@@ -111,12 +111,12 @@ class Listener:
             self._report_lost(reason)
             if time.monotonic() - began > _LONGEST_PAUSE:
                 pause = _FIRST_PAUSE
-            # jitter, so that the processes of a fleet do not all come back in the same instant
+            # jitter, so that many processes do not all reconnect at the same moment
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def _connect_and_watch(self) -> str:
-        """Listen until the connection is lost, and say why it was."""
+        """Listen until the connection is lost, and return the reason."""
         connection: asyncpg.Connection[Any] | None = None
         lost = asyncio.Event()
         try:
@@ -128,7 +128,7 @@ class Listener:
         finally:
             self.connected = False
             if connection is not None:
-                # without a goodbye: the other side may be gone, and owes us nothing
+                # not closed: the other side may not answer
                 connection.terminate()
 
     async def _connect(self, lost: asyncio.Event) -> asyncpg.Connection[Any]:
@@ -147,7 +147,7 @@ class Listener:
         return connection
 
     async def _watch(self, connection: asyncpg.Connection[Any], lost: asyncio.Event) -> str:
-        # after LISTEN: whatever commits from here on is heard, whatever came before is looked up again
+        # after LISTEN: notifications of later commits arrive, and everything earlier is looked up again
         self._on_connected()
         self.connected = True
         self._report_restored()
@@ -168,7 +168,7 @@ class Listener:
         if self._lost_at is not None:
             return
         self._lost_at = time.monotonic()
-        logger.warning("the listener for invalidations is lost (%s); the directory lives by its TTL", reason)
+        logger.warning("the listener for invalidations is lost (%s); the directory relies on its TTL alone", reason)
         self._events.emit(ListenerLost(reason=reason))
 
     def _report_restored(self) -> None:

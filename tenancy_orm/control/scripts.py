@@ -1,4 +1,4 @@
-"""Run SQL scripts of several statements inside an Alembic migration over asyncpg."""
+"""SQL scripts of several statements in an Alembic migration over asyncpg."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sqlalchemy.util import await_only
 def run_script(sql: str) -> None:
     """Execute ``sql``, any number of statements, in the migration's transaction.
 
-    SQLAlchemy prepares what it executes, and PostgreSQL prepares one statement at a time; the simple query protocol,
-    which asyncpg's own ``execute`` speaks, takes a whole script.
+    SQLAlchemy prepares every statement, and PostgreSQL prepares one statement at a time. asyncpg's own ``execute`` uses
+    the simple query protocol, which takes a whole script.
     """
     connection = op.get_bind()
-    # asyncpg's adapter sends BEGIN with the first statement it executes itself
+    # SQLAlchemy's adapter sends BEGIN with its first statement
     connection.exec_driver_sql("SELECT 1")
     driver: Any = connection.connection.driver_connection
     await_only(driver.execute(sql))

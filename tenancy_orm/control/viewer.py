@@ -1,7 +1,7 @@
-"""The role that reads the control database for one tenant: row-level security shows it that tenant's rows alone.
+"""The viewer role, which reads the control database for one tenant under row-level security.
 
-``ControlDatabase.viewing`` takes it on for one transaction. It cannot log in, owns nothing, writes nothing, and may
-read only the columns below: neither the digests of keys, nor sealed passwords, nor where a tenant's database is.
+``ControlDatabase.viewing`` sets it for one transaction. It cannot log in, owns nothing, writes nothing, and may read
+only the columns below: neither the digests of keys, nor sealed passwords, nor where a tenant's database is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..postgres.quoting import quote_identifier
 from .models import SCHEMA, installation
 from .names import Names
 
-# What a tenant may know of itself, by table; and the tiers, without which its limits cannot be told.
+# What a tenant may know about itself, by table; and the tiers, which its limits are computed from.
 VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "tenants": (
         "id",
@@ -79,17 +79,17 @@ VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "tiers": ("name", "rank", "limits"),
 }
 
-# Views of tenants' rows that show nothing but such columns; granted where they read with their reader's rights.
+# Views that show such columns only; granted where they run with their reader's rights.
 VIEWER_VIEWS: Final[tuple[str, ...]] = ("audit_summary",)
 
-# One round trip: who looks, whose rows, and that nothing is written; all three end with the transaction.
+# One round trip sets the tenant, read-only and the role; all three end with the transaction.
 VIEW_AS = text(
     "SELECT set_config('tenancy.viewer', :tenant, true), set_config('transaction_read_only', 'on', true), "
     "set_config('role', :role, true)"
 )
 
 _ROLE = text("SELECT rolcanlogin, rolsuper, rolbypassrls FROM pg_roles WHERE rolname = :role")
-# from PostgreSQL 16 on a membership says separately whether it inherits, and whether it can be taken on
+# from PostgreSQL 16 on a membership has separate options to inherit and to SET ROLE
 _GRANTED = text(
     "SELECT v.modern, rolsuper OR "
     "pg_has_role(rolname, CAST(:viewer AS name), CASE WHEN v.modern THEN 'SET' ELSE 'MEMBER' END) AS granted "
@@ -107,16 +107,17 @@ _INVOKER_VIEWS = text(
 
 
 async def prepare_viewer(connection: AsyncConnection, prefix: str) -> str:
-    """Make the installation's viewer role where it is missing, give it exactly its rights, and return its name.
+    """Create the installation's viewer role if it is missing, grant it exactly its rights, and return its name.
 
-    Whoever was granted the application's rights before may take it on from now on.
+    Roles that were granted the application's rights before may SET ROLE to it from now on.
 
     Args:
         connection: A transaction on the control database, as the tables' owner.
-        prefix: ``TenancyConfig.name_prefix``; what an earlier call made of it is kept.
+        prefix: ``TenancyConfig.name_prefix``; a name that an earlier call made is kept.
 
     Raises:
-        ConfigurationError: the role is missing and this one may not create it; the message is the SQL to run.
+        AdministratorNeededError: the current role may not create or grant it; the error has the SQL to run.
+        ConfigurationError: the role can log in, or bypasses row-level security.
     """
     row = (await connection.execute(select(installation.c.id, installation.c.viewer))).one()
     viewer = row.viewer or Names(prefix, row.id).viewer
@@ -140,15 +141,15 @@ async def viewer_of(connection: AsyncConnection) -> str:
     """
     found = await connection.scalar(select(installation.c.viewer))
     if found is None:
-        raise ControlSchemaError("the control database has no role that reads for a tenant; run: tenancy init")
+        raise ControlSchemaError("the control database has no viewer role; run: tenancy init")
     return str(found)
 
 
 async def grant_viewer(connection: AsyncConnection, viewer: str, role: str) -> None:
-    """Let ``role`` take on ``viewer``, without inheriting anything of it where PostgreSQL can tell the two apart.
+    """Let ``role`` SET ROLE to ``viewer``; from PostgreSQL 16 on, without inheriting its rights.
 
     Raises:
-        ConfigurationError: this role may not grant it; the message is the SQL to run.
+        AdministratorNeededError: the current role may not grant it; the error has the SQL to run.
     """
     row = (await connection.execute(_GRANTED, {"viewer": viewer, "role": role})).one()
     if row.granted:
@@ -165,13 +166,13 @@ async def _ensure_role(connection: AsyncConnection, viewer: str, owner: str) -> 
         await _execute_privileged(connection, f"CREATE ROLE {quoted} NOLOGIN", grant)
     elif row.rolcanlogin or row.rolsuper or row.rolbypassrls:
         raise ConfigurationError(
-            f"role {viewer!r} can log in, or row-level security does not hold it; "
+            f"role {viewer!r} can log in, or bypasses row-level security; "
             f"run as an administrator: ALTER ROLE {quoted} NOLOGIN NOSUPERUSER NOBYPASSRLS"
         )
 
 
 async def _execute_privileged(connection: AsyncConnection, statement: str, *more: str) -> None:
-    """Run ``statement``; where that is refused, an administrator has to, and ``more`` after it."""
+    """Run ``statement``; where the role may not, an administrator has to run it, and ``more`` after it."""
     try:
         await connection.exec_driver_sql(statement)
     except DBAPIError as exc:

@@ -1,1 +1,1 @@
-"""What every room that talks to PostgreSQL shares: connections, locks, quoting, SQLSTATEs, what a lost server says."""
+"""Shared by every room that talks to PostgreSQL: connections, advisory locks, quoting, SQLSTATEs, server failures."""

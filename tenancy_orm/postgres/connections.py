@@ -1,4 +1,4 @@
-"""What is done with any asyncpg connection, whatever it is for."""
+"""Helpers for any asyncpg connection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .failures import SERVER_FAILURES
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
-POLL_SECONDS = 0.02  # between two looks at what another session does
+POLL_SECONDS = 0.02  # pause while polling for what another session does
 CLOSE_SECONDS = 5.0
 
 
@@ -21,7 +21,7 @@ def version(connection: Connection) -> int:
 
 
 async def close(connection: Connection) -> None:
-    """Close a connection; at once where the server does not answer."""
+    """Close a connection; terminate it if the server does not answer within ``CLOSE_SECONDS``."""
     try:
         await connection.close(timeout=CLOSE_SECONDS)
     except SERVER_FAILURES:
@@ -29,7 +29,7 @@ async def close(connection: Connection) -> None:
 
 
 async def is_alive(connection: Connection) -> bool:
-    """Whether the connection still works, and answers soon. What was cancelled on it has ended before this returns."""
+    """Whether the connection answers within ``CLOSE_SECONDS``; a statement that was cancelled on it has ended then."""
     if connection.is_closed():
         return False
     try:
@@ -42,7 +42,7 @@ async def is_alive(connection: Connection) -> bool:
 async def execute_unflushed(connection: Connection, *statements: str) -> None:
     """Run statements in one transaction whose commit does not wait for the disk.
 
-    One message holds them all, which PostgreSQL makes one implicit transaction: an error or a cancellation at any of
-    them leaves neither a part of the work nor an open transaction behind.
+    One message holds them all, which PostgreSQL runs as one implicit transaction: an error or a cancellation at any of
+    them leaves neither half of the work nor an open transaction.
     """
     await connection.execute("; ".join(("SET LOCAL synchronous_commit = off", *statements)))

@@ -1,4 +1,4 @@
-"""What a PostgreSQL server may raise, by asyncpg, where it should have answered."""
+"""The exceptions that mean a server did not answer as it should."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Final
 import asyncpg
 
 SERVER_FAILURES: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What opening or using a connection raises, time-outs among it (``TimeoutError`` is an ``OSError``). The last one is
-what asyncpg says of a connection that PostgreSQL has just ended, in the moment between its last message and the end of
-its stream; an incompatible server says it too."""
+"""What asyncpg raises when a connection cannot be opened or used, including time-outs (``TimeoutError`` is an
+``OSError``). It raises the last one for a connection that PostgreSQL has just ended, between its last message and the
+end of its stream, and for an incompatible server."""

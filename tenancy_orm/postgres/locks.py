@@ -1,4 +1,4 @@
-"""Advisory locks of a session, by a key that every process computes alike."""
+"""Session-level advisory locks, by a key that every process computes alike."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def lock_key(text: str) -> int:
 
 
 async def try_lock(connection: Connection, key: int) -> bool:
-    """Take the session-level lock ``key`` if it is free. It goes with the connection, however that ends."""
+    """Take the session-level lock ``key`` if it is free. It is released when the connection ends, however it ends."""
     return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", key))
 
 
 async def unlock(connection: Connection, key: int) -> None:
-    """Release one hold of the lock ``key``."""
+    """Release the lock ``key`` once; a session that took it several times must release it as often."""
     await connection.execute(f"SELECT pg_advisory_unlock({key})")
 
 
 async def lock(connection: Connection, key: int, *, timeout: float) -> None:
     """Take the session-level lock ``key``, by polling. It is held until ``unlock``, or until the connection ends.
 
-    A session that *waits* in pg_advisory_lock holds a snapshot all the while, and CREATE INDEX CONCURRENTLY in the
-    session that holds the lock waits for exactly such snapshots: a deadlock. Polling holds nothing between two tries.
+    A session that *waits* in pg_advisory_lock keeps a snapshot, and CREATE INDEX CONCURRENTLY in the session that has
+    the lock waits for such snapshots: a deadlock. Polling keeps nothing between two attempts.
 
     Raises:
         TimeoutError: it was not free within ``timeout`` seconds.

@@ -1,15 +1,15 @@
-"""Identifiers and constants, quoted for the statements that take no parameters."""
+"""Quoting of identifiers and constants, for statements that take no parameters."""
 
 from __future__ import annotations
 
-MAX_IDENTIFIER_BYTES = 63  # NAMEDATALEN - 1; PostgreSQL cuts longer ones silently
+MAX_IDENTIFIER_BYTES = 63  # NAMEDATALEN - 1; PostgreSQL truncates longer ones silently
 
 
 def quote_identifier(name: str) -> str:
     """Quote ``name`` for use as an SQL identifier.
 
     Raises:
-        ValueError: it is empty, holds a NUL, or is longer than PostgreSQL keeps.
+        ValueError: it is empty, contains NUL, or is longer than 63 bytes.
     """
     if not name or "\x00" in name or len(name.encode()) > MAX_IDENTIFIER_BYTES:
         raise ValueError("an identifier must be 1 to 63 bytes without NUL")
@@ -19,8 +19,8 @@ def quote_identifier(name: str) -> str:
 def quote_literal(text: str) -> str:
     """Quote ``text`` as an SQL string constant, for the statements (DDL) that take no parameters.
 
-    The E'' form makes backslashes mean the same whatever ``standard_conforming_strings`` says.
+    In the E'' form backslashes mean the same whatever ``standard_conforming_strings`` is.
     """
     if "\x00" in text:
-        raise ValueError("a string constant cannot hold NUL")
+        raise ValueError("a string constant cannot contain NUL")
     return "E'" + text.replace("\\", "\\\\").replace("'", "''") + "'"

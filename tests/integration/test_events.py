@@ -94,7 +94,7 @@ async def test_a_hung_subscriber_does_not_hold_up_closing(closable: Tenancy, cap
         await closable.close(timeout=0.05)
     assert not closable.is_open
     assert cut_short == ["acme"]
-    assert "hang to TenantCreated was cancelled at work" in caplog.text
+    assert "hang to TenantCreated was cancelled while running" in caplog.text
 
 
 async def test_closing_that_is_cancelled_closes_all_the_same(closable: Tenancy) -> None:

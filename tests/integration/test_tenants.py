@@ -369,7 +369,7 @@ async def test_the_database_has_the_same_lifecycle(tenancy: Tenancy, before: Sta
 async def test_the_database_refuses_an_illegal_update(tenancy: Tenancy) -> None:
     """The trigger raises the SQLSTATE that the registry knows, and nothing is changed."""
     created = await tenancy.tenants.create("acme")
-    with pytest.raises(Exception, match="cannot go from active to purged") as caught:
+    with pytest.raises(Exception, match="cannot change from active to purged") as caught:
         async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.tenants SET status = 'purged'"))
     assert caught.value.orig.sqlstate == "TN001"  # type: ignore[attr-defined]

@@ -309,7 +309,7 @@ async def test_cancelling_ends_what_is_left(caplog: pytest.LogCaptureFixture) ->
     await bus.cancel()
     assert await bus.drain(0)
     assert (hung.began, bus.dropped) == ([0], 2)
-    assert "Gated to TenantCreated was cancelled at work; 2 events that waited for it are dropped" in caplog.text
+    assert "Gated to TenantCreated was cancelled while running; 2 events that waited for it are dropped" in caplog.text
     hung.gate.set()
     bus.emit(created(3))
     assert await bus.drain()
@@ -350,7 +350,7 @@ async def test_cancelling_does_not_wait_for_who_will_not_end(
     assert not await bus.drain(0.05)
     async with asyncio.timeout(5):
         await bus.cancel()
-    assert "deaf to TenantCreated was cancelled at work; 1 events" in caplog.text
+    assert "deaf to TenantCreated was cancelled while running; 1 events" in caplog.text
     gate.set()
     assert await bus.drain()
     assert began == [0]
@@ -383,7 +383,7 @@ def test_the_end_of_the_loop_drops_what_waits(caplog: pytest.LogCaptureFixture) 
 
     asyncio.run(program())
     assert bus.dropped == 1
-    assert "Gated to TenantCreated was cancelled at work" in caplog.text
+    assert "Gated to TenantCreated was cancelled while running" in caplog.text
     assert asyncio.run(bus.drain(0)) is True
 
 

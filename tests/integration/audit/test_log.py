@@ -334,7 +334,7 @@ async def test_entries_at_impossible_times_are_found(plane: QuotaPlane, bounds: 
     await forge(plane, 77, f"'{moment}'")
     report = await plane.audit.verify()
     assert report.first_bad == 77 and "years" in str(report.problem)
-    with pytest.raises(AuditError, match="did not make"):
+    with pytest.raises(AuditError, match="not created by this package"):
         await plane.audit.prune(before=datetime(2025, 1, 1, tzinfo=UTC))
 
 
@@ -395,7 +395,7 @@ async def test_a_key_that_nobody_vouched_for_needs_its_public_key(plane: QuotaPl
     async with with_keys(plane, {"2": BOTH["2"]}) as second:
         report = await second.audit.verify()
         assert report.first_bad == 3 and "give a Verifier" in str(report.problem)
-        with pytest.raises(AuditChainError, match="not known here; give a Verifier"):
+        with pytest.raises(AuditChainError, match="not known; give a Verifier"):
             await second.audit.prune(before=datetime(2024, 3, 1, tzinfo=UTC))
         kept = Verifier({**plane.audit.public_keys, **second.audit.public_keys})
         assert (await second.audit.verify(checkpoint, verifier=kept)).ok

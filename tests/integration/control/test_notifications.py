@@ -106,7 +106,7 @@ async def test_a_deleted_tenants_key_stops_working_in_every_process(plane: Contr
 async def test_without_a_listener_a_revoked_key_stops_working_within_the_ttl(
     plane: ControlPlane, control_url: str
 ) -> None:
-    """The listener is cut off for good; the memory of another process lives by its TTL alone."""
+    """The listener is cut off for good; the cache of another process relies on its TTL alone."""
     ttl = 2.0
     _, key = await plane.tenant("acme")
     credential = await plane.directory.authenticate(key)
@@ -203,7 +203,7 @@ async def test_the_directory_opens_without_a_listener(control_url: str, caplog: 
         with caplog.at_level(logging.WARNING, "tenancy_orm.listener"):
             async with control_plane(control_url, control={"listen_url": proxy.url(control_url)}) as plane:
                 assert not plane.directory.statistics.listening
-                assert "lives by its TTL" in caplog.text
+                assert "relies on its TTL alone" in caplog.text
                 _, key = await plane.tenant("acme")
                 await plane.directory.authenticate(key)
                 proxy.restore()

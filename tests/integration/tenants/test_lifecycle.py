@@ -48,9 +48,9 @@ async def test_a_former_slug_is_nobody_elses_while_it_redirects(tenancy: Tenancy
     await tenancy.tenants.create("acme")
     await tenancy.tenants.rename("acme", "acme-corp")
     await tenancy.tenants.create("globex")
-    with pytest.raises(TenantExistsError, match="still leads to"):
+    with pytest.raises(TenantExistsError, match="still redirects to"):
         await tenancy.tenants.create("acme")
-    with pytest.raises(TenantExistsError, match="still leads to"):
+    with pytest.raises(TenantExistsError, match="still redirects to"):
         await tenancy.tenants.rename("globex", "acme")
 
 

@@ -137,7 +137,7 @@ BEGIN
         IF NOT EXISTS (
             SELECT 1 FROM tenancy.status_transitions WHERE before = OLD.status AND after = NEW.status
         ) OR (OLD.purge_started_at IS NOT NULL AND NEW.status <> 'purged') THEN
-            RAISE EXCEPTION 'a tenant cannot go from % to %', OLD.status, NEW.status
+            RAISE EXCEPTION 'a tenant cannot change from % to %', OLD.status, NEW.status
                 USING ERRCODE = 'TN001', TABLE = 'tenants', COLUMN = 'status';
         END IF;
         IF NEW.status = 'deleted' THEN

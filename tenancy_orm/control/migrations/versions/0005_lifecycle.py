@@ -9,7 +9,7 @@ depends_on = None
 
 TABLES = """
 ALTER TABLE tenancy.tenants
-    -- what a tenant in maintenance was before, and why
+    -- the status and reason of a tenant before its maintenance
     ADD COLUMN former_status text CONSTRAINT tenants_former_status_check CHECK (
         former_status IN ('trial', 'active', 'suspended')),
     ADD COLUMN former_reason text,
