@@ -1,1 +1,1 @@
-"""What passwords are sealed with: the keyring, data keys, and where keys are kept."""
+"""Sealed passwords and the keys that seal them: keyring, data keys, and providers of secrets."""

@@ -1,7 +1,8 @@
 """Secrets in AWS: Secrets Manager, and keys wrapped by KMS. Extra ``aws``.
 
-boto3 is synchronous, so every call runs in a worker thread; each of its three tries at most is bounded by ``timeout``.
-Credentials and region come from where boto3 finds them: the environment, a profile, the instance's or the task's role.
+boto3 is synchronous, so every call runs in a worker thread; it makes three attempts at most, each bounded by
+``timeout``. boto3 finds the credentials and the region: in the environment, a profile, or the instance's or task's
+role.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .providers import check_name, without_payload_logs
 
 
 class _Client:
-    """A boto3 client, made on first use: making one reads files and takes a tenth of a second."""
+    """A boto3 client, created on first use: that reads files and takes a tenth of a second."""
 
     def __init__(self, service: str, *, region: str | None, endpoint_url: str | None, timeout: float) -> None:
         try:
@@ -37,7 +38,7 @@ class _Client:
         """Call an operation.
 
         Raises:
-            SecretNotFoundError: ``missing``, where AWS does not have what was asked for.
+            SecretNotFoundError: ``missing``, if AWS does not have it.
             SecretProviderError: AWS does not answer, or refuses.
         """
         from botocore.exceptions import BotoCoreError, ClientError
@@ -45,7 +46,7 @@ class _Client:
         try:
             async with self._making:
                 if self._client is None:
-                    with without_payload_logs():  # it may ask for credentials
+                    with without_payload_logs():  # it may request credentials
                         self._client = await asyncio.to_thread(self._make)
             with without_payload_logs():
                 return await asyncio.to_thread(getattr(self._client, operation), **arguments)
@@ -55,7 +56,7 @@ class _Client:
                 raise missing from None
             raise SecretProviderError(f"AWS {self._service} refuses {operation}: {code}") from None
         except BotoCoreError as exc:
-            raise SecretProviderError(f"AWS {self._service} does not serve: {type(exc).__name__}") from None
+            raise SecretProviderError(f"AWS {self._service} is not available: {type(exc).__name__}") from None
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -67,10 +68,10 @@ class AwsSecrets:
     """Secrets in AWS Secrets Manager, as strings, each under ``<prefix><name>``.
 
     Args:
-        prefix: What the names begin with.
-        region: The region; boto3's own choice where None.
+        prefix: The prefix of the secrets' names in AWS.
+        region: The region; boto3's default if None.
         endpoint_url: Another endpoint, such as a VPC's.
-        timeout: Seconds for a connect, and for an answer; a call is tried three times.
+        timeout: Seconds for a connect, and for an answer; a call has three attempts.
 
     Raises:
         MissingExtraError: boto3 is not installed.
@@ -112,13 +113,13 @@ class AwsSecrets:
 
 
 class AwsKms:
-    """Wraps keys by AWS KMS, whose key never leaves it. KMS rotates it by itself; what it wrapped before still unwraps.
+    """Wraps keys with a key that never leaves AWS KMS. KMS can rotate it: what it wrapped before still unwraps.
 
     Args:
         key: The key's id, ARN or alias (``alias/tenancy``).
-        region: The region; boto3's own choice where None.
+        region: The region; boto3's default if None.
         endpoint_url: Another endpoint, such as a VPC's.
-        timeout: Seconds for a connect, and for an answer; a call is tried three times.
+        timeout: Seconds for a connect, and for an answer; a call has three attempts.
 
     Raises:
         MissingExtraError: boto3 is not installed.
@@ -136,7 +137,7 @@ class AwsKms:
 
     @property
     def name(self) -> str:
-        """The key, as it was configured."""
+        """``aws-kms:`` and the key, as it was configured."""
         return f"aws-kms:{self._key}"
 
     async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
@@ -152,7 +153,7 @@ class AwsKms:
         """Decrypt what ``wrap`` made.
 
         Raises:
-            SecretProviderError: AWS does not answer, or refuses: another context or key, say.
+            SecretProviderError: AWS does not answer, or refuses, for example because the context or key is another.
         """
         answer = await self._call("decrypt", CiphertextBlob=wrapped, EncryptionContext=dict(context))
         return bytes(answer["Plaintext"])
@@ -162,7 +163,7 @@ class AwsKms:
         await self._client.close()
 
     async def _call(self, operation: str, **arguments: Any) -> Any:
-        # named in decrypt as well: KMS then refuses what another key wrapped
+        # decrypt names the key too, so that KMS refuses what another key wrapped
         return await self._client.call(
             operation, {"KeyId": self._key, **arguments}, missing=SecretNotFoundError(self._key, "AWS KMS")
         )

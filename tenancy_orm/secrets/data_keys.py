@@ -1,8 +1,8 @@
-"""Envelope encryption: the keys that seal tenants' passwords, kept in the control database, wrapped by a key elsewhere.
+"""Envelope encryption: data keys seal tenants' passwords, and are themselves stored wrapped by a key elsewhere.
 
-What seals and opens is a data key of 256 random bits, in the memory of the process alone. The control database holds
-it wrapped: a copy of it, backups included, opens nothing without the ``KeyWrapper``. The wrapper is asked once per data
-key when a process opens, never for a request, so that it may be slow, or away, while processes run.
+A data key is 256 random bits, and unwrapped only in the memory of a process. The control database stores it wrapped: a
+copy of that database, backups included, opens nothing without the ``KeyWrapper``. The wrapper is called once per data
+key when a process opens, never for a request, so that it may be slow or unavailable while processes run.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ logger = logging.getLogger("tenancy_orm.secrets")
 _KEY_BYTES = 32
 _ID_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ID_LENGTH = 12
-_RETRY_SECONDS = 10.0  # for how long the wrapper is not asked again about a key that it has refused
+_RETRY_SECONDS = 10.0  # until the wrapper is called again for a key that it has refused
 
 
 class DataKeys:
-    """The installation's data keys, oldest first; the newest one seals.
+    """The installation's data keys, oldest first; the newest seals.
 
     Args:
         control: The control database, open.
-        wrapper: Wraps and unwraps them.
+        wrapper: Wraps and unwraps the data keys.
     """
 
     def __init__(self, control: ControlDatabase, wrapper: KeyWrapper) -> None:
@@ -45,10 +45,10 @@ class DataKeys:
         self._wrapper = wrapper
         self._installation: UUID = control.installation
         self._known: dict[str, bytes] = {}
-        # when, and why, the wrapper has refused a key
+        # when and why the wrapper refused a key
         self._refused: dict[str, tuple[float, TenancyError]] = {}
         self._subscribers: list[Callable[[Mapping[str, bytes]], Awaitable[None]]] = []
-        # held while the keys are read, so that many that ask at once unwrap once
+        # locked while the keys are read, so that concurrent callers unwrap each key once
         self._reading = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -56,15 +56,15 @@ class DataKeys:
         return f"DataKeys({self._wrapper.name}, {', '.join(self._known)})"
 
     def on_read(self, subscriber: Callable[[Mapping[str, bytes]], Awaitable[None]]) -> None:
-        """Have ``subscriber`` told of the keys, all of them, whenever they have been read."""
+        """Call ``subscriber`` with all keys whenever they have been read."""
         self._subscribers.append(subscriber)
 
     async def open(self) -> Mapping[str, bytes]:
-        """Return all data keys by id; makes the first one where there is none.
+        """Return all data keys by id; creates the first one if there is none.
 
         Raises:
             SecretProviderError: the wrapper does not answer, or refuses.
-            SecretError: what it unwrapped is no data key.
+            SecretError: an unwrapped value is not a data key.
             ControlUnavailableError: the control database does not answer.
         """
         keys = await self._read()
@@ -74,20 +74,20 @@ class DataKeys:
         return keys
 
     async def rotate(self) -> Mapping[str, bytes]:
-        """Make a new data key, which seals from now on, and return all of them.
+        """Create a new data key, which seals from now on, and return all of them.
 
         Raises:
-            SecretProviderError: it cannot be wrapped, or does not unwrap; the former ones go on sealing.
+            SecretProviderError: it cannot be wrapped or unwrapped; the newest former key still seals.
             ControlUnavailableError: the control database does not answer.
         """
         key_id = await self._create(only_first=False)
         keys = await self._read()
         if key_id not in keys:
-            raise SecretProviderError(f"the new data key {key_id!r} does not unwrap by {self._wrapper.name}; try again")
+            raise SecretProviderError(f"{self._wrapper.name} does not unwrap the new data key {key_id!r}; try again")
         return keys
 
     async def update(self, keyring: Keyring) -> None:
-        """Make known to ``keyring`` what another process has added.
+        """Add the keys that other processes have created to ``keyring``.
 
         Raises:
             SecretProviderError, SecretError, ControlUnavailableError: as ``open``.
@@ -95,9 +95,10 @@ class DataKeys:
         keyring.add_keys(await self.open())
 
     async def delete_unused(self) -> list[str]:
-        """Delete the data keys before the newest that nothing is sealed with, and return their ids.
+        """Delete the data keys that seal nothing, except the newest, and return their ids.
 
-        Those that do not unwrap are deleted with them; what is newer than the newest that does is another process's.
+        Keys that do not unwrap are deleted too. A key that is newer than the newest known one is another process's, and
+        is kept.
 
         Raises:
             SecretProviderError, SecretError, ControlUnavailableError: as ``open``.
@@ -122,9 +123,9 @@ class DataKeys:
             return dict(self._known)
 
     async def _unwrap_all(self, rows: Sequence[Row[*tuple[Any, ...]]]) -> TenancyError | None:
-        """Unwrap what is not known yet; returns why the last one does not unwrap, if it does not.
+        """Unwrap the keys that are not known yet; returns the error of the last one that does not unwrap.
 
-        One bad row must not keep every process from opening: only what is sealed under it stays closed.
+        One bad row must not keep every process from opening: only what is sealed with that key cannot be opened.
         """
         reason: TenancyError | None = None
         for row in rows:
@@ -134,10 +135,10 @@ class DataKeys:
             if reason is not None and time.monotonic() - since < _RETRY_SECONDS:
                 continue
             try:
-                # no variable holds the keys: what fails below would carry them in its traceback's frames
+                # not in a variable: the frames of a traceback would contain the key
                 self._known[row.id] = await self._unwrap(row)
             except (SecretError, SecretProviderError, ConfigurationError) as exc:
-                logger.error("data key %s, wrapped by %s, does not unwrap: %s", row.id, row.wrapper, exc)
+                logger.error("data key %s, wrapped by %s, cannot be unwrapped: %s", row.id, row.wrapper, exc)
                 reason = exc.with_traceback(None)
                 self._refused[row.id] = (time.monotonic(), reason)
         return reason
@@ -145,19 +146,19 @@ class DataKeys:
     async def _unwrap(self, row: Row[*tuple[Any, ...]]) -> bytes:
         key = await self._wrapper.unwrap(row.wrapped, context=self._context(row.id))
         if len(key) != _KEY_BYTES:
-            raise SecretError(f"data key {row.id!r} is damaged: it has {len(key)} bytes")
+            raise SecretError(f"data key {row.id!r} is damaged: it has {len(key)} bytes, not {_KEY_BYTES}")
         return key
 
     async def _create(self, *, only_first: bool) -> str | None:
         key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
-        # before the transaction: the wrapper may be slow, and no lock waits for it
+        # before the transaction, so that no lock is held while the wrapper, which may be slow, is called
         wrapped = await self._wrapper.wrap(secrets.token_bytes(_KEY_BYTES), context=self._context(key_id))
         async with self._control.transaction() as connection:
             if only_first and not await _is_first(connection):
                 return None
             values = {"id": key_id, "wrapped": wrapped, "wrapper": self._wrapper.name}
             await connection.execute(insert(data_keys).values(values))
-        logger.info("data key %s made, wrapped by %s", key_id, self._wrapper.name)
+        logger.info("data key %s created, wrapped by %s", key_id, self._wrapper.name)
         return key_id
 
     def _context(self, key_id: str) -> dict[str, str]:
@@ -178,7 +179,7 @@ _DELETE_UNUSED = text("""
 
 
 async def _is_first(connection: AsyncConnection) -> bool:
-    """Whether there is no data key; until the transaction ends, no other process makes one."""
+    """Whether there is no data key; until the transaction ends, no other process can create one."""
     await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
     await connection.execute(text("LOCK TABLE tenancy.data_keys IN SHARE ROW EXCLUSIVE MODE"))
     return (await connection.execute(select(data_keys.c.id).limit(1))).first() is None

@@ -1,7 +1,7 @@
-"""Sealed secrets: AES-256-GCM with the owner's identity as associated data.
+"""Sealed secrets: AES-256-GCM with the tenant's id as associated data.
 
 A sealed value is ``version (1 byte) | length of key id (1) | key id | nonce (12) | ciphertext and tag``. Associated
-data binds it to its tenant: two rows' values swapped in the registry open for neither.
+data binds it to its tenant: if the values of two rows are swapped in the registry, neither can be opened.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def new_password() -> str:
 
 
 class Keyring:
-    """Seals with the newest key, opens with any.
+    """Seals with the newest key and opens with any.
 
     Args:
         keys: 32-byte keys by id, oldest first.
@@ -49,16 +49,16 @@ class Keyring:
         return f"Keyring({', '.join(self._ciphers)})"
 
     def add_keys(self, keys: Mapping[str, bytes]) -> None:
-        """Open with these keys as well from now on, and seal with the last of them."""
+        """Also open with these keys from now on, and seal with the last of them."""
         self._ciphers.update((key_id, AESGCM(key)) for key_id, key in keys.items())
         self.current = list(keys)[-1]
 
     def knows(self, sealed: bytes) -> bool:
-        """Whether this value was sealed by a key that is known here."""
+        """Whether this keyring has the key that sealed this value."""
         return self.key_id(sealed) in self._ciphers
 
     def seal(self, plaintext: bytes, *, associated: bytes) -> bytes:
-        """Encrypt ``plaintext`` so that it opens only with the same ``associated`` data."""
+        """Encrypt ``plaintext`` so that it can only be opened with the same ``associated`` data."""
         nonce = os.urandom(_NONCE_BYTES)
         key_id = self.current.encode()
         header = bytes([_VERSION, len(key_id)]) + key_id
@@ -80,7 +80,7 @@ class Keyring:
         try:
             return cipher.decrypt(nonce, body, header + associated)
         except InvalidTag:
-            raise SecretError("the secret does not open: it is damaged, or belongs to another tenant") from None
+            raise SecretError("the secret cannot be opened: it is damaged, or belongs to another tenant") from None
 
     def key_id(self, sealed: bytes) -> str:
         """The id of the key that sealed this value.
@@ -103,6 +103,6 @@ class Keyring:
         """Open the password of a tenant's role.
 
         Raises:
-            SecretError: it does not open, see ``open``.
+            SecretError: it cannot be opened, see ``open``.
         """
         return self.open(sealed, associated=b"tenant-password:" + tenant_id.bytes).decode()

@@ -1,8 +1,8 @@
-"""Where secrets come from: the environment and files here; HashiCorp Vault in ``vault``, AWS in ``aws``.
+"""Providers of secrets: the environment and files here; HashiCorp Vault in ``vault``, AWS in ``aws``.
 
-A ``SecretProvider`` returns secrets by name. A ``KeyWrapper`` never returns its key, but encrypts others under it: the
-keys that seal tenants' passwords are then worth nothing without it (envelope encryption, see ``data_keys``). Both are
-protocols of ``config``: an application can bring its own.
+A ``SecretProvider`` returns secrets by name. A ``KeyWrapper`` never returns its key, but encrypts others with it: the
+keys that seal tenants' passwords are useless without it (envelope encryption, see ``data_keys``). Both are protocols,
+in ``tenancy_orm.protocols``, that an application can implement.
 """
 
 from __future__ import annotations
@@ -30,49 +30,50 @@ _MAX_BYTES = 64 * 1024
 _KEY_BYTES = 32
 _MAX_KEY_ID = 16
 
-
-# those that log what they send and receive, and those that do so in no version we know of; with what is below them
+# libraries that log requests and answers, or might; their child loggers are included
 _LOGGERS = ("botocore", "boto3", "hvac", "requests", "urllib3")
 _WITH_PAYLOADS = ("botocore.endpoint", "botocore.parsers", "botocore.auth", "botocore.hooks")
-_carries_secrets: ContextVar[bool] = ContextVar("tenancy_carries_secrets", default=False)
+_suppressed: ContextVar[bool] = ContextVar("tenancy_payload_logs_suppressed", default=False)
 
 
-class _SecretCalls(logging.Filter):
-    """Drops what a library tells of a call that carries secrets, below warnings: its DEBUG log quotes the payload."""
+class _PayloadFilter(logging.Filter):
+    """Drops a library's records below WARNING of calls that carry secrets: its DEBUG records quote the payload."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record may be logged."""
-        return record.levelno >= logging.WARNING or not _carries_secrets.get()
+        return record.levelno >= logging.WARNING or not _suppressed.get()
 
 
-_SECRET_CALLS = _SecretCalls()
+_PAYLOAD_FILTER = _PayloadFilter()
 
 
 @contextmanager
 def without_payload_logs() -> Iterator[None]:
-    """Keep the payload of calls within, in this task and in threads it starts, out of the libraries' logs.
+    """Keep the payload of calls in the body, in this task and threads that it starts, out of the libraries' logs.
 
-    Calls of the same libraries elsewhere in the process are logged as before. A logger's filter sees what is logged by
-    that logger itself, not by those below it, so that each of them gets it.
+    Other calls of the same libraries are logged as before. A logger's filter does not see its child loggers' records,
+    so that the filter is added to each of them.
     """
     for name in (*_WITH_PAYLOADS, *logging.root.manager.loggerDict):
         if name.partition(".")[0] in _LOGGERS:
-            logging.getLogger(name).addFilter(_SECRET_CALLS)  # a second time is none
-    token = _carries_secrets.set(True)
+            logging.getLogger(name).addFilter(_PAYLOAD_FILTER)  # adding it twice has no effect
+    token = _suppressed.set(True)
     try:
         yield
     finally:
-        _carries_secrets.reset(token)
+        _suppressed.reset(token)
 
 
 def check_name(name: str) -> str:
-    """Return the name of a secret, if it is one that every provider can keep.
+    """Return ``name`` if every provider can have a secret of that name.
 
     Raises:
         ConfigurationError: it is not 1 to 128 of letters, digits, dots, hyphens and underscores.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigurationError(f"{name!r} cannot be the name of a secret")
+        raise ConfigurationError(
+            f"{name!r} is not a valid name of a secret: use 1 to 128 letters, digits, dots, hyphens and underscores"
+        )
     return name
 
 
@@ -80,8 +81,8 @@ class EnvironmentSecrets:
     """Secrets in environment variables: ``encryption_keys`` is ``<prefix>ENCRYPTION_KEYS``.
 
     Args:
-        prefix: What the variables begin with.
-        environ: Where they are; ``os.environ`` by default.
+        prefix: The prefix of the variables' names.
+        environ: The variables; ``os.environ`` by default.
     """
 
     def __init__(self, prefix: str = "SECRET_", environ: Mapping[str, str] | None = None) -> None:
@@ -109,20 +110,19 @@ class EnvironmentSecrets:
 
 
 class FileSecrets:
-    """Secrets in files, one each, named as the secret: what ``systemd-creds``, Docker and Kubernetes mount.
+    """Secrets in files, each named as its secret, as ``systemd-creds``, Docker and Kubernetes mount them.
 
-    A file that others could read or change is refused, like ssh does with a private key. Line ends at the end of a file
-    are no part of the secret.
+    A file that others could read or change is refused, as ssh refuses such a private key. Line ends at the end of a
+    file are not part of the secret.
 
     Args:
         directory: Where the files are.
-        allow: Permission bits that are acceptable beyond the owner's: 0o044 for mounts that are readable by everyone
-            inside a container.
+        allow: Permission bits to accept beyond the owner's: 0o044 for mounts that everyone in a container can read.
     """
 
     def __init__(self, directory: str | Path, *, allow: int = 0) -> None:
         if allow & 0o022:
-            raise ConfigurationError("a secret that others may write is no secret; allow may hold 0o044 at most")
+            raise ConfigurationError("others must not be able to write a secret; allow may be 0o044 at most")
         self._directory = Path(directory)
         self._refused = 0o077 & ~allow
 
@@ -135,7 +135,7 @@ class FileSecrets:
 
         Raises:
             SecretNotFoundError: there is no such file.
-            SecretProviderError: it cannot be read, is no file, or is open to others.
+            SecretProviderError: it cannot be read, is not a file, or others may read or write it.
         """
         path = self._directory / check_name(name)
         try:
@@ -149,7 +149,8 @@ class FileSecrets:
         """Nothing is open."""
 
     def _read(self, path: Path) -> str:
-        # what is checked is what is read: the file is opened first. A link is followed, since mounts use them.
+        # opened first, so that the file that is checked is the one that is read; links are followed, since mounts use
+        # them
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor has no path
             self._check(path, os.fstat(descriptor))
@@ -165,14 +166,14 @@ class FileSecrets:
             raise SecretProviderError(f"{path} belongs to neither this user nor root")
         if status.st_mode & self._refused:
             mode = stat.S_IMODE(status.st_mode)
-            raise SecretProviderError(f"{path} has mode {mode:04o} and is open to others; run: chmod 600 {path}")
+            raise SecretProviderError(f"{path} has mode {mode:04o}, which lets others use it; run: chmod 600 {path}")
 
 
 class SecretKeyWrapper:
-    """A ``KeyWrapper`` whose keys come from a ``SecretProvider``, where there is neither Vault's transit nor KMS.
+    """A ``KeyWrapper`` with keys from a ``SecretProvider``, where there is neither Vault's transit engine nor KMS.
 
     Args:
-        secrets: Where the wrapping keys are kept.
+        secrets: The provider of the wrapping keys.
         secret: The name of the secret, written as ``TENANCY_ENCRYPTION_KEYS`` is: ``1:<base64>,2:<base64>``; the last
             one wraps, all of them unwrap.
     """
@@ -188,11 +189,11 @@ class SecretKeyWrapper:
 
     @property
     def name(self) -> str:
-        """The name of the secret."""
+        """``secret:`` and the name of the secret."""
         return f"secret:{self._secret}"
 
     async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
-        """Encrypt ``key`` under the newest wrapping key there is now.
+        """Encrypt ``key`` with the newest wrapping key.
 
         Raises:
             SecretProviderError: the wrapping keys cannot be read.
@@ -204,18 +205,18 @@ class SecretKeyWrapper:
         """Decrypt what ``wrap`` made.
 
         Raises:
-            SecretProviderError: the wrapping keys cannot be read, or none of them opens it.
+            SecretProviderError: the wrapping keys cannot be read, or none of them decrypts it.
             ConfigurationError: they are malformed.
         """
         associated = encode_context(context)
         if self._keyring is not None:
-            # those that were read already; if none opens it, they may have been rotated since
+            # the keys that were read before; if none of them decrypts it, they may have been rotated since
             with suppress(SecretError):
                 return self._keyring.open(wrapped, associated=associated)
         try:
             return (await self._read()).open(wrapped, associated=associated)
         except SecretError as exc:
-            raise SecretProviderError(f"a key does not unwrap by {self.name}: {exc}") from None
+            raise SecretProviderError(f"{self.name} does not unwrap a key: {exc}") from None
 
     async def close(self) -> None:
         """Close the provider."""
@@ -233,17 +234,17 @@ class SecretKeyWrapper:
 
 
 def encode_context(context: Mapping[str, str]) -> bytes:
-    """Write a context so that equal ones are equal bytes."""
+    """Encode a context, so that equal contexts give equal bytes."""
     return json.dumps(dict(context), sort_keys=True, separators=(",", ":")).encode()
 
 
 async def read_secrets(config: TenancyConfig) -> TenancyConfig:
-    """Return ``config`` with what ``secrets.options`` names filled in from its provider; what is set already stays.
+    """Return ``config`` with the options that ``secrets.options`` names read from its provider; those already set stay.
 
-    Where nothing is named, that is ``encryption_keys``, unless a ``key_wrapper`` makes them needless.
+    If no options are named, that is ``encryption_keys``, or none with a ``key_wrapper``.
 
     Raises:
-        SecretNotFoundError: the provider lacks one.
+        SecretNotFoundError: the provider does not have one of them.
         SecretProviderError: it does not answer, or refuses.
         ConfigurationError: a secret is malformed.
     """

@@ -1,6 +1,6 @@
-"""The tenants' stored passwords: read again, rotated in two steps, and sealed under another key.
+"""The tenants' stored passwords: reading, rotation in two steps, and resealing under another key.
 
-Every statement on ``sealed_password`` and ``next_sealed_password`` but their first INSERT and their purge is here.
+Every statement on ``sealed_password`` and ``next_sealed_password`` is here, except their first INSERT and their purge.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ logger = logging.getLogger("tenancy_orm.secrets")
 
 _BATCH = 200
 _PASSES = 5
-_WAIT_SECONDS = 5.0  # how long reseal waits, altogether, for rows that others keep locked
+_WAIT_SECONDS = 5.0  # that reseal waits in total for rows that other transactions have locked
 _COLUMNS = ("sealed_password", "next_sealed_password")
 
 
 @dataclass(frozen=True, slots=True)
 class ResealReport:
-    """What ``reseal`` did: how many passwords it sealed under ``key_id``, and why those of others (by slug) are not.
+    """The result of ``reseal``: how many passwords it sealed under ``key_id``, and why others (by slug) were not.
 
-    ``keys_in_use`` are the keys that something is sealed under afterwards. One that is not among them can go.
+    ``keys_in_use`` are the keys that something is still sealed under. A key that is not among them can be removed.
     """
 
     key_id: str
@@ -48,7 +48,7 @@ class ResealReport:
 
     @property
     def remaining(self) -> frozenset[str]:
-        """The older keys that something is still sealed under: repeat it before one of them goes."""
+        """The older keys that something is still sealed under: repeat ``reseal`` before you remove one of them."""
         return self.keys_in_use - {self.key_id}
 
 
@@ -59,7 +59,7 @@ class SealedPasswords:
         control: The control database.
         audit: Where changes are recorded.
         keyring: Opens and seals.
-        data_keys: Where the keyring's keys come from, with envelope encryption.
+        data_keys: The source of the keyring's keys, with envelope encryption.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class SealedPasswords:
     def on_read(self, subscriber: Callable[[UUID], None]) -> None:
         """Call ``subscriber`` with a tenant's id whenever ``candidates`` has read its passwords.
 
-        That is after a login was refused: what a process remembers of this tenant may be outdated.
+        That is after a login was refused: what the process has cached of this tenant may be stale.
         """
         self._subscribers.append(subscriber)
 
     async def candidates(self, tenant_id: UUID) -> tuple[bytes, ...]:
-        """Return what may be the password of a tenant's role now: one, or two while it is being rotated.
+        """Return the sealed passwords that the tenant's role may have now: one, or two during a rotation.
 
-        What another process has sealed under a new data key can be opened once this returns.
+        A new data key that another process has sealed them with is in the keyring when this returns.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -100,24 +100,24 @@ class SealedPasswords:
     # --- rotation ---------------------------------------------------------------------------------------------------
 
     async def start_rotation(self, tenant_id: UUID) -> str:
-        """Return the password that the tenant's role is to get; it is stored before this returns.
+        """Return the role's next password; it is stored before this returns.
 
-        A rotation that was begun and not finished goes on with the password it had: the role may have it already. One
-        that does not open is replaced, since nothing else could ever end that rotation. The caller holds the tenant's
-        advisory lock, so that no other process is about to give that one to the role.
+        An unfinished rotation continues with its password, which the role may have already. A password that cannot be
+        opened is replaced, or that rotation could never end. The caller has the tenant's advisory lock, so that no
+        other process is setting that password on the role.
 
         Raises:
             TenantNotFoundError: no such tenant, or it has been purged.
             InvalidTransitionError: it is still being created.
         """
         if self._data_keys is not None:
-            # what is sealed now is sealed under the newest key, whether or not this process has heard of it
+            # seal under the newest key, even if another process has created it
             await self._data_keys.update(self._keyring)
         async with self._control.transaction() as connection:
             row = await self._lock(connection, tenant_id)
             sealed = row.next_sealed_password
             if sealed is None or not self._can_open(tenant_id, row.slug, sealed):
-                # no variable holds the password: what fails below would carry it in its traceback's frames
+                # the password is not in a variable: the frames of a traceback would contain it
                 sealed = self._keyring.seal_password(tenant_id, new_password())
                 await connection.execute(
                     update(tenants).where(tenants.c.id == tenant_id).values(next_sealed_password=sealed)
@@ -125,7 +125,7 @@ class SealedPasswords:
         return self._keyring.open_password(tenant_id, sealed)
 
     async def finish_rotation(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
-        """Make the next password the only one, once the role has it. Every process is notified.
+        """Replace the password by the next one, once the role has it. Every process is notified.
 
         Raises:
             TenantNotFoundError: no such tenant, or it has been purged.
@@ -141,7 +141,7 @@ class SealedPasswords:
             )
 
     async def pending_rotations(self) -> list[UUID]:
-        """Return the tenants whose rotation was begun and not finished."""
+        """Return the ids of the tenants with an unfinished rotation."""
         query = select(tenants.c.id).where(tenants.c.next_sealed_password.is_not(None)).order_by(tenants.c.id)
         async with self._control.connect() as connection:
             return list(await connection.scalars(query))
@@ -150,7 +150,7 @@ class SealedPasswords:
         try:
             self._keyring.open_password(tenant_id, sealed)
         except SecretError as exc:
-            logger.error("the password that tenant %s was to get is replaced by another: %s", slug, exc)
+            logger.error("the next password of tenant %s cannot be opened, and is replaced: %s", slug, exc)
             return False
         return True
 
@@ -170,14 +170,14 @@ class SealedPasswords:
     # --- keys -------------------------------------------------------------------------------------------------------
 
     async def reseal(self, *, actor: Actor = SYSTEM) -> ResealReport:
-        """Seal every password under the newest key that is sealed under another one.
+        """Seal every password that is sealed under an older key under the newest one.
 
-        In small transactions, and safe to interrupt, to repeat, and to run in several places at once: with data keys
-        all of them end with the newest there is. Which of ``encryption_keys`` is the newest, each process is configured
-        to know; run it where the new key is the last.
+        It uses small transactions, and is safe to interrupt, to repeat, and to run in several places at once: with data
+        keys, all runs end with the newest. Which of ``encryption_keys`` is the newest is each process's own
+        configuration; run it where the new key is the last.
 
         Raises:
-            ControlUnavailableError: the control database does not answer; what was done is done.
+            ControlUnavailableError: the control database does not answer; what was resealed stays resealed.
         """
         resealed = 0
         failed: dict[str, str] = {}
@@ -198,7 +198,7 @@ class SealedPasswords:
             for column in _COLUMNS:
                 query = (
                     f"SELECT DISTINCT substring({column} from 3 for get_byte({column}, 1)) "  # noqa: S608
-                    # what is shorter is damaged, and sealed under nothing
+                    # a shorter value is damaged, and not sealed under any key
                     f"FROM tenancy.tenants WHERE length({column}) > 2"
                 )
                 found.update(await connection.scalars(text(query)))
@@ -208,7 +208,7 @@ class SealedPasswords:
         resealed = 0
         failed: dict[str, str] = {}
         for _ in range(_PASSES):
-            # another pass for what others had locked, or have sealed under a key that was not known here
+            # again, for rows that others had locked, or have sealed under a key that was not in the keyring
             newest = self._keyring.current
             done, failed = await self._reseal_unlocked(column, actor)
             resealed += done
@@ -231,7 +231,7 @@ class SealedPasswords:
                 done += await self._reseal_rows(connection, column, rows, actor, failed)
 
     async def _reseal_locked(self, column: str, actor: Actor, failed: dict[str, str]) -> int:
-        """Seal what every pass has found locked, waiting for it; what stays locked is added to ``failed``."""
+        """Reseal the rows that every pass found locked, and wait for them; add those that stay locked to ``failed``."""
         done, deadline = 0, time.monotonic() + _WAIT_SECONDS
         async with self._control.connect() as connection:
             rows = (await connection.execute(self._outdated(column))).all()
@@ -248,18 +248,18 @@ class SealedPasswords:
             except DBAPIError as exc:
                 if sqlstate_of(exc) != LOCK_NOT_AVAILABLE:
                     raise
-                logger.error("the password of tenant %s was not sealed again: its row is locked", row.slug)
-                failed[row.slug] = "another transaction keeps the tenant's row locked; try again"
+                logger.error("the password of tenant %s was not resealed: its row is locked", row.slug)
+                failed[row.slug] = "another transaction has locked the tenant's row; try again"
         return done
 
     def _outdated(self, column: str) -> Select[*tuple[Any, ...]]:
-        """What is not sealed under the newest key."""
+        """The query for passwords that are not sealed under the newest key."""
         stored = tenants.c[column]
         key_id = self._keyring.current.encode()
         prefix = bytes([1, len(key_id)]) + key_id
         return (
             select(tenants.c.id, tenants.c.slug, stored.label("sealed"))
-            # an empty one has been erased by a purge
+            # a purge leaves an empty password
             .where(or_(func.length(stored) > 0, tenants.c.purge_started_at.is_(None)))
             .where(text(f"substring({column} for {len(prefix)}) <> :prefix").bindparams(prefix=prefix))
             .order_by(tenants.c.id)
@@ -278,7 +278,7 @@ class SealedPasswords:
             try:
                 renewed[row.id] = self._keyring.seal_password(row.id, self._keyring.open_password(row.id, row.sealed))
             except SecretError as exc:
-                logger.error("the password of tenant %s was not sealed again: %s", row.slug, exc)
+                logger.error("the password of tenant %s was not resealed: %s", row.slug, exc)
                 failed[row.slug] = str(exc)
         if renewed:
             await connection.execute(_RESEAL[column], {"ids": list(renewed), "values": list(renewed.values())})

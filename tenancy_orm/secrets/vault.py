@@ -15,10 +15,10 @@ from .providers import check_name, encode_context, without_payload_logs
 
 
 class VaultConnection:
-    """How to reach Vault and log in to it; shared by ``VaultSecrets`` and ``VaultTransit``.
+    """A connection to Vault and its login, shared by ``VaultSecrets`` and ``VaultTransit``.
 
-    Give a ``token``, or a ``role_id`` and ``secret_id`` of the AppRole method: with those a token that has expired is
-    replaced by a new login.
+    Give a ``token``, or a ``role_id`` and ``secret_id`` of the AppRole method: with those, a new login replaces a token
+    that has expired.
 
     Args:
         url: Vault's address.
@@ -27,7 +27,7 @@ class VaultConnection:
         secret_id: Its secret.
         auth_mount: Where the AppRole method is mounted.
         namespace: The namespace (Vault Enterprise, OpenBao).
-        verify: Whether to verify its certificate, or the path of a CA bundle to verify it with.
+        verify: Whether to verify Vault's certificate, or the path of a CA bundle to verify it with.
         timeout: Seconds one request may take.
 
     Raises:
@@ -59,14 +59,14 @@ class VaultConnection:
         self._auth_mount = auth_mount
         self._client: Any = hvac.Client(
             url=url,
-            # an empty one, where None would have hvac look into the environment and the user's home
+            # not None, for which hvac would look into the environment and the user's home
             token=token or "",
             namespace=namespace,
             verify=verify,
             timeout=timeout,
             allow_redirects=False,
         )
-        # held while logging in, so that many calls at once log in once
+        # locked while logging in, so that concurrent calls log in once
         self._login = asyncio.Lock()
 
     def __repr__(self) -> str:
@@ -74,19 +74,19 @@ class VaultConnection:
         return f"VaultConnection({self._url!r})"
 
     async def call(self, request: Callable[[Any], Any], *field: str, missing: SecretNotFoundError) -> Any:
-        """Run ``request`` on the hvac client, and once more after a new login where the token has expired.
+        """Run ``request`` on the hvac client, and again after a new login if the token has expired.
 
         Returns:
-            The ``field`` of the answer, each name a step further into it.
+            The part of the answer that the names in ``field`` lead to, one in the other.
 
         Raises:
-            SecretNotFoundError: ``missing``, where Vault does not have what was asked for.
-            SecretProviderError: Vault does not answer, or refuses, or what answers is not Vault.
+            SecretNotFoundError: ``missing``, if Vault does not have it.
+            SecretProviderError: Vault does not answer, or refuses, or the answer is not Vault's.
         """
         answer = await self._ask(request, missing)
         for name in field:
             if not isinstance(answer, Mapping) or name not in answer:
-                raise SecretProviderError(f"what {self._url} answers is no answer of Vault's: {name!r} is missing")
+                raise SecretProviderError(f"the answer from {self._url} is not Vault's: {name!r} is missing")
             answer = answer[name]
         return answer
 
@@ -98,8 +98,8 @@ class VaultConnection:
         try:
             return await self._run(request, missing)
         except _ForbiddenError as exc:
-            # A new token would be refused as well, where it is the policy that does not admit the request. But the one
-            # that is valid may be new itself: another call has got it.
+            # If the policy refuses the request, it would refuse a new token too. But a valid token may itself be new,
+            # from another call's login.
             if self._role_id is None or (await self._is_valid() and self._client.token == used):
                 raise SecretProviderError(str(exc)) from None
         await self._log_in(used)
@@ -113,7 +113,7 @@ class VaultConnection:
         await asyncio.to_thread(self._client.adapter.close)
 
     async def _is_valid(self) -> bool:
-        """Whether Vault knows the token. The default policy lets every token ask about itself."""
+        """Whether the token is valid. The default policy lets every token look itself up."""
         try:
             await self._run(
                 lambda client: client.auth.token.lookup_self(), SecretNotFoundError("auth/token", self._url)
@@ -135,7 +135,7 @@ class VaultConnection:
             try:
                 await self._run(log_in, SecretNotFoundError(self._auth_mount, self._url))
             except _ForbiddenError as exc:
-                raise SecretProviderError(f"logging in by AppRole: {exc}") from None
+                raise SecretProviderError(f"the login by AppRole failed: {exc}") from None
 
     async def _run(self, request: Callable[[Any], Any], missing: SecretNotFoundError) -> Any:
         import hvac.exceptions
@@ -148,14 +148,14 @@ class VaultConnection:
             raise missing from None
         except hvac.exceptions.Forbidden:
             raise _ForbiddenError(
-                f"Vault at {self._url} refuses: the token or its policy does not admit this"
+                f"Vault at {self._url} refuses: the token is not valid, or its policy does not allow this"
             ) from None
         except (hvac.exceptions.VaultError, requests.RequestException) as exc:
-            # the class alone: a message may quote the request, which holds the token or a secret
-            raise SecretProviderError(f"Vault at {self._url} does not serve: {type(exc).__name__}") from None
+            # the class alone: a message may quote the request, which contains the token or a secret
+            raise SecretProviderError(f"Vault at {self._url} is not available: {type(exc).__name__}") from None
         except (AttributeError, KeyError, TypeError):
-            # hvac takes a login's answer apart; what redirects, or is a page of HTML, has no token
-            raise SecretProviderError(f"what {self._url} answers is no answer of Vault's") from None
+            # hvac parses the answer to a login; a redirect or a page of HTML has no token
+            raise SecretProviderError(f"the answer from {self._url} is not Vault's") from None
 
 
 class _ForbiddenError(SecretProviderError):
@@ -166,7 +166,7 @@ class VaultSecrets:
     """Secrets in Vault's key-value engine, version 2: each is the field ``value`` of ``<path>/<name>``.
 
     Args:
-        connection: How to reach Vault.
+        connection: The connection to Vault.
         path: The path below the mount.
         mount: Where the engine is mounted.
         field: The field that holds the secret.
@@ -211,13 +211,13 @@ class VaultSecrets:
 
 
 class VaultTransit:
-    """Wraps keys by Vault's transit engine, whose key never leaves Vault.
+    """Wraps keys with Vault's transit engine, in a key that never leaves Vault.
 
-    The key must be of an AEAD kind (``aes256-gcm96``, the default, or ``chacha20-poly1305``), which binds what it
-    encrypts to its context. Rotating it in Vault needs nothing here: what it wrapped before still unwraps.
+    The transit key must be of an AEAD type (``aes256-gcm96``, the default, or ``chacha20-poly1305``), which binds what
+    it encrypts to its context. It can be rotated in Vault: what it wrapped before still unwraps.
 
     Args:
-        connection: How to reach Vault.
+        connection: The connection to Vault.
         key: The name of the transit key.
         mount: Where the engine is mounted.
     """
@@ -233,7 +233,7 @@ class VaultTransit:
 
     @property
     def name(self) -> str:
-        """The mount and the key."""
+        """``vault:``, the mount and the key."""
         return f"vault:{self._mount}/{self._key}"
 
     async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
@@ -250,14 +250,14 @@ class VaultTransit:
         """Decrypt what ``wrap`` made.
 
         Raises:
-            SecretProviderError: Vault does not answer, or refuses: another context or key, say.
+            SecretProviderError: Vault does not answer, or refuses, for example because the context or key is another.
         """
         arguments = {**self._arguments(context), "ciphertext": wrapped.decode("ascii", "replace")}
         text = await self._call(lambda client: client.secrets.transit.decrypt_data(**arguments), "plaintext")
         try:
             return base64.b64decode(text, validate=True)
         except ValueError:
-            raise SecretProviderError(f"what {self.name} unwrapped is not base64") from None
+            raise SecretProviderError(f"{self.name} returned a key that is not base64") from None
 
     async def close(self) -> None:
         """Close the connection."""

@@ -81,7 +81,7 @@ async def test_no_log_holds_what_is_secret(
 ) -> None:
     """At DEBUG, of all loggers: botocore logs requests and answers, as is seen where its records are kept."""
     if kept:
-        monkeypatch.setattr(providers._SecretCalls, "filter", lambda self, record: True)
+        monkeypatch.setattr(providers._PayloadFilter, "filter", lambda self, record: True)
     key, text = bytes(range(32)), base64.b64encode(b"an encryption key of 32 bytes...").decode()
     client("secretsmanager").create_secret(Name="tenancy/encryption_keys", SecretString=f"1:{text}")
     key_id = client("kms").create_key()["KeyMetadata"]["KeyId"]
@@ -127,6 +127,6 @@ async def test_a_missing_kms_key_is_an_error(aws: None) -> None:
 async def test_an_endpoint_that_does_not_answer_is_an_error() -> None:
     """Also where boto3 finds no credentials."""
     secrets = AwsSecrets(region=REGION, endpoint_url="http://127.0.0.1:1", timeout=0.2)
-    with pytest.raises(SecretProviderError, match="does not serve"):
+    with pytest.raises(SecretProviderError, match="is not available"):
         await secrets.read("encryption_keys")
     await secrets.close()
