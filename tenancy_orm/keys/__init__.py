@@ -1,1 +1,1 @@
-"""API keys as such: their format and digests, their rows, the networks they are bound to."""
+"""API keys: their format and digests, their rows, and the networks that they may be used from."""

@@ -1,8 +1,8 @@
 """The text of an API key, and the digest that is stored of it.
 
-A key reads ``<prefix>_<key id>_<secret><checksum>``: the id is 16 base62 characters, public, and what the key is found
-by; the secret is 43 base62 characters that encode 256 random bits; the checksum is the CRC-32 of everything before it
-in 6 base62 characters. So a typing error is refused without a look-up, and a secret scanner can tell a real key from a
+A key is ``<prefix>_<key id>_<secret><checksum>``: the id is 16 base62 characters, public, and identifies the key; the
+secret is 43 base62 characters that encode 256 random bits; the checksum is the CRC-32 of everything before it, in 6
+base62 characters. So a mistyped key is refused without a look-up, and a secret scanner can tell a real key from a
 look-alike offline, as with GitHub's tokens.
 """
 
@@ -33,7 +33,7 @@ _SHAPE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ParsedKey:
-    """A well-formed key: its text, prefix and public id. Whether it is valid is not known yet."""
+    """A well-formed key: its text, prefix and public id. It may still be unknown, revoked or expired."""
 
     prefix: str
     key_id: str
@@ -46,7 +46,7 @@ class ParsedKey:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just made. ``text`` is the whole of it, to be shown once; ``digest`` is what is stored."""
+    """A new key. ``text`` is the whole key, to be shown once; ``digest`` is what is stored."""
 
     prefix: str
     key_id: str
@@ -60,15 +60,15 @@ class NewKey:
 
 
 class KeyDigester:
-    """Makes and compares the digests that are stored of keys.
+    """Makes and compares the stored digests of keys.
 
-    With a pepper a digest is HMAC-SHA256 under it, so that a copy of the control database alone does not tell whether
-    a guess is right; without one (version "0") it is SHA-256, which 256 random bits make safe enough. Both are taken
-    over the whole text, so a digest belongs to one key id and prefix and matches no other row.
+    With a pepper a digest is HMAC-SHA256 under it, so that a copy of the control database alone does not show whether a
+    guess is right; without one (version "0") it is SHA-256, which is safe for 256 random bits. Both digest the whole
+    text, so that a digest belongs to one key id and prefix and matches no other row.
 
     Args:
         peppers: Peppers by version, oldest first.
-        current: The version that new digests are made with; the last one where None.
+        current: The version of new digests; None: the last one.
     """
 
     def __init__(self, peppers: Mapping[str, bytes] | None = None, current: str | None = None) -> None:
@@ -76,7 +76,7 @@ class KeyDigester:
         versions = [PLAIN_VERSION, *self._peppers]
         self.current = versions[-1] if current is None else current
         self._older = frozenset(versions[: versions.index(self.current)])
-        # what an unknown id is compared with: nothing is known to digest to it
+        # an unknown id is compared with this, which no known key digests to
         self._dummy = secrets.token_bytes(32)
 
     def __repr__(self) -> str:
@@ -88,11 +88,11 @@ class KeyDigester:
         return version == PLAIN_VERSION or version in self._peppers
 
     def is_older(self, version: str) -> bool:
-        """Whether this version comes before the current one. One that comes after it is not to be taken back."""
+        """Whether this version is older than the current one. A digest of a newer version stays as it is."""
         return version in self._older
 
     def digest(self, text: str, version: str | None = None) -> bytes:
-        """Digest a key under a pepper version (default: the current one); an unknown version digests as "0" does."""
+        """Digest a key under a pepper version (default: the current one); an unknown version digests like "0"."""
         pepper = self._peppers.get(self.current if version is None else version)
         data = text.encode("utf-8", "surrogatepass")
         if pepper is None:
@@ -104,8 +104,8 @@ class KeyDigester:
 
         Args:
             text: The key.
-            digest: The stored digest; None where the id is unknown: the work done is the same, the answer is no.
-            version: The version of its pepper.
+            digest: The stored digest; None for an unknown id, which takes the same work and returns False.
+            version: The version of the digest's pepper.
         """
         stored = self._dummy if digest is None or not self.knows(version or PLAIN_VERSION) else digest
         return hmac.compare_digest(self.digest(text, version or self.current), stored)
@@ -118,7 +118,7 @@ def generate_key(prefix: str, digester: KeyDigester = PLAIN) -> NewKey:
     """Make a new random key.
 
     Args:
-        prefix: What it begins with, see ``TenancyConfig.keys.prefix``.
+        prefix: Its prefix, see ``TenancyConfig.keys.prefix``.
         digester: Makes the digest to store; without peppers by default.
     """
     key_id = "".join(secrets.choice(ALPHABET) for _ in range(ID_LENGTH))
@@ -129,14 +129,14 @@ def generate_key(prefix: str, digester: KeyDigester = PLAIN) -> NewKey:
 
 
 def parse_key(text: str, prefix: str | Collection[str]) -> ParsedKey:
-    """Take a key apart and check its checksum, without a look-up.
+    """Parse a key and check its checksum, without a look-up.
 
     Args:
         text: The key as it was presented.
         prefix: The accepted prefix, or several.
 
     Raises:
-        InvalidApiKeyError: it is not a key of ours, or has a typing error.
+        InvalidApiKeyError: it does not have the format or the prefix, or is mistyped.
     """
     match = _SHAPE.fullmatch(text) if len(text) <= MAX_KEY_LENGTH else None
     if match is None:
@@ -144,14 +144,14 @@ def parse_key(text: str, prefix: str | Collection[str]) -> ParsedKey:
     found, key_id = match[1], match[2]
     if found not in ((prefix,) if isinstance(prefix, str) else prefix):
         raise InvalidApiKeyError("prefix")
-    # the checksum is no secret: it can be computed from the rest
+    # not in constant time: the checksum is not secret, since it can be computed from the rest
     if _checksum(text[:-CHECKSUM_LENGTH]) != text[-CHECKSUM_LENGTH:]:
         raise InvalidApiKeyError("checksum", key_id=key_id)
     return ParsedKey(found, key_id, text)
 
 
 def scanner_pattern(prefix: str) -> str:
-    """Return the regular expression that finds keys with this prefix, for secret scanners.
+    """Return the regular expression that matches keys with this prefix, for secret scanners.
 
     Example:
         >>> scanner_pattern("acme_live")

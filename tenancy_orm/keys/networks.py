@@ -1,4 +1,4 @@
-"""Network addresses: which networks a key may be used from, and what counts as one source."""
+"""Network addresses: the networks that a key may be used from, and what counts as one source."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..errors import ConfigurationError
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_IPV6_SITE = 64  # one customer commonly holds a whole /64, and could use a new address for every attempt
+_IPV6_SITE = 64  # one customer commonly has a whole /64, and could use a new address for every attempt
 _SOURCE_LENGTH = 64
 
 
 def parse_networks(networks: Iterable[str | Network]) -> tuple[Network, ...]:
-    """Parse networks in CIDR notation; a bare address is a network of one.
+    """Parse networks in CIDR notation; a single address is a network of one.
 
     Raises:
         ConfigurationError: one is malformed, or has bits set to the right of its mask.
@@ -33,7 +33,7 @@ def parse_networks(networks: Iterable[str | Network]) -> tuple[Network, ...]:
 
 
 def parse_address(source: str | None) -> Address | None:
-    """Parse a peer's address, or return None. An IPv4 address that is mapped into IPv6 counts as IPv4."""
+    """Parse a peer's address; None if it is malformed. An IPv4 address that is mapped into IPv6 counts as IPv4."""
     if source is None:
         return None
     try:
@@ -46,13 +46,13 @@ def parse_address(source: str | None) -> Address | None:
 
 
 def is_in_networks(source: str | None, networks: Iterable[Network]) -> bool:
-    """Whether ``source`` lies in one of ``networks``. An unknown or malformed source lies in none."""
+    """Whether ``source`` is in one of ``networks``. An unknown or malformed source is in none."""
     address = parse_address(source)
     return address is not None and any(address in network for network in networks)
 
 
 def source_group(source: str) -> str:
-    """The unit in which failures are counted: an IPv4 address, an IPv6 /64, or the text itself where it is neither."""
+    """The unit that failures are counted by: an IPv4 address, an IPv6 /64, or the text itself if it is neither."""
     address = parse_address(source)
     if address is None:
         return source[:_SOURCE_LENGTH]

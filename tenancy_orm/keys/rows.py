@@ -1,4 +1,4 @@
-"""Rows of API keys: what is known of one, and how one is inserted."""
+"""Rows of API keys as values, and their INSERT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import Row, insert
@@ -17,28 +17,17 @@ from ..errors import ConfigurationError
 from .format import NewKey
 from .networks import Network, parse_networks
 
-if TYPE_CHECKING:
-    pass
-
-
 _SCOPE = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
-
-
 _MAX_SCOPES = 100
-
-
 _MAX_NETWORKS = 100
-
-
 _NAME_LENGTH = 200
-
 
 KeyState = Literal["active", "expired", "revoked"]
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKeyInfo:
-    """What is known of a key; the key itself is not kept anywhere. Times are aware datetimes in UTC.
+    """A key without its secret, which is not stored anywhere. Times are aware datetimes in UTC.
 
     ``last_used_at`` lags by up to ``TenancyConfig.keys.usage_interval``.
     """
@@ -58,7 +47,7 @@ class ApiKeyInfo:
 
     @property
     def state(self) -> KeyState:
-        """Whether it works now: "active", "expired" or "revoked"."""
+        """The key's state now: "active", "expired" or "revoked"."""
         if self.revoked_at is not None:
             return "revoked"
         if self.expires_at is not None and self.expires_at <= datetime.now(UTC):
@@ -101,7 +90,7 @@ def key_from_row(row: Row[*tuple[Any, ...]]) -> ApiKeyInfo:
 
 
 def check_scopes(scopes: Iterable[str]) -> list[str]:
-    """Return the scopes, sorted and each once.
+    """Return the scopes, sorted and without duplicates.
 
     Raises:
         ConfigurationError: one is malformed, or there are too many.
@@ -114,7 +103,7 @@ def check_scopes(scopes: Iterable[str]) -> list[str]:
     for scope in found:
         if not _SCOPE.fullmatch(scope):
             raise ConfigurationError(
-                f"scope {scope!r} must be *, or 1 to 64 of letters, digits and . _ : / - from a letter or digit"
+                f"scope {scope!r} must be *, or 1 to 64 letters, digits and . _ : / - that begin with a letter or digit"
             )
     return found
 
@@ -130,7 +119,7 @@ async def insert_key(
     networks: Iterable[str | Network] = (),
     rotated_from: str | None = None,
 ) -> ApiKeyInfo:
-    """Insert the row of a new key in the caller's transaction, which also audits it.
+    """Insert the row of a new key in the caller's transaction; the caller writes the audit entry.
 
     Raises:
         ConfigurationError: an argument is malformed.

@@ -1,4 +1,4 @@
-"""Changes of a tenant's columns: its slug, its tier, its revision, and whatever else is not its status."""
+"""Changes of a tenant's columns other than its status, such as its slug, tier and schema revision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .table import TenantTable, difference
 
 
 class Changes(TenantTable):
-    """Sets columns of tenants and audits the difference."""
+    """Sets columns of tenants, and writes the difference to the audit log."""
 
     async def change(
         self,
@@ -30,7 +30,7 @@ class Changes(TenantTable):
         expected_tier: str | None = None,
         **values: Any,
     ) -> tuple[Tenant, Tenant]:
-        """Set columns of a tenant and audit the difference; returns the tenant before and after.
+        """Set columns of a tenant and write the difference to the audit log; returns the tenant before and after.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -51,11 +51,11 @@ class Changes(TenantTable):
     async def rename(
         self, tenant_id: UUID, slug: str, *, redirect_seconds: float, actor: Actor = SYSTEM
     ) -> tuple[Tenant, Tenant]:
-        """Give a tenant another slug; the old one leads to it, and is refused to others, for ``redirect_seconds``.
+        """Give a tenant another slug; the old one redirects to it, and is refused to others, for ``redirect_seconds``.
 
         Raises:
             TenantNotFoundError: no such tenant.
-            TenantExistsError: the slug is another tenant's, or still leads to one.
+            TenantExistsError: the slug is another tenant's, or still redirects to one.
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
@@ -80,14 +80,14 @@ class Changes(TenantTable):
         return before, after
 
     async def expire_former_slugs(self) -> int:
-        """Forget the slugs whose redirect period is over; returns how many."""
+        """Delete the former slugs that no longer redirect; returns how many."""
         refuse_while_bound("removing former slugs")
         async with self._control.transaction() as connection:
             result = await connection.execute(delete(former_slugs).where(former_slugs.c.redirects_until <= func.now()))
         return result.rowcount
 
     async def set_revision(self, tenant_id: UUID, revision: str | None) -> None:
-        """Record the schema revision that was read back from the tenant's database."""
+        """Store the schema revision that was read back from the tenant's database."""
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             await connection.execute(

@@ -1,4 +1,4 @@
-"""The row of a tenant while it is created: registered, then completed or discarded."""
+"""The row of a tenant during its creation: registered, then completed or discarded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .table import TenantTable, constraint_error, snapshot
 
 
 class Creation(TenantTable):
-    """Registers tenants, and records how far their creation has come."""
+    """Registers tenants, and records the progress of their creation."""
 
     async def register(self, draft: TenantDraft, *, actor: Actor = SYSTEM) -> Tenant:
-        """Insert the row of a tenant that is being provisioned; from here on its slug is taken.
+        """Insert the row of a tenant that is being provisioned; its slug is taken from now on.
 
         Raises:
             TenantExistsError: the slug is taken.
@@ -58,9 +58,9 @@ class Creation(TenantTable):
     async def record_step(self, tenant_id: UUID, step: str) -> None:
         """Record that ``step`` is about to start.
 
-        The commit is not flushed to disk: after a crash of the server ``reconcile`` looks at what is really there, so
-        a lost note costs nothing, and a flush would cost every creation a millisecond per step. One statement is one
-        round trip in place of four.
+        The commit is not flushed to disk, which would cost every creation a millisecond per step: after a crash of the
+        server ``reconcile`` looks at what exists, whatever the row says. One statement is one round trip in place of
+        four.
         """
         refuse_other_tenant(tenant_id)
         statement = text(
@@ -80,10 +80,10 @@ class Creation(TenantTable):
         scopes: Sequence[str] = (),
         actor: Actor = SYSTEM,
     ) -> Tenant:
-        """Make a provisioned tenant usable, with its first API key, in one transaction.
+        """Make a provisioned tenant usable, and insert its first API key, in one transaction.
 
         Raises:
-            TenantNotFoundError: the row is gone.
+            TenantNotFoundError: the row does not exist any more.
             InvalidTransitionError: the tenant is not being provisioned.
         """
         refuse_other_tenant(tenant_id)
@@ -113,7 +113,7 @@ class Creation(TenantTable):
         return after
 
     async def discard(self, tenant_id: UUID, *, step: str, error: str, actor: Actor = SYSTEM) -> None:
-        """Remove the row of a creation that was undone; its slug is free again. Does nothing where the row is gone."""
+        """Delete the row of a creation that was undone, which frees its slug. Does nothing if there is no such row."""
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             condition = and_(tenants.c.id == tenant_id, tenants.c.status == Status.PROVISIONING)
@@ -126,7 +126,7 @@ class Creation(TenantTable):
             )
 
     async def record_failure(self, tenant_id: UUID, *, step: str, error: str) -> None:
-        """Record on the row that ``step`` failed and could not be undone; ``reconcile`` takes it from there."""
+        """Store in the row that ``step`` failed and could not be undone, for ``reconcile``."""
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             await connection.execute(

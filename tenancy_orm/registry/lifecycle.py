@@ -1,7 +1,7 @@
-"""The tenant's life as data: which status may follow which.
+"""A tenant's lifecycle: which status may follow which.
 
-The same table is compiled into the control database's trigger (see its migrations), so that a hand-written UPDATE is
-refused as well; a test compares the two.
+The control database has the same table, which a trigger checks, so that it also refuses a hand-written UPDATE; a test
+compares the two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..tenant import Status, Tenant
 _RUNNING = frozenset({Status.TRIAL, Status.ACTIVE})
 
 LOGIN_BLOCKED = frozenset({Status.SUSPENDED, Status.DELETED})
-"""PostgreSQL itself refuses the roles of these."""
+"""PostgreSQL refuses the logins of tenants with these statuses."""
 
 TRANSITIONS: Mapping[Status, frozenset[Status]] = {
     Status.PROVISIONING: frozenset({Status.TRIAL, Status.ACTIVE}),
@@ -40,7 +40,7 @@ TRANSITIONS: Mapping[Status, frozenset[Status]] = {
 
 
 def check_transition(slug: str, current: Status, target: Status) -> None:
-    """Refuse a change of status that the lifecycle does not have.
+    """Refuse a change of status that the lifecycle does not allow.
 
     Raises:
         InvalidTransitionError: ``target`` may not follow ``current``.
@@ -50,12 +50,12 @@ def check_transition(slug: str, current: Status, target: Status) -> None:
 
 
 def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
-    """Refuse a tenant whose status admits no session.
+    """Refuse a tenant if its status does not admit sessions.
 
     Args:
-        tenant: Whose session is asked for.
-        operator: Whether the caller is an operator, who passes maintenance. Nobody passes suspension: PostgreSQL itself
-            refuses the tenant's role then.
+        tenant: The tenant that a session is requested for.
+        operator: Whether the caller is an operator, who may use a tenant in maintenance. Nobody may use a suspended
+            one: PostgreSQL refuses its role.
 
     Raises:
         TenantUnavailableError: one of its subclasses, by status.
@@ -77,10 +77,10 @@ def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
 
 
 async def lock_tenant_for_share(connection: AsyncConnection, tenant_id: UUID) -> tuple[str, Status]:
-    """Keep a tenant from being purged until the transaction ends, and return its slug and status.
+    """Lock a tenant's row FOR SHARE, so that it cannot be purged in this transaction; returns its slug and status.
 
     Raises:
-        TenantNotFoundError: there is none, or it has been purged.
+        TenantNotFoundError: there is no such tenant, or it has been purged.
     """
     query = select(tenants.c.slug, tenants.c.status).where(tenants.c.id == tenant_id).with_for_update(read=True)
     row = (await connection.execute(query)).one_or_none()

@@ -1,4 +1,4 @@
-"""The end of a tenant: its secrets are erased, and then its row becomes a tombstone."""
+"""The purge of a tenant: its secrets are erased, and then its row becomes a tombstone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Purge(TenantTable):
 
     Args:
         control: The control database.
-        audit: Where changes are written down.
+        audit: The log of changes.
         usage_billed: Whether usage is exported for billing. Where there are usage records already, it is.
     """
 
@@ -42,11 +42,11 @@ class Purge(TenantTable):
         self._usage_billed = usage_billed
 
     async def begin_purge(self, tenant_id: UUID, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Mark a deleted tenant as being purged: from here on it cannot be restored. Repeating it changes nothing.
+        """Mark a deleted tenant as being purged: it cannot be restored any more. Repeating it changes nothing.
 
         Args:
-            tenant_id: Which tenant.
-            listed: Refuse, unless the tenant is still as it was listed here, or its purge has begun.
+            tenant_id: The tenant.
+            listed: Refuse a tenant that was changed since it was listed as this, unless its purge has begun.
             actor: Who does this.
 
         Raises:
@@ -66,9 +66,9 @@ class Purge(TenantTable):
         return before
 
     async def erase_secrets(self, tenant_id: UUID) -> None:
-        """Erase the keys and passwords of a tenant that is being purged. What is left of it is of use to nobody.
+        """Erase the keys and passwords of a tenant that is being purged, so that nobody can use it any more.
 
-        An empty password stays: until the purge is finished, the row says where the tenant was.
+        An empty password stays: until the purge is finished, the row says where the tenant's database is.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -86,9 +86,9 @@ class Purge(TenantTable):
             )
 
     async def finish_purge(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
-        """Leave a tombstone: the keys, the sealed password, metadata and overrides go, and the slug is free again.
+        """Turn the row into a tombstone: keys, sealed password, metadata and overrides are removed, the slug is freed.
 
-        Usage that is yet to be billed keeps the metadata until it is.
+        Usage records that are not sent yet keep the metadata until they are.
 
         Raises:
             TenantNotFoundError: no such tenant.

@@ -1,4 +1,4 @@
-"""Look-ups in the table of tenants: one, a page, those that are unfinished or due."""
+"""Look-ups in the table of tenants: one tenant, a page, unfinished ones, due ones."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Reading(TenantTable):
         """Return the tenant with this id, a purged one's tombstone included.
 
         Raises:
-            TenantNotFoundError: no row has this id.
+            TenantNotFoundError: there is no row with this id.
             CrossTenantError: another tenant is bound.
         """
         return await self.find(tenant_id)
 
     async def find(self, ref: str | UUID | Tenant) -> Tenant:
-        """Return the tenant that ``ref`` names, as it is now: see ``lookup``. By id, a tombstone is found as well.
+        """Return the tenant that ``ref`` names, as it is now; see ``control.lookup``. An id also finds a tombstone.
 
         Raises:
-            TenantNotFoundError: there is none.
+            TenantNotFoundError: there is no such tenant.
             CrossTenantError: another tenant is bound.
         """
         refuse_other_tenant(ref)
@@ -44,7 +44,7 @@ class Reading(TenantTable):
         if row is None:
             raise TenantNotFoundError(named)
         found = tenant_from_row(row)
-        # the name may have become another tenant's since the tenant was bound
+        # the name may be another tenant's since the tenant was bound
         refuse_other_tenant(found)
         return found
 
@@ -73,12 +73,12 @@ class Reading(TenantTable):
         return TenantPage(items, items[-1].id if len(rows) > limit else None)
 
     async def unfinished(self) -> list[Unfinished]:
-        """Return every creation and purge that was begun and not ended, oldest first."""
+        """Return every unfinished creation and purge, oldest first."""
         refuse_while_bound("listing tenants")
         return await self._unfinished(true())
 
     async def find_unfinished(self, tenant_id: UUID) -> Unfinished | None:
-        """Return this tenant's unfinished creation or purge, or None: asked again once its lock is held."""
+        """Return this tenant's unfinished creation or purge, or None; check it again once its lock is taken."""
         refuse_other_tenant(tenant_id)
         return next(iter(await self._unfinished(tenants.c.id == tenant_id)), None)
 
@@ -99,11 +99,11 @@ class Reading(TenantTable):
         ]
 
     async def due(self, *, retention_seconds: float, limit: int = 1_000) -> list[tuple[Tenant, str, str | None]]:
-        """Return tenants whose time has come, with what is due ("suspend" or "purge") and the reason to give.
+        """Return tenants that are to be suspended or purged now, with the action ("suspend", "purge") and its reason.
 
         Args:
-            retention_seconds: How long a deleted tenant's data is kept, where it has no time of its own.
-            limit: How many at most of each kind.
+            retention_seconds: How long a deleted tenant's data is kept, unless its purge is scheduled.
+            limit: The largest number of tenants for each action.
         """
         refuse_while_bound("listing tenants")
         trial_over = and_(tenants.c.status == Status.TRIAL, tenants.c.trial_ends_at <= func.now())
@@ -113,7 +113,7 @@ class Reading(TenantTable):
         )
         retained = func.coalesce(tenants.c.purge_at, tenants.c.deleted_at + timedelta(seconds=retention_seconds))
         reason = case((scheduled, tenants.c.suspend_reason), else_="the trial has ended").label("due_reason")
-        # the latest first: what cannot be done for a long time must not keep the others from being listed
+        # the latest first: tenants that cannot be changed for a long time must not fill the list
         suspending = (
             select(*TENANT_COLUMNS, reason)
             .where(or_(trial_over, scheduled))
@@ -134,14 +134,14 @@ class Reading(TenantTable):
         return found
 
     async def database_names(self, server: str) -> set[str]:
-        """Return the names of all databases that the registry knows on ``server``, tombstones left out."""
+        """Return the names of all tenants' databases on ``server``, without tombstones."""
         refuse_while_bound("listing databases")
         query = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
 
     async def count_by_server(self) -> dict[str, int]:
-        """Return how many tenants each server that accepts new ones holds."""
+        """Return the number of tenants on each server that accepts new ones."""
         refuse_while_bound("counting tenants")
         query = text(
             "SELECT s.name, count(t.id) FROM tenancy.servers s "

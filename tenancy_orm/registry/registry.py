@@ -1,6 +1,6 @@
-"""The registry: every statement on ``tenancy.tenants`` is in this room, each change with its audit row.
+"""The registry: every change of ``tenancy.tenants`` with its audit entry, except the rotation of passwords.
 
-``TenantManager`` and the provisioning pipeline are built on this; neither writes SQL on tenants of its own.
+``TenantManager`` and the provisioning pipeline are built on this; neither has its own SQL on tenants.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Registry(Reading, Creation, Changes, Transitions, Purge):
 
     Args:
         control: The control database.
-        audit: Where changes are written down.
+        audit: The log of changes.
         usage_billed: Whether usage is exported for billing. Where there are usage records already, it is.
     """
 
@@ -32,7 +32,7 @@ class Registry(Reading, Creation, Changes, Transitions, Purge):
         super().__init__(control, audit, usage_billed=usage_billed)
 
     async def record(self, tenant_id: UUID, action: str, *, detail: Mapping[str, Any], actor: Actor = SYSTEM) -> None:
-        """Write into the audit log what was done to a tenant elsewhere than in the control database.
+        """Write an audit entry for an action on a tenant outside the control database.
 
         Raises:
             TenantNotFoundError: no such tenant.

@@ -1,4 +1,4 @@
-"""Rows of the registry as values, and what the audit log keeps of them."""
+"""Rows of the registry as values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TENANT_COLUMNS: tuple[ColumnElement[Any], ...] = (
     tenants.c.created_at,
     tenants.c.updated_at,
     tenants.c.deleted_at,
-    # what else may name the tenant: former slugs that still lead to it, and verified domains of its own
+    # the tenant's other names: former slugs that still redirect to it, and its verified domains
     literal_column(
         "ARRAY(SELECT f.slug FROM tenancy.former_slugs f "
         "WHERE f.tenant_id = tenancy.tenants.id AND f.redirects_until > now() "
@@ -89,7 +89,7 @@ def tenant_from_row(row: Row[*tuple[Any, ...]]) -> Tenant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantDraft:
-    """A tenant that is about to be created. ``target_status`` is what it becomes once it is usable."""
+    """A tenant that is about to be created. ``target_status`` is its status once it is usable."""
 
     id: UUID
     slug: str
@@ -107,7 +107,7 @@ class TenantDraft:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A creation or purge that was begun and not ended; ``step`` is the last one that was started."""
+    """An unfinished creation or purge; ``step`` is the last one that was started."""
 
     tenant: Tenant
     kind: Literal["provisioning", "purging"]
@@ -116,7 +116,7 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True)
 class TenantPage:
-    """Some tenants in the order of their creation; ``next`` continues after the last, None at the end."""
+    """A page of tenants in order of creation; ``next`` is the id to continue after, None on the last page."""
 
     items: tuple[Tenant, ...]
     next: UUID | None

@@ -1,4 +1,4 @@
-"""The table of tenants: a row is locked, its columns are set, and the change is written into the audit log."""
+"""Changes of the table of tenants: lock the row, set its columns, and write the change to the audit log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ILLEGAL_TRANSITION = "TN001"  # raised by the trigger tenants_guard
 
 
 def snapshot(tenant: Tenant) -> dict[str, Any]:
-    """What the audit log keeps of a tenant: no placement, no secrets."""
+    """Return a tenant as the audit log records it: no placement, no secrets."""
     return {
         "slug": tenant.slug,
         "status": tenant.status.value,
@@ -37,14 +37,14 @@ def snapshot(tenant: Tenant) -> dict[str, Any]:
 
 
 def difference(before: Tenant, after: Tenant) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a change has changed, for the audit log: as it was, and as it is now."""
+    """Return the fields that differ, before and after a change, for the audit log."""
     old, new = snapshot(before), snapshot(after)
     changed = [name for name in new if old[name] != new[name]]
     return {name: old[name] for name in changed}, {name: new[name] for name in changed}
 
 
 def constraint_error(error: IntegrityError, values: Mapping[str, Any]) -> Exception:
-    """What to raise where a constraint refuses a row of the registry."""
+    """Return the error to raise where a constraint refuses a row of the registry."""
     constraint = constraint_of(error)
     if constraint in ("tenants_slug_key", "former_slugs_pkey"):
         return TenantExistsError(str(values["slug"]), reserved=constraint == "former_slugs_pkey")
@@ -54,21 +54,21 @@ def constraint_error(error: IntegrityError, values: Mapping[str, Any]) -> Except
 
 
 def check_unchanged(found: Tenant, listed: Tenant, target: Status) -> None:
-    """Refuse to change a tenant that is not as it was listed.
+    """Refuse to change a tenant that was changed since it was listed.
 
     Raises:
-        InvalidTransitionError: it was changed since.
+        InvalidTransitionError: it was.
     """
     if found.updated_at != listed.updated_at:
-        raise InvalidTransitionError(found.slug, f"{found.status.value} (changed meanwhile)", target.value)
+        raise InvalidTransitionError(found.slug, f"{found.status.value} (changed since it was listed)", target.value)
 
 
 class TenantTable:
-    """What every part of the registry is built on.
+    """The base of the registry's classes.
 
     Args:
         control: The control database.
-        audit: Where changes are written down.
+        audit: The log of changes.
     """
 
     def __init__(self, control: ControlDatabase, audit: AuditLog) -> None:
@@ -90,7 +90,7 @@ class TenantTable:
     async def _lock_unless_purged(
         self, connection: AsyncConnection, tenant_id: UUID
     ) -> tuple[Tenant, Row[*tuple[Any, ...]]]:
-        """Lock a tenant that has not been purged: nothing is written on a tombstone."""
+        """Lock a tenant's row, unless it has been purged: a tombstone is not changed."""
         found, row = await self._lock(connection, tenant_id)
         if found.status is Status.PURGED:
             raise TenantNotFoundError(found.slug)

@@ -18,7 +18,7 @@ from .table import TenantTable, check_unchanged, difference
 
 
 def _status_columns(before: Tenant, row: Row[*tuple[Any, ...]], new: Status, reason: str | None) -> dict[str, Any]:
-    """What a change of status makes of the status, its reason, and what is remembered for the way back."""
+    """Return the columns of a change of status: status, reason, and what is stored for the way back."""
     values: dict[str, Any] = {"status": new, "next_status": None, "former_status": None, "former_reason": None}
     if new is Status.DELETED:
         values["next_status"] = before.status
@@ -34,7 +34,7 @@ def _status_columns(before: Tenant, row: Row[*tuple[Any, ...]], new: Status, rea
 
 
 def _cleared_schedule(before: Tenant, new: Status) -> dict[str, Any]:
-    """What was scheduled and has taken place, or has been overtaken, is taken off the schedule."""
+    """Return the columns of schedules to clear, since the change is what was scheduled, or replaces it."""
     cleared: dict[str, Any] = {}
     if new in (Status.SUSPENDED, Status.DELETED):
         cleared |= {"suspend_at": None, "suspend_reason": None}
@@ -44,7 +44,7 @@ def _cleared_schedule(before: Tenant, new: Status) -> dict[str, Any]:
 
 
 class Transitions(TenantTable):
-    """Changes the status of tenants and schedules such changes."""
+    """Changes the status of tenants, and schedules such changes."""
 
     async def transition(
         self,
@@ -61,19 +61,19 @@ class Transitions(TenantTable):
         """Change a tenant's status; returns it before and after.
 
         Args:
-            tenant_id: Which tenant.
-            target: Its status from now on; None: what it was before it was ``leaving``.
-            action: What this is, for the audit log.
-            leaving: Where ``target`` is None: the status that ends, deleted or maintenance.
-            reason: Why.
-            listed: Refuse, unless the tenant is still as it was listed here.
+            tenant_id: The tenant.
+            target: Its new status; None: the one that it had before ``leaving``.
+            action: The action, for the audit log.
+            leaving: If ``target`` is None: the status that ends, deleted or maintenance.
+            reason: The operator's reason.
+            listed: Refuse a tenant that was changed since it was listed as this.
             actor: Who does this.
             values: Further columns to set.
 
         Raises:
             TenantNotFoundError: no such tenant.
-            InvalidTransitionError: the lifecycle does not have this change, the tenant was changed since it was listed,
-                or a purge is under way.
+            InvalidTransitionError: the lifecycle does not allow this change, the tenant was changed since it was
+                listed, or its purge has begun.
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
@@ -94,17 +94,17 @@ class Transitions(TenantTable):
 
     @staticmethod
     def _target(before: Tenant, row: Row[*tuple[Any, ...]], target: Status | None, leaving: Status) -> Status:
-        """The status that a change leads to, if it may.
+        """Return the new status.
 
         Raises:
-            InvalidTransitionError: it may not.
+            InvalidTransitionError: the change is not allowed.
         """
         former = row.next_status if leaving is Status.DELETED else row.former_status
         new = Status(former or Status.ACTIVE) if target is None else target
         if before.status is Status.PROVISIONING:
-            # only the creation itself ends it, by ``complete``: until then there may be no database
+            # only ``complete`` ends it: until then there may be no database
             raise InvalidTransitionError(before.slug, before.status.value, new.value)
-        # only restore leads out of deletion, and it is nothing but that
+        # without a target only ``leaving`` ends; a deletion ends in no other way
         if (target is None and before.status is not leaving) or (target and before.status is Status.DELETED):
             raise InvalidTransitionError(before.slug, before.status.value, new.value)
         if row.purge_started_at is not None and new is not Status.PURGED:
@@ -115,7 +115,7 @@ class Transitions(TenantTable):
     async def schedule_suspension(
         self, tenant_id: UUID, at: datetime | None, *, reason: str | None, actor: Actor = SYSTEM
     ) -> Tenant:
-        """Set when a tenant is to be suspended, and why; None: not at all.
+        """Set when a tenant is to be suspended, and why; None cancels that.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -126,7 +126,7 @@ class Transitions(TenantTable):
         return await self._schedule(tenant_id, values, "tenant.schedule_suspension", detail, actor)
 
     async def schedule_purge(self, tenant_id: UUID, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
-        """Set when a deleted tenant is to be purged; None: after the usual retention.
+        """Set when a deleted tenant is to be purged; None: after the configured retention.
 
         Raises:
             TenantNotFoundError: no such tenant.
