@@ -13,7 +13,7 @@ from tenancy_orm.events import KeyIssued, TenantCreated, TenantEvent, TenantStat
 
 @pytest.fixture
 async def closable(tenancy: Tenancy, tenancy_config: TenancyConfig) -> AsyncIterator[Tenancy]:
-    """A second ``Tenancy`` beside the one that looks on, which the test closes itself."""
+    """A second ``Tenancy``, which the test closes itself."""
     opened = await Tenancy(tenancy_config).open()
     yield opened
     await opened.close(timeout=0)
@@ -28,7 +28,7 @@ async def count_notes(tenancy: Tenancy, slug: str) -> int:
 
 
 async def test_a_cancelled_error_of_a_subscriber_does_not_break_the_operation(tenancy: Tenancy) -> None:
-    """The suspension is reported as done, and the next subscriber is told of it."""
+    """The suspension succeeds, and the next subscriber gets the event."""
     await tenancy.tenants.create("acme")
     told: list[TenantEvent] = []
 
@@ -42,7 +42,7 @@ async def test_a_cancelled_error_of_a_subscriber_does_not_break_the_operation(te
 
 
 async def test_a_coroutine_subscriber_may_work_on_another_tenant(tenancy: Tenancy) -> None:
-    """Whether the event comes from within a tenant's scope or not, none is bound where it is received."""
+    """Whether or not the event is emitted in a tenant's scope, the coroutine has no tenant bound."""
     await tenancy.tenants.create("acme")
     await tenancy.tenants.create("ops")
     bound: list[object] = []
@@ -116,7 +116,7 @@ async def test_closing_that_is_cancelled_closes_all_the_same(closable: Tenancy) 
 
 
 async def test_parts_are_closed_though_closing_is_cancelled(closable: Tenancy) -> None:
-    """One that takes its time is not cut short, and those after it are closed as well."""
+    """A slow one is not cut short, and those after it are closed as well."""
     began, gate, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def close_slowly() -> None:

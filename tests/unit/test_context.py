@@ -64,7 +64,7 @@ class Ended:
 
 
 def test_a_scope_inside_a_request_ends_with_the_request_s_admission() -> None:
-    """Whatever tenant it is given: one that was looked up by name has no admission of its own."""
+    """Whatever tenant is given: one that was looked up by name has no admission."""
     admission = Ended()
     with bind(replace(ACME, admission=admission)), bind(ACME), bind(replace(ACME, admission=None)) as bound:
         assert bound.admission is admission
@@ -101,7 +101,7 @@ async def test_tasks_and_to_thread_inherit_the_binding() -> None:
 
 
 async def test_plain_threads_and_executors_see_none() -> None:
-    """They begin with an empty context: an error, not somebody's tenant."""
+    """They begin with an empty context: NoTenantError, not another caller's tenant."""
     seen: list[Tenant | None] = []
     with bind(ACME), ThreadPoolExecutor(1) as executor:
         thread = threading.Thread(target=lambda: seen.append(current_tenant_or_none()))
@@ -126,7 +126,7 @@ async def test_concurrent_tasks_keep_their_own() -> None:
 
 
 def test_a_tenant_can_be_pickled_and_is_equal_by_id() -> None:
-    """Jobs carry tenants; a copy is the same tenant."""
+    """Jobs pass tenants on; a copy is equal to its tenant."""
     copy = pickle.loads(pickle.dumps(ACME))  # noqa: S301 - our own bytes
     assert copy == ACME and hash(copy) == hash(ACME)
     assert dict(copy.metadata) == {"a": 1}
@@ -140,7 +140,7 @@ def test_a_tenants_repr_has_no_secret() -> None:
 
 
 def test_set_current_overrides_what_leaked() -> None:
-    """The middleware's binding of "none" holds whatever was there before."""
+    """The middleware binds "none" whatever was bound before."""
     token = set_current(ACME)
     assert token.old_value is not ACME
     set_current(None)

@@ -1,4 +1,4 @@
-"""The error tree: complete, picklable, and drawn as it is."""
+"""The error tree: complete, picklable, and drawn in the module's docstring."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAMPLES: list[TenancyError] = [
 
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
 def test_an_error_survives_pickling(error: TenancyError) -> None:
-    """Message and typed attributes come back: errors cross process borders in job queues."""
+    """Message and typed attributes are kept: job queues pass errors between processes."""
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert type(copy) is type(error)
     assert str(copy) == str(error)
@@ -46,7 +46,7 @@ def test_an_error_survives_pickling(error: TenancyError) -> None:
 
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
 def test_a_message_is_lower_case_without_a_full_stop(error: TenancyError) -> None:
-    """Messages are made to be embedded in others."""
+    """Messages can be embedded in others."""
     assert str(error)
     assert not str(error).endswith(".")
     assert not str(error)[0].isupper()
@@ -54,7 +54,7 @@ def test_a_message_is_lower_case_without_a_full_stop(error: TenancyError) -> Non
 
 @pytest.mark.parametrize("cls", ALL)
 def test_every_error_is_named_and_drawn(cls: type[TenancyError]) -> None:
-    """Every class ends in Error, has a docstring, and stands in the tree of the module's docstring."""
+    """Every class ends in Error, has a docstring, and is in the tree of the module's docstring."""
     assert cls.__name__.endswith("Error")
     assert cls.__doc__
     assert cls.__name__ in (errors.__doc__ or "")

@@ -21,12 +21,12 @@ PURGED = TenantPurged(tenant_id=UUID(int=1), slug="acme")
 
 
 def created(number: int) -> TenantCreated:
-    """One of several events that can be told apart."""
+    """One of several distinguishable events."""
     return dataclasses.replace(CREATED, seconds=float(number))
 
 
 class Gated:
-    """A coroutine subscriber that notes what reaches it, and ends when it is let."""
+    """A coroutine subscriber that records its events, and ends when the test lets it."""
 
     def __init__(self) -> None:
         self.began: list[float] = []
@@ -109,7 +109,7 @@ def test_a_failing_subscriber_breaks_nothing(caplog: pytest.LogCaptureFixture) -
 
 
 async def test_a_cancelled_error_of_a_subscriber_breaks_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """A function that asks a cancelled task for its result raises it, as does a coroutine that awaits one."""
+    """A function that reads a cancelled task's result raises it, as does a coroutine that awaits one."""
     bus = EventBus()
     seen: list[Event] = []
     given_up = asyncio.get_running_loop().create_future()
@@ -224,7 +224,7 @@ async def test_a_hung_subscriber_does_not_hold_up_another() -> None:
 
 
 async def test_coroutines_run_with_no_tenant_bound() -> None:
-    """Nor with anything else of the emitter's context, or of the coroutine before; a function sees the emitter's."""
+    """Nor is anything else of the emitter's context set, or of the coroutine before; a function has the emitter's."""
     bus = EventBus()
     request: contextvars.ContextVar[str | None] = contextvars.ContextVar("request", default=None)
     in_function: list[tuple[Tenant | None, str | None]] = []
@@ -247,7 +247,7 @@ async def test_coroutines_run_with_no_tenant_bound() -> None:
 
 
 async def test_unsubscribing_keeps_what_waits() -> None:
-    """What was emitted before is still delivered; nothing after."""
+    """Events that were emitted before are still delivered, later ones are not."""
     bus = EventBus()
     work = Gated()
     unsubscribe = bus.subscribe(TenantCreated, work)
@@ -264,7 +264,7 @@ async def test_unsubscribing_keeps_what_waits() -> None:
 
 
 async def test_events_beyond_the_bound_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    """One is at work and two wait; each flood is logged once, and the other subscribers miss nothing."""
+    """One is running and two wait; each flood is logged once, and the other subscribers get every event."""
     bus = EventBus(max_waiting=2)
     slow = Gated()
     seen: list[Event] = []
@@ -286,7 +286,7 @@ async def test_events_beyond_the_bound_are_dropped_and_counted(caplog: pytest.Lo
 
 
 async def test_drain_has_a_deadline() -> None:
-    """It tells that something is left, and leaves it at work."""
+    """It returns False, and lets the coroutine run on."""
     bus = EventBus()
     slow = Gated()
     bus.subscribe(TenantCreated, slow)
@@ -299,7 +299,7 @@ async def test_drain_has_a_deadline() -> None:
 
 
 async def test_cancelling_ends_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    """What is at work is cancelled and what waits is dropped, which is counted and logged."""
+    """The running coroutine is cancelled and waiting events are dropped, which is counted and logged."""
     bus = EventBus()
     hung = Gated()
     bus.subscribe(TenantCreated, hung)
@@ -317,7 +317,7 @@ async def test_cancelling_ends_what_is_left(caplog: pytest.LogCaptureFixture) ->
 
 
 async def test_cancelling_ends_what_has_not_begun() -> None:
-    """A coroutine that was never started is closed; Python warns of one that is merely forgotten."""
+    """A coroutine that was never started is closed, or Python would warn that it was never awaited."""
     bus = EventBus()
     work = Gated()
     bus.subscribe(TenantCreated, work)
@@ -330,7 +330,7 @@ async def test_cancelling_ends_what_has_not_begun() -> None:
 async def test_cancelling_does_not_wait_for_who_will_not_end(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A subscriber that ignores its cancellation receives nothing more, and holds nobody up."""
+    """A subscriber that ignores its cancellation gets no more events, and delays nobody."""
     monkeypatch.setattr(events, "_CANCEL_TIMEOUT", 0.05)
     bus = EventBus()
     gate = asyncio.Event()
@@ -373,7 +373,7 @@ async def test_a_subscriber_that_drains_does_not_wait_for_itself() -> None:
 
 
 def test_the_end_of_the_loop_drops_what_waits(caplog: pytest.LogCaptureFixture) -> None:
-    """A program that never closes loses it, and leaves no task or coroutine for Python to warn of."""
+    """A program that never closes drops it, and leaves no task or coroutine that Python would warn of."""
     bus = EventBus()
 
     async def program() -> None:
@@ -391,7 +391,7 @@ def test_the_end_of_the_loop_drops_what_waits(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_catalogue_is_documented() -> None:
-    """Every event stands in docs/events.md, with all of its fields."""
+    """Every event is in docs/events.md, with all of its fields."""
     page = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
     lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     known = {name: cls for name, cls in vars(events).items() if inspect.isclass(cls) and issubclass(cls, Event)}

@@ -1,4 +1,4 @@
-"""A change and its audit entry are one transaction: where the entry cannot be written, nothing has changed."""
+"""A change and its audit entry are one transaction: if the entry cannot be written, nothing changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TABLES = ("tenants", "former_slugs", "domains", "api_keys", "tiers", "usage", "u
 
 
 class Published:
-    """The DNS, with one text under every name."""
+    """A DNS resolver with the same text record under every name."""
 
     def __init__(self) -> None:
         self.token = ""
@@ -36,7 +36,7 @@ class Published:
 
 @dataclass
 class World:
-    """Tenants in the states that changes begin from; acme has a key and a domain, which it can prove."""
+    """Tenants in the states that changes begin from; acme has a key, and a domain that it can verify."""
 
     plane: ControlPlane
     tenants: dict[str, Tenant]
@@ -60,7 +60,7 @@ class World:
         )
 
     async def rows(self) -> dict[str, list[Any]]:
-        """What is in the tables that these changes write to."""
+        """The rows of the tables that these changes write to."""
         async with self.plane.control.connect() as connection:
             return {
                 table: list(

@@ -43,7 +43,7 @@ async def forge(plane: QuotaPlane, sequence: int, moment: str) -> None:
 
 
 async def test_an_entry_says_who_did_what_to_whom(plane: QuotaPlane) -> None:
-    """Everything that was given comes back, with what the database added."""
+    """An entry has all given values, and those that the database added."""
     tenant_id = uuid4()
     actor = Actor("operator", "ada", request_id="req-1", source="192.0.2.7")
     sequence = await plane.append(
@@ -64,7 +64,7 @@ async def test_an_entry_says_who_did_what_to_whom(plane: QuotaPlane) -> None:
 
 
 async def test_an_entry_is_part_of_the_callers_transaction(plane: QuotaPlane) -> None:
-    """What is rolled back was never done, and the next entry takes its number."""
+    """The next entry gets the number of one that was rolled back."""
     async with plane.control.transaction() as connection:
         assert await plane.audit.append(connection, action="test.undone") == 1
         await connection.rollback()
@@ -81,7 +81,7 @@ async def test_several_entries_of_one_transaction_follow_one_another(plane: Quot
 
 
 async def test_text_that_postgresql_cannot_keep_does_not_fail_the_change(plane: QuotaPlane) -> None:
-    """A request id comes from outside: NUL, half a surrogate pair and a megabyte are made fit."""
+    """A request id comes from outside: NUL, half a surrogate pair and a megabyte are made valid."""
     actor = Actor("key", "k", request_id="a\x00b" + "x" * 1_000_000, source="\ud800")
     await plane.append(actor=actor, after={"note\x00": ["\x00", "\ud800", {"deep": "\x00"}]})
     [event] = await plane.audit.events()
@@ -100,7 +100,7 @@ class Colour(enum.StrEnum):
 
 
 async def test_times_ids_and_enums_are_written_as_text(plane: QuotaPlane) -> None:
-    """Callers pass what they have."""
+    """Callers may pass datetimes, ids, sets and tuples."""
     moment = datetime(2026, 1, 2, tzinfo=UTC)
     after = {"at": moment, "id": UUID(int=1), "colour": Colour.RED, "set": {"b", "a"}, "tuple": (1, None, True, 1.5)}
     await plane.append(after=after)
@@ -116,14 +116,14 @@ async def test_times_ids_and_enums_are_written_as_text(plane: QuotaPlane) -> Non
 
 @pytest.mark.parametrize("value", [b"secret", object(), float("nan")])
 async def test_what_is_not_json_is_refused(plane: QuotaPlane, value: Any) -> None:
-    """Bytes above all: they are likely a secret. Nothing is appended."""
+    """Bytes in particular: they are likely a secret. Nothing is appended."""
     with pytest.raises((TypeError, ValueError)):
         await plane.append(after={"value": value})
     assert await plane.audit.events() == []
 
 
 async def test_an_action_must_be_a_name(plane: QuotaPlane) -> None:
-    """The database refuses what is not, and the chain goes on."""
+    """The database refuses another text, and the chain continues."""
     with pytest.raises(DBAPIError) as caught:
         await plane.append("Not A Name")
     assert sqlstate_of(caught.value) == "23514"
@@ -185,7 +185,7 @@ async def test_pages_continue_where_the_last_one_ended(plane: QuotaPlane) -> Non
 
 
 async def test_queries_use_an_index_and_the_newest_month_alone(plane: QuotaPlane) -> None:
-    """With a filter or without: no plan sorts or reads the whole log."""
+    """With or without a filter, no plan sorts or reads the whole log."""
     await plane.sql(
         "INSERT INTO tenancy.audit_log (sequence, occurred_at, action, tenant_id, actor_kind, database_role, "
         "previous_hash, hash) SELECT n, now() + make_interval(secs => n / 1000.0), 'test.bulk', gen_random_uuid(), "
@@ -206,7 +206,7 @@ async def test_queries_use_an_index_and_the_newest_month_alone(plane: QuotaPlane
             f"WHERE {condition} ORDER BY occurred_at DESC, sequence DESC LIMIT 10"
         )
         plan = "\n".join(row[0] for row in rows)
-        # the months to come are empty, which PostgreSQL reads in full; without a filter nothing may be sorted
+        # PostgreSQL reads the empty coming months in full; without a filter nothing may be sorted
         assert f"Seq Scan on {month}" not in plan, plan
         assert condition != "true" or "Sort" not in plan, plan
 
@@ -230,7 +230,7 @@ async def test_the_summary_counts_by_day_and_action(plane: QuotaPlane) -> None:
 
 
 async def test_python_and_the_database_hash_the_same(plane: QuotaPlane) -> None:
-    """For every kind of content, the canonical text is one and the same."""
+    """For every kind of content, Python and SQL compute the same canonical text."""
     await plane.append(
         tenant_id=uuid4(),
         slug="acme",
@@ -258,7 +258,7 @@ async def test_verification_streams_a_long_log(plane: QuotaPlane) -> None:
 
 
 async def test_verification_is_not_disturbed_by_appends(plane: QuotaPlane) -> None:
-    """It sees one moment, head and entries alike."""
+    """It reads the head and the entries in one snapshot."""
     async with plane.control.transaction() as connection:
         for _ in range(1_000):
             await plane.audit.append(connection, action="test.done")
@@ -296,7 +296,7 @@ async def test_a_checkpoint_verifies_later_with_the_public_key_alone(plane: Quot
 
 
 async def test_a_checkpoint_of_somebody_else_is_refused(plane: QuotaPlane) -> None:
-    """Another installation's, or one whose signature is not valid, proves nothing."""
+    """Another installation's checkpoint, or one with an invalid signature, is refused."""
     await plane.append()
     checkpoint = await plane.audit.export_checkpoint()
     with pytest.raises(AuditError, match="installation"):
@@ -328,7 +328,7 @@ async def test_a_forged_entry_of_an_old_number_is_found_from_a_checkpoint_too(pl
 async def test_entries_at_impossible_times_are_found(plane: QuotaPlane, bounds: str, moment: str) -> None:
     """``events`` would show them, in a partition that the owner made."""
     await plane.append()
-    # neither a name of no month nor a month without an end stops housekeeping
+    # neither a name without a month nor a month without an end stops housekeeping
     name = "audit_log_far" if moment == "infinity" else "audit_log_y9999m12"
     await plane.sql(f"CREATE TABLE tenancy.{name} PARTITION OF tenancy.audit_log FOR VALUES FROM {bounds}")
     await forge(plane, 77, f"'{moment}'")
@@ -339,7 +339,7 @@ async def test_entries_at_impossible_times_are_found(plane: QuotaPlane, bounds: 
 
 
 async def test_a_head_that_is_gone_is_reported(plane: QuotaPlane) -> None:
-    """As evidence like any other, not as an error."""
+    """It is reported as a problem, not raised as an error."""
     await plane.append()
     await plane.sql("ALTER TABLE tenancy.audit_head DISABLE TRIGGER ALL")
     await plane.sql("DELETE FROM tenancy.audit_head")
@@ -370,7 +370,7 @@ async def cut_and_checkpoint(plane: QuotaPlane) -> Checkpoint:
 
 
 async def test_what_a_retired_key_signed_still_verifies(plane: QuotaPlane) -> None:
-    """Both keys were configured for a while, as docs/secrets.md says; two retirements later, too."""
+    """Both keys were configured for a while, as docs/secrets.md says; also after two retirements."""
     checkpoint = await cut_and_checkpoint(plane)
     async with with_keys(plane, BOTH):
         pass
@@ -390,7 +390,7 @@ async def test_what_a_retired_key_signed_still_verifies(plane: QuotaPlane) -> No
 
 
 async def test_a_key_that_nobody_vouched_for_needs_its_public_key(plane: QuotaPlane) -> None:
-    """It was replaced at one stroke: the error says what to do, and the next cut is signed with the new key."""
+    """The key was replaced at once: the error says what to do, and the next cut is signed with the new key."""
     checkpoint = await cut_and_checkpoint(plane)
     async with with_keys(plane, {"2": BOTH["2"]}) as second:
         report = await second.audit.verify()
@@ -404,20 +404,20 @@ async def test_a_key_that_nobody_vouched_for_needs_its_public_key(plane: QuotaPl
 
 
 async def test_keeping_public_keys_writes_each_once(plane: QuotaPlane) -> None:
-    """And with one key there is nothing to keep; processes that do so at once do not collide."""
+    """With one key there is nothing to do; concurrent processes do not collide."""
     rows = "SELECT key_id, signed_by FROM tenancy.audit_keys ORDER BY created_at"
     await plane.audit.vouch_for_keys()
     assert await plane.sql(rows) == []
     async with with_keys(plane, BOTH) as one, with_keys(plane, BOTH) as other:
         await asyncio.gather(*(p.audit.vouch_for_keys() for p in (one, other) * 3))
         assert await plane.sql(rows) == [("1", "2")]
-        # before the new key is the last one, it is known to the one in use
+        # the key in use vouches for the new key before that is the last one
         async with with_keys(plane, {"2": BOTH["2"], "1": KEYS["1"]}):
             assert await plane.sql(rows) == [("1", "2"), ("2", "1")]
 
 
 async def test_a_process_that_learns_of_a_key_signs_with_it_and_keeps_the_old_one(plane: QuotaPlane) -> None:
-    """As when a data key is made."""
+    """As when a data key is created."""
     await plane.append()
     before = await plane.audit.export_checkpoint()
     await plane.audit.add_keys(BOTH)
@@ -449,7 +449,7 @@ async def test_partitions_are_made_ahead(plane: QuotaPlane) -> None:
 
 
 async def test_appending_makes_a_missing_partition(plane: QuotaPlane) -> None:
-    """Where housekeeping never ran, the log goes on, months and years later."""
+    """Without housekeeping, appends create the partitions, months and years later."""
     for moment in (datetime(2031, 12, 31, 23, 59, 59, tzinfo=UTC), datetime(2032, 1, 1, tzinfo=UTC)):
         await age(plane.control, plane.audit, moment, 2)
     names = await partitions(plane)
@@ -505,7 +505,7 @@ async def test_retention_keeps_what_does_not_verify(plane: QuotaPlane) -> None:
 async def test_retention_keeps_months_whose_last_entries_are_gone(
     plane: QuotaPlane, lost: str, bad: int, followed: bool
 ) -> None:
-    """What follows them, or the head where nothing does, tells that they were there."""
+    """The next entry, or else the head, shows that they are missing."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 5)
     if followed:
         await age(plane.control, plane.audit, datetime(2024, 2, 15, tzinfo=UTC), 2)
@@ -518,7 +518,7 @@ async def test_retention_keeps_months_whose_last_entries_are_gone(
 
 
 async def test_retention_never_removes_the_current_month(plane: QuotaPlane) -> None:
-    """By the database's clock, whatever time it is given: the next entry needs a place, and the cut is one."""
+    """By the database's clock, whatever the argument: the next entry, such as the cut's, needs its partition."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 1)
     await plane.append()
     current = (await plane.sql("SELECT to_char(now() AT TIME ZONE 'UTC', '\"audit_log_y\"YYYY\"m\"MM')"))[0][0]
@@ -531,7 +531,7 @@ async def test_retention_never_removes_the_current_month(plane: QuotaPlane) -> N
 
 
 async def test_retention_waits_for_an_entry_on_its_way_and_does_not_lose_it(plane: QuotaPlane) -> None:
-    """It was not there when the month was verified. The month stays, and is removed the next time."""
+    """It was added after the month was verified. The month stays, and is removed the next time."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
     source = (await plane.sql("SELECT pg_get_functiondef('tenancy.audit_append'::regproc)"))[0][0]
     late = source.replace("clock_timestamp()", "timestamptz '2024-01-31'").replace("audit_append", "append_late")
@@ -562,7 +562,7 @@ async def test_two_that_remove_old_months_at_once_remove_them_once(plane: QuotaP
 
 
 async def test_retention_that_waits_for_readers_does_not_hold_up_those_who_append(plane: QuotaPlane) -> None:
-    """A report that runs for hours must not stop the application for as long as retention tries."""
+    """A report that runs for hours must not block appends for as long as retention tries."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
     async with plane.holding("SELECT count(*) FROM tenancy.audit_log"):
         pruning = asyncio.create_task(plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60))
@@ -576,7 +576,7 @@ async def test_retention_that_waits_for_readers_does_not_hold_up_those_who_appen
 
 
 async def test_retention_gives_way_to_a_reader_that_appends(plane: QuotaPlane) -> None:
-    """Each would wait for the other: it lets go of the chain's head, and tries again."""
+    """Each would wait for the other: retention releases the chain's head, and tries again."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
     async with plane.holding("SELECT count(*) FROM tenancy.audit_log") as reader:
         pruning = asyncio.create_task(plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60))
@@ -590,7 +590,7 @@ async def test_retention_gives_way_to_a_reader_that_appends(plane: QuotaPlane) -
 async def test_a_deadlock_with_retention_is_tried_again_and_then_said_in_words(
     plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where PostgreSQL finds it before the lock's timeout does."""
+    """If PostgreSQL detects the deadlock before the lock's timeout ends."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 2)
     cut, tries = plane.audit._retention._remove, 0
 
@@ -609,7 +609,7 @@ async def test_a_deadlock_with_retention_is_tried_again_and_then_said_in_words(
 
 
 async def test_retention_waits_for_readers_only_so_long(plane: QuotaPlane) -> None:
-    """A report that runs for hours makes it fail, not hang; nothing was removed."""
+    """A report that runs for hours makes it fail rather than hang; nothing is removed."""
     await age(plane.control, plane.audit, datetime(2024, 1, 15, tzinfo=UTC), 1)
     async with plane.control.transaction() as reader:
         await reader.execute(text("SELECT count(*) FROM tenancy.audit_log"))

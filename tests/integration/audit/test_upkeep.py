@@ -1,4 +1,4 @@
-"""What a whole ``Tenancy`` does for the audit log: retention, and signatures that outlive their keys."""
+"""A whole ``Tenancy`` and the audit log: retention by housekeeping, and signatures that outlive their keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG_AGO = datetime(2024, 1, 15, tzinfo=UTC)
 
 @pytest.fixture
 async def aged_config(tenancy_config: TenancyConfig) -> TenancyConfig:
-    """Of an installation whose log begins with entries of January 2024."""
+    """An installation with a log that begins in January 2024."""
     control = ControlDatabase(tenancy_config.control_url, name_prefix=tenancy_config.name_prefix)
     try:
         await control.upgrade()
@@ -59,7 +59,7 @@ async def oldest_month(tenancy: Tenancy) -> str:
 async def test_housekeeping_removes_the_months_that_are_past_retention(
     aged_config: TenancyConfig, days: float, removed: bool
 ) -> None:
-    """By ``retention.audit_seconds``, where 0 is for ever; the rest of the log still verifies."""
+    """By ``retention.audit_seconds``; 0 keeps everything; the rest of the log is still valid."""
     config = aged_config.replace(retention={"audit_seconds": days * 86_400})
     async with opened(config, initialise=True) as tenancy:
         assert await oldest_month(tenancy) == "tenancy.audit_log_y2024m01"
@@ -100,7 +100,7 @@ async def test_housekeeping_prepares_the_logs_partitions_and_removes_old_samples
 
 
 async def test_the_log_verifies_after_each_step_of_an_encryption_keys_rotation(aged_config: TenancyConfig) -> None:
-    """The three deployments of docs/secrets.md; the cut and the checkpoint were signed with the key that goes."""
+    """The three deployments of docs/secrets.md; the cut and the checkpoint were signed with the old key."""
     old, new = next(iter(aged_config.sealing_keys.values())), secrets.token_bytes(32)
     async with opened(aged_config, initialise=True) as tenancy:
         assert await tenancy.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC)) is not None
@@ -110,7 +110,7 @@ async def test_the_log_verifies_after_each_step_of_an_encryption_keys_rotation(a
             report = await tenancy.audit.verify(checkpoint)
             assert report.ok and report.confirmed == (checkpoint.sequence,)
             assert (await tenancy.audit.export_checkpoint()).key_id == signs
-    # what the old key signed is not lost on the next one either
+    # the next key vouches for the old one as well
     async with opened(aged_config.replace(encryption_keys={"2": new, "3": secrets.token_bytes(32)})) as tenancy:
         assert set((await tenancy.audit.verifier()).public_keys) == {"1", "2", "3"}
 
@@ -118,7 +118,7 @@ async def test_the_log_verifies_after_each_step_of_an_encryption_keys_rotation(a
 async def test_a_running_process_signs_with_a_new_data_key_and_the_forgotten_one_still_verifies(
     wrapped_config: TenancyConfig,
 ) -> None:
-    """In the process that rotates and in those that hear of it; verified by one that starts afterwards."""
+    """In the process that rotates and in those that are notified; a process that starts later verifies it."""
     async with opened(wrapped_config, initialise=True) as tenancy, opened(wrapped_config) as other:
         await tenancy.tenants.create("acme")
         assert await tenancy.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC)) is not None

@@ -10,7 +10,7 @@ from tenancy_orm.errors import ControlUnavailableError
 
 
 async def test_a_connection_that_a_refused_begin_has_left_is_not_kept(control_url: str) -> None:
-    """The driver takes its transaction for open, and the server does not: as after a BEGIN that was refused.
+    """The driver considers its transaction open, and the server does not: as after a BEGIN that was refused.
 
     One use may fail by that; the next one gets another connection.
     """

@@ -1,4 +1,4 @@
-"""Invalidations: every process hears of a change at once, and knows when it does not."""
+"""Invalidations: every process is notified of a change at once, and knows when it cannot be."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WITHIN = 0.25
 
 @pytest.fixture
 async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
-    """A control plane whose directory listens."""
+    """A control plane with a listening directory."""
     async with control_plane(control_url) as opened:
         yield opened
 
@@ -79,7 +79,7 @@ async def line(process: Process) -> str:
 async def test_a_revoked_key_stops_working_in_every_process_within_a_quarter_of_a_second(
     plane: ControlPlane, control_url: str
 ) -> None:
-    """Though each of them has it in memory for half a minute to come."""
+    """Although each of them has cached it for another half a minute."""
     _, key = await plane.tenant("acme")
     credential = await plane.directory.authenticate(key)
     async with processes(3, control_url, key) as others:
@@ -92,7 +92,7 @@ async def test_a_revoked_key_stops_working_in_every_process_within_a_quarter_of_
 
 
 async def test_a_deleted_tenants_key_stops_working_in_every_process(plane: ControlPlane, control_url: str) -> None:
-    """A change of status travels as a change of a key does."""
+    """A change of status is notified as a change of a key is."""
     tenant, key = await plane.tenant("acme")
     async with processes(2, control_url, key) as others:
         await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
@@ -127,7 +127,7 @@ async def test_without_a_listener_a_revoked_key_stops_working_within_the_ttl(
 
 
 async def test_changes_in_the_registry_invalidate_what_is_remembered(plane: ControlPlane) -> None:
-    """Made by anybody: an operator with psql, say."""
+    """Whoever made it: an operator with psql, for example."""
     tenant, key = await plane.tenant("acme")
     changes = [
         "UPDATE tenancy.tenants SET metadata = '{\"a\": 1}'",
@@ -164,7 +164,7 @@ async def test_changes_in_the_registry_invalidate_what_is_remembered(plane: Cont
 
 
 async def test_uses_and_progress_are_not_notified(plane: ControlPlane) -> None:
-    """A NOTIFY takes a lock of the whole server at commit: what nobody remembers goes without."""
+    """A NOTIFY takes a lock of the whole server at commit: changes that nobody caches do without it."""
     tenant, key = await plane.tenant("acme")
     await plane.directory.authenticate(key)
     async with plane.control.transaction() as connection:
@@ -178,11 +178,11 @@ async def test_uses_and_progress_are_not_notified(plane: ControlPlane) -> None:
 
 
 async def test_what_was_missed_is_looked_up_again_when_the_listener_is_back(plane: ControlPlane) -> None:
-    """Its backend is killed and a key revoked unheard; the loss and the return are events, and are logged."""
+    """Its backend is killed and a key is revoked unnoticed; the loss and the return are emitted and logged."""
     _, key = await plane.tenant("acme")
     credential = await plane.directory.authenticate(key)
     async with plane.control.transaction() as connection:
-        # nobody hears of this
+        # nobody is notified of this
         await connection.execute(text("ALTER TABLE tenancy.api_keys DISABLE TRIGGER api_keys_notify"))
         query = text("UPDATE tenancy.api_keys SET revoked_at = now() WHERE id = :id")
         await connection.execute(query, {"id": credential.key_id})
@@ -197,7 +197,7 @@ async def test_what_was_missed_is_looked_up_again_when_the_listener_is_back(plan
 
 
 async def test_the_directory_opens_without_a_listener(control_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """An application starts; it is told, and listens once it can."""
+    """An application starts without the listener, logs that, and listens once it can."""
     async with proxied(control_url) as proxy:
         proxy.refuse()
         with caplog.at_level(logging.WARNING, "tenancy_orm.listener"):
@@ -215,7 +215,7 @@ async def test_the_directory_opens_without_a_listener(control_url: str, caplog: 
 
 
 class Heard:
-    """A listener with short times, and what it heard."""
+    """A listener with short times, and the changes that it received."""
 
     def __init__(self, url: str, proxy: Proxy) -> None:
         self.changes: list[Change] = []
@@ -250,7 +250,7 @@ async def heard(control_url: str) -> AsyncIterator[tuple[Heard, Proxy]]:
 
 @pytest.mark.parametrize("how", ["cut", "refuse", "swallow"])
 async def test_a_lost_connection_is_noticed_and_renewed(heard: tuple[Heard, Proxy], how: str) -> None:
-    """Also one that just falls silent: it is asked now and then whether it lives."""
+    """Even one that falls silent: it is probed from time to time."""
     ear, proxy = heard
     assert ear.listener.connected
     getattr(proxy, how)()
@@ -262,7 +262,7 @@ async def test_a_lost_connection_is_noticed_and_renewed(heard: tuple[Heard, Prox
 
 
 async def test_a_long_loss_is_reported_once(heard: tuple[Heard, Proxy]) -> None:
-    """However often connecting fails meanwhile; attempts get rarer."""
+    """However often connecting fails before that; attempts get rarer."""
     ear, proxy = heard
     proxy.refuse()
     before = proxy.connections
@@ -274,7 +274,7 @@ async def test_a_long_loss_is_reported_once(heard: tuple[Heard, Proxy]) -> None:
 async def test_a_malformed_notification_stands_for_a_change_of_anything(
     heard: tuple[Heard, Proxy], plane: ControlPlane
 ) -> None:
-    """It costs a look-up of everything, and nothing worse."""
+    """It only costs a look-up of everything."""
     ear, _ = heard
     tenant_id = uuid4()
     payloads = ["", "nonsense", "[]", '{"t": 1}', '{"t": "x", "k": null, "c": "tenant"}', "null"]
@@ -305,7 +305,7 @@ async def listeners(plane: ControlPlane) -> int:
 
 
 async def test_no_secret_is_shown(heard: tuple[Heard, Proxy], control_url: str) -> None:
-    """The listener holds a URL with a password."""
+    """The listener has a URL with a password."""
     password = make_url(control_url).password
     assert isinstance(password, str)
     assert password not in repr(heard[0].listener)

@@ -45,7 +45,7 @@ def new_key() -> str:
 
 @asynccontextmanager
 async def deaf(config: TenancyConfig) -> AsyncIterator[Tenancy]:
-    """Another process that hears of no change, and remembers what it has read."""
+    """Another process that is not notified of changes, and caches what it has read."""
     async with proxied(config.control_url) as proxy:
         proxy.refuse()
         async with opened(
@@ -86,7 +86,7 @@ async def log_in(postgres: Postgres, tenant: Tenant, password: str) -> None:
 
 
 async def interrupt(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotation that ended when the role had the new password, and before the registry said so."""
+    """A rotation that was interrupted when the role had the new password and the registry did not say so."""
 
     async def fail(*args: Any, **options: Any) -> None:
         raise OSError("killed")
@@ -98,7 +98,7 @@ async def interrupt(tenancy: Tenancy, tenant: Tenant, monkeypatch: pytest.Monkey
 
 
 async def damage(tenancy: Tenancy, tenant: Tenant, column: str) -> None:
-    """Make a stored password one that does not open."""
+    """Damage a stored password, so that it cannot be opened."""
     async with tenancy.internals.control.transaction() as connection:
         query = text(f"UPDATE tenancy.tenants SET {column} = {column} || 'x' WHERE id = :id")
         await connection.execute(query, {"id": tenant.id})
@@ -108,7 +108,7 @@ async def damage(tenancy: Tenancy, tenant: Tenant, column: str) -> None:
 
 
 async def test_a_rotated_password_replaces_the_old_one(tenancy: Tenancy, postgres: Postgres) -> None:
-    """The old one logs in no more; connections that are open stay; it is audited."""
+    """The old password no longer works; open connections stay; it is audited."""
     (acme,) = await created(tenancy, "acme")
     old = tenancy.internals.provisioner.password(acme)
     async with tenancy.session("acme") as session:
@@ -128,7 +128,7 @@ async def test_a_rotated_password_replaces_the_old_one(tenancy: Tenancy, postgre
 
 
 async def test_all_passwords_are_rotated(tenancy: Tenancy) -> None:
-    """Suspended and deleted tenants' too: they may come back. Progress is told."""
+    """Suspended and deleted tenants' too: they may be restored. Progress is reported."""
     tenants = await created(tenancy, "acme", "globex", "initech")
     await tenancy.tenants.suspend("globex")
     await tenancy.tenants.delete("initech")
@@ -145,7 +145,7 @@ async def test_all_passwords_are_rotated(tenancy: Tenancy) -> None:
 
 
 async def test_one_failure_does_not_stop_the_others(tenancy: Tenancy, postgres: Postgres) -> None:
-    """It is reported by slug; a purged tenant is passed over."""
+    """It is reported by slug; a purged tenant is left out."""
     acme, globex, initech = await created(tenancy, "acme", "globex", "initech")
     await tenancy.tenants.delete("initech")
     await tenancy.tenants.purge("initech")
@@ -166,7 +166,7 @@ async def test_one_failure_does_not_stop_the_others(tenancy: Tenancy, postgres: 
 async def test_a_process_that_has_not_heard_reads_the_registry_once_more(
     tenancy: Tenancy, tenancy_config: TenancyConfig
 ) -> None:
-    """It remembers the old password, is refused, and connects with the new one; without asking it would fail."""
+    """It has cached the old password, is refused, and connects with the new one; without a look-up it would fail."""
     (acme,) = await created(tenancy, "acme")
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
@@ -177,7 +177,7 @@ async def test_a_process_that_has_not_heard_reads_the_registry_once_more(
             await works(other, acme)
         connector._passwords = asked
         assert await works(other, acme)
-        # what it remembers of the tenant is as new as what it has read
+        # its cached tenant is as new as what it has read
         remembered = (await other.internals.directory.tenant("acme")).placement
         assert remembered is not None
         assert remembered.sealed_password == (await stored(tenancy, acme))[0]
@@ -186,7 +186,7 @@ async def test_a_process_that_has_not_heard_reads_the_registry_once_more(
 async def test_two_logins_that_are_refused_at_once_both_find_the_new_password(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first hears of its refusal after the second has put the new password into the pool that they share."""
+    """The first is refused after the second has put the new password into the pool that they share."""
     (acme,) = await created(tenancy, "acme")
     first_refused, second_connected = asyncio.Event(), asyncio.Event()
     real, logins = Connector._log_in_with, 0
@@ -223,7 +223,7 @@ async def test_two_logins_that_are_refused_at_once_both_find_the_new_password(
 
 
 async def test_a_new_password_that_works_is_kept_in_the_pool(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
-    """The registry is asked once for it, and not for every connection that follows."""
+    """The registry is queried once, and not for every later connection."""
     (acme,) = await created(tenancy, "acme")
     async with deaf(tenancy_config) as other:
         assert await works(other, acme)
@@ -259,7 +259,7 @@ async def test_a_damaged_password_does_not_hide_the_one_that_works(
 async def test_a_next_password_that_does_not_open_is_replaced(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The role has it already, and nobody can log in any more; another rotation is the way out."""
+    """The role has it already, and nobody can log in any more; another rotation repairs it."""
     (acme,) = await created(tenancy, "acme")
     await interrupt(tenancy, acme, monkeypatch)
     await damage(tenancy, acme, "next_sealed_password")
@@ -293,7 +293,7 @@ async def test_the_server_is_given_a_verifier_and_no_password(
 
 
 async def test_housekeeping_finishes_what_was_interrupted(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody needs to think of it."""
+    """Nobody has to call it."""
     (acme,) = await created(tenancy, "acme")
     await interrupt(tenancy, acme, monkeypatch)
     report = await tenancy.run_housekeeping()
@@ -303,10 +303,10 @@ async def test_housekeeping_finishes_what_was_interrupted(tenancy: Tenancy, monk
 
 
 async def test_a_tenant_that_is_being_created_gets_no_other_password(tenancy: Tenancy) -> None:
-    """Its role may not exist yet, and its creation goes on with the one that it has."""
+    """Its role may not exist yet, and its creation continues with the password that it has."""
     (acme,) = await created(tenancy, "acme")
     async with tenancy.internals.control.transaction() as connection:
-        # the trigger that knows which status may follow which steps aside
+        # without the trigger that checks changes of status
         await connection.execute(text("SET LOCAL session_replication_role = replica"))
         await connection.execute(text("UPDATE tenancy.tenants SET status = 'provisioning'"))
     before = await stored(tenancy, acme)
@@ -316,7 +316,7 @@ async def test_a_tenant_that_is_being_created_gets_no_other_password(tenancy: Te
 
 
 async def test_a_tenant_is_named_as_everywhere(tenancy: Tenancy) -> None:
-    """By slug, id or ``Tenant``; a slug that is nobody's is an error, and then nothing is rotated."""
+    """By slug, id or ``Tenant``; an unknown slug is an error, and nothing is rotated."""
     (acme,) = await created(tenancy, "acme")
     for ref in ("acme", acme.id, str(acme.id), acme):
         before = await stored(tenancy, acme)
@@ -331,7 +331,7 @@ async def test_a_tenant_is_named_as_everywhere(tenancy: Tenancy) -> None:
 
 
 async def test_a_failed_rotation_holds_no_password_in_its_frames(tenancy: Tenancy, postgres: Postgres) -> None:
-    """What reports errors with local variables would send it along, and a repeated rotation makes it the role's."""
+    """An error reporter that sends local variables would leak it, and a repeated rotation sets it on the role."""
     (acme,) = await created(tenancy, "acme")
     async with postgres.connect() as connection:
         await connection.execute(f'ALTER ROLE "{role(acme)}" RENAME TO "{role(acme)}_away"')
@@ -351,7 +351,7 @@ async def test_a_failed_rotation_holds_no_password_in_its_frames(tenancy: Tenanc
 async def test_without_the_registry_the_refusal_itself_is_raised(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control database being away as well does not hide why the connection failed."""
+    """If the control database is unavailable too, the error still says why the connection failed."""
     (acme,) = await created(tenancy, "acme")
 
     class Away(SealedPasswords):
@@ -372,7 +372,7 @@ async def test_without_the_registry_the_refusal_itself_is_raised(
 async def test_an_interrupted_rotation_fails_no_connection_and_is_finished(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """One of the two stored passwords is the role's; which, PostgreSQL knows."""
+    """One of the two stored passwords is the role's; only PostgreSQL knows which."""
     (acme,) = await created(tenancy, "acme")
 
     async def fail(*args: Any, **options: Any) -> None:
@@ -457,7 +457,7 @@ class Load:
 
 
 async def test_rotating_everything_under_load_fails_no_request(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
-    """All passwords, three times, and the key that seals them; one of three processes hears of nothing."""
+    """All passwords, three times, and the key that seals them; one of three processes is never notified."""
     tenants = await created(tenancy, "acme", "globex", "initech", "umbrella")
     keys = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
     rotating = tenancy_config.replace(encryption_keys=keys)
@@ -483,7 +483,7 @@ async def test_rotating_everything_under_load_fails_no_request(tenancy: Tenancy,
 
 
 async def test_passwords_are_sealed_again_under_the_newest_key(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
-    """Then the old key can go. Doing it twice does nothing the second time."""
+    """Then the old key can be removed. The second time it does nothing."""
     tenants = await created(tenancy, "acme", "globex")
     both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
     async with opened(tenancy_config.replace(encryption_keys=both)) as other:
@@ -504,7 +504,7 @@ async def test_passwords_are_sealed_again_under_the_newest_key(tenancy: Tenancy,
 async def test_a_rotation_under_way_is_sealed_again_as_well(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both passwords, or the old key could not go."""
+    """Both passwords, or the old key could not be removed."""
     (acme,) = await created(tenancy, "acme")
 
     async def fail(*args: Any, **options: Any) -> None:
@@ -526,7 +526,7 @@ async def test_a_rotation_under_way_is_sealed_again_as_well(
 async def test_what_stays_locked_is_reported(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And so is the key that it needs; when the lock is gone, repeating it finds nothing left."""
+    """So is the key that it needs; once the lock is released, a repetition finds nothing left."""
     acme, _ = await created(tenancy, "acme", "globex")
     monkeypatch.setattr(sealed, "_WAIT_SECONDS", 0.1)
     both = {**(tenancy_config.encryption_keys or {}), "2": new_key()}
@@ -544,7 +544,7 @@ async def test_what_stays_locked_is_reported(
 async def test_what_is_locked_for_a_while_is_waited_for(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The passes go by it; the lock ends once they have."""
+    """The passes skip it; the lock is released after them."""
     acme, _ = await created(tenancy, "acme", "globex")
     monkeypatch.setattr(sealed, "_WAIT_SECONDS", 60.0)
     passed, real = asyncio.Event(), SealedPasswords._reseal_locked
@@ -567,7 +567,7 @@ async def test_what_is_locked_for_a_while_is_waited_for(
 async def test_a_row_is_locked_while_it_is_sealed_again(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rotation that ended between the reading and the writing would be undone: the role has another password then."""
+    """Otherwise a rotation that ended between reading and writing would be undone, though the role has its password."""
     (acme,) = await created(tenancy, "acme")
     free: list[list[UUID]] = []
     real = SealedPasswords._reseal_rows
@@ -594,7 +594,7 @@ async def test_a_row_is_locked_while_it_is_sealed_again(
 async def test_a_damaged_value_stops_neither_a_reseal_nor_the_keys_in_use(
     tenancy: Tenancy, tenancy_config: TenancyConfig
 ) -> None:
-    """Cut short, or empty: it is reported, and the others go on."""
+    """Truncated or empty: it is reported, and the others are resealed."""
     acme, globex, initech = await created(tenancy, "acme", "globex", "initech")
     async with tenancy.internals.control.transaction() as connection:
         query = text("UPDATE tenancy.tenants SET sealed_password = substring(sealed_password for :kept) WHERE id = :id")
@@ -608,7 +608,7 @@ async def test_a_damaged_value_stops_neither_a_reseal_nor_the_keys_in_use(
 
 
 async def test_a_password_that_does_not_open_is_reported(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
-    """And left as it is; the others are sealed again."""
+    """It is left as it is; the others are resealed."""
     acme, globex = await created(tenancy, "acme", "globex")
     async with tenancy.internals.control.transaction() as connection:
         query = text("UPDATE tenancy.tenants SET sealed_password = sealed_password || 'x' WHERE id = :id")
@@ -622,7 +622,7 @@ async def test_a_password_that_does_not_open_is_reported(tenancy: Tenancy, tenan
         with pytest.raises(SecretError):
             await works(other, acme)
         assert await works(other, globex)
-        # a new password mends it
+        # a new password repairs it
         assert (await other.secrets.rotate_passwords([acme])).failed == {}
         assert await works(other, acme)
 
@@ -632,7 +632,7 @@ async def test_a_password_that_does_not_open_is_reported(tenancy: Tenancy, tenan
 
 @pytest.fixture
 def wrapped_config(tenancy_config: TenancyConfig) -> TenancyConfig:
-    """Keys in the control database, wrapped by one that is elsewhere."""
+    """Data keys in the control database, wrapped by a key that is elsewhere."""
     environ = {"W_WRAPPING_KEYS": f"1:{new_key()}"}
     wrapper = SecretKeyWrapper(EnvironmentSecrets("W_", environ))
     return tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
@@ -660,7 +660,7 @@ async def test_data_keys_seal_and_the_wrapper_opens_them(wrapped_config: Tenancy
 async def test_processes_that_open_at_once_agree_on_the_first_data_key(
     wrapped_config: TenancyConfig, tenancy: Tenancy
 ) -> None:
-    """Whatever they seal, each of them opens."""
+    """Each of them opens what any of them seals."""
     processes = [Tenancy(wrapped_config) for _ in range(4)]
     try:
         await asyncio.gather(*(process.open() for process in processes))
@@ -671,7 +671,7 @@ async def test_processes_that_open_at_once_agree_on_the_first_data_key(
 
 
 async def test_a_new_data_key_is_used_at_once_by_processes_that_run(wrapped_config: TenancyConfig) -> None:
-    """Those that hear of it, and those that do not: they ask when something does not open."""
+    """Those that are notified, and those that are not: they look it up when a password cannot be opened."""
     async with opened(wrapped_config, initialise=True) as tenancy:
         tenants = await created(tenancy, "acme", "globex")
         async with opened(wrapped_config) as other, deaf(wrapped_config) as third:
@@ -703,7 +703,7 @@ async def test_unused_data_keys_are_forgotten(wrapped_config: TenancyConfig) -> 
 
 
 async def test_a_data_key_that_something_is_sealed_under_is_kept(wrapped_config: TenancyConfig) -> None:
-    """Though it is not the newest; also where it is the next password alone that needs it."""
+    """Although it is not the newest; even if only a next password needs it."""
     async with opened(wrapped_config, initialise=True) as tenancy:
         await created(tenancy, "acme")
         (first,) = await data_keys(tenancy)
@@ -730,20 +730,20 @@ async def test_the_newest_data_key_is_kept_though_nothing_is_sealed_under_it(wra
 
 
 class Told(SecretKeyWrapper):
-    """Writes down what it is told of the keys that it wraps."""
+    """Records the contexts of the keys that it wraps."""
 
     def __init__(self, secrets: EnvironmentSecrets) -> None:
         super().__init__(secrets)
         self.contexts: list[dict[str, str]] = []
 
     async def wrap(self, key: bytes, *, context: Mapping[str, str]) -> bytes:
-        """Note the context."""
+        """Record the context."""
         self.contexts.append(dict(context))
         return await super().wrap(key, context=context)
 
 
 async def test_data_keys_are_bound_to_the_installation_and_to_their_ids(tenancy_config: TenancyConfig) -> None:
-    """Rows that are swapped unwrap for neither, and a row of another installation would not."""
+    """Swapped rows cannot be unwrapped, nor can a row of another installation."""
     wrapper = Told(EnvironmentSecrets("W_", {"W_WRAPPING_KEYS": f"1:{new_key()}"}))
     config = tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
     async with opened(config, initialise=True) as tenancy:
@@ -775,7 +775,7 @@ async def test_a_data_key_has_256_bits(tenancy_config: TenancyConfig) -> None:
 
 
 async def test_a_data_key_that_does_not_unwrap_stops_nothing_else(wrapped_config: TenancyConfig) -> None:
-    """Neither opening, nor rotating; it seals nothing, and is forgotten once it is not the last."""
+    """Neither opening nor rotating fails; it seals nothing, and is deleted once it is not the last."""
     async with opened(wrapped_config, initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
         (first,) = await data_keys(tenancy)
@@ -785,7 +785,7 @@ async def test_a_data_key_that_does_not_unwrap_stops_nothing_else(wrapped_config
     async with opened(wrapped_config) as tenancy:
         assert await works(tenancy, acme)
         assert tenancy._lifetime.parts.keyring.current == first
-        # another process may have made it, and be about to seal with it
+        # another process may have created it, and be about to seal with it
         assert await tenancy.secrets.forget_unused_keys() == []
         report = await tenancy.secrets.rotate_encryption_key()
         assert (report.resealed, report.failed) == (1, {})
@@ -796,7 +796,7 @@ async def test_a_data_key_that_does_not_unwrap_stops_nothing_else(wrapped_config
 async def test_rotations_of_the_key_at_once_end_under_the_newest(
     wrapped_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that was overtaken learns of the newer key instead of calling it unknown, and takes nothing back."""
+    """The slower one reads the newer key rather than failing on it, and does not reseal under the older one."""
     async with opened(wrapped_config, initialise=True) as tenancy:
         await created(tenancy, "acme", "globex")
         async with deaf(wrapped_config) as other:
@@ -804,7 +804,7 @@ async def test_rotations_of_the_key_at_once_end_under_the_newest(
 
             async def reseal(self: SealedPasswords, **options: Any) -> ResealReport:
                 if self is other.secrets._sealed:
-                    # the other has made its key; now this one makes a newer one, and is done before the other begins
+                    # the other has created its key; this one creates a newer one, and finishes before the other begins
                     assert (await tenancy.secrets.rotate_encryption_key()).resealed == 2
                 return await real(self, **options)
 
@@ -818,7 +818,7 @@ async def test_rotations_of_the_key_at_once_end_under_the_newest(
 async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
     wrapped_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From time to time by itself, and whenever it rotates a password: or forgotten keys would go on sealing."""
+    """From time to time, and whenever it rotates a password: otherwise deleted keys would still seal."""
     async with opened(wrapped_config, initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
         async with deaf(wrapped_config) as rotating:
@@ -833,7 +833,7 @@ async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
 
 
 async def test_no_request_fails_after_the_wrapping_keys_are_rotated(tenancy_config: TenancyConfig) -> None:
-    """A process reads them anew when the new one has wrapped a data key that it needs."""
+    """A process reads them again when the new one has wrapped a data key that it needs."""
     first, second = new_key(), new_key()
     environ = {"W_WRAPPING_KEYS": f"1:{first}"}
 
@@ -855,7 +855,7 @@ async def test_no_request_fails_after_the_wrapping_keys_are_rotated(tenancy_conf
 async def test_an_installation_whose_keys_come_from_a_provider_can_change_over(
     tenancy: Tenancy, wrapped_config: TenancyConfig
 ) -> None:
-    """What ``secret_options`` names is read beside the wrapper's keys."""
+    """The options that ``secret_options`` names are read besides the wrapper's keys."""
     (acme,) = await created(tenancy, "acme")
     keys = tenancy.config.encryption_keys or {}
     environ = {"S_ENCRYPTION_KEYS": ",".join(f"{key_id}:{value!s}" for key_id, value in keys.items())}
@@ -871,7 +871,7 @@ async def test_an_installation_whose_keys_come_from_a_provider_can_change_over(
 
 
 async def test_an_installation_can_change_over_to_data_keys(tenancy: Tenancy, wrapped_config: TenancyConfig) -> None:
-    """With both configured, what was sealed before opens, and is sealed again; then the old key can go."""
+    """With both configured, old passwords can be opened and are resealed; then the old key can be removed."""
     (acme,) = await created(tenancy, "acme")
     changing = wrapped_config.replace(encryption_keys=tenancy.config.encryption_keys)
     async with opened(changing) as other:
@@ -886,7 +886,7 @@ async def test_an_installation_can_change_over_to_data_keys(tenancy: Tenancy, wr
 
 
 async def test_a_tenancy_reads_its_keys_from_a_provider(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
-    """And opens what was sealed under them."""
+    """It opens what was sealed under them."""
     (acme,) = await created(tenancy, "acme")
     keys = tenancy_config.encryption_keys or {}
     environ = {"S_ENCRYPTION_KEYS": ",".join(f"{key_id}:{value!s}" for key_id, value in keys.items())}

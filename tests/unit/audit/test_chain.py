@@ -46,12 +46,12 @@ class Entry:
 
 
 def sealed(entry: Entry) -> Entry:
-    """With the hash of its content."""
+    """The entry with the hash of its content."""
     return replace(entry, hash=hashlib.sha256(canonical(entry)).digest())
 
 
 def log(length: int, *, apart: timedelta = timedelta(seconds=1)) -> list[Entry]:
-    """A chain that holds."""
+    """A valid chain."""
     entries: list[Entry] = []
     previous = GENESIS
     for sequence in range(1, length + 1):
@@ -80,7 +80,7 @@ def check(
     checkpoints: tuple[Checkpoint, ...] = (),
     since: Checkpoint | None = None,
 ) -> ChainCheck:
-    """Follow ``entries`` to the end that ``head`` (their last one where None) claims."""
+    """Check ``entries``; ``head`` (None: the last of them) is the head of the chain."""
     chain = ChainCheck({cut.sequence: cut for cut in cuts}, checkpoints, SIGNER, since)
     if all(chain.check_entry(entry) for entry in entries):
         last = head or (entries[-1] if entries else None)
@@ -96,7 +96,7 @@ def test_a_chain_that_holds_is_reported_so() -> None:
 
 
 def test_an_empty_log_holds() -> None:
-    """Nothing happened yet."""
+    """An empty log is valid."""
     assert check([]).report().ok
 
 
@@ -126,7 +126,7 @@ def test_a_changed_field_is_found(change: dict[str, object]) -> None:
 
 
 def test_a_changed_entry_with_a_new_hash_breaks_the_next() -> None:
-    """Its successor continues another hash."""
+    """The next entry continues another hash."""
     entries = log(5)
     entries[2] = sealed(replace(entries[2], actor_id="mallory"))
     assert check(entries).report().first_bad == 4
@@ -171,7 +171,7 @@ def test_a_head_with_another_hash_is_found() -> None:
 
 
 def test_a_tail_cut_off_with_its_head_needs_a_checkpoint() -> None:
-    """Without one the shorter log is a log like any other; with one it is not."""
+    """Without a checkpoint the shorter log is valid; with one it is not."""
     entries = log(5)
     assert check(entries[:3]).report().ok
     report = check(entries[:3], checkpoints=(signed(entries[4]),)).report()
@@ -179,7 +179,7 @@ def test_a_tail_cut_off_with_its_head_needs_a_checkpoint() -> None:
 
 
 def test_a_rewritten_log_needs_a_checkpoint() -> None:
-    """Whoever computes every hash anew makes a chain that holds, but not one that a checkpoint agrees with."""
+    """A chain with all hashes recomputed is valid, but does not agree with a checkpoint."""
     entries, forged = log(5), []
     previous = GENESIS
     for entry in entries:
@@ -207,7 +207,7 @@ def test_a_log_that_begins_late_needs_a_signed_cut() -> None:
 
 
 def test_a_checkpoint_cannot_stand_in_for_a_cut() -> None:
-    """Both are signed, and what they are is part of it."""
+    """The signature covers the kind of statement."""
     entries = log(6)
     posing = replace(signed(entries[2]), kind="cut")
     assert check(entries[3:], cuts=(posing,)).report().first_bad == 4
@@ -221,7 +221,7 @@ def test_a_checkpoint_older_than_the_cut_says_nothing_any_more() -> None:
 
 
 def test_following_can_begin_at_a_checkpoint() -> None:
-    """What precedes it is not read again, but for its own microsecond."""
+    """Earlier entries are not read again, except those of the same microsecond."""
     entries = log(6)
     report = check(entries[3:], since=signed(entries[3])).report()
     assert report.ok and (report.entries, report.first, report.last) == (2, 5, 6)
@@ -232,14 +232,14 @@ def test_following_can_begin_at_a_checkpoint() -> None:
 
 
 def test_following_from_a_checkpoint_does_not_pass_over_entries_with_an_older_number() -> None:
-    """They would be shown among the newest, and be what nobody verified."""
+    """They would be shown among the newest, and not be verified."""
     entries = log(6)
     forged = sealed(replace(entries[1], occurred_at=entries[4].occurred_at, actor_id="mallory"))
     assert check([entries[3], forged, *entries[4:]], since=signed(entries[3])).report().first_bad == 2
 
 
 def test_the_entry_that_following_begins_after_is_compared() -> None:
-    """It is there, and what was signed about it is known."""
+    """It is in the log, and its signed hash is known."""
     entries = log(6)
     rewritten = sealed(replace(entries[3], actor_id="mallory"))
     report = check([rewritten, *entries[4:]], since=signed(entries[3])).report()
@@ -247,7 +247,7 @@ def test_the_entry_that_following_begins_after_is_compared() -> None:
 
 
 def test_checkpoints_are_compared_skipped_or_removed_and_never_silently_dropped() -> None:
-    """Every one that was given is in one of the three lists."""
+    """Every given checkpoint is in one of the three lists."""
     entries = log(6)
     given = tuple(signed(entry) for entry in (entries[1], entries[3], entries[5]))
     report = check(entries[3:], since=signed(entries[3]), checkpoints=given).report()
@@ -260,7 +260,7 @@ def test_checkpoints_are_compared_skipped_or_removed_and_never_silently_dropped(
 
 
 def test_a_checkpoint_of_the_entry_before_the_first_is_compared() -> None:
-    """With the cut's hash, or with the checkpoint's that following begins after."""
+    """It has the cut's hash, or that of the checkpoint to begin from."""
     entries = log(6)
     other = replace(signed(entries[3]), hash=b"x" * 32)
     assert check(entries[4:], cuts=(signed(entries[3], "cut"),), checkpoints=(other,)).report().first_bad == 4
@@ -275,7 +275,7 @@ def test_the_canonical_form_is_json_that_anyone_can_compute() -> None:
 
 @given(left=st.lists(st.text(max_size=5) | st.none(), min_size=4, max_size=4), right=st.integers(0, 2))
 def test_moving_text_between_fields_changes_the_canonical_form(left: list[str | None], right: int) -> None:
-    """No two entries share one: fields cannot run into one another."""
+    """No two entries share one, since fields are delimited."""
     names = ("actor_id", "slug", "request_id", "source")
     entry = replace(log(1)[0], **dict(zip(names, left, strict=True)))  # type: ignore[arg-type]
     moved = list(left)
@@ -288,7 +288,7 @@ def test_moving_text_between_fields_changes_the_canonical_form(left: list[str | 
 
 
 def test_a_checkpoint_survives_its_journey_as_json() -> None:
-    """What is read back is what was signed."""
+    """A checkpoint that is written and read again is equal."""
     checkpoint = signed(log(3)[2])
     again = Checkpoint.from_json(checkpoint.to_json())
     assert again == checkpoint
@@ -337,7 +337,7 @@ NO_TIME = {"occurred_at": "0001-01-01T00:00:00+14:00"}
 
 @pytest.mark.parametrize("change", [{"sequence": float("inf")}, NO_TIME], ids=["infinity", "year 0"])
 def test_a_checkpoint_with_impossible_values_is_refused(change: dict[str, object]) -> None:
-    """By the same error as what is no checkpoint at all."""
+    """With the same error as for a text that is not a checkpoint."""
     values = {**json.loads(signed(log(1)[0]).to_json()), **change}
     with pytest.raises(AuditError, match="not a checkpoint"):
         Checkpoint.from_json(json.dumps(values))
@@ -345,13 +345,13 @@ def test_a_checkpoint_with_impossible_values_is_refused(change: dict[str, object
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "tenancy-audit-1", "kind": "other"}', "null", "1"])
 def test_what_is_not_a_checkpoint_is_refused(text: str) -> None:
-    """By an error of ours."""
+    """With an error of this package."""
     with pytest.raises(AuditError):
         Checkpoint.from_json(text)
 
 
 def test_signing_needs_a_key_and_public_keys_must_be_keys() -> None:
-    """Mistakes of configuration are reported as such."""
+    """Mistakes in the configuration are reported as such."""
     with pytest.raises(ConfigurationError):
         Signer({}).sign("checkpoint", installation=INSTALLATION, sequence=1, digest=GENESIS, occurred_at=START)
     for text in ("?", base64.b64encode(b"short").decode()):
@@ -366,13 +366,13 @@ NEW = Signer({"2": b"b" * 32})
 
 
 def voucher(signer: Signer = NEW, of: Signer = OLD, *, installation: UUID = INSTALLATION) -> Voucher:
-    """A statement about the only key of ``of``."""
+    """A voucher for the only key of ``of``."""
     [(key_id, public_key)] = of.public_keys.items()
     return signer.vouch(installation=installation, key_id=key_id, public_key=base64.b64decode(public_key))
 
 
 def test_a_key_that_a_known_one_vouches_for_verifies() -> None:
-    """Without it, what a retired key signed could not be told from a forgery."""
+    """Without it, a retired key's signature could not be distinguished from a forgery."""
     entry = log(1)[0]
     old = OLD.sign("cut", installation=INSTALLATION, sequence=1, digest=entry.hash, occurred_at=entry.occurred_at)
     with pytest.raises(AuditError, match="not known"):
@@ -383,7 +383,7 @@ def test_a_key_that_a_known_one_vouches_for_verifies() -> None:
 
 
 def test_only_what_a_known_key_signed_vouches() -> None:
-    """Not a stranger's word, not one that was changed, not that of a key which is known by its own word alone."""
+    """Not an unknown key's, not one that was changed, not one of a key that only vouches for itself."""
     stranger, posing = Signer({"9": b"c" * 32}), Signer({"2": b"c" * 32})
     forged = [
         voucher(stranger),
@@ -396,12 +396,12 @@ def test_only_what_a_known_key_signed_vouches() -> None:
     ]
     for one in forged:
         assert NEW.including([one]).public_keys == NEW.public_keys
-    # nor can a word about a known key replace it
+    # nor can a voucher for a known key replace the key
     assert NEW.including([voucher(NEW, posing)]).public_keys == NEW.public_keys
 
 
 def test_a_signer_that_is_renewed_signs_with_the_last_key_and_verifies_with_all() -> None:
-    """A process learns of a new key while it runs."""
+    """A running process can get a new key."""
     signer = Signer({"1": b"a" * 32})
     signer.add_keys({"1": b"a" * 32, "2": b"b" * 32})
     assert signer.public_keys == SIGNER.public_keys
@@ -415,6 +415,6 @@ def test_a_signer_shows_no_key() -> None:
 
 
 def test_an_actor_has_a_known_kind() -> None:
-    """The mistake is reported where it is made."""
+    """The mistake is reported at once."""
     with pytest.raises(ValueError, match="robot"):
         Actor("robot")  # type: ignore[arg-type]

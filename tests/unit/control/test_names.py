@@ -1,4 +1,4 @@
-"""Identifiers stay unique, quoted and short, whatever is asked of them."""
+"""Identifiers are unique, quoted and short, whatever the input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ prefixes = st.from_regex(r"[a-z][a-z0-9]{0,11}", fullmatch=True)
 
 @given(prefix=prefixes, installation=st.uuids(), tenant=st.uuids(), digits=st.text("0123456789abcdef", min_size=16))
 def test_every_name_fits_and_is_plain(prefix: str, installation: UUID, tenant: UUID, digits: str) -> None:
-    """At most 63 bytes of a-z, 0-9 and underscores: PostgreSQL cuts longer ones silently, and two could meet."""
+    """At most 63 bytes of a-z, 0-9 and underscores: PostgreSQL truncates longer ones, and two could become equal."""
     names = Names(prefix, installation)
     made = [names.owner, names.tenant(tenant), names.template(digits), names.scratch(digits), names.retired(digits)]
     assert len(set(made)) == len(made)
@@ -29,7 +29,7 @@ def test_every_name_fits_and_is_plain(prefix: str, installation: UUID, tenant: U
 
 @given(first=st.uuids(), second=st.uuids())
 def test_names_of_different_tenants_differ(first: UUID, second: UUID) -> None:
-    """And each leads back to its tenant."""
+    """Each can be parsed to its tenant's id."""
     names = Names("tenancy", INSTALLATION)
     assert (names.tenant(first) == names.tenant(second)) == (first == second)
     assert names.parse(names.tenant(first)) == first
@@ -37,7 +37,7 @@ def test_names_of_different_tenants_differ(first: UUID, second: UUID) -> None:
 
 @given(st.text())
 def test_only_names_of_this_installation_are_parsed(name: str) -> None:
-    """Another installation's database on the same server is not ours to touch."""
+    """Another installation's database on the same server is not recognised."""
     names = Names("tenancy", INSTALLATION)
     assert names.parse(name) is None
     assert names.parse(Names("tenancy", UUID(int=7)).tenant(UUID(int=1))) is None

@@ -26,7 +26,7 @@ def reason(text: str, prefix: str = "ten_live") -> str:
 
 
 def test_a_new_key_parses() -> None:
-    """Its id and prefix are read back."""
+    """Parsing returns its id and prefix."""
     key = generate_key("ten_live")
     parsed = parse_key(key.text, "ten_live")
     assert (parsed.prefix, parsed.key_id, parsed.text) == (key.prefix, key.key_id, key.text)
@@ -39,7 +39,7 @@ def test_keys_differ() -> None:
 
 
 def test_the_secret_encodes_256_bits() -> None:
-    """43 digits of base 62 hold any value below 2 to the 256."""
+    """43 digits of base 62 can represent any value below 2 to the 256."""
     secret = generate_key("ten_live").text.rsplit("_", 1)[1][:43]
     value = 0
     for character in secret:
@@ -59,7 +59,7 @@ def test_the_checksum_is_the_crc_of_everything_before_it() -> None:
 
 @given(st.integers(min_value=0, max_value=74), st.sampled_from(ALPHABET + "_-. é\x00"))
 def test_a_typing_error_is_refused(position: int, character: str) -> None:
-    """Any one wrong character, wherever it is."""
+    """One wrong character anywhere is found."""
     key = generate_key("ten_live").text
     typed = key[:position] + character + key[position + 1 :]
     if typed != key:
@@ -68,7 +68,7 @@ def test_a_typing_error_is_refused(position: int, character: str) -> None:
 
 @given(st.integers(min_value=9, max_value=73))
 def test_swapped_neighbours_are_refused(position: int) -> None:
-    """The other common typing error."""
+    """Another common typing error."""
     key = generate_key("ten_live").text
     typed = key[:position] + key[position + 1] + key[position] + key[position + 2 :]
     if typed != key:
@@ -90,7 +90,7 @@ def test_a_key_of_another_prefix_is_refused() -> None:
 
 @pytest.mark.parametrize("prefix", ["t", "ten_live", "acme_prod_eu_1", "a" * 24])
 def test_every_admitted_prefix_works(prefix: str) -> None:
-    """Also one with underscores, and the longest."""
+    """Even one with underscores, and the longest."""
     TenancyConfig(control_url=URL, keys=KeyConfig(prefix=prefix))
     key = generate_key(prefix)
     assert parse_key(key.text, prefix).key_id == key.key_id
@@ -114,7 +114,7 @@ def test_neither_repr_nor_str_shows_a_key() -> None:
 
 
 def test_a_refusal_names_nothing_of_the_key() -> None:
-    """What was presented may be a real secret with a typing error in it."""
+    """The text may be a real key with a typing error."""
     key = generate_key("ten_live").text
     with pytest.raises(InvalidApiKeyError) as caught:
         parse_key(key[:-1] + ("a" if key[-1] != "a" else "b"), "ten_live")
@@ -134,13 +134,13 @@ def test_a_digest_matches_its_key_alone() -> None:
 
 
 def test_an_unknown_key_matches_nothing() -> None:
-    """The same work is done, and the answer is no."""
+    """The same work is done, and the result is False."""
     digester = KeyDigester({"1": b"p" * 32})
     assert not digester.matches(generate_key("ten_live").text, None)
 
 
 def test_the_newest_pepper_makes_digests_and_all_verify() -> None:
-    """So that one can be added before the old one is taken away."""
+    """So that a new pepper can be added before the old one is removed."""
     old, new = KeyDigester({"1": b"a" * 32}), KeyDigester({"1": b"a" * 32, "2": b"b" * 32})
     key = generate_key("ten_live", old)
     assert new.matches(key.text, key.digest, key.digest_version)
@@ -149,7 +149,7 @@ def test_the_newest_pepper_makes_digests_and_all_verify() -> None:
 
 
 def test_a_digest_whose_pepper_is_missing_matches_nothing() -> None:
-    """Not even the plain digest, under the name of a version that nobody knows."""
+    """Not even the plain digest, under an unknown version."""
     digester = KeyDigester()
     key: NewKey = generate_key("ten_live")
     assert not digester.matches(key.text, digester.digest(key.text), "gone")
@@ -172,7 +172,7 @@ def test_new_digests_are_made_with_the_current_pepper() -> None:
 
 
 def test_a_digest_under_a_later_pepper_is_not_to_be_taken_back() -> None:
-    """Or processes on either side of a deployment would go on replacing each other's digests."""
+    """Otherwise old and new processes would keep replacing each other's digests during a deployment."""
     peppers = {"1": b"a" * 32, "2": b"b" * 32}
     older = {
         current: [v for v in ("0", "1", "2", "gone") if KeyDigester(peppers, current).is_older(v)] for current in "012"
@@ -202,14 +202,14 @@ def test_malformed_peppers_are_refused(peppers: dict[str, str | bytes], message:
 
 @pytest.mark.parametrize("options", [{}, {"peppers": {"1": b"a" * 32}}])
 def test_a_current_pepper_must_be_configured(options: dict[str, Any]) -> None:
-    """A mistyped version is reported where it was made."""
+    """A mistyped version is reported at once."""
     with pytest.raises(ConfigurationError, match=r"keys\.pepper_current: '2'"):
         TenancyConfig(control_url=URL, keys=KeyConfig(pepper_current="2", **options))
     assert TenancyConfig(control_url=URL, keys=KeyConfig(pepper_current="0", **options)).keys.pepper_current == "0"
 
 
 def test_a_current_pepper_is_checked_once_the_peppers_are_known() -> None:
-    """They are read from elsewhere when the ``Tenancy`` opens."""
+    """They are read from the provider when the ``Tenancy`` opens."""
     config = TenancyConfig(
         control_url=URL, secrets=SecretsConfig(options=("key_peppers",)), keys=KeyConfig(pepper_current="2")
     )

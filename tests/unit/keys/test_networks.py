@@ -26,13 +26,13 @@ from tenancy_orm.keys.networks import is_in_networks, parse_networks, source_gro
     ],
 )
 def test_a_source_is_admitted_by_its_address(source: str | None, networks: list[str], admitted: bool) -> None:
-    """What is not an address is admitted nowhere; an IPv4 address is one however it is written."""
+    """Text that is not an address is in no network; an IPv4 address matches in every notation."""
     assert is_in_networks(source, parse_networks(networks)) is admitted
 
 
 @pytest.mark.parametrize("network", ["192.0.2.1/24", "192.0.2.0/33", "everywhere", ""])
 def test_a_malformed_network_is_refused(network: str) -> None:
-    """Rather than read as something else: 10.0.0.1/8 may be a mistake for 10.0.0.1."""
+    """They are not guessed: 10.0.0.1/8 may be a mistake for 10.0.0.1."""
     with pytest.raises(ConfigurationError, match="CIDR"):
         parse_networks([network])
 

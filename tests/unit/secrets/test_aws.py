@@ -1,4 +1,4 @@
-"""AWS Secrets Manager and KMS, as moto has them."""
+"""AWS Secrets Manager and KMS, as moto emulates them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REGION = "eu-central-1"
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An account with nothing in it; no credentials but made-up ones."""
+    """An empty account, with made-up credentials."""
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(variable, "testing")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -29,12 +29,12 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def client(service: str) -> Any:
-    """A client of boto3's own."""
+    """A plain boto3 client."""
     return boto3.client(service, region_name=REGION)
 
 
 async def test_a_secret_is_a_string_of_secrets_manager(aws: None) -> None:
-    """Under a prefix; what is missing, or no text, is told apart from a failure."""
+    """Under a prefix; a secret that is missing or not text is another error than a failure."""
     manager = client("secretsmanager")
     manager.create_secret(Name="tenancy/encryption_keys", SecretString="1:abc")
     manager.create_secret(Name="tenancy/binary", SecretBinary=b"abc")
@@ -62,7 +62,7 @@ async def test_kms_wraps_keys_in_their_context(aws: None) -> None:
 
 
 async def test_kms_unwraps_by_the_configured_key_alone(aws: None) -> None:
-    """What another key of the account wrapped is refused, though the account could decrypt it."""
+    """A value that another key of the account wrapped is refused, although the account could decrypt it."""
     kms = client("kms")
     ours, other = (kms.create_key()["KeyMetadata"]["KeyId"] for _ in range(2))
     foreign = AwsKms(other, region=REGION)
@@ -79,7 +79,7 @@ async def test_kms_unwraps_by_the_configured_key_alone(aws: None) -> None:
 async def test_no_log_holds_what_is_secret(
     aws: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
-    """At DEBUG, of all loggers: botocore logs requests and answers, as is seen where its records are kept."""
+    """At DEBUG, for all loggers: without the filter, botocore logs requests and answers."""
     if kept:
         monkeypatch.setattr(providers._PayloadFilter, "filter", lambda self, record: True)
     key, text = bytes(range(32)), base64.b64encode(b"an encryption key of 32 bytes...").decode()
@@ -98,7 +98,7 @@ async def test_no_log_holds_what_is_secret(
 
 
 async def test_calls_of_the_application_are_logged_as_before(aws: None, caplog: pytest.LogCaptureFixture) -> None:
-    """The filter is for the calls of the providers alone."""
+    """The filter applies to the providers' calls alone."""
     client("secretsmanager").create_secret(Name="tenancy/encryption_keys", SecretString="1:abc")
     secrets = AwsSecrets(region=REGION)
     await secrets.read("encryption_keys")
@@ -110,7 +110,7 @@ async def test_calls_of_the_application_are_logged_as_before(aws: None, caplog: 
 
 
 async def test_a_name_that_leads_elsewhere_is_refused(aws: None) -> None:
-    """Before AWS is asked."""
+    """Before AWS is called."""
     client("secretsmanager").create_secret(Name="tenancy/a/b", SecretString="1:abc")
     secrets = AwsSecrets(region=REGION)
     with pytest.raises(ConfigurationError):
@@ -119,7 +119,7 @@ async def test_a_name_that_leads_elsewhere_is_refused(aws: None) -> None:
 
 
 async def test_a_missing_kms_key_is_an_error(aws: None) -> None:
-    """Of the provider."""
+    """It is an error of the provider."""
     with pytest.raises(SecretProviderError, match="alias/absent"):
         await AwsKms("alias/absent", region=REGION).wrap(b"k" * 32, context={})
 

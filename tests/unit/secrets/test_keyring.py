@@ -1,4 +1,4 @@
-"""Sealed secrets open for their owner alone."""
+"""Sealed secrets can be opened for their tenant alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OLD, NEW = bytes(32), bytes(range(32))
 
 
 def test_a_password_opens_for_its_tenant() -> None:
-    """What was sealed comes back."""
+    """Opening returns what was sealed."""
     keyring, tenant = Keyring({"1": OLD}), uuid4()
     assert keyring.open_password(tenant, keyring.seal_password(tenant, "s3cret")) == "s3cret"
 
@@ -28,7 +28,7 @@ def test_a_swapped_password_does_not_open() -> None:
 
 @pytest.mark.parametrize("key_id", ["1", "a-key-of-16-char"])
 def test_what_is_too_short_is_in_no_known_format(key_id: str) -> None:
-    """At any length, with any id: a damaged value is an error of its own kind, which others are not stopped by."""
+    """Any length and id: a damaged value raises SecretError, which callers handle row by row."""
     keyring, tenant = Keyring({key_id: OLD}), uuid4()
     sealed = keyring.seal_password(tenant, "")
     for length in range(len(sealed)):
@@ -46,7 +46,7 @@ def test_the_header_is_authenticated() -> None:
 
 
 def test_a_value_opens_for_its_purpose_alone() -> None:
-    """Bound to the tenant's id by other words, it is no password."""
+    """Associated data with another purpose does not open as a password."""
     keyring, tenant = Keyring({"1": OLD}), uuid4()
     for associated in (tenant.bytes, b"another purpose:" + tenant.bytes):
         with pytest.raises(SecretError):

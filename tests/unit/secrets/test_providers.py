@@ -23,7 +23,7 @@ KEYS = f"1:{base64.b64encode(b'a' * 32).decode()},2:{base64.b64encode(b'b' * 32)
 
 
 async def test_a_secret_is_a_variable() -> None:
-    """Named after it, with a prefix; an empty one is none."""
+    """Named after the secret, with a prefix; an empty variable counts as missing."""
     provider = EnvironmentSecrets(environ={"SECRET_ENCRYPTION_KEYS": KEYS, "SECRET_EMPTY": ""})
     assert await provider.read("encryption_keys") == KEYS
     for name in ("empty", "other"):
@@ -53,7 +53,7 @@ async def test_a_secret_is_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o666])
 async def test_a_file_that_is_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
-    """Readable or writable, by group or by all; the message tells the remedy and not the secret."""
+    """Readable or writable, by the group or by all; the message has the remedy and not the secret."""
     write(tmp_path, "key", "s3cret-text", mode)
     with pytest.raises(SecretProviderError, match="chmod 600") as caught:
         await FileSecrets(tmp_path).read("key")
@@ -61,7 +61,7 @@ async def test_a_file_that_is_open_to_others_is_refused(tmp_path: Path, mode: in
 
 
 async def test_a_containers_mount_can_be_allowed(tmp_path: Path) -> None:
-    """Readable by all, where the application says so; writable never."""
+    """Readable by all, if the application allows it; writable never."""
     write(tmp_path, "readable", "text", 0o444)
     write(tmp_path, "writable", "text", 0o446)
     provider = FileSecrets(tmp_path, allow=0o044)
@@ -73,7 +73,7 @@ async def test_a_containers_mount_can_be_allowed(tmp_path: Path) -> None:
 
 
 async def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who owns it can change it; root's and one's own are read."""
+    """Its owner could change it; only root's and one's own files are read."""
     write(tmp_path, "key", "s3cret-text")
     real = os.fstat
 
@@ -96,7 +96,7 @@ async def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: py
 
 
 async def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    """A directory, and a pipe that nobody writes to, which must not be waited for."""
+    """A directory, and a pipe without a writer, which must not block."""
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "pipe", 0o600)
     for name in ("directory", "pipe"):
@@ -125,7 +125,7 @@ async def test_a_large_or_binary_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "../etc", "a/b", ".hidden", "a\x00b", "x" * 129])
 async def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
-    """By every provider alike."""
+    """Every provider refuses it."""
     for provider in (FileSecrets(tmp_path), EnvironmentSecrets(environ={})):
         with pytest.raises(ConfigurationError):
             await provider.read(name)
@@ -135,7 +135,7 @@ async def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str)
 
 
 async def test_options_are_filled_in_from_the_provider() -> None:
-    """Those that are named and not set already."""
+    """The options that are named and not set already."""
     provider = EnvironmentSecrets("S_", {"S_ENCRYPTION_KEYS": KEYS, "S_KEY_PEPPERS": KEYS})
     config = TenancyConfig(control_url=URL, secrets=SecretsConfig(provider=provider))
     read = await read_secrets(config)
@@ -148,7 +148,7 @@ async def test_options_are_filled_in_from_the_provider() -> None:
 
 
 async def test_a_key_wrapper_makes_the_encryption_keys_needless_unless_they_are_named() -> None:
-    """By default they are not read, and may be absent; in a change-over they are, and must be there."""
+    """By default they are not read, and may be missing; when named, they are read, and must exist."""
     provider = EnvironmentSecrets("S_", environ := {"S_WRAPPING_KEYS": KEYS})
     config = TenancyConfig(
         control_url=URL, secrets=SecretsConfig(provider=provider, key_wrapper=SecretKeyWrapper(provider))
@@ -163,13 +163,13 @@ async def test_a_key_wrapper_makes_the_encryption_keys_needless_unless_they_are_
 
 
 async def test_no_secret_option_can_be_named() -> None:
-    """Then the provider is for other things."""
+    """Then the provider is for other secrets."""
     config = TenancyConfig(control_url=URL, secrets=SecretsConfig(provider=EnvironmentSecrets(environ={}), options=()))
     assert await read_secrets(config) == config
 
 
 async def test_a_missing_secret_is_an_error() -> None:
-    """Rather than a key that silently is not there."""
+    """Rather than silently without the key."""
     config = TenancyConfig(control_url=URL, secrets=SecretsConfig(provider=EnvironmentSecrets(environ={})))
     with pytest.raises(SecretNotFoundError):
         await read_secrets(config)
@@ -183,7 +183,7 @@ def test_only_secret_options_are_read_from_providers() -> None:
 
 @pytest.mark.parametrize("text", ["", ",", "1", "1:", "1:&&&", "YWFh"])
 def test_malformed_keys_are_refused_without_repeating_them(text: str) -> None:
-    """They are secrets, also when they are wrong."""
+    """They are secrets even if they are malformed."""
     with pytest.raises(ConfigurationError, match="malformed") as caught:
         parse_keys("wrapping_keys", text)
     assert not text.strip(",") or text not in str(caught.value).replace("id:base64", "")
@@ -193,7 +193,7 @@ def test_malformed_keys_are_refused_without_repeating_them(text: str) -> None:
 
 
 async def test_a_wrapped_key_unwraps_in_its_context_alone() -> None:
-    """Under any of the wrapping keys."""
+    """With any of the wrapping keys."""
     environ = {"S_WRAPPING_KEYS": KEYS.split(",", maxsplit=1)[0]}
     wrapper = SecretKeyWrapper(EnvironmentSecrets("S_", environ))
     wrapped = await wrapper.wrap(b"k" * 32, context={"id": "1", "installation": "x"})
@@ -206,7 +206,7 @@ async def test_a_wrapped_key_unwraps_in_its_context_alone() -> None:
 
 
 async def test_a_rotated_wrapping_key_is_read_anew() -> None:
-    """A process that runs need not be restarted."""
+    """A running process need not be restarted."""
     first, second = KEYS.split(",")
     environ = {"S_WRAPPING_KEYS": first}
     running = SecretKeyWrapper(EnvironmentSecrets("S_", environ))
@@ -217,7 +217,7 @@ async def test_a_rotated_wrapping_key_is_read_anew() -> None:
 
 
 async def test_the_newest_wrapping_key_wraps_at_once() -> None:
-    """Also in a process that has read the keys before: otherwise the former one could never be taken away."""
+    """Even in a process that has read the keys before: otherwise the former key could never be removed."""
     first, second = KEYS.split(",")
     environ = {"S_WRAPPING_KEYS": first}
     running = SecretKeyWrapper(EnvironmentSecrets("S_", environ))

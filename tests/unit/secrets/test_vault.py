@@ -1,4 +1,4 @@
-"""HashiCorp Vault, spoken to over HTTP."""
+"""HashiCorp Vault, over HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.vault import FakeVault, fake_vault
 
 @pytest.fixture
 def vault() -> Iterator[FakeVault]:
-    """A server of Vault's API."""
+    """A server with Vault's API."""
     with fake_vault() as served:
         served.stored["tenancy/encryption_keys"] = {"value": "1:abc"}
         yield served
@@ -58,7 +58,7 @@ async def test_transit_wraps_keys_in_their_context(vault: FakeVault) -> None:
 
 
 async def test_an_approle_logs_in_and_again_when_its_token_has_expired(vault: FakeVault) -> None:
-    """Once, however many calls find it expired."""
+    """It logs in once, however many calls find the token expired."""
     connection = VaultConnection(vault.url, role_id="role-1", secret_id="secret-1")
     secrets = VaultSecrets(connection)
     assert await asyncio.gather(*(secrets.read("encryption_keys") for _ in range(5))) == ["1:abc"] * 5
@@ -72,7 +72,7 @@ async def test_an_approle_logs_in_and_again_when_its_token_has_expired(vault: Fa
 async def test_a_token_that_another_call_has_just_renewed_is_no_refusal(
     vault: FakeVault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that asks whether its token is valid is told of the new one."""
+    """The call that checks its token finds the new one."""
     connection = VaultConnection(vault.url, role_id="role-1", secret_id="secret-1")
     secrets = VaultSecrets(connection)
     assert await secrets.read("encryption_keys") == "1:abc"
@@ -91,7 +91,7 @@ async def test_a_token_that_another_call_has_just_renewed_is_no_refusal(
 
 
 async def test_a_refused_token_is_an_error(vault: FakeVault) -> None:
-    """Not a missing secret. A wrong AppRole is another."""
+    """It is not reported as a missing secret, nor is a wrong AppRole."""
     for connection in (
         VaultConnection(vault.url, token="wrong-token"),
         VaultConnection(vault.url, role_id="role-1", secret_id="wrong-secret"),
@@ -104,7 +104,7 @@ async def test_a_refused_token_is_an_error(vault: FakeVault) -> None:
 
 
 async def test_a_vault_that_does_not_serve_is_an_error_within_the_timeout(vault: FakeVault) -> None:
-    """Sealed, silent, or not there."""
+    """Sealed, not answering, or not reachable."""
     connection = VaultConnection(vault.url, token="root", timeout=0.2)
     vault.sealed = True
     with pytest.raises(SecretProviderError, match="VaultDown"):
@@ -123,7 +123,7 @@ async def test_a_vault_that_does_not_serve_is_an_error_within_the_timeout(vault:
 
 
 async def test_a_policy_that_does_not_admit_is_no_reason_to_log_in_again(vault: FakeVault) -> None:
-    """Another token would be refused as well, and they would pile up."""
+    """Another token would be refused too, and tokens would pile up."""
     vault.denied.add("secret/data/tenancy/encryption_keys")
     connection = VaultConnection(vault.url, role_id="role-1", secret_id="secret-1")
     for _ in range(3):
@@ -148,7 +148,7 @@ ODD: list[tuple[int, Any]] = [
 async def test_an_answer_that_is_none_of_vaults_is_an_error_of_the_provider(
     vault: FakeVault, odd: tuple[int, Any], options: dict[str, str]
 ) -> None:
-    """Whatever stands between may answer as well; it is neither followed nor misread."""
+    """A proxy may answer instead; it is neither followed nor misread."""
     vault.odd = odd
     connection = VaultConnection(vault.url, **options)  # type: ignore[arg-type]
     with pytest.raises(SecretProviderError):
@@ -173,7 +173,7 @@ async def test_no_log_holds_what_is_secret(vault: FakeVault, caplog: pytest.LogC
 
 
 async def test_no_token_is_taken_from_the_environment(vault: FakeVault, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the program may have one that admits more than the AppRole that was configured."""
+    """The user's own token may allow more than the configured AppRole."""
     monkeypatch.setenv("VAULT_TOKEN", "root")
     connection = VaultConnection(vault.url, role_id="role-1", secret_id="wrong-secret")
     with pytest.raises(SecretProviderError):
@@ -182,7 +182,7 @@ async def test_no_token_is_taken_from_the_environment(vault: FakeVault, monkeypa
 
 
 async def test_a_name_that_leads_elsewhere_is_refused(vault: FakeVault) -> None:
-    """Before Vault is asked."""
+    """Before Vault is called."""
     connection = VaultConnection(vault.url, token="root")
     with pytest.raises(ConfigurationError):
         await VaultSecrets(connection).read("../other")
@@ -193,7 +193,7 @@ async def test_a_name_that_leads_elsewhere_is_refused(vault: FakeVault) -> None:
 
 
 def test_one_way_to_log_in_is_given() -> None:
-    """Not none, and not two."""
+    """Exactly one way to log in must be given."""
     for options in ({}, {"token": "t", "role_id": "r"}):
         with pytest.raises(ConfigurationError, match="token"):
             VaultConnection("http://127.0.0.1", **options)  # type: ignore[arg-type]
