@@ -115,9 +115,9 @@ class Retention:
                 return None
             until = max(map(_month_end, names))
             chain = ChainCheck(await read_cuts(connection, self._control.installation), [], verifier, None)
-            holds = await check_entries(connection, chain, None, until)
+            valid = await check_entries(connection, chain, None, until)
             last = chain.previous
-            if holds:
+            if valid:
                 await check_next_entry(connection, chain, until)
         chain.report().raise_if_bad()
         return None if last is None else _VerifiedMonths(until, last)

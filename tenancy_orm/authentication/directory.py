@@ -246,7 +246,7 @@ class Directory:
         matches = self._digester.matches(parsed.text, row and row.digest, row and row.digest_version)
         if row is None or not matches:
             reason = "unknown" if row is None else "secret"
-            if row is not None and not self._digester.knows(row.digest_version):
+            if row is not None and not self._digester.has_pepper(row.digest_version):
                 reason = "pepper"
                 logger.error(
                     "key %s has a digest of version %r, which key_peppers lacks", row.key_id, row.digest_version

@@ -49,7 +49,6 @@ installation = Table(
         "singleton", Boolean, CheckConstraint("singleton", name="singleton"), primary_key=True, server_default="true"
     ),
     Column("id", Uuid, nullable=False),
-    Column("owner", Text, nullable=False, server_default=""),
     # the role that reads for one tenant; None until ``ControlDatabase.upgrade`` has created it
     Column("viewer", Text, nullable=True),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),

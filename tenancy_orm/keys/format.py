@@ -83,7 +83,7 @@ class KeyDigester:
         """Name the versions only."""
         return f"KeyDigester({', '.join([PLAIN_VERSION, *self._peppers])})"
 
-    def knows(self, version: str) -> bool:
+    def has_pepper(self, version: str) -> bool:
         """Whether digests of this version can be verified."""
         return version == PLAIN_VERSION or version in self._peppers
 
@@ -107,7 +107,7 @@ class KeyDigester:
             digest: The stored digest; None for an unknown id, which takes the same work and returns False.
             version: The version of the digest's pepper.
         """
-        stored = self._dummy if digest is None or not self.knows(version or PLAIN_VERSION) else digest
+        stored = self._dummy if digest is None or not self.has_pepper(version or PLAIN_VERSION) else digest
         return hmac.compare_digest(self.digest(text, version or self.current), stored)
 
 

@@ -53,7 +53,7 @@ class Keyring:
         self._ciphers.update((key_id, AESGCM(key)) for key_id, key in keys.items())
         self.current = list(keys)[-1]
 
-    def knows(self, sealed: bytes) -> bool:
+    def has_key_of(self, sealed: bytes) -> bool:
         """Whether this keyring has the key that sealed this value."""
         return self.key_id(sealed) in self._ciphers
 

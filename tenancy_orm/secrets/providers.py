@@ -22,7 +22,7 @@ from typing import Any
 from ..config import TenancyConfig
 from ..config.values import parse_keys
 from ..errors import ConfigurationError, SecretError, SecretNotFoundError, SecretProviderError
-from ..protocols import KeyWrapper, SecretProvider
+from ..protocols import SecretProvider
 from .keyring import Keyring
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -268,9 +268,7 @@ async def _read_keys(provider: SecretProvider, name: str) -> Mapping[str, bytes]
 __all__ = [
     "EnvironmentSecrets",
     "FileSecrets",
-    "KeyWrapper",
     "SecretKeyWrapper",
-    "SecretProvider",
     "check_name",
     "encode_context",
     "read_secrets",

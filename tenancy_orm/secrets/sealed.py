@@ -91,7 +91,7 @@ class SealedPasswords:
         async with self._control.connect() as connection:
             row = (await connection.execute(query)).one_or_none()
         found = tuple(sealed for sealed in row or () if sealed is not None)
-        if self._data_keys is not None and not all(self._keyring.knows(sealed) for sealed in found):
+        if self._data_keys is not None and not all(self._keyring.has_key_of(sealed) for sealed in found):
             await self._data_keys.update(self._keyring)
         for subscriber in self._subscribers:
             subscriber(tenant_id)

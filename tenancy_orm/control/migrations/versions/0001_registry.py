@@ -12,7 +12,6 @@ CREATE TABLE tenancy.installation (
     singleton boolean NOT NULL DEFAULT true CONSTRAINT installation_pkey PRIMARY KEY
         CONSTRAINT installation_singleton_check CHECK (singleton),
     id uuid NOT NULL,
-    owner text NOT NULL DEFAULT '',
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
