@@ -379,7 +379,7 @@ async def test_the_database_refuses_an_illegal_update(tenancy: Tenancy) -> None:
 async def test_the_database_refuses_to_lose_a_tenants_row(tenancy: Tenancy) -> None:
     """A living tenant's row cannot be deleted: its database would be forgotten."""
     await tenancy.tenants.create("acme")
-    with pytest.raises(Exception, match="its tombstone stays"):
+    with pytest.raises(Exception, match="which keeps a tombstone"):
         async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("DELETE FROM tenancy.tenants"))
 

@@ -120,7 +120,7 @@ async def test_a_credential_that_does_not_hold_ends_it(
     assert isinstance(error, AdmissionEndedError)
     assert (error.reason, error.credential_id) == (reason, "key")
     assert reason not in str(error) or reason == "tenant"
-    assert "context of its own" in str(error)
+    assert "its own context" in str(error)
     assert refusal(admission) is not error, "two must not share a traceback"
 
 
