@@ -39,7 +39,7 @@ class Checkpoint:
 
     Args:
         kind: "checkpoint", or "cut" for the last entry that retention removed.
-        installation: The id of the installation whose log it is.
+        installation: The id of the log's installation.
         sequence: The entry's number.
         hash: The entry's hash, 32 bytes.
         occurred_at: The entry's time.

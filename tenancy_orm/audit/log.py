@@ -115,10 +115,10 @@ class AuditLog:
         """
         if tenant is None:
             refuse_while_bound("reading the audit log of all tenants")
-        whose = None if tenant is None else await self._resolve_tenant(tenant)
+        owner = None if tenant is None else await self._resolve_tenant(tenant)
         bound = current_tenant_or_none()
-        reader = bound.id if bound is not None else whose
-        query, parameters = events_query(whose, actor, action, since, until, limit, after)
+        reader = bound.id if bound is not None else owner
+        query, parameters = events_query(owner, actor, action, since, until, limit, after)
         # Row-level security shows one tenant's rows alone: those of the bound tenant, whatever it asked for. Only
         # operators read all rows, and the entries under a slug that no tenant has any more.
         reading = self._control.viewing(reader) if isinstance(reader, UUID) else self._control.connect()

@@ -40,7 +40,7 @@ async def is_alive(connection: Connection) -> bool:
 
 
 async def execute_unflushed(connection: Connection, *statements: str) -> None:
-    """Run statements in one transaction whose commit does not wait for the disk.
+    """Run statements in one transaction, and do not wait for the disk at its commit.
 
     One message holds them all, which PostgreSQL runs as one implicit transaction: an error or a cancellation at any of
     them leaves neither half of the work nor an open transaction.

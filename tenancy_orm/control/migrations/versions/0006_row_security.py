@@ -12,7 +12,7 @@ VIEWER = """
 -- database
 ALTER TABLE tenancy.installation ADD COLUMN viewer text;
 
--- The tenant whose rows a reader sees; NULL where none is set, which equals no tenant: no rows at all.
+-- The tenant that a reader reads for; NULL where none is set, which equals no tenant: no rows at all.
 CREATE FUNCTION tenancy.viewing_tenant() RETURNS uuid
 LANGUAGE sql STABLE
 RETURN nullif(current_setting('tenancy.viewer', true), '')::uuid;
