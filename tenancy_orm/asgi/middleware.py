@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from ..authentication.admission import for_source
+from ..authentication.admission import tenant_for_source
 from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
 from ..errors import ConfigurationError, CrossTenantError, InvalidApiKeyError, MalformedRequestError, TenancyError
@@ -141,7 +141,7 @@ class TenancyMiddleware:
                     if tenant.status is _MAINTENANCE:
                         tenant = replace(tenant, operator=True)  # or _check had refused it
                 if kind == "websocket":
-                    tenant = for_source(tenant, source)
+                    tenant = tenant_for_source(tenant, source)
                 scope[CREDENTIAL] = credential
                 outside.admitted = (tenant, scope, self.tenancy)
                 _bind(tenant)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from starlette.types import Message, Receive, Scope, Send
 
-from ..authentication.admission import Admission, Ended
+from ..authentication.admission import Admission, AdmissionEnd
 from ..context import _current, reset_current
 from ..errors import TenancyError
 from ..events import AdmissionEnded
@@ -55,7 +55,7 @@ class Outside:
     headers: Sequence[tuple[bytes, bytes]] = ()
     admitted: tuple[Tenant, Scope, Tenancy] | None = None
     lasts = False
-    ended: Ended | None = None
+    ended: AdmissionEnd | None = None
 
     _accepted = False
     _complete = False  # a response, unless it was watched
@@ -199,7 +199,7 @@ class Outside:
     def _is_websocket(self) -> bool:
         return self.admitted is not None and self.admitted[1]["type"] == "websocket"
 
-    def _watch(self) -> Ended | None:
+    def _watch(self) -> AdmissionEnd | None:
         """Have the connection end with its admission, where it has one; returns why where that has ended already."""
         admission = None if self.admitted is None else self.admitted[0].admission
         if not isinstance(admission, Admission):
@@ -228,7 +228,7 @@ class Outside:
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: AdmissionEnd) -> None:
         """End the connection, and what waits for it."""
         self.ended, self._admission = ended, None
         if self._accepted:
@@ -249,7 +249,7 @@ class Outside:
             "the connection was ended: what it was opened with is no longer valid"
         )
 
-    def _report(self, ended: Ended, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
+    def _report(self, ended: AdmissionEnd, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
         kind = "websocket" if self._is_websocket else "stream"
         client = scope.get("client")
         logger.info("ended a %s of tenant %s, opened with %s: %s", kind, tenant.slug, ended.credential_id, ended.reason)

@@ -16,7 +16,7 @@ from contextvars import Context
 from uuid import UUID
 
 from ..errors import ControlUnavailableError
-from .admission import Admission, Keeper, Standing
+from .admission import Admission, CredentialState, Monitor
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -42,8 +42,8 @@ class Admissions:
 
     Args:
         look_up: Returns what is known of a credential now, or None; raises ``ControlUnavailableError``.
-        hears: Whether changes are heard of now. While they are not, what is watched is verified every ``ttl`` seconds,
-            and what is not watched when it is used.
+        is_listening: Whether notifications of changes arrive now. While they do not, watched admissions are verified
+            every ``ttl`` seconds, and the others when they are used.
         ttl: Seconds, see ``TenancyConfig.directory.ttl``.
         grace: Seconds, see ``TenancyConfig.directory.grace``.
         clock: The directory's.
@@ -51,30 +51,30 @@ class Admissions:
 
     def __init__(
         self,
-        look_up: Callable[[str], Awaitable[Standing | None]],
+        look_up: Callable[[str], Awaitable[CredentialState | None]],
         *,
-        hears: Callable[[], bool],
+        is_listening: Callable[[], bool],
         ttl: float,
         grace: float,
         clock: Callable[[], float],
     ) -> None:
         self._look_up = look_up
-        self._hears = hears
+        self._is_listening = is_listening
         self._ttl = ttl
-        self._patience = ttl + grace
+        self._max_unverified_seconds = ttl + grace
         self._clock = clock
-        self._keeper = Keeper(clock, self._note, self._doubt_one, self._keep_watch, self._end_watch)
+        self._monitor = Monitor(clock, self._register, self._verify_soon, self._watch, self._unwatch)
         self._refs: dict[str | UUID, set[_Ref]] = {}
         # the collector may run in any thread: what it finds is taken out by the next who adds
         self._dead: deque[_Ref] = deque()
         self._watched: dict[Admission, asyncio.TimerHandle | None] = {}
-        self._heard = clock()  # when changes were heard of for certain: what was not asked about held by then
-        # credentials that are to be verified, each with the value of _heard when that was asked for first
-        self._unanswered: dict[str, float] = {}
+        self._listening_at = clock()  # when changes were heard of for certain: what was not asked about held by then
+        # credentials that are to be verified, each with the value of _listening_at when that was asked for first
+        self._unverified: dict[str, float] = {}
         self._due: set[str] = set()
         self._failed: set[str] = set()  # those that wait to be tried again, by one task that sleeps
         self._retrying = False
-        self._begun = False  # whether _begin will be called for what is due
+        self._verification_scheduled = False  # whether _verify_due will be called for what is due
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -82,7 +82,7 @@ class Admissions:
     def open(self) -> None:
         """Begin to verify what is watched while changes are not heard of."""
         if not self._closed:
-            self._start(self._patrol())
+            self._start_task(self._verify_periodically())
 
     async def close(self) -> None:
         """Stop verifying."""
@@ -101,28 +101,28 @@ class Admissions:
 
     def __len__(self) -> int:
         """How many admissions there are."""
-        self._bury()
+        self._discard_dead()
         return sum(len(refs) for tag, refs in self._refs.items() if isinstance(tag, str))
 
     # --- keeping ----------------------------------------------------------------------------------------------------
 
-    def admit(self, granted: Standing, *, source: str | None = None, shared: bool = True) -> Admission:
+    def admit(self, granted: CredentialState, *, source: str | None = None, shared: bool = True) -> Admission:
         """Return a new admission."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-        admission = Admission(self._keeper, granted, source=source, shared=shared)
-        self._note(admission)
+        admission = Admission(self._monitor, granted, source=source, shared=shared)
+        self._register(admission)
         return admission
 
-    def _note(self, admission: Admission) -> None:
-        self._bury()
+    def _register(self, admission: Admission) -> None:
+        self._discard_dead()
         granted = admission.granted
         ref = _Ref(admission, self._dead.append)
         ref.credential_id, ref.tenant_id = granted.credential_id, granted.tenant.id
         self._refs.setdefault(ref.credential_id, set()).add(ref)
         self._refs.setdefault(ref.tenant_id, set()).add(ref)
 
-    def _bury(self) -> None:
+    def _discard_dead(self) -> None:
         while self._dead:
             ref = self._dead.popleft()
             for tag in (ref.credential_id, ref.tenant_id):
@@ -132,7 +132,7 @@ class Admissions:
                     if not siblings:
                         del self._refs[tag]
 
-    def _living(self, tag: str | UUID) -> Iterator[Admission]:
+    def _active(self, tag: str | UUID) -> Iterator[Admission]:
         for ref in tuple(self._refs.get(tag, ())):
             admission = ref()
             if admission is not None and admission.ended is None:
@@ -140,55 +140,55 @@ class Admissions:
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
-    def _keep_watch(self, admission: Admission) -> None:
-        self._end_watch(admission)
+    def _watch(self, admission: Admission) -> None:
+        self._unwatch(admission)
         timer = None
         if admission.expires is not None and self._loop is not None:
             timer = self._loop.call_later(
-                max(admission.expires - self._clock(), 0.0), self._expire, admission, context=Context()
+                max(admission.expires - self._clock(), 0.0), self._on_expiry, admission, context=Context()
             )
         self._watched[admission] = timer
 
-    def _end_watch(self, admission: Admission) -> None:
+    def _unwatch(self, admission: Admission) -> None:
         timer = self._watched.pop(admission, None)
         if timer is not None:
             timer.cancel()
 
-    def _expire(self, admission: Admission) -> None:
+    def _on_expiry(self, admission: Admission) -> None:
         if not admission.expire():
-            self._keep_watch(admission)
+            self._watch(admission)
 
     # --- verifying --------------------------------------------------------------------------------------------------
 
-    def ask(self, tag: str | UUID) -> None:
+    def verify(self, tag: str | UUID) -> None:
         """Verify what was admitted by a credential, or by any of a tenant's: it may have changed."""
-        self._ask(admission.granted.credential_id for admission in self._living(tag))
+        self._schedule(admission.granted.credential_id for admission in self._active(tag))
 
-    def doubt(self) -> None:
+    def verify_all(self) -> None:
         """Verify what is watched, and the rest when it is used next: anything may have changed."""
-        self._keeper.generation += 1
-        self._ask(admission.granted.credential_id for admission in self._watched)
+        self._monitor.generation += 1
+        self._schedule(admission.granted.credential_id for admission in self._watched)
 
-    def _doubt_one(self, admission: Admission) -> None:
+    def _verify_soon(self, admission: Admission) -> None:
         # at once: what cannot be verified now is kept until it can be
-        admission.generation = self._keeper.generation
-        self._ask((admission.granted.credential_id,))
+        admission.generation = self._monitor.generation
+        self._schedule((admission.granted.credential_id,))
 
-    def _ask(self, credential_ids: Iterable[str]) -> None:
+    def _schedule(self, credential_ids: Iterable[str]) -> None:
         for credential_id in credential_ids:
-            self._unanswered.setdefault(credential_id, self._heard)
+            self._unverified.setdefault(credential_id, self._listening_at)
             self._due.add(credential_id)
-        if self._due and not self._begun and not self._closed and self._loop is not None:
-            self._begun = True
-            self._loop.call_soon_threadsafe(self._begin, context=Context())
+        if self._due and not self._verification_scheduled and not self._closed and self._loop is not None:
+            self._verification_scheduled = True
+            self._loop.call_soon_threadsafe(self._verify_due, context=Context())
 
-    def _begin(self) -> None:
-        self._begun = False
+    def _verify_due(self) -> None:
+        self._verification_scheduled = False
         due, self._due = list(self._due), set()
         if due and not self._closed:
-            self._start(self._verify(due))
+            self._start_task(self._verify(due))
 
-    def _start(self, work: Coroutine[object, object, None]) -> None:
+    def _start_task(self, work: Coroutine[object, object, None]) -> None:
         # a context of its own: it is not the work of whoever was there when something changed
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
@@ -204,42 +204,42 @@ class Admissions:
             self._retrying = True
             await asyncio.sleep(_RETRY_SECONDS * random.uniform(0.5, 1.0))
             self._retrying = False
-            self._try_again()
+            self._retry_failed()
 
-    def _try_again(self) -> None:
+    def _retry_failed(self) -> None:
         """Ask about what could not be verified, and end what has not been for too long."""
         failed, self._failed = self._failed, set()
-        latest = self._clock() - self._patience
+        latest = self._clock() - self._max_unverified_seconds
         for credential_id in failed:
-            since = self._unanswered.pop(credential_id, self._heard)
-            for admission in self._living(credential_id):
+            since = self._unverified.pop(credential_id, self._listening_at)
+            for admission in self._active(credential_id):
                 if admission.watched and max(since, admission.verified) <= latest:
                     admission.end_unverified()
-            if any(self._living(credential_id)):
-                self._unanswered[credential_id] = since
-        self._ask(failed & self._unanswered.keys())
+            if any(self._active(credential_id)):
+                self._unverified[credential_id] = since
+        self._schedule(failed & self._unverified.keys())
 
     async def _verify_one(self, credential_id: str) -> bool:
         self._failed.discard(credential_id)
         try:
-            standing = await self._look_up(credential_id)
+            state = await self._look_up(credential_id)
         except ControlUnavailableError:
             return False
         except Exception:
             logger.exception("what was admitted by %s could not be verified; it is tried again", credential_id)
             return False
-        self._unanswered.pop(credential_id, None)
-        for admission in self._living(credential_id):
-            admission.judge(standing)
+        self._unverified.pop(credential_id, None)
+        for admission in self._active(credential_id):
+            admission.verify(state)
         return True
 
-    async def _patrol(self) -> None:
+    async def _verify_periodically(self) -> None:
         while True:
             await asyncio.sleep(self._ttl)
-            if self._hears():
-                self._heard = self._clock()
+            if self._is_listening():
+                self._listening_at = self._clock()
             else:
-                self.doubt()
+                self.verify_all()
 
 
 __all__ = ["Admissions"]

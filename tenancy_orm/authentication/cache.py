@@ -15,14 +15,14 @@ class Entry(Protocol):
     """What a cache entry must remember of itself; times are in seconds of any one clock."""
 
     used: float
-    placed: float
+    placed_at: float
 
 
 E = TypeVar("E", bound=Entry)
 V = TypeVar("V")
 
 
-def remember(memory: OrderedDict[K, V], key: K, value: V, capacity: int) -> None:
+def put_bounded(memory: OrderedDict[K, V], key: K, value: V, capacity: int) -> None:
     """Put ``value`` last; beyond ``capacity`` what was put there longest ago is forgotten."""
     memory[key] = value
     memory.move_to_end(key)
@@ -57,14 +57,14 @@ class SecondChance(Generic[K, E]):
         self.entries.pop(key, None)
         while len(self.entries) >= self._capacity:
             self._drop_one()
-        entry.placed = entry.used
+        entry.placed_at = entry.used
         self.entries[key] = entry
 
     def _drop_one(self) -> None:
         for chance in range(_CHANCES):
             key, entry = self.entries.popitem(last=False)
-            if entry.used <= entry.placed or chance == _CHANCES - 1:
+            if entry.used <= entry.placed_at or chance == _CHANCES - 1:
                 self._dropped(key, entry)
                 return
-            entry.placed = entry.used
+            entry.placed_at = entry.used
             self.entries[key] = entry

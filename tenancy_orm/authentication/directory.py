@@ -31,14 +31,14 @@ from ..events import EventBus, KeyRejected
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
 from ..tenant import Status, Tenant
-from .admission import Standing
+from .admission import CredentialState
 from .admissions import Admissions
 from .credential import _EVERYTHING, Credential
+from .directory_cache import DirectoryCache, KeyEntry
 from .intrusions import Intrusions
 from .journal import KeyJournal
 from .lockout import Lockout
-from .lookups import LookUps, standing_of
-from .memory import KeyEntry, Memory
+from .lookups import DirectoryLookups, credential_state
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -85,11 +85,11 @@ class Directory:
         self._digester = KeyDigester(config.keys.decoded_peppers, config.keys.pepper_current)
         self._prefixes = frozenset((config.keys.prefix, *config.keys.prefixes))
         self._callbacks: list[Callable[[UUID | None], None]] = []
-        self._memory = Memory(config, clock)
+        self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
-        self._find = self._memory.keys.entries.get
-        self._tenant_entry = self._memory.tenant_entry
-        self._lookups = LookUps(control, config, events, clock=clock)
+        self._find = self._cache.keys.entries.get
+        self._tenant_entry = self._cache.tenant_entry
+        self._lookups = DirectoryLookups(control, config, events, clock=clock)
         self._lockout = Lockout(config, events, clock=clock)
         self._journal = KeyJournal(control, audit, self._digester, interval=config.keys.usage_interval, clock=clock)
         self._intrusions = Intrusions(events, self._journal, clock=clock)
@@ -98,8 +98,8 @@ class Directory:
             listen_dsn = plain_url(config.control.listen_url).render_as_string(hide_password=False)
         self._listener = Listener(listen_dsn, on_change=self._changed, on_connected=self.revalidate, events=events)
         self.admissions = Admissions(
-            self._standing_of,
-            hears=lambda: self._listener.connected,
+            self._credential_state,
+            is_listening=lambda: self._listener.connected,
             ttl=config.directory.ttl,
             grace=config.directory.grace,
             clock=clock,
@@ -134,9 +134,9 @@ class Directory:
     def statistics(self) -> DirectoryStatistics:
         """How full it is, and whether it hears from the control database."""
         return DirectoryStatistics(
-            keys=len(self._memory.keys),
-            tenants=len(self._memory.tenants),
-            negative=self._memory.negative,
+            keys=len(self._cache.keys),
+            tenants=len(self._cache.tenants),
+            negative=self._cache.negative,
             locked=len(self._lockout),
             listening=self._listener.connected,
             control_available=self._lookups.available,
@@ -169,8 +169,8 @@ class Directory:
         if (bound := _current.get()) is not None and bound.id != entry.credential.tenant.id:
             return None
         entry.used = now
-        if not entry.noted:
-            self._journal.note_use(entry)
+        if not entry.use_queued:
+            self._journal.record_use(entry)
         return credential
 
     async def authenticate(self, key: str, *, source: str | None = None) -> Credential:
@@ -196,8 +196,8 @@ class Directory:
         try:
             entry = await self._entry(key, source)
             credential = entry.admit(source, self._clock())
-            if not entry.noted:
-                self._journal.note_use(entry)
+            if not entry.use_queued:
+                self._journal.record_use(entry)
             refuse_other_tenant(credential.tenant)
             return credential
         except InvalidApiKeyError as exc:
@@ -215,11 +215,11 @@ class Directory:
                 return entry
             return await self._look_up_again(digest, ParsedKey(entry.credential.prefix, entry.credential.key_id, key))
         # keys that worked pass the lock-out: an attacker behind the same proxy must not shut their owners out
-        group = None if source is None or digest in self._memory.proven else source_group(source)
+        group = None if source is None or digest in self._cache.proven else source_group(source)
         if group is not None:
             self._lockout.check(group)
         parsed = parse_key(key, self._prefixes)
-        if (reason := self._memory.refusal_of_key(digest, now)) is not None:
+        if (reason := self._cache.unknown_key_reason(digest, now)) is not None:
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
         if group is None:
             return await self._look_up(digest, parsed)
@@ -241,8 +241,8 @@ class Directory:
             return entry
 
     async def _look_up(self, digest: bytes, parsed: ParsedKey) -> KeyEntry:
-        found, touched = await self._lookups.key(parsed.key_id)
-        row, asked = found or (None, 0.0)
+        found, invalidated = await self._lookups.key(parsed.key_id)
+        row, read_at = found or (None, 0.0)
         matches = self._digester.matches(parsed.text, row and row.digest, row and row.digest_version)
         if row is None or not matches:
             reason = "unknown" if row is None else "secret"
@@ -251,47 +251,47 @@ class Directory:
                 logger.error(
                     "key %s has a digest of version %r, which key_peppers lacks", row.key_id, row.digest_version
                 )
-            self._memory.forget_key(digest)
-            self._memory.prove_key(digest, False)
-            if touched.isdisjoint((_EVERYTHING, parsed.key_id)):
-                self._memory.refuse_key(digest, reason)
+            self._cache.invalidate_key(digest)
+            self._cache.record_proven(digest, False)
+            if invalidated.isdisjoint((_EVERYTHING, parsed.key_id)):
+                self._cache.store_unknown_key(digest, reason)
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
-        entry = self._build(row, asked)
-        self._memory.prove_key(digest, entry.refusal is None)
-        if touched.isdisjoint((_EVERYTHING, row.key_id, row.id)):
-            self._memory.store_key(digest, entry)
+        entry = self._build(row, read_at)
+        self._cache.record_proven(digest, entry.refusal is None)
+        if invalidated.isdisjoint((_EVERYTHING, row.key_id, row.id)):
+            self._cache.store_key(digest, entry)
         else:
             # a change has overtaken this look-up: whoever it lets in is verified
-            self.admissions.ask(row.key_id)
+            self.admissions.verify(row.key_id)
         if self._digester.is_older(row.digest_version):
-            self._journal.note_digest(parsed, row.digest_version)
+            self._journal.record_digest(parsed, row.digest_version)
         return entry
 
-    async def _standing_of(self, key_id: str) -> Standing | None:
+    async def _credential_state(self, key_id: str) -> CredentialState | None:
         """What the control database says of a key now, for those it let in before."""
         found, _ = await self._lookups.key(key_id)
-        return found and standing_of(*found)
+        return found and credential_state(*found)
 
-    def _build(self, row: Row[Any], asked: float) -> KeyEntry:
-        standing = standing_of(row, asked)
+    def _build(self, row: Row[Any], read_at: float) -> KeyEntry:
+        state = credential_state(row, read_at)
         credential = Credential(
-            tenant=replace(standing.tenant, admission=self.admissions.admit(standing)),
+            tenant=replace(state.tenant, admission=self.admissions.admit(state)),
             key_id=row.key_id,
-            scopes=standing.scopes,
-            networks=standing.networks,
+            scopes=state.scopes,
+            networks=state.networks,
             name=row.name,
             prefix=row.prefix,
             expires_at=row.expires_at,
         )
-        refusal = "revoked" if standing.revoked else None
+        refusal = "revoked" if state.revoked else None
         if credential.tenant.status in _INACTIVE:
             refusal = refusal or f"tenant {credential.tenant.status}"
-        return KeyEntry(credential, refusal, asked, standing.expires, self._config)
+        return KeyEntry(credential, refusal, read_at, state.expires, self._config)
 
     async def _refused(self, error: InvalidApiKeyError, source: str | None, tenant: Tenant | None) -> None:
         """Report a refusal, count it, and hold the answer back where its key id was tried too often."""
         self._events.emit(KeyRejected(reason=error.reason, key_id=error.key_id, source=source))
-        self._journal.note_refusal(error.reason, error.key_id, source, tenant)
+        self._journal.record_refusal(error.reason, error.key_id, source, tenant)
         await self._lockout.count(error.key_id, source)
 
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
@@ -346,7 +346,7 @@ class Directory:
         wanted = as_reference(ref)
         if isinstance(wanted, str):
             check_name(wanted)
-        if self._memory.is_refused_tenant(wanted):
+        if self._cache.is_unknown_tenant(wanted):
             raise TenantNotFoundError(wanted)
         try:
             found = await self._look_up_tenant(wanted)
@@ -360,15 +360,15 @@ class Directory:
         return found
 
     async def _look_up_tenant(self, wanted: UUID | str) -> Tenant:
-        found, touched = await self._lookups.tenant(wanted)
-        tenant, asked = found or (None, 0.0)
+        found, invalidated = await self._lookups.tenant(wanted)
+        tenant, read_at = found or (None, 0.0)
         if tenant is None or tenant.status is Status.PURGED:
-            self._memory.forget_name(wanted)
-            if not touched:
-                self._memory.refuse_tenant(wanted)
+            self._cache.invalidate_name(wanted)
+            if not invalidated:
+                self._cache.store_unknown_tenant(wanted)
             raise TenantNotFoundError(wanted)
-        if touched.isdisjoint((_EVERYTHING, tenant.id)):
-            self._memory.store_tenant(tenant, asked)
+        if invalidated.isdisjoint((_EVERYTHING, tenant.id)):
+            self._cache.store_tenant(tenant, read_at)
         return tenant
 
     # --- invalidation -----------------------------------------------------------------------------------------------
@@ -381,18 +381,18 @@ class Directory:
         """Forget a key, or a tenant and its keys, or everything where neither is given."""
         self._home.check()
         if key_id is not None:
-            self._lookups.touch(key_id)
-            self._memory.forget_key_id(key_id)
-            self.admissions.ask(key_id)
+            self._lookups.invalidate(key_id)
+            self._cache.invalidate_key_id(key_id)
+            self.admissions.verify(key_id)
         elif tenant_id is not None:
-            self._lookups.touch(tenant_id)
-            self._memory.forget_tenant(tenant_id)
-            self.admissions.ask(tenant_id)
+            self._lookups.invalidate(tenant_id)
+            self._cache.invalidate_tenant(tenant_id)
+            self.admissions.verify(tenant_id)
             self._call_back(tenant_id)
         else:
-            self._lookups.touch(_EVERYTHING)
-            self._memory.clear()
-            self.admissions.doubt()
+            self._lookups.invalidate(_EVERYTHING)
+            self._cache.clear()
+            self.admissions.verify_all()
             self._call_back(None)
 
     def revalidate(self) -> None:
@@ -401,9 +401,9 @@ class Directory:
         Unlike ``invalidate`` this keeps what was known for the case that the control database is gone again: the grace
         time counts from when it was looked up.
         """
-        self._lookups.touch(_EVERYTHING)
-        self._memory.doubt()
-        self.admissions.doubt()
+        self._lookups.invalidate(_EVERYTHING)
+        self._cache.mark_stale()
+        self.admissions.verify_all()
         self._call_back(None)
 
     def _changed(self, change: Change) -> None:

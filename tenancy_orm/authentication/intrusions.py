@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 from ..control.lookup import NAME_LENGTH
 from ..events import CrossTenantRequest, EventBus, IntrusionSuspected
-from .cache import remember
+from .cache import put_bounded
 from .credential import Credential
 from .journal import KeyJournal
 
 logger = logging.getLogger("tenancy_orm.directory")
 
-_NAMES = frozenset({3, 6, 12, 24, 48, 96})  # other tenants that one key names: told at these numbers
-_WINDOW = 3_600.0
-_KEYS = 1_000
-_REMEMBERED = 100
+_REPORTED_COUNTS = frozenset({3, 6, 12, 24, 48, 96})  # other tenants that one key names: told at these numbers
+_WINDOW_SECONDS = 3_600.0
+_MAX_KEYS = 1_000
+_MAX_NAMES = 100
 
 
 class Intrusions:
@@ -48,15 +48,15 @@ class Intrusions:
                 source=source,
             )
         )
-        self._journal.note_cross_tenant(credential, named, resolver, source)
+        self._journal.record_cross_tenant(credential, named, resolver, source)
         now = self._clock()
         seen = self._named.pop(credential.key_id, {})
-        recent = {name: at for name, at in seen.items() if now - at < _WINDOW}
+        recent = {name: at for name, at in seen.items() if now - at < _WINDOW_SECONDS}
         before = len(recent)
-        if before < _REMEMBERED:
+        if before < _MAX_NAMES:
             recent[named] = now
-        remember(self._named, credential.key_id, recent, _KEYS)
-        if len(recent) > before and len(recent) in _NAMES:
+        put_bounded(self._named, credential.key_id, recent, _MAX_KEYS)
+        if len(recent) > before and len(recent) in _REPORTED_COUNTS:
             logger.error("key %s of tenant %s named %d other tenants", credential.key_id, tenant.slug, len(recent))
             self._events.emit(
                 IntrusionSuspected(

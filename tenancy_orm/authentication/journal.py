@@ -22,7 +22,7 @@ from ..control.database import ControlDatabase
 from ..errors import TenancyError
 from ..keys.format import KeyDigester, ParsedKey
 from ..tenant import Tenant
-from .refusals import Refusal, Tally
+from .refusals import Refusal, RefusalCounter
 
 if TYPE_CHECKING:
     from .credential import Credential
@@ -36,7 +36,7 @@ _CLOSE_SECONDS = 5.0
 
 # Rows that another process has locked are being given much the same time by it: passing over them saves the wait, and
 # rules out deadlocks between processes that write the same keys in another order.
-_TOUCH = text(
+_UPDATE_LAST_USED = text(
     """
     WITH used AS (
         SELECT k.id, now() - u.age * interval '1 second' AS at
@@ -68,10 +68,10 @@ _REDIGEST = text(
 
 
 class UsedKey(Protocol):
-    """A remembered key: ``used`` is when it was last used by the directory's clock, ``noted`` that we know of it."""
+    """A cached key: ``used`` is its last use by the directory's clock, ``use_queued`` whether the journal has it."""
 
     used: float
-    noted: bool
+    use_queued: bool
 
     @property
     def credential(self) -> Credential:
@@ -105,8 +105,8 @@ class KeyJournal:
         self._clock = clock
         self._used: list[UsedKey] = []
         self._digests: dict[str, tuple[str, bytes]] = {}
-        self._refused_keys = Tally()
-        self._cross_tenant = Tally()
+        self._refused_keys = RefusalCounter()
+        self._cross_tenant = RefusalCounter()
         self._task: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()
 
@@ -121,32 +121,32 @@ class KeyJournal:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await self._attempt(_CLOSE_SECONDS)
+        await self._try_flush(_CLOSE_SECONDS)
 
     # --- gathering: called on the hot path --------------------------------------------------------------------------
 
-    def note_use(self, key: UsedKey) -> None:
+    def record_use(self, key: UsedKey) -> None:
         """Remember that a key is in use; once per key and interval, since ``key.used`` is read when it is written."""
         if len(self._used) < _MAX_PENDING:
-            key.noted = True
+            key.use_queued = True
             self._used.append(key)
 
-    def note_digest(self, key: ParsedKey, version: str) -> None:
+    def record_digest(self, key: ParsedKey, version: str) -> None:
         """Have a key, known to be right, digested under the current pepper in place of ``version``."""
         if len(self._digests) < _MAX_DIGESTS:
             self._digests[key.key_id] = (version, self._digester.digest(key.text))
 
-    def note_refusal(self, reason: str, key_id: str | None, source: str | None, tenant: Tenant | None = None) -> None:
+    def record_refusal(self, reason: str, key_id: str | None, source: str | None, tenant: Tenant | None = None) -> None:
         """Count a refused key."""
         if self._audit is not None:
             owner = (tenant.id, tenant.slug) if tenant else (None, None)
-            self._refused_keys.add(Refusal.of_key(reason, key_id, source, owner))
+            self._refused_keys.add(Refusal.rejected_key(reason, key_id, source, owner))
 
-    def note_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
+    def record_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
         """Count a request that named another tenant than its key's."""
         if self._audit is not None:
             owner = (credential.tenant.id, credential.tenant.slug)
-            self._cross_tenant.add(Refusal.of_request(named, resolver, credential.key_id, source, owner))
+            self._cross_tenant.add(Refusal.cross_tenant_request(named, resolver, credential.key_id, source, owner))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -164,9 +164,9 @@ class KeyJournal:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
-            await self._attempt(self._interval + _CLOSE_SECONDS)
+            await self._try_flush(self._interval + _CLOSE_SECONDS)
 
-    async def _attempt(self, timeout: float) -> None:
+    async def _try_flush(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
                 await self.flush()
@@ -178,7 +178,7 @@ class KeyJournal:
         now = self._clock()
         ages: dict[str, float] = {}
         for key in taken:
-            key.noted = False
+            key.use_queued = False
             key_id = key.credential.key_id
             ages[key_id] = min(now - key.used, ages.get(key_id, float("inf")))
         try:
@@ -189,12 +189,12 @@ class KeyJournal:
                 values = {"ids": chunk, "ages": [ages[key_id] for key_id in chunk], "grain": self._interval / 2}
                 async with self._control.transaction() as connection:
                     await connection.execute(text("SET LOCAL synchronous_commit = off"))
-                    await connection.execute(_TOUCH, values)
+                    await connection.execute(_UPDATE_LAST_USED, values)
         except BaseException:
             for key in taken:
                 # those that were used again are noted already
-                if not key.noted:
-                    self.note_use(key)
+                if not key.use_queued:
+                    self.record_use(key)
             raise
 
     async def _write_digests(self) -> None:
@@ -217,8 +217,8 @@ class KeyJournal:
             raise
 
     async def _write_refusals(self) -> None:
-        refused, self._refused_keys = self._refused_keys, Tally()
-        crossed, self._cross_tenant = self._cross_tenant, Tally()
+        refused, self._refused_keys = self._refused_keys, RefusalCounter()
+        crossed, self._cross_tenant = self._cross_tenant, RefusalCounter()
         if self._audit is None or not (refused or crossed):
             return
         try:

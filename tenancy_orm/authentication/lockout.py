@@ -33,7 +33,7 @@ class Lockout:
         self._clock = clock
         self._sources = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
         self._key_ids = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
-        self.attempts = Attempts(self._sources, patience=2 * config.directory.timeout, clock=clock)
+        self.attempts = Attempts(self._sources, timeout=2 * config.directory.timeout, clock=clock)
         self._delayed = 0
 
     def __len__(self) -> int:

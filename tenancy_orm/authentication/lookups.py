@@ -23,8 +23,8 @@ from ..events import DirectoryMissed, DirectoryUnavailable, EventBus
 from ..keys.networks import parse_networks
 from ..registry.rows import TENANT_COLUMNS, tenant_from_row
 from ..tenant import Status, Tenant
-from .admission import Standing
-from .batch import Batch
+from .admission import CredentialState
+from .batch import BatchLoader
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -68,22 +68,22 @@ _TENANTS = union_all(
 )
 
 
-def standing_of(row: Row[Any], asked: float) -> Standing:
+def credential_state(row: Row[Any], read_at: float) -> CredentialState:
     """What a key's row says of it, asked for at this time."""
-    return Standing(
+    return CredentialState(
         credential_id=row.key_id,
         tenant=tenant_from_row(row),
-        asked=asked,
+        read_at=read_at,
         scopes=frozenset(row.scopes),
         networks=parse_networks(row.networks),
         secret=(row.digest_version, row.digest),
         revoked=row.revoked_at is not None,
         # by the database's clock, so that clocks that differ do not matter
-        expires=None if row.expires_at is None else asked + (row.expires_at - row.now).total_seconds(),
+        expires=None if row.expires_at is None else read_at + (row.expires_at - row.now).total_seconds(),
     )
 
 
-class LookUps:
+class DirectoryLookups:
     """Asks the control database; those who ask at the same moment share a query.
 
     Args:
@@ -105,8 +105,8 @@ class LookUps:
         self._clock = clock
         timeout = config.directory.timeout
         # each with the time when it was asked for
-        self._keys: Batch[str, tuple[Row[Any], float]] = Batch(self._load_keys, timeout=timeout)
-        self._tenants: Batch[UUID | str, tuple[Tenant, float]] = Batch(self._load_tenants, timeout=timeout)
+        self._keys: BatchLoader[str, tuple[Row[Any], float]] = BatchLoader(self._load_keys, timeout=timeout)
+        self._tenants: BatchLoader[UUID | str, tuple[Tenant, float]] = BatchLoader(self._load_tenants, timeout=timeout)
         self._probe: asyncio.Task[None] | None = None  # set while the control database is away
         self._closing = False
 
@@ -133,10 +133,10 @@ class LookUps:
         self._check()
         return await self._guarded(self._tenants.get(wanted))
 
-    def touch(self, tag: Hashable) -> None:
+    def invalidate(self, tag: Hashable) -> None:
         """Note that ``tag`` was invalidated: what is being read may be old."""
-        self._keys.touch(tag)
-        self._tenants.touch(tag)
+        self._keys.invalidate(tag)
+        self._tenants.invalidate(tag)
 
     def stop(self) -> None:
         """From here on a look-up that fails is not taken for the control database's absence."""
@@ -198,8 +198,8 @@ class LookUps:
         for attempt in range(2):
             try:
                 async with self._control.connect() as connection:
-                    asked = self._clock()
-                    return (await connection.execute(statement, parameters)).all(), asked
+                    read_at = self._clock()
+                    return (await connection.execute(statement, parameters)).all(), read_at
             except ControlUnavailableError:
                 if attempt:
                     raise
@@ -210,16 +210,16 @@ class LookUps:
 
     async def _load_keys(self, key_ids: list[str]) -> Mapping[str, tuple[Row[Any], float]]:
         started = time.perf_counter()
-        rows, asked = await self._query(_KEYS, {"ids": key_ids})
+        rows, read_at = await self._query(_KEYS, {"ids": key_ids})
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=len(key_ids), tenants=0, seconds=seconds))
-        return {row.key_id: (row, asked) for row in rows}
+        return {row.key_id: (row, read_at) for row in rows}
 
     async def _load_tenants(self, wanted: list[UUID | str]) -> Mapping[UUID | str, tuple[Tenant, float]]:
         started = time.perf_counter()
         ids = [x for x in wanted if isinstance(x, UUID)]
         names = [x for x in wanted if isinstance(x, str)]
-        rows, asked = await self._query(_TENANTS, {"ids": ids, "names": names})
+        rows, read_at = await self._query(_TENANTS, {"ids": ids, "names": names})
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=0, tenants=len(wanted), seconds=seconds))
         found: dict[UUID | str, Tenant] = {}
@@ -230,4 +230,4 @@ class LookUps:
                 for name in tenant.aliases:
                     found.setdefault(name, tenant)
                 found[tenant.slug] = tenant
-        return {key: (tenant, asked) for key, tenant in found.items()}
+        return {key: (tenant, read_at) for key, tenant in found.items()}

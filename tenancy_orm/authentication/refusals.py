@@ -31,14 +31,16 @@ class Refusal(NamedTuple):
     resolver: str | None = None
 
     @classmethod
-    def of_key(
+    def rejected_key(
         cls, reason: str, key_id: str | None, source: str | None, owner: tuple[UUID, str] | tuple[None, None]
     ) -> Refusal:
         """A key that was refused."""
         return cls(_KEY_REJECTED, key_id, source, reason, *owner)
 
     @classmethod
-    def of_request(cls, named: str, resolver: str, key_id: str, source: str | None, owner: tuple[UUID, str]) -> Refusal:
+    def cross_tenant_request(
+        cls, named: str, resolver: str, key_id: str, source: str | None, owner: tuple[UUID, str]
+    ) -> Refusal:
         """A request that named another tenant than its key's."""
         return cls(_CROSS_TENANT, key_id, source, None, *owner, named, resolver)
 
@@ -55,7 +57,7 @@ class Refusal(NamedTuple):
         return Refusal(self.action)
 
 
-class Tally:
+class RefusalCounter:
     """Counts refusals by kind; past ``MAX_KINDS`` kinds by what stands for the rest."""
 
     def __init__(self) -> None:
@@ -73,7 +75,7 @@ class Tally:
         else:
             self._add_rest(refusal.rest, count)
 
-    def add_all(self, other: Tally) -> None:
+    def add_all(self, other: RefusalCounter) -> None:
         """Count again what could not be written; in the same bounds."""
         for refusal, count in other.kinds.items():
             self.add(refusal, count)

@@ -213,13 +213,13 @@ async def test_the_memory_of_keys_that_a_lock_out_spares_is_bounded(control_url:
         issued = [await plane.key(tenant) for _ in range(5)]
         for one in issued:
             await plane.directory.authenticate(one.text)
-        assert len(plane.directory._memory.proven) == 3
+        assert len(plane.directory._cache.proven) == 3
         async with plane.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.api_keys SET digest = sha256(digest)"))
         plane.directory.invalidate()
         for one in issued:
             assert (await refusal(plane, one.text)).reason == "secret"
-        assert len(plane.directory._memory.proven) == 0
+        assert len(plane.directory._cache.proven) == 0
 
 
 async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(control_url: str) -> None:

@@ -147,7 +147,7 @@ async def test_the_sources_remembered_of_a_key_are_bounded(plane: ControlPlane) 
     issued = await plane.key(tenant, networks=["10.0.0.0/8"])
     for number in range(200):
         await plane.directory.authenticate(issued.text, source=f"10.0.0.{number}")
-    (entry,) = plane.directory._memory.keys.entries.values()
+    (entry,) = plane.directory._cache.keys.entries.values()
     assert entry.admitted is not None
     assert 0 < len(entry.admitted) <= 64
     assert plane.directory.peek(issued.text, "10.0.0.199") is not None
@@ -158,11 +158,11 @@ async def test_a_tenant_whose_keys_are_forgotten_is_kept_nowhere(plane: ControlP
     for change in ("key", "tenant"):
         tenant, key = await plane.tenant(f"acme-{change}")
         credential = await plane.directory.authenticate(key)
-        assert plane.directory._memory._by_tenant
+        assert plane.directory._cache._by_tenant
         changed = {"key_id": credential.key_id} if change == "key" else {"tenant_id": tenant.id}
         plane.directory.invalidate(**changed)
-        assert not plane.directory._memory._by_tenant
-        assert not plane.directory._memory._by_key_id
+        assert not plane.directory._cache._by_tenant
+        assert not plane.directory._cache._by_key_id
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -575,7 +575,11 @@ async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
 def background() -> set[str]:
     """The directory's tasks that are not done."""
     names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
-    return {name for name in names if name.startswith(("Directory.", "LookUps.", "Listener.", "KeyJournal.", "Batch."))}
+    return {
+        name
+        for name in names
+        if name.startswith(("Directory.", "DirectoryLookups.", "Listener.", "KeyJournal.", "BatchLoader."))
+    }
 
 
 async def test_closing_with_a_look_up_under_way_leaves_nothing(plane: ControlPlane) -> None:

@@ -475,7 +475,7 @@ async def test_the_keys_noted_as_used_are_bounded(plane: ControlPlane, monkeypat
     with pytest.raises(ControlUnavailableError):
         await plane.directory.flush()
     assert len(journal._used) == 3
-    assert all(key.noted for key in journal._used)
+    assert all(key.use_queued for key in journal._used)
 
 
 class Failing:

@@ -12,8 +12,8 @@ from ..config import TenancyConfig
 from ..errors import InvalidApiKeyError
 from ..keys.networks import is_admitted
 from ..tenant import Status, Tenant
-from .admission import for_source
-from .cache import SecondChance, remember
+from .admission import tenant_for_source
+from .cache import SecondChance, put_bounded
 from .credential import Credential
 
 _NEGATIVE_SIZE = 10_000
@@ -23,7 +23,7 @@ _ADMITTED_SIZE = 64  # sources remembered per key that is bound to networks
 class KeyEntry:
     """A key whose secret was right when it was looked up; ``refusal`` says why it does not work nevertheless.
 
-    Times are of the directory's clock, and count from when the control database was ``asked``: until ``good_until`` it
+    Times are of the directory's clock, and count from when the control database was read: until ``good_until`` it
     is answered without a further look, until ``fresh_until`` without a query, until ``stale_until`` if the control
     database is away; never after ``expires``.
     """
@@ -34,26 +34,26 @@ class KeyEntry:
         "expires",
         "fresh_until",
         "good_until",
-        "noted",
-        "placed",
+        "placed_at",
         "refusal",
         "stale_until",
+        "use_queued",
         "used",
     )
 
     def __init__(
-        self, credential: Credential, refusal: str | None, asked: float, expires: float | None, config: TenancyConfig
+        self, credential: Credential, refusal: str | None, read_at: float, expires: float | None, config: TenancyConfig
     ) -> None:
         self.credential = credential
         self.refusal = refusal
-        self.fresh_until = asked + config.directory.ttl
+        self.fresh_until = read_at + config.directory.ttl
         self.stale_until = self.fresh_until + config.directory.grace
         self.expires = float("inf") if expires is None else expires
         self.good_until = min(self.fresh_until, self.expires) if refusal is None else 0.0
         # of a key that is bound to networks: a credential for each source
         self.admitted: dict[str | None, Credential] | None = {} if credential.networks else None
-        self.noted = False
-        self.used = self.placed = asked
+        self.use_queued = False
+        self.used = self.placed_at = read_at
 
     def admit(self, source: str | None, now: float) -> Credential:
         """What the key stands for when ``source`` presents it.
@@ -73,23 +73,23 @@ class KeyEntry:
                 raise InvalidApiKeyError("network", key_id=credential.key_id)
             if len(self.admitted) >= _ADMITTED_SIZE:
                 self.admitted.clear()
-            self.admitted[source] = replace(credential, tenant=for_source(credential.tenant, source))
+            self.admitted[source] = replace(credential, tenant=tenant_for_source(credential.tenant, source))
         return self.admitted[source]
 
 
 class TenantEntry:
     """A tenant; times as in ``KeyEntry``."""
 
-    __slots__ = ("fresh_until", "placed", "stale_until", "tenant", "used")
+    __slots__ = ("fresh_until", "placed_at", "stale_until", "tenant", "used")
 
-    def __init__(self, tenant: Tenant, asked: float, config: TenancyConfig) -> None:
+    def __init__(self, tenant: Tenant, read_at: float, config: TenancyConfig) -> None:
         self.tenant = tenant
-        self.fresh_until = asked + config.directory.ttl
+        self.fresh_until = read_at + config.directory.ttl
         self.stale_until = self.fresh_until + config.directory.grace
-        self.used = self.placed = asked
+        self.used = self.placed_at = read_at
 
 
-class Memory:
+class DirectoryCache:
     """Keys by fingerprint and tenants by id, with the indexes to find what a change concerns.
 
     Args:
@@ -120,41 +120,39 @@ class Memory:
 
     def store_key(self, digest: bytes, entry: KeyEntry) -> None:
         """Remember a key, and its tenant with it."""
-        self.forget_key(digest)
+        self.invalidate_key(digest)
         self._unknown_keys.pop(digest, None)
         self.keys.put(digest, entry)
         self._by_key_id[entry.credential.key_id] = digest
         self._by_tenant.setdefault(entry.credential.tenant.id, set()).add(digest)
         # without the key's admission: this is the tenant for whoever asks by its name
-        self.store_tenant(replace(entry.credential.tenant, admission=None), entry.placed)
+        self.store_tenant(replace(entry.credential.tenant, admission=None), entry.placed_at)
 
-    def forget_key(self, digest: bytes) -> None:
+    def invalidate_key(self, digest: bytes) -> None:
         """Forget a key by its fingerprint."""
         entry = self.keys.entries.pop(digest, None)
         if entry is not None:
             self._unlink_key(digest, entry)
 
-    def forget_key_id(self, key_id: str) -> None:
+    def invalidate_key_id(self, key_id: str) -> None:
         """Forget a key by its public id."""
         digest = self._by_key_id.get(key_id)
         if digest is not None:
-            self.forget_key(digest)
+            self.invalidate_key(digest)
 
-    def refuse_key(self, digest: bytes, reason: str) -> None:
+    def store_unknown_key(self, digest: bytes, reason: str) -> None:
         """Remember for a while that there is no such key."""
-        remember(
-            self._unknown_keys, digest, (self._clock() + self._config.directory.negative_ttl, reason), _NEGATIVE_SIZE
-        )
+        put_bounded(self._unknown_keys, digest, (self._clock() + self._config.negative_ttl, reason), _NEGATIVE_SIZE)
 
-    def refusal_of_key(self, digest: bytes, now: float) -> str | None:
+    def unknown_key_reason(self, digest: bytes, now: float) -> str | None:
         """Why a key is refused without a look-up; None where one must be made."""
         unknown = self._unknown_keys.get(digest)
         return unknown[1] if unknown is not None and now < unknown[0] else None
 
-    def prove_key(self, digest: bytes, works: bool) -> None:
+    def record_proven(self, digest: bytes, works: bool) -> None:
         """Remember whether a key worked when it was last looked up."""
         if works:
-            remember(self.proven, digest, None, self._config.directory.size)
+            put_bounded(self.proven, digest, None, self._config.directory_size)
         else:
             self.proven.pop(digest, None)
 
@@ -173,37 +171,37 @@ class Memory:
         tenant_id = self._by_name.get(wanted) if isinstance(wanted, str) else wanted
         return None if tenant_id is None else self.tenants.entries.get(tenant_id)
 
-    def store_tenant(self, tenant: Tenant, asked: float) -> None:
+    def store_tenant(self, tenant: Tenant, read_at: float) -> None:
         """Remember a tenant under its id and its names; a purged one has none."""
-        self._forget_tenant(tenant.id)
+        self._drop_tenant(tenant.id)
         if tenant.status is Status.PURGED:
             return
-        self.tenants.put(tenant.id, TenantEntry(tenant, asked, self._config))
+        self.tenants.put(tenant.id, TenantEntry(tenant, read_at, self._config))
         for name in (tenant.slug, *tenant.aliases):
             self._by_name[name] = tenant.id
 
-    def forget_name(self, wanted: UUID | str) -> None:
+    def invalidate_name(self, wanted: UUID | str) -> None:
         """Forget the tenant that had this id or name, but not its keys."""
         entry = self.tenant_entry(wanted)
         if entry is not None:
-            self._forget_tenant(entry.tenant.id)
+            self._drop_tenant(entry.tenant.id)
 
-    def forget_tenant(self, tenant_id: UUID) -> None:
+    def invalidate_tenant(self, tenant_id: UUID) -> None:
         """Forget a tenant and its keys; any name may be its own from now on."""
         self._unknown_tenants.clear()
-        self._forget_tenant(tenant_id)
+        self._drop_tenant(tenant_id)
         for digest in tuple(self._by_tenant.get(tenant_id, ())):
-            self.forget_key(digest)
+            self.invalidate_key(digest)
 
-    def refuse_tenant(self, wanted: UUID | str) -> None:
+    def store_unknown_tenant(self, wanted: UUID | str) -> None:
         """Remember for a while that there is no such tenant."""
-        remember(self._unknown_tenants, wanted, self._clock() + self._config.directory.negative_ttl, _NEGATIVE_SIZE)
+        put_bounded(self._unknown_tenants, wanted, self._clock() + self._config.negative_ttl, _NEGATIVE_SIZE)
 
-    def is_refused_tenant(self, wanted: UUID | str) -> bool:
+    def is_unknown_tenant(self, wanted: UUID | str) -> bool:
         """Whether there is no such tenant, as far as that is remembered."""
         return self._clock() < self._unknown_tenants.get(wanted, 0.0)
 
-    def _forget_tenant(self, tenant_id: UUID) -> None:
+    def _drop_tenant(self, tenant_id: UUID) -> None:
         entry = self.tenants.entries.pop(tenant_id, None)
         if entry is not None:
             self._unlink_tenant(tenant_id, entry)
@@ -229,7 +227,7 @@ class Memory:
         for index in (self._by_key_id, self._by_tenant, self._by_name):
             index.clear()
 
-    def doubt(self) -> None:
+    def mark_stale(self) -> None:
         """Have everything looked up again before it is trusted; it is kept for when nobody answers."""
         for key in self.keys.entries.values():
             key.fresh_until = key.good_until = 0.0
