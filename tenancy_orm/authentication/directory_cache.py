@@ -142,7 +142,9 @@ class DirectoryCache:
 
     def store_unknown_key(self, digest: bytes, reason: str) -> None:
         """Remember for a while that there is no such key."""
-        put_bounded(self._unknown_keys, digest, (self._clock() + self._config.negative_ttl, reason), _NEGATIVE_SIZE)
+        put_bounded(
+            self._unknown_keys, digest, (self._clock() + self._config.directory.negative_ttl, reason), _NEGATIVE_SIZE
+        )
 
     def unknown_key_reason(self, digest: bytes, now: float) -> str | None:
         """Why a key is refused without a look-up; None where one must be made."""
@@ -152,7 +154,7 @@ class DirectoryCache:
     def record_proven(self, digest: bytes, works: bool) -> None:
         """Remember whether a key worked when it was last looked up."""
         if works:
-            put_bounded(self.proven, digest, None, self._config.directory_size)
+            put_bounded(self.proven, digest, None, self._config.directory.size)
         else:
             self.proven.pop(digest, None)
 
@@ -195,7 +197,7 @@ class DirectoryCache:
 
     def store_unknown_tenant(self, wanted: UUID | str) -> None:
         """Remember for a while that there is no such tenant."""
-        put_bounded(self._unknown_tenants, wanted, self._clock() + self._config.negative_ttl, _NEGATIVE_SIZE)
+        put_bounded(self._unknown_tenants, wanted, self._clock() + self._config.directory.negative_ttl, _NEGATIVE_SIZE)
 
     def is_unknown_tenant(self, wanted: UUID | str) -> bool:
         """Whether there is no such tenant, as far as that is remembered."""

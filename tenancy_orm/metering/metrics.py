@@ -99,9 +99,9 @@ class TenantMetrics:
             CrossTenantError: another tenant is bound.
         """
         tenant_id = await ask_tenant_id(self._control, tenant)
-        async with self._control.viewing(tenant_id) as conn:
+        async with self._control.viewing(tenant_id) as connection:
             parameters = {"tenant_id": tenant_id, "since": since, "limit": limit}
-            rows = (await conn.execute(_HISTORY, parameters)).all()
+            rows = (await connection.execute(_HISTORY, parameters)).all()
         return [TenantSample(*row) for row in rows]
 
     async def active_tenants(self, *, limit: int = 100, after: UUID | None = None) -> list[ActiveTenant]:
@@ -111,8 +111,8 @@ class TenantMetrics:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("listing tenants")
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_ACTIVE, {"limit": limit, "after": after})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_ACTIVE, {"limit": limit, "after": after})).all()
         return [_active(row) for row in rows]
 
     async def tier_distribution(self) -> list[TierShare]:
@@ -122,8 +122,8 @@ class TenantMetrics:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("counting tenants")
-        async with self._control.connect() as conn:
-            return [TierShare(*row) for row in (await conn.execute(_TIERS)).all()]
+        async with self._control.connect() as connection:
+            return [TierShare(*row) for row in (await connection.execute(_TIERS)).all()]
 
     async def prune(self, *, days: float = 90) -> int:
         """Remove samples older than this many days; returns how many.
@@ -132,8 +132,8 @@ class TenantMetrics:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("removing samples")
-        async with self._control.transaction() as conn:
-            return int((await conn.execute(_PRUNE, {"days": days})).rowcount)
+        async with self._control.transaction() as connection:
+            return int((await connection.execute(_PRUNE, {"days": days})).rowcount)
 
 
 class StorageSampler:
@@ -173,10 +173,10 @@ class StorageSampler:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("sampling tenants")
-        async with self._control.connect() as conn:
-            if unless_within and await conn.scalar(_RECENT, {"seconds": unless_within}):
+        async with self._control.connect() as connection:
+            if unless_within and await connection.scalar(_RECENT, {"seconds": unless_within}):
                 return SampleReport(0, ())
-            rows = (await conn.execute(_DATABASES)).all()
+            rows = (await connection.execute(_DATABASES)).all()
         servers: dict[str, dict[str, UUID]] = {}
         for row in rows:
             servers.setdefault(row.server, {})[row.database_name] = row.id
@@ -250,8 +250,8 @@ class StorageSampler:
         ]
         if not values:
             return
-        async with self._control.transaction() as conn:
-            await conn.execute(_STORE, values)
+        async with self._control.transaction() as connection:
+            await connection.execute(_STORE, values)
         await self._quotas.measure_many(STORAGE, {tenant_id: row["size_bytes"] for tenant_id, row in samples})
 
 

@@ -88,7 +88,7 @@ class Upgrades:
         refuse_while_bound("evaluating upgrade policies")
         proposals: list[UpgradeProposal] = []
         for policy in self._policies:
-            async with self._control.transaction() as conn:
+            async with self._control.transaction() as connection:
                 parameters = {
                     "policy": policy.name,
                     "resource": policy.resource,
@@ -97,7 +97,7 @@ class Upgrades:
                     "apply": policy.apply,
                     "at": at,
                 }
-                rows = (await conn.execute(_NOTE, parameters)).all()
+                rows = (await connection.execute(_NOTE, parameters)).all()
             for row in rows:
                 target = policy.next_tier.get(row.tier) or (None if policy.next_tier else self._ladder.get(row.tier))
                 if target is not None and (found := await self._propose(policy, row, target, at)):
@@ -106,13 +106,13 @@ class Upgrades:
 
     async def _propose(self, policy: TierPolicy, row: Any, target: str, at: datetime | None) -> UpgradeProposal | None:
         note = {"tenant_id": row.tenant_id, "policy": policy.name, "tier": row.tier}
-        async with self._control.transaction() as conn:
+        async with self._control.transaction() as connection:
             claim = {**note, "apply": policy.apply, "at": at, "seconds": _CLAIM_SECONDS}
-            claimed = (await conn.execute(_CLAIM, claim)).one_or_none()
+            claimed = (await connection.execute(_CLAIM, claim)).one_or_none()
             if claimed is None:
                 return None  # another process has just made it
             if claimed.first:
-                await self._write_down(conn, policy, row, target)
+                await self._write_down(connection, policy, row, target)
         # its success needs no note: one of the tier that was left is forgotten
         applied = policy.apply and await self._apply(row, target, note)
         if claimed.first or applied:
@@ -130,9 +130,9 @@ class Upgrades:
             row.tenant_id, row.slug, row.tier, target, policy.resource, row.used, row.amount_limit, row.since, applied
         )
 
-    async def _write_down(self, conn: AsyncConnection, policy: TierPolicy, row: Any, target: str) -> None:
+    async def _write_down(self, connection: AsyncConnection, policy: TierPolicy, row: Any, target: str) -> None:
         await self._audit.append(
-            conn,
+            connection,
             action="tier.propose",
             tenant_id=row.tenant_id,
             slug=row.slug,
@@ -153,8 +153,8 @@ class Upgrades:
         except Exception as exc:
             # whatever it is: the other tenants must not wait for it, and the next evaluation tries again
             logger.error("tenant %s could not be moved to tier %s", row.slug, target, exc_info=exc)
-            async with self._control.transaction() as conn:
-                await conn.execute(_UNCLAIM, note)
+            async with self._control.transaction() as connection:
+                await connection.execute(_UNCLAIM, note)
             return False
         return True
 

@@ -109,8 +109,8 @@ class UsageExporter:
         refuse_while_bound("exporting usage")
         made = 0
         while True:
-            async with self._control.transaction() as conn:
-                row = (await conn.execute(_CLOSE, {"seconds": self._close_after, "at": at})).one()
+            async with self._control.transaction() as connection:
+                row = (await connection.execute(_CLOSE, {"seconds": self._close_after, "at": at})).one()
             made += int(row.made)
             if row.closed == 0:
                 return made
@@ -118,28 +118,28 @@ class UsageExporter:
     async def failures(self, *, limit: int = 100) -> list[tuple[UsageRecord, str]]:
         """Return records that were given up, newest first, with the error of each."""
         refuse_while_bound("exporting usage")
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_FAILURES, {"limit": limit})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_FAILURES, {"limit": limit})).all()
         return [(_record(row), row.error) for row in rows]
 
     async def retry(self, record_ids: Sequence[int]) -> int:
         """Make records that were given up due again; returns how many were."""
         refuse_while_bound("exporting usage")
-        async with self._control.transaction() as conn:
-            return int((await conn.execute(_RETRY, {"ids": list(record_ids)})).rowcount)
+        async with self._control.transaction() as connection:
+            return int((await connection.execute(_RETRY, {"ids": list(record_ids)})).rowcount)
 
     async def prune(self, *, days: float = 400) -> int:
         """Remove records that were sent more than this many days ago; returns how many."""
         refuse_while_bound("exporting usage")
-        async with self._control.transaction() as conn:
-            return int((await conn.execute(_PRUNE, {"days": days})).rowcount)
+        async with self._control.transaction() as connection:
+            return int((await connection.execute(_PRUNE, {"days": days})).rowcount)
 
     async def _claim(self, at: datetime | None, batch: int) -> list[UsageRecord]:
         # claimed, not locked: no transaction stays open while a record travels. A process that dies leaves its claim
         # to run out, and the record is sent again under the same key.
-        async with self._control.transaction() as conn:
+        async with self._control.transaction() as connection:
             parameters = {"at": at, "seconds": self._claim_seconds, "limit": batch}
-            return [_record(row) for row in (await conn.execute(_CLAIM, parameters)).all()]
+            return [_record(row) for row in (await connection.execute(_CLAIM, parameters)).all()]
 
     async def _send_all(self, records: Sequence[UsageRecord], at: datetime | None) -> list[str]:
         waiting = sorted(records, key=lambda record: record.period_start)
@@ -153,14 +153,14 @@ class UsageExporter:
         """Prolong the claim on records; returns those that no other exporter took when it had run out."""
         if not records:
             return []
-        async with self._control.transaction() as conn:
+        async with self._control.transaction() as connection:
             parameters = {
                 "ids": [record.id for record in records],
                 "attempts": [record.attempts for record in records],
                 "at": at,
                 "seconds": self._claim_seconds,
             }
-            ours = set((await conn.scalars(_RENEW, parameters)).all())
+            ours = set((await connection.scalars(_RENEW, parameters)).all())
         return [record for record in records if record.id in ours]
 
     async def _send(self, record: UsageRecord, at: datetime | None) -> str:
@@ -174,8 +174,8 @@ class UsageExporter:
         except Exception as exc:
             logger.error("the usage sender failed", exc_info=exc)
             return await self._put_off(record, at, UsageExportError(f"the sender failed: {type(exc).__name__}"))
-        async with self._control.transaction() as conn:
-            await conn.execute(_SENT, {"id": record.id})
+        async with self._control.transaction() as connection:
+            await connection.execute(_SENT, {"id": record.id})
         if not sent:
             return "skipped"
         self._events.emit(
@@ -196,8 +196,8 @@ class UsageExporter:
             "error": str(error)[:500],
             "permanent": error.permanent,
         }
-        async with self._control.transaction() as conn:
-            if (await conn.execute(_PUT_OFF, parameters)).rowcount == 0:
+        async with self._control.transaction() as connection:
+            if (await connection.execute(_PUT_OFF, parameters)).rowcount == 0:
                 return "overtaken"
         logger.warning("usage record %d of tenant %s was not sent: %s", record.id, record.slug, error)
         self._events.emit(

@@ -22,7 +22,7 @@ logger = logging.getLogger("tenancy_orm.quotas")
 HOLD_SECONDS: Final = 30.0  # a holder that does not renew is forgotten after this long
 _RENEW_SECONDS: Final = HOLD_SECONDS / 3
 
-_HOLD = text(
+_ACQUIRE = text(
     "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_hold(CAST(:tenant_id AS uuid), :resource, "
     "CAST(:amount AS bigint), CAST(:id AS uuid), CAST(:seconds AS double precision))"
 )
@@ -30,34 +30,34 @@ _RENEW = text(
     "UPDATE tenancy.quota_holds SET expires_at = clock_timestamp() + make_interval(secs => :seconds) "
     "WHERE id = ANY(CAST(:ids AS uuid[])) RETURNING id"
 )
-_LET_GO = text("DELETE FROM tenancy.quota_holds WHERE id = CAST(:id AS uuid)")
+_RELEASE = text("DELETE FROM tenancy.quota_holds WHERE id = CAST(:id AS uuid)")
 
 
 class Hold:
     """Something a tenant holds for as long as a block of code runs."""
 
-    __slots__ = ("_until", "id")
+    __slots__ = ("_certain_until", "id")
 
     def __init__(self) -> None:
         self.id: UUID = uuid4()
         # until when the place is certain, by the monotonic clock
-        self._until = math.inf
+        self._certain_until = math.inf
 
     @property
     def lost(self) -> bool:
         """Whether the place may be another's: it was not renewed for so long that it was taken for a dead process's."""
-        return time.monotonic() >= self._until
+        return time.monotonic() >= self._certain_until
 
-    def renewed(self, asked: float) -> None:
+    def mark_renewed(self, asked_at: float) -> None:
         """The place is certain for ``HOLD_SECONDS`` from when that was asked for, which is before it was done."""
-        self._until = asked + HOLD_SECONDS
+        self._certain_until = asked_at + HOLD_SECONDS
 
-    def lose(self) -> None:
+    def mark_lost(self) -> None:
         """The place is another's."""
-        self._until = -math.inf
+        self._certain_until = -math.inf
 
 
-class HoldKeeper:
+class HoldManager:
     """Renews what this process holds."""
 
     def __init__(self, control: ControlDatabase) -> None:
@@ -65,7 +65,7 @@ class HoldKeeper:
         self._holds: dict[UUID, Hold] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def take(self, hold: Hold, tenant_id: UUID, resource: str, amount: int) -> Any:
+    async def acquire(self, hold: Hold, tenant_id: UUID, resource: str, amount: int) -> Any:
         """Ask for one more hold; returns the database's answer."""
         parameters = {
             "tenant_id": tenant_id,
@@ -74,11 +74,11 @@ class HoldKeeper:
             "id": hold.id,
             "seconds": HOLD_SECONDS,
         }
-        asked = time.monotonic()
-        async with self._control.connect() as conn:
-            row = (await conn.execute(_HOLD, parameters)).one()
+        asked_at = time.monotonic()
+        async with self._control.connect() as connection:
+            row = (await connection.execute(_ACQUIRE, parameters)).one()
         if row.outcome == "counted":
-            hold.renewed(asked)
+            hold.mark_renewed(asked_at)
             # not before: a renewal in the meantime would not find it, and take it for lost
             self._holds[hold.id] = hold
             if self._task is None or self._task.done():
@@ -87,21 +87,21 @@ class HoldKeeper:
         return row
 
     @asynccontextmanager
-    async def keep(self, hold: Hold) -> AsyncIterator[None]:
+    async def releasing(self, hold: Hold) -> AsyncIterator[None]:
         """Let go of ``hold`` after the body, which takes it; it is renewed until then."""
         try:
             yield
         finally:
             self._holds.pop(hold.id, None)
             # apart, so that a cancelled body lets go as well
-            task = asyncio.ensure_future(self.let_go(hold))
+            task = asyncio.ensure_future(self.release(hold))
             await asyncio.shield(task)
 
-    async def let_go(self, hold: Hold) -> None:
+    async def release(self, hold: Hold) -> None:
         """Give the place free. Where the database does not answer, it is free when the hold expires."""
         try:
-            async with self._control.connect() as conn:
-                await conn.execute(_LET_GO, {"id": hold.id})
+            async with self._control.connect() as connection:
+                await connection.execute(_RELEASE, {"id": hold.id})
         except ControlUnavailableError:
             logger.warning("a hold ends by itself in %g s: the control database is not available", HOLD_SECONDS)
 
@@ -125,12 +125,12 @@ class HoldKeeper:
 
     async def _renew(self) -> None:
         holds = dict(self._holds)
-        asked = time.monotonic()
-        async with self._control.connect() as conn:
-            kept = set(await conn.scalars(_RENEW, {"ids": list(holds), "seconds": HOLD_SECONDS}))
+        asked_at = time.monotonic()
+        async with self._control.connect() as connection:
+            kept = set(await connection.scalars(_RENEW, {"ids": list(holds), "seconds": HOLD_SECONDS}))
         for hold_id, hold in holds.items():
             if hold_id in kept:
-                hold.renewed(asked)
+                hold.mark_renewed(asked_at)
             elif hold_id in self._holds:
-                hold.lose()
+                hold.mark_lost()
                 logger.error("a hold was lost: it had not been renewed for %g s", HOLD_SECONDS)

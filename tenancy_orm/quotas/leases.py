@@ -31,13 +31,13 @@ from ..loops import HomeLoop
 logger = logging.getLogger("tenancy_orm.quotas")
 
 HEARTBEAT_SECONDS: Final = 0.5  # how often a process looks whether its leases are called back
-LEASE_SECONDS: Final = 15.0  # how long a dead process's lease is waited for by those it makes wait
+BLOCK_SECONDS: Final = 15.0  # how long a dead process's lease is waited for by those it makes wait
 IDLE_SECONDS: Final = 5.0  # a lease that was not used for this long is returned unasked
 RECLAIM_SECONDS: Final = 1.5  # how long a refused process waits for others to return theirs: three heartbeats
 _POLL_SECONDS: Final = 0.05
 _ALL: Final = 2**62  # of what the database knows to be unspent
 
-_LEASE = text(
+_TAKE = text(
     "SELECT *, nullif(ends_at, 'infinity') AS resets_at, extract(epoch FROM nullif(ends_at, 'infinity') - at)"
     "::double precision AS seconds FROM tenancy.quota_lease("
     "CAST(:tenant_id AS uuid), :resource, CAST(:id AS uuid), CAST(:previous AS uuid), CAST(:held AS bigint), "
@@ -50,7 +50,7 @@ _RENEW = text(
     "WHERE id = ANY(CAST(:ids AS uuid[]))"
 )
 
-Conclude = Callable[[UUID, str, int, Any], object]
+OutcomeHandler = Callable[[UUID, str, int, Any], object]
 
 
 class LeasedQuota:
@@ -62,43 +62,43 @@ class LeasedQuota:
     __slots__ = (
         "__weakref__",
         "_block",
-        "_held",
+        "_blocks",
         "_home",
-        "_keeper",
+        "_last_refusal",
         "_lock",
-        "_refused",
         "_returning",
         "_stale",
-        "_touched",
-        "_until",
+        "_unspent",
+        "_used",
+        "_valid_until",
         "id",
         "resource",
         "tenant_id",
     )
 
-    def __init__(self, keeper: LeaseKeeper, tenant_id: UUID, resource: str, block: int) -> None:
+    def __init__(self, blocks: BlockManager, tenant_id: UUID, resource: str, block: int) -> None:
         self.tenant_id = tenant_id
         self.resource = resource
-        self._keeper = keeper
-        self._home = keeper.home
+        self._blocks = blocks
+        self._home = blocks.home
         self._block = block
         self._lock = asyncio.Lock()  # one question to the database at a time; it protects id and _returning
         # the block in hand, and how much of it is unspent
         self.id: UUID | None = None
-        self._held = 0
+        self._unspent = 0
         # blocks on their way back by id, and how much is returned of each: gone from here when the database says so
         self._returning: dict[UUID, int] = {}
         # when the period that the held amount counts in is over, by the monotonic clock
-        self._until = -math.inf
-        self._touched = False
+        self._valid_until = -math.inf
+        self._used = False
         self._stale = False
         # the last refusal: when it was asked for, how much, and the answer
-        self._refused: tuple[float, int, Any] | None = None
+        self._last_refusal: tuple[float, int, Any] | None = None
 
     @property
-    def held(self) -> int:
+    def unspent(self) -> int:
         """How much of the block is in hand: what a crash would lose now, beside what is on its way back."""
-        return self._held
+        return self._unspent
 
     def try_consume(self, amount: int = 1) -> bool:
         """Count ``amount`` against the block in hand; False, and nothing counted, if it does not cover it.
@@ -115,9 +115,9 @@ class LeasedQuota:
                 refuse_other_tenant(self.tenant_id)
             if bound.admission is not None:
                 bound.admission.check()
-        if type(amount) is int and 0 < amount <= self._held and time.monotonic() < self._until:
-            self._held -= amount
-            self._touched = True
+        if type(amount) is int and 0 < amount <= self._unspent and time.monotonic() < self._valid_until:
+            self._unspent -= amount
+            self._used = True
             return True
         return False
 
@@ -155,22 +155,22 @@ class LeasedQuota:
         async with self._lock:
             await self._return()
 
-    async def settle(self) -> None:
+    async def return_pending(self) -> None:
         """Return what could not be returned before."""
         async with self._lock:
-            await self._give_back()
+            await self._return_detached()
 
     @property
-    def is_settled(self) -> bool:
+    def has_pending_returns(self) -> bool:
         """Whether nothing is on its way back."""
-        return not self._returning
+        return bool(self._returning)
 
     def expire(self) -> None:
         """Let the next ``consume`` return what is in hand and ask again: the limit may have changed.
 
         That holds for a block that is on its way as well.
         """
-        self._until = -math.inf
+        self._valid_until = -math.inf
         self._stale = True
 
     async def _refill(self, amount: int) -> None:
@@ -179,122 +179,122 @@ class LeasedQuota:
             async with self._lock:
                 if self.try_consume(amount):
                     return
-                row = self._refusal(called, amount) or await self._ask(amount)
+                row = self._applicable_refusal(called, amount) or await self._take(amount)
             if row.outcome != "exceeded" or not row.leased or time.monotonic() - called >= RECLAIM_SECONDS:
-                self._keeper.conclude(self.tenant_id, self.resource, amount, row)
+                self._blocks.handle_outcome(self.tenant_id, self.resource, amount, row)
                 return
             # others hold some of it: they have been asked to return it, and look every HEARTBEAT_SECONDS
             await asyncio.sleep(_POLL_SECONDS)
 
-    def _refusal(self, called: float, amount: int) -> Any:
+    def _applicable_refusal(self, called: float, amount: int) -> Any:
         """A final refusal of as much or less that was asked for after this call began, and so holds for it as well."""
-        if self._refused is not None:
-            asked, refused, row = self._refused
+        if self._last_refusal is not None:
+            asked, refused, row = self._last_refusal
             if asked >= called and amount >= refused and not row.leased:
                 return row
         return None
 
-    async def _ask(self, amount: int) -> Any:
+    async def _take(self, amount: int) -> Any:
         """Ask for ``amount`` and a block beyond it. Called under the lock."""
-        if self._held and (self._stale or time.monotonic() >= self._until):
+        if self._unspent and (self._stale or time.monotonic() >= self._valid_until):
             await self._return()
         self._stale = False
         asked = time.monotonic()
-        held, self._held = self._held, 0
+        unspent, self._unspent = self._unspent, 0
         new = uuid4()
         try:
-            row = await self._keeper.lease(self, new, held, amount, self._block)
+            row = await self._blocks.take_block(self, new, unspent, amount, self._block)
         except BaseException:
             # it may have been done: one of the two blocks is there, so both are returned
-            self._put_back(held)
+            self._detach_block(unspent)
             self._returning[new] = _ALL
-            self._keeper.watch(self)
+            self._blocks.watch(self)
             raise
         if row.outcome == "counted":
             self.id = new
-            self._held = held + row.granted - amount
+            self._unspent = unspent + row.granted - amount
             # measured from before the question, so that it is never past the period's end
-            self._until = math.inf if row.seconds is None else asked + row.seconds
+            self._valid_until = math.inf if row.seconds is None else asked + row.seconds
             if self._stale:
-                self._until = -math.inf
-            self._touched = True
-            self._keeper.watch(self)
+                self._valid_until = -math.inf
+            self._used = True
+            self._blocks.watch(self)
         else:
-            self._held = held
-            self._refused = (asked, amount, row)
+            self._unspent = unspent
+            self._last_refusal = (asked, amount, row)
         return row
 
     async def _return(self) -> None:
-        held, self._held = self._held, 0
-        self._put_back(held)
-        await self._give_back()
+        unspent, self._unspent = self._unspent, 0
+        self._detach_block(unspent)
+        await self._return_detached()
 
-    def _put_back(self, unspent: int) -> None:
+    def _detach_block(self, unspent: int) -> None:
         """Let go of the block for good, before anything is said about it."""
         if self.id is not None:
             self._returning[self.id] = unspent
             self.id = None
 
-    async def _give_back(self) -> None:
+    async def _return_detached(self) -> None:
         for block_id, unspent in list(self._returning.items()):
-            await self._keeper.give_back(block_id, unspent)
+            await self._blocks.return_block(block_id, unspent)
             del self._returning[block_id]
         if self.id is None:
-            self._keeper.forget(self)
+            self._blocks.unwatch(self)
 
-    def idle(self) -> bool:
+    def was_idle(self) -> bool:
         """Whether it was not used since this was last asked."""
-        touched, self._touched = self._touched, False
-        return not touched
+        used, self._used = self._used, False
+        return not used
 
 
-class LeaseKeeper:
+class BlockManager:
     """Keeps a process's leases alive, and returns those that are idle or called back.
 
     Args:
         control: The control database.
-        conclude: Turns an answer of the database into events and errors.
+        handle_outcome: Turns an answer of the database into events and errors.
     """
 
-    def __init__(self, control: ControlDatabase, conclude: Conclude) -> None:
+    def __init__(self, control: ControlDatabase, handle_outcome: OutcomeHandler) -> None:
         self._control = control
         self.home = HomeLoop()
-        self.conclude = conclude
+        self.handle_outcome = handle_outcome
         # those with a block in hand or on its way back, and since when each is idle
-        self._leases: dict[LeasedQuota, float | None] = {}
+        self._watched: dict[LeasedQuota, float | None] = {}
         self._task: asyncio.Task[None] | None = None
         self._renewed = 0.0
 
-    async def lease(self, lease: LeasedQuota, block_id: UUID, held: int, amount: int, block: int) -> Any:
+    async def take_block(self, quota: LeasedQuota, block_id: UUID, unspent: int, amount: int, block: int) -> Any:
         """Ask for ``amount`` beyond what is ``held``, and up to ``block``, all under the new ``block_id``."""
         parameters = {
-            "tenant_id": lease.tenant_id,
-            "resource": lease.resource,
+            "tenant_id": quota.tenant_id,
+            "resource": quota.resource,
             "id": block_id,
-            "previous": lease.id,
-            "held": held,
+            "previous": quota.id,
+            "held": unspent,
             "amount": amount,
             "block": block,
-            "seconds": LEASE_SECONDS,
+            "seconds": BLOCK_SECONDS,
         }
-        async with self._control.connect() as conn:
-            return (await conn.execute(_LEASE, parameters)).one()
+        async with self._control.connect() as connection:
+            return (await connection.execute(_TAKE, parameters)).one()
 
-    async def give_back(self, block_id: UUID, unspent: int) -> None:
+    async def return_block(self, block_id: UUID, unspent: int) -> None:
         """Return what a block has left. Where it has none left, its row is removed all the same."""
-        async with self._control.connect() as conn:
-            await conn.execute(_RETURN, {"id": block_id, "unspent": unspent})
+        async with self._control.connect() as connection:
+            await connection.execute(_RETURN, {"id": block_id, "unspent": unspent})
 
-    def watch(self, lease: LeasedQuota) -> None:
+    def watch(self, quota: LeasedQuota) -> None:
         """Look after a lease from now on."""
-        self._leases.setdefault(lease, None)
+        self._watched.setdefault(quota, None)
         if self._task is None or self._task.done():
             # it looks after all tenants' leases, so it must not run for the one whose lease was the first
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
-    def forget(self, lease: LeasedQuota) -> None:
+    def unwatch(self, quota: LeasedQuota) -> None:
         """Stop looking after a lease that was returned."""
-        self._leases.pop(lease, None)
+        self._watched.pop(quota, None)
 
     async def close(self) -> None:
         """Return every lease. What cannot be returned stays counted as used: an end is no place for an error."""
@@ -302,18 +302,18 @@ class LeaseKeeper:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        for lease in list(self._leases):
-            if not await self._attempt(lease.release()):
-                logger.warning("%d leased blocks stay counted: the control database is away", len(self._leases))
+        for quota in list(self._watched):
+            if not await self._try(quota.release()):
+                logger.warning("%d leased blocks stay counted: the control database is away", len(self._watched))
                 return
 
     async def _run(self) -> None:
-        while self._leases:
+        while self._watched:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             # whatever happens, what is in hand may still be spent, since it is counted; the next beat makes up for it
-            await self._attempt(self._beat())
+            await self._try(self._heartbeat())
 
-    async def _attempt(self, work: Coroutine[Any, Any, None]) -> bool:
+    async def _try(self, work: Coroutine[Any, Any, None]) -> bool:
         """Do part of the work, none of which may end the rest; False if the control database is away."""
         try:
             await work
@@ -324,26 +324,26 @@ class LeaseKeeper:
             logger.exception("leased quotas are not looked after")
         return True
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         now = time.monotonic()
-        held = {lease.id: lease for lease in self._leases if lease.id is not None}
-        async with self._control.connect() as conn:
-            called = set(await conn.scalars(_RECLAIMED, {"ids": list(held)}))
-            if now - self._renewed > LEASE_SECONDS / 3:
-                await conn.execute(_RENEW, {"ids": list(held), "seconds": LEASE_SECONDS})
+        ids = [quota.id for quota in self._watched if quota.id is not None]
+        async with self._control.connect() as connection:
+            called = set(await connection.scalars(_RECLAIMED, {"ids": ids}))
+            if now - self._renewed > BLOCK_SECONDS / 3:
+                await connection.execute(_RENEW, {"ids": ids, "seconds": BLOCK_SECONDS})
                 self._renewed = now
-        for lease, idle_since in list(self._leases.items()):
-            if lease not in self._leases:
+        for quota, idle_since in list(self._watched.items()):
+            if quota not in self._watched:
                 continue  # returned since
-            since = (idle_since or now) if lease.idle() else None
-            self._leases[lease] = since
-            if lease.id in called or (since is not None and now - since > IDLE_SECONDS):
-                work = lease.release()
-            elif not lease.is_settled:
-                work = lease.settle()
+            since = (idle_since or now) if quota.was_idle() else None
+            self._watched[quota] = since
+            if quota.id in called or (since is not None and now - since > IDLE_SECONDS):
+                work = quota.release()
+            elif quota.has_pending_returns:
+                work = quota.return_pending()
             else:
                 continue
-            if not await self._attempt(work):
+            if not await self._try(work):
                 return
 
 

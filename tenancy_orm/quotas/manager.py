@@ -29,8 +29,8 @@ from ..control.models import tenants
 from ..errors import QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from ..tenant import Status, Tenant, TenantRef
-from .holds import Hold, HoldKeeper
-from .leases import RECLAIM_SECONDS, LeasedQuota, LeaseKeeper, check_amount
+from .holds import Hold, HoldManager
+from .leases import RECLAIM_SECONDS, BlockManager, LeasedQuota, check_amount
 from .overrides import Override, check_overrides
 from .usage import Remaining, TenantUsage, Usage
 
@@ -95,21 +95,21 @@ class QuotaManager:
         self._config = config
         self._events = events
         self._audit = audit
-        self._keeper = LeaseKeeper(control, self._conclude)
-        self._holds = HoldKeeper(control)
+        self._blocks = BlockManager(control, self._handle_outcome)
+        self._holds = HoldManager(control)
         # those in use, or with something in hand: the keeper holds on to the latter
         self._leased: WeakValueDictionary[tuple[UUID, str], LeasedQuota] = WeakValueDictionary()
 
     async def close(self) -> None:
         """Return every block that was leased; where the control database does not answer, they stay counted as used."""
         await self._holds.close()
-        await self._keeper.close()
+        await self._blocks.close()
 
     def invalidate(self, tenant_id: UUID | None) -> None:
         """A tenant's limits may have changed (None: any tenant's): blocks in hand are returned before more is used."""
-        for lease in list(self._leased.values()):
-            if tenant_id is None or lease.tenant_id == tenant_id:
-                lease.expire()
+        for quota in list(self._leased.values()):
+            if tenant_id is None or quota.tenant_id == tenant_id:
+                quota.expire()
 
     # --- limits -----------------------------------------------------------------------------------------------------
 
@@ -132,21 +132,21 @@ class QuotaManager:
         """
         checked = check_overrides(overrides)
         removed = {name for name, value in overrides.items() if value is None}
-        async with self._control.transaction() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
+        async with self._control.transaction() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
             living = (tenants.c.id == tenant_id) & (tenants.c.status != Status.PURGED)
             query = select(tenants.c.slug, tenants.c.quotas).where(living).with_for_update()
-            row = (await conn.execute(query)).one_or_none()
+            row = (await connection.execute(query)).one_or_none()
             if row is None:
                 raise TenantNotFoundError(tenant_id)
             before = dict(row.quotas)
             after = {name: value for name, value in before.items() if name not in removed} | checked
             if after != before:
-                await conn.execute(update(tenants).where(tenants.c.id == tenant_id).values(quotas=after))
-            limits = _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
+                await connection.execute(update(tenants).where(tenants.c.id == tenant_id).values(quotas=after))
+            limits = _limits((await connection.execute(_LIMITS, {"tenant_id": tenant_id})).all())
             if after != before:
                 await self._audit.append(
-                    conn,
+                    connection,
                     action="quota.set",
                     tenant_id=tenant_id,
                     slug=row.slug,
@@ -164,9 +164,9 @@ class QuotaManager:
         Raises:
             TenantNotFoundError: no such tenant.
         """
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
-            return _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
+            return _limits((await connection.execute(_LIMITS, {"tenant_id": tenant_id})).all())
 
     # --- usage ------------------------------------------------------------------------------------------------------
 
@@ -183,10 +183,10 @@ class QuotaManager:
         """
         _check_time(at)
         tenant_id = await ask_tenant_id(self._control, tenant)
-        async with self._control.viewing(tenant_id) as conn:
-            rows = (await conn.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
+        async with self._control.viewing(tenant_id) as connection:
+            rows = (await connection.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
             if not rows:
-                await self._require(conn, tenant_id)
+                await self._check_exists(connection, tenant_id)
         return [Usage(row.resource, row.used, row.amount_limit, row.period, row.resets_at) for row in rows]
 
     async def check(self, tenant: TenantRef, resource: str, amount: int = 1) -> Remaining:
@@ -228,17 +228,17 @@ class QuotaManager:
         check_amount(amount)
         _check_key(key)
         _check_time(at)
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
-            row = (await conn.execute(_CONSUME, parameters)).one()
+            row = (await connection.execute(_CONSUME, parameters)).one()
         deadline = time.monotonic() + RECLAIM_SECONDS
         while row.outcome == "exceeded" and row.leased and time.monotonic() < deadline:
             # processes that lease hold some of it unspent: they have been asked to return it
             await asyncio.sleep(0.05)
-            async with self._control.connect() as conn:
-                row = (await conn.execute(_CONSUME, parameters)).one()
-        return self._conclude(tenant_id, resource, amount, row)
+            async with self._control.connect() as connection:
+                row = (await connection.execute(_CONSUME, parameters)).one()
+        return self._handle_outcome(tenant_id, resource, amount, row)
 
     def leased(self, tenant: UUID | Tenant, resource: str, *, block: int = 100) -> LeasedQuota:
         """Return this process's share of a quota, counted in memory: for what is used thousands of times a second.
@@ -263,10 +263,10 @@ class QuotaManager:
             raise TypeError("leased() takes a Tenant or its id, not a slug: it does not ask the database")
         check_amount(block, what="a block")
         key = (tenant.id if isinstance(tenant, Tenant) else tenant, resource)
-        lease = self._leased.get(key)
-        if lease is None:
-            lease = self._leased[key] = LeasedQuota(self._keeper, *key, block)
-        return lease
+        quota = self._leased.get(key)
+        if quota is None:
+            quota = self._leased[key] = LeasedQuota(self._blocks, *key, block)
+        return quota
 
     @asynccontextmanager
     async def hold(self, tenant: TenantRef, resource: str, amount: int = 1) -> AsyncIterator[Hold]:
@@ -284,9 +284,9 @@ class QuotaManager:
         check_amount(amount)
         tenant_id = await ask_tenant_id(self._control, tenant)
         hold = Hold()
-        async with self._holds.keep(hold):
-            row = await self._holds.take(hold, tenant_id, resource, amount)
-            self._conclude(tenant_id, resource, amount, row)
+        async with self._holds.releasing(hold):
+            row = await self._holds.acquire(hold, tenant_id, resource, amount)
+            self._handle_outcome(tenant_id, resource, amount, row)
             yield hold
 
     async def measure(self, tenant: TenantRef, resource: str, value: int) -> Usage:
@@ -298,11 +298,11 @@ class QuotaManager:
             ValueError: ``value`` is no whole number from 0 to 10**15.
         """
         check_amount(value, least=0)
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "value": value}
-            row = (await conn.execute(_MEASURE, parameters)).one()
-        return self._conclude(tenant_id, resource, value, row)
+            row = (await connection.execute(_MEASURE, parameters)).one()
+        return self._handle_outcome(tenant_id, resource, value, row)
 
     async def measure_many(self, resource: str, values: Mapping[UUID, int]) -> int:
         """Record measures of many tenants in one statement; returns how many have a quota for ``resource``."""
@@ -313,11 +313,11 @@ class QuotaManager:
         # in one order everywhere, so that two at once cannot deadlock
         ordered = sorted(values.items())
         parameters = {"resource": resource, "ids": [i for i, _ in ordered], "values": [v for _, v in ordered]}
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_MEASURE_MANY, parameters)).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_MEASURE_MANY, parameters)).all()
         counted = [row for row in rows if row.outcome == "counted"]
         for row in counted:
-            self._conclude(row.tenant_id, resource, row.used, row)
+            self._handle_outcome(row.tenant_id, resource, row.used, row)
         return len(counted)
 
     async def release(self, tenant: TenantRef, resource: str, amount: int = 1, *, at: datetime | None = None) -> Usage:
@@ -331,11 +331,11 @@ class QuotaManager:
         """
         check_amount(amount)
         _check_time(at)
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "at": at}
-            row = (await conn.execute(_RELEASE, parameters)).one()
-        return self._conclude(tenant_id, resource, amount, row)
+            row = (await connection.execute(_RELEASE, parameters)).one()
+        return self._handle_outcome(tenant_id, resource, amount, row)
 
     # --- over all tenants -------------------------------------------------------------------------------------------
 
@@ -351,8 +351,8 @@ class QuotaManager:
         """
         refuse_while_bound("reading the usage of all tenants")
         _check_time(at)
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_UTILISATION, {"resource": resource, "limit": limit, "at": at})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_UTILISATION, {"resource": resource, "limit": limit, "at": at})).all()
         return [_tenant_usage(row) for row in rows]
 
     async def at_risk(
@@ -361,8 +361,8 @@ class QuotaManager:
         """Return who has used ``fraction`` of a limit or more, highest fraction first."""
         refuse_while_bound("reading the usage of all tenants")
         _check_time(at)
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_AT_RISK, {"fraction": fraction, "limit": limit, "at": at})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_AT_RISK, {"fraction": fraction, "limit": limit, "at": at})).all()
         return [_tenant_usage(row) for row in rows]
 
     async def clean(self, *, keys_days: float = 7, usage_days: float = 400) -> int:
@@ -374,17 +374,17 @@ class QuotaManager:
         """
         refuse_while_bound("removing old usage")
         bills = self._config.metering.usage_sender is not None
-        async with self._control.transaction() as conn:
+        async with self._control.transaction() as connection:
             return sum(
                 [
-                    (await conn.execute(text(statement), {"days": days, "bills": bills})).rowcount
+                    (await connection.execute(text(statement), {"days": days, "bills": bills})).rowcount
                     for statement, days in zip(_CLEAN, (keys_days, usage_days, 1, 1), strict=True)
                 ]
             )
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
-    def _conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
+    def _handle_outcome(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
         """Turn the database's answer into a value or an error, and announce soft limits that were reached."""
         if row.outcome == "no_tenant":
             raise TenantNotFoundError(tenant_id)
@@ -429,9 +429,9 @@ class QuotaManager:
             )
         return usage
 
-    async def _require(self, conn: AsyncConnection, tenant_id: UUID) -> None:
+    async def _check_exists(self, connection: AsyncConnection, tenant_id: UUID) -> None:
         known = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.status != Status.PURGED)
-        if await conn.scalar(known) is None:
+        if await connection.scalar(known) is None:
             raise TenantNotFoundError(tenant_id)
 
 

@@ -29,8 +29,8 @@ from tenancy_orm.internals import Internals
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
-from tenancy_orm.quotas.holds import HoldKeeper
-from tenancy_orm.quotas.leases import LeaseKeeper
+from tenancy_orm.quotas.holds import HoldManager
+from tenancy_orm.quotas.leases import BlockManager
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Tenant
 from tests.support.models import Base
@@ -197,7 +197,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "redirect_seconds": 0.0,
         "retention_seconds": 0.0,
         "action": "x.y",
-        "conn": None,
+        "connection": None,
         "revision": "head",
         "plan": None,
         "environment": None,
@@ -416,7 +416,7 @@ async def test_no_login_by_hand_while_a_tenant_is_bound(tenancy: Tenancy) -> Non
 async def test_what_a_process_keeps_up_is_done_for_nobody(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases and holds of all tenants are renewed by one task, which the first of them starts."""
     bound: list[Tenant | None] = []
-    for keeper, beat in ((LeaseKeeper, "_beat"), (HoldKeeper, "_renew")):
+    for keeper, beat in ((BlockManager, "_heartbeat"), (HoldManager, "_renew")):
         plain = getattr(keeper, beat)
 
         async def watched(self: Any, plain: Any = plain) -> None:

@@ -160,7 +160,7 @@ async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenanc
     tenant = await tenancy.tenants.get("acme")
     lease = tenancy.quotas.leased(tenant, "api_calls", block=2)
     await lease.consume()
-    held = lease.held
+    held = lease.unspent
     assert held > 0
     refused: dict[str, Callable[[], object]] = {
         "peek": lambda: tenancy.internals.directory.peek(acme.api_key),
@@ -184,7 +184,7 @@ async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenanc
     before = await pid_of(tenancy)
     for use in asynchronous:
         assert type(await in_a_thread(use, tenancy)) is WrongEventLoopError
-    assert (await pid_of(tenancy), lease.held) == (before, held)
+    assert (await pid_of(tenancy), lease.unspent) == (before, held)
     await lease.release()
 
 

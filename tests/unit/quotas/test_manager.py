@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tenancy_orm.config import Limit, TenancyConfig, Tier, TierPolicy
 from tenancy_orm.errors import ConfigurationError, QuotaExceededError
 from tenancy_orm.loops import HomeLoop
-from tenancy_orm.quotas.leases import LeasedQuota, LeaseKeeper
+from tenancy_orm.quotas.leases import BlockManager, LeasedQuota
 from tenancy_orm.quotas.overrides import Override, check_overrides
 from tenancy_orm.quotas.rates import UNLIMITED, Allowed, Denied, Rates
 from tenancy_orm.quotas.usage import Remaining, Usage
@@ -143,38 +143,38 @@ def test_remaining_is_true_where_it_fits() -> None:
 # --- leases ---------------------------------------------------------------------------------------------------------
 
 
-class Database(LeaseKeeper):
+class Database(BlockManager):
     """Answers a lease's questions one by one, when it is told to: ``asked`` holds those that wait."""
 
     def __init__(self) -> None:
         self.asked: asyncio.Queue[tuple[int, int, asyncio.Future[Any]]] = asyncio.Queue()
         self.home = HomeLoop()
 
-    def conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> None:
+    def handle_outcome(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> None:
         if row.outcome == "exceeded":
             raise QuotaExceededError(tenant="acme", resource=resource, limit=0, used=0, requested=amount)
 
-    async def lease(self, lease: LeasedQuota, block_id: UUID, held: int, amount: int, block: int) -> Any:
+    async def take_block(self, quota: LeasedQuota, block_id: UUID, unspent: int, amount: int, block: int) -> Any:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.asked.put_nowait((held, amount, answer))
+        self.asked.put_nowait((unspent, amount, answer))
         return await answer
 
-    async def give_back(self, block_id: UUID, unspent: int) -> None:
+    async def return_block(self, block_id: UUID, unspent: int) -> None:
         pass
 
-    def watch(self, lease: LeasedQuota) -> None:
+    def watch(self, quota: LeasedQuota) -> None:
         pass
 
-    def forget(self, lease: LeasedQuota) -> None:
+    def unwatch(self, quota: LeasedQuota) -> None:
         pass
 
     async def answer(self, granted: int, *, seconds: float | None = None) -> tuple[int, int]:
         """Grant the next question so much, or refuse it (0), and return how much was held and asked for."""
         async with asyncio.timeout(5):
-            held, amount, waiting = await self.asked.get()
+            unspent, amount, waiting = await self.asked.get()
         outcome = "counted" if granted else "exceeded"
         waiting.set_result(SimpleNamespace(outcome=outcome, granted=granted, seconds=seconds, leased=0))
-        return held, amount
+        return unspent, amount
 
 
 async def test_nothing_is_spent_while_the_database_is_asked() -> None:
@@ -185,12 +185,12 @@ async def test_nothing_is_spent_while_the_database_is_asked() -> None:
     await database.answer(10)
     await first
     second = asyncio.create_task(share.consume(5))
-    held, amount, answer = await database.asked.get()
-    assert (held, amount) == (4, 5)
+    unspent, amount, answer = await database.asked.get()
+    assert (unspent, amount) == (4, 5)
     assert not share.try_consume()
     answer.set_result(SimpleNamespace(outcome="counted", granted=1, seconds=None, leased=0))
     await second
-    assert share.held == 0
+    assert share.unspent == 0
 
 
 async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,11 +200,11 @@ async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.Mo
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
     task = asyncio.create_task(share.consume())
-    held, _, answer = await database.asked.get()
+    unspent, _, answer = await database.asked.get()
     clock.now += 10
     answer.set_result(SimpleNamespace(outcome="counted", granted=10, seconds=5.0, leased=0))
     await task
-    assert held == 0 and share.held == 9
+    assert unspent == 0 and share.unspent == 9
     assert not share.try_consume()
 
 
