@@ -222,7 +222,7 @@ class QuotaRefused(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TierUpgradeProposed(TenantEvent):
+class TierChangeProposed(TenantEvent):
     """A policy found that the tenant should go from ``tier`` to ``proposed``; ``applied`` tells whether it has."""
 
     resource: str

@@ -12,7 +12,7 @@ from .resolvers import route_path
 
 # Segments that a file system, a proxy or a second decoding could read as another path: empty, ".", "..", and any
 # backslash, control character or percent sign that is left after the server decoded the path once.
-_ODD = re.compile(r"//|/\.{1,2}(/|\Z)|[\\%\x00-\x1f\x7f]")
+_AMBIGUOUS = re.compile(r"//|/\.{1,2}(/|\Z)|[\\%\x00-\x1f\x7f]")
 
 
 class ExemptPaths:
@@ -42,13 +42,13 @@ class ExemptPaths:
         """Tell whether the request of ``scope`` needs no key."""
         path = route_path(scope) if scope.get("root_path") else scope["path"]
         if path in self._exact or (self._below and path.startswith(self._below)):
-            return _ODD.search(path) is None
+            return _AMBIGUOUS.search(path) is None
         return False
 
 
 def _check(pattern: str) -> None:
     plain = pattern.removesuffix("*") if pattern.endswith("/*") else pattern
-    if not plain.startswith("/") or "*" in plain or "?" in plain or "#" in plain or _ODD.search(plain):
+    if not plain.startswith("/") or "*" in plain or "?" in plain or "#" in plain or _AMBIGUOUS.search(plain):
         raise ConfigurationError(f"exempt path {pattern!r} must look like /healthz or /static/*")
     if pattern == "/*":
         raise ConfigurationError("exempt path '/*' would admit every request without a key")

@@ -38,7 +38,7 @@ class Resolver:
 
     headers: tuple[bytes, ...] = ()
 
-    def enter(self, scope: Scope) -> None:
+    def adapt_scope(self, scope: Scope) -> None:
         """Adapt ``scope`` for the application once the request is accepted. Does nothing here."""
 
 
@@ -59,7 +59,7 @@ class ApiKeyHeader(KeyResolver):
 
     def __init__(self, name: str = "X-API-Key") -> None:
         self.name = name
-        self._header = _header(name)
+        self._header = _check_header_name(name)
         self.headers = (self._header,)
 
     def key(self, scope: Scope, headers: Headers) -> str | None:
@@ -110,7 +110,7 @@ class WebSocketKeyProtocol(KeyResolver):
             raise InvalidApiKeyError("ambiguous")
         return str(offers[0]).removeprefix(self.prefix)
 
-    def enter(self, scope: Scope) -> None:
+    def adapt_scope(self, scope: Scope) -> None:
         """Take the key out of the offers."""
         offers = scope.get("subprotocols")
         if offers:
@@ -123,18 +123,18 @@ class TenantResolver(Resolver, ABC):
     name: str
 
     @abstractmethod
-    def named(self, scope: Scope, headers: Headers) -> str | None:
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
         """Return the slug or id that the request names, or None where it names none.
 
         Raises:
             MalformedRequestError: what stands there can be neither.
         """
 
-    def matches(self, named: str, tenant: Tenant) -> bool:
-        """Tell whether ``named`` is the slug, the id or an alias of ``tenant``, whose key the request carries."""
-        return named == tenant.slug or named in tenant.aliases or named == str(tenant.id)
+    def matches(self, claimed: str, tenant: Tenant) -> bool:
+        """Tell whether ``claimed`` is the slug, the id or an alias of ``tenant``, whose key the request carries."""
+        return claimed == tenant.slug or claimed in tenant.aliases or claimed == str(tenant.id)
 
-    def moved(self, scope: Scope, named: str, tenant: Tenant) -> str | None:
+    def redirect_url(self, scope: Scope, claimed: str, tenant: Tenant) -> str | None:
         """Return the URL that a request naming ``tenant`` by a former slug is sent to, or None to serve it as it is."""
         return None
 
@@ -150,13 +150,13 @@ class HeaderResolver(TenantResolver):
 
     def __init__(self, name: str = "X-Tenant") -> None:
         self._title = name
-        self._header = _header(name)
+        self._header = _check_header_name(name)
         self.headers = (self._header,)
 
-    def named(self, scope: Scope, headers: Headers) -> str | None:
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
         """Return the header's value."""
         value = headers.get(self._header)
-        return None if value is None else _checked(value.decode("latin-1"), f"the header {self._title}")
+        return None if value is None else _check_name(value.decode("latin-1"), f"the header {self._title}")
 
 
 class SubdomainResolver(TenantResolver):
@@ -196,7 +196,7 @@ class SubdomainResolver(TenantResolver):
         self.custom_domains = custom_domains
         self._suffix = f".{self.domain}"
 
-    def named(self, scope: Scope, headers: Headers) -> str | None:
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
         """Return what stands before the domain."""
         value = headers.get(b"host")
         if value is None:
@@ -209,9 +209,9 @@ class SubdomainResolver(TenantResolver):
         label = host.removesuffix(self._suffix)
         return None if label in self.reserved else label
 
-    def moved(self, scope: Scope, named: str, tenant: Tenant) -> str | None:
+    def redirect_url(self, scope: Scope, claimed: str, tenant: Tenant) -> str | None:
         """Return the same URL on the host of the tenant's present slug."""
-        if not self.redirect or named == tenant.slug or "." in named or named not in tenant.aliases:
+        if not self.redirect or claimed == tenant.slug or "." in claimed or claimed not in tenant.aliases:
             return None
         host = dict(scope["headers"])[b"host"].decode("latin-1")
         port = host[host.rindex(":") :] if ":" in host else ""
@@ -241,19 +241,19 @@ class PathPrefixResolver(TenantResolver):
         self.template = template
         self._prefix = prefix
 
-    def named(self, scope: Scope, headers: Headers) -> str | None:
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
         """Return the segment that follows the prefix."""
         path = route_path(scope)
         if not path.startswith(self._prefix):
             return None
-        return _checked(path[len(self._prefix) :].partition("/")[0], "the path")
+        return _check_name(path[len(self._prefix) :].partition("/")[0], "the path")
 
-    def enter(self, scope: Scope) -> None:
+    def adapt_scope(self, scope: Scope) -> None:
         """Move the prefix into ``root_path``."""
-        named = self.named(scope, {})
-        if named is not None:
+        claimed = self.claimed_tenant(scope, {})
+        if claimed is not None:
             path: str = scope["path"]
-            taken = len(path) - len(route_path(scope)) + len(self._prefix) + len(named)
+            taken = len(path) - len(route_path(scope)) + len(self._prefix) + len(claimed)
             scope["root_path"] = path[:taken]
 
 
@@ -280,13 +280,13 @@ def parse_host(value: bytes) -> str:
     return found[1].decode("ascii")
 
 
-def _checked(name: str, where: str) -> str:
+def _check_name(name: str, where: str) -> str:
     if not _NAME.fullmatch(name):
         raise MalformedRequestError(where)
     return name
 
 
-def _header(name: str) -> bytes:
+def _check_header_name(name: str) -> bytes:
     if not _HEADER_NAME.fullmatch(name):
         raise ConfigurationError(f"{name!r} is not the name of a header")
     return name.lower().encode("ascii")

@@ -123,7 +123,9 @@ class KeyManager:
             info = await insert_key(
                 connection, owner.id, key, name=name, scopes=scopes, expires_at=expires_at, networks=networks
             )
-            await self._write_audit(connection, "key.issue", info, slug, actor, after=_snapshot(info))
+            await self._audit.append(
+                connection, action="key.issue", tenant_id=owner.id, slug=slug, actor=actor, after=_snapshot(info)
+            )
         self._events.emit(KeyIssued(tenant_id=owner.id, slug=slug, key_id=key.key_id))
         return IssuedKey(key.text, info)
 
@@ -179,8 +181,14 @@ class KeyManager:
             )
             end = func.least(api_keys.c.expires_at, func.now() + window)
             ending = await self._change(connection, key_id, expires_at=end)
-            await self._write_audit(
-                connection, "key.rotate", info, slug, actor, before=_snapshot(ending), after=_snapshot(info)
+            await self._audit.append(
+                connection,
+                action="key.rotate",
+                tenant_id=tenant_id,
+                slug=slug,
+                actor=actor,
+                before=_snapshot(ending),
+                after=_snapshot(info),
             )
         self._directory.invalidate(key_id=key_id)
         self._events.emit(KeyIssued(tenant_id=info.tenant_id, slug=slug, key_id=info.key_id, rotated_from=key_id))
@@ -205,8 +213,14 @@ class KeyManager:
             if before.revoked_at is not None:
                 return before
             info = await self._change(connection, key_id, revoked_at=func.now(), revoked_reason=clean_text(reason))
-            await self._write_audit(
-                connection, "key.revoke", info, slug, actor, before=_snapshot(before), after=_snapshot(info)
+            await self._audit.append(
+                connection,
+                action="key.revoke",
+                tenant_id=info.tenant_id,
+                slug=slug,
+                actor=actor,
+                before=_snapshot(before),
+                after=_snapshot(info),
             )
         self._directory.invalidate(key_id=key_id)
         self._events.emit(KeyRevoked(tenant_id=info.tenant_id, slug=slug, key_id=key_id))
@@ -264,21 +278,6 @@ class KeyManager:
     async def _change(self, connection: AsyncConnection, key_id: str, **values: Any) -> ApiKeyInfo:
         statement = update(api_keys).where(api_keys.c.id == key_id).values(**values).returning(*KEY_COLUMNS)
         return key_from_row((await connection.execute(statement)).one())
-
-    async def _write_audit(
-        self,
-        connection: AsyncConnection,
-        action: str,
-        key: ApiKeyInfo,
-        slug: str,
-        actor: Actor,
-        *,
-        before: dict[str, Any] | None = None,
-        after: dict[str, Any] | None = None,
-    ) -> None:
-        await self._audit.append(
-            connection, action=action, tenant_id=key.tenant_id, slug=slug, actor=actor, before=before, after=after
-        )
 
 
 def _snapshot(key: ApiKeyInfo) -> dict[str, Any]:

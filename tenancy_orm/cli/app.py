@@ -19,7 +19,7 @@ from ..tenancy import Tenancy
 from ..tenant import Tenant
 from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
 from .output import console, print_fields, print_json, print_table, tenant_fields
-from .runtime import Json, TenantArgument, Yes, fail, guarded, operator, run
+from .runtime import Json, TenantArgument, Yes, exit_on_error, fail, operator, run
 
 app = typer.Typer(
     name="tenancy",
@@ -108,7 +108,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Create a tenant with its database, and print its API key: the only time it is shown."""
-    given = guarded(lambda: parse_metadata(metadata))
+    given = exit_on_error(lambda: parse_metadata(metadata))
     trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Change a tenant's tier, metadata, time zone or the end of its trial."""
-    given = guarded(lambda: parse_metadata(metadata))
+    given = exit_on_error(lambda: parse_metadata(metadata))
     trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
@@ -305,16 +305,16 @@ def watch(
 ) -> None:
     """End tenants' sessions that would stop a server for others. For a service: it must be connected beforehand."""
 
-    async def look(tenancy: Tenancy) -> Any:
+    async def watch_once(tenancy: Tenancy) -> Any:
         return await tenancy.internals.provisioner.end_excessive_sessions(actor=operator())
 
-    async def look_on(tenancy: Tenancy) -> None:
+    async def watch_forever(tenancy: Tenancy) -> None:
         await tenancy.internals.provisioner.watchdog.watch(every=every, actor=operator())
 
     if not once:
-        run(look_on)
+        run(watch_forever)
         return
-    report = run(look)
+    report = run(watch_once)
     if as_json:
         print_json(report)
     else:

@@ -14,7 +14,7 @@ from ..audit.checkpoints import Checkpoint, Verifier
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table
-from .runtime import EXIT_FAILED, Json, guarded, run
+from .runtime import EXIT_FAILED, Json, exit_on_error, run
 
 app = typer.Typer(help="Read the audit log and verify it.", no_args_is_help=True)
 
@@ -49,9 +49,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Recompute the chain; exit status 1 where an entry does not hold, or a checkpoint contradicts the log."""
-    checkpoints = guarded(lambda: [_checkpoint(path) for path in checkpoint or ()])
-    origin = guarded(lambda: _checkpoint(since) if since else None)
-    verifier = guarded(lambda: _verifier(public_keys) if public_keys else None)
+    checkpoints = exit_on_error(lambda: [_checkpoint(path) for path in checkpoint or ()])
+    origin = exit_on_error(lambda: _checkpoint(since) if since else None)
+    verifier = exit_on_error(lambda: _verifier(public_keys) if public_keys else None)
 
     async def command(tenancy: Tenancy) -> VerifyReport:
         return await tenancy.audit.verify(checkpoints, since=origin, verifier=verifier)
@@ -61,7 +61,7 @@ def verify(
         fields = ("ok", "entries", "first_bad", "problem", "confirmed", "removed", "skipped")
         print_json({name: getattr(report, name) for name in fields})
     else:
-        console.print(_told(report), highlight=False, soft_wrap=True)
+        console.print(_summary(report), highlight=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
 
@@ -86,15 +86,15 @@ def print_public_keys() -> None:
     print_json(run(command).public_keys)
 
 
-def _told(report: VerifyReport) -> str:
+def _summary(report: VerifyReport) -> str:
     if not report.ok:
         return f"entry {report.first_bad}: {report.problem}"
-    told = f"{report.entries} entries verified, {len(report.confirmed)} checkpoints confirmed"
+    summary = f"{report.entries} entries verified, {len(report.confirmed)} checkpoints confirmed"
     if report.removed:
-        told += f"; not compared, being older than what retention kept: {_numbers(report.removed)}"
+        summary += f"; not compared, being older than what retention kept: {_numbers(report.removed)}"
     if report.skipped:
-        told += f"; not compared, being older than where verification began: {_numbers(report.skipped)}"
-    return told
+        summary += f"; not compared, being older than where verification began: {_numbers(report.skipped)}"
+    return summary
 
 
 def _numbers(sequences: Sequence[int]) -> str:

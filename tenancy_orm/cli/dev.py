@@ -18,7 +18,7 @@ from ..errors import ConfigurationError
 from ..migrations.layout import init_directory
 from ..tenancy import Tenancy
 from .output import console, print_json
-from .runtime import Json, TenantArgument, guarded, operator, run
+from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
 _SETTINGS = """\
 # Settings of tenancy_orm. TENANCY_* environment variables win over this file; keep credentials there.
@@ -53,7 +53,7 @@ def init(
             made += [migrations] if had_ini else [migrations, "alembic.ini"]
         return made
 
-    made = guarded(prepare)
+    made = exit_on_error(prepare)
 
     async def command(tenancy: Tenancy) -> str:
         return str(tenancy.internals.control.installation)
@@ -95,7 +95,7 @@ def dev(
         finally:
             await provided.close()
 
-    guarded(lambda: asyncio.run(serve()))
+    exit_on_error(lambda: asyncio.run(serve()))
 
 
 def psql(

@@ -11,7 +11,7 @@ from ..errors import ConfigurationError
 from ..quotas.overrides import Override
 from ..tenancy import Tenancy
 from .output import print_json, print_table
-from .runtime import Json, TenantArgument, guarded, operator, run
+from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
 app = typer.Typer(help="Show and set limits and usage.", no_args_is_help=True)
 
@@ -60,7 +60,7 @@ def set_limits(
     as_json: Json = False,
 ) -> None:
     """Override limits of the tenant's tier."""
-    overrides = guarded(lambda: dict(_parse(text) for text in limits))
+    overrides = exit_on_error(lambda: dict(_parse(text) for text in limits))
 
     async def command(tenancy: Tenancy) -> Any:
         await tenancy.quotas.set(tenant, overrides, actor=operator())

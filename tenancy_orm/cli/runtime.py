@@ -74,10 +74,10 @@ def run(command: Callable[[Tenancy], Awaitable[T]], *, initialise: bool | None =
         finally:
             await tenancy.close()
 
-    return guarded(lambda: asyncio.run(opened()))
+    return exit_on_error(lambda: asyncio.run(opened()))
 
 
-def guarded(action: Callable[[], T]) -> T:
+def exit_on_error(action: Callable[[], T]) -> T:
     """Call ``action``; turn an error of ours or of the database into a message and exit status 1."""
     try:
         return action()

@@ -1,1 +1,1 @@
-"""What tenants use and are worth: samples, metrics, usage records for billing, upgrade policies."""
+"""What tenants use and are worth: samples, metrics, usage records for billing, tier policies."""

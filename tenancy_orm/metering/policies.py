@@ -18,17 +18,17 @@ from ..audit.log import AuditLog
 from ..config import TenancyConfig, TierPolicy
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
-from ..events import EventBus, TierUpgradeProposed
+from ..events import EventBus, TierChangeProposed
 from ..tenants.manager import TenantManager
 
-logger = logging.getLogger("tenancy_orm.upgrades")
+logger = logging.getLogger("tenancy_orm.tiers")
 
 # how long one process has for changing a tier, before another one tries: far longer than it can take
 _CLAIM_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class UpgradeProposal:
+class TierProposal:
     """A tenant that a policy found; ``applied`` tells whether its tier was changed."""
 
     tenant_id: UUID
@@ -42,7 +42,7 @@ class UpgradeProposal:
     applied: bool
 
 
-class Upgrades:
+class TierPolicies:
     """Evaluates ``TenancyConfig.metering.tier_policies``: ``tenancy.internals.tier_policies``.
 
     ``run_housekeeping`` does it too.
@@ -66,14 +66,14 @@ class Upgrades:
         audit: AuditLog,
         tenants: TenantManager,
     ) -> None:
-        self._ladder = dict(pairwise(config.tiers))
+        self._next_tiers = dict(pairwise(config.tiers))
         self._control = control
         self._events = events
         self._audit = audit
         self._policies = config.metering.tier_policies
         self._tenants = tenants
 
-    async def evaluate(self, *, at: datetime | None = None) -> list[UpgradeProposal]:
+    async def evaluate(self, *, at: datetime | None = None) -> list[TierProposal]:
         """Look once; returns the proposals made now.
 
         A tenant is proposed once for as long as it stays in its tier and near the limit. What a policy was to apply and
@@ -85,8 +85,8 @@ class Upgrades:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        refuse_while_bound("evaluating upgrade policies")
-        proposals: list[UpgradeProposal] = []
+        refuse_while_bound("evaluating tier policies")
+        proposals: list[TierProposal] = []
         for policy in self._policies:
             async with self._control.transaction() as connection:
                 parameters = {
@@ -97,27 +97,29 @@ class Upgrades:
                     "apply": policy.apply,
                     "at": at,
                 }
-                rows = (await connection.execute(_NOTE, parameters)).all()
+                rows = (await connection.execute(_RECORD_PRESSURE, parameters)).all()
             for row in rows:
-                target = policy.next_tier.get(row.tier) or (None if policy.next_tier else self._ladder.get(row.tier))
+                target = policy.next_tier.get(row.tier) or (
+                    None if policy.next_tier else self._next_tiers.get(row.tier)
+                )
                 if target is not None and (found := await self._propose(policy, row, target, at)):
                     proposals.append(found)
         return proposals
 
-    async def _propose(self, policy: TierPolicy, row: Any, target: str, at: datetime | None) -> UpgradeProposal | None:
-        note = {"tenant_id": row.tenant_id, "policy": policy.name, "tier": row.tier}
+    async def _propose(self, policy: TierPolicy, row: Any, target: str, at: datetime | None) -> TierProposal | None:
+        claim_key = {"tenant_id": row.tenant_id, "policy": policy.name, "tier": row.tier}
         async with self._control.transaction() as connection:
-            claim = {**note, "apply": policy.apply, "at": at, "seconds": _CLAIM_SECONDS}
+            claim = {**claim_key, "apply": policy.apply, "at": at, "seconds": _CLAIM_SECONDS}
             claimed = (await connection.execute(_CLAIM, claim)).one_or_none()
             if claimed is None:
                 return None  # another process has just made it
             if claimed.first:
-                await self._write_down(connection, policy, row, target)
-        # its success needs no note: one of the tier that was left is forgotten
-        applied = policy.apply and await self._apply(row, target, note)
+                await self._audit_proposal(connection, policy, row, target)
+        # its success needs no claim_key: one of the tier that was left is forgotten
+        applied = policy.apply and await self._apply(row, target, claim_key)
         if claimed.first or applied:
             self._events.emit(
-                TierUpgradeProposed(
+                TierChangeProposed(
                     tenant_id=row.tenant_id,
                     slug=row.slug,
                     resource=policy.resource,
@@ -126,11 +128,11 @@ class Upgrades:
                     applied=applied,
                 )
             )
-        return UpgradeProposal(
+        return TierProposal(
             row.tenant_id, row.slug, row.tier, target, policy.resource, row.used, row.amount_limit, row.since, applied
         )
 
-    async def _write_down(self, connection: AsyncConnection, policy: TierPolicy, row: Any, target: str) -> None:
+    async def _audit_proposal(self, connection: AsyncConnection, policy: TierPolicy, row: Any, target: str) -> None:
         await self._audit.append(
             connection,
             action="tier.propose",
@@ -147,19 +149,19 @@ class Upgrades:
             },
         )
 
-    async def _apply(self, row: Any, target: str, note: Mapping[str, Any]) -> bool:
+    async def _apply(self, row: Any, target: str, claim_key: Mapping[str, Any]) -> bool:
         try:
             await self._tenants.update(row.tenant_id, tier=target, expected_tier=row.tier, actor=SYSTEM)
         except Exception as exc:
             # whatever it is: the other tenants must not wait for it, and the next evaluation tries again
             logger.error("tenant %s could not be moved to tier %s", row.slug, target, exc_info=exc)
             async with self._control.transaction() as connection:
-                await connection.execute(_UNCLAIM, note)
+                await connection.execute(_UNCLAIM, claim_key)
             return False
         return True
 
 
-_NOTE = text(
+_RECORD_PRESSURE = text(
     "SELECT * FROM tenancy.quota_note_pressure(:policy, :resource, CAST(:fraction AS double precision), "
     "CAST(:seconds AS double precision), CAST(:apply AS boolean), CAST(:at AS timestamptz))"
 )

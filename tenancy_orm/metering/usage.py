@@ -73,7 +73,7 @@ class UsageExporter:
         self._close_after = close_after_seconds
         self._timeout = timeout
         self._claim_seconds = timeout + _CLAIM_MARGIN_SECONDS
-        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = asyncio.Semaphore(concurrency)
 
     async def run(self, *, at: datetime | None = None, batch: int = 100) -> ExportReport:
         """Close what has ended and send what is due, until nothing is.
@@ -144,12 +144,12 @@ class UsageExporter:
     async def _send_all(self, records: Sequence[UsageRecord], at: datetime | None) -> list[str]:
         waiting = sorted(records, key=lambda record: record.period_start)
         outcomes: list[str] = []
-        async with self._slots:
-            while waiting := await self._still_claimed(waiting, at):
+        async with self._concurrency:
+            while waiting := await self._renew_claims(waiting, at):
                 outcomes.append(await self._send(waiting.pop(0), at))
         return outcomes
 
-    async def _still_claimed(self, records: Sequence[UsageRecord], at: datetime | None) -> list[UsageRecord]:
+    async def _renew_claims(self, records: Sequence[UsageRecord], at: datetime | None) -> list[UsageRecord]:
         """Prolong the claim on records; returns those that no other exporter took when it had run out."""
         if not records:
             return []
@@ -168,12 +168,12 @@ class UsageExporter:
             async with asyncio.timeout(self._timeout):
                 sent = await self._sender.send(record)
         except UsageExportError as exc:
-            return await self._put_off(record, at, exc)
+            return await self._reschedule(record, at, exc)
         except TimeoutError:
-            return await self._put_off(record, at, UsageExportError(f"no answer within {self._timeout:g} s"))
+            return await self._reschedule(record, at, UsageExportError(f"no answer within {self._timeout:g} s"))
         except Exception as exc:
             logger.error("the usage sender failed", exc_info=exc)
-            return await self._put_off(record, at, UsageExportError(f"the sender failed: {type(exc).__name__}"))
+            return await self._reschedule(record, at, UsageExportError(f"the sender failed: {type(exc).__name__}"))
         async with self._control.transaction() as connection:
             await connection.execute(_SENT, {"id": record.id})
         if not sent:
@@ -185,7 +185,7 @@ class UsageExporter:
         )
         return "sent"
 
-    async def _put_off(self, record: UsageRecord, at: datetime | None, error: UsageExportError) -> str:
+    async def _reschedule(self, record: UsageRecord, at: datetime | None, error: UsageExportError) -> str:
         # the exponent is bounded too: one that was tried for months has made thousands of attempts
         delay = min(_FIRST_RETRY_SECONDS * 2 ** min(record.attempts - 1, 10), _LAST_RETRY_SECONDS)
         parameters = {
@@ -197,7 +197,7 @@ class UsageExporter:
             "permanent": error.permanent,
         }
         async with self._control.transaction() as connection:
-            if (await connection.execute(_PUT_OFF, parameters)).rowcount == 0:
+            if (await connection.execute(_RESCHEDULE, parameters)).rowcount == 0:
                 return "overtaken"
         logger.warning("usage record %d of tenant %s was not sent: %s", record.id, record.slug, error)
         self._events.emit(
@@ -239,7 +239,7 @@ _SENT = text(
     "UPDATE tenancy.usage_records SET sent_at = now(), failed_at = NULL, error = NULL, metadata = NULL WHERE id = :id"
 )
 # not where another exporter has taken it over, or has sent it
-_PUT_OFF = text(
+_RESCHEDULE = text(
     "UPDATE tenancy.usage_records SET error = :error, "
     "due_at = coalesce(CAST(:at AS timestamptz), now()) + make_interval(secs => :seconds), "
     "failed_at = CASE WHEN :permanent THEN now() END WHERE id = :id AND attempts = :attempts AND sent_at IS NULL"

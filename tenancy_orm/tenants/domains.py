@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -141,12 +140,19 @@ class DomainManager:
         owner = select(domains.c.tenant_id).where(domains.c.domain == name, verified)
         statement = insert(domains).values(values).on_conflict_do_nothing().returning(domains)
         async with self._control.transaction() as connection:
-            await _hold(connection, tenant)
+            await _lock_undeleted(connection, tenant)
             if await connection.scalar(owner) not in (None, tenant.id):
                 raise _taken(name)
             row = (await connection.execute(statement)).one_or_none()
             if row is not None:
-                await self._write_audit(connection, "domain.claim", tenant, actor, after={"domain": name})
+                await self._audit.append(
+                    connection,
+                    action="domain.claim",
+                    tenant_id=tenant.id,
+                    slug=tenant.slug,
+                    actor=actor,
+                    after={"domain": name},
+                )
         return await self._claimed(tenant, name) if row is None else _domain_from_row(row)
 
     async def verify(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
@@ -171,11 +177,18 @@ class DomainManager:
         statement = update(domains).where(condition).values(verified_at=func.now()).returning(domains)
         try:
             async with self._control.transaction() as connection:
-                await _hold(connection, tenant)
+                await _lock_undeleted(connection, tenant)
                 row = (await connection.execute(statement)).one_or_none()
                 if row is None:
                     raise DomainError(f"domain {found.domain!r} was released while it was verified")
-                await self._write_audit(connection, "domain.verify", tenant, actor, after={"domain": found.domain})
+                await self._audit.append(
+                    connection,
+                    action="domain.verify",
+                    tenant_id=tenant.id,
+                    slug=tenant.slug,
+                    actor=actor,
+                    after={"domain": found.domain},
+                )
         except IntegrityError as exc:
             raise _taken(found.domain) from exc
         return _domain_from_row(row)
@@ -192,7 +205,14 @@ class DomainManager:
             statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
             if (await connection.execute(statement)).rowcount == 0:
                 return  # another call has just done so
-            await self._write_audit(connection, "domain.release", tenant, actor, before={"domain": found.domain})
+            await self._audit.append(
+                connection,
+                action="domain.release",
+                tenant_id=tenant.id,
+                slug=tenant.slug,
+                actor=actor,
+                before={"domain": found.domain},
+            )
 
     async def list(self, tenant: str | UUID | Tenant) -> list[Domain]:
         """Return the tenant's domains, claimed and verified, by name."""
@@ -200,13 +220,6 @@ class DomainManager:
         query = select(domains).where(domains.c.tenant_id == tenant_id).order_by(domains.c.domain)
         async with self._control.viewing(tenant_id) as connection:
             return [_domain_from_row(row) for row in await connection.execute(query)]
-
-    async def _write_audit(
-        self, connection: AsyncConnection, action: str, tenant: Tenant, actor: Actor, **change: Mapping[str, Any]
-    ) -> None:
-        await self._audit.append(
-            connection, action=action, tenant_id=tenant.id, slug=tenant.slug, actor=actor, **change
-        )
 
     async def _claimed(self, tenant: Tenant, domain: str) -> Domain:
         name = check_domain(domain)
@@ -218,7 +231,7 @@ class DomainManager:
         return _domain_from_row(row)
 
 
-async def _hold(connection: AsyncConnection, tenant: Tenant) -> None:
+async def _lock_undeleted(connection: AsyncConnection, tenant: Tenant) -> None:
     """Refuse a deleted tenant a domain, and let no purge in before the commit: nobody could have the domain then."""
     _, status = await hold_tenant(connection, tenant.id)
     if status is Status.DELETED:

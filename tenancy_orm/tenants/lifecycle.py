@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
 from datetime import datetime
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
+from ..cancellation import settled
 from ..context import refuse_other_tenant
 from ..errors import LoginNotBlockedError, ProvisioningError, RoutingError, TenantNotFoundError
 from ..events import EventBus, TenantPurged, TenantStatusChanged
@@ -119,7 +119,7 @@ class TenantLifecycle:
             TenantNotFoundError: no such tenant.
         """
         at = check_aware("at", at)
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         return await self._registry.schedule_suspension(found.id, at, reason=reason, actor=actor)
 
     async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
@@ -131,7 +131,7 @@ class TenantLifecycle:
             TenantNotFoundError: no such tenant.
         """
         at = check_aware("at", at)
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         return await self._registry.schedule_purge(found.id, at, actor=actor)
 
     async def suspend_due(self, listed: Tenant, *, reason: str | None, actor: Actor = SYSTEM) -> Tenant:
@@ -154,7 +154,7 @@ class TenantLifecycle:
             ProvisioningError, ServerUnavailableError: its server refused.
         """
         refuse_other_tenant(listed)
-        await run_whole(self._purge(listed, listed, actor))
+        await settled(self._purge(listed, listed, actor))
 
     # --- purge ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class TenantLifecycle:
             ProvisioningError, ServerUnavailableError: its server refused; try again.
         """
         found = await self._registry.find(tenant)
-        await run_whole(self._purge(found, None, actor))
+        await settled(self._purge(found, None, actor))
 
     async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
         await self._provisioner.purge(found, listed=listed, actor=actor)
@@ -191,7 +191,7 @@ class TenantLifecycle:
         listed: Tenant | None = None,
         values: Mapping[str, Any] | None = None,
     ) -> Tenant:
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         change = self._registry.transition(
             found.id,
             target,
@@ -202,7 +202,7 @@ class TenantLifecycle:
             actor=actor,
             **(values or {}),
         )
-        return await run_whole(self._change_status(change))
+        return await settled(self._change_status(change))
 
     async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
         before, after = await change
@@ -236,24 +236,11 @@ class TenantLifecycle:
                 raise LoginNotBlockedError(tenant.slug, tenant.status.value, str(exc)) from exc
             logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
 
-    async def _living(self, tenant: TenantRef) -> Tenant:
+    async def _get_unpurged(self, tenant: TenantRef) -> Tenant:
         found = await self._registry.find(tenant)
         if found.status is Status.PURGED:
             raise TenantNotFoundError(found.slug)
         return found
 
 
-async def run_whole(change: Coroutine[Any, Any, Tenant]) -> Tenant:
-    """Run a change to its end although the caller is cancelled: what follows the commit belongs to it."""
-    task = asyncio.ensure_future(change)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        # bounded: by the control database's timeouts, and by those of ``align``
-        await asyncio.wait([task])
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a change whose caller was cancelled failed: %s", error)
-        raise
-
-
-__all__ = ["TenantLifecycle", "run_whole"]
+__all__ = ["TenantLifecycle"]

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
+from ..cancellation import settled
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..control.names import Names
@@ -24,7 +25,7 @@ from ..registry.rows import TenantDraft, TenantPage, uuid7
 from ..secrets.keyring import Keyring, new_password
 from ..tenant import Status, Tenant, TenantRef
 from .fields import SLUG, check_aware, check_metadata, check_slug, check_timezone
-from .lifecycle import TenantLifecycle, run_whole
+from .lifecycle import TenantLifecycle
 
 _LONGEST_REDIRECT = 100 * 366 * 86_400.0
 
@@ -112,7 +113,7 @@ class TenantManager(TenantLifecycle):
         refuse_while_bound("creating a tenant")
         started = time.perf_counter()
         draft = TenantDraft(
-            **await self._place(server),
+            **await self._placement_values(server),
             slug=check_slug(slug),
             tier=self._check_tier(tier or self._config.default_tier),
             metadata=check_metadata(metadata or {}),
@@ -130,7 +131,7 @@ class TenantManager(TenantLifecycle):
         self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
         return CreatedTenant(tenant, key.text, key.key_id)
 
-    async def _place(self, server: str | None) -> dict[str, Any]:
+    async def _placement_values(self, server: str | None) -> dict[str, Any]:
         tenant_id = uuid7()
         name = self._names.tenant(tenant_id)
         return {
@@ -280,10 +281,10 @@ class TenantManager(TenantLifecycle):
             values["timezone"] = check_timezone(timezone)
         if trial_ends_at is not None:
             values["trial_ends_at"] = check_aware("trial_ends_at", trial_ends_at)
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         if not values:
             return found
-        return await run_whole(self._update(found, values, expected_tier, actor))
+        return await settled(self._update(found, values, expected_tier, actor))
 
     async def _update(self, found: Tenant, values: dict[str, Any], expected_tier: str | None, actor: Actor) -> Tenant:
         before, after = await self._registry.change(
@@ -314,8 +315,8 @@ class TenantManager(TenantLifecycle):
         """
         if not 0 <= redirect_seconds <= _LONGEST_REDIRECT:
             raise ConfigurationError(f"redirect_seconds must be from 0 to {_LONGEST_REDIRECT:.0f} (100 years)")
-        found = await self._living(tenant)
-        return await run_whole(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
+        found = await self._get_unpurged(tenant)
+        return await settled(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
 
     async def _rename(self, tenant_id: UUID, slug: str, redirect_seconds: float, actor: Actor) -> Tenant:
         before, after = await self._registry.rename(tenant_id, slug, redirect_seconds=redirect_seconds, actor=actor)

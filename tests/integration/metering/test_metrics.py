@@ -16,9 +16,9 @@ from tenancy_orm.authentication.directory import Directory
 from tenancy_orm.config import Limit, Tier, TierPolicy
 from tenancy_orm.control.names import Names
 from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, TenantNotFoundError, TierChangedError
-from tenancy_orm.events import QuotaThresholdReached, TierUpgradeProposed
+from tenancy_orm.events import QuotaThresholdReached, TierChangeProposed
 from tenancy_orm.metering.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
-from tenancy_orm.metering.policies import Upgrades
+from tenancy_orm.metering.policies import TierPolicies
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.routing import Servers
 from tenancy_orm.secrets.keyring import Keyring
@@ -326,10 +326,10 @@ def manager_of(plane: QuotaPlane, before: Hook | None = None) -> Changing:
     return made
 
 
-def evaluator(plane: QuotaPlane, *policies: TierPolicy, tenants: TenantManager | None = None) -> Upgrades:
+def evaluator(plane: QuotaPlane, *policies: TierPolicy, tenants: TenantManager | None = None) -> TierPolicies:
     """Policies, and what changes a tier."""
     config = plane.config.replace(metering={"tier_policies": policies})
-    return Upgrades(plane.control, config, plane.events, plane.audit, tenants or manager_of(plane))
+    return TierPolicies(plane.control, config, plane.events, plane.audit, tenants or manager_of(plane))
 
 
 async def refuse(tenant_id: UUID) -> None:
@@ -356,7 +356,7 @@ async def test_a_tenant_near_its_limit_for_long_enough_is_proposed_the_next_tier
     assert await rules.evaluate(at=NOW + timedelta(days=4)) == []
     [later] = await rules.evaluate(at=NOW + timedelta(days=6))
     assert later.slug == "globex"
-    assert [event.slug for event in plane.of(TierUpgradeProposed)] == ["acme", "globex"]
+    assert [event.slug for event in plane.of(TierChangeProposed)] == ["acme", "globex"]
     [entry] = await plane.audit.events(tenant=acme, action="tier.propose")
     assert (entry.before, entry.after) == ({"tier": "free"}, {"tier": "pro"})
 
@@ -398,7 +398,7 @@ async def test_what_goes_wrong_with_one_tenant_keeps_no_other_from_its_tier(plan
     assert [found.applied for found in await rules.evaluate()] == [False]
     broken.clear()
     assert [found.applied for found in await rules.evaluate()] == [True]
-    told = [(event.slug, event.applied) for event in plane.of(TierUpgradeProposed)]
+    told = [(event.slug, event.applied) for event in plane.of(TierChangeProposed)]
     assert sorted(told) == [("acme", False), ("acme", True), ("globex", True)]
     assert len(await plane.audit.events(tenant=tenants[0], action="tier.propose")) == 1
 
@@ -482,7 +482,7 @@ async def test_of_two_that_evaluate_at_once_one_proposes(plane: QuotaPlane, appl
         looking = [asyncio.create_task(evaluator(plane, policy).evaluate()) for _ in range(2)]
         await plane.waiting(*looking)
     assert sorted([len(found) for found in await asyncio.gather(*looking)]) == [0, 1]
-    assert len(plane.of(TierUpgradeProposed)) == 1
+    assert len(plane.of(TierChangeProposed)) == 1
     assert len(await plane.audit.events(tenant=tenant, action="tier.propose")) == 1
 
 

@@ -207,7 +207,7 @@ async def test_housekeeping_exports_usage_and_applies_policies(tenancy_config: T
         report = await tenancy.run_housekeeping()
         assert report.errors == ()
         assert [(record.slug, record.quantity) for record in collector.received] == [("acme", 7)]
-        assert [found.proposed for found in report.chores["evaluate_upgrades"]] == ["m"]
+        assert [found.proposed for found in report.chores["evaluate_tier_policies"]] == ["m"]
         assert (await tenancy.tenants.get("acme")).tier == "m"
         assert (
             await tenancy.internals.tier_policies.evaluate(),

@@ -229,14 +229,14 @@ async def test_a_tombstone_is_not_written_on(tenancy: Tenancy, monkeypatch: pyte
     """By a change that found the tenant still there, and comes after its purge."""
     await tenancy.tenants.create("acme")
     await tenancy.tenants.delete("acme")
-    find = tenancy.tenants._living
+    find = tenancy.tenants._get_unpurged
 
     async def purged_since(ref: Any) -> Tenant:
         found = await find(ref)
         await tenancy.internals.provisioner.purge(found)
         return found
 
-    monkeypatch.setattr(tenancy.tenants, "_living", purged_since)
+    monkeypatch.setattr(tenancy.tenants, "_get_unpurged", purged_since)
     arguments: dict[str, dict[str, Any]] = {
         "rename": {"slug": "other"},
         "update": {"metadata": {"name": "Jane Doe"}},

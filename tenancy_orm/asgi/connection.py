@@ -38,28 +38,30 @@ _unbind = _current.reset
 _STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.close", "websocket.http.response.start"})
 
 
-class Outside:
-    """The server's side of a connection.
+class WatchedConnection:
+    """The server's ``receive`` and ``send``, called with no tenant bound, and ended together with the admission.
 
-    ``started`` tells whether anything was answered; ``headers`` are added to the answer; ``admitted`` is whom the
-    middleware let in, with the connection's scope. A websocket is watched from accept on, and a request from the second
-    ``receive`` or the first part of its body that is not the last, until its response is complete; ``lasts`` tells that
-    it is. Once its admission has ended, so has the connection: a websocket is closed, a response is cut and never
-    completed, ``receive`` returns the disconnect and ``send`` raises ``ConnectionAbortedError``, also where the
-    application waits in them at that moment. Before a response has started, ``send`` raises the admission's error
-    instead, which is also the ``refusal``.
+    ``started`` tells whether anything was answered. ``headers`` are added to the answer. ``admitted`` holds the tenant
+    that the middleware admitted and the connection's scope.
+
+    The admission is watched (``watched``) for as long as the connection can stay open: of a websocket from accept on;
+    of a request from the second ``receive``, or from the first part of its body that is not the last, until its
+    response is complete. When the admission ends, the connection ends: a websocket is closed, a response is cut short,
+    ``receive`` returns the disconnect and ``send`` raises ``ConnectionAbortedError``, also where the application is
+    waiting in one of them. Before a response has started, ``send`` raises the admission's error instead, which is also
+    the ``refusal``.
     """
 
     # defaults of the class: most requests never set these
     started = False
     headers: Sequence[tuple[bytes, bytes]] = ()
     admitted: tuple[Tenant, Scope, Tenancy] | None = None
-    lasts = False
+    watched = False
     ended: AdmissionEnd | None = None
 
     _accepted = False
     _complete = False  # a response, unless it was watched
-    _told = False  # whether a websocket's application knows that it is disconnected
+    _disconnect_delivered = False  # whether a websocket's application knows that it is disconnected
     _admission: Admission | None = None  # while it is watched
     _received = False
     _interrupted: frozenset[asyncio.Task[Any]] = frozenset()  # those of them that we have cancelled
@@ -87,11 +89,11 @@ class Outside:
             reset_current(token)
 
     async def _receive_more(self) -> Message:
-        if not (self.lasts or self._complete or self._is_websocket):
+        if not (self.watched or self._complete or self._is_websocket):
             self._watch_response()
         if self.ended is not None:
-            if self._told:
-                raise self.aborted()
+            if self._disconnect_delivered:
+                raise self.abort_error()
             return self._disconnect()
         task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         before = task.cancelling()
@@ -100,14 +102,14 @@ class Outside:
         try:
             return await self._receive()
         except asyncio.CancelledError:
-            if not self._is_ours(task, before):
+            if not self._was_interrupted(task, before):
                 raise
             return self._disconnect()
         finally:
             reset_current(token)
             self._waiting.discard(task)
             if self._interrupted:
-                self._is_ours(task, before)  # where the server went on regardless
+                self._was_interrupted(task, before)  # where the server went on regardless
 
     async def send(self, message: Message) -> None:
         """Send to the server.
@@ -118,7 +120,7 @@ class Outside:
                 begun.
         """
         if self.started:
-            if self.lasts or message.get("more_body"):
+            if self.watched or message.get("more_body"):
                 await self._send_part(message)
                 return
             self._complete = True
@@ -127,7 +129,7 @@ class Outside:
                 await self._accept(message)
                 return
             if self.ended is not None and kind == "http.response.start":
-                raise self.aborted()
+                raise self.abort_error()
             self.started = True
             if self.headers and "status" in message:
                 message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
@@ -156,26 +158,26 @@ class Outside:
         finally:
             reset_current(token)
 
-    # --- what lasts -------------------------------------------------------------------------------------------------
+    # --- watching ---------------------------------------------------------------------------------------------------
 
     async def _accept(self, message: Message) -> None:
         ended = self._watch()
         if ended is not None:
             self.ended = ended
-            raise self.aborted()
+            raise self.abort_error()
         self.started = True
         await self._pass_on(message)
         self._accepted = True
         if self.ended is not None:
             # while it was being accepted
             self._close()
-            raise self.aborted()
+            raise self.abort_error()
 
     async def _send_part(self, message: Message) -> None:
-        if not self.lasts:
+        if not self.watched:
             self._watch_response()
         if self.ended is not None:
-            raise self.aborted()
+            raise self.abort_error()
         if message["type"] == "websocket.close" or not (message.get("more_body") or self._accepted):
             # complete with this
             self._unwatch()
@@ -187,13 +189,13 @@ class Outside:
         try:
             await self._pass_on(message)
         except asyncio.CancelledError:
-            if not self._is_ours(task, before):
+            if not self._was_interrupted(task, before):
                 raise
-            raise self.aborted() from None
+            raise self.abort_error() from None
         finally:
             self._waiting.discard(task)
             if self._interrupted:
-                self._is_ours(task, before)
+                self._was_interrupted(task, before)
 
     @property
     def _is_websocket(self) -> bool:
@@ -206,13 +208,13 @@ class Outside:
             return None
         ended = admission.watch(self.end)
         if ended is None:
-            self.lasts, self._admission = True, admission
+            self.watched, self._admission = True, admission
         return ended
 
     def _watch_response(self) -> None:
         ended = self._watch()
         if ended is not None:
-            self.lasts = True
+            self.watched = True
             self.end(ended)
 
     def _unwatch(self) -> None:
@@ -243,7 +245,7 @@ class Outside:
         """What a connection is refused with, if its admission ended before anything was answered."""
         return None if self.ended is None or self.started else copy(self.ended.error)
 
-    def aborted(self) -> Exception:
+    def abort_error(self) -> Exception:
         """Return what an application gets that goes on to use a connection which has ended."""
         return self.refusal or ConnectionAbortedError(
             "the connection was ended: what it was opened with is no longer valid"
@@ -268,7 +270,7 @@ class Outside:
         self._closing = asyncio.get_running_loop().create_task(self._send_close(), context=Context())
 
     async def _send_close(self) -> None:
-        code, reason = self._code
+        code, reason = self._close_code
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._send({"type": "websocket.close", "code": code, "reason": reason})
@@ -279,12 +281,12 @@ class Outside:
         """What the application receives."""
         if not self._is_websocket:
             return {"type": "http.disconnect"}
-        self._told = True
-        code, reason = self._code
+        self._disconnect_delivered = True
+        code, reason = self._close_code
         return {"type": "websocket.disconnect", "code": code, "reason": reason}
 
     @property
-    def _code(self) -> tuple[int, str]:
+    def _close_code(self) -> tuple[int, str]:
         """What closes a websocket; the peer learns no more than it would from a problem document."""
         if self.ended is not None and self.ended.by_status:
             return TENANT_UNAVAILABLE, "tenant not available"
@@ -302,7 +304,7 @@ class Outside:
             self._interrupted |= {task}
             task.cancel()
 
-    def _is_ours(self, task: asyncio.Task[Any], before: int) -> bool:
+    def _was_interrupted(self, task: asyncio.Task[Any], before: int) -> bool:
         """Take our cancellation of a task back, and tell whether it was the only one since ``before``."""
         if task not in self._interrupted:
             return False
@@ -310,4 +312,4 @@ class Outside:
         return task.uncancel() <= before
 
 
-__all__ = ["CREDENTIAL_ENDED", "TENANT_UNAVAILABLE", "Outside"]
+__all__ = ["CREDENTIAL_ENDED", "TENANT_UNAVAILABLE", "WatchedConnection"]
