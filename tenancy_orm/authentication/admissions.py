@@ -1,7 +1,7 @@
-"""All admissions of a process: found again by credential and by tenant, and verified when something changed.
+"""All admissions of a process: found by credential and by tenant, and verified when something changed.
 
-Nothing is done on the path of a request: an admission is noted when the directory builds an entry, and asked about when
-a notification says that its credential or tenant changed.
+Nothing is done on the path of a request. An admission is registered when the directory builds an entry, and verified
+when a notification says that its credential or tenant changed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .admission import Admission, CredentialState, Monitor
 
 logger = logging.getLogger("tenancy_orm.directory")
 
-_PAGE = 200  # look-ups asked for at one time
-_RETRY_SECONDS = 1.0  # while the control database is away
+_PAGE = 200  # look-ups made at one time
+_RETRY_SECONDS = 1.0  # while the control database does not answer
 
 
 class _Ref(weakref.ref[Admission]):
-    """A weak reference that knows where it is kept."""
+    """A weak reference with the keys that it is stored under."""
 
     __slots__ = ("credential_id", "tenant_id")
 
@@ -34,14 +34,14 @@ class _Ref(weakref.ref[Admission]):
 
 
 class Admissions:
-    """Keeps weak references to what requests were admitted with, and ends those that no longer hold.
+    """Holds weak references to all admissions, and ends those that are no longer valid.
 
-    Where the control database does not answer, they go on, and are verified once it is back. It may be away for this
-    process alone, and others may revoke: what is watched and cannot be verified for ``ttl`` and ``grace`` seconds ends,
-    as new requests are refused from then on.
+    While the control database does not answer, admissions stay valid, and are verified once it answers again. It may be
+    unreachable for this process alone while another one revokes: a watched admission that cannot be verified for
+    ``ttl + grace`` seconds ends, since new requests are refused from then on as well.
 
     Args:
-        look_up: Returns what is known of a credential now, or None; raises ``ControlUnavailableError``.
+        look_up: Returns the current state of a credential, or None; raises ``ControlUnavailableError``.
         is_listening: Whether notifications of changes arrive now. While they do not, watched admissions are verified
             every ``ttl`` seconds, and the others when they are used.
         ttl: Seconds, see ``TenancyConfig.directory.ttl``.
@@ -65,22 +65,23 @@ class Admissions:
         self._clock = clock
         self._monitor = Monitor(clock, self._register, self._verify_soon, self._watch, self._unwatch)
         self._refs: dict[str | UUID, set[_Ref]] = {}
-        # the collector may run in any thread: what it finds is taken out by the next who adds
+        # the garbage collector may run in any thread: the next registration removes what it found
         self._dead: deque[_Ref] = deque()
         self._watched: dict[Admission, asyncio.TimerHandle | None] = {}
-        self._listening_at = clock()  # when changes were heard of for certain: what was not asked about held by then
-        # credentials that are to be verified, each with the value of _listening_at when that was asked for first
+        # when notifications last arrived for certain: admissions that nobody had to verify were valid then
+        self._listening_at = clock()
+        # credentials to verify, each with the value of _listening_at when that was first scheduled
         self._unverified: dict[str, float] = {}
         self._due: set[str] = set()
-        self._failed: set[str] = set()  # those that wait to be tried again, by one task that sleeps
+        self._failed: set[str] = set()  # verified again later, by one task that sleeps
         self._retrying = False
-        self._verification_scheduled = False  # whether _verify_due will be called for what is due
+        self._verification_scheduled = False  # whether the loop will call _verify_due
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     def open(self) -> None:
-        """Begin to verify what is watched while changes are not heard of."""
+        """Start to verify watched admissions while notifications do not arrive."""
         if not self._closed:
             self._start_task(self._verify_periodically())
 
@@ -96,7 +97,7 @@ class Admissions:
 
     @property
     def watched(self) -> int:
-        """How many admissions have connections that stay open."""
+        """How many admissions are watched by an open connection."""
         return len(self._watched)
 
     def __len__(self) -> int:
@@ -104,10 +105,10 @@ class Admissions:
         self._discard_dead()
         return sum(len(refs) for tag, refs in self._refs.items() if isinstance(tag, str))
 
-    # --- keeping ----------------------------------------------------------------------------------------------------
+    # --- registering ------------------------------------------------------------------------------------------------
 
     def admit(self, granted: CredentialState, *, source: str | None = None, shared: bool = True) -> Admission:
-        """Return a new admission."""
+        """Create and register an admission."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         admission = Admission(self._monitor, granted, source=source, shared=shared)
@@ -161,16 +162,16 @@ class Admissions:
     # --- verifying --------------------------------------------------------------------------------------------------
 
     def verify(self, tag: str | UUID) -> None:
-        """Verify what was admitted by a credential, or by any of a tenant's: it may have changed."""
+        """Schedule the verification of a credential's admissions, or of a tenant's: something may have changed."""
         self._schedule(admission.granted.credential_id for admission in self._active(tag))
 
     def verify_all(self) -> None:
-        """Verify what is watched, and the rest when it is used next: anything may have changed."""
+        """Verify watched admissions now, and the others when they are next used: anything may have changed."""
         self._monitor.generation += 1
         self._schedule(admission.granted.credential_id for admission in self._watched)
 
     def _verify_soon(self, admission: Admission) -> None:
-        # at once: what cannot be verified now is kept until it can be
+        # at once: an admission that cannot be verified now stays scheduled until it can be
         admission.generation = self._monitor.generation
         self._schedule((admission.granted.credential_id,))
 
@@ -189,7 +190,7 @@ class Admissions:
             self._start_task(self._verify(due))
 
     def _start_task(self, work: Coroutine[object, object, None]) -> None:
-        # a context of its own: it is not the work of whoever was there when something changed
+        # a context of its own: the work does not belong to the request that was running when something changed
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -200,14 +201,14 @@ class Admissions:
             outcomes = await asyncio.gather(*(self._verify_one(credential_id) for credential_id in page))
             self._failed.update(credential_id for credential_id, done in zip(page, outcomes, strict=True) if not done)
         if self._failed and not self._retrying:
-            # others may be asked for sooner; these wait until the control database is back
+            # other verifications may start sooner; these wait until the control database answers
             self._retrying = True
             await asyncio.sleep(_RETRY_SECONDS * random.uniform(0.5, 1.0))
             self._retrying = False
             self._retry_failed()
 
     def _retry_failed(self) -> None:
-        """Ask about what could not be verified, and end what has not been for too long."""
+        """Verify again what failed, and end watched admissions that could not be verified for too long."""
         failed, self._failed = self._failed, set()
         latest = self._clock() - self._max_unverified_seconds
         for credential_id in failed:
@@ -226,7 +227,7 @@ class Admissions:
         except ControlUnavailableError:
             return False
         except Exception:
-            logger.exception("what was admitted by %s could not be verified; it is tried again", credential_id)
+            logger.exception("the admissions of credential %s could not be verified; trying again", credential_id)
             return False
         self._unverified.pop(credential_id, None)
         for admission in self._active(credential_id):

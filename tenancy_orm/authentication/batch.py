@@ -1,4 +1,4 @@
-"""Look-ups that are asked for at the same moment share a query."""
+"""Look-ups made at the same moment share a query."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class PendingLookup(Generic[V]):
 
     def __init__(self) -> None:
         self.future: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
-        # with nobody left to wait for it, a failure is nobody's news
+        # retrieved here, or asyncio would report a failure that nobody waited for
         self.future.add_done_callback(lambda future: future.cancelled() or future.exception())
         self.invalidated: set[Hashable] = set()
         self.waiters = 0
 
 
 class BatchLoader(Generic[K, V]):
-    """Loads values by key: one query for each key however many wait for it, and one for many keys at once.
+    """Loads values by key: one query for a key however many callers wait for it, and one query for many keys.
 
-    The queries belong to tasks of their own, so a caller that is cancelled fails nobody else. While a query runs, what
-    is asked for gathers for the next one: a flood of misses costs few, large queries rather than many small ones.
+    Queries run in their own tasks, so a cancelled caller does not fail the others. While a query runs, further keys are
+    collected for the next one: a flood of misses costs few large queries, not many small ones.
 
     Args:
         load: Returns the values of some keys; a key that it leaves out has none.
-        size: How many keys one query may name.
+        size: How many keys one query may have.
         workers: How many queries may run at once.
-        timeout: Seconds one query may take. A caller waits for twice as long at most, for the query before and its own.
+        timeout: Seconds one query may take. A caller waits for at most twice as long: the query before, and its own.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class BatchLoader(Generic[K, V]):
         self._size = size
         self._workers = workers
         self._timeout = timeout
-        self._waiting: dict[K, PendingLookup[V]] = {}  # their query has not begun
+        self._waiting: dict[K, PendingLookup[V]] = {}  # the query has not started
         self._joinable: dict[K, PendingLookup[V]] = {}  # it has, and nothing was invalidated since
         self._begun: set[PendingLookup[V]] = set()  # it has, and not every caller has been resumed with its outcome
-        self._working = 0  # workers that will look at _waiting once more; not the same as tasks that are not done
+        self._working = 0  # workers that will read _waiting once more; not the number of unfinished tasks
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def get(self, key: K) -> tuple[V | None, set[Hashable]]:
-        """Return the value of ``key`` (None where it has none), and what was invalidated while it was looked up.
+        """Return the value of ``key`` (None where it has none), and the tags invalidated while it was looked up.
 
         Raises:
-            ControlUnavailableError: the query failed for want of a server, or took too long.
+            ControlUnavailableError: the server did not answer, or not in time.
         """
         lookup = self._waiting.get(key) or self._joinable.get(key)
         if lookup is None:
@@ -81,13 +81,13 @@ class BatchLoader(Generic[K, V]):
         return value, lookup.invalidated
 
     def invalidate(self, tag: Hashable) -> None:
-        """Note that ``tag`` was invalidated: what is being read may be old, and nobody may join it from now on."""
+        """Mark running look-ups: what they read may be older than the change of ``tag``. No new caller joins them."""
         self._joinable.clear()
         for lookup in self._begun:
             lookup.invalidated.add(tag)
 
     async def close(self) -> None:
-        """End every look-up; whoever waits gets ``ControlUnavailableError``."""
+        """End every look-up; its callers get ``ControlUnavailableError``."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
@@ -100,7 +100,7 @@ class BatchLoader(Generic[K, V]):
         lookup = self._waiting[key] = PendingLookup()
         if self._working < self._workers:
             self._working += 1
-            # a context of its own: the query is not that of whoever happened to ask first
+            # a context of its own: the query does not belong to the request that happened to come first
             task = asyncio.get_running_loop().create_task(self._work(), context=Context())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -113,7 +113,7 @@ class BatchLoader(Generic[K, V]):
                 pending = {key: self._waiting.pop(key) for key in keys}
                 await self._run(pending)
         finally:
-            # at once, not when the task is found done: who asks in between must see that nobody works any more
+            # here, not when the task is found done: a caller in between must see that no worker is left
             self._working -= 1
 
     async def _run(self, pending: dict[K, PendingLookup[V]]) -> None:
@@ -127,12 +127,12 @@ class BatchLoader(Generic[K, V]):
         except TimeoutError:
             error = ControlUnavailableError(_NO_ANSWER)
             self._fail(pending.values(), error)
-            # those in the queue would wait for as long each in their turn
+            # or each of the queued ones would wait for as long, one after the other
             self._fail_waiting(error)
         except asyncio.CancelledError:
             self._fail(pending.values(), ControlUnavailableError("the directory is closed"))
             raise
-        except Exception as exc:  # noqa: BLE001 - whatever it is belongs to those who asked
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the callers get it
             self._fail(pending.values(), exc)
         finally:
             for key, lookup in pending.items():
@@ -141,7 +141,7 @@ class BatchLoader(Generic[K, V]):
                     del self._joinable[key]
 
     def _discard_if_done(self, lookup: PendingLookup[V]) -> None:
-        """What is invalidated concerns a look-up until its last caller runs on, some turns of the loop later."""
+        """Stop marking a look-up once its last caller has resumed, which is some turns of the loop after its answer."""
         if lookup.future.done() and lookup.waiters == 0:
             self._begun.discard(lookup)
 

@@ -1,4 +1,4 @@
-"""What the directory remembers: keys and tenants, and those that do not exist. State without I/O, bounded."""
+"""The directory's cache: keys and tenants, and those that do not exist. State without I/O, bounded."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .cache import SecondChance, put_bounded
 from .credential import Credential
 
 _NEGATIVE_SIZE = 10_000
-_ADMITTED_SIZE = 64  # sources remembered per key that is bound to networks
+_ADMITTED_SIZE = 64  # sources cached per key that is bound to networks
 
 
 class KeyEntry:
-    """A key whose secret was right when it was looked up; ``refusal`` says why it does not work nevertheless.
+    """A key with the right secret when it was looked up. ``refusal`` is the reason for refusing it all the same.
 
-    Times are of the directory's clock, and count from when the control database was read: until ``good_until`` it
-    is answered without a further look, until ``fresh_until`` without a query, until ``stale_until`` if the control
-    database is away; never after ``expires``.
+    Times are of the directory's clock and count from ``read_at``. Until ``good_until`` the entry answers without
+    further checks, until ``fresh_until`` without a query, until ``stale_until`` if the control database does not
+    answer, and never after ``expires``.
     """
 
     __slots__ = (
@@ -56,10 +56,10 @@ class KeyEntry:
         self.used = self.placed_at = read_at
 
     def admit(self, source: str | None, now: float) -> Credential:
-        """What the key stands for when ``source`` presents it.
+        """Return the key's credential for ``source``.
 
         Raises:
-            InvalidApiKeyError: it does not work, has expired, or may not be used from there.
+            InvalidApiKeyError: the key is refused, has expired, or may not be used from there.
         """
         credential = self.credential
         if self.refusal is not None:
@@ -90,7 +90,7 @@ class TenantEntry:
 
 
 class DirectoryCache:
-    """Keys by fingerprint and tenants by id, with the indexes to find what a change concerns.
+    """Keys by fingerprint and tenants by id, with indexes to find the entries that a change concerns.
 
     Args:
         config: Sizes and times, see ``TenancyConfig``.
@@ -102,8 +102,8 @@ class DirectoryCache:
         self._clock = clock
         self.keys: SecondChance[bytes, KeyEntry] = SecondChance(config.directory.size, self._unlink_key)
         self.tenants: SecondChance[UUID, TenantEntry] = SecondChance(config.directory.size, self._unlink_tenant)
-        # fingerprints of keys that worked when they were last looked up. Nothing is admitted by it, and invalidations
-        # leave it as it is: it tells whom the lock-out of a source must not keep from being looked up
+        # Fingerprints of keys that were valid when they were last looked up; invalidations do not remove them. Nothing
+        # is admitted by them: they only exempt a key from the lock-out of its source.
         self.proven: OrderedDict[bytes, None] = OrderedDict()
         self._by_key_id: dict[str, bytes] = {}
         self._by_tenant: dict[UUID, set[bytes]] = {}
@@ -113,19 +113,19 @@ class DirectoryCache:
 
     @property
     def negative(self) -> int:
-        """How many keys and tenants it remembers as unknown."""
+        """How many keys and tenants are cached as unknown."""
         return len(self._unknown_keys) + len(self._unknown_tenants)
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
     def store_key(self, digest: bytes, entry: KeyEntry) -> None:
-        """Remember a key, and its tenant with it."""
+        """Store a key, and its tenant with it."""
         self.invalidate_key(digest)
         self._unknown_keys.pop(digest, None)
         self.keys.put(digest, entry)
         self._by_key_id[entry.credential.key_id] = digest
         self._by_tenant.setdefault(entry.credential.tenant.id, set()).add(digest)
-        # without the key's admission: this is the tenant for whoever asks by its name
+        # without the key's admission: this entry answers look-ups by name
         self.store_tenant(replace(entry.credential.tenant, admission=None), entry.placed_at)
 
     def invalidate_key(self, digest: bytes) -> None:
@@ -141,18 +141,18 @@ class DirectoryCache:
             self.invalidate_key(digest)
 
     def store_unknown_key(self, digest: bytes, reason: str) -> None:
-        """Remember for a while that there is no such key."""
+        """Store for ``negative_ttl`` seconds that there is no such key."""
         put_bounded(
             self._unknown_keys, digest, (self._clock() + self._config.directory.negative_ttl, reason), _NEGATIVE_SIZE
         )
 
     def unknown_key_reason(self, digest: bytes, now: float) -> str | None:
-        """Why a key is refused without a look-up; None where one must be made."""
+        """Return why a key is refused without a look-up; None where a look-up is needed."""
         unknown = self._unknown_keys.get(digest)
         return unknown[1] if unknown is not None and now < unknown[0] else None
 
     def record_proven(self, digest: bytes, works: bool) -> None:
-        """Remember whether a key worked when it was last looked up."""
+        """Store whether a key was valid when it was last looked up."""
         if works:
             put_bounded(self.proven, digest, None, self._config.directory.size)
         else:
@@ -169,12 +169,12 @@ class DirectoryCache:
     # --- tenants ----------------------------------------------------------------------------------------------------
 
     def tenant_entry(self, wanted: UUID | str) -> TenantEntry | None:
-        """Return what is remembered of the tenant with this id or name."""
+        """Return the entry of the tenant with this id or name."""
         tenant_id = self._by_name.get(wanted) if isinstance(wanted, str) else wanted
         return None if tenant_id is None else self.tenants.entries.get(tenant_id)
 
     def store_tenant(self, tenant: Tenant, read_at: float) -> None:
-        """Remember a tenant under its id and its names; a purged one has none."""
+        """Store a tenant under its id and its names; a purged one has no names."""
         self._drop_tenant(tenant.id)
         if tenant.status is Status.PURGED:
             return
@@ -183,24 +183,24 @@ class DirectoryCache:
             self._by_name[name] = tenant.id
 
     def invalidate_name(self, wanted: UUID | str) -> None:
-        """Forget the tenant that had this id or name, but not its keys."""
+        """Remove the tenant with this id or name, but not its keys."""
         entry = self.tenant_entry(wanted)
         if entry is not None:
             self._drop_tenant(entry.tenant.id)
 
     def invalidate_tenant(self, tenant_id: UUID) -> None:
-        """Forget a tenant and its keys; any name may be its own from now on."""
+        """Remove a tenant, its keys, and all names stored as unknown: any of them may be the tenant's from now on."""
         self._unknown_tenants.clear()
         self._drop_tenant(tenant_id)
         for digest in tuple(self._by_tenant.get(tenant_id, ())):
             self.invalidate_key(digest)
 
     def store_unknown_tenant(self, wanted: UUID | str) -> None:
-        """Remember for a while that there is no such tenant."""
+        """Store for ``negative_ttl`` seconds that there is no such tenant."""
         put_bounded(self._unknown_tenants, wanted, self._clock() + self._config.directory.negative_ttl, _NEGATIVE_SIZE)
 
     def is_unknown_tenant(self, wanted: UUID | str) -> bool:
-        """Whether there is no such tenant, as far as that is remembered."""
+        """Whether it is stored that there is no such tenant."""
         return self._clock() < self._unknown_tenants.get(wanted, 0.0)
 
     def _drop_tenant(self, tenant_id: UUID) -> None:
@@ -210,27 +210,27 @@ class DirectoryCache:
 
     def _unlink_tenant(self, tenant_id: UUID, entry: TenantEntry) -> None:
         for name in (entry.tenant.slug, *entry.tenant.aliases):
-            # what it gave up may be another tenant's by now
+            # a name that it gave up may belong to another tenant now
             if self._by_name.get(name) == tenant_id:
                 del self._by_name[name]
 
     # --- all of it --------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget everything, except which keys have worked."""
-        memories: tuple[OrderedDict[Any, Any], ...] = (
+        """Remove everything, except which keys have been valid."""
+        stores: tuple[OrderedDict[Any, Any], ...] = (
             self.keys.entries,
             self.tenants.entries,
             self._unknown_keys,
             self._unknown_tenants,
         )
-        for memory in memories:
-            memory.clear()
+        for store in stores:
+            store.clear()
         for index in (self._by_key_id, self._by_tenant, self._by_name):
             index.clear()
 
     def mark_stale(self) -> None:
-        """Have everything looked up again before it is trusted; it is kept for when nobody answers."""
+        """Mark every entry as stale: it is looked up again before use, but kept for an outage."""
         for key in self.keys.entries.values():
             key.fresh_until = key.good_until = 0.0
         for tenant in self.tenants.entries.values():

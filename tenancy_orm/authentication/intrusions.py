@@ -1,4 +1,4 @@
-"""Intrusions: one key that names several other tenants is searching for them."""
+"""Intrusions: a key that names several other tenants is probing for them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .journal import KeyJournal
 
 logger = logging.getLogger("tenancy_orm.directory")
 
-_REPORTED_COUNTS = frozenset({3, 6, 12, 24, 48, 96})  # other tenants that one key names: told at these numbers
+_REPORTED_COUNTS = frozenset({3, 6, 12, 24, 48, 96})  # numbers of other tenants named by one key that are reported
 _WINDOW_SECONDS = 3_600.0
 _MAX_KEYS = 1_000
 _MAX_NAMES = 100
 
 
 class Intrusions:
-    """Reports requests that named another tenant than their key's, and the keys that do so for several tenants.
+    """Reports requests that named another tenant than their key's, and keys that named several.
 
     Args:
         events: Where both are reported.
@@ -36,7 +36,7 @@ class Intrusions:
         self._named: OrderedDict[str, dict[str, float]] = OrderedDict()
 
     def report(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
-        """Report one such request; see ``Directory.report_cross_tenant``."""
+        """Report one request; see ``Directory.report_cross_tenant``."""
         tenant, named = credential.tenant, named[:NAME_LENGTH]
         self._events.emit(
             CrossTenantRequest(

@@ -1,8 +1,8 @@
-"""What requests leave behind, written in the background: a request never waits for a write.
+"""Records of requests, written in the background: a request never waits for a write.
 
-Gathered in bounded memory and written every interval: when keys were last used, digests under the current pepper, and
-what was refused. Of a flood of refusals the most frequent are written one by one, the rest as a number; of cross-tenant
-requests the rest as a number for each key.
+Collected in bounded memory and written every interval: when keys were last used, digests under the current pepper, and
+refusals. Of many refusals the most frequent are written one by one and the rest as a count; of cross-tenant requests
+the rest as a count for each key.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MAX_PENDING = 100_000
 _MAX_DIGESTS = 1_000
 _CLOSE_SECONDS = 5.0
 
-# Rows that another process has locked are being given much the same time by it: passing over them saves the wait, and
-# rules out deadlocks between processes that write the same keys in another order.
+# A row that another process has locked gets much the same time from it. SKIP LOCKED saves the wait, and rules out
+# deadlocks between processes that write the same keys in another order.
 _UPDATE_LAST_USED = text(
     """
     WITH used AS (
@@ -75,15 +75,15 @@ class UsedKey(Protocol):
 
     @property
     def credential(self) -> Credential:
-        """Whose key it is."""
+        """The key's credential."""
 
 
 class KeyJournal:
-    """Gathers and writes.
+    """Collects uses of keys, digests and refusals, and writes them.
 
     Args:
         control: The control database.
-        audit: Where refusals are recorded; nowhere where None.
+        audit: Where refusals are recorded; None records none.
         digester: Makes digests under the current pepper.
         interval: Seconds between writes.
         clock: The directory's clock.
@@ -111,7 +111,7 @@ class KeyJournal:
         self._flushing = asyncio.Lock()
 
     def open(self) -> None:
-        """Begin to write every interval."""
+        """Start to write every interval."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
@@ -123,16 +123,16 @@ class KeyJournal:
             await asyncio.gather(task, return_exceptions=True)
         await self._try_flush(_CLOSE_SECONDS)
 
-    # --- gathering: called on the hot path --------------------------------------------------------------------------
+    # --- collecting: called on the hot path -------------------------------------------------------------------------
 
     def record_use(self, key: UsedKey) -> None:
-        """Remember that a key is in use; once per key and interval, since ``key.used`` is read when it is written."""
+        """Queue a key's use; once per key and interval is enough, since ``key.used`` is read when it is written."""
         if len(self._used) < _MAX_PENDING:
             key.use_queued = True
             self._used.append(key)
 
     def record_digest(self, key: ParsedKey, version: str) -> None:
-        """Have a key, known to be right, digested under the current pepper in place of ``version``."""
+        """Replace the digest of a key, known to be right, by one under the current pepper instead of ``version``."""
         if len(self._digests) < _MAX_DIGESTS:
             self._digests[key.key_id] = (version, self._digester.digest(key.text))
 
@@ -151,10 +151,10 @@ class KeyJournal:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     async def flush(self) -> None:
-        """Write what was gathered.
+        """Write what was collected.
 
         Raises:
-            ControlUnavailableError: the control database does not answer; what was gathered is kept for the next time.
+            ControlUnavailableError: the control database does not answer; everything is kept for the next flush.
         """
         async with self._flushing:
             await self._write_uses()
@@ -185,14 +185,14 @@ class KeyJournal:
             ids = list(ages)
             for start in range(0, len(ids), _CHUNK):
                 chunk = ids[start : start + _CHUNK]
-                # a time as old as half an interval says as much; so of many processes one writes
+                # a time up to half an interval older is as good: so only one of many processes writes
                 values = {"ids": chunk, "ages": [ages[key_id] for key_id in chunk], "grain": self._interval / 2}
                 async with self._control.transaction() as connection:
                     await connection.execute(text("SET LOCAL synchronous_commit = off"))
                     await connection.execute(_UPDATE_LAST_USED, values)
         except BaseException:
             for key in taken:
-                # those that were used again are noted already
+                # keys that were used again are queued already
                 if not key.use_queued:
                     self.record_use(key)
             raise

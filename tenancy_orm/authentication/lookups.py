@@ -1,4 +1,4 @@
-"""Look-ups of keys and tenants in the control database, and what happens while it does not answer."""
+"""Look-ups of keys and tenants in the control database, and the handling of its outages."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _TENANTS = union_all(
 
 
 def credential_state(row: Row[Any], read_at: float) -> CredentialState:
-    """What a key's row says of it, asked for at this time."""
+    """Return the state of a key from its row, read at this time."""
     return CredentialState(
         credential_id=row.key_id,
         tenant=tenant_from_row(row),
@@ -78,18 +78,18 @@ def credential_state(row: Row[Any], read_at: float) -> CredentialState:
         networks=parse_networks(row.networks),
         secret=(row.digest_version, row.digest),
         revoked=row.revoked_at is not None,
-        # by the database's clock, so that clocks that differ do not matter
+        # by the database's clock, so that a difference between the clocks does not matter
         expires=None if row.expires_at is None else read_at + (row.expires_at - row.now).total_seconds(),
     )
 
 
 class DirectoryLookups:
-    """Asks the control database; those who ask at the same moment share a query.
+    """Queries the control database; look-ups at the same moment share a query.
 
     Args:
         control: The control database.
         config: Times, see ``TenancyConfig``.
-        events: Where look-ups and the control database's absence are reported.
+        events: Where look-ups and outages of the control database are reported.
         clock: Seconds, monotonic.
     """
 
@@ -104,10 +104,10 @@ class DirectoryLookups:
         self._events = events
         self._clock = clock
         timeout = config.directory.timeout
-        # each with the time when it was asked for
+        # each value with the time when it was read
         self._keys: BatchLoader[str, tuple[Row[Any], float]] = BatchLoader(self._load_keys, timeout=timeout)
         self._tenants: BatchLoader[UUID | str, tuple[Tenant, float]] = BatchLoader(self._load_tenants, timeout=timeout)
-        self._probe: asyncio.Task[None] | None = None  # set while the control database is away
+        self._probe: asyncio.Task[None] | None = None  # set while the control database does not answer
         self._closing = False
 
     @property
@@ -116,7 +116,7 @@ class DirectoryLookups:
         return self._probe is None
 
     async def key(self, key_id: str) -> tuple[tuple[Row[Any], float] | None, set[Hashable]]:
-        """Return a key's row, when it was asked for, and what was invalidated while it was looked up.
+        """Return a key's row with the time it was read, and the tags invalidated while it was looked up.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -125,7 +125,7 @@ class DirectoryLookups:
         return await self._guarded(self._keys.get(key_id))
 
     async def tenant(self, wanted: UUID | str) -> tuple[tuple[Tenant, float] | None, set[Hashable]]:
-        """Return a tenant by id or name; otherwise as ``key``.
+        """Return a tenant by id or name, as ``key`` does.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -134,12 +134,12 @@ class DirectoryLookups:
         return await self._guarded(self._tenants.get(wanted))
 
     def invalidate(self, tag: Hashable) -> None:
-        """Note that ``tag`` was invalidated: what is being read may be old."""
+        """Mark running look-ups: what they read may be older than the change of ``tag``."""
         self._keys.invalidate(tag)
         self._tenants.invalidate(tag)
 
     def stop(self) -> None:
-        """From here on a look-up that fails is not taken for the control database's absence."""
+        """Treat failing look-ups as part of the closing from now on, not as an outage of the control database."""
         self._closing = True
 
     async def close(self) -> None:
@@ -164,11 +164,11 @@ class DirectoryLookups:
             raise ControlUnavailableError(*exc.args) from exc
 
     def _begin_probing(self) -> None:
-        """Answer from memory, without waiting, until the control database answers again."""
+        """Answer from the cache, without waiting, until the control database answers again."""
         if self._probe is not None or self._closing:
             return
         logger.warning(
-            "the control database does not answer; what is known keeps working for %g s", self._config.directory.grace
+            "the control database does not answer; cached entries stay valid for %g s", self._config.directory.grace
         )
         self._events.emit(DirectoryUnavailable())
         self._probe = asyncio.get_running_loop().create_task(self._probe_until_back(), context=Context())
@@ -179,7 +179,7 @@ class DirectoryLookups:
             try:
                 async with asyncio.timeout(self._config.directory.timeout), self._control.connect() as connection:
                     await connection.execute(select(1))
-            except Exception as exc:  # noqa: BLE001 - whatever it is, ending here would leave it away for ever
+            except Exception as exc:  # noqa: BLE001 - ending here would leave the directory without its database for ever
                 logger.debug("the control database still does not answer: %s", type(exc).__name__)
                 continue
             self._probe = None
@@ -187,13 +187,13 @@ class DirectoryLookups:
             return
 
     async def _query(self, statement: Executable, parameters: dict[str, Any]) -> tuple[Sequence[Row[Any]], float]:
-        """Run one reading statement; twice where the first try met a connection that a restart had left dead.
+        """Run one SELECT, a second time where the first try met a connection that a restart had left dead.
 
-        Returns its rows, and when they were asked for: what they say may change from then on.
+        Returns its rows and the time before it was sent: what they say may change from then on.
 
         Raises:
-            ControlUnavailableError: there is no answer, or a refusal: a password that is being changed, a database that
-                is being restored. To those who ask it is the same: what is known keeps working.
+            ControlUnavailableError: the database does not answer, or refuses: its password is being changed, or it is
+                being restored. Callers handle both alike: cached entries stay valid.
         """
         for attempt in range(2):
             try:

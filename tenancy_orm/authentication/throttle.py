@@ -1,4 +1,4 @@
-"""Slowing down whoever presents invalid keys, in bounded memory."""
+"""Throttling of sources that present invalid keys, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class _Record:
 
 
 class Throttle:
-    """Counts failures per subject (a source, a key id) and spaces them out once they are too many.
+    """Counts failures per subject (a source, a key id), and makes a subject wait once it has too many.
 
-    The ``limit``-th failure within ``window`` seconds of the first begins a pause of a second, and every further one
-    doubles it, up to ``window``. It is all forgotten when a window has passed since the last pause ended.
+    The ``limit``-th failure within ``window`` seconds of the first starts a pause of one second. Each further failure
+    doubles the pause, up to ``window``. The count starts again when a window has passed since the last pause ended.
 
     State without I/O or clock: every method takes the time, in seconds.
 
     Args:
-        limit: Failures that bring a pause; 0 switches counting off.
+        limit: Failures that start a pause; 0 switches counting off.
         window: Seconds.
-        capacity: How many subjects are remembered; beyond, the one whose last failure is longest ago is forgotten.
+        capacity: How many subjects are counted; beyond, the one with the oldest last failure is dropped.
     """
 
     def __init__(self, *, limit: int, window: float, capacity: int = 10_000) -> None:
@@ -39,7 +39,7 @@ class Throttle:
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many subjects are remembered."""
+        """How many subjects are counted."""
         return len(self._records)
 
     def pause(self, subject: str, now: float) -> float:
@@ -48,14 +48,14 @@ class Throttle:
         return max(0.0, record.blocked_until - now) if record else 0.0
 
     def failures_left(self, subject: str, now: float) -> int | None:
-        """How many failures of ``subject`` bring no further pause; None where there is no limit."""
+        """How many failures ``subject`` has left before the next pause; None where there is no limit."""
         if not self._limit:
             return None
         record = self._current_record(subject, now)
         return max(0, self._limit - record.failures) if record else self._limit
 
     def fail(self, subject: str, now: float) -> int | None:
-        """Count a failure. Returns the number of failures where this one is the first to bring a pause, else None."""
+        """Count a failure. Returns the number of failures where this one is the first to start a pause, else None."""
         if not self._limit:
             return None
         record = self._current_record(subject, now)
@@ -89,13 +89,13 @@ class _InProgress:
 
 
 class Attempts:
-    """Lets a subject have no more attempts under way than it has failures left; the others wait for their outcome.
+    """Limits a subject's concurrent attempts to the failures that it has left; further attempts wait.
 
-    Without it a thousand guesses that are made at once would all be under way before the first of them has failed.
+    Without it a thousand guesses made at once would all be in progress before the first has failed.
 
     Args:
-        throttle: Where the failures are counted: by the caller, without awaiting after ``end``.
-        timeout: How many seconds one may wait.
+        throttle: Counts the failures. The caller calls ``fail`` without awaiting after ``end``.
+        timeout: How many seconds an attempt may wait.
         clock: Seconds, as the throttle's.
     """
 
@@ -106,14 +106,14 @@ class Attempts:
         self._subjects: dict[str, _InProgress] = {}
 
     def __len__(self) -> int:
-        """How many subjects have attempts under way."""
+        """How many subjects have attempts in progress."""
         return len(self._subjects)
 
     async def begin(self, subject: str, what: Hashable) -> None:
-        """Wait until ``subject`` may try ``what``; ``end`` must follow. The same thing tried twice is one attempt.
+        """Wait until ``subject`` may try ``what``; call ``end`` afterwards. Trying the same thing twice is one attempt.
 
         Raises:
-            TooManyAttemptsError: it may not, after the failures so far.
+            TooManyAttemptsError: it has failed too often, or waited too long.
         """
         in_progress = self._subjects.setdefault(subject, _InProgress())
         in_progress.waiters += 1
@@ -129,7 +129,7 @@ class Attempts:
         in_progress.attempts[what] += 1
 
     def end(self, subject: str, what: Hashable) -> None:
-        """An attempt has ended; those that wait look again once the caller awaits something."""
+        """End an attempt. Waiting attempts continue once the caller awaits something."""
         in_progress = self._subjects[subject]
         in_progress.attempts[what] -= 1
         if not in_progress.attempts[what]:
@@ -143,7 +143,7 @@ class Attempts:
         if pause := self._throttle.pause(subject, now):
             raise TooManyAttemptsError(pause)
         left = self._throttle.failures_left(subject, now)
-        # one at a time once a pause is over: the next failure begins another
+        # one at a time after a pause: the next failure starts another
         return left is None or what in in_progress.attempts or len(in_progress.attempts) < max(1, left)
 
     def _leave(self, subject: str, in_progress: _InProgress) -> None:
