@@ -1,4 +1,4 @@
-"""The server's side of a connection: entered with no tenant bound, and ended when what let it in no longer holds."""
+"""A connection's ``receive`` and ``send``: called with no tenant bound, and ended when the admission ends."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tenancy_orm.asgi")
 
 CREDENTIAL_ENDED: Final = 4401
-"""The code that closes a websocket when the credential that it was opened with no longer holds."""
+"""The close code of a websocket that was opened with a credential which is no longer valid."""
 
 TENANT_UNAVAILABLE: Final = 4403
-"""The code that closes a websocket when the tenant's status admits nobody any more."""
+"""The close code of a websocket of a tenant with a status that no longer admits anyone."""
 
-_CLOSE_SECONDS = 1.0  # a peer that reads nothing keeps the server from writing
+_CLOSE_SECONDS = 1.0  # a peer that does not read blocks the server's write
 
-# bound here, so that no call is made around the variable's own
+# bound here: the variable's own methods are called without a wrapper
 _bind = _current.set
 _unbind = _current.reset
 
@@ -52,7 +52,7 @@ class WatchedConnection:
     the ``refusal``.
     """
 
-    # defaults of the class: most requests never set these
+    # defaults on the class: most requests never set these
     started = False
     headers: Sequence[tuple[bytes, bytes]] = ()
     admitted: tuple[Tenant, Scope, Tenancy] | None = None
@@ -60,11 +60,11 @@ class WatchedConnection:
     ended: AdmissionEnd | None = None
 
     _accepted = False
-    _complete = False  # a response, unless it was watched
-    _disconnect_delivered = False  # whether a websocket's application knows that it is disconnected
+    _complete = False  # whether a response that was not watched is complete
+    _disconnect_delivered = False  # whether a websocket's application has received the disconnect
     _admission: Admission | None = None  # while it is watched
     _received = False
-    _interrupted: frozenset[asyncio.Task[Any]] = frozenset()  # those of them that we have cancelled
+    _interrupted: frozenset[asyncio.Task[Any]] = frozenset()  # tasks of _waiting that _interrupt has cancelled
     _closing: asyncio.Task[None] | None = None
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -75,10 +75,10 @@ class WatchedConnection:
         """Receive from the server.
 
         Raises:
-            ConnectionAbortedError: the connection has ended, and a websocket's application knows it already.
-            AdmissionEndedError, TenantUnavailableError: it ended before it was accepted, and that is known already.
+            ConnectionAbortedError: the connection has ended, and the websocket's application has received that.
+            AdmissionEndedError, TenantUnavailableError: it ended before it was accepted, and that was received.
         """
-        # what comes first is there at once, or is the body of a request that nothing was answered to
+        # the first message is there at once, or is the body of a request that was not answered yet
         if self._received:
             return await self._receive_more()
         self._received = True
@@ -109,15 +109,15 @@ class WatchedConnection:
             reset_current(token)
             self._waiting.discard(task)
             if self._interrupted:
-                self._was_interrupted(task, before)  # where the server went on regardless
+                self._was_interrupted(task, before)  # the server may have ignored the cancellation
 
     async def send(self, message: Message) -> None:
         """Send to the server.
 
         Raises:
             ConnectionAbortedError: the connection has ended.
-            AdmissionEndedError, TenantUnavailableError: it ended before the websocket was accepted, or the response
-                begun.
+            AdmissionEndedError, TenantUnavailableError: it ended before the websocket was accepted, or before the
+                response started.
         """
         if self.started:
             if self.watched or message.get("more_body"):
@@ -137,14 +137,14 @@ class WatchedConnection:
         try:
             await self._send(message)
         finally:
-            # as reset_current does; written out, since it runs with every message
+            # as reset_current does; written out, since it runs on every message
             try:  # noqa: SIM105
                 _unbind(token)
             except ValueError:
                 pass
 
     async def answer(self, message: Message) -> None:
-        """Send what the middleware itself answers: it passes also where the application's answer would not."""
+        """Send an answer of the middleware itself, also where the application's answer would be refused."""
         if message["type"] in _STARTS:
             self.started = True
             if self.headers and "status" in message:
@@ -169,7 +169,7 @@ class WatchedConnection:
         await self._pass_on(message)
         self._accepted = True
         if self.ended is not None:
-            # while it was being accepted
+            # it ended during the accept
             self._close()
             raise self.abort_error()
 
@@ -179,7 +179,7 @@ class WatchedConnection:
         if self.ended is not None:
             raise self.abort_error()
         if message["type"] == "websocket.close" or not (message.get("more_body") or self._accepted):
-            # complete with this
+            # the last message
             self._unwatch()
             await self._pass_on(message)
             return
@@ -202,7 +202,7 @@ class WatchedConnection:
         return self.admitted is not None and self.admitted[1]["type"] == "websocket"
 
     def _watch(self) -> AdmissionEnd | None:
-        """Have the connection end with its admission, where it has one; returns why where that has ended already."""
+        """End the connection when its admission ends, if it has one. Returns the reason if it has ended already."""
         admission = None if self.admitted is None else self.admitted[0].admission
         if not isinstance(admission, Admission):
             return None
@@ -223,32 +223,32 @@ class WatchedConnection:
             admission.unwatch(self.end)
 
     async def release(self) -> None:
-        """Let go of the admission: the application is done. What closes the websocket is waited for."""
+        """Stop watching the admission, since the application is done, and wait until the websocket is closed."""
         self._unwatch()
         if self._closing is not None:
             await asyncio.wait((self._closing,))
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- ending -----------------------------------------------------------------------------------------------------
 
     def end(self, ended: AdmissionEnd) -> None:
-        """End the connection, and what waits for it."""
+        """End the connection, and interrupt the calls that wait for it."""
         self.ended, self._admission = ended, None
         if self._accepted:
             self._close()
         self._interrupt()
-        # a request that nothing was answered to yet is refused as any other
+        # a request without an answer so far is refused like any other
         if self.started and self.admitted is not None:
             self._report(ended, *self.admitted)
 
     @property
     def refusal(self) -> TenancyError | None:
-        """What a connection is refused with, if its admission ended before anything was answered."""
+        """The error that refuses a connection, if its admission ended before anything was answered."""
         return None if self.ended is None or self.started else copy(self.ended.error)
 
     def abort_error(self) -> Exception:
-        """Return what an application gets that goes on to use a connection which has ended."""
+        """Return the error for an application that uses the connection after its end."""
         return self.refusal or ConnectionAbortedError(
-            "the connection was ended: what it was opened with is no longer valid"
+            "the connection was ended: the credential that it was opened with is no longer valid"
         )
 
     def _report(self, ended: AdmissionEnd, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
@@ -274,11 +274,11 @@ class WatchedConnection:
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._send({"type": "websocket.close", "code": code, "reason": reason})
-        except Exception as exc:  # noqa: BLE001 - the peer has gone by itself, or reads nothing
+        except Exception as exc:  # noqa: BLE001 - the peer has disconnected, or does not read
             logger.debug("a websocket could not be closed: %s", type(exc).__name__)
 
     def _disconnect(self) -> Message:
-        """What the application receives."""
+        """Return the disconnect message for the application."""
         if not self._is_websocket:
             return {"type": "http.disconnect"}
         self._disconnect_delivered = True
@@ -287,17 +287,17 @@ class WatchedConnection:
 
     @property
     def _close_code(self) -> tuple[int, str]:
-        """What closes a websocket; the peer learns no more than it would from a problem document."""
+        """The websocket's close code and reason; they say no more than a problem document would."""
         if self.ended is not None and self.ended.by_status:
             return TENANT_UNAVAILABLE, "tenant not available"
         return CREDENTIAL_ENDED, "credential no longer valid"
 
     @cached_property
     def _waiting(self) -> set[asyncio.Task[Any]]:
-        """Tasks that wait within the server's code."""
+        """Tasks that wait in the server's code."""
         return set()
 
-    # --- calls into the server, which the end interrupts as ``asyncio.timeout`` would -------------------------------
+    # --- interrupting calls into the server, as ``asyncio.timeout`` does --------------------------------------------
 
     def _interrupt(self) -> None:
         for task in self._waiting:
@@ -305,7 +305,7 @@ class WatchedConnection:
             task.cancel()
 
     def _was_interrupted(self, task: asyncio.Task[Any], before: int) -> bool:
-        """Take our cancellation of a task back, and tell whether it was the only one since ``before``."""
+        """Undo our cancellation of a task; returns whether it was the only one since ``before``."""
         if task not in self._interrupted:
             return False
         self._interrupted -= {task}

@@ -1,4 +1,4 @@
-"""The middleware that binds every request to the tenant of its API key, or to none."""
+"""The middleware: binds every request to the tenant of its API key, or to none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CREDENTIAL: Final = "tenancy"
 TENANCY: Final = "tenancy_orm.tenancy"
 """Key of an ASGI scope: the ``Tenancy`` that the request is served by."""
 
-# bound here because attributes of an enum are slow to reach, and so that no call is made around the variable's own
+# bound here: attributes of an enum are slow to read, and the variable's own method is called without a wrapper
 _ACTIVE, _TRIAL, _MAINTENANCE = Status.ACTIVE, Status.TRIAL, Status.MAINTENANCE
 _bind = _current.set
 _GONE = frozenset({Status.DELETED, Status.PURGED})
@@ -45,14 +45,14 @@ _GONE = frozenset({Status.DELETED, Status.PURGED})
 class TenancyMiddleware:
     """Binds each request to the tenant of its API key; pure ASGI, for HTTP and websockets.
 
-    The key decides. Whatever else names a tenant must name the same one, or the request is refused and recorded.
-    Requests that are not exempt and carry no valid key are refused, and so are more than the tenant's tier admits per
-    second. Inside, ``current_tenant()`` and
-    ``tenancy.session()`` are the tenant's, also in tasks, in threads started by ``asyncio.to_thread``, in background
-    tasks and streaming bodies; ``scope["tenancy"]`` holds the ``Credential``.
+    The key decides. If anything else in the request names a tenant, it must name the same one, or the request is
+    refused and recorded. Requests without a valid key are refused unless they are exempt, and so are more requests per
+    second than the tenant's tier admits. In the application ``current_tenant()`` and ``tenancy.session()`` are the
+    tenant's, also in tasks, in threads started by ``asyncio.to_thread``, in background tasks and in streaming bodies.
+    ``scope["tenancy"]`` holds the ``Credential``.
 
-    A websocket or a streaming response is ended when what it was let in with no longer holds: the key was revoked or
-    has expired, may do less or be used from fewer networks, or the tenant's status admits nobody.
+    A websocket or a streaming response is ended when its credential is no longer valid: the key was revoked or has
+    expired, it lost scopes or networks, or the tenant's status no longer admits anyone.
 
     Outside the application no tenant is ever bound: the middleware first binds "none", the server's ``receive`` and
     ``send`` run unbound, and the binding ends with the request. A server that carries context from one request of a
@@ -60,15 +60,15 @@ class TenancyMiddleware:
 
     Args:
         app: The application.
-        tenancy: Whose keys and tenants; open by the time of the first request.
-        resolvers: What else names a tenant (``SubdomainResolver`` and the like), and where keys are looked for;
-            without any ``KeyResolver`` among them, in ``X-API-Key`` and ``Authorization: Bearer``.
-        exempt: Paths that need no key and get no tenant, even with one: ``/healthz``, ``/static/*``.
-        operators: Decides, from the scope and the credential of a request to a tenant in maintenance, whether it is an
-            operator's: then it is served, and so are its sessions, and ``OperatorAdmitted`` is raised. Without it
-            nobody passes: no scope of a tenant's own key says so by itself.
+        tenancy: The ``Tenancy`` that serves the requests; it must be open by the first request.
+        resolvers: Where tenants are named besides the key (``SubdomainResolver`` and others), and where keys are sent;
+            without a ``KeyResolver`` among them, keys are sent in ``X-API-Key`` or ``Authorization: Bearer``.
+        exempt: Paths that need no key: ``/healthz``, ``/static/*``. No tenant is bound there, even with a key.
+        operators: Called with the scope and the credential of a request to a tenant in maintenance; returns whether it
+            is an operator's. An operator's request and its sessions are served, and ``OperatorAdmitted`` is emitted.
+            Without it nobody is served during maintenance: no scope of a tenant's key makes a request an operator's.
         map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
-            answered as a problem document, where it has an answer. Everything else passes untouched.
+            answered by a problem document, where there is one for it. Other errors pass unchanged.
 
     Raises:
         ConfigurationError: an exempt path or a resolver is malformed.
@@ -99,7 +99,7 @@ class TenancyMiddleware:
         self._adapting = tuple(
             r for r in (*self.keys, *self.tenant_resolvers) if type(r).adapt_scope is not Resolver.adapt_scope
         )
-        # with the one header that a resolver reads, where it reads one: most requests have no use for the others
+        # with the header that each reads, where it reads one alone: most requests send the key in one of them only
         self._readers = tuple((r.headers[0] if len(r.headers) == 1 else None, r) for r in self.keys)
         self._needs_check = bool(self.tenant_resolvers or self._adapting)
 
@@ -124,7 +124,7 @@ class TenancyMiddleware:
                 source = client[0] if client else None
                 credential = directory.peek(key, source)
                 if credential is None:
-                    # here rather than with every binding: 0.2 us, and a key that is known was looked up before
+                    # here, not with every binding: it takes 0.2 us, and a cached key was looked up before
                     close_generators_unbound()
                     credential = await directory.authenticate(key, source=source)
                 tenant = credential.tenant
@@ -141,7 +141,7 @@ class TenancyMiddleware:
                         await RedirectResponse(redirect, 308)(scope, connection.receive, connection.send)
                         return
                     if tenant.status is _MAINTENANCE:
-                        tenant = replace(tenant, operator=True)  # or _check had refused it
+                        tenant = replace(tenant, operator=True)  # _check refuses everyone else
                 if kind == "websocket":
                     tenant = tenant_for_source(tenant, source)
                 scope[CREDENTIAL] = credential
@@ -150,12 +150,12 @@ class TenancyMiddleware:
             admitted = True
             await self.app(scope, connection.receive, connection.send)
             if connection.ended is not None and (kind == "http" or not connection.started):
-                # or a middleware further out would complete the response
+                # otherwise a middleware further out would complete the response
                 raise connection.abort_error()
         except TenancyError as error:
             await self._answer(error, scope, connection, admitted=admitted)
         except (ConnectionAbortedError, ClientDisconnect, WebSocketDisconnect):
-            # what the application raises since we have disconnected it is no failure of its own
+            # the application raises these because its connection was ended: not a failure of its own
             refusal = connection.refusal
             if refusal is not None:
                 await self._answer(refusal, scope, connection, admitted=admitted)
@@ -166,7 +166,7 @@ class TenancyMiddleware:
             if connection.watched:
                 await connection.release()
 
-    # --- who it is --------------------------------------------------------------------------------------------------
+    # --- identifying the caller -------------------------------------------------------------------------------------
 
     def _read_headers(self, scope: Scope) -> Headers:
         found: dict[bytes, bytes] = {}
@@ -233,7 +233,7 @@ class TenancyMiddleware:
         )
         return True
 
-    # --- what is done about it --------------------------------------------------------------------------------------
+    # --- answering --------------------------------------------------------------------------------------------------
 
     def _report_rate(self, tenant: Tenant, limit: int) -> None:
         self.tenancy.events.emit(
@@ -245,13 +245,13 @@ class TenancyMiddleware:
     ) -> None:
         credential: Credential | None = scope[CREDENTIAL]
         if credential is not None and isinstance(error, CrossTenantError):
-            # the application was led to another tenant by something in the request that it read itself
+            # something in the request that the application read itself named another tenant
             self.tenancy.internals.directory.report_cross_tenant(
                 credential, error.requested or "*", "application", _source(scope)
             )
         if connection.started:
             if scope["type"] == "websocket" and connection.ended and type(error) is type(connection.ended.error):
-                return  # it was closed for this
+                return  # it was closed for this reason already
             raise error
         if admitted and not self.map_errors and connection.ended is None:
             raise error

@@ -314,7 +314,7 @@ def _check_expiry(moment: datetime | None) -> None:
     if moment is None:
         return
     if moment.tzinfo is None:
-        raise ConfigurationError("expires_at must be an aware datetime, with a time zone")
+        raise ConfigurationError("expires_at must be an aware datetime, such as datetime.now(UTC)")
     if moment <= datetime.now(UTC):
         raise ConfigurationError("expires_at is in the past")
 

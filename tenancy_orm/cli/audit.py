@@ -22,7 +22,9 @@ app = typer.Typer(help="Read the audit log and verify it.", no_args_is_help=True
 @app.command("list")
 def list_events(
     tenant: Annotated[str | None, typer.Option("--tenant", "-t", help="Only this tenant's.")] = None,
-    action: Annotated[str | None, typer.Option(help="Only this action; tenant. stands for all that begin so.")] = None,
+    action: Annotated[
+        str | None, typer.Option(help="Only this action, or a prefix such as tenant. (with the dot).")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000, help="How many at most.")] = 50,
     as_json: Json = False,
 ) -> None:
@@ -42,13 +44,13 @@ def list_events(
 @app.command()
 def verify(
     checkpoint: Annotated[list[Path] | None, typer.Option(help="A checkpoint exported earlier; repeatable.")] = None,
-    since: Annotated[Path | None, typer.Option(help="A checkpoint to begin from, instead of the start.")] = None,
+    since: Annotated[Path | None, typer.Option(help="A checkpoint to start from, instead of the first entry.")] = None,
     public_keys: Annotated[
-        Path | None, typer.Option(help="Judge signatures by these keys alone; as tenancy audit public-keys prints.")
+        Path | None, typer.Option(help="Check signatures with these keys only, as printed by audit public-keys.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Recompute the chain; exit status 1 where an entry does not hold, or a checkpoint contradicts the log."""
+    """Recompute the hash chain; exit status 1 where an entry or a checkpoint does not match."""
     checkpoints = exit_on_error(lambda: [_checkpoint(path) for path in checkpoint or ()])
     origin = exit_on_error(lambda: _checkpoint(since) if since else None)
     verifier = exit_on_error(lambda: _verifier(public_keys) if public_keys else None)
@@ -68,7 +70,7 @@ def verify(
 
 @app.command("checkpoint")
 def export_checkpoint() -> None:
-    """Print a signed checkpoint as JSON; keep it where the database's operators cannot change it."""
+    """Print a signed checkpoint as JSON. Store it where the database's operators cannot change it."""
 
     async def command(tenancy: Tenancy) -> str:
         return (await tenancy.audit.export_checkpoint()).to_json()
@@ -78,7 +80,7 @@ def export_checkpoint() -> None:
 
 @app.command("public-keys")
 def print_public_keys() -> None:
-    """Print the public keys that verify checkpoints, retired ones included, as JSON; keep them with the checkpoints."""
+    """Print the public keys of checkpoints as JSON, retired ones included. Store them with the checkpoints."""
 
     async def command(tenancy: Tenancy) -> Verifier:
         return await tenancy.audit.verifier()
@@ -91,9 +93,9 @@ def _summary(report: VerifyReport) -> str:
         return f"entry {report.first_bad}: {report.problem}"
     summary = f"{report.entries} entries verified, {len(report.confirmed)} checkpoints confirmed"
     if report.removed:
-        summary += f"; not compared, being older than what retention kept: {_numbers(report.removed)}"
+        summary += f"; not compared, since retention has removed their entries: {_numbers(report.removed)}"
     if report.skipped:
-        summary += f"; not compared, being older than where verification began: {_numbers(report.skipped)}"
+        summary += f"; not compared, since they are before the start: {_numbers(report.skipped)}"
     return summary
 
 

@@ -1,4 +1,4 @@
-"""``tenancy schedule``: what ``housekeeping`` is to do to a tenant at a time."""
+"""``tenancy schedule``: suspensions and purges that ``housekeeping`` does at a given time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
 app = typer.Typer(help="Schedule the suspension or the purge of a tenant.", no_args_is_help=True)
 
-When = Annotated[str, typer.Argument(help="ISO 8601 with an offset (2027-01-31T00:00+00:00), or: never.")]
+When = Annotated[str, typer.Argument(help="ISO 8601 time with an offset (2027-01-31T00:00+00:00), or never.")]
 
 
 def parse_time(text: str) -> datetime | None:
-    """Read a time from the command line; None for ``never``.
+    """Parse a time given on the command line; None for ``never``.
 
     Raises:
         ConfigurationError: it is not ISO 8601, or has no offset.
@@ -41,7 +41,7 @@ def suspension(
     reason: Annotated[str | None, typer.Option("--reason", "-r", help="Why; shown to the tenant's requests.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Suspend a tenant at a time; ``never`` calls it off."""
+    """Suspend a tenant at a given time; never cancels it."""
     when = exit_on_error(lambda: parse_time(at))
 
     async def command(tenancy: Tenancy) -> str:
@@ -53,7 +53,7 @@ def suspension(
 
 @app.command()
 def purge(tenant: TenantArgument, at: When, as_json: Json = False) -> None:
-    """Purge a deleted tenant at a time of its own; ``never`` returns it to the usual retention."""
+    """Purge a deleted tenant at a given time; never means after the usual retention."""
     when = exit_on_error(lambda: parse_time(at))
 
     async def command(tenancy: Tenancy) -> str:

@@ -1,4 +1,4 @@
-"""``tenancy tiers``: which limits are in force."""
+"""``tenancy tiers``: the tiers in force."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(help="Show the tiers in force, and put the configured ones in 
 
 @app.command("list")
 def list_tiers(as_json: Json = False) -> None:
-    """List the limits of the tiers in force, and which of the configured tiers differ from them."""
+    """List the limits of the tiers in force, and the configured tiers that differ."""
 
     async def command(tenancy: Tenancy) -> tuple[dict[str, dict[str, dict[str, object]]], tuple[str, ...]]:
         in_force = await tenancy.tiers.in_force()
@@ -38,7 +38,7 @@ def list_tiers(as_json: Json = False) -> None:
 
 @app.command()
 def apply(as_json: Json = False) -> None:
-    """Put the configured tiers in force, in every process at once; part of a deployment. Audited."""
+    """Put the configured tiers in force, in every process at once. Run it on deployment. Audited."""
 
     async def command(tenancy: Tenancy) -> TierChanges:
         return await tenancy.tiers.apply(tenancy.config.tiers, actor=operator())

@@ -1,4 +1,4 @@
-"""``tenancy usage``: records of ended periods, on their way to billing."""
+"""``tenancy usage``: the export of usage records to billing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..tenancy import Tenancy
 from .output import console, print_fields, print_json, print_table
 from .runtime import Json, run
 
-app = typer.Typer(help="Send usage to billing; TenancyConfig.metering.usage_sender says where.", no_args_is_help=True)
+app = typer.Typer(help="Send usage to billing, by TenancyConfig.metering.usage_sender.", no_args_is_help=True)
 
 
 @app.command()
 def export(as_json: Json = False) -> None:
-    """Close the periods that have ended and send their records; housekeeping does it too."""
+    """Close the periods that have ended, and send their records. Housekeeping does it too."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.internals.usage_exporter.run()
@@ -34,7 +34,7 @@ def export(as_json: Json = False) -> None:
 def failures(
     limit: Annotated[int, typer.Option(help="How many at most, the newest first.")] = 100, as_json: Json = False
 ) -> None:
-    """List records that were given up, with the error of each."""
+    """List the records that were given up, each with its error."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.internals.usage_exporter.failures(limit=limit)
@@ -63,7 +63,7 @@ def failures(
 def retry(
     record_ids: Annotated[list[int], typer.Argument(help="Ids of records that were given up.")], as_json: Json = False
 ) -> None:
-    """Make records that were given up due again."""
+    """Retry records that were given up, at the next export."""
 
     async def command(tenancy: Tenancy) -> int:
         return await tenancy.internals.usage_exporter.retry(record_ids)

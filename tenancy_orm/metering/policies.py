@@ -1,4 +1,4 @@
-"""Rules that propose, or apply, a higher tier to tenants that have been near a limit for some time."""
+"""Tier policies: propose, or apply, a higher tier for tenants that have been near a limit for some time."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ..tenants.manager import TenantManager
 
 logger = logging.getLogger("tenancy_orm.tiers")
 
-# how long one process has for changing a tier, before another one tries: far longer than it can take
+# after this time another process may change the tier: far longer than the change can take
 _CLAIM_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class TierProposal:
-    """A tenant that a policy found; ``applied`` tells whether its tier was changed."""
+    """A higher tier that a policy proposes for a tenant; ``applied`` tells whether the tier was changed."""
 
     tenant_id: UUID
     slug: str
@@ -43,18 +43,18 @@ class TierProposal:
 
 
 class TierPolicies:
-    """Evaluates ``TenancyConfig.metering.tier_policies``: ``tenancy.internals.tier_policies``.
+    """Evaluates the configured tier policies; ``tenancy.internals.tier_policies``.
 
-    ``run_housekeeping`` does it too.
+    ``run_housekeeping`` evaluates them too.
 
-    Safe to run from many processes at once: each proposal is made by one of them. One that dies while it applies a
-    tier leaves that to the next evaluation after ten minutes.
+    Safe to run from many processes at once: each proposal is made by one of them. If a process dies while it applies a
+    tier, the first evaluation after ten minutes applies it.
 
     Args:
         control: The control database.
-        config: For the policies, and the order of the tiers.
-        events: Where proposals are announced.
-        audit: Where they are written down.
+        config: Gives the policies and the order of the tiers.
+        events: Emits an event for each proposal.
+        audit: Records each proposal.
         tenants: Changes the tiers.
     """
 
@@ -74,13 +74,13 @@ class TierPolicies:
         self._tenants = tenants
 
     async def evaluate(self, *, at: datetime | None = None) -> list[TierProposal]:
-        """Look once; returns the proposals made now.
+        """Evaluate all policies once; returns the proposals made now.
 
-        A tenant is proposed once for as long as it stays in its tier and near the limit. What a policy was to apply and
-        could not is tried again by each evaluation.
+        A policy proposes a tier for a tenant once, for as long as the tenant stays in its tier and near the limit. A
+        tier that could not be applied is tried again by every evaluation.
 
         Args:
-            at: The time to judge by; the database's clock where None.
+            at: The time of the evaluation; the database's clock where None.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -115,7 +115,7 @@ class TierPolicies:
                 return None  # another process has just made it
             if claimed.first:
                 await self._audit_proposal(connection, policy, row, target)
-        # its success needs no claim_key: one of the tier that was left is forgotten
+        # success needs no update of the claim: it is removed when the tenant leaves the tier
         applied = policy.apply and await self._apply(row, target, claim_key)
         if claimed.first or applied:
             self._events.emit(
@@ -153,8 +153,8 @@ class TierPolicies:
         try:
             await self._tenants.update(row.tenant_id, tier=target, expected_tier=row.tier, actor=SYSTEM)
         except Exception as exc:
-            # whatever it is: the other tenants must not wait for it, and the next evaluation tries again
-            logger.error("tenant %s could not be moved to tier %s", row.slug, target, exc_info=exc)
+            # whatever it is, the other tenants must not be affected; the next evaluation tries again
+            logger.error("tenant %s could not be changed to tier %s", row.slug, target, exc_info=exc)
             async with self._control.transaction() as connection:
                 await connection.execute(_UNCLAIM, claim_key)
             return False
@@ -165,7 +165,7 @@ _RECORD_PRESSURE = text(
     "SELECT * FROM tenancy.quota_note_pressure(:policy, :resource, CAST(:fraction AS double precision), "
     "CAST(:seconds AS double precision), CAST(:apply AS boolean), CAST(:at AS timestamptz))"
 )
-# the look at the row as it was tells whether this is the first time; its lock is waited for before
+# found is the row before the update, read after its lock was granted: whether this is the first claim
 _CLAIM = text(
     "WITH found AS (SELECT proposed_at FROM tenancy.quota_pressure "
     "WHERE tenant_id = :tenant_id AND policy = :policy AND tier = :tier "

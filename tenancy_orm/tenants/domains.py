@@ -1,8 +1,8 @@
-"""Domains of the tenants' own: claimed with a token, used once the domain's owner has published it.
+"""Tenants' own domains: claimed with a token, and used once the domain's owner has published it.
 
 A claim alone gives nothing. The owner publishes the token as a TXT record, and ``verify`` looks it up; only then does a
-request to that host name the tenant. A verified domain belongs to one tenant; until then any number may claim it, each
-with a token of its own, so that nobody can block a domain that is not theirs.
+request to that host name the tenant. A verified domain belongs to one tenant. Before that any number of tenants may
+claim it, each with its own token, so that nobody can block a domain that is not theirs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHALLENGE = "_tenancy-challenge"
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A tenant's domain. Publish ``token`` as a TXT record of the name ``challenge``, then verify."""
+    """A tenant's domain. Publish ``token`` as a TXT record named ``challenge``, then verify."""
 
     domain: str
     tenant_id: UUID
@@ -59,10 +59,10 @@ class TextRecords(Protocol):
 
 
 class DnsTextRecords:
-    """TXT records from the DNS, by dnspython (extra ``domains``).
+    """Looks up TXT records in the DNS, with dnspython (extra ``domains``).
 
     Args:
-        nameservers: Addresses to ask instead of the system's resolvers.
+        nameservers: Addresses to use instead of the system's resolvers.
         port: Their port.
         timeout: Seconds for the whole look-up.
     """
@@ -103,12 +103,12 @@ def check_domain(domain: str) -> str:
         DomainError: it is not a domain name of two labels or more.
     """
     try:
-        # as browsers do (UTS 46, non-transitional): Python's own codec knows the names of 2003 alone
+        # as browsers do (UTS 46, non-transitional): Python's own codec implements IDNA 2003 only
         ascii_name = idna.encode(domain.removesuffix("."), uts46=True).decode("ascii")
     except idna.IDNAError:
         ascii_name = ""
     if len(ascii_name) > 253 or not _DOMAIN.fullmatch(ascii_name) or re.fullmatch(r"[0-9.]+", ascii_name):
-        raise DomainError(f"{domain!r} is not a domain name")
+        raise DomainError(f"{domain!r} is not a domain name of two labels or more")
     return ascii_name
 
 
@@ -127,11 +127,11 @@ class DomainManager:
         self._registry = Registry(control, audit)
 
     async def claim(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
-        """Claim ``domain`` for ``tenant``; it names the tenant once it is verified. Claiming twice changes nothing.
+        """Claim ``domain`` for ``tenant``; verify it to make it the tenant's. Claiming twice changes nothing.
 
         Raises:
-            DomainError: it is not a domain name, or verified for another tenant.
-            TenantNotFoundError, TenantDeletedError: the tenant is gone.
+            DomainError: it is not a domain name, or is verified for another tenant.
+            TenantNotFoundError, TenantDeletedError: the tenant does not exist, or is deleted.
         """
         tenant = await self._registry.find(tenant)
         name = check_domain(domain)
@@ -159,8 +159,8 @@ class DomainManager:
         """Look up the token that the owner of ``domain`` published, and make the domain the tenant's.
 
         Raises:
-            DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant was
-                faster.
+            DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant
+                verified the domain first.
         """
         tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
@@ -170,7 +170,10 @@ class DomainManager:
             self._records = DnsTextRecords()
         published = await self._records.lookup(found.challenge)
         if not any(secrets.compare_digest(text.strip().encode(), found.token.encode()) for text in published):
-            raise DomainError(f"no TXT record of {found.challenge!r} has the token of this claim")
+            raise DomainError(
+                f"no TXT record of {found.challenge!r} has the token of tenant {tenant.slug!r}: publish it, and verify "
+                "again"
+            )
         condition = (
             (domains.c.domain == found.domain) & (domains.c.tenant_id == tenant.id) & (domains.c.token == found.token)
         )
@@ -194,17 +197,17 @@ class DomainManager:
         return _domain_from_row(row)
 
     async def release(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> None:
-        """Give ``domain`` up.
+        """Release ``domain``: it no longer names the tenant.
 
         Raises:
-            DomainError: it is not this tenant's.
+            DomainError: the tenant has not claimed it.
         """
         tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
         async with self._control.transaction() as connection:
             statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
             if (await connection.execute(statement)).rowcount == 0:
-                return  # another call has just done so
+                return  # another call has just released it
             await self._audit.append(
                 connection,
                 action="domain.release",
@@ -232,7 +235,7 @@ class DomainManager:
 
 
 async def _lock_undeleted(connection: AsyncConnection, tenant: Tenant) -> None:
-    """Refuse a deleted tenant a domain, and let no purge in before the commit: nobody could have the domain then."""
+    """Lock the tenant against a purge until the commit, and refuse a deleted one: nobody else could have the domain."""
     _, status = await hold_tenant(connection, tenant.id)
     if status is Status.DELETED:
         raise TenantDeletedError(tenant.slug)
