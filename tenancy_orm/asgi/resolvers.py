@@ -229,7 +229,7 @@ class PathPrefixResolver(TenantResolver):
     path, and the URLs it builds keep the prefix. Paths without the prefix claim no tenant.
 
     Args:
-        template: A path whose last segment is ``{tenant}``.
+        template: A path with ``{tenant}`` as its last segment.
     """
 
     name = "path"

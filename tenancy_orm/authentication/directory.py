@@ -206,7 +206,7 @@ class Directory:
             raise
 
     async def _entry(self, key: str, source: str | None) -> KeyEntry:
-        """Return the entry of a key whose secret is right, from the cache where it is fresh."""
+        """Return the entry of a key with the right secret, from the cache where it is fresh."""
         digest = self._fingerprint(key)
         now = self._clock()
         entry = self._find(digest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
-from .output import console, print_fields, print_json, print_table, tenant_fields
+from .output import console, print_fields, print_json, print_report, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, exit_on_error, fail, operator, run
 
 app = typer.Typer(
@@ -289,10 +288,7 @@ def housekeeping(as_json: Json = False) -> None:
         return await tenancy.run_housekeeping(actor=operator())
 
     report = run(command)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("housekeeping", {name: getattr(report, name) for name in report.__slots__})
+    print_report("housekeeping", report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)
 
@@ -315,10 +311,7 @@ def watch(
         run(watch_forever)
         return
     report = run(watch_once)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("watch", asdict(report))
+    print_report("watch", report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)
 
@@ -331,9 +324,6 @@ def reconcile(as_json: Json = False) -> None:
         return await tenancy.internals.provisioner.reconcile(actor=operator())
 
     report = run(command)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("reconcile", asdict(report))
+    print_report("reconcile", report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)

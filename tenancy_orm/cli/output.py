@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime
 from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
@@ -82,9 +82,17 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
     console.print(table)
 
 
-def print_fields(title: str, fields: Mapping[str, Any]) -> None:
+def print_report(title: str, report: Any, *, as_json: bool) -> None:
+    """Print a report, which is a dataclass: as JSON, or as a table of its fields."""
+    if as_json:
+        print_json(report)
+    else:
+        print_fields(title, {field.name: getattr(report, field.name) for field in fields(report)})
+
+
+def print_fields(title: str, values: Mapping[str, Any]) -> None:
     """Print names and values, one pair a line."""
-    print_table(title, ("field", "value"), fields.items())
+    print_table(title, ("field", "value"), values.items())
 
 
 def cell(value: Any) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import typer
 
 from ..tenancy import Tenancy
 from ..tenants.tiers import TierChanges, differing
-from .output import print_fields, print_json, print_table
+from .output import print_json, print_report, print_table
 from .runtime import Json, operator, run
 
 app = typer.Typer(help="Show the tiers in force, and put the configured ones in force.", no_args_is_help=True)
@@ -44,7 +42,4 @@ def apply(as_json: Json = False) -> None:
         return await tenancy.tiers.apply(tenancy.config.tiers, actor=operator())
 
     changes = run(command)
-    if as_json:
-        print_json(changes)
-    else:
-        print_fields("tiers", asdict(changes))
+    print_report("tiers", changes, as_json=as_json)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from ..tenancy import Tenancy
-from .output import console, print_fields, print_json, print_table
+from .output import console, print_json, print_report, print_table
 from .runtime import Json, run
 
 app = typer.Typer(help="Send usage to billing, by TenancyConfig.metering.usage_sender.", no_args_is_help=True)
@@ -22,10 +21,7 @@ def export(as_json: Json = False) -> None:
         return await tenancy.internals.usage_exporter.run()
 
     report = run(command)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("usage", asdict(report))
+    print_report("usage", report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)
 

@@ -34,7 +34,7 @@ HEARTBEAT_SECONDS: Final = 0.5  # how often a process checks whether its blocks 
 BLOCK_SECONDS: Final = 15.0  # a block that is not renewed for this long is a dead process's: nobody waits for it
 IDLE_SECONDS: Final = 5.0  # a block that was not used for this long is returned
 RECLAIM_SECONDS: Final = 1.5  # how long a refused process waits for others to return blocks: three heartbeats
-_POLL_SECONDS: Final = 0.05
+POLL_SECONDS: Final = 0.05  # how often it asks again until then
 _ALL: Final = 2**62  # everything that the database knows to be unspent
 
 _TAKE = text(
@@ -185,7 +185,7 @@ class LeasedQuota:
                 self._blocks.handle_outcome(self.tenant_id, self.resource, amount, row)
                 return
             # other processes have unspent blocks: they check every HEARTBEAT_SECONDS whether to return them
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     def _applicable_refusal(self, called: float, amount: int) -> Any:
         """Return a final refusal of the same amount or less, asked for after this call began: it applies here too."""

@@ -30,7 +30,7 @@ from ..errors import QuotaError, QuotaExceededError, TenantNotFoundError, Unknow
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from ..tenant import Status, Tenant, TenantRef
 from .holds import Hold, HoldManager
-from .leases import RECLAIM_SECONDS, BlockManager, LeasedQuota, check_amount
+from .leases import POLL_SECONDS, RECLAIM_SECONDS, BlockManager, LeasedQuota, check_amount
 from .overrides import Override, check_overrides
 from .usage import Remaining, TenantUsage, Usage
 
@@ -235,7 +235,7 @@ class QuotaManager:
         deadline = time.monotonic() + RECLAIM_SECONDS
         while row.outcome == "exceeded" and row.leased and time.monotonic() < deadline:
             # processes with unspent blocks return them at their next heartbeat
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(POLL_SECONDS)
             async with self._control.connect() as connection:
                 row = (await connection.execute(_CONSUME, parameters)).one()
         return self._handle_outcome(tenant_id, resource, amount, row)
