@@ -235,7 +235,7 @@ async def test_the_applications_role_cannot_remove_old_months(restricted: Restri
 
 
 async def test_grants_can_be_repeated_and_taken_back(restricted: Restricted) -> None:
-    """Whatever else the role was given is taken away, and in the end everything."""
+    """Every other right of the role is revoked, and in the end all of them."""
     await restricted.owner.sql(f'GRANT ALL ON ALL TABLES IN SCHEMA tenancy TO "{restricted.role}"')
     assert await state_of(restricted.app, "UPDATE tenancy.audit_head SET sequence = sequence") is None
     async with restricted.owner.control.transaction() as connection:
@@ -276,9 +276,9 @@ UNHELD = {
         "GRANT pg_write_all_data TO {group}; ALTER ROLE {role} NOINHERIT; GRANT {group} TO {role}",
         "INSERT on audit_cuts",
     ),
-    "by way of PUBLIC": ("GRANT UPDATE ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
-    "a column by way of PUBLIC": ("GRANT UPDATE (hash) ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
-    "by way of a group": ("GRANT TRIGGER ON tenancy.audit_log TO {group}; GRANT {group} TO {role}", "TRIGGER"),
+    "through PUBLIC": ("GRANT UPDATE ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
+    "a column through PUBLIC": ("GRANT UPDATE (hash) ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
+    "through a group": ("GRANT TRIGGER ON tenancy.audit_log TO {group}; GRANT {group} TO {role}", "TRIGGER"),
     "a partition": ("GRANT TRUNCATE ON tenancy.audit_log_{{month}} TO PUBLIC", "TRUNCATE on audit_log_y"),
     "creates in the schema": ("GRANT CREATE ON SCHEMA tenancy TO PUBLIC", "CREATE on schema"),
 }
@@ -472,7 +472,7 @@ async def disarm(plane: QuotaPlane) -> None:
 async def test_what_a_superuser_rewrites_contradicts_an_earlier_checkpoint(
     plane: QuotaPlane, attack: str, bad: int
 ) -> None:
-    """A clever forgery makes a chain that holds by itself; the exported checkpoint gives it away."""
+    """A clever forgery makes a chain that verifies by itself; the exported checkpoint reveals it."""
     for name in ("ada", "mallory", "ada", "mallory", "ada"):
         await plane.append(actor=Actor("operator", name))
     checkpoint = await plane.audit.export_checkpoint()

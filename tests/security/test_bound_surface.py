@@ -462,7 +462,7 @@ async def test_a_slug_that_became_anothers_is_not_the_bound_tenants_any_more(ten
     assert (await tenancy.tenants.get("acme")).id == other.id
 
 
-@pytest.mark.parametrize("purged", [False, True], ids=["living", "purged"])
+@pytest.mark.parametrize("purged", [False, True], ids=["existing", "purged"])
 async def test_a_former_slug_shows_nothing_of_whoever_has_or_had_it(tenancy: Tenancy, purged: bool) -> None:
     """Entries are stored under the slug of their time: a renamed tenant asks by its own former slug, another's now."""
     acme = (await tenancy.tenants.create("acme")).tenant

@@ -407,7 +407,7 @@ def test_what_belonged_to_a_closed_loop_is_given_up(
 
 
 async def test_a_worker_thread_has_the_loop_do_it(tenancy: Tenancy, acme: CreatedTenant) -> None:
-    """What the error says: of ``tenancy.run``, whose thread has the tenant bound, and of anyio's threads."""
+    """What the error says: in a thread of ``tenancy.run``, which has the tenant bound, and in anyio's threads."""
     pid = await pid_of(tenancy)
 
     def by_asyncio() -> int:

@@ -19,7 +19,7 @@ from tests.support.waiting import until
 
 @pytest.fixture
 async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
-    """A control plane whose directory listens."""
+    """A control plane with a listening directory."""
     async with control_plane(control_url) as opened:
         yield opened
 

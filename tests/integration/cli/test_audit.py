@@ -61,7 +61,7 @@ def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path) 
 
 @pytest.fixture
 async def files(tenancy_config: TenancyConfig, tmp_path: Path) -> Path:
-    """A log whose first months were removed under a key that is retired; checkpoints of then, 2 and 4, and keys."""
+    """A log with its first months removed, under a key that is retired; its checkpoints 2 and 4, and the keys."""
     control = ControlDatabase(tenancy_config.control_url, name_prefix=tenancy_config.name_prefix)
     try:
         await control.upgrade()

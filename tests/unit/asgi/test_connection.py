@@ -1,4 +1,4 @@
-"""Connections that stay open: watched from the right moment on, ended cleanly, and let go of."""
+"""Connections that stay open: watched from the right moment on, ended cleanly, and released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Admissions: what ends one, who is called, and what is asked of the control database."""
+"""Admissions: what ends one, who is called, and when the control database is queried."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ HERE, THERE = ip_network("192.0.2.0/24"), ip_network("198.51.100.0/24")
 
 
 def state(**more: Any) -> CredentialState:
-    """What is known of a key that holds."""
+    """Return the state of a valid key."""
     fields: dict[str, Any] = {"credential_id": "key", "tenant": ACME, "read_at": 1_000.0, "secret": ("1", b"digest")}
     return CredentialState(**{**fields, **more})
 
 
 class Registry:
-    """What the control database says, and what it was asked."""
+    """A control database: the states that it returns, and the look-ups that it got."""
 
     def __init__(self) -> None:
         self.known: dict[str, CredentialState] = {}
         self.asked: list[str] = []
-        self.away = False
-        self.hears = True
+        self.unavailable = False
+        self.listening = True
         self.contexts: list[object] = []
 
     async def look_up(self, credential_id: str) -> CredentialState | None:
-        """What is known."""
+        """Return the state."""
         self.asked.append(credential_id)
         self.contexts.append(_ambient.get())
         await asyncio.sleep(0)
-        if self.away:
-            raise ControlUnavailableError("away")
+        if self.unavailable:
+            raise ControlUnavailableError("unavailable")
         return self.known.get(credential_id)
 
 
@@ -77,14 +77,14 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def admissions(registry: Registry, clock: Clock) -> AsyncIterator[Admissions]:
-    opened = Admissions(registry.look_up, is_listening=lambda: registry.hears, ttl=0.01, grace=GRACE, clock=clock)
+    opened = Admissions(registry.look_up, is_listening=lambda: registry.listening, ttl=0.01, grace=GRACE, clock=clock)
     opened.open()
     yield opened
     await opened.close()
 
 
 def refusal(admission: Admission) -> TenancyError | None:
-    """What it refuses with, if it does."""
+    """Return the error that it raises, if any."""
     try:
         admission.check()
     except TenancyError as error:
@@ -112,7 +112,7 @@ def refusal(admission: Admission) -> TenancyError | None:
 async def test_a_credential_that_does_not_hold_ends_it(
     admissions: Admissions, granted: dict[str, Any], now: dict[str, Any] | None, reason: str
 ) -> None:
-    """Its use is refused by one error, which says why to operators alone."""
+    """Its use raises one error; only operators get the reason."""
     admission = admissions.admit(state(**granted))
     assert refusal(admission) is None
     admission.verify(None if now is None else state(**now))
@@ -173,7 +173,7 @@ async def test_who_was_let_in_during_maintenance_is_an_operator(admissions: Admi
 
 
 async def test_networks_count_for_each_source(admissions: Admissions) -> None:
-    """One that is of any source ends as soon as sources matter."""
+    """A shared admission ends as soon as its source matters."""
     shared = admissions.admit(state())
     here, there = shared.for_source("192.0.2.1"), shared.for_source("198.51.100.1")
     assert here.for_source("192.0.2.1") is here
@@ -311,19 +311,19 @@ async def test_what_holds_is_asked_about_again(admissions: Admissions, registry:
 async def test_without_an_answer_it_goes_on_and_is_asked_about_later(
     admissions: Admissions, registry: Registry
 ) -> None:
-    """Nobody can revoke anything while the control database is away."""
-    registry.away = True
+    """Nobody can revoke anything while the control database does not answer."""
+    registry.unavailable = True
     admission = admissions.admit(state())
     admissions.verify("key")
     await until(lambda: registry.asked)
     assert refusal(admission) is None
-    registry.away = False
+    registry.unavailable = False
     await until(lambda: admission.ended)
 
 
 async def asked_again(registry: Registry) -> None:
-    """Wait until what could not be verified was tried again; ``hears``, so that nothing else asks."""
-    assert registry.hears
+    """Wait until failed verifications were tried again; ``listening``, so that nothing else verifies."""
+    assert registry.listening
     before = len(registry.asked)
     await until(lambda: len(registry.asked) >= before + 2)
 
@@ -332,8 +332,8 @@ async def asked_again(registry: Registry) -> None:
 async def test_what_is_watched_and_cannot_be_verified_for_too_long_ends(
     admissions: Admissions, registry: Registry, clock: Clock, why: str
 ) -> None:
-    """Only this process may have lost the control database; it may hear of changes by another connection."""
-    registry.away = True
+    """Only this process may have lost the control database; notifications may still arrive on another connection."""
+    registry.unavailable = True
     watched, used = admissions.admit(state()), admissions.admit(state())
     called: list[str] = []
     watched.watch(lambda ended: called.append(ended.reason))
@@ -359,13 +359,13 @@ async def test_what_could_be_verified_has_its_time_again(
     """It counts from the last answer."""
     admission = admissions.admit(state())
     admission.watch(lambda ended: None)
-    registry.hears = False
+    registry.listening = False
     clock.now += 2 * GRACE
     registry.known["key"] = state(read_at=clock.now)
     await until(lambda: admission.verified == clock.now)
-    registry.away = True
+    registry.unavailable = True
     await until(lambda: admissions._failed)
-    registry.hears = True
+    registry.listening = True
     await asked_again(registry)
     assert admission.ended is None
     assert admission.for_source("192.0.2.1").verified == clock.now
@@ -374,12 +374,12 @@ async def test_what_could_be_verified_has_its_time_again(
 async def test_what_was_open_for_long_outlives_a_short_absence(
     admissions: Admissions, registry: Registry, clock: Clock
 ) -> None:
-    """While changes are heard of nothing is verified, and nothing has to be."""
+    """While notifications arrive nothing is verified, and nothing has to be."""
     admission = admissions.admit(state())
     admission.watch(lambda ended: None)
     clock.now += 100 * GRACE
     await until(lambda: admissions._listening_at == clock.now)
-    registry.away = True
+    registry.unavailable = True
     admissions.verify_all()
     await asked_again(registry)
     assert admission.ended is None
@@ -399,12 +399,12 @@ async def test_what_was_let_in_before_a_silence_is_asked_about_when_it_is_watche
 
 async def test_one_task_tries_again_however_often_it_is_asked(admissions: Admissions, registry: Registry) -> None:
     """Or an absence would start one after the other."""
-    registry.away, registry.hears = True, False
+    registry.unavailable, registry.listening = True, False
     admission = admissions.admit(state())
     admission.watch(lambda ended: None)
     await until(lambda: len(registry.asked) >= 20)
     await until(lambda: len(admissions._tasks) == 2)
-    registry.hears, registry.away = True, False
+    registry.listening, registry.unavailable = True, False
     await until(lambda: admission.ended)
     await until(lambda: len(admissions._tasks) == 1)
     assert (admissions._failed, admissions._unverified) == (set(), {})
@@ -416,7 +416,7 @@ def test_an_admission_does_not_know_who_keeps_it() -> None:
 
 
 async def test_nothing_is_begun_after_the_end(admissions: Admissions, registry: Registry) -> None:
-    """A change that is heard of as it closes is not asked about, and leaves no coroutine that nobody awaits."""
+    """A change notified during the closing is not verified, and leaves no coroutine that nobody awaits."""
     kept = admissions.admit(state())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -431,7 +431,7 @@ async def test_nothing_is_begun_after_the_end(admissions: Admissions, registry: 
 
 async def test_what_nobody_uses_is_not_asked_about_again(admissions: Admissions, registry: Registry) -> None:
     """Or a process would ask for ever."""
-    registry.away = True
+    registry.unavailable = True
     admission = admissions.admit(state())
     admissions.verify("key")
     await until(lambda: registry.asked)
@@ -460,12 +460,12 @@ async def test_after_a_silence_what_is_watched_is_asked_about_and_the_rest_when_
 async def test_while_nothing_is_heard_what_is_watched_is_asked_about_every_ttl(
     admissions: Admissions, registry: Registry
 ) -> None:
-    """While changes are heard of, it is not."""
+    """Not while notifications arrive."""
     registry.known["key"] = state()
     admission = admissions.admit(state())
     admission.watch(lambda ended: None)
     assert registry.asked == []
-    registry.hears = False
+    registry.listening = False
     await until(lambda: len(registry.asked) >= 3)
     registry.known["key"] = state(revoked=True)
     await until(lambda: admission.ended)

@@ -29,7 +29,7 @@ def test_failures_within_the_limit_bring_no_pause() -> None:
 
 
 def test_the_limit_brings_a_pause_that_doubles() -> None:
-    """Up to the window; the first time is told."""
+    """Up to the window; the first pause is reported."""
     throttle = Throttle(limit=3, window=10)
     assert [throttle.fail("a", 0.0) for _ in range(3)] == [None, None, 3]
     pauses = []
@@ -50,7 +50,7 @@ def test_an_endless_number_of_failures_is_counted() -> None:
 
 
 def test_failures_are_forgotten_after_a_quiet_window() -> None:
-    """And a new lock-out is told anew."""
+    """And a new lock-out is reported again."""
     throttle = Throttle(limit=2, window=10)
     assert [throttle.fail("a", 0.0), throttle.fail("a", 0.0)] == [None, 2]
     assert throttle.fail("a", 10.5) is None
@@ -123,7 +123,7 @@ class Attempted:
             self.throttle.fail("source", self.now)
 
     async def finish(self) -> None:
-        """End everything that is under way, and let those that wait look again."""
+        """End everything in progress, and let waiting attempts continue."""
         for events in self._ends.values():
             for event in events:
                 event.set()
@@ -418,7 +418,7 @@ async def test_a_look_up_runs_in_nobodys_context() -> None:
 
 
 async def test_nobody_joins_a_look_up_that_an_invalidation_overtook() -> None:
-    """Who asked before is told; who asks after gets a query of its own."""
+    """Callers before it get the tag; callers after it get a query of their own."""
     source = Source()
     batch = BatchLoader(source.load, timeout=5)
     before = asyncio.create_task(batch.get(1))
@@ -436,7 +436,7 @@ async def test_an_invalidation_between_the_answer_and_its_caller_is_told() -> No
     batch: BatchLoader[int, str]
 
     async def load(keys: list[int]) -> Mapping[int, str]:
-        # what a notification does whose callback is in the loop's queue when the answer comes
+        # as a notification does when its callback is in the loop's queue at the time of the answer
         asyncio.get_running_loop().call_soon(batch.invalidate, "tag")
         return {key: str(key) for key in keys}
 
@@ -503,7 +503,7 @@ async def test_a_failure_reaches_everyone_who_waited_and_nobody_later() -> None:
 
 
 async def test_a_query_that_takes_too_long_is_given_up() -> None:
-    """As the control database being away."""
+    """It counts as an outage of the control database."""
     source = Source()
     batch = BatchLoader(source.load, timeout=0.01)
     with pytest.raises(ControlUnavailableError, match="in time"):

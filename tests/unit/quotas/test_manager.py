@@ -144,7 +144,7 @@ def test_remaining_is_true_where_it_fits() -> None:
 
 
 class Database(BlockManager):
-    """Answers a lease's questions one by one, when it is told to: ``asked`` holds those that wait."""
+    """Answers a leased quota's queries one by one, on demand; ``asked`` has those that wait."""
 
     def __init__(self) -> None:
         self.asked: asyncio.Queue[tuple[int, int, asyncio.Future[Any]]] = asyncio.Queue()
@@ -169,7 +169,7 @@ class Database(BlockManager):
         pass
 
     async def answer(self, granted: int, *, seconds: float | None = None) -> tuple[int, int]:
-        """Grant the next question so much, or refuse it (0), and return how much was held and asked for."""
+        """Grant this much to the next query, or refuse it (0), and return how much was unspent and asked for."""
         async with asyncio.timeout(5):
             unspent, amount, waiting = await self.asked.get()
         outcome = "counted" if granted else "exceeded"
@@ -178,7 +178,7 @@ class Database(BlockManager):
 
 
 async def test_nothing_is_spent_while_the_database_is_asked() -> None:
-    """It counts what is in hand towards the question: spent as well, it would be spent twice."""
+    """The query includes the unspent part of the block: spending it as well would count it twice."""
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
     first = asyncio.create_task(share.consume(6))
@@ -226,7 +226,7 @@ async def test_a_change_that_is_heard_of_while_a_block_is_on_its_way_reaches_it(
 
 
 async def test_a_refusal_holds_for_those_who_want_as_much_and_for_nobody_else() -> None:
-    """Who waited meanwhile for less asks for itself; who waited for more is answered alike."""
+    """A waiting caller that wants less sends its own query; one that wants more gets the same answer."""
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
     tasks = [asyncio.create_task(share.consume(amount)) for amount in (1, 5, 6, 2)]
@@ -274,7 +274,7 @@ def test_a_burst_passes_and_then_the_rate_holds() -> None:
 
 
 def test_a_denied_request_costs_nothing() -> None:
-    """Hammering does not push the next permission away."""
+    """Repeated requests do not delay the next admission."""
     clock = Clock()
     rates = Rates(TIERS, clock=clock)
     answers = [rates.acquire(tenant()) for _ in range(100)]
