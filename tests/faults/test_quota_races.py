@@ -325,7 +325,7 @@ async def test_a_block_in_hand_is_spent_while_the_database_is_away(plane: QuotaP
 
 
 async def test_what_could_not_be_returned_is_returned_later(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keeper tries again at its next beat."""
+    """The next heartbeat tries again."""
     monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.2)
     tenant = await plane.tenant()
@@ -528,7 +528,7 @@ async def test_a_hold_that_was_given_to_another_says_so(plane: QuotaPlane, monke
         assert not hold.lost
         await plane.sql("DELETE FROM tenancy.quota_holds")
         async with asyncio.timeout(10):
-            while not hold.lost:  # noqa: ASYNC110 - the keeper works in the background
+            while not hold.lost:  # noqa: ASYNC110 - renewals run in the background
                 await asyncio.sleep(0.01)
 
 

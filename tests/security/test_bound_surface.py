@@ -416,14 +416,14 @@ async def test_no_login_by_hand_while_a_tenant_is_bound(tenancy: Tenancy) -> Non
 async def test_what_a_process_keeps_up_is_done_for_nobody(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases and holds of all tenants are renewed by one task, which the first of them starts."""
     bound: list[Tenant | None] = []
-    for keeper, beat in ((BlockManager, "_heartbeat"), (HoldManager, "_renew")):
-        plain = getattr(keeper, beat)
+    for manager, beat in ((BlockManager, "_heartbeat"), (HoldManager, "_renew")):
+        plain = getattr(manager, beat)
 
         async def watched(self: Any, plain: Any = plain) -> None:
             bound.append(current_tenant_or_none())
             await plain(self)
 
-        monkeypatch.setattr(keeper, beat, watched)
+        monkeypatch.setattr(manager, beat, watched)
     monkeypatch.setattr(holds, "_RENEW_SECONDS", 0.01)
     await tenancy.tenants.create("acme")
     await tenancy.quotas.set("acme", {"seats": {"amount": 5, "period": "concurrent"}})

@@ -364,7 +364,7 @@ def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> Non
 
 
 def test_policies_must_fit_the_configuration() -> None:
-    """Its tiers, and each by a name of its own: what is noted of a tenant is noted under it."""
+    """Its tiers, and each by a name of its own: what is recorded of a tenant is recorded under it."""
     config = TenancyConfig(control_url="postgresql://u@h/d")
     with pytest.raises(ConfigurationError, match="gold"):
         config.replace(metering={"tier_policies": (TierPolicy(resource="users", next_tier={"free": "gold"}),)})
