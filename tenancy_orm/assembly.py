@@ -22,7 +22,7 @@ from .events import EventBus
 from .housekeeping import Housekeeping
 from .internals import Internals
 from .metering.metrics import StorageSampler, TenantMetrics
-from .metering.policies import Upgrades
+from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
 from .protocols import KeyWrapper, SecretProvider
@@ -84,7 +84,7 @@ class Assembly:
     sealed: SealedPasswords
     secrets: SecretManager
     tiers: TierRegistry
-    upgrades: Upgrades
+    tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
     internals: Internals
 
@@ -209,7 +209,7 @@ class Assembly:
             quotas=self.quotas,
             sampler=self.sampler,
             metrics=self.metrics,
-            tier_policies=self.upgrades,
+            tier_policies=self.tier_policies,
             usage_exporter=self.usage_exporter,
         )
         self.internals = Internals(
@@ -221,7 +221,7 @@ class Assembly:
             provisioner=self.provisioner,
             sampler=self.sampler,
             rates=self.rates,
-            tier_policies=self.upgrades,
+            tier_policies=self.tier_policies,
             _usage_exporter=self.usage_exporter,
         )
 
@@ -291,7 +291,7 @@ class Assembly:
         self.migrations = FleetMigrator(services)
 
     def _build_billing(self) -> None:
-        self.upgrades = Upgrades(self.control, self.config, self.events, self.audit, self.tenants)
+        self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)
         sender = self.config.metering.usage_sender
         self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
         if (close := getattr(sender, "close", None)) is not None:

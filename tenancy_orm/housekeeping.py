@@ -21,7 +21,7 @@ from .audit.log import AuditLog
 from .config import TenancyConfig
 from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .metering.metrics import StorageSampler, TenantMetrics
-from .metering.policies import Upgrades
+from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .postgres.failures import SERVER_FAILURES
 from .provisioning import Provisioner
@@ -67,7 +67,7 @@ class Housekeeping:
     quotas: QuotaManager
     sampler: StorageSampler
     metrics: TenantMetrics
-    tier_policies: Upgrades
+    tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
 
     async def run(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
@@ -90,7 +90,7 @@ class Housekeeping:
         await run.do("prune_metrics", self.metrics.prune())
         if self.config.metering.tier_policies:
             # after the sizes were measured, which the policies may be about
-            await run.do("evaluate_upgrades", self.tier_policies.evaluate())
+            await run.do("evaluate_tier_policies", self.tier_policies.evaluate())
         if self.usage_exporter is not None:
             await run.do("export_usage", self.usage_exporter.run())
             await run.do("prune_usage", self.usage_exporter.prune())

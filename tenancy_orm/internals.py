@@ -8,7 +8,7 @@ from .authentication.directory import Directory
 from .control.database import ControlDatabase
 from .errors import ConfigurationError
 from .metering.metrics import StorageSampler
-from .metering.policies import Upgrades
+from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .provisioning import Provisioner
 from .quotas.rates import Rates
@@ -32,7 +32,7 @@ class Internals:
         provisioner (Provisioner): Databases, roles and templates; ``reconcile`` and the watchdog.
         sampler (StorageSampler): Samples tenants' databases now; ``run_housekeeping`` does it from time to time.
         rates (Rates): How many requests a second each tenant may make of this process.
-        tier_policies (Upgrades): Evaluates ``TenancyConfig.metering.tier_policies``, as ``run_housekeeping`` does.
+        tier_policies (TierPolicies): Evaluates ``TenancyConfig.metering.tier_policies``, as ``run_housekeeping`` does.
     """
 
     control: ControlDatabase
@@ -43,7 +43,7 @@ class Internals:
     provisioner: Provisioner
     sampler: StorageSampler
     rates: Rates
-    tier_policies: Upgrades
+    tier_policies: TierPolicies
     _usage_exporter: UsageExporter | None
 
     @property

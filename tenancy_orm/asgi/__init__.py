@@ -1,4 +1,4 @@
-"""The way in for web applications: binds the tenant of each request, and answers in its name when it refuses."""
+"""ASGI middleware for web applications: binds each request to its tenant, and answers the requests that it refuses."""
 
 from .exempt import ExemptPaths
 from .middleware import TenancyMiddleware

@@ -1,4 +1,4 @@
-"""Paths that need no key, decided so that no spelling of another path is taken for one of them."""
+"""Paths that need no key, matched so that no spelling of another path passes as one of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from starlette.types import Scope
 from ..errors import ConfigurationError
 from .resolvers import route_path
 
-# Segments that a file system, a proxy or a second decoding could read as another path: empty, ".", "..", and any
-# backslash, control character or percent sign that is left after the server decoded the path once.
-_ODD = re.compile(r"//|/\.{1,2}(/|\Z)|[\\%\x00-\x1f\x7f]")
+# What a file system, a proxy or a second decoding could read as another path: segments that are empty, "." or "..", and
+# any backslash, control character or percent sign that is left after the server decoded the path once.
+_AMBIGUOUS = re.compile(r"//|/\.{1,2}(/|\Z)|[\\%\x00-\x1f\x7f]")
 
 
 class ExemptPaths:
-    """Tells which requests need no key.
+    """Decides which requests need no key.
 
-    The decision is made on the very path that the application's routes are matched with (``scope["path"]`` below
-    ``root_path``), never on a URL put together from headers. A path is exempt when it equals a pattern, byte for byte,
-    or lies below one that ends in ``/*``.
+    It uses the path that the application's routes are matched with (``scope["path"]`` below ``root_path``), never a URL
+    built from headers. A path is exempt when it equals a pattern, byte for byte, or is below one that ends in ``/*``.
 
     Args:
         patterns: ``/healthz`` for one path, ``/static/*`` for all below.
@@ -39,16 +38,16 @@ class ExemptPaths:
         self._below = tuple(p[:-1] for p in self.patterns if p.endswith("/*"))
 
     def covers(self, scope: Scope) -> bool:
-        """Tell whether the request of ``scope`` needs no key."""
+        """Return whether the request of ``scope`` needs no key."""
         path = route_path(scope) if scope.get("root_path") else scope["path"]
         if path in self._exact or (self._below and path.startswith(self._below)):
-            return _ODD.search(path) is None
+            return _AMBIGUOUS.search(path) is None
         return False
 
 
 def _check(pattern: str) -> None:
     plain = pattern.removesuffix("*") if pattern.endswith("/*") else pattern
-    if not plain.startswith("/") or "*" in plain or "?" in plain or "#" in plain or _ODD.search(plain):
+    if not plain.startswith("/") or "*" in plain or "?" in plain or "#" in plain or _AMBIGUOUS.search(plain):
         raise ConfigurationError(f"exempt path {pattern!r} must look like /healthz or /static/*")
     if pattern == "/*":
         raise ConfigurationError("exempt path '/*' would admit every request without a key")

@@ -1,4 +1,4 @@
-"""The middleware that binds every request to the tenant of its API key, or to none."""
+"""The middleware: binds every request to the tenant of its API key, or to none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from ..authentication.admission import for_source
+from ..authentication.admission import tenant_for_source
 from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
 from ..errors import ConfigurationError, CrossTenantError, InvalidApiKeyError, MalformedRequestError, TenancyError
@@ -20,8 +20,8 @@ from ..events import KeyRejected, OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
 from ..registry.lifecycle import check_usable
 from ..tenant import Status, Tenant
+from .connection import WatchedConnection
 from .exempt import ExemptPaths
-from .outside import Outside
 from .problems import RATE_LIMITED, problem_for, rate_headers
 from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver, Resolver, TenantResolver
 
@@ -36,7 +36,7 @@ CREDENTIAL: Final = "tenancy"
 TENANCY: Final = "tenancy_orm.tenancy"
 """Key of an ASGI scope: the ``Tenancy`` that the request is served by."""
 
-# bound here because attributes of an enum are slow to reach, and so that no call is made around the variable's own
+# bound here: attributes of an enum are slow to read, and the variable's own method is called without a wrapper
 _ACTIVE, _TRIAL, _MAINTENANCE = Status.ACTIVE, Status.TRIAL, Status.MAINTENANCE
 _bind = _current.set
 _GONE = frozenset({Status.DELETED, Status.PURGED})
@@ -45,30 +45,30 @@ _GONE = frozenset({Status.DELETED, Status.PURGED})
 class TenancyMiddleware:
     """Binds each request to the tenant of its API key; pure ASGI, for HTTP and websockets.
 
-    The key decides. Whatever else names a tenant must name the same one, or the request is refused and recorded.
-    Requests that are not exempt and carry no valid key are refused, and so are more than the tenant's tier admits per
-    second. Inside, ``current_tenant()`` and
-    ``tenancy.session()`` are the tenant's, also in tasks, in threads started by ``asyncio.to_thread``, in background
-    tasks and streaming bodies; ``scope["tenancy"]`` holds the ``Credential``.
+    The key decides. If anything else in the request names a tenant, it must name the same one, or the request is
+    refused and recorded. Requests without a valid key are refused unless they are exempt, and so are more requests per
+    second than the tenant's tier admits. In the application ``current_tenant()`` and ``tenancy.session()`` are the
+    tenant's, also in tasks, in threads started by ``asyncio.to_thread``, in background tasks and in streaming bodies.
+    ``scope["tenancy"]`` holds the ``Credential``.
 
-    A websocket or a streaming response is ended when what it was let in with no longer holds: the key was revoked or
-    has expired, may do less or be used from fewer networks, or the tenant's status admits nobody.
+    A websocket or a streaming response is ended when its credential is no longer valid: the key was revoked or has
+    expired, it lost scopes or networks, or the tenant's status no longer admits anyone.
 
-    Outside, nothing is ever bound: the middleware binds "none" before anything else, the server's ``receive`` and
+    Outside the application no tenant is ever bound: the middleware first binds "none", the server's ``receive`` and
     ``send`` run unbound, and the binding ends with the request. A server that carries context from one request of a
-    connection to the next (Kludex/uvicorn#2167) thus has nothing to carry.
+    connection to the next (Kludex/uvicorn#2167) therefore carries no tenant.
 
     Args:
         app: The application.
-        tenancy: Whose keys and tenants; open by the time of the first request.
-        resolvers: What else names a tenant (``SubdomainResolver`` and the like), and where keys are looked for;
-            without any ``KeyResolver`` among them, in ``X-API-Key`` and ``Authorization: Bearer``.
-        exempt: Paths that need no key and get no tenant, even with one: ``/healthz``, ``/static/*``.
-        operators: Decides, from the scope and the credential of a request to a tenant in maintenance, whether it is an
-            operator's: then it is served, and so are its sessions, and ``OperatorAdmitted`` is raised. Without it
-            nobody passes: no scope of a tenant's own key says so by itself.
+        tenancy: The ``Tenancy`` that serves the requests; it must be open by the first request.
+        resolvers: Where tenants are named besides the key (``SubdomainResolver`` and others), and where keys are sent;
+            without a ``KeyResolver`` among them, keys are sent in ``X-API-Key`` or ``Authorization: Bearer``.
+        exempt: Paths that need no key: ``/healthz``, ``/static/*``. No tenant is bound there, even with a key.
+        operators: Called with the scope and the credential of a request to a tenant in maintenance; returns whether it
+            is an operator's. An operator's request and its sessions are served, and ``OperatorAdmitted`` is emitted.
+            Without it nobody is served during maintenance: no scope of a tenant's key makes a request an operator's.
         map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
-            answered as a problem document, where it has an answer. Everything else passes untouched.
+            answered by a problem document, where there is one for it. Other errors pass unchanged.
 
     Raises:
         ConfigurationError: an exempt path or a resolver is malformed.
@@ -90,16 +90,18 @@ class TenancyMiddleware:
         self.operators = operators
         given = tuple(resolvers)
         self.keys = tuple(r for r in given if isinstance(r, KeyResolver)) or (ApiKeyHeader(), BearerToken())
-        self.namers = tuple(r for r in given if isinstance(r, TenantResolver))
+        self.tenant_resolvers = tuple(r for r in given if isinstance(r, TenantResolver))
         if unknown := [r for r in given if not isinstance(r, (KeyResolver, TenantResolver))]:
             raise ConfigurationError(f"{unknown[0]!r} is neither a KeyResolver nor a TenantResolver")
         self.exempt = ExemptPaths(exempt)
         self._key_headers = frozenset(header for resolver in self.keys for header in resolver.headers)
-        self._headers = self._key_headers.union(*(resolver.headers for resolver in self.namers))
-        self._entering = tuple(r for r in (*self.keys, *self.namers) if type(r).enter is not Resolver.enter)
-        # with the one header that a resolver reads, where it reads one: most requests have no use for the others
+        self._headers = self._key_headers.union(*(resolver.headers for resolver in self.tenant_resolvers))
+        self._adapting = tuple(
+            r for r in (*self.keys, *self.tenant_resolvers) if type(r).adapt_scope is not Resolver.adapt_scope
+        )
+        # with the header that each reads, where it reads one alone: most requests send the key in one of them only
         self._readers = tuple((r.headers[0] if len(r.headers) == 1 else None, r) for r in self.keys)
-        self._checks = bool(self.namers or self._entering)
+        self._needs_check = bool(self.tenant_resolvers or self._adapting)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -108,65 +110,65 @@ class TenancyMiddleware:
             await self.app(scope, receive, send)
             return
         token = _bind(None)
-        outside = Outside(receive, send)
+        connection = WatchedConnection(receive, send)
         admitted = False
         try:
             scope[TENANCY] = self.tenancy
             scope[CREDENTIAL] = None
             if not self.exempt.covers(scope):
-                headers = self._read(scope)
-                key = self._key(scope, headers)
+                headers = self._read_headers(scope)
+                key = self._read_key(scope, headers)
                 internals = self.tenancy.internals
                 directory = internals.directory
                 client = scope.get("client")
                 source = client[0] if client else None
                 credential = directory.peek(key, source)
                 if credential is None:
-                    # here rather than with every binding: 0.2 us, and a key that is known was looked up before
+                    # here, not with every binding: it takes 0.2 us, and a cached key was looked up before
                     close_generators_unbound()
                     credential = await directory.authenticate(key, source=source)
                 tenant = credential.tenant
                 rate = internals.rates.acquire(tenant)
                 if rate.limit is not None:
-                    outside.headers = rate_headers(rate)
+                    connection.headers = rate_headers(rate)
                     if not rate.allowed:
                         self._report_rate(tenant, rate.limit)
-                        await RATE_LIMITED(scope, outside.receive, outside.send)
+                        await RATE_LIMITED(scope, connection.receive, connection.send)
                         return
-                if self._checks or (tenant.status is not _ACTIVE and tenant.status is not _TRIAL):
-                    moved = self._check(scope, headers, credential)
-                    if moved is not None and kind == "http":
-                        await RedirectResponse(moved, 308)(scope, outside.receive, outside.send)
+                if self._needs_check or (tenant.status is not _ACTIVE and tenant.status is not _TRIAL):
+                    redirect = self._check(scope, headers, credential)
+                    if redirect is not None and kind == "http":
+                        await RedirectResponse(redirect, 308)(scope, connection.receive, connection.send)
                         return
                     if tenant.status is _MAINTENANCE:
-                        tenant = replace(tenant, operator=True)  # or _check had refused it
+                        tenant = replace(tenant, operator=True)  # _check refuses everyone else
                 if kind == "websocket":
-                    tenant = for_source(tenant, source)
+                    tenant = tenant_for_source(tenant, source)
                 scope[CREDENTIAL] = credential
-                outside.admitted = (tenant, scope, self.tenancy)
+                connection.admitted = (tenant, scope, self.tenancy)
                 _bind(tenant)
             admitted = True
-            await self.app(scope, outside.receive, outside.send)
-            if outside.ended is not None and (kind == "http" or not outside.started):
-                # or a middleware further out would complete the response
-                raise outside.aborted()
+            await self.app(scope, connection.receive, connection.send)
+            if connection.ended is not None and (kind == "http" or not connection.started):
+                # otherwise a middleware further out would complete the response
+                raise connection.abort_error()
         except TenancyError as error:
-            await self._answer(error, scope, outside, admitted=admitted)
+            await self._answer(error, scope, connection, admitted=admitted)
         except (ConnectionAbortedError, ClientDisconnect, WebSocketDisconnect):
-            # what the application raises since we have disconnected it is no failure of its own
-            refusal = outside.refusal
+            # the application raises these because its connection was ended: not a failure of its own
+            refusal = connection.refusal
             if refusal is not None:
-                await self._answer(refusal, scope, outside, admitted=admitted)
-            elif outside.ended is None or kind == "http":
+                await self._answer(refusal, scope, connection, admitted=admitted)
+            elif connection.ended is None or kind == "http":
                 raise
         finally:
             reset_current(token)
-            if outside.lasts:
-                await outside.release()
+            if connection.watched:
+                await connection.release()
 
-    # --- who it is --------------------------------------------------------------------------------------------------
+    # --- identifying the caller -------------------------------------------------------------------------------------
 
-    def _read(self, scope: Scope) -> Headers:
+    def _read_headers(self, scope: Scope) -> Headers:
         found: dict[bytes, bytes] = {}
         wanted = self._headers
         for name, value in scope["headers"]:
@@ -176,7 +178,7 @@ class TenancyMiddleware:
                 found[name] = value
         return found
 
-    def _key(self, scope: Scope, headers: Headers) -> str:
+    def _read_key(self, scope: Scope, headers: Headers) -> str:
         found = None
         for header, resolver in self._readers:
             if header is not None and header not in headers:
@@ -203,25 +205,25 @@ class TenancyMiddleware:
         return InvalidApiKeyError(reason, key_id=key_id)
 
     def _check(self, scope: Scope, headers: Headers, credential: Credential) -> str | None:
-        """Refuse what the key does not admit; returns the URL to send the request to, where it named a former slug."""
+        """Refuse what the key does not admit. Returns a URL to redirect to where the request claims a former slug."""
         tenant = credential.tenant
-        moved = None
+        redirect = None
         if tenant.status is not _ACTIVE and tenant.status is not _TRIAL:
             if tenant.status in _GONE:
                 raise self._rejected(scope, tenant.status.value, credential.key_id)
-            check_usable(tenant, operator=self._is_operators(scope, credential))
-        for namer in self.namers:
-            named = namer.named(scope, headers)
-            if named is not None and not namer.matches(named, tenant):
-                self.tenancy.internals.directory.report_cross_tenant(credential, named, namer.name, _source(scope))
-                raise CrossTenantError("a request", bound=tenant.slug, requested=named)
-            if named is not None and moved is None:
-                moved = namer.moved(scope, named, tenant)
-        for resolver in self._entering:
-            resolver.enter(scope)
-        return moved
+            check_usable(tenant, operator=self._is_operator_request(scope, credential))
+        for resolver in self.tenant_resolvers:
+            claimed = resolver.claimed_tenant(scope, headers)
+            if claimed is not None and not resolver.matches(claimed, tenant):
+                self.tenancy.internals.directory.report_cross_tenant(credential, claimed, resolver.name, _source(scope))
+                raise CrossTenantError("a request", bound=tenant.slug, requested=claimed)
+            if claimed is not None and redirect is None:
+                redirect = resolver.redirect_url(scope, claimed, tenant)
+        for adapting in self._adapting:
+            adapting.adapt_scope(scope)
+        return redirect
 
-    def _is_operators(self, scope: Scope, credential: Credential) -> bool:
+    def _is_operator_request(self, scope: Scope, credential: Credential) -> bool:
         """Whether a request to a tenant in maintenance is an operator's."""
         tenant = credential.tenant
         if tenant.status is not _MAINTENANCE or self.operators is None or not self.operators(scope, credential):
@@ -231,32 +233,34 @@ class TenancyMiddleware:
         )
         return True
 
-    # --- what is done about it --------------------------------------------------------------------------------------
+    # --- answering --------------------------------------------------------------------------------------------------
 
     def _report_rate(self, tenant: Tenant, limit: int) -> None:
         self.tenancy.events.emit(
             QuotaRefused(tenant_id=tenant.id, slug=tenant.slug, resource=REQUEST_RATE, limit=limit, used=limit)
         )
 
-    async def _answer(self, error: TenancyError, scope: Scope, outside: Outside, *, admitted: bool) -> None:
+    async def _answer(
+        self, error: TenancyError, scope: Scope, connection: WatchedConnection, *, admitted: bool
+    ) -> None:
         credential: Credential | None = scope[CREDENTIAL]
         if credential is not None and isinstance(error, CrossTenantError):
-            # the application was led to another tenant by something in the request that it read itself
+            # something in the request that the application read itself named another tenant
             self.tenancy.internals.directory.report_cross_tenant(
                 credential, error.requested or "*", "application", _source(scope)
             )
-        if outside.started:
-            if scope["type"] == "websocket" and outside.ended and type(error) is type(outside.ended.error):
-                return  # it was closed for this
+        if connection.started:
+            if scope["type"] == "websocket" and connection.ended and type(error) is type(connection.ended.error):
+                return  # it was closed for this reason already
             raise error
-        if admitted and not self.map_errors and outside.ended is None:
+        if admitted and not self.map_errors and connection.ended is None:
             raise error
         problem = problem_for(error, tenant=None if credential is None else credential.tenant)
         if problem is None:
             raise error
         if problem.status >= 500:
             logger.warning("answered %d: %s", problem.status, error)
-        await problem(scope, outside.receive, outside.answer)
+        await problem(scope, connection.receive, connection.answer)
 
 
 def _source(scope: Scope) -> str | None:

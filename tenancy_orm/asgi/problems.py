@@ -1,7 +1,7 @@
-"""What a caller gets when a request is refused: problem documents (RFC 9457).
+"""The answers to refused requests: problem documents (RFC 9457).
 
-They say what the caller can do about it, and nothing about the inside: no database, no server, no other tenant, and
-not why a key is not valid. HTTP codes live in this package alone.
+They say what the caller can do, and nothing about the inside: no database, no server, no other tenant, and not why a
+key is invalid. Only this room knows HTTP status codes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..quotas.rates import Allowed, Denied
 from ..tenant import Tenant
 
 POLICY_VIOLATION = 1008
-"""The code that closes a websocket where the server cannot answer its handshake with a document (RFC 6455)."""
+"""The close code of a websocket (RFC 6455) where the server cannot answer the handshake with a document."""
 
 _SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 
@@ -48,7 +48,7 @@ _SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 class Problem:
     """A refusal, and an ASGI application that answers with it.
 
-    ``code`` is the last part of the document's ``type``; ``members`` stand beside the standard ones.
+    ``code`` is the last part of the document's ``type``; ``members`` are added to the standard members.
     """
 
     status: int
@@ -71,7 +71,7 @@ class Problem:
         return json.dumps(document, separators=(",", ":")).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse a websocket that is not yet accepted."""
+        """Answer a request, or refuse a websocket before it is accepted."""
         prefix = ""
         if scope["type"] == "websocket":
             if "websocket.http.response" not in (scope.get("extensions") or {}):
@@ -149,10 +149,10 @@ QUOTA_EXCEEDED = Problem(429, "quota-exceeded", "Quota exceeded", "the request w
 
 
 def rate_headers(outcome: Allowed | Denied) -> list[tuple[bytes, bytes]]:
-    """Return the headers that tell a client its request rate (draft-ietf-httpapi-ratelimit-headers-10).
+    """Return the headers about a client's request rate (draft-ietf-httpapi-ratelimit-headers-10).
 
-    ``RateLimit-Policy`` gives how many requests may come at once (q), ``RateLimit`` how many still may (r) and in how
-    many seconds all may again (t). Without a limit there are none.
+    ``RateLimit-Policy`` has the number of requests that may come at once (q); ``RateLimit`` has the number that still
+    may (r), and the seconds until q may come again (t). Without a limit there are no headers.
     """
     if outcome.limit is None:
         return []
@@ -167,11 +167,11 @@ def rate_headers(outcome: Allowed | Denied) -> list[tuple[bytes, bytes]]:
 
 
 def problem_for(error: TenancyError, *, tenant: Tenant | None = None) -> Problem | None:
-    """Return the answer to ``error``, or None where it is no fault of the request's and nothing that passes.
+    """Return the answer to ``error``, or None where neither the request nor a temporary condition caused it.
 
     Args:
         error: What was raised.
-        tenant: Whose request it is: figures in an error about another tenant are left out.
+        tenant: The request's tenant: figures in an error about another tenant are left out.
     """
     for cls in type(error).__mro__:
         answer = _ANSWERS.get(cls)
@@ -181,7 +181,7 @@ def problem_for(error: TenancyError, *, tenant: Tenant | None = None) -> Problem
 
 
 def _bad_key(error: InvalidApiKeyError, tenant: Tenant | None) -> Problem:
-    # what the caller sees of its own request; malformed, unknown, revoked and expired keys share one answer
+    # missing and ambiguous the caller knows anyway; malformed, unknown, revoked and expired keys share one answer
     return {"missing": MISSING_KEY, "ambiguous": AMBIGUOUS_KEY}.get(error.reason, INVALID_KEY)
 
 
@@ -219,7 +219,7 @@ def _quota(error: QuotaExceededError, tenant: Tenant | None) -> Problem:
         limit, retry = f"{limit};t={seconds}", _retry_after(seconds)
         members["resets_at"] = error.resets_at.astimezone(UTC).isoformat()
     elif error.period == "concurrent":
-        retry = _retry_after(1)  # what is held may be let go at any moment
+        retry = _retry_after(1)  # a hold may be released at any moment
     policy = (b"ratelimit-policy", f'"{error.resource}";q={error.limit}'.encode())
     return replace(QUOTA_EXCEEDED, headers=(policy, (b"ratelimit", limit.encode()), *retry), members=members)
 

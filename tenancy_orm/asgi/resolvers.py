@@ -1,8 +1,8 @@
-"""What a request says about its tenant: the key that decides, and the names that must agree with it.
+"""Resolvers: read the API key from a request, and any tenant that the request names besides it.
 
-Two families, told apart by their base class. A ``KeyResolver`` finds the API key. A ``TenantResolver`` finds a tenant
-that the request names besides its key: by sub-domain, path or header. A name is never looked up, only compared with
-the key's own tenant, so it opens nothing and tells nobody which tenants exist.
+A ``KeyResolver`` finds the API key, which decides the tenant. A ``TenantResolver`` finds the tenant that the request
+claims by sub-domain, path or header. The claimed tenant is never looked up, only compared with the key's tenant: it
+gives no access, and does not reveal which tenants exist.
 
 All of them read ``scope`` and the headers that they declared, which the middleware collects in one pass.
 """
@@ -32,14 +32,14 @@ _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-
 class Resolver:
     """Reads one thing from a request.
 
-    ``headers`` lists the header names it reads, as lower-case bytes. One that occurs twice is refused before any
-    resolver is asked.
+    ``headers`` lists the names of the headers that it reads, as lower-case bytes. A request with one of them twice is
+    refused before any resolver is called.
     """
 
     headers: tuple[bytes, ...] = ()
 
-    def enter(self, scope: Scope) -> None:
-        """Adapt ``scope`` for the application once the request is accepted. Does nothing here."""
+    def adapt_scope(self, scope: Scope) -> None:
+        """Change ``scope`` for the application once the request is admitted. Does nothing by default."""
 
 
 class KeyResolver(Resolver, ABC):
@@ -47,11 +47,11 @@ class KeyResolver(Resolver, ABC):
 
     @abstractmethod
     def key(self, scope: Scope, headers: Headers) -> str | None:
-        """Return the key as it was sent, however malformed, or None where none was sent this way."""
+        """Return the key as it was sent, even if malformed, or None where none was sent this way."""
 
 
 class ApiKeyHeader(KeyResolver):
-    """The key is the whole value of a header.
+    """Reads the key from a header: its whole value.
 
     Args:
         name: The header's name, in any case.
@@ -59,7 +59,7 @@ class ApiKeyHeader(KeyResolver):
 
     def __init__(self, name: str = "X-API-Key") -> None:
         self.name = name
-        self._header = _header(name)
+        self._header = _check_header_name(name)
         self.headers = (self._header,)
 
     def key(self, scope: Scope, headers: Headers) -> str | None:
@@ -69,7 +69,7 @@ class ApiKeyHeader(KeyResolver):
 
 
 class BearerToken(KeyResolver):
-    """The key is the token of ``Authorization: Bearer``. Other schemes are left to the application."""
+    """Reads the key from ``Authorization: Bearer``. Other schemes are left to the application."""
 
     headers = (b"authorization",)
 
@@ -82,19 +82,19 @@ class BearerToken(KeyResolver):
 
 
 class WebSocketKeyProtocol(KeyResolver):
-    """The key is offered as a websocket sub-protocol: ``new WebSocket(url, ["chat", "tenancy.key." + key])``.
+    """Reads the key from a websocket sub-protocol: ``new WebSocket(url, ["chat", "tenancy.key." + key])``.
 
-    For browsers, which cannot set headers on a websocket. Opt in to it: proxies log sub-protocols more readily than
-    ``Authorization``. The application never sees the offer, so it cannot echo the key; a browser must therefore offer
-    a sub-protocol of the application's as well, and the application accept that one.
+    For browsers, which cannot set headers on a websocket. It is not on by default: proxies log sub-protocols more often
+    than ``Authorization``. The application does not see this sub-protocol, so it cannot echo the key. The browser must
+    therefore offer one of the application's sub-protocols as well, and the application must accept that one.
 
     Args:
-        prefix: What precedes the key.
+        prefix: The text before the key.
     """
 
     def __init__(self, prefix: str = "tenancy.key.") -> None:
         if not _HEADER_NAME.fullmatch(prefix):
-            raise ConfigurationError(f"sub-protocol prefix {prefix!r} is not a token of RFC 9110")
+            raise ConfigurationError(f"sub-protocol prefix {prefix!r} is not a token as RFC 9110 defines it")
         self.prefix = prefix
 
     def key(self, scope: Scope, headers: Headers) -> str | None:
@@ -110,37 +110,37 @@ class WebSocketKeyProtocol(KeyResolver):
             raise InvalidApiKeyError("ambiguous")
         return str(offers[0]).removeprefix(self.prefix)
 
-    def enter(self, scope: Scope) -> None:
-        """Take the key out of the offers."""
+    def adapt_scope(self, scope: Scope) -> None:
+        """Remove the key from the offered sub-protocols."""
         offers = scope.get("subprotocols")
         if offers:
             scope["subprotocols"] = [offer for offer in offers if not offer.startswith(self.prefix)]
 
 
 class TenantResolver(Resolver, ABC):
-    """Finds a tenant that the request names besides its key. ``name`` says where, in events and the audit log."""
+    """Finds the tenant that the request claims besides its key. ``name`` says where, in events and the audit log."""
 
     name: str
 
     @abstractmethod
-    def named(self, scope: Scope, headers: Headers) -> str | None:
-        """Return the slug or id that the request names, or None where it names none.
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the slug, id or domain that the request claims, or None where it claims none.
 
         Raises:
-            MalformedRequestError: what stands there can be neither.
+            MalformedRequestError: the value cannot be any of these.
         """
 
-    def matches(self, named: str, tenant: Tenant) -> bool:
-        """Tell whether ``named`` is the slug, the id or an alias of ``tenant``, whose key the request carries."""
-        return named == tenant.slug or named in tenant.aliases or named == str(tenant.id)
+    def matches(self, claimed: str, tenant: Tenant) -> bool:
+        """Return whether ``claimed`` is the slug, the id or an alias of ``tenant``, the tenant of the request's key."""
+        return claimed == tenant.slug or claimed in tenant.aliases or claimed == str(tenant.id)
 
-    def moved(self, scope: Scope, named: str, tenant: Tenant) -> str | None:
-        """Return the URL that a request naming ``tenant`` by a former slug is sent to, or None to serve it as it is."""
+    def redirect_url(self, scope: Scope, claimed: str, tenant: Tenant) -> str | None:
+        """Return the URL to redirect to where ``claimed`` is a former slug of ``tenant``; None serves the request."""
         return None
 
 
 class HeaderResolver(TenantResolver):
-    """The tenant is named by a header.
+    """Reads the claimed tenant from a header.
 
     Args:
         name: The header's name, in any case.
@@ -150,29 +150,29 @@ class HeaderResolver(TenantResolver):
 
     def __init__(self, name: str = "X-Tenant") -> None:
         self._title = name
-        self._header = _header(name)
+        self._header = _check_header_name(name)
         self.headers = (self._header,)
 
-    def named(self, scope: Scope, headers: Headers) -> str | None:
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
         """Return the header's value."""
         value = headers.get(self._header)
-        return None if value is None else _checked(value.decode("latin-1"), f"the header {self._title}")
+        return None if value is None else _check_name(value.decode("latin-1"), f"the header {self._title}")
 
 
 class SubdomainResolver(TenantResolver):
-    """The tenant is named by a sub-domain: ``acme.example.com``.
+    """Reads the claimed tenant from the sub-domain: ``acme.example.com``.
 
-    Only ``Host`` is read: behind a proxy that rewrites it, let the server restore it, since anybody can send
+    Only ``Host`` is read. Behind a proxy that rewrites it, configure the server to restore it: anybody can send
     ``X-Forwarded-Host``.
 
     Args:
-        domain: What follows the tenant's label.
-        reserved: Labels that are no tenants.
-        custom_domains: Whether hosts outside ``domain`` must be a verified domain of the tenant's own. Otherwise they
-            name no tenant, which an address or the name of a container needs.
-        hosts: Further hosts of the application's own, which name no tenant either way: what probes and proxies use.
-        redirect: Whether a request to a former slug's host is answered with 308 and the present one. Many clients send
-            no credentials along to another host, so it is served as it is by default.
+        domain: The application's domain, which follows the tenant's label.
+        reserved: Labels that are not tenants.
+        custom_domains: Whether hosts outside ``domain`` must be a verified domain of the tenant. Otherwise they claim
+            no tenant, which requests to an address or a container's name need.
+        hosts: Further hosts of the application that claim no tenant: those that probes and proxies use.
+        redirect: Whether a request to a former slug's host is answered by 308 to the current one. By default it is
+            served, since many clients do not send credentials to another host.
     """
 
     name = "subdomain"
@@ -196,8 +196,8 @@ class SubdomainResolver(TenantResolver):
         self.custom_domains = custom_domains
         self._suffix = f".{self.domain}"
 
-    def named(self, scope: Scope, headers: Headers) -> str | None:
-        """Return what stands before the domain."""
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the label before the domain."""
         value = headers.get(b"host")
         if value is None:
             return None
@@ -209,27 +209,27 @@ class SubdomainResolver(TenantResolver):
         label = host.removesuffix(self._suffix)
         return None if label in self.reserved else label
 
-    def moved(self, scope: Scope, named: str, tenant: Tenant) -> str | None:
-        """Return the same URL on the host of the tenant's present slug."""
-        if not self.redirect or named == tenant.slug or "." in named or named not in tenant.aliases:
+    def redirect_url(self, scope: Scope, claimed: str, tenant: Tenant) -> str | None:
+        """Return the same URL on the host of the tenant's current slug."""
+        if not self.redirect or claimed == tenant.slug or "." in claimed or claimed not in tenant.aliases:
             return None
         host = dict(scope["headers"])[b"host"].decode("latin-1")
         port = host[host.rindex(":") :] if ":" in host else ""
         query = scope["query_string"].decode("latin-1")
         raw: bytes = scope.get("raw_path") or b""
-        # as the client wrote it, where the server says so: decoded, %2F could not be told from a slash any more
+        # as the client wrote it, where the server has it: in the decoded path %2F and a slash are the same
         path = raw.decode("latin-1") if raw[:1] == b"/" else quote(scope["path"], safe="/:@!$&'()*+,;=~")
         return f"//{tenant.slug}{self._suffix}{port}{path}" + (f"?{query}" if query else "")
 
 
 class PathPrefixResolver(TenantResolver):
-    """The tenant is named by the path: ``/t/acme/orders`` with the template ``/t/{tenant}``.
+    """Reads the claimed tenant from the path: ``/t/acme/orders`` with the template ``/t/{tenant}``.
 
-    The application then sees the prefix in ``root_path``, as below a Starlette ``Mount``: its routes match what
-    follows, and the URLs it builds keep the prefix. Paths that do not begin so name no tenant.
+    The application gets the prefix in ``root_path``, as below a Starlette ``Mount``: its routes match the rest of the
+    path, and the URLs it builds keep the prefix. Paths without the prefix claim no tenant.
 
     Args:
-        template: A path whose last segment is ``{tenant}``.
+        template: A path with ``{tenant}`` as its last segment.
     """
 
     name = "path"
@@ -241,24 +241,24 @@ class PathPrefixResolver(TenantResolver):
         self.template = template
         self._prefix = prefix
 
-    def named(self, scope: Scope, headers: Headers) -> str | None:
-        """Return the segment that follows the prefix."""
+    def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
+        """Return the segment after the prefix."""
         path = route_path(scope)
         if not path.startswith(self._prefix):
             return None
-        return _checked(path[len(self._prefix) :].partition("/")[0], "the path")
+        return _check_name(path[len(self._prefix) :].partition("/")[0], "the path")
 
-    def enter(self, scope: Scope) -> None:
+    def adapt_scope(self, scope: Scope) -> None:
         """Move the prefix into ``root_path``."""
-        named = self.named(scope, {})
-        if named is not None:
+        claimed = self.claimed_tenant(scope, {})
+        if claimed is not None:
             path: str = scope["path"]
-            taken = len(path) - len(route_path(scope)) + len(self._prefix) + len(named)
+            taken = len(path) - len(route_path(scope)) + len(self._prefix) + len(claimed)
             scope["root_path"] = path[:taken]
 
 
 def route_path(scope: Scope) -> str:
-    """Return the path that an application's routes are matched with: what follows ``root_path``, as in Starlette."""
+    """Return the path that an application's routes are matched with: the part after ``root_path``, as in Starlette."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if not root or not path.startswith(root):
@@ -269,10 +269,10 @@ def route_path(scope: Scope) -> str:
 
 @lru_cache(maxsize=4096)
 def parse_host(value: bytes) -> str:
-    """Return a ``Host`` header's name in lower case, without port and final dot.
+    """Return the host name of a ``Host`` header in lower case, without port and final dot.
 
     Raises:
-        MalformedRequestError: it is not a host.
+        MalformedRequestError: it is not a host name.
     """
     found = _HOST.fullmatch(value.lower()) if len(value) <= 262 else None
     if found is None:
@@ -280,13 +280,13 @@ def parse_host(value: bytes) -> str:
     return found[1].decode("ascii")
 
 
-def _checked(name: str, where: str) -> str:
+def _check_name(name: str, where: str) -> str:
     if not _NAME.fullmatch(name):
         raise MalformedRequestError(where)
     return name
 
 
-def _header(name: str) -> bytes:
+def _check_header_name(name: str) -> bytes:
     if not _HEADER_NAME.fullmatch(name):
         raise ConfigurationError(f"{name!r} is not the name of a header")
     return name.lower().encode("ascii")

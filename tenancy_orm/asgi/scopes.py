@@ -1,4 +1,4 @@
-"""Scopes of API keys: what a route may demand of the key besides its tenant."""
+"""Scopes of API keys: rights of the key that a route can demand."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def credential_of(connection: HTTPConnection) -> Credential | None:
     try:
         credential: Credential | None = connection.scope[CREDENTIAL]
     except KeyError:
-        raise ConfigurationError("the request did not pass TenancyMiddleware; add it to the application") from None
+        raise ConfigurationError("the request did not pass TenancyMiddleware: add it to the application") from None
     return credential
 
 
 def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
-    """Return the credential of a request whose key has all ``scopes``; the scope ``*`` of a key stands for every scope.
+    """Return the request's credential if its key has all ``scopes``. A key with the scope ``*`` has every scope.
 
     Raises:
         InvalidApiKeyError: the request has no key.
@@ -48,8 +48,8 @@ def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
 def require_scope(*scopes: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorate a Starlette endpoint so that it demands all ``scopes`` of the request's key.
 
-    The endpoint is a function or method with a parameter ``request`` or ``websocket``. What lacks a scope is
-    answered 403; a websocket is refused before it is accepted.
+    The endpoint is a function or method with a parameter ``request`` or ``websocket``. A request without one of the
+    scopes gets 403; a websocket is refused before it is accepted.
 
     Raises:
         ConfigurationError: (when decorating) no scope is given, or the endpoint has no such parameter.

@@ -1,7 +1,7 @@
-"""All admissions of a process: found again by credential and by tenant, and verified when something changed.
+"""All admissions of a process: found by credential and by tenant, and verified when something changed.
 
-Nothing is done on the path of a request: an admission is noted when the directory builds an entry, and asked about when
-a notification says that its credential or tenant changed.
+Nothing is done on the path of a request. An admission is registered when the directory builds an entry, and verified
+when a notification says that its credential or tenant changed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from contextvars import Context
 from uuid import UUID
 
 from ..errors import ControlUnavailableError
-from .admission import Admission, Keeper, Standing
+from .admission import Admission, CredentialState, Monitor
 
 logger = logging.getLogger("tenancy_orm.directory")
 
-_PAGE = 200  # look-ups asked for at one time
-_RETRY_SECONDS = 1.0  # while the control database is away
+_PAGE = 200  # look-ups made at one time
+_RETRY_SECONDS = 1.0  # while the control database does not answer
 
 
 class _Ref(weakref.ref[Admission]):
-    """A weak reference that knows where it is kept."""
+    """A weak reference with the keys that it is stored under."""
 
     __slots__ = ("credential_id", "tenant_id")
 
@@ -34,16 +34,16 @@ class _Ref(weakref.ref[Admission]):
 
 
 class Admissions:
-    """Keeps weak references to what requests were admitted with, and ends those that no longer hold.
+    """Holds weak references to all admissions, and ends those that are no longer valid.
 
-    Where the control database does not answer, they go on, and are verified once it is back. It may be away for this
-    process alone, and others may revoke: what is watched and cannot be verified for ``ttl`` and ``grace`` seconds ends,
-    as new requests are refused from then on.
+    While the control database does not answer, admissions stay valid, and are verified once it answers again. It may be
+    unreachable for this process alone while another one revokes: a watched admission that cannot be verified for
+    ``ttl + grace`` seconds ends, since new requests are refused from then on as well.
 
     Args:
-        look_up: Returns what is known of a credential now, or None; raises ``ControlUnavailableError``.
-        hears: Whether changes are heard of now. While they are not, what is watched is verified every ``ttl`` seconds,
-            and what is not watched when it is used.
+        look_up: Returns the current state of a credential, or None; raises ``ControlUnavailableError``.
+        is_listening: Whether notifications of changes arrive now. While they do not, watched admissions are verified
+            every ``ttl`` seconds, and the others when they are used.
         ttl: Seconds, see ``TenancyConfig.directory.ttl``.
         grace: Seconds, see ``TenancyConfig.directory.grace``.
         clock: The directory's.
@@ -51,38 +51,39 @@ class Admissions:
 
     def __init__(
         self,
-        look_up: Callable[[str], Awaitable[Standing | None]],
+        look_up: Callable[[str], Awaitable[CredentialState | None]],
         *,
-        hears: Callable[[], bool],
+        is_listening: Callable[[], bool],
         ttl: float,
         grace: float,
         clock: Callable[[], float],
     ) -> None:
         self._look_up = look_up
-        self._hears = hears
+        self._is_listening = is_listening
         self._ttl = ttl
-        self._patience = ttl + grace
+        self._max_unverified_seconds = ttl + grace
         self._clock = clock
-        self._keeper = Keeper(clock, self._note, self._doubt_one, self._keep_watch, self._end_watch)
+        self._monitor = Monitor(clock, self._register, self._verify_soon, self._watch, self._unwatch)
         self._refs: dict[str | UUID, set[_Ref]] = {}
-        # the collector may run in any thread: what it finds is taken out by the next who adds
+        # the garbage collector may run in any thread: the next registration removes what it found
         self._dead: deque[_Ref] = deque()
         self._watched: dict[Admission, asyncio.TimerHandle | None] = {}
-        self._heard = clock()  # when changes were heard of for certain: what was not asked about held by then
-        # credentials that are to be verified, each with the value of _heard when that was asked for first
-        self._unanswered: dict[str, float] = {}
+        # when notifications last arrived for certain: admissions that nobody had to verify were valid then
+        self._listening_at = clock()
+        # credentials to verify, each with the value of _listening_at when that was first scheduled
+        self._unverified: dict[str, float] = {}
         self._due: set[str] = set()
-        self._failed: set[str] = set()  # those that wait to be tried again, by one task that sleeps
+        self._failed: set[str] = set()  # verified again later, by one task that sleeps
         self._retrying = False
-        self._begun = False  # whether _begin will be called for what is due
+        self._verification_scheduled = False  # whether the loop will call _verify_due
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     def open(self) -> None:
-        """Begin to verify what is watched while changes are not heard of."""
+        """Start to verify watched admissions while notifications do not arrive."""
         if not self._closed:
-            self._start(self._patrol())
+            self._start_task(self._verify_periodically())
 
     async def close(self) -> None:
         """Stop verifying."""
@@ -96,33 +97,33 @@ class Admissions:
 
     @property
     def watched(self) -> int:
-        """How many admissions have connections that stay open."""
+        """How many admissions are watched by an open connection."""
         return len(self._watched)
 
     def __len__(self) -> int:
         """How many admissions there are."""
-        self._bury()
+        self._discard_dead()
         return sum(len(refs) for tag, refs in self._refs.items() if isinstance(tag, str))
 
-    # --- keeping ----------------------------------------------------------------------------------------------------
+    # --- registering ------------------------------------------------------------------------------------------------
 
-    def admit(self, granted: Standing, *, source: str | None = None, shared: bool = True) -> Admission:
-        """Return a new admission."""
+    def admit(self, granted: CredentialState, *, source: str | None = None, shared: bool = True) -> Admission:
+        """Create and register an admission."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-        admission = Admission(self._keeper, granted, source=source, shared=shared)
-        self._note(admission)
+        admission = Admission(self._monitor, granted, source=source, shared=shared)
+        self._register(admission)
         return admission
 
-    def _note(self, admission: Admission) -> None:
-        self._bury()
+    def _register(self, admission: Admission) -> None:
+        self._discard_dead()
         granted = admission.granted
         ref = _Ref(admission, self._dead.append)
         ref.credential_id, ref.tenant_id = granted.credential_id, granted.tenant.id
         self._refs.setdefault(ref.credential_id, set()).add(ref)
         self._refs.setdefault(ref.tenant_id, set()).add(ref)
 
-    def _bury(self) -> None:
+    def _discard_dead(self) -> None:
         while self._dead:
             ref = self._dead.popleft()
             for tag in (ref.credential_id, ref.tenant_id):
@@ -132,7 +133,7 @@ class Admissions:
                     if not siblings:
                         del self._refs[tag]
 
-    def _living(self, tag: str | UUID) -> Iterator[Admission]:
+    def _active(self, tag: str | UUID) -> Iterator[Admission]:
         for ref in tuple(self._refs.get(tag, ())):
             admission = ref()
             if admission is not None and admission.ended is None:
@@ -140,56 +141,56 @@ class Admissions:
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
-    def _keep_watch(self, admission: Admission) -> None:
-        self._end_watch(admission)
+    def _watch(self, admission: Admission) -> None:
+        self._unwatch(admission)
         timer = None
         if admission.expires is not None and self._loop is not None:
             timer = self._loop.call_later(
-                max(admission.expires - self._clock(), 0.0), self._expire, admission, context=Context()
+                max(admission.expires - self._clock(), 0.0), self._on_expiry, admission, context=Context()
             )
         self._watched[admission] = timer
 
-    def _end_watch(self, admission: Admission) -> None:
+    def _unwatch(self, admission: Admission) -> None:
         timer = self._watched.pop(admission, None)
         if timer is not None:
             timer.cancel()
 
-    def _expire(self, admission: Admission) -> None:
+    def _on_expiry(self, admission: Admission) -> None:
         if not admission.expire():
-            self._keep_watch(admission)
+            self._watch(admission)
 
     # --- verifying --------------------------------------------------------------------------------------------------
 
-    def ask(self, tag: str | UUID) -> None:
-        """Verify what was admitted by a credential, or by any of a tenant's: it may have changed."""
-        self._ask(admission.granted.credential_id for admission in self._living(tag))
+    def verify(self, tag: str | UUID) -> None:
+        """Schedule the verification of a credential's admissions, or of a tenant's: something may have changed."""
+        self._schedule(admission.granted.credential_id for admission in self._active(tag))
 
-    def doubt(self) -> None:
-        """Verify what is watched, and the rest when it is used next: anything may have changed."""
-        self._keeper.generation += 1
-        self._ask(admission.granted.credential_id for admission in self._watched)
+    def verify_all(self) -> None:
+        """Verify watched admissions now, and the others when they are next used: anything may have changed."""
+        self._monitor.generation += 1
+        self._schedule(admission.granted.credential_id for admission in self._watched)
 
-    def _doubt_one(self, admission: Admission) -> None:
-        # at once: what cannot be verified now is kept until it can be
-        admission.generation = self._keeper.generation
-        self._ask((admission.granted.credential_id,))
+    def _verify_soon(self, admission: Admission) -> None:
+        # at once: an admission that cannot be verified now stays scheduled until it can be
+        admission.generation = self._monitor.generation
+        self._schedule((admission.granted.credential_id,))
 
-    def _ask(self, credential_ids: Iterable[str]) -> None:
+    def _schedule(self, credential_ids: Iterable[str]) -> None:
         for credential_id in credential_ids:
-            self._unanswered.setdefault(credential_id, self._heard)
+            self._unverified.setdefault(credential_id, self._listening_at)
             self._due.add(credential_id)
-        if self._due and not self._begun and not self._closed and self._loop is not None:
-            self._begun = True
-            self._loop.call_soon_threadsafe(self._begin, context=Context())
+        if self._due and not self._verification_scheduled and not self._closed and self._loop is not None:
+            self._verification_scheduled = True
+            self._loop.call_soon_threadsafe(self._verify_due, context=Context())
 
-    def _begin(self) -> None:
-        self._begun = False
+    def _verify_due(self) -> None:
+        self._verification_scheduled = False
         due, self._due = list(self._due), set()
         if due and not self._closed:
-            self._start(self._verify(due))
+            self._start_task(self._verify(due))
 
-    def _start(self, work: Coroutine[object, object, None]) -> None:
-        # a context of its own: it is not the work of whoever was there when something changed
+    def _start_task(self, work: Coroutine[object, object, None]) -> None:
+        # a context of its own: the work does not belong to the request that was running when something changed
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -200,46 +201,46 @@ class Admissions:
             outcomes = await asyncio.gather(*(self._verify_one(credential_id) for credential_id in page))
             self._failed.update(credential_id for credential_id, done in zip(page, outcomes, strict=True) if not done)
         if self._failed and not self._retrying:
-            # others may be asked for sooner; these wait until the control database is back
+            # other verifications may start sooner; these wait until the control database answers
             self._retrying = True
             await asyncio.sleep(_RETRY_SECONDS * random.uniform(0.5, 1.0))
             self._retrying = False
-            self._try_again()
+            self._retry_failed()
 
-    def _try_again(self) -> None:
-        """Ask about what could not be verified, and end what has not been for too long."""
+    def _retry_failed(self) -> None:
+        """Verify again what failed, and end watched admissions that could not be verified for too long."""
         failed, self._failed = self._failed, set()
-        latest = self._clock() - self._patience
+        latest = self._clock() - self._max_unverified_seconds
         for credential_id in failed:
-            since = self._unanswered.pop(credential_id, self._heard)
-            for admission in self._living(credential_id):
+            since = self._unverified.pop(credential_id, self._listening_at)
+            for admission in self._active(credential_id):
                 if admission.watched and max(since, admission.verified) <= latest:
                     admission.end_unverified()
-            if any(self._living(credential_id)):
-                self._unanswered[credential_id] = since
-        self._ask(failed & self._unanswered.keys())
+            if any(self._active(credential_id)):
+                self._unverified[credential_id] = since
+        self._schedule(failed & self._unverified.keys())
 
     async def _verify_one(self, credential_id: str) -> bool:
         self._failed.discard(credential_id)
         try:
-            standing = await self._look_up(credential_id)
+            state = await self._look_up(credential_id)
         except ControlUnavailableError:
             return False
         except Exception:
-            logger.exception("what was admitted by %s could not be verified; it is tried again", credential_id)
+            logger.exception("the admissions of credential %s could not be verified; trying again", credential_id)
             return False
-        self._unanswered.pop(credential_id, None)
-        for admission in self._living(credential_id):
-            admission.judge(standing)
+        self._unverified.pop(credential_id, None)
+        for admission in self._active(credential_id):
+            admission.verify(state)
         return True
 
-    async def _patrol(self) -> None:
+    async def _verify_periodically(self) -> None:
         while True:
             await asyncio.sleep(self._ttl)
-            if self._hears():
-                self._heard = self._clock()
+            if self._is_listening():
+                self._listening_at = self._clock()
             else:
-                self.doubt()
+                self.verify_all()
 
 
 __all__ = ["Admissions"]

@@ -1,4 +1,4 @@
-"""Look-ups that are asked for at the same moment share a query."""
+"""Look-ups made at the same moment share a query."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class Flight(Generic[V]):
-    """One look-up under way. ``touched``: what was invalidated from its query's begin until its last caller has it."""
+class PendingLookup(Generic[V]):
+    """One look-up in progress. ``invalidated``: tags invalidated between the start of its query and its last caller."""
 
-    __slots__ = ("future", "touched", "waiters")
+    __slots__ = ("future", "invalidated", "waiters")
 
     def __init__(self) -> None:
         self.future: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
-        # with nobody left to wait for it, a failure is nobody's news
+        # retrieved here, or asyncio would report a failure that nobody waited for
         self.future.add_done_callback(lambda future: future.cancelled() or future.exception())
-        self.touched: set[Hashable] = set()
+        self.invalidated: set[Hashable] = set()
         self.waiters = 0
 
 
-class Batch(Generic[K, V]):
-    """Loads values by key: one query for each key however many wait for it, and one for many keys at once.
+class BatchLoader(Generic[K, V]):
+    """Loads values by key: one query for a key however many callers wait for it, and one query for many keys.
 
-    The queries belong to tasks of their own, so a caller that is cancelled fails nobody else. While a query runs, what
-    is asked for gathers for the next one: a flood of misses costs few, large queries rather than many small ones.
+    Queries run in their own tasks, so a cancelled caller does not fail the others. While a query runs, further keys are
+    collected for the next one: a flood of misses costs few large queries, not many small ones.
 
     Args:
         load: Returns the values of some keys; a key that it leaves out has none.
-        size: How many keys one query may name.
+        size: How many keys one query may have.
         workers: How many queries may run at once.
-        timeout: Seconds one query may take. A caller waits for twice as long at most, for the query before and its own.
+        timeout: Seconds one query may take. A caller waits for at most twice as long: the query before, and its own.
     """
 
     def __init__(
@@ -53,97 +53,97 @@ class Batch(Generic[K, V]):
         self._size = size
         self._workers = workers
         self._timeout = timeout
-        self._waiting: dict[K, Flight[V]] = {}  # their query has not begun
-        self._joinable: dict[K, Flight[V]] = {}  # it has, and nothing was invalidated since
-        self._begun: set[Flight[V]] = set()  # it has, and not every caller has been resumed with its outcome
-        self._working = 0  # workers that will look at _waiting once more; not the same as tasks that are not done
+        self._waiting: dict[K, PendingLookup[V]] = {}  # the query has not started
+        self._joinable: dict[K, PendingLookup[V]] = {}  # it has, and nothing was invalidated since
+        self._begun: set[PendingLookup[V]] = set()  # it has, and not every caller has been resumed with its outcome
+        self._working = 0  # workers that will read _waiting once more; not the number of unfinished tasks
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def get(self, key: K) -> tuple[V | None, set[Hashable]]:
-        """Return the value of ``key`` (None where it has none), and what was invalidated while it was looked up.
+        """Return the value of ``key`` (None where it has none), and the tags invalidated while it was looked up.
 
         Raises:
-            ControlUnavailableError: the query failed for want of a server, or took too long.
+            ControlUnavailableError: the server did not answer, or not in time.
         """
-        flight = self._waiting.get(key) or self._joinable.get(key)
-        if flight is None:
-            flight = self._start(key)
-        flight.waiters += 1
+        lookup = self._waiting.get(key) or self._joinable.get(key)
+        if lookup is None:
+            lookup = self._start(key)
+        lookup.waiters += 1
         try:
             async with asyncio.timeout(2 * self._timeout):
-                value = await asyncio.shield(flight.future)
+                value = await asyncio.shield(lookup.future)
         except TimeoutError:
             raise ControlUnavailableError(_NO_ANSWER) from None
         finally:
-            flight.waiters -= 1
-            self._end_if_seen(flight)
-        return value, flight.touched
+            lookup.waiters -= 1
+            self._discard_if_done(lookup)
+        return value, lookup.invalidated
 
-    def touch(self, tag: Hashable) -> None:
-        """Note that ``tag`` was invalidated: what is being read may be old, and nobody may join it from now on."""
+    def invalidate(self, tag: Hashable) -> None:
+        """Mark running look-ups: what they read may be older than the change of ``tag``. No new caller joins them."""
         self._joinable.clear()
-        for flight in self._begun:
-            flight.touched.add(tag)
+        for lookup in self._begun:
+            lookup.invalidated.add(tag)
 
     async def close(self) -> None:
-        """End every look-up; whoever waits gets ``ControlUnavailableError``."""
+        """End every look-up; its callers get ``ControlUnavailableError``."""
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_waiting(ControlUnavailableError("the directory is closed"))
 
-    def _start(self, key: K) -> Flight[V]:
+    def _start(self, key: K) -> PendingLookup[V]:
         if self._closed:
             raise ControlUnavailableError("the directory is closed")
-        flight = self._waiting[key] = Flight()
+        lookup = self._waiting[key] = PendingLookup()
         if self._working < self._workers:
             self._working += 1
-            # a context of its own: the query is not that of whoever happened to ask first
+            # a context of its own: the query does not belong to the request that happened to come first
             task = asyncio.get_running_loop().create_task(self._work(), context=Context())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return flight
+        return lookup
 
     async def _work(self) -> None:
         try:
             while self._waiting:
                 keys = list(self._waiting)[: self._size]
-                flights = {key: self._waiting.pop(key) for key in keys}
-                await self._run(flights)
+                pending = {key: self._waiting.pop(key) for key in keys}
+                await self._run(pending)
         finally:
-            # at once, not when the task is found done: who asks in between must see that nobody works any more
+            # here, not when the task is found done: a caller in between must see that no worker is left
             self._working -= 1
 
-    async def _run(self, flights: dict[K, Flight[V]]) -> None:
-        self._joinable.update(flights)
-        self._begun.update(flights.values())
+    async def _run(self, pending: dict[K, PendingLookup[V]]) -> None:
+        self._joinable.update(pending)
+        self._begun.update(pending.values())
         try:
             async with asyncio.timeout(self._timeout):
-                found = await self._load(list(flights))
-            for key, flight in flights.items():
-                flight.future.set_result(found.get(key))
+                found = await self._load(list(pending))
+            for key, lookup in pending.items():
+                lookup.future.set_result(found.get(key))
         except TimeoutError:
             error = ControlUnavailableError(_NO_ANSWER)
-            self._fail(flights.values(), error)
-            # those in the queue would wait for as long each in their turn
+            self._fail(pending.values(), error)
+            # or each of the queued ones would wait for as long, one after the other
             self._fail_waiting(error)
         except asyncio.CancelledError:
-            self._fail(flights.values(), ControlUnavailableError("the directory is closed"))
+            self._fail(pending.values(), ControlUnavailableError("the directory is closed"))
             raise
-        except Exception as exc:  # noqa: BLE001 - whatever it is belongs to those who asked
-            self._fail(flights.values(), exc)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the callers get it
+            self._fail(pending.values(), exc)
         finally:
-            for key, flight in flights.items():
-                self._end_if_seen(flight)
-                if self._joinable.get(key) is flight:
+            for key, lookup in pending.items():
+                self._discard_if_done(lookup)
+                if self._joinable.get(key) is lookup:
                     del self._joinable[key]
 
-    def _end_if_seen(self, flight: Flight[V]) -> None:
-        """What is invalidated concerns a look-up until its last caller runs on, some turns of the loop later."""
-        if flight.future.done() and flight.waiters == 0:
-            self._begun.discard(flight)
+    def _discard_if_done(self, lookup: PendingLookup[V]) -> None:
+        """Stop marking a look-up once its last caller has resumed, which is some turns of the loop after its answer."""
+        if lookup.future.done() and lookup.waiters == 0:
+            self._begun.discard(lookup)
 
     def _fail_waiting(self, error: Exception) -> None:
         waiting = list(self._waiting.values())
@@ -151,7 +151,7 @@ class Batch(Generic[K, V]):
         self._fail(waiting, error)
 
     @staticmethod
-    def _fail(flights: Iterable[Flight[V]], error: Exception) -> None:
-        for flight in flights:
-            if not flight.future.done():
-                flight.future.set_exception(error)
+    def _fail(pending: Iterable[PendingLookup[V]], error: Exception) -> None:
+        for lookup in pending:
+            if not lookup.future.done():
+                lookup.future.set_exception(error)

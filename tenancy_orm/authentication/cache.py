@@ -1,4 +1,4 @@
-"""A bounded dictionary whose hits cost no bookkeeping."""
+"""A bounded dictionary without bookkeeping on a hit."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Generic, Protocol, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
-_CHANCES = 32  # entries looked at for one that was not used, before the next one goes regardless
+_CHANCES = 32  # entries checked for an unused one before the next is dropped regardless
 
 
 class Entry(Protocol):
-    """What a cache entry must remember of itself; times are in seconds of any one clock."""
+    """Attributes of a cache entry; times are in seconds of any one clock."""
 
     used: float
-    placed: float
+    placed_at: float
 
 
 E = TypeVar("E", bound=Entry)
 V = TypeVar("V")
 
 
-def remember(memory: OrderedDict[K, V], key: K, value: V, capacity: int) -> None:
-    """Put ``value`` last; beyond ``capacity`` what was put there longest ago is forgotten."""
-    memory[key] = value
-    memory.move_to_end(key)
-    while len(memory) > capacity:
-        memory.popitem(last=False)
+def put_bounded(entries: OrderedDict[K, V], key: K, value: V, capacity: int) -> None:
+    """Put ``value`` last; beyond ``capacity`` the oldest entries are removed."""
+    entries[key] = value
+    entries.move_to_end(key)
+    while len(entries) > capacity:
+        entries.popitem(last=False)
 
 
 class SecondChance(Generic[K, E]):
-    """Remembers up to ``capacity`` entries, dropping first what was not used since it was placed.
+    """A cache of up to ``capacity`` entries that drops those first that were not used since they were placed.
 
-    A hit is ``entries.get`` and setting ``entry.used``; an LRU would move the entry on every hit instead.
+    A hit is ``entries.get`` and setting ``entry.used``; an LRU would move the entry on every hit.
 
     Args:
         capacity: How many entries.
-        dropped: Called with each entry that leaves for want of room.
+        dropped: Called with each entry that is dropped to make room.
     """
 
     __slots__ = ("_capacity", "_dropped", "entries")
@@ -45,7 +45,7 @@ class SecondChance(Generic[K, E]):
     def __init__(self, capacity: int, dropped: Callable[[K, E], None]) -> None:
         self._capacity = capacity
         self._dropped = dropped
-        # ordered, since popping the first key of a plain dict takes time in proportion to those popped before
+        # ordered: popping the first key of a plain dict takes time in proportion to the keys popped before
         self.entries: OrderedDict[K, E] = OrderedDict()
 
     def __len__(self) -> int:
@@ -57,14 +57,14 @@ class SecondChance(Generic[K, E]):
         self.entries.pop(key, None)
         while len(self.entries) >= self._capacity:
             self._drop_one()
-        entry.placed = entry.used
+        entry.placed_at = entry.used
         self.entries[key] = entry
 
     def _drop_one(self) -> None:
         for chance in range(_CHANCES):
             key, entry = self.entries.popitem(last=False)
-            if entry.used <= entry.placed or chance == _CHANCES - 1:
+            if entry.used <= entry.placed_at or chance == _CHANCES - 1:
                 self._dropped(key, entry)
                 return
-            entry.placed = entry.used
+            entry.placed_at = entry.used
             self.entries[key] = entry

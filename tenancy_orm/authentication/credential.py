@@ -1,22 +1,22 @@
-"""What a request's credential stands for."""
+"""The credential that a request was admitted with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Final
 
-from ..errors import (
-    MissingScopeError,
-)
+from ..errors import MissingScopeError
 from ..keys.networks import Network
 from ..tenant import Tenant
 
-_EVERYTHING = "*"
+ALL_SCOPES: Final = "*"
+"""The scope that includes every other one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """What a valid key stands for."""
+    """A valid API key: its tenant, and what it may do."""
 
     tenant: Tenant
     key_id: str
@@ -28,10 +28,10 @@ class Credential:
 
     def has_scope(self, scope: str) -> bool:
         """Whether the key may do ``scope``; a key with the scope ``*`` may do everything."""
-        return scope in self.scopes or _EVERYTHING in self.scopes
+        return scope in self.scopes or ALL_SCOPES in self.scopes
 
     def require_scope(self, scope: str) -> None:
-        """Refuse unless the key may do ``scope``.
+        """Raise unless the key may do ``scope``.
 
         Raises:
             MissingScopeError: it may not.

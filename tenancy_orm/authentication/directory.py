@@ -1,8 +1,8 @@
-"""The directory: which tenant a key belongs to, and what is known of a tenant, without a query on the hot path.
+"""The directory: finds the tenant of a key, and a tenant by name, without a query on the hot path.
 
-What was looked up is remembered for ``directory_ttl`` seconds at most, and forgotten at once when PostgreSQL notifies a
-change. Once that time is over it is looked up again; where the control database does not answer, what was known keeps
-working for ``grace`` seconds more, and nothing else is let in. Keys are remembered under a salted hash, never as text.
+An entry is cached for at most ``directory_ttl`` seconds, and invalidated at once when PostgreSQL notifies a change.
+After that time it is looked up again. While the control database does not answer, cached entries stay valid for
+``grace`` seconds more, and nothing else is admitted. Keys are cached under a salted hash, never as text.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ from ..events import EventBus, KeyRejected
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
 from ..tenant import Status, Tenant
-from .admission import Standing
+from .admission import CredentialState
 from .admissions import Admissions
-from .credential import _EVERYTHING, Credential
+from .credential import Credential
+from .directory_cache import DirectoryCache, KeyEntry
 from .intrusions import Intrusions
 from .journal import KeyJournal
 from .lockout import Lockout
-from .lookups import LookUps, standing_of
-from .memory import KeyEntry, Memory
+from .lookups import DirectoryLookups, credential_state
 
 logger = logging.getLogger("tenancy_orm.directory")
 
 _INACTIVE = frozenset({Status.DELETED, Status.PURGED})
+_EVERYTHING = "*"  # the tag under which everything is invalidated
 
 
 @dataclass(frozen=True, slots=True)
 class DirectoryStatistics:
-    """How full the directory is. ``listening`` tells whether invalidations arrive now."""
+    """How many entries the directory has. ``listening`` tells whether invalidations arrive now."""
 
     keys: int
     tenants: int
@@ -64,7 +65,7 @@ class Directory:
         control: The control database.
         config: Sizes and times, see ``TenancyConfig``.
         events: Where refusals, lock-outs and the listener's loss are reported.
-        audit: Where refused keys and cross-tenant requests are recorded, gathered and in the background.
+        audit: Where refused keys and cross-tenant requests are recorded, in the background.
         clock: Seconds, monotonic.
     """
 
@@ -85,11 +86,11 @@ class Directory:
         self._digester = KeyDigester(config.keys.decoded_peppers, config.keys.pepper_current)
         self._prefixes = frozenset((config.keys.prefix, *config.keys.prefixes))
         self._callbacks: list[Callable[[UUID | None], None]] = []
-        self._memory = Memory(config, clock)
+        self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
-        self._find = self._memory.keys.entries.get
-        self._tenant_entry = self._memory.tenant_entry
-        self._lookups = LookUps(control, config, events, clock=clock)
+        self._find = self._cache.keys.entries.get
+        self._tenant_entry = self._cache.tenant_entry
+        self._lookups = DirectoryLookups(control, config, events, clock=clock)
         self._lockout = Lockout(config, events, clock=clock)
         self._journal = KeyJournal(control, audit, self._digester, interval=config.keys.usage_interval, clock=clock)
         self._intrusions = Intrusions(events, self._journal, clock=clock)
@@ -98,22 +99,22 @@ class Directory:
             listen_dsn = plain_url(config.control.listen_url).render_as_string(hide_password=False)
         self._listener = Listener(listen_dsn, on_change=self._changed, on_connected=self.revalidate, events=events)
         self.admissions = Admissions(
-            self._standing_of,
-            hears=lambda: self._listener.connected,
+            self._credential_state,
+            is_listening=lambda: self._listener.connected,
             ttl=config.directory.ttl,
             grace=config.directory.grace,
             clock=clock,
         )
 
     async def open(self) -> None:
-        """Begin to listen for invalidations and to write down what is used."""
+        """Start to listen for invalidations, and to record which keys are used."""
         self._journal.open()
         self.admissions.open()
         await self._listener.open()
 
     async def close(self) -> None:
-        """Stop listening, and write down what was used last."""
-        # first: the look-ups that closing ends must not be taken for the control database's absence
+        """Stop listening, and record the last uses."""
+        # first: look-ups that fail because of the closing must not count as an outage of the control database
         self._lookups.stop()
         await self._listener.close()
         await self.admissions.close()
@@ -121,22 +122,22 @@ class Directory:
         await self._journal.close()
 
     async def flush(self) -> None:
-        """Write down now what is otherwise written every ``key_usage_interval``.
+        """Write now what is otherwise written every ``key_usage_interval`` seconds: uses of keys, refusals.
 
         Raises:
-            ControlUnavailableError: the control database does not answer; it is kept for the next time.
+            ControlUnavailableError: the control database does not answer; nothing is lost, the next flush writes it.
         """
-        refuse_while_bound("writing down the use of all keys")
+        refuse_while_bound("recording the use of all keys")
         self._home.check()
         await self._journal.flush()
 
     @property
     def statistics(self) -> DirectoryStatistics:
-        """How full it is, and whether it hears from the control database."""
+        """How many entries there are, and whether the control database answers."""
         return DirectoryStatistics(
-            keys=len(self._memory.keys),
-            tenants=len(self._memory.tenants),
-            negative=self._memory.negative,
+            keys=len(self._cache.keys),
+            tenants=len(self._cache.tenants),
+            negative=self._cache.negative,
             locked=len(self._lockout),
             listening=self._listener.connected,
             control_available=self._lookups.available,
@@ -145,13 +146,13 @@ class Directory:
     # --- keys -------------------------------------------------------------------------------------------------------
 
     def peek(self, key: str, source: str | None = None) -> Credential | None:
-        """Return what ``key`` stands for if that is known and fresh; None means: ask ``authenticate``.
+        """Return the credential of ``key`` if it is cached and fresh; on None call ``authenticate``.
 
         One hash and one dictionary look-up; no I/O.
 
         Args:
             key: The key's text.
-            source: The peer's address; a key that is bound to networks is answered for an address alone.
+            source: The peer's address; a key that is bound to networks is found with an address only.
         """
         if len(key) > MAX_KEY_LENGTH:
             return None
@@ -169,24 +170,24 @@ class Directory:
         if (bound := _current.get()) is not None and bound.id != entry.credential.tenant.id:
             return None
         entry.used = now
-        if not entry.noted:
-            self._journal.note_use(entry)
+        if not entry.use_queued:
+            self._journal.record_use(entry)
         return credential
 
     async def authenticate(self, key: str, *, source: str | None = None) -> Credential:
-        """Return what ``key`` stands for.
+        """Return the credential of ``key``.
 
-        The tenant's status is the caller's to check, except that a deleted tenant's keys are refused here.
+        The caller checks the tenant's status; only the keys of a deleted tenant are refused here.
 
         Args:
             key: The key's text.
             source: The peer's address, for networks and lock-out.
 
         Raises:
-            InvalidApiKeyError: malformed, unknown, revoked, expired, or used from elsewhere; never told apart.
+            InvalidApiKeyError: malformed, unknown, revoked, expired, or used from elsewhere; its message is the same.
             TooManyAttemptsError: ``source`` presented too many invalid keys, and has not used this one before.
-            ControlUnavailableError: the key is not known, and the control database does not answer.
-            CrossTenantError: it is another tenant's than the bound one.
+            ControlUnavailableError: the key is not cached, and the control database does not answer.
+            CrossTenantError: the key belongs to another tenant than the bound one.
         """
         self._home.check()
         found = self.peek(key, source)
@@ -196,8 +197,8 @@ class Directory:
         try:
             entry = await self._entry(key, source)
             credential = entry.admit(source, self._clock())
-            if not entry.noted:
-                self._journal.note_use(entry)
+            if not entry.use_queued:
+                self._journal.record_use(entry)
             refuse_other_tenant(credential.tenant)
             return credential
         except InvalidApiKeyError as exc:
@@ -205,7 +206,7 @@ class Directory:
             raise
 
     async def _entry(self, key: str, source: str | None) -> KeyEntry:
-        """The entry of a key whose secret is right; from memory where that is fresh."""
+        """Return the entry of a key with the right secret, from the cache where it is fresh."""
         digest = self._fingerprint(key)
         now = self._clock()
         entry = self._find(digest)
@@ -214,12 +215,12 @@ class Directory:
             if now < entry.fresh_until:
                 return entry
             return await self._look_up_again(digest, ParsedKey(entry.credential.prefix, entry.credential.key_id, key))
-        # keys that worked pass the lock-out: an attacker behind the same proxy must not shut their owners out
-        group = None if source is None or digest in self._memory.proven else source_group(source)
+        # keys that have worked pass the lock-out: an attacker behind the same proxy must not lock their owners out
+        group = None if source is None or digest in self._cache.proven else source_group(source)
         if group is not None:
             self._lockout.check(group)
         parsed = parse_key(key, self._prefixes)
-        if (reason := self._memory.refusal_of_key(digest, now)) is not None:
+        if (reason := self._cache.unknown_key_reason(digest, now)) is not None:
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
         if group is None:
             return await self._look_up(digest, parsed)
@@ -234,15 +235,15 @@ class Directory:
         try:
             return await self._look_up(digest, parsed)
         except ControlUnavailableError:
-            # found again: it may have been invalidated while we waited
+            # read again: it may have been invalidated in between
             entry = self._find(digest)
             if entry is None or self._clock() >= entry.stale_until:
                 raise
             return entry
 
     async def _look_up(self, digest: bytes, parsed: ParsedKey) -> KeyEntry:
-        found, touched = await self._lookups.key(parsed.key_id)
-        row, asked = found or (None, 0.0)
+        found, invalidated = await self._lookups.key(parsed.key_id)
+        row, read_at = found or (None, 0.0)
         matches = self._digester.matches(parsed.text, row and row.digest, row and row.digest_version)
         if row is None or not matches:
             reason = "unknown" if row is None else "secret"
@@ -251,58 +252,59 @@ class Directory:
                 logger.error(
                     "key %s has a digest of version %r, which key_peppers lacks", row.key_id, row.digest_version
                 )
-            self._memory.forget_key(digest)
-            self._memory.prove_key(digest, False)
-            if touched.isdisjoint((_EVERYTHING, parsed.key_id)):
-                self._memory.refuse_key(digest, reason)
+            self._cache.invalidate_key(digest)
+            self._cache.record_proven(digest, False)
+            if invalidated.isdisjoint((_EVERYTHING, parsed.key_id)):
+                self._cache.store_unknown_key(digest, reason)
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
-        entry = self._build(row, asked)
-        self._memory.prove_key(digest, entry.refusal is None)
-        if touched.isdisjoint((_EVERYTHING, row.key_id, row.id)):
-            self._memory.store_key(digest, entry)
+        entry = self._build(row, read_at)
+        self._cache.record_proven(digest, entry.refusal is None)
+        if invalidated.isdisjoint((_EVERYTHING, row.key_id, row.id)):
+            self._cache.store_key(digest, entry)
         else:
-            # a change has overtaken this look-up: whoever it lets in is verified
-            self.admissions.ask(row.key_id)
+            # a change came while this was looked up: verify whatever is admitted with it
+            self.admissions.verify(row.key_id)
         if self._digester.is_older(row.digest_version):
-            self._journal.note_digest(parsed, row.digest_version)
+            self._journal.record_digest(parsed, row.digest_version)
         return entry
 
-    async def _standing_of(self, key_id: str) -> Standing | None:
-        """What the control database says of a key now, for those it let in before."""
+    async def _credential_state(self, key_id: str) -> CredentialState | None:
+        """Return the current state of a key, for admissions that are verified."""
         found, _ = await self._lookups.key(key_id)
-        return found and standing_of(*found)
+        return found and credential_state(*found)
 
-    def _build(self, row: Row[Any], asked: float) -> KeyEntry:
-        standing = standing_of(row, asked)
+    def _build(self, row: Row[Any], read_at: float) -> KeyEntry:
+        state = credential_state(row, read_at)
         credential = Credential(
-            tenant=replace(standing.tenant, admission=self.admissions.admit(standing)),
+            tenant=replace(state.tenant, admission=self.admissions.admit(state)),
             key_id=row.key_id,
-            scopes=standing.scopes,
-            networks=standing.networks,
+            scopes=state.scopes,
+            networks=state.networks,
             name=row.name,
             prefix=row.prefix,
             expires_at=row.expires_at,
         )
-        refusal = "revoked" if standing.revoked else None
+        refusal = "revoked" if state.revoked else None
         if credential.tenant.status in _INACTIVE:
             refusal = refusal or f"tenant {credential.tenant.status}"
-        return KeyEntry(credential, refusal, asked, standing.expires, self._config)
+        return KeyEntry(credential, refusal, read_at, state.expires, self._config)
 
     async def _refused(self, error: InvalidApiKeyError, source: str | None, tenant: Tenant | None) -> None:
-        """Report a refusal, count it, and hold the answer back where its key id was tried too often."""
+        """Report and count a refusal, and delay the answer where its key id was tried too often."""
         self._events.emit(KeyRejected(reason=error.reason, key_id=error.key_id, source=source))
-        self._journal.note_refusal(error.reason, error.key_id, source, tenant)
+        self._journal.record_refusal(error.reason, error.key_id, source, tenant)
         await self._lockout.count(error.key_id, source)
 
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
-        """Report a request whose key is one tenant's while it named another.
+        """Report a request that named another tenant than its key's.
 
-        Three others within an hour raise an intrusion event, and each doubling of their number another one.
+        A key that names three other tenants within an hour emits ``IntrusionSuspected``, and again each time that the
+        number has doubled.
 
         Args:
-            credential: What the request's key stands for.
+            credential: The request's credential.
             named: The other tenant, as the request named it.
-            resolver: Where it named it: "subdomain", "header", "path".
+            resolver: Where it was named: "subdomain", "header", "path".
             source: The peer's address.
         """
         self._intrusions.report(credential, named, resolver, source)
@@ -310,7 +312,7 @@ class Directory:
     # --- tenants ----------------------------------------------------------------------------------------------------
 
     def peek_tenant(self, ref: str | UUID | Tenant) -> Tenant | None:
-        """Return the tenant if it is known and fresh; None means: ask ``tenant``. No I/O.
+        """Return the tenant if it is cached and fresh; on None call ``tenant``. No I/O.
 
         Raises:
             CrossTenantError: another tenant is bound.
@@ -325,18 +327,18 @@ class Directory:
         if now >= entry.fresh_until:
             return None
         entry.used = now
-        # the name may have become another tenant's since the tenant was bound
+        # the name may belong to another tenant since the binding
         refuse_other_tenant(entry.tenant)
         return entry.tenant
 
     async def tenant(self, ref: str | UUID | Tenant) -> Tenant:
-        """Return a tenant by slug, id, or an older ``Tenant``, whatever its status; but not a purged one.
+        """Return a tenant by slug, id or an older ``Tenant``, whatever its status, unless it is purged.
 
-        A former slug that still leads to it, and a verified domain of its own, name it as well.
+        A former slug that still redirects and a verified domain name it as well.
 
         Raises:
             TenantNotFoundError: there is none.
-            ControlUnavailableError: it is not known, and the control database does not answer.
+            ControlUnavailableError: it is not cached, and the control database does not answer.
             CrossTenantError: another tenant is bound.
         """
         self._home.check()
@@ -346,7 +348,7 @@ class Directory:
         wanted = as_reference(ref)
         if isinstance(wanted, str):
             check_name(wanted)
-        if self._memory.is_refused_tenant(wanted):
+        if self._cache.is_unknown_tenant(wanted):
             raise TenantNotFoundError(wanted)
         try:
             found = await self._look_up_tenant(wanted)
@@ -360,15 +362,15 @@ class Directory:
         return found
 
     async def _look_up_tenant(self, wanted: UUID | str) -> Tenant:
-        found, touched = await self._lookups.tenant(wanted)
-        tenant, asked = found or (None, 0.0)
+        found, invalidated = await self._lookups.tenant(wanted)
+        tenant, read_at = found or (None, 0.0)
         if tenant is None or tenant.status is Status.PURGED:
-            self._memory.forget_name(wanted)
-            if not touched:
-                self._memory.refuse_tenant(wanted)
+            self._cache.invalidate_name(wanted)
+            if not invalidated:
+                self._cache.store_unknown_tenant(wanted)
             raise TenantNotFoundError(wanted)
-        if touched.isdisjoint((_EVERYTHING, tenant.id)):
-            self._memory.store_tenant(tenant, asked)
+        if invalidated.isdisjoint((_EVERYTHING, tenant.id)):
+            self._cache.store_tenant(tenant, read_at)
         return tenant
 
     # --- invalidation -----------------------------------------------------------------------------------------------
@@ -378,32 +380,32 @@ class Directory:
         self._callbacks.append(callback)
 
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
-        """Forget a key, or a tenant and its keys, or everything where neither is given."""
+        """Remove a key from the cache, or a tenant and its keys, or everything where neither is given."""
         self._home.check()
         if key_id is not None:
-            self._lookups.touch(key_id)
-            self._memory.forget_key_id(key_id)
-            self.admissions.ask(key_id)
+            self._lookups.invalidate(key_id)
+            self._cache.invalidate_key_id(key_id)
+            self.admissions.verify(key_id)
         elif tenant_id is not None:
-            self._lookups.touch(tenant_id)
-            self._memory.forget_tenant(tenant_id)
-            self.admissions.ask(tenant_id)
+            self._lookups.invalidate(tenant_id)
+            self._cache.invalidate_tenant(tenant_id)
+            self.admissions.verify(tenant_id)
             self._call_back(tenant_id)
         else:
-            self._lookups.touch(_EVERYTHING)
-            self._memory.clear()
-            self.admissions.doubt()
+            self._lookups.invalidate(_EVERYTHING)
+            self._cache.clear()
+            self.admissions.verify_all()
             self._call_back(None)
 
     def revalidate(self) -> None:
-        """Look everything up again before it is trusted: invalidations may have been missed.
+        """Mark everything as stale, so that it is looked up again before use: invalidations may have been missed.
 
-        Unlike ``invalidate`` this keeps what was known for the case that the control database is gone again: the grace
-        time counts from when it was looked up.
+        Unlike ``invalidate`` it keeps the entries, for the case that the control database does not answer: their grace
+        time counts from when they were looked up.
         """
-        self._lookups.touch(_EVERYTHING)
-        self._memory.doubt()
-        self.admissions.doubt()
+        self._lookups.invalidate(_EVERYTHING)
+        self._cache.mark_stale()
+        self.admissions.verify_all()
         self._call_back(None)
 
     def _changed(self, change: Change) -> None:

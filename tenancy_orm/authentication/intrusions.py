@@ -1,4 +1,4 @@
-"""Intrusions: one key that names several other tenants is searching for them."""
+"""Intrusions: a key that names several other tenants is probing for them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 
 from ..control.lookup import NAME_LENGTH
 from ..events import CrossTenantRequest, EventBus, IntrusionSuspected
-from .cache import remember
+from .cache import put_bounded
 from .credential import Credential
 from .journal import KeyJournal
 
 logger = logging.getLogger("tenancy_orm.directory")
 
-_NAMES = frozenset({3, 6, 12, 24, 48, 96})  # other tenants that one key names: told at these numbers
-_WINDOW = 3_600.0
-_KEYS = 1_000
-_REMEMBERED = 100
+_REPORTED_COUNTS = frozenset({3, 6, 12, 24, 48, 96})  # numbers of other tenants named by one key that are reported
+_WINDOW_SECONDS = 3_600.0
+_MAX_KEYS = 1_000
+_MAX_NAMES = 100
 
 
 class Intrusions:
-    """Reports requests that named another tenant than their key's, and the keys that do so for several tenants.
+    """Reports requests that named another tenant than their key's, and keys that named several.
 
     Args:
         events: Where both are reported.
@@ -36,7 +36,7 @@ class Intrusions:
         self._named: OrderedDict[str, dict[str, float]] = OrderedDict()
 
     def report(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
-        """Report one such request; see ``Directory.report_cross_tenant``."""
+        """Report one request; see ``Directory.report_cross_tenant``."""
         tenant, named = credential.tenant, named[:NAME_LENGTH]
         self._events.emit(
             CrossTenantRequest(
@@ -48,15 +48,15 @@ class Intrusions:
                 source=source,
             )
         )
-        self._journal.note_cross_tenant(credential, named, resolver, source)
+        self._journal.record_cross_tenant(credential, named, resolver, source)
         now = self._clock()
         seen = self._named.pop(credential.key_id, {})
-        recent = {name: at for name, at in seen.items() if now - at < _WINDOW}
+        recent = {name: at for name, at in seen.items() if now - at < _WINDOW_SECONDS}
         before = len(recent)
-        if before < _REMEMBERED:
+        if before < _MAX_NAMES:
             recent[named] = now
-        remember(self._named, credential.key_id, recent, _KEYS)
-        if len(recent) > before and len(recent) in _NAMES:
+        put_bounded(self._named, credential.key_id, recent, _MAX_KEYS)
+        if len(recent) > before and len(recent) in _REPORTED_COUNTS:
             logger.error("key %s of tenant %s named %d other tenants", credential.key_id, tenant.slug, len(recent))
             self._events.emit(
                 IntrusionSuspected(

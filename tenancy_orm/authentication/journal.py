@@ -1,8 +1,8 @@
-"""What requests leave behind, written in the background: a request never waits for a write.
+"""Records of requests, written in the background: a request never waits for a write.
 
-Gathered in bounded memory and written every interval: when keys were last used, digests under the current pepper, and
-what was refused. Of a flood of refusals the most frequent are written one by one, the rest as a number; of cross-tenant
-requests the rest as a number for each key.
+Collected in bounded memory and written every interval: when keys were last used, digests under the current pepper, and
+refusals. Of many refusals the most frequent are written one by one and the rest as a count; of cross-tenant requests
+the rest as a count for each key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..control.database import ControlDatabase
 from ..errors import TenancyError
 from ..keys.format import KeyDigester, ParsedKey
 from ..tenant import Tenant
-from .refusals import Refusal, Tally
+from .refusals import Refusal, RefusalCounter
 
 if TYPE_CHECKING:
     from .credential import Credential
@@ -34,9 +34,9 @@ _MAX_PENDING = 100_000
 _MAX_DIGESTS = 1_000
 _CLOSE_SECONDS = 5.0
 
-# Rows that another process has locked are being given much the same time by it: passing over them saves the wait, and
-# rules out deadlocks between processes that write the same keys in another order.
-_TOUCH = text(
+# A row that another process has locked gets much the same time from it. SKIP LOCKED saves the wait, and rules out
+# deadlocks between processes that write the same keys in another order.
+_UPDATE_LAST_USED = text(
     """
     WITH used AS (
         SELECT k.id, now() - u.age * interval '1 second' AS at
@@ -68,22 +68,22 @@ _REDIGEST = text(
 
 
 class UsedKey(Protocol):
-    """A remembered key: ``used`` is when it was last used by the directory's clock, ``noted`` that we know of it."""
+    """A cached key: ``used`` is its last use by the directory's clock, ``use_queued`` whether the journal has it."""
 
     used: float
-    noted: bool
+    use_queued: bool
 
     @property
     def credential(self) -> Credential:
-        """Whose key it is."""
+        """The key's credential."""
 
 
 class KeyJournal:
-    """Gathers and writes.
+    """Collects uses of keys, digests and refusals, and writes them.
 
     Args:
         control: The control database.
-        audit: Where refusals are recorded; nowhere where None.
+        audit: Where refusals are recorded; None records none.
         digester: Makes digests under the current pepper.
         interval: Seconds between writes.
         clock: The directory's clock.
@@ -105,13 +105,13 @@ class KeyJournal:
         self._clock = clock
         self._used: list[UsedKey] = []
         self._digests: dict[str, tuple[str, bytes]] = {}
-        self._refused_keys = Tally()
-        self._cross_tenant = Tally()
+        self._refused_keys = RefusalCounter()
+        self._cross_tenant = RefusalCounter()
         self._task: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()
 
     def open(self) -> None:
-        """Begin to write every interval."""
+        """Start to write every interval."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
 
@@ -121,40 +121,40 @@ class KeyJournal:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await self._attempt(_CLOSE_SECONDS)
+        await self._try_flush(_CLOSE_SECONDS)
 
-    # --- gathering: called on the hot path --------------------------------------------------------------------------
+    # --- collecting: called on the hot path -------------------------------------------------------------------------
 
-    def note_use(self, key: UsedKey) -> None:
-        """Remember that a key is in use; once per key and interval, since ``key.used`` is read when it is written."""
+    def record_use(self, key: UsedKey) -> None:
+        """Queue a key's use; once per key and interval is enough, since ``key.used`` is read when it is written."""
         if len(self._used) < _MAX_PENDING:
-            key.noted = True
+            key.use_queued = True
             self._used.append(key)
 
-    def note_digest(self, key: ParsedKey, version: str) -> None:
-        """Have a key, known to be right, digested under the current pepper in place of ``version``."""
+    def record_digest(self, key: ParsedKey, version: str) -> None:
+        """Replace the digest of a key, known to be right, by one under the current pepper instead of ``version``."""
         if len(self._digests) < _MAX_DIGESTS:
             self._digests[key.key_id] = (version, self._digester.digest(key.text))
 
-    def note_refusal(self, reason: str, key_id: str | None, source: str | None, tenant: Tenant | None = None) -> None:
+    def record_refusal(self, reason: str, key_id: str | None, source: str | None, tenant: Tenant | None = None) -> None:
         """Count a refused key."""
         if self._audit is not None:
             owner = (tenant.id, tenant.slug) if tenant else (None, None)
-            self._refused_keys.add(Refusal.of_key(reason, key_id, source, owner))
+            self._refused_keys.add(Refusal.rejected_key(reason, key_id, source, owner))
 
-    def note_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
+    def record_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
         """Count a request that named another tenant than its key's."""
         if self._audit is not None:
             owner = (credential.tenant.id, credential.tenant.slug)
-            self._cross_tenant.add(Refusal.of_request(named, resolver, credential.key_id, source, owner))
+            self._cross_tenant.add(Refusal.cross_tenant_request(named, resolver, credential.key_id, source, owner))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
     async def flush(self) -> None:
-        """Write what was gathered.
+        """Write what was collected.
 
         Raises:
-            ControlUnavailableError: the control database does not answer; what was gathered is kept for the next time.
+            ControlUnavailableError: the control database does not answer; everything is kept for the next flush.
         """
         async with self._flushing:
             await self._write_uses()
@@ -164,9 +164,9 @@ class KeyJournal:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
-            await self._attempt(self._interval + _CLOSE_SECONDS)
+            await self._try_flush(self._interval + _CLOSE_SECONDS)
 
-    async def _attempt(self, timeout: float) -> None:
+    async def _try_flush(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
                 await self.flush()
@@ -178,23 +178,23 @@ class KeyJournal:
         now = self._clock()
         ages: dict[str, float] = {}
         for key in taken:
-            key.noted = False
+            key.use_queued = False
             key_id = key.credential.key_id
             ages[key_id] = min(now - key.used, ages.get(key_id, float("inf")))
         try:
             ids = list(ages)
             for start in range(0, len(ids), _CHUNK):
                 chunk = ids[start : start + _CHUNK]
-                # a time as old as half an interval says as much; so of many processes one writes
+                # a time up to half an interval older is as good: so only one of many processes writes
                 values = {"ids": chunk, "ages": [ages[key_id] for key_id in chunk], "grain": self._interval / 2}
                 async with self._control.transaction() as connection:
                     await connection.execute(text("SET LOCAL synchronous_commit = off"))
-                    await connection.execute(_TOUCH, values)
+                    await connection.execute(_UPDATE_LAST_USED, values)
         except BaseException:
             for key in taken:
-                # those that were used again are noted already
-                if not key.noted:
-                    self.note_use(key)
+                # keys that were used again are queued already
+                if not key.use_queued:
+                    self.record_use(key)
             raise
 
     async def _write_digests(self) -> None:
@@ -217,8 +217,8 @@ class KeyJournal:
             raise
 
     async def _write_refusals(self) -> None:
-        refused, self._refused_keys = self._refused_keys, Tally()
-        crossed, self._cross_tenant = self._cross_tenant, Tally()
+        refused, self._refused_keys = self._refused_keys, RefusalCounter()
+        crossed, self._cross_tenant = self._cross_tenant, RefusalCounter()
         if self._audit is None or not (refused or crossed):
             return
         try:

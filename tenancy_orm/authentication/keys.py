@@ -1,4 +1,4 @@
-"""API keys: issue, rotate, revoke and list them. What one looks like is in ``key_format``."""
+"""API keys: issue, rotate, revoke and list them. Their format is in ``keys.format``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 _KEY_ID = re.compile(rf"[0-9A-Za-z]{{{ID_LENGTH}}}")
 _LONGEST_OVERLAP = timedelta(days=3_660)
 
-# The end of an overlap is not what a key's life was meant to be; that is what its successors have inherited.
+# The lifetime that a key was issued with. After a rotation the old key's expires_at is the end of the overlap; its
+# successors inherited the lifetime.
 _LIFE = text(
     """
     WITH RECURSIVE line AS (
@@ -51,14 +52,14 @@ _LIFE = text(
 
 @dataclass(frozen=True, slots=True)
 class IssuedKey:
-    """A key that was just issued. ``text`` is the key: it is shown here, and nowhere else ever again."""
+    """A key that was just issued. ``text`` is the key itself, available here only."""
 
     text: str = field(repr=False)
     info: ApiKeyInfo
 
     @property
     def key_id(self) -> str:
-        """The public id, by which it is listed, rotated and revoked."""
+        """The public id, used to list, rotate and revoke the key."""
         return self.info.key_id
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ class IssuedKey:
 class KeyManager:
     """Issues, rotates, revokes and lists API keys; ``tenancy.keys``.
 
-    Every change is audited in its own transaction, under ``actor``, and reaches every process through PostgreSQL's
+    Every change is audited in the same transaction, under ``actor``, and reaches every process through PostgreSQL's
     NOTIFY. A ``tenant`` is a slug, an id or a ``Tenant``.
     """
 
@@ -104,10 +105,10 @@ class KeyManager:
         Args:
             tenant: Whose key.
             name: What people call it.
-            scopes: What it may do, as the application's routes ask for it; ``*`` is everything, none is no scope.
-            expires_at: From when on it is refused, an aware datetime; never where None.
-            networks: From where it may be used, in CIDR notation; anywhere where empty.
-            prefix: One of the configured ones; ``TenancyConfig.keys.prefix`` where None.
+            scopes: What it may do, in the words of the application's routes; ``*`` is everything.
+            expires_at: When it expires, an aware datetime; never where None.
+            networks: The networks it may be used from, in CIDR notation; any where empty.
+            prefix: One of the configured prefixes; ``TenancyConfig.keys.prefix`` where None.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -123,7 +124,9 @@ class KeyManager:
             info = await insert_key(
                 connection, owner.id, key, name=name, scopes=scopes, expires_at=expires_at, networks=networks
             )
-            await self._write_audit(connection, "key.issue", info, slug, actor, after=_snapshot(info))
+            await self._audit.append(
+                connection, action="key.issue", tenant_id=owner.id, slug=slug, actor=actor, after=_snapshot(info)
+            )
         self._events.emit(KeyIssued(tenant_id=owner.id, slug=slug, key_id=key.key_id))
         return IssuedKey(key.text, info)
 
@@ -139,23 +142,22 @@ class KeyManager:
 
         Args:
             key_id: The key to replace.
-            overlap: How long the old key keeps working, in seconds where it is a number, for ten years at most; 0 ends
-                it now.
-            expires_at: When the new key expires; where None and the old one was issued with an expiry, after as long a
-                life as it was given then.
+            overlap: How long the old key keeps working: a timedelta or seconds, at most ten years; 0 ends it now.
+            expires_at: When the new key expires. Where None and the old key was issued with an expiry, the new key gets
+                the same lifetime.
             actor: Who does this, for the audit log.
 
         Raises:
             ApiKeyNotFoundError: no such key.
             CrossTenantError: it is another tenant's than the bound one.
-            ApiKeyInactiveError: it is revoked, expired or rotated already.
+            ApiKeyInactiveError: it is already revoked, expired or rotated.
             ConfigurationError: an argument is malformed.
         """
         window = _check_overlap(overlap)
         _check_expiry(expires_at)
         _check_id(key_id)
         async with self._control.transaction() as connection:
-            # the tenant first, as purge does, so that no key outlives a purge that runs at the same moment
+            # the tenant first, as purge does: no key may survive a purge that runs at the same time
             tenant_id = await connection.scalar(select(api_keys.c.tenant_id).where(api_keys.c.id == key_id))
             if tenant_id is None:
                 raise ApiKeyNotFoundError(key_id)
@@ -179,15 +181,21 @@ class KeyManager:
             )
             end = func.least(api_keys.c.expires_at, func.now() + window)
             ending = await self._change(connection, key_id, expires_at=end)
-            await self._write_audit(
-                connection, "key.rotate", info, slug, actor, before=_snapshot(ending), after=_snapshot(info)
+            await self._audit.append(
+                connection,
+                action="key.rotate",
+                tenant_id=tenant_id,
+                slug=slug,
+                actor=actor,
+                before=_snapshot(ending),
+                after=_snapshot(info),
             )
         self._directory.invalidate(key_id=key_id)
         self._events.emit(KeyIssued(tenant_id=info.tenant_id, slug=slug, key_id=info.key_id, rotated_from=key_id))
         return IssuedKey(key.text, info)
 
     async def revoke(self, key_id: str, reason: str | None = None, *, actor: Actor = SYSTEM) -> ApiKeyInfo:
-        """Refuse a key from now on, in every process. Revoking a revoked key changes nothing.
+        """Revoke a key: every process refuses it from now on. Revoking a revoked key changes nothing.
 
         Args:
             key_id: The key.
@@ -205,15 +213,21 @@ class KeyManager:
             if before.revoked_at is not None:
                 return before
             info = await self._change(connection, key_id, revoked_at=func.now(), revoked_reason=clean_text(reason))
-            await self._write_audit(
-                connection, "key.revoke", info, slug, actor, before=_snapshot(before), after=_snapshot(info)
+            await self._audit.append(
+                connection,
+                action="key.revoke",
+                tenant_id=info.tenant_id,
+                slug=slug,
+                actor=actor,
+                before=_snapshot(before),
+                after=_snapshot(info),
             )
         self._directory.invalidate(key_id=key_id)
         self._events.emit(KeyRevoked(tenant_id=info.tenant_id, slug=slug, key_id=key_id))
         return info
 
     async def get(self, key_id: str) -> ApiKeyInfo:
-        """Return what is known of one key.
+        """Return one key, without its secret.
 
         Raises:
             ApiKeyNotFoundError: no such key.
@@ -228,7 +242,7 @@ class KeyManager:
         return key_from_row(row)
 
     async def list(self, tenant: str | UUID | Tenant) -> list[ApiKeyInfo]:
-        """Return all keys of a tenant, the oldest first; revoked and expired ones too.
+        """Return all keys of a tenant, oldest first, revoked and expired ones included.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -240,7 +254,7 @@ class KeyManager:
         async with self._control.viewing(owner.id) as connection:
             return [key_from_row(row) for row in await connection.execute(query)]
 
-    # --- parts ------------------------------------------------------------------------------------------------------
+    # --- internals --------------------------------------------------------------------------------------------------
 
     def _check_prefix(self, prefix: str | None) -> str:
         if prefix is None:
@@ -265,24 +279,9 @@ class KeyManager:
         statement = update(api_keys).where(api_keys.c.id == key_id).values(**values).returning(*KEY_COLUMNS)
         return key_from_row((await connection.execute(statement)).one())
 
-    async def _write_audit(
-        self,
-        connection: AsyncConnection,
-        action: str,
-        key: ApiKeyInfo,
-        slug: str,
-        actor: Actor,
-        *,
-        before: dict[str, Any] | None = None,
-        after: dict[str, Any] | None = None,
-    ) -> None:
-        await self._audit.append(
-            connection, action=action, tenant_id=key.tenant_id, slug=slug, actor=actor, before=before, after=after
-        )
-
 
 def _snapshot(key: ApiKeyInfo) -> dict[str, Any]:
-    """What the audit log keeps of a key: nothing of the secret."""
+    """Return a key's fields for the audit log, without its secret."""
     return {
         "key_id": key.key_id,
         "name": key.name,
@@ -296,7 +295,7 @@ def _snapshot(key: ApiKeyInfo) -> dict[str, Any]:
 
 
 def _check_id(key_id: str) -> None:
-    """What cannot be an id is no key's; some of it PostgreSQL would not even take for a text."""
+    """Refuse what cannot be a key's id; PostgreSQL would not accept some of it as text."""
     if not _KEY_ID.fullmatch(key_id):
         raise ApiKeyNotFoundError(key_id)
 
@@ -307,7 +306,7 @@ def _check_overlap(overlap: timedelta | float) -> timedelta:
     except (OverflowError, ValueError):  # infinite, too large, not a number
         window = None
     if window is None or not timedelta(0) <= window <= _LONGEST_OVERLAP:
-        raise ConfigurationError(f"overlap must be 0 or more, and at most {_LONGEST_OVERLAP.days} days")
+        raise ConfigurationError(f"overlap must be from 0 to {_LONGEST_OVERLAP.days} days")
     return window
 
 
@@ -315,7 +314,7 @@ def _check_expiry(moment: datetime | None) -> None:
     if moment is None:
         return
     if moment.tzinfo is None:
-        raise ConfigurationError("expires_at must be an aware datetime, with a time zone")
+        raise ConfigurationError("expires_at must be an aware datetime, such as datetime.now(UTC)")
     if moment <= datetime.now(UTC):
         raise ConfigurationError("expires_at is in the past")
 

@@ -1,4 +1,4 @@
-"""Lock-out: sources and key ids with too many invalid keys are slowed down."""
+"""Lock-out: slows down sources and key ids with too many invalid keys."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .throttle import Attempts, Throttle
 
 logger = logging.getLogger("tenancy_orm.directory")
 
-_LOCKED_DELAY = 1.0  # how long at most the refusal of a locked key id is held back
-_MAX_DELAYED = 256  # refusals held back at one time
+_LOCKED_DELAY = 1.0  # the longest delay of a refusal for a locked key id, in seconds
+_MAX_DELAYED = 256  # refusals delayed at one time
 
 
 class Lockout:
-    """Counts invalid keys by source and by key id, and makes their further attempts slow.
+    """Counts invalid keys by source and by key id, and slows further attempts down.
 
     Args:
         config: Limits and times, see ``TenancyConfig``.
@@ -33,24 +33,24 @@ class Lockout:
         self._clock = clock
         self._sources = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
         self._key_ids = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
-        self.attempts = Attempts(self._sources, patience=2 * config.directory.timeout, clock=clock)
+        self.attempts = Attempts(self._sources, timeout=2 * config.directory.timeout, clock=clock)
         self._delayed = 0
 
     def __len__(self) -> int:
-        """How many sources and key ids are remembered."""
+        """How many sources and key ids are counted."""
         return len(self._sources) + len(self._key_ids)
 
     def check(self, group: str) -> None:
         """Refuse a group of sources that must wait.
 
         Raises:
-            TooManyAttemptsError: it presented too many invalid keys.
+            TooManyAttemptsError: the group presented too many invalid keys.
         """
         if pause := self._sources.pause(group, self._clock()):
             raise TooManyAttemptsError(pause)
 
     async def count(self, key_id: str | None, source: str | None) -> None:
-        """Count an invalid key, and hold the answer back where its key id was tried too often."""
+        """Count an invalid key, and delay the answer where its key id was tried too often."""
         now = self._clock()
         if source is not None:
             group = source_group(source)
@@ -59,7 +59,7 @@ class Lockout:
             return
         self._report(self._key_ids.fail(key_id, now), key_id=key_id)
         delay = min(self._key_ids.pause(key_id, now), _LOCKED_DELAY)
-        # the refusal alone is slow: whoever has the right key must not suffer from others' guesses at its public id
+        # only refusals are slow: the owner of the right key must not suffer from guesses at its public id
         if delay and self._delayed < _MAX_DELAYED:
             self._delayed += 1
             try:

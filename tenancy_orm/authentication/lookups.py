@@ -1,4 +1,4 @@
-"""Look-ups of keys and tenants in the control database, and what happens while it does not answer."""
+"""Look-ups of keys and tenants in the control database, and the handling of its outages."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..events import DirectoryMissed, DirectoryUnavailable, EventBus
 from ..keys.networks import parse_networks
 from ..registry.rows import TENANT_COLUMNS, tenant_from_row
 from ..tenant import Status, Tenant
-from .admission import Standing
-from .batch import Batch
+from .admission import CredentialState
+from .batch import BatchLoader
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -68,28 +68,28 @@ _TENANTS = union_all(
 )
 
 
-def standing_of(row: Row[Any], asked: float) -> Standing:
-    """What a key's row says of it, asked for at this time."""
-    return Standing(
+def credential_state(row: Row[Any], read_at: float) -> CredentialState:
+    """Return the state of a key from its row, read at this time."""
+    return CredentialState(
         credential_id=row.key_id,
         tenant=tenant_from_row(row),
-        asked=asked,
+        read_at=read_at,
         scopes=frozenset(row.scopes),
         networks=parse_networks(row.networks),
         secret=(row.digest_version, row.digest),
         revoked=row.revoked_at is not None,
-        # by the database's clock, so that clocks that differ do not matter
-        expires=None if row.expires_at is None else asked + (row.expires_at - row.now).total_seconds(),
+        # by the database's clock, so that a difference between the clocks does not matter
+        expires=None if row.expires_at is None else read_at + (row.expires_at - row.now).total_seconds(),
     )
 
 
-class LookUps:
-    """Asks the control database; those who ask at the same moment share a query.
+class DirectoryLookups:
+    """Queries the control database; look-ups at the same moment share a query.
 
     Args:
         control: The control database.
         config: Times, see ``TenancyConfig``.
-        events: Where look-ups and the control database's absence are reported.
+        events: Where look-ups and outages of the control database are reported.
         clock: Seconds, monotonic.
     """
 
@@ -104,10 +104,10 @@ class LookUps:
         self._events = events
         self._clock = clock
         timeout = config.directory.timeout
-        # each with the time when it was asked for
-        self._keys: Batch[str, tuple[Row[Any], float]] = Batch(self._load_keys, timeout=timeout)
-        self._tenants: Batch[UUID | str, tuple[Tenant, float]] = Batch(self._load_tenants, timeout=timeout)
-        self._probe: asyncio.Task[None] | None = None  # set while the control database is away
+        # each value with the time when it was read
+        self._keys: BatchLoader[str, tuple[Row[Any], float]] = BatchLoader(self._load_keys, timeout=timeout)
+        self._tenants: BatchLoader[UUID | str, tuple[Tenant, float]] = BatchLoader(self._load_tenants, timeout=timeout)
+        self._probe: asyncio.Task[None] | None = None  # set while the control database does not answer
         self._closing = False
 
     @property
@@ -116,7 +116,7 @@ class LookUps:
         return self._probe is None
 
     async def key(self, key_id: str) -> tuple[tuple[Row[Any], float] | None, set[Hashable]]:
-        """Return a key's row, when it was asked for, and what was invalidated while it was looked up.
+        """Return a key's row with the time it was read, and the tags invalidated while it was looked up.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -125,7 +125,7 @@ class LookUps:
         return await self._guarded(self._keys.get(key_id))
 
     async def tenant(self, wanted: UUID | str) -> tuple[tuple[Tenant, float] | None, set[Hashable]]:
-        """Return a tenant by id or name; otherwise as ``key``.
+        """Return a tenant by id or name, as ``key`` does.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -133,13 +133,13 @@ class LookUps:
         self._check()
         return await self._guarded(self._tenants.get(wanted))
 
-    def touch(self, tag: Hashable) -> None:
-        """Note that ``tag`` was invalidated: what is being read may be old."""
-        self._keys.touch(tag)
-        self._tenants.touch(tag)
+    def invalidate(self, tag: Hashable) -> None:
+        """Mark running look-ups: what they read may be older than the change of ``tag``."""
+        self._keys.invalidate(tag)
+        self._tenants.invalidate(tag)
 
     def stop(self) -> None:
-        """From here on a look-up that fails is not taken for the control database's absence."""
+        """Treat failing look-ups as part of the closing from now on, not as an outage of the control database."""
         self._closing = True
 
     async def close(self) -> None:
@@ -164,11 +164,11 @@ class LookUps:
             raise ControlUnavailableError(*exc.args) from exc
 
     def _begin_probing(self) -> None:
-        """Answer from memory, without waiting, until the control database answers again."""
+        """Answer from the cache, without waiting, until the control database answers again."""
         if self._probe is not None or self._closing:
             return
         logger.warning(
-            "the control database does not answer; what is known keeps working for %g s", self._config.directory.grace
+            "the control database does not answer; cached entries stay valid for %g s", self._config.directory.grace
         )
         self._events.emit(DirectoryUnavailable())
         self._probe = asyncio.get_running_loop().create_task(self._probe_until_back(), context=Context())
@@ -179,7 +179,7 @@ class LookUps:
             try:
                 async with asyncio.timeout(self._config.directory.timeout), self._control.connect() as connection:
                     await connection.execute(select(1))
-            except Exception as exc:  # noqa: BLE001 - whatever it is, ending here would leave it away for ever
+            except Exception as exc:  # noqa: BLE001 - ending here would leave the directory without its database for ever
                 logger.debug("the control database still does not answer: %s", type(exc).__name__)
                 continue
             self._probe = None
@@ -187,19 +187,19 @@ class LookUps:
             return
 
     async def _query(self, statement: Executable, parameters: dict[str, Any]) -> tuple[Sequence[Row[Any]], float]:
-        """Run one reading statement; twice where the first try met a connection that a restart had left dead.
+        """Run one SELECT, a second time where the first try met a connection that a restart had left dead.
 
-        Returns its rows, and when they were asked for: what they say may change from then on.
+        Returns its rows and the time before it was sent: what they say may change from then on.
 
         Raises:
-            ControlUnavailableError: there is no answer, or a refusal: a password that is being changed, a database that
-                is being restored. To those who ask it is the same: what is known keeps working.
+            ControlUnavailableError: the database does not answer, or refuses: its password is being changed, or it is
+                being restored. Callers handle both alike: cached entries stay valid.
         """
         for attempt in range(2):
             try:
                 async with self._control.connect() as connection:
-                    asked = self._clock()
-                    return (await connection.execute(statement, parameters)).all(), asked
+                    read_at = self._clock()
+                    return (await connection.execute(statement, parameters)).all(), read_at
             except ControlUnavailableError:
                 if attempt:
                     raise
@@ -210,16 +210,16 @@ class LookUps:
 
     async def _load_keys(self, key_ids: list[str]) -> Mapping[str, tuple[Row[Any], float]]:
         started = time.perf_counter()
-        rows, asked = await self._query(_KEYS, {"ids": key_ids})
+        rows, read_at = await self._query(_KEYS, {"ids": key_ids})
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=len(key_ids), tenants=0, seconds=seconds))
-        return {row.key_id: (row, asked) for row in rows}
+        return {row.key_id: (row, read_at) for row in rows}
 
     async def _load_tenants(self, wanted: list[UUID | str]) -> Mapping[UUID | str, tuple[Tenant, float]]:
         started = time.perf_counter()
         ids = [x for x in wanted if isinstance(x, UUID)]
         names = [x for x in wanted if isinstance(x, str)]
-        rows, asked = await self._query(_TENANTS, {"ids": ids, "names": names})
+        rows, read_at = await self._query(_TENANTS, {"ids": ids, "names": names})
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=0, tenants=len(wanted), seconds=seconds))
         found: dict[UUID | str, Tenant] = {}
@@ -230,4 +230,4 @@ class LookUps:
                 for name in tenant.aliases:
                     found.setdefault(name, tenant)
                 found[tenant.slug] = tenant
-        return {key: (tenant, asked) for key, tenant in found.items()}
+        return {key: (tenant, read_at) for key, tenant in found.items()}

@@ -1,7 +1,7 @@
-"""What was refused, counted by kind in bounded memory. State without I/O.
+"""Refused keys and requests, counted by kind in bounded memory. State without I/O.
 
-Refused keys and cross-tenant requests are tallied apart: whoever makes noise with keys that are not valid must not keep
-a request that named another tenant out of the audit log.
+Refused keys and cross-tenant requests are counted apart: a flood of invalid keys must not keep a request that named
+another tenant out of the audit log.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections import Counter
 from typing import Any, NamedTuple
 from uuid import UUID
 
-MAX_KINDS = 1_000  # counted one by one until they are taken
-MAX_WRITTEN = 20  # ... and told one by one
-MAX_KEYS = 100  # whose further cross-tenant requests are told by key
+MAX_KINDS = 1_000  # kinds that are counted one by one until the next write
+MAX_WRITTEN = 20  # kinds that are written one by one
+MAX_KEYS = 100  # keys with a count of their further cross-tenant requests each
 
 _KEY_REJECTED = "key.reject"
 _CROSS_TENANT = "request.cross_tenant"
 
 
 class Refusal(NamedTuple):
-    """One kind of refusal. Of a cross-tenant request ``named`` is the other tenant, and ``resolver`` who read it."""
+    """One kind of refusal. Of a cross-tenant request ``named`` is the other tenant, read by ``resolver``."""
 
     action: str
     key_id: str | None = None
@@ -31,39 +31,41 @@ class Refusal(NamedTuple):
     resolver: str | None = None
 
     @classmethod
-    def of_key(
+    def rejected_key(
         cls, reason: str, key_id: str | None, source: str | None, owner: tuple[UUID, str] | tuple[None, None]
     ) -> Refusal:
         """A key that was refused."""
         return cls(_KEY_REJECTED, key_id, source, reason, *owner)
 
     @classmethod
-    def of_request(cls, named: str, resolver: str, key_id: str, source: str | None, owner: tuple[UUID, str]) -> Refusal:
+    def cross_tenant_request(
+        cls, named: str, resolver: str, key_id: str, source: str | None, owner: tuple[UUID, str]
+    ) -> Refusal:
         """A request that named another tenant than its key's."""
         return cls(_CROSS_TENANT, key_id, source, None, *owner, named, resolver)
 
     @property
     def rest(self) -> Refusal:
-        """What stands for it where there are too many: its key, where that is a valid one, or all of the kind."""
+        """The kind that counts it where there are too many: by its key, where that is valid, or by action alone."""
         if self.action == _CROSS_TENANT:
             return self._replace(source=None, named=None, resolver=None)
         return self.others
 
     @property
     def others(self) -> Refusal:
-        """What stands for all of the kind."""
+        """The kind that counts all refusals of this action."""
         return Refusal(self.action)
 
 
-class Tally:
-    """Counts refusals by kind; past ``MAX_KINDS`` kinds by what stands for the rest."""
+class RefusalCounter:
+    """Counts refusals by kind; past ``MAX_KINDS`` kinds, by ``rest``."""
 
     def __init__(self) -> None:
         self.kinds: Counter[Refusal] = Counter()
         self.rests: Counter[Refusal] = Counter()
 
     def __len__(self) -> int:
-        """How many are counted apart."""
+        """How many kinds are counted."""
         return len(self.kinds) + len(self.rests)
 
     def add(self, refusal: Refusal, count: int = 1) -> None:
@@ -73,8 +75,8 @@ class Tally:
         else:
             self._add_rest(refusal.rest, count)
 
-    def add_all(self, other: Tally) -> None:
-        """Count again what could not be written; in the same bounds."""
+    def add_all(self, other: RefusalCounter) -> None:
+        """Add the counts of ``other``, which could not be written, within the same bounds."""
         for refusal, count in other.kinds.items():
             self.add(refusal, count)
         for rest, count in other.rests.items():
@@ -86,7 +88,7 @@ class Tally:
         self.rests[rest] += count
 
     def entries(self) -> list[tuple[Refusal, dict[str, Any]]]:
-        """What the audit log is to say: the most frequent kinds one by one, then the rest, with their details."""
+        """Return entries for the audit log with their details: the most frequent kinds one by one, then the rest."""
         ranked = self.kinds.most_common()
         rests = Counter(self.rests)
         names: dict[Refusal, set[str | None]] = {}
@@ -96,12 +98,12 @@ class Tally:
         entries = [(refusal, _detail(refusal, count)) for refusal, count in ranked[:MAX_WRITTEN]]
         by_key = [(rest, count) for rest, count in rests.most_common() if rest.key_id is not None][:MAX_KEYS]
         for rest, count in by_key:
-            # at least so many names: past MAX_KINDS they are not kept
+            # a lower bound: names past MAX_KINDS are not kept
             entries.append((rest, {"reason": "others", "count": count, "names": len(names.get(rest, ()))}))
-        told = {rest for rest, _ in by_key}
+        written = {rest for rest, _ in by_key}
         others: Counter[Refusal] = Counter()
         for rest, count in rests.items():
-            if rest not in told:
+            if rest not in written:
                 others[rest.others] += count
         return entries + [(rest, {"reason": "others", "count": count}) for rest, count in others.items()]
 

@@ -1,4 +1,4 @@
-"""Slowing down whoever presents invalid keys, in bounded memory."""
+"""Throttling of sources that present invalid keys, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class _Record:
 
 
 class Throttle:
-    """Counts failures per subject (a source, a key id) and spaces them out once they are too many.
+    """Counts failures per subject (a source, a key id), and makes a subject wait once it has too many.
 
-    The ``limit``-th failure within ``window`` seconds of the first begins a pause of a second, and every further one
-    doubles it, up to ``window``. It is all forgotten when a window has passed since the last pause ended.
+    The ``limit``-th failure within ``window`` seconds of the first starts a pause of one second. Each further failure
+    doubles the pause, up to ``window``. The count starts again when a window has passed since the last pause ended.
 
     State without I/O or clock: every method takes the time, in seconds.
 
     Args:
-        limit: Failures that bring a pause; 0 switches counting off.
+        limit: Failures that start a pause; 0 switches counting off.
         window: Seconds.
-        capacity: How many subjects are remembered; beyond, the one whose last failure is longest ago is forgotten.
+        capacity: How many subjects are counted; beyond, the one with the oldest last failure is dropped.
     """
 
     def __init__(self, *, limit: int, window: float, capacity: int = 10_000) -> None:
@@ -39,7 +39,7 @@ class Throttle:
         self._records: OrderedDict[str, _Record] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many subjects are remembered."""
+        """How many subjects are counted."""
         return len(self._records)
 
     def pause(self, subject: str, now: float) -> float:
@@ -47,18 +47,18 @@ class Throttle:
         record = self._records.get(subject)
         return max(0.0, record.blocked_until - now) if record else 0.0
 
-    def left(self, subject: str, now: float) -> int | None:
-        """How many failures of ``subject`` bring no further pause; None where there is no limit."""
+    def failures_left(self, subject: str, now: float) -> int | None:
+        """How many failures ``subject`` has left before the next pause; None where there is no limit."""
         if not self._limit:
             return None
-        record = self._live(subject, now)
+        record = self._current_record(subject, now)
         return max(0, self._limit - record.failures) if record else self._limit
 
     def fail(self, subject: str, now: float) -> int | None:
-        """Count a failure. Returns the number of failures where this one is the first to bring a pause, else None."""
+        """Count a failure. Returns the number of failures where this one is the first to start a pause, else None."""
         if not self._limit:
             return None
-        record = self._live(subject, now)
+        record = self._current_record(subject, now)
         if record is None:
             record = self._records[subject] = _Record(0, now)
         record.failures += 1
@@ -74,7 +74,7 @@ class Throttle:
         record.locked = True
         return record.failures
 
-    def _live(self, subject: str, now: float) -> _Record | None:
+    def _current_record(self, subject: str, now: float) -> _Record | None:
         record = self._records.get(subject)
         if record is None or now >= max(record.since, record.blocked_until) + self._window:
             return None
@@ -82,71 +82,71 @@ class Throttle:
 
 
 @dataclass(slots=True)
-class _UnderWay:
+class _InProgress:
     attempts: Counter[Hashable] = field(default_factory=Counter)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    interested: int = 0
+    waiters: int = 0
 
 
 class Attempts:
-    """Lets a subject have no more attempts under way than it has failures left; the others wait for their outcome.
+    """Limits a subject's concurrent attempts to the failures that it has left; further attempts wait.
 
-    Without it a thousand guesses that are made at once would all be under way before the first of them has failed.
+    Without it a thousand guesses made at once would all be in progress before the first has failed.
 
     Args:
-        throttle: Where the failures are counted: by the caller, without awaiting after ``end``.
-        patience: How many seconds one may wait.
+        throttle: Counts the failures. The caller calls ``fail`` without awaiting after ``end``.
+        timeout: How many seconds an attempt may wait.
         clock: Seconds, as the throttle's.
     """
 
-    def __init__(self, throttle: Throttle, *, patience: float, clock: Callable[[], float]) -> None:
+    def __init__(self, throttle: Throttle, *, timeout: float, clock: Callable[[], float]) -> None:
         self._throttle = throttle
-        self._patience = patience
+        self._timeout = timeout
         self._clock = clock
-        self._subjects: dict[str, _UnderWay] = {}
+        self._subjects: dict[str, _InProgress] = {}
 
     def __len__(self) -> int:
-        """How many subjects have attempts under way."""
+        """How many subjects have attempts in progress."""
         return len(self._subjects)
 
     async def begin(self, subject: str, what: Hashable) -> None:
-        """Wait until ``subject`` may try ``what``; ``end`` must follow. The same thing tried twice is one attempt.
+        """Wait until ``subject`` may try ``what``; call ``end`` afterwards. Trying the same thing twice is one attempt.
 
         Raises:
-            TooManyAttemptsError: it may not, after the failures so far.
+            TooManyAttemptsError: it has failed too often, or waited too long.
         """
-        under_way = self._subjects.setdefault(subject, _UnderWay())
-        under_way.interested += 1
+        in_progress = self._subjects.setdefault(subject, _InProgress())
+        in_progress.waiters += 1
         try:
-            async with asyncio.timeout(self._patience):
-                while not self._may_begin(subject, under_way, what):
-                    await under_way.ended.wait()
+            async with asyncio.timeout(self._timeout):
+                while not self._may_begin(subject, in_progress, what):
+                    await in_progress.ended.wait()
         except BaseException as exc:
-            self._leave(subject, under_way)
+            self._leave(subject, in_progress)
             if isinstance(exc, TimeoutError):
-                raise TooManyAttemptsError(self._patience) from None
+                raise TooManyAttemptsError(self._timeout) from None
             raise
-        under_way.attempts[what] += 1
+        in_progress.attempts[what] += 1
 
     def end(self, subject: str, what: Hashable) -> None:
-        """An attempt has ended; those that wait look again once the caller awaits something."""
-        under_way = self._subjects[subject]
-        under_way.attempts[what] -= 1
-        if not under_way.attempts[what]:
-            del under_way.attempts[what]
-            under_way.ended.set()
-            under_way.ended = asyncio.Event()
-        self._leave(subject, under_way)
+        """End an attempt. Waiting attempts continue once the caller awaits something."""
+        in_progress = self._subjects[subject]
+        in_progress.attempts[what] -= 1
+        if not in_progress.attempts[what]:
+            del in_progress.attempts[what]
+            in_progress.ended.set()
+            in_progress.ended = asyncio.Event()
+        self._leave(subject, in_progress)
 
-    def _may_begin(self, subject: str, under_way: _UnderWay, what: Hashable) -> bool:
+    def _may_begin(self, subject: str, in_progress: _InProgress, what: Hashable) -> bool:
         now = self._clock()
         if pause := self._throttle.pause(subject, now):
             raise TooManyAttemptsError(pause)
-        left = self._throttle.left(subject, now)
-        # one at a time once a pause is over: the next failure begins another
-        return left is None or what in under_way.attempts or len(under_way.attempts) < max(1, left)
+        left = self._throttle.failures_left(subject, now)
+        # one at a time after a pause: the next failure starts another
+        return left is None or what in in_progress.attempts or len(in_progress.attempts) < max(1, left)
 
-    def _leave(self, subject: str, under_way: _UnderWay) -> None:
-        under_way.interested -= 1
-        if not under_way.interested:
+    def _leave(self, subject: str, in_progress: _InProgress) -> None:
+        in_progress.waiters -= 1
+        if not in_progress.waiters:
             del self._subjects[subject]

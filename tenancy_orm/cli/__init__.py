@@ -1,4 +1,4 @@
-"""The command line, ``tenancy``."""
+"""The command line ``tenancy``."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def main() -> None:
     except ModuleNotFoundError as exc:
         if exc.name not in ("typer", "rich", "click"):
             raise
-        sys.exit(f"the command line needs {exc.name}; run: pip install 'tenancy-orm[cli]'")
+        sys.exit(f"the command line needs {exc.name}: run pip install 'tenancy-orm[cli]'")
     app()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -18,12 +17,12 @@ from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
-from .output import console, print_fields, print_json, print_table, tenant_fields
-from .runtime import Json, TenantArgument, Yes, fail, guarded, operator, run
+from .output import console, print_fields, print_json, print_report, print_table, tenant_fields
+from .runtime import Json, TenantArgument, Yes, exit_on_error, fail, operator, run
 
 app = typer.Typer(
     name="tenancy",
-    help="Give every tenant a PostgreSQL database of its own.",
+    help="Give every tenant its own PostgreSQL database.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -42,7 +41,7 @@ app.command("dev")(dev.dev)
 app.command("psql")(dev.psql)
 app.command("secret")(dev.secret)
 
-Reason = Annotated[str | None, typer.Option("--reason", "-r", help="Why; kept in the audit log.")]
+Reason = Annotated[str | None, typer.Option("--reason", "-r", help="Why; recorded in the audit log.")]
 
 
 def _version(wanted: bool) -> None:
@@ -54,16 +53,16 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Settings file; ./tenancy.toml where there is one.")
+        Path | None, typer.Option("--config", "-c", help="The settings file; ./tenancy.toml by default.")
     ] = None,
     application: Annotated[
-        str | None, typer.Option("--app", help="module:attribute of the application's Tenancy or TenancyConfig.")
+        str | None, typer.Option("--app", help="The application's Tenancy or TenancyConfig, as module:attribute.")
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Give every tenant a PostgreSQL database of its own."""
+    """Give every tenant its own PostgreSQL database."""
     if config is not None:
         os.environ["TENANCY_CONFIG"] = str(config)
     if application is not None:
@@ -71,10 +70,10 @@ def root(
 
 
 def parse_metadata(text: str | None) -> dict[str, Any] | None:
-    """Read a JSON object from the command line.
+    """Parse a JSON object given on the command line.
 
     Raises:
-        ConfigurationError: it is not one.
+        ConfigurationError: it is not a JSON object.
     """
     if text is None:
         return None
@@ -98,17 +97,17 @@ def show_tenant(fields: dict[str, Any], as_json: bool) -> None:
 @app.command()
 def create(
     slug: Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.")],
-    tier: Annotated[str | None, typer.Option(help="A configured tier; the default one otherwise.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="A JSON object kept with the tenant.")] = None,
-    trial: Annotated[bool, typer.Option("--trial", help="Begin as a trial.")] = False,
+    tier: Annotated[str | None, typer.Option(help="A configured tier; the default tier if not given.")] = None,
+    metadata: Annotated[str | None, typer.Option(help="A JSON object to store with the tenant.")] = None,
+    trial: Annotated[bool, typer.Option("--trial", help="Start as a trial.")] = False,
     trial_days: Annotated[
-        float | None, typer.Option(help="Begin as a trial that housekeeping suspends after so many days.")
+        float | None, typer.Option(help="Start as a trial; housekeeping suspends it after this many days.")
     ] = None,
     server: Annotated[str | None, typer.Option(help="The server to place it on.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Create a tenant with its database, and print its API key: the only time it is shown."""
-    given = guarded(lambda: parse_metadata(metadata))
+    """Create a tenant with its database, and print its API key. The key is not shown again."""
+    given = exit_on_error(lambda: parse_metadata(metadata))
     trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
@@ -128,8 +127,8 @@ def create(
         print_json(fields)
         return
     console.print(f"created [bold]{fields['slug']}[/] ({fields['tier']}) as {fields['id']}", highlight=False)
-    console.print("API key, shown this once:", highlight=False)
-    # plain, so that it can be selected whole and piped
+    console.print("API key, not shown again:", highlight=False)
+    # without styles, so that it can be selected and piped
     print(fields["api_key"])
 
 
@@ -169,14 +168,14 @@ def show(tenant: TenantArgument, as_json: Json = False) -> None:
 @app.command()
 def update(
     tenant: TenantArgument,
-    tier: Annotated[str | None, typer.Option(help="Move it to this tier.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="Replace its metadata by this JSON object.")] = None,
+    tier: Annotated[str | None, typer.Option(help="Its new tier.")] = None,
+    metadata: Annotated[str | None, typer.Option(help="A JSON object that replaces its metadata.")] = None,
     timezone: Annotated[str | None, typer.Option(help="IANA time zone of its daily and monthly quotas.")] = None,
-    trial_days: Annotated[float | None, typer.Option(help="Its trial ends so many days from now.")] = None,
+    trial_days: Annotated[float | None, typer.Option(help="End its trial this many days from now.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Change a tenant's tier, metadata, time zone or the end of its trial."""
-    given = guarded(lambda: parse_metadata(metadata))
+    """Change a tenant's tier, metadata, time zone or end of trial."""
+    given = exit_on_error(lambda: parse_metadata(metadata))
     trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
@@ -201,13 +200,13 @@ def _change(change: Callable[[Tenancy], Awaitable[Tenant]], as_json: bool) -> No
 
 @app.command()
 def suspend(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
-    """Refuse a tenant's requests and end its connections; its data stays."""
+    """Suspend a tenant: refuse its requests and end its connections. Its data is kept."""
     _change(lambda tenancy: tenancy.tenants.suspend(tenant, reason=reason, actor=operator()), as_json)
 
 
 @app.command()
 def activate(tenant: TenantArgument, as_json: Json = False) -> None:
-    """Make a suspended, trial or maintained tenant active."""
+    """Make a tenant active that is suspended, in trial or in maintenance."""
     _change(lambda tenancy: tenancy.tenants.activate(tenant, actor=operator()), as_json)
 
 
@@ -219,37 +218,37 @@ def maintain(tenant: TenantArgument, reason: Reason = None, as_json: Json = Fals
 
 @app.command("end-maintenance")
 def end_maintenance(tenant: TenantArgument, as_json: Json = False) -> None:
-    """Make a tenant what it was before its maintenance."""
+    """End a tenant's maintenance: it gets its previous status back."""
     _change(lambda tenancy: tenancy.tenants.end_maintenance(tenant, actor=operator()), as_json)
 
 
 @app.command("start-trial")
 def start_trial(
     tenant: TenantArgument,
-    days: Annotated[float, typer.Option(help="How many days it lasts from now on.")] = 14.0,
+    days: Annotated[float, typer.Option(help="How many days the trial lasts, from now.")] = 14.0,
     as_json: Json = False,
 ) -> None:
-    """Let a suspended tenant, whose trial has ended, say, try once more."""
+    """Start another trial of a suspended tenant."""
     ends_at = datetime.now(UTC) + timedelta(days=days)
     _change(lambda tenancy: tenancy.tenants.start_trial(tenant, ends_at=ends_at, actor=operator()), as_json)
 
 
 @app.command()
 def delete(tenant: TenantArgument, reason: Reason = None, as_json: Json = False) -> None:
-    """Delete a tenant softly: its keys are refused, its data is kept until it is purged."""
+    """Delete a tenant softly: refuse its keys, and keep its data until it is purged."""
     _change(lambda tenancy: tenancy.tenants.delete(tenant, reason=reason, actor=operator()), as_json)
 
 
 @app.command()
 def restore(tenant: TenantArgument, as_json: Json = False) -> None:
-    """Undo delete."""
+    """Restore a deleted tenant to its previous status."""
     _change(lambda tenancy: tenancy.tenants.restore(tenant, actor=operator()), as_json)
 
 
 @app.command()
 def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> None:
-    """Remove a deleted tenant for good: its database, role, keys and secrets."""
-    if not yes and not typer.confirm(f"Remove the database of {tenant} for good?"):
+    """Remove a deleted tenant permanently: its database, role, keys and secrets."""
+    if not yes and not typer.confirm(f"Permanently remove the database of {tenant}?"):
         fail("nothing was removed")
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
@@ -268,10 +267,10 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
 def rename(
     tenant: TenantArgument,
     slug: Annotated[str, typer.Argument(help="The new slug.")],
-    redirect_days: Annotated[float, typer.Option(help="How long the old slug leads to this tenant.")] = 30.0,
+    redirect_days: Annotated[float, typer.Option(help="How many days the old slug redirects.")] = 30.0,
     as_json: Json = False,
 ) -> None:
-    """Give a tenant another slug; the old one redirects and is nobody else's for a while."""
+    """Give a tenant another slug. The old one redirects for a time, and no other tenant can have it until then."""
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         changed = await tenancy.tenants.rename(tenant, slug, redirect_seconds=redirect_days * 86_400, actor=operator())
@@ -283,57 +282,48 @@ def rename(
 @app.command("run-maintenance", hidden=True)  # its former name
 @app.command()
 def housekeeping(as_json: Json = False) -> None:
-    """Do what is due: end trials, scheduled suspensions, purges after retention, reconcile. For a timer."""
+    """Do what is due: end trials, suspend, purge after retention, reconcile. Run it from a timer."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.run_housekeeping(actor=operator())
 
     report = run(command)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("housekeeping", {name: getattr(report, name) for name in report.__slots__})
+    print_report("housekeeping", report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)
 
 
 @app.command()
 def watch(
-    every: Annotated[float, typer.Option(min=0.1, help="Look every so many seconds.")] = 5.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once, and say what was ended.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two checks.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Check once, and print what was ended.")] = False,
     as_json: Json = False,
 ) -> None:
-    """End tenants' sessions that would stop a server for others. For a service: it must be connected beforehand."""
+    """End tenants' sessions that would stop a server for the others. Run it as a service, connected beforehand."""
 
-    async def look(tenancy: Tenancy) -> Any:
+    async def watch_once(tenancy: Tenancy) -> Any:
         return await tenancy.internals.provisioner.end_excessive_sessions(actor=operator())
 
-    async def look_on(tenancy: Tenancy) -> None:
+    async def watch_forever(tenancy: Tenancy) -> None:
         await tenancy.internals.provisioner.watchdog.watch(every=every, actor=operator())
 
     if not once:
-        run(look_on)
+        run(watch_forever)
         return
-    report = run(look)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("watch", asdict(report))
+    report = run(watch_once)
+    print_report("watch", report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)
 
 
 @app.command()
 def reconcile(as_json: Json = False) -> None:
-    """Finish or remove what interrupted creations and purges have left."""
+    """Finish or undo creations and purges that were interrupted."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.internals.provisioner.reconcile(actor=operator())
 
     report = run(command)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("reconcile", asdict(report))
+    print_report("reconcile", report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)

@@ -14,7 +14,7 @@ from ..audit.checkpoints import Checkpoint, Verifier
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table
-from .runtime import EXIT_FAILED, Json, guarded, run
+from .runtime import EXIT_FAILED, Json, exit_on_error, run
 
 app = typer.Typer(help="Read the audit log and verify it.", no_args_is_help=True)
 
@@ -22,7 +22,9 @@ app = typer.Typer(help="Read the audit log and verify it.", no_args_is_help=True
 @app.command("list")
 def list_events(
     tenant: Annotated[str | None, typer.Option("--tenant", "-t", help="Only this tenant's.")] = None,
-    action: Annotated[str | None, typer.Option(help="Only this action; tenant. stands for all that begin so.")] = None,
+    action: Annotated[
+        str | None, typer.Option(help="Only this action, or a prefix such as tenant. (with the dot).")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000, help="How many at most.")] = 50,
     as_json: Json = False,
 ) -> None:
@@ -42,16 +44,16 @@ def list_events(
 @app.command()
 def verify(
     checkpoint: Annotated[list[Path] | None, typer.Option(help="A checkpoint exported earlier; repeatable.")] = None,
-    since: Annotated[Path | None, typer.Option(help="A checkpoint to begin from, instead of the start.")] = None,
+    since: Annotated[Path | None, typer.Option(help="A checkpoint to start from, instead of the first entry.")] = None,
     public_keys: Annotated[
-        Path | None, typer.Option(help="Judge signatures by these keys alone; as tenancy audit public-keys prints.")
+        Path | None, typer.Option(help="Check signatures with these keys only, as printed by audit public-keys.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Recompute the chain; exit status 1 where an entry does not hold, or a checkpoint contradicts the log."""
-    checkpoints = guarded(lambda: [_checkpoint(path) for path in checkpoint or ()])
-    origin = guarded(lambda: _checkpoint(since) if since else None)
-    verifier = guarded(lambda: _verifier(public_keys) if public_keys else None)
+    """Recompute the hash chain; exit status 1 where an entry or a checkpoint does not match."""
+    checkpoints = exit_on_error(lambda: [_checkpoint(path) for path in checkpoint or ()])
+    origin = exit_on_error(lambda: _checkpoint(since) if since else None)
+    verifier = exit_on_error(lambda: _verifier(public_keys) if public_keys else None)
 
     async def command(tenancy: Tenancy) -> VerifyReport:
         return await tenancy.audit.verify(checkpoints, since=origin, verifier=verifier)
@@ -61,14 +63,14 @@ def verify(
         fields = ("ok", "entries", "first_bad", "problem", "confirmed", "removed", "skipped")
         print_json({name: getattr(report, name) for name in fields})
     else:
-        console.print(_told(report), highlight=False, soft_wrap=True)
+        console.print(_summary(report), highlight=False, soft_wrap=True)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("checkpoint")
 def export_checkpoint() -> None:
-    """Print a signed checkpoint as JSON; keep it where the database's operators cannot change it."""
+    """Print a signed checkpoint as JSON. Store it where the database's operators cannot change it."""
 
     async def command(tenancy: Tenancy) -> str:
         return (await tenancy.audit.export_checkpoint()).to_json()
@@ -78,7 +80,7 @@ def export_checkpoint() -> None:
 
 @app.command("public-keys")
 def print_public_keys() -> None:
-    """Print the public keys that verify checkpoints, retired ones included, as JSON; keep them with the checkpoints."""
+    """Print the public keys of checkpoints as JSON, retired ones included. Store them with the checkpoints."""
 
     async def command(tenancy: Tenancy) -> Verifier:
         return await tenancy.audit.verifier()
@@ -86,15 +88,15 @@ def print_public_keys() -> None:
     print_json(run(command).public_keys)
 
 
-def _told(report: VerifyReport) -> str:
+def _summary(report: VerifyReport) -> str:
     if not report.ok:
         return f"entry {report.first_bad}: {report.problem}"
-    told = f"{report.entries} entries verified, {len(report.confirmed)} checkpoints confirmed"
+    summary = f"{report.entries} entries verified, {len(report.confirmed)} checkpoints confirmed"
     if report.removed:
-        told += f"; not compared, being older than what retention kept: {_numbers(report.removed)}"
+        summary += f"; not compared, since retention has removed their entries: {_numbers(report.removed)}"
     if report.skipped:
-        told += f"; not compared, being older than where verification began: {_numbers(report.skipped)}"
-    return told
+        summary += f"; not compared, since they are before the start: {_numbers(report.skipped)}"
+    return summary
 
 
 def _numbers(sequences: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from ..config import TenancyConfig, schema, sources
 from ..config.validation import settings_of
 from .output import print_json, print_table
-from .runtime import Json, guarded
+from .runtime import Json, exit_on_error
 
 app = typer.Typer(help="Show what is configured; print the JSON Schema of a settings file.", no_args_is_help=True)
 
@@ -24,8 +24,8 @@ def print_schema() -> None:
 @app.command("show")
 def show(as_json: Json = False) -> None:
     """Show every setting, its value and where it comes from. Secrets are hidden."""
-    found = guarded(lambda: sources.read(TenancyConfig, None, {}))
-    config = guarded(TenancyConfig.from_env)
+    found = exit_on_error(lambda: sources.read(TenancyConfig, None, {}))
+    config = exit_on_error(TenancyConfig.from_env)
     rows = [
         {
             "setting": ".".join(path),

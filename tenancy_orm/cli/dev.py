@@ -1,4 +1,4 @@
-"""``tenancy init``, ``dev``, ``psql`` and ``secret``: setting up, and working by hand."""
+"""``tenancy init``, ``dev``, ``psql`` and ``secret``: project set-up and development."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..errors import ConfigurationError
 from ..migrations.layout import init_directory
 from ..tenancy import Tenancy
 from .output import console, print_json
-from .runtime import Json, TenantArgument, guarded, operator, run
+from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
 _SETTINGS = """\
-# Settings of tenancy_orm. TENANCY_* environment variables win over this file; keep credentials there.
+# Settings of tenancy_orm. TENANCY_* environment variables override this file; put credentials there.
 {control_url}
 migrations = "{migrations}"
 # metadata = "app:Base.metadata"      # your models, for alembic revision --autogenerate
@@ -32,12 +32,12 @@ migrations = "{migrations}"
 def init(
     directory: Annotated[Path, typer.Argument(help="The project's directory.")] = Path(),
     control_url: Annotated[
-        str | None, typer.Option(help="The control database; without it, an embedded server for development.")
+        str | None, typer.Option(help="URL of the control database; an embedded server if not given.")
     ] = None,
     migrations: Annotated[str, typer.Option(help="Directory of the Alembic environment.")] = "migrations",
     as_json: Json = False,
 ) -> None:
-    """Set up a project: settings, Alembic environment and control database. What exists already is kept."""
+    """Set up a project: settings, Alembic environment and control database. Existing files are kept."""
 
     def prepare() -> list[str]:
         directory.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def init(
             made += [migrations] if had_ini else [migrations, "alembic.ini"]
         return made
 
-    made = guarded(prepare)
+    made = exit_on_error(prepare)
 
     async def command(tenancy: Tenancy) -> str:
         return str(tenancy.internals.control.installation)
@@ -69,7 +69,7 @@ def init(
 
 
 def _settings(control_url: str | None, migrations: str) -> str:
-    """The settings file of a new project; a URL with a password is not written into it."""
+    """Return the settings file of a new project; a URL with a password is not written into it."""
     url = control_url or os.environ.get("TENANCY_CONTROL_URL") or "embedded:.tenancy"
     if not url.startswith("embedded") and plain_url(url).password is not None:
         return _SETTINGS.format(control_url="# control_url comes from TENANCY_CONTROL_URL", migrations=migrations)
@@ -77,9 +77,9 @@ def _settings(control_url: str | None, migrations: str) -> str:
 
 
 def dev(
-    directory: Annotated[Path, typer.Option(help="Where the embedded server keeps its data.")] = Path(".tenancy"),
+    directory: Annotated[Path, typer.Option(help="The embedded server's data directory.")] = Path(".tenancy"),
 ) -> None:
-    """Keep an embedded PostgreSQL running for development, until Ctrl-C."""
+    """Run an embedded PostgreSQL for development, until Ctrl-C."""
     from ..testing.embedded import EmbeddedProvider
 
     async def serve() -> None:
@@ -95,14 +95,14 @@ def dev(
         finally:
             await provided.close()
 
-    guarded(lambda: asyncio.run(serve()))
+    exit_on_error(lambda: asyncio.run(serve()))
 
 
 def psql(
     tenant: TenantArgument,
-    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on to psql, after --.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments for psql, after --.")] = None,
 ) -> None:
-    """Open psql on a tenant's database, as the tenant's own role."""
+    """Open psql on a tenant's database, as the tenant's role. Audited."""
 
     async def command(tenancy: Tenancy) -> int:
         found = await tenancy.tenants.get(tenant)
@@ -129,7 +129,7 @@ def psql(
             if process.returncode is None:
                 process.terminate()
 
-    # psql answers Ctrl-C itself
+    # psql handles Ctrl-C itself
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         status = run(command)

@@ -23,7 +23,7 @@ def _fields(domain: Domain) -> dict[str, Any]:
 
 @app.command()
 def claim(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False) -> None:
-    """Claim a domain for a tenant, and print the TXT record that its owner must publish."""
+    """Claim a domain for a tenant, and print the TXT record that the domain's owner must publish."""
 
     async def command(tenancy: Tenancy) -> Domain:
         return await tenancy.domains.claim(tenant, domain, actor=operator())
@@ -38,7 +38,7 @@ def claim(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False)
 
 @app.command()
 def verify(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False) -> None:
-    """Look up the record; the domain names the tenant from then on."""
+    """Look up the TXT record of a claim, and make the domain the tenant's."""
 
     async def command(tenancy: Tenancy) -> Domain:
         return await tenancy.domains.verify(tenant, domain, actor=operator())
@@ -52,7 +52,7 @@ def verify(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False
 
 @app.command()
 def release(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False) -> None:
-    """Give a domain up."""
+    """Release a tenant's domain."""
 
     async def command(tenancy: Tenancy) -> None:
         await tenancy.domains.release(tenant, domain, actor=operator())

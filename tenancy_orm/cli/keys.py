@@ -13,15 +13,15 @@ from .runtime import Json, TenantArgument, operator, run
 
 app = typer.Typer(help="Issue, list, rotate and revoke API keys.", no_args_is_help=True)
 
-KeyId = Annotated[str, typer.Argument(help="The key's id: the part between the prefix and the secret.")]
+KeyId = Annotated[str, typer.Argument(help="The key's id, as keys list prints it.")]
 
 
 def show_issued(key: Any, as_json: bool) -> None:
-    """Print a new key: the only time it is shown."""
+    """Print a new key, which is not shown again."""
     if as_json:
         print_json({"api_key": key.text, "key_id": key.key_id})
         return
-    console.print(f"key {key.key_id}, shown this once:", highlight=False)
+    console.print(f"key {key.key_id}, not shown again:", highlight=False)
     print(key.text)
 
 
@@ -34,7 +34,7 @@ def issue(
         list[str] | None, typer.Option(help="A network it may be used from, in CIDR notation; repeatable.")
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="One of the configured prefixes.")] = None,
-    expires_in_days: Annotated[float | None, typer.Option(help="It expires after this many days.")] = None,
+    expires_in_days: Annotated[float | None, typer.Option(help="Days until it expires; never if not given.")] = None,
     as_json: Json = False,
 ) -> None:
     """Issue another API key for a tenant."""
@@ -57,7 +57,7 @@ def issue(
 
 @app.command("list")
 def list_keys(tenant: TenantArgument, as_json: Json = False) -> None:
-    """List a tenant's API keys; never the keys themselves."""
+    """List a tenant's API keys, without their secrets."""
 
     async def command(tenancy: Tenancy) -> Any:
         found = await tenancy.tenants.get(tenant)
@@ -79,7 +79,7 @@ def rotate(
     overlap: Annotated[float, typer.Option(help="Seconds for which the old key still works.")] = 86_400.0,
     as_json: Json = False,
 ) -> None:
-    """Issue a successor of a key; the old one works for the overlap."""
+    """Replace a key by a new one; the old key works until the overlap ends."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.keys.rotate(key_id, overlap=overlap, actor=operator())
@@ -90,10 +90,10 @@ def rotate(
 @app.command()
 def revoke(
     key_id: KeyId,
-    reason: Annotated[str | None, typer.Option("--reason", "-r", help="Why; kept in the audit log.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", "-r", help="Why; recorded in the audit log.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Revoke a key, at once and everywhere."""
+    """Revoke a key, at once in every process."""
 
     async def command(tenancy: Tenancy) -> None:
         await tenancy.keys.revoke(key_id, reason=reason, actor=operator())

@@ -1,4 +1,4 @@
-"""``tenancy migrate``: one schema change for every tenant's database."""
+"""``tenancy migrate``: upgrades and downgrades of every tenant's schema."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_h
 
 Only = Annotated[list[str] | None, typer.Option("--tenant", "-t", help="Only this tenant; repeatable.")]
 Concurrency = Annotated[int, typer.Option(min=1, max=64, help="Tenants migrated at once.")]
-Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Begin no further tenant after a failure.")]
+Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Start no further tenant after a failure.")]
 
 
 @app.command()
@@ -64,7 +64,7 @@ def stamp(
     concurrency: Concurrency = 8,
     as_json: Json = False,
 ) -> None:
-    """Record a revision in every tenant's database without running anything."""
+    """Record a revision in every tenant's database without running migrations."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
         return await tenancy.migrations.stamp(revision, tenants=tenant, concurrency=concurrency, progress=progress)
@@ -74,7 +74,7 @@ def stamp(
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show the revision each tenant's database is at; exit status 1 where one is behind."""
+    """Show the revision of each tenant's database; exit status 1 where one is not at head."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.migrations.status()

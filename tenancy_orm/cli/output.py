@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs."""
+"""Output of the commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from datetime import datetime
 from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..tenant import Tenant
 
-# in a pipe or a file there is no width to fit into, and an id that is broken over two lines cannot be searched for
+# a pipe or a file has no width, and an id that is broken over two lines cannot be searched for
 _PIPED_WIDTH = 400
 
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH)
@@ -26,7 +26,7 @@ errors = Console(stderr=True)
 
 
 def tenant_fields(tenant: Tenant) -> dict[str, Any]:
-    """A tenant as JSON values: everything but its sealed password."""
+    """Return a tenant's fields as JSON values, without its sealed password."""
     placement = tenant.placement
     return {
         "id": str(tenant.id),
@@ -82,13 +82,21 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
     console.print(table)
 
 
-def print_fields(title: str, fields: Mapping[str, Any]) -> None:
+def print_report(title: str, report: Any, *, as_json: bool) -> None:
+    """Print a report, which is a dataclass: as JSON, or as a table of its fields."""
+    if as_json:
+        print_json(report)
+    else:
+        print_fields(title, {field.name: getattr(report, field.name) for field in fields(report)})
+
+
+def print_fields(title: str, values: Mapping[str, Any]) -> None:
     """Print names and values, one pair a line."""
-    print_table(title, ("field", "value"), fields.items())
+    print_table(title, ("field", "value"), values.items())
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it."""
+    """Return the text of a table's cell."""
     if value is None or value == "":
         return "-"
     if isinstance(value, datetime):

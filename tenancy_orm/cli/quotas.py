@@ -11,9 +11,9 @@ from ..errors import ConfigurationError
 from ..quotas.overrides import Override
 from ..tenancy import Tenancy
 from .output import print_json, print_table
-from .runtime import Json, TenantArgument, guarded, operator, run
+from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
-app = typer.Typer(help="Show and set limits and usage.", no_args_is_help=True)
+app = typer.Typer(help="Show usage, and set limits.", no_args_is_help=True)
 
 
 @app.command()
@@ -28,11 +28,11 @@ def usage(tenant: TenantArgument, as_json: Json = False) -> None:
 
 @app.command("at-risk")
 def at_risk(
-    fraction: Annotated[float, typer.Option(help="How much of a limit, above 0 and at most 1.")] = 0.8,
+    fraction: Annotated[float, typer.Option(help="Fraction of the limit, above 0 and at most 1.")] = 0.8,
     limit: Annotated[int, typer.Option(help="How many at most.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """List the tenants that are near a limit, the nearest first."""
+    """List the tenants that are near a limit, highest fraction first."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.quotas.at_risk(fraction, limit=limit)
@@ -53,14 +53,12 @@ def set_limits(
     tenant: TenantArgument,
     limits: Annotated[
         list[str],
-        typer.Argument(
-            help="resource=amount, resource=unlimited, resource=500/day; resource= takes the override away."
-        ),
+        typer.Argument(help="resource=amount, resource=unlimited or resource=500/day; resource= removes the override."),
     ],
     as_json: Json = False,
 ) -> None:
     """Override limits of the tenant's tier."""
-    overrides = guarded(lambda: dict(_parse(text) for text in limits))
+    overrides = exit_on_error(lambda: dict(_parse(text) for text in limits))
 
     async def command(tenancy: Tenancy) -> Any:
         await tenancy.quotas.set(tenant, overrides, actor=operator())

@@ -1,4 +1,4 @@
-"""What every command shares: opening the ``Tenancy``, reporting errors, exit statuses."""
+"""Shared by all commands: opening the ``Tenancy``, reporting errors, exit statuses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXIT_FAILED = 1
 
 
 def operator() -> Actor:
-    """The person at this command line, for the audit log."""
+    """Return the user of this command line as the actor for the audit log."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):
@@ -41,13 +41,13 @@ def operator() -> Actor:
 
 
 def load_tenancy() -> Tenancy:
-    """The application's ``Tenancy``: what ``TENANCY_APP`` names, else one from ``tenancy.toml`` and the environment.
+    """Return the ``Tenancy`` that ``TENANCY_APP`` names, or one built from ``tenancy.toml`` and the environment.
 
     Raises:
         ConfigurationError: neither gives a configuration.
     """
-    # an installed script's path begins with its own directory; the application is in the working directory, or beside
-    # the settings file that was named
+    # sys.path of an installed script begins with the script's directory; the application is in the working directory,
+    # or beside the settings file
     named = os.environ.get("TENANCY_CONFIG")
     for directory in (str(Path.cwd()), *([str(Path(named).resolve().parent)] if named else [])):
         if directory not in sys.path:
@@ -64,7 +64,7 @@ def load_tenancy() -> Tenancy:
 
 
 def run(command: Callable[[Tenancy], Awaitable[T]], *, initialise: bool | None = None) -> T:
-    """Open the ``Tenancy``, run ``command`` on it and close it; an error ends the program with its message."""
+    """Open the ``Tenancy``, run ``command`` on it and close it. An error exits the program with its message."""
 
     async def opened() -> T:
         tenancy = load_tenancy()
@@ -74,17 +74,17 @@ def run(command: Callable[[Tenancy], Awaitable[T]], *, initialise: bool | None =
         finally:
             await tenancy.close()
 
-    return guarded(lambda: asyncio.run(opened()))
+    return exit_on_error(lambda: asyncio.run(opened()))
 
 
-def guarded(action: Callable[[], T]) -> T:
-    """Call ``action``; turn an error of ours or of the database into a message and exit status 1."""
+def exit_on_error(action: Callable[[], T]) -> T:
+    """Call ``action``; on an error of this package or of the database, print its message and exit with status 1."""
     try:
         return action()
     except TenancyError as exc:
         fail(str(exc))
     except SQLAlchemyError as exc:
-        # the driver's message without SQLAlchemy's rendering of the statement and its parameters
+        # the driver's message, without the statement and its parameters that SQLAlchemy adds
         fail(str(getattr(exc, "orig", None) or type(exc).__name__))
 
 

@@ -1,4 +1,4 @@
-"""``tenancy schedule``: what ``housekeeping`` is to do to a tenant at a time."""
+"""``tenancy schedule``: suspensions and purges that ``housekeeping`` does at a given time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import typer
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
 from .output import console, print_json
-from .runtime import Json, TenantArgument, guarded, operator, run
+from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
 app = typer.Typer(help="Schedule the suspension or the purge of a tenant.", no_args_is_help=True)
 
-When = Annotated[str, typer.Argument(help="ISO 8601 with an offset (2027-01-31T00:00+00:00), or: never.")]
+When = Annotated[str, typer.Argument(help="ISO 8601 time with an offset (2027-01-31T00:00+00:00), or never.")]
 
 
 def parse_time(text: str) -> datetime | None:
-    """Read a time from the command line; None for ``never``.
+    """Parse a time given on the command line; None for ``never``.
 
     Raises:
         ConfigurationError: it is not ISO 8601, or has no offset.
@@ -38,11 +38,11 @@ def parse_time(text: str) -> datetime | None:
 def suspension(
     tenant: TenantArgument,
     at: When,
-    reason: Annotated[str | None, typer.Option("--reason", "-r", help="Why; the tenant's requests are told.")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", "-r", help="Why; shown to the tenant's requests.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Suspend a tenant at a time; ``never`` calls it off."""
-    when = guarded(lambda: parse_time(at))
+    """Suspend a tenant at a given time; never cancels it."""
+    when = exit_on_error(lambda: parse_time(at))
 
     async def command(tenancy: Tenancy) -> str:
         found = await tenancy.tenants.schedule_suspension(tenant, when, reason=reason, actor=operator())
@@ -53,8 +53,8 @@ def suspension(
 
 @app.command()
 def purge(tenant: TenantArgument, at: When, as_json: Json = False) -> None:
-    """Purge a deleted tenant at a time of its own; ``never`` returns it to the usual retention."""
-    when = guarded(lambda: parse_time(at))
+    """Purge a deleted tenant at a given time; never means after the usual retention."""
+    when = exit_on_error(lambda: parse_time(at))
 
     async def command(tenancy: Tenancy) -> str:
         return (await tenancy.tenants.schedule_purge(tenant, when, actor=operator())).slug

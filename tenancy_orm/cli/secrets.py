@@ -15,13 +15,13 @@ from ..tenancy import Tenancy
 from .output import console, errors, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run
 
-app = typer.Typer(help="Rotate passwords and the keys that seal them, while requests are served.", no_args_is_help=True)
+app = typer.Typer(help="Rotate passwords, and the keys that seal them, during operation.", no_args_is_help=True)
 
 
 @app.command("rotate-passwords")
 def rotate_passwords(
     tenant: Annotated[list[str] | None, typer.Option("--tenant", "-t", help="Only this tenant; repeatable.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Tenants at once.")] = CONCURRENCY,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Tenants rotated at once.")] = CONCURRENCY,
     as_json: Json = False,
 ) -> None:
     """Give every tenant's role a new password; one that fails does not stop the others."""
@@ -34,32 +34,32 @@ def rotate_passwords(
             )
 
     report = run(command)
-    _end("rotated", report.rotated, dict(report.failed), as_json)
+    _print_result("rotated", report.rotated, dict(report.failed), as_json)
 
 
 @app.command("rotate-key")
 def rotate_key(as_json: Json = False) -> None:
-    """Seal every tenant's password under the newest key; with a key wrapper, under a new one."""
+    """Seal every tenant's password under the newest key; with a key wrapper, under a new key."""
 
     async def command(tenancy: Tenancy) -> ResealReport:
         return await tenancy.secrets.rotate_encryption_key(actor=operator())
 
-    _end_reseal(run(command), as_json)
+    _print_reseal(run(command), as_json)
 
 
 @app.command("reseal")
 def reseal(as_json: Json = False) -> None:
-    """Seal what is not sealed under the newest key yet; goes on with a rotate-key that was interrupted."""
+    """Seal the passwords that are not under the newest key yet, after a rotate-key that was interrupted."""
 
     async def command(tenancy: Tenancy) -> ResealReport:
         return await tenancy.secrets.reseal(actor=operator())
 
-    _end_reseal(run(command), as_json)
+    _print_reseal(run(command), as_json)
 
 
 @app.command("keys")
 def keys(as_json: Json = False) -> None:
-    """List the keys that something is sealed under: every other one can go."""
+    """List the keys that passwords are sealed under; every other key can be removed."""
 
     async def command(tenancy: Tenancy) -> list[str]:
         return sorted(await tenancy.secrets.keys_in_use())
@@ -73,7 +73,7 @@ def keys(as_json: Json = False) -> None:
 
 @app.command("forget-keys")
 def forget_keys(as_json: Json = False) -> None:
-    """Delete the wrapped keys that nothing is sealed under any more; some hours after rotate-key."""
+    """Delete wrapped keys that nothing is sealed under any more. Run it some hours after rotate-key."""
 
     async def command(tenancy: Tenancy) -> list[str]:
         return await tenancy.secrets.forget_unused_keys()
@@ -87,24 +87,24 @@ def forget_keys(as_json: Json = False) -> None:
 
 @contextmanager
 def _progress(*, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Count the tenants that are done, where a person looks."""
+    """Show how many tenants are done, unless the output is JSON."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, disable=not shown) as progress:
         task = progress.add_task("passwords", total=None)
         yield lambda done: progress.update(task, completed=done)
 
 
-def _end_reseal(report: ResealReport, as_json: bool) -> None:
+def _print_reseal(report: ResealReport, as_json: bool) -> None:
     in_use = {"key_id": report.key_id, "keys_in_use": sorted(report.keys_in_use)}
     if report.remaining and not as_json:
-        # before _end, which ends with the failures
+        # before _print_result, which exits where something failed
         console.print(f"still in use: {', '.join(sorted(report.remaining))}; run: tenancy secrets reseal")
-    _end("resealed", report.resealed, dict(report.failed), as_json, **in_use)
+    _print_result("resealed", report.resealed, dict(report.failed), as_json, **in_use)
     if report.remaining:
         raise typer.Exit(EXIT_FAILED)
 
 
-def _end(verb: str, done: int, failed: dict[str, str], as_json: bool, **more: object) -> None:
+def _print_result(verb: str, done: int, failed: dict[str, str], as_json: bool, **more: object) -> None:
     if as_json:
         print_json({verb: done, "failed": failed, **more})
     else:

@@ -1,14 +1,12 @@
-"""``tenancy tiers``: which limits are in force."""
+"""``tenancy tiers``: the tiers in force."""
 
 from __future__ import annotations
-
-from dataclasses import asdict
 
 import typer
 
 from ..tenancy import Tenancy
 from ..tenants.tiers import TierChanges, differing
-from .output import print_fields, print_json, print_table
+from .output import print_json, print_report, print_table
 from .runtime import Json, operator, run
 
 app = typer.Typer(help="Show the tiers in force, and put the configured ones in force.", no_args_is_help=True)
@@ -16,7 +14,7 @@ app = typer.Typer(help="Show the tiers in force, and put the configured ones in 
 
 @app.command("list")
 def list_tiers(as_json: Json = False) -> None:
-    """List the limits of the tiers in force, and which of the configured tiers differ from them."""
+    """List the limits of the tiers in force, and the configured tiers that differ."""
 
     async def command(tenancy: Tenancy) -> tuple[dict[str, dict[str, dict[str, object]]], tuple[str, ...]]:
         in_force = await tenancy.tiers.in_force()
@@ -38,13 +36,10 @@ def list_tiers(as_json: Json = False) -> None:
 
 @app.command()
 def apply(as_json: Json = False) -> None:
-    """Put the configured tiers in force, in every process at once; part of a deployment. Audited."""
+    """Put the configured tiers in force, in every process at once. Run it on deployment. Audited."""
 
     async def command(tenancy: Tenancy) -> TierChanges:
         return await tenancy.tiers.apply(tenancy.config.tiers, actor=operator())
 
     changes = run(command)
-    if as_json:
-        print_json(changes)
-    else:
-        print_fields("tiers", asdict(changes))
+    print_report("tiers", changes, as_json=as_json)

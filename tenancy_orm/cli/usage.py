@@ -1,31 +1,27 @@
-"""``tenancy usage``: records of ended periods, on their way to billing."""
+"""``tenancy usage``: the export of usage records to billing."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from ..tenancy import Tenancy
-from .output import console, print_fields, print_json, print_table
+from .output import console, print_json, print_report, print_table
 from .runtime import Json, run
 
-app = typer.Typer(help="Send usage to billing; TenancyConfig.metering.usage_sender says where.", no_args_is_help=True)
+app = typer.Typer(help="Send usage to billing, by TenancyConfig.metering.usage_sender.", no_args_is_help=True)
 
 
 @app.command()
 def export(as_json: Json = False) -> None:
-    """Close the periods that have ended and send their records; housekeeping does it too."""
+    """Close the periods that have ended, and send their records. Housekeeping does it too."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.internals.usage_exporter.run()
 
     report = run(command)
-    if as_json:
-        print_json(report)
-    else:
-        print_fields("usage", asdict(report))
+    print_report("usage", report, as_json=as_json)
     if report.failed:
         raise typer.Exit(1)
 
@@ -34,7 +30,7 @@ def export(as_json: Json = False) -> None:
 def failures(
     limit: Annotated[int, typer.Option(help="How many at most, the newest first.")] = 100, as_json: Json = False
 ) -> None:
-    """List records that were given up, with the error of each."""
+    """List the records that were given up, each with its error."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.internals.usage_exporter.failures(limit=limit)
@@ -63,7 +59,7 @@ def failures(
 def retry(
     record_ids: Annotated[list[int], typer.Argument(help="Ids of records that were given up.")], as_json: Json = False
 ) -> None:
-    """Make records that were given up due again."""
+    """Retry records that were given up, at the next export."""
 
     async def command(tenancy: Tenancy) -> int:
         return await tenancy.internals.usage_exporter.retry(record_ids)

@@ -1,1 +1,1 @@
-"""One small module per framework. Each needs the extra that is named like it."""
+"""Integrations, one small module each. Every module names the extra that it needs."""

@@ -1,4 +1,4 @@
-"""FastAPI: the tenant, its session and its key's scopes as dependencies.
+"""FastAPI dependencies: the tenant, its session, and its key's scopes (extra ``fastapi``).
 
 ```python
 app = FastAPI(lifespan=tenancy.lifespan)
@@ -9,9 +9,9 @@ app.add_middleware(TenancyMiddleware, tenancy=tenancy, exempt=["/docs", "/openap
 async def orders(session: TenantSession, tenant: CurrentTenant) -> list[Order]: ...
 ```
 
-Sessions are closed, and transactions committed, after the path operation has returned and before the response is
-sent: a commit that fails is an error of the request, and no connection is held while a slow client reads. A streaming
-body opens a session of its own. Every route that uses a dependency from here shows the API key in the OpenAPI document.
+Sessions are closed, and transactions committed, after the path operation has returned and before the response is sent:
+a commit that fails is an error of the request, and no connection is in use while a slow client reads. A streaming body
+opens its own session. Every route that uses one of these dependencies shows the API key in the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ except ImportError as exc:
 
 
 class _KeyScheme(SecurityBase):
-    """Describes one way to send the key. The middleware has checked it long before; nothing is left to do here."""
+    """Documents one way to send the key. The middleware has checked the key already."""
 
     def __init__(self, model: APIKey | HTTPBearer, scheme_name: str) -> None:
         self.model = model
         self.scheme_name = scheme_name
 
     async def __call__(self, connection: HTTPConnection) -> None:
-        """Take part in the OpenAPI document."""
+        """Do nothing: the scheme is for the OpenAPI document."""
 
 
 api_key_header = _KeyScheme(
-    # "in" is a keyword, so the fields go by a mapping
+    # "in" is a keyword, so the fields are given as a mapping
     APIKey.model_validate({"in": "header", "name": "X-API-Key", "description": "The tenant's API key"}),
     "ApiKey",
 )
@@ -80,7 +80,7 @@ async def _tenancy(connection: HTTPConnection) -> Tenancy:
     try:
         tenancy: Tenancy = connection.scope[TENANCY]
     except KeyError:
-        raise ConfigurationError("the request did not pass TenancyMiddleware; add it to the application") from None
+        raise ConfigurationError("the request did not pass TenancyMiddleware: add it to the application") from None
     return tenancy
 
 
@@ -116,13 +116,13 @@ CurrentTenancy = Annotated[Tenancy, Depends(_tenancy)]
 """The ``Tenancy`` that serves the application; needs no key."""
 
 TenantSession = Annotated[AsyncSession, Depends(_session, scope="function")]
-"""A session on the tenant's database, as ``tenancy.session()``. What is not committed is rolled back."""
+"""A session on the tenant's database, as ``tenancy.session()``. Changes that are not committed are rolled back."""
 
 TenantTransaction = Annotated[AsyncSession, Depends(_transaction, scope="function")]
 """A session on the tenant's database, committed when the path operation returns, as ``tenancy.transaction()``."""
 
 
-def RequireScope(*scopes: str) -> Any:  # noqa: N802 - named as FastAPI names what stands for a dependency
+def RequireScope(*scopes: str) -> Any:  # noqa: N802 - capitalised like FastAPI's Depends and Security
     """Demand all ``scopes`` of the request's key; the dependency's value is the ``Credential``.
 
     For ``dependencies=[RequireScope("orders:read")]``, and for ``Annotated[Credential, RequireScope("orders:read")]``.

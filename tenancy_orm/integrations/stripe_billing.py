@@ -5,12 +5,13 @@ sender = StripeMeterSender(api_key, meters={"api_calls": "acme_api_calls"})
 tenancy = Tenancy(TenancyConfig(usage_sender=sender, ...))  # run_housekeeping sends
 ```
 
-A tenant's customer is ``metadata["stripe_customer_id"]`` unless ``customer`` says otherwise. One whose id is null,
-and a resource without a meter, are not billed; where the id is missing the record is given up until it is mended and
-retried, for nobody could tell that from a mistake later. The record's idempotency key is the event's ``identifier``:
-Stripe remembers it for 24 hours at least, and refuses a second event with the same one, which is taken for what it
-is: the first one arrived. Each attempt has an Idempotency-Key of its own, for Stripe repeats its first answer to one,
-a failure too.
+A tenant's customer is ``metadata["stripe_customer_id"]`` unless ``customer`` returns another. Tenants with a null id
+and resources without a meter are not billed. A missing id could be a mistake: the record is given up until the id is
+set and the record retried.
+
+The record's idempotency key is the event's ``identifier``. Stripe remembers it for at least 24 hours and refuses a
+second event with the same one; that refusal counts as success, since the first event has arrived. Each attempt has its
+own Idempotency-Key, since Stripe repeats its first answer to a key, even a failure.
 """
 
 from __future__ import annotations
@@ -43,20 +44,21 @@ def customer_from_metadata(record: UsageRecord) -> str | None:
     found = record.metadata.get("stripe_customer_id", ...)
     if found is not None and not isinstance(found, str):
         raise UsageExportError(
-            "the tenant's metadata has no stripe_customer_id; null where it is not to be billed", permanent=True
+            "the tenant's metadata has no stripe_customer_id: set it, to null if the tenant is not billed",
+            permanent=True,
         )
     return found
 
 
 class StripeMeterSender:
-    """Sends usage records to Stripe; a ``metering.usage.UsageSender``.
+    """Sends usage records to Stripe; a ``protocols.UsageSender``.
 
     Args:
         api_key: A secret or restricted key that may write meter events. It appears in no error and no ``repr``.
         meters: The ``event_name`` of the meter, by resource.
-        customer: Finds the Stripe customer of a record's tenant; None where it is not billed.
+        customer: Returns the Stripe customer of a record's tenant; None where the tenant is not billed.
         timeout: Seconds for one request to Stripe.
-        base_url: Where Stripe is; for tests.
+        base_url: Stripe's address; for tests.
     """
 
     def __init__(
@@ -83,16 +85,16 @@ class StripeMeterSender:
         return f"StripeMeterSender(meters={self._meters!r})"
 
     async def send(self, record: UsageRecord) -> bool:
-        """Send one record; False where its resource has no meter, or its tenant is not to be billed.
+        """Send one record; False where its resource has no meter, or its tenant is not billed.
 
         Raises:
-            UsageExportError: Stripe did not take it, or the customer is not known; ``permanent`` where it never will.
+            UsageExportError: Stripe refused it, or the customer is unknown; ``permanent`` where a retry cannot help.
         """
         meter = self._meters.get(record.resource)
         customer = None if meter is None else self._customer(record)
         if meter is None or customer is None:
             return False
-        # the last second of the period, so that it falls into the invoice of the period and not the next
+        # the last second of the period, so that it is on the invoice of this period, not of the next
         timestamp = int(record.period_end.timestamp()) - 1
         if timestamp < time.time() - _OLDEST_SECONDS:
             raise UsageExportError("the record is older than the 35 days that Stripe accepts", permanent=True)
@@ -117,7 +119,7 @@ class StripeMeterSender:
 
 
 def _is_duplicate(error: stripe.StripeError, record: UsageRecord) -> bool:
-    """Whether Stripe has this very event already: it names the identifier, which is nobody else's."""
+    """Return whether Stripe has this event already: it names the identifier, which is unique to the record."""
     if not isinstance(error, stripe.InvalidRequestError):
         return False
     message = error.user_message or ""
@@ -125,11 +127,11 @@ def _is_duplicate(error: stripe.StripeError, record: UsageRecord) -> bool:
 
 
 def _translate(error: stripe.StripeError) -> UsageExportError:
-    # a wrong key or missing permission is mended by the operator, not by giving the record up
+    # the operator corrects a wrong key or a missing permission; the record must be retried then
     permanent = isinstance(error, stripe.InvalidRequestError)
     reason = error.code or type(error).__name__
     status = f" (HTTP {error.http_status})" if error.http_status else ""
-    # what was wrong with the record; other errors' messages may quote the key
+    # the message says what is wrong with the record; messages of other errors may quote the key
     message = f": {error.user_message[:200]}" if permanent and error.user_message else ""
     return UsageExportError(f"Stripe refused the record: {reason}{status}{message}", permanent=permanent)
 

@@ -1,1 +1,1 @@
-"""What tenants use and are worth: samples, metrics, usage records for billing, upgrade policies."""
+"""Samples and metrics of tenants' databases, usage records for billing, and tier policies."""

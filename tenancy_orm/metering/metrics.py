@@ -1,7 +1,7 @@
-"""What the tenants' servers say about each tenant, sampled in the background: size, connections, transactions, errors.
+"""Metrics of each tenant's database, sampled in the background: size, connections, transactions, errors.
 
-``pg_database_size`` walks a database's files: 0.5 s for a thousand databases. It is never asked on the way of a
-request; what the sampler saw last is read from ``tenancy.tenant_metrics``, and counted as the use of a storage quota.
+``pg_database_size`` walks a database's files: 0.5 s for a thousand databases. It is never called on the path of a
+request. The last sample is read from ``tenancy.tenant_metrics``, and its size is the usage of a storage quota.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ STORAGE = "storage_bytes"
 
 @dataclass(frozen=True, slots=True)
 class TenantSample:
-    """What one tenant's database was at one time.
+    """One sample of a tenant's database.
 
     Args:
-        tenant_id: Whose database.
-        sampled_at: When, UTC.
-        size_bytes: Its size on disk.
+        tenant_id: The tenant.
+        sampled_at: When it was taken, UTC.
+        size_bytes: Size on disk.
         connections: How many connections were open to it.
-        queries: Transactions ended (committed or rolled back) since PostgreSQL's statistics were last reset.
+        queries: Transactions that ended (committed or rolled back) since PostgreSQL's statistics were last reset.
         errors: Deadlocks, conflicts with recovery, and sessions that ended abnormally, since then.
     """
 
@@ -53,7 +53,7 @@ class TenantSample:
 
 @dataclass(frozen=True, slots=True)
 class ActiveTenant:
-    """A tenant in use, with what the sampler saw last (None before the first sample)."""
+    """A tenant in use, with its last sample (None before the first one)."""
 
     id: UUID
     slug: str
@@ -66,7 +66,7 @@ class ActiveTenant:
 
 @dataclass(frozen=True, slots=True)
 class TierShare:
-    """How many tenants a tier has, in ascending order of rank; purged ones do not count."""
+    """How many tenants a tier has, without purged ones."""
 
     tier: str
     tenants: int
@@ -77,14 +77,14 @@ class TierShare:
 
 @dataclass(frozen=True, slots=True)
 class SampleReport:
-    """What one run of the sampler did: tenants sampled, and the servers that did not answer."""
+    """The result of one run of the sampler: tenants sampled, and servers that did not answer."""
 
     sampled: int
     unavailable: tuple[str, ...]
 
 
 class TenantMetrics:
-    """Reads the samples, and what can be summed up from the registry."""
+    """Reads samples, and counts tenants of the registry."""
 
     def __init__(self, control: ControlDatabase) -> None:
         self._control = control
@@ -92,38 +92,38 @@ class TenantMetrics:
     async def history(
         self, tenant: str | UUID | Tenant, *, since: datetime | None = None, limit: int = 1_000
     ) -> list[TenantSample]:
-        """Return a tenant's samples, newest first, from ``since`` on.
+        """Return a tenant's samples taken at ``since`` or later, newest first.
 
         Raises:
             TenantNotFoundError: no tenant has this slug.
             CrossTenantError: another tenant is bound.
         """
         tenant_id = await resolve_tenant_id(self._control, tenant)
-        async with self._control.viewing(tenant_id) as conn:
+        async with self._control.viewing(tenant_id) as connection:
             parameters = {"tenant_id": tenant_id, "since": since, "limit": limit}
-            rows = (await conn.execute(_HISTORY, parameters)).all()
+            rows = (await connection.execute(_HISTORY, parameters)).all()
         return [TenantSample(*row) for row in rows]
 
     async def active_tenants(self, *, limit: int = 100, after: UUID | None = None) -> list[ActiveTenant]:
-        """Return tenants in use with their last sample, in the order of their creation, after the id ``after``.
+        """Return tenants in use with their last sample, in order of creation, beginning after the id ``after``.
 
         Raises:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("listing tenants")
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_ACTIVE, {"limit": limit, "after": after})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_ACTIVE, {"limit": limit, "after": after})).all()
         return [_active(row) for row in rows]
 
     async def tier_distribution(self) -> list[TierShare]:
-        """Count the tenants of each tier.
+        """Return how many tenants each tier has, in ascending order of rank.
 
         Raises:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("counting tenants")
-        async with self._control.connect() as conn:
-            return [TierShare(*row) for row in (await conn.execute(_TIERS)).all()]
+        async with self._control.connect() as connection:
+            return [TierShare(*row) for row in (await connection.execute(_TIERS)).all()]
 
     async def prune(self, *, days: float = 90) -> int:
         """Remove samples older than this many days; returns how many.
@@ -132,18 +132,18 @@ class TenantMetrics:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("removing samples")
-        async with self._control.transaction() as conn:
-            return int((await conn.execute(_PRUNE, {"days": days})).rowcount)
+        async with self._control.transaction() as connection:
+            return int((await connection.execute(_PRUNE, {"days": days})).rowcount)
 
 
 class StorageSampler:
-    """Measures every tenant's database now and then.
+    """Samples every tenant's database.
 
     Args:
-        control: The control database, where samples are kept.
-        quotas: Counts the size as the use of ``storage_bytes``, and announces its soft limits.
+        control: The control database, which stores the samples.
+        quotas: Counts the size as the usage of ``storage_bytes``, and emits events for its soft limits.
         provisioner: Connects to the servers as their administrators.
-        chunk: How many databases are measured by one query: it bounds how long a query holds the disk's attention.
+        chunk: How many databases one query measures; it bounds the time that a query keeps the disk busy.
         timeout: How long one query may take, in seconds.
     """
 
@@ -163,7 +163,7 @@ class StorageSampler:
         self._timeout = timeout
 
     async def run(self, *, unless_within: float = 0.0) -> SampleReport:
-        """Sample every tenant once, all servers at the same time; one that does not answer is left out and named.
+        """Sample every tenant once, all servers at the same time. The report names servers that did not answer.
 
         Args:
             unless_within: Do nothing if any process sampled less than this many seconds ago.
@@ -173,16 +173,16 @@ class StorageSampler:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("sampling tenants")
-        async with self._control.connect() as conn:
-            if unless_within and await conn.scalar(_RECENT, {"seconds": unless_within}):
+        async with self._control.connect() as connection:
+            if unless_within and await connection.scalar(_RECENT, {"seconds": unless_within}):
                 return SampleReport(0, ())
-            rows = (await conn.execute(_DATABASES)).all()
+            rows = (await connection.execute(_DATABASES)).all()
         servers: dict[str, dict[str, UUID]] = {}
         for row in rows:
             servers.setdefault(row.server, {})[row.database_name] = row.id
         work = (self._sample_server(name, found) for name, found in servers.items())
         counts: dict[str, int | None] = {}
-        # all of them end before an error is raised: none goes on behind the caller's back
+        # all of them end before an error is raised, so that none is still running when the caller gets it
         for name, count in zip(servers, await asyncio.gather(*work, return_exceptions=True), strict=True):
             if isinstance(count, BaseException):
                 raise count
@@ -191,7 +191,7 @@ class StorageSampler:
         return SampleReport(sum(count or 0 for count in counts.values()), missing)
 
     async def run_every(self, seconds: float) -> None:
-        """Sample for ever, every so many seconds, and of several processes one at a time; cancel it to stop.
+        """Sample every so many seconds until cancelled; of several processes, one at a time.
 
         Raises:
             CrossTenantError: a tenant is bound.
@@ -203,7 +203,7 @@ class StorageSampler:
             except ControlUnavailableError as exc:
                 logger.warning("tenants could not be sampled: %s", exc)
             except Exception as exc:
-                # whatever it is, it must not be the last sample that this process takes
+                # whatever it is, the next sample must still be taken
                 logger.error("tenants could not be sampled", exc_info=exc)
             await asyncio.sleep(seconds)
 
@@ -220,18 +220,18 @@ class StorageSampler:
             for start in range(0, len(names), self._chunk):
                 chunk = names[start : start + self._chunk]
                 samples = await connection.fetch(_SAMPLE, chunk, timeout=self._timeout)
-                # no size: its files are gone already, it is being dropped
+                # without a size its files are gone already: it is being dropped
                 found = [(databases[row["datname"]], row) for row in samples if row["size_bytes"] is not None]
                 await self._store(found)
                 sampled += len(found)
         except SERVER_FAILURES as exc:
-            logger.warning("server %s could not be sampled to the end: %s", server, type(exc).__name__)
+            logger.warning("server %s could be sampled in part only: %s", server, type(exc).__name__)
             return None
         except ControlUnavailableError:
             raise
         except Exception as exc:
-            # the other servers' samples are worth having all the same
-            logger.error("server %s could not be sampled to the end", server, exc_info=exc)
+            # the other servers are still sampled
+            logger.error("server %s could be sampled in part only", server, exc_info=exc)
             return None
         finally:
             connection.terminate()
@@ -250,8 +250,8 @@ class StorageSampler:
         ]
         if not values:
             return
-        async with self._control.transaction() as conn:
-            await conn.execute(_STORE, values)
+        async with self._control.transaction() as connection:
+            await connection.execute(_STORE, values)
         await self._quotas.measure_many(STORAGE, {tenant_id: row["size_bytes"] for tenant_id, row in samples})
 
 

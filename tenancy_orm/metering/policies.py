@@ -1,4 +1,4 @@
-"""Rules that propose, or apply, a higher tier to tenants that have been near a limit for some time."""
+"""Tier policies: propose, or apply, a higher tier for tenants that have been near a limit for some time."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..control.database import ControlDatabase
 from ..events import EventBus, TierChangeProposed
 from ..tenants.manager import TenantManager
 
-logger = logging.getLogger("tenancy_orm.upgrades")
+logger = logging.getLogger("tenancy_orm.tiers")
 
-# how long one process has for changing a tier, before another one tries: far longer than it can take
+# after this time another process may change the tier: far longer than the change can take
 _CLAIM_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class UpgradeProposal:
-    """A tenant that a policy found; ``applied`` tells whether its tier was changed."""
+class TierProposal:
+    """A higher tier that a policy proposes for a tenant; ``applied`` tells whether the tier was changed."""
 
     tenant_id: UUID
     slug: str
@@ -42,19 +42,19 @@ class UpgradeProposal:
     applied: bool
 
 
-class Upgrades:
-    """Evaluates ``TenancyConfig.metering.tier_policies``: ``tenancy.internals.tier_policies``.
+class TierPolicies:
+    """Evaluates the configured tier policies; ``tenancy.internals.tier_policies``.
 
-    ``run_housekeeping`` does it too.
+    ``run_housekeeping`` evaluates them too.
 
-    Safe to run from many processes at once: each proposal is made by one of them. One that dies while it applies a
-    tier leaves that to the next evaluation after ten minutes.
+    Safe to run from many processes at once: each proposal is made by one of them. If a process dies while it applies a
+    tier, the first evaluation after ten minutes applies it.
 
     Args:
         control: The control database.
-        config: For the policies, and the order of the tiers.
-        events: Where proposals are announced.
-        audit: Where they are written down.
+        config: Gives the policies and the order of the tiers.
+        events: Emits an event for each proposal.
+        audit: Records each proposal.
         tenants: Changes the tiers.
     """
 
@@ -66,29 +66,29 @@ class Upgrades:
         audit: AuditLog,
         tenants: TenantManager,
     ) -> None:
-        self._ladder = dict(pairwise(config.tiers))
+        self._next_tiers = dict(pairwise(config.tiers))
         self._control = control
         self._events = events
         self._audit = audit
         self._policies = config.metering.tier_policies
         self._tenants = tenants
 
-    async def evaluate(self, *, at: datetime | None = None) -> list[UpgradeProposal]:
-        """Look once; returns the proposals made now.
+    async def evaluate(self, *, at: datetime | None = None) -> list[TierProposal]:
+        """Evaluate all policies once; returns the proposals made now.
 
-        A tenant is proposed once for as long as it stays in its tier and near the limit. What a policy was to apply and
-        could not is tried again by each evaluation.
+        A policy proposes a tier for a tenant once, for as long as the tenant stays in its tier and near the limit. A
+        tier that could not be applied is tried again by every evaluation.
 
         Args:
-            at: The time to judge by; the database's clock where None.
+            at: The time of the evaluation; the database's clock where None.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        refuse_while_bound("evaluating upgrade policies")
-        proposals: list[UpgradeProposal] = []
+        refuse_while_bound("evaluating tier policies")
+        proposals: list[TierProposal] = []
         for policy in self._policies:
-            async with self._control.transaction() as conn:
+            async with self._control.transaction() as connection:
                 parameters = {
                     "policy": policy.name,
                     "resource": policy.resource,
@@ -97,24 +97,26 @@ class Upgrades:
                     "apply": policy.apply,
                     "at": at,
                 }
-                rows = (await conn.execute(_NOTE, parameters)).all()
+                rows = (await connection.execute(_RECORD_PRESSURE, parameters)).all()
             for row in rows:
-                target = policy.next_tier.get(row.tier) or (None if policy.next_tier else self._ladder.get(row.tier))
+                target = policy.next_tier.get(row.tier) or (
+                    None if policy.next_tier else self._next_tiers.get(row.tier)
+                )
                 if target is not None and (found := await self._propose(policy, row, target, at)):
                     proposals.append(found)
         return proposals
 
-    async def _propose(self, policy: TierPolicy, row: Any, target: str, at: datetime | None) -> UpgradeProposal | None:
-        note = {"tenant_id": row.tenant_id, "policy": policy.name, "tier": row.tier}
-        async with self._control.transaction() as conn:
-            claim = {**note, "apply": policy.apply, "at": at, "seconds": _CLAIM_SECONDS}
-            claimed = (await conn.execute(_CLAIM, claim)).one_or_none()
+    async def _propose(self, policy: TierPolicy, row: Any, target: str, at: datetime | None) -> TierProposal | None:
+        claim_key = {"tenant_id": row.tenant_id, "policy": policy.name, "tier": row.tier}
+        async with self._control.transaction() as connection:
+            claim = {**claim_key, "apply": policy.apply, "at": at, "seconds": _CLAIM_SECONDS}
+            claimed = (await connection.execute(_CLAIM, claim)).one_or_none()
             if claimed is None:
                 return None  # another process has just made it
             if claimed.first:
-                await self._write_down(conn, policy, row, target)
-        # its success needs no note: one of the tier that was left is forgotten
-        applied = policy.apply and await self._apply(row, target, note)
+                await self._audit_proposal(connection, policy, row, target)
+        # success needs no update of the claim: it is removed when the tenant leaves the tier
+        applied = policy.apply and await self._apply(row, target, claim_key)
         if claimed.first or applied:
             self._events.emit(
                 TierChangeProposed(
@@ -126,13 +128,13 @@ class Upgrades:
                     applied=applied,
                 )
             )
-        return UpgradeProposal(
+        return TierProposal(
             row.tenant_id, row.slug, row.tier, target, policy.resource, row.used, row.amount_limit, row.since, applied
         )
 
-    async def _write_down(self, conn: AsyncConnection, policy: TierPolicy, row: Any, target: str) -> None:
+    async def _audit_proposal(self, connection: AsyncConnection, policy: TierPolicy, row: Any, target: str) -> None:
         await self._audit.append(
-            conn,
+            connection,
             action="tier.propose",
             tenant_id=row.tenant_id,
             slug=row.slug,
@@ -147,23 +149,23 @@ class Upgrades:
             },
         )
 
-    async def _apply(self, row: Any, target: str, note: Mapping[str, Any]) -> bool:
+    async def _apply(self, row: Any, target: str, claim_key: Mapping[str, Any]) -> bool:
         try:
             await self._tenants.update(row.tenant_id, tier=target, expected_tier=row.tier, actor=SYSTEM)
         except Exception as exc:
-            # whatever it is: the other tenants must not wait for it, and the next evaluation tries again
-            logger.error("tenant %s could not be moved to tier %s", row.slug, target, exc_info=exc)
-            async with self._control.transaction() as conn:
-                await conn.execute(_UNCLAIM, note)
+            # whatever it is, the other tenants must not be affected; the next evaluation tries again
+            logger.error("tenant %s could not be changed to tier %s", row.slug, target, exc_info=exc)
+            async with self._control.transaction() as connection:
+                await connection.execute(_UNCLAIM, claim_key)
             return False
         return True
 
 
-_NOTE = text(
+_RECORD_PRESSURE = text(
     "SELECT * FROM tenancy.quota_update_pressure(:policy, :resource, CAST(:fraction AS double precision), "
     "CAST(:seconds AS double precision), CAST(:apply AS boolean), CAST(:at AS timestamptz))"
 )
-# the look at the row as it was tells whether this is the first time; its lock is waited for before
+# found is the row before the update, read after its lock was granted: whether this is the first claim
 _CLAIM = text(
     "WITH found AS (SELECT proposed_at FROM tenancy.quota_pressure "
     "WHERE tenant_id = :tenant_id AND policy = :policy AND tier = :tier "

@@ -1,8 +1,8 @@
-"""Usage for billing: an outbox with one record per closed period, and the exporter that empties it.
+"""Usage for billing: an outbox with one record per closed period, and the exporter that sends the records.
 
 A record is made when its period has ended, in the transaction that closes the period, so that each use is billed in
-exactly one record. It is sent at least once, under an idempotency key derived from what it is about: a receiver that
-honours the key counts it once.
+exactly one record. It is sent at least once, with an idempotency key derived from tenant, resource and period: a
+receiver that honours the key counts it once.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..protocols import UsageRecord, UsageSender
 
 logger = logging.getLogger("tenancy_orm.usage")
 
-# Long enough for every lease of the period to have been returned, or its process to be known dead.
+# By then every block of the period has been returned, or its process is dead.
 CLOSE_AFTER_SECONDS: Final = 300.0
-# for so much longer than sending a record may take it stays claimed: for the statements before and after
+# a record stays claimed for this much longer than sending it may take: for the statements before and after
 _CLAIM_MARGIN_SECONDS: Final = 90.0
 _FIRST_RETRY_SECONDS: Final = 30.0
 _LAST_RETRY_SECONDS: Final = 6 * 3600.0
@@ -36,7 +36,7 @@ _LAST_RETRY_SECONDS: Final = 6 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """What one run of the exporter did: records made, sent, left out, put off for a retry, and given up."""
+    """The result of one run of the exporter: records made, sent, skipped, scheduled for a retry, and given up."""
 
     closed: int
     sent: int
@@ -50,11 +50,11 @@ class UsageExporter:
 
     Args:
         control: The control database.
-        sender: Takes the records.
-        events: Where success and failure are announced.
-        close_after_seconds: How long after its end a period is closed, in seconds.
+        sender: Sends the records.
+        events: Emits an event for each success and failure.
+        close_after_seconds: How long after its end a period is closed.
         timeout: How long sending one record may take, in seconds.
-        concurrency: How many are sent at once.
+        concurrency: How many records are sent at once.
     """
 
     def __init__(
@@ -73,30 +73,29 @@ class UsageExporter:
         self._close_after = close_after_seconds
         self._timeout = timeout
         self._claim_seconds = timeout + _CLAIM_MARGIN_SECONDS
-        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = asyncio.Semaphore(concurrency)
 
     async def run(self, *, at: datetime | None = None, batch: int = 100) -> ExportReport:
-        """Close what has ended and send what is due, until nothing is.
+        """Close the periods that have ended, and send records until none is due.
 
         Args:
-            at: The time to judge by; the database's clock where None.
+            at: The time of the run; the database's clock where None.
             batch: How many records are claimed at once.
 
         Raises:
-            ControlUnavailableError: the control database does not answer. What was sent and could not be marked so
-                is sent again, under the same key.
+            ControlUnavailableError: the control database does not answer. A record that was sent and could not be
+                marked as sent is sent again, with the same key.
         """
         refuse_while_bound("exporting usage")
         closed = await self.close_periods(at=at)
         outcomes: list[str] = []
         while records := await self._claim(at, batch):
-            # one at a time for each tenant and resource: receivers serialise those anyway, or refuse the second
+            # one at a time for each tenant and resource: receivers serialise these anyway, or refuse the second
             groups: dict[tuple[UUID, str], list[UsageRecord]] = {}
             for record in records:
                 groups.setdefault((record.tenant_id, record.resource), []).append(record)
             work = (self._send_all(group, at) for group in groups.values())
-            # all of them end before the first error is raised, or the caller's cancellation: none goes on sending
-            # behind its back
+            # all of them end before an error or the caller's cancellation is raised, so that none is still sending
             for done in await asyncio.gather(*work, return_exceptions=True):
                 if isinstance(done, BaseException):
                     raise done
@@ -109,58 +108,58 @@ class UsageExporter:
         refuse_while_bound("exporting usage")
         made = 0
         while True:
-            async with self._control.transaction() as conn:
-                row = (await conn.execute(_CLOSE, {"seconds": self._close_after, "at": at})).one()
+            async with self._control.transaction() as connection:
+                row = (await connection.execute(_CLOSE, {"seconds": self._close_after, "at": at})).one()
             made += int(row.made)
             if row.closed == 0:
                 return made
 
     async def failures(self, *, limit: int = 100) -> list[tuple[UsageRecord, str]]:
-        """Return records that were given up, newest first, with the error of each."""
+        """Return the records that were given up, newest first, each with its error."""
         refuse_while_bound("exporting usage")
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_FAILURES, {"limit": limit})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_FAILURES, {"limit": limit})).all()
         return [(_record(row), row.error) for row in rows]
 
     async def retry(self, record_ids: Sequence[int]) -> int:
-        """Make records that were given up due again; returns how many were."""
+        """Make records due again that were given up; returns how many."""
         refuse_while_bound("exporting usage")
-        async with self._control.transaction() as conn:
-            return int((await conn.execute(_RETRY, {"ids": list(record_ids)})).rowcount)
+        async with self._control.transaction() as connection:
+            return int((await connection.execute(_RETRY, {"ids": list(record_ids)})).rowcount)
 
     async def prune(self, *, days: float = 400) -> int:
         """Remove records that were sent more than this many days ago; returns how many."""
         refuse_while_bound("exporting usage")
-        async with self._control.transaction() as conn:
-            return int((await conn.execute(_PRUNE, {"days": days})).rowcount)
+        async with self._control.transaction() as connection:
+            return int((await connection.execute(_PRUNE, {"days": days})).rowcount)
 
     async def _claim(self, at: datetime | None, batch: int) -> list[UsageRecord]:
-        # claimed, not locked: no transaction stays open while a record travels. A process that dies leaves its claim
-        # to run out, and the record is sent again under the same key.
-        async with self._control.transaction() as conn:
+        # claimed, not locked: no transaction stays open while a record is sent. If the process dies, its claim expires
+        # and the record is sent again with the same key.
+        async with self._control.transaction() as connection:
             parameters = {"at": at, "seconds": self._claim_seconds, "limit": batch}
-            return [_record(row) for row in (await conn.execute(_CLAIM, parameters)).all()]
+            return [_record(row) for row in (await connection.execute(_CLAIM, parameters)).all()]
 
     async def _send_all(self, records: Sequence[UsageRecord], at: datetime | None) -> list[str]:
         waiting = sorted(records, key=lambda record: record.period_start)
         outcomes: list[str] = []
-        async with self._slots:
-            while waiting := await self._still_claimed(waiting, at):
+        async with self._concurrency:
+            while waiting := await self._renew_claims(waiting, at):
                 outcomes.append(await self._send(waiting.pop(0), at))
         return outcomes
 
-    async def _still_claimed(self, records: Sequence[UsageRecord], at: datetime | None) -> list[UsageRecord]:
-        """Prolong the claim on records; returns those that no other exporter took when it had run out."""
+    async def _renew_claims(self, records: Sequence[UsageRecord], at: datetime | None) -> list[UsageRecord]:
+        """Renew the claim on records; returns those that no other exporter has claimed since."""
         if not records:
             return []
-        async with self._control.transaction() as conn:
+        async with self._control.transaction() as connection:
             parameters = {
                 "ids": [record.id for record in records],
                 "attempts": [record.attempts for record in records],
                 "at": at,
                 "seconds": self._claim_seconds,
             }
-            ours = set((await conn.scalars(_RENEW, parameters)).all())
+            ours = set((await connection.scalars(_RENEW, parameters)).all())
         return [record for record in records if record.id in ours]
 
     async def _send(self, record: UsageRecord, at: datetime | None) -> str:
@@ -168,14 +167,14 @@ class UsageExporter:
             async with asyncio.timeout(self._timeout):
                 sent = await self._sender.send(record)
         except UsageExportError as exc:
-            return await self._put_off(record, at, exc)
+            return await self._reschedule(record, at, exc)
         except TimeoutError:
-            return await self._put_off(record, at, UsageExportError(f"no answer within {self._timeout:g} s"))
+            return await self._reschedule(record, at, UsageExportError(f"no answer within {self._timeout:g} s"))
         except Exception as exc:
             logger.error("the usage sender failed", exc_info=exc)
-            return await self._put_off(record, at, UsageExportError(f"the sender failed: {type(exc).__name__}"))
-        async with self._control.transaction() as conn:
-            await conn.execute(_SENT, {"id": record.id})
+            return await self._reschedule(record, at, UsageExportError(f"the sender failed: {type(exc).__name__}"))
+        async with self._control.transaction() as connection:
+            await connection.execute(_SENT, {"id": record.id})
         if not sent:
             return "skipped"
         self._events.emit(
@@ -185,8 +184,8 @@ class UsageExporter:
         )
         return "sent"
 
-    async def _put_off(self, record: UsageRecord, at: datetime | None, error: UsageExportError) -> str:
-        # the exponent is bounded too: one that was tried for months has made thousands of attempts
+    async def _reschedule(self, record: UsageRecord, at: datetime | None, error: UsageExportError) -> str:
+        # the exponent is bounded too: a record that was tried for months has thousands of attempts
         delay = min(_FIRST_RETRY_SECONDS * 2 ** min(record.attempts - 1, 10), _LAST_RETRY_SECONDS)
         parameters = {
             "id": record.id,
@@ -196,8 +195,8 @@ class UsageExporter:
             "error": str(error)[:500],
             "permanent": error.permanent,
         }
-        async with self._control.transaction() as conn:
-            if (await conn.execute(_PUT_OFF, parameters)).rowcount == 0:
+        async with self._control.transaction() as connection:
+            if (await connection.execute(_RESCHEDULE, parameters)).rowcount == 0:
                 return "overtaken"
         logger.warning("usage record %d of tenant %s was not sent: %s", record.id, record.slug, error)
         self._events.emit(
@@ -227,19 +226,19 @@ _CLAIM = text(
     "AND d.due_at <= coalesce(CAST(:at AS timestamptz), now()) ORDER BY d.due_at LIMIT :limit "
     f"FOR UPDATE SKIP LOCKED) RETURNING {_FIELDS}"
 )
-# each claim is another attempt: by their number an exporter knows its own
+# each claim counts an attempt: by the number an exporter recognises its own
 _RENEW = text(
     "UPDATE tenancy.usage_records AS r "
     "SET due_at = coalesce(CAST(:at AS timestamptz), now()) + make_interval(secs => :seconds) "
     "FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS integer[])) AS c (id, attempts) "
     "WHERE r.id = c.id AND r.attempts = c.attempts AND r.sent_at IS NULL AND r.failed_at IS NULL RETURNING r.id"
 )
-# the metadata of a purged tenant has served its purpose
+# the metadata of a purged tenant is no longer needed
 _SENT = text(
     "UPDATE tenancy.usage_records SET sent_at = now(), failed_at = NULL, error = NULL, metadata = NULL WHERE id = :id"
 )
-# not where another exporter has taken it over, or has sent it
-_PUT_OFF = text(
+# unless another exporter has claimed or sent it
+_RESCHEDULE = text(
     "UPDATE tenancy.usage_records SET error = :error, "
     "due_at = coalesce(CAST(:at AS timestamptz), now()) + make_interval(secs => :seconds), "
     "failed_at = CASE WHEN :permanent THEN now() END WHERE id = :id AND attempts = :attempts AND sent_at IS NULL"

@@ -1,1 +1,1 @@
-"""Limits and what is counted against them: exact, leased, held; and request rates."""
+"""Limits and the usage counted against them: exact, in blocks, or as holds; and request rates."""

@@ -1,4 +1,4 @@
-"""Limits on concurrency: what is held at one moment, by processes that may die while they hold it."""
+"""Limits on concurrency: places that are held for a time, by processes that may die while they hold them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..errors import ControlUnavailableError
 
 logger = logging.getLogger("tenancy_orm.quotas")
 
-HOLD_SECONDS: Final = 30.0  # a holder that does not renew is forgotten after this long
+HOLD_SECONDS: Final = 30.0  # a hold that is not renewed for this long expires
 _RENEW_SECONDS: Final = HOLD_SECONDS / 3
 
-_HOLD = text(
+_ACQUIRE = text(
     "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_hold(CAST(:tenant_id AS uuid), :resource, "
     "CAST(:amount AS bigint), CAST(:id AS uuid), CAST(:seconds AS double precision))"
 )
@@ -30,43 +30,43 @@ _RENEW = text(
     "UPDATE tenancy.quota_holds SET expires_at = clock_timestamp() + make_interval(secs => :seconds) "
     "WHERE id = ANY(CAST(:ids AS uuid[])) RETURNING id"
 )
-_LET_GO = text("DELETE FROM tenancy.quota_holds WHERE id = CAST(:id AS uuid)")
+_RELEASE = text("DELETE FROM tenancy.quota_holds WHERE id = CAST(:id AS uuid)")
 
 
 class Hold:
-    """Something a tenant holds for as long as a block of code runs."""
+    """One tenant's hold on a place, for as long as a block of code runs."""
 
-    __slots__ = ("_until", "id")
+    __slots__ = ("_certain_until", "id")
 
     def __init__(self) -> None:
         self.id: UUID = uuid4()
-        # until when the place is certain, by the monotonic clock
-        self._until = math.inf
+        # by the monotonic clock
+        self._certain_until = math.inf
 
     @property
     def lost(self) -> bool:
-        """Whether the place may be another's: it was not renewed for so long that it was taken for a dead process's."""
-        return time.monotonic() >= self._until
+        """Whether the hold may have expired, so that another one has its place: it was not renewed in time."""
+        return time.monotonic() >= self._certain_until
 
-    def renewed(self, asked: float) -> None:
-        """The place is certain for ``HOLD_SECONDS`` from when that was asked for, which is before it was done."""
-        self._until = asked + HOLD_SECONDS
+    def mark_renewed(self, asked_at: float) -> None:
+        """Count ``HOLD_SECONDS`` from ``asked_at``, when the renewal was sent, which is before it took effect."""
+        self._certain_until = asked_at + HOLD_SECONDS
 
-    def lose(self) -> None:
-        """The place is another's."""
-        self._until = -math.inf
+    def mark_lost(self) -> None:
+        """Record that the hold has expired."""
+        self._certain_until = -math.inf
 
 
-class HoldKeeper:
-    """Renews what this process holds."""
+class HoldManager:
+    """Takes, renews and releases the holds of this process."""
 
     def __init__(self, control: ControlDatabase) -> None:
         self._control = control
         self._holds: dict[UUID, Hold] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def take(self, hold: Hold, tenant_id: UUID, resource: str, amount: int) -> Any:
-        """Ask for one more hold; returns the database's answer."""
+    async def acquire(self, hold: Hold, tenant_id: UUID, resource: str, amount: int) -> Any:
+        """Take ``hold``; returns the database's answer."""
         parameters = {
             "tenant_id": tenant_id,
             "resource": resource,
@@ -74,36 +74,36 @@ class HoldKeeper:
             "id": hold.id,
             "seconds": HOLD_SECONDS,
         }
-        asked = time.monotonic()
-        async with self._control.connect() as conn:
-            row = (await conn.execute(_HOLD, parameters)).one()
+        asked_at = time.monotonic()
+        async with self._control.connect() as connection:
+            row = (await connection.execute(_ACQUIRE, parameters)).one()
         if row.outcome == "counted":
-            hold.renewed(asked)
-            # not before: a renewal in the meantime would not find it, and take it for lost
+            hold.mark_renewed(asked_at)
+            # not before: a renewal in between would not find its row, and mark it as lost
             self._holds[hold.id] = hold
             if self._task is None or self._task.done():
-                # it renews all tenants' holds, so it must not run for the one whose hold was the first
+                # it renews all tenants' holds, so it must not run with the first one's tenant bound
                 self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
         return row
 
     @asynccontextmanager
-    async def keep(self, hold: Hold) -> AsyncIterator[None]:
-        """Let go of ``hold`` after the body, which takes it; it is renewed until then."""
+    async def releasing(self, hold: Hold) -> AsyncIterator[None]:
+        """Release ``hold`` after the body, which acquires it; it is renewed until then."""
         try:
             yield
         finally:
             self._holds.pop(hold.id, None)
-            # apart, so that a cancelled body lets go as well
-            task = asyncio.ensure_future(self.let_go(hold))
+            # in a task of its own, so that a cancelled body releases it as well
+            task = asyncio.ensure_future(self.release(hold))
             await asyncio.shield(task)
 
-    async def let_go(self, hold: Hold) -> None:
-        """Give the place free. Where the database does not answer, it is free when the hold expires."""
+    async def release(self, hold: Hold) -> None:
+        """Release the place. Where the database does not answer, it is free when the hold expires."""
         try:
-            async with self._control.connect() as conn:
-                await conn.execute(_LET_GO, {"id": hold.id})
+            async with self._control.connect() as connection:
+                await connection.execute(_RELEASE, {"id": hold.id})
         except ControlUnavailableError:
-            logger.warning("a hold ends by itself in %g s: the control database is not available", HOLD_SECONDS)
+            logger.warning("a hold could not be released: it expires within %g s", HOLD_SECONDS)
 
     async def close(self) -> None:
         """Stop renewing."""
@@ -120,17 +120,17 @@ class HoldKeeper:
             except ControlUnavailableError:
                 logger.warning("holds cannot be renewed: the control database is not available")
             except Exception:
-                # a server that only reads for a moment, say: the next renewal may be in time
+                # such as a server that is read-only for a moment: the next renewal may be in time
                 logger.exception("holds cannot be renewed")
 
     async def _renew(self) -> None:
         holds = dict(self._holds)
-        asked = time.monotonic()
-        async with self._control.connect() as conn:
-            kept = set(await conn.scalars(_RENEW, {"ids": list(holds), "seconds": HOLD_SECONDS}))
+        asked_at = time.monotonic()
+        async with self._control.connect() as connection:
+            renewed = set(await connection.scalars(_RENEW, {"ids": list(holds), "seconds": HOLD_SECONDS}))
         for hold_id, hold in holds.items():
-            if hold_id in kept:
-                hold.renewed(asked)
+            if hold_id in renewed:
+                hold.mark_renewed(asked_at)
             elif hold_id in self._holds:
-                hold.lose()
+                hold.mark_lost()
                 logger.error("a hold was lost: it had not been renewed for %g s", HOLD_SECONDS)

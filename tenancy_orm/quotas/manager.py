@@ -1,8 +1,8 @@
 """Quotas: how much of each resource a tenant may use, counted exactly over any number of processes.
 
-Limits come from the tenant's tier, with overrides of its own. They are resolved by the database in the statement that
-counts, so that a change takes effect with its commit, whatever a process still has in its caches. The database's clock
-and time zones decide in which period a use falls.
+Limits come from the tenant's tier, with its own overrides. The database resolves them in the statement that counts, so
+a change takes effect with its commit, whatever a process has cached. The database's clock and time zones decide which
+period a use falls in.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ..control.models import tenants
 from ..errors import QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from ..tenant import Status, Tenant, TenantRef
-from .holds import Hold, HoldKeeper
-from .leases import RECLAIM_SECONDS, LeasedQuota, LeaseKeeper, check_amount
+from .holds import Hold, HoldManager
+from .leases import POLL_SECONDS, RECLAIM_SECONDS, BlockManager, LeasedQuota, check_amount
 from .overrides import Override, check_overrides
 from .usage import Remaining, TenantUsage, Usage
 
@@ -67,7 +67,7 @@ _AT_RISK = text(
 )
 _CLEAN = (
     "DELETE FROM tenancy.usage_keys WHERE created_at < now() - make_interval(secs => 86400 * :days)",
-    # where usage is billed, what has not been is kept
+    # where usage is billed, unbilled periods are kept
     (
         "DELETE FROM tenancy.usage WHERE period_end < now() - make_interval(secs => 86400 * :days) "
         "AND (closed_at IS NOT NULL OR NOT (CAST(:bills AS boolean) OR EXISTS (SELECT 1 FROM tenancy.usage_records)))"
@@ -95,21 +95,21 @@ class QuotaManager:
         self._config = config
         self._events = events
         self._audit = audit
-        self._keeper = LeaseKeeper(control, self._conclude)
-        self._holds = HoldKeeper(control)
-        # those in use, or with something in hand: the keeper holds on to the latter
+        self._blocks = BlockManager(control, self._handle_outcome)
+        self._holds = HoldManager(control)
+        # quotas in use; those with a block are also referenced by _blocks
         self._leased: WeakValueDictionary[tuple[UUID, str], LeasedQuota] = WeakValueDictionary()
 
     async def close(self) -> None:
-        """Return every block that was leased; where the control database does not answer, they stay counted as used."""
+        """Return every block; where the control database does not answer, they stay counted as used."""
         await self._holds.close()
-        await self._keeper.close()
+        await self._blocks.close()
 
     def invalidate(self, tenant_id: UUID | None) -> None:
-        """A tenant's limits may have changed (None: any tenant's): blocks in hand are returned before more is used."""
-        for lease in list(self._leased.values()):
-            if tenant_id is None or lease.tenant_id == tenant_id:
-                lease.expire()
+        """Return the blocks of a tenant (None: of all tenants) before more is used: the limits may have changed."""
+        for quota in list(self._leased.values()):
+            if tenant_id is None or quota.tenant_id == tenant_id:
+                quota.expire()
 
     # --- limits -----------------------------------------------------------------------------------------------------
 
@@ -118,12 +118,12 @@ class QuotaManager:
     ) -> dict[str, Limit]:
         """Override limits of the tenant's tier; returns the limits now in force.
 
-        It holds from the commit on, in every process.
+        The change takes effect with the commit, in every process.
 
         Args:
             tenant: Whose limits.
             overrides: By resource: an amount, a ``Limit``, a mapping such as ``{"amount": 500, "period": "day"}`` (an
-                amount of None is no limit), or None to fall back to the tier. Resources not named keep theirs.
+                amount of None is no limit), or None to fall back to the tier. Other resources keep their overrides.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -132,21 +132,21 @@ class QuotaManager:
         """
         checked = check_overrides(overrides)
         removed = {name for name, value in overrides.items() if value is None}
-        async with self._control.transaction() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
-            living = (tenants.c.id == tenant_id) & (tenants.c.status != Status.PURGED)
-            query = select(tenants.c.slug, tenants.c.quotas).where(living).with_for_update()
-            row = (await conn.execute(query)).one_or_none()
+        async with self._control.transaction() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
+            unpurged = (tenants.c.id == tenant_id) & (tenants.c.status != Status.PURGED)
+            query = select(tenants.c.slug, tenants.c.quotas).where(unpurged).with_for_update()
+            row = (await connection.execute(query)).one_or_none()
             if row is None:
                 raise TenantNotFoundError(tenant_id)
             before = dict(row.quotas)
             after = {name: value for name, value in before.items() if name not in removed} | checked
             if after != before:
-                await conn.execute(update(tenants).where(tenants.c.id == tenant_id).values(quotas=after))
-            limits = _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
+                await connection.execute(update(tenants).where(tenants.c.id == tenant_id).values(quotas=after))
+            limits = _limits((await connection.execute(_LIMITS, {"tenant_id": tenant_id})).all())
             if after != before:
                 await self._audit.append(
-                    conn,
+                    connection,
                     action="quota.set",
                     tenant_id=tenant_id,
                     slug=row.slug,
@@ -164,18 +164,18 @@ class QuotaManager:
         Raises:
             TenantNotFoundError: no such tenant.
         """
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
-            return _limits((await conn.execute(_LIMITS, {"tenant_id": tenant_id})).all())
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
+            return _limits((await connection.execute(_LIMITS, {"tenant_id": tenant_id})).all())
 
     # --- usage ------------------------------------------------------------------------------------------------------
 
     async def usage(self, tenant: TenantRef, *, at: datetime | None = None) -> list[Usage]:
-        """Return what the tenant has used of each resource it has a quota for, in the order of their names.
+        """Return what the tenant has used of each resource that it has a quota for, sorted by name.
 
         Args:
             tenant: Whose usage.
-            at: In the periods that ran at this time, an aware datetime; now where None.
+            at: A time in the periods to report, an aware datetime; now where None.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -183,14 +183,14 @@ class QuotaManager:
         """
         _check_time(at)
         tenant_id = await resolve_tenant_id(self._control, tenant)
-        async with self._control.viewing(tenant_id) as conn:
-            rows = (await conn.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
+        async with self._control.viewing(tenant_id) as connection:
+            rows = (await connection.execute(_USAGE, {"tenant_id": tenant_id, "at": at})).all()
             if not rows:
-                await self._require(conn, tenant_id)
+                await self._check_exists(connection, tenant_id)
         return [Usage(row.resource, row.used, row.amount_limit, row.period, row.resets_at) for row in rows]
 
     async def check(self, tenant: TenantRef, resource: str, amount: int = 1) -> Remaining:
-        """Tell whether ``amount`` more would fit now. It reserves nothing: only ``consume`` decides.
+        """Return whether ``amount`` more would fit now. Reserves nothing: only ``consume`` decides.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -207,14 +207,14 @@ class QuotaManager:
     ) -> Usage:
         """Count ``amount`` more as used, or refuse all of it.
 
-        The limit is checked and the count made by one statement on one locked row: over any number of processes never
-        one more than the limit is let through, and never one too few.
+        One statement on one locked row checks the limit and counts: over any number of processes exactly as much as the
+        limit is admitted, never one more or less.
 
         Args:
             tenant: Who uses it.
             resource: What is used.
             amount: How much, at least 1.
-            key: An idempotency key of 1 to 200 characters: repeating a call with the same key counts once.
+            key: An idempotency key of 1 to 200 characters: calls with the same key count once.
             at: The time of the use, an aware datetime; the database's clock where None.
 
         Raises:
@@ -223,169 +223,170 @@ class QuotaManager:
             QuotaExceededError: it would pass the limit; nothing was counted.
             QuotaError: the limit is one on concurrency, its period has been closed for billing, or the key was used
                 for another amount or resource.
-            ValueError: ``amount`` is no whole number from 1 to 10**15, ``key`` too long, or ``at`` naive.
+            ValueError: ``amount`` is not a whole number from 1 to 10**15, ``key`` is too long, or ``at`` is naive.
         """
         check_amount(amount)
         _check_key(key)
         _check_time(at)
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
-            row = (await conn.execute(_CONSUME, parameters)).one()
+            row = (await connection.execute(_CONSUME, parameters)).one()
         deadline = time.monotonic() + RECLAIM_SECONDS
         while row.outcome == "exceeded" and row.in_blocks and time.monotonic() < deadline:
-            # processes that lease hold some of it unspent: they have been asked to return it
-            await asyncio.sleep(0.05)
-            async with self._control.connect() as conn:
-                row = (await conn.execute(_CONSUME, parameters)).one()
-        return self._conclude(tenant_id, resource, amount, row)
+            # processes with unspent blocks return them at their next heartbeat
+            await asyncio.sleep(POLL_SECONDS)
+            async with self._control.connect() as connection:
+                row = (await connection.execute(_CONSUME, parameters)).one()
+        return self._handle_outcome(tenant_id, resource, amount, row)
 
     def leased(self, tenant: UUID | Tenant, resource: str, *, block: int = 100) -> LeasedQuota:
-        """Return this process's share of a quota, counted in memory: for what is used thousands of times a second.
+        """Return this process's part of a quota, counted in memory: for what is used thousands of times a second.
 
-        ``await quotas.leased(tenant, "api_calls").consume()`` takes a microsecond or two where the block in hand
-        covers it. The limit is never passed. Usage and soft limits run ahead by what is in hand; a process that dies
-        loses at most ``block``, or what one call asked for beyond it; a lowered limit reaches a process with its
-        next block, or when it hears of the change.
+        ``await quotas.leased(tenant, "api_calls").consume()`` takes a microsecond or two while the current block covers
+        it. The limit is never passed. Usage and soft limits run ahead by the unspent part of the blocks. A process that
+        dies loses at most ``block``, or the amount of one call beyond it. A lowered limit reaches a process with its
+        next block, or with the notification of the change.
 
         Args:
             tenant: Whose quota, by id or as a ``Tenant``.
             resource: Which.
-            block: How much is taken at once; less near the limit. What the first call gave holds while it is in use.
+            block: How much is taken at once; less near the limit. The value of the first call applies while the result
+                is in use.
 
         Raises:
-            TypeError: ``tenant`` is a slug, which only the database could look up.
-            ValueError: ``block`` is no whole number from 1 to 10**15.
+            TypeError: ``tenant`` is a slug, which would need a query.
+            ValueError: ``block`` is not a whole number from 1 to 10**15.
         """
         refuse_other_tenant(tenant)
         given: object = tenant
         if isinstance(given, str):
-            raise TypeError("leased() takes a Tenant or its id, not a slug: it does not ask the database")
+            raise TypeError("leased() takes a Tenant or its id, not a slug: it does not query the database")
         check_amount(block, what="a block")
         key = (tenant.id if isinstance(tenant, Tenant) else tenant, resource)
-        lease = self._leased.get(key)
-        if lease is None:
-            lease = self._leased[key] = LeasedQuota(self._keeper, *key, block)
-        return lease
+        quota = self._leased.get(key)
+        if quota is None:
+            quota = self._leased[key] = LeasedQuota(self._blocks, *key, block)
+        return quota
 
     @asynccontextmanager
     async def hold(self, tenant: TenantRef, resource: str, amount: int = 1) -> AsyncIterator[Hold]:
-        """Hold ``amount`` of a resource whose limit is "concurrent" while the body runs.
+        """Hold ``amount`` of a resource with a "concurrent" limit while the body runs.
 
-        A process that dies gives its holds free after ``holds.HOLD_SECONDS``. ``Hold.lost`` tells a long body that
-        it could not be renewed for so long that its place may be another's.
+        The holds of a process that dies expire after ``holds.HOLD_SECONDS``. A long body can check ``Hold.lost``: the
+        hold could not be renewed in time, and its place may have been given to another one.
 
         Raises:
             TenantNotFoundError: no such tenant.
             UnknownQuotaError: the resource has no limit for this tenant.
             QuotaError: the limit is not one on concurrency.
-            QuotaExceededError: as much as the limit is held already.
+            QuotaExceededError: no place is free.
         """
         check_amount(amount)
         tenant_id = await resolve_tenant_id(self._control, tenant)
         hold = Hold()
-        async with self._holds.keep(hold):
-            row = await self._holds.take(hold, tenant_id, resource, amount)
-            self._conclude(tenant_id, resource, amount, row)
+        async with self._holds.releasing(hold):
+            row = await self._holds.acquire(hold, tenant_id, resource, amount)
+            self._handle_outcome(tenant_id, resource, amount, row)
             yield hold
 
     async def measure(self, tenant: TenantRef, resource: str, value: int) -> Usage:
-        """Record what was measured, such as the size of a database, as what is used: whatever the limit.
+        """Set the usage to a measured value, such as the size of a database, whatever the limit.
 
         Raises:
             TenantNotFoundError: no such tenant.
             UnknownQuotaError: the resource has no limit for this tenant.
-            ValueError: ``value`` is no whole number from 0 to 10**15.
+            ValueError: ``value`` is not a whole number from 0 to 10**15.
         """
         check_amount(value, least=0)
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "value": value}
-            row = (await conn.execute(_MEASURE, parameters)).one()
-        return self._conclude(tenant_id, resource, value, row)
+            row = (await connection.execute(_MEASURE, parameters)).one()
+        return self._handle_outcome(tenant_id, resource, value, row)
 
     async def measure_many(self, resource: str, values: Mapping[UUID, int]) -> int:
-        """Record measures of many tenants in one statement; returns how many have a quota for ``resource``."""
+        """Record measured values of many tenants in one statement; returns how many have a quota for ``resource``."""
         for tenant_id in values:
             refuse_other_tenant(tenant_id)
         for value in values.values():
             check_amount(value, least=0)
-        # in one order everywhere, so that two at once cannot deadlock
+        # sorted, so that two calls at once cannot deadlock
         ordered = sorted(values.items())
         parameters = {"resource": resource, "ids": [i for i, _ in ordered], "values": [v for _, v in ordered]}
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_MEASURE_MANY, parameters)).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_MEASURE_MANY, parameters)).all()
         counted = [row for row in rows if row.outcome == "counted"]
         for row in counted:
-            self._conclude(row.tenant_id, resource, row.used, row)
+            self._handle_outcome(row.tenant_id, resource, row.used, row)
         return len(counted)
 
     async def release(self, tenant: TenantRef, resource: str, amount: int = 1, *, at: datetime | None = None) -> Usage:
-        """Give back ``amount``, down to 0: a user was removed, a call failed.
+        """Reduce the usage by ``amount``, at most to 0: a user was removed, a call failed.
 
         Raises:
             TenantNotFoundError: no such tenant.
             UnknownQuotaError: the resource has no limit for this tenant.
             QuotaError: the limit is one on concurrency, or its period has been closed for billing.
-            ValueError: ``amount`` is no whole number from 1 to 10**15, or ``at`` naive.
+            ValueError: ``amount`` is not a whole number from 1 to 10**15, or ``at`` is naive.
         """
         check_amount(amount)
         _check_time(at)
-        async with self._control.connect() as conn:
-            tenant_id = await find_tenant_id(conn, tenant)
+        async with self._control.connect() as connection:
+            tenant_id = await find_tenant_id(connection, tenant)
             parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "at": at}
-            row = (await conn.execute(_RELEASE, parameters)).one()
-        return self._conclude(tenant_id, resource, amount, row)
+            row = (await connection.execute(_RELEASE, parameters)).one()
+        return self._handle_outcome(tenant_id, resource, amount, row)
 
     # --- over all tenants -------------------------------------------------------------------------------------------
 
     async def utilisation(
         self, *, resource: str | None = None, limit: int = 1_000, at: datetime | None = None
     ) -> list[TenantUsage]:
-        """Return who uses most of a limit, highest fraction first.
+        """Return the tenants that use most of a limit, highest fraction first.
 
         Args:
-            resource: Of this resource only.
+            resource: Only this resource.
             limit: How many at most.
-            at: In the periods that ran at this time, an aware datetime; now where None.
+            at: A time in the periods to report, an aware datetime; now where None.
         """
         refuse_while_bound("reading the usage of all tenants")
         _check_time(at)
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_UTILISATION, {"resource": resource, "limit": limit, "at": at})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_UTILISATION, {"resource": resource, "limit": limit, "at": at})).all()
         return [_tenant_usage(row) for row in rows]
 
     async def at_risk(
         self, fraction: float = 0.8, *, limit: int = 1_000, at: datetime | None = None
     ) -> list[TenantUsage]:
-        """Return who has used ``fraction`` of a limit or more, highest fraction first."""
+        """Return the tenants that have used ``fraction`` of a limit or more, highest fraction first."""
         refuse_while_bound("reading the usage of all tenants")
         _check_time(at)
-        async with self._control.connect() as conn:
-            rows = (await conn.execute(_AT_RISK, {"fraction": fraction, "limit": limit, "at": at})).all()
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_AT_RISK, {"fraction": fraction, "limit": limit, "at": at})).all()
         return [_tenant_usage(row) for row in rows]
 
     async def clean(self, *, keys_days: float = 7, usage_days: float = 400) -> int:
-        """Remove idempotency keys and ended periods older than so many days, and what dead processes left behind.
+        """Remove idempotency keys and ended periods of this age, and the holds and blocks of dead processes.
 
-        Where usage is exported for billing, a period stays until its usage record has been made.
+        Where usage is exported for billing, a period is kept until its usage record has been made.
 
-        Safe to run from many processes at once. Returns how many rows went.
+        Safe to run from many processes at once. Returns how many rows were removed.
         """
         refuse_while_bound("removing old usage")
         bills = self._config.metering.usage_sender is not None
-        async with self._control.transaction() as conn:
+        async with self._control.transaction() as connection:
             return sum(
                 [
-                    (await conn.execute(text(statement), {"days": days, "bills": bills})).rowcount
+                    (await connection.execute(text(statement), {"days": days, "bills": bills})).rowcount
                     for statement, days in zip(_CLEAN, (keys_days, usage_days, 1, 1), strict=True)
                 ]
             )
 
-    # --- parts ------------------------------------------------------------------------------------------------------
+    # --- internals --------------------------------------------------------------------------------------------------
 
-    def _conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
-        """Turn the database's answer into a value or an error, and announce soft limits that were reached."""
+    def _handle_outcome(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
+        """Return the usage or raise the error in the database's answer, and emit events for soft limits reached."""
         if row.outcome == "no_tenant":
             raise TenantNotFoundError(tenant_id)
         if row.outcome == "unknown":
@@ -394,11 +395,13 @@ class QuotaManager:
             verb = "hold" if row.period == "concurrent" else "consume"
             raise QuotaError(f"quota {resource!r} of tenant {row.slug!r} is per {row.period}: use {verb}()")
         if row.outcome == "closed":
-            raise QuotaError(f"that period of quota {resource!r} of tenant {row.slug!r} has been closed for billing")
+            raise QuotaError(
+                f"quota {resource!r} of tenant {row.slug!r}: the period has been closed for billing, and cannot change"
+            )
         if row.outcome == "mismatched":
             raise QuotaError(
-                f"the key of this use of {resource!r} by tenant {row.slug!r} has counted another amount or resource: "
-                "give every use a key of its own"
+                f"the idempotency key of this use of {resource!r} by tenant {row.slug!r} has counted another amount or "
+                "resource: give every use its own key"
             )
         usage = Usage(resource, row.used, row.amount_limit, row.period, row.resets_at)
         if row.outcome == "exceeded":
@@ -429,9 +432,9 @@ class QuotaManager:
             )
         return usage
 
-    async def _require(self, conn: AsyncConnection, tenant_id: UUID) -> None:
+    async def _check_exists(self, connection: AsyncConnection, tenant_id: UUID) -> None:
         known = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.status != Status.PURGED)
-        if await conn.scalar(known) is None:
+        if await connection.scalar(known) is None:
             raise TenantNotFoundError(tenant_id)
 
 
@@ -441,7 +444,7 @@ def _check_key(key: str | None) -> None:
 
 
 def _check_time(at: datetime | None) -> None:
-    # the driver would read a naive one in the time zone of whatever machine this is
+    # the driver would read a naive time in the time zone of this machine
     if at is not None and at.utcoffset() is None:
         raise ValueError(f"a time must be aware, such as datetime.now(UTC): {at!r} is not")
 

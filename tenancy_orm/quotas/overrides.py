@@ -1,4 +1,4 @@
-"""What a tenant's own limits may be: overrides of its tier's."""
+"""Overrides: a tenant's own limits, which replace those of its tier."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..errors import ConfigurationError
 
 Override: TypeAlias = int | float | Limit | Mapping[str, Any] | None
 
-# an override with a name of its own: the tenant's request rate, which quotas.rates enforces in the process
+# the override of the tenant's request rate, which quotas.rates enforces in the process
 REQUEST_RATE: Final = "requests_per_second"
 
 
 def check_overrides(overrides: Mapping[str, Override]) -> dict[str, Any]:
-    """Return ``overrides`` as the registry keeps them, those that are None left out.
+    """Return ``overrides`` as the registry stores them, without those that are None.
 
     Raises:
         ConfigurationError: a resource's name or a limit is malformed.
@@ -27,7 +27,7 @@ def check_overrides(overrides: Mapping[str, Override]) -> dict[str, Any]:
 
 def _check_override(name: str, value: Override) -> Any:
     if not RESOURCE_NAME.fullmatch(name):
-        raise ConfigurationError(f"resource {name!r} must be 1 to 63 of a-z, 0-9, _, . and -, from a letter")
+        raise ConfigurationError(f"resource {name!r} must be 1 to 63 of a-z, 0-9, _, . and -, beginning with a letter")
     if name == REQUEST_RATE:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ConfigurationError(f"{REQUEST_RATE} must be a number above 0, not {value!r}")

@@ -1,9 +1,9 @@
 """Request rates: a token bucket per tenant, in the process.
 
-The generic cell rate algorithm (GCRA) keeps a bucket as the time at which it will be full again, at the rate of its
-last use; a bucket that is full needs none. It is written out here, in a dozen lines, since it runs on every request: a
+The generic cell rate algorithm (GCRA) stores a bucket as the time at which it will be full again, at the rate of its
+last use; a full bucket needs no entry. It is written out here, in a dozen lines, since it runs on every request: a
 library with storages and strategies costs tens of microseconds where this costs one. It counts in this process only:
-give ``processes`` where several share a tenant's rate. What must be exact over all of them is a quota, not a rate.
+set ``processes`` where several share a tenant's rate. For a limit that is exact over all processes, use a quota.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _SWEEP_AT: Final = 10_000  # buckets
 
 
 class Allowed(NamedTuple):
-    """The request may pass.
+    """The request is within the rate.
 
-    ``limit`` is how many may come at once and ``remaining`` how many still may (None: no limit); ``reset`` is how long
-    until all may again, in seconds.
+    ``limit`` is how many requests may come at once, ``remaining`` how many still may (None: no limit), and ``reset``
+    the number of seconds until ``limit`` may come again.
     """
 
     limit: int | None
@@ -41,7 +41,7 @@ class Allowed(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """The request came too early: it may come again in ``retry_after`` seconds. See ``Allowed`` for the rest."""
+    """The request is above the rate: repeat it after ``retry_after`` seconds. See ``Allowed`` for the other fields."""
 
     retry_after: float
     limit: int
@@ -58,13 +58,13 @@ UNLIMITED: Final = Allowed(None, None, 0.0)
 
 
 class Rates:
-    """Bounds how many requests a second each tenant may make; ``tenancy.internals.rates``.
+    """Limits how many requests a second each tenant may make; ``tenancy.internals.rates``.
 
     Args:
         tiers: The configured tiers. ``Tier.requests_per_second`` applies unless the tenant's own quotas override it.
         processes: How many processes share each tenant's rate.
         burst_seconds: How many seconds' worth of requests may come at once.
-        clock: Seconds, never running backwards.
+        clock: Seconds, monotonic.
     """
 
     def __init__(
@@ -83,17 +83,16 @@ class Rates:
         self._burst_seconds = burst_seconds
         self._clock = clock
         self.home: HomeLoop | None = None  # of the open Tenancy that this belongs to
-        # when each bucket is full again, and at which rate; a time in the past says the same as none, so those can be
-        # dropped at any time
+        # when each bucket is full again, and at which rate; an entry with a time in the past can be dropped at any time
         self._buckets: dict[UUID, tuple[float, float]] = {}
         self._sweep_at = _SWEEP_AT
 
     def __len__(self) -> int:
-        """How many buckets are kept."""
+        """How many buckets are stored."""
         return len(self._buckets)
 
     def rate(self, tenant: Tenant) -> float | None:
-        """Requests a second that this process lets through for ``tenant``; None without a limit."""
+        """Return how many requests a second this process admits for ``tenant``; None without a limit."""
         rate = tenant.quotas.get(REQUEST_RATE)
         if rate is None:
             tier = self._tiers.get(tenant.tier)
@@ -101,17 +100,17 @@ class Rates:
         return None if rate is None else rate * self._share
 
     def acquire(self, tenant: Tenant, cost: int = 1) -> Allowed | Denied:
-        """Take ``cost`` tokens of the tenant's bucket, or none. Never waits.
+        """Take ``cost`` tokens from the tenant's bucket, or none. Never waits.
 
         Raises:
             CrossTenantError: another tenant is bound.
             WrongEventLoopError: this is another thread than that of the open ``Tenancy``.
         """
-        # written out here: it runs with every request
+        # written out here: it runs on every request
         if (bound := _current.get()) is not None and bound.id != tenant.id:
             raise CrossTenantError("counting a request", bound=bound.slug, requested=tenant.slug)
         if not tenant.quotas and tenant.tier in self._unlimited:
-            return UNLIMITED  # the common case, found without a call
+            return UNLIMITED  # the common case, without a further call
         rate = self.rate(tenant)
         if rate is None:
             return UNLIMITED
@@ -125,11 +124,11 @@ class Rates:
         if full_at < now:
             full_at = now
         elif before != rate:
-            # as many tokens are missing as before, but no more than there are; they come back at the new rate
+            # as many tokens are missing as before, at most the burst; they come back at the new rate
             full_at = now + min((full_at - now) * before, burst) * interval
         after = full_at + cost * interval - now
         capacity = burst * interval
-        # a millionth of a token's time, or the sum of many intervals would refuse the last token of a full bucket
+        # a millionth of a token of tolerance: rounding errors must not refuse the last token of a full bucket
         if after > capacity + interval * 1e-6:
             remaining = int((capacity - (full_at - now)) * rate + 1e-6)
             return Denied(after - capacity, burst, max(remaining, 0), full_at - now)
@@ -139,6 +138,6 @@ class Rates:
         return Allowed(burst, int((capacity - after) * rate + 1e-6), after)
 
     def _sweep(self, now: float) -> None:
-        """Drop full buckets; wait for as many again, so that the work stays small against the requests' own."""
+        """Drop full buckets. The next sweep comes at twice as many, so that the work per request stays small."""
         self._buckets = {tenant_id: bucket for tenant_id, bucket in self._buckets.items() if bucket[0] > now}
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._buckets))

@@ -1,4 +1,4 @@
-"""What was used, as ``QuotaManager`` answers."""
+"""Usage of quotas, as ``QuotaManager`` returns it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config.tiers import Period
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a tenant has used of one resource in the period that runs now.
+    """What a tenant has used of one resource in the current period.
 
     ``limit`` is None where there is none; ``resets_at`` (UTC) is None where the period does not end.
     """
@@ -30,7 +30,7 @@ class Usage:
 
     @property
     def fraction(self) -> float:
-        """What part of the limit is used; 0 without a limit, infinite where the limit is 0 and something is used."""
+        """The used fraction of the limit; 0 without a limit, infinite where the limit is 0 and something is used."""
         if self.limit is None or self.used == 0:
             return 0.0
         return self.used / self.limit if self.limit else math.inf
@@ -38,7 +38,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TenantUsage:
-    """How much of one limit one tenant uses; ``fraction`` may be above 1 where the limit was lowered."""
+    """A tenant's usage of one limit; ``fraction`` may be above 1 where the limit was lowered."""
 
     tenant_id: UUID
     slug: str

@@ -1,15 +1,14 @@
-"""Domains of the tenants' own: claimed with a token, used once the domain's owner has published it.
+"""Tenants' own domains: claimed with a token, and used once the domain's owner has published it.
 
 A claim alone gives nothing. The owner publishes the token as a TXT record, and ``verify`` looks it up; only then does a
-request to that host name the tenant. A verified domain belongs to one tenant; until then any number may claim it, each
-with a token of its own, so that nobody can block a domain that is not theirs.
+request to that host name the tenant. A verified domain belongs to one tenant. Before that any number of tenants may
+claim it, each with its own token, so that nobody can block a domain that is not theirs.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -38,7 +37,7 @@ _CHALLENGE = "_tenancy-challenge"
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A tenant's domain. Publish ``token`` as a TXT record of the name ``challenge``, then verify."""
+    """A tenant's domain. Publish ``token`` as a TXT record named ``challenge``, then verify."""
 
     domain: str
     tenant_id: UUID
@@ -60,10 +59,10 @@ class TextRecords(Protocol):
 
 
 class DnsTextRecords:
-    """TXT records from the DNS, by dnspython (extra ``domains``).
+    """Looks up TXT records in the DNS, with dnspython (extra ``domains``).
 
     Args:
-        nameservers: Addresses to ask instead of the system's resolvers.
+        nameservers: Addresses to use instead of the system's resolvers.
         port: Their port.
         timeout: Seconds for the whole look-up.
     """
@@ -104,12 +103,12 @@ def check_domain(domain: str) -> str:
         DomainError: it is not a domain name of two labels or more.
     """
     try:
-        # as browsers do (UTS 46, non-transitional): Python's own codec knows the names of 2003 alone
+        # as browsers do (UTS 46, non-transitional): Python's own codec implements IDNA 2003 only
         ascii_name = idna.encode(domain.removesuffix("."), uts46=True).decode("ascii")
     except idna.IDNAError:
         ascii_name = ""
     if len(ascii_name) > 253 or not _DOMAIN.fullmatch(ascii_name) or re.fullmatch(r"[0-9.]+", ascii_name):
-        raise DomainError(f"{domain!r} is not a domain name")
+        raise DomainError(f"{domain!r} is not a domain name of two labels or more")
     return ascii_name
 
 
@@ -128,11 +127,11 @@ class DomainManager:
         self._registry = Registry(control, audit)
 
     async def claim(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
-        """Claim ``domain`` for ``tenant``; it names the tenant once it is verified. Claiming twice changes nothing.
+        """Claim ``domain`` for ``tenant``; verify it to make it the tenant's. Claiming twice changes nothing.
 
         Raises:
-            DomainError: it is not a domain name, or verified for another tenant.
-            TenantNotFoundError, TenantDeletedError: the tenant is gone.
+            DomainError: it is not a domain name, or is verified for another tenant.
+            TenantNotFoundError, TenantDeletedError: the tenant does not exist, or is deleted.
         """
         tenant = await self._registry.find(tenant)
         name = check_domain(domain)
@@ -141,20 +140,27 @@ class DomainManager:
         owner = select(domains.c.tenant_id).where(domains.c.domain == name, verified)
         statement = insert(domains).values(values).on_conflict_do_nothing().returning(domains)
         async with self._control.transaction() as connection:
-            await _hold(connection, tenant)
+            await _lock_undeleted(connection, tenant)
             if await connection.scalar(owner) not in (None, tenant.id):
                 raise _taken(name)
             row = (await connection.execute(statement)).one_or_none()
             if row is not None:
-                await self._write_audit(connection, "domain.claim", tenant, actor, after={"domain": name})
+                await self._audit.append(
+                    connection,
+                    action="domain.claim",
+                    tenant_id=tenant.id,
+                    slug=tenant.slug,
+                    actor=actor,
+                    after={"domain": name},
+                )
         return await self._claimed(tenant, name) if row is None else _domain_from_row(row)
 
     async def verify(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
         """Look up the token that the owner of ``domain`` published, and make the domain the tenant's.
 
         Raises:
-            DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant was
-                faster.
+            DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant
+                verified the domain first.
         """
         tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
@@ -164,35 +170,52 @@ class DomainManager:
             self._records = DnsTextRecords()
         published = await self._records.lookup(found.challenge)
         if not any(secrets.compare_digest(text.strip().encode(), found.token.encode()) for text in published):
-            raise DomainError(f"no TXT record of {found.challenge!r} has the token of this claim")
+            raise DomainError(
+                f"no TXT record of {found.challenge!r} has the token of tenant {tenant.slug!r}: publish it, and verify "
+                "again"
+            )
         condition = (
             (domains.c.domain == found.domain) & (domains.c.tenant_id == tenant.id) & (domains.c.token == found.token)
         )
         statement = update(domains).where(condition).values(verified_at=func.now()).returning(domains)
         try:
             async with self._control.transaction() as connection:
-                await _hold(connection, tenant)
+                await _lock_undeleted(connection, tenant)
                 row = (await connection.execute(statement)).one_or_none()
                 if row is None:
                     raise DomainError(f"domain {found.domain!r} was released while it was verified")
-                await self._write_audit(connection, "domain.verify", tenant, actor, after={"domain": found.domain})
+                await self._audit.append(
+                    connection,
+                    action="domain.verify",
+                    tenant_id=tenant.id,
+                    slug=tenant.slug,
+                    actor=actor,
+                    after={"domain": found.domain},
+                )
         except IntegrityError as exc:
             raise _taken(found.domain) from exc
         return _domain_from_row(row)
 
     async def release(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> None:
-        """Give ``domain`` up.
+        """Release ``domain``: it no longer names the tenant.
 
         Raises:
-            DomainError: it is not this tenant's.
+            DomainError: the tenant has not claimed it.
         """
         tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
         async with self._control.transaction() as connection:
             statement = delete(domains).where(domains.c.domain == found.domain, domains.c.tenant_id == tenant.id)
             if (await connection.execute(statement)).rowcount == 0:
-                return  # another call has just done so
-            await self._write_audit(connection, "domain.release", tenant, actor, before={"domain": found.domain})
+                return  # another call has just released it
+            await self._audit.append(
+                connection,
+                action="domain.release",
+                tenant_id=tenant.id,
+                slug=tenant.slug,
+                actor=actor,
+                before={"domain": found.domain},
+            )
 
     async def list(self, tenant: str | UUID | Tenant) -> list[Domain]:
         """Return the tenant's domains, claimed and verified, by name."""
@@ -200,13 +223,6 @@ class DomainManager:
         query = select(domains).where(domains.c.tenant_id == tenant_id).order_by(domains.c.domain)
         async with self._control.viewing(tenant_id) as connection:
             return [_domain_from_row(row) for row in await connection.execute(query)]
-
-    async def _write_audit(
-        self, connection: AsyncConnection, action: str, tenant: Tenant, actor: Actor, **change: Mapping[str, Any]
-    ) -> None:
-        await self._audit.append(
-            connection, action=action, tenant_id=tenant.id, slug=tenant.slug, actor=actor, **change
-        )
 
     async def _claimed(self, tenant: Tenant, domain: str) -> Domain:
         name = check_domain(domain)
@@ -218,8 +234,8 @@ class DomainManager:
         return _domain_from_row(row)
 
 
-async def _hold(connection: AsyncConnection, tenant: Tenant) -> None:
-    """Refuse a deleted tenant a domain, and let no purge in before the commit: nobody could have the domain then."""
+async def _lock_undeleted(connection: AsyncConnection, tenant: Tenant) -> None:
+    """Lock the tenant against a purge until the commit, and refuse a deleted one: nobody else could have the domain."""
     _, status = await lock_tenant_for_share(connection, tenant.id)
     if status is Status.DELETED:
         raise TenantDeletedError(tenant.slug)

@@ -1,4 +1,4 @@
-"""What a tenant's slug, metadata and times may be."""
+"""Checks of a tenant's slug, metadata and times."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _METADATA_BYTES = 64 * 1024
 
 
 def check_slug(slug: str) -> str:
-    """Return ``slug`` if it keeps the rule: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.
+    """Return ``slug`` if it is valid: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter, and no UUID.
 
     The rule is that of a DNS label, since a slug may be a sub-domain.
 
     Raises:
-        InvalidSlugError: it does not.
+        InvalidSlugError: it is not valid.
     """
     if not SLUG.fullmatch(slug) or _UUID.fullmatch(slug):
-        # what reads as an id would be looked for as one
+        # a slug that reads as an id would be looked up as one
         raise InvalidSlugError(
             f"slug {slug!r} must be 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter, and no UUID",
             tenant=slug,
@@ -34,7 +34,7 @@ def check_slug(slug: str) -> str:
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``metadata`` as PostgreSQL's jsonb can keep it.
+    """Return ``metadata`` as PostgreSQL's jsonb can store it.
 
     Raises:
         InvalidMetadataError: it is not JSON, holds a NUL character, or is larger than 64 KiB.
@@ -44,15 +44,15 @@ def check_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as exc:
         raise InvalidMetadataError(f"metadata must be a JSON object: {exc}") from exc
     if r"\u0000" in encoded:
-        raise InvalidMetadataError("metadata holds a NUL character, which jsonb cannot keep")
+        raise InvalidMetadataError("metadata has a NUL character, which jsonb cannot store")
     if len(encoded) > _METADATA_BYTES:
-        raise InvalidMetadataError(f"metadata takes {len(encoded)} bytes as JSON, the most is {_METADATA_BYTES}")
+        raise InvalidMetadataError(f"metadata has {len(encoded)} bytes as JSON; at most {_METADATA_BYTES} are allowed")
     try:
         encoded.encode().decode("utf-8")
         loaded: dict[str, Any] = json.loads(encoded)
         json.dumps(loaded, ensure_ascii=False).encode()
     except UnicodeEncodeError as exc:
-        raise InvalidMetadataError("metadata holds half of a surrogate pair, which is not text") from exc
+        raise InvalidMetadataError("metadata has half of a surrogate pair, which is not text") from exc
     return loaded
 
 
@@ -76,7 +76,7 @@ def check_aware(name: str, moment: datetime | None) -> datetime | None:
         ConfigurationError: it has none; ``name`` is what the message calls it.
     """
     if moment is not None and moment.tzinfo is None:
-        raise ConfigurationError(f"{name} must be an aware datetime, with a time zone")
+        raise ConfigurationError(f"{name} must be an aware datetime, such as datetime.now(UTC)")
     return moment
 
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("tenancy_orm.tenants")
 class TenantLifecycle:
     """Changes tenants' statuses, at once or at a set time, and purges; a part of ``TenantManager``.
 
-    Every change is audited in its own transaction, under ``actor``.
+    Every change is audited in the same transaction, under ``actor``.
     """
 
     def __init__(self, *, registry: Registry, directory: Directory, provisioner: Provisioner, events: EventBus) -> None:
@@ -37,7 +37,9 @@ class TenantLifecycle:
     # --- status -----------------------------------------------------------------------------------------------------
 
     async def activate(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
-        """Make a suspended, trial or maintained tenant active, whatever it was before: ``end_maintenance`` asks that.
+        """Make a tenant active that is suspended, in trial or in maintenance.
+
+        After maintenance, ``end_maintenance`` restores the status that the tenant had before.
 
         Raises:
             InvalidTransitionError: it is none of these.
@@ -51,21 +53,23 @@ class TenantLifecycle:
         Raises:
             InvalidTransitionError: it is not running.
             TenantNotFoundError: no such tenant.
-            LoginNotBlockedError: it is suspended, but its server was not told: see there.
+            LoginNotBlockedError: it is suspended, but its login could not be blocked on its server.
         """
         return await self._transition(tenant, Status.SUSPENDED, action="tenant.suspend", reason=reason, actor=actor)
 
     async def start_maintenance(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Answer the tenant's requests with 503 and Retry-After; operators pass. ``end_maintenance`` ends it.
+        """Put a tenant into maintenance: its requests get 503 with Retry-After, and only operators are served.
+
+        ``end_maintenance`` ends it.
 
         Raises:
-            InvalidTransitionError: its status does not admit this.
+            InvalidTransitionError: its status does not allow it.
             TenantNotFoundError: no such tenant.
         """
         return await self._transition(tenant, Status.MAINTENANCE, action="tenant.maintain", reason=reason, actor=actor)
 
     async def end_maintenance(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
-        """Make a tenant what it was before its maintenance: a trial goes on, and what was suspended stays so.
+        """End the maintenance of a tenant: its status is again active, trial or suspended, as before.
 
         Raises:
             InvalidTransitionError: it is not in maintenance.
@@ -76,9 +80,9 @@ class TenantLifecycle:
         )
 
     async def start_trial(self, tenant: TenantRef, *, ends_at: datetime, actor: Actor = SYSTEM) -> Tenant:
-        """Let a suspended tenant try once more, until ``ends_at``: one whose trial has ended, say.
+        """Start another trial of a suspended tenant, until ``ends_at``.
 
-        ``update(trial_ends_at=...)`` prolongs a trial that is running.
+        ``update(trial_ends_at=...)`` extends a trial that is running.
 
         Raises:
             InvalidTransitionError: it is neither suspended nor in maintenance.
@@ -89,17 +93,17 @@ class TenantLifecycle:
         return await self._transition(tenant, Status.TRIAL, action="tenant.start_trial", actor=actor, values=values)
 
     async def delete(self, tenant: TenantRef, *, reason: str | None = None, actor: Actor = SYSTEM) -> Tenant:
-        """Delete softly: keys are refused and connections ended, data is kept until ``purge``.
+        """Delete a tenant softly: its keys are refused and its connections ended; its data is kept until ``purge``.
 
         Raises:
-            InvalidTransitionError: it is being provisioned, or deleted already.
+            InvalidTransitionError: it is being provisioned, or is deleted already.
             TenantNotFoundError: no such tenant.
-            LoginNotBlockedError: it is deleted, but its server was not told: see there.
+            LoginNotBlockedError: it is deleted, but its login could not be blocked on its server.
         """
         return await self._transition(tenant, Status.DELETED, action="tenant.delete", reason=reason, actor=actor)
 
     async def restore(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Tenant:
-        """Undo ``delete``: the tenant is again what it was.
+        """Undo ``delete``: the tenant has its previous status again.
 
         Raises:
             InvalidTransitionError: it is not deleted, or its purge has begun.
@@ -112,18 +116,18 @@ class TenantLifecycle:
     async def schedule_suspension(
         self, tenant: TenantRef, at: datetime | None, *, reason: str | None = None, actor: Actor = SYSTEM
     ) -> Tenant:
-        """Have ``run_housekeeping`` suspend the tenant at a time, an aware datetime; None calls it off.
+        """Schedule a suspension by ``run_housekeeping`` at a time, an aware datetime; None cancels it.
 
         Raises:
             ConfigurationError: the time is naive.
             TenantNotFoundError: no such tenant.
         """
         at = check_aware("at", at)
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         return await self._registry.schedule_suspension(found.id, at, reason=reason, actor=actor)
 
     async def schedule_purge(self, tenant: TenantRef, at: datetime | None, *, actor: Actor = SYSTEM) -> Tenant:
-        """Have ``run_housekeeping`` purge a deleted tenant at a time of its own; None: after the usual retention.
+        """Schedule the purge of a deleted tenant by ``run_housekeeping`` at this time; None: after the usual retention.
 
         Raises:
             ConfigurationError: the time is naive.
@@ -131,15 +135,15 @@ class TenantLifecycle:
             TenantNotFoundError: no such tenant.
         """
         at = check_aware("at", at)
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         return await self._registry.schedule_purge(found.id, at, actor=actor)
 
     async def suspend_due(self, listed: Tenant, *, reason: str | None, actor: Actor = SYSTEM) -> Tenant:
-        """Suspend a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
+        """Suspend a tenant unless it has changed since ``Registry.due`` listed it: for ``run_housekeeping``.
 
         Raises:
-            InvalidTransitionError: it was changed meanwhile.
-            LoginNotBlockedError: it is suspended, but its server was not told.
+            InvalidTransitionError: it has changed since.
+            LoginNotBlockedError: it is suspended, but its login could not be blocked on its server.
         """
         refuse_other_tenant(listed)
         return await self._transition(
@@ -147,11 +151,11 @@ class TenantLifecycle:
         )
 
     async def purge_due(self, listed: Tenant, *, actor: Actor = SYSTEM) -> None:
-        """Purge a tenant if it is still as it was when ``Registry.due`` listed it: for ``run_housekeeping``.
+        """Purge a tenant unless it has changed since ``Registry.due`` listed it: for ``run_housekeeping``.
 
         Raises:
-            InvalidTransitionError: it was changed meanwhile.
-            ProvisioningError, ServerUnavailableError: its server refused.
+            InvalidTransitionError: it has changed since.
+            ProvisioningError, ServerUnavailableError: its server refused, or does not answer.
         """
         refuse_other_tenant(listed)
         await run_to_completion(self._purge(listed, listed, actor))
@@ -159,14 +163,14 @@ class TenantLifecycle:
     # --- purge ------------------------------------------------------------------------------------------------------
 
     async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
-        """Remove a deleted tenant for good: database, role, keys and secrets. A tombstone stays in the registry.
+        """Remove a deleted tenant permanently: database, role, keys and secrets. A tombstone stays in the registry.
 
-        A purge that is interrupted is finished by calling this again, or by ``reconcile``.
+        To finish a purge that was interrupted, call this again or ``reconcile``.
 
         Raises:
             InvalidTransitionError: it is not deleted.
             TenantNotFoundError: no such tenant.
-            ProvisioningError, ServerUnavailableError: its server refused; try again.
+            ProvisioningError, ServerUnavailableError: its server refused, or does not answer; try again.
         """
         found = await self._registry.find(tenant)
         await run_to_completion(self._purge(found, None, actor))
@@ -191,7 +195,7 @@ class TenantLifecycle:
         listed: Tenant | None = None,
         values: Mapping[str, Any] | None = None,
     ) -> Tenant:
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         change = self._registry.transition(
             found.id,
             target,
@@ -207,7 +211,7 @@ class TenantLifecycle:
     async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
         before, after = await change
         self._directory.invalidate(tenant_id=after.id)
-        # before the server is told, which takes a while: changes are announced in the order in which they took place
+        # before the server is changed, which takes a while: events come in the order of the changes
         self._events.emit(
             TenantStatusChanged(
                 tenant_id=after.id,
@@ -222,21 +226,22 @@ class TenantLifecycle:
         return after
 
     async def _align(self, tenant: Tenant) -> None:
-        """Have PostgreSQL itself refuse a suspended or deleted tenant, admit it again, and apply its tier's limit.
+        """Block or unblock the tenant's login on its server, and apply the connection limit of its tier.
 
-        The registry has decided already and every process obeys it; a server that is away now is told by ``reconcile``.
+        The registry's change is in force already, in every process. ``reconcile`` repeats this on a server that does
+        not answer now.
 
         Raises:
-            LoginNotBlockedError: the tenant is to be kept out, and its server was not told.
+            LoginNotBlockedError: the login could not be blocked.
         """
         try:
             await self._provisioner.align(tenant)
         except (RoutingError, ProvisioningError) as exc:
             if tenant.status in LOGIN_BLOCKED:
                 raise LoginNotBlockedError(tenant.slug, tenant.status.value, str(exc)) from exc
-            logger.error("tenant %s was changed, but its server was not told (%s)", tenant.slug, exc)
+            logger.error("tenant %s was changed, but not on its server; reconcile will do it (%s)", tenant.slug, exc)
 
-    async def _living(self, tenant: TenantRef) -> Tenant:
+    async def _get_unpurged(self, tenant: TenantRef) -> Tenant:
         found = await self._registry.find(tenant)
         if found.status is Status.PURGED:
             raise TenantNotFoundError(found.slug)

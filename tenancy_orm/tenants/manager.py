@@ -32,7 +32,7 @@ _LONGEST_REDIRECT = 100 * 366 * 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class CreatedTenant:
-    """A new tenant and its first API key, which is shown here and nowhere else."""
+    """A new tenant and its first API key, available here only."""
 
     tenant: Tenant
     api_key: str = field(repr=False)
@@ -50,9 +50,9 @@ class CreatedTenant:
 
 
 class TenantManager(TenantLifecycle):
-    """Create, find, change and remove tenants; ``tenancy.tenants``.
+    """Creates, finds, changes and removes tenants; ``tenancy.tenants``.
 
-    Every method that takes a ``tenant`` accepts a slug, an id or a ``Tenant``. Every change is audited in its own
+    Every method that takes a ``tenant`` accepts a slug, an id or a ``Tenant``. Every change is audited in the same
     transaction, under ``actor``.
     """
 
@@ -98,7 +98,7 @@ class TenantManager(TenantLifecycle):
             quotas: Overrides of the tier's limits, as ``tenancy.quotas.set`` takes them.
             status: ``active`` or ``trial``.
             trial_ends_at: When a trial ends, an aware datetime.
-            timezone: IANA name of the time zone in which daily and monthly quotas begin anew.
+            timezone: IANA name of the time zone of its daily and monthly quotas.
             server: Name of the server to place it on; the one with the fewest tenants where None.
             key_name: Name of the first API key.
             scopes: Its scopes.
@@ -106,14 +106,14 @@ class TenantManager(TenantLifecycle):
 
         Raises:
             TenantExistsError: the slug is taken.
-            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is wrong.
-            ProvisioningError: a step failed; what was made has been undone.
+            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed.
+            ProvisioningError: a step failed; the steps before it have been undone.
             ControlUnavailableError, ServerUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
         started = time.perf_counter()
         draft = TenantDraft(
-            **await self._place(server),
+            **await self._placement_values(server),
             slug=check_slug(slug),
             tier=self._check_tier(tier or self._config.default_tier),
             metadata=check_metadata(metadata or {}),
@@ -131,7 +131,7 @@ class TenantManager(TenantLifecycle):
         self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
         return CreatedTenant(tenant, key.text, key.key_id)
 
-    async def _place(self, server: str | None) -> dict[str, Any]:
+    async def _placement_values(self, server: str | None) -> dict[str, Any]:
         tenant_id = uuid7()
         name = self._names.tenant(tenant_id)
         return {
@@ -165,19 +165,19 @@ class TenantManager(TenantLifecycle):
     # --- finding ----------------------------------------------------------------------------------------------------
 
     async def get(self, tenant: TenantRef) -> Tenant:
-        """Return the tenant as the registry has it now, by id, slug, former slug, verified domain or older ``Tenant``.
+        """Return the current state of a tenant, by id, slug, former slug, verified domain or older ``Tenant``.
 
         Raises:
-            TenantNotFoundError: there is none; by id, a purged tenant's tombstone is found.
+            TenantNotFoundError: there is none. By id, the tombstone of a purged tenant is found.
             CrossTenantError: another tenant is bound.
         """
         return await self._registry.find(tenant)
 
     async def get_by_slug(self, slug: str) -> Tenant:
-        """Return the tenant that has this slug, or a former slug that still redirects.
+        """Return the tenant with this slug, or with a former slug that still redirects.
 
         Raises:
-            TenantNotFoundError: none has.
+            TenantNotFoundError: there is none.
             CrossTenantError: another tenant is bound.
         """
         if not SLUG.fullmatch(slug):
@@ -185,11 +185,11 @@ class TenantManager(TenantLifecycle):
         return await self._registry.find(slug)
 
     async def get_by_api_key(self, key: str) -> Tenant:
-        """Return the tenant whose API key this is.
+        """Return the tenant of an API key.
 
         Raises:
-            InvalidApiKeyError: malformed, unknown, revoked, expired or a deleted tenant's; never told apart.
-            CrossTenantError: it is another tenant's than the bound one.
+            InvalidApiKeyError: malformed, unknown, revoked, expired or a deleted tenant's; its message is the same.
+            CrossTenantError: the key belongs to another tenant than the bound one.
         """
         credential = await self._directory.authenticate(key)
         if credential.tenant.status in (Status.DELETED, Status.PURGED):
@@ -208,11 +208,11 @@ class TenantManager(TenantLifecycle):
         """Return a page of tenants in order of creation.
 
         Args:
-            status: Only these; tombstones of purged tenants appear only where asked for.
+            status: Only these; purged tenants are listed only where named here.
             tier: Only these.
-            server: Only those placed on this server.
+            server: Only tenants on this server.
             limit: How many at most, 1 to 1,000.
-            after: The ``next`` of the page before.
+            after: The ``next`` of the previous page.
 
         Raises:
             ConfigurationError: ``limit`` or a status is out of range.
@@ -237,7 +237,7 @@ class TenantManager(TenantLifecycle):
             page = await self.list(status=status, tier=tier, limit=500, after=after)
             for tenant in page.items:
                 yield tenant
-                # whoever asks for the next one must have left the scope of this one
+                # the caller must have left this tenant's scope before it gets the next one
                 refuse_while_bound("listing tenants")
             if page.next is None:
                 return
@@ -256,7 +256,7 @@ class TenantManager(TenantLifecycle):
         expected_tier: str | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
-        """Change fields of a tenant; those left None stay. ``metadata`` replaces what was there.
+        """Change fields of a tenant; a field that is None stays. ``metadata`` replaces the previous metadata.
 
         Args:
             tenant: Which one.
@@ -270,7 +270,7 @@ class TenantManager(TenantLifecycle):
         Raises:
             TenantNotFoundError: no such tenant.
             TierChangedError: it is not in ``expected_tier``.
-            UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is wrong; nothing changed.
+            UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is malformed; nothing changed.
         """
         values: dict[str, Any] = {}
         if tier is not None:
@@ -281,7 +281,7 @@ class TenantManager(TenantLifecycle):
             values["timezone"] = check_timezone(timezone)
         if trial_ends_at is not None:
             values["trial_ends_at"] = check_aware("trial_ends_at", trial_ends_at)
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         if not values:
             return found
         return await run_to_completion(self._update(found, values, expected_tier, actor))
@@ -299,23 +299,23 @@ class TenantManager(TenantLifecycle):
     async def rename(
         self, tenant: TenantRef, slug: str, *, redirect_seconds: float = 30 * 86_400.0, actor: Actor = SYSTEM
     ) -> Tenant:
-        """Give a tenant another slug. Names of its database and role do not change.
+        """Give a tenant another slug. The names of its database and role do not change.
 
         Args:
             tenant: Which one.
             slug: Its new slug.
-            redirect_seconds: How long the old slug leads to this tenant; until then no other tenant can have it.
+            redirect_seconds: How long the old slug redirects to this tenant; until then no other tenant can have it.
             actor: Who does this, for the audit log.
 
         Raises:
-            TenantExistsError: the slug is taken, or still leads to another tenant.
-            InvalidSlugError: it breaks the rule.
+            TenantExistsError: the slug is taken, or still redirects to another tenant.
+            InvalidSlugError: it is not valid.
             ConfigurationError: ``redirect_seconds`` is below 0, or longer than 100 years.
             TenantNotFoundError: no such tenant.
         """
         if not 0 <= redirect_seconds <= _LONGEST_REDIRECT:
             raise ConfigurationError(f"redirect_seconds must be from 0 to {_LONGEST_REDIRECT:.0f} (100 years)")
-        found = await self._living(tenant)
+        found = await self._get_unpurged(tenant)
         return await run_to_completion(self._rename(found.id, check_slug(slug), redirect_seconds, actor))
 
     async def _rename(self, tenant_id: UUID, slug: str, redirect_seconds: float, actor: Actor) -> Tenant:

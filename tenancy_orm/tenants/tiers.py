@@ -1,8 +1,8 @@
-"""The tiers in force: those of the registry, by which every process counts and the database decides.
+"""The tiers in force: those of the registry, which the database and every process use.
 
-They come from a configuration, but not from whichever process was started last: a command that is run from another
-directory, or an old process that restarts in the middle of a deployment, must not change what customers may do. So they
-are applied by an act of its own (``tenancy init``, ``tenancy tiers apply``), which is audited.
+They come from the configuration, but not simply from the process that started last: a command that runs in another
+directory, or an old process that restarts during a deployment, must not change customers' limits. A command of its own
+(``tenancy init``, ``tenancy tiers apply``) applies them, and is audited.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..control.models import tenants, tiers
 
 @dataclass(frozen=True, slots=True)
 class TierChanges:
-    """Names of tiers that were added, changed and removed; ``kept``: not configured any more, but tenants have them."""
+    """Names of tiers that were added, changed and removed. ``kept`` ones are not configured, but tenants have them."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -52,7 +52,7 @@ class TierRegistry:
     async def apply(self, configured: Mapping[str, Tier], *, actor: Actor = SYSTEM) -> TierChanges:
         """Put the configured tiers in force, in every process at once.
 
-        A tier that is not configured any more is removed, unless tenants have it: give those another one first.
+        A tier that is no longer configured is removed, unless tenants have it: change their tier first.
 
         Args:
             configured: Tiers, in ascending order.
@@ -60,7 +60,7 @@ class TierRegistry:
         """
         refuse_while_bound("changing the tiers in force")
         async with self._control.transaction() as connection:
-            # one at a time: two configurations must not be mixed
+            # one call at a time: two configurations must not be mixed
             await connection.execute(select(tiers.c.name).order_by(tiers.c.name).with_for_update())
             before = await _read(connection)
             await write_tiers(connection, configured)
@@ -73,12 +73,12 @@ class TierRegistry:
 
 
 def differing(in_force: Mapping[str, Mapping[str, Any]], configured: Mapping[str, Tier]) -> tuple[str, ...]:
-    """Return the names of configured tiers that are not in force as they are configured."""
+    """Return the names of configured tiers that differ from those in force."""
     return tuple(name for name, tier in configured.items() if in_force.get(name) != limits_of(tier))
 
 
 def limits_of(tier: Tier) -> dict[str, Any]:
-    """A tier's limits as the registry keeps them."""
+    """Return a tier's limits as the registry stores them."""
     return {
         name: {"amount": limit.amount, "period": limit.period, "soft": list(limit.soft)}
         for name, limit in tier.limits.items()
@@ -86,7 +86,7 @@ def limits_of(tier: Tier) -> dict[str, Any]:
 
 
 async def write_tiers(connection: AsyncConnection, configured: Mapping[str, Tier]) -> None:
-    """Insert or change tiers where they are not as configured; no others."""
+    """Insert or update the tiers that differ from the configuration."""
     for rank, tier in enumerate(configured.values()):
         statement = insert(tiers).values(name=tier.name, rank=rank, limits=limits_of(tier))
         changes = {"rank": statement.excluded.rank, "limits": statement.excluded.limits}
@@ -112,7 +112,7 @@ async def _drop_others(
     removed = set(await connection.scalars(gone))
     kept = [name for name in before if name not in configured and name not in removed]
     for position, name in enumerate(kept):
-        # behind all that are configured, in the order that they had
+        # after the configured ones, in their previous order
         rank = len(configured) + position
         await connection.execute(update(tiers).where(tiers.c.name == name, tiers.c.rank != rank).values(rank=rank))
     return TierChanges(

@@ -325,7 +325,7 @@ async def test_a_block_in_hand_is_spent_while_the_database_is_away(plane: QuotaP
 
 
 async def test_what_could_not_be_returned_is_returned_later(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keeper tries again at its next beat."""
+    """The next heartbeat tries again."""
     monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.2)
     tenant = await plane.tenant()
@@ -359,26 +359,26 @@ async def test_what_was_given_back_is_not_spent_though_nobody_said_so(
     await plane.quotas.consume(tenant, "calls", 100)
     share = plane.quotas.leased(tenant, "calls", block=10)
     await share.consume()
-    keeper = plane.quotas._keeper
-    give_back, times = keeper.give_back, 0
+    blocks = plane.quotas._blocks
+    return_block, times = blocks.return_block, 0
 
     async def lost(block_id: UUID, unspent: int) -> None:
         nonlocal times
         times += 1
-        await give_back(block_id, unspent)
+        await return_block(block_id, unspent)
         if times == 1:
             raise ControlUnavailableError("the answer was lost") if answered else asyncio.CancelledError
 
-    monkeypatch.setattr(keeper, "give_back", lost)
+    monkeypatch.setattr(blocks, "return_block", lost)
     with pytest.raises(ControlUnavailableError if answered else asyncio.CancelledError):
         await share.release()
     assert (await usage_of(plane, tenant)).used == 101
     assert not share.try_consume()
     await until(lambda: times == 2)
-    await until(lambda: share.is_settled)
+    await until(lambda: not share.has_pending_returns)
     assert (await usage_of(plane, tenant)).used == 101
     await share.consume()
-    assert (share.held, (await usage_of(plane, tenant)).used) == (9, 111)
+    assert (share.unspent, (await usage_of(plane, tenant)).used) == (9, 111)
 
 
 async def test_a_release_that_breaks_at_any_moment_gives_nothing_away_twice(plane: QuotaPlane) -> None:
@@ -391,7 +391,7 @@ async def test_a_release_that_breaks_at_any_moment_gives_nothing_away_twice(plan
         for number in range(40):
             tenant = await plane.tenant(f"t{number}")
             share = app.quotas.leased(tenant, "calls", block=10)
-            while not share.held:
+            while not share.unspent:
                 with contextlib.suppress(ControlUnavailableError):
                     await share.consume()
             used = (await usage_of(plane, tenant)).used
@@ -400,9 +400,9 @@ async def test_a_release_that_breaks_at_any_moment_gives_nothing_away_twice(plan
             proxy.cut()
             await asyncio.gather(task, return_exceptions=True)
             assert not share.try_consume()
-            while not share.is_settled:
+            while share.has_pending_returns:
                 with contextlib.suppress(ControlUnavailableError):
-                    await share.settle()
+                    await share.return_pending()
             assert (await usage_of(plane, tenant)).used == used - 9
 
 
@@ -412,18 +412,18 @@ async def test_a_block_whose_answer_was_lost_is_returned(plane: QuotaPlane, monk
     tenant = await plane.tenant()
     share = plane.quotas.leased(tenant, "calls", block=10)
     await share.consume(6)
-    keeper = plane.quotas._keeper
-    lease = keeper.lease
+    blocks = plane.quotas._blocks
+    lease = blocks.take_block
 
     async def lost(*arguments: Any) -> Any:
         await lease(*arguments)
         raise ControlUnavailableError("the answer was lost")
 
-    monkeypatch.setattr(keeper, "lease", lost)
+    monkeypatch.setattr(blocks, "take_block", lost)
     with pytest.raises(ControlUnavailableError):
         await share.consume(5)
     assert not share.try_consume()
-    await until(lambda: share.is_settled)
+    await until(lambda: not share.has_pending_returns)
     assert (await usage_of(plane, tenant)).used == 6 + 5
     assert await outstanding(plane) == 0
 
@@ -494,15 +494,15 @@ async def test_an_end_returns_blocks_though_holds_had_trouble(
 
     plane.quotas._holds._task = asyncio.create_task(fail())
     await asyncio.sleep(0)
-    keeper = plane.quotas._keeper
-    give_back, refused = keeper.give_back, shares[0].id
+    blocks = plane.quotas._blocks
+    return_block, refused = blocks.return_block, shares[0].id
 
     async def picky(block_id: UUID, unspent: int) -> None:
         if block_id == refused:
             raise RuntimeError("not this one")
-        await give_back(block_id, unspent)
+        await return_block(block_id, unspent)
 
-    monkeypatch.setattr(keeper, "give_back", picky)
+    monkeypatch.setattr(blocks, "return_block", picky)
     await plane.quotas.close()
     assert [(await usage_of(plane, tenant)).used for tenant in tenants] == [10, 1, 1]
 
@@ -528,7 +528,7 @@ async def test_a_hold_that_was_given_to_another_says_so(plane: QuotaPlane, monke
         assert not hold.lost
         await plane.sql("DELETE FROM tenancy.quota_holds")
         async with asyncio.timeout(10):
-            while not hold.lost:  # noqa: ASYNC110 - the keeper works in the background
+            while not hold.lost:  # noqa: ASYNC110 - renewals run in the background
                 await asyncio.sleep(0.01)
 
 

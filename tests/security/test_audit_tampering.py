@@ -147,7 +147,7 @@ async def test_append_lets_nobody_choose_number_time_hash_or_database_role(restr
     assert not {"p_sequence", "p_occurred_at", "p_hash", "p_previous_hash", "p_database_role"} & set(arguments[0][0])
     # which the role lacks as well
     await restricted.owner.sql(f'GRANT TEMP ON DATABASE "{restricted.owner.control.database}" TO "{restricted.role}"')
-    async with restricted.app.control.transaction() as conn:
+    async with restricted.app.control.transaction() as connection:
         for statement in (
             "CREATE TEMP TABLE audit_head (sequence bigint)",
             "CREATE FUNCTION pg_temp.clock_timestamp() RETURNS timestamptz LANGUAGE sql RETURN timestamptz 'epoch'",
@@ -155,8 +155,8 @@ async def test_append_lets_nobody_choose_number_time_hash_or_database_role(restr
             "SET LOCAL search_path = pg_temp, pg_catalog, tenancy",
             "SET LOCAL timezone = 'Pacific/Kiritimati'",
         ):
-            await conn.exec_driver_sql(statement)
-        await restricted.app.audit.append(conn, action="test.done")
+            await connection.exec_driver_sql(statement)
+        await restricted.app.audit.append(connection, action="test.done")
     [event] = await restricted.owner.audit.events()
     assert event.database_role == restricted.role
     fresh = await restricted.owner.sql("SELECT occurred_at > now() - interval '1 minute' FROM tenancy.audit_log")
@@ -173,11 +173,11 @@ async def test_a_function_without_a_pinned_search_path_is_fooled(restricted: Res
             "$$BEGIN RETURN (SELECT entry FROM ledger); END$$"
         )
     await restricted.owner.sql(f'GRANT TEMP ON DATABASE "{restricted.owner.control.database}" TO "{restricted.role}"')
-    async with restricted.app.control.transaction() as conn:
-        await conn.exec_driver_sql("CREATE TEMP TABLE ledger AS SELECT 'forged'::text AS entry")
-        await conn.exec_driver_sql("GRANT SELECT ON ledger TO PUBLIC")
-        assert await conn.scalar(text("SELECT public.unpinned()")) == "forged"
-        assert await conn.scalar(text("SELECT public.pinned()")) == "true"
+    async with restricted.app.control.transaction() as connection:
+        await connection.exec_driver_sql("CREATE TEMP TABLE ledger AS SELECT 'forged'::text AS entry")
+        await connection.exec_driver_sql("GRANT SELECT ON ledger TO PUBLIC")
+        assert await connection.scalar(text("SELECT public.unpinned()")) == "forged"
+        assert await connection.scalar(text("SELECT public.pinned()")) == "true"
     unpinned = await restricted.owner.sql(
         "SELECT p.proname FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'tenancy' "
         "AND p.prosecdef AND NOT coalesce('search_path=pg_catalog, pg_temp' = ANY(p.proconfig), false)"
@@ -235,14 +235,14 @@ async def test_the_applications_role_cannot_remove_old_months(restricted: Restri
 
 
 async def test_grants_can_be_repeated_and_taken_back(restricted: Restricted) -> None:
-    """Whatever else the role was given is taken away, and in the end everything."""
+    """Every other right of the role is revoked, and in the end all of them."""
     await restricted.owner.sql(f'GRANT ALL ON ALL TABLES IN SCHEMA tenancy TO "{restricted.role}"')
     assert await state_of(restricted.app, "UPDATE tenancy.audit_head SET sequence = sequence") is None
-    async with restricted.owner.control.transaction() as conn:
-        await grant_application(conn, restricted.role)
+    async with restricted.owner.control.transaction() as connection:
+        await grant_application(connection, restricted.role)
     assert await state_of(restricted.app, "UPDATE tenancy.audit_head SET sequence = sequence") == DENIED
-    async with restricted.owner.control.transaction() as conn:
-        await revoke_application(conn, restricted.role)
+    async with restricted.owner.control.transaction() as connection:
+        await revoke_application(connection, restricted.role)
     assert await state_of(restricted.app, "SELECT 1 FROM tenancy.tenants") == DENIED
 
 
@@ -264,8 +264,8 @@ async def role_with(plane: QuotaPlane, statements: str) -> AsyncIterator[str]:
 
 async def grant(plane: QuotaPlane, role: str) -> None:
     """Make it the application's role."""
-    async with plane.control.transaction() as conn:
-        await grant_application(conn, role)
+    async with plane.control.transaction() as connection:
+        await grant_application(connection, role)
 
 
 UNHELD = {
@@ -276,9 +276,9 @@ UNHELD = {
         "GRANT pg_write_all_data TO {group}; ALTER ROLE {role} NOINHERIT; GRANT {group} TO {role}",
         "INSERT on audit_cuts",
     ),
-    "by way of PUBLIC": ("GRANT UPDATE ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
-    "a column by way of PUBLIC": ("GRANT UPDATE (hash) ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
-    "by way of a group": ("GRANT TRIGGER ON tenancy.audit_log TO {group}; GRANT {group} TO {role}", "TRIGGER"),
+    "through PUBLIC": ("GRANT UPDATE ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
+    "a column through PUBLIC": ("GRANT UPDATE (hash) ON tenancy.audit_head TO PUBLIC", "UPDATE on audit_head"),
+    "through a group": ("GRANT TRIGGER ON tenancy.audit_log TO {group}; GRANT {group} TO {role}", "TRIGGER"),
     "a partition": ("GRANT TRUNCATE ON tenancy.audit_log_{{month}} TO PUBLIC", "TRUNCATE on audit_log_y"),
     "creates in the schema": ("GRANT CREATE ON SCHEMA tenancy TO PUBLIC", "CREATE on schema"),
 }
@@ -372,13 +372,13 @@ async def test_triggers_refuse_the_owner_too(plane: QuotaPlane, table: str, verb
     """On the log, on each partition by name, on the cuts; and where replication's role would silence triggers."""
     await plane.append()
     month = (await plane.sql("SELECT to_char(now() AT TIME ZONE 'UTC', '\"y\"YYYY\"m\"MM')"))[0][0]
-    async with plane.control.engine.begin() as conn:
+    async with plane.control.engine.begin() as connection:
         if replica:
-            await conn.exec_driver_sql("SET LOCAL session_replication_role = replica")
+            await connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
         with pytest.raises(DBAPIError) as caught:
             column = "key_id" if table == "audit_keys" else "sequence"
-            await conn.exec_driver_sql(verb.format("tenancy." + table.format(month=month), column))
-        await conn.rollback()
+            await connection.exec_driver_sql(verb.format("tenancy." + table.format(month=month), column))
+        await connection.rollback()
     assert sqlstate_of(caught.value) == REFUSED
     assert (await plane.audit.verify()).entries == 1
 
@@ -387,10 +387,10 @@ async def test_the_head_cannot_be_removed(plane: QuotaPlane) -> None:
     """Without it the next entry would begin another chain."""
     for statement in ("DELETE FROM tenancy.audit_head", "TRUNCATE tenancy.audit_head"):
         assert await state_of(plane, statement) == REFUSED
-        async with plane.control.engine.connect() as conn:
-            await conn.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        async with plane.control.engine.connect() as connection:
+            await connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
             with pytest.raises(DBAPIError) as caught:
-                await conn.exec_driver_sql(statement)
+                await connection.exec_driver_sql(statement)
         assert sqlstate_of(caught.value) == REFUSED
     assert await state_of(plane, "INSERT INTO tenancy.audit_head SELECT * FROM tenancy.audit_head") == "23505"
 
@@ -472,7 +472,7 @@ async def disarm(plane: QuotaPlane) -> None:
 async def test_what_a_superuser_rewrites_contradicts_an_earlier_checkpoint(
     plane: QuotaPlane, attack: str, bad: int
 ) -> None:
-    """A clever forgery makes a chain that holds by itself; the exported checkpoint gives it away."""
+    """A clever forgery makes a chain that verifies by itself; the exported checkpoint reveals it."""
     for name in ("ada", "mallory", "ada", "mallory", "ada"):
         await plane.append(actor=Actor("operator", name))
     checkpoint = await plane.audit.export_checkpoint()
@@ -538,8 +538,8 @@ async def test_a_chain_without_the_heads_lock_forks(plane: QuotaPlane) -> None:
         "FROM tenancy.audit_head FOR UPDATE;", "FROM tenancy.audit_head; PERFORM pg_sleep(0.05);"
     )
     assert broken != definition
-    async with plane.control.engine.begin() as conn:
-        await conn.exec_driver_sql(broken)
+    async with plane.control.engine.begin() as connection:
+        await connection.exec_driver_sql(broken)
     # of two at the same microsecond, the primary key refuses one
     await asyncio.gather(*(plane.append() for _ in range(4)), return_exceptions=True)
     assert not (await plane.audit.verify()).ok
@@ -550,10 +550,12 @@ async def test_writers_that_append_last_do_not_deadlock(plane: QuotaPlane) -> No
     tenants = [await plane.tenant(slug) for slug in ("acme", "globex")]
 
     async def change(number: int) -> None:
-        async with plane.control.transaction() as conn:
+        async with plane.control.transaction() as connection:
             tenant = tenants[number % 2]
-            await conn.execute(text("UPDATE tenancy.tenants SET metadata = '{}' WHERE id = :id"), {"id": tenant.id})
-            await plane.audit.append(conn, action="tenant.update", tenant_id=tenant.id)
+            await connection.execute(
+                text("UPDATE tenancy.tenants SET metadata = '{}' WHERE id = :id"), {"id": tenant.id}
+            )
+            await plane.audit.append(connection, action="tenant.update", tenant_id=tenant.id)
 
     async with asyncio.timeout(30):
         await asyncio.gather(*(change(number) for number in range(40)))

@@ -29,8 +29,8 @@ from tenancy_orm.internals import Internals
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
-from tenancy_orm.quotas.holds import HoldKeeper
-from tenancy_orm.quotas.leases import LeaseKeeper
+from tenancy_orm.quotas.holds import HoldManager
+from tenancy_orm.quotas.leases import BlockManager
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Tenant
 from tests.support.models import Base
@@ -416,14 +416,14 @@ async def test_no_login_by_hand_while_a_tenant_is_bound(tenancy: Tenancy) -> Non
 async def test_what_a_process_keeps_up_is_done_for_nobody(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases and holds of all tenants are renewed by one task, which the first of them starts."""
     bound: list[Tenant | None] = []
-    for keeper, beat in ((LeaseKeeper, "_beat"), (HoldKeeper, "_renew")):
-        plain = getattr(keeper, beat)
+    for manager, beat in ((BlockManager, "_heartbeat"), (HoldManager, "_renew")):
+        plain = getattr(manager, beat)
 
         async def watched(self: Any, plain: Any = plain) -> None:
             bound.append(current_tenant_or_none())
             await plain(self)
 
-        monkeypatch.setattr(keeper, beat, watched)
+        monkeypatch.setattr(manager, beat, watched)
     monkeypatch.setattr(holds, "_RENEW_SECONDS", 0.01)
     await tenancy.tenants.create("acme")
     await tenancy.quotas.set("acme", {"seats": {"amount": 5, "period": "concurrent"}})
@@ -462,7 +462,7 @@ async def test_a_slug_that_became_anothers_is_not_the_bound_tenants_any_more(ten
     assert (await tenancy.tenants.get("acme")).id == other.id
 
 
-@pytest.mark.parametrize("purged", [False, True], ids=["living", "purged"])
+@pytest.mark.parametrize("purged", [False, True], ids=["existing", "purged"])
 async def test_a_former_slug_shows_nothing_of_whoever_has_or_had_it(tenancy: Tenancy, purged: bool) -> None:
     """Entries are stored under the slug of their time: a renamed tenant asks by its own former slug, another's now."""
     acme = (await tenancy.tenants.create("acme")).tenant

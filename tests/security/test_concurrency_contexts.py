@@ -54,7 +54,7 @@ class Application:
         self.executor = ThreadPoolExecutor(4)
         self.background: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
-        # every request waits here for the others, so that they are all under way at once
+        # every request waits here for the others, so that all are in progress at once
         self.together = asyncio.Barrier(len(SLUGS))
 
     async def canary(self) -> str:
@@ -221,7 +221,7 @@ async def test_a_global_variable_would_mix_tenants_up(tenancy: Tenancy, keys: di
 
 @pytest.mark.parametrize("path", ["/tasks", "/threads", "/callbacks", "/generator", "/stream", "/plain"])
 async def test_what_a_request_starts_runs_for_its_tenant(tenancy: Tenancy, keys: dict[str, str], path: str) -> None:
-    """With the other tenants' requests under way at the same time."""
+    """With other tenants' requests in progress at the same time."""
     async with serve(build(Application(tenancy), TenancyMiddleware)) as port:
         for _ in range(ROUNDS):
             for slug, seen in (await ask_all(port, path, keys)).items():
@@ -284,7 +284,7 @@ async def abandon(seen: list[Tenant | None]) -> None:
 
 
 async def collect() -> None:
-    """Be the one whose request the collector runs in."""
+    """Run the collector in this tenant's request."""
     gc.collect()
     for _ in range(5):
         await asyncio.sleep(0)
@@ -297,7 +297,7 @@ async def as_tenant(tenant: Tenant, func: Callable[[], Awaitable[None]]) -> None
 
 @pytest.fixture
 def no_collection() -> Any:
-    """The collector runs when it is told to."""
+    """The collector runs on demand."""
     gc.collect()
     gc.disable()
     yield

@@ -75,7 +75,7 @@ async def make_fleet(server: Postgres, stack: AsyncExitStack) -> Fleet:
 
 @asynccontextmanager
 async def open_to_public(fleet: Fleet, database: str) -> AsyncIterator[None]:
-    """Take the layer under test away from one database, as it is by PostgreSQL's defaults."""
+    """Remove the layer under test from one database, leaving PostgreSQL's defaults."""
     name = fleet.names[database]
     async with fleet.server.connect() as connection:
         await connection.execute(f'GRANT CONNECT ON DATABASE "{name}" TO PUBLIC')

@@ -79,13 +79,13 @@ class TrustingMiddleware:
         """Serve one connection."""
         headers = dict(scope["headers"])
         credential = await self.tenancy.internals.directory.authenticate(headers[b"x-api-key"].decode())
-        named = [name for resolver in RESOLVERS if (name := resolver.named(scope, headers)) is not None]
+        named = [name for resolver in RESOLVERS if (name := resolver.claimed_tenant(scope, headers)) is not None]
         wanted = next((name for name in named if name != "acme"), credential.tenant)
         if scope["path"].startswith("/notes/of/"):
             wanted = scope["path"].removeprefix("/notes/of/")
         set_current(await self.tenancy.internals.directory.tenant(wanted))
         for resolver in RESOLVERS:
-            resolver.enter(scope)
+            resolver.adapt_scope(scope)
         await self.app(scope, receive, send)
 
 

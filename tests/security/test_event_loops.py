@@ -160,7 +160,7 @@ async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenanc
     tenant = await tenancy.tenants.get("acme")
     lease = tenancy.quotas.leased(tenant, "api_calls", block=2)
     await lease.consume()
-    held = lease.held
+    held = lease.unspent
     assert held > 0
     refused: dict[str, Callable[[], object]] = {
         "peek": lambda: tenancy.internals.directory.peek(acme.api_key),
@@ -184,7 +184,7 @@ async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenanc
     before = await pid_of(tenancy)
     for use in asynchronous:
         assert type(await in_a_thread(use, tenancy)) is WrongEventLoopError
-    assert (await pid_of(tenancy), lease.held) == (before, held)
+    assert (await pid_of(tenancy), lease.unspent) == (before, held)
     await lease.release()
 
 
@@ -407,7 +407,7 @@ def test_what_belonged_to_a_closed_loop_is_given_up(
 
 
 async def test_a_worker_thread_has_the_loop_do_it(tenancy: Tenancy, acme: CreatedTenant) -> None:
-    """What the error says: of ``tenancy.run``, whose thread has the tenant bound, and of anyio's threads."""
+    """What the error says: in a thread of ``tenancy.run``, which has the tenant bound, and in anyio's threads."""
     pid = await pid_of(tenancy)
 
     def by_asyncio() -> int:

@@ -24,7 +24,7 @@ if tenant is not None:
 async def swapped(
     postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path
 ) -> AsyncIterator[tuple[Fleet, dict[str, str]]]:
-    """A fleet whose registry has acme's and globex's databases the wrong way round, and a revision that signs."""
+    """A fleet with acme's and globex's databases swapped in the registry, and a revision that signs."""
     project = Project.create(tmp_path)
     project.add("0001", NOTES)
     async with open_fleet(fleet_config(postgres, control_url, name_prefix, project), initialise=True) as fleet:

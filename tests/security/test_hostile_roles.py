@@ -81,7 +81,7 @@ async def test_a_tenant_does_not_block_anothers_purge(arena: Arena, attack: str)
     await arena.attack(*statements)
     if plain is not None:
         if plain == DROP_ROLE:
-            # what the role itself has would fail it as well: take that away first
+            # the role's own rights would fail it as well: revoke them first
             await take_everything(arena)
         assert await arena.plainly(plain) == sqlstate
     await arena.purge(arena.victim)
@@ -167,7 +167,7 @@ async def test_a_role_that_cannot_be_dropped_is_left_powerless(arena: Arena) -> 
 async def test_a_role_that_takes_long_to_drop_does_not_stop_a_purge(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others can grant it any number of large objects: those are taken away some at a time, and reconcile goes on."""
+    """Others can grant it any number of large objects: the grants are revoked in batches, and reconcile goes on."""
     monkeypatch.setattr(removal, "_BATCH", 10)
     grant = "GRANT SELECT ON LARGE OBJECT " + ", ".join(map(str, range(1, 31))) + " TO <other>"
     await arena.attack("SELECT lo_create(n) FROM generate_series(1, 30) AS n", grant)
@@ -248,7 +248,7 @@ async def test_a_tenant_does_not_block_its_own_suspension(arena: Arena, attack: 
 
 @pytest.mark.parametrize("attack", ["both", "password, prepared"])
 async def test_reconcile_is_not_blocked(arena: Arena, attack: str) -> None:
-    """It blocks the login of whoever was suspended while the server was away, and finishes a purge."""
+    """It blocks the logins of tenants suspended while the server did not answer, and finishes a purge."""
     await arena.attack(*AGAINST_ITSELF[attack][0])
     tenant = await arena.change(arena.attacker, Status.SUSPENDED)
     async with asyncio.timeout(PURGE_SECONDS):

@@ -207,19 +207,19 @@ async def test_a_lock_out_of_a_source_spares_keys_in_use_that_are_to_be_looked_u
 
 
 async def test_the_memory_of_keys_that_a_lock_out_spares_is_bounded(control_url: str) -> None:
-    """And a key whose secret is wrong by now is not in it."""
+    """And a key with a secret that is wrong by now is not in it."""
     async with control_plane(control_url, opened=False, directory={"size": 3}) as plane:
         tenant, _ = await plane.tenant("acme")
         issued = [await plane.key(tenant) for _ in range(5)]
         for one in issued:
             await plane.directory.authenticate(one.text)
-        assert len(plane.directory._memory.proven) == 3
+        assert len(plane.directory._cache.proven) == 3
         async with plane.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.api_keys SET digest = sha256(digest)"))
         plane.directory.invalidate()
         for one in issued:
             assert (await refusal(plane, one.text)).reason == "secret"
-        assert len(plane.directory._memory.proven) == 0
+        assert len(plane.directory._cache.proven) == 0
 
 
 async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(control_url: str) -> None:
@@ -241,7 +241,7 @@ async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(contro
 
 
 async def test_good_keys_at_once_from_one_source_all_work(control_url: str) -> None:
-    """A process starts behind a proxy whose address is all it sees."""
+    """A process starts behind a proxy, and sees only the proxy's address."""
     async with control_plane(control_url, opened=False, lockout={"failures": 5}) as plane:
         tenant, _ = await plane.tenant("acme")
         issued = [await plane.key(tenant) for _ in range(40)]
@@ -371,7 +371,7 @@ async def test_names_of_more_than_an_hour_ago_are_no_suspicion(control_url: str)
 async def test_the_keys_that_named_others_are_remembered_in_bounded_memory(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those whose last request was longest ago are forgotten."""
+    """Those with the oldest last request are dropped."""
     monkeypatch.setattr("tenancy_orm.authentication.intrusions._KEYS", 3)
     tenant, _ = await plane.tenant("acme")
     for number in range(5):

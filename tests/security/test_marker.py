@@ -1,4 +1,4 @@
-"""The marker: a connection proves whose database it leads to, before anything else uses it."""
+"""The marker: a connection proves which tenant's database it is, before anything else uses it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def made(postgres: Postgres, config: TenancyConfig) -> AsyncIterator[Datab
 
 @pytest.fixture
 def events() -> EventBus:
-    """Where incidents are told."""
+    """The events of incidents."""
     return EventBus()
 
 
@@ -49,7 +49,7 @@ async def router(made: Databases, events: EventBus, config: TenancyConfig) -> As
 
 
 async def swapped(made: Databases) -> tuple[Tenant, Tenant]:
-    """Two tenants whose registry rows name each other's database, where PostgreSQL itself would let both in."""
+    """Two tenants with registry rows that name each other's database, where PostgreSQL itself admits both."""
     a, b = await made.create("acme"), await made.create("globex")
     assert a.placement is not None and b.placement is not None
     for role, database in ((a.placement.role, b.placement.database), (b.placement.role, a.placement.database)):

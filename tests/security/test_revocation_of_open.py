@@ -328,7 +328,7 @@ async def test_a_stream_that_has_sent_nothing_yet_ends(acme: Acme) -> None:
 
 
 async def deaf(port: int) -> bool:
-    """Whether the application hears of no changes."""
+    """Whether the application gets no notifications."""
     return not (await state(port))["listening"]
 
 
@@ -424,7 +424,7 @@ async def test_changes_that_leave_a_key_valid_disturb_nothing(acme: Acme) -> Non
         for change in UNCHANGED:
             await acme.sql(change)
             assert await read(opened) == NOTES
-        # all were heard of, since this one is
+        # all notifications have arrived, since this one has
         await revoke(acme)
         assert (await closed(opened))[0] == REVOKED
 

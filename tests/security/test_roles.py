@@ -317,7 +317,7 @@ async def test_others_statements_are_not_shown(neighbours: Neighbours) -> None:
 
 
 async def test_data_can_be_used(neighbours: Neighbours) -> None:
-    """Reading and writing rows, sequences, views, and COPY by way of the client."""
+    """Reading and writing rows, sequences, views, and COPY through the client."""
     async with neighbours.tenant() as connection:
         note = await connection.fetchval("INSERT INTO notes (body) VALUES ('a') RETURNING id")
         await connection.execute("UPDATE notes SET body = 'b' WHERE id = $1", note)

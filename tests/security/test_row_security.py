@@ -36,7 +36,7 @@ DENIED = "42501"
 READ_ONLY = "25006"
 PASSWORD = "of this role alone"
 
-# every table that has a tenant's rows, with the column that says whose; partitions are not named by anybody
+# every table with tenants' rows, with its tenant column; nobody names partitions
 TENANT_TABLES = text(
     "SELECT c.relname, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid "
     "WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relkind IN ('r', 'p') AND NOT c.relispartition "
@@ -109,7 +109,7 @@ async def application(postgres: Postgres, two: Two) -> AsyncIterator[ControlPlan
 
 
 async def seen(connection: AsyncConnection, table: str, column: str) -> set[UUID]:
-    """Whose rows a query without WHERE returns."""
+    """The tenants with rows in the result of a query without WHERE."""
     rows = await connection.execute(text(f"SELECT DISTINCT {column} FROM tenancy.{quote_identifier(table)}"))
     return {row[0] for row in rows}
 
@@ -467,7 +467,7 @@ async def test_an_upgrade_keeps_an_application_that_was_granted_before(two: Two,
 
 @pytest.fixture
 async def owner_url(postgres: Postgres, control_url: str) -> AsyncIterator[str]:
-    """The URL of a control database whose owner may not create roles."""
+    """The URL of a control database with an owner that may not create roles."""
     role = postgres.new_name("owner")
     name = make_url(control_url).database or ""
     async with postgres.connect() as admin:

@@ -466,7 +466,7 @@ async def refusing_settings(port: int) -> AsyncIterator[int]:
 async def test_a_pooler_that_refuses_the_settings_is_served_without(
     two: Neighbours, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One whose URL does not say that it is one: tenants are served, and the log names what that costs."""
+    """Its URL does not say so: tenants are served, and the log names what that costs."""
     direct = make_url(two.server.admin_url)
     assert direct.port is not None
     async with refusing_settings(direct.port) as port:

@@ -119,7 +119,7 @@ async def server_is_up(versioned: Postgres, workshop: Workshop, neighbour: Any, 
 
 
 def reasons(report: WatchReport) -> list[tuple[Any, str]]:
-    """Whose sessions were ended, and why."""
+    """The tenants with sessions that were ended, and the reasons."""
     assert report.errors == ()
     return [(one.tenant_id, one.reason) for one in report.ended]
 
@@ -231,7 +231,7 @@ async def test_a_plain_administrator_names_what_a_superuser_can_do(
 async def test_who_fills_the_table_of_locks_is_ended(
     versioned: Postgres, opened: Callable[..., Any], fill: Callable[[Any], Awaitable[None]]
 ) -> None:
-    """A watchdog that was there before ends the session; it is told."""
+    """A watchdog that was connected before ends the session, and emits an event."""
     async with opened(watchdog={"max_session_locks": 500}, provisioning={"tenant_advisory_locks": True}) as workshop:
         tenant, other = await workshop.create("acme"), await workshop.create("globex")
         told: list[SessionTerminated] = []

@@ -260,7 +260,7 @@ async def test_every_bad_key_gets_the_same_answer(tenancy: Tenancy, acme: Create
 async def test_an_unknown_id_and_a_wrong_secret_take_the_same_path(
     tenancy: Tenancy, acme: CreatedTenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One query and one comparison in constant time each; they differ in what the operator is told alone."""
+    """One query and one comparison in constant time each; they differ only in what operators see."""
     keys = bad_keys(acme.api_key)
     compared: list[int] = []
     compare = hmac.compare_digest

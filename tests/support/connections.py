@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Scope
 
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.authentication.admission import Standing
+from tenancy_orm.authentication.admission import CredentialState
 from tenancy_orm.authentication.admissions import Admissions
 from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.context import current_tenant_or_none
@@ -61,17 +61,17 @@ class Tenants:
 
     def __init__(self) -> None:
         self.memory = MemoryTenancy()
-        self.admissions = Admissions(self._look_up, hears=lambda: True, ttl=60.0, grace=300.0, clock=lambda: 0.0)
+        self.admissions = Admissions(self._look_up, is_listening=lambda: True, ttl=60.0, grace=300.0, clock=lambda: 0.0)
         self.acme = self.memory.add("acme")
-        self.standing: Standing | None = Standing("acmexxxxxxxxxxxx", self.acme, 0.0)
-        self.admission = self.admissions.admit(self.standing)
+        self.state: CredentialState | None = CredentialState("acmexxxxxxxxxxxx", self.acme, 0.0)
+        self.admission = self.admissions.admit(self.state)
         bound = replace(self.acme, admission=self.admission)
         self.memory.directory.keys[KEY[1]] = Credential(bound, "acmexxxxxxxxxxxx")
         self.events: list[AdmissionEnded] = []
         self.memory.events.subscribe(AdmissionEnded, self.events.append)
 
-    async def _look_up(self, credential_id: str) -> Standing | None:
-        return self.standing
+    async def _look_up(self, credential_id: str) -> CredentialState | None:
+        return self.state
 
     def guard(self, app: ASGIApp, **options: Any) -> TenancyMiddleware:
         """The middleware before an application."""
@@ -79,8 +79,8 @@ class Tenants:
 
     def revoke(self) -> None:
         """Have all that the key has let in end, soon."""
-        self.standing = None
-        self.admissions.ask("acmexxxxxxxxxxxx")
+        self.state = None
+        self.admissions.verify("acmexxxxxxxxxxxx")
 
     async def ended(self) -> None:
         """Wait until the shared admission has ended."""

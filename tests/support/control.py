@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy_orm.audit.log import AuditLog
-from tenancy_orm.authentication.batch import Batch
+from tenancy_orm.authentication.batch import BatchLoader
 from tenancy_orm.authentication.directory import Directory
 from tenancy_orm.authentication.keys import IssuedKey, KeyManager
 from tenancy_orm.config import TenancyConfig
@@ -95,7 +95,7 @@ class Clock:
         return self.now
 
 
-def follow(monkeypatch: pytest.MonkeyPatch, batch: Batch[Any, Any], then: Callable[[], object]) -> None:
+def follow(monkeypatch: pytest.MonkeyPatch, batch: BatchLoader[Any, Any], then: Callable[[], object]) -> None:
     """Call ``then``, a function or a coroutine function, between a look-up's query and its answer."""
     load = batch._load
 

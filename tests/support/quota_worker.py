@@ -62,7 +62,7 @@ async def sit(plane: QuotaPlane, tenant: str, resource: str, block: str, *_: str
     await share.consume()
     print("ready", flush=True)
     await told()
-    return share.held
+    return share.unspent
 
 
 async def hold(plane: QuotaPlane, tenant: str, resource: str, *_: str) -> int:

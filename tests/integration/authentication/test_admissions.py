@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.authentication.admission import Admission, for_source
+from tenancy_orm.authentication.admission import Admission, tenant_for_source
 from tenancy_orm.errors import AdmissionEndedError, InvalidApiKeyError
 from tenancy_orm.tenant import Tenant
 from tests.support.control import ControlPlane, control_plane, follow
@@ -19,7 +19,7 @@ from tests.support.waiting import until
 
 @pytest.fixture
 async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
-    """A control plane whose directory listens."""
+    """A control plane with a listening directory."""
     async with control_plane(control_url) as opened:
         yield opened
 
@@ -153,7 +153,7 @@ async def test_nothing_is_left_of_what_is_forgotten(plane: ControlPlane) -> None
     credential = await plane.directory.authenticate(key)
     for _ in range(100):
         credential = await plane.directory.authenticate(key)
-        for_source(credential.tenant, "192.0.2.1")
+        tenant_for_source(credential.tenant, "192.0.2.1")
         plane.directory.invalidate(tenant_id=tenant.id)
     await plane.directory.flush()  # what was used is remembered until it is written down
     gc.collect()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
-    """A control plane whose directory hears nothing: its memory lives by its own rules."""
+    """A control plane with a directory that gets no notifications: its cache lives by TTL."""
     async with control_plane(control_url, opened=False) as opened:
         yield opened
 
@@ -147,7 +147,7 @@ async def test_the_sources_remembered_of_a_key_are_bounded(plane: ControlPlane) 
     issued = await plane.key(tenant, networks=["10.0.0.0/8"])
     for number in range(200):
         await plane.directory.authenticate(issued.text, source=f"10.0.0.{number}")
-    (entry,) = plane.directory._memory.keys.entries.values()
+    (entry,) = plane.directory._cache.keys.entries.values()
     assert entry.admitted is not None
     assert 0 < len(entry.admitted) <= 64
     assert plane.directory.peek(issued.text, "10.0.0.199") is not None
@@ -158,11 +158,11 @@ async def test_a_tenant_whose_keys_are_forgotten_is_kept_nowhere(plane: ControlP
     for change in ("key", "tenant"):
         tenant, key = await plane.tenant(f"acme-{change}")
         credential = await plane.directory.authenticate(key)
-        assert plane.directory._memory._by_tenant
+        assert plane.directory._cache._by_tenant
         changed = {"key_id": credential.key_id} if change == "key" else {"tenant_id": tenant.id}
         plane.directory.invalidate(**changed)
-        assert not plane.directory._memory._by_tenant
-        assert not plane.directory._memory._by_key_id
+        assert not plane.directory._cache._by_tenant
+        assert not plane.directory._cache._by_key_id
 
 
 # --- time -----------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ async def test_what_was_read_before_an_invalidation_is_not_remembered(plane: Con
     for invalidated in ({"key_id": credential.key_id}, {"tenant_id": credential.tenant.id}, {}):
         plane.directory.invalidate()
         async with plane.control.transaction() as connection:
-            # the look-up has begun, and waits; the change is made meanwhile
+            # the look-up has started, and waits while the change is made
             await connection.execute(text("LOCK TABLE tenancy.api_keys IN ACCESS EXCLUSIVE MODE"))
             waiting = asyncio.create_task(plane.directory.authenticate(key))
             query = text(
@@ -338,7 +338,7 @@ async def test_what_was_read_before_an_invalidation_is_not_remembered(plane: Con
 async def test_a_key_read_before_everything_is_to_be_looked_up_again_is_not_remembered(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The listener came back while it was read: whether it changed meanwhile is not known."""
+    """The listener came back while it was read: a change in between may have been missed."""
     _, key = await plane.tenant("acme")
     follow(monkeypatch, plane.directory._lookups._keys, plane.directory.revalidate)
     await plane.directory.authenticate(key)
@@ -466,7 +466,7 @@ async def test_known_keys_keep_working_while_the_control_database_is_away(
 async def test_known_keys_keep_working_while_the_control_database_refuses(
     control_url: str, postgres: Postgres, trouble: str
 ) -> None:
-    """A password that is being changed, a look-up that is cancelled: as if it were away. Unknown keys get no in."""
+    """A password being changed, a cancelled look-up: as an outage. Unknown keys are not admitted."""
     role = f"{make_url(control_url).database}_reader"
     through = make_url(control_url).set(username=role, password="one").render_as_string(hide_password=False)
     admin = await asyncpg.connect(postgres.admin_url)
@@ -534,7 +534,7 @@ async def test_a_refused_key_stays_refused_while_the_control_database_is_away(co
 async def test_a_key_that_is_invalidated_while_it_is_looked_up_again_does_not_work_on(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control database went away after it had said so: the grace time is not for that key."""
+    """An outage after the key was invalidated: the grace time does not apply to it."""
     _, key = await plane.tenant("acme")
     credential = await plane.directory.authenticate(key)
 
@@ -551,7 +551,7 @@ async def test_a_key_that_is_invalidated_while_it_is_looked_up_again_does_not_wo
 async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or it would be away until the process is restarted."""
+    """Otherwise the outage would last until the process is restarted."""
     monkeypatch.setattr("tenancy_orm.authentication.lookups._PROBE_SECONDS", 0.01)
     connect, failures = plane.directory._lookups._control.connect, 3
 
@@ -575,11 +575,15 @@ async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
 def background() -> set[str]:
     """The directory's tasks that are not done."""
     names = {getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()}
-    return {name for name in names if name.startswith(("Directory.", "LookUps.", "Listener.", "KeyJournal.", "Batch."))}
+    return {
+        name
+        for name in names
+        if name.startswith(("Directory.", "DirectoryLookups.", "Listener.", "KeyJournal.", "BatchLoader."))
+    }
 
 
 async def test_closing_with_a_look_up_under_way_leaves_nothing(plane: ControlPlane) -> None:
-    """Who waits for it gets an error; it is no news of the control database, which nobody asks any more."""
+    """Its caller gets an error, and no outage of the control database is reported."""
     _, key = await plane.tenant("acme")
     async with plane.control.transaction() as connection:
         await connection.execute(text("LOCK TABLE tenancy.api_keys IN ACCESS EXCLUSIVE MODE"))

@@ -29,7 +29,7 @@ from tests.support.waiting import until
 
 @pytest.fixture
 async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
-    """A control plane whose directory listens."""
+    """A control plane with a listening directory."""
     async with control_plane(control_url) as opened:
         yield opened
 
@@ -100,7 +100,7 @@ async def test_a_key_made_for_another_prefix_is_another_key(control_url: str) ->
 
 
 async def test_a_key_of_a_missing_tenant_is_not_issued(plane: ControlPlane) -> None:
-    """Nor one for a purged tenant, whose tombstone is still there."""
+    """Nor one for a purged tenant, although its tombstone exists."""
     with pytest.raises(TenantNotFoundError):
         await plane.key("nobody")
     tenant, _ = await plane.tenant("acme")
@@ -113,7 +113,7 @@ async def test_a_key_of_a_missing_tenant_is_not_issued(plane: ControlPlane) -> N
 
 
 async def test_no_key_outlives_a_purge_that_the_directory_has_not_heard_of(control_url: str) -> None:
-    """The tenant's row is asked in the transaction that issues or rotates, whatever is remembered."""
+    """The transaction that issues or rotates reads the tenant's row, whatever is cached."""
     async with control_plane(control_url, opened=False) as plane:
         tenant, _ = await plane.tenant("acme")
         issued = await plane.key(tenant)
@@ -180,7 +180,7 @@ async def test_issuing_is_audited_in_the_same_transaction(plane: ControlPlane) -
 
 
 async def test_an_expired_key_is_refused(plane: ControlPlane) -> None:
-    """From the moment of its expiry, by the database's clock, though it is remembered."""
+    """From its expiry on, by the database's clock, although it is cached."""
     await plane.tenant("acme")
     issued = await plane.key("acme", expires_at=datetime.now(UTC) + timedelta(seconds=0.5))
     await plane.directory.authenticate(issued.text)
@@ -290,7 +290,7 @@ async def test_a_key_that_is_rotated_again_is_replaced_by_one_of_its_first_life(
 
 @pytest.mark.parametrize("overlap", [float("inf"), float("nan"), 1e13, timedelta(days=999_999_999), -1.0])
 async def test_an_overlap_out_of_bounds_rotates_nothing(plane: ControlPlane, overlap: float | timedelta) -> None:
-    """It is told as what it is, a mistake in the argument."""
+    """It is reported as a mistake in the argument."""
     await plane.tenant("acme")
     old = await plane.key("acme")
     with pytest.raises(ConfigurationError, match="overlap"):
@@ -431,11 +431,11 @@ async def test_a_use_that_could_not_be_written_is_kept(plane: ControlPlane) -> N
     issued = await plane.key("acme")
     await plane.directory.authenticate(issued.text)
     async with plane.control.transaction() as connection:
-        await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN last_used_at TO away"))
+        await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN last_used_at TO elsewhere"))
     with pytest.raises(Exception, match="last_used_at"):
         await plane.directory.flush()
     async with plane.control.transaction() as connection:
-        await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN away TO last_used_at"))
+        await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN elsewhere TO last_used_at"))
     plane.directory.peek(issued.text)
     assert len(plane.directory._journal._used) == 1
     await plane.directory.flush()
@@ -475,7 +475,7 @@ async def test_the_keys_noted_as_used_are_bounded(plane: ControlPlane, monkeypat
     with pytest.raises(ControlUnavailableError):
         await plane.directory.flush()
     assert len(journal._used) == 3
-    assert all(key.noted for key in journal._used)
+    assert all(key.use_queued for key in journal._used)
 
 
 class Failing:
@@ -622,11 +622,11 @@ async def test_a_digest_that_could_not_be_written_is_kept(control_url: str) -> N
     async with control_plane(control_url, initialise=False, opened=False, keys={"peppers": {"a": b"1" * 32}}) as plane:
         await plane.directory.authenticate(issued.text)
         async with plane.control.transaction() as connection:
-            await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN digest_version TO away"))
+            await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN digest_version TO elsewhere"))
         with pytest.raises(Exception, match="digest_version"):
             await plane.directory.flush()
         async with plane.control.transaction() as connection:
-            await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN away TO digest_version"))
+            await connection.execute(text("ALTER TABLE tenancy.api_keys RENAME COLUMN elsewhere TO digest_version"))
         await plane.directory.flush()
         assert (await version(plane, issued.key_id))[0] == "a"
 

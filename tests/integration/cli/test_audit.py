@@ -61,7 +61,7 @@ def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path) 
 
 @pytest.fixture
 async def files(tenancy_config: TenancyConfig, tmp_path: Path) -> Path:
-    """A log whose first months were removed under a key that is retired; checkpoints of then, 2 and 4, and keys."""
+    """A log with its first months removed, under a key that is retired; its checkpoints 2 and 4, and the keys."""
     control = ControlDatabase(tenancy_config.control_url, name_prefix=tenancy_config.name_prefix)
     try:
         await control.upgrade()
@@ -83,12 +83,12 @@ async def test_verify_says_which_checkpoints_it_compared(files: Path, cli: Cli) 
     """One that is older than what was kept, or than where it began, is not counted as confirmed."""
     keys = written(_1=RETIRED)
     told = await cli("verify", "--checkpoint", "2.json", "--checkpoint", "4.json", keys=keys)
-    assert "1 checkpoints confirmed; not compared, being older than what retention kept: 2" in told
+    assert "1 checkpoints confirmed; not compared, since retention has removed their entries: 2" in told
     report = json.loads(await cli("verify", "--checkpoint", "2.json", "--json", keys=keys))
     assert (report["ok"], report["confirmed"], report["removed"], report["skipped"]) == (True, [], [2], [])
     (files / "last.json").write_text(await cli("checkpoint", keys=keys))
     told = await cli("verify", "--since", "last.json", "--checkpoint", "4.json", keys=keys)
-    assert "0 checkpoints confirmed; not compared, being older than where verification began: 4" in told
+    assert "0 checkpoints confirmed; not compared, since they are before the start: 4" in told
 
 
 async def test_verify_accepts_what_a_retired_key_signed(files: Path, cli: Cli) -> None:

@@ -255,7 +255,7 @@ async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
 
 
 async def test_usage_by_command(cli: Cli, tmp_path: Path) -> None:
-    """Who is near a limit; records given up are listed, retried, and sent once the receiver takes them."""
+    """Tenants near a limit; records given up are listed, retried, and sent once the receiver accepts them."""
     (tmp_path / "billing.py").write_text(
         "import pathlib\n"
         "from tenancy_orm.errors import UsageExportError\n"

@@ -82,7 +82,7 @@ async def test_a_failure_is_listed_and_is_the_exit_status(
 
 
 def test_an_old_key_that_is_still_in_use_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though nothing failed: what was created meanwhile needs it, and it must not be taken away."""
+    """Although nothing failed: a tenant created in between needs the key, so it must not be removed."""
 
     def run(command: Any) -> ResealReport:
         return ResealReport("2", 3, {}, frozenset({"1", "2"}))

@@ -517,7 +517,7 @@ async def test_stripe_counts_a_record_once_however_often_it_is_sent(
 async def test_a_resource_without_a_meter_and_a_tenant_that_is_not_billed_are_left_out(
     plane: QuotaPlane, stripe: tuple[FakeStripe, StripeMeterSender]
 ) -> None:
-    """Stripe hears nothing of them."""
+    """Nothing is sent to Stripe for them."""
     fake, sender = stripe
     await used(plane, await plane.tenant("acme", metadata={"stripe_customer_id": None}))
     await used(plane, await plane.tenant("globex", metadata={"stripe_customer_id": "cus_2"}), 1, "jobs")

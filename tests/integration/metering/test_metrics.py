@@ -18,7 +18,7 @@ from tenancy_orm.control.names import Names
 from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, TenantNotFoundError, TierChangedError
 from tenancy_orm.events import QuotaThresholdReached, TierChangeProposed
 from tenancy_orm.metering.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
-from tenancy_orm.metering.policies import Upgrades
+from tenancy_orm.metering.policies import TierPolicies
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.routing import Servers
 from tenancy_orm.secrets.keyring import Keyring
@@ -326,10 +326,10 @@ def manager_of(plane: QuotaPlane, before: Hook | None = None) -> Changing:
     return made
 
 
-def evaluator(plane: QuotaPlane, *policies: TierPolicy, tenants: TenantManager | None = None) -> Upgrades:
+def evaluator(plane: QuotaPlane, *policies: TierPolicy, tenants: TenantManager | None = None) -> TierPolicies:
     """Policies, and what changes a tier."""
     config = plane.config.replace(metering={"tier_policies": policies})
-    return Upgrades(plane.control, config, plane.events, plane.audit, tenants or manager_of(plane))
+    return TierPolicies(plane.control, config, plane.events, plane.audit, tenants or manager_of(plane))
 
 
 async def refuse(tenant_id: UUID) -> None:

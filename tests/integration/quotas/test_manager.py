@@ -109,20 +109,20 @@ async def test_a_change_takes_effect_at_once_whatever_the_caller_still_holds(pla
 
 
 async def test_a_change_is_notified(plane: QuotaPlane) -> None:
-    """Every process that caches the tenant hears of it, and of nothing else: usage never goes through NOTIFY."""
+    """Every process that caches the tenant is notified of it, and of nothing else: usage never goes through NOTIFY."""
     tenant = await plane.tenant()
-    heard: asyncio.Queue[str] = asyncio.Queue()
-    async with plane.control.engine.connect() as conn:
-        driver = (await conn.get_raw_connection()).driver_connection
+    payloads: asyncio.Queue[str] = asyncio.Queue()
+    async with plane.control.engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
         assert driver is not None
-        await driver.add_listener("tenancy", lambda *arguments: heard.put_nowait(arguments[3]))
+        await driver.add_listener("tenancy", lambda *arguments: payloads.put_nowait(arguments[3]))
         await plane.quotas.consume(tenant, "users")
         async with plane.quotas.hold(tenant, "jobs"):
             await plane.quotas.leased(tenant, "api_calls").consume()
         await plane.quotas.set(tenant, {"users": 9})
         async with asyncio.timeout(5):
-            assert str(tenant.id) in await heard.get()
-    assert heard.empty()
+            assert str(tenant.id) in await payloads.get()
+    assert payloads.empty()
 
 
 async def test_who_and_what_must_exist(plane: QuotaPlane) -> None:
@@ -176,7 +176,7 @@ async def test_what_cannot_be_counted_is_refused_before_the_database_is_asked(pl
             with pytest.raises(ValueError, match="whole number"):
                 await call
         assert not share.try_consume(amount)
-    assert share.held == 99
+    assert share.unspent == 99
     for key in ("", "x" * 201, "a\0b"):
         with pytest.raises(ValueError, match="key"):
             await plane.quotas.consume(tenant, "users", key=key)
@@ -195,7 +195,7 @@ async def test_what_cannot_be_counted_is_refused_before_the_database_is_asked(pl
 
 
 async def test_a_slug_cannot_be_leased(plane: QuotaPlane) -> None:
-    """Nobody asks the database whose it is; the error says what to give instead."""
+    """It makes no look-up; the error says what to pass instead."""
     slug: Any = (await plane.tenant()).slug
     with pytest.raises(TypeError, match="Tenant or its id"):
         plane.quotas.leased(slug, "api_calls")
@@ -222,21 +222,21 @@ async def test_a_purged_tenant_uses_nothing(plane: QuotaPlane) -> None:
 
 async def test_limits_of_a_tier_that_change_are_announced_to_every_process(plane: QuotaPlane) -> None:
     """By a change of anything, since it may concern any tenant; writing the same limits again is none."""
-    heard: asyncio.Queue[str] = asyncio.Queue()
+    payloads: asyncio.Queue[str] = asyncio.Queue()
     addresses = {"default": ("127.0.0.1", 5432)}
-    async with plane.control.engine.connect() as conn:
-        driver = (await conn.get_raw_connection()).driver_connection
+    async with plane.control.engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
         assert driver is not None
-        await driver.add_listener("tenancy", lambda *arguments: heard.put_nowait(arguments[3]))
+        await driver.add_listener("tenancy", lambda *arguments: payloads.put_nowait(arguments[3]))
         await synchronise(plane.control, TIERS, addresses)
         await synchronise(plane.control, {**TIERS, "pro": Tier("pro", {"users": Limit(40)})}, addresses)
         async with asyncio.timeout(5):
-            change = Change.parse(await heard.get())
+            change = Change.parse(await payloads.get())
         await synchronise(plane.control, {**TIERS, "pro": Tier("pro", {"users": Limit(40)})}, addresses)
         # notifications arrive in the order of the commits
         await plane.sql("NOTIFY tenancy, 'last'")
         async with asyncio.timeout(5):
-            assert await heard.get() == "last"
+            assert await payloads.get() == "last"
     assert (change.tenant_id, change.key_id, change.kind) == (None, None, "tier")
 
 
@@ -244,7 +244,7 @@ async def test_limits_of_a_tier_that_change_are_announced_to_every_process(plane
 
 
 async def test_use_is_counted_up_to_the_limit_and_refused_past_it(plane: QuotaPlane) -> None:
-    """The refusal says how much was used, asked for and allowed, and when it begins anew; nothing is counted."""
+    """The refusal says how much was used, asked for and allowed, and when it resets; nothing is counted."""
     tenant = await plane.tenant()
     assert await plane.quotas.check(tenant, "api_calls", 10)
     used = await plane.quotas.consume(tenant, "api_calls", 8)
@@ -598,7 +598,7 @@ async def test_a_hold_counts_while_it_lasts(plane: QuotaPlane) -> None:
         assert (caught.value.used, caught.value.limit) == (2, 2)
 
 
-async def test_a_cancelled_body_lets_go(plane: QuotaPlane) -> None:
+async def test_a_cancelled_body_releases_its_hold(plane: QuotaPlane) -> None:
     """Before its task is over."""
     tenant = await plane.tenant()
     entered = asyncio.Event()
@@ -616,8 +616,8 @@ async def test_a_cancelled_body_lets_go(plane: QuotaPlane) -> None:
     assert (await usage_of(plane, tenant, "jobs")).used == 0
 
 
-async def test_a_body_that_is_cancelled_twice_lets_go(plane: QuotaPlane) -> None:
-    """Also when the second time is while it is letting go."""
+async def test_a_body_that_is_cancelled_twice_releases_its_hold(plane: QuotaPlane) -> None:
+    """Also when the second cancellation comes during the release."""
     tenant = await plane.tenant()
     entered = asyncio.Event()
 
@@ -728,18 +728,18 @@ async def test_holds_and_uses_are_not_mixed_up(plane: QuotaPlane) -> None:
 
 
 async def test_a_leased_quota_asks_the_database_once_per_block(plane: QuotaPlane) -> None:
-    """The rest is a subtraction in memory; what is in hand counts as used until it is returned."""
+    """The rest is a subtraction in memory; the unspent part counts as used until it is returned."""
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls", block=100)
     assert not share.try_consume()
     await share.consume()
-    assert share.held == 99
+    assert share.unspent == 99
     while share.try_consume():
         pass
-    assert (share.held, (await usage_of(plane, tenant, "api_calls")).used) == (0, 100)
+    assert (share.unspent, (await usage_of(plane, tenant, "api_calls")).used) == (0, 100)
     await share.consume(7)
     await share.release()
-    assert (share.held, (await usage_of(plane, tenant, "api_calls")).used) == (0, 107)
+    assert (share.unspent, (await usage_of(plane, tenant, "api_calls")).used) == (0, 107)
     assert await plane.sql("SELECT * FROM tenancy.quota_blocks") == []
     assert plane.quotas.leased(tenant.id, "api_calls") is share
 
@@ -749,11 +749,11 @@ async def test_blocks_shrink_towards_the_limit(plane: QuotaPlane) -> None:
     tenant = await plane.tenant(quotas={"api_calls": 16})
     share = plane.quotas.leased(tenant, "api_calls", block=1_000)
     await share.consume()
-    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_blocks")) == (1, [(1,)])
+    assert (share.unspent, await plane.sql("SELECT unspent FROM tenancy.quota_blocks")) == (1, [(1,)])
     await share.consume()
-    # one at a time from here on: nothing is in hand, and nobody waits for it to be returned
+    # one at a time from here on: no block is unspent, and nobody waits for one to be returned
     await share.consume()
-    assert (share.held, await plane.sql("SELECT unspent FROM tenancy.quota_blocks")) == (0, [])
+    assert (share.unspent, await plane.sql("SELECT unspent FROM tenancy.quota_blocks")) == (0, [])
     assert (await usage_of(plane, tenant, "api_calls")).used == 3
 
 
@@ -787,7 +787,7 @@ async def test_a_counted_use_is_not_refused_while_a_process_sits_on_a_block(plan
         sitting = other.quotas.leased(tenant, "api_calls", block=12)
         await sitting.consume()
         assert (await plane.quotas.consume(tenant, "api_calls", 99)).used == 100
-        assert sitting.held == 0
+        assert sitting.unspent == 0
 
 
 async def test_leases_use_up_the_limit_exactly(plane: QuotaPlane) -> None:
@@ -837,11 +837,11 @@ async def test_a_block_that_another_process_sits_on_is_called_back(plane: QuotaP
     async with quota_plane(plane.config.control_url, initialise=False, tiers=TIERS) as other:
         sitting = other.quotas.leased(tenant, "api_calls", block=12)
         await sitting.consume()
-        assert sitting.held == 11
+        assert sitting.unspent == 11
         mine = plane.quotas.leased(tenant, "api_calls", block=10)
         for _ in range(95):
             await mine.consume()
-        assert sitting.held == 0
+        assert sitting.unspent == 0
         for _ in range(4):
             await plane.quotas.consume(tenant, "api_calls")
         with pytest.raises(QuotaExceededError):
@@ -859,13 +859,13 @@ async def test_an_idle_block_is_returned_unasked(plane: QuotaPlane, monkeypatch:
     async with asyncio.timeout(10):
         while (await usage_of(plane, tenant, "api_calls")).used != 1:  # noqa: ASYNC110 - it happens in the database
             await asyncio.sleep(0.02)
-    assert share.held == 0
+    assert share.unspent == 0
     await share.consume()
-    assert share.held == 49
+    assert share.unspent == 49
 
 
 async def test_a_lowered_limit_reaches_a_lease_when_the_tenant_is_invalidated(plane: QuotaPlane) -> None:
-    """What is in hand is returned before more is used."""
+    """The current block is returned before more is used."""
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls", block=50)
     await share.consume(5)
@@ -888,7 +888,7 @@ async def test_a_lease_is_renewed_while_it_is_in_hand(plane: QuotaPlane, monkeyp
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls")
     await share.consume()
-    plane.quotas._keeper._renewed = 0.0
+    plane.quotas._blocks._renewed = 0.0
     await plane.sql("UPDATE tenancy.quota_blocks SET expires_at = now()")
 
     async def renewed() -> bool:
@@ -905,7 +905,7 @@ async def test_a_lease_does_not_outlive_its_period(plane: QuotaPlane) -> None:
     # the day ends, as far as both can see
     await plane.sql("UPDATE tenancy.usage SET period_start = period_start - interval '1 day', period_end = now()")
     await plane.sql("UPDATE tenancy.quota_blocks SET period_start = period_start - interval '1 day'")
-    share._until = time.monotonic()
+    share._valid_until = time.monotonic()
     await share.consume(2)
     assert (await usage_of(plane, tenant, "api_calls")).used == 50
     await share.release()
@@ -914,7 +914,7 @@ async def test_a_lease_does_not_outlive_its_period(plane: QuotaPlane) -> None:
 
 
 async def test_a_cancelled_caller_takes_no_block_with_it(plane: QuotaPlane) -> None:
-    """The block that was on its way is in hand afterwards."""
+    """The block that was being taken can be spent afterwards."""
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls", block=50)
     task = asyncio.create_task(share.consume())
@@ -924,7 +924,7 @@ async def test_a_cancelled_caller_takes_no_block_with_it(plane: QuotaPlane) -> N
     with pytest.raises(asyncio.CancelledError):
         await task
     await share.consume()
-    assert share.held == 48
+    assert share.unspent == 48
     await share.release()
     assert (await usage_of(plane, tenant, "api_calls")).used == 2
 
@@ -934,7 +934,7 @@ async def test_an_unlimited_resource_can_be_leased(plane: QuotaPlane) -> None:
     tenant = await plane.tenant()
     share = plane.quotas.leased(tenant, "views", block=1_000)
     await share.consume()
-    assert share.held == 999
+    assert share.unspent == 999
     for bad in (0, -1):
         with pytest.raises(ValueError, match="whole number"):
             await share.consume(bad)
@@ -990,5 +990,5 @@ async def test_cleaning_removes_what_is_old_and_nothing_else(plane: QuotaPlane) 
     assert await plane.quotas.clean() == 3
     assert await plane.quotas.clean() == 0
     assert (await plane.quotas.consume(tenant, "users", key="recent")).used == 2
-    async with plane.control.transaction() as conn:
-        assert await conn.scalar(text("SELECT count(*) FROM tenancy.usage")) == 1
+    async with plane.control.transaction() as connection:
+        assert await connection.scalar(text("SELECT count(*) FROM tenancy.usage")) == 1

@@ -40,8 +40,8 @@ def _kind(kind: Any, nullable: bool) -> tuple[str, bool]:
 
 async def test_tables_are_those_of_the_migrations(control_url: str) -> None:
     """Each column with its type, and whether it may be null."""
-    async with quota_plane(control_url) as plane, plane.control.engine.connect() as conn:
-        found = await conn.run_sync(described)
+    async with quota_plane(control_url) as plane, plane.control.engine.connect() as connection:
+        found = await connection.run_sync(described)
     known = {
         table.name: {column.name: _kind(column.type, bool(column.nullable)) for column in table.columns}
         for table in metadata.tables.values()
@@ -54,9 +54,9 @@ async def test_the_audit_log_and_quotas_can_be_taken_down_again(control_url: str
     """Down to the registry, and up again."""
     async with quota_plane(control_url) as plane:
         await plane.append()
-        async with plane.control.engine.connect() as conn:
-            await conn.run_sync(lambda connection: command.downgrade(_alembic_config(connection), revision))
-            await conn.commit()
+        async with plane.control.engine.connect() as connection:
+            await connection.run_sync(lambda connection: command.downgrade(_alembic_config(connection), revision))
+            await connection.commit()
         rows = await plane.sql("SELECT to_regclass('tenancy.usage')::text, to_regclass('tenancy.audit_log')::text")
         assert rows[0][0] is None and (rows[0][1] is None) == (revision == "0001_registry")
         await plane.control.upgrade()

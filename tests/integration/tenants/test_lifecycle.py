@@ -87,7 +87,7 @@ async def test_rename_refuses_a_taken_or_malformed_slug(tenancy: Tenancy) -> Non
 
 
 async def test_giving_up_and_taking_a_slug_at_once_never_shares_it(tenancy: Tenancy) -> None:
-    """A rename away from a slug and creations of it at the same moment: the slug never leads to two tenants."""
+    """A rename away from a slug and creations of it at the same moment: the slug never names two tenants."""
     for round_number in range(5):
         slug = f"acme-{round_number}"
         first = await tenancy.tenants.create(slug)
@@ -117,7 +117,7 @@ async def test_a_scheduled_suspension_takes_place(tenancy: Tenancy) -> None:
 
 
 async def test_a_schedule_can_be_called_off(tenancy: Tenancy) -> None:
-    """None takes the time away."""
+    """None cancels it."""
     await tenancy.tenants.create("acme")
     await tenancy.tenants.schedule_suspension("acme", ago(1))
     await tenancy.tenants.schedule_suspension("acme", None)
@@ -207,7 +207,7 @@ async def test_housekeeping_exports_usage_and_applies_policies(tenancy_config: T
         report = await tenancy.run_housekeeping()
         assert report.errors == ()
         assert [(record.slug, record.quantity) for record in collector.received] == [("acme", 7)]
-        assert [found.proposed for found in report.chores["evaluate_upgrades"]] == ["m"]
+        assert [found.proposed for found in report.chores["evaluate_tier_policies"]] == ["m"]
         assert (await tenancy.tenants.get("acme")).tier == "m"
         assert (
             await tenancy.internals.tier_policies.evaluate(),
@@ -241,7 +241,7 @@ async def test_operators_pass_maintenance(tenancy: Tenancy) -> None:
 
 
 class Zone:
-    """TXT records as a domain's owner would publish them; it stands for the DNS, not for PostgreSQL."""
+    """TXT records as a domain's owner publishes them, in place of the DNS."""
 
     def __init__(self) -> None:
         self.records: dict[str, list[str]] = {}
@@ -285,7 +285,7 @@ async def test_a_domain_is_the_tenants_whose_token_was_published(tenancy: Tenanc
     await domains.verify(acme, "acme.example")
     with pytest.raises(DomainError, match="another tenant"):
         await domains.claim(globex, "acme.example")
-    # even one who could publish a record meanwhile
+    # even with a published record
     zone.records[claimed.challenge].append(squatted.token)
     with pytest.raises(DomainError, match="another tenant"):
         await domains.verify(globex, "acme.example")

@@ -83,7 +83,7 @@ async def test_reconcile_ends_what_an_interrupted_suspension_left_open(
 
 
 async def test_a_suspension_does_not_wait_for_whoever_works_on_the_tenant(tenancy: Tenancy) -> None:
-    """Its connections are gone at once; what needs the lock is not, which the caller is told."""
+    """Its connections end at once; blocking the login needs the lock, and the caller gets an error."""
     tenant = (await tenancy.tenants.create("acme")).tenant
     async with tenancy.session("acme") as session, held(tenancy, tenant):
         await session.execute(text("SELECT 1"))
@@ -229,14 +229,14 @@ async def test_a_tombstone_is_not_written_on(tenancy: Tenancy, monkeypatch: pyte
     """By a change that found the tenant still there, and comes after its purge."""
     await tenancy.tenants.create("acme")
     await tenancy.tenants.delete("acme")
-    find = tenancy.tenants._living
+    find = tenancy.tenants._get_unpurged
 
     async def purged_since(ref: Any) -> Tenant:
         found = await find(ref)
         await tenancy.internals.provisioner.purge(found)
         return found
 
-    monkeypatch.setattr(tenancy.tenants, "_living", purged_since)
+    monkeypatch.setattr(tenancy.tenants, "_get_unpurged", purged_since)
     arguments: dict[str, dict[str, Any]] = {
         "rename": {"slug": "other"},
         "update": {"metadata": {"name": "Jane Doe"}},
@@ -278,7 +278,7 @@ async def test_a_purge_leaves_nothing_of_what_was_counted_and_measured(tenancy: 
 
 
 async def test_changes_are_announced_in_their_order(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the server of the first one is slow to hear of it."""
+    """Even if the first one's server is slow."""
     tenant = (await tenancy.tenants.create("acme")).tenant
     seen: list[tuple[str, str]] = []
     tenancy.events.subscribe(TenantStatusChanged, lambda event: seen.append((event.before, event.after)))

@@ -347,7 +347,7 @@ async def test_a_websocket_is_bound_to_its_keys_tenant(app: Recorder, tenants: M
 async def test_a_websocket_is_refused_before_it_is_accepted(
     app: Recorder, tenants: MemoryTenancy, headers: list[tuple[str, str]]
 ) -> None:
-    """The application never hears of it."""
+    """The application is not called."""
     sent = await messages(build(app, tenants, resolvers=RESOLVERS), websocket_scope(headers=headers))
     assert [message["type"] for message in sent] == ["websocket.close"]
     assert app.scopes == []

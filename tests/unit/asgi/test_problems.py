@@ -1,4 +1,4 @@
-"""What a caller is told."""
+"""The answers to refused requests."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_bad_key_is_never_explained(reason: str) -> None:
 
 
 def test_a_quota_names_its_figures_and_when_to_come_back() -> None:
-    """To the tenant whose it is."""
+    """Only to the tenant of the request."""
     error = QuotaExceededError(
         tenant="acme",
         resource="api_calls",

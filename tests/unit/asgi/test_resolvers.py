@@ -67,7 +67,7 @@ def test_a_websocket_offers_its_key_as_a_subprotocol() -> None:
     scope["subprotocols"] = ["chat", "tenancy.key.abc"]
     resolver = WebSocketKeyProtocol()
     assert resolver.key(scope, {}) == "abc"
-    resolver.enter(scope)
+    resolver.adapt_scope(scope)
     assert scope["subprotocols"] == ["chat"]
     assert resolver.key(scope, {}) is None
 
@@ -115,20 +115,20 @@ def test_any_other_name_is_another_tenant(named: str) -> None:
 )
 def test_a_subdomain_names_a_tenant(host: bytes, named: str | None) -> None:
     """Reserved ones, the domain itself and foreign hosts do not."""
-    assert SubdomainResolver("example.com").named(SCOPE, {b"host": host}) == named
+    assert SubdomainResolver("example.com").claimed_tenant(SCOPE, {b"host": host}) == named
 
 
 def test_without_a_host_no_tenant_is_named() -> None:
     """HTTP/1.0 has none."""
-    assert SubdomainResolver("example.com").named(SCOPE, {}) is None
+    assert SubdomainResolver("example.com").claimed_tenant(SCOPE, {}) is None
 
 
 def test_custom_domains_name_their_owner() -> None:
     """Every host outside the domain must then be one."""
     resolver = SubdomainResolver("example.com", custom_domains=True)
-    assert resolver.named(SCOPE, {b"host": b"Shop.Acme.example:443"}) == "shop.acme.example"
-    assert resolver.named(SCOPE, {b"host": b"127.0.0.1"}) == "127.0.0.1"
-    assert resolver.named(SCOPE, {b"host": b"example.com"}) is None
+    assert resolver.claimed_tenant(SCOPE, {b"host": b"Shop.Acme.example:443"}) == "shop.acme.example"
+    assert resolver.claimed_tenant(SCOPE, {b"host": b"127.0.0.1"}) == "127.0.0.1"
+    assert resolver.claimed_tenant(SCOPE, {b"host": b"example.com"}) is None
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_a_header_names_a_tenant() -> None:
     """By slug or id."""
     resolver = HeaderResolver()
     assert resolver.headers == (b"x-tenant",)
-    assert resolver.named(SCOPE, {b"x-tenant": b"acme"}) == "acme"
-    assert resolver.named(SCOPE, {}) is None
+    assert resolver.claimed_tenant(SCOPE, {b"x-tenant": b"acme"}) == "acme"
+    assert resolver.claimed_tenant(SCOPE, {}) is None
 
 
 @pytest.mark.parametrize("value", [b"", b" acme", b"acme,globex", b"acme/..", b"\xff", b"a" * 200, b"acme\n"])
 def test_a_malformed_tenant_header_is_refused(value: bytes) -> None:
     """It cannot be any tenant's name."""
     with pytest.raises(MalformedRequestError):
-        HeaderResolver().named(SCOPE, {b"x-tenant": value})
+        HeaderResolver().claimed_tenant(SCOPE, {b"x-tenant": value})
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_a_path_names_a_tenant_and_enters_it(path: str, root: str, named: str | 
     """The application's routes match what follows, as below a Mount."""
     scope = http_scope(path, root_path=root)
     resolver = PathPrefixResolver("/t/{tenant}")
-    assert resolver.named(scope, {}) == named
-    resolver.enter(scope)
+    assert resolver.claimed_tenant(scope, {}) == named
+    resolver.adapt_scope(scope)
     assert scope["path"] == path
     assert scope["root_path"] == entered
     assert get_route_path(scope) == rest
@@ -197,7 +197,7 @@ def test_a_path_names_a_tenant_and_enters_it(path: str, root: str, named: str | 
 def test_a_malformed_tenant_in_the_path_is_refused(path: str) -> None:
     """It cannot be any tenant's name."""
     with pytest.raises(MalformedRequestError):
-        PathPrefixResolver().named(http_scope(path), {})
+        PathPrefixResolver().claimed_tenant(http_scope(path), {})
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from contextvars import ContextVar
 
 import pytest
 
-from tenancy_orm.authentication.batch import Batch
+from tenancy_orm.authentication.batch import BatchLoader
 from tenancy_orm.authentication.cache import SecondChance
 from tenancy_orm.authentication.credential import Credential
-from tenancy_orm.authentication.refusals import MAX_KEYS, MAX_KINDS, MAX_WRITTEN, Refusal, Tally
+from tenancy_orm.authentication.refusals import MAX_KEYS, MAX_KINDS, MAX_WRITTEN, Refusal, RefusalCounter
 from tenancy_orm.authentication.throttle import Attempts, Throttle
 from tenancy_orm.errors import ControlUnavailableError, MissingScopeError, TooManyAttemptsError
 from tenancy_orm.registry.rows import uuid7
@@ -29,7 +29,7 @@ def test_failures_within_the_limit_bring_no_pause() -> None:
 
 
 def test_the_limit_brings_a_pause_that_doubles() -> None:
-    """Up to the window; the first time is told."""
+    """Up to the window; the first pause is reported."""
     throttle = Throttle(limit=3, window=10)
     assert [throttle.fail("a", 0.0) for _ in range(3)] == [None, None, 3]
     pauses = []
@@ -50,7 +50,7 @@ def test_an_endless_number_of_failures_is_counted() -> None:
 
 
 def test_failures_are_forgotten_after_a_quiet_window() -> None:
-    """And a new lock-out is told anew."""
+    """And a new lock-out is reported again."""
     throttle = Throttle(limit=2, window=10)
     assert [throttle.fail("a", 0.0), throttle.fail("a", 0.0)] == [None, 2]
     assert throttle.fail("a", 10.5) is None
@@ -79,7 +79,7 @@ def test_a_limit_of_zero_is_no_limit() -> None:
     throttle = Throttle(limit=0, window=60)
     assert [throttle.fail("a", 0.0) for _ in range(100)] == [None] * 100
     assert len(throttle) == 0
-    assert throttle.left("a", 0.0) is None
+    assert throttle.failures_left("a", 0.0) is None
 
 
 def test_what_is_left_shrinks_with_each_failure_and_comes_back() -> None:
@@ -87,10 +87,14 @@ def test_what_is_left_shrinks_with_each_failure_and_comes_back() -> None:
     throttle = Throttle(limit=2, window=10)
     left = []
     for _ in range(4):
-        left.append(throttle.left("a", 0.0))
+        left.append(throttle.failures_left("a", 0.0))
         throttle.fail("a", 0.0)
     assert left == [2, 1, 0, 0]
-    assert (throttle.left("a", 5.0), throttle.left("a", 100.0), throttle.left("b", 0.0)) == (0, 2, 2)
+    assert (throttle.failures_left("a", 5.0), throttle.failures_left("a", 100.0), throttle.failures_left("b", 0.0)) == (
+        0,
+        2,
+        2,
+    )
 
 
 # --- attempts under way ---------------------------------------------------------------------------------------------
@@ -99,10 +103,10 @@ def test_what_is_left_shrinks_with_each_failure_and_comes_back() -> None:
 class Attempted:
     """Attempts of one source, each of which lasts until ``finish``."""
 
-    def __init__(self, *, limit: int = 3, patience: float = 5.0) -> None:
+    def __init__(self, *, limit: int = 3, timeout: float = 5.0) -> None:
         self.now = 0.0
         self.throttle = Throttle(limit=limit, window=10)
-        self.attempts = Attempts(self.throttle, patience=patience, clock=lambda: self.now)
+        self.attempts = Attempts(self.throttle, timeout=timeout, clock=lambda: self.now)
         self.running: list[object] = []
         self._ends: dict[object, list[asyncio.Event]] = {}
 
@@ -119,7 +123,7 @@ class Attempted:
             self.throttle.fail("source", self.now)
 
     async def finish(self) -> None:
-        """End everything that is under way, and let those that wait look again."""
+        """End everything in progress, and let waiting attempts continue."""
         for events in self._ends.values():
             for event in events:
                 event.set()
@@ -187,7 +191,7 @@ async def test_the_same_thing_tried_many_times_is_one_attempt() -> None:
 
 async def test_waiting_for_other_attempts_ends() -> None:
     """With the error that says when to come again; whoever is cancelled leaves nothing behind either."""
-    attempted = Attempted(limit=1, patience=0.01)
+    attempted = Attempted(limit=1, timeout=0.01)
     first = asyncio.create_task(attempted.attempt(1, fails=False))
     await settled()
     with pytest.raises(TooManyAttemptsError):
@@ -216,19 +220,19 @@ async def test_without_a_limit_nobody_waits() -> None:
 ACME = (uuid7(), "acme")
 
 
-def counts(tally: Tally) -> int:
+def counts(tally: RefusalCounter) -> int:
     """How many refusals the entries of a tally tell of."""
     return sum(detail["count"] for _, detail in tally.entries())
 
 
 def test_of_many_refused_keys_the_most_frequent_are_told_and_the_rest_as_a_number() -> None:
     """In bounded memory, and nothing is lost."""
-    tally = Tally()
+    tally = RefusalCounter()
     for number in range(5_000):
-        tally.add(Refusal.of_key("malformed", None, str(number), (None, None)))
+        tally.add(Refusal.rejected_key("malformed", None, str(number), (None, None)))
     for _ in range(3):
-        tally.add(Refusal.of_key("unknown", "id", "7", (None, None)))
-        tally.add(Refusal.of_key("malformed", None, "7", (None, None)))
+        tally.add(Refusal.rejected_key("unknown", "id", "7", (None, None)))
+        tally.add(Refusal.rejected_key("malformed", None, "7", (None, None)))
     assert len(tally) == MAX_KINDS + 1
     entries = tally.entries()
     assert len(entries) == MAX_WRITTEN + 1
@@ -242,12 +246,12 @@ def test_of_many_refused_keys_the_most_frequent_are_told_and_the_rest_as_a_numbe
 
 def test_of_many_cross_tenant_requests_the_rest_is_told_by_key() -> None:
     """With its tenant and how many others it named: one key's noise does not hide another key."""
-    tally = Tally()
+    tally = RefusalCounter()
     globex = (uuid7(), "globex")
     for number in range(500):
         for _ in range(2):
-            tally.add(Refusal.of_request(f"t{number}", "header", "noisy", "192.0.2.1", ACME))
-    tally.add(Refusal.of_request("acme", "path", "quiet", "192.0.2.2", globex))
+            tally.add(Refusal.cross_tenant_request(f"t{number}", "header", "noisy", "192.0.2.1", ACME))
+    tally.add(Refusal.cross_tenant_request("acme", "path", "quiet", "192.0.2.2", globex))
     entries = tally.entries()
     assert len(entries) == MAX_WRITTEN + 2
     assert entries[0][1] == {"named": "t0", "resolver": "header", "count": 2}
@@ -262,11 +266,11 @@ def test_of_many_cross_tenant_requests_the_rest_is_told_by_key() -> None:
 
 def test_cross_tenant_requests_are_told_by_key_when_memory_for_names_is_full() -> None:
     """And as one number when there are too many keys; nothing is lost, in bounded memory."""
-    tally = Tally()
+    tally = RefusalCounter()
     for number in range(2_000):
-        tally.add(Refusal.of_request(f"t{number}", "header", "noisy", None, ACME))
+        tally.add(Refusal.cross_tenant_request(f"t{number}", "header", "noisy", None, ACME))
     for number in range(3_000):
-        tally.add(Refusal.of_request("acme", "path", f"key {number}", None, ACME))
+        tally.add(Refusal.cross_tenant_request("acme", "path", f"key {number}", None, ACME))
     assert len(tally) <= 2 * MAX_KINDS + 1
     entries = tally.entries()
     assert len(entries) == MAX_WRITTEN + MAX_KEYS + 1
@@ -277,11 +281,11 @@ def test_cross_tenant_requests_are_told_by_key_when_memory_for_names_is_full() -
 
 def test_what_is_counted_again_stays_within_bounds() -> None:
     """However often writing fails."""
-    tally = Tally()
+    tally = RefusalCounter()
     for attempt in range(6):
-        taken, tally = tally, Tally()
+        taken, tally = tally, RefusalCounter()
         for number in range(1_000):
-            tally.add(Refusal.of_key("malformed", None, f"{attempt} {number}", (None, None)))
+            tally.add(Refusal.rejected_key("malformed", None, f"{attempt} {number}", (None, None)))
         tally.add_all(taken)
         assert len(tally) <= MAX_KINDS + 1
     assert counts(tally) == 6_000
@@ -294,7 +298,7 @@ class Thing:
     """An entry."""
 
     def __init__(self, used: float = 0.0) -> None:
-        self.used = self.placed = used
+        self.used = self.placed_at = used
 
 
 def test_what_was_not_used_goes_first() -> None:
@@ -358,7 +362,7 @@ async def started(source: Source, count: int = 1) -> None:
 async def test_one_query_per_key_and_many_keys_per_query() -> None:
     """A key without a value has none."""
     source = Source()
-    batch = Batch(source.load, timeout=5)
+    batch = BatchLoader(source.load, timeout=5)
     waiting = [asyncio.create_task(batch.get(key)) for key in (1, 2, 1, 2, -1)]
     await started(source)
     source.gate.set()
@@ -369,7 +373,7 @@ async def test_one_query_per_key_and_many_keys_per_query() -> None:
 async def test_what_is_asked_meanwhile_gathers_for_the_next_query() -> None:
     """Two run at once; a third does not."""
     source = Source()
-    batch = Batch(source.load, size=3, workers=2, timeout=5)
+    batch = BatchLoader(source.load, size=3, workers=2, timeout=5)
     waiting = []
     for key in range(8):
         waiting.append(asyncio.create_task(batch.get(key)))
@@ -384,7 +388,7 @@ async def test_what_is_asked_meanwhile_gathers_for_the_next_query() -> None:
 async def test_cancelling_a_waiter_cancels_nobody_else() -> None:
     """Not even the one who asked first, nor all but one."""
     source = Source()
-    batch = Batch(source.load, timeout=5)
+    batch = BatchLoader(source.load, timeout=5)
     waiting = [asyncio.create_task(batch.get(1)) for _ in range(3)]
     await started(source)
     waiting[0].cancel()
@@ -404,7 +408,7 @@ async def test_a_look_up_runs_in_nobodys_context() -> None:
         seen.append(variable.get())
         return {}
 
-    batch = Batch(load, timeout=5)
+    batch = BatchLoader(load, timeout=5)
     token = variable.set("somebody")
     try:
         await batch.get(1)
@@ -414,12 +418,12 @@ async def test_a_look_up_runs_in_nobodys_context() -> None:
 
 
 async def test_nobody_joins_a_look_up_that_an_invalidation_overtook() -> None:
-    """Who asked before is told; who asks after gets a query of its own."""
+    """Callers before it get the tag; callers after it get a query of their own."""
     source = Source()
-    batch = Batch(source.load, timeout=5)
+    batch = BatchLoader(source.load, timeout=5)
     before = asyncio.create_task(batch.get(1))
     await started(source)
-    batch.touch("tag")
+    batch.invalidate("tag")
     after = asyncio.create_task(batch.get(1))
     await started(source, 2)
     source.gate.set()
@@ -429,14 +433,14 @@ async def test_nobody_joins_a_look_up_that_an_invalidation_overtook() -> None:
 
 async def test_an_invalidation_between_the_answer_and_its_caller_is_told() -> None:
     """The query has ended, but whoever asked has not run on with its outcome yet: it may be old."""
-    batch: Batch[int, str]
+    batch: BatchLoader[int, str]
 
     async def load(keys: list[int]) -> Mapping[int, str]:
-        # what a notification does whose callback is in the loop's queue when the answer comes
-        asyncio.get_running_loop().call_soon(batch.touch, "tag")
+        # as a notification does when its callback is in the loop's queue at the time of the answer
+        asyncio.get_running_loop().call_soon(batch.invalidate, "tag")
         return {key: str(key) for key in keys}
 
-    batch = Batch(load, timeout=5)
+    batch = BatchLoader(load, timeout=5)
     outcomes = await asyncio.gather(batch.get(1), batch.get(1))
     assert list(outcomes) == [("1", {"tag"}), ("1", {"tag"})]
     assert not batch._begun
@@ -445,7 +449,7 @@ async def test_an_invalidation_between_the_answer_and_its_caller_is_told() -> No
 async def test_what_is_asked_as_the_last_worker_ends_is_looked_up() -> None:
     """In the turn of the loop in which its task has ended, and is not yet known to have."""
     source = Source()
-    batch = Batch(source.load, workers=1, timeout=5)
+    batch = BatchLoader(source.load, workers=1, timeout=5)
     first = asyncio.create_task(batch.get(1))
     await started(source)
 
@@ -463,7 +467,7 @@ async def test_what_is_asked_as_the_last_worker_ends_is_looked_up() -> None:
 async def test_who_queues_behind_a_query_without_an_answer_waits_no_longer_than_it() -> None:
     """A thousand keys are not five time-outs in a row."""
     source = Source()
-    batch = Batch(source.load, size=10, workers=1, timeout=0.05)
+    batch = BatchLoader(source.load, size=10, workers=1, timeout=0.05)
     outcomes = await asyncio.gather(*(batch.get(key) for key in range(1_000)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {ControlUnavailableError}
     assert len(source.asked) == 1
@@ -479,7 +483,7 @@ async def test_who_queues_behind_slow_answers_waits_for_two_of_them_at_most() ->
         await asyncio.sleep(0.06)
         return {key: str(key) for key in keys}
 
-    batch: Batch[int, str] = Batch(load, size=1, workers=1, timeout=0.1)
+    batch: BatchLoader[int, str] = BatchLoader(load, size=1, workers=1, timeout=0.1)
     outcomes = await asyncio.gather(*(batch.get(key) for key in range(50)), return_exceptions=True)
     assert outcomes[0] == ("0", set())
     assert isinstance(outcomes[-1], ControlUnavailableError)
@@ -491,7 +495,7 @@ async def test_a_failure_reaches_everyone_who_waited_and_nobody_later() -> None:
     source = Source()
     source.error = ValueError("broken")
     source.gate.set()
-    batch = Batch(source.load, timeout=5)
+    batch = BatchLoader(source.load, timeout=5)
     outcomes = await asyncio.gather(batch.get(1), batch.get(2), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [ValueError, ValueError]
     source.error = None
@@ -499,9 +503,9 @@ async def test_a_failure_reaches_everyone_who_waited_and_nobody_later() -> None:
 
 
 async def test_a_query_that_takes_too_long_is_given_up() -> None:
-    """As the control database being away."""
+    """It counts as an outage of the control database."""
     source = Source()
-    batch = Batch(source.load, timeout=0.01)
+    batch = BatchLoader(source.load, timeout=0.01)
     with pytest.raises(ControlUnavailableError, match="in time"):
         await batch.get(1)
     source.gate.set()
@@ -511,7 +515,7 @@ async def test_a_query_that_takes_too_long_is_given_up() -> None:
 async def test_closing_fails_whoever_waits() -> None:
     """Nobody waits for ever, and nothing can be asked any more."""
     source = Source()
-    batch = Batch(source.load, workers=1, timeout=5)
+    batch = BatchLoader(source.load, workers=1, timeout=5)
     running = asyncio.create_task(batch.get(1))
     await started(source)
     queued = asyncio.create_task(batch.get(2))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tenancy_orm.config import Limit, TenancyConfig, Tier, TierPolicy
 from tenancy_orm.errors import ConfigurationError, QuotaExceededError
 from tenancy_orm.loops import HomeLoop
-from tenancy_orm.quotas.leases import LeasedQuota, LeaseKeeper
+from tenancy_orm.quotas.leases import BlockManager, LeasedQuota
 from tenancy_orm.quotas.overrides import Override, check_overrides
 from tenancy_orm.quotas.rates import UNLIMITED, Allowed, Denied, Rates
 from tenancy_orm.quotas.usage import Remaining, Usage
@@ -143,54 +143,54 @@ def test_remaining_is_true_where_it_fits() -> None:
 # --- leases ---------------------------------------------------------------------------------------------------------
 
 
-class Database(LeaseKeeper):
-    """Answers a lease's questions one by one, when it is told to: ``asked`` holds those that wait."""
+class Database(BlockManager):
+    """Answers a leased quota's queries one by one, on demand; ``asked`` has those that wait."""
 
     def __init__(self) -> None:
         self.asked: asyncio.Queue[tuple[int, int, asyncio.Future[Any]]] = asyncio.Queue()
         self.home = HomeLoop()
 
-    def conclude(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> None:
+    def handle_outcome(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> None:
         if row.outcome == "exceeded":
             raise QuotaExceededError(tenant="acme", resource=resource, limit=0, used=0, requested=amount)
 
-    async def lease(self, lease: LeasedQuota, block_id: UUID, held: int, amount: int, block: int) -> Any:
+    async def take_block(self, quota: LeasedQuota, block_id: UUID, unspent: int, amount: int, block: int) -> Any:
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.asked.put_nowait((held, amount, answer))
+        self.asked.put_nowait((unspent, amount, answer))
         return await answer
 
-    async def give_back(self, block_id: UUID, unspent: int) -> None:
+    async def return_block(self, block_id: UUID, unspent: int) -> None:
         pass
 
-    def watch(self, lease: LeasedQuota) -> None:
+    def watch(self, quota: LeasedQuota) -> None:
         pass
 
-    def forget(self, lease: LeasedQuota) -> None:
+    def unwatch(self, quota: LeasedQuota) -> None:
         pass
 
     async def answer(self, granted: int, *, seconds: float | None = None) -> tuple[int, int]:
-        """Grant the next question so much, or refuse it (0), and return how much was held and asked for."""
+        """Grant this much to the next query, or refuse it (0), and return how much was unspent and asked for."""
         async with asyncio.timeout(5):
-            held, amount, waiting = await self.asked.get()
+            unspent, amount, waiting = await self.asked.get()
         outcome = "counted" if granted else "exceeded"
         waiting.set_result(SimpleNamespace(outcome=outcome, granted=granted, seconds=seconds, in_blocks=0))
-        return held, amount
+        return unspent, amount
 
 
 async def test_nothing_is_spent_while_the_database_is_asked() -> None:
-    """It counts what is in hand towards the question: spent as well, it would be spent twice."""
+    """The query includes the unspent part of the block: spending it as well would count it twice."""
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
     first = asyncio.create_task(share.consume(6))
     await database.answer(10)
     await first
     second = asyncio.create_task(share.consume(5))
-    held, amount, answer = await database.asked.get()
-    assert (held, amount) == (4, 5)
+    unspent, amount, answer = await database.asked.get()
+    assert (unspent, amount) == (4, 5)
     assert not share.try_consume()
     answer.set_result(SimpleNamespace(outcome="counted", granted=1, seconds=None, in_blocks=0))
     await second
-    assert share.held == 0
+    assert share.unspent == 0
 
 
 async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,11 +200,11 @@ async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.Mo
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
     task = asyncio.create_task(share.consume())
-    held, _, answer = await database.asked.get()
+    unspent, _, answer = await database.asked.get()
     clock.now += 10
     answer.set_result(SimpleNamespace(outcome="counted", granted=10, seconds=5.0, in_blocks=0))
     await task
-    assert held == 0 and share.held == 9
+    assert unspent == 0 and share.unspent == 9
     assert not share.try_consume()
 
 
@@ -226,7 +226,7 @@ async def test_a_change_that_is_heard_of_while_a_block_is_on_its_way_reaches_it(
 
 
 async def test_a_refusal_holds_for_those_who_want_as_much_and_for_nobody_else() -> None:
-    """Who waited meanwhile for less asks for itself; who waited for more is answered alike."""
+    """A waiting caller that wants less sends its own query; one that wants more gets the same answer."""
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
     tasks = [asyncio.create_task(share.consume(amount)) for amount in (1, 5, 6, 2)]
@@ -274,7 +274,7 @@ def test_a_burst_passes_and_then_the_rate_holds() -> None:
 
 
 def test_a_denied_request_costs_nothing() -> None:
-    """Hammering does not push the next permission away."""
+    """Repeated requests do not delay the next admission."""
     clock = Clock()
     rates = Rates(TIERS, clock=clock)
     answers = [rates.acquire(tenant()) for _ in range(100)]
@@ -364,7 +364,7 @@ def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> Non
 
 
 def test_policies_must_fit_the_configuration() -> None:
-    """Its tiers, and each by a name of its own: what is noted of a tenant is noted under it."""
+    """Its tiers, and each by a name of its own: what is recorded of a tenant is recorded under it."""
     config = TenancyConfig(control_url="postgresql://u@h/d")
     with pytest.raises(ConfigurationError, match="gold"):
         config.replace(metering={"tier_policies": (TierPolicy(resource="users", next_tier={"free": "gold"}),)})

@@ -1,4 +1,4 @@
-"""Connections that stay open: watched from the right moment on, ended cleanly, and let go of."""
+"""Connections that stay open: watched from the right moment on, ended cleanly, and released."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ async def test_a_cancellation_from_elsewhere_is_not_swallowed(tenants: Tenants) 
     await until(lambda: tenants.admissions.watched)
     derived: list[Admission] = list(tenants.admissions._watched)
     task.cancel()
-    derived[0].judge(None)
+    derived[0].verify(None)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert server.sent[1:] == [CLOSE]

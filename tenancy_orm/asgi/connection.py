@@ -1,4 +1,4 @@
-"""The server's side of a connection: entered with no tenant bound, and ended when what let it in no longer holds."""
+"""A connection's ``receive`` and ``send``: called with no tenant bound, and ended when the admission ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from starlette.types import Message, Receive, Scope, Send
 
-from ..authentication.admission import Admission, Ended
+from ..authentication.admission import Admission, AdmissionEnd
 from ..context import _current, reset_current
 from ..errors import TenancyError
 from ..events import AdmissionEnded
@@ -24,45 +24,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tenancy_orm.asgi")
 
 CREDENTIAL_ENDED: Final = 4401
-"""The code that closes a websocket when the credential that it was opened with no longer holds."""
+"""The close code of a websocket that was opened with a credential which is no longer valid."""
 
 TENANT_UNAVAILABLE: Final = 4403
-"""The code that closes a websocket when the tenant's status admits nobody any more."""
+"""The close code of a websocket of a tenant with a status that no longer admits anyone."""
 
-_CLOSE_SECONDS = 1.0  # a peer that reads nothing keeps the server from writing
+_CLOSE_SECONDS = 1.0  # a peer that does not read blocks the server's write
 
-# bound here, so that no call is made around the variable's own
+# bound here: the variable's own methods are called without a wrapper
 _bind = _current.set
 _unbind = _current.reset
 
 _STARTS = frozenset({"http.response.start", "websocket.accept", "websocket.close", "websocket.http.response.start"})
 
 
-class Outside:
-    """The server's side of a connection.
+class WatchedConnection:
+    """The server's ``receive`` and ``send``, called with no tenant bound, and ended together with the admission.
 
-    ``started`` tells whether anything was answered; ``headers`` are added to the answer; ``admitted`` is whom the
-    middleware let in, with the connection's scope. A websocket is watched from accept on, and a request from the second
-    ``receive`` or the first part of its body that is not the last, until its response is complete; ``lasts`` tells that
-    it is. Once its admission has ended, so has the connection: a websocket is closed, a response is cut and never
-    completed, ``receive`` returns the disconnect and ``send`` raises ``ConnectionAbortedError``, also where the
-    application waits in them at that moment. Before a response has started, ``send`` raises the admission's error
-    instead, which is also the ``refusal``.
+    ``started`` tells whether anything was answered. ``headers`` are added to the answer. ``admitted`` holds the tenant
+    that the middleware admitted and the connection's scope.
+
+    The admission is watched (``watched``) for as long as the connection can stay open: of a websocket from accept on;
+    of a request from the second ``receive``, or from the first part of its body that is not the last, until its
+    response is complete. When the admission ends, the connection ends: a websocket is closed, a response is cut short,
+    ``receive`` returns the disconnect and ``send`` raises ``ConnectionAbortedError``, also where the application is
+    waiting in one of them. Before a response has started, ``send`` raises the admission's error instead, which is also
+    the ``refusal``.
     """
 
-    # defaults of the class: most requests never set these
+    # defaults on the class: most requests never set these
     started = False
     headers: Sequence[tuple[bytes, bytes]] = ()
     admitted: tuple[Tenant, Scope, Tenancy] | None = None
-    lasts = False
-    ended: Ended | None = None
+    watched = False
+    ended: AdmissionEnd | None = None
 
     _accepted = False
-    _complete = False  # a response, unless it was watched
-    _told = False  # whether a websocket's application knows that it is disconnected
+    _complete = False  # whether a response that was not watched is complete
+    _disconnect_delivered = False  # whether a websocket's application has received the disconnect
     _admission: Admission | None = None  # while it is watched
     _received = False
-    _interrupted: frozenset[asyncio.Task[Any]] = frozenset()  # those of them that we have cancelled
+    _interrupted: frozenset[asyncio.Task[Any]] = frozenset()  # tasks of _waiting that _interrupt has cancelled
     _closing: asyncio.Task[None] | None = None
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -73,10 +75,10 @@ class Outside:
         """Receive from the server.
 
         Raises:
-            ConnectionAbortedError: the connection has ended, and a websocket's application knows it already.
-            AdmissionEndedError, TenantUnavailableError: it ended before it was accepted, and that is known already.
+            ConnectionAbortedError: the connection has ended, and the websocket's application has received that.
+            AdmissionEndedError, TenantUnavailableError: it ended before it was accepted, and that was received.
         """
-        # what comes first is there at once, or is the body of a request that nothing was answered to
+        # the first message is there at once, or is the body of a request that was not answered yet
         if self._received:
             return await self._receive_more()
         self._received = True
@@ -87,11 +89,11 @@ class Outside:
             reset_current(token)
 
     async def _receive_more(self) -> Message:
-        if not (self.lasts or self._complete or self._is_websocket):
+        if not (self.watched or self._complete or self._is_websocket):
             self._watch_response()
         if self.ended is not None:
-            if self._told:
-                raise self.aborted()
+            if self._disconnect_delivered:
+                raise self.abort_error()
             return self._disconnect()
         task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
         before = task.cancelling()
@@ -100,25 +102,25 @@ class Outside:
         try:
             return await self._receive()
         except asyncio.CancelledError:
-            if not self._is_ours(task, before):
+            if not self._was_interrupted(task, before):
                 raise
             return self._disconnect()
         finally:
             reset_current(token)
             self._waiting.discard(task)
             if self._interrupted:
-                self._is_ours(task, before)  # where the server went on regardless
+                self._was_interrupted(task, before)  # the server may have ignored the cancellation
 
     async def send(self, message: Message) -> None:
         """Send to the server.
 
         Raises:
             ConnectionAbortedError: the connection has ended.
-            AdmissionEndedError, TenantUnavailableError: it ended before the websocket was accepted, or the response
-                begun.
+            AdmissionEndedError, TenantUnavailableError: it ended before the websocket was accepted, or before the
+                response started.
         """
         if self.started:
-            if self.lasts or message.get("more_body"):
+            if self.watched or message.get("more_body"):
                 await self._send_part(message)
                 return
             self._complete = True
@@ -127,7 +129,7 @@ class Outside:
                 await self._accept(message)
                 return
             if self.ended is not None and kind == "http.response.start":
-                raise self.aborted()
+                raise self.abort_error()
             self.started = True
             if self.headers and "status" in message:
                 message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
@@ -135,14 +137,14 @@ class Outside:
         try:
             await self._send(message)
         finally:
-            # as reset_current does; written out, since it runs with every message
+            # as reset_current does; written out, since it runs on every message
             try:  # noqa: SIM105
                 _unbind(token)
             except ValueError:
                 pass
 
     async def answer(self, message: Message) -> None:
-        """Send what the middleware itself answers: it passes also where the application's answer would not."""
+        """Send an answer of the middleware itself, also where the application's answer would be refused."""
         if message["type"] in _STARTS:
             self.started = True
             if self.headers and "status" in message:
@@ -156,28 +158,28 @@ class Outside:
         finally:
             reset_current(token)
 
-    # --- what lasts -------------------------------------------------------------------------------------------------
+    # --- watching ---------------------------------------------------------------------------------------------------
 
     async def _accept(self, message: Message) -> None:
         ended = self._watch()
         if ended is not None:
             self.ended = ended
-            raise self.aborted()
+            raise self.abort_error()
         self.started = True
         await self._pass_on(message)
         self._accepted = True
         if self.ended is not None:
-            # while it was being accepted
+            # it ended during the accept
             self._close()
-            raise self.aborted()
+            raise self.abort_error()
 
     async def _send_part(self, message: Message) -> None:
-        if not self.lasts:
+        if not self.watched:
             self._watch_response()
         if self.ended is not None:
-            raise self.aborted()
+            raise self.abort_error()
         if message["type"] == "websocket.close" or not (message.get("more_body") or self._accepted):
-            # complete with this
+            # the last message
             self._unwatch()
             await self._pass_on(message)
             return
@@ -187,32 +189,32 @@ class Outside:
         try:
             await self._pass_on(message)
         except asyncio.CancelledError:
-            if not self._is_ours(task, before):
+            if not self._was_interrupted(task, before):
                 raise
-            raise self.aborted() from None
+            raise self.abort_error() from None
         finally:
             self._waiting.discard(task)
             if self._interrupted:
-                self._is_ours(task, before)
+                self._was_interrupted(task, before)
 
     @property
     def _is_websocket(self) -> bool:
         return self.admitted is not None and self.admitted[1]["type"] == "websocket"
 
-    def _watch(self) -> Ended | None:
-        """Have the connection end with its admission, where it has one; returns why where that has ended already."""
+    def _watch(self) -> AdmissionEnd | None:
+        """End the connection when its admission ends, if it has one. Returns the reason if it has ended already."""
         admission = None if self.admitted is None else self.admitted[0].admission
         if not isinstance(admission, Admission):
             return None
         ended = admission.watch(self.end)
         if ended is None:
-            self.lasts, self._admission = True, admission
+            self.watched, self._admission = True, admission
         return ended
 
     def _watch_response(self) -> None:
         ended = self._watch()
         if ended is not None:
-            self.lasts = True
+            self.watched = True
             self.end(ended)
 
     def _unwatch(self) -> None:
@@ -221,35 +223,35 @@ class Outside:
             admission.unwatch(self.end)
 
     async def release(self) -> None:
-        """Let go of the admission: the application is done. What closes the websocket is waited for."""
+        """Stop watching the admission, since the application is done, and wait until the websocket is closed."""
         self._unwatch()
         if self._closing is not None:
             await asyncio.wait((self._closing,))
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- ending -----------------------------------------------------------------------------------------------------
 
-    def end(self, ended: Ended) -> None:
-        """End the connection, and what waits for it."""
+    def end(self, ended: AdmissionEnd) -> None:
+        """End the connection, and interrupt the calls that wait for it."""
         self.ended, self._admission = ended, None
         if self._accepted:
             self._close()
         self._interrupt()
-        # a request that nothing was answered to yet is refused as any other
+        # a request without an answer so far is refused like any other
         if self.started and self.admitted is not None:
             self._report(ended, *self.admitted)
 
     @property
     def refusal(self) -> TenancyError | None:
-        """What a connection is refused with, if its admission ended before anything was answered."""
+        """The error that refuses a connection, if its admission ended before anything was answered."""
         return None if self.ended is None or self.started else copy(self.ended.error)
 
-    def aborted(self) -> Exception:
-        """Return what an application gets that goes on to use a connection which has ended."""
+    def abort_error(self) -> Exception:
+        """Return the error for an application that uses the connection after its end."""
         return self.refusal or ConnectionAbortedError(
-            "the connection was ended: what it was opened with is no longer valid"
+            "the connection was ended: the credential that it was opened with is no longer valid"
         )
 
-    def _report(self, ended: Ended, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
+    def _report(self, ended: AdmissionEnd, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
         kind = "websocket" if self._is_websocket else "stream"
         client = scope.get("client")
         logger.info("ended a %s of tenant %s, opened with %s: %s", kind, tenant.slug, ended.credential_id, ended.reason)
@@ -268,46 +270,46 @@ class Outside:
         self._closing = asyncio.get_running_loop().create_task(self._send_close(), context=Context())
 
     async def _send_close(self) -> None:
-        code, reason = self._code
+        code, reason = self._close_code
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._send({"type": "websocket.close", "code": code, "reason": reason})
-        except Exception as exc:  # noqa: BLE001 - the peer has gone by itself, or reads nothing
+        except Exception as exc:  # noqa: BLE001 - the peer has disconnected, or does not read
             logger.debug("a websocket could not be closed: %s", type(exc).__name__)
 
     def _disconnect(self) -> Message:
-        """What the application receives."""
+        """Return the disconnect message for the application."""
         if not self._is_websocket:
             return {"type": "http.disconnect"}
-        self._told = True
-        code, reason = self._code
+        self._disconnect_delivered = True
+        code, reason = self._close_code
         return {"type": "websocket.disconnect", "code": code, "reason": reason}
 
     @property
-    def _code(self) -> tuple[int, str]:
-        """What closes a websocket; the peer learns no more than it would from a problem document."""
+    def _close_code(self) -> tuple[int, str]:
+        """The websocket's close code and reason; they say no more than a problem document would."""
         if self.ended is not None and self.ended.by_status:
             return TENANT_UNAVAILABLE, "tenant not available"
         return CREDENTIAL_ENDED, "credential no longer valid"
 
     @cached_property
     def _waiting(self) -> set[asyncio.Task[Any]]:
-        """Tasks that wait within the server's code."""
+        """Tasks that wait in the server's code."""
         return set()
 
-    # --- calls into the server, which the end interrupts as ``asyncio.timeout`` would -------------------------------
+    # --- interrupting calls into the server, as ``asyncio.timeout`` does --------------------------------------------
 
     def _interrupt(self) -> None:
         for task in self._waiting:
             self._interrupted |= {task}
             task.cancel()
 
-    def _is_ours(self, task: asyncio.Task[Any], before: int) -> bool:
-        """Take our cancellation of a task back, and tell whether it was the only one since ``before``."""
+    def _was_interrupted(self, task: asyncio.Task[Any], before: int) -> bool:
+        """Undo our cancellation of a task; returns whether it was the only one since ``before``."""
         if task not in self._interrupted:
             return False
         self._interrupted -= {task}
         return task.uncancel() <= before
 
 
-__all__ = ["CREDENTIAL_ENDED", "TENANT_UNAVAILABLE", "Outside"]
+__all__ = ["CREDENTIAL_ENDED", "TENANT_UNAVAILABLE", "WatchedConnection"]

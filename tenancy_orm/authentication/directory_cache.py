@@ -1,4 +1,4 @@
-"""What the directory remembers: keys and tenants, and those that do not exist. State without I/O, bounded."""
+"""The directory's cache: keys and tenants, and those that do not exist. State without I/O, bounded."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..config import TenancyConfig
 from ..errors import InvalidApiKeyError
 from ..keys.networks import is_in_networks
 from ..tenant import Status, Tenant
-from .admission import for_source
-from .cache import SecondChance, remember
+from .admission import tenant_for_source
+from .cache import SecondChance, put_bounded
 from .credential import Credential
 
 _NEGATIVE_SIZE = 10_000
-_ADMITTED_SIZE = 64  # sources remembered per key that is bound to networks
+_ADMITTED_SIZE = 64  # sources cached per key that is bound to networks
 
 
 class KeyEntry:
-    """A key whose secret was right when it was looked up; ``refusal`` says why it does not work nevertheless.
+    """A key with the right secret when it was looked up. ``refusal`` is the reason for refusing it all the same.
 
-    Times are of the directory's clock, and count from when the control database was ``asked``: until ``good_until`` it
-    is answered without a further look, until ``fresh_until`` without a query, until ``stale_until`` if the control
-    database is away; never after ``expires``.
+    Times are of the directory's clock and count from ``read_at``. Until ``good_until`` the entry answers without
+    further checks, until ``fresh_until`` without a query, until ``stale_until`` if the control database does not
+    answer, and never after ``expires``.
     """
 
     __slots__ = (
@@ -34,32 +34,32 @@ class KeyEntry:
         "expires",
         "fresh_until",
         "good_until",
-        "noted",
-        "placed",
+        "placed_at",
         "refusal",
         "stale_until",
+        "use_queued",
         "used",
     )
 
     def __init__(
-        self, credential: Credential, refusal: str | None, asked: float, expires: float | None, config: TenancyConfig
+        self, credential: Credential, refusal: str | None, read_at: float, expires: float | None, config: TenancyConfig
     ) -> None:
         self.credential = credential
         self.refusal = refusal
-        self.fresh_until = asked + config.directory.ttl
+        self.fresh_until = read_at + config.directory.ttl
         self.stale_until = self.fresh_until + config.directory.grace
         self.expires = float("inf") if expires is None else expires
         self.good_until = min(self.fresh_until, self.expires) if refusal is None else 0.0
         # of a key that is bound to networks: a credential for each source
         self.admitted: dict[str | None, Credential] | None = {} if credential.networks else None
-        self.noted = False
-        self.used = self.placed = asked
+        self.use_queued = False
+        self.used = self.placed_at = read_at
 
     def admit(self, source: str | None, now: float) -> Credential:
-        """What the key stands for when ``source`` presents it.
+        """Return the key's credential for ``source``.
 
         Raises:
-            InvalidApiKeyError: it does not work, has expired, or may not be used from there.
+            InvalidApiKeyError: the key is refused, has expired, or may not be used from there.
         """
         credential = self.credential
         if self.refusal is not None:
@@ -73,24 +73,24 @@ class KeyEntry:
                 raise InvalidApiKeyError("network", key_id=credential.key_id)
             if len(self.admitted) >= _ADMITTED_SIZE:
                 self.admitted.clear()
-            self.admitted[source] = replace(credential, tenant=for_source(credential.tenant, source))
+            self.admitted[source] = replace(credential, tenant=tenant_for_source(credential.tenant, source))
         return self.admitted[source]
 
 
 class TenantEntry:
     """A tenant; times as in ``KeyEntry``."""
 
-    __slots__ = ("fresh_until", "placed", "stale_until", "tenant", "used")
+    __slots__ = ("fresh_until", "placed_at", "stale_until", "tenant", "used")
 
-    def __init__(self, tenant: Tenant, asked: float, config: TenancyConfig) -> None:
+    def __init__(self, tenant: Tenant, read_at: float, config: TenancyConfig) -> None:
         self.tenant = tenant
-        self.fresh_until = asked + config.directory.ttl
+        self.fresh_until = read_at + config.directory.ttl
         self.stale_until = self.fresh_until + config.directory.grace
-        self.used = self.placed = asked
+        self.used = self.placed_at = read_at
 
 
-class Memory:
-    """Keys by fingerprint and tenants by id, with the indexes to find what a change concerns.
+class DirectoryCache:
+    """Keys by fingerprint and tenants by id, with indexes to find the entries that a change concerns.
 
     Args:
         config: Sizes and times, see ``TenancyConfig``.
@@ -102,8 +102,8 @@ class Memory:
         self._clock = clock
         self.keys: SecondChance[bytes, KeyEntry] = SecondChance(config.directory.size, self._unlink_key)
         self.tenants: SecondChance[UUID, TenantEntry] = SecondChance(config.directory.size, self._unlink_tenant)
-        # fingerprints of keys that worked when they were last looked up. Nothing is admitted by it, and invalidations
-        # leave it as it is: it tells whom the lock-out of a source must not keep from being looked up
+        # Fingerprints of keys that were valid when they were last looked up; invalidations do not remove them. Nothing
+        # is admitted by them: they only exempt a key from the lock-out of its source.
         self.proven: OrderedDict[bytes, None] = OrderedDict()
         self._by_key_id: dict[str, bytes] = {}
         self._by_tenant: dict[UUID, set[bytes]] = {}
@@ -113,48 +113,48 @@ class Memory:
 
     @property
     def negative(self) -> int:
-        """How many keys and tenants it remembers as unknown."""
+        """How many keys and tenants are cached as unknown."""
         return len(self._unknown_keys) + len(self._unknown_tenants)
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
     def store_key(self, digest: bytes, entry: KeyEntry) -> None:
-        """Remember a key, and its tenant with it."""
-        self.forget_key(digest)
+        """Store a key, and its tenant with it."""
+        self.invalidate_key(digest)
         self._unknown_keys.pop(digest, None)
         self.keys.put(digest, entry)
         self._by_key_id[entry.credential.key_id] = digest
         self._by_tenant.setdefault(entry.credential.tenant.id, set()).add(digest)
-        # without the key's admission: this is the tenant for whoever asks by its name
-        self.store_tenant(replace(entry.credential.tenant, admission=None), entry.placed)
+        # without the key's admission: this entry answers look-ups by name
+        self.store_tenant(replace(entry.credential.tenant, admission=None), entry.placed_at)
 
-    def forget_key(self, digest: bytes) -> None:
+    def invalidate_key(self, digest: bytes) -> None:
         """Forget a key by its fingerprint."""
         entry = self.keys.entries.pop(digest, None)
         if entry is not None:
             self._unlink_key(digest, entry)
 
-    def forget_key_id(self, key_id: str) -> None:
+    def invalidate_key_id(self, key_id: str) -> None:
         """Forget a key by its public id."""
         digest = self._by_key_id.get(key_id)
         if digest is not None:
-            self.forget_key(digest)
+            self.invalidate_key(digest)
 
-    def refuse_key(self, digest: bytes, reason: str) -> None:
-        """Remember for a while that there is no such key."""
-        remember(
+    def store_unknown_key(self, digest: bytes, reason: str) -> None:
+        """Store for ``negative_ttl`` seconds that there is no such key."""
+        put_bounded(
             self._unknown_keys, digest, (self._clock() + self._config.directory.negative_ttl, reason), _NEGATIVE_SIZE
         )
 
-    def refusal_of_key(self, digest: bytes, now: float) -> str | None:
-        """Why a key is refused without a look-up; None where one must be made."""
+    def unknown_key_reason(self, digest: bytes, now: float) -> str | None:
+        """Return why a key is refused without a look-up; None where a look-up is needed."""
         unknown = self._unknown_keys.get(digest)
         return unknown[1] if unknown is not None and now < unknown[0] else None
 
-    def prove_key(self, digest: bytes, works: bool) -> None:
-        """Remember whether a key worked when it was last looked up."""
+    def record_proven(self, digest: bytes, works: bool) -> None:
+        """Store whether a key was valid when it was last looked up."""
         if works:
-            remember(self.proven, digest, None, self._config.directory.size)
+            put_bounded(self.proven, digest, None, self._config.directory.size)
         else:
             self.proven.pop(digest, None)
 
@@ -169,68 +169,68 @@ class Memory:
     # --- tenants ----------------------------------------------------------------------------------------------------
 
     def tenant_entry(self, wanted: UUID | str) -> TenantEntry | None:
-        """Return what is remembered of the tenant with this id or name."""
+        """Return the entry of the tenant with this id or name."""
         tenant_id = self._by_name.get(wanted) if isinstance(wanted, str) else wanted
         return None if tenant_id is None else self.tenants.entries.get(tenant_id)
 
-    def store_tenant(self, tenant: Tenant, asked: float) -> None:
-        """Remember a tenant under its id and its names; a purged one has none."""
-        self._forget_tenant(tenant.id)
+    def store_tenant(self, tenant: Tenant, read_at: float) -> None:
+        """Store a tenant under its id and its names; a purged one has no names."""
+        self._drop_tenant(tenant.id)
         if tenant.status is Status.PURGED:
             return
-        self.tenants.put(tenant.id, TenantEntry(tenant, asked, self._config))
+        self.tenants.put(tenant.id, TenantEntry(tenant, read_at, self._config))
         for name in (tenant.slug, *tenant.aliases):
             self._by_name[name] = tenant.id
 
-    def forget_name(self, wanted: UUID | str) -> None:
-        """Forget the tenant that had this id or name, but not its keys."""
+    def invalidate_name(self, wanted: UUID | str) -> None:
+        """Remove the tenant with this id or name, but not its keys."""
         entry = self.tenant_entry(wanted)
         if entry is not None:
-            self._forget_tenant(entry.tenant.id)
+            self._drop_tenant(entry.tenant.id)
 
-    def forget_tenant(self, tenant_id: UUID) -> None:
-        """Forget a tenant and its keys; any name may be its own from now on."""
+    def invalidate_tenant(self, tenant_id: UUID) -> None:
+        """Remove a tenant, its keys, and all names stored as unknown: any of them may be the tenant's from now on."""
         self._unknown_tenants.clear()
-        self._forget_tenant(tenant_id)
+        self._drop_tenant(tenant_id)
         for digest in tuple(self._by_tenant.get(tenant_id, ())):
-            self.forget_key(digest)
+            self.invalidate_key(digest)
 
-    def refuse_tenant(self, wanted: UUID | str) -> None:
-        """Remember for a while that there is no such tenant."""
-        remember(self._unknown_tenants, wanted, self._clock() + self._config.directory.negative_ttl, _NEGATIVE_SIZE)
+    def store_unknown_tenant(self, wanted: UUID | str) -> None:
+        """Store for ``negative_ttl`` seconds that there is no such tenant."""
+        put_bounded(self._unknown_tenants, wanted, self._clock() + self._config.directory.negative_ttl, _NEGATIVE_SIZE)
 
-    def is_refused_tenant(self, wanted: UUID | str) -> bool:
-        """Whether there is no such tenant, as far as that is remembered."""
+    def is_unknown_tenant(self, wanted: UUID | str) -> bool:
+        """Whether it is stored that there is no such tenant."""
         return self._clock() < self._unknown_tenants.get(wanted, 0.0)
 
-    def _forget_tenant(self, tenant_id: UUID) -> None:
+    def _drop_tenant(self, tenant_id: UUID) -> None:
         entry = self.tenants.entries.pop(tenant_id, None)
         if entry is not None:
             self._unlink_tenant(tenant_id, entry)
 
     def _unlink_tenant(self, tenant_id: UUID, entry: TenantEntry) -> None:
         for name in (entry.tenant.slug, *entry.tenant.aliases):
-            # what it gave up may be another tenant's by now
+            # a name that it gave up may belong to another tenant now
             if self._by_name.get(name) == tenant_id:
                 del self._by_name[name]
 
     # --- all of it --------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
-        """Forget everything, except which keys have worked."""
-        memories: tuple[OrderedDict[Any, Any], ...] = (
+        """Remove everything, except which keys have been valid."""
+        stores: tuple[OrderedDict[Any, Any], ...] = (
             self.keys.entries,
             self.tenants.entries,
             self._unknown_keys,
             self._unknown_tenants,
         )
-        for memory in memories:
-            memory.clear()
+        for store in stores:
+            store.clear()
         for index in (self._by_key_id, self._by_tenant, self._by_name):
             index.clear()
 
-    def doubt(self) -> None:
-        """Have everything looked up again before it is trusted; it is kept for when nobody answers."""
+    def mark_stale(self) -> None:
+        """Mark every entry as stale: it is looked up again before use, but kept for an outage."""
         for key in self.keys.entries.values():
             key.fresh_until = key.good_until = 0.0
         for tenant in self.tenants.entries.values():
