@@ -103,7 +103,7 @@ class Budget(Generic[T]):
         self._accounts: WeakValueDictionary[UUID, Account] = WeakValueDictionary()
         # in the order of their turns: a share joins at the end, and goes there again when it was served
         self._waiting: dict[Share[T], deque[Waiter[T | None]]] = {}
-        self._resting: dict[Share[T], None] = {}  # the shares that have idle connections
+        self._idle_shares: dict[Share[T], None] = {}  # the shares that have idle connections
         self._clock = 0
         self._half_life = HALF_LIFE * limit
 
@@ -150,7 +150,7 @@ class Budget(Generic[T]):
             return None
         entry = share.idle.pop()
         if not share.idle:
-            del self._resting[share]
+            del self._idle_shares[share]
         self.idle -= 1
         share.busy += 1
         return entry
@@ -168,7 +168,7 @@ class Budget(Generic[T]):
     def wait(self, share: Share[T], waiter: Waiter[T | None]) -> None:
         """Queue up, and have an idle connection closed where that makes room."""
         self._waiting.setdefault(share, deque()).append(waiter)
-        self._settle()
+        self._serve_waiters()
 
     def withdraw(self, share: Share[T], waiter: Waiter[T | None]) -> None:
         """Wait no longer. What the waiter was served with by then is the caller's to give back."""
@@ -193,15 +193,15 @@ class Budget(Generic[T]):
     def put(self, share: Share[T], item: T, now: float) -> None:
         """Take back a usable connection: hand it to a waiter, or let it rest (``now`` in seconds of any clock)."""
         share.busy -= 1
-        if share in self._waiting and self._keeps(share) and (waiter := self._next(share)) is not None:
+        if share in self._waiting and self._serves_own(share) and (waiter := self._next(share)) is not None:
             share.busy += 1
             waiter.set_result(item)
             return
         share.idle.append((now, item))
-        self._resting[share] = None
+        self._idle_shares[share] = None
         self.idle += 1
         if self._waiting:
-            self._settle()
+            self._serve_waiters()
 
     def discard(self, share: Share[T]) -> None:
         """A connection in use is being closed. ``closed`` must follow."""
@@ -213,14 +213,14 @@ class Budget(Generic[T]):
         self.closing -= 1
         self._release(share)
 
-    def drain(self, share: Share[T]) -> list[T]:
+    def take_idle(self, share: Share[T]) -> list[T]:
         """Take every idle connection of a share; they count as in use until ``discard``."""
         return [self._take_oldest(share) for _ in range(len(share.idle))]
 
-    def expired(self, before: float) -> list[tuple[Share[T], T]]:
+    def take_expired(self, before: float) -> list[tuple[Share[T], T]]:
         """Take every connection that came to rest before that time; they count as in use until ``discard``."""
         found = []
-        for share in list(self._resting):
+        for share in list(self._idle_shares):
             while share.idle and share.idle[0][0] < before:
                 found.append((share, self._take_oldest(share)))
         return found
@@ -237,9 +237,9 @@ class Budget(Generic[T]):
         self.open -= 1
         share.account.open -= 1
         if self._waiting:
-            self._settle()
+            self._serve_waiters()
 
-    def _settle(self) -> None:
+    def _serve_waiters(self) -> None:
         """Give free slots to waiters, and start closing idle connections for those that are left."""
         while self.open < self.limit and (share := self._fairest()) is not None:
             waiter = self._next(share)
@@ -247,7 +247,7 @@ class Budget(Generic[T]):
                 self._reserve(share)
                 waiter.set_result(None)
         wanted = sum(map(self._wanted, self._waiting)) - self.closing
-        while wanted > 0 and self._resting:
+        while wanted > 0 and self._idle_shares:
             self._make_room()
             wanted -= 1
 
@@ -260,7 +260,7 @@ class Budget(Generic[T]):
         able = (s for s in self._waiting if s is returning or s.account.open < self.per_tenant)
         return min(able, key=lambda share: share.busy, default=None)
 
-    def _keeps(self, share: Share[T]) -> bool:
+    def _serves_own(self, share: Share[T]) -> bool:
         """Whether a connection that this share gives back serves its own waiter, or is closed to serve another's."""
         if self._fairest(returning=share) is share:
             return True
@@ -281,13 +281,13 @@ class Budget(Generic[T]):
     def _take_oldest(self, share: Share[T]) -> T:
         _, item = share.idle.pop(0)
         if not share.idle:
-            del self._resting[share]
+            del self._idle_shares[share]
         self.idle -= 1
         share.busy += 1
         return item
 
     def _make_room(self) -> None:
-        share = min(self._resting, key=lambda share: share.score - math.log2(len(share.idle) + share.busy))
+        share = min(self._idle_shares, key=lambda share: share.score - math.log2(len(share.idle) + share.busy))
         self.evictions += 1
         self._evict(share, self._take_oldest(share))
 

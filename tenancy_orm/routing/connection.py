@@ -7,7 +7,7 @@ import select
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 from asyncpg import prepared_stmt
@@ -22,8 +22,6 @@ from sqlalchemy.engine.base import OptionEngine
 from ..loops import HomeLoop
 from .route import TenantRoute
 
-Raw: TypeAlias = "asyncpg.Connection[Any]"
-
 # What DISCARD ALL does, but for DEALLOCATE ALL: the driver and SQLAlchemy go on to use what they have prepared.
 _RESET = (
     "CLOSE ALL; RESET ROLE; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; "
@@ -32,18 +30,18 @@ _RESET = (
 
 
 class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
-    """What asyncpg connects with; its ``reset`` cleans as ``DISCARD ALL`` does.
+    """The connection class that asyncpg is given; its ``reset`` cleans as ``DISCARD ALL`` does.
 
-    An application can reach it, by ``get_raw_connection``. So it asks ``guard`` by itself before each operation, but
-    for those that end a transaction: the tenant's pool sets that.
+    An application can reach it by ``get_raw_connection``. So it calls ``check_use``, which the connector sets, before
+    each operation, except for those that end a transaction.
     """
 
-    __slots__ = ("_home", "guard", "rolling_back")
+    __slots__ = ("_home", "check_use", "rolling_back")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._home = HomeLoop()
-        self.guard: Callable[[], None] | None = None
+        self.check_use: Callable[[], None] | None = None
         self.rolling_back = False
 
     def get_reset_query(self) -> str:
@@ -53,10 +51,10 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
     def _check_open(self) -> None:
         """What asyncpg asks before each operation."""
         super()._check_open()
-        if self.guard is None or self.rolling_back:
+        if self.check_use is None or self.rolling_back:
             self._home.check()
         else:
-            self.guard()
+            self.check_use()
 
     async def _prepare(self, *args: Any, **options: Any) -> Any:
         statement = await super()._prepare(*args, **options)
@@ -144,37 +142,41 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
 
     def rollback(self) -> None:
         """Roll back, unless this is another event loop: before anything is sent."""
-        raw = self._connection
-        if raw.is_closed():
+        driver_connection = self._connection
+        if driver_connection.is_closed():
             # PostgreSQL has rolled back already: whoever ended it has an error of its own, which this must not replace
             self._transaction = None
             return
-        raw.rolling_back = True
+        driver_connection.rolling_back = True
         try:
             super().rollback()  # type: ignore[no-untyped-call]
         finally:
-            raw.rolling_back = False
+            driver_connection.rolling_back = False
 
     @property
     def usable(self) -> bool:
         """Whether the next statement can work, as far as is known: an open socket, no transaction left behind."""
-        raw = self._connection
+        driver_connection = self._connection
         # where a BEGIN was refused, for want of a lock, say, asyncpg takes the transaction for open for good
-        return not raw.is_closed() and not raw.is_in_transaction() and raw._top_xact is None
+        return (
+            not driver_connection.is_closed()
+            and not driver_connection.is_in_transaction()
+            and driver_connection._top_xact is None
+        )
 
     @property
-    def heard(self) -> bool:
+    def has_unread_data(self) -> bool:
         """Whether the server has said something that was not read yet: its farewell, very likely.
 
         One system call, without a round trip.
         """
         return bool(self.poller.poll(0))
 
-    async def listen(self) -> None:
+    async def drain(self) -> None:
         """Let the loop read what the server has said: a few turns, since the end comes after the last words."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
-            if self._connection.is_closed() or not self.heard:
+            if self._connection.is_closed() or not self.has_unread_data:
                 return
 
 
@@ -236,4 +238,4 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
         cursor._invalidate_schema_cache_asof = getattr(pool, "schema_changed_at", 0.0)
 
 
-__all__ = ["DriverConnection", "Raw", "TenantConnection", "TenantEngine", "TenantExecutionContext"]
+__all__ = ["DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]

@@ -37,26 +37,24 @@ from ..errors import (
     ServerUnavailableError,
 )
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from .budget import Budget, Share
-from .connection import DriverConnection, Raw, TenantConnection
+from .connection import DriverConnection, TenantConnection
 from .dialect import SharedDialect
 from .marker import verify
 from .route import TenantRoute
-from .servers import Server, without_frames
+from .servers import CLOSE_SECONDS, Server, clear_tracebacks
 
 logger = logging.getLogger("tenancy_orm.routing")
 
 COMPILED_STATEMENTS = 1_000
 """Statements in the compiled cache that all tenants of one server share."""
 
-_LOOKS = 3  # how often a tenant's password is looked up again for one connection
+_PASSWORD_READS = 3  # how often a tenant's password is looked up again for one connection
 _WRONG_PASSWORD = "28P01"  # noqa: S105 - a SQLSTATE
-
-CLOSE_SECONDS = 2.0
-"""How long closing a connection politely may take; then its socket is cut."""
 
 Record: TypeAlias = _ConnectionRecord
 
@@ -102,10 +100,10 @@ class Connector:
         self._passwords = passwords
         self._installation = installation
         self._closed = False
-        self._live: set[Raw] = set()
+        self._driver_connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
-        self._emptied = asyncio.Event()
+        self._all_closed = asyncio.Event()
 
     def __repr__(self) -> str:
         """Name the server."""
@@ -131,34 +129,34 @@ class Connector:
             SecretError: the tenant's password does not open.
         """
         started = time.monotonic()
-        raw: Raw | None = None
+        driver_connection: Connection | None = None
         try:
             if self._closed:
                 raise NotOpenError("the router is closed; open another Tenancy")
             async with asyncio.timeout(self.server.connect_timeout):
                 if not self._shared.ready:
                     await self._prepare(self._shared.begin, route)
-                raw = await self._log_in(route)
-                await verify(raw, self._installation, route.tenant_id, tenant=route.slug)
+                driver_connection = await self._log_in(route)
+                await verify(driver_connection, self._installation, route.tenant_id, tenant=route.slug)
                 if not self._shared.ready:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
-            self._give_back(route.share, raw)
-            raise self.server.unavailable(exc, tenant=route.slug) from without_frames(exc)
+            self._release_slot(route.share, driver_connection)
+            raise self.server.unavailable(exc, tenant=route.slug) from clear_tracebacks(exc)
         except asyncio.CancelledError:
             # only at the end of the process, when there is no time left to be polite
-            if raw is not None:
-                raw.terminate()
-            self._give_back(route.share, None)
+            if driver_connection is not None:
+                driver_connection.terminate()
+            self._release_slot(route.share, None)
             raise
         except BaseException as exc:
-            self._give_back(route.share, raw)
+            self._release_slot(route.share, driver_connection)
             if isinstance(exc, MarkerMismatchError):
                 route.report_incident(exc)
             raise
-        return self._adopt(route, raw, time.monotonic() - started)
+        return self._adapt(route, driver_connection, time.monotonic() - started)
 
-    async def _log_in(self, route: TenantRoute) -> Raw:
+    async def _log_in(self, route: TenantRoute) -> Connection:
         # read before the login: another one of the same tenant may replace it meanwhile
         sealed = route.placement.sealed_password
         try:
@@ -166,16 +164,18 @@ class Connector:
         except (LoginRefusedError, SecretError) as exc:
             if self._passwords is None or not _concerns_password(exc):
                 raise
-            return await self._log_in_anew(route, sealed, exc)
+            return await self._log_in_again(route, sealed, exc)
 
-    async def _log_in_anew(self, route: TenantRoute, used: bytes, refused: LoginRefusedError | SecretError) -> Raw:
+    async def _log_in_again(
+        self, route: TenantRoute, used: bytes, refused: LoginRefusedError | SecretError
+    ) -> Connection:
         """Log in with what the registry has now: the password, or the key that seals it, is being rotated.
 
         Read again while the registry has something new, since the next rotation may begin between a look and a login.
         """
         # what did not open is tried again: reading the registry may have brought the key that opens it
         tried = {used} if isinstance(refused, LoginRefusedError) else set()
-        for _ in range(_LOOKS):
+        for _ in range(_PASSWORD_READS):
             stored = await self._stored_passwords(route, refused)
             if tried.issuperset(stored):
                 break
@@ -184,14 +184,14 @@ class Connector:
                     continue
                 tried.add(sealed)
                 try:
-                    raw = await self._log_in_with(route, sealed)
+                    driver_connection = await self._log_in_with(route, sealed)
                 except (LoginRefusedError, SecretError) as exc:
                     if not _concerns_password(exc):
                         raise
                     refused = exc
                 else:
                     route.placement = replace(route.placement, sealed_password=sealed)
-                    return raw
+                    return driver_connection
         raise refused
 
     async def _stored_passwords(self, route: TenantRoute, refused: Exception) -> Sequence[bytes]:
@@ -202,7 +202,7 @@ class Connector:
             logger.warning("the password of tenant %s cannot be read anew: %s", route.slug, exc)
             raise refused from exc
 
-    async def _log_in_with(self, route: TenantRoute, sealed: bytes) -> Raw:
+    async def _log_in_with(self, route: TenantRoute, sealed: bytes) -> Connection:
         return await self.server.connect_tenant(
             route.placement,
             partial(self._keyring.open_password, route.tenant_id, sealed),
@@ -218,21 +218,21 @@ class Connector:
             # one error may be many callers'
             raise ServerUnavailableError(server=exc.server, tenant=route.slug, sqlstate=exc.sqlstate) from exc
 
-    def _adopt(self, route: TenantRoute, raw: Raw, seconds: float) -> TenantConnection:
+    def _adapt(self, route: TenantRoute, driver_connection: Connection, seconds: float) -> TenantConnection:
         connection = TenantConnection(  # type: ignore[no-untyped-call]
             self.dialect.loaded_dbapi,
-            raw,
+            driver_connection,
             prepared_statement_cache_size=self.server.prepared_statement_cache_size,
         )
         connection.route = route
-        raw.guard = route.check_bound
+        driver_connection.check_use = route.check_bound
         connection.poller = select.poll()
-        connection.poller.register(raw._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        connection.poller.register(driver_connection._transport.get_extra_info("socket").fileno(), select.POLLIN)
         connection.finalizer = weakref.finalize(
-            connection, _in_loop, asyncio.get_running_loop(), self._shut_later, route.share, raw
+            connection, _in_loop, asyncio.get_running_loop(), self._begin_close, route.share, driver_connection
         )
         connection.finalizer.atexit = False
-        self._live.add(raw)
+        self._driver_connections.add(driver_connection)
         self.budget.opened()
         if self.events.has_subscribers(ConnectionOpened):
             self.events.emit(
@@ -240,21 +240,21 @@ class Connector:
             )
         return connection
 
-    def _give_back(self, share: Share[Record], raw: Raw | None) -> None:
+    def _release_slot(self, share: Share[Record], driver_connection: Connection | None) -> None:
         """Give back the slot of a connection that was not completed, after its socket is closed."""
-        if raw is None:
+        if driver_connection is None:
             self.budget.failed(share)
-            self._check_emptied()
+            self._check_all_closed()
         else:
             self.budget.opened()
-            self._shut_later(share, raw)
+            self._begin_close(share, driver_connection)
 
     # --- closing ----------------------------------------------------------------------------------------------------
 
     def close(self, connection: TenantConnection) -> None:
         """Begin to close a connection that is in use. In the loop's thread; a second time does nothing."""
         if connection.finalizer.detach() is not None:
-            self._shut_later(connection.route.share, connection._connection)
+            self._begin_close(connection.route.share, connection._connection)
 
     def discard(self, record: Record) -> None:
         """Close a connection that counts as in use, and empty its record."""
@@ -266,21 +266,21 @@ class Connector:
         if connection.finalizer.alive:
             _in_loop(connection._connection._loop, self.close, connection)
 
-    def _shut_later(self, share: Share[Record], raw: Raw) -> None:
+    def _begin_close(self, share: Share[Record], driver_connection: Connection) -> None:
         self.budget.discard(share)
-        self.spawn(self._shut(share, raw))
+        self.spawn(self._close_socket(share, driver_connection))
 
-    async def _shut(self, share: Share[Record], raw: Raw) -> None:
+    async def _close_socket(self, share: Share[Record], driver_connection: Connection) -> None:
         """Close a socket. The server ends the session before it closes its side, so that it never counts too many."""
         try:
-            await raw.close(timeout=CLOSE_SECONDS)
+            await driver_connection.close(timeout=CLOSE_SECONDS)
         except SERVER_FAILURES as exc:
             logger.debug("a connection to server %s was cut: %s", self.server.name, type(exc).__name__)
-            raw.terminate()
+            driver_connection.terminate()
         finally:
-            self._live.discard(raw)
+            self._driver_connections.discard(driver_connection)
             self.budget.closed(share)
-            self._check_emptied()
+            self._check_all_closed()
 
     def _evict(self, record: Record) -> None:
         route = cast("TenantConnection", record.dbapi_connection).route
@@ -288,7 +288,7 @@ class Connector:
         if self.events.has_subscribers(ConnectionEvicted):
             self.events.emit(ConnectionEvicted(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name))
 
-    def watch_idle(self) -> None:
+    def schedule_sweep(self) -> None:
         """See to it that a connection that has just come to rest is closed when it has rested too long."""
         if self._sweeper is None:
             delay = max(self.idle_timeout, 0.1)
@@ -296,10 +296,10 @@ class Connector:
 
     def _sweep(self) -> None:
         self._sweeper = None
-        for _, record in self.budget.expired(time.monotonic() - self.idle_timeout):
+        for _, record in self.budget.take_expired(time.monotonic() - self.idle_timeout):
             self.discard(record)
         if self.budget.idle:
-            self.watch_idle()
+            self.schedule_sweep()
 
     async def shut_down(self, timeout: float) -> None:
         """Wait until every connection is closed. After ``timeout`` seconds, cut those that are left.
@@ -308,23 +308,25 @@ class Connector:
         """
         if self._sweeper is not None:
             self._sweeper.cancel()
-        self._emptied.clear()
-        self._check_emptied()
+        self._all_closed.clear()
+        self._check_all_closed()
         try:
             async with asyncio.timeout(timeout):
-                await self._emptied.wait()
+                await self._all_closed.wait()
         except TimeoutError:
-            logger.warning("%d connections to server %s were still in use", len(self._live), self.server.name)
+            logger.warning(
+                "%d connections to server %s were still in use", len(self._driver_connections), self.server.name
+            )
         self._closed = True
-        for raw in list(self._live):
-            raw.terminate()
+        for driver_connection in list(self._driver_connections):
+            driver_connection.terminate()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _check_emptied(self) -> None:
+    def _check_all_closed(self) -> None:
         if self.budget.open == 0:
-            self._emptied.set()
+            self._all_closed.set()
 
 
 def _concerns_password(error: LoginRefusedError | SecretError) -> bool:
@@ -339,4 +341,4 @@ def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args
         logger.debug("a connection outlived its event loop")
 
 
-__all__ = ["CLOSE_SECONDS", "COMPILED_STATEMENTS", "Connector", "Record"]
+__all__ = ["COMPILED_STATEMENTS", "Connector", "Record"]

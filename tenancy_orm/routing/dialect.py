@@ -13,9 +13,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from ..errors import ConfigurationError, ServerUnavailableError
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from .connection import Raw, TenantExecutionContext
-from .servers import Server, close, without_frames
+from .connection import TenantExecutionContext
+from .servers import CLOSE_SECONDS, Server, clear_tracebacks
 from .settings import default_schema
 
 Spawn: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]"
@@ -49,13 +51,15 @@ class SharedDialect:
     def __init__(self, server: Server, spawn: Spawn) -> None:
         self._server = server
         self._spawn = spawn
-        self._seed = create_async_engine("postgresql+asyncpg://", poolclass=_SeedPool, async_creator=self._give_first)
-        self.dialect = self._seed.sync_engine.dialect
+        self._seed_engine = create_async_engine(
+            "postgresql+asyncpg://", poolclass=_SeedPool, async_creator=self._return_seed_connection
+        )
+        self.dialect = self._seed_engine.sync_engine.dialect
         self.dialect.execution_ctx_cls = TenantExecutionContext
         self.on_connect = self.dialect.on_connect()
         self.ready = False
-        self._first: Raw | None = None
-        self._reading: asyncio.Task[Raw] | None = None
+        self._seed_connection: Connection | None = None
+        self._reading: asyncio.Task[Connection] | None = None
         self._initialising: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
@@ -83,31 +87,31 @@ class SharedDialect:
         if not self.ready and self._initialising is not None:
             await asyncio.shield(self._initialising)
 
-    async def _read(self) -> Raw:
+    async def _read(self) -> Connection:
         with self._as_unavailable():
-            connection: Raw = await self._server.connect_admin()
+            connection: Connection = await self._server.connect_admin()
             try:
                 async with asyncio.timeout(self._server.connect_timeout):
                     await self._server.read_settings(connection)
-                    await self._put_on(connection)
+                    await self._apply_settings(connection)
             except BaseException:
                 connection.terminate()
                 raise
             return connection
 
-    async def _initialise(self, reading: asyncio.Task[Raw]) -> None:
+    async def _initialise(self, reading: asyncio.Task[Connection]) -> None:
         connection = await reading
         try:
             with self._as_unavailable():
                 async with asyncio.timeout(self._server.connect_timeout):
-                    await self._ask(connection)
+                    await self._initialise_dialect(connection)
         except BaseException:
             connection.terminate()
             raise
         self.ready = True
-        await close(connection)
+        await connections.close(connection, timeout=CLOSE_SECONDS)
 
-    async def _put_on(self, connection: Raw) -> None:
+    async def _apply_settings(self, connection: Connection) -> None:
         """Give the connection the settings that tenants' connections start with.
 
         In a transaction, so that nothing of it stays behind on a connection of a pooler's.
@@ -117,17 +121,17 @@ class SharedDialect:
         await connection.transaction(isolation=isolation).start()
         await self._set(connection, settings)
 
-    async def _ask(self, connection: Raw) -> None:
+    async def _initialise_dialect(self, connection: Connection) -> None:
         """Let the dialect ask. The transaction ends with the connection."""
-        self._first = connection
+        self._seed_connection = connection
         try:
-            (await self._seed.raw_connection()).detach()
+            (await self._seed_engine.raw_connection()).detach()
         finally:
-            self._first = None
+            self._seed_connection = None
         # where tenants' tables are: the database that was asked need not have that schema
         self.dialect.default_schema_name = default_schema(self._server.session_settings["search_path"])
 
-    async def _set(self, connection: Raw, settings: Mapping[str, str]) -> None:
+    async def _set(self, connection: Connection, settings: Mapping[str, str]) -> None:
         try:
             await connection.execute(_SET, list(settings), list(settings.values()))
         except asyncpg.PostgresError as exc:
@@ -138,8 +142,8 @@ class SharedDialect:
                 + ", ".join(self._server.further_settings)
             ) from exc
 
-    async def _give_first(self) -> Raw | None:
-        return self._first
+    async def _return_seed_connection(self) -> Connection | None:
+        return self._seed_connection
 
     @contextmanager
     def _as_unavailable(self) -> Iterator[None]:
@@ -149,7 +153,7 @@ class SharedDialect:
         except (*SERVER_FAILURES, DBAPIError) as exc:
             cause = exc.orig if isinstance(exc, DBAPIError) else exc
             sqlstate = getattr(cause, "sqlstate", None)
-            raise ServerUnavailableError(server=self._server.name, sqlstate=sqlstate) from without_frames(exc)
+            raise ServerUnavailableError(server=self._server.name, sqlstate=sqlstate) from clear_tracebacks(exc)
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

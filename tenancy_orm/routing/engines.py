@@ -53,11 +53,11 @@ class Entry:
         assert isinstance(pool, TenantPool)  # noqa: S101 - for the type checker: nothing else makes pools here
         return pool
 
-    def tell_refusal(self, error: CrossTenantError) -> None:
+    def report_refusal(self, error: CrossTenantError) -> None:
         """Tell that the guard of a session refused something."""
         self.pool.route.report_incident(error)
 
-    def serves(self, tenant: Tenant) -> bool:
+    def matches(self, tenant: Tenant) -> bool:
         """Whether it was made for this placement, this password and this slug."""
         mine, other = self.placement, tenant.placement
         return (mine is other or mine == other) and self.owner[1] == tenant.slug
@@ -102,7 +102,7 @@ class EngineCache:
         if get_ident() != self.home.thread:
             self.home.check()
         entry = self._entries.get(tenant.id)
-        if entry is None or not entry.serves(tenant):
+        if entry is None or not entry.matches(tenant):
             entry = self._make(tenant)
         elif not entry.leases:
             del self._unleased[tenant.id]

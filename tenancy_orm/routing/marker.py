@@ -7,12 +7,10 @@ is made, before anything else uses that connection.
 
 from __future__ import annotations
 
-from typing import Any
 from uuid import UUID
 
-import asyncpg
-
 from ..errors import MarkerMismatchError
+from ..postgres.connections import Connection
 from ..postgres.quoting import quote_literal
 
 # Everything is qualified: a role can set its own search_path. Nothing is bound: a statement without parameters goes by
@@ -35,9 +33,7 @@ def marker_text(installation: UUID, tenant_id: UUID) -> str:
     return f"tenancy:{installation}:{tenant_id}"
 
 
-async def verify(
-    connection: asyncpg.Connection[Any], installation: UUID, tenant_id: UUID, *, tenant: str | None = None
-) -> None:
+async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *, tenant: str | None = None) -> None:
     """Check that a connection leads to a tenant's own database.
 
     Args:

@@ -99,10 +99,10 @@ class TenantPool(Pool):
             record = self._take()
             if record is None:
                 break
-            if not cast("TenantConnection", record.dbapi_connection).heard or self._still_alive(record):
+            if not cast("TenantConnection", record.dbapi_connection).has_unread_data or self._still_alive(record):
                 return record
             self.discard(record)
-        return await_(self._obtain())
+        return await_(self._acquire())
 
     def _take(self) -> Record | None:
         """Take an idle connection that is neither too old nor known to be closed."""
@@ -121,13 +121,13 @@ class TenantPool(Pool):
         """Whether the unread data was something else than the server's farewell."""
         connection = cast("TenantConnection", record.dbapi_connection)
         try:
-            await_(connection.listen())
+            await_(connection.drain())
         except BaseException:
             self.discard(record)
             raise
         return connection.usable
 
-    async def _obtain(self) -> Record:
+    async def _acquire(self) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.
 
         Where the server or the tenant's role has too many connections (53300), which is no fault of this process
@@ -137,7 +137,7 @@ class TenantPool(Pool):
         deadline = now() + self.connector.checkout_timeout
         pause = _FIRST_PAUSE
         while True:
-            record = await self._slot(deadline)
+            record = await self._wait_for_slot(deadline)
             if record is not None:
                 return record
             try:
@@ -151,7 +151,7 @@ class TenantPool(Pool):
             if record is not None:
                 return record
 
-    async def _slot(self, deadline: float) -> Record | None:
+    async def _wait_for_slot(self, deadline: float) -> Record | None:
         """Reserve a slot (None), or get a connection that is returned before one is free."""
         while not self.connector.budget.reserve(self.share):
             record = await self._wait(deadline)
@@ -168,13 +168,13 @@ class TenantPool(Pool):
             async with asyncio.timeout_at(deadline):
                 return await waiter
         except TimeoutError:
-            self._give_up(waiter)
-            raise self._timed_out() from None
+            self._stop_waiting(waiter)
+            raise self._timeout_error() from None
         except BaseException:
-            self._give_up(waiter)
+            self._stop_waiting(waiter)
             raise
 
-    def _give_up(self, waiter: asyncio.Future[Record | None]) -> None:
+    def _stop_waiting(self, waiter: asyncio.Future[Record | None]) -> None:
         budget = self.connector.budget
         if not waiter.done() or waiter.cancelled():
             budget.withdraw(self.share, waiter)
@@ -184,7 +184,7 @@ class TenantPool(Pool):
         else:
             budget.failed(self.share)
 
-    def _timed_out(self) -> CheckoutTimeoutError:
+    def _timeout_error(self) -> CheckoutTimeoutError:
         connector, budget = self.connector, self.connector.budget
         mine = self.share.account.open >= budget.per_tenant
         if connector.events.has_subscribers(CheckoutTimedOut):
@@ -208,10 +208,10 @@ class TenantPool(Pool):
         try:
             return cast("Record", await asyncio.shield(task))
         except asyncio.CancelledError:
-            task.add_done_callback(self._keep)
+            task.add_done_callback(self._return_unclaimed)
             raise
 
-    def _keep(self, task: asyncio.Task[Record]) -> None:
+    def _return_unclaimed(self, task: asyncio.Task[Record]) -> None:
         """Keep the connection that a cancelled caller had asked for."""
         if task.cancelled():
             return
@@ -231,7 +231,7 @@ class TenantPool(Pool):
         elif self.connector.full_reset:
             self.connector.spawn(self._reset(record))
         else:
-            self._rest(record)
+            self._return_idle(record)
 
     async def _reset(self, record: Record) -> None:
         connection = cast("TenantConnection", record.dbapi_connection)
@@ -245,11 +245,11 @@ class TenantPool(Pool):
             if self.retired:
                 self.discard(record)
             else:
-                self._rest(record)
+                self._return_idle(record)
 
-    def _rest(self, record: Record) -> None:
+    def _return_idle(self, record: Record) -> None:
         self.connector.budget.put(self.share, record, time.monotonic())
-        self.connector.watch_idle()
+        self.connector.schedule_sweep()
 
     def _reusable(self, record: Record) -> bool:
         connection = cast("TenantConnection", record.dbapi_connection)
@@ -267,7 +267,7 @@ class TenantPool(Pool):
     def retire(self) -> None:
         """Close what is idle now, and what is busy when it is returned."""
         self.retired = True
-        for record in self.connector.budget.drain(self.share):
+        for record in self.connector.budget.take_idle(self.share):
             self.discard(record)
 
     def dispose(self) -> None:

@@ -19,6 +19,8 @@ from ..config.sections import ROLE_SETTINGS
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
 from ..loops import HomeLoop
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Placement
 from .settings import BOUNDS, named_in_url, read_settings, without
@@ -32,7 +34,9 @@ _AWAY = ("08", "53", "57P")
 # these concern the client's caches, and asyncpg's URL does not know them
 _CLIENT_OPTIONS = ("statement_cache_size", "prepared_statement_cache_size")
 _DEFAULT_PORT = 5432
-_CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 2.0
+"""How long closing a connection may take; then its socket is cut."""
+
 PEER_SECONDS = 30
 """How long the other side of a tenant's connection may leave what was sent to it unacknowledged."""
 
@@ -128,7 +132,7 @@ class Server:
         role: str | None = None,
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
-    ) -> asyncpg.Connection[Any]:
+    ) -> Connection:
         """Log in as the administrator. These connections are no part of the budget; the caller closes them.
 
         Args:
@@ -156,12 +160,12 @@ class Server:
                 **self._driver_options,
             )
         except asyncpg.PostgresError as exc:
-            without_frames(exc)
+            clear_tracebacks(exc)
             if not (exc.sqlstate or "").startswith(_AWAY):
                 raise
             raise ServerUnavailableError(server=self.name, sqlstate=exc.sqlstate) from exc
         except SERVER_FAILURES as exc:
-            raise ServerUnavailableError(server=self.name) from without_frames(exc)
+            raise ServerUnavailableError(server=self.name) from clear_tracebacks(exc)
 
     async def connect_tenant(
         self,
@@ -212,8 +216,8 @@ class Server:
                     raise
                 connection = await connect(self._without_pins())
         except SERVER_FAILURES as exc:
-            raise self.unavailable(exc, tenant=label) from without_frames(exc)
-        notice_a_dead_peer(connection)
+            raise self.unavailable(exc, tenant=label) from clear_tracebacks(exc)
+        set_keepalive(connection)
         return connection
 
     def _without_pins(self) -> Mapping[str, str]:
@@ -229,7 +233,7 @@ class Server:
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
-    async def read_settings(self, connection: asyncpg.Connection[Any]) -> None:
+    async def read_settings(self, connection: Connection) -> None:
         """Read by an administrative connection what tenants' connections start with: ``session_settings``, when known.
 
         Raises:
@@ -258,12 +262,12 @@ class Server:
                 async with asyncio.timeout(self.connect_timeout):
                     await self.read_settings(connection)
             finally:
-                await close(connection)
+                await connections.close(connection, timeout=CLOSE_SECONDS)
         except SERVER_FAILURES as exc:
             # no refusal of the tenant that a connection is for
-            raise ServerUnavailableError(server=self.name, sqlstate=getattr(exc, "sqlstate", None)) from without_frames(
-                exc
-            )
+            raise ServerUnavailableError(
+                server=self.name, sqlstate=getattr(exc, "sqlstate", None)
+            ) from clear_tracebacks(exc)
 
     async def _renew_settings(self) -> None:
         try:
@@ -310,10 +314,12 @@ class Server:
                 **options,
             )
         except asyncpg.exceptions.ClientConfigurationError as exc:
-            raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from without_frames(exc)
+            raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from clear_tracebacks(
+                exc
+            )
         except BaseException as exc:
             # a cancellation or a deadline too: whatever ends a connect ends in frames that hold the password
-            without_frames(exc)
+            clear_tracebacks(exc)
             raise
 
     def _admin_password(self) -> str:
@@ -321,15 +327,7 @@ class Server:
         return str(self.url.password or "")
 
 
-async def close(connection: asyncpg.Connection[Any]) -> None:
-    """Close a connection, politely where that does not take long."""
-    try:
-        await connection.close(timeout=_CLOSE_SECONDS)
-    except SERVER_FAILURES:
-        connection.terminate()
-
-
-def notice_a_dead_peer(connection: asyncpg.Connection[Any]) -> None:
+def set_keepalive(connection: Connection) -> None:
     """Have the kernel end a connection whose other side no longer answers, within about ``PEER_SECONDS``.
 
     A long statement is not affected, as long as the server's machine acknowledges. Without this, what was sent to a
@@ -353,7 +351,7 @@ def notice_a_dead_peer(connection: asyncpg.Connection[Any]) -> None:
 E = TypeVar("E", bound=BaseException)
 
 
-def without_frames(error: E) -> E:
+def clear_tracebacks(error: E) -> E:
     """Drop the tracebacks of ``error`` and of its causes: asyncpg's frames hold the password in local variables."""
     cause: BaseException | None = error
     while cause is not None:

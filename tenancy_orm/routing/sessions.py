@@ -72,7 +72,7 @@ class Router:
         }
         self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
 
-    def session(self, tenant: Tenant, **options: Any) -> SessionScope:
+    def session(self, tenant: Tenant, **options: Any) -> SessionContext:
         """Open a session on a tenant's database: ``async with router.session(tenant) as session``.
 
         Args:
@@ -88,16 +88,16 @@ class Router:
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
         refuse_other_tenant(tenant)
-        return SessionScope(self._cache, tenant, options)
+        return SessionContext(self._cache, tenant, options)
 
-    def connection(self, tenant: Tenant) -> ConnectionScope:
+    def connection(self, tenant: Tenant) -> ConnectionContext:
         """Check out a connection, without a session: ``async with router.connection(tenant) as connection``.
 
         Raises:
             TenancyError: as ``session``, all on entering.
         """
         refuse_other_tenant(tenant)
-        return ConnectionScope(self._cache, tenant)
+        return ConnectionContext(self._cache, tenant)
 
     def lease(self, tenant: Tenant) -> Lease:
         """Hold a tenant's engine: ``async with router.lease(tenant) as engine``. Sessions made from it have no guard.
@@ -135,7 +135,7 @@ class Router:
             raise UnknownServerError(server) from None
 
 
-class SessionScope:
+class SessionContext:
     """``async with router.session(tenant)``: a lease, and an ``AsyncSession`` within."""
 
     __slots__ = ("_cache", "_entry", "_options", "_session", "_tenant")
@@ -187,7 +187,7 @@ def _open_plain_session(entry: Entry) -> AsyncSession:
         sync_session_class=TenantSession,
         expire_on_commit=False,
         tenant=entry.owner,
-        on_refusal=entry.tell_refusal,
+        on_refusal=entry.report_refusal,
     )
 
 
@@ -203,12 +203,12 @@ def _open_session(entry: Entry, options: dict[str, Any]) -> AsyncSession:
         entry.engine,
         sync_session_class=session_class,
         tenant=entry.owner,
-        on_refusal=entry.tell_refusal,
+        on_refusal=entry.report_refusal,
         **options,
     )
 
 
-class ConnectionScope:
+class ConnectionContext:
     """``async with router.connection(tenant)``: a lease, and an ``AsyncConnection`` within."""
 
     __slots__ = ("_cache", "_connection", "_entry", "_tenant")
@@ -243,4 +243,4 @@ class ConnectionScope:
             self._cache.release(entry)
 
 
-__all__ = ["CLOSE_SECONDS", "ConnectionScope", "Router", "RoutingStatistics", "SessionScope"]
+__all__ = ["CLOSE_SECONDS", "ConnectionContext", "Router", "RoutingStatistics", "SessionContext"]

@@ -21,10 +21,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 from sqlalchemy.engine import URL
+
+from ..postgres.connections import Connection
 
 PINNED: Final = frozenset(
     {
@@ -86,7 +88,7 @@ _READ_FILES = "SELECT f.name, f.setting FROM pg_catalog.pg_file_settings AS f WH
 _IDENTIFIER = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",\s][^",]*?))\s*(?:,|$)')
 
 
-async def read_settings(connection: asyncpg.Connection[Any], bounds: Mapping[str, str]) -> dict[str, str]:
+async def read_settings(connection: Connection, bounds: Mapping[str, str]) -> dict[str, str]:
     """Read the server's own values of what is pinned.
 
     Args:
@@ -113,7 +115,7 @@ async def read_settings(connection: asyncpg.Connection[Any], bounds: Mapping[str
     return values
 
 
-async def _read_files(connection: asyncpg.Connection[Any], names: set[str]) -> dict[str, str]:
+async def _read_files(connection: Connection, names: set[str]) -> dict[str, str]:
     """What the configuration files say of settings that the administrator's role or database hides."""
     try:
         rows = await connection.fetch(_READ_FILES)

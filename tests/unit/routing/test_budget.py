@@ -269,7 +269,7 @@ def test_what_rested_too_long_is_found() -> None:
     for share, name, now in ((a, "old", 1.0), (a, "new", 5.0), (b, "older", 0.5)):
         connect(budget, share)
         budget.put(share, name, now)
-    assert sorted(item for _, item in budget.expired(2.0)) == ["old", "older"]
+    assert sorted(item for _, item in budget.take_expired(2.0)) == ["old", "older"]
     assert budget.statistics().idle == 1
 
 
@@ -354,7 +354,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @rule(age=st.floats(0, 5))
     def expire(self, age: float) -> None:
-        for share, _ in self.budget.expired(self.now - age):
+        for share, _ in self.budget.take_expired(self.now - age):
             self.budget.discard(share)
             self.closing.append(share)
 
