@@ -51,7 +51,7 @@ async def block(connection: Connection, blockers: Blockers, *, database: str, ro
         raise TimeoutError(f"the role's {', '.join(left)} could not be ended in time") from exc
 
 
-async def admit(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
+async def unblock(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
     """Let a role log in again, to its own database.
 
     Raises:

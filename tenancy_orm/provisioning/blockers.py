@@ -49,9 +49,9 @@ _TOLERATED = 3
 _RACES = frozenset({CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE})
 _RETRY_SECONDS = 0.5  # after an error of the watching connection itself
 # How many databases are tried at once where one does not admit the administrator; and the others, so much later.
-_FIRST_DOORS = 3
-_DOORS = 11
-_DOOR_SECONDS = 1.0
+_FIRST_DATABASES = 3
+_MAX_DATABASES = 11
+_FIRST_SECONDS = 1.0
 
 # Whoever keeps $1 waiting, and whoever keeps those waiting: a stranger's session may itself wait for a tenant's.
 _CHAIN = """
@@ -90,8 +90,8 @@ WHERE starts_with(x.owner::text, $2)
 # A role that may not drop a database still queues for the lock on it, ahead of everybody who then wants to connect.
 # What it waits for is another lock on that database, which a role has no honest reason to hold unless it is its own.
 # Object 0 is no database: a commit that sends notifications locks it, and others wait for it in turn.
-_AT_DOORS = """
-WITH doors AS MATERIALIZED (
+_LOGIN_BLOCKERS = """
+WITH database_locks AS MATERIALIZED (
     SELECT pid, objid, mode, granted FROM pg_locks
     WHERE locktype = 'object' AND classid = 'pg_database'::regclass AND objid <> 0
 )
@@ -100,15 +100,15 @@ SELECT a.pid, a.usename::text AS role,
        extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS open_seconds
 FROM pg_stat_activity a
 WHERE starts_with(a.usename::text, $1) AND EXISTS (
-    SELECT FROM doors d WHERE d.pid = a.pid AND (
+    SELECT FROM database_locks d WHERE d.pid = a.pid AND (
         (NOT d.granted AND d.mode = 'AccessExclusiveLock')
         OR (d.granted AND d.objid <> a.datid
-            AND EXISTS (SELECT FROM doors w WHERE w.objid = d.objid AND NOT w.granted))))
+            AND EXISTS (SELECT FROM database_locks w WHERE w.objid = d.objid AND NOT w.granted))))
 """
 
 
 @dataclass(frozen=True, slots=True)
-class DoorHolder:
+class LoginBlocker:
     """A session that was ended, since it kept others from connecting to a database: its role, and what it had."""
 
     pid: int
@@ -171,7 +171,7 @@ class Blockers:
     async def ending(self, connection: Connection, *, patience: float = PATIENCE_SECONDS) -> AsyncIterator[None]:
         """While the body runs, end what keeps ``connection`` waiting for longer than ``patience`` seconds."""
         pid = connection.get_server_pid()
-        async with _later(patience, lambda: self._watch(pid)):
+        async with _after_delay(patience, lambda: self._watch(pid)):
             yield
 
     async def connect(
@@ -187,13 +187,13 @@ class Blockers:
         Raises:
             ServerUnavailableError, asyncpg.PostgresError: as there.
         """
-        async with self.admitting():
+        async with self.unblocking_logins():
             return await self._server.connect_admin(database, role=role, settings=settings, timeout=timeout)
 
     @asynccontextmanager
-    async def admitting(self) -> AsyncIterator[None]:
+    async def unblocking_logins(self) -> AsyncIterator[None]:
         """While the body logs in to this server, as whatever role, end what keeps logins waiting."""
-        async with _later(LOGIN_PATIENCE_SECONDS, self._open_the_door):
+        async with _after_delay(LOGIN_PATIENCE_SECONDS, self._end_login_blockers_repeatedly):
             yield
 
     async def roll_back(self, transaction: PreparedTransaction) -> None:
@@ -217,7 +217,7 @@ class Blockers:
         finally:
             await connections.close(connection)
 
-    async def clear_doors(self, connection: Connection) -> list[DoorHolder]:
+    async def end_login_blockers(self, connection: Connection) -> list[LoginBlocker]:
         """End the sessions of tenants that wait to drop or rename a database, which they may not do.
 
         Until such a session ends, everybody else who wants to connect to that database waits behind it. What it waits
@@ -226,9 +226,9 @@ class Blockers:
         Args:
             connection: To any database of the server.
         """
-        rows = await connection.fetch(_AT_DOORS, self._names.tenant_stem)
+        rows = await connection.fetch(_LOGIN_BLOCKERS, self._names.tenant_stem)
         ended = await self._end_sessions(connection, [(row["pid"], row["role"]) for row in rows])
-        return [DoorHolder(**row) for row in rows if row["role"] in ended]
+        return [LoginBlocker(**row) for row in rows if row["role"] in ended]
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class Blockers:
     async def _end_blockers(self, connection: Connection, pid: int) -> None:
         await self._end_sessions(connection, await connection.fetch(_SESSIONS, pid, self._names.tenant_stem))
         for gid, role, database in await connection.fetch(_PREPARED, pid, self._names.tenant_stem):
-            await run_to_completion(_in_time(self.roll_back(PreparedTransaction(gid, role, database))))
+            await run_to_completion(_with_timeout(self.roll_back(PreparedTransaction(gid, role, database))))
 
     async def _end_sessions(self, connection: Connection, found: Iterable[tuple[int, str]]) -> set[str]:
         """End sessions, each given by its pid and role; returns the roles that had any."""
@@ -261,51 +261,54 @@ class Blockers:
             pids.setdefault(role, []).append(pid)
         for role, of_role in pids.items():
             logger.warning("role %s keeps administration waiting: ending %d of its connections", role, len(of_role))
-            if await run_to_completion(_in_time(roles.end_connections(connection, role, of_role))):
+            if await run_to_completion(_with_timeout(roles.end_connections(connection, role, of_role))):
                 ended.add(role)
         return ended
 
     # --- logging in -------------------------------------------------------------------------------------------------
 
-    async def _open_the_door(self) -> None:
+    async def _end_login_blockers_repeatedly(self) -> None:
         """End what keeps a login waiting, from a database that is not blocked, until cancelled."""
         try:
-            connection = await self._enter_anywhere()
+            connection = await self._connect_anywhere()
             try:
                 while True:
-                    await self.clear_doors(connection)
+                    await self.end_login_blockers(connection)
                     await asyncio.sleep(POLL_SECONDS)
             finally:
                 await connections.close(connection)
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.warning("no login to server %s: %s: %s", self._server.name, type(exc).__name__, exc)
 
-    async def _enter_anywhere(self) -> Connection:
+    async def _connect_anywhere(self) -> Connection:
         """Log in to whichever database admits the administrator first: a tenant can block only a few."""
         try:
             known = sorted(await self._registry.database_names(self._server.name))
         except TenancyError:
             known = []  # the control database is on the same server, perhaps, and blocked as well
         # the one that an attacker expects least comes first
-        sample = random.sample(known, min(len(known), _DOORS - 3))
-        doors = [*sample[:1], "postgres", None, "template1", *sample[1:]]
+        sample = random.sample(known, min(len(known), _MAX_DATABASES - 3))
+        candidates = [*sample[:1], "postgres", None, "template1", *sample[1:]]
         waiting: set[asyncio.Future[Connection]] = set()
         attempts: list[asyncio.Future[Connection]] = []
-        entered: Connection | None = None
+        connected: Connection | None = None
         try:
-            for tried, seconds in ((doors[:_FIRST_DOORS], _DOOR_SECONDS), (doors[_FIRST_DOORS:], None)):
-                begun = [asyncio.ensure_future(self._server.connect_admin(door)) for door in tried]
+            for tried, seconds in (
+                (candidates[:_FIRST_DATABASES], _FIRST_SECONDS),
+                (candidates[_FIRST_DATABASES:], None),
+            ):
+                begun = [asyncio.ensure_future(self._server.connect_admin(candidate)) for candidate in tried]
                 attempts.extend(begun)
-                entered, waiting = await _first(waiting.union(begun), seconds)
-                if entered is not None:
-                    return entered
+                connected, waiting = await _first_connected(waiting.union(begun), seconds)
+                if connected is not None:
+                    return connected
         finally:
             for attempt in attempts:
-                _abandon(attempt, keep=entered)
+                _discard_login(attempt, keep=connected)
         raise ConnectionError("no database admits the administrator")
 
 
-async def _first(
+async def _first_connected(
     attempts: set[asyncio.Future[Connection]], seconds: float | None
 ) -> tuple[Connection | None, set[asyncio.Future[Connection]]]:
     """The first connection that an attempt leads to, if one does within some seconds; and the attempts under way."""
@@ -322,7 +325,7 @@ async def _first(
 
 
 @asynccontextmanager
-async def _later(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+async def _after_delay(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """Have a task do ``work`` beside the body, from some seconds on until the body ends."""
     loop = asyncio.get_running_loop()
     begun: list[asyncio.Task[None]] = []
@@ -336,7 +339,7 @@ async def _later(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) 
             await asyncio.wait((task,))
 
 
-def _abandon(login: asyncio.Future[Connection], *, keep: Connection | None = None) -> None:
+def _discard_login(login: asyncio.Future[Connection], *, keep: Connection | None = None) -> None:
     """Give up a login, or close at once what it has led to."""
 
     def close(done: asyncio.Future[Connection]) -> None:
@@ -347,7 +350,7 @@ def _abandon(login: asyncio.Future[Connection], *, keep: Connection | None = Non
     login.add_done_callback(close)
 
 
-async def _in_time(work: Awaitable[T]) -> T:
+async def _with_timeout(work: Awaitable[T]) -> T:
     """Bound work that a cancellation does not cut in half."""
     async with asyncio.timeout(connections.CLOSE_SECONDS):
         return await work

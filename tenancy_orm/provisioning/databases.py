@@ -49,8 +49,8 @@ async def create(
         template: What it is cloned from.
         owner: Its owner.
         strategy: See ``Strategy``. PostgreSQL 14 has FILE_COPY only.
-        open_to_connections: False keeps everybody out, until ``admit``: PUBLIC may CONNECT to every new database, and
-            a connection made in the moment before the REVOKE would outlive it.
+        open_to_connections: False lets nobody connect before ``open_to_role``. PUBLIC may CONNECT to every new
+            database, and a connection made before the REVOKE would outlive it.
 
     Raises:
         DatabaseExistsError: there is a database of that name.
@@ -107,7 +107,7 @@ async def states(connection: Connection, stem: str) -> list[DatabaseState]:
     return [DatabaseState(*row) for row in rows]
 
 
-async def admit(connection: Connection, name: str, *, role: str) -> None:
+async def open_to_role(connection: Connection, name: str, *, role: str) -> None:
     """Open a new database to its tenant's role and to nobody else, in one transaction.
 
     A revoke on a template is not copied to its clones, so each database needs its own. The commit is not flushed by
@@ -122,7 +122,7 @@ async def admit(connection: Connection, name: str, *, role: str) -> None:
     )
 
 
-async def admit_owner(connection: Connection, name: str) -> None:
+async def open_to_owner(connection: Connection, name: str) -> None:
     """Open a new database to its owner and the administrator, and to nobody else, in one transaction."""
     database = quote_identifier(name)
     await execute_unflushed(
@@ -158,7 +158,7 @@ async def is_open_to_public(connection: Connection, name: str) -> bool:
     return bool(await connection.fetchval(query, name))
 
 
-async def seal(connection: Connection, name: str, *, comment: str) -> None:
+async def complete_template(connection: Connection, name: str, *, comment: str) -> None:
     """Declare a template complete, as the last thing ever done to it.
 
     Nobody can connect to it afterwards, so that no stray connection fails a clone (55006, after 5 s).

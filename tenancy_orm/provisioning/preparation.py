@@ -64,7 +64,7 @@ async def prepare(
             await _prepare_owner(connection, owner)
             for name, users in (await _databases_to_close(connection, control)).items():
                 await _retry(partial(_close, connection, server.name, name, users))
-            settings = await role_settings.wanted(connection, configured)
+            settings = await role_settings.resolve(connection, configured)
             await role_settings.warn(connection, server.name, settings)
             await role_settings.verify(connection, server.name, settings)
             return settings

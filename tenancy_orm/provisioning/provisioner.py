@@ -31,10 +31,10 @@ from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
 from ..tenant import Placement, Tenant
 from . import access, removal
-from .administration import Administration
+from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .databases import Strategy
-from .pipeline import Creation, Parts, describe, tenant_key
+from .pipeline import Creation, ProvisioningServices, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
 from .role_settings import RoleSettings
@@ -68,12 +68,12 @@ class Provisioner:
         self._home = HomeLoop()
         blockers = partial(Blockers, names=names, registry=registry)
         self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers)
-        self._administration = Administration(blockers, keep=config.provisioning.concurrency)
-        self._parts = Parts(
+        self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
+        self._services = ProvisioningServices(
             config=config,
             registry=registry,
             servers=servers,
-            administration=self._administration,
+            admin_connections=self._admin_connections,
             names=names,
             keyring=keyring,
             installation=control.installation,
@@ -81,7 +81,7 @@ class Provisioner:
             events=events,
             blockers=blockers,
         )
-        self.watchdog = Watchdog(self._parts)
+        self.watchdog = Watchdog(self._services)
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provisioning.concurrency)
         )
@@ -92,7 +92,7 @@ class Provisioner:
 
     @property
     def _timeout(self) -> float:
-        return self._parts.config.provisioning.timeout
+        return self._services.config.provisioning.timeout
 
     # --- servers and templates --------------------------------------------------------------------------------------
 
@@ -109,15 +109,15 @@ class Provisioner:
         """
         refuse_while_bound("preparing a server")
         self._home.check()
-        server = self._parts.servers[name]
+        server = self._services.servers[name]
         async with self._preparing[name]:
             try:
                 self._prepared[name] = await prepare(
                     server,
-                    self._parts.blockers(server),
+                    self._services.blockers(server),
                     owner=self.names.owner,
                     control=self._control,
-                    configured=self._parts.config.provisioning.role_settings,
+                    configured=self._services.config.provisioning.role_settings,
                     timeout=self._timeout,
                 )
             except TenancyError:
@@ -137,7 +137,7 @@ class Provisioner:
             UnknownServerError, ServerUnavailableError: as ``prepare_server``.
         """
         refuse_while_bound("building a template")
-        return await self._templates.ensure(await self._ready(server))
+        return await self._templates.ensure(await self._prepared_server(server))
 
     def scratch(self, server: str) -> AbstractAsyncContextManager[str]:
         """Clone the template to a short-lived database: ``async with provisioner.scratch("default") as name``.
@@ -148,7 +148,7 @@ class Provisioner:
             TemplateError: the template could not be built or cloned.
         """
         refuse_while_bound("cloning a template")
-        return self._templates.scratch(lambda: self._ready(server))
+        return self._templates.scratch(lambda: self._prepared_server(server))
 
     async def connect_admin(
         self,
@@ -172,15 +172,15 @@ class Provisioner:
             UnknownServerError: no such server is configured.
             ServerUnavailableError, asyncpg.PostgresError: as ``Server.connect_admin``.
         """
-        blockers = self._parts.blockers(self._parts.servers[server])
+        blockers = self._services.blockers(self._services.servers[server])
         return await blockers.connect(database, role=role, settings=settings, timeout=timeout)
 
-    async def _ready(self, name: str) -> Server:
+    async def _prepared_server(self, name: str) -> Server:
         """The server, prepared."""
         self._home.check()
         if name not in self._prepared:
             await self.prepare_server(name)
-        return self._parts.servers[name]
+        return self._services.servers[name]
 
     # --- tenants ----------------------------------------------------------------------------------------------------
 
@@ -213,11 +213,11 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
-        server = await self._ready(draft.server)
+        server = await self._prepared_server(draft.server)
         template = await self._templates.ensure(server)
         async with self._slots[draft.server]:
             creation = Creation(
-                self._parts,
+                self._services,
                 server,
                 template,
                 draft,
@@ -240,7 +240,7 @@ class Provisioner:
         refuse_other_tenant(tenant)
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
-        return self._parts.keyring.open_password(tenant.id, tenant.placement.sealed_password)
+        return self._services.keyring.open_password(tenant.id, tenant.placement.sealed_password)
 
     async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
         """Have PostgreSQL do by the tenant what the registry says now: its login, and its tier's connection limit.
@@ -263,17 +263,17 @@ class Provisioner:
     async def _align(self, tenant: Tenant, timeout: float) -> None:
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
-        server = self._parts.servers[tenant.placement.server]
+        server = self._services.servers[tenant.placement.server]
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
-                connection = await self._parts.blockers(server).connect()
+                connection = await self._services.blockers(server).connect()
                 try:
                     if not await locks.try_lock(connection, tenant_key(tenant.id)):
                         await self._block(connection, server, tenant, deadline=deadline)
                         await locks.lock(connection, tenant_key(tenant.id), timeout=timeout)
-                    current = await self._parts.registry.get(tenant.id)
-                    await align_role(self._parts, connection, current, deadline=deadline)
+                    current = await self._services.registry.get(tenant.id)
+                    await align_role(self._services, connection, current, deadline=deadline)
                 finally:
                     await connections.close(connection)
         except SERVER_FAILURES as exc:
@@ -289,9 +289,9 @@ class Provisioner:
 
         Should the tenant be admitted again at this very moment, what follows under the lock sets it right.
         """
-        current = await self._parts.registry.get(tenant.id)
+        current = await self._services.registry.get(tenant.id)
         if current.status in LOGIN_BLOCKED and current.placement is not None:
-            place, blockers = current.placement, self._parts.blockers(server)
+            place, blockers = current.placement, self._services.blockers(server)
             await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
 
     async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
@@ -310,9 +310,9 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_other_tenant(tenant)
-        placement = (await self._parts.registry.get(tenant.id)).placement
+        placement = (await self._services.registry.get(tenant.id)).placement
         if placement is None:
-            await self._parts.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
+            await self._services.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
             return
         async with self._slots[placement.server]:
             try:
@@ -329,22 +329,22 @@ class Provisioner:
     async def _purge(
         self, tenant_id: UUID, placement: Placement, deadline: float, listed: Tenant | None, actor: Actor
     ) -> None:
-        server, key = self._parts.servers[placement.server], tenant_key(tenant_id)
-        connection = await self._administration.acquire(server, key, timeout=self._timeout)
+        server, key = self._services.servers[placement.server], tenant_key(tenant_id)
+        connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
         try:
-            await self._parts.registry.begin_purge(tenant_id, listed=listed, actor=actor)
+            await self._services.registry.begin_purge(tenant_id, listed=listed, actor=actor)
             await removal.purge(
                 connection,
-                self._parts.blockers(server),
+                self._services.blockers(server),
                 self.names,
-                self._parts.registry,
+                self._services.registry,
                 tenant_id,
                 placement,
                 deadline=deadline,
                 actor=actor,
             )
         finally:
-            await run_to_completion(self._administration.release(server, connection, key))
+            await run_to_completion(self._admin_connections.release(server, connection, key))
 
     async def reconcile(self, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> ReconcileReport:
         """Finish or remove what interrupted creations and purges have left, on every server.
@@ -362,7 +362,7 @@ class Provisioner:
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("reconciling")
-        return await Reconciler(self._parts, actor=actor, drop_unknown=drop_unknown).run()
+        return await Reconciler(self._services, actor=actor, drop_unknown=drop_unknown).run()
 
     async def end_excessive_sessions(self, *, actor: Actor = SYSTEM) -> WatchReport:
         """End the sessions of tenants that would stop a server for others: see ``Watchdog``. Never raises for a server.
@@ -374,5 +374,5 @@ class Provisioner:
 
     async def close(self) -> None:
         """Close the administrative connections that are kept between creations, and the watchdog's."""
-        await self._administration.close()
+        await self._admin_connections.close()
         await self.watchdog.close()

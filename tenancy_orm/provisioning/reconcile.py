@@ -32,7 +32,7 @@ from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
 from . import access, databases, grants, removal, role_settings, roles
 from .blockers import Blockers
-from .pipeline import Parts, prove, tenant_key
+from .pipeline import ProvisioningServices, prove, tenant_key
 from .roles import RoleState
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -84,12 +84,12 @@ class _Findings:
 class Reconciler:
     """One run over every server."""
 
-    def __init__(self, parts: Parts, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> None:
-        self._parts = parts
+    def __init__(self, services: ProvisioningServices, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> None:
+        self._services = services
         self._actor = actor
         self._drop_unknown = drop_unknown
-        self._found = _Findings()
-        self._timeout = parts.config.provisioning.timeout
+        self._findings = _Findings()
+        self._timeout = services.config.provisioning.timeout
 
     async def run(self) -> ReconcileReport:
         """Look at everything, on all servers at once.
@@ -97,23 +97,23 @@ class Reconciler:
         Raises:
             ControlUnavailableError: the control database does not answer; nothing can be decided without it.
         """
-        unfinished = await self._parts.registry.unfinished()
-        by_server: dict[str, list[Unfinished]] = {name: [] for name in self._parts.servers}
+        unfinished = await self._services.registry.unfinished()
+        by_server: dict[str, list[Unfinished]] = {name: [] for name in self._services.servers}
         for one in unfinished:
             placement = one.tenant.placement
             if placement is None or placement.server not in by_server:
-                self._found.errors.append(f"{one.tenant.slug}: its server is not configured")
+                self._findings.errors.append(f"{one.tenant.slug}: its server is not configured")
                 continue
             by_server[placement.server].append(one)
-        visits = (self._attempt(name, partial(self._visit, name, found)) for name, found in by_server.items())
-        await asyncio.gather(*visits)
-        return self._found.report()
+        runs = (self._attempt(name, partial(self._reconcile_server, name, found)) for name, found in by_server.items())
+        await asyncio.gather(*runs)
+        return self._findings.report()
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout
 
     def _blockers(self, server: str) -> Blockers:
-        return self._parts.blockers(self._parts.servers[server])
+        return self._services.blockers(self._services.servers[server])
 
     async def _attempt(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do one piece of work; what it raises is reported and stops nothing else."""
@@ -122,7 +122,7 @@ class Reconciler:
         except (TenancyError, *SERVER_FAILURES) as exc:
             # OSError includes TimeoutError: a deadline was passed, or the server went away
             logger.warning("reconcile: %s: %s: %s", what, type(exc).__name__, exc)
-            self._found.errors.append(f"{what}: {type(exc).__name__}: {exc}")
+            self._findings.errors.append(f"{what}: {type(exc).__name__}: {exc}")
 
     async def _do(self, connection: Connection, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do one piece of a server's work within its deadline, and make sure that there can be a next one.
@@ -139,7 +139,7 @@ class Reconciler:
         if not await connections.is_alive(connection):
             raise ConnectionResetError("the connection was lost")
 
-    async def _visit(self, server: str, unfinished: list[Unfinished]) -> None:
+    async def _reconcile_server(self, server: str, unfinished: list[Unfinished]) -> None:
         connection = await self._blockers(server).connect()
         try:
             for one in unfinished:
@@ -153,7 +153,7 @@ class Reconciler:
             await connections.close(connection)
 
     @asynccontextmanager
-    async def _claimed(self, connection: Connection, key: int) -> AsyncIterator[bool]:
+    async def _try_locked(self, connection: Connection, key: int) -> AsyncIterator[bool]:
         """Whether the lock was free; it is held for the body then."""
         if not await locks.try_lock(connection, key):
             yield False
@@ -167,10 +167,10 @@ class Reconciler:
     # --- creations and purges ---------------------------------------------------------------------------------------
 
     async def _resume(self, connection: Connection, found: Unfinished) -> None:
-        async with self._claimed(connection, tenant_key(found.tenant.id)) as free:
+        async with self._try_locked(connection, tenant_key(found.tenant.id)) as free:
             if not free:
                 return  # under way
-            one = await self._parts.registry.find_unfinished(found.tenant.id)
+            one = await self._services.registry.find_unfinished(found.tenant.id)
             if one is None or one.tenant.placement is None:
                 return
             if one.kind == "purging":
@@ -184,7 +184,7 @@ class Reconciler:
         """Whether the last step succeeds now: it was begun, but nobody knows how it ended."""
         try:
             async with asyncio.timeout(self._timeout):
-                await connections.close(await prove(self._parts, tenant.id, tenant.slug, placement))
+                await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
         except (IsolationError, RoutingError, *SERVER_FAILURES) as exc:
             logger.info("tenant %s does not prove itself, and is removed: %s", tenant.slug, exc)
             return False
@@ -192,35 +192,37 @@ class Reconciler:
 
     async def _finish_creation(self, tenant: Tenant, placement: Placement) -> None:
         revision = await self._revision(placement)
-        await self._parts.registry.complete(tenant.id, revision=revision, key=None, actor=self._actor)
-        self._found.finished.append(tenant.slug)
+        await self._services.registry.complete(tenant.id, revision=revision, key=None, actor=self._actor)
+        self._findings.finished.append(tenant.slug)
         seconds = 0.0 if tenant.created_at is None else (datetime.now(UTC) - tenant.created_at).total_seconds()
-        self._parts.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
+        self._services.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
 
     async def _remove_creation(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
         await self._remove(connection, placement.server, placement.database, placement.role)
         error = "interrupted; removed by reconcile"
-        await self._parts.registry.discard(one.tenant.id, step=one.step or "registered", error=error, actor=self._actor)
-        self._found.removed.append(one.tenant.slug)
+        await self._services.registry.discard(
+            one.tenant.id, step=one.step or "registered", error=error, actor=self._actor
+        )
+        self._findings.removed.append(one.tenant.slug)
 
     async def _finish_purge(self, connection: Connection, tenant: Tenant, placement: Placement) -> None:
         await removal.purge(
             connection,
             self._blockers(placement.server),
-            self._parts.names,
-            self._parts.registry,
+            self._services.names,
+            self._services.registry,
             tenant.id,
             placement,
             deadline=self._deadline(),
             actor=self._actor,
         )
-        self._found.purged.append(tenant.slug)
-        self._parts.events.emit(TenantPurged(tenant_id=tenant.id, slug=tenant.slug))
+        self._findings.purged.append(tenant.slug)
+        self._services.events.emit(TenantPurged(tenant_id=tenant.id, slug=tenant.slug))
 
     async def _revision(self, placement: Placement) -> str | None:
         connection = await self._blockers(placement.server).connect(placement.database)
         try:
-            return await grants.revision(connection, self._parts.names.owner)
+            return await grants.revision(connection, self._services.names.owner)
         finally:
             await connections.close(connection)
 
@@ -228,7 +230,7 @@ class Reconciler:
         await removal.remove(
             connection,
             self._blockers(server),
-            self._parts.names,
+            self._services.names,
             database=database,
             role=role,
             deadline=self._deadline(),
@@ -238,19 +240,19 @@ class Reconciler:
 
     async def _drop_orphans(self, server: str, connection: Connection) -> None:
         """Drop databases and roles of tenants that the registry does not have, on any server."""
-        names = self._parts.names
+        names = self._services.names
         async with asyncio.timeout(self._timeout):
             present = {state.name for state in await databases.states(connection, names.stem)}
             present |= set(await roles.states(connection, names.stem))
         # in this order: a creation that begins now has its row before its database
-        known = await self._parts.registry.database_names(server)
+        known = await self._services.registry.database_names(server)
         for name in sorted(present - known):
             tenant_id = names.parse(name)
             if tenant_id is not None:
                 await self._do(connection, name, partial(self._drop_orphan, server, connection, name, tenant_id))
 
     async def _drop_orphan(self, server: str, connection: Connection, name: str, tenant_id: UUID) -> None:
-        async with self._claimed(connection, tenant_key(tenant_id)) as free:
+        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
             status = await self._status(tenant_id)
             if not free or status not in (None, Status.PURGED):
                 return
@@ -262,113 +264,115 @@ class Reconciler:
                     name,
                     server,
                 )
-                self._found.unknown.append(name)
+                self._findings.unknown.append(name)
                 return
             await self._remove(connection, server, name, name)
-            self._found.orphans.append(name)
+            self._findings.orphans.append(name)
 
     async def _status(self, tenant_id: UUID) -> Status | None:
         """The tenant's status, on whatever server it is; None where the registry never heard of it."""
         try:
-            return (await self._parts.registry.get(tenant_id)).status
+            return (await self._services.registry.get(tenant_id)).status
         except TenantNotFoundError:
             return None
 
     async def _drop_retired(self, server: str, connection: Connection) -> None:
         """Drop the roles of purged tenants that could not be dropped then."""
         async with asyncio.timeout(self._timeout):
-            found = await roles.states(connection, self._parts.names.retired(""))
+            found = await roles.states(connection, self._services.names.retired(""))
         for name in found:
             await self._do(connection, name, partial(self._drop_retired_role, server, connection, name))
 
     async def _drop_retired_role(self, server: str, connection: Connection, name: str) -> None:
-        await removal.drop_retired(connection, self._blockers(server), self._parts.names, name)
-        self._found.orphans.append(name)
+        await removal.drop_retired(connection, self._blockers(server), self._services.names, name)
+        self._findings.orphans.append(name)
 
     async def _drop_leftovers(self, server: str, connection: Connection) -> None:
-        """Drop parts of templates, and scratch databases, whose makers are gone."""
-        stems = (self._parts.names.template(""), self._parts.names.scratch(""))
+        """Drop partial templates and scratch databases that no process is using."""
+        stems = (self._services.names.template(""), self._services.names.scratch(""))
         async with asyncio.timeout(self._timeout):
-            states = await databases.states(connection, self._parts.names.stem)
+            states = await databases.states(connection, self._services.names.stem)
         for state in states:
             if state.name.startswith(stems) and not state.is_template:
                 await self._do(connection, state.name, partial(self._drop_leftover, server, connection, state.name))
 
     async def _drop_leftover(self, server: str, connection: Connection, name: str) -> None:
-        async with self._claimed(connection, locks.lock_key(name)) as free:
+        async with self._try_locked(connection, locks.lock_key(name)) as free:
             state = await databases.state(connection, name) if free else None
             if state is not None and not state.is_template:
                 await removal.drop_database(connection, self._blockers(server), name)
-                self._found.orphans.append(name)
+                self._findings.orphans.append(name)
 
     # --- roles ------------------------------------------------------------------------------------------------------
 
     async def _correct_roles(self, server: str, connection: Connection) -> None:
         """Block the logins of suspended and deleted tenants, admit all others, and give each its tier's limit."""
         async with asyncio.timeout(self._timeout):
-            states = await roles.states(connection, self._parts.names.stem)
+            states = await roles.states(connection, self._services.names.stem)
         after: UUID | None = None
         while True:
-            page = await self._parts.registry.page(server=server, limit=_PAGE, after=after)
+            page = await self._services.registry.page(server=server, limit=_PAGE, after=after)
             for tenant in page.items:
-                if self._is_wrong(tenant, states):
+                if self._role_differs(tenant, states):
                     await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
             if page.next is None:
                 return
             after = page.next
 
     async def _correct_role(self, connection: Connection, tenant_id: UUID) -> None:
-        async with self._claimed(connection, tenant_key(tenant_id)) as free:
-            tenant = await self._parts.registry.get(tenant_id)
+        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
+            tenant = await self._services.registry.get(tenant_id)
             if not free or tenant.placement is None:
                 return
-            if not self._is_wrong(tenant, await roles.states(connection, tenant.placement.role)):
+            if not self._role_differs(tenant, await roles.states(connection, tenant.placement.role)):
                 return
-            await align_role(self._parts, connection, tenant, deadline=self._deadline())
-            self._found.corrected.append(tenant.slug)
+            await align_role(self._services, connection, tenant, deadline=self._deadline())
+            self._findings.corrected.append(tenant.slug)
 
     async def _correct_settings(self, server: str, connection: Connection) -> None:
         """Take from every role what it has given itself: settings of any database, and members."""
         async with asyncio.timeout(self._timeout):
-            settings = await role_settings.wanted(connection, self._parts.config.provisioning.role_settings)
-            found = await role_settings.look(connection, self._parts.names.tenant_stem)
+            settings = await role_settings.resolve(connection, self._services.config.provisioning.role_settings)
+            found = await role_settings.read(connection, self._services.names.tenant_stem)
         for role, one in found.items():
-            if settings.differ(one) and (tenant_id := self._parts.names.parse(role)) is not None:
+            if settings.differs_from(one) and (tenant_id := self._services.names.parse(role)) is not None:
                 await self._do(connection, role, partial(self._correct_setting, server, connection, role, tenant_id))
 
     async def _correct_setting(self, server: str, connection: Connection, role: str, tenant_id: UUID) -> None:
-        async with self._claimed(connection, tenant_key(tenant_id)) as free:
+        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
             if not free or await self._status(tenant_id) in (None, Status.PROVISIONING, Status.PURGED):
                 return
-            tenant = await self._parts.registry.get(tenant_id)
-            configured = self._parts.config.provisioning.role_settings
+            tenant = await self._services.registry.get(tenant_id)
+            configured = self._services.config.provisioning.role_settings
             changed = await role_settings.restore(
-                connection, self._parts.blockers(self._parts.servers[server]), role, configured
+                connection, self._services.blockers(self._services.servers[server]), role, configured
             )
-            if changed and tenant.slug not in self._found.corrected:
-                self._found.corrected.append(tenant.slug)
+            if changed and tenant.slug not in self._findings.corrected:
+                self._findings.corrected.append(tenant.slug)
 
-    def _is_wrong(self, tenant: Tenant, states: Mapping[str, RoleState]) -> bool:
+    def _role_differs(self, tenant: Tenant, states: Mapping[str, RoleState]) -> bool:
         state = states.get(tenant.placement.role) if tenant.placement else None
         if state is None or tenant.status is Status.PROVISIONING:
             return False
-        admitted = tenant.placement is not None and tenant.placement.database in state.admitted_to
+        may_connect = tenant.placement is not None and tenant.placement.database in state.connect_granted_on
         if tenant.status in LOGIN_BLOCKED:
             # a connection may have outlived its role's login: whoever blocked it died before it could end it
-            wrong_access = state.can_login or state.connected or admitted
+            wrong_access = state.can_login or state.connected or may_connect
         else:
-            wrong_access = not (state.can_login and admitted)
-        return wrong_access or _limit(self._parts, tenant) not in (None, state.connection_limit)
+            wrong_access = not (state.can_login and may_connect)
+        return wrong_access or _limit(self._services, tenant) not in (None, state.connection_limit)
 
 
-async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, deadline: float) -> None:
+async def align_role(
+    services: ProvisioningServices, connection: Connection, tenant: Tenant, *, deadline: float
+) -> None:
     """Give a tenant's role what its status and tier say: login or not, and its connection limit; and its settings.
 
     Only under the tenant's lock, and with the tenant as the registry has it since: of two changes at once, the later
     one's outcome must be the last to be applied.
 
     Args:
-        parts: Of provisioning.
+        services: Of provisioning.
         connection: An administrator's, which holds the tenant's lock.
         tenant: As it was read under the lock.
         deadline: When a login must be blocked and its connections gone, by the clock of the event loop.
@@ -376,15 +380,15 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, de
     if tenant.placement is None or tenant.status is Status.PROVISIONING:
         return
     database, role = tenant.placement.database, tenant.placement.role
-    blockers = parts.blockers(parts.servers[tenant.placement.server])
+    blockers = services.blockers(services.servers[tenant.placement.server])
     if tenant.status in LOGIN_BLOCKED:
         await access.block(connection, blockers, database=database, role=role, deadline=deadline)
     else:
-        await access.admit(connection, blockers, database=database, role=role)
-    if (limit := _limit(parts, tenant)) is not None:
+        await access.unblock(connection, blockers, database=database, role=role)
+    if (limit := _limit(services, tenant)) is not None:
         set_limit = partial(roles.set_connection_limit, connection, role, limit)
         await blockers.run(connection, set_limit, role=role)
-    settings = parts.config.provisioning.role_settings
+    settings = services.config.provisioning.role_settings
     if tenant.status in LOGIN_BLOCKED:
         # it is kept out, and that must not look failed
         await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)
@@ -392,7 +396,7 @@ async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, de
         await role_settings.restore(connection, blockers, role, settings)
 
 
-def _limit(parts: Parts, tenant: Tenant) -> int | None:
+def _limit(services: ProvisioningServices, tenant: Tenant) -> int | None:
     """The connection limit of the tenant's tier; None where the configuration has lost that tier."""
-    tier = parts.config.tiers.get(tenant.tier)
+    tier = services.config.tiers.get(tenant.tier)
     return None if tier is None else tier.connection_limit

@@ -205,7 +205,7 @@ async def drop_retired(connection: Connection, blockers: Blockers, names: Names,
         for database, owns in await connection.fetch(_REFERENCES, role):
             # what it owns outside its own database is somebody's data, and not ours to drop
             if not owns:
-                await _forget(blockers, names, role, database)
+                await _revoke_rights(blockers, names, role, database)
         with suppress(asyncpg.DependentObjectsStillExistError):
             await blockers.run(connection, partial(roles.drop, connection, role))
             return
@@ -218,7 +218,7 @@ async def drop_retired(connection: Connection, blockers: Blockers, names: Names,
     )
 
 
-async def _forget(blockers: Blockers, names: Names, role: str, database: str | None) -> None:
+async def _revoke_rights(blockers: Blockers, names: Names, role: str, database: str | None) -> None:
     """Take from a role all rights that it has in a database, and those in what all databases share."""
     connection = await blockers.connect(database)
     try:

@@ -57,7 +57,7 @@ class RoleSettings:
         quoted = quote_identifier(role)
         return [f"ALTER ROLE {quoted} SET {_name(name)} TO {_value(name, self.values[name])}" for name in self.values]
 
-    def differ(self, found: Found) -> bool:
+    def differs_from(self, found: CurrentSettings) -> bool:
         """Whether the role has anything else."""
         own = {name: _plain(name, value) for name, value in found.settings.items() if name not in self.refused}
         wanted = {name: _plain(name, value) for name, value in self.values.items()}
@@ -65,7 +65,7 @@ class RoleSettings:
 
 
 @dataclass(slots=True)
-class Found:
+class CurrentSettings:
     """What one role has: its settings by name, the databases for which it has others, and memberships with it.
 
     ``memberships`` are (role, member, grantor); those of administrators are not among them.
@@ -83,7 +83,7 @@ SELECT n AS name, s.name IS NOT NULL AS known, s.reset_val || coalesce(s.unit, '
 """
 
 
-async def wanted(connection: Connection, configured: Mapping[str, str | None]) -> RoleSettings:
+async def resolve(connection: Connection, configured: Mapping[str, str | None]) -> RoleSettings:
     """What roles on this server are to have, by the defaults and the configuration.
 
     Args:
@@ -141,11 +141,11 @@ SELECT r.rolname AS role, m.rolname AS member, g.rolname AS grantor
 """
 
 
-async def look(connection: Connection, stem: str) -> dict[str, Found]:
+async def read(connection: Connection, stem: str) -> dict[str, CurrentSettings]:
     """What every role has whose name begins with ``stem``, by its name."""
-    found: dict[str, Found] = {}
+    found: dict[str, CurrentSettings] = {}
     for name, database, database_id, config in await connection.fetch(_SETTINGS, stem):
-        one = found.setdefault(name, Found())
+        one = found.setdefault(name, CurrentSettings())
         if database is not None:
             one.databases.append(database)
         elif database_id == 0:
@@ -168,12 +168,12 @@ async def restore(connection: Connection, blockers: Blockers, role: str, configu
         role: The tenant's role.
         configured: ``TenancyConfig.provisioning.role_settings``.
     """
-    settings = await wanted(connection, configured)
-    found = (await look(connection, role)).get(role)
-    if found is None or not settings.differ(found):
+    settings = await resolve(connection, configured)
+    found = (await read(connection, role)).get(role)
+    if found is None or not settings.differs_from(found):
         return False
     await blockers.run(connection, partial(_correct, connection, role, found, settings), role=role)
-    if (await look(connection, role)).get(role) == found:
+    if (await read(connection, role)).get(role) == found:
         logger.info("role %s has settings or members from a superuser, which this administrator cannot remove", role)
         return False
     logger.warning("role %s had other settings or members than it was given; it has those again", role)
@@ -228,7 +228,7 @@ async def verify(connection: Connection, server: str, settings: RoleSettings) ->
         await run_to_completion(trial.rollback())
 
 
-async def _correct(connection: Connection, role: str, found: Found, settings: RoleSettings) -> None:
+async def _correct(connection: Connection, role: str, found: CurrentSettings, settings: RoleSettings) -> None:
     """RESET ALL leaves alone what only a superuser may set, and so has set."""
     quoted = quote_identifier(role)
     names = sorted(found.databases)

@@ -33,7 +33,7 @@ class RoleState:
     can_login: bool
     connection_limit: int
     connected: bool  # whether it has a connection now
-    admitted_to: frozenset[str] = frozenset()  # the databases it may CONNECT to by a grant of its own
+    connect_granted_on: frozenset[str] = frozenset()  # the databases it may CONNECT to by a grant of its own
 
 
 async def create(
@@ -98,15 +98,15 @@ async def states(connection: Connection, stem: str) -> dict[str, RoleState]:
     rows = await connection.fetch(
         "SELECT rolname, rolcanlogin, rolconnlimit, "
         "EXISTS (SELECT FROM pg_stat_activity WHERE usesysid = pg_roles.oid) AS connected, "
-        "coalesce(admitted.names, '{}') AS admitted_to FROM pg_roles LEFT JOIN ("
+        "coalesce(granted_on.names, '{}') AS connect_granted_on FROM pg_roles LEFT JOIN ("
         "SELECT granted.grantee, array_agg(datname::text) AS names FROM pg_database, aclexplode(datacl) AS granted "
-        "WHERE granted.privilege_type = 'CONNECT' GROUP BY 1) AS admitted ON admitted.grantee = oid "
+        "WHERE granted.privilege_type = 'CONNECT' GROUP BY 1) AS granted_on ON granted_on.grantee = oid "
         "WHERE starts_with(rolname::text, $1) ORDER BY rolname",
         stem,
     )
     return {
         row["rolname"]: RoleState(
-            row["rolcanlogin"], row["rolconnlimit"], row["connected"], frozenset(row["admitted_to"])
+            row["rolcanlogin"], row["rolconnlimit"], row["connected"], frozenset(row["connect_granted_on"])
         )
         for row in rows
     }

@@ -28,7 +28,7 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, sqlstate_of
 from ..routing.servers import Server
-from . import advisory_locks, catalogue_guard, databases, grants, removal
+from . import advisory_locks, databases, event_trigger, grants, removal
 from .blockers import Blockers
 from .databases import Strategy
 from .grants import Contents
@@ -102,8 +102,8 @@ class Templates:
                 shared catalogue.
         """
         rights = ("advisory locks restricted", "catalogue guarded") if restricted else ()
-        parts = (self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
-        return self._names.template(hashlib.sha256("\n".join(parts).encode()).hexdigest())
+        inputs = (self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
+        return self._names.template(hashlib.sha256("\n".join(inputs).encode()).hexdigest())
 
     async def ensure(self, server: Server) -> TemplateInfo:
         """Return the template of the current schema on ``server``, and build it first where it is missing.
@@ -120,7 +120,7 @@ class Templates:
                 self._ready[wanted] = await self._find_or_build(server)
             return self._ready[wanted]
 
-    def forget(self, template: TemplateInfo) -> None:
+    def invalidate(self, template: TemplateInfo) -> None:
         """Look for this template again the next time: it was dropped by somebody."""
         self._ready = {wanted: found for wanted, found in self._ready.items() if found != template}
 
@@ -150,7 +150,7 @@ class Templates:
         except asyncpg.PostgresError as exc:
             if sqlstate_of(exc) not in (INVALID_CATALOG_NAME, OBJECT_IN_USE):
                 raise
-            self.forget(template)
+            self.invalidate(template)
             raise TemplateError(
                 f"template {template.name!r} on server {template.server!r} cannot be cloned: it was dropped, or "
                 "somebody is connected to it; try again"
@@ -182,7 +182,7 @@ class Templates:
             await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
             async with asyncio.timeout(self._config.provisioning.timeout):
                 await self.clone(connection, template, name)
-                await databases.admit_owner(connection, name)
+                await databases.open_to_owner(connection, name)
             yield name
         finally:
             await run_to_completion(self._drop(server, connection, name))
@@ -220,10 +220,10 @@ class Templates:
             await databases.create(
                 connection, name, template="template0", owner=self._names.owner, open_to_connections=False
             )
-            await databases.admit_owner(connection, name)
+            await databases.open_to_owner(connection, name)
             await self._prepare(server, name)
             revision = await self._apply(server, name)
-            await databases.seal(connection, name, comment=_comment(revision))
+            await databases.complete_template(connection, name, comment=_comment(revision))
         except BaseException:
             await run_to_completion(self._drop_partial(server, connection, name))
             raise
@@ -234,7 +234,7 @@ class Templates:
         try:
             await grants.prepare_schema(connection, self._names.owner)
             await advisory_locks.restrict(connection, self._names.owner, server=server.name)
-            await catalogue_guard.install(connection, self._names.owner)
+            await event_trigger.install(connection, self._names.owner)
             for extension in self._config.extensions:
                 await databases.create_extension(connection, extension)
         finally:

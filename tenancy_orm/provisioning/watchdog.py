@@ -36,7 +36,7 @@ from ..postgres.quoting import quote_identifier, quote_literal
 from ..routing.servers import Server
 from . import roles
 from .blockers import Blockers
-from .pipeline import Parts, describe
+from .pipeline import ProvisioningServices, describe
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -47,7 +47,7 @@ TENANT_FACTOR: Final = 2
 LISTENER_SECONDS: Final = 2.0
 """Who keeps a full notification queue from being emptied has had a transaction open for at least so long."""
 
-_GONE_SECONDS: Final = 5.0  # how long an ended session may take to go
+_END_SECONDS: Final = 5.0  # how long an ended session may take to go
 _FULL: Final = "53"  # the class of SQLSTATE of a server that has no room for one more connection
 _SETTINGS: Final = {"lock_timeout": "5s", "statement_timeout": "20s", "idle_session_timeout": "0"}
 
@@ -90,8 +90,8 @@ class EndedSession:
     Args:
         tenant_id: The tenant of its role.
         server: The server.
-        reason: "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or "door": it
-            waited to drop a database that is not its own, or locked one that others waited for.
+        reason: "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or
+            "login_blocker": it waited to drop a database that is not its own, or locked one that others waited for.
         locks: How many locks it held.
         seconds: How long its transaction was open; None where that is unknown.
     """
@@ -147,8 +147,8 @@ def excessive(found: Iterable[Session], config: TenancyConfig) -> dict[int, tupl
 
 
 @dataclass(slots=True)
-class _Post:
-    """The watchdog's place on one server: its connection, and what it has learned there."""
+class _WatchedServer:
+    """What the watchdog knows of one server, and its connection there."""
 
     server: Server
     blockers: Blockers
@@ -164,14 +164,14 @@ class Watchdog:
     """Looks at the tenants' sessions on every server, at each ``run``.
 
     Args:
-        parts: Of provisioning.
+        services: Of provisioning.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._config = parts.config
+    def __init__(self, services: ProvisioningServices) -> None:
+        self._services = services
+        self._config = services.config
         self._home = HomeLoop()
-        self._posts = [_Post(server, parts.blockers(server)) for server in parts.servers.values()]
+        self._watched = [_WatchedServer(server, services.blockers(server)) for server in services.servers.values()]
 
     async def run(self, *, actor: Actor = SYSTEM) -> WatchReport:
         """Look once at every server, all at once, and end what is above a bound. Needs no control database.
@@ -185,10 +185,10 @@ class Watchdog:
         """
         self._home.check()
         refuse_while_bound("ending sessions")
-        reports = await asyncio.gather(*(self._attempt(post) for post in self._posts))
+        reports = await asyncio.gather(*(self._attempt(watched) for watched in self._watched))
         ended = tuple(one for report in reports for one in report.ended)
         for one in ended:
-            self._parts.events.emit(
+            self._services.events.emit(
                 SessionTerminated(
                     tenant_id=one.tenant_id, server=one.server, reason=one.reason, locks=one.locks, seconds=one.seconds
                 )
@@ -213,14 +213,14 @@ class Watchdog:
             WrongEventLoopError: as ``run``.
         """
         self._home.check()
-        await asyncio.gather(*(_leave(post) for post in self._posts))
+        await asyncio.gather(*(_disconnect(watched) for watched in self._watched))
 
     async def _record(self, ended: Iterable[EndedSession], actor: Actor) -> None:
         for one in ended:
             detail = {"server": one.server, "reason": one.reason, "locks": one.locks, "seconds": one.seconds}
             try:
                 async with asyncio.timeout(self._config.pool.connect_timeout):
-                    await self._parts.registry.record(one.tenant_id, "session.terminate", detail=detail, actor=actor)
+                    await self._services.registry.record(one.tenant_id, "session.terminate", detail=detail, actor=actor)
             except (TenancyError, *SERVER_FAILURES) as exc:
                 # it is in the application's log, and the control database may be what suffers
                 logger.warning("the end of a session is not in the audit log: %s", describe(exc))
@@ -228,78 +228,80 @@ class Watchdog:
 
     # --- one server -------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, post: _Post) -> WatchReport:
-        async with post.busy:
-            post.ended, post.errors = [], []
+    async def _attempt(self, watched: _WatchedServer) -> WatchReport:
+        async with watched.busy:
+            watched.ended, watched.errors = [], []
             try:
-                async with asyncio.timeout(self._config.provisioning.timeout), _stationed(post) as connection:
-                    await self._visit(post, connection)
+                async with asyncio.timeout(self._config.provisioning.timeout), _connected(watched) as connection:
+                    await self._check_server(watched, connection)
             except (TenancyError, *SERVER_FAILURES) as exc:
-                post.errors.append(f"{post.server.name}: {describe(exc)}")
-            for error in post.errors:
+                watched.errors.append(f"{watched.server.name}: {describe(exc)}")
+            for error in watched.errors:
                 logger.error("watching the tenants' sessions: %s", error)
-            return WatchReport(tuple(post.ended), tuple(post.errors))
+            return WatchReport(tuple(watched.ended), tuple(watched.errors))
 
-    async def _visit(self, post: _Post, connection: Connection) -> None:
-        await self._make_room(post, connection)
-        await self._learn(post, connection)
-        for session, reason in excessive(await self._look(post, connection), self._config).values():
-            await self._end(post, connection, session, reason)
-        await self._end_listeners(post, connection)
-        await self._end_prepared(post, connection)
+    async def _check_server(self, watched: _WatchedServer, connection: Connection) -> None:
+        await self._make_room(watched, connection)
+        await self._check_abilities(watched, connection)
+        for session, reason in excessive(await self._sessions(watched, connection), self._config).values():
+            await self._end(watched, connection, session, reason)
+        await self._end_listeners(watched, connection)
+        await self._end_prepared(watched, connection)
         # who waits to drop a database, without the right to, keeps everybody else from connecting to it
-        for one in await post.blockers.clear_doors(connection):
-            self._tell(post, one.role, "door", one.locks, one.open_seconds)
+        for one in await watched.blockers.end_login_blockers(connection):
+            self._report(watched, one.role, "login_blocker", one.locks, one.open_seconds)
         await connection.fetchval(_TAKE_RESERVE, RESERVE)
 
-    async def _make_room(self, post: _Post, connection: Connection) -> None:
+    async def _make_room(self, watched: _WatchedServer, connection: Connection) -> None:
         """End who fills the table of locks, by functions that need none; then give up the reserve for what follows."""
         rows = await connection.fetch(_LOCKS)
         # others are no tenants', or have logged in since the last look
         known = [
-            Session(row["pid"], row["oid"], post.roles[row["oid"]], row["locks"])
+            Session(row["pid"], row["oid"], watched.roles[row["oid"]], row["locks"])
             for row in rows
-            if row["oid"] in post.roles
+            if row["oid"] in watched.roles
         ]
         for session, reason in excessive(known, self._config).values():
             try:
-                await self._end_by_reserve(post, connection, session, reason)
+                await self._end_by_reserve(watched, connection, session, reason)
             except asyncpg.OutOfMemoryError:
                 break  # the room was taken by others; what follows tries once more
         await connection.execute(_GIVE_RESERVE)
 
-    async def _end_by_reserve(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
+    async def _end_by_reserve(
+        self, watched: _WatchedServer, connection: Connection, session: Session, reason: str
+    ) -> None:
         """Give up the reserve and end a session in one message, so that nobody takes the room in between."""
         role = quote_identifier(session.role)
         found = f"pg_stat_get_activity({session.pid:d}) WHERE usesysid = {session.oid:d}"
         kill = f"SELECT pg_terminate_backend(pid) FROM {found}"  # noqa: S608 - two numbers
-        steps = [_GIVE_RESERVE, kill]
-        if not post.may_end:
+        statements = [_GIVE_RESERVE, kill]
+        if not watched.may_end:
             # as ``roles.end_connections`` does it
             options = " WITH INHERIT TRUE, SET TRUE" if connections.version(connection) >= 16 else ""
-            steps[1:] = [f"GRANT {role} TO CURRENT_USER{options}", kill, f"REVOKE {role} FROM CURRENT_USER"]
-        await connection.execute("; ".join(steps))
-        await self._confirm(post, connection, session, reason)
+            statements[1:] = [f"GRANT {role} TO CURRENT_USER{options}", kill, f"REVOKE {role} FROM CURRENT_USER"]
+        await connection.execute("; ".join(statements))
+        await self._confirm(watched, connection, session, reason)
 
-    async def _learn(self, post: _Post, connection: Connection) -> None:
-        if post.may_end is not None:
+    async def _check_abilities(self, watched: _WatchedServer, connection: Connection) -> None:
+        if watched.may_end is not None:
             return
         able = await connection.fetchrow(_ABILITIES)
         if not able["sees"]:
             logger.warning(
                 "the administrator of server %s does not see how long tenants' transactions are open: only their locks "
                 "are bounded; run as a superuser: GRANT pg_monitor TO %s",
-                post.server.name,
+                watched.server.name,
                 quote_identifier(able["name"]),
             )
-        post.may_end = able["ends"]
+        watched.may_end = able["ends"]
 
-    async def _look(self, post: _Post, connection: Connection) -> list[Session]:
-        rows = await connection.fetch(_SESSIONS, self._parts.names.tenant_stem)
-        post.roles.update((row["oid"], row["role"]) for row in rows)
+    async def _sessions(self, watched: _WatchedServer, connection: Connection) -> list[Session]:
+        rows = await connection.fetch(_SESSIONS, self._services.names.tenant_stem)
+        watched.roles.update((row["oid"], row["role"]) for row in rows)
         return [Session(**row) for row in rows]
 
-    async def _end_listeners(self, post: _Post, connection: Connection) -> None:
+    async def _end_listeners(self, watched: _WatchedServer, connection: Connection) -> None:
         """Have the notification queue emptied. It ends where the slowest listener is, which PostgreSQL does not name.
 
         A listener reads nothing while its transaction is open. So the tenants' sessions with the oldest transactions
@@ -308,59 +310,61 @@ class Watchdog:
         bound = self._config.watchdog.max_notify_queue
         if not bound or (usage := await _queue_usage(connection)) <= bound:
             return
-        found = [one for one in await self._look(post, connection) if (one.open_seconds or 0) > LISTENER_SECONDS]
+        found = [one for one in await self._sessions(watched, connection) if (one.open_seconds or 0) > LISTENER_SECONDS]
         for session in sorted(found, key=lambda one: one.open_seconds or 0, reverse=True):
-            await self._end(post, connection, session, "notify_queue")
+            await self._end(watched, connection, session, "notify_queue")
             if (usage := await _queue_usage(connection)) <= bound:
                 return
-        post.errors.append(
-            f"{post.server.name}: the notification queue is at {usage:.0%}, and no transaction of a tenant that has "
+        watched.errors.append(
+            f"{watched.server.name}: the notification queue is at {usage:.0%}, and no transaction of a tenant that has "
             f"been open for {LISTENER_SECONDS:g} s keeps it there"
         )
 
-    async def _end(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
+    async def _end(self, watched: _WatchedServer, connection: Connection, session: Session, reason: str) -> None:
         if await roles.end_connections(connection, session.role, [session.pid]):
-            await self._confirm(post, connection, session, reason)
+            await self._confirm(watched, connection, session, reason)
 
-    async def _confirm(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
+    async def _confirm(self, watched: _WatchedServer, connection: Connection, session: Session, reason: str) -> None:
         """Wait until a session is gone, and tell."""
-        if not await _gone(connection, session):
-            post.errors.append(
-                f"{post.server.name}: session {session.pid} of {session.role} was ended, but is still there"
+        if not await _has_ended(connection, session):
+            watched.errors.append(
+                f"{watched.server.name}: session {session.pid} of {session.role} was ended, but is still there"
             )
-        self._tell(post, session.role, reason, session.locks, session.open_seconds)
+        self._report(watched, session.role, reason, session.locks, session.open_seconds)
 
-    def _tell(self, post: _Post, role: str, reason: str, locks: int, seconds: float | None) -> None:
-        tenant_id = self._parts.names.parse(role)
+    def _report(self, watched: _WatchedServer, role: str, reason: str, locks: int, seconds: float | None) -> None:
+        tenant_id = self._services.names.parse(role)
         logger.error(
             "a session of role %s on server %s was ended (%s): it held %d locks, and its transaction was open for %s s",
             role,
-            post.server.name,
+            watched.server.name,
             reason,
             locks,
             "?" if seconds is None else round(seconds, 1),
         )
         if tenant_id is not None:
-            post.ended.append(EndedSession(tenant_id, post.server.name, reason, locks, seconds))
+            watched.ended.append(EndedSession(tenant_id, watched.server.name, reason, locks, seconds))
 
     # --- prepared transactions --------------------------------------------------------------------------------------
 
-    async def _end_prepared(self, post: _Post, connection: Connection) -> None:
+    async def _end_prepared(self, watched: _WatchedServer, connection: Connection) -> None:
         """Roll back prepared transactions: they keep their locks without a session, even over a restart."""
         config = self._config
-        for row in await connection.fetch(_PREPARED, self._parts.names.tenant_stem):
-            too_old = 0 < config.watchdog.max_transaction_seconds < row["open_seconds"]
-            if too_old or 0 < config.watchdog.max_session_locks < row["locks"]:
-                await self._roll_back(post, connection, row["role"], row["database"], row["gid"])
-                self._tell(post, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
+        for row in await connection.fetch(_PREPARED, self._services.names.tenant_stem):
+            too_old = 0 < config.max_transaction_seconds < row["open_seconds"]
+            if too_old or 0 < config.max_session_locks < row["locks"]:
+                await self._roll_back(watched, connection, row["role"], row["database"], row["gid"])
+                self._report(watched, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
 
-    async def _roll_back(self, post: _Post, connection: Connection, role: str, database: str, gid: str) -> None:
+    async def _roll_back(
+        self, watched: _WatchedServer, connection: Connection, role: str, database: str, gid: str
+    ) -> None:
         """Only in the database where it was prepared, and only as its owner or as a superuser."""
         if await roles.is_superuser(connection):
-            await _roll_back(post.blockers, database, None, gid)
+            await _roll_back(watched.blockers, database, None, gid)
             return
         async with roles.joined(connection, role):
-            await _roll_back(post.blockers, database, role, gid)
+            await _roll_back(watched.blockers, database, role, gid)
 
 
 async def _roll_back(blockers: Blockers, database: str, role: str | None, gid: str) -> None:
@@ -375,11 +379,11 @@ async def _queue_usage(connection: Connection) -> float:
     return float(await connection.fetchval("SELECT pg_notification_queue_usage()"))
 
 
-async def _gone(connection: Connection, session: Session) -> bool:
+async def _has_ended(connection: Connection, session: Session) -> bool:
     """Whether a session that was ended goes, soon."""
     query = "SELECT count(*) FROM pg_stat_get_activity($1) WHERE usesysid = $2"
     try:
-        async with asyncio.timeout(_GONE_SECONDS):
+        async with asyncio.timeout(_END_SECONDS):
             while await connection.fetchval(query, session.pid, session.oid):  # noqa: ASYNC110 - it is another process
                 await asyncio.sleep(connections.POLL_SECONDS)
     except TimeoutError:
@@ -388,12 +392,12 @@ async def _gone(connection: Connection, session: Session) -> bool:
 
 
 @asynccontextmanager
-async def _stationed(post: _Post) -> AsyncIterator[Connection]:
-    """The connection of a post, which stays open; one that is lost is replaced, as soon as the server has room."""
-    if post.connection is None or not await connections.is_alive(post.connection):
-        await _leave(post)
-        post.connection = await _connect(post.blockers)
-    yield post.connection
+async def _connected(watched: _WatchedServer) -> AsyncIterator[Connection]:
+    """The connection to a watched server. It stays open; a lost one is replaced as soon as the server has room."""
+    if watched.connection is None or not await connections.is_alive(watched.connection):
+        await _disconnect(watched)
+        watched.connection = await _connect(watched.blockers)
+    yield watched.connection
 
 
 async def _connect(blockers: Blockers) -> Connection:
@@ -406,7 +410,7 @@ async def _connect(blockers: Blockers) -> Connection:
             await asyncio.sleep(connections.POLL_SECONDS)
 
 
-async def _leave(post: _Post) -> None:
-    connection, post.connection = post.connection, None
+async def _disconnect(watched: _WatchedServer) -> None:
+    connection, watched.connection = watched.connection, None
     if connection is not None:
         await run_to_completion(connections.close(connection))

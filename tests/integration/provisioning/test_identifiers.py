@@ -47,7 +47,7 @@ async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, wor
     await roles.create(admin, name, verifier=scram_verifier(password), connection_limit=2)
     await databases.create(admin, name, template="template0", owner=f"{name[:30]} owner", open_to_connections=False)
     try:
-        await databases.admit(admin, name, role=name)
+        await databases.open_to_role(admin, name, role=name)
         await set_marker(admin, name, hostile)
         state = await databases.state(admin, name)
         assert state is not None and (state.name, state.comment) == (name, hostile)
@@ -55,7 +55,7 @@ async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, wor
         assert await connection.fetchrow("SELECT current_database(), current_user") == (name, name)
         await connection.close()
         await roles.set_connection_limit(admin, name, 1)
-        await databases.seal(admin, name, comment=hostile)
+        await databases.complete_template(admin, name, comment=hostile)
     finally:
         deadline = asyncio.get_running_loop().time() + 10
         await removal.remove(admin, workshop.blockers(), workshop.names, database=name, role=name, deadline=deadline)

@@ -380,7 +380,7 @@ async def test_a_server_that_is_away_leaves_nothing(workshop: Workshop) -> None:
     servers = {"default": workshop.config.server_urls["default"].set(port=1).render_as_string(hide_password=False)}
     away = workshop.provisioner_of()
     await away.template("default")
-    away._parts = replace(away._parts, servers=Servers(workshop.config.replace(servers=servers)))
+    away._services = replace(away._services, servers=Servers(workshop.config.replace(servers=servers)))
     with pytest.raises(ServerUnavailableError):
         await away.create(workshop.draft("acme"), key=None)
     assert await workshop.slugs() == {}
@@ -539,7 +539,7 @@ async def test_a_failure_does_not_disturb_the_others(workshop: Workshop) -> None
 
 def idle_connections(provisioner: Provisioner) -> list[Any]:
     """The connections that a provisioner keeps between creations."""
-    return [connection for kept in provisioner._administration._idle.values() for connection in kept]
+    return [connection for kept in provisioner._admin_connections._idle.values() for connection in kept]
 
 
 async def test_broken_idle_connections_are_replaced(workshop: Workshop) -> None:
@@ -599,7 +599,7 @@ async def test_an_idle_connection_that_was_just_ended_is_not_used(workshop: Work
 async def test_an_idle_connection_is_closed_after_a_while(workshop: Workshop) -> None:
     """A process that creates tenants now and then does not keep connections all the time."""
     provisioner = workshop.provisioner_of()
-    provisioner._administration._idle_seconds = 0.05
+    provisioner._admin_connections._idle_seconds = 0.05
     await provisioner.create(workshop.draft("acme"), key=None)
     await until(lambda: not idle_connections(provisioner))
     await provisioner.create(workshop.draft("globex"), key=None)

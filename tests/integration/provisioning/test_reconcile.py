@@ -110,7 +110,7 @@ async def leave_proved(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, draf
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(Creation, "_abandon", do_nothing)
+        patch.setattr(Creation, "_undo_started", do_nothing)
         patch.setattr(workshop.registry, "complete", fail)
         with pytest.raises(ControlUnavailableError):
             await workshop.provisioner.create(draft, key=None)
@@ -368,7 +368,7 @@ async def test_a_creation_without_its_grants_does_not_prove_itself(
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(Creation, "_abandon", do_nothing)
+        patch.setattr(Creation, "_undo_started", do_nothing)
         patch.setattr(grants, "grant_and_mark", fail)
         with pytest.raises(ControlUnavailableError):
             await workshop.provisioner.create(draft, key=None)

@@ -14,8 +14,8 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ConfigurationError, ProvisioningError
 from tenancy_orm.postgres import connections, locks
 from tenancy_orm.provisioning import ReconcileReport, role_settings, roles
-from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.provisioning.rotation import SecretManager
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
@@ -34,7 +34,7 @@ async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> Async
 async def settings_of(workshop: Workshop, tenant: Tenant) -> dict[str, str]:
     """What the catalogue has for the tenant's role."""
     async with workshop.admin() as connection:
-        found = await role_settings.look(connection, placement(tenant).role)
+        found = await role_settings.read(connection, placement(tenant).role)
     assert found[placement(tenant).role].databases == []
     return found[placement(tenant).role].settings
 
@@ -252,7 +252,7 @@ async def test_what_is_interrupted_goes_on_from_there(workshop: Workshop, monkey
         with pytest.raises(ProvisioningError):
             await workshop.provisioner.align(tenant, timeout=2)
         await admin.execute("ROLLBACK")
-        left = (await role_settings.look(admin, role))[role].databases
+        left = (await role_settings.read(admin, role))[role].databases
         assert sorted(left) == names[-(len(names) % 2 or 2) :]
     await by_align(workshop, tenant)
     await settings_of(workshop, tenant)  # which has none for a database

@@ -91,7 +91,7 @@ async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> Async
 
 @pytest.mark.parametrize("strategy", ["wal_log", "file_copy"])
 async def test_the_whole_life_of_a_tenant(workshop: Workshop, strategy: databases.Strategy) -> None:
-    """Creating, using, blocking, admitting and purging work on every version, with either kind of administrator."""
+    """Creating, using, blocking, unblocking and purging work on every version, with either kind of administrator."""
     tenant = await workshop.provisioner.create(workshop.draft("acme"), key=None, strategy=strategy)
     assert await workshop.present() == names_of(tenant)
     async with workshop.connect(tenant) as connection:

@@ -24,7 +24,7 @@ IDLE_SECONDS = 60.0
 _KEEPALIVES = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
 
 
-class Administration:
+class AdminConnections:
     """Hands out connections to servers' maintenance databases, each with an advisory lock held on it.
 
     Args:
@@ -55,16 +55,16 @@ class Administration:
         while idle := self._idle[server.name]:
             connection = idle.pop()
             self._timers.pop(connection).cancel()
-            if await self._survived(connection):
-                return await self._locked(connection, key, timeout)
-        return await self._locked(await self._blockers(server).connect(settings=_KEEPALIVES), key, timeout)
+            if await self._is_usable(connection):
+                return await self._take_lock(connection, key, timeout)
+        return await self._take_lock(await self._blockers(server).connect(settings=_KEEPALIVES), key, timeout)
 
     async def release(self, server: Server, connection: Connection, key: int) -> None:
         """Give up the lock, and keep the connection for the next one where there is room.
 
         Never raises because of the connection: what was done under the lock is done, and the lock goes with it.
         """
-        if len(self._idle[server.name]) >= self._keep or not await self._unlocked(connection, key):
+        if len(self._idle[server.name]) >= self._keep or not await self._release_lock(connection, key):
             await run_to_completion(connections.close(connection))
             return
         self._idle[server.name].append(connection)
@@ -83,7 +83,7 @@ class Administration:
             await asyncio.wait(self._closing)
 
     @staticmethod
-    async def _survived(connection: Connection) -> bool:
+    async def _is_usable(connection: Connection) -> bool:
         """Whether the connection still works after having been idle; it is closed if not."""
         works = False
         try:
@@ -94,7 +94,7 @@ class Administration:
         return works
 
     @staticmethod
-    async def _locked(connection: Connection, key: int, timeout: float) -> Connection:
+    async def _take_lock(connection: Connection, key: int, timeout: float) -> Connection:
         try:
             await locks.lock(connection, key, timeout=timeout)
         except BaseException:
@@ -103,7 +103,7 @@ class Administration:
         return connection
 
     @staticmethod
-    async def _unlocked(connection: Connection, key: int) -> bool:
+    async def _release_lock(connection: Connection, key: int) -> bool:
         """Whether the connection gave up the lock, and so can be used again."""
         try:
             async with asyncio.timeout(connections.CLOSE_SECONDS):

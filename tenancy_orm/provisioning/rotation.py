@@ -23,7 +23,7 @@ from ..secrets.keyring import Keyring
 from ..secrets.sealed import ResealReport, SealedPasswords
 from ..tenant import Placement, Status, Tenant
 from . import role_settings, roles
-from .administration import Administration
+from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .pipeline import describe, tenant_key
 from .scram import scram_verifier
@@ -71,7 +71,7 @@ class SecretManager:
         self._keyring = keyring
         self._data_keys = data_keys
         self._blockers = partial(Blockers, names=names, registry=registry)
-        self._administration = Administration(self._blockers, keep=CONCURRENCY)
+        self._admin_connections = AdminConnections(self._blockers, keep=CONCURRENCY)
 
     # --- passwords --------------------------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class SecretManager:
     async def _rotate(self, tenant_id: UUID, placement: Placement, deadline: float, actor: Actor) -> None:
         server, key = self._servers[placement.server], tenant_key(tenant_id)
         # the lock that creation and purge take: one process at a time changes a tenant's role
-        connection = await self._administration.acquire(server, key, timeout=self._timeout)
+        connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
         try:
             # no variable holds the password: what fails below would carry it in its traceback's frames
             verifier = scram_verifier(await self._sealed.start_rotation(tenant_id))
@@ -186,7 +186,7 @@ class SecretManager:
                 connection, self._blockers(server), placement.role, self._role_settings, deadline=deadline
             )
         finally:
-            await run_to_completion(self._administration.release(server, connection, key))
+            await run_to_completion(self._admin_connections.release(server, connection, key))
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class SecretManager:
 
     async def close(self) -> None:
         """Close the administrative connections that are kept between rotations."""
-        await self._administration.close()
+        await self._admin_connections.close()
 
 
 __all__ = ["CONCURRENCY", "RotationReport", "SecretManager"]
