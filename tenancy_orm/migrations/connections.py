@@ -6,10 +6,11 @@ from sqlalchemy.engine import URL
 
 from ..control.database import is_unavailable
 from ..errors import ServerUnavailableError, TenantNotFoundError
+from ..postgres.connections import Connection
 from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
-from .database import Connection, Limits, Target, Wrapper
+from .database import ConnectionAdapter, Limits, Target
 from .services import FleetServices
 
 _FAILURES = 2  # connects in a row that fail before a server's other tenants are not tried any more
@@ -52,15 +53,15 @@ class Connections:
 
     def __init__(self, services: FleetServices) -> None:
         self._services = services
-        self._wrappers: dict[str, Wrapper] = {}
+        self._adapters: dict[str, ConnectionAdapter] = {}
         config = services.config
         self.limits = Limits(
             connect=config.pool.connect_timeout, wait=config.migration.wait, total=config.migration.timeout
         )
 
-    def wrapper(self, server: str) -> Wrapper:
+    def adapter(self, server: str) -> ConnectionAdapter:
         """What makes SQLAlchemy connections for databases of ``server``."""
-        return self._wrappers.setdefault(server, Wrapper())
+        return self._adapters.setdefault(server, ConnectionAdapter())
 
     def url(self, server: str, database: str) -> URL:
         """The URL of a database, for people to read: it has neither user nor password."""

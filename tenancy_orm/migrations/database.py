@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 from alembic.runtime.environment import EnvironmentContext
@@ -23,6 +23,8 @@ from sqlalchemy.util import await_only
 
 from ..cancellation import run_to_completion
 from ..errors import MarkerMismatchError, MigrationError
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_PARAMETER_VALUE, UNDEFINED_TABLE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
@@ -31,10 +33,8 @@ from . import local
 from .failures import TRANSIENT, describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
 from .logs import labelled, logger, quiet
-from .plan import Heads, Plan, Route, Step, format_revision
+from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
-
-Connection: TypeAlias = "asyncpg.Connection[Any]"
 
 # Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
 _LOCK = 0x74656E616E637902
@@ -68,7 +68,7 @@ class FleetDialect(PGDialect_asyncpg):
 _new_dialect: Any = FleetDialect  # SQLAlchemy's dialects are untyped
 
 
-class Wrapper:
+class ConnectionAdapter:
     """Makes SQLAlchemy connections out of asyncpg's, for databases of one server; the dialect learns about it once."""
 
     def __init__(self) -> None:
@@ -77,16 +77,16 @@ class Wrapper:
         self._initialising = asyncio.Lock()
 
     @asynccontextmanager
-    async def wrap(self, connection: Connection, url: URL) -> AsyncIterator[AsyncConnection]:
+    async def adapt(self, connection: Connection, url: URL) -> AsyncIterator[AsyncConnection]:
         """Yield a SQLAlchemy connection on ``connection``, which stays open.
 
         Parameters are kept out of its errors: they are tenants' data.
         """
         engine = self._engine(connection, url)
-        async with engine.connect() as wrapped:
+        async with engine.connect() as adapted:
             if not self._initialised:
-                await self._initialise(wrapped)
-            yield wrapped
+                await self._initialise(adapted)
+            yield adapted
 
     def _engine(self, connection: Connection, url: URL) -> AsyncEngine:
         dialect = self._dialect
@@ -102,11 +102,11 @@ class Wrapper:
         event.listen(pool, "connect", lambda adapted, record: on_connect(adapted))
         return AsyncEngine(Engine(pool, dialect, url, hide_parameters=True))
 
-    async def _initialise(self, wrapped: AsyncConnection) -> None:
+    async def _initialise(self, adapted: AsyncConnection) -> None:
         async with self._initialising:
             if not self._initialised:
-                await wrapped.run_sync(self._dialect.initialize)
-                await wrapped.rollback()
+                await adapted.run_sync(self._dialect.initialize)
+                await adapted.rollback()
                 self._initialised = True
 
 
@@ -131,10 +131,10 @@ class Target:
     marker: str | None = None
 
 
-class Work:
+class DatabaseMigration:
     """What a plan asks for, done to one database.
 
-    A database that is there already costs one connection and one SELECT. Otherwise the work is done under an advisory
+    A database that is there already costs one connection and one SELECT. Otherwise it is migrated under an advisory
     lock of that database, polled for: PostgreSQL's own wait would hold a snapshot, on which a CREATE INDEX CONCURRENTLY
     of the lock's holder waits in turn. Lock time-outs (55P03) and deadlocks (40P01) are tried again, from the revision
     that was reached. In the end the revision is read back.
@@ -143,17 +143,17 @@ class Work:
     ``changed`` tells whether it was this run that moved it.
     """
 
-    def __init__(self, plan: Plan, target: Target, *, wrapper: Wrapper, limits: Limits) -> None:
+    def __init__(self, plan: Plan, target: Target, *, adapter: ConnectionAdapter, limits: Limits) -> None:
         self.plan = plan
         self.target = target
-        self.wrapper = wrapper
+        self.adapter = adapter
         self.limits = limits
         self.before: Heads | None = None
         self.after: Heads | None = None
         self.changed = False
-        self._route = Route((), (frozenset(),))  # none yet; known once ``before`` is
+        self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._dropped: list[InvalidIndex] = []
-        self._step: Step | None = None
+        self._step: MigrationStep | None = None
 
     async def run(self) -> None:
         """Do it.
@@ -190,7 +190,7 @@ class Work:
             heads = (await self._read(connection)).heads
             if self.before is None:
                 self.before = heads
-                self._route = self.plan.route(heads)
+                self._path = self.plan.path_from(heads)
             if not self._remaining(heads):
                 return
             await lock(connection, timeout=self.limits.wait)
@@ -207,30 +207,30 @@ class Work:
         self.after = state.heads
         return state
 
-    def _remaining(self, heads: Heads) -> tuple[Step, ...]:
+    def _remaining(self, heads: Heads) -> tuple[MigrationStep, ...]:
         """What is left to do. Steps already taken, by an earlier attempt or another run, are not taken again."""
-        if self.plan.purges and heads != self._route.end:
-            return self._route.steps
-        remaining = self._route.remaining(heads)
+        if self.plan.purges and heads != self._path.end:
+            return self._path.steps
+        remaining = self._path.remaining(heads)
         if remaining is None:
             if self.plan.is_relative:
                 raise MigrationError(
                     f"another run moved it to {format_revision(heads) or 'base'} meanwhile; "
                     f"give a revision instead of {self.plan.target!r}"
                 )
-            self._route = self.plan.route(heads)
-            remaining = self._route.steps
+            self._path = self.plan.path_from(heads)
+            remaining = self._path.steps
         return remaining
 
-    async def _migrate(self, connection: Connection, state: State, steps: tuple[Step, ...]) -> None:
-        expected = self._route.end
-        async with self.wrapper.wrap(connection, self.target.url) as wrapped:
+    async def _migrate(self, connection: Connection, state: State, steps: tuple[MigrationStep, ...]) -> None:
+        expected = self._path.end
+        async with self.adapter.adapt(connection, self.target.url) as adapted:
             if state.has_invalid_indexes and self.plan.command != "stamp":
                 self._dropped += await drop_invalid(connection)
             try:
-                await self._apply(wrapped, state, steps)
+                await self._apply(adapted, state, steps)
             except Exception:
-                await self._look_again(connection)
+                await self._read_after_failure(connection)
                 raise
             finally:
                 self.changed = self.changed or self.after != state.heads
@@ -238,16 +238,16 @@ class Work:
             self.changed = True
             await build_missing(connection, self._dropped)
 
-    async def _apply(self, wrapped: AsyncConnection, state: State, steps: tuple[Step, ...]) -> None:
+    async def _apply(self, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         try:
-            await wrapped.run_sync(self._run, state, steps)
+            await adapted.run_sync(self._run, state, steps)
         except Exception as exc:
             prefix = "" if self._step is None else f"{self._step.short_log}: "
             raise MigrationError(prefix + describe(exc)) from exc
         finally:
-            await wrapped.rollback()
+            await adapted.rollback()
 
-    async def _look_again(self, connection: Connection) -> None:
+    async def _read_after_failure(self, connection: Connection) -> None:
         """See how far a migration came that failed: where each revision has its own transaction, it may have moved."""
         with contextlib.suppress(*SERVER_FAILURES):
             # the failure itself is on its way to the caller; a connection lost on top of it adds nothing
@@ -261,17 +261,17 @@ class Work:
                 "although the migration reported no error; does a revision commit or roll back by itself?"
             )
 
-    def _run(self, connection: SyncConnection, state: State, steps: tuple[Step, ...]) -> None:
+    def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
-        context = self.plan.environment.context(fn=lambda heads, context: self._watched(steps), **self.plan.options)
+        context = self.plan.environment.context(fn=lambda heads, context: self._tracking(steps), **self.plan.options)
         with active(context, connection, self.plan.environment, self.target.tenant), context.begin_transaction():
             if not state.has_version_table:
                 make_version_table(context, connection, self.plan.environment, self.target.tenant)
             elif state.heads and not self.plan.purges:
-                _tell_heads(context, state.heads)
+                _preset_heads(context, state.heads)
             context.run_migrations()
 
-    def _watched(self, steps: tuple[Step, ...]) -> Iterator[Step]:
+    def _tracking(self, steps: tuple[MigrationStep, ...]) -> Iterator[MigrationStep]:
         for step in steps:
             self._step = step
             yield step
@@ -298,23 +298,23 @@ def make_version_table(
 
     Tables of the owner's are the tenant's to write by default privileges. This one would let it hide from migrations.
     """
-    migration: Any = context.get_context()
+    migration_context: Any = context.get_context()
     with contextlib.nullcontext() if connection.in_transaction() else connection.begin():
-        migration._ensure_version_table()
+        migration_context._ensure_version_table()
         if tenant is not None and tenant.placement is not None:
             driver: Any = connection.connection.driver_connection
             await_only(protect_version_table(driver, tenant.placement.role, environment.quoted_version_table))
 
 
-def _tell_heads(context: EnvironmentContext, heads: Heads) -> None:
+def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:
     """Spare Alembic its first look at the version table: two statements, for what was read under the lock just now."""
-    migration: Any = context.get_context()
+    migration_context: Any = context.get_context()
 
     def known() -> tuple[str, ...]:
-        del migration.get_current_heads  # a revision that asks later gets the answer of that moment
+        del migration_context.get_current_heads  # a revision that asks later gets the answer of that moment
         return tuple(sorted(heads))
 
-    migration.get_current_heads = known
+    migration_context.get_current_heads = known
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,7 +373,7 @@ async def lock(connection: Connection, *, timeout: float) -> None:
 
 async def _try_lock(connection: Connection) -> bool:
     try:
-        return bool(await connection.fetchval(f"{_TRY_LOCK}, {_NOTICE_DEATH}", _LOCK))
+        return bool(await connection.fetchval(f"{_TRY_LOCK}, {_DETECT_LOST_CLIENT}", _LOCK))
     except asyncpg.PostgresError as exc:
         if exc.sqlstate != INVALID_PARAMETER_VALUE:
             raise
@@ -384,16 +384,9 @@ async def _try_lock(connection: Connection) -> bool:
 _TRY_LOCK = "SELECT pg_catalog.pg_try_advisory_lock($1)"
 # Without it, the server finds out that the migrating process has died only after the statement under way, which may
 # take hours and holds the lock.
-_NOTICE_DEATH = "pg_catalog.set_config('client_connection_check_interval', '2s', false)"
+_DETECT_LOST_CLIENT = "pg_catalog.set_config('client_connection_check_interval', '2s', false)"
 
 
-async def close(connection: Connection, *, timeout: float = 5.0) -> None:
-    """Close a connection for good, also when cancelled, and by force where the server does not answer."""
-    await run_to_completion(_close(connection, timeout))
-
-
-async def _close(connection: Connection, timeout: float) -> None:
-    try:
-        await connection.close(timeout=timeout)
-    except SERVER_FAILURES:
-        connection.terminate()
+async def close(connection: Connection) -> None:
+    """Close a connection, also when the caller is cancelled; cut its socket where the server does not answer."""
+    await run_to_completion(connections.close(connection))

@@ -36,25 +36,25 @@ from ..config import TenancyConfig
 from ..config.values import load_object
 from ..errors import ConfigurationError, FleetMigrationError, TenancyError
 from . import local, logs
+from .commands import CommandResult
 from .failures import FleetCommandError, describe
 from .fleet import DEFAULT_CONCURRENCY, FleetMigrator
 from .plan import Plan
-from .scripts import Environment, note
-from .visit import Visit
+from .scripts import Environment, capture_options
 
 T = TypeVar("T")
 
 _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
-_UNIONS = ("history", "show", "edit")
+_HISTORY = ("history", "show", "edit")
 
 
-class _Open(Protocol):
+class _OpenTenancy(Protocol):
     @property
     def migrations(self) -> FleetMigrator: ...
 
 
-Factory = Callable[[TenancyConfig], AbstractAsyncContextManager[_Open]]
+Factory = Callable[[TenancyConfig], AbstractAsyncContextManager[_OpenTenancy]]
 
 _factories: list[Factory] = []
 
@@ -95,7 +95,7 @@ def run(
         CommandError: anything else that keeps the command from being done.
     """
     options = {"target_metadata": target_metadata, **configure_options}
-    if note(options):
+    if capture_options(options):
         return
     local.install()
     proxy = context if isinstance(context, EnvironmentContext) else context._proxy
@@ -103,7 +103,7 @@ def run(
         raise ConfigurationError("environment.run is for an env.py that Alembic runs; elsewhere use tenancy.migrations")
     logs.configure(proxy.config)
     try:
-        _Request(proxy, Environment(proxy.config, proxy.script, options)).answer()
+        _Command(proxy, Environment(proxy.config, proxy.script, options)).answer()
     except FleetMigrationError as exc:
         raise FleetCommandError(exc.failures, total=exc.total) from exc
     except TenancyError as exc:
@@ -149,7 +149,7 @@ class _Arguments:
         return cls(tenants or None, int(concurrency), stop == "true")
 
 
-class _Request:
+class _Command:
     """One Alembic command that loaded the env.py."""
 
     def __init__(self, proxy: EnvironmentContext, environment: Environment) -> None:
@@ -193,10 +193,10 @@ class _Request:
             await self._change(migrator)
         elif self.command in _COMPARISONS:
             await self._compare(migrator)
-        elif self.command in _UNIONS:
-            await self._unite(migrator)
+        elif self.command in _HISTORY:
+            await self._show_history(migrator)
         else:
-            await self._visit(migrator)
+            await self._run_everywhere(migrator)
 
     async def _change(self, migrator: FleetMigrator) -> None:
         options = {key: value for key, value in self.options.items() if key not in ("fn", "as_sql")}
@@ -232,7 +232,7 @@ class _Request:
         async with services.provisioner.scratch(server) as database:
             await migrator.run_on(server, database, autogenerate)
 
-    async def _unite(self, migrator: FleetMigrator) -> None:
+    async def _show_history(self, migrator: FleetMigrator) -> None:
         """Show the history once, with every revision marked that some tenant is at."""
         found = await migrator.status(
             tenants=self.arguments.tenants, concurrency=self.arguments.concurrency, environment=self.environment
@@ -243,29 +243,29 @@ class _Request:
         revisions = {part for item in found for part in (item.revision or "").split(",") if part}
         self.function(tuple(sorted(revisions)), None)
 
-    async def _visit(self, migrator: FleetMigrator) -> None:
-        visits = await migrator.visit(
+    async def _run_everywhere(self, migrator: FleetMigrator) -> None:
+        results = await migrator.run_command(
             self.environment, self.options, self.arguments.tenants, self.arguments.concurrency
         )
-        for visit in visits:
-            self._print(visit)
-        behind = [visit.tenant.slug for visit in visits if isinstance(visit.error, DatabaseNotAtHead)]
+        for result in results:
+            self._print(result)
+        behind = [result.tenant.slug for result in results if isinstance(result.error, DatabaseNotAtHead)]
         failures = {
-            visit.tenant.slug: describe(visit.error)
-            for visit in visits
-            if visit.error is not None and not isinstance(visit.error, DatabaseNotAtHead)
+            result.tenant.slug: describe(result.error)
+            for result in results
+            if result.error is not None and not isinstance(result.error, DatabaseNotAtHead)
         }
         if failures:
-            raise FleetMigrationError(failures, total=len(visits))
+            raise FleetMigrationError(failures, total=len(results))
         if behind:
-            raise DatabaseNotAtHead(f"{len(behind)} of {len(visits)} tenants are not at head: {', '.join(behind)}")
+            raise DatabaseNotAtHead(f"{len(behind)} of {len(results)} tenants are not at head: {', '.join(behind)}")
 
-    def _print(self, visit: Visit) -> None:
-        slug, lines = visit.tenant.slug, visit.text.splitlines()
-        if visit.error is not None:
-            self.proxy.config.print_stdout("%s: FAILED: %s", slug, describe(visit.error))
+    def _print(self, result: CommandResult) -> None:
+        slug, lines = result.tenant.slug, result.text.splitlines()
+        if result.error is not None:
+            self.proxy.config.print_stdout("%s: FAILED: %s", slug, describe(result.error))
         elif len(lines) > 1:
-            self.proxy.config.print_stdout("%s:\n%s", slug, visit.text)
+            self.proxy.config.print_stdout("%s:\n%s", slug, result.text)
         elif lines or self.command == "current":
             self.proxy.config.print_stdout("%s: %s", slug, lines[0] if lines else "<base>")
 

@@ -12,6 +12,8 @@ from ..context import refuse_while_bound
 from ..errors import ConfigurationError
 from ..tenant import Tenant
 from . import local
+from .commands import CommandResult, CommandRunner
+from .concurrency import map_concurrently
 from .connections import Connections, Health, placement_of
 from .database import close, read_state
 from .failures import describe
@@ -21,9 +23,7 @@ from .run import Run
 from .scripts import Environment, alembic_config, load
 from .selection import Selection, TenantRef
 from .services import FleetServices
-from .spread import spread
 from .status import TenantRevision
-from .visit import Visit, Visitor
 
 DEFAULT_CONCURRENCY = 8
 
@@ -131,7 +131,7 @@ class FleetMigrator:
         async def read(tenant: Tenant) -> TenantRevision:
             return await self._status(tenant, environment, heads, health)
 
-        return await spread(read, await self._selection.choose(tenants), concurrency)
+        return await map_concurrently(read, await self._selection.choose(tenants), concurrency)
 
     async def environment(self, x: Sequence[str] = ()) -> Environment:
         """Load the migration directory.
@@ -171,17 +171,17 @@ class FleetMigrator:
         )
         return await run.execute(tenants)
 
-    async def visit(
+    async def run_command(
         self,
         environment: Environment,
         options: dict[str, Any],
         tenants: Iterable[TenantRef] | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
-    ) -> list[Visit]:
+    ) -> list[CommandResult]:
         """Have a command of Alembic's, given by the ``options`` of its ``EnvironmentContext``, look at each tenant."""
         refuse_while_bound("looking at all tenants' schemas")
-        visitor = Visitor(self._connections, self._selection, environment, options)
-        return await visitor.visit(tenants, concurrency)
+        runner = CommandRunner(self._connections, self._selection, environment, options)
+        return await runner.run(tenants, concurrency)
 
     async def run_on(self, server: str, database: str, function: Callable[[SyncConnection], None]) -> None:
         """Call ``function`` with a SQLAlchemy connection to ``database``, as the owner of all tenants' schemas."""
@@ -189,8 +189,8 @@ class FleetMigrator:
         connections = self._connections
         connection = await connections.connect(server, database, Health())
         try:
-            async with connections.wrapper(server).wrap(connection, connections.url(server, database)) as wrapped:
-                await wrapped.run_sync(function)
+            async with connections.adapter(server).adapt(connection, connections.url(server, database)) as adapted:
+                await adapted.run_sync(function)
         finally:
             await close(connection)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-import asyncpg
-
+from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from .logs import logger
 
@@ -37,8 +35,6 @@ SELECT EXISTS (
 # REINDEX CONCURRENTLY names its unfinished indexes so; the originals are untouched, nothing has to be built again
 _REINDEXED = re.compile(r"_cc(?:new|old)\d*$")
 _CREATE = re.compile(r"^CREATE (UNIQUE )?INDEX ")
-
-Connection: TypeAlias = "asyncpg.Connection[Any]"
 
 
 @dataclass(frozen=True, slots=True)

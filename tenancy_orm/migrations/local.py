@@ -31,7 +31,7 @@ from alembic.util.langhelpers import ModuleClsProxy
 _isolated: ContextVar[bool] = ContextVar("tenancy_orm.migrations.isolated", default=False)
 
 
-class _Slot:
+class _ProxyStack:
     """Which object one of the two modules stands for, in each context."""
 
     def __init__(self, cls: type[ModuleClsProxy], module: ModuleType) -> None:
@@ -87,16 +87,16 @@ class _Slot:
 class _Forwarder:
     """Stands in the module's globals for whatever object is meant in the context that calls."""
 
-    __slots__ = ("_slot",)
+    __slots__ = ("_stack",)
 
-    def __init__(self, slot: _Slot) -> None:
-        self._slot = slot
+    def __init__(self, stack: _ProxyStack) -> None:
+        self._stack = stack
 
     def __getattr__(self, name: str) -> Any:
-        found = self._slot.find()
+        found = self._stack.find()
         if found is None:
             # NameError is what Alembic raises here
-            raise NameError(f"can't invoke function {name!r}: {self._slot.missing()}")
+            raise NameError(f"can't invoke function {name!r}: {self._stack.missing()}")
         return getattr(found, name)
 
 
@@ -109,28 +109,28 @@ class _LocalModule(ModuleType):
 
     @property
     def _proxy(self) -> Any | None:
-        return _slots[self.__name__].find()
+        return _stacks[self.__name__].find()
 
     @_proxy.setter
     def _proxy(self, proxy: Any | None) -> None:
-        _slots[self.__name__].replace(proxy)
+        _stacks[self.__name__].replace(proxy)
 
     @_proxy.deleter
     def _proxy(self) -> None:
-        _slots[self.__name__].replace(None)
+        _stacks[self.__name__].replace(None)
 
     def __getattr__(self, name: str) -> Any:
-        slot = _slots[self.__name__]
-        if name not in slot.attributes:
+        stack = _stacks[self.__name__]
+        if name not in stack.attributes:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        found = slot.find()
+        found = stack.find()
         if found is None:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} here: {slot.missing()}")
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} here: {stack.missing()}")
         return getattr(found, name)
 
 
-_slots = {
-    module.__name__: _Slot(cls, module)
+_stacks = {
+    module.__name__: _ProxyStack(cls, module)
     for cls, module in ((Operations, alembic.op), (EnvironmentContext, alembic.context))
 }
 _installing = threading.Lock()
@@ -149,8 +149,8 @@ def install() -> None:
     with _installing:
         if is_installed():
             return
-        for slot in _slots.values():
-            _install(slot)
+        for stack in _stacks.values():
+            _install(stack)
         _set(Operations, "context", classmethod(_operations_context))
 
 
@@ -159,10 +159,10 @@ def uninstall() -> None:
     with _installing:
         if not is_installed():
             return
-        for slot in _slots.values():
-            slot.module.__class__ = ModuleType
-            vars(slot.module)["_proxy"] = None
-            del slot.cls._install_proxy, slot.cls._remove_proxy
+        for stack in _stacks.values():
+            stack.module.__class__ = ModuleType
+            vars(stack.module)["_proxy"] = None
+            del stack.cls._install_proxy, stack.cls._remove_proxy
         del Operations.context
 
 
@@ -179,23 +179,23 @@ def isolated() -> Iterator[None]:
         _isolated.reset(token)
 
 
-def _install(slot: _Slot) -> None:
+def _install(stack: _ProxyStack) -> None:
     def install_proxy(self: Any) -> None:
-        slot.push(self)
+        stack.push(self)
 
     def remove_proxy(self: Any) -> None:
-        slot.pop(self)
+        stack.pop(self)
 
-    names = vars(slot.module)
+    names = vars(stack.module)
     active = names.get("_proxy")
-    names["_proxy"] = _Forwarder(slot)
-    for name in slot.attributes:
+    names["_proxy"] = _Forwarder(stack)
+    for name in stack.attributes:
         names.pop(name, None)
-    slot.module.__class__ = _LocalModule
-    _set(slot.cls, "_install_proxy", install_proxy)
-    _set(slot.cls, "_remove_proxy", remove_proxy)
+    stack.module.__class__ = _LocalModule
+    _set(stack.cls, "_install_proxy", install_proxy)
+    _set(stack.cls, "_remove_proxy", remove_proxy)
     if active is not None:
-        slot.push(active)
+        stack.push(active)
 
 
 def _set(cls: type[Any], name: str, value: Any) -> None:

@@ -14,8 +14,8 @@ from ..errors import MigrationError
 from .scripts import Environment
 
 Heads = frozenset[str]
-Step = RevisionStep | StampStep
-StepFunction = Callable[[Any, Any], Iterable[Step]]
+MigrationStep = RevisionStep | StampStep
+StepFunction = Callable[[Any, Any], Iterable[MigrationStep]]
 
 _RELATIVE = re.compile(r"[+-]\d+$")
 
@@ -43,10 +43,10 @@ class _Simulated(HeadMaintainer):
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class MigrationPath:
     """The steps from one revision to the target. ``states[i]`` are the heads after ``i`` steps."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[MigrationStep, ...]
     states: tuple[Heads, ...]
 
     @property
@@ -54,8 +54,8 @@ class Route:
         """The heads when all steps are done."""
         return self.states[-1]
 
-    def remaining(self, heads: Heads) -> tuple[Step, ...] | None:
-        """The steps still to do for a database that has ``heads``; None if it is nowhere on this route."""
+    def remaining(self, heads: Heads) -> tuple[MigrationStep, ...] | None:
+        """The steps still to do for a database that has ``heads``; None if it is nowhere on this path."""
         for done in range(len(self.states) - 1, -1, -1):
             if self.states[done] == heads:
                 return self.steps[done:]
@@ -75,7 +75,7 @@ class Plan:
     environment: Environment
     function: StepFunction
     options: Mapping[str, Any]
-    _routes: dict[Heads, Route] = field(default_factory=dict)
+    _paths: dict[Heads, MigrationPath] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -123,7 +123,7 @@ class Plan:
         wanted = {script.revision for script in scripts.get_revisions(self.revision)}
         return wanted == set(scripts.get_heads())
 
-    def route(self, heads: Heads) -> Route:
+    def path_from(self, heads: Heads) -> MigrationPath:
         """The way to the target from ``heads``.
 
         Raises:
@@ -131,12 +131,12 @@ class Plan:
         """
         if self.purges:
             heads = frozenset()
-        found = self._routes.get(heads)
+        found = self._paths.get(heads)
         if found is None:
-            found = self._routes[heads] = self._work_out(heads)
+            found = self._paths[heads] = self._find_path(heads)
         return found
 
-    def _work_out(self, heads: Heads) -> Route:
+    def _find_path(self, heads: Heads) -> MigrationPath:
         try:
             # the functions of Alembic's own commands do not look at the context
             steps = tuple(self.function(tuple(sorted(heads)), None))
@@ -147,7 +147,7 @@ class Plan:
                 states.append(frozenset(simulated.heads))
         except CommandError as exc:
             raise MigrationError(f"cannot {self.command} from {format_revision(heads) or 'base'}: {exc}") from exc
-        return Route(steps, tuple(states))
+        return MigrationPath(steps, tuple(states))
 
     def _check(self) -> None:
         """Find out about a target that does not exist before any tenant is touched."""
@@ -162,13 +162,13 @@ class Plan:
 def _function(environment: Environment, command: str, revision: str | Sequence[str]) -> StepFunction:
     script: Any = environment.script
 
-    def upgrade(heads: Any, context: MigrationContext | None) -> Iterable[Step]:
+    def upgrade(heads: Any, context: MigrationContext | None) -> Iterable[MigrationStep]:
         return script._upgrade_revs(revision, heads)  # type: ignore[no-any-return]
 
-    def downgrade(heads: Any, context: MigrationContext | None) -> Iterable[Step]:
+    def downgrade(heads: Any, context: MigrationContext | None) -> Iterable[MigrationStep]:
         return script._downgrade_revs(revision, heads)  # type: ignore[no-any-return]
 
-    def stamp(heads: Any, context: MigrationContext | None) -> Iterable[Step]:
+    def stamp(heads: Any, context: MigrationContext | None) -> Iterable[MigrationStep]:
         return script._stamp_revs((revision,) if isinstance(revision, str) else tuple(revision), heads)  # type: ignore[no-any-return]
 
     return {"upgrade": upgrade, "downgrade": downgrade, "stamp": stamp}[command]

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, create_mock_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
 
-from .database import Limits, Target, Work, Wrapper, close
+from ..provisioning.templates import Connect
+from .database import ConnectionAdapter, DatabaseMigration, Limits, Target, close
 from .plan import Plan, format_revision
 from .scripts import alembic_config, load, script_directory
-
-Connect = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
 
 _URL = URL.create("postgresql+asyncpg")
 
@@ -31,7 +29,7 @@ class AlembicSchema:
 
     Args:
         directory: Where env.py is.
-        limits: How long the work on one database may take.
+        limits: How long migrating one database may take.
     """
 
     def __init__(self, directory: str | Path, *, limits: Limits | None = None) -> None:
@@ -72,14 +70,14 @@ class AlembicSchema:
             ConfigurationError: as ``head``.
         """
         environment = await asyncio.to_thread(lambda: load(alembic_config(self._directory)))
-        work = Work(
+        migration = DatabaseMigration(
             Plan.of(environment, "upgrade", "heads"),
             Target(label="template", url=_URL, connect=connect),
-            wrapper=Wrapper(),
+            adapter=ConnectionAdapter(),
             limits=self._limits,
         )
-        await work.run()
-        return format_revision(work.after or ())
+        await migration.run()
+        return format_revision(migration.after or ())
 
     def _read(self) -> tuple[ScriptDirectory, str]:
         if self._known is not None:
@@ -154,9 +152,9 @@ class MetadataSchema:
         """
         connection = await connect()
         try:
-            async with Wrapper().wrap(connection, _URL) as wrapped:
-                await wrapped.run_sync(self._metadata.create_all)
-                await wrapped.commit()
+            async with ConnectionAdapter().adapt(connection, _URL) as adapted:
+                await adapted.run_sync(self._metadata.create_all)
+                await adapted.commit()
         finally:
             await close(connection)
         return None

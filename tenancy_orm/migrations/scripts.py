@@ -84,7 +84,7 @@ def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
     return found[-1]
 
 
-def note(options: Mapping[str, Any]) -> bool:
+def capture_options(options: Mapping[str, Any]) -> bool:
     """Leave ``options`` to ``load``; tells whether it is reading this env.py."""
     found = _reading.get()
     if found is None:

@@ -14,7 +14,7 @@ from ..routing.servers import Servers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetServices:
-    """The parts of an open ``Tenancy`` that migrations work with."""
+    """The parts of an open ``Tenancy`` that migrations use."""
 
     config: TenancyConfig
     registry: Registry

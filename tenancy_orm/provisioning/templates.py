@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import asyncpg
 
@@ -40,7 +40,7 @@ _COMMENT = "tenancy-template"
 # Building runs every migration there is, from zero, once per revision: it may take this many times provision_timeout.
 BUILD_FACTOR = 10
 
-Connect: TypeAlias = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
+Connect: TypeAlias = Callable[[], Awaitable[Connection]]
 
 
 class SchemaSource(Protocol):
@@ -243,7 +243,7 @@ class Templates:
     async def _apply(self, server: Server, name: str) -> str | None:
         opened: list[Connection] = []
 
-        async def connect() -> asyncpg.Connection[Any]:
+        async def connect() -> Connection:
             connection = await self._blockers(server).connect(name, role=self._names.owner)
             opened.append(connection)
             return connection

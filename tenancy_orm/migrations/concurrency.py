@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def interleave(tenants: list[Tenant]) -> list[Tenant]:
-    """Take tenants of different servers in turn, so that the load is spread and a slow server does not hold all up."""
+    """Order tenants so that those of different servers alternate: a slow server does not delay all the others."""
     by_server: dict[str, list[Tenant]] = {}
     for tenant in tenants:
         by_server.setdefault(placement_of(tenant).server, []).append(tenant)
     return [tenant for turn in zip_longest(*by_server.values()) for tenant in turn if tenant is not None]
 
 
-async def spread(
+async def map_concurrently(
     function: Callable[[Tenant], Awaitable[T]],
     tenants: Sequence[Tenant],
     concurrency: int,

@@ -13,20 +13,21 @@ from typing import Any
 from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
 
+from ..postgres.connections import Connection
 from ..tenant import Tenant
 from . import local
+from .concurrency import map_concurrently
 from .connections import Connections, Health, placement_of
-from .database import Connection, Target, active, close, lock, make_version_table, read_state
+from .database import Target, active, close, lock, make_version_table, read_state
 from .logs import labelled
 from .scripts import Environment
 from .selection import Selection, TenantRef
-from .spread import spread
 
 _printed: ContextVar[io.StringIO] = ContextVar("tenancy_orm.migrations.printed")
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class CommandResult:
     """What a command printed about one tenant, or why it failed there."""
 
     tenant: Tenant
@@ -34,7 +35,7 @@ class Visit:
     error: Exception | None
 
 
-class Visitor:
+class CommandRunner:
     """Runs a command, given by the ``options`` of its ``EnvironmentContext``, on each tenant's database.
 
     Args:
@@ -53,12 +54,12 @@ class Visitor:
         self._options = options
         self._health = Health()
 
-    async def visit(self, tenants: Iterable[TenantRef] | None, concurrency: int) -> list[Visit]:
-        """Visit ``tenants``, or all, in order."""
-        with _apart(self._environment.config):
-            return await spread(self._one, await self._selection.choose(tenants), concurrency)
+    async def run(self, tenants: Iterable[TenantRef] | None, concurrency: int) -> list[CommandResult]:
+        """CommandResult ``tenants``, or all, in order."""
+        with _printing_apart(self._environment.config):
+            return await map_concurrently(self._run_for, await self._selection.choose(tenants), concurrency)
 
-    async def _one(self, tenant: Tenant) -> Visit:
+    async def _run_for(self, tenant: Tenant) -> CommandResult:
         target = self._connections.target(tenant, self._health)
         buffer = io.StringIO()
         _printed.set(buffer)
@@ -67,14 +68,14 @@ class Visitor:
             try:
                 connection = await target.connect()
                 try:
-                    await self._look(connection, tenant, target)
+                    await self._run_on(connection, tenant, target)
                 finally:
                     await close(connection)
             except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported for this tenant
                 error = exc
-        return Visit(tenant, buffer.getvalue(), error)
+        return CommandResult(tenant, buffer.getvalue(), error)
 
-    async def _look(self, connection: Connection, tenant: Tenant, target: Target) -> None:
+    async def _run_on(self, connection: Connection, tenant: Tenant, target: Target) -> None:
         environment, limits = self._environment, self._connections.limits
         changes = not self._options.get("dont_mutate")
         if changes:
@@ -88,13 +89,13 @@ class Visitor:
                     make_version_table(context, sync, environment, tenant)
                 context.run_migrations()
 
-        wrapper = self._connections.wrapper(placement_of(tenant).server)
-        async with asyncio.timeout(limits.total), wrapper.wrap(connection, target.url) as wrapped:
-            await wrapped.run_sync(run)
+        adapter = self._connections.adapter(placement_of(tenant).server)
+        async with asyncio.timeout(limits.total), adapter.adapt(connection, target.url) as adapted:
+            await adapted.run_sync(run)
 
 
 @contextmanager
-def _apart(config: Config) -> Iterator[None]:
+def _printing_apart(config: Config) -> Iterator[None]:
     """Have what tasks print by ``config.print_stdout`` go to the buffers they have set."""
     before = config.stdout
     config.stdout = _Printed()  # type: ignore[assignment]
