@@ -11,8 +11,6 @@ from ..tenant import Status, Tenant
 
 TenantRef = str | UUID | Tenant
 
-_PAGE = 500
-
 
 class Selection:
     """Looks up tenants.
@@ -45,15 +43,11 @@ class Selection:
 
     async def _all(self) -> list[Tenant]:
         purging = await self._purging()
-        tenants: list[Tenant] = []
-        after: UUID | None = None
-        while True:
-            page = await self._registry.page(limit=_PAGE, after=after)
-            tenants += page.items
-            after = page.next
-            if after is None:
-                break
-        return [t for t in tenants if t.status is not Status.PROVISIONING and t.id not in purging and t.placement]
+        return [
+            tenant
+            async for tenant in self._registry.iterate()
+            if tenant.status is not Status.PROVISIONING and tenant.id not in purging and tenant.placement
+        ]
 
     async def _purging(self) -> set[UUID]:
         return {item.tenant.id for item in await self._registry.unfinished() if item.kind == "purging"}

@@ -32,12 +32,10 @@ from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
 from . import access, databases, grants, removal, role_settings, roles
 from .blockers import Blockers
-from .pipeline import ProvisioningServices, prove, tenant_key
+from .pipeline import ProvisioningServices, describe, prove, tenant_key
 from .roles import RoleState
 
 logger = logging.getLogger("tenancy_orm.provisioning")
-
-_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +119,8 @@ class Reconciler:
             await work()
         except (TenancyError, *SERVER_FAILURES) as exc:
             # OSError includes TimeoutError: a deadline was passed, or the server went away
-            logger.warning("reconcile: %s: %s: %s", what, type(exc).__name__, exc)
-            self._findings.errors.append(f"{what}: {type(exc).__name__}: {exc}")
+            logger.warning("reconcile: %s: %s", what, describe(exc))
+            self._findings.errors.append(f"{what}: {describe(exc)}")
 
     async def _do(self, connection: Connection, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do one piece of a server's work within its deadline, and make sure that there can be a next one.
@@ -309,15 +307,9 @@ class Reconciler:
         """Block the logins of suspended and deleted tenants, admit all others, and give each its tier's limit."""
         async with asyncio.timeout(self._timeout):
             states = await roles.states(connection, self._services.names.stem)
-        after: UUID | None = None
-        while True:
-            page = await self._services.registry.page(server=server, limit=_PAGE, after=after)
-            for tenant in page.items:
-                if self._role_differs(tenant, states):
-                    await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
-            if page.next is None:
-                return
-            after = page.next
+        async for tenant in self._services.registry.iterate(server=server):
+            if self._role_differs(tenant, states):
+                await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
 
     async def _correct_role(self, connection: Connection, tenant_id: UUID) -> None:
         async with self._try_locked(connection, tenant_key(tenant_id)) as free:

@@ -31,7 +31,6 @@ from .scram import scram_verifier
 logger = logging.getLogger("tenancy_orm.secrets")
 
 CONCURRENCY = 4
-_PAGE = 500
 _ROTATED = tuple(status for status in Status if status not in (Status.PROVISIONING, Status.PURGED))
 
 
@@ -129,7 +128,10 @@ class SecretManager:
         if concurrency < 1:
             raise ConfigurationError("concurrency must be at least 1")
         # looked up first, so that a slug that is nobody's is not taken for a tenant that has just been purged
-        found = await self._all() if tenants is None else [await self._registry.find(each) for each in tenants]
+        if tenants is None:
+            found = [tenant async for tenant in self._registry.iterate(status=_ROTATED)]
+        else:
+            found = [await self._registry.find(tenant) for tenant in tenants]
         queue = iter(found)
         rotated, failed = 0, {}
 
@@ -161,16 +163,6 @@ class SecretManager:
         refuse_while_bound("rotating all passwords")
         pending = [await self._registry.get(tenant_id) for tenant_id in await self._sealed.pending_rotations()]
         return await self.rotate_passwords(pending, actor=actor)
-
-    async def _all(self) -> list[Tenant]:
-        found: list[Tenant] = []
-        after: UUID | None = None
-        while True:
-            page = await self._registry.page(status=_ROTATED, limit=_PAGE, after=after)
-            found.extend(page.items)
-            after = page.next
-            if after is None:
-                return found
 
     async def _rotate(self, tenant_id: UUID, placement: Placement, deadline: float, actor: Actor) -> None:
         server, key = self._servers[placement.server], tenant_key(tenant_id)
