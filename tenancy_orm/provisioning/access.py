@@ -17,9 +17,7 @@ from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from . import roles
 from .blockers import Blockers
-
-# What is left of a deadline once this one has passed, for the error that says what is not done.
-_MARGIN_SECONDS = 0.05
+from .deadlines import timeout_before
 
 
 async def block(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
@@ -38,7 +36,7 @@ async def block(connection: Connection, blockers: Blockers, *, database: str, ro
     """
     left = ["right to connect", "login", "connections"]
     try:
-        async with asyncio.timeout_at(deadline - _MARGIN_SECONDS):
+        async with timeout_before(deadline):
             # what it holds locked is released; should it come back before it is kept out, the blockers end it again
             await roles.end_connections(connection, role)
             await blockers.run(connection, partial(_revoke_connect, connection, database, role), role=role)

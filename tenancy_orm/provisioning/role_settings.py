@@ -10,7 +10,6 @@ its session. ``temp_file_limit`` it may not; for the others there is the watchdo
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
@@ -27,13 +26,13 @@ from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from .blockers import Blockers
+from .deadlines import timeout_before
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
 _BATCH = 100  # databases in one transaction
 # of these PostgreSQL takes a list of names, and keeps each one quoted where it needs to be
 _LISTS = frozenset({"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"})
-_MARGIN_SECONDS = 0.05  # what is left of a caller's deadline, for it to end in time
 # where a value in pg_settings comes from that holds for the whole server, and not just for who asks
 _SERVER_WIDE = ("default", "configuration file", "command line", "environment variable")
 
@@ -193,7 +192,7 @@ async def try_restore(
         deadline: When the caller must be done, by the clock of the event loop.
     """
     try:
-        async with asyncio.timeout_at(deadline - _MARGIN_SECONDS):
+        async with timeout_before(deadline):
             await restore(connection, blockers, role, configured)
     except (TenancyError, *SERVER_FAILURES) as exc:
         # the class and SQLSTATE alone: PostgreSQL repeats what the role has written
