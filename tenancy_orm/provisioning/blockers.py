@@ -45,7 +45,6 @@ POLL_SECONDS = 0.05
 # How often work is repeated that lost a race, and after which failure the connections of its role are ended.
 _ATTEMPTS = 100
 _TOLERATED = 3
-# "tuple concurrently updated", deadlock detected, lock_timeout
 _RACES = frozenset({CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE})
 _RETRY_SECONDS = 0.5  # after an error of the watching connection itself
 # How many databases are tried at once where one does not admit the administrator; and the others, so much later.
@@ -196,12 +195,18 @@ class Blockers:
         async with _after_delay(LOGIN_PATIENCE_SECONDS, self._end_login_blockers_repeatedly):
             yield
 
-    async def roll_back(self, transaction: PreparedTransaction) -> None:
-        """Roll back a prepared transaction. Does nothing where it has ended.
+    async def roll_back(
+        self, transaction: PreparedTransaction, *, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Roll back a prepared transaction. Does nothing if it has ended.
 
-        PostgreSQL asks that of its role or a superuser, in its database.
+        Only its role or a superuser may do that, in its database.
+
+        Args:
+            transaction: The prepared transaction.
+            settings: Server settings of the connection that this opens.
         """
-        connection = await self.connect(transaction.database)
+        connection = await self.connect(transaction.database, settings=settings)
         try:
             async with roles.joined(connection, transaction.role):
                 if not await roles.is_superuser(connection):

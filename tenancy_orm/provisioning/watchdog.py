@@ -32,10 +32,10 @@ from ..loops import HomeLoop
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.quoting import quote_identifier, quote_literal
+from ..postgres.quoting import quote_identifier
 from ..routing.servers import Server
 from . import roles
-from .blockers import Blockers
+from .blockers import Blockers, PreparedTransaction
 from .pipeline import ProvisioningServices, describe
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -353,26 +353,9 @@ class Watchdog:
         for row in await connection.fetch(_PREPARED, self._services.names.tenant_stem):
             too_old = 0 < config.max_transaction_seconds < row["open_seconds"]
             if too_old or 0 < config.max_session_locks < row["locks"]:
-                await self._roll_back(watched, connection, row["role"], row["database"], row["gid"])
+                transaction = PreparedTransaction(row["gid"], row["role"], row["database"])
+                await watched.blockers.roll_back(transaction, settings=_SETTINGS)
                 self._report(watched, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
-
-    async def _roll_back(
-        self, watched: _WatchedServer, connection: Connection, role: str, database: str, gid: str
-    ) -> None:
-        """Only in the database where it was prepared, and only as its owner or as a superuser."""
-        if await roles.is_superuser(connection):
-            await _roll_back(watched.blockers, database, None, gid)
-            return
-        async with roles.joined(connection, role):
-            await _roll_back(watched.blockers, database, role, gid)
-
-
-async def _roll_back(blockers: Blockers, database: str, role: str | None, gid: str) -> None:
-    inside = await blockers.connect(database, role=role, settings=_SETTINGS)
-    try:
-        await inside.execute(f"ROLLBACK PREPARED {quote_literal(gid)}")
-    finally:
-        await run_to_completion(connections.close(inside))
 
 
 async def _queue_usage(connection: Connection) -> float:

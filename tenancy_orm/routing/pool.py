@@ -15,6 +15,7 @@ from sqlalchemy.util import await_, greenlet_spawn
 
 from ..errors import CheckoutTimeoutError, ServerUnavailableError
 from ..events import CheckoutTimedOut
+from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Placement
 from .budget import Share
@@ -24,7 +25,6 @@ from .route import TenantRoute
 
 logger = logging.getLogger("tenancy_orm.routing")
 
-_TOO_MANY_CONNECTIONS = "53300"
 _FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1  # seconds
 
 
@@ -144,7 +144,7 @@ class TenantPool(Pool):
                 return await self._open()
             except ServerUnavailableError as exc:
                 pause = min(2 * pause, _LAST_PAUSE) * (0.5 + random.random())
-                if exc.sqlstate != _TOO_MANY_CONNECTIONS or now() + pause > deadline:
+                if exc.sqlstate != TOO_MANY_CONNECTIONS or now() + pause > deadline:
                     raise
             await asyncio.sleep(pause)
             record = self._take()
