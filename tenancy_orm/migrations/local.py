@@ -154,18 +154,6 @@ def install() -> None:
         _set(Operations, "context", classmethod(_operations_context))
 
 
-def uninstall() -> None:
-    """Give Alembic its process-wide objects back: for tests that show what they do."""
-    with _installing:
-        if not is_installed():
-            return
-        for stack in _stacks.values():
-            stack.module.__class__ = ModuleType
-            vars(stack.module)["_proxy"] = None
-            del stack.cls._install_proxy, stack.cls._remove_proxy
-        del Operations.context
-
-
 @contextmanager
 def isolated() -> Iterator[None]:
     """Keep what the body installs out of the sight of every other context, and theirs out of its own.

@@ -25,6 +25,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from tenancy_orm.migrations import local
+from tests.support.alembic_proxies import uninstall
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_threads_side_by_side_have_one_each() -> None:
 
 def test_without_it_tasks_reach_each_others_database() -> None:
     """What the patch is for, shown with it off."""
-    local.uninstall()
+    uninstall()
 
     async def migrate(name: str, everyone: asyncio.Barrier) -> str:
         with operations() as buffer:
@@ -193,7 +194,7 @@ def test_an_isolated_context_does_not_see_the_others(environment: EnvironmentCon
 
 def test_an_environment_active_before_installing_stays_active(environment: EnvironmentContext) -> None:
     """``alembic upgrade`` has entered it by the time env.py imports this package."""
-    local.uninstall()
+    uninstall()
     with environment:
         local.install()
         assert alembic.context.config is environment.config
@@ -206,7 +207,7 @@ def test_an_environment_active_before_installing_inside_a_task_stays_active(envi
         local.install()
         assert alembic.context.config is environment.config
 
-    local.uninstall()
+    uninstall()
     with environment:
         asyncio.run(importing())
         assert alembic.context.config is environment.config
@@ -219,7 +220,7 @@ def test_installing_twice_changes_nothing() -> None:
 
 
 def test_uninstalling_gives_alembic_its_own_back(environment: EnvironmentContext) -> None:
-    local.uninstall()
+    uninstall()
     assert not local.is_installed()
     with environment:
         assert vars(alembic.context)["config"] is environment.config
