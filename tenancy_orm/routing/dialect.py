@@ -1,4 +1,4 @@
-"""The dialect that all tenants of one server share, and what it asks the server once."""
+"""The dialect that all tenants of one server share, initialised once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SET = (
 
 
 class _SeedPool(NullPool):
-    """For the one connect that initialises the dialect: listeners of the application are none of its business."""
+    """For the one connection that initialises the dialect; it ignores the application's listeners on ``Pool``."""
 
     _sa_propagate_class_events = False
 
@@ -39,13 +39,13 @@ class _SeedPool(NullPool):
 class SharedDialect:
     """SQLAlchemy's dialect for the tenants of one server.
 
-    A dialect asks its first connection for the isolation level, the default schema and how literals are escaped, and
-    takes the answers for those of every later one. A tenant's role may set all of these for itself. So the
-    administrator's connection is asked, once, and under the settings that tenants' connections start with.
+    A dialect reads the isolation level, the default schema and how literals are escaped from its first connection, and
+    assumes them for every later one. A tenant's role may set all of these for itself. So this dialect reads them once,
+    from an administrative connection under the settings that tenants' connections start with.
 
     Args:
         server: The server.
-        spawn: Runs a coroutine in a task that outlives its caller.
+        spawn: Runs a coroutine in a task that a cancellation of the caller does not end.
     """
 
     def __init__(self, server: Server, spawn: Spawn) -> None:
@@ -63,23 +63,23 @@ class SharedDialect:
         self._initialising: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
-        """Return when the server's settings are known, which a tenant's login needs. However many ask, one reads.
+        """Wait until the server's settings are known, which a tenant's login needs. Concurrent calls share one read.
 
         Raises:
-            ServerUnavailableError: the server does not admit the administrator. The next call tries again.
-            ConfigurationError: it refuses one of ``sessions.settings``.
+            ServerUnavailableError: the administrator cannot log in. The next call tries again.
+            ConfigurationError: the server refuses one of ``sessions.settings``.
         """
         if self._initialising is None or self._initialising.done():
             self._reading = self._spawn(self._read())
             self._initialising = self._spawn(self._initialise(self._reading))
             for task in (self._reading, self._initialising):
-                # whoever waits has the error; nobody may be left to wait
+                # the waiting callers get the error; there may be none left
                 task.add_done_callback(_retrieve)
         assert self._reading is not None  # noqa: S101 - for the type checker: made together with the other
         await asyncio.shield(self._reading)
 
     async def finish(self) -> None:
-        """Return when the dialect is initialised.
+        """Wait until the dialect is initialised.
 
         Raises:
             ServerUnavailableError, ConfigurationError: as ``begin``.
@@ -114,7 +114,7 @@ class SharedDialect:
     async def _apply_settings(self, connection: Connection) -> None:
         """Give the connection the settings that tenants' connections start with.
 
-        In a transaction, so that nothing of it stays behind on a connection of a pooler's.
+        They are set in a transaction, so that none stays on a pooler's server connection.
         """
         settings = self._server.session_settings
         isolation: Any = settings["default_transaction_isolation"].replace(" ", "_")
@@ -122,13 +122,13 @@ class SharedDialect:
         await self._set(connection, settings)
 
     async def _initialise_dialect(self, connection: Connection) -> None:
-        """Let the dialect ask. The transaction ends with the connection."""
+        """Let the dialect read what it needs. The transaction ends with the connection."""
         self._seed_connection = connection
         try:
             (await self._seed_engine.raw_connection()).detach()
         finally:
             self._seed_connection = None
-        # where tenants' tables are: the database that was asked need not have that schema
+        # the schema of tenants' tables: the administrator's database need not have it
         self.dialect.default_schema_name = default_schema(self._server.session_settings["search_path"])
 
     async def _set(self, connection: Connection, settings: Mapping[str, str]) -> None:
@@ -147,7 +147,7 @@ class SharedDialect:
 
     @contextmanager
     def _as_unavailable(self) -> Iterator[None]:
-        """What an administrative connection meets is no refusal of a tenant."""
+        """Raise ``ServerUnavailableError`` for a failure of the administrative connection: no tenant was refused."""
         try:
             yield
         except (*SERVER_FAILURES, DBAPIError) as exc:

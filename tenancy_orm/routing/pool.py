@@ -1,4 +1,4 @@
-"""The pool of one tenant's connections, on top of its server's budget: what SQLAlchemy's engine checks out from."""
+"""The SQLAlchemy pool of one tenant's connections, within its server's budget."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1  # seconds
 
 
 class TenantPool(Pool):
-    """SQLAlchemy's pool for one tenant. It holds no password: only the sealed one, within ``placement``.
+    """SQLAlchemy's pool for one tenant. It has no plain password, only the sealed one in ``placement``.
 
     Args:
         connector: The connector of the tenant's server.
-        tenant: Whose connections these are.
+        tenant_id: The tenant.
+        slug: Its slug, for errors and events.
         placement: Where its database is.
     """
 
@@ -54,11 +55,11 @@ class TenantPool(Pool):
         self.retired = False
         self.schema_changed_at = 0.0
 
-    # A pool that held its own bound method as creator would be a reference cycle: the creator is a method instead.
+    # Storing a bound method of the pool as its creator would be a reference cycle, so the creator is a property.
 
     @staticmethod
     def _no_creator() -> DBAPIConnection:
-        raise AssertionError("a tenant's pool connects by its connector")
+        raise AssertionError("a tenant's pool connects through its connector")
 
     @property
     def _creator(self) -> Any:
@@ -118,7 +119,7 @@ class TenantPool(Pool):
         return None
 
     def _still_alive(self, record: Record) -> bool:
-        """Whether the unread data was something else than the server's farewell."""
+        """Read the pending data, and return whether the server has not ended the connection with it."""
         connection = cast("TenantConnection", record.dbapi_connection)
         try:
             await_(connection.drain())
@@ -130,8 +131,8 @@ class TenantPool(Pool):
     async def _acquire(self) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.
 
-        Where the server or the tenant's role has too many connections (53300), which is no fault of this process
-        alone, try again until the deadline: one may be returned here, or closed elsewhere.
+        If the server or the tenant's role has too many connections (53300), other processes may have them: try again
+        until the deadline, since a connection may be returned here or closed there.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + self.connector.checkout_timeout
@@ -152,7 +153,7 @@ class TenantPool(Pool):
                 return record
 
     async def _wait_for_slot(self, deadline: float) -> Record | None:
-        """Reserve a slot (None), or get a connection that is returned before one is free."""
+        """Reserve a slot and return None, or return a connection that is returned to the pool before."""
         while not self.connector.budget.reserve(self.share):
             record = await self._wait(deadline)
             if record is None or self._reusable(record):
@@ -161,7 +162,7 @@ class TenantPool(Pool):
         return None
 
     async def _wait(self, deadline: float) -> Record | None:
-        """Wait for a connection of this tenant (a record) or for a slot to open one in (None)."""
+        """Wait for a connection of this tenant (a record) or for a reserved slot (None)."""
         waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
         self.connector.budget.wait(self.share, waiter)
         try:
@@ -179,7 +180,7 @@ class TenantPool(Pool):
         if not waiter.done() or waiter.cancelled():
             budget.withdraw(self.share, waiter)
         elif (record := waiter.result()) is not None:
-            # served in the same turn of the loop in which the caller was cancelled
+            # the waiter was served in the same turn of the loop in which the caller was cancelled
             self._do_return_conn(record)
         else:
             budget.failed(self.share)
@@ -212,11 +213,11 @@ class TenantPool(Pool):
             raise
 
     def _return_unclaimed(self, task: asyncio.Task[Record]) -> None:
-        """Keep the connection that a cancelled caller had asked for."""
+        """Return to the pool a connection that was opened for a cancelled caller."""
         if task.cancelled():
             return
         if (error := task.exception()) is not None:
-            logger.debug("a connection nobody waits for any more failed: %s", type(error).__name__)
+            logger.debug("opening a connection for a cancelled caller failed: %s", type(error).__name__)
         else:
             self._do_return_conn(task.result())
 
@@ -225,7 +226,7 @@ class TenantPool(Pool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         record = cast("Record", record)
         if record.dbapi_connection is None:
-            return  # it was invalidated or detached, and took its slot along
+            return  # it was invalidated or detached, and the connection has the slot
         if self.retired or not cast("TenantConnection", record.dbapi_connection).usable:
             self.discard(record)
         elif self.connector.full_reset:
@@ -265,7 +266,7 @@ class TenantPool(Pool):
         self.connector.close_soon(cast("TenantConnection", connection))
 
     def retire(self) -> None:
-        """Close what is idle now, and what is busy when it is returned."""
+        """Close idle connections now, and busy ones when they are returned."""
         self.retired = True
         for record in self.connector.budget.take_idle(self.share):
             self.discard(record)
@@ -274,17 +275,17 @@ class TenantPool(Pool):
         """Retire this pool.
 
         Raises:
-            WrongEventLoopError: this is another loop or thread.
+            WrongEventLoopError: this is another event loop or thread.
         """
         self.connector.home.check()
         self.retire()
 
     def recreate(self) -> TenantPool:
-        """Return a new pool for the same tenant, as ``Engine.dispose`` asks for."""
+        """Return a new pool for the same tenant; ``Engine.dispose`` calls this."""
         return TenantPool(self.connector, tenant_id=self.tenant_id, slug=self.slug, placement=self.route.placement)
 
     def status(self) -> str:
-        """Describe the pool in words."""
+        """Return a line of text about the pool."""
         share = self.share
         return f"tenant {self.slug!r}: {share.busy} connections in use or being opened, {len(share.idle)} idle"
 
