@@ -1,8 +1,8 @@
-"""Whether PostgreSQL admits a tenant's role: two bolts, of which either suffices.
+"""Blocking and unblocking the logins of a tenant's role, by two rights: without either, the role cannot log in.
 
-The role is allowed to log in (LOGIN), and to connect to its database (CONNECT). A tenant can hold a lock on either row,
-but has to be connected for that. So its connections are ended first; and what cannot be done at once is repeated, and
-what blocks it ended, until it is done or its deadline has passed.
+These are the right to log in (LOGIN), and the right to connect to its database (CONNECT). A tenant can lock the
+catalogue row of either, but only while it is connected. So its connections are ended first. If a change does not
+succeed at once, its blockers are ended and it is repeated, until the deadline.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from .deadlines import timeout_before
 
 
 async def block(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
-    """Refuse a role's logins, and end its connections. It works also where the database is gone already.
+    """Block a role's logins, and end its connections. This works even if the database is already dropped.
 
     Args:
-        connection: An administrator's.
+        connection: An administrative one.
         blockers: Of its server.
         database: The tenant's database.
         role: The tenant's role.
-        deadline: When all of it must be done, by the clock of the event loop.
+        deadline: When all must be done, by the clock of the event loop.
 
     Raises:
         ProvisioningError: the role is missing.
-        TimeoutError: something was not done by then; the message says what.
+        TimeoutError: the deadline has passed; the message says what was not done.
     """
     left = ["right to connect", "login", "connections"]
     try:
         async with timeout_before(deadline):
-            # what it holds locked is released; should it come back before it is kept out, the blockers end it again
+            # this releases the role's locks; if it reconnects before its logins are blocked, the blockers end it again
             await roles.end_connections(connection, role)
             await blockers.run(connection, partial(_revoke_connect, connection, database, role), role=role)
             left.remove("right to connect")
@@ -50,7 +50,7 @@ async def block(connection: Connection, blockers: Blockers, *, database: str, ro
 
 
 async def unblock(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
-    """Let a role log in again, to its own database.
+    """Let a role log in to its own database again.
 
     Raises:
         ProvisioningError: the role or the database is missing.

@@ -1,10 +1,10 @@
-"""The creation of one tenant, step by step, so that all of it or nothing remains.
+"""The creation of one tenant, step by step, so that either all or nothing of it remains.
 
-The steps are registered, role, database, grants, proved; what follows them makes the tenant active. Each one's name is
-in the registry before it begins, but for the role's: that one follows "registered" at once, and costs less than writing
-its name. The administrative connection holds an advisory lock on the tenant's id from before
-the row is written until everything is over. The kernel closes a dead process's connections and PostgreSQL then
-releases their locks, so ``reconcile`` tells a creation under way from a dead one exactly, and without a clock.
+The steps are registered, role, database, grants, proved; after them the tenant becomes active. The name of a step is in
+the registry before the step begins, except for the role: it follows "registered" at once, and takes less time than
+writing its name. The administrative connection holds an advisory lock on the tenant's id, from before the row is
+written until the end. When a process dies, the kernel closes its connections and PostgreSQL releases their locks. So
+``reconcile`` can tell a creation under way from a dead one exactly, and without a clock.
 
 A failure or a cancellation undoes the steps that were started, in reverse. Becoming active is one commit in the
 registry, and the point of no return: where it is in doubt, the registry is read again, and an active tenant is never
@@ -45,16 +45,16 @@ from .templates import TemplateInfo, Templates
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
-# What the registry's row says of a creation whose undoing failed. Not a step: reconcile removes what it finds.
+# The step in the registry's row of a creation that could not be undone. It is not a real step: reconcile undoes it.
 UNDOING = "undoing"
 
-# CREATE DATABASE takes a while by itself.
+# CREATE DATABASE takes some time even without blockers.
 _PATIENCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ProvisioningServices:
-    """What provisioning works with."""
+    """The objects that provisioning uses."""
 
     config: TenancyConfig
     registry: Registry
@@ -70,7 +70,7 @@ class ProvisioningServices:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A part of a creation. ``undo`` works whether ``apply`` succeeded, failed half-way, or was undone before."""
+    """A step of a creation. ``undo`` works after ``apply`` succeeded or failed, and may be repeated."""
 
     name: str
     apply: Callable[[], Awaitable[None]]
@@ -78,12 +78,12 @@ class Step:
 
 
 def tenant_key(tenant_id: UUID) -> int:
-    """The advisory lock key that every process holds while it makes or removes what belongs to this tenant."""
+    """Return the key of the advisory lock that a process holds while it changes this tenant's database or role."""
     return locks.lock_key(f"tenant:{tenant_id}")
 
 
 class Creation:
-    """One tenant being created. Use an object once, by ``run``."""
+    """The creation of one tenant. Use an object once, with ``run``."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Creation:
         self._actor = actor
         self._timeout = services.config.provisioning.timeout
         self._connection: Connection | None = None
-        # whether the lock was held without a gap: only then no reconcile can have touched this tenant
+        # whether the lock was held without a gap; otherwise a reconcile may have changed this tenant
         self._lock_unbroken = True
         self._taken_over = False
         self._started_steps: list[Step] = []
@@ -135,7 +135,7 @@ class Creation:
         Raises:
             TenantExistsError: the slug is taken.
             DatabaseExistsError: a database or role of the tenant's name exists.
-            ProvisioningError: a step failed or did not end in time.
+            ProvisioningError: a step failed or did not finish in time.
         """
         try:
             async with asyncio.timeout(self._timeout):
@@ -148,7 +148,7 @@ class Creation:
         except BaseException as exc:
             undone = await run_to_completion(self._undo_started(exc))
             if self._tenant is not None and isinstance(exc, Exception):
-                return self._tenant  # the deadline passed, or the connection broke, once the tenant was active
+                return self._tenant  # the deadline passed, or the connection broke, after the tenant became active
             self._raise_for_caller(exc, undone)
             raise
         finally:
@@ -171,10 +171,10 @@ class Creation:
         await run_to_completion(self._services.registry.register(self._draft, actor=self._actor))
 
     async def _do_step(self, step: Step, following: Step | None) -> None:
-        """Do a step, whose name is in the registry, while the name of the one after it is written there.
+        """Apply a step, and write the name of the following one to the registry at the same time.
 
-        That one does not begin before its name is written. A name that is written too early, since this step failed or
-        its process died, tells reconcile nothing wrong: it looks at what is there.
+        The following step does not begin before its name is written. If this step fails or the process dies, the name
+        may be written too early. That does not mislead reconcile: it looks at what exists.
         """
         self._step = step.name
         self._started_steps.append(step)
@@ -183,7 +183,7 @@ class Creation:
             async with self._blockers.ending(self._admin, patience=_PATIENCE_SECONDS):
                 await step.apply()
         except DatabaseExistsError:
-            # not made by this step, so not to be undone by it
+            # this step did not create it, so it must not drop it
             self._started_steps.remove(step)
             raise
         finally:
@@ -208,7 +208,7 @@ class Creation:
 
     @property
     def _admin(self) -> Connection:
-        """The connection that holds the lock, which is taken first."""
+        """The connection that holds the lock."""
         if self._connection is None:
             raise ProvisioningError("the lock is not held", tenant=self._draft.slug, step=self._step)
         return self._connection
@@ -251,7 +251,7 @@ class Creation:
         self._close_later(await prove(self._services, draft.id, draft.slug, placement))
 
     def _close_later(self, connection: Connection) -> None:
-        """Close a connection while the next step is done: the server takes 2 ms to say good-bye."""
+        """Close a connection during the next step: the server takes 2 ms to end a session."""
         self._closing.append(asyncio.ensure_future(connections.close(connection)))
 
     async def _release(self) -> None:
@@ -280,11 +280,11 @@ class Creation:
 
     @property
     def _is_active(self) -> bool:
-        """Whether the tenant is active, by this creation's own commit or by a reconcile's."""
+        """Whether the tenant is active, by this creation's own commit or by that of a reconcile."""
         return self._tenant is not None or self._taken_over
 
     async def _undo_started(self, error: BaseException) -> bool:
-        """Undo what was started, unless the tenant turns out to be active. Returns whether nothing is left."""
+        """Undo the steps that were started, unless the tenant is active. Returns whether nothing is left."""
         if self._is_active:
             return False
         if isinstance(error, TenantExistsError):
@@ -293,8 +293,12 @@ class Creation:
         try:
             async with asyncio.timeout(self._timeout):
                 undone = await self._undo(step, error)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the first error is the one to raise
-            logger.error("undoing tenant %s failed, reconcile will repeat it: %s", self._draft.slug, describe(exc))
+        except Exception as exc:  # noqa: BLE001 - the first error is raised, whatever this one is
+            logger.error(
+                "undoing the creation of tenant %s failed, reconcile will repeat it: %s",
+                self._draft.slug,
+                describe(exc),
+            )
             await self._leave_to_reconcile(exc)
             undone = False
         if not self._is_active:
@@ -310,7 +314,7 @@ class Creation:
         try:
             tenant = await self._services.registry.get(self._draft.id)
         except TenantNotFoundError:
-            tenant = None  # the row was never written, or a reconcile was here
+            tenant = None  # the row was never written, or a reconcile has removed it
         if tenant is not None and tenant.status is not Status.PROVISIONING:
             if self._lock_unbroken:
                 self._tenant = tenant
@@ -324,13 +328,13 @@ class Creation:
         return True
 
     async def _ensure_lock(self) -> None:
-        """Make sure that the lock is held: the connection may be what failed."""
+        """Take the lock again if its connection is lost."""
         if self._connection is not None and await connections.is_alive(self._connection):
             return
         self._lock_unbroken = False
         if self._connection is not None:
             await connections.close(self._connection)
-        # the server may need a while to notice the loss of the old one
+        # the server may need some time to notice that the old one is lost
         self._connection = await self._lock()
 
     async def _leave_to_reconcile(self, error: Exception) -> None:
@@ -338,10 +342,12 @@ class Creation:
             async with asyncio.timeout(self._services.config.pool.connect_timeout):
                 await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
         except Exception as exc:  # noqa: BLE001 - as above; the row is there, and reconcile finds it
-            logger.error("the registry was not told of it either: %s", describe(exc))
+            logger.error(
+                "the failure of tenant %s could not be recorded in the registry: %s", self._draft.slug, describe(exc)
+            )
 
     def _raise_for_caller(self, error: BaseException, undone: bool) -> None:
-        """Raise what the caller should see in place of ``error``, or return where that is ``error`` itself."""
+        """Raise the error that the caller should see instead of ``error``, or return if that is ``error`` itself."""
         if self._taken_over and isinstance(error, Exception):
             raise ProvisioningError(
                 f"the connection to server {self._server.name!r} was lost, and reconcile has completed tenant "
@@ -363,14 +369,14 @@ class Creation:
 
 
 async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, placement: Placement) -> Connection:
-    """Log in as the tenant, as its first request will, and check that the database is its own.
+    """Log in as the tenant, as its first request will, and verify that the database is its own.
 
-    Returns the connection, for the caller to close.
+    Returns the connection, which the caller closes.
 
     Raises:
-        MarkerMismatchError: the database is another's.
-        SecretError: the password does not open.
-        LoginRefusedError: PostgreSQL does not admit the role.
+        MarkerMismatchError: the database is another tenant's.
+        SecretError: the sealed password does not open.
+        LoginRefusedError: PostgreSQL refuses the role.
         ServerUnavailableError: the server does not answer.
     """
     password = partial(services.keyring.open_password, tenant_id, placement.sealed_password)
@@ -386,18 +392,18 @@ async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, plac
 
 
 async def _wait_for(work: asyncio.Future[None]) -> None:
-    """Wait for the end of ``work``, however it ends; its error counts only where nothing else has failed."""
+    """Wait for the end of ``work`` without raising its error: that is raised only if nothing else has failed."""
     await asyncio.wait((work,))
     if not work.cancelled():
         work.exception()
 
 
 async def _nothing() -> None:
-    """Undo a step whose work goes with that of another."""
+    """Undo nothing: undoing another step undoes this one as well."""
 
 
 def describe(error: BaseException) -> str:
-    """The error in words. PostgreSQL's own messages name objects, never the text of a statement."""
+    """Return a line about ``error``. PostgreSQL's messages name objects, and never quote a statement."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -1,13 +1,12 @@
-"""Finish or remove what interrupted creations and purges have left, on every server.
+"""Finishing or removing interrupted creations and purges, and correcting tenants' roles, on every server.
 
-Whether a creation or purge is still under way is known exactly: it holds its tenant's advisory lock. So this can run at
-any time, from any number of machines, beside anything else. What it changes it changes under that lock, after having
-looked at the registry again.
+A creation or purge under way holds its tenant's advisory lock. So this can run at any time, on any number of machines,
+beside anything else. It takes that lock before it changes anything, and then reads the registry again.
 
-A database that the registry does not know is dropped if it never belonged to a tenant: it lacks the marker, which is
-set before a tenant can become active; or the registry has a tombstone for it. One that has its marker may hold the data
-of a customer whom the registry has lost, because an older backup of it was restored, say. It is kept and reported as
-unknown, unless the caller asks for it to be dropped.
+A database that the registry does not know is dropped if it never belonged to a tenant: it has no marker, which is set
+before a tenant can become active; or the registry has a tombstone for it. A database with its marker may hold the data
+of a customer that the registry has lost, for example because an older backup of it was restored. It is kept and
+reported as unknown, unless the caller asks to drop it.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 
 @dataclass(frozen=True, slots=True)
 class ReconcileReport:
-    """What ``reconcile`` has done. Tenants are named by slug, databases and roles by their names.
+    """What ``reconcile`` has done. Tenants are given by slug, databases and roles by name.
 
     Args:
-        finished: Creations that were all but complete, and are active now. They have no API key: issue one.
+        finished: Creations that were nearly complete, and are active now. They have no API key: issue one.
         removed: Creations that were removed; their slugs are free again.
         purged: Purges that were finished.
-        corrected: Tenants whose role was not what the registry says: it could log in although the tenant is suspended
-            or deleted, or could not although it is neither; or it had another connection limit than its tier; or it
-            had given itself settings or members.
-        orphans: Databases and roles that were dropped, because the registry does not know them; and roles of purged
-            tenants that could not be dropped by then.
+        corrected: Tenants with a role that did not agree with the registry: it could log in although the tenant is
+            suspended or deleted, or could not although it is neither; or it had another connection limit than its tier;
+            or it had given itself settings or members.
+        orphans: Databases and roles that were dropped because the registry does not know them, and roles of purged
+            tenants that could not be dropped before.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
             hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
-        errors: What could not be done, and why. Nothing else was kept from being done by it.
+        errors: What could not be done, and why. Everything else was done.
     """
 
     finished: tuple[str, ...] = ()
@@ -80,7 +79,7 @@ class _Findings:
 
 
 class Reconciler:
-    """One run over every server."""
+    """One reconciliation of every server."""
 
     def __init__(self, services: ProvisioningServices, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> None:
         self._services = services
@@ -90,7 +89,7 @@ class Reconciler:
         self._timeout = services.config.provisioning.timeout
 
     async def run(self) -> ReconcileReport:
-        """Look at everything, on all servers at once.
+        """Reconcile all servers at once.
 
         Raises:
             ControlUnavailableError: the control database does not answer; nothing can be decided without it.
@@ -118,15 +117,15 @@ class Reconciler:
         try:
             await work()
         except (TenancyError, *SERVER_FAILURES) as exc:
-            # OSError includes TimeoutError: a deadline was passed, or the server went away
+            # OSError includes TimeoutError: a deadline has passed, or the connection was lost
             logger.warning("reconcile: %s: %s", what, describe(exc))
             self._findings.errors.append(f"{what}: {describe(exc)}")
 
     async def _do(self, connection: Connection, what: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Do one piece of a server's work within its deadline, and make sure that there can be a next one.
+        """Await one piece of a server's work within the deadline, and check that the connection still works.
 
         Raises:
-            ConnectionResetError: the server does not answer any more.
+            ConnectionResetError: the connection does not work any more.
         """
 
         async def in_time() -> None:
@@ -152,7 +151,7 @@ class Reconciler:
 
     @asynccontextmanager
     async def _try_locked(self, connection: Connection, key: int) -> AsyncIterator[bool]:
-        """Whether the lock was free; it is held for the body then."""
+        """Yield whether the lock was free; if so, the body runs under it."""
         if not await locks.try_lock(connection, key):
             yield False
             return
@@ -179,12 +178,12 @@ class Reconciler:
                 await self._remove_creation(connection, one, one.tenant.placement)
 
     async def _proves_itself(self, tenant: Tenant, placement: Placement) -> bool:
-        """Whether the last step succeeds now: it was begun, but nobody knows how it ended."""
+        """Whether the last step succeeds now: it was started, but its result is not known."""
         try:
             async with asyncio.timeout(self._timeout):
                 await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
         except (IsolationError, RoutingError, *SERVER_FAILURES) as exc:
-            logger.info("tenant %s does not prove itself, and is removed: %s", tenant.slug, exc)
+            logger.info("the last step of tenant %s fails, so its creation is removed: %s", tenant.slug, exc)
             return False
         return True
 
@@ -237,12 +236,12 @@ class Reconciler:
     # --- what the registry does not know ----------------------------------------------------------------------------
 
     async def _drop_orphans(self, server: str, connection: Connection) -> None:
-        """Drop databases and roles of tenants that the registry does not have, on any server."""
+        """Drop databases and roles of tenants that the registry does not know."""
         names = self._services.names
         async with asyncio.timeout(self._timeout):
             present = {state.name for state in await databases.states(connection, names.stem)}
             present |= set(await roles.states(connection, names.stem))
-        # in this order: a creation that begins now has its row before its database
+        # the registry is read second: a creation writes its row before it creates its database
         known = await self._services.registry.database_names(server)
         for name in sorted(present - known):
             tenant_id = names.parse(name)
@@ -258,7 +257,8 @@ class Reconciler:
             marked = state is not None and state.comment is not None
             if marked and status is None and not self._drop_unknown:
                 logger.error(
-                    "database %s on server %s has belonged to a tenant, but the registry does not know it: it is kept",
+                    "database %s on server %s has belonged to a tenant that the registry does not know; it is kept; "
+                    "restore the registry, or drop it by reconcile(drop_unknown=True)",
                     name,
                     server,
                 )
@@ -268,14 +268,14 @@ class Reconciler:
             self._findings.orphans.append(name)
 
     async def _status(self, tenant_id: UUID) -> Status | None:
-        """The tenant's status, on whatever server it is; None where the registry never heard of it."""
+        """The tenant's status, on any server; None if the registry does not know the tenant."""
         try:
             return (await self._services.registry.get(tenant_id)).status
         except TenantNotFoundError:
             return None
 
     async def _drop_retired(self, server: str, connection: Connection) -> None:
-        """Drop the roles of purged tenants that could not be dropped then."""
+        """Drop the roles of purged tenants that the purge could not drop."""
         async with asyncio.timeout(self._timeout):
             found = await roles.states(connection, self._services.names.retired(""))
         for name in found:
@@ -304,7 +304,7 @@ class Reconciler:
     # --- roles ------------------------------------------------------------------------------------------------------
 
     async def _correct_roles(self, server: str, connection: Connection) -> None:
-        """Block the logins of suspended and deleted tenants, admit all others, and give each its tier's limit."""
+        """Block the logins of suspended and deleted tenants, unblock the others, and set each tier's limit."""
         async with asyncio.timeout(self._timeout):
             states = await roles.states(connection, self._services.names.stem)
         async for tenant in self._services.registry.iterate(server=server):
@@ -322,7 +322,7 @@ class Reconciler:
             self._findings.corrected.append(tenant.slug)
 
     async def _correct_settings(self, server: str, connection: Connection) -> None:
-        """Take from every role what it has given itself: settings of any database, and members."""
+        """Remove what roles have given themselves: settings, for any database, and members."""
         async with asyncio.timeout(self._timeout):
             settings = await role_settings.resolve(connection, self._services.config.provisioning.role_settings)
             found = await role_settings.read(connection, self._services.names.tenant_stem)
@@ -348,7 +348,7 @@ class Reconciler:
             return False
         may_connect = tenant.placement is not None and tenant.placement.database in state.connect_granted_on
         if tenant.status in LOGIN_BLOCKED:
-            # a connection may have outlived its role's login: whoever blocked it died before it could end it
+            # a connection may still be open: the process that blocked the login died before it ended the connection
             wrong_access = state.can_login or state.connected or may_connect
         else:
             wrong_access = not (state.can_login and may_connect)
@@ -358,16 +358,16 @@ class Reconciler:
 async def align_role(
     services: ProvisioningServices, connection: Connection, tenant: Tenant, *, deadline: float
 ) -> None:
-    """Give a tenant's role what its status and tier say: login or not, and its connection limit; and its settings.
+    """Make a tenant's role agree with its status and tier: its login, its connection limit and its settings.
 
-    Only under the tenant's lock, and with the tenant as the registry has it since: of two changes at once, the later
-    one's outcome must be the last to be applied.
+    Call it under the tenant's lock, with the tenant as it was read under that lock: of two changes at the same time,
+    the later one must be applied last.
 
     Args:
         services: Of provisioning.
-        connection: An administrator's, which holds the tenant's lock.
-        tenant: As it was read under the lock.
-        deadline: When a login must be blocked and its connections gone, by the clock of the event loop.
+        connection: An administrative one, which holds the tenant's lock.
+        tenant: The tenant.
+        deadline: When a login must be blocked and its connections ended, by the clock of the event loop.
     """
     if tenant.placement is None or tenant.status is Status.PROVISIONING:
         return
@@ -382,13 +382,13 @@ async def align_role(
         await blockers.run(connection, set_limit, role=role)
     settings = services.config.provisioning.role_settings
     if tenant.status in LOGIN_BLOCKED:
-        # it is kept out, and that must not look failed
+        # its logins are blocked: a failure to restore settings must not look like a failure of that
         await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)
     else:
         await role_settings.restore(connection, blockers, role, settings)
 
 
 def _limit(services: ProvisioningServices, tenant: Tenant) -> int | None:
-    """The connection limit of the tenant's tier; None where the configuration has lost that tier."""
+    """The connection limit of the tenant's tier; None if the configuration no longer has that tier."""
     tier = services.config.tiers.get(tenant.tier)
     return None if tier is None else tier.connection_limit
