@@ -1,4 +1,4 @@
-"""Have one of Alembic's commands look at each tenant, and keep apart what it prints."""
+"""Running one of Alembic's commands on each tenant, with its output kept apart by tenant."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _printed: ContextVar[io.StringIO] = ContextVar("tenancy_orm.migrations.printed")
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What a command printed about one tenant, or why it failed there."""
+    """The output of a command for one tenant, or the error that it failed with."""
 
     tenant: Tenant
     text: str
@@ -39,10 +39,10 @@ class CommandRunner:
     """Runs a command, given by the ``options`` of its ``EnvironmentContext``, on each tenant's database.
 
     Args:
-        connections: How to get at the databases.
-        selection: Which there are.
+        connections: Connects to the databases.
+        selection: Looks up the tenants.
         environment: The scripts.
-        options: What the command gives to ``EnvironmentContext``.
+        options: The options that the command passes to ``EnvironmentContext``.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CommandRunner:
         self._health = Health()
 
     async def run(self, tenants: Iterable[TenantRef] | None, concurrency: int) -> list[CommandResult]:
-        """CommandResult ``tenants``, or all, in order."""
+        """Run the command on ``tenants``, or on all; return the results in order."""
         with _printing_apart(self._environment.config):
             return await map_concurrently(self._run_for, await self._selection.choose(tenants), concurrency)
 
@@ -71,7 +71,7 @@ class CommandRunner:
                     await self._run_on(connection, tenant, target)
                 finally:
                     await close(connection)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported for this tenant
+            except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
                 error = exc
         return CommandResult(tenant, buffer.getvalue(), error)
 
@@ -96,7 +96,7 @@ class CommandRunner:
 
 @contextmanager
 def _printing_apart(config: Config) -> Iterator[None]:
-    """Have what tasks print by ``config.print_stdout`` go to the buffers they have set."""
+    """Send the output of ``config.print_stdout`` to the buffer of the task that prints."""
     before = config.stdout
     config.stdout = _Printed()  # type: ignore[assignment]
     try:

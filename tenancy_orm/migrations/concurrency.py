@@ -1,4 +1,4 @@
-"""Do something for each tenant, several at once."""
+"""Calling a function for many tenants, several at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def map_concurrently(
 ) -> list[T]:
     """Call ``function`` for each tenant, ``concurrency`` at once, each in a task and context of its own.
 
-    Returns the results in order; tenants that are not begun because ``proceed`` says no are left out.
+    Returns the results in order. Once ``proceed`` returns False no other tenant is started; these have no result.
     """
     queue = deque(enumerate(tenants))
     results: dict[int, T] = {}
@@ -49,7 +49,7 @@ async def map_concurrently(
         await asyncio.gather(*workers)
     finally:
         for worker in workers:
-            # a second cancellation would cut short what the first one has set going
+            # a second cancellation would interrupt the clean-up that the first one has started
             if not worker.cancelling():
                 worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Bring one database to a revision: the unit that templates and fleets are migrated by."""
+"""The migration of one database: of a template, or of one tenant in a fleet run."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ _schema_changed: ContextVar[float] = ContextVar("tenancy_orm.migrations.schema_c
 class FleetDialect(PGDialect_asyncpg):
     """The asyncpg dialect, shared by connections to many databases at once.
 
-    DDL makes a dialect's every connection prepare its statements again; here that stays with the task that ran the DDL.
+    After DDL, all connections of a dialect prepare their statements again; here only those of the task that ran it do.
     """
 
     supports_statement_cache = True
 
     def do_close(self, dbapi_connection: Any) -> None:
-        """Leave the connection open: it is closed by whoever opened it, within a time limit."""
+        """Leave the connection open: the code that opened it closes it, within a time limit."""
 
     def do_terminate(self, dbapi_connection: Any) -> None:
         """Leave the connection open, as ``do_close``."""
@@ -69,7 +69,7 @@ _new_dialect: Any = FleetDialect  # SQLAlchemy's dialects are untyped
 
 
 class ConnectionAdapter:
-    """Makes SQLAlchemy connections out of asyncpg's, for databases of one server; the dialect learns about it once."""
+    """Makes SQLAlchemy connections from asyncpg's, for databases of one server; the dialect is initialised once."""
 
     def __init__(self) -> None:
         self._dialect: Any = _new_dialect(dbapi=_new_dialect.import_dbapi())
@@ -80,7 +80,7 @@ class ConnectionAdapter:
     async def adapt(self, connection: Connection, url: URL) -> AsyncIterator[AsyncConnection]:
         """Yield a SQLAlchemy connection on ``connection``, which stays open.
 
-        Parameters are kept out of its errors: they are tenants' data.
+        Its errors do not contain parameters: these are tenants' data.
         """
         engine = self._engine(connection, url)
         async with engine.connect() as adapted:
@@ -112,7 +112,11 @@ class ConnectionAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long things may take, in seconds, and how often a step is tried that lost a fight for a lock."""
+    """Time limits of a migration, in seconds, and how many attempts it has if it cannot get a lock.
+
+    ``connect`` bounds opening a connection and reading the revision, ``wait`` waiting for another run, ``total`` the
+    whole migration of one database.
+    """
 
     connect: float = 10.0
     wait: float = 300.0
@@ -122,7 +126,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One database. ``connect`` connects as the owner of its schema; ``marker`` is what it must prove to be."""
+    """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker."""
 
     label: str
     url: URL
@@ -132,15 +136,15 @@ class Target:
 
 
 class DatabaseMigration:
-    """What a plan asks for, done to one database.
+    """A plan, applied to one database.
 
-    A database that is there already costs one connection and one SELECT. Otherwise it is migrated under an advisory
-    lock of that database, polled for: PostgreSQL's own wait would hold a snapshot, on which a CREATE INDEX CONCURRENTLY
-    of the lock's holder waits in turn. Lock time-outs (55P03) and deadlocks (40P01) are tried again, from the revision
-    that was reached. In the end the revision is read back.
+    A database that is at the target already costs one connection and one SELECT. Otherwise it is migrated under an
+    advisory lock in that database, taken by polling: PostgreSQL's own wait would hold a snapshot, and a CREATE INDEX
+    CONCURRENTLY of the lock's holder would wait for that. After a lock time-out (55P03) or a deadlock (40P01) the
+    migration is tried again, from the revision that was reached. At the end the revision is read back.
 
-    ``before`` and ``after`` are the heads first and last seen, None while unknown; they stay readable after a failure.
-    ``changed`` tells whether it was this run that moved it.
+    ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
+    failure. ``changed`` is whether this migration changed them.
     """
 
     def __init__(self, plan: Plan, target: Target, *, adapter: ConnectionAdapter, limits: Limits) -> None:
@@ -156,12 +160,12 @@ class DatabaseMigration:
         self._step: MigrationStep | None = None
 
     async def run(self) -> None:
-        """Do it.
+        """Migrate the database.
 
         Raises:
-            MigrationError: a revision failed, there is no way to the target, or the database does not end there.
-            MarkerMismatchError: it is not the expected tenant's.
-            Exception: what connecting raises.
+            MigrationError: a revision failed, there is no path to the target, or the database is not at it afterwards.
+            MarkerMismatchError: the database is not the expected tenant's.
+            Exception: connecting failed.
         """
         with local.isolated(), labelled(self.target.label):
             deadline = asyncio.timeout(self.limits.total)
@@ -171,7 +175,7 @@ class DatabaseMigration:
             except TimeoutError as exc:
                 if not deadline.expired():
                     raise
-                raise MigrationError(f"not done within {self.limits.total:g} s") from exc
+                raise MigrationError(f"not done within {self.limits.total:g} s; raise migration_timeout") from exc
 
     async def _try_repeatedly(self) -> None:
         for attempt in range(1, self.limits.attempts + 1):
@@ -194,7 +198,7 @@ class DatabaseMigration:
             if not self._remaining(heads):
                 return
             await lock(connection, timeout=self.limits.wait)
-            # again, now that no other run can change it
+            # read again, now that no other run can change it
             state = await self._read(connection)
             steps = self._remaining(state.heads)
             if steps:
@@ -208,14 +212,14 @@ class DatabaseMigration:
         return state
 
     def _remaining(self, heads: Heads) -> tuple[MigrationStep, ...]:
-        """What is left to do. Steps already taken, by an earlier attempt or another run, are not taken again."""
+        """The remaining steps. Those applied by an earlier attempt or another run are not applied again."""
         if self.plan.purges and heads != self._path.end:
             return self._path.steps
         remaining = self._path.remaining(heads)
         if remaining is None:
             if self.plan.is_relative:
                 raise MigrationError(
-                    f"another run moved it to {format_revision(heads) or 'base'} meanwhile; "
+                    f"another run has moved it to {format_revision(heads) or 'base'}; "
                     f"give a revision instead of {self.plan.target!r}"
                 )
             self._path = self.plan.path_from(heads)
@@ -248,9 +252,9 @@ class DatabaseMigration:
             await adapted.rollback()
 
     async def _read_after_failure(self, connection: Connection) -> None:
-        """See how far a migration came that failed: where each revision has its own transaction, it may have moved."""
+        """Read the revision after a failure: if each revision has its own transaction, it may have changed."""
         with contextlib.suppress(*SERVER_FAILURES):
-            # the failure itself is on its way to the caller; a connection lost on top of it adds nothing
+            # the migration's own error is raised; that of a lost connection would add nothing
             await self._read(connection)
 
     async def _check(self, connection: Connection, expected: Heads) -> None:
@@ -281,9 +285,9 @@ class DatabaseMigration:
 def active(
     context: EnvironmentContext, connection: SyncConnection, environment: Environment, tenant: Tenant | None
 ) -> Iterator[None]:
-    """Have ``alembic.context`` stand for ``context``, configured as env.py says on ``connection``.
+    """Make ``context`` the active ``alembic.context``, configured by env.py's options on ``connection``.
 
-    ``op.get_context().opts["tenant"]`` tells a revision whose database it is; None where it is a template.
+    ``op.get_context().opts["tenant"]`` is the database's tenant; None for a template.
     """
     with context:
         with quiet():
@@ -294,9 +298,9 @@ def active(
 def make_version_table(
     context: EnvironmentContext, connection: SyncConnection, environment: Environment, tenant: Tenant | None
 ) -> None:
-    """Make the version table as Alembic would, and keep the tenant's role from writing it, in one transaction.
+    """Create the version table as Alembic would, and revoke the tenant's right to write it, in one transaction.
 
-    Tables of the owner's are the tenant's to write by default privileges. This one would let it hide from migrations.
+    Default privileges let the tenant's role write the owner's tables. With this one it could hide from migrations.
     """
     migration_context: Any = context.get_context()
     with contextlib.nullcontext() if connection.in_transaction() else connection.begin():
@@ -307,11 +311,11 @@ def make_version_table(
 
 
 def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:
-    """Spare Alembic its first look at the version table: two statements, for what was read under the lock just now."""
+    """Give Alembic the heads that were just read under the lock, which saves it two statements."""
     migration_context: Any = context.get_context()
 
     def known() -> tuple[str, ...]:
-        del migration_context.get_current_heads  # a revision that asks later gets the answer of that moment
+        del migration_context.get_current_heads  # a revision that calls it later reads the table
         return tuple(sorted(heads))
 
     migration_context.get_current_heads = known
@@ -319,7 +323,7 @@ def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What one SELECT says of a database: its heads, and whether there are invalid indexes to look into."""
+    """What one SELECT reads of a database: its heads, and whether it has a version table and invalid indexes."""
 
     heads: Heads
     has_version_table: bool
@@ -327,10 +331,10 @@ class State:
 
 
 async def read_state(connection: Connection, environment: Environment, target: Target, *, timeout: float) -> State:
-    """Read where a database is, and with the same SELECT whether it is the expected tenant's.
+    """Read a database's state, and check in the same SELECT that it is the expected tenant's.
 
     Raises:
-        MarkerMismatchError: it is another's.
+        MarkerMismatchError: it is not.
     """
     exists = True
     heads = _HEADS.format(environment.quoted_version_table)
@@ -360,7 +364,11 @@ def _check_marker(target: Target, database: str, found: str | None) -> None:
 
 
 async def lock(connection: Connection, *, timeout: float) -> None:
-    """Take the database's migration lock. Closing the connection gives it back."""
+    """Take the database's migration lock. Closing the connection releases it.
+
+    Raises:
+        MigrationError: another run has held it for ``timeout`` seconds.
+    """
     pause = 0.02
     try:
         async with asyncio.timeout(timeout):
@@ -377,13 +385,13 @@ async def _try_lock(connection: Connection) -> bool:
     except asyncpg.PostgresError as exc:
         if exc.sqlstate != INVALID_PARAMETER_VALUE:
             raise
-        # a server on a platform that cannot tell
+        # the server's platform does not support the setting
         return bool(await connection.fetchval(_TRY_LOCK, _LOCK))
 
 
 _TRY_LOCK = "SELECT pg_catalog.pg_try_advisory_lock($1)"
-# Without it, the server finds out that the migrating process has died only after the statement under way, which may
-# take hours and holds the lock.
+# Without it, the server notices only after the running statement that the migrating process has died. That may take
+# hours, and the lock is held until then.
 _DETECT_LOST_CLIENT = "pg_catalog.set_config('client_connection_check_interval', '2s', false)"
 
 

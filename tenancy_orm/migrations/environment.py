@@ -1,4 +1,4 @@
-"""What a tenant env.py calls, so that Alembic's own commands do the right thing for a fleet.
+"""``run``, which a migration directory's env.py calls, so that Alembic's own commands work on all tenants.
 
 ```python
 from alembic import context
@@ -9,9 +9,9 @@ from myapp.models import Base
 environment.run(context, target_metadata=Base.metadata)
 ```
 
-``upgrade``, ``downgrade`` and ``stamp`` go to every tenant, or to those of ``-x tenant=acme``; ``current`` asks each of
-them; ``check`` and ``revision --autogenerate`` compare with a clone of the template, which is at head; ``--sql`` prints
-the statements once.
+``upgrade``, ``downgrade`` and ``stamp`` run on every tenant, or on those of ``-x tenant=acme``; ``current`` reads each
+of them; ``check`` and ``revision --autogenerate`` compare with a clone of the template, which is at head; ``--sql``
+prints the statements once.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ _factories: list[Factory] = []
 
 
 def register_factory(factory: Factory) -> None:
-    """Say how a ``Tenancy`` is made of a configuration. ``tenancy_orm.tenancy`` calls this with its class.
+    """Register how to open a ``Tenancy`` from a configuration. ``tenancy_orm.tenancy`` calls this with its class.
 
-    It is how this module, which that one imports, comes by an open ``Tenancy`` when ``alembic`` is the program run.
+    The ``alembic`` program needs an open ``Tenancy`` here, but ``tenancy_orm.tenancy`` imports this module.
     """
     _factories[:] = [factory]
 
@@ -73,14 +73,14 @@ def run(
     target_metadata: MetaData | Sequence[MetaData] | None = None,
     **configure_options: Any,
 ) -> None:
-    """Do for the fleet what the Alembic command asks that loaded this env.py.
+    """Run for the fleet the Alembic command that loaded this env.py.
 
     The application's configuration is found in this order: ``config.attributes["tenancy"]``, a ``Tenancy`` or
     ``TenancyConfig``; the environment variable ``TENANCY_APP``, or ``tenancy_app`` in the ``[alembic]`` section, which
-    name one as ``module:attribute``; else the ``TENANCY_*`` variables. A ``Tenancy`` of its own is opened from it.
+    name one as ``module:attribute``; else the ``TENANCY_*`` variables. A new ``Tenancy`` is opened from it.
 
-    ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` says how many at once (8), and
-    ``-x stop_on_failure=true`` begins no other tenant once one has failed.
+    ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` sets how many run at once (8), and
+    ``-x stop_on_failure=true`` starts no other tenant after a failure.
 
     Works with and without a running event loop.
 
@@ -92,7 +92,7 @@ def run(
 
     Raises:
         FleetMigrationError: some tenants failed (also an ``alembic.util.CommandError``).
-        CommandError: anything else that keeps the command from being done.
+        CommandError: the command failed for another reason.
     """
     options = {"target_metadata": target_metadata, **configure_options}
     if capture_options(options):
@@ -100,7 +100,7 @@ def run(
     local.install()
     proxy = context if isinstance(context, EnvironmentContext) else context._proxy
     if proxy is None:
-        raise ConfigurationError("environment.run is for an env.py that Alembic runs; elsewhere use tenancy.migrations")
+        raise ConfigurationError("environment.run works only in an env.py that Alembic runs; use tenancy.migrations")
     logs.configure(proxy.config)
     try:
         _Command(proxy, Environment(proxy.config, proxy.script, options)).answer()
@@ -114,7 +114,7 @@ def find_config(config: Config) -> TenancyConfig:
     """Find the application's configuration, as ``run`` describes.
 
     Raises:
-        ConfigurationError: what is named is neither a ``Tenancy`` nor a ``TenancyConfig``, or nothing is configured.
+        ConfigurationError: the named object is neither a ``Tenancy`` nor a ``TenancyConfig``, or none is configured.
     """
     found = config.attributes.get("tenancy")
     path = os.environ.get("TENANCY_APP") or config.get_alembic_option("tenancy_app")
@@ -129,7 +129,7 @@ def find_config(config: Config) -> TenancyConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
-    """What ``-x`` says to this module; other arguments are the revisions' own."""
+    """The ``-x`` arguments of this module; the others belong to the revisions."""
 
     tenants: tuple[str, ...] | None
     concurrency: int
@@ -142,7 +142,7 @@ class _Arguments:
         named = dict(pairs)
         concurrency = named.get("concurrency", str(DEFAULT_CONCURRENCY))
         if not concurrency.isdecimal() or int(concurrency) < 1:
-            raise CommandError(f"-x concurrency={concurrency}: give a number from 1")
+            raise CommandError(f"-x concurrency={concurrency}: give a number of at least 1")
         stop = named.get("stop_on_failure", "false").lower()
         if stop not in ("true", "false"):
             raise CommandError(f"-x stop_on_failure={stop}: give true or false")
@@ -170,7 +170,7 @@ class _Command:
         if self.proxy.is_offline_mode():
             self._print_sql()
         elif self.command == "merge":
-            # it wants env.py for its template_args alone
+            # it needs env.py for its template_args only
             self.proxy.configure(dialect_name="postgresql", **self.environment.options)
         else:
             _block_on(self._answer)
@@ -184,7 +184,7 @@ class _Command:
     async def _answer(self) -> None:
         config = find_config(self.proxy.config).replace(migrations=self.proxy.script.dir)
         if not _factories:  # tenancy_orm.tenancy has not been imported
-            raise ConfigurationError("nothing registered how to open a Tenancy; import tenancy_orm in env.py")
+            raise ConfigurationError("the Tenancy class is not registered; import tenancy_orm in env.py")
         async with _factories[0](config) as tenancy:
             await self._dispatch(tenancy.migrations)
 
@@ -217,7 +217,7 @@ class _Command:
         report.raise_for_failures()
 
     async def _compare(self, migrator: FleetMigrator) -> None:
-        """Autogenerate against a clone of the template: what new tenants get, at head, and nobody's data."""
+        """Autogenerate against a clone of the template: it is at head, as new tenants are, and has no data."""
         services = migrator.services
         server = next(iter(services.servers))
         options = dict(self.environment.options)
@@ -233,7 +233,7 @@ class _Command:
             await migrator.run_on(server, database, autogenerate)
 
     async def _show_history(self, migrator: FleetMigrator) -> None:
-        """Show the history once, with every revision marked that some tenant is at."""
+        """Show the history once, and mark every revision that some tenant is at."""
         found = await migrator.status(
             tenants=self.arguments.tenants, concurrency=self.arguments.concurrency, environment=self.environment
         )
@@ -271,10 +271,10 @@ class _Command:
 
 
 def _block_on(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine to its end from synchronous code.
+    """Run a coroutine from synchronous code, and return its result.
 
-    Where an event loop runs in this thread already (``alembic.command`` called from async code), another thread gets
-    a loop of its own, and this one waits for it, as it would for a synchronous driver.
+    If an event loop already runs in this thread (``alembic.command`` called from async code), another thread runs the
+    coroutine in a loop of its own, and this thread waits for it, as it would for a synchronous driver.
     """
     try:
         asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Migrate every tenant's database: several at once, in one process, each told apart from the others."""
+"""``FleetMigrator``: migrates the databases of all tenants, several at once, in one process."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DEFAULT_CONCURRENCY = 8
 class FleetMigrator:
     """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
 
-    It is operators' work: while a tenant is bound, everything here raises ``CrossTenantError``.
+    Only operators may do this: while a tenant is bound, everything here raises ``CrossTenantError``.
 
-    Deleted tenants, whose data is kept, are migrated as well: a restored tenant must fit the code. Those being created
-    are left to their creation, those being purged are left alone.
+    Deleted tenants, which keep their data, are migrated as well: a restored tenant must fit the code. Tenants that are
+    being created or purged are left alone.
 
     Args:
-        services: The parts of an open ``Tenancy``.
+        services: The services of an open ``Tenancy``.
     """
 
     def __init__(self, services: FleetServices) -> None:
@@ -59,17 +59,17 @@ class FleetMigrator:
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
 
-        On the way to head, the template of the new schema is built first: a migration that fails there has touched no
-        tenant. One tenant's failure does not stop the others; it is in the report, whose ``raise_for_failures`` turns
-        it into an error.
+        An upgrade to head builds the template of the new schema first: if a migration fails there, no tenant was
+        touched. If a tenant fails, the others go on; the failure is in the report, and its ``raise_for_failures``
+        raises an error.
 
         Args:
             revision: As for ``alembic upgrade``: ``head``, ``heads``, a revision, or relative (``+1``).
-            tenants: Which; all where None.
+            tenants: The tenants; all where None.
             concurrency: How many at once.
-            stop_on_failure: Begin no other tenant once one has failed.
-            progress: Told how it goes on.
-            x: What ``context.get_x_argument`` gives to the revisions.
+            stop_on_failure: Start no other tenant after a failure.
+            progress: Called as the run proceeds.
+            x: The arguments that ``context.get_x_argument`` returns to the revisions.
 
         Raises:
             ConfigurationError: there is no migration directory, or its env.py is not ours.
@@ -145,7 +145,7 @@ class FleetMigrator:
         # in a thread: env.py imports the application's models
         return await asyncio.to_thread(lambda: load(alembic_config(directory, x=x)))
 
-    # --- what the commands are made of ------------------------------------------------------------------------------
+    # --- used by the commands and by env.py -------------------------------------------------------------------------
 
     async def execute(
         self,
@@ -156,7 +156,7 @@ class FleetMigrator:
         stop_on_failure: bool = False,
         progress: Progress | None = None,
     ) -> FleetReport:
-        """Do what ``plan`` says to tenants; as ``upgrade``."""
+        """Apply ``plan`` to tenants; the arguments are as for ``upgrade``."""
         refuse_while_bound("migrating tenants")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
@@ -178,7 +178,7 @@ class FleetMigrator:
         tenants: Iterable[TenantRef] | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
     ) -> list[CommandResult]:
-        """Have a command of Alembic's, given by the ``options`` of its ``EnvironmentContext``, look at each tenant."""
+        """Run one of Alembic's commands, given by the ``options`` of its ``EnvironmentContext``, on each tenant."""
         refuse_while_bound("looking at all tenants' schemas")
         runner = CommandRunner(self._connections, self._selection, environment, options)
         return await runner.run(tenants, concurrency)
@@ -205,7 +205,7 @@ class FleetMigrator:
                 found = (await read_state(connection, environment, target, timeout=timeout)).heads
             finally:
                 await close(connection)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported for this tenant
+        except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
             error = describe(exc)
         return TenantRevision(
             tenant_id=tenant.id,

@@ -1,15 +1,14 @@
-"""Make ``alembic.op`` and ``alembic.context`` local to the running context, so that migrations can run side by side.
+"""Makes ``alembic.op`` and ``alembic.context`` context-local, so that migrations can run at the same time.
 
-Revision scripts and env.py files speak to two modules whose functions delegate to one process-wide object each: the
-``Operations`` and the ``EnvironmentContext`` of whatever migration runs at the moment. With two at once, in threads or
-in tasks, the functions of one reach the database of the other. Alembic keeps it so on purpose (one command, one
-process); a fleet cannot.
+Revision scripts and env.py files use these two modules. The functions of each delegate to one process-wide object: the
+``Operations`` or the ``EnvironmentContext`` of the running migration. If two migrations run at once, in threads or in
+tasks, the functions of one reach the database of the other. Alembic does so on purpose (one command, one process); a
+fleet cannot.
 
-``install`` keeps that object in a ``ContextVar`` instead. Tasks, ``asyncio.to_thread`` and SQLAlchemy's greenlets run
-in a context that carries it, plain threads and executors do not. For these, code that was written for plain Alembic
-keeps working: where a thread has none of its own and exactly one is active in the process, that one is meant. Where
-several are, nothing can tell which, and the call is refused. Inside ``isolated`` what is installed is never meant by
-others.
+``install`` keeps that object in a ``ContextVar`` instead. Tasks, ``asyncio.to_thread`` and SQLAlchemy's greenlets
+inherit the context; plain threads and executors do not. For these, code written for plain Alembic still works: if a
+thread has no object of its own and exactly one is active in the process, it gets that one. If several are active, the
+call is refused. Objects that are installed inside ``isolated`` are not visible to other contexts.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _isolated: ContextVar[bool] = ContextVar("tenancy_orm.migrations.isolated", defa
 
 
 class _ProxyStack:
-    """Which object one of the two modules stands for, in each context."""
+    """The active objects of one of the two modules, in each context."""
 
     def __init__(self, cls: type[ModuleClsProxy], module: ModuleType) -> None:
         self.cls = cls
@@ -40,16 +39,16 @@ class _ProxyStack:
         self._lock = threading.Lock()
         # innermost last: Alembic environments nest (a template is built while ``alembic upgrade`` runs)
         self._stack: ContextVar[tuple[Any, ...]] = ContextVar(f"tenancy_orm.migrations.{cls.__name__}", default=())
-        # what threads without a stack may mean; guarded by _lock
+        # the objects that threads without a stack may get; guarded by _lock
         self._shared: list[Any] = []
 
     @property
     def attributes(self) -> set[str]:
-        """Names of the object's plain attributes that the module shows (``context.config``)."""
+        """Names of the object's plain attributes that the module has (``context.config``)."""
         return ModuleClsProxy._setups[self.cls][0]
 
     def find(self) -> Any | None:
-        """The object meant here, or None."""
+        """The object of the running context, or None."""
         stack = self._stack.get()
         if stack:
             return stack[-1]
@@ -65,13 +64,13 @@ class _ProxyStack:
                 self._shared.append(proxy)
 
     def pop(self, proxy: Any) -> None:
-        """Take ``proxy`` away, wherever it is: a generator may be closed in another order or context."""
+        """Remove ``proxy`` from anywhere in the stack: a generator may be closed in another order or context."""
         self._stack.set(tuple(x for x in self._stack.get() if x is not proxy))
         with self._lock:
             self._shared = [x for x in self._shared if x is not proxy]
 
     def replace(self, proxy: Any | None) -> None:
-        """Do what an assignment to the module's ``_proxy`` means: this one, or none."""
+        """Make ``proxy``, or nothing, the only object, as an assignment to the module's ``_proxy`` does."""
         for old in self._stack.get():
             self.pop(old)
         if proxy is not None:
@@ -85,7 +84,7 @@ class _ProxyStack:
 
 
 class _Forwarder:
-    """Stands in the module's globals for whatever object is meant in the context that calls."""
+    """Forwards, in the module's globals, to the object of the calling context."""
 
     __slots__ = ("_stack",)
 
@@ -101,10 +100,10 @@ class _Forwarder:
 
 
 class _LocalModule(ModuleType):
-    """A module whose proxy and proxied attributes depend on the context.
+    """A module with a proxy and proxied attributes that depend on the context.
 
-    Functions of the module read ``_proxy`` from its globals, where the forwarder is; everyone else reads the attribute,
-    which this class answers with the object itself.
+    The module's functions read ``_proxy`` from its globals, which has the forwarder; other code reads the attribute,
+    and gets the object itself.
     """
 
     @property
@@ -142,9 +141,9 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Make ``alembic.op`` and ``alembic.context`` context-local, process-wide. Doing it again does nothing.
+    """Make ``alembic.op`` and ``alembic.context`` context-local in this process. A second call does nothing.
 
-    An environment that is active already (``alembic upgrade`` loads the env.py that imports this) stays active.
+    An active environment stays active: ``alembic upgrade`` loads the env.py that imports this.
     """
     with _installing:
         if is_installed():
@@ -156,9 +155,9 @@ def install() -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Keep what the body installs out of the sight of every other context, and theirs out of its own.
+    """Hide the objects that the body installs from other contexts, and theirs from the body.
 
-    The tasks of a fleet run inside this: a stray thread must get an error, never the one tenant left running.
+    The tasks of a fleet run inside this: a stray thread must get an error, never the last running tenant.
     """
     token = _isolated.set(True)
     try:

@@ -1,4 +1,4 @@
-"""What a command does to one database, worked out once for all databases that are at the same revision."""
+"""The steps that a command needs on a database, computed once for all databases at the same revision."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _RELATIVE = re.compile(r"[+-]\d+$")
 
 
 def format_revision(heads: Iterable[str]) -> str | None:
-    """Write a database's heads as one text: the revision, several in order with commas, None where there is none."""
+    """Return a database's heads as one text: sorted, joined by commas; None if there are none."""
     return ",".join(sorted(heads)) or None
 
 
 class _Simulated(HeadMaintainer):
-    """Alembic's own bookkeeping of heads, without a database."""
+    """Alembic's own tracking of heads, without a database."""
 
     def __init__(self, heads: Heads) -> None:
         self.heads = set(heads)
@@ -51,11 +51,11 @@ class MigrationPath:
 
     @property
     def end(self) -> Heads:
-        """The heads when all steps are done."""
+        """The heads after all steps."""
         return self.states[-1]
 
     def remaining(self, heads: Heads) -> tuple[MigrationStep, ...] | None:
-        """The steps still to do for a database that has ``heads``; None if it is nowhere on this path."""
+        """The remaining steps for a database at ``heads``; None if it is not on this path."""
         for done in range(len(self.states) - 1, -1, -1):
             if self.states[done] == heads:
                 return self.steps[done:]
@@ -66,7 +66,7 @@ class MigrationPath:
 class Plan:
     """A command (``upgrade``, ``downgrade`` or ``stamp``) with its target, for any number of databases.
 
-    ``function`` is what Alembic calls to turn heads into steps. ``options`` are those of the ``EnvironmentContext``
+    Alembic calls ``function`` to turn heads into steps. ``options`` are those of the ``EnvironmentContext``
     (``destination_rev``, ``tag``, ``purge``).
     """
 
@@ -88,10 +88,10 @@ class Plan:
         function: StepFunction | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """Plan ``command`` to ``revision``; ``function`` and ``options`` where Alembic's own command made them.
+        """Plan ``command`` to ``revision``; ``function`` and ``options`` are those of Alembic's own command, if any.
 
         Raises:
-            MigrationError: there is no such revision, or it is ambiguous.
+            MigrationError: the revision does not exist, or is ambiguous.
         """
         options = {"destination_rev": revision, "purge": purge} if options is None else options
         plan = cls(command, revision, environment, function or _function(environment, command, revision), options)
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def target(self) -> str:
-        """The target as it was given, for messages."""
+        """The target as it was given, for messages and reports."""
         return self.revision if isinstance(self.revision, str) else ",".join(self.revision)
 
     @property
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def reaches_head(self) -> bool:
-        """Whether this upgrades to all heads: what a new template holds."""
+        """Whether this upgrades to all heads, as a new template needs."""
         if self.command != "upgrade" or self.is_relative:
             return False
         scripts = self.environment.script
@@ -124,7 +124,7 @@ class Plan:
         return wanted == set(scripts.get_heads())
 
     def path_from(self, heads: Heads) -> MigrationPath:
-        """The way to the target from ``heads``.
+        """Return the path from ``heads`` to the target.
 
         Raises:
             MigrationError: there is none.
@@ -138,7 +138,7 @@ class Plan:
 
     def _find_path(self, heads: Heads) -> MigrationPath:
         try:
-            # the functions of Alembic's own commands do not look at the context
+            # the functions of Alembic's own commands do not use the context
             steps = tuple(self.function(tuple(sorted(heads)), None))
             simulated = _Simulated(heads)
             states = [heads]
@@ -150,7 +150,7 @@ class Plan:
         return MigrationPath(steps, tuple(states))
 
     def _check(self) -> None:
-        """Find out about a target that does not exist before any tenant is touched."""
+        """Refuse a target that does not exist, before any tenant is touched."""
         if self.is_relative:
             return
         try:

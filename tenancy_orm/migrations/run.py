@@ -1,4 +1,4 @@
-"""One command over the fleet: which tenants, in what order, and how it ended for each."""
+"""One run of a plan over the fleet: which tenants, in what order, and the result for each."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _PASSES = 10  # how often a run looks for tenants that were created during it
 
 
 class Run:
-    """One command over the fleet.
+    """One run of a plan over the fleet.
 
     Args:
-        plan: What to do.
-        services: The parts of an open ``Tenancy``.
-        connections: How to get at the databases.
+        plan: The plan.
+        services: The services of an open ``Tenancy``.
+        connections: Connects to the databases.
         concurrency: How many tenants at once.
-        stop_on_failure: Begin no other tenant once one has failed.
-        progress: Told how it goes on.
+        stop_on_failure: Start no other tenant after a failure.
+        progress: Called as the run proceeds.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Run:
         self.stopped = False
 
     async def execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
-        """Do it to ``tenants``, or to all."""
+        """Apply the plan to ``tenants``, or to all, and return the report."""
         started = time.monotonic()
         pending = await self.selection.choose(tenants)
         await self._prepare(pending)
@@ -86,7 +86,7 @@ class Run:
         )
 
     async def _prepare(self, tenants: list[Tenant]) -> None:
-        """Find out which servers answer, and whether the migration works at all, before a tenant is touched."""
+        """Check which servers answer, and build the template on each, before a tenant is touched."""
         names = dict.fromkeys(placement_of(t).server for t in tenants) or dict.fromkeys(self.services.servers)
         errors = await asyncio.gather(*(self._prepare_server(name) for name in names), return_exceptions=True)
         for name, error in zip(names, errors, strict=True):
@@ -95,7 +95,9 @@ class Run:
             if not isinstance(error, Exception):
                 raise error
             if isinstance(error, MigrationError | TemplateError):
-                raise MigrationError(f"no tenant was touched, the template fails: {describe(error)}") from error
+                raise MigrationError(
+                    f"the template could not be built, no tenant was touched: {describe(error)}"
+                ) from error
             if not is_down(error):
                 raise error
             logger.error("server %s does not answer: %s", name, describe(error))
@@ -135,7 +137,7 @@ class Run:
         self._done(tenant, migration, error or unrecorded, time.monotonic() - started)
 
     async def _is_gone(self, tenant: Tenant, error: Exception) -> bool:
-        """Whether there is no such database because the tenant has been purged since the list was made."""
+        """Whether the database does not exist because the tenant has been purged since the list was made."""
         if sqlstate_of(error) != INVALID_CATALOG_NAME:
             return False
         try:
@@ -144,7 +146,7 @@ class Run:
             return False
 
     async def _record(self, tenant: Tenant, migration: DatabaseMigration) -> Exception | None:
-        """Tell the registry where the tenant is now; returns why that failed."""
+        """Record the tenant's revision in the registry; return the error if that failed."""
         if migration.after is None or format_revision(migration.after) == tenant.schema_revision:
             return None
         try:

@@ -233,9 +233,9 @@ class SecretManager:
         refuse_while_bound("removing keys")
         if self._data_keys is None:
             raise ConfigurationError("there are no data keys; remove unused keys from encryption_keys")
-        forgotten = await self._data_keys.delete_unused()
+        deleted = await self._data_keys.delete_unused()
         await self._data_keys.update(self._keyring)
-        return forgotten
+        return deleted
 
     async def close(self) -> None:
         """Close the administrative connections that are kept open between rotations."""
