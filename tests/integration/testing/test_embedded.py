@@ -316,7 +316,7 @@ def test_a_directory_with_other_files_is_refused_and_left_alone(directory: Path)
     """A mistyped path does not get its permissions changed."""
     (directory / "thesis.txt").write_text("years of work")
     directory.chmod(0o755)
-    with pytest.raises(ConfigurationError, match="holds files"):
+    with pytest.raises(ConfigurationError, match="has files"):
         EmbeddedServer(directory).start()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o755
     assert [path.name for path in directory.iterdir()] == ["thesis.txt"]
