@@ -1,4 +1,4 @@
-"""Notes: every tenant's in a PostgreSQL database of its own. README.md beside this file runs it."""
+"""Notes, with a PostgreSQL database for each tenant. README.md beside this file shows how to run it."""
 
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
