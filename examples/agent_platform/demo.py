@@ -415,7 +415,7 @@ async def interruptible(work: Coroutine[Any, Any, None]) -> bool:
 
 
 def main() -> int:
-    """Run the demo; return the exit status: 0 only if everything was as lines."""
+    """Run the demo; return the exit status: 0 only if everything was as expected."""
     output = Output()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tenancy-demo-") as name:
@@ -433,12 +433,12 @@ def main() -> int:
     rows.append(("[bold]All[/]", f"[bold]{time.perf_counter() - started:.2f} s[/]"))
     output.console.print()
     output.table("Time by step", ("step", "time"), rows)
-    output.console.print("[bold green]Everything was as lines.[/]")
+    output.console.print("[bold green]Everything was as expected.[/]")
     return 0
 
 
 def report_failure(output: Output, exc: Exception, log: Path) -> None:
-    """Print what failed, and the end of what the server lines."""
+    """Print the error, and the end of the server's log."""
     if isinstance(exc, DemoError):
         output.console.print(f"[bold red]{escape(str(exc))}[/]")
     else:

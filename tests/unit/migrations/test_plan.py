@@ -1,4 +1,4 @@
-"""What a command does to a database is worked out before it is done, from where the database is."""
+"""The steps of a command are computed before it runs, from the database's revision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.projects import Project
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    """Three revisions in a row: 1, 2, 3."""
+    """A project with three revisions in a row: 1, 2, 3."""
     project = Project.create(tmp_path)
     project.add("1")
     project.add("2", down="1")
