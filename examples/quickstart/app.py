@@ -25,7 +25,7 @@ tenancy = Tenancy(TenancyConfig(control_url="embedded:.tenancy", metadata=Base.m
 
 
 async def notes(request: Request) -> JSONResponse:
-    async with tenancy.transaction() as session:  # the database of the tenant whose key was sent
+    async with tenancy.transaction() as session:  # in the database of the key's tenant
         if request.method == "POST":
             session.add(Note(text=(await request.json())["text"]))
         return JSONResponse([note.text for note in await session.scalars(select(Note))])

@@ -1,4 +1,4 @@
-"""Many migrations in one process reach their own databases, each and only."""
+"""Many migrations in one process reach only their own databases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every tenant's database is migrated; what fails is told apart, and what is done is read back."""
+"""Every tenant's database is migrated; failures are reported by tenant, and revisions are read back."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ async def test_what_was_reached_before_a_failure_is_recorded(fleet: Fleet, proje
 
 
 async def test_a_tenant_that_does_not_end_where_it_should_has_failed(fleet: Fleet, project: Project) -> None:
-    """The revision is read back: here a trigger undoes it at commit, as a revision with a ROLLBACK of its own might."""
+    """The revision is read back: here a trigger undoes it at commit, as a revision with its own ROLLBACK could."""
     add_rating(project)
     await fleet.execute(
         "globex",
@@ -330,7 +330,7 @@ async def test_a_database_without_version_table_is_at_base(fleet: Fleet) -> None
 async def test_a_tenant_cannot_write_a_version_table_that_is_made_later(
     fleet: Fleet, project: Project, options: str
 ) -> None:
-    """Tables that the owner makes are the tenant's to write by default; this one would hide it from migrations."""
+    """The role's default privileges on the owner's new tables are reduced to SELECT on a version table."""
     project.configure("target_metadata=target_metadata" + options)
     await fleet.execute("acme", "DROP TABLE alembic_version, notes")
     assert (await fleet.migrations.upgrade(tenants=["acme"])).ok

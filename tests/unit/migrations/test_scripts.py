@@ -115,7 +115,7 @@ def test_sys_path_does_not_grow(project: Project, monkeypatch: pytest.MonkeyPatc
     assert sys.path == once
 
 
-# --- whose env.py it is ---------------------------------------------------------------------------------------------
+# --- the env.py of plain Alembic ------------------------------------------------------------------------------------
 
 CONFIG = TenancyConfig(control_url="postgresql://h/d")
 
