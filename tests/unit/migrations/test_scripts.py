@@ -115,7 +115,7 @@ def test_sys_path_does_not_grow(project: Project, monkeypatch: pytest.MonkeyPatc
     assert sys.path == once
 
 
-# --- the env.py of plain Alembic ------------------------------------------------------------------------------------
+# --- the application of an env.py ------------------------------------------------------------------------------------
 
 CONFIG = TenancyConfig(control_url="postgresql://h/d")
 
