@@ -175,7 +175,7 @@ class DatabaseMigration:
             except TimeoutError as exc:
                 if not deadline.expired():
                     raise
-                raise MigrationError(f"not done within {self.limits.total:g} s; raise migration_timeout") from exc
+                raise MigrationError(f"not done within {self.limits.total:g} s; raise migration.timeout") from exc
 
     async def _try_repeatedly(self) -> None:
         for attempt in range(1, self.limits.attempts + 1):

@@ -208,7 +208,7 @@ class Provisioner:
             TenantExistsError: the slug is taken.
             DatabaseExistsError: a database or role of the tenant's name exists; it is not adopted.
             TemplateError: the template could not be built or cloned.
-            ProvisioningError: a step failed, or did not finish within ``provision_timeout``. What was made has been
+            ProvisioningError: a step failed, or did not finish within ``provisioning.timeout``. What was made has been
                 undone, or ``reconcile`` will remove it; the message says which.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
@@ -306,7 +306,7 @@ class Provisioner:
 
         Raises:
             InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
-            ProvisioningError: the server refused, or a statement did not finish within ``provision_timeout``.
+            ProvisioningError: the server refused, or a statement did not finish within ``provisioning.timeout``.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_other_tenant(tenant)

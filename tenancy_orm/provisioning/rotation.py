@@ -85,7 +85,7 @@ class SecretManager:
         Raises:
             TenantNotFoundError: no such tenant, or it has been purged.
             InvalidTransitionError: it is still being created.
-            ProvisioningError: its server refused, or did not finish within ``provision_timeout``.
+            ProvisioningError: its server refused, or did not finish within ``provisioning.timeout``.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         tenant = await self._registry.find(tenant)

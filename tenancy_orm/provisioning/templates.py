@@ -37,7 +37,7 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 
 _COMMENT = "tenancy-template"
 
-# Building a template runs every migration, once per revision: it may take this many times provision_timeout.
+# Building a template runs every migration, once per revision: it may take this many times provisioning.timeout.
 BUILD_FACTOR = 10
 
 Connect: TypeAlias = Callable[[], Awaitable[Connection]]
@@ -205,7 +205,7 @@ class Templates:
         except TimeoutError as exc:
             raise TemplateError(
                 f"template {name!r} on server {server.name!r} was not built within {self.build_timeout:g} s, by this "
-                "process or by the one that builds it; raise provision_timeout"
+                "process or by the one that builds it; raise provisioning.timeout"
             ) from exc
         except Exception as exc:
             raise TemplateError(f"template {name!r} on server {server.name!r} could not be built: {exc}") from exc

@@ -85,7 +85,7 @@ async def test_a_migration_ends_by_its_deadline(fleet: Fleet, config: TenancyCon
     async with impatient(config, migration={"timeout": 1.0}) as migrations:
         report = await migrations.upgrade()
     (failure,) = report.failures
-    assert (failure.slug, failure.error) == ("acme", "not done within 1 s; raise migration_timeout")
+    assert (failure.slug, failure.error) == ("acme", "not done within 1 s; raise migration.timeout")
     async with fleet.connect("acme") as connection:
         await until(lambda: activity(connection, "wait_event = 'PgSleep'"), 0)
 
