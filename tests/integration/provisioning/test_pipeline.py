@@ -256,7 +256,7 @@ async def test_a_database_of_another_tenant_is_found_out(workshop: Workshop, mon
 
 
 async def test_a_creation_that_takes_too_long_is_undone(workshop: Workshop) -> None:
-    """The deadline is ``provision_timeout``, and the error names the step."""
+    """The deadline is ``provisioning.timeout``, and the error names the step."""
     template = (await workshop.provisioner.template("default")).name
     impatient = workshop.provisioner_of(provisioning={"timeout": 2.0})
     await impatient.template("default")
