@@ -27,7 +27,7 @@ from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
-from .provisioning.credentials import SecretManager
+from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry

@@ -296,10 +296,10 @@ class EngineEvicted(TenantEvent):
 class SessionTerminated(Event):
     """The watchdog ended a session of a tenant's role that exceeded a bound and could block others on the server.
 
-    ``reason`` is "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or "door" (it
-    kept others from connecting to a database that is not its own). It held ``locks`` locks, and its transaction was
-    open for ``seconds`` (None if unknown). The slug is missing, since it is in the control database, which may not
-    answer at such a time.
+    ``reason`` is "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or
+    "login_blocker" (it kept others from connecting to a database that is not its own). It held ``locks`` locks, and
+    its transaction was open for ``seconds`` (None if unknown). The slug is missing, since it is in the control
+    database, which may not answer at such a time.
     """
 
     tenant_id: UUID

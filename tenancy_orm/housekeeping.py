@@ -25,7 +25,7 @@ from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .postgres.failures import SERVER_FAILURES
 from .provisioning import Provisioner
-from .provisioning.credentials import SecretManager
+from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .registry.registry import Registry
 from .tenant import Tenant

@@ -24,7 +24,7 @@ from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
 from .migrations import FleetMigrator
 from .migrations.environment import register_factory
-from .provisioning.credentials import SecretManager
+from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .scopes import BoundTenants, ResolvedSession, resolve

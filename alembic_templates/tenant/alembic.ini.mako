@@ -3,11 +3,11 @@
 [alembic]
 script_location = ${script_location}
 
-# The application's Tenancy or TenancyConfig, as module:attribute. The environment variable TENANCY_APP goes before this;
+# The application's Tenancy or TenancyConfig, as module:attribute. The environment variable TENANCY_APP overrides this;
 # without either, the TENANCY_* variables are the configuration.
 # tenancy_app = myapp.main:tenancy
 
-# Where that module is imported from: the directory of this file.
+# The directory that this module is imported from: that of this file.
 prepend_sys_path = %(here)s
 path_separator = os
 

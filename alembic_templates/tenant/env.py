@@ -4,7 +4,7 @@ from alembic import context
 
 from tenancy_orm.migrations import environment
 
-# The application's tables, for `revision --autogenerate` and `check`. None: those of TenancyConfig(metadata=...).
+# The application's tables, for `revision --autogenerate` and `check`. None means those of TenancyConfig(metadata=...).
 # from myapp.models import Base
 # target_metadata = Base.metadata
 target_metadata = None
@@ -12,7 +12,7 @@ target_metadata = None
 environment.run(
     context,
     target_metadata=target_metadata,
-    # any option of Alembic's context.configure() that does not say which database:
+    # any option of Alembic's context.configure() that does not choose the database:
     # transaction_per_migration=True,
     # compare_server_default=True,
     # include_object=...,

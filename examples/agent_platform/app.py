@@ -17,12 +17,12 @@ from .settings import create_config
 
 
 async def health(request: Request) -> JSONResponse:
-    """Tell that the process serves requests. Needs no key: the middleware exempts this path."""
+    """Answer that the process serves requests. The middleware exempts this path, so it needs no key."""
     return JSONResponse({"status": "ok"})
 
 
 def create_app(tenancy: Tenancy) -> Starlette:
-    """Build the application on ``tenancy``, which it opens and closes with its own life."""
+    """Return the application; its lifespan opens and closes ``tenancy``."""
     middleware = Middleware(
         TenancyMiddleware,
         tenancy=tenancy,

@@ -1,7 +1,7 @@
-"""The whole story in a minute, on a PostgreSQL of its own: ``python -m examples.agent_platform.demo``.
+"""The platform's features in a minute, on an embedded PostgreSQL: ``python -m examples.agent_platform.demo``.
 
-Nothing is only shown: every expectation is checked, and the demo fails when one does not hold. It leaves nothing
-behind, also when it is stopped by Ctrl-C.
+The demo checks everything that it shows, and fails if something is not as expected. It leaves nothing behind, even if
+it is stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def downgrade() -> None:
 
 
 class DemoError(Exception):
-    """Something was not as the demo says."""
+    """Something was not as the demo expects."""
 
 
 def expect(holds: bool, what: str) -> None:
@@ -79,22 +79,22 @@ def expect(holds: bool, what: str) -> None:
 
 
 @dataclass
-class Story:
-    """What the demo prints: each step, what was seen, and how long it took."""
+class Output:
+    """Prints the demo's steps, their results, and how long each one took."""
 
     console: Console = field(default_factory=lambda: Console(highlight=False))
     times: list[tuple[str, float]] = field(default_factory=list)
 
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
-        """Announce a step, run the body and note its time."""
+        """Print a step's title, run the body and measure its time."""
         self.console.print(f"\n[bold cyan]{len(self.times) + 1}. {title}[/]")
         started = time.perf_counter()
         yield
         self.times.append((title, time.perf_counter() - started))
 
-    def saw(self, what: str) -> None:
-        """Tell one thing that was seen, and was as expected."""
+    def result(self, what: str) -> None:
+        """Print one result that was as expected."""
         self.console.print(f"   [green]✓[/] {what}", soft_wrap=True)
 
     def table(self, title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -108,7 +108,7 @@ class Story:
 
 
 class ProgressBar(Progress):
-    """A progress bar that a fleet migration can tell how it goes on."""
+    """A progress bar for a fleet migration."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -126,10 +126,10 @@ class ProgressBar(Progress):
 
 @asynccontextmanager
 async def postgresql(directory: Path) -> AsyncIterator[ProvidedServer]:
-    """Run a PostgreSQL of the demo's own; at the end, nothing of it is left."""
+    """Run an embedded PostgreSQL, and delete it at the end."""
     opening = asyncio.create_task(EmbeddedProvider().open(f"embedded:{directory}"))
     try:
-        # interrupted while it starts, it is stopped once it has started
+        # if this is interrupted during the start, the server is stopped once it has started
         yield await asyncio.shield(opening)
     finally:
         provided = await opening
@@ -139,8 +139,8 @@ async def postgresql(directory: Path) -> AsyncIterator[ProvidedServer]:
 
 @asynccontextmanager
 async def serve(settings: dict[str, str], log: Path) -> AsyncIterator[httpx.AsyncClient]:
-    """Run the example under uvicorn in a process of its own; yield a client of it."""
-    # the demo's own settings alone: no TENANCY_* variable of the caller's shall reach the server
+    """Run the example under uvicorn in another process; yield a client for it."""
+    # only the demo's settings: the caller's TENANCY_* variables must not reach the server
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TENANCY_")}
     with socket.create_server(("127.0.0.1", 0)) as listener, log.open("wb") as output:
         port = listener.getsockname()[1]
@@ -153,10 +153,10 @@ async def serve(settings: dict[str, str], log: Path) -> AsyncIterator[httpx.Asyn
             stdout=output,
             stderr=output,
             pass_fds=[listener.fileno()],
-            # Ctrl-C reaches this process alone, which then stops that one
+            # Ctrl-C reaches only this process, which then stops the server
             start_new_session=True,
         )
-    # the process has inherited the socket: it answers what has queued there, and a request fails if it dies
+    # the process has inherited the socket: it answers requests that are queued there, and they fail if it dies
     try:
         url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient(base_url=url, timeout=START_SECONDS, trust_env=False) as client:
@@ -166,7 +166,7 @@ async def serve(settings: dict[str, str], log: Path) -> AsyncIterator[httpx.Asyn
 
 
 async def stop(process: asyncio.subprocess.Process) -> None:
-    """End a process that was started here: politely, then by force."""
+    """Terminate a process that was started here; kill it if it does not end in time."""
     if process.returncode is not None:
         return
     process.terminate()
@@ -180,7 +180,7 @@ async def stop(process: asyncio.subprocess.Process) -> None:
 async def call(
     client: httpx.AsyncClient, method: str, path: str, *, key: str | None, host: str = "", **options: Any
 ) -> httpx.Response:
-    """Send a request with an API key, to a sub-domain where ``host`` names one."""
+    """Send a request with an API key, to the sub-domain ``host`` if one is given."""
     headers = {} if key is None else {"X-API-Key": key}
     if host:
         headers["Host"] = f"{host}.{DOMAIN}"
@@ -196,7 +196,7 @@ async def create(client: httpx.AsyncClient, path: str, key: str, **body: Any) ->
 
 
 async def eventually(ask: Callable[[], Awaitable[httpx.Response]], status: int) -> float:
-    """Ask until the answer has ``status``; return after how many seconds it had."""
+    """Repeat a request until its answer has ``status``; return the seconds that took."""
     started = time.perf_counter()
     while (answer := await ask()).status_code != status:
         waited = time.perf_counter() - started
@@ -208,7 +208,7 @@ async def eventually(ask: Callable[[], Awaitable[httpx.Response]], status: int) 
 # --- the steps ------------------------------------------------------------------------------------------------------
 
 
-async def provision(story: Story, tenancy: Tenancy) -> dict[str, str]:
+async def provision(output: Output, tenancy: Tenancy) -> dict[str, str]:
     """Create the tenants; return their API keys by slug."""
     keys = {}
     for slug in SLUGS:
@@ -220,11 +220,11 @@ async def provision(story: Story, tenancy: Tenancy) -> dict[str, str]:
         expect(created.tenant.schema_revision == "0001", f"{slug} is created at revision 0001")
         database = placement.database if placement else "none"
         expect(database.endswith(created.id.hex), f"{slug} has a database named after its id, not {database}")
-        story.saw(f"[bold]{slug}[/]: database {database}, in {milliseconds:.0f} ms")
+        output.result(f"[bold]{slug}[/]: database {database}, in {milliseconds:.0f} ms")
     return keys
 
 
-async def fill(story: Story, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
+async def fill(output: Output, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
     """Give every tenant a user, an agent and a memory, over HTTP."""
     for slug, key in keys.items():
         user = await create(client, "/users", key, email=f"ada@{slug}.test", name="Ada")
@@ -238,11 +238,11 @@ async def fill(story: Story, client: httpx.AsyncClient, keys: dict[str, str]) ->
             content=f"the secret of {slug}",
             embedding=[1.0] * EMBEDDING_DIMENSIONS,
         )
-    story.saw(f"a user, an agent and a memory for each of {len(keys)} tenants")
+    output.result(f"a user, an agent and a memory for each of {len(keys)} tenants")
 
 
-async def show_own_rows(story: Story, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
-    """Check that lists and searches hold the key's own rows and no others."""
+async def show_own_rows(output: Output, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
+    """Check that lists and searches return the key's own rows and no others."""
     search = {"embedding": [1.0] * EMBEDDING_DIMENSIONS}
     for slug, key in keys.items():
         agents = (await call(client, "GET", "/agents", key=key)).json()["items"]
@@ -251,18 +251,18 @@ async def show_own_rows(story: Story, client: httpx.AsyncClient, keys: dict[str,
         found = (await call(client, "POST", "/memories/search", key=key, json=search)).json()["items"]
         texts = [match["memory"]["content"] for match in found]
         expect(texts == [f"the secret of {slug}"], f"{slug} finds its own memory alone, not {texts}")
-        story.saw(f"key of [bold]{slug}[/]: agents {names}, memories {texts}")
+        output.result(f"key of [bold]{slug}[/]: agents {names}, memories {texts}")
 
 
-async def show_foreign_id(story: Story, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
-    """Check that an id of another tenant's row does not exist for a key."""
+async def show_foreign_id(output: Output, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
+    """Check that the id of another tenant's row is not found with a key."""
     ours, theirs = SLUGS[:2]
     agent = (await call(client, "GET", "/agents", key=keys[theirs])).json()["items"][0]["id"]
     own = await call(client, "GET", f"/agents/{agent}", key=keys[theirs])
     expect(own.status_code == 200, f"{theirs} reads its agent, not {own.status_code}")
     foreign = await call(client, "GET", f"/agents/{agent}", key=keys[ours])
     expect(foreign.status_code == 404, f"{ours} does not find {theirs}'s agent, not {foreign.status_code}")
-    story.saw(f"key of [bold]{ours}[/], id of {theirs}'s agent: 404")
+    output.result(f"key of [bold]{ours}[/], id of {theirs}'s agent: 404")
 
 
 def spoil(key: str) -> str:
@@ -270,7 +270,7 @@ def spoil(key: str) -> str:
     return key[:-1] + ("A" if key[-1] != "A" else "B")
 
 
-async def show_refusals(story: Story, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
+async def show_refusals(output: Output, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
     """Check that no key, a wrong key and another tenant's key are refused."""
     ours, theirs = SLUGS[:2]
     key = keys[ours]
@@ -283,11 +283,11 @@ async def show_refusals(story: Story, client: httpx.AsyncClient, keys: dict[str,
     for what, sent, host, status in cases:
         answer = await call(client, "GET", "/agents", key=sent, host=host)
         expect(answer.status_code == status, f"{what} gets {status}, not {answer.status_code}: {answer.text}")
-        story.saw(f"{what}: {status}")
+        output.result(f"{what}: {status}")
 
 
-async def show_suspension(story: Story, tenancy: Tenancy, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
-    """Check that a suspended tenant is refused by the running server, and admitted again afterwards."""
+async def show_suspension(output: Output, tenancy: Tenancy, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
+    """Check that the running server refuses a suspended tenant, and accepts it again after activation."""
     slug = SLUGS[2]
 
     def ask() -> Awaitable[httpx.Response]:
@@ -295,17 +295,17 @@ async def show_suspension(story: Story, tenancy: Tenancy, client: httpx.AsyncCli
 
     await tenancy.tenants.suspend(slug, reason="unpaid invoice")
     seconds = await eventually(ask, 403)
-    story.saw(f"[bold]{slug}[/] suspended: 403 (the server knew after {seconds * 1000:.0f} ms)")
+    output.result(f"[bold]{slug}[/] suspended: 403 (effective after {seconds * 1000:.0f} ms)")
     others = await call(client, "GET", "/agents", key=keys[SLUGS[0]])
     expect(others.status_code == 200, f"{SLUGS[0]} is served as before, not {others.status_code}")
     await tenancy.tenants.activate(slug)
     await eventually(ask, 200)
-    story.saw(f"[bold]{slug}[/] activated again: 200")
+    output.result(f"[bold]{slug}[/] activated again: 200")
 
 
-async def upgrade(story: Story, tenancy: Tenancy) -> None:
+async def upgrade(output: Output, tenancy: Tenancy) -> None:
     """Upgrade the fleet to the new revision under a progress bar, and check every database."""
-    with ProgressBar(story.console) as bar:
+    with ProgressBar(output.console) as bar:
         report = await tenancy.migrations.upgrade("head", progress=bar)
     expect(report.ok, f"no tenant failed: {report.reasons}")
     changed = sorted(outcome.slug for outcome in report.changed)
@@ -317,83 +317,83 @@ async def upgrade(story: Story, tenancy: Tenancy) -> None:
             tenant=slug,
         )
         expect(found == 1, f"the new column is in the database of {slug}")
-    story.saw("every tenant's database has the new column")
+    output.result("every tenant's database has the new column")
 
 
-async def show_revisions(story: Story, tenancy: Tenancy) -> None:
-    """Print the revision that each tenant's database is at."""
+async def show_revisions(output: Output, tenancy: Tenancy) -> None:
+    """Print the revision of each tenant's database."""
     fleet = await tenancy.migrations.status()
     rows = [(x.slug, str(x.revision), "yes" if x.at_head else "no") for x in fleet]
     expect(sorted(rows) == [(slug, "0002", "yes") for slug in sorted(SLUGS)], f"all are at head: {rows}")
-    story.table("The fleet's revisions", ("tenant", "revision", "at head"), rows)
+    output.table("The fleet's revisions", ("tenant", "revision", "at head"), rows)
 
 
-async def tell(story: Story, directory: Path) -> None:
+async def run_steps(output: Output, directory: Path) -> None:
     """Run every step in ``directory``."""
     migrations = directory / "migrations"
     shutil.copytree(HERE / "migrations", migrations, ignore=shutil.ignore_patterns("__pycache__"))
     async with AsyncExitStack() as stack:
-        with story.step("Start an embedded PostgreSQL 18"):
+        with output.step("Start an embedded PostgreSQL 18"):
             provided = await stack.enter_async_context(postgresql(directory / "postgresql"))
             expect(provided.server.version == 18, f"PostgreSQL 18, not {provided.server.version}")
-            story.saw(f"{provided.server.server_version}, at 127.0.0.1:{provided.server.port}")
+            output.result(f"{provided.server.server_version}, at 127.0.0.1:{provided.server.port}")
         (directory / "tenancy.toml").touch()
         settings = {
-            # an empty one, so that no tenancy.toml of the working directory's is read
+            # an empty file, so that a tenancy.toml in the working directory is not read
             "TENANCY_CONFIG": str(directory / "tenancy.toml"),
             "TENANCY_CONTROL_URL": provided.control_url,
             "TENANCY_SERVERS": f"default={provided.server_url}",
             "TENANCY_ENCRYPTION_KEYS": f"1:{provided.encryption_key}",
             "TENANCY_MIGRATIONS": str(migrations),
         }
-        with story.step("Initialise the control database"):
+        with output.step("Initialise the control database"):
             tenancy = Tenancy(create_config(settings))
             await tenancy.open(initialise=True)
             stack.push_async_callback(tenancy.close)
             found = (await tenancy.tenants.list()).items
             expect(not found, f"a new control database knows no tenants, not {found}")
-            story.saw("ready, without tenants")
-        with story.step("Build the template database by running the migrations"):
+            output.result("ready, without tenants")
+        with output.step("Build the template database by running the migrations"):
             template = await tenancy.internals.provisioner.template("default")
             expect(template.revision == "0001", f"the template is at 0001, not {template.revision}")
-            story.saw(f"{template.name}, at revision {template.revision}")
-        with story.step("Provision three tenants from the template"):
-            keys = await provision(story, tenancy)
-        with story.step("Start the example under uvicorn"):
+            output.result(f"{template.name}, at revision {template.revision}")
+        with output.step("Provision three tenants from the template"):
+            keys = await provision(output, tenancy)
+        with output.step("Start the example under uvicorn"):
             serving = serve(settings, directory / "uvicorn.log")
             client = await stack.enter_async_context(serving)
             answer = await client.get("/healthz")
             expect(answer.status_code == 200, f"/healthz answers 200, not {answer.status_code}")
-            story.saw(f"{client.base_url} answers")
-        await serve_tenants(story, tenancy, client, keys)
-        with story.step("Add one Alembic revision and upgrade all tenants"):
+            output.result(f"{client.base_url} answers")
+        await serve_tenants(output, tenancy, client, keys)
+        with output.step("Add one Alembic revision and upgrade all tenants"):
             (migrations / "versions" / "0002_archive_agents.py").write_text(REVISION)
-            await upgrade(story, tenancy)
-        with story.step("Ask every database for its revision"):
-            await show_revisions(story, tenancy)
-            await show_own_rows(story, client, keys)
-        with story.step("Stop the servers and clean up"):
+            await upgrade(output, tenancy)
+        with output.step("Ask every database for its revision"):
+            await show_revisions(output, tenancy)
+            await show_own_rows(output, client, keys)
+        with output.step("Stop the servers and clean up"):
             await stack.aclose()
             expect(not provided.server.is_running(), "PostgreSQL has stopped")
             expect(not provided.server.data_dir.exists(), "its data is gone")
-            story.saw("no process and no data is left")
+            output.result("no process and no data is left")
 
 
-async def serve_tenants(story: Story, tenancy: Tenancy, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
-    """Run the steps that talk to the running server."""
-    with story.step("Fill each tenant over HTTP"):
-        await fill(story, client, keys)
-    with story.step("Each key sees only its own rows"):
-        await show_own_rows(story, client, keys)
-        await show_foreign_id(story, client, keys)
-    with story.step("Whoever is not who they say is refused"):
-        await show_refusals(story, client, keys)
-    with story.step("Suspend a tenant while the server runs"):
-        await show_suspension(story, tenancy, client, keys)
+async def serve_tenants(output: Output, tenancy: Tenancy, client: httpx.AsyncClient, keys: dict[str, str]) -> None:
+    """Run the steps that send requests to the running server."""
+    with output.step("Fill each tenant over HTTP"):
+        await fill(output, client, keys)
+    with output.step("Each key sees only its own rows"):
+        await show_own_rows(output, client, keys)
+        await show_foreign_id(output, client, keys)
+    with output.step("Refuse no key, a wrong key and another tenant's key"):
+        await show_refusals(output, client, keys)
+    with output.step("Suspend a tenant while the server runs"):
+        await show_suspension(output, tenancy, client, keys)
 
 
 async def interruptible(work: Coroutine[Any, Any, None]) -> bool:
-    """Run ``work``; return False if Ctrl-C or SIGTERM ended it. A second Ctrl-C does not disturb the cleaning up."""
+    """Run ``work``; return False if Ctrl-C or SIGTERM ended it. A second Ctrl-C does not interrupt the clean-up."""
     task = asyncio.create_task(work)
     stopping = False
 
@@ -415,37 +415,37 @@ async def interruptible(work: Coroutine[Any, Any, None]) -> bool:
 
 
 def main() -> int:
-    """Run the demo; return the exit status: 0 only if everything was as said."""
-    story = Story()
+    """Run the demo; return the exit status: 0 only if everything was as expected."""
+    output = Output()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tenancy-demo-") as name:
-        # for root, PostgreSQL runs under another account, which has to pass through
+        # for root, PostgreSQL runs under another account, which has to traverse this directory
         Path(name).chmod(0o711)
         try:
-            finished = asyncio.run(interruptible(tell(story, Path(name))))
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is printed and the demo fails
-            report_failure(story, exc, Path(name) / "uvicorn.log")
+            finished = asyncio.run(interruptible(run_steps(output, Path(name))))
+        except Exception as exc:  # noqa: BLE001 - any error is printed, and the demo fails
+            report_failure(output, exc, Path(name) / "uvicorn.log")
             return 1
     if not finished:
-        story.console.print("\n[yellow]interrupted; everything is cleaned up[/]")
+        output.console.print("\n[yellow]interrupted; everything is cleaned up[/]")
         return INTERRUPTED
-    rows = [(title, f"{seconds:.2f} s") for title, seconds in story.times]
+    rows = [(title, f"{seconds:.2f} s") for title, seconds in output.times]
     rows.append(("[bold]All[/]", f"[bold]{time.perf_counter() - started:.2f} s[/]"))
-    story.console.print()
-    story.table("What took how long", ("step", "time"), rows)
-    story.console.print("[bold green]Everything was as said.[/]")
+    output.console.print()
+    output.table("Time by step", ("step", "time"), rows)
+    output.console.print("[bold green]Everything was as expected.[/]")
     return 0
 
 
-def report_failure(story: Story, exc: Exception, log: Path) -> None:
-    """Print what failed, and the end of what the server said."""
+def report_failure(output: Output, exc: Exception, log: Path) -> None:
+    """Print the error, and the end of the server's log."""
     if isinstance(exc, DemoError):
-        story.console.print(f"[bold red]{escape(str(exc))}[/]")
+        output.console.print(f"[bold red]{escape(str(exc))}[/]")
     else:
-        story.console.print_exception(show_locals=False)
-    if log.exists() and (said := log.read_text(errors="replace").splitlines()):
-        story.console.print("[bold]the server's last words:[/]")
-        story.console.print(escape("\n".join(said[-20:])))
+        output.console.print_exception(show_locals=False)
+    if log.exists() and (lines := log.read_text(errors="replace").splitlines()):
+        output.console.print("[bold]the end of the server's log:[/]")
+        output.console.print(escape("\n".join(lines[-20:])))
 
 
 if __name__ == "__main__":

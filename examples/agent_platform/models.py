@@ -52,13 +52,13 @@ class Base(DeclarativeBase):
 
 
 class Created:
-    """A row that knows when it was made. Lists are in this order, newest first."""
+    """A row with the time of its creation. Lists are in this order, newest first."""
 
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Timestamped(Created):
-    """A row that also knows when it was last changed."""
+    """A row that also has the time of its last change."""
 
     updated_at: Mapped[datetime] = mapped_column(server_default=func.now(), onupdate=func.now())
 
@@ -144,7 +144,7 @@ class Execution(Created, Base):
         Index("ix_executions_created_at_id", "created_at", "id"),
         Index("ix_executions_agent_id_created_at_id", "agent_id", "created_at", "id"),
         Index("ix_executions_user_id", "user_id"),
-        # what the workers look for: few rows of a table that only grows
+        # for the workers' query: few rows of a table that only grows
         Index(
             "ix_executions_open",
             "created_at",

@@ -1,4 +1,4 @@
-"""Keyset pages: each page costs the same, however deep, and rows added meanwhile shift nothing."""
+"""Keyset pages: each page costs the same, however deep, and new rows do not shift the next page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def encode_cursor(row: Any) -> str:
 
 
 def decode_cursor(cursor: str, key: TypeAdapter[Any]) -> tuple[datetime, Any]:
-    """Return the creation time and the ``key`` of the row a cursor names.
+    """Return the creation time and the ``key`` of the row that a cursor names.
 
     Raises:
         ProblemError: 422, it is not a cursor that ``encode_cursor`` made.
@@ -39,7 +39,7 @@ def decode_cursor(cursor: str, key: TypeAdapter[Any]) -> tuple[datetime, Any]:
 
 
 def page(statement: Select[Any], model: Any, *, limit: int, after: tuple[datetime, Any] | None) -> Select[Any]:
-    """Return ``statement`` for one page, newest first, plus one row that tells if more follow."""
+    """Return ``statement`` for one page, newest first, plus one row that shows whether more follow."""
     columns = (model.created_at, model.id)
     if after is not None:
         statement = statement.where(tuple_(*columns) < tuple_(*after))

@@ -1,4 +1,4 @@
-"""What went wrong, as RFC 9457 problem documents, the form in which the middleware answers too."""
+"""Errors as RFC 9457 problem documents, which the middleware uses too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-# PostgreSQL's verdict on what a client sent, by SQLSTATE: anything else is a fault of ours, a 500
+# PostgreSQL's errors that a client's values cause, by SQLSTATE: any other error is a fault of ours, a 500
 _UNIQUE_VIOLATION = "23505"
 _FOREIGN_KEY_VIOLATION = "23503"
 _CHECK_VIOLATION = "23514"
@@ -20,17 +20,17 @@ _DATA_EXCEPTION_CLASS = "22"
 
 
 class ProblemError(Exception):
-    """Ends a request with the ``status`` and a problem document that says ``detail``."""
+    """Answers a request with ``status`` and a problem document with ``detail``."""
 
     def __init__(self, status: int, detail: str) -> None:
-        """Keep both."""
+        """Store both."""
         super().__init__(detail)
         self.status = status
         self.detail = detail
 
 
 def problem(status: int, detail: str, *, headers: Mapping[str, str] | None = None, **members: Any) -> JSONResponse:
-    """Build the problem document of ``status``; further ``members`` stand beside ``detail``."""
+    """Return the problem document of ``status``, with further ``members`` beside ``detail``."""
     body = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -52,7 +52,7 @@ async def on_http_error(request: Request, exc: HTTPException) -> JSONResponse:
 
 
 async def on_invalid(request: Request, exc: ValidationError) -> JSONResponse:
-    """Answer a request that does not validate: every mistake with a pointer to its place.
+    """Answer a request that does not validate: every error with a pointer to its field.
 
     The offending values are not repeated: they are the caller's own and may be personal.
     """
@@ -67,7 +67,7 @@ async def on_invalid(request: Request, exc: ValidationError) -> JSONResponse:
 
 
 async def on_database_error(request: Request, exc: DBAPIError) -> JSONResponse:
-    """Answer what PostgreSQL refused for its content; what is no fault of the client goes on."""
+    """Answer an error that the client's values caused; raise any other."""
     state = getattr(exc.orig, "sqlstate", None) or ""
     if state == _UNIQUE_VIOLATION:
         return problem(409, "a row with this name or address exists already")

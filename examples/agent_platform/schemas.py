@@ -1,4 +1,4 @@
-"""What requests carry and answers show, as pydantic models: validation in, JSON out."""
+"""The bodies of requests and answers, as pydantic models."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Embedding = Annotated[
 
 
 class Input(BaseModel):
-    """The body of a request; a field that is not known is an error, not silence."""
+    """The body of a request; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Output(BaseModel):
-    """A row as the API shows it."""
+    """A row as the API returns it."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -43,7 +43,7 @@ class Output(BaseModel):
 
 
 class PageQuery(Input):
-    """Which page of a list. A sub-class adds the columns that its list can be filtered by."""
+    """A page of a list. A sub-class adds the columns that its list can be filtered by."""
 
     limit: Annotated[int, Field(ge=1, le=100)] = 50
     after: Annotated[str, StringConstraints(max_length=200)] | None = None
@@ -122,7 +122,7 @@ class ExecutionInput(Input):
 
 
 class ExecutionQuery(PageQuery):
-    """Which runs."""
+    """A page of runs."""
 
     agent_id: UUID | None = None
     status: Literal["queued", "running", "succeeded", "failed"] | None = None
@@ -151,13 +151,13 @@ class MemoryInput(Input):
 
 
 class MemoryQuery(PageQuery):
-    """Which memories."""
+    """A page of memories."""
 
     agent_id: UUID | None = None
 
 
 class MemoryOutput(Output):
-    """A memory, without its embedding: 384 numbers that no reader wants."""
+    """A memory, without the 384 numbers of its embedding."""
 
     id: int
     agent_id: UUID
@@ -167,7 +167,7 @@ class MemoryOutput(Output):
 
 
 class SearchInput(Input):
-    """What to look for: an embedding, and optionally whose memories."""
+    """A search: an embedding, and optionally the agent."""
 
     embedding: Embedding
     agent_id: UUID | None = None
@@ -175,7 +175,7 @@ class SearchInput(Input):
 
 
 class Match(BaseModel):
-    """A memory and its cosine distance from what was looked for: 0 same direction, 2 opposite."""
+    """A memory and its cosine distance from the given embedding: 0 same direction, 2 opposite."""
 
     distance: float
     memory: MemoryOutput

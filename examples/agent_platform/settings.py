@@ -1,4 +1,4 @@
-"""How the platform is configured."""
+"""The platform's configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DEFAULTS = {
     "TENANCY_CONTROL_URL": "embedded:.tenancy",
     "TENANCY_MIGRATIONS": str(Path(__file__).with_name("migrations")),
 }
-"""What holds where the environment does not say otherwise."""
+"""Values that the environment can override."""
 
 
 def create_config(environ: Mapping[str, str] = os.environ) -> TenancyConfig:
-    """Read the configuration: ``TENANCY_*`` variables over ``DEFAULTS``."""
+    """Return the configuration: ``DEFAULTS``, overridden by ``TENANCY_*`` variables."""
     return TenancyConfig.from_env({**DEFAULTS, **environ}, metadata=Base.metadata, extensions=("vector",))

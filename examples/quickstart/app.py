@@ -1,4 +1,4 @@
-"""Notes: every tenant's in a PostgreSQL database of its own. README.md beside this file runs it."""
+"""Notes, with a PostgreSQL database for each tenant. README.md beside this file shows how to run it."""
 
 from sqlalchemy import select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -25,7 +25,7 @@ tenancy = Tenancy(TenancyConfig(control_url="embedded:.tenancy", metadata=Base.m
 
 
 async def notes(request: Request) -> JSONResponse:
-    async with tenancy.transaction() as session:  # the database of the tenant whose key was sent
+    async with tenancy.transaction() as session:  # in the database of the key's tenant
         if request.method == "POST":
             session.add(Note(text=(await request.json())["text"]))
         return JSONResponse([note.text for note in await session.scalars(select(Note))])

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..provisioning.credentials import CONCURRENCY, RotationReport
+from ..provisioning.rotation import CONCURRENCY, RotationReport
 from ..secrets.sealed import ResealReport
 from ..tenancy import Tenancy
 from .output import console, errors, print_json, print_table

@@ -1,4 +1,4 @@
-"""Alembic over the fleet: the schemas of all tenants, and the templates that new ones are made from."""
+"""Alembic over the fleet: the schemas of all tenants, and of the templates that new tenants are cloned from."""
 
 from .fleet import FleetMigrator
 from .report import FleetReport, Progress, TenantOutcome

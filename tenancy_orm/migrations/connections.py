@@ -1,4 +1,4 @@
-"""Connections to the databases of the fleet, as the owner of every tenant's schema."""
+"""Connections to tenants' databases, as the role that owns their schemas."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from sqlalchemy.engine import URL
 
 from ..control.database import is_unavailable
 from ..errors import ServerUnavailableError, TenantNotFoundError
+from ..postgres.connections import Connection
 from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
-from .database import Connection, Limits, Target, Wrapper
+from .database import ConnectionAdapter, Limits, Target
 from .services import FleetServices
 
-_FAILURES = 2  # connects in a row that fail before a server's other tenants are not tried any more
+_FAILURES = 2  # failed connects in a row after which a server's other tenants are not tried
 
 
 class Health:
-    """Which servers do not answer, within one run: the tenants left on one fail at once, and the others do not wait."""
+    """Which servers are down, in one run: their remaining tenants fail at once, so that the others need not wait."""
 
     def __init__(self) -> None:
         self._failures: dict[str, int] = {}
@@ -25,21 +26,21 @@ class Health:
         """Refuse to connect to a server that is down.
 
         Raises:
-            ServerUnavailableError: it is.
+            ServerUnavailableError: the server is down.
         """
         if self._failures.get(server, 0) >= _FAILURES:
             raise ServerUnavailableError(server=server, tenant=tenant)
 
     def failed(self, server: str) -> None:
-        """A connect failed; the second one in a row means that the server is down."""
+        """Count a failed connect; after the second one in a row the server is down."""
         self._failures[server] = self._failures.get(server, 0) + 1
 
     def answered(self, server: str) -> None:
-        """A connect succeeded."""
+        """Record that a connect succeeded."""
         self._failures[server] = 0
 
     def down(self, server: str) -> None:
-        """The server is down."""
+        """Record that the server is down."""
         self._failures[server] = _FAILURES
 
 
@@ -47,28 +48,28 @@ class Connections:
     """Connects to tenants' databases.
 
     Args:
-        services: The parts of an open ``Tenancy``.
+        services: The services of an open ``Tenancy``.
     """
 
     def __init__(self, services: FleetServices) -> None:
         self._services = services
-        self._wrappers: dict[str, Wrapper] = {}
+        self._adapters: dict[str, ConnectionAdapter] = {}
         config = services.config
         self.limits = Limits(
             connect=config.pool.connect_timeout, wait=config.migration.wait, total=config.migration.timeout
         )
 
-    def wrapper(self, server: str) -> Wrapper:
-        """What makes SQLAlchemy connections for databases of ``server``."""
-        return self._wrappers.setdefault(server, Wrapper())
+    def adapter(self, server: str) -> ConnectionAdapter:
+        """Return the adapter that makes SQLAlchemy connections for databases of ``server``."""
+        return self._adapters.setdefault(server, ConnectionAdapter())
 
     def url(self, server: str, database: str) -> URL:
-        """The URL of a database, for people to read: it has neither user nor password."""
+        """Return the URL of a database, for messages: it has neither user nor password."""
         address = self._services.servers[server]
         return URL.create("postgresql+asyncpg", host=address.host, port=address.port, database=database)
 
     def target(self, tenant: Tenant, health: Health) -> Target:
-        """A tenant's database, as something to migrate."""
+        """Return a tenant's database as a migration target."""
         placement = placement_of(tenant)
         return Target(
             label=tenant.slug,
@@ -84,12 +85,12 @@ class Connections:
         """Connect to ``database`` (the administrator's own where None).
 
         Raises:
-            ServerUnavailableError: the server does not answer, or did not a moment ago.
-            asyncpg.PostgresError: it refuses.
+            ServerUnavailableError: the server does not answer, or is known to be down.
+            asyncpg.PostgresError: the server refuses.
         """
         config, names = self._services.config, self._services.names
         health.check(server, tenant)
-        # statement_timeout may have been set for the administrator's role; an index takes as long as it takes
+        # the administrator's role may have a statement_timeout; building an index must not be bounded by it
         settings = {"lock_timeout": f"{round(config.migration.lock_timeout * 1000)}ms", "statement_timeout": "0"}
         try:
             connection = await self._services.provisioner.connect_admin(
@@ -104,10 +105,10 @@ class Connections:
 
 
 def placement_of(tenant: Tenant) -> Placement:
-    """Where a tenant's database is.
+    """Return a tenant's placement.
 
     Raises:
-        TenantNotFoundError: it has been purged.
+        TenantNotFoundError: the tenant has been purged.
     """
     if tenant.placement is None:
         raise TenantNotFoundError(tenant.slug)
@@ -115,7 +116,7 @@ def placement_of(tenant: Tenant) -> Placement:
 
 
 def is_down(error: BaseException) -> bool:
-    """Whether ``error`` says that a server does not answer at all, rather than that it is busy or refuses."""
+    """Whether ``error`` means that a server does not answer at all, and not that it is busy or refuses."""
     if sqlstate_of(error) == TOO_MANY_CONNECTIONS:
         return False
     return isinstance(error, ServerUnavailableError) or is_unavailable(error)

@@ -1,4 +1,4 @@
-"""Bring one database to a revision: the unit that templates and fleets are migrated by."""
+"""The migration of one database: of a template, or of one tenant in a fleet run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 from alembic.runtime.environment import EnvironmentContext
@@ -23,6 +23,8 @@ from sqlalchemy.util import await_only
 
 from ..cancellation import run_to_completion
 from ..errors import MarkerMismatchError, MigrationError
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_PARAMETER_VALUE, UNDEFINED_TABLE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
@@ -31,10 +33,8 @@ from . import local
 from .failures import TRANSIENT, describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
 from .logs import labelled, logger, quiet
-from .plan import Heads, Plan, Route, Step, format_revision
+from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
-
-Connection: TypeAlias = "asyncpg.Connection[Any]"
 
 # Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
 _LOCK = 0x74656E616E637902
@@ -45,13 +45,13 @@ _schema_changed: ContextVar[float] = ContextVar("tenancy_orm.migrations.schema_c
 class FleetDialect(PGDialect_asyncpg):
     """The asyncpg dialect, shared by connections to many databases at once.
 
-    DDL makes a dialect's every connection prepare its statements again; here that stays with the task that ran the DDL.
+    After DDL, all connections of a dialect prepare their statements again; here only those of the task that ran it do.
     """
 
     supports_statement_cache = True
 
     def do_close(self, dbapi_connection: Any) -> None:
-        """Leave the connection open: it is closed by whoever opened it, within a time limit."""
+        """Leave the connection open: the code that opened it closes it, within a time limit."""
 
     def do_terminate(self, dbapi_connection: Any) -> None:
         """Leave the connection open, as ``do_close``."""
@@ -68,8 +68,8 @@ class FleetDialect(PGDialect_asyncpg):
 _new_dialect: Any = FleetDialect  # SQLAlchemy's dialects are untyped
 
 
-class Wrapper:
-    """Makes SQLAlchemy connections out of asyncpg's, for databases of one server; the dialect learns about it once."""
+class ConnectionAdapter:
+    """Makes SQLAlchemy connections from asyncpg's, for databases of one server; the dialect is initialised once."""
 
     def __init__(self) -> None:
         self._dialect: Any = _new_dialect(dbapi=_new_dialect.import_dbapi())
@@ -77,16 +77,16 @@ class Wrapper:
         self._initialising = asyncio.Lock()
 
     @asynccontextmanager
-    async def wrap(self, connection: Connection, url: URL) -> AsyncIterator[AsyncConnection]:
+    async def adapt(self, connection: Connection, url: URL) -> AsyncIterator[AsyncConnection]:
         """Yield a SQLAlchemy connection on ``connection``, which stays open.
 
-        Parameters are kept out of its errors: they are tenants' data.
+        Its errors do not contain parameters: these are tenants' data.
         """
         engine = self._engine(connection, url)
-        async with engine.connect() as wrapped:
+        async with engine.connect() as adapted:
             if not self._initialised:
-                await self._initialise(wrapped)
-            yield wrapped
+                await self._initialise(adapted)
+            yield adapted
 
     def _engine(self, connection: Connection, url: URL) -> AsyncEngine:
         dialect = self._dialect
@@ -102,17 +102,21 @@ class Wrapper:
         event.listen(pool, "connect", lambda adapted, record: on_connect(adapted))
         return AsyncEngine(Engine(pool, dialect, url, hide_parameters=True))
 
-    async def _initialise(self, wrapped: AsyncConnection) -> None:
+    async def _initialise(self, adapted: AsyncConnection) -> None:
         async with self._initialising:
             if not self._initialised:
-                await wrapped.run_sync(self._dialect.initialize)
-                await wrapped.rollback()
+                await adapted.run_sync(self._dialect.initialize)
+                await adapted.rollback()
                 self._initialised = True
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long things may take, in seconds, and how often a step is tried that lost a fight for a lock."""
+    """Time limits of a migration, in seconds, and how many attempts it has if it cannot get a lock.
+
+    ``connect`` bounds opening a connection and reading the revision, ``wait`` waiting for another run, ``total`` the
+    whole migration of one database.
+    """
 
     connect: float = 10.0
     wait: float = 300.0
@@ -122,7 +126,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One database. ``connect`` connects as the owner of its schema; ``marker`` is what it must prove to be."""
+    """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker."""
 
     label: str
     url: URL
@@ -131,37 +135,37 @@ class Target:
     marker: str | None = None
 
 
-class Work:
-    """What a plan asks for, done to one database.
+class DatabaseMigration:
+    """A plan, applied to one database.
 
-    A database that is there already costs one connection and one SELECT. Otherwise the work is done under an advisory
-    lock of that database, polled for: PostgreSQL's own wait would hold a snapshot, on which a CREATE INDEX CONCURRENTLY
-    of the lock's holder waits in turn. Lock time-outs (55P03) and deadlocks (40P01) are tried again, from the revision
-    that was reached. In the end the revision is read back.
+    A database that is at the target already costs one connection and one SELECT. Otherwise it is migrated under an
+    advisory lock in that database, taken by polling: PostgreSQL's own wait would hold a snapshot, and a CREATE INDEX
+    CONCURRENTLY of the lock's holder would wait for that. After a lock time-out (55P03) or a deadlock (40P01) the
+    migration is tried again, from the revision that was reached. At the end the revision is read back.
 
-    ``before`` and ``after`` are the heads first and last seen, None while unknown; they stay readable after a failure.
-    ``changed`` tells whether it was this run that moved it.
+    ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
+    failure. ``changed`` is whether this migration changed them.
     """
 
-    def __init__(self, plan: Plan, target: Target, *, wrapper: Wrapper, limits: Limits) -> None:
+    def __init__(self, plan: Plan, target: Target, *, adapter: ConnectionAdapter, limits: Limits) -> None:
         self.plan = plan
         self.target = target
-        self.wrapper = wrapper
+        self.adapter = adapter
         self.limits = limits
         self.before: Heads | None = None
         self.after: Heads | None = None
         self.changed = False
-        self._route = Route((), (frozenset(),))  # none yet; known once ``before`` is
+        self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._dropped: list[InvalidIndex] = []
-        self._step: Step | None = None
+        self._step: MigrationStep | None = None
 
     async def run(self) -> None:
-        """Do it.
+        """Migrate the database.
 
         Raises:
-            MigrationError: a revision failed, there is no way to the target, or the database does not end there.
-            MarkerMismatchError: it is not the expected tenant's.
-            Exception: what connecting raises.
+            MigrationError: a revision failed, there is no path to the target, or the database is not at it afterwards.
+            MarkerMismatchError: the database is not the expected tenant's.
+            Exception: connecting failed.
         """
         with local.isolated(), labelled(self.target.label):
             deadline = asyncio.timeout(self.limits.total)
@@ -171,7 +175,7 @@ class Work:
             except TimeoutError as exc:
                 if not deadline.expired():
                     raise
-                raise MigrationError(f"not done within {self.limits.total:g} s") from exc
+                raise MigrationError(f"not done within {self.limits.total:g} s; raise migration.timeout") from exc
 
     async def _try_repeatedly(self) -> None:
         for attempt in range(1, self.limits.attempts + 1):
@@ -190,11 +194,11 @@ class Work:
             heads = (await self._read(connection)).heads
             if self.before is None:
                 self.before = heads
-                self._route = self.plan.route(heads)
+                self._path = self.plan.path_from(heads)
             if not self._remaining(heads):
                 return
             await lock(connection, timeout=self.limits.wait)
-            # again, now that no other run can change it
+            # read again, now that no other run can change it
             state = await self._read(connection)
             steps = self._remaining(state.heads)
             if steps:
@@ -207,30 +211,30 @@ class Work:
         self.after = state.heads
         return state
 
-    def _remaining(self, heads: Heads) -> tuple[Step, ...]:
-        """What is left to do. Steps already taken, by an earlier attempt or another run, are not taken again."""
-        if self.plan.purges and heads != self._route.end:
-            return self._route.steps
-        remaining = self._route.remaining(heads)
+    def _remaining(self, heads: Heads) -> tuple[MigrationStep, ...]:
+        """The remaining steps. Those applied by an earlier attempt or another run are not applied again."""
+        if self.plan.purges and heads != self._path.end:
+            return self._path.steps
+        remaining = self._path.remaining(heads)
         if remaining is None:
             if self.plan.is_relative:
                 raise MigrationError(
-                    f"another run moved it to {format_revision(heads) or 'base'} meanwhile; "
+                    f"another run has moved it to {format_revision(heads) or 'base'}; "
                     f"give a revision instead of {self.plan.target!r}"
                 )
-            self._route = self.plan.route(heads)
-            remaining = self._route.steps
+            self._path = self.plan.path_from(heads)
+            remaining = self._path.steps
         return remaining
 
-    async def _migrate(self, connection: Connection, state: State, steps: tuple[Step, ...]) -> None:
-        expected = self._route.end
-        async with self.wrapper.wrap(connection, self.target.url) as wrapped:
+    async def _migrate(self, connection: Connection, state: State, steps: tuple[MigrationStep, ...]) -> None:
+        expected = self._path.end
+        async with self.adapter.adapt(connection, self.target.url) as adapted:
             if state.has_invalid_indexes and self.plan.command != "stamp":
                 self._dropped += await drop_invalid(connection)
             try:
-                await self._apply(wrapped, state, steps)
+                await self._apply(adapted, state, steps)
             except Exception:
-                await self._look_again(connection)
+                await self._read_after_failure(connection)
                 raise
             finally:
                 self.changed = self.changed or self.after != state.heads
@@ -238,19 +242,19 @@ class Work:
             self.changed = True
             await build_missing(connection, self._dropped)
 
-    async def _apply(self, wrapped: AsyncConnection, state: State, steps: tuple[Step, ...]) -> None:
+    async def _apply(self, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         try:
-            await wrapped.run_sync(self._run, state, steps)
+            await adapted.run_sync(self._run, state, steps)
         except Exception as exc:
             prefix = "" if self._step is None else f"{self._step.short_log}: "
             raise MigrationError(prefix + describe(exc)) from exc
         finally:
-            await wrapped.rollback()
+            await adapted.rollback()
 
-    async def _look_again(self, connection: Connection) -> None:
-        """See how far a migration came that failed: where each revision has its own transaction, it may have moved."""
+    async def _read_after_failure(self, connection: Connection) -> None:
+        """Read the revision after a failure: if each revision has its own transaction, it may have changed."""
         with contextlib.suppress(*SERVER_FAILURES):
-            # the failure itself is on its way to the caller; a connection lost on top of it adds nothing
+            # the migration's own error is raised; that of a lost connection would add nothing
             await self._read(connection)
 
     async def _check(self, connection: Connection, expected: Heads) -> None:
@@ -261,17 +265,17 @@ class Work:
                 "although the migration reported no error; does a revision commit or roll back by itself?"
             )
 
-    def _run(self, connection: SyncConnection, state: State, steps: tuple[Step, ...]) -> None:
+    def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
-        context = self.plan.environment.context(fn=lambda heads, context: self._watched(steps), **self.plan.options)
+        context = self.plan.environment.context(fn=lambda heads, context: self._tracking(steps), **self.plan.options)
         with active(context, connection, self.plan.environment, self.target.tenant), context.begin_transaction():
             if not state.has_version_table:
                 make_version_table(context, connection, self.plan.environment, self.target.tenant)
             elif state.heads and not self.plan.purges:
-                _tell_heads(context, state.heads)
+                _preset_heads(context, state.heads)
             context.run_migrations()
 
-    def _watched(self, steps: tuple[Step, ...]) -> Iterator[Step]:
+    def _tracking(self, steps: tuple[MigrationStep, ...]) -> Iterator[MigrationStep]:
         for step in steps:
             self._step = step
             yield step
@@ -281,9 +285,9 @@ class Work:
 def active(
     context: EnvironmentContext, connection: SyncConnection, environment: Environment, tenant: Tenant | None
 ) -> Iterator[None]:
-    """Have ``alembic.context`` stand for ``context``, configured as env.py says on ``connection``.
+    """Make ``context`` the active ``alembic.context``, configured by env.py's options on ``connection``.
 
-    ``op.get_context().opts["tenant"]`` tells a revision whose database it is; None where it is a template.
+    ``op.get_context().opts["tenant"]`` is the database's tenant; None for a template.
     """
     with context:
         with quiet():
@@ -294,32 +298,32 @@ def active(
 def make_version_table(
     context: EnvironmentContext, connection: SyncConnection, environment: Environment, tenant: Tenant | None
 ) -> None:
-    """Make the version table as Alembic would, and keep the tenant's role from writing it, in one transaction.
+    """Create the version table as Alembic would, and revoke the tenant's right to write it, in one transaction.
 
-    Tables of the owner's are the tenant's to write by default privileges. This one would let it hide from migrations.
+    Default privileges let the tenant's role write the owner's tables. With this one it could hide from migrations.
     """
-    migration: Any = context.get_context()
+    migration_context: Any = context.get_context()
     with contextlib.nullcontext() if connection.in_transaction() else connection.begin():
-        migration._ensure_version_table()
+        migration_context._ensure_version_table()
         if tenant is not None and tenant.placement is not None:
             driver: Any = connection.connection.driver_connection
             await_only(protect_version_table(driver, tenant.placement.role, environment.quoted_version_table))
 
 
-def _tell_heads(context: EnvironmentContext, heads: Heads) -> None:
-    """Spare Alembic its first look at the version table: two statements, for what was read under the lock just now."""
-    migration: Any = context.get_context()
+def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:
+    """Give Alembic the heads that were just read under the lock, which saves it two statements."""
+    migration_context: Any = context.get_context()
 
     def known() -> tuple[str, ...]:
-        del migration.get_current_heads  # a revision that asks later gets the answer of that moment
+        del migration_context.get_current_heads  # a revision that calls it later reads the table
         return tuple(sorted(heads))
 
-    migration.get_current_heads = known
+    migration_context.get_current_heads = known
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What one SELECT says of a database: its heads, and whether there are invalid indexes to look into."""
+    """What one SELECT reads of a database: its heads, and whether it has a version table and invalid indexes."""
 
     heads: Heads
     has_version_table: bool
@@ -327,10 +331,10 @@ class State:
 
 
 async def read_state(connection: Connection, environment: Environment, target: Target, *, timeout: float) -> State:
-    """Read where a database is, and with the same SELECT whether it is the expected tenant's.
+    """Read a database's state, and check in the same SELECT that it is the expected tenant's.
 
     Raises:
-        MarkerMismatchError: it is another's.
+        MarkerMismatchError: it is not.
     """
     exists = True
     heads = _HEADS.format(environment.quoted_version_table)
@@ -360,7 +364,11 @@ def _check_marker(target: Target, database: str, found: str | None) -> None:
 
 
 async def lock(connection: Connection, *, timeout: float) -> None:
-    """Take the database's migration lock. Closing the connection gives it back."""
+    """Take the database's migration lock. Closing the connection releases it.
+
+    Raises:
+        MigrationError: another run has held it for ``timeout`` seconds.
+    """
     pause = 0.02
     try:
         async with asyncio.timeout(timeout):
@@ -373,27 +381,20 @@ async def lock(connection: Connection, *, timeout: float) -> None:
 
 async def _try_lock(connection: Connection) -> bool:
     try:
-        return bool(await connection.fetchval(f"{_TRY_LOCK}, {_NOTICE_DEATH}", _LOCK))
+        return bool(await connection.fetchval(f"{_TRY_LOCK}, {_DETECT_LOST_CLIENT}", _LOCK))
     except asyncpg.PostgresError as exc:
         if exc.sqlstate != INVALID_PARAMETER_VALUE:
             raise
-        # a server on a platform that cannot tell
+        # the server's platform does not support the setting
         return bool(await connection.fetchval(_TRY_LOCK, _LOCK))
 
 
 _TRY_LOCK = "SELECT pg_catalog.pg_try_advisory_lock($1)"
-# Without it, the server finds out that the migrating process has died only after the statement under way, which may
-# take hours and holds the lock.
-_NOTICE_DEATH = "pg_catalog.set_config('client_connection_check_interval', '2s', false)"
+# Without it, the server notices only after the running statement that the migrating process has died. That may take
+# hours, and the lock is held until then.
+_DETECT_LOST_CLIENT = "pg_catalog.set_config('client_connection_check_interval', '2s', false)"
 
 
-async def close(connection: Connection, *, timeout: float = 5.0) -> None:
-    """Close a connection for good, also when cancelled, and by force where the server does not answer."""
-    await run_to_completion(_close(connection, timeout))
-
-
-async def _close(connection: Connection, timeout: float) -> None:
-    try:
-        await connection.close(timeout=timeout)
-    except SERVER_FAILURES:
-        connection.terminate()
+async def close(connection: Connection) -> None:
+    """Close a connection, also when the caller is cancelled; cut its socket where the server does not answer."""
+    await run_to_completion(connections.close(connection))

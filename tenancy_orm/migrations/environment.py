@@ -1,4 +1,4 @@
-"""What a tenant env.py calls, so that Alembic's own commands do the right thing for a fleet.
+"""``run``, which a migration directory's env.py calls, so that Alembic's own commands work on all tenants.
 
 ```python
 from alembic import context
@@ -9,9 +9,9 @@ from myapp.models import Base
 environment.run(context, target_metadata=Base.metadata)
 ```
 
-``upgrade``, ``downgrade`` and ``stamp`` go to every tenant, or to those of ``-x tenant=acme``; ``current`` asks each of
-them; ``check`` and ``revision --autogenerate`` compare with a clone of the template, which is at head; ``--sql`` prints
-the statements once.
+``upgrade``, ``downgrade`` and ``stamp`` run on every tenant, or on those of ``-x tenant=acme``; ``current`` reads each
+of them; ``check`` and ``revision --autogenerate`` compare with a clone of the template, which is at head; ``--sql``
+prints the statements once.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ from ..config import TenancyConfig
 from ..config.values import load_object
 from ..errors import ConfigurationError, FleetMigrationError, TenancyError
 from . import local, logs
+from .commands import CommandResult
 from .failures import FleetCommandError, describe
 from .fleet import DEFAULT_CONCURRENCY, FleetMigrator
 from .plan import Plan
-from .scripts import Environment, note
-from .visit import Visit
+from .scripts import Environment, capture_options
 
 T = TypeVar("T")
 
 _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
-_UNIONS = ("history", "show", "edit")
+_HISTORY = ("history", "show", "edit")
 
 
-class _Open(Protocol):
+class _OpenTenancy(Protocol):
     @property
     def migrations(self) -> FleetMigrator: ...
 
 
-Factory = Callable[[TenancyConfig], AbstractAsyncContextManager[_Open]]
+Factory = Callable[[TenancyConfig], AbstractAsyncContextManager[_OpenTenancy]]
 
 _factories: list[Factory] = []
 
 
 def register_factory(factory: Factory) -> None:
-    """Say how a ``Tenancy`` is made of a configuration. ``tenancy_orm.tenancy`` calls this with its class.
+    """Register how to open a ``Tenancy`` from a configuration. ``tenancy_orm.tenancy`` calls this with its class.
 
-    It is how this module, which that one imports, comes by an open ``Tenancy`` when ``alembic`` is the program run.
+    The ``alembic`` program needs an open ``Tenancy`` here, but ``tenancy_orm.tenancy`` imports this module.
     """
     _factories[:] = [factory]
 
@@ -73,14 +73,14 @@ def run(
     target_metadata: MetaData | Sequence[MetaData] | None = None,
     **configure_options: Any,
 ) -> None:
-    """Do for the fleet what the Alembic command asks that loaded this env.py.
+    """Run for the fleet the Alembic command that loaded this env.py.
 
     The application's configuration is found in this order: ``config.attributes["tenancy"]``, a ``Tenancy`` or
     ``TenancyConfig``; the environment variable ``TENANCY_APP``, or ``tenancy_app`` in the ``[alembic]`` section, which
-    name one as ``module:attribute``; else the ``TENANCY_*`` variables. A ``Tenancy`` of its own is opened from it.
+    name one as ``module:attribute``; else the ``TENANCY_*`` variables. A new ``Tenancy`` is opened from it.
 
-    ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` says how many at once (8), and
-    ``-x stop_on_failure=true`` begins no other tenant once one has failed.
+    ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` sets how many run at once (8), and
+    ``-x stop_on_failure=true`` starts no other tenant after a failure.
 
     Works with and without a running event loop.
 
@@ -92,18 +92,18 @@ def run(
 
     Raises:
         FleetMigrationError: some tenants failed (also an ``alembic.util.CommandError``).
-        CommandError: anything else that keeps the command from being done.
+        CommandError: the command failed for another reason.
     """
     options = {"target_metadata": target_metadata, **configure_options}
-    if note(options):
+    if capture_options(options):
         return
     local.install()
     proxy = context if isinstance(context, EnvironmentContext) else context._proxy
     if proxy is None:
-        raise ConfigurationError("environment.run is for an env.py that Alembic runs; elsewhere use tenancy.migrations")
+        raise ConfigurationError("environment.run works only in an env.py that Alembic runs; use tenancy.migrations")
     logs.configure(proxy.config)
     try:
-        _Request(proxy, Environment(proxy.config, proxy.script, options)).answer()
+        _Command(proxy, Environment(proxy.config, proxy.script, options)).answer()
     except FleetMigrationError as exc:
         raise FleetCommandError(exc.failures, total=exc.total) from exc
     except TenancyError as exc:
@@ -114,7 +114,7 @@ def find_config(config: Config) -> TenancyConfig:
     """Find the application's configuration, as ``run`` describes.
 
     Raises:
-        ConfigurationError: what is named is neither a ``Tenancy`` nor a ``TenancyConfig``, or nothing is configured.
+        ConfigurationError: the named object is neither a ``Tenancy`` nor a ``TenancyConfig``, or none is configured.
     """
     found = config.attributes.get("tenancy")
     path = os.environ.get("TENANCY_APP") or config.get_alembic_option("tenancy_app")
@@ -129,7 +129,7 @@ def find_config(config: Config) -> TenancyConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Arguments:
-    """What ``-x`` says to this module; other arguments are the revisions' own."""
+    """The ``-x`` arguments of this module; the others belong to the revisions."""
 
     tenants: tuple[str, ...] | None
     concurrency: int
@@ -142,14 +142,14 @@ class _Arguments:
         named = dict(pairs)
         concurrency = named.get("concurrency", str(DEFAULT_CONCURRENCY))
         if not concurrency.isdecimal() or int(concurrency) < 1:
-            raise CommandError(f"-x concurrency={concurrency}: give a number from 1")
+            raise CommandError(f"-x concurrency={concurrency}: give a number of at least 1")
         stop = named.get("stop_on_failure", "false").lower()
         if stop not in ("true", "false"):
             raise CommandError(f"-x stop_on_failure={stop}: give true or false")
         return cls(tenants or None, int(concurrency), stop == "true")
 
 
-class _Request:
+class _Command:
     """One Alembic command that loaded the env.py."""
 
     def __init__(self, proxy: EnvironmentContext, environment: Environment) -> None:
@@ -170,7 +170,7 @@ class _Request:
         if self.proxy.is_offline_mode():
             self._print_sql()
         elif self.command == "merge":
-            # it wants env.py for its template_args alone
+            # it needs env.py for its template_args only
             self.proxy.configure(dialect_name="postgresql", **self.environment.options)
         else:
             _block_on(self._answer)
@@ -184,7 +184,7 @@ class _Request:
     async def _answer(self) -> None:
         config = find_config(self.proxy.config).replace(migrations=self.proxy.script.dir)
         if not _factories:  # tenancy_orm.tenancy has not been imported
-            raise ConfigurationError("nothing registered how to open a Tenancy; import tenancy_orm in env.py")
+            raise ConfigurationError("the Tenancy class is not registered; import tenancy_orm in env.py")
         async with _factories[0](config) as tenancy:
             await self._dispatch(tenancy.migrations)
 
@@ -193,10 +193,10 @@ class _Request:
             await self._change(migrator)
         elif self.command in _COMPARISONS:
             await self._compare(migrator)
-        elif self.command in _UNIONS:
-            await self._unite(migrator)
+        elif self.command in _HISTORY:
+            await self._show_history(migrator)
         else:
-            await self._visit(migrator)
+            await self._run_everywhere(migrator)
 
     async def _change(self, migrator: FleetMigrator) -> None:
         options = {key: value for key, value in self.options.items() if key not in ("fn", "as_sql")}
@@ -217,7 +217,7 @@ class _Request:
         report.raise_for_failures()
 
     async def _compare(self, migrator: FleetMigrator) -> None:
-        """Autogenerate against a clone of the template: what new tenants get, at head, and nobody's data."""
+        """Autogenerate against a clone of the template: it is at head, as new tenants are, and has no data."""
         services = migrator.services
         server = next(iter(services.servers))
         options = dict(self.environment.options)
@@ -232,8 +232,8 @@ class _Request:
         async with services.provisioner.scratch(server) as database:
             await migrator.run_on(server, database, autogenerate)
 
-    async def _unite(self, migrator: FleetMigrator) -> None:
-        """Show the history once, with every revision marked that some tenant is at."""
+    async def _show_history(self, migrator: FleetMigrator) -> None:
+        """Show the history once, and mark every revision that some tenant is at."""
         found = await migrator.status(
             tenants=self.arguments.tenants, concurrency=self.arguments.concurrency, environment=self.environment
         )
@@ -243,38 +243,38 @@ class _Request:
         revisions = {part for item in found for part in (item.revision or "").split(",") if part}
         self.function(tuple(sorted(revisions)), None)
 
-    async def _visit(self, migrator: FleetMigrator) -> None:
-        visits = await migrator.visit(
+    async def _run_everywhere(self, migrator: FleetMigrator) -> None:
+        results = await migrator.run_command(
             self.environment, self.options, self.arguments.tenants, self.arguments.concurrency
         )
-        for visit in visits:
-            self._print(visit)
-        behind = [visit.tenant.slug for visit in visits if isinstance(visit.error, DatabaseNotAtHead)]
+        for result in results:
+            self._print(result)
+        behind = [result.tenant.slug for result in results if isinstance(result.error, DatabaseNotAtHead)]
         failures = {
-            visit.tenant.slug: describe(visit.error)
-            for visit in visits
-            if visit.error is not None and not isinstance(visit.error, DatabaseNotAtHead)
+            result.tenant.slug: describe(result.error)
+            for result in results
+            if result.error is not None and not isinstance(result.error, DatabaseNotAtHead)
         }
         if failures:
-            raise FleetMigrationError(failures, total=len(visits))
+            raise FleetMigrationError(failures, total=len(results))
         if behind:
-            raise DatabaseNotAtHead(f"{len(behind)} of {len(visits)} tenants are not at head: {', '.join(behind)}")
+            raise DatabaseNotAtHead(f"{len(behind)} of {len(results)} tenants are not at head: {', '.join(behind)}")
 
-    def _print(self, visit: Visit) -> None:
-        slug, lines = visit.tenant.slug, visit.text.splitlines()
-        if visit.error is not None:
-            self.proxy.config.print_stdout("%s: FAILED: %s", slug, describe(visit.error))
+    def _print(self, result: CommandResult) -> None:
+        slug, lines = result.tenant.slug, result.text.splitlines()
+        if result.error is not None:
+            self.proxy.config.print_stdout("%s: FAILED: %s", slug, describe(result.error))
         elif len(lines) > 1:
-            self.proxy.config.print_stdout("%s:\n%s", slug, visit.text)
+            self.proxy.config.print_stdout("%s:\n%s", slug, result.text)
         elif lines or self.command == "current":
             self.proxy.config.print_stdout("%s: %s", slug, lines[0] if lines else "<base>")
 
 
 def _block_on(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine to its end from synchronous code.
+    """Run a coroutine from synchronous code, and return its result.
 
-    Where an event loop runs in this thread already (``alembic.command`` called from async code), another thread gets
-    a loop of its own, and this one waits for it, as it would for a synchronous driver.
+    If an event loop already runs in this thread (``alembic.command`` called from async code), another thread runs the
+    coroutine in a loop of its own, and this thread waits for it, as it would for a synchronous driver.
     """
     try:
         asyncio.get_running_loop()

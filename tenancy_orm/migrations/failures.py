@@ -1,4 +1,4 @@
-"""What went wrong, in words fit for a report: no statement's parameters, no row's values, no credentials."""
+"""Errors of migrations as text for a report: without a statement's parameters, rows' values or passwords."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from sqlalchemy.exc import DBAPIError
 from ..errors import FleetMigrationError, TenancyError
 from ..postgres.errors import DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, TOO_MANY_CONNECTIONS, postgres_error
 
-# what another attempt may well get past: the lock's holder was to blame, not the migration
+# another attempt may succeed after these: the holder of a lock was the cause, not the migration
 TRANSIENT = frozenset({LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED, TOO_MANY_CONNECTIONS})
 
 
 class FleetCommandError(FleetMigrationError, CommandError):
-    """What plain Alembic's commands raise when tenants failed: its command line prints it and exits with a failure."""
+    """Some tenants failed in one of Alembic's own commands; its command line prints this and exits with a failure."""
 
 
 def describe(error: BaseException) -> str:
-    """One line about ``error``.
+    """Return one line about ``error``.
 
-    PostgreSQL's DETAIL is left out: it quotes rows. So are SQLAlchemy's statement and parameters.
+    PostgreSQL's DETAIL is left out, since it quotes rows; so are SQLAlchemy's statement and parameters.
     """
     if isinstance(error, TenancyError):
         return str(error)

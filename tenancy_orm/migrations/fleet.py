@@ -1,4 +1,4 @@
-"""Migrate every tenant's database: several at once, in one process, each told apart from the others."""
+"""``FleetMigrator``: migrates the databases of all tenants, several at once, in one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ..context import refuse_while_bound
 from ..errors import ConfigurationError
 from ..tenant import Tenant
 from . import local
+from .commands import CommandResult, CommandRunner
+from .concurrency import map_concurrently
 from .connections import Connections, Health, placement_of
 from .database import close, read_state
 from .failures import describe
@@ -21,9 +23,7 @@ from .run import Run
 from .scripts import Environment, alembic_config, load
 from .selection import Selection, TenantRef
 from .services import FleetServices
-from .spread import spread
 from .status import TenantRevision
-from .visit import Visit, Visitor
 
 DEFAULT_CONCURRENCY = 8
 
@@ -31,13 +31,13 @@ DEFAULT_CONCURRENCY = 8
 class FleetMigrator:
     """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
 
-    It is operators' work: while a tenant is bound, everything here raises ``CrossTenantError``.
+    Only operators may do this: while a tenant is bound, everything here raises ``CrossTenantError``.
 
-    Deleted tenants, whose data is kept, are migrated as well: a restored tenant must fit the code. Those being created
-    are left to their creation, those being purged are left alone.
+    Deleted tenants, which keep their data, are migrated as well: a restored tenant must fit the code. Tenants that are
+    being created or purged are left alone.
 
     Args:
-        services: The parts of an open ``Tenancy``.
+        services: The services of an open ``Tenancy``.
     """
 
     def __init__(self, services: FleetServices) -> None:
@@ -59,17 +59,17 @@ class FleetMigrator:
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
 
-        On the way to head, the template of the new schema is built first: a migration that fails there has touched no
-        tenant. One tenant's failure does not stop the others; it is in the report, whose ``raise_for_failures`` turns
-        it into an error.
+        An upgrade to head builds the template of the new schema first: if a migration fails there, no tenant was
+        touched. If a tenant fails, the others go on; the failure is in the report, and its ``raise_for_failures``
+        raises an error.
 
         Args:
             revision: As for ``alembic upgrade``: ``head``, ``heads``, a revision, or relative (``+1``).
-            tenants: Which; all where None.
+            tenants: The tenants; all where None.
             concurrency: How many at once.
-            stop_on_failure: Begin no other tenant once one has failed.
-            progress: Told how it goes on.
-            x: What ``context.get_x_argument`` gives to the revisions.
+            stop_on_failure: Start no other tenant after a failure.
+            progress: Called as the run proceeds.
+            x: The arguments that ``context.get_x_argument`` returns to the revisions.
 
         Raises:
             ConfigurationError: there is no migration directory, or its env.py is not ours.
@@ -131,7 +131,7 @@ class FleetMigrator:
         async def read(tenant: Tenant) -> TenantRevision:
             return await self._status(tenant, environment, heads, health)
 
-        return await spread(read, await self._selection.choose(tenants), concurrency)
+        return await map_concurrently(read, await self._selection.choose(tenants), concurrency)
 
     async def environment(self, x: Sequence[str] = ()) -> Environment:
         """Load the migration directory.
@@ -145,7 +145,7 @@ class FleetMigrator:
         # in a thread: env.py imports the application's models
         return await asyncio.to_thread(lambda: load(alembic_config(directory, x=x)))
 
-    # --- what the commands are made of ------------------------------------------------------------------------------
+    # --- used by the commands and by env.py -------------------------------------------------------------------------
 
     async def execute(
         self,
@@ -156,7 +156,7 @@ class FleetMigrator:
         stop_on_failure: bool = False,
         progress: Progress | None = None,
     ) -> FleetReport:
-        """Do what ``plan`` says to tenants; as ``upgrade``."""
+        """Apply ``plan`` to tenants; the arguments are as for ``upgrade``."""
         refuse_while_bound("migrating tenants")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
@@ -171,17 +171,17 @@ class FleetMigrator:
         )
         return await run.execute(tenants)
 
-    async def visit(
+    async def run_command(
         self,
         environment: Environment,
         options: dict[str, Any],
         tenants: Iterable[TenantRef] | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
-    ) -> list[Visit]:
-        """Have a command of Alembic's, given by the ``options`` of its ``EnvironmentContext``, look at each tenant."""
+    ) -> list[CommandResult]:
+        """Run one of Alembic's commands, given by the ``options`` of its ``EnvironmentContext``, on each tenant."""
         refuse_while_bound("looking at all tenants' schemas")
-        visitor = Visitor(self._connections, self._selection, environment, options)
-        return await visitor.visit(tenants, concurrency)
+        runner = CommandRunner(self._connections, self._selection, environment, options)
+        return await runner.run(tenants, concurrency)
 
     async def run_on(self, server: str, database: str, function: Callable[[SyncConnection], None]) -> None:
         """Call ``function`` with a SQLAlchemy connection to ``database``, as the owner of all tenants' schemas."""
@@ -189,8 +189,8 @@ class FleetMigrator:
         connections = self._connections
         connection = await connections.connect(server, database, Health())
         try:
-            async with connections.wrapper(server).wrap(connection, connections.url(server, database)) as wrapped:
-                await wrapped.run_sync(function)
+            async with connections.adapter(server).adapt(connection, connections.url(server, database)) as adapted:
+                await adapted.run_sync(function)
         finally:
             await close(connection)
 
@@ -205,7 +205,7 @@ class FleetMigrator:
                 found = (await read_state(connection, environment, target, timeout=timeout)).heads
             finally:
                 await close(connection)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported for this tenant
+        except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
             error = describe(exc)
         return TenantRevision(
             tenant_id=tenant.id,

@@ -1,22 +1,20 @@
-"""Invalid indexes: what a CREATE INDEX CONCURRENTLY leaves behind when it is interrupted.
+"""Invalid indexes, which an interrupted CREATE INDEX CONCURRENTLY leaves behind.
 
-Such an index is there by name and used for nothing. The migration that was to create it fails on the second attempt
-(42P07), or, with IF NOT EXISTS, skips it and is recorded as done. So they are dropped before a migration runs. Those
-that the migration does not create itself are built again after it, from the definition that was read before.
+PostgreSQL does not use such an index, but its name is taken. The migration that creates it fails at the second attempt
+(42P07), or, with IF NOT EXISTS, skips it and is recorded as done. So invalid indexes are dropped before a migration
+runs. Those that the migration does not create itself are built again after it, from the definition read before.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-import asyncpg
-
+from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from .logs import logger
 
-# partitioned indexes (relkind I) are invalid on purpose until every partition has its own; others' are not ours to drop
+# partitioned indexes (relkind I) are invalid until every partition has its own; the role may not drop others' indexes
 _INVALID = """
 SELECT n.nspname AS schema, c.relname AS name, t.relname AS table, pg_get_indexdef(i.indexrelid) AS definition
 FROM pg_catalog.pg_index i
@@ -34,16 +32,14 @@ SELECT EXISTS (
     WHERE n.nspname = $1 AND c.relname = $2)
 """
 
-# REINDEX CONCURRENTLY names its unfinished indexes so; the originals are untouched, nothing has to be built again
+# the names of REINDEX CONCURRENTLY's unfinished indexes; the originals still exist, so these are not built again
 _REINDEXED = re.compile(r"_cc(?:new|old)\d*$")
 _CREATE = re.compile(r"^CREATE (UNIQUE )?INDEX ")
-
-Connection: TypeAlias = "asyncpg.Connection[Any]"
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidIndex:
-    """An index that is not valid, with what it takes to build it again."""
+    """An invalid index, with the definition to build it again."""
 
     schema: str
     name: str
@@ -67,14 +63,14 @@ async def invalid_indexes(connection: Connection) -> list[InvalidIndex]:
 
 
 async def drop_invalid(connection: Connection) -> list[InvalidIndex]:
-    """Drop the invalid indexes; returns those dropped. An index that someone is building at the moment is left alone.
+    """Drop the invalid indexes and return them. An index that another session is building is left alone.
 
     Raises:
         asyncpg.PostgresError: a table stayed locked for longer than lock_timeout (55P03).
     """
     dropped = []
     for index in await invalid_indexes(connection):
-        # waits for whoever builds an index on this table: that takes the same lock, which conflicts with itself
+        # wait for sessions that build an index on this table: they take the same lock, which conflicts with itself
         async with connection.transaction():
             await connection.execute(f"LOCK TABLE {index.qualified_table} IN SHARE UPDATE EXCLUSIVE MODE")
         if index in await invalid_indexes(connection):
@@ -88,7 +84,7 @@ async def build_missing(connection: Connection, dropped: list[InvalidIndex]) -> 
     """Build those of the ``dropped`` indexes that the migration did not create itself.
 
     Raises:
-        asyncpg.PostgresError: an index cannot be built (a unique one over duplicates, say).
+        asyncpg.PostgresError: an index cannot be built (a unique one over duplicates, for example).
     """
     for index in dropped:
         if _REINDEXED.search(index.name) or await connection.fetchval(_EXISTS, index.schema, index.name):

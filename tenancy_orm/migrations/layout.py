@@ -1,4 +1,4 @@
-"""Make the Alembic directory of an application, from the template that this package brings."""
+"""Creating an application's Alembic directory, from the template of this package."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _APP = "# tenancy_app = myapp.main:tenancy"
 def template_directory() -> Path:
     """Return the directory of the template, for ``alembic init -t <directory>``.
 
-    A wheel holds it in the package; an editable installation finds it in the checkout.
+    It is in the package of a wheel, or in the checkout of an editable installation.
     """
     packaged = _PACKAGE / "_alembic_templates"
     return (packaged if packaged.is_dir() else _PACKAGE.parent / "alembic_templates") / "tenant"
 
 
 def init_directory(directory: str | Path, *, app: str | None = None, config_file: str | Path | None = None) -> bool:
-    """Make a migration directory, and an ini file beside it unless there is one.
+    """Create a migration directory, and an ini file beside it unless it exists.
 
     Args:
-        directory: Where env.py and ``versions`` go. One that has an env.py already is left as it is.
+        directory: Where env.py and ``versions`` go. A directory with an env.py is not changed.
         app: ``module:attribute`` of the application's ``Tenancy`` or ``TenancyConfig``, for the ini file.
         config_file: The ini file; ``alembic.ini`` beside the directory where None.
 
     Returns:
-        Whether it was made; False if it was there.
+        Whether the directory was created; False if it existed.
 
     Raises:
-        ConfigurationError: the directory holds something else, or an existing ini file is another directory's.
+        ConfigurationError: the directory has other files in it, or an existing ini file belongs to another directory.
     """
     directory = Path(directory).absolute()
     if (directory / "env.py").is_file():
@@ -48,25 +48,25 @@ def init_directory(directory: str | Path, *, app: str | None = None, config_file
     if existed:
         _check(ini, directory)
     try:
-        # Alembic says what it writes, on stdout; that is for the caller to say
+        # Alembic prints what it writes; the caller reports that itself
         with contextlib.redirect_stdout(io.StringIO()):
             command.init(_TemplateConfig(ini), str(directory), template="tenant")
     except CommandError as exc:
-        raise ConfigurationError(f"the migration directory cannot be made: {exc}") from exc
+        raise ConfigurationError(f"the migration directory cannot be created: {exc}") from exc
     if not existed:
         _complete(ini, directory, app)
     return True
 
 
 class _TemplateConfig(Config):
-    """Alembic takes templates from the directory that its configuration names."""
+    """A configuration that names our template's directory, from which Alembic takes it."""
 
     def get_template_directory(self) -> str:
         return str(template_directory().parent)
 
 
 def _complete(ini: Path, directory: Path, app: str | None) -> None:
-    """Name the application, and the directory relative to the ini file: so the project can be moved."""
+    """Write the application and the directory into the ini file, relative to it, so that the project can be moved."""
     relative = Path(os.path.relpath(directory, ini.absolute().parent)).as_posix()
     text = ini.read_text()
     text = text.replace(f"script_location = {directory.as_posix()}\n", f"script_location = %(here)s/{relative}\n")
@@ -79,5 +79,5 @@ def _check(ini: Path, directory: Path) -> None:
     location = Config(ini).get_alembic_option("script_location")
     if location is None or Path(location).resolve() != directory.resolve():
         raise ConfigurationError(
-            f"{ini} is there already and belongs to another directory; set its script_location to {directory}"
+            f"{ini} exists and belongs to another directory; set its script_location to {directory}"
         )

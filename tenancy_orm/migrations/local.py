@@ -1,15 +1,14 @@
-"""Make ``alembic.op`` and ``alembic.context`` local to the running context, so that migrations can run side by side.
+"""Makes ``alembic.op`` and ``alembic.context`` context-local, so that migrations can run at the same time.
 
-Revision scripts and env.py files speak to two modules whose functions delegate to one process-wide object each: the
-``Operations`` and the ``EnvironmentContext`` of whatever migration runs at the moment. With two at once, in threads or
-in tasks, the functions of one reach the database of the other. Alembic keeps it so on purpose (one command, one
-process); a fleet cannot.
+Revision scripts and env.py files use these two modules. The functions of each delegate to one process-wide object: the
+``Operations`` or the ``EnvironmentContext`` of the running migration. If two migrations run at once, in threads or in
+tasks, the functions of one reach the database of the other. Alembic does so on purpose (one command, one process); a
+fleet cannot.
 
-``install`` keeps that object in a ``ContextVar`` instead. Tasks, ``asyncio.to_thread`` and SQLAlchemy's greenlets run
-in a context that carries it, plain threads and executors do not. For these, code that was written for plain Alembic
-keeps working: where a thread has none of its own and exactly one is active in the process, that one is meant. Where
-several are, nothing can tell which, and the call is refused. Inside ``isolated`` what is installed is never meant by
-others.
+``install`` keeps that object in a ``ContextVar`` instead. Tasks, ``asyncio.to_thread`` and SQLAlchemy's greenlets
+inherit the context; plain threads and executors do not. For these, code written for plain Alembic still works: if a
+thread has no object of its own and exactly one is active in the process, it gets that one. If several are active, the
+call is refused. Objects that are installed inside ``isolated`` are not visible to other contexts.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from alembic.util.langhelpers import ModuleClsProxy
 _isolated: ContextVar[bool] = ContextVar("tenancy_orm.migrations.isolated", default=False)
 
 
-class _Slot:
-    """Which object one of the two modules stands for, in each context."""
+class _ProxyStack:
+    """The active objects of one of the two modules, in each context."""
 
     def __init__(self, cls: type[ModuleClsProxy], module: ModuleType) -> None:
         self.cls = cls
@@ -40,16 +39,16 @@ class _Slot:
         self._lock = threading.Lock()
         # innermost last: Alembic environments nest (a template is built while ``alembic upgrade`` runs)
         self._stack: ContextVar[tuple[Any, ...]] = ContextVar(f"tenancy_orm.migrations.{cls.__name__}", default=())
-        # what threads without a stack may mean; guarded by _lock
+        # the objects that threads without a stack may get; guarded by _lock
         self._shared: list[Any] = []
 
     @property
     def attributes(self) -> set[str]:
-        """Names of the object's plain attributes that the module shows (``context.config``)."""
+        """Names of the object's plain attributes that the module has (``context.config``)."""
         return ModuleClsProxy._setups[self.cls][0]
 
     def find(self) -> Any | None:
-        """The object meant here, or None."""
+        """The object of the running context, or None."""
         stack = self._stack.get()
         if stack:
             return stack[-1]
@@ -65,13 +64,13 @@ class _Slot:
                 self._shared.append(proxy)
 
     def pop(self, proxy: Any) -> None:
-        """Take ``proxy`` away, wherever it is: a generator may be closed in another order or context."""
+        """Remove ``proxy`` from anywhere in the stack: a generator may be closed in another order or context."""
         self._stack.set(tuple(x for x in self._stack.get() if x is not proxy))
         with self._lock:
             self._shared = [x for x in self._shared if x is not proxy]
 
     def replace(self, proxy: Any | None) -> None:
-        """Do what an assignment to the module's ``_proxy`` means: this one, or none."""
+        """Make ``proxy``, or nothing, the only object, as an assignment to the module's ``_proxy`` does."""
         for old in self._stack.get():
             self.pop(old)
         if proxy is not None:
@@ -85,52 +84,52 @@ class _Slot:
 
 
 class _Forwarder:
-    """Stands in the module's globals for whatever object is meant in the context that calls."""
+    """Forwards, in the module's globals, to the object of the calling context."""
 
-    __slots__ = ("_slot",)
+    __slots__ = ("_stack",)
 
-    def __init__(self, slot: _Slot) -> None:
-        self._slot = slot
+    def __init__(self, stack: _ProxyStack) -> None:
+        self._stack = stack
 
     def __getattr__(self, name: str) -> Any:
-        found = self._slot.find()
+        found = self._stack.find()
         if found is None:
             # NameError is what Alembic raises here
-            raise NameError(f"can't invoke function {name!r}: {self._slot.missing()}")
+            raise NameError(f"can't invoke function {name!r}: {self._stack.missing()}")
         return getattr(found, name)
 
 
 class _LocalModule(ModuleType):
-    """A module whose proxy and proxied attributes depend on the context.
+    """A module with a proxy and proxied attributes that depend on the context.
 
-    Functions of the module read ``_proxy`` from its globals, where the forwarder is; everyone else reads the attribute,
-    which this class answers with the object itself.
+    The module's functions read ``_proxy`` from its globals, which has the forwarder; other code reads the attribute,
+    and gets the object itself.
     """
 
     @property
     def _proxy(self) -> Any | None:
-        return _slots[self.__name__].find()
+        return _stacks[self.__name__].find()
 
     @_proxy.setter
     def _proxy(self, proxy: Any | None) -> None:
-        _slots[self.__name__].replace(proxy)
+        _stacks[self.__name__].replace(proxy)
 
     @_proxy.deleter
     def _proxy(self) -> None:
-        _slots[self.__name__].replace(None)
+        _stacks[self.__name__].replace(None)
 
     def __getattr__(self, name: str) -> Any:
-        slot = _slots[self.__name__]
-        if name not in slot.attributes:
+        stack = _stacks[self.__name__]
+        if name not in stack.attributes:
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        found = slot.find()
+        found = stack.find()
         if found is None:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} here: {slot.missing()}")
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r} here: {stack.missing()}")
         return getattr(found, name)
 
 
-_slots = {
-    module.__name__: _Slot(cls, module)
+_stacks = {
+    module.__name__: _ProxyStack(cls, module)
     for cls, module in ((Operations, alembic.op), (EnvironmentContext, alembic.context))
 }
 _installing = threading.Lock()
@@ -142,35 +141,23 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Make ``alembic.op`` and ``alembic.context`` context-local, process-wide. Doing it again does nothing.
+    """Make ``alembic.op`` and ``alembic.context`` context-local in this process. A second call does nothing.
 
-    An environment that is active already (``alembic upgrade`` loads the env.py that imports this) stays active.
+    An active environment stays active: ``alembic upgrade`` loads the env.py that imports this.
     """
     with _installing:
         if is_installed():
             return
-        for slot in _slots.values():
-            _install(slot)
+        for stack in _stacks.values():
+            _install(stack)
         _set(Operations, "context", classmethod(_operations_context))
-
-
-def uninstall() -> None:
-    """Give Alembic its process-wide objects back: for tests that show what they do."""
-    with _installing:
-        if not is_installed():
-            return
-        for slot in _slots.values():
-            slot.module.__class__ = ModuleType
-            vars(slot.module)["_proxy"] = None
-            del slot.cls._install_proxy, slot.cls._remove_proxy
-        del Operations.context
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Keep what the body installs out of the sight of every other context, and theirs out of its own.
+    """Hide the objects that the body installs from other contexts, and theirs from the body.
 
-    The tasks of a fleet run inside this: a stray thread must get an error, never the one tenant left running.
+    The tasks of a fleet run inside this: a stray thread must get an error, never the last running tenant.
     """
     token = _isolated.set(True)
     try:
@@ -179,23 +166,23 @@ def isolated() -> Iterator[None]:
         _isolated.reset(token)
 
 
-def _install(slot: _Slot) -> None:
+def _install(stack: _ProxyStack) -> None:
     def install_proxy(self: Any) -> None:
-        slot.push(self)
+        stack.push(self)
 
     def remove_proxy(self: Any) -> None:
-        slot.pop(self)
+        stack.pop(self)
 
-    names = vars(slot.module)
+    names = vars(stack.module)
     active = names.get("_proxy")
-    names["_proxy"] = _Forwarder(slot)
-    for name in slot.attributes:
+    names["_proxy"] = _Forwarder(stack)
+    for name in stack.attributes:
         names.pop(name, None)
-    slot.module.__class__ = _LocalModule
-    _set(slot.cls, "_install_proxy", install_proxy)
-    _set(slot.cls, "_remove_proxy", remove_proxy)
+    stack.module.__class__ = _LocalModule
+    _set(stack.cls, "_install_proxy", install_proxy)
+    _set(stack.cls, "_remove_proxy", remove_proxy)
     if active is not None:
-        slot.push(active)
+        stack.push(active)
 
 
 def _set(cls: type[Any], name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Say in Alembic's log lines which tenant they are about."""
+"""Labels Alembic's log lines with the tenant."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class _Labels(logging.Filter):
         return True
 
 
-# a logger drops a filter that it has already
+# adding the same filter twice does nothing
 _labels = _Labels()
 
 
 @contextmanager
 def labelled(label: str) -> Iterator[None]:
-    """Begin every line of Alembic's that the body causes with ``[label]``."""
+    """Prefix Alembic's log lines from the body with ``[label]``."""
     for emitter in (logger, logging.getLogger("alembic.runtime.migration")):
         emitter.addFilter(_labels)
     token = _label.set(label)
@@ -46,7 +46,7 @@ def labelled(label: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out what Alembic says about each connection ("Context impl PostgresqlImpl."): once is enough."""
+    """Leave out the lines that Alembic logs for each connection ("Context impl PostgresqlImpl.")."""
     token = _quiet.set(True)
     try:
         yield
@@ -55,15 +55,15 @@ def quiet() -> Iterator[None]:
 
 
 def configure(config: Config) -> None:
-    """Set up logging as the ini file says, where Alembic's command line is what runs.
+    """Configure logging by the ini file, if Alembic's command line is running.
 
-    Loggers that exist stay enabled: the application is imported by now, and its loggers are its own.
+    Existing loggers stay enabled: they are those of the application, which is already imported.
     """
     path = config.config_file_name
     if getattr(config.cmd_opts, "cmd", None) is None or path is None:
         return
     parser: ConfigParser = config.file_config
     if parser.has_section("loggers"):
-        # what was printed so far comes before what is logged from now on
+        # printed lines must come before the lines logged from now on
         sys.stdout.flush()
         fileConfig(path, disable_existing_loggers=False)

@@ -1,4 +1,4 @@
-"""What a command does to one database, worked out once for all databases that are at the same revision."""
+"""The steps that a command needs on a database, computed once for all databases at the same revision."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..errors import MigrationError
 from .scripts import Environment
 
 Heads = frozenset[str]
-Step = RevisionStep | StampStep
-StepFunction = Callable[[Any, Any], Iterable[Step]]
+MigrationStep = RevisionStep | StampStep
+StepFunction = Callable[[Any, Any], Iterable[MigrationStep]]
 
 _RELATIVE = re.compile(r"[+-]\d+$")
 
 
 def format_revision(heads: Iterable[str]) -> str | None:
-    """Write a database's heads as one text: the revision, several in order with commas, None where there is none."""
+    """Return a database's heads as one text: sorted, joined by commas; None if there are none."""
     return ",".join(sorted(heads)) or None
 
 
 class _Simulated(HeadMaintainer):
-    """Alembic's own bookkeeping of heads, without a database."""
+    """Alembic's own tracking of heads, without a database."""
 
     def __init__(self, heads: Heads) -> None:
         self.heads = set(heads)
@@ -43,19 +43,19 @@ class _Simulated(HeadMaintainer):
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class MigrationPath:
     """The steps from one revision to the target. ``states[i]`` are the heads after ``i`` steps."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[MigrationStep, ...]
     states: tuple[Heads, ...]
 
     @property
     def end(self) -> Heads:
-        """The heads when all steps are done."""
+        """The heads after all steps."""
         return self.states[-1]
 
-    def remaining(self, heads: Heads) -> tuple[Step, ...] | None:
-        """The steps still to do for a database that has ``heads``; None if it is nowhere on this route."""
+    def remaining(self, heads: Heads) -> tuple[MigrationStep, ...] | None:
+        """The remaining steps for a database at ``heads``; None if it is not on this path."""
         for done in range(len(self.states) - 1, -1, -1):
             if self.states[done] == heads:
                 return self.steps[done:]
@@ -66,7 +66,7 @@ class Route:
 class Plan:
     """A command (``upgrade``, ``downgrade`` or ``stamp``) with its target, for any number of databases.
 
-    ``function`` is what Alembic calls to turn heads into steps. ``options`` are those of the ``EnvironmentContext``
+    Alembic calls ``function`` to turn heads into steps. ``options`` are those of the ``EnvironmentContext``
     (``destination_rev``, ``tag``, ``purge``).
     """
 
@@ -75,7 +75,7 @@ class Plan:
     environment: Environment
     function: StepFunction
     options: Mapping[str, Any]
-    _routes: dict[Heads, Route] = field(default_factory=dict)
+    _paths: dict[Heads, MigrationPath] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -88,10 +88,10 @@ class Plan:
         function: StepFunction | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """Plan ``command`` to ``revision``; ``function`` and ``options`` where Alembic's own command made them.
+        """Plan ``command`` to ``revision``; ``function`` and ``options`` are those of Alembic's own command, if any.
 
         Raises:
-            MigrationError: there is no such revision, or it is ambiguous.
+            MigrationError: the revision does not exist, or is ambiguous.
         """
         options = {"destination_rev": revision, "purge": purge} if options is None else options
         plan = cls(command, revision, environment, function or _function(environment, command, revision), options)
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def target(self) -> str:
-        """The target as it was given, for messages."""
+        """The target as it was given, for messages and reports."""
         return self.revision if isinstance(self.revision, str) else ",".join(self.revision)
 
     @property
@@ -116,29 +116,29 @@ class Plan:
 
     @property
     def reaches_head(self) -> bool:
-        """Whether this upgrades to all heads: what a new template holds."""
+        """Whether this upgrades to all heads, as a new template needs."""
         if self.command != "upgrade" or self.is_relative:
             return False
         scripts = self.environment.script
         wanted = {script.revision for script in scripts.get_revisions(self.revision)}
         return wanted == set(scripts.get_heads())
 
-    def route(self, heads: Heads) -> Route:
-        """The way to the target from ``heads``.
+    def path_from(self, heads: Heads) -> MigrationPath:
+        """Return the path from ``heads`` to the target.
 
         Raises:
             MigrationError: there is none.
         """
         if self.purges:
             heads = frozenset()
-        found = self._routes.get(heads)
+        found = self._paths.get(heads)
         if found is None:
-            found = self._routes[heads] = self._work_out(heads)
+            found = self._paths[heads] = self._find_path(heads)
         return found
 
-    def _work_out(self, heads: Heads) -> Route:
+    def _find_path(self, heads: Heads) -> MigrationPath:
         try:
-            # the functions of Alembic's own commands do not look at the context
+            # the functions of Alembic's own commands do not use the context
             steps = tuple(self.function(tuple(sorted(heads)), None))
             simulated = _Simulated(heads)
             states = [heads]
@@ -147,10 +147,10 @@ class Plan:
                 states.append(frozenset(simulated.heads))
         except CommandError as exc:
             raise MigrationError(f"cannot {self.command} from {format_revision(heads) or 'base'}: {exc}") from exc
-        return Route(steps, tuple(states))
+        return MigrationPath(steps, tuple(states))
 
     def _check(self) -> None:
-        """Find out about a target that does not exist before any tenant is touched."""
+        """Refuse a target that does not exist, before any tenant is touched."""
         if self.is_relative:
             return
         try:
@@ -162,13 +162,13 @@ class Plan:
 def _function(environment: Environment, command: str, revision: str | Sequence[str]) -> StepFunction:
     script: Any = environment.script
 
-    def upgrade(heads: Any, context: MigrationContext | None) -> Iterable[Step]:
+    def upgrade(heads: Any, context: MigrationContext | None) -> Iterable[MigrationStep]:
         return script._upgrade_revs(revision, heads)  # type: ignore[no-any-return]
 
-    def downgrade(heads: Any, context: MigrationContext | None) -> Iterable[Step]:
+    def downgrade(heads: Any, context: MigrationContext | None) -> Iterable[MigrationStep]:
         return script._downgrade_revs(revision, heads)  # type: ignore[no-any-return]
 
-    def stamp(heads: Any, context: MigrationContext | None) -> Iterable[Step]:
+    def stamp(heads: Any, context: MigrationContext | None) -> Iterable[MigrationStep]:
         return script._stamp_revs((revision,) if isinstance(revision, str) else tuple(revision), heads)  # type: ignore[no-any-return]
 
     return {"upgrade": upgrade, "downgrade": downgrade, "stamp": stamp}[command]

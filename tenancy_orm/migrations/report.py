@@ -1,4 +1,4 @@
-"""What a fleet migration reports: to a progress bar while it runs, and at the end."""
+"""The report of a fleet migration, and the protocol of a progress bar."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..errors import FleetMigrationError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantOutcome:
-    """How it ended for one tenant.
+    """The result for one tenant.
 
-    Revisions are as ``plan.format_revision`` writes them. ``changed`` tells whether this run applied something; where
-    it failed, ``after`` is the revision last seen, and ``error`` one line that says why.
+    Revisions are in the form of ``plan.format_revision``. ``changed`` is whether this run applied something. After a
+    failure, ``after`` is the last revision that was read, and ``error`` one line with the reason.
     """
 
     tenant_id: UUID
@@ -29,15 +29,15 @@ class TenantOutcome:
 
     @property
     def ok(self) -> bool:
-        """Whether the tenant is where it should be."""
+        """Whether the tenant is at the target."""
         return self.error is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetReport:
-    """How it ended for all tenants, in order of their creation.
+    """The results for all tenants, in order of their creation.
 
-    ``skipped`` are the slugs of those that were not begun, because an earlier failure stopped the run.
+    ``skipped`` has the slugs of those that were not started, because an earlier failure stopped the run.
     """
 
     command: str
@@ -58,44 +58,44 @@ class FleetReport:
 
     @property
     def total(self) -> int:
-        """How many tenants were to be migrated."""
+        """How many tenants the run was for."""
         return len(self.outcomes) + len(self.skipped)
 
     @property
     def ok(self) -> bool:
-        """Whether every tenant is where it should be."""
+        """Whether every tenant is at the target."""
         return not self.failures and not self.skipped
 
     def raise_for_failures(self) -> None:
         """Raise if any tenant failed or was skipped.
 
         Raises:
-            FleetMigrationError: with the reason for each of them.
+            FleetMigrationError: it has the reason for each of them.
         """
         if not self.ok:
             raise FleetMigrationError(self.reasons, total=self.total)
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why, by slug, for every tenant that is not where it should be."""
+        """The reason, by slug, for every tenant that is not at the target."""
         reasons = {outcome.slug: outcome.error or "" for outcome in self.failures}
-        return reasons | dict.fromkeys(self.skipped, "not begun: an earlier failure stopped the run")
+        return reasons | dict.fromkeys(self.skipped, "not started: an earlier failure stopped the run")
 
     def summary(self) -> str:
-        """One line: how many tenants, how many migrated, how many failed, in how many seconds."""
+        """Return one line: how many tenants, how many migrated, how many failed, in how many seconds."""
         done = [outcome for outcome in self.outcomes if outcome.ok]
         migrated = sum(outcome.changed for outcome in done)
-        parts = [f"{migrated} migrated", f"{len(done) - migrated} unchanged", f"{len(self.failures)} failed"]
+        counts = [f"{migrated} migrated", f"{len(done) - migrated} unchanged", f"{len(self.failures)} failed"]
         if self.skipped:
-            parts.append(f"{len(self.skipped)} not begun")
-        return f"{self.command} {self.target}: {self.total} tenants, {', '.join(parts)}, {self.seconds:.1f} s"
+            counts.append(f"{len(self.skipped)} not started")
+        return f"{self.command} {self.target}: {self.total} tenants, {', '.join(counts)}, {self.seconds:.1f} s"
 
 
 class Progress(Protocol):
-    """Told how a run goes on, from the event loop that runs it: for a progress bar."""
+    """Receives the progress of a run, in the event loop that runs it: for a progress bar."""
 
     def total(self, count: int) -> None:
-        """There are ``count`` tenants to do; called again when tenants are added that were created during the run."""
+        """Receive the number of tenants; called again if tenants were created during the run."""
 
     def done(self, outcome: TenantOutcome) -> None:
-        """One tenant is done, well or not."""
+        """Receive the result of one tenant, failed or not."""

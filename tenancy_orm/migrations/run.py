@@ -1,4 +1,4 @@
-"""One command over the fleet: which tenants, in what order, and how it ended for each."""
+"""One run of a plan over the fleet: which tenants, in what order, and the result for each."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ..errors import ControlUnavailableError, MigrationError, TemplateError, Ten
 from ..events import TenantMigrated, TenantMigrationFailed
 from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
 from ..tenant import Tenant
+from .concurrency import interleave, map_concurrently
 from .connections import Connections, Health, is_down, placement_of
-from .database import Work, close
+from .database import DatabaseMigration, close
 from .failures import describe
 from .logs import logger
 from .plan import Plan, format_revision
 from .report import FleetReport, Progress, TenantOutcome
 from .selection import Selection, TenantRef
 from .services import FleetServices
-from .spread import interleave, spread
 
 _PASSES = 10  # how often a run looks for tenants that were created during it
 
 
 class Run:
-    """One command over the fleet.
+    """One run of a plan over the fleet.
 
     Args:
-        plan: What to do.
-        services: The parts of an open ``Tenancy``.
-        connections: How to get at the databases.
+        plan: The plan.
+        services: The services of an open ``Tenancy``.
+        connections: Connects to the databases.
         concurrency: How many tenants at once.
-        stop_on_failure: Begin no other tenant once one has failed.
-        progress: Told how it goes on.
+        stop_on_failure: Start no other tenant after a failure.
+        progress: Called as the run proceeds.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Run:
         self.stopped = False
 
     async def execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
-        """Do it to ``tenants``, or to all."""
+        """Apply the plan to ``tenants``, or to all, and return the report."""
         started = time.monotonic()
         pending = await self.selection.choose(tenants)
         await self._prepare(pending)
         for _ in range(_PASSES):
-            await self._pass(pending)
+            await self._migrate_all(pending)
             if tenants is not None or self.stopped or self.plan.is_relative:
                 break
             # tenants that older code cloned from its template after the list was made
@@ -86,7 +86,7 @@ class Run:
         )
 
     async def _prepare(self, tenants: list[Tenant]) -> None:
-        """Find out which servers answer, and whether the migration works at all, before a tenant is touched."""
+        """Check which servers answer, and build the template on each, before a tenant is touched."""
         names = dict.fromkeys(placement_of(t).server for t in tenants) or dict.fromkeys(self.services.servers)
         errors = await asyncio.gather(*(self._prepare_server(name) for name in names), return_exceptions=True)
         for name, error in zip(names, errors, strict=True):
@@ -95,7 +95,9 @@ class Run:
             if not isinstance(error, Exception):
                 raise error
             if isinstance(error, MigrationError | TemplateError):
-                raise MigrationError(f"no tenant was touched, the template fails: {describe(error)}") from error
+                raise MigrationError(
+                    f"the template could not be built, no tenant was touched: {describe(error)}"
+                ) from error
             if not is_down(error):
                 raise error
             logger.error("server %s does not answer: %s", name, describe(error))
@@ -107,35 +109,35 @@ class Run:
         else:
             await close(await self.connections.connect(name, None, self.health))
 
-    async def _pass(self, tenants: list[Tenant]) -> None:
+    async def _migrate_all(self, tenants: list[Tenant]) -> None:
         for tenant in tenants:
             self.order[tenant.id] = tenant.slug
         if self.progress is not None:
             self.progress.total(len(self.order))
-        await spread(self._tenant, interleave(tenants), self.concurrency, proceed=lambda: not self.stopped)
+        await map_concurrently(self._migrate, interleave(tenants), self.concurrency, proceed=lambda: not self.stopped)
 
-    async def _tenant(self, tenant: Tenant) -> None:
+    async def _migrate(self, tenant: Tenant) -> None:
         started = time.monotonic()
-        work = Work(
+        migration = DatabaseMigration(
             self.plan,
             self.connections.target(tenant, self.health),
-            wrapper=self.connections.wrapper(placement_of(tenant).server),
+            adapter=self.connections.adapter(placement_of(tenant).server),
             limits=self.connections.limits,
         )
         error: Exception | None = None
         try:
-            await work.run()
+            await migration.run()
         except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
             if await self._is_gone(tenant, exc):
                 self.gone.add(tenant.id)
                 return
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
-        unrecorded = await self._record(tenant, work)
-        self._done(tenant, work, error or unrecorded, time.monotonic() - started)
+        unrecorded = await self._record(tenant, migration)
+        self._done(tenant, migration, error or unrecorded, time.monotonic() - started)
 
     async def _is_gone(self, tenant: Tenant, error: Exception) -> bool:
-        """Whether there is no such database because the tenant has been purged since the list was made."""
+        """Whether the database does not exist because the tenant has been purged since the list was made."""
         if sqlstate_of(error) != INVALID_CATALOG_NAME:
             return False
         try:
@@ -143,27 +145,27 @@ class Run:
         except ControlUnavailableError:
             return False
 
-    async def _record(self, tenant: Tenant, work: Work) -> Exception | None:
-        """Tell the registry where the tenant is now; returns why that failed."""
-        if work.after is None or format_revision(work.after) == tenant.schema_revision:
+    async def _record(self, tenant: Tenant, migration: DatabaseMigration) -> Exception | None:
+        """Record the tenant's revision in the registry; return the error if that failed."""
+        if migration.after is None or format_revision(migration.after) == tenant.schema_revision:
             return None
         try:
-            await self.services.registry.set_revision(tenant.id, format_revision(work.after))
+            await self.services.registry.set_revision(tenant.id, format_revision(migration.after))
         except TenancyError as exc:
             return MigrationError(
-                f"it is at {format_revision(work.after) or 'base'}, but the registry could not record that: {exc}"
+                f"it is at {format_revision(migration.after) or 'base'}, but the registry could not record that: {exc}"
             )
         return None
 
-    def _done(self, tenant: Tenant, work: Work, error: Exception | None, seconds: float) -> None:
-        after = None if work.after is None else format_revision(work.after)
+    def _done(self, tenant: Tenant, migration: DatabaseMigration, error: Exception | None, seconds: float) -> None:
+        after = None if migration.after is None else format_revision(migration.after)
         outcome = TenantOutcome(
             tenant_id=tenant.id,
             slug=tenant.slug,
             server=placement_of(tenant).server,
-            before=None if work.before is None else format_revision(work.before),
+            before=None if migration.before is None else format_revision(migration.before),
             after=after,
-            changed=work.changed,
+            changed=migration.changed,
             seconds=seconds,
             error=None if error is None else describe(error),
             sqlstate=None if error is None else sqlstate_of(error),

@@ -1,37 +1,35 @@
-"""What a template holds: the schema at Alembic's head, or the tables of a ``MetaData``.
+"""The schema of a template: that of Alembic's head, or the tables of a ``MetaData``.
 
-Both are what ``provisioning`` calls a ``SchemaSource``.
+Both classes implement ``SchemaSource`` of ``provisioning``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, create_mock_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
 
-from .database import Limits, Target, Work, Wrapper, close
+from ..provisioning.templates import Connect
+from .database import ConnectionAdapter, DatabaseMigration, Limits, Target, close
 from .plan import Plan, format_revision
 from .scripts import alembic_config, load, script_directory
-
-Connect = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
 
 _URL = URL.create("postgresql+asyncpg")
 
 
 class AlembicSchema:
-    """The schema that a migration directory's revisions make.
+    """The schema of a migration directory's revisions.
 
     Args:
-        directory: Where env.py is.
-        limits: How long the work on one database may take.
+        directory: The directory with env.py.
+        limits: Time limits of migrating one database.
     """
 
     def __init__(self, directory: str | Path, *, limits: Limits | None = None) -> None:
@@ -41,14 +39,14 @@ class AlembicSchema:
         self._known: tuple[frozenset[tuple[str, int, int]], ScriptDirectory, str] | None = None
 
     def __repr__(self) -> str:
-        """Name the directory."""
+        """Return the directory."""
         return f"AlembicSchema({str(self._directory)!r})"
 
     def head(self) -> str | None:
-        """Return the revision of a database that has every migration: its heads in order with commas, None without any.
+        """Return the revision of a database with every migration: the heads, sorted, with commas; None without any.
 
         Raises:
-            ConfigurationError: there is no migration directory, or its scripts do not load.
+            ConfigurationError: there is no migration directory, or its scripts cannot be loaded.
         """
         script, _ = self._read()
         return format_revision(script.revision_map._real_heads)
@@ -62,7 +60,7 @@ class AlembicSchema:
         return self._read()[1]
 
     async def apply(self, connect: Connect) -> str | None:
-        """Bring an empty database to head, and return the revision it is then at.
+        """Migrate an empty database to head, and return its revision.
 
         Args:
             connect: Opens a connection to it as the owner of the schema.
@@ -72,14 +70,14 @@ class AlembicSchema:
             ConfigurationError: as ``head``.
         """
         environment = await asyncio.to_thread(lambda: load(alembic_config(self._directory)))
-        work = Work(
+        migration = DatabaseMigration(
             Plan.of(environment, "upgrade", "heads"),
             Target(label="template", url=_URL, connect=connect),
-            wrapper=Wrapper(),
+            adapter=ConnectionAdapter(),
             limits=self._limits,
         )
-        await work.run()
-        return format_revision(work.after or ())
+        await migration.run()
+        return format_revision(migration.after or ())
 
     def _read(self) -> tuple[ScriptDirectory, str]:
         if self._known is not None:
@@ -105,15 +103,15 @@ class AlembicSchema:
 
     def _digest(self, script: ScriptDirectory) -> str:
         digest = hashlib.sha256()
-        parts = [*(head.encode() for head in sorted(script.get_heads())), b"files"]
-        parts += [path.read_bytes() for path in self._files(script)]
-        for part in parts:
-            digest.update(len(part).to_bytes(8, "big") + part)
+        inputs = [*(head.encode() for head in sorted(script.get_heads())), b"files"]
+        inputs += [path.read_bytes() for path in self._files(script)]
+        for data in inputs:
+            digest.update(len(data).to_bytes(8, "big") + data)
         return digest.hexdigest()
 
 
 class MetadataSchema:
-    """The tables of a ``MetaData``, for an application without migrations: its schema has no revision.
+    """The tables of a ``MetaData``, for an application without migrations; this schema has no revision.
 
     Args:
         metadata: The application's tables.
@@ -121,7 +119,7 @@ class MetadataSchema:
 
     def __init__(self, metadata: MetaData) -> None:
         self._metadata = metadata
-        # the digest, as it was with these tables: compiling 30 of them takes 20 ms, and every creation asks
+        # the digest for these tables: compiling 30 of them takes 20 ms, and every creation needs it
         self._known: tuple[frozenset[tuple[str, int, int, int]], str] | None = None
 
     def head(self) -> str | None:
@@ -140,10 +138,10 @@ class MetadataSchema:
         statements: list[str] = []
         dialect: Any = postgresql.dialect  # SQLAlchemy's dialects are untyped
 
-        def note(statement: Any, *_: Any, **__: Any) -> None:
+        def compile_statement(statement: Any, *_: Any, **__: Any) -> None:
             statements.append(str(statement.compile(dialect=dialect())))
 
-        self._metadata.create_all(create_mock_engine("postgresql+asyncpg://", note), checkfirst=False)
+        self._metadata.create_all(create_mock_engine("postgresql+asyncpg://", compile_statement), checkfirst=False)
         return hashlib.sha256("\0".join(statements).encode()).hexdigest()
 
     async def apply(self, connect: Connect) -> str | None:
@@ -154,9 +152,9 @@ class MetadataSchema:
         """
         connection = await connect()
         try:
-            async with Wrapper().wrap(connection, _URL) as wrapped:
-                await wrapped.run_sync(self._metadata.create_all)
-                await wrapped.commit()
+            async with ConnectionAdapter().adapt(connection, _URL) as adapted:
+                await adapted.run_sync(self._metadata.create_all)
+                await adapted.commit()
         finally:
             await close(connection)
         return None

@@ -1,4 +1,4 @@
-"""A migration directory and what its env.py says, loaded once for any number of databases."""
+"""A migration directory and its env.py's options, loaded once for any number of databases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
 from . import local
 
-# where ``environment.run`` leaves an env.py's options instead of acting on them, while ``load`` reads that env.py
+# while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
 _reading: ContextVar[list[Mapping[str, Any]] | None] = ContextVar("tenancy_orm.migrations.reading", default=None)
 
 _RESERVED = ("connection", "url", "dialect_name", "tenant")
@@ -28,31 +28,31 @@ _RESERVED = ("connection", "url", "dialect_name", "tenant")
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Scripts, configuration, and the options that env.py gives to ``EnvironmentContext.configure``."""
+    """Scripts, configuration, and env.py's options for ``EnvironmentContext.configure``."""
 
     config: Config
     script: ScriptDirectory
     options: Mapping[str, Any] = field(repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse the options of ``configure`` that say which database: it is for the fleet to choose."""
+        """Refuse the options of ``configure`` that choose the database: the fleet run does that."""
         for option in _RESERVED:
             if option in self.options:
                 raise ConfigurationError(f"environment.run chooses the database itself; leave out {option!r}")
 
     def context(self, **options: Any) -> EnvironmentContext:
-        """Make an ``EnvironmentContext`` for one database; ``options`` as Alembic's commands give them."""
+        """Return an ``EnvironmentContext`` for one database; ``options`` are as Alembic's commands pass them."""
         return EnvironmentContext(self.config, self.script, **options)
 
     @property
     def quoted_version_table(self) -> str:
-        """The name of Alembic's version table, with its schema where env.py gives one."""
+        """The quoted name of Alembic's version table, with its schema if env.py gives one."""
         schema, table = self.options.get("version_table_schema"), self.options.get("version_table", "alembic_version")
         return ".".join(quote_identifier(part) for part in (schema, table) if part is not None)
 
 
 def load(config: Config) -> Environment:
-    """Load the scripts and run env.py, whose call of ``environment.run`` is noted and not acted upon.
+    """Load the scripts, and run env.py only to get the options that it passes to ``environment.run``.
 
     Raises:
         ConfigurationError: the directory is missing, or its env.py does not call ``environment.run``.
@@ -68,7 +68,7 @@ def load(config: Config) -> Environment:
 
 def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
     found: list[Mapping[str, Any]] = []
-    # an env.py made for plain Alembic would connect to its own database here: it must find nothing to do there
+    # an env.py made for plain Alembic would connect to its own database here: then it must have nothing to do
     nothing = {"fn": lambda heads, context: [], "dont_mutate": True, "destination_rev": "head", "starting_rev": None}
     token = _reading.set(found)
     try:
@@ -79,13 +79,13 @@ def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
     if not found:
         raise ConfigurationError(
             f"{script.env_py_location} does not call tenancy_orm.migrations.environment.run; "
-            "make a directory with: tenancy init, or see docs/migrations.md"
+            "create a directory with: tenancy init, or see docs/migrations.md"
         )
     return found[-1]
 
 
-def note(options: Mapping[str, Any]) -> bool:
-    """Leave ``options`` to ``load``; tells whether it is reading this env.py."""
+def capture_options(options: Mapping[str, Any]) -> bool:
+    """Store ``options`` for ``load``, and return True; False if ``load`` is not running this env.py."""
     found = _reading.get()
     if found is None:
         return False
@@ -94,7 +94,7 @@ def note(options: Mapping[str, Any]) -> bool:
 
 
 def script_directory(config: Config) -> ScriptDirectory:
-    """Open the directory, without growing ``sys.path`` each time by what ``prepend_sys_path`` put there before."""
+    """Open the directory; ``prepend_sys_path`` adds nothing to ``sys.path`` that is already in it."""
     before = list(sys.path)
     script = ScriptDirectory.from_config(config)
     added = sys.path[: len(sys.path) - len(before)]
@@ -103,21 +103,21 @@ def script_directory(config: Config) -> ScriptDirectory:
 
 
 def alembic_config(directory: str | Path, *, x: Sequence[str] = ()) -> Config:
-    """Find the configuration that belongs to a migration directory.
+    """Return the Alembic configuration of a migration directory.
 
     That is an alembic.ini (or a pyproject.toml with ``[tool.alembic]``) in the directory, beside it, or in the working
-    directory, provided its ``script_location`` is this directory; else Alembic's defaults.
+    directory, if its ``script_location`` is this directory; else Alembic's defaults.
 
     Args:
-        directory: Where env.py is.
-        x: What ``context.get_x_argument`` gives to env.py and the revisions, as from ``alembic -x``.
+        directory: The directory with env.py.
+        x: The arguments that ``context.get_x_argument`` returns to env.py and the revisions, as from ``alembic -x``.
 
     Raises:
         ConfigurationError: there is no env.py in the directory.
     """
     directory = Path(directory).absolute()
     if not (directory / "env.py").is_file():
-        raise ConfigurationError(f"{directory} holds no env.py; make a migration directory with: tenancy init")
+        raise ConfigurationError(f"{directory} has no env.py; create a migration directory with: tenancy init")
     config = _configured(directory) or _default(directory)
     if x:
         config.cmd_opts = Namespace(x=list(x))

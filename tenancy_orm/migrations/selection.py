@@ -1,4 +1,4 @@
-"""Which tenants a command is for."""
+"""The tenants that a command is for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from ..registry.registry import Registry
 from ..tenant import Status, Tenant
 
 TenantRef = str | UUID | Tenant
-
-_PAGE = 500
 
 
 class Selection:
@@ -25,11 +23,11 @@ class Selection:
         self._registry = registry
 
     async def choose(self, tenants: Iterable[TenantRef] | None) -> list[Tenant]:
-        """The tenants that are named, or all that have a database and keep it.
+        """Return the given tenants, or all that have a database and are not being created or purged.
 
         Raises:
-            TenantNotFoundError: one that is named does not exist.
-            TenantProvisioningError: one that is named is still being created.
+            TenantNotFoundError: a given tenant does not exist.
+            TenantProvisioningError: a given tenant is still being created.
         """
         if tenants is None:
             return await self._all()
@@ -37,7 +35,7 @@ class Selection:
         return list({tenant.id: tenant for tenant in found}.values())
 
     async def is_gone(self, tenant: Tenant) -> bool:
-        """Whether a tenant has been purged, or is being purged, by now."""
+        """Whether a tenant has been purged, or is being purged."""
         if (await self._registry.get(tenant.id)).status is Status.PURGED:
             return True
         unfinished = await self._registry.find_unfinished(tenant.id)
@@ -45,15 +43,11 @@ class Selection:
 
     async def _all(self) -> list[Tenant]:
         purging = await self._purging()
-        tenants: list[Tenant] = []
-        after: UUID | None = None
-        while True:
-            page = await self._registry.page(limit=_PAGE, after=after)
-            tenants += page.items
-            after = page.next
-            if after is None:
-                break
-        return [t for t in tenants if t.status is not Status.PROVISIONING and t.id not in purging and t.placement]
+        return [
+            tenant
+            async for tenant in self._registry.iterate()
+            if tenant.status is not Status.PROVISIONING and tenant.id not in purging and tenant.placement
+        ]
 
     async def _purging(self) -> set[UUID]:
         return {item.tenant.id for item in await self._registry.unfinished() if item.kind == "purging"}

@@ -1,4 +1,4 @@
-"""What migrations need from the rest of the package."""
+"""The objects of an open ``Tenancy`` that migrations use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..routing.servers import Servers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetServices:
-    """The parts of an open ``Tenancy`` that migrations work with."""
+    """The services of an open ``Tenancy`` that migrations use."""
 
     config: TenancyConfig
     registry: Registry

@@ -1,4 +1,4 @@
-"""Which revision each tenant's database is at, read from the databases themselves."""
+"""The revision of a tenant's database, read from the database itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from uuid import UUID
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantRevision:
-    """A tenant's revision: in its database, and as the registry remembers it.
+    """A tenant's revision: in its database (``revision``), and in the registry (``recorded``).
 
-    ``at_head`` tells whether the database has every head of the scripts; None, and a reason in ``error``, where it
-    could not be read.
+    ``at_head`` is whether the database has every head of the scripts; if it could not be read, None, with the reason in
+    ``error``.
     """
 
     tenant_id: UUID
@@ -24,5 +24,5 @@ class TenantRevision:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the registry is right about it; it is not where someone migrated the database by other means."""
+        """Whether the registry has the database's revision; not so if the database was migrated by other means."""
         return self.error is None and self.revision == self.recorded

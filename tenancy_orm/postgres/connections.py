@@ -20,10 +20,10 @@ def version(connection: Connection) -> int:
     return int(connection.get_server_version().major)
 
 
-async def close(connection: Connection) -> None:
-    """Close a connection; terminate it if the server does not answer within ``CLOSE_SECONDS``."""
+async def close(connection: Connection, *, timeout: float = CLOSE_SECONDS) -> None:
+    """Close a connection; terminate it if the server does not answer within ``timeout`` seconds."""
     try:
-        await connection.close(timeout=CLOSE_SECONDS)
+        await connection.close(timeout=timeout)
     except SERVER_FAILURES:
         connection.terminate()
 

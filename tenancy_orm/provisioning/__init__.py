@@ -1,4 +1,4 @@
-"""Databases come and go: the templates, the creation of a tenant step by step, its end, and what a crash has left."""
+"""Tenants' databases and roles: templates, creation step by step, removal, reconciling after a crash, the watchdog."""
 
 from .provisioner import Provisioner
 from .reconcile import ReconcileReport

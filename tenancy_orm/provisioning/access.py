@@ -1,8 +1,8 @@
-"""Whether PostgreSQL admits a tenant's role: two bolts, of which either suffices.
+"""Blocking and unblocking the logins of a tenant's role, by two rights: without either, the role cannot log in.
 
-The role is allowed to log in (LOGIN), and to connect to its database (CONNECT). A tenant can hold a lock on either row,
-but has to be connected for that. So its connections are ended first; and what cannot be done at once is repeated, and
-what blocks it ended, until it is done or its deadline has passed.
+These are the right to log in (LOGIN), and the right to connect to its database (CONNECT). A tenant can lock the
+catalogue row of either, but only while it is connected. So its connections are ended first. If a change does not
+succeed at once, its blockers are ended and it is repeated, until the deadline.
 """
 
 from __future__ import annotations
@@ -17,29 +17,27 @@ from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from . import roles
 from .blockers import Blockers
-
-# What is left of a deadline once this one has passed, for the error that says what is not done.
-_MARGIN_SECONDS = 0.05
+from .deadlines import timeout_before
 
 
 async def block(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
-    """Refuse a role's logins, and end its connections. It works also where the database is gone already.
+    """Block a role's logins, and end its connections. This works even if the database is already dropped.
 
     Args:
-        connection: An administrator's.
+        connection: An administrative one.
         blockers: Of its server.
         database: The tenant's database.
         role: The tenant's role.
-        deadline: When all of it must be done, by the clock of the event loop.
+        deadline: When all must be done, by the clock of the event loop.
 
     Raises:
         ProvisioningError: the role is missing.
-        TimeoutError: something was not done by then; the message says what.
+        TimeoutError: the deadline has passed; the message says what was not done.
     """
     left = ["right to connect", "login", "connections"]
     try:
-        async with asyncio.timeout_at(deadline - _MARGIN_SECONDS):
-            # what it holds locked is released; should it come back before it is kept out, the blockers end it again
+        async with timeout_before(deadline):
+            # this releases the role's locks; if it reconnects before its logins are blocked, the blockers end it again
             await roles.end_connections(connection, role)
             await blockers.run(connection, partial(_revoke_connect, connection, database, role), role=role)
             left.remove("right to connect")
@@ -51,8 +49,8 @@ async def block(connection: Connection, blockers: Blockers, *, database: str, ro
         raise TimeoutError(f"the role's {', '.join(left)} could not be ended in time") from exc
 
 
-async def admit(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
-    """Let a role log in again, to its own database.
+async def unblock(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
+    """Let a role log in to its own database again.
 
     Raises:
         ProvisioningError: the role or the database is missing.

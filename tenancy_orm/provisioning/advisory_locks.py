@@ -1,9 +1,9 @@
-"""Who may take advisory locks in tenants' databases: migrations, and tenants only where the configuration says so.
+"""Rights to take advisory locks in tenants' databases: migrations have them, tenants only if configured.
 
-One SELECT of ``pg_try_advisory_lock`` over ``generate_series`` fills the lock table that all databases of a server
-share: then no neighbour can read, and nobody can log in. So EXECUTE on these functions is taken from PUBLIC in the
-template, and clones inherit that. Only a superuser may do so. What gives locks back stays everybody's: a connection is
-reset by it.
+One SELECT of ``pg_try_advisory_lock`` over ``generate_series`` can fill the lock table that all databases of a server
+share; then no other tenant can read, and nobody can log in. So EXECUTE on these functions is revoked from PUBLIC in the
+template, and clones inherit that. Only a superuser may revoke it. Everybody may execute the functions that release
+locks: resetting a connection calls them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _IS_OPEN = "SELECT has_function_privilege('public', 'pg_catalog.pg_try_advisory_
 
 
 def restrictions(owner: str) -> Sequence[str]:
-    """The statements, for a superuser, that leave these functions of one database to its owner."""
+    """The statements with which a superuser restricts these functions of one database to its owner."""
     functions = ", ".join(FUNCTIONS)
     return (
         f"REVOKE EXECUTE ON FUNCTION {functions} FROM PUBLIC",
@@ -38,29 +38,29 @@ def restrictions(owner: str) -> Sequence[str]:
 
 
 def grants(role: str) -> Sequence[str]:
-    """The statements, for the owner, that let ``role`` take advisory locks in one database after all."""
+    """The statements with which the owner lets ``role`` take advisory locks in one database."""
     return (f"GRANT EXECUTE ON FUNCTION {', '.join(FUNCTIONS)} TO {quote_identifier(role)}",)
 
 
 async def may_restrict(connection: Connection) -> bool:
-    """Whether this administrator may change who executes PostgreSQL's own functions."""
+    """Whether this administrator may change the rights on PostgreSQL's own functions."""
     return await roles.is_superuser(connection)
 
 
 async def restrict(connection: Connection, owner: str, *, server: str) -> None:
-    """Leave the advisory locks of the database of ``connection`` to its owner, or say what a superuser can do.
+    """Restrict advisory locks in the database of ``connection`` to its owner, or log what a superuser can run.
 
     Args:
-        connection: The administrator's, to a template under construction.
+        connection: An administrative one, to a template that is being built.
         owner: The owner of the database.
-        server: What the server is called in a warning.
+        server: The server's name, for the warning.
     """
     if await may_restrict(connection):
         await connection.execute("; ".join(restrictions(owner)))
     elif await connection.fetchval(_IS_OPEN):
         logger.warning(
-            "tenants of server %s can take advisory locks, and fill its lock table with them: its administrator is no "
-            "superuser, and may not change that; run as a superuser, in template0 (see docs/provisioning.md): %s",
+            "tenants of server %s can take advisory locks, and fill its lock table with them: its administrator is not "
+            "a superuser, and may not change that; run as a superuser, in template0 (see docs/provisioning.md): %s",
             server,
             "; ".join(restrictions(owner)),
         )

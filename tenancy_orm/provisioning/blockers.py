@@ -1,12 +1,12 @@
-"""What keeps an administrative statement waiting: the locks of tenants' sessions, which end here.
+"""Ending blockers: sessions and prepared transactions of tenants that keep an administrative statement waiting.
 
 PostgreSQL lets every role lock what administration needs: its own row in ``pg_authid`` (``BEGIN; ALTER ROLE
 CURRENT_USER ...``), another role (``ALTER DEFAULT PRIVILEGES GRANT ... TO other``), another database (``ALTER ROLE
-CURRENT_USER IN DATABASE other ...``). Nothing takes that right away. So a statement that waits longer than a moment is
-watched from a second connection: what it waits for is ended, if it is a session or a prepared transaction of a tenant
-of this installation. Nobody else's is touched.
+CURRENT_USER IN DATABASE other ...``). These rights cannot be revoked. So when a statement waits for longer than a
+moment, a second connection finds its blockers, and ends those that belong to a tenant of this installation. It touches
+nobody else's.
 
-A statement that is not kept waiting costs nothing more: the second connection is opened by a timer.
+A statement that does not wait costs nothing more: a timer opens the second connection.
 """
 
 from __future__ import annotations
@@ -42,18 +42,17 @@ PATIENCE_SECONDS = 0.1
 LOGIN_PATIENCE_SECONDS = 0.5
 POLL_SECONDS = 0.05
 
-# How often work is repeated that lost a race, and after which failure the connections of its role are ended.
+# How often work that lost a race is repeated, and from which failure on the connections of its role are ended.
 _ATTEMPTS = 100
 _TOLERATED = 3
-# "tuple concurrently updated", deadlock detected, lock_timeout
 _RACES = frozenset({CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE})
-_RETRY_SECONDS = 0.5  # after an error of the watching connection itself
-# How many databases are tried at once where one does not admit the administrator; and the others, so much later.
-_FIRST_DOORS = 3
-_DOORS = 11
-_DOOR_SECONDS = 1.0
+_RETRY_SECONDS = 0.5  # after an error of the second connection itself
+# How many databases the administrator tries to connect to at first, and in all; the others after so many seconds.
+_FIRST_DATABASES = 3
+_MAX_DATABASES = 11
+_FIRST_SECONDS = 1.0
 
-# Whoever keeps $1 waiting, and whoever keeps those waiting: a stranger's session may itself wait for a tenant's.
+# The sessions that block $1, and those that block them: a session that is not a tenant's may wait for a tenant's.
 _CHAIN = """
 WITH RECURSIVE chain (pid) AS (
     SELECT $1::int
@@ -68,8 +67,8 @@ SELECT a.pid, a.usename::text AS role FROM chain JOIN pg_stat_activity a USING (
 WHERE a.pid <> $1 AND starts_with(a.usename::text, $2)
 """
 )
-# pg_blocking_pids says 0 of every prepared transaction. Its locks have no pid either, but one virtual transaction in
-# common, which after a restart of the server is another than before: so they meet by the lock on its own xid.
+# pg_blocking_pids reports every prepared transaction as 0. Its locks have no pid either, but they share one virtual
+# transaction, which changes when the server restarts. The lock on its own xid is what connects them.
 _PREPARED = (
     _CHAIN
     + """
@@ -87,11 +86,11 @@ JOIN pg_prepared_xacts x ON x.transaction = own.transactionid
 WHERE starts_with(x.owner::text, $2)
 """
 )
-# A role that may not drop a database still queues for the lock on it, ahead of everybody who then wants to connect.
-# What it waits for is another lock on that database, which a role has no honest reason to hold unless it is its own.
-# Object 0 is no database: a commit that sends notifications locks it, and others wait for it in turn.
-_AT_DOORS = """
-WITH doors AS MATERIALIZED (
+# A role that may not drop a database still queues for the lock on it, ahead of everybody who then wants to connect. It
+# waits for another lock on that database, which a role has no good reason to hold unless the database is its own.
+# Object 0 is not a database: commits that send notifications lock it, and wait for one another.
+_LOGIN_BLOCKERS = """
+WITH database_locks AS MATERIALIZED (
     SELECT pid, objid, mode, granted FROM pg_locks
     WHERE locktype = 'object' AND classid = 'pg_database'::regclass AND objid <> 0
 )
@@ -100,16 +99,16 @@ SELECT a.pid, a.usename::text AS role,
        extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS open_seconds
 FROM pg_stat_activity a
 WHERE starts_with(a.usename::text, $1) AND EXISTS (
-    SELECT FROM doors d WHERE d.pid = a.pid AND (
+    SELECT FROM database_locks d WHERE d.pid = a.pid AND (
         (NOT d.granted AND d.mode = 'AccessExclusiveLock')
         OR (d.granted AND d.objid <> a.datid
-            AND EXISTS (SELECT FROM doors w WHERE w.objid = d.objid AND NOT w.granted))))
+            AND EXISTS (SELECT FROM database_locks w WHERE w.objid = d.objid AND NOT w.granted))))
 """
 
 
 @dataclass(frozen=True, slots=True)
-class DoorHolder:
-    """A session that was ended, since it kept others from connecting to a database: its role, and what it had."""
+class LoginBlocker:
+    """A session that was ended, since it kept others from connecting to a database."""
 
     pid: int
     role: str
@@ -119,7 +118,7 @@ class DoorHolder:
 
 @dataclass(frozen=True, slots=True)
 class PreparedTransaction:
-    """A prepared transaction: its identifier, and the role and database that it belongs to."""
+    """A prepared transaction: its identifier, its role and its database."""
 
     gid: str
     role: str
@@ -127,12 +126,12 @@ class PreparedTransaction:
 
 
 class Blockers:
-    """Ends what of this installation's tenants delays administration of one server.
+    """Ends sessions and prepared transactions of this installation's tenants that delay administration of a server.
 
     Args:
         server: The server.
-        names: Tell a tenant's role from everybody else's.
-        registry: Knows databases to log in by, where tenants block the ones for administration.
+        names: Tells tenants' roles from others.
+        registry: Knows further databases to connect to, if tenants block logins to the administrative ones.
     """
 
     def __init__(self, server: Server, names: Names, registry: Registry) -> None:
@@ -141,16 +140,16 @@ class Blockers:
         self._registry = registry
 
     def may_end(self, role: str) -> bool:
-        """Whether what this role does may be ended: it is a tenant's, or the owner of their databases."""
+        """Whether this role's sessions may be ended: it is a tenant's, or the owner of their databases."""
         return self._names.parse(role) is not None or role == self._names.owner
 
     async def run(self, connection: Connection, work: Callable[[], Awaitable[T]], *, role: str | None = None) -> T:
-        """Do one piece of work, end what keeps it waiting, and repeat it where a change at the same time defeats it.
+        """Await ``work``, end its blockers, and repeat it if it fails because of a concurrent change.
 
         Args:
-            connection: What the work is done by.
-            work: What to do; it must bear repetition. The caller sets the deadline.
-            role: The tenant's role that the work concerns. Its connections are ended if it goes on interfering.
+            connection: The connection that the work uses.
+            work: What to do; it may be repeated. The caller sets the deadline.
+            role: The tenant's role that the work changes. If the conflicts go on, its connections are ended.
         """
         failures = 0
         while True:
@@ -164,14 +163,14 @@ class Blockers:
             if role is None or failures < _TOLERATED:
                 await asyncio.sleep(POLL_SECONDS)
             else:
-                # at once after this: whoever logs in again is too late
+                # repeated without a pause, before the role can log in again
                 await roles.end_connections(connection, role)
 
     @asynccontextmanager
     async def ending(self, connection: Connection, *, patience: float = PATIENCE_SECONDS) -> AsyncIterator[None]:
-        """While the body runs, end what keeps ``connection`` waiting for longer than ``patience`` seconds."""
+        """While the body runs, end the blockers of ``connection`` once it has waited for ``patience`` seconds."""
         pid = connection.get_server_pid()
-        async with _later(patience, lambda: self._watch(pid)):
+        async with _after_delay(patience, lambda: self._watch(pid)):
             yield
 
     async def connect(
@@ -182,26 +181,32 @@ class Blockers:
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
     ) -> Connection:
-        """Log in as ``Server.connect_admin`` does, and end what keeps that waiting.
+        """Log in as ``Server.connect_admin`` does, and end login blockers.
 
         Raises:
-            ServerUnavailableError, asyncpg.PostgresError: as there.
+            ServerUnavailableError, asyncpg.PostgresError: as ``Server.connect_admin``.
         """
-        async with self.admitting():
+        async with self.unblocking_logins():
             return await self._server.connect_admin(database, role=role, settings=settings, timeout=timeout)
 
     @asynccontextmanager
-    async def admitting(self) -> AsyncIterator[None]:
-        """While the body logs in to this server, as whatever role, end what keeps logins waiting."""
-        async with _later(LOGIN_PATIENCE_SECONDS, self._open_the_door):
+    async def unblocking_logins(self) -> AsyncIterator[None]:
+        """While the body logs in to this server, as any role, end login blockers."""
+        async with _after_delay(LOGIN_PATIENCE_SECONDS, self._end_login_blockers_repeatedly):
             yield
 
-    async def roll_back(self, transaction: PreparedTransaction) -> None:
-        """Roll back a prepared transaction. Does nothing where it has ended.
+    async def roll_back(
+        self, transaction: PreparedTransaction, *, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Roll back a prepared transaction. Does nothing if it has ended.
 
-        PostgreSQL asks that of its role or a superuser, in its database.
+        Only its role or a superuser may do that, in its database.
+
+        Args:
+            transaction: The prepared transaction.
+            settings: Server settings of the connection that this opens.
         """
-        connection = await self.connect(transaction.database)
+        connection = await self.connect(transaction.database, settings=settings)
         try:
             async with roles.joined(connection, transaction.role):
                 if not await roles.is_superuser(connection):
@@ -217,23 +222,23 @@ class Blockers:
         finally:
             await connections.close(connection)
 
-    async def clear_doors(self, connection: Connection) -> list[DoorHolder]:
-        """End the sessions of tenants that wait to drop or rename a database, which they may not do.
+    async def end_login_blockers(self, connection: Connection) -> list[LoginBlocker]:
+        """End the sessions of tenants that wait to drop or rename a database, which they may not do; return them.
 
-        Until such a session ends, everybody else who wants to connect to that database waits behind it. What it waits
-        for ends as well, where that is a tenant's lock on a database that is not its own: the next would wait again.
+        Until such a session ends, everybody who wants to connect to that database waits behind it. If it waits for
+        another tenant's lock on that database, that session is ended as well: the next one would wait again.
 
         Args:
             connection: To any database of the server.
         """
-        rows = await connection.fetch(_AT_DOORS, self._names.tenant_stem)
+        rows = await connection.fetch(_LOGIN_BLOCKERS, self._names.tenant_stem)
         ended = await self._end_sessions(connection, [(row["pid"], row["role"]) for row in rows])
-        return [DoorHolder(**row) for row in rows if row["role"] in ended]
+        return [LoginBlocker(**row) for row in rows if row["role"] in ended]
 
-    # --- watching ---------------------------------------------------------------------------------------------------
+    # --- ending blockers --------------------------------------------------------------------------------------------
 
     async def _watch(self, pid: int) -> None:
-        """End what keeps the backend ``pid`` waiting, until cancelled."""
+        """End the blockers of the backend ``pid``, again and again until cancelled."""
         while True:
             try:
                 connection = await self.connect()
@@ -245,70 +250,75 @@ class Blockers:
                     await connections.close(connection)
             except (TenancyError, *SERVER_FAILURES) as exc:
                 # another administrator may have ended it first, or left a role that this one has just joined
-                logger.warning("ending what keeps a statement waiting failed: %s: %s", type(exc).__name__, exc)
+                logger.warning("ending the blockers of a statement failed: %s: %s", type(exc).__name__, exc)
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _end_blockers(self, connection: Connection, pid: int) -> None:
         await self._end_sessions(connection, await connection.fetch(_SESSIONS, pid, self._names.tenant_stem))
         for gid, role, database in await connection.fetch(_PREPARED, pid, self._names.tenant_stem):
-            await run_to_completion(_in_time(self.roll_back(PreparedTransaction(gid, role, database))))
+            await run_to_completion(_with_timeout(self.roll_back(PreparedTransaction(gid, role, database))))
 
     async def _end_sessions(self, connection: Connection, found: Iterable[tuple[int, str]]) -> set[str]:
-        """End sessions, each given by its pid and role; returns the roles that had any."""
+        """End sessions, each given by its pid and role; return the roles of those that were ended."""
         pids: dict[str, list[int]] = {}
         ended: set[str] = set()
         for pid, role in found:
             pids.setdefault(role, []).append(pid)
         for role, of_role in pids.items():
-            logger.warning("role %s keeps administration waiting: ending %d of its connections", role, len(of_role))
-            if await run_to_completion(_in_time(roles.end_connections(connection, role, of_role))):
+            logger.warning("role %s blocks administration: ending %d of its connections", role, len(of_role))
+            if await run_to_completion(_with_timeout(roles.end_connections(connection, role, of_role))):
                 ended.add(role)
         return ended
 
     # --- logging in -------------------------------------------------------------------------------------------------
 
-    async def _open_the_door(self) -> None:
-        """End what keeps a login waiting, from a database that is not blocked, until cancelled."""
+    async def _end_login_blockers_repeatedly(self) -> None:
+        """End login blockers over a connection to a database that is not blocked, until cancelled."""
         try:
-            connection = await self._enter_anywhere()
+            connection = await self._connect_anywhere()
             try:
                 while True:
-                    await self.clear_doors(connection)
+                    await self.end_login_blockers(connection)
                     await asyncio.sleep(POLL_SECONDS)
             finally:
                 await connections.close(connection)
         except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.warning("no login to server %s: %s: %s", self._server.name, type(exc).__name__, exc)
+            logger.warning(
+                "ending login blockers on server %s failed: %s: %s", self._server.name, type(exc).__name__, exc
+            )
 
-    async def _enter_anywhere(self) -> Connection:
-        """Log in to whichever database admits the administrator first: a tenant can block only a few."""
+    async def _connect_anywhere(self) -> Connection:
+        """Return the first connection that succeeds, of several databases: a tenant can block only a few."""
         try:
             known = sorted(await self._registry.database_names(self._server.name))
         except TenancyError:
-            known = []  # the control database is on the same server, perhaps, and blocked as well
-        # the one that an attacker expects least comes first
-        sample = random.sample(known, min(len(known), _DOORS - 3))
-        doors = [*sample[:1], "postgres", None, "template1", *sample[1:]]
+            known = []  # the control database may be on the same server, and blocked as well
+        # a random one comes first: an attacker cannot expect it
+        sample = random.sample(known, min(len(known), _MAX_DATABASES - 3))
+        candidates = [*sample[:1], "postgres", None, "template1", *sample[1:]]
         waiting: set[asyncio.Future[Connection]] = set()
         attempts: list[asyncio.Future[Connection]] = []
-        entered: Connection | None = None
+        connected: Connection | None = None
         try:
-            for tried, seconds in ((doors[:_FIRST_DOORS], _DOOR_SECONDS), (doors[_FIRST_DOORS:], None)):
-                begun = [asyncio.ensure_future(self._server.connect_admin(door)) for door in tried]
+            for tried, seconds in (
+                (candidates[:_FIRST_DATABASES], _FIRST_SECONDS),
+                (candidates[_FIRST_DATABASES:], None),
+            ):
+                begun = [asyncio.ensure_future(self._server.connect_admin(candidate)) for candidate in tried]
                 attempts.extend(begun)
-                entered, waiting = await _first(waiting.union(begun), seconds)
-                if entered is not None:
-                    return entered
+                connected, waiting = await _first_connected(waiting.union(begun), seconds)
+                if connected is not None:
+                    return connected
         finally:
             for attempt in attempts:
-                _abandon(attempt, keep=entered)
-        raise ConnectionError("no database admits the administrator")
+                _discard_login(attempt, keep=connected)
+        raise ConnectionError("the administrator can connect to no database")
 
 
-async def _first(
+async def _first_connected(
     attempts: set[asyncio.Future[Connection]], seconds: float | None
 ) -> tuple[Connection | None, set[asyncio.Future[Connection]]]:
-    """The first connection that an attempt leads to, if one does within some seconds; and the attempts under way."""
+    """Return the first connection that succeeds, None if none does in ``seconds``, and the attempts under way."""
     ends = None if seconds is None else asyncio.get_running_loop().time() + seconds
     while attempts:
         left = None if ends is None else max(ends - asyncio.get_running_loop().time(), 0)
@@ -322,8 +332,8 @@ async def _first(
 
 
 @asynccontextmanager
-async def _later(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
-    """Have a task do ``work`` beside the body, from some seconds on until the body ends."""
+async def _after_delay(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """Run ``work`` in a task beside the body, from ``seconds`` on until the body ends."""
     loop = asyncio.get_running_loop()
     begun: list[asyncio.Task[None]] = []
     timer = loop.call_later(seconds, lambda: begun.append(loop.create_task(work())))
@@ -336,8 +346,8 @@ async def _later(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) 
             await asyncio.wait((task,))
 
 
-def _abandon(login: asyncio.Future[Connection], *, keep: Connection | None = None) -> None:
-    """Give up a login, or close at once what it has led to."""
+def _discard_login(login: asyncio.Future[Connection], *, keep: Connection | None = None) -> None:
+    """Cancel a login, or close the connection that it has opened."""
 
     def close(done: asyncio.Future[Connection]) -> None:
         if not done.cancelled() and done.exception() is None and done.result() is not keep:
@@ -347,7 +357,7 @@ def _abandon(login: asyncio.Future[Connection], *, keep: Connection | None = Non
     login.add_done_callback(close)
 
 
-async def _in_time(work: Awaitable[T]) -> T:
-    """Bound work that a cancellation does not cut in half."""
+async def _with_timeout(work: Awaitable[T]) -> T:
+    """Await ``work`` for a limited time: a cancellation does not end it."""
     async with asyncio.timeout(connections.CLOSE_SECONDS):
         return await work

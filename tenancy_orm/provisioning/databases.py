@@ -1,8 +1,8 @@
-"""The verbs of a tenant database's life, one function each, on an administrative asyncpg connection.
+"""Statements on databases, one function each, on an administrative asyncpg connection.
 
-Every identifier goes through ``quote_identifier``; DDL takes no parameters, so its constants go through
-``quote_literal``. Errors are told apart by SQLSTATE. Nothing that exists is ever adopted: creating over a database
-raises ``DatabaseExistsError``. Dropping is idempotent.
+Identifiers are quoted by ``quote_identifier``; DDL takes no parameters, so constants are quoted by ``quote_literal``.
+Errors are classified by SQLSTATE. An existing database is never adopted: creating over one raises
+``DatabaseExistsError``. Dropping is idempotent.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..postgres.errors import DUPLICATE_DATABASE, UNIQUE_VIOLATION, sqlstate_of
 from ..postgres.quoting import quote_identifier, quote_literal
 
 Strategy = Literal["wal_log", "file_copy"]
-"""How CREATE DATABASE copies: through the log (20 ms, best for a caller who waits) or by files (70 ms and two
-checkpoints, but twice as many databases a second when thousands are made in a row)."""
+"""How CREATE DATABASE copies: through the WAL (20 ms, best for a caller who waits) or by files (70 ms and two
+checkpoints, but twice as many databases a second when thousands are created in a row)."""
 
 
 @dataclass(frozen=True, slots=True)
 class DatabaseState:
-    """What ``pg_database`` says of one database. ``comment`` is its marker, if it has one."""
+    """A database's row in ``pg_database``. ``comment`` is its marker, if it has one."""
 
     name: str
     is_template: bool
@@ -41,25 +41,25 @@ async def create(
     strategy: Strategy = "wal_log",
     open_to_connections: bool = True,
 ) -> None:
-    """Clone ``template``. Not in a transaction (25001).
+    """Create a database as a clone of ``template``. It cannot run in a transaction (25001).
 
     Args:
-        connection: To any database of the server but the template.
+        connection: To any database of the server except the template.
         name: The new database.
-        template: What it is cloned from.
+        template: The database to clone.
         owner: Its owner.
         strategy: See ``Strategy``. PostgreSQL 14 has FILE_COPY only.
-        open_to_connections: False keeps everybody out, until ``admit``: PUBLIC may CONNECT to every new database, and
-            a connection made in the moment before the REVOKE would outlive it.
+        open_to_connections: False lets nobody connect before ``open_to_role``. PUBLIC may CONNECT to every new
+            database, and a connection made before the REVOKE would outlive it.
 
     Raises:
-        DatabaseExistsError: there is a database of that name.
+        DatabaseExistsError: a database of that name exists.
         asyncpg.ObjectInUseError: somebody is connected to the template.
         asyncpg.InvalidCatalogNameError: there is no such template.
     """
     options = [f"TEMPLATE {quote_identifier(template)}", f"OWNER {quote_identifier(owner)}"]
     if template == "template0":
-        # the only template that admits another encoding than its own
+        # the only template that may be cloned with another encoding than its own
         options.append("ENCODING 'UTF8'")
     if not open_to_connections:
         options.append("ALLOW_CONNECTIONS false")
@@ -74,10 +74,10 @@ async def create(
 
 
 async def drop(connection: Connection, name: str) -> None:
-    """Drop a database, a template as well, and end the connections to it. Does nothing where it is gone.
+    """Drop a database or template, and end the connections to it. Does nothing if there is none.
 
     Raises:
-        asyncpg.ObjectInUseError: a prepared transaction, replication slot or subscription holds it (55006): see
+        asyncpg.ObjectInUseError: it has a prepared transaction, replication slot or subscription (55006): see
             ``removal.drop_database``.
     """
     quoted = quote_identifier(name)
@@ -90,7 +90,7 @@ async def drop(connection: Connection, name: str) -> None:
 
 
 async def state(connection: Connection, name: str) -> DatabaseState | None:
-    """Look a database up, or return None."""
+    """Return the state of a database, or None if there is no such database."""
     row = await connection.fetchrow(
         "SELECT datname, datistemplate, shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = $1", name
     )
@@ -98,7 +98,7 @@ async def state(connection: Connection, name: str) -> DatabaseState | None:
 
 
 async def states(connection: Connection, stem: str) -> list[DatabaseState]:
-    """Look up every database whose name begins with ``stem``."""
+    """Return the state of every database with a name that begins with ``stem``."""
     rows = await connection.fetch(
         "SELECT datname, datistemplate, shobj_description(oid, 'pg_database') FROM pg_database "
         "WHERE starts_with(datname::text, $1) ORDER BY datname",
@@ -107,11 +107,11 @@ async def states(connection: Connection, stem: str) -> list[DatabaseState]:
     return [DatabaseState(*row) for row in rows]
 
 
-async def admit(connection: Connection, name: str, *, role: str) -> None:
-    """Open a new database to its tenant's role and to nobody else, in one transaction.
+async def open_to_role(connection: Connection, name: str, *, role: str) -> None:
+    """Let only the tenant's role connect to a new database, in one transaction.
 
-    A revoke on a template is not copied to its clones, so each database needs its own. The commit is not flushed by
-    itself: the next synchronous one on this server, that of ``grant_and_mark``, covers it.
+    A revoke on a template is not copied to its clones, so each database needs its own. The commit is not flushed to
+    disk: the next synchronous one on this server, that of ``grant_and_mark``, does that.
     """
     database, quoted_role = quote_identifier(name), quote_identifier(role)
     await execute_unflushed(
@@ -122,8 +122,8 @@ async def admit(connection: Connection, name: str, *, role: str) -> None:
     )
 
 
-async def admit_owner(connection: Connection, name: str) -> None:
-    """Open a new database to its owner and the administrator, and to nobody else, in one transaction."""
+async def open_to_owner(connection: Connection, name: str) -> None:
+    """Let only the owner and the administrator connect to a new database, in one transaction."""
     database = quote_identifier(name)
     await execute_unflushed(
         connection,
@@ -133,16 +133,16 @@ async def admit_owner(connection: Connection, name: str) -> None:
 
 
 async def close_to_public(connection: Connection, name: str, *, but: Iterable[str] = ()) -> None:
-    """Take every right on a database from PUBLIC: it has CONNECT and TEMP on every one by default.
+    """Revoke every right on a database from PUBLIC, which has CONNECT and TEMP on every database by default.
 
     Args:
         connection: To any database of the server.
         name: The database.
-        but: Roles that get these rights for themselves, in the same transaction.
+        but: Roles that are granted these rights, in the same transaction.
 
     Raises:
-        asyncpg.InsufficientPrivilegeError: the administrator has no rights on that database at all. With some rights,
-            but not that one, PostgreSQL only warns, and ``is_open_to_public`` stays true.
+        asyncpg.InsufficientPrivilegeError: the administrator has no rights on the database at all. If it has some, but
+            not that to revoke, PostgreSQL only warns, and ``is_open_to_public`` stays true.
     """
     database = quote_identifier(name)
     kept = [f"GRANT CONNECT, TEMPORARY ON DATABASE {database} TO {quote_identifier(role)}" for role in but]
@@ -150,7 +150,7 @@ async def close_to_public(connection: Connection, name: str, *, but: Iterable[st
 
 
 async def is_open_to_public(connection: Connection, name: str) -> bool:
-    """Whether PUBLIC has any right on a database. False where there is no such database."""
+    """Whether PUBLIC has any right on a database. False if there is no such database."""
     query = (
         "SELECT EXISTS (SELECT FROM pg_database, aclexplode(coalesce(datacl, acldefault('d', datdba))) AS granted "
         "WHERE datname = $1 AND granted.grantee = 0)"
@@ -158,10 +158,10 @@ async def is_open_to_public(connection: Connection, name: str) -> bool:
     return bool(await connection.fetchval(query, name))
 
 
-async def seal(connection: Connection, name: str, *, comment: str) -> None:
-    """Declare a template complete, as the last thing ever done to it.
+async def complete_template(connection: Connection, name: str, *, comment: str) -> None:
+    """Mark a template as complete; the last statement on it.
 
-    Nobody can connect to it afterwards, so that no stray connection fails a clone (55006, after 5 s).
+    Nobody can connect to it afterwards, since an open connection makes cloning fail (55006, after 5 s).
     """
     quoted = quote_identifier(name)
     await connection.execute(

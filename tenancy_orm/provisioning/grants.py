@@ -1,4 +1,4 @@
-"""Rights inside a tenant's database: the owner has what is in it, the tenant's role its rows."""
+"""Rights in a tenant's database: the owner role owns its objects, the tenant's role reads and writes rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..postgres.quoting import quote_identifier, quote_literal
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The owner's schemas, tables, sequences and version tables in a database: quoted, ready for a GRANT."""
+    """The owner's schemas, tables, sequences and version tables in a database, quoted for a GRANT."""
 
     schemas: tuple[str, ...]
     tables: tuple[str, ...]
@@ -35,9 +35,9 @@ SELECT CASE WHEN relkind = 'S' THEN 'sequence' WHEN c.oid IN (TABLE versions) TH
 
 
 async def contents(connection: Connection, owner: str) -> Contents:
-    """List what ``owner`` has in the database of ``connection``. What an extension brought is not the owner's.
+    """Return the objects of ``owner`` in the database of ``connection``. An extension's objects are not the owner's.
 
-    A version table can have any name (``version_table`` in env.py), but always the one column ``version_num``.
+    A version table can have any name (``version_table`` in env.py), but always has the one column ``version_num``.
     """
     found: dict[str, list[str]] = {"schema": [], "table": [], "sequence": [], "version": []}
     for kind, name in await connection.fetch(_CONTENTS, owner):
@@ -48,22 +48,21 @@ async def contents(connection: Connection, owner: str) -> Contents:
 async def grant_and_mark(
     connection: Connection, name: str, *, role: str, what: Contents, marker: str, further: Sequence[str] = ()
 ) -> None:
-    """Give ``role`` the data and nothing else, now and in whatever the owner makes later; and set the marker.
+    """Grant ``role`` its rights on the data, also on what the owner creates later, and set the marker.
 
-    One transaction: a database that has its marker has everything else as well, and one without it has never been a
-    tenant's.
+    This is one transaction: a database with its marker has the rights as well, and one without was never a tenant's.
 
-    Rights are the role's own rather than a group's, so that another tenant's role has none here even if it could
-    connect. Alembic's version table can be read, not written. A table needs SELECT, INSERT, UPDATE and DELETE;
-    TRUNCATE, REFERENCES and TRIGGER are left out. Sequences are needed whole, since loading rows sets them.
+    The rights are the role's own and not a group's, so another tenant's role has none here even if it could connect.
+    The role may read Alembic's version table, and not write it. On a table it gets SELECT, INSERT, UPDATE and DELETE,
+    but not TRUNCATE, REFERENCES and TRIGGER; on a sequence all rights, since loading rows sets it.
 
     Args:
         connection: To the tenant's database, as the owner.
         name: The tenant's database.
         role: The tenant's role.
         what: The database's contents.
-        marker: What ``routing.marker`` will look for.
-        further: Statements that give the role more, in the same transaction.
+        marker: The marker that ``routing.marker`` verifies.
+        further: Statements that grant the role more, in the same transaction.
     """
     grantee = f"TO {quote_identifier(role)}"
     rows, counters = "SELECT, INSERT, UPDATE, DELETE", "USAGE, SELECT, UPDATE"
@@ -87,7 +86,7 @@ def _grant(rights: str, kind: str, names: Sequence[str], grantee: str) -> Iterab
 
 
 async def revision(connection: Connection, owner: str) -> str | None:
-    """Read the schema's revision from Alembic's version table, or None where the database has no such table."""
+    """Return the schema's revision in Alembic's version table, or None if the database has no such table."""
     for table in (await contents(connection, owner)).version_tables:
         found = await connection.fetch(f"SELECT version_num FROM {table} ORDER BY 1")  # noqa: S608 - quoted by PostgreSQL
         return ",".join(row["version_num"] for row in found) or None
@@ -95,7 +94,7 @@ async def revision(connection: Connection, owner: str) -> str | None:
 
 
 async def protect_version_table(connection: Connection, role: str, table: str) -> None:
-    """Leave ``role`` only SELECT on a version table that was made after the role's default privileges.
+    """Reduce the rights of ``role`` on a version table to SELECT: its default privileges have given it more.
 
     Args:
         connection: To the tenant's database, as the owner.
@@ -106,10 +105,10 @@ async def protect_version_table(connection: Connection, role: str, table: str) -
 
 
 async def prepare_schema(connection: Connection, owner: str) -> None:
-    """Make the owner, and not PUBLIC, master of schema ``public``, as PostgreSQL 15 and later have it by default.
+    """Make ``owner`` the owner of schema ``public`` and revoke CREATE from PUBLIC, as PostgreSQL 15 does by default.
 
     Args:
-        connection: To a database under construction, as the administrator.
+        connection: An administrative one, to a template that is being built.
         owner: The owner of the database.
 
     Raises:

@@ -1,13 +1,13 @@
-"""The creation of one tenant, step by step, so that all of it or nothing remains.
+"""The creation of one tenant, step by step, so that either all or nothing of it remains.
 
-The steps are registered, role, database, grants, proved; what follows them makes the tenant active. Each one's name is
-in the registry before it begins, but for the role's: that one follows "registered" at once, and costs less than writing
-its name. The administrative connection holds an advisory lock on the tenant's id from before
-the row is written until everything is over. The kernel closes a dead process's connections and PostgreSQL then
-releases their locks, so ``reconcile`` tells a creation under way from a dead one exactly, and without a clock.
+The steps are registered, role, database, grants, proved; after them the tenant becomes active. The name of a step is in
+the registry before the step begins, except for the role: it follows "registered" at once, and takes less time than
+writing its name. The administrative connection holds an advisory lock on the tenant's id, from before the row is
+written until the end. When a process dies, the kernel closes its connections and PostgreSQL releases their locks. So
+``reconcile`` can tell a creation under way from a dead one exactly, and without a clock.
 
-A failure or a cancellation undoes the steps that were begun, in reverse. Becoming active is one commit in the registry
-and the point of no return: whether it has taken place is read back where it is in doubt, and an active tenant is never
+A failure or a cancellation undoes the steps that were started, in reverse. Becoming active is one commit in the
+registry, and the point of no return: where it is in doubt, the registry is read again, and an active tenant is never
 undone.
 """
 
@@ -36,7 +36,7 @@ from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
 from ..tenant import Placement, Status, Tenant
 from . import access, advisory_locks, databases, grants, removal, roles
-from .administration import Administration
+from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .databases import Strategy
 from .role_settings import RoleSettings
@@ -45,21 +45,21 @@ from .templates import TemplateInfo, Templates
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
-# What the registry's row says of a creation whose undoing failed. Not a step: reconcile removes what it finds.
+# The step in the registry's row of a creation that could not be undone. It is not a real step: reconcile undoes it.
 UNDOING = "undoing"
 
-# CREATE DATABASE takes a while by itself.
+# CREATE DATABASE takes some time even without blockers.
 _PATIENCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What provisioning works with."""
+class ProvisioningServices:
+    """The objects that provisioning uses."""
 
     config: TenancyConfig
     registry: Registry
     servers: Servers
-    administration: Administration
+    admin_connections: AdminConnections
     names: Names
     keyring: Keyring
     installation: UUID
@@ -70,7 +70,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A part of a creation. ``undo`` works whether ``apply`` succeeded, failed half-way, or was undone before."""
+    """A step of a creation. ``undo`` works after ``apply`` succeeded or failed, and may be repeated."""
 
     name: str
     apply: Callable[[], Awaitable[None]]
@@ -78,16 +78,16 @@ class Step:
 
 
 def tenant_key(tenant_id: UUID) -> int:
-    """The advisory lock key that every process holds while it makes or removes what belongs to this tenant."""
+    """Return the key of the advisory lock that a process holds while it changes this tenant's database or role."""
     return locks.lock_key(f"tenant:{tenant_id}")
 
 
 class Creation:
-    """One tenant being created. Use an object once, by ``run``."""
+    """The creation of one tenant. Use an object once, with ``run``."""
 
     def __init__(
         self,
-        parts: Parts,
+        services: ProvisioningServices,
         server: Server,
         template: TemplateInfo,
         draft: TenantDraft,
@@ -99,9 +99,9 @@ class Creation:
         strategy: Strategy,
         actor: Actor,
     ) -> None:
-        self._parts = parts
+        self._services = services
         self._server = server
-        self._blockers = parts.blockers(server)
+        self._blockers = services.blockers(server)
         self._template = template
         self._draft = draft
         self._settings = settings
@@ -110,12 +110,12 @@ class Creation:
         self._scopes = scopes
         self._strategy = strategy
         self._actor = actor
-        self._timeout = parts.config.provisioning.timeout
+        self._timeout = services.config.provisioning.timeout
         self._connection: Connection | None = None
-        # whether the lock was held without a gap: only then no reconcile can have touched this tenant
+        # whether the lock was held without a gap; otherwise a reconcile may have changed this tenant
         self._lock_unbroken = True
         self._taken_over = False
-        self._begun: list[Step] = []
+        self._started_steps: list[Step] = []
         self._closing: list[asyncio.Future[None]] = []
         self._step = "locked"
         self._tenant: Tenant | None = None
@@ -130,12 +130,12 @@ class Creation:
         )
 
     async def run(self) -> Tenant:
-        """Create the tenant, or undo what was begun.
+        """Create the tenant, or undo what was started.
 
         Raises:
             TenantExistsError: the slug is taken.
             DatabaseExistsError: a database or role of the tenant's name exists.
-            ProvisioningError: a step failed or did not end in time.
+            ProvisioningError: a step failed or did not finish in time.
         """
         try:
             async with asyncio.timeout(self._timeout):
@@ -143,16 +143,16 @@ class Creation:
                 await self._register()
                 steps = self.steps()
                 for step, following in zip(steps, [*steps[1:], None], strict=True):
-                    await self._take(step, following)
+                    await self._do_step(step, following)
                 return await run_to_completion(self._complete())
         except BaseException as exc:
-            undone = await run_to_completion(self._abandon(exc))
+            undone = await run_to_completion(self._undo_started(exc))
             if self._tenant is not None and isinstance(exc, Exception):
-                return self._tenant  # the deadline passed, or the connection broke, once the tenant was active
-            self._explain(exc, undone)
+                return self._tenant  # the deadline passed, or the connection broke, after the tenant became active
+            self._raise_for_caller(exc, undone)
             raise
         finally:
-            await run_to_completion(self._let_go())
+            await run_to_completion(self._release())
 
     @property
     def role(self) -> str:
@@ -162,39 +162,41 @@ class Creation:
     # --- forward ----------------------------------------------------------------------------------------------------
 
     async def _lock(self) -> Connection:
-        return await self._parts.administration.acquire(self._server, tenant_key(self._draft.id), timeout=self._timeout)
+        return await self._services.admin_connections.acquire(
+            self._server, tenant_key(self._draft.id), timeout=self._timeout
+        )
 
     async def _register(self) -> None:
         self._step = "registered"
-        await run_to_completion(self._parts.registry.register(self._draft, actor=self._actor))
+        await run_to_completion(self._services.registry.register(self._draft, actor=self._actor))
 
-    async def _take(self, step: Step, following: Step | None) -> None:
-        """Do a step, whose name is in the registry, while the name of the one after it is written there.
+    async def _do_step(self, step: Step, following: Step | None) -> None:
+        """Apply a step, and write the name of the following one to the registry at the same time.
 
-        That one does not begin before its name is written. A name that is written too early, since this step failed or
-        its process died, tells reconcile nothing wrong: it looks at what is there.
+        The following step does not begin before its name is written. If this step fails or the process dies, the name
+        may be written too early. That does not mislead reconcile: it looks at what exists.
         """
         self._step = step.name
-        self._begun.append(step)
-        writing = asyncio.ensure_future(self._write(following))
+        self._started_steps.append(step)
+        writing = asyncio.ensure_future(self._record_step(following))
         try:
             async with self._blockers.ending(self._admin, patience=_PATIENCE_SECONDS):
                 await step.apply()
         except DatabaseExistsError:
-            # not made by this step, so not to be undone by it
-            self._begun.remove(step)
+            # this step did not create it, so it must not drop it
+            self._started_steps.remove(step)
             raise
         finally:
-            await run_to_completion(_ended(writing))
+            await run_to_completion(_wait_for(writing))
         writing.result()
 
-    async def _write(self, step: Step | None) -> None:
+    async def _record_step(self, step: Step | None) -> None:
         if step is not None:
-            await self._parts.registry.record_step(self._draft.id, step.name)
+            await self._services.registry.record_step(self._draft.id, step.name)
 
     async def _complete(self) -> Tenant:
         self._step = "active"
-        self._tenant = await self._parts.registry.complete(
+        self._tenant = await self._services.registry.complete(
             self._draft.id,
             revision=self._template.revision,
             key=self._key,
@@ -206,38 +208,38 @@ class Creation:
 
     @property
     def _admin(self) -> Connection:
-        """The connection that holds the lock, which is taken first."""
+        """The connection that holds the lock."""
         if self._connection is None:
             raise ProvisioningError("the lock is not held", tenant=self._draft.slug, step=self._step)
         return self._connection
 
     async def _create_role(self) -> None:
-        password = self._parts.keyring.open_password(self._draft.id, self._draft.sealed_password)
+        password = self._services.keyring.open_password(self._draft.id, self._draft.sealed_password)
         await roles.create(
             self._admin,
             self._draft.role,
             verifier=scram_verifier(password),
-            connection_limit=self._parts.config.tiers[self._draft.tier].connection_limit,
+            connection_limit=self._services.config.tiers[self._draft.tier].connection_limit,
             settings=self._settings.statements(self._draft.role),
         )
 
     async def _create_database(self) -> None:
-        await self._parts.templates.clone(self._admin, self._template, self._draft.database, strategy=self._strategy)
+        await self._services.templates.clone(self._admin, self._template, self._draft.database, strategy=self._strategy)
 
     async def _grant(self) -> None:
         draft = self._draft
-        await databases.admit(self._admin, draft.database, role=draft.role)
-        connection = await self._blockers.connect(draft.database, role=self._parts.names.owner)
+        await databases.open_to_role(self._admin, draft.database, role=draft.role)
+        connection = await self._blockers.connect(draft.database, role=self._services.names.owner)
         try:
             async with self._blockers.ending(connection):
                 await grants.grant_and_mark(
                     connection,
                     draft.database,
                     role=draft.role,
-                    what=await self._parts.templates.contents(connection, self._template),
-                    marker=marker.marker_text(self._parts.installation, draft.id),
+                    what=await self._services.templates.contents(connection, self._template),
+                    marker=marker.marker_text(self._services.installation, draft.id),
                     further=advisory_locks.grants(draft.role)
-                    if self._parts.config.provisioning.tenant_advisory_locks
+                    if self._services.config.provisioning.tenant_advisory_locks
                     else (),
                 )
         finally:
@@ -246,17 +248,17 @@ class Creation:
     async def _prove(self) -> None:
         draft = self._draft
         placement = Placement(draft.server, draft.database, draft.role, draft.sealed_password)
-        self._close_later(await prove(self._parts, draft.id, draft.slug, placement))
+        self._close_later(await prove(self._services, draft.id, draft.slug, placement))
 
     def _close_later(self, connection: Connection) -> None:
-        """Close a connection while the next step is done: the server takes 2 ms to say good-bye."""
+        """Close a connection during the next step: the server takes 2 ms to end a session."""
         self._closing.append(asyncio.ensure_future(connections.close(connection)))
 
-    async def _let_go(self) -> None:
+    async def _release(self) -> None:
         if self._closing:
             await asyncio.wait(self._closing)
         if self._connection is not None:
-            await self._parts.administration.release(self._server, self._connection, tenant_key(self._draft.id))
+            await self._services.admin_connections.release(self._server, self._connection, tenant_key(self._draft.id))
 
     # --- back -------------------------------------------------------------------------------------------------------
 
@@ -274,16 +276,16 @@ class Creation:
         await removal.drop_database(self._admin, self._blockers, self._draft.database)
 
     async def _drop_role(self) -> None:
-        await removal.remove_role(self._admin, self._blockers, self._parts.names, self._draft.role)
+        await removal.remove_role(self._admin, self._blockers, self._services.names, self._draft.role)
 
     @property
-    def _stands(self) -> bool:
-        """Whether the tenant is active, by this creation's own commit or by a reconcile's."""
+    def _is_active(self) -> bool:
+        """Whether the tenant is active, by this creation's own commit or by that of a reconcile."""
         return self._tenant is not None or self._taken_over
 
-    async def _abandon(self, error: BaseException) -> bool:
-        """Undo what was begun, unless the tenant turns out to be active. Returns whether nothing is left."""
-        if self._stands:
+    async def _undo_started(self, error: BaseException) -> bool:
+        """Undo the steps that were started, unless the tenant is active. Returns whether nothing is left."""
+        if self._is_active:
             return False
         if isinstance(error, TenantExistsError):
             return True
@@ -291,12 +293,16 @@ class Creation:
         try:
             async with asyncio.timeout(self._timeout):
                 undone = await self._undo(step, error)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the first error is the one to raise
-            logger.error("undoing tenant %s failed, reconcile will repeat it: %s", self._draft.slug, describe(exc))
+        except Exception as exc:  # noqa: BLE001 - the first error is raised, whatever this one is
+            logger.error(
+                "undoing the creation of tenant %s failed, reconcile will repeat it: %s",
+                self._draft.slug,
+                describe(exc),
+            )
             await self._leave_to_reconcile(exc)
             undone = False
-        if not self._stands:
-            self._parts.events.emit(
+        if not self._is_active:
+            self._services.events.emit(
                 TenantCreationFailed(tenant_id=self._draft.id, slug=self._draft.slug, step=step, undone=undone)
             )
         return undone
@@ -304,42 +310,44 @@ class Creation:
     async def _undo(self, step: str, error: BaseException) -> bool:
         if step == "locked":
             return True
-        await self._hold_lock()
+        await self._ensure_lock()
         try:
-            tenant = await self._parts.registry.get(self._draft.id)
+            tenant = await self._services.registry.get(self._draft.id)
         except TenantNotFoundError:
-            tenant = None  # the row was never written, or a reconcile was here
+            tenant = None  # the row was never written, or a reconcile has removed it
         if tenant is not None and tenant.status is not Status.PROVISIONING:
             if self._lock_unbroken:
                 self._tenant = tenant
             else:
                 self._taken_over = True
             return False
-        for begun in reversed(self._begun):
-            await begun.undo()
+        for started_step in reversed(self._started_steps):
+            await started_step.undo()
         if tenant is not None:
-            await self._parts.registry.discard(self._draft.id, step=step, error=describe(error), actor=self._actor)
+            await self._services.registry.discard(self._draft.id, step=step, error=describe(error), actor=self._actor)
         return True
 
-    async def _hold_lock(self) -> None:
-        """Make sure that the lock is held: the connection may be what failed."""
+    async def _ensure_lock(self) -> None:
+        """Take the lock again if its connection is lost."""
         if self._connection is not None and await connections.is_alive(self._connection):
             return
         self._lock_unbroken = False
         if self._connection is not None:
             await connections.close(self._connection)
-        # the server may need a while to notice the loss of the old one
+        # the server may need some time to notice that the old one is lost
         self._connection = await self._lock()
 
     async def _leave_to_reconcile(self, error: Exception) -> None:
         try:
-            async with asyncio.timeout(self._parts.config.pool.connect_timeout):
-                await self._parts.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
+            async with asyncio.timeout(self._services.config.pool.connect_timeout):
+                await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
         except Exception as exc:  # noqa: BLE001 - as above; the row is there, and reconcile finds it
-            logger.error("the registry was not told of it either: %s", describe(exc))
+            logger.error(
+                "the failure of tenant %s could not be recorded in the registry: %s", self._draft.slug, describe(exc)
+            )
 
-    def _explain(self, error: BaseException, undone: bool) -> None:
-        """Raise what the caller should see in place of ``error``, or return where that is ``error`` itself."""
+    def _raise_for_caller(self, error: BaseException, undone: bool) -> None:
+        """Raise the error that the caller should see instead of ``error``, or return if that is ``error`` itself."""
         if self._taken_over and isinstance(error, Exception):
             raise ProvisioningError(
                 f"the connection to server {self._server.name!r} was lost, and reconcile has completed tenant "
@@ -360,43 +368,43 @@ class Creation:
         ) from error
 
 
-async def prove(parts: Parts, tenant_id: UUID, slug: str, placement: Placement) -> Connection:
-    """Log in as the tenant, as its first request will, and check that the database is its own.
+async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, placement: Placement) -> Connection:
+    """Log in as the tenant, as its first request will, and verify that the database is its own.
 
-    Returns the connection, for the caller to close.
+    Returns the connection, which the caller closes.
 
     Raises:
-        MarkerMismatchError: the database is another's.
-        SecretError: the password does not open.
-        LoginRefusedError: PostgreSQL does not admit the role.
+        MarkerMismatchError: the database is another tenant's.
+        SecretError: the sealed password does not open.
+        LoginRefusedError: PostgreSQL refuses the role.
         ServerUnavailableError: the server does not answer.
     """
-    password = partial(parts.keyring.open_password, tenant_id, placement.sealed_password)
-    server = parts.servers[placement.server]
-    async with parts.blockers(server).admitting():
+    password = partial(services.keyring.open_password, tenant_id, placement.sealed_password)
+    server = services.servers[placement.server]
+    async with services.blockers(server).unblocking_logins():
         connection: Connection = await server.connect_tenant(placement, password, tenant=slug)
     try:
-        await marker.verify(connection, parts.installation, tenant_id, tenant=slug)
+        await marker.verify(connection, services.installation, tenant_id, tenant=slug)
     except BaseException:
         await run_to_completion(connections.close(connection))
         raise
     return connection
 
 
-async def _ended(work: asyncio.Future[None]) -> None:
-    """Wait for the end of ``work``, however it ends; its error counts only where nothing else has failed."""
+async def _wait_for(work: asyncio.Future[None]) -> None:
+    """Wait for the end of ``work`` without raising its error: that is raised only if nothing else has failed."""
     await asyncio.wait((work,))
     if not work.cancelled():
         work.exception()
 
 
 async def _nothing() -> None:
-    """Undo a step whose work goes with that of another."""
+    """Undo nothing: undoing another step undoes this one as well."""
 
 
 def describe(error: BaseException) -> str:
-    """The error in words. PostgreSQL's own messages name objects, never the text of a statement."""
+    """Return a line about ``error``. PostgreSQL's messages name objects, and never quote a statement."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-__all__ = ["Creation", "Parts", "Step", "describe", "prove", "tenant_key"]
+__all__ = ["Creation", "ProvisioningServices", "Step", "describe", "prove", "tenant_key"]

@@ -1,4 +1,4 @@
-"""What a server needs once, before it can hold tenants: the owner role, and databases that are closed to PUBLIC."""
+"""The preparation of a server before it can hold tenants: the owner role, and databases without rights for PUBLIC."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 
 _LOCK = "prepare"
 
-# What the loser of a race with another installation's preparation of the same server gets.
+# The errors of two installations that prepare the same server at the same time.
 _RACES = (CONCURRENT_UPDATE, DUPLICATE_OBJECT, UNIQUE_VIOLATION)
 
 
@@ -40,20 +40,20 @@ async def prepare(
     configured: Mapping[str, str | None],
     timeout: float,
 ) -> RoleSettings:
-    """Bring ``server`` to the state that provisioning relies on. Looks first, so that repeating it writes nothing.
+    """Bring ``server`` into the state that provisioning relies on. It reads first, so repeating it writes nothing.
 
     - The role ``owner`` exists, and an administrator who is not a superuser is a member of it.
     - PUBLIC has no rights on ``postgres``, ``template1``, the database of the administrator's URL, and the control
-      database if it is on this server. Where the administrator may not change that, a warning names the statement
-      for a superuser to run.
+      database if it is on this server. If the administrator may not revoke these, a warning has the statement that a
+      superuser must run.
 
     Returns:
-        What ``configured``, the ``role_settings`` of the configuration, comes to here. What the administrator may not
-        set is named in a warning too.
+        The settings of tenants' roles on this server, by ``configured``, which is ``role_settings`` of the
+        configuration. A warning names those that the administrator may not set.
 
     Raises:
         ConfigurationError: PostgreSQL refuses a value of ``configured``.
-        TimeoutError: another preparation did not end within ``timeout`` seconds.
+        TimeoutError: another preparation did not finish within ``timeout`` seconds.
         asyncpg.InsufficientPrivilegeError: the administrator may not create roles.
         ServerUnavailableError: the server does not answer.
     """
@@ -64,7 +64,7 @@ async def prepare(
             await _prepare_owner(connection, owner)
             for name, users in (await _databases_to_close(connection, control)).items():
                 await _retry(partial(_close, connection, server.name, name, users))
-            settings = await role_settings.wanted(connection, configured)
+            settings = await role_settings.resolve(connection, configured)
             await role_settings.warn(connection, server.name, settings)
             await role_settings.verify(connection, server.name, settings)
             return settings
@@ -74,14 +74,14 @@ async def prepare(
 
 async def _prepare_owner(connection: Connection, owner: str) -> None:
     if not await roles.exists(connection, owner):
-        with suppress(DatabaseExistsError):  # another process was faster; this is the one role that is shared
+        with suppress(DatabaseExistsError):  # another process was faster; this role alone is shared
             await roles.create_owner(connection, owner)
     if not await roles.is_member(connection, owner):
         await _retry(partial(roles.join, connection, owner))
 
 
 async def _databases_to_close(connection: Connection, control: ControlDatabase) -> dict[str, set[str]]:
-    """The databases that PUBLIC must not enter, and the roles (no superusers) that must still be able to."""
+    """The databases that PUBLIC must not connect to, each with the roles (not superusers) that must be able to."""
     found: dict[str, set[str]] = {"postgres": set(), "template1": set()}
     maintenance, administrator, started = await connection.fetchrow(
         "SELECT current_database(), current_user, pg_postmaster_start_time()"
@@ -95,7 +95,7 @@ async def _databases_to_close(connection: Connection, control: ControlDatabase) 
     )
     async with control.connect() as registry:
         name, user, registry_started, is_superuser = (await registry.execute(query)).one()
-    # Host names prove nothing: one server has many. When it was started, to the microsecond, tells servers apart.
+    # A server can have many host names. Its start time, in microseconds, identifies it.
     if registry_started == started:
         found.setdefault(name, set()).update(() if is_superuser else (user,))
     return found
@@ -104,7 +104,7 @@ async def _databases_to_close(connection: Connection, control: ControlDatabase) 
 async def _close(connection: Connection, server: str, name: str, users: set[str]) -> None:
     if not await databases.is_open_to_public(connection, name):
         return
-    with suppress(asyncpg.InsufficientPrivilegeError):  # told below, like the case in which PostgreSQL only warns
+    with suppress(asyncpg.InsufficientPrivilegeError):  # logged below, as when PostgreSQL only warns
         await databases.close_to_public(connection, name, but=sorted(users))
     if await databases.is_open_to_public(connection, name):
         logger.warning(

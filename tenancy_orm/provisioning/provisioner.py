@@ -1,4 +1,4 @@
-"""``Provisioner``: the one object of this room that the rest of the package holds."""
+"""``Provisioner``: creates and removes tenants' databases and roles; the rest of the package uses it alone."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
 from ..tenant import Placement, Tenant
 from . import access, removal
-from .administration import Administration
+from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .databases import Strategy
-from .pipeline import Creation, Parts, describe, tenant_key
+from .pipeline import Creation, ProvisioningServices, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
 from .role_settings import RoleSettings
@@ -45,10 +45,10 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 
 
 class Provisioner:
-    """Makes and removes tenants' databases and roles.
+    """Creates and removes tenants' databases and roles.
 
-    At most ``config.provisioning.concurrency`` creations and purges run on one server at once, per process; the others
-    wait their turn, each of those before them being bounded by ``config.provisioning.timeout``.
+    At most ``config.provisioning.concurrency`` creations and purges run on one server at once, per process. The others
+    wait; each one may take ``config.provisioning.timeout`` seconds.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Provisioner:
         self._home = HomeLoop()
         blockers = partial(Blockers, names=names, registry=registry)
         self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers)
-        self._administration = Administration(blockers, keep=config.provisioning.concurrency)
-        self._parts = Parts(
+        self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
+        self._services = ProvisioningServices(
             config=config,
             registry=registry,
             servers=servers,
-            administration=self._administration,
+            admin_connections=self._admin_connections,
             names=names,
             keyring=keyring,
             installation=control.installation,
@@ -81,43 +81,43 @@ class Provisioner:
             events=events,
             blockers=blockers,
         )
-        self.watchdog = Watchdog(self._parts)
+        self.watchdog = Watchdog(self._services)
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provisioning.concurrency)
         )
-        # by server: what roles made there are given
+        # by server: the settings of new roles
         self._prepared: dict[str, RoleSettings] = {}
         # by server: held while it is prepared
         self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
     def _timeout(self) -> float:
-        return self._parts.config.provisioning.timeout
+        return self._services.config.provisioning.timeout
 
     # --- servers and templates --------------------------------------------------------------------------------------
 
     async def prepare_server(self, name: str) -> None:
-        """Make the owner role on a server, and close its shared databases to PUBLIC. Repeating it changes nothing.
+        """Create the owner role on a server, and revoke PUBLIC's rights on its shared databases. It is idempotent.
 
-        Called by the first creation on each server; ``tenancy init`` calls it so that mistakes show early.
+        The first creation on each server calls this; ``tenancy init`` calls it to show mistakes early.
 
         Raises:
             UnknownServerError: no such server is configured.
-            ServerUnavailableError: it does not answer.
-            ConfigurationError: it refuses a value of ``role_settings``.
-            ProvisioningError: the administrator lacks the rights, or another process prepares it for too long.
+            ServerUnavailableError: the server does not answer.
+            ConfigurationError: the server refuses a value of ``role_settings``.
+            ProvisioningError: the administrator lacks rights, or another process takes too long to prepare the server.
         """
         refuse_while_bound("preparing a server")
         self._home.check()
-        server = self._parts.servers[name]
+        server = self._services.servers[name]
         async with self._preparing[name]:
             try:
                 self._prepared[name] = await prepare(
                     server,
-                    self._parts.blockers(server),
+                    self._services.blockers(server),
                     owner=self.names.owner,
                     control=self._control,
-                    configured=self._parts.config.provisioning.role_settings,
+                    configured=self._services.config.provisioning.role_settings,
                     timeout=self._timeout,
                 )
             except TenancyError:
@@ -130,25 +130,25 @@ class Provisioner:
                 ) from exc
 
     async def template(self, server: str) -> TemplateInfo:
-        """Return the template of the current schema on a server, and build it first where it is missing.
+        """Return the template of the current schema on a server; it is built if it is missing.
 
         Raises:
-            TemplateError: it could not be built.
+            TemplateError: the template could not be built.
             UnknownServerError, ServerUnavailableError: as ``prepare_server``.
         """
         refuse_while_bound("building a template")
-        return await self._templates.ensure(await self._ready(server))
+        return await self._templates.ensure(await self._prepared_server(server))
 
     def scratch(self, server: str) -> AbstractAsyncContextManager[str]:
         """Clone the template to a short-lived database: ``async with provisioner.scratch("default") as name``.
 
-        It is dropped at the end, also of a cancelled body; connect to it as the owner.
+        Connect to it as the owner. It is dropped at the end, also after a cancellation.
 
         Raises:
             TemplateError: the template could not be built or cloned.
         """
         refuse_while_bound("cloning a template")
-        return self._templates.scratch(lambda: self._ready(server))
+        return self._templates.scratch(lambda: self._prepared_server(server))
 
     async def connect_admin(
         self,
@@ -159,12 +159,12 @@ class Provisioner:
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
     ) -> Connection:
-        """Log in to a server as its administrator, and end those tenants' sessions that keep that waiting.
+        """Log in to a server as its administrator, and end login blockers.
 
         Args:
             server: The server's name.
-            database: Where to; that of the server's URL where None.
-            role: The role to act as from the very first statement.
+            database: The database; the one in the server's URL where None.
+            role: The role to act as from the first statement on.
             settings: Further server settings, in force from the start.
             timeout: Seconds this may take; ``connect_timeout`` where None.
 
@@ -172,15 +172,15 @@ class Provisioner:
             UnknownServerError: no such server is configured.
             ServerUnavailableError, asyncpg.PostgresError: as ``Server.connect_admin``.
         """
-        blockers = self._parts.blockers(self._parts.servers[server])
+        blockers = self._services.blockers(self._services.servers[server])
         return await blockers.connect(database, role=role, settings=settings, timeout=timeout)
 
-    async def _ready(self, name: str) -> Server:
-        """The server, prepared."""
+    async def _prepared_server(self, name: str) -> Server:
+        """Return the server, prepared."""
         self._home.check()
         if name not in self._prepared:
             await self.prepare_server(name)
-        return self._parts.servers[name]
+        return self._services.servers[name]
 
     # --- tenants ----------------------------------------------------------------------------------------------------
 
@@ -194,30 +194,30 @@ class Provisioner:
         strategy: Strategy = "wal_log",
         actor: Actor = SYSTEM,
     ) -> Tenant:
-        """Create a tenant: its row, role, database, rights and marker, proved by a login. All of it or nothing.
+        """Create a tenant, all or nothing: its row, role, database, rights and marker, then a login that proves them.
 
         Args:
-            draft: What the tenant will be.
-            key: Its first API key, made active together with the tenant.
+            draft: The tenant's values.
+            key: Its first API key, which becomes active together with the tenant.
             key_name: The key's name.
             scopes: The key's scopes.
-            strategy: "wal_log" while somebody waits, "file_copy" for thousands in a row.
+            strategy: "wal_log" if a caller waits, "file_copy" for thousands in a row.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantExistsError: the slug is taken.
             DatabaseExistsError: a database or role of the tenant's name exists; it is not adopted.
             TemplateError: the template could not be built or cloned.
-            ProvisioningError: a step failed, or did not end within ``provision_timeout``. What was made has been
-                undone, or ``reconcile`` will remove it; the message tells which.
+            ProvisioningError: a step failed, or did not finish within ``provisioning.timeout``. What was made has been
+                undone, or ``reconcile`` will remove it; the message says which.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
-        server = await self._ready(draft.server)
+        server = await self._prepared_server(draft.server)
         template = await self._templates.ensure(server)
         async with self._slots[draft.server]:
             creation = Creation(
-                self._parts,
+                self._services,
                 server,
                 template,
                 draft,
@@ -231,29 +231,29 @@ class Provisioner:
             return await creation.run()
 
     def password(self, tenant: Tenant) -> str:
-        """The password of the tenant's role: for programs that connect by themselves, such as psql.
+        """Return the password of the tenant's role, for programs that connect by themselves, such as psql.
 
         Raises:
-            SecretError: it does not open under any configured key.
+            SecretError: the sealed password does not open under any configured key.
             TenantNotFoundError: the tenant has been purged.
         """
         refuse_other_tenant(tenant)
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
-        return self._parts.keyring.open_password(tenant.id, tenant.placement.sealed_password)
+        return self._services.keyring.open_password(tenant.id, tenant.placement.sealed_password)
 
     async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
-        """Have PostgreSQL do by the tenant what the registry says now: its login, and its tier's connection limit.
+        """Make the tenant's role agree with the registry: whether it can log in, and its tier's connection limit.
 
-        What the registry says is read under the tenant's lock. So whichever of two changes was committed last decides,
-        and not whichever reaches the server last.
+        The registry is read under the tenant's lock. So of two changes, the one that was committed last decides, not
+        the one that reaches the server last.
 
         Args:
-            tenant: Whose role.
+            tenant: The tenant.
             timeout: Seconds for all of it, waiting for the lock included.
 
         Raises:
-            ProvisioningError: the role is missing, or the server did not do it in time; ``reconcile`` repeats it.
+            ProvisioningError: the role is missing, or the server did not finish in time; ``reconcile`` repeats it.
             ServerUnavailableError: the server does not answer.
             TenantNotFoundError: the tenant has been purged.
         """
@@ -263,56 +263,56 @@ class Provisioner:
     async def _align(self, tenant: Tenant, timeout: float) -> None:
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
-        server = self._parts.servers[tenant.placement.server]
+        server = self._services.servers[tenant.placement.server]
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
-                connection = await self._parts.blockers(server).connect()
+                connection = await self._services.blockers(server).connect()
                 try:
                     if not await locks.try_lock(connection, tenant_key(tenant.id)):
                         await self._block(connection, server, tenant, deadline=deadline)
                         await locks.lock(connection, tenant_key(tenant.id), timeout=timeout)
-                    current = await self._parts.registry.get(tenant.id)
-                    await align_role(self._parts, connection, current, deadline=deadline)
+                    current = await self._services.registry.get(tenant.id)
+                    await align_role(self._services, connection, current, deadline=deadline)
                 finally:
                     await connections.close(connection)
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
-                f"aligning the role of tenant {tenant.slug!r} did not succeed within {timeout:g} s ({describe(exc)}); "
+                f"the role of tenant {tenant.slug!r} could not be aligned within {timeout:g} s ({describe(exc)}); "
                 "try again, or run: tenancy reconcile",
                 tenant=tenant.slug,
                 step="align",
             ) from exc
 
     async def _block(self, connection: Connection, server: Server, tenant: Tenant, *, deadline: float) -> None:
-        """Keep a suspended or deleted tenant out before the lock is free: what holds it may take long.
+        """Block the logins of a suspended or deleted tenant before the lock is free, which may take long.
 
-        Should the tenant be admitted again at this very moment, what follows under the lock sets it right.
+        If the tenant is activated at this moment, the alignment under the lock, which follows, unblocks it again.
         """
-        current = await self._parts.registry.get(tenant.id)
+        current = await self._services.registry.get(tenant.id)
         if current.status in LOGIN_BLOCKED and current.placement is not None:
-            place, blockers = current.placement, self._parts.blockers(server)
+            place, blockers = current.placement, self._services.blockers(server)
             await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
 
     async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
-        """Remove a deleted tenant's database, role, keys and secrets; its slug is free once all of them are gone.
+        """Remove a deleted tenant's database, role, keys and secrets; then its slug is free.
 
-        A purge that was interrupted is finished by repeating it, or by ``reconcile``.
+        To finish an interrupted purge, repeat it or run ``reconcile``.
 
         Args:
-            tenant: Which tenant.
-            listed: Refuse, unless the tenant is still as it was listed here once its lock is held.
+            tenant: The tenant.
+            listed: The tenant as it was listed. If it differs once the lock is held, the purge is refused.
             actor: Who does this, for the audit log.
 
         Raises:
             InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
-            ProvisioningError: the server refused, or something did not end within ``provision_timeout``.
+            ProvisioningError: the server refused, or a statement did not finish within ``provisioning.timeout``.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_other_tenant(tenant)
-        placement = (await self._parts.registry.get(tenant.id)).placement
+        placement = (await self._services.registry.get(tenant.id)).placement
         if placement is None:
-            await self._parts.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
+            await self._services.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
             return
         async with self._slots[placement.server]:
             try:
@@ -329,43 +329,42 @@ class Provisioner:
     async def _purge(
         self, tenant_id: UUID, placement: Placement, deadline: float, listed: Tenant | None, actor: Actor
     ) -> None:
-        server, key = self._parts.servers[placement.server], tenant_key(tenant_id)
-        connection = await self._administration.acquire(server, key, timeout=self._timeout)
+        server, key = self._services.servers[placement.server], tenant_key(tenant_id)
+        connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
         try:
-            await self._parts.registry.begin_purge(tenant_id, listed=listed, actor=actor)
+            await self._services.registry.begin_purge(tenant_id, listed=listed, actor=actor)
             await removal.purge(
                 connection,
-                self._parts.blockers(server),
+                self._services.blockers(server),
                 self.names,
-                self._parts.registry,
+                self._services.registry,
                 tenant_id,
                 placement,
                 deadline=deadline,
                 actor=actor,
             )
         finally:
-            await run_to_completion(self._administration.release(server, connection, key))
+            await run_to_completion(self._admin_connections.release(server, connection, key))
 
     async def reconcile(self, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> ReconcileReport:
-        """Finish or remove what interrupted creations and purges have left, on every server.
+        """Finish or remove interrupted creations and purges, on every server.
 
-        Safe at any time, from any number of machines. A server that does not answer is reported in ``errors`` and
-        keeps none of the others from being looked at.
+        It is safe at any time, on any number of machines. A server that does not answer is reported in ``errors``; the
+        others are reconciled all the same.
 
         Args:
             actor: Who does this, for the audit log.
-            drop_unknown: Also drop databases that have belonged to a tenant the registry has never heard of. That is
-                what restoring an old backup of the registry makes of every tenant created since: look at ``unknown``
-                in the report first.
+            drop_unknown: Also drop databases of tenants that the registry does not know. After an old backup of the
+                registry was restored, these are all tenants created since: read ``unknown`` in the report first.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("reconciling")
-        return await Reconciler(self._parts, actor=actor, drop_unknown=drop_unknown).run()
+        return await Reconciler(self._services, actor=actor, drop_unknown=drop_unknown).run()
 
     async def end_excessive_sessions(self, *, actor: Actor = SYSTEM) -> WatchReport:
-        """End the sessions of tenants that would stop a server for others: see ``Watchdog``. Never raises for a server.
+        """End tenants' sessions that would stop a server for others: see ``Watchdog``. A server's failure is reported.
 
         Args:
             actor: Who does this, for the audit log.
@@ -373,6 +372,6 @@ class Provisioner:
         return await self.watchdog.run(actor=actor)
 
     async def close(self) -> None:
-        """Close the administrative connections that are kept between creations, and the watchdog's."""
-        await self._administration.close()
+        """Close the administrative connections that are kept open between creations, and the watchdog's."""
+        await self._admin_connections.close()
         await self.watchdog.close()

@@ -1,13 +1,12 @@
-"""Finish or remove what interrupted creations and purges have left, on every server.
+"""Finishing or removing interrupted creations and purges, and correcting tenants' roles, on every server.
 
-Whether a creation or purge is still under way is known exactly: it holds its tenant's advisory lock. So this can run at
-any time, from any number of machines, beside anything else. What it changes it changes under that lock, after having
-looked at the registry again.
+A creation or purge under way holds its tenant's advisory lock. So this can run at any time, on any number of machines,
+beside anything else. It takes that lock before it changes anything, and then reads the registry again.
 
-A database that the registry does not know is dropped if it never belonged to a tenant: it lacks the marker, which is
-set before a tenant can become active; or the registry has a tombstone for it. One that has its marker may hold the data
-of a customer whom the registry has lost, because an older backup of it was restored, say. It is kept and reported as
-unknown, unless the caller asks for it to be dropped.
+A database that the registry does not know is dropped if it never belonged to a tenant: it has no marker, which is set
+before a tenant can become active; or the registry has a tombstone for it. A database with its marker may hold the data
+of a customer that the registry has lost, for example because an older backup of it was restored. It is kept and
+reported as unknown, unless the caller asks to drop it.
 """
 
 from __future__ import annotations
@@ -32,30 +31,28 @@ from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
 from . import access, databases, grants, removal, role_settings, roles
 from .blockers import Blockers
-from .pipeline import Parts, prove, tenant_key
+from .pipeline import ProvisioningServices, describe, prove, tenant_key
 from .roles import RoleState
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
-_PAGE = 500
-
 
 @dataclass(frozen=True, slots=True)
 class ReconcileReport:
-    """What ``reconcile`` has done. Tenants are named by slug, databases and roles by their names.
+    """What ``reconcile`` has done. Tenants are given by slug, databases and roles by name.
 
     Args:
-        finished: Creations that were all but complete, and are active now. They have no API key: issue one.
+        finished: Creations that were nearly complete, and are active now. They have no API key: issue one.
         removed: Creations that were removed; their slugs are free again.
         purged: Purges that were finished.
-        corrected: Tenants whose role was not what the registry says: it could log in although the tenant is suspended
-            or deleted, or could not although it is neither; or it had another connection limit than its tier; or it
-            had given itself settings or members.
-        orphans: Databases and roles that were dropped, because the registry does not know them; and roles of purged
-            tenants that could not be dropped by then.
+        corrected: Tenants with a role that did not agree with the registry: it could log in although the tenant is
+            suspended or deleted, or could not although it is neither; or it had another connection limit than its tier;
+            or it had given itself settings or members.
+        orphans: Databases and roles that were dropped because the registry does not know them, and roles of purged
+            tenants that could not be dropped before.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
             hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
-        errors: What could not be done, and why. Nothing else was kept from being done by it.
+        errors: What could not be done, and why. Everything else was done.
     """
 
     finished: tuple[str, ...] = ()
@@ -82,53 +79,53 @@ class _Findings:
 
 
 class Reconciler:
-    """One run over every server."""
+    """One reconciliation of every server."""
 
-    def __init__(self, parts: Parts, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> None:
-        self._parts = parts
+    def __init__(self, services: ProvisioningServices, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> None:
+        self._services = services
         self._actor = actor
         self._drop_unknown = drop_unknown
-        self._found = _Findings()
-        self._timeout = parts.config.provisioning.timeout
+        self._findings = _Findings()
+        self._timeout = services.config.provisioning.timeout
 
     async def run(self) -> ReconcileReport:
-        """Look at everything, on all servers at once.
+        """Reconcile all servers at once.
 
         Raises:
             ControlUnavailableError: the control database does not answer; nothing can be decided without it.
         """
-        unfinished = await self._parts.registry.unfinished()
-        by_server: dict[str, list[Unfinished]] = {name: [] for name in self._parts.servers}
+        unfinished = await self._services.registry.unfinished()
+        by_server: dict[str, list[Unfinished]] = {name: [] for name in self._services.servers}
         for one in unfinished:
             placement = one.tenant.placement
             if placement is None or placement.server not in by_server:
-                self._found.errors.append(f"{one.tenant.slug}: its server is not configured")
+                self._findings.errors.append(f"{one.tenant.slug}: its server is not configured")
                 continue
             by_server[placement.server].append(one)
-        visits = (self._attempt(name, partial(self._visit, name, found)) for name, found in by_server.items())
-        await asyncio.gather(*visits)
-        return self._found.report()
+        runs = (self._attempt(name, partial(self._reconcile_server, name, found)) for name, found in by_server.items())
+        await asyncio.gather(*runs)
+        return self._findings.report()
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout
 
     def _blockers(self, server: str) -> Blockers:
-        return self._parts.blockers(self._parts.servers[server])
+        return self._services.blockers(self._services.servers[server])
 
     async def _attempt(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Do one piece of work; what it raises is reported and stops nothing else."""
         try:
             await work()
         except (TenancyError, *SERVER_FAILURES) as exc:
-            # OSError includes TimeoutError: a deadline was passed, or the server went away
-            logger.warning("reconcile: %s: %s: %s", what, type(exc).__name__, exc)
-            self._found.errors.append(f"{what}: {type(exc).__name__}: {exc}")
+            # OSError includes TimeoutError: a deadline has passed, or the connection was lost
+            logger.warning("reconcile: %s: %s", what, describe(exc))
+            self._findings.errors.append(f"{what}: {describe(exc)}")
 
     async def _do(self, connection: Connection, what: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Do one piece of a server's work within its deadline, and make sure that there can be a next one.
+        """Await one piece of a server's work within the deadline, and check that the connection still works.
 
         Raises:
-            ConnectionResetError: the server does not answer any more.
+            ConnectionResetError: the connection does not work any more.
         """
 
         async def in_time() -> None:
@@ -139,7 +136,7 @@ class Reconciler:
         if not await connections.is_alive(connection):
             raise ConnectionResetError("the connection was lost")
 
-    async def _visit(self, server: str, unfinished: list[Unfinished]) -> None:
+    async def _reconcile_server(self, server: str, unfinished: list[Unfinished]) -> None:
         connection = await self._blockers(server).connect()
         try:
             for one in unfinished:
@@ -153,8 +150,8 @@ class Reconciler:
             await connections.close(connection)
 
     @asynccontextmanager
-    async def _claimed(self, connection: Connection, key: int) -> AsyncIterator[bool]:
-        """Whether the lock was free; it is held for the body then."""
+    async def _try_locked(self, connection: Connection, key: int) -> AsyncIterator[bool]:
+        """Yield whether the lock was free; if so, the body runs under it."""
         if not await locks.try_lock(connection, key):
             yield False
             return
@@ -167,10 +164,10 @@ class Reconciler:
     # --- creations and purges ---------------------------------------------------------------------------------------
 
     async def _resume(self, connection: Connection, found: Unfinished) -> None:
-        async with self._claimed(connection, tenant_key(found.tenant.id)) as free:
+        async with self._try_locked(connection, tenant_key(found.tenant.id)) as free:
             if not free:
                 return  # under way
-            one = await self._parts.registry.find_unfinished(found.tenant.id)
+            one = await self._services.registry.find_unfinished(found.tenant.id)
             if one is None or one.tenant.placement is None:
                 return
             if one.kind == "purging":
@@ -181,46 +178,48 @@ class Reconciler:
                 await self._remove_creation(connection, one, one.tenant.placement)
 
     async def _proves_itself(self, tenant: Tenant, placement: Placement) -> bool:
-        """Whether the last step succeeds now: it was begun, but nobody knows how it ended."""
+        """Whether the last step succeeds now: it was started, but its result is not known."""
         try:
             async with asyncio.timeout(self._timeout):
-                await connections.close(await prove(self._parts, tenant.id, tenant.slug, placement))
+                await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
         except (IsolationError, RoutingError, *SERVER_FAILURES) as exc:
-            logger.info("tenant %s does not prove itself, and is removed: %s", tenant.slug, exc)
+            logger.info("the last step of tenant %s fails, so its creation is removed: %s", tenant.slug, exc)
             return False
         return True
 
     async def _finish_creation(self, tenant: Tenant, placement: Placement) -> None:
         revision = await self._revision(placement)
-        await self._parts.registry.complete(tenant.id, revision=revision, key=None, actor=self._actor)
-        self._found.finished.append(tenant.slug)
+        await self._services.registry.complete(tenant.id, revision=revision, key=None, actor=self._actor)
+        self._findings.finished.append(tenant.slug)
         seconds = 0.0 if tenant.created_at is None else (datetime.now(UTC) - tenant.created_at).total_seconds()
-        self._parts.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
+        self._services.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
 
     async def _remove_creation(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
         await self._remove(connection, placement.server, placement.database, placement.role)
         error = "interrupted; removed by reconcile"
-        await self._parts.registry.discard(one.tenant.id, step=one.step or "registered", error=error, actor=self._actor)
-        self._found.removed.append(one.tenant.slug)
+        await self._services.registry.discard(
+            one.tenant.id, step=one.step or "registered", error=error, actor=self._actor
+        )
+        self._findings.removed.append(one.tenant.slug)
 
     async def _finish_purge(self, connection: Connection, tenant: Tenant, placement: Placement) -> None:
         await removal.purge(
             connection,
             self._blockers(placement.server),
-            self._parts.names,
-            self._parts.registry,
+            self._services.names,
+            self._services.registry,
             tenant.id,
             placement,
             deadline=self._deadline(),
             actor=self._actor,
         )
-        self._found.purged.append(tenant.slug)
-        self._parts.events.emit(TenantPurged(tenant_id=tenant.id, slug=tenant.slug))
+        self._findings.purged.append(tenant.slug)
+        self._services.events.emit(TenantPurged(tenant_id=tenant.id, slug=tenant.slug))
 
     async def _revision(self, placement: Placement) -> str | None:
         connection = await self._blockers(placement.server).connect(placement.database)
         try:
-            return await grants.revision(connection, self._parts.names.owner)
+            return await grants.revision(connection, self._services.names.owner)
         finally:
             await connections.close(connection)
 
@@ -228,7 +227,7 @@ class Reconciler:
         await removal.remove(
             connection,
             self._blockers(server),
-            self._parts.names,
+            self._services.names,
             database=database,
             role=role,
             deadline=self._deadline(),
@@ -237,20 +236,20 @@ class Reconciler:
     # --- what the registry does not know ----------------------------------------------------------------------------
 
     async def _drop_orphans(self, server: str, connection: Connection) -> None:
-        """Drop databases and roles of tenants that the registry does not have, on any server."""
-        names = self._parts.names
+        """Drop databases and roles of tenants that the registry does not know."""
+        names = self._services.names
         async with asyncio.timeout(self._timeout):
             present = {state.name for state in await databases.states(connection, names.stem)}
             present |= set(await roles.states(connection, names.stem))
-        # in this order: a creation that begins now has its row before its database
-        known = await self._parts.registry.database_names(server)
+        # the registry is read second: a creation writes its row before it creates its database
+        known = await self._services.registry.database_names(server)
         for name in sorted(present - known):
             tenant_id = names.parse(name)
             if tenant_id is not None:
                 await self._do(connection, name, partial(self._drop_orphan, server, connection, name, tenant_id))
 
     async def _drop_orphan(self, server: str, connection: Connection, name: str, tenant_id: UUID) -> None:
-        async with self._claimed(connection, tenant_key(tenant_id)) as free:
+        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
             status = await self._status(tenant_id)
             if not free or status not in (None, Status.PURGED):
                 return
@@ -258,141 +257,138 @@ class Reconciler:
             marked = state is not None and state.comment is not None
             if marked and status is None and not self._drop_unknown:
                 logger.error(
-                    "database %s on server %s has belonged to a tenant, but the registry does not know it: it is kept",
+                    "database %s on server %s has belonged to a tenant that the registry does not know; it is kept; "
+                    "restore the registry, or drop it by reconcile(drop_unknown=True)",
                     name,
                     server,
                 )
-                self._found.unknown.append(name)
+                self._findings.unknown.append(name)
                 return
             await self._remove(connection, server, name, name)
-            self._found.orphans.append(name)
+            self._findings.orphans.append(name)
 
     async def _status(self, tenant_id: UUID) -> Status | None:
-        """The tenant's status, on whatever server it is; None where the registry never heard of it."""
+        """The tenant's status, on any server; None if the registry does not know the tenant."""
         try:
-            return (await self._parts.registry.get(tenant_id)).status
+            return (await self._services.registry.get(tenant_id)).status
         except TenantNotFoundError:
             return None
 
     async def _drop_retired(self, server: str, connection: Connection) -> None:
-        """Drop the roles of purged tenants that could not be dropped then."""
+        """Drop the roles of purged tenants that the purge could not drop."""
         async with asyncio.timeout(self._timeout):
-            found = await roles.states(connection, self._parts.names.retired(""))
+            found = await roles.states(connection, self._services.names.retired(""))
         for name in found:
             await self._do(connection, name, partial(self._drop_retired_role, server, connection, name))
 
     async def _drop_retired_role(self, server: str, connection: Connection, name: str) -> None:
-        await removal.drop_retired(connection, self._blockers(server), self._parts.names, name)
-        self._found.orphans.append(name)
+        await removal.drop_retired(connection, self._blockers(server), self._services.names, name)
+        self._findings.orphans.append(name)
 
     async def _drop_leftovers(self, server: str, connection: Connection) -> None:
-        """Drop parts of templates, and scratch databases, whose makers are gone."""
-        stems = (self._parts.names.template(""), self._parts.names.scratch(""))
+        """Drop partial templates and scratch databases that no process is using."""
+        stems = (self._services.names.template(""), self._services.names.scratch(""))
         async with asyncio.timeout(self._timeout):
-            states = await databases.states(connection, self._parts.names.stem)
+            states = await databases.states(connection, self._services.names.stem)
         for state in states:
             if state.name.startswith(stems) and not state.is_template:
                 await self._do(connection, state.name, partial(self._drop_leftover, server, connection, state.name))
 
     async def _drop_leftover(self, server: str, connection: Connection, name: str) -> None:
-        async with self._claimed(connection, locks.lock_key(name)) as free:
+        async with self._try_locked(connection, locks.lock_key(name)) as free:
             state = await databases.state(connection, name) if free else None
             if state is not None and not state.is_template:
                 await removal.drop_database(connection, self._blockers(server), name)
-                self._found.orphans.append(name)
+                self._findings.orphans.append(name)
 
     # --- roles ------------------------------------------------------------------------------------------------------
 
     async def _correct_roles(self, server: str, connection: Connection) -> None:
-        """Block the logins of suspended and deleted tenants, admit all others, and give each its tier's limit."""
+        """Block the logins of suspended and deleted tenants, unblock the others, and set each tier's limit."""
         async with asyncio.timeout(self._timeout):
-            states = await roles.states(connection, self._parts.names.stem)
-        after: UUID | None = None
-        while True:
-            page = await self._parts.registry.page(server=server, limit=_PAGE, after=after)
-            for tenant in page.items:
-                if self._is_wrong(tenant, states):
-                    await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
-            if page.next is None:
-                return
-            after = page.next
+            states = await roles.states(connection, self._services.names.stem)
+        async for tenant in self._services.registry.iterate(server=server):
+            if self._role_differs(tenant, states):
+                await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
 
     async def _correct_role(self, connection: Connection, tenant_id: UUID) -> None:
-        async with self._claimed(connection, tenant_key(tenant_id)) as free:
-            tenant = await self._parts.registry.get(tenant_id)
+        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
+            tenant = await self._services.registry.get(tenant_id)
             if not free or tenant.placement is None:
                 return
-            if not self._is_wrong(tenant, await roles.states(connection, tenant.placement.role)):
+            if not self._role_differs(tenant, await roles.states(connection, tenant.placement.role)):
                 return
-            await align_role(self._parts, connection, tenant, deadline=self._deadline())
-            self._found.corrected.append(tenant.slug)
+            await align_role(self._services, connection, tenant, deadline=self._deadline())
+            self._findings.corrected.append(tenant.slug)
 
     async def _correct_settings(self, server: str, connection: Connection) -> None:
-        """Take from every role what it has given itself: settings of any database, and members."""
+        """Remove what roles have given themselves: settings, for any database, and members."""
         async with asyncio.timeout(self._timeout):
-            settings = await role_settings.wanted(connection, self._parts.config.provisioning.role_settings)
-            found = await role_settings.look(connection, self._parts.names.tenant_stem)
+            settings = await role_settings.resolve(connection, self._services.config.provisioning.role_settings)
+            found = await role_settings.read(connection, self._services.names.tenant_stem)
         for role, one in found.items():
-            if settings.differ(one) and (tenant_id := self._parts.names.parse(role)) is not None:
+            if settings.differs_from(one) and (tenant_id := self._services.names.parse(role)) is not None:
                 await self._do(connection, role, partial(self._correct_setting, server, connection, role, tenant_id))
 
     async def _correct_setting(self, server: str, connection: Connection, role: str, tenant_id: UUID) -> None:
-        async with self._claimed(connection, tenant_key(tenant_id)) as free:
+        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
             if not free or await self._status(tenant_id) in (None, Status.PROVISIONING, Status.PURGED):
                 return
-            tenant = await self._parts.registry.get(tenant_id)
-            configured = self._parts.config.provisioning.role_settings
+            tenant = await self._services.registry.get(tenant_id)
+            configured = self._services.config.provisioning.role_settings
             changed = await role_settings.restore(
-                connection, self._parts.blockers(self._parts.servers[server]), role, configured
+                connection, self._services.blockers(self._services.servers[server]), role, configured
             )
-            if changed and tenant.slug not in self._found.corrected:
-                self._found.corrected.append(tenant.slug)
+            if changed and tenant.slug not in self._findings.corrected:
+                self._findings.corrected.append(tenant.slug)
 
-    def _is_wrong(self, tenant: Tenant, states: Mapping[str, RoleState]) -> bool:
+    def _role_differs(self, tenant: Tenant, states: Mapping[str, RoleState]) -> bool:
         state = states.get(tenant.placement.role) if tenant.placement else None
         if state is None or tenant.status is Status.PROVISIONING:
             return False
-        admitted = tenant.placement is not None and tenant.placement.database in state.admitted_to
+        may_connect = tenant.placement is not None and tenant.placement.database in state.connect_granted_on
         if tenant.status in LOGIN_BLOCKED:
-            # a connection may have outlived its role's login: whoever blocked it died before it could end it
-            wrong_access = state.can_login or state.connected or admitted
+            # a connection may still be open: the process that blocked the login died before it ended the connection
+            wrong_access = state.can_login or state.connected or may_connect
         else:
-            wrong_access = not (state.can_login and admitted)
-        return wrong_access or _limit(self._parts, tenant) not in (None, state.connection_limit)
+            wrong_access = not (state.can_login and may_connect)
+        return wrong_access or _limit(self._services, tenant) not in (None, state.connection_limit)
 
 
-async def align_role(parts: Parts, connection: Connection, tenant: Tenant, *, deadline: float) -> None:
-    """Give a tenant's role what its status and tier say: login or not, and its connection limit; and its settings.
+async def align_role(
+    services: ProvisioningServices, connection: Connection, tenant: Tenant, *, deadline: float
+) -> None:
+    """Make a tenant's role agree with its status and tier: its login, its connection limit and its settings.
 
-    Only under the tenant's lock, and with the tenant as the registry has it since: of two changes at once, the later
-    one's outcome must be the last to be applied.
+    Call it under the tenant's lock, with the tenant as it was read under that lock: of two changes at the same time,
+    the later one must be applied last.
 
     Args:
-        parts: Of provisioning.
-        connection: An administrator's, which holds the tenant's lock.
-        tenant: As it was read under the lock.
-        deadline: When a login must be blocked and its connections gone, by the clock of the event loop.
+        services: Of provisioning.
+        connection: An administrative one, which holds the tenant's lock.
+        tenant: The tenant.
+        deadline: When a login must be blocked and its connections ended, by the clock of the event loop.
     """
     if tenant.placement is None or tenant.status is Status.PROVISIONING:
         return
     database, role = tenant.placement.database, tenant.placement.role
-    blockers = parts.blockers(parts.servers[tenant.placement.server])
+    blockers = services.blockers(services.servers[tenant.placement.server])
     if tenant.status in LOGIN_BLOCKED:
         await access.block(connection, blockers, database=database, role=role, deadline=deadline)
     else:
-        await access.admit(connection, blockers, database=database, role=role)
-    if (limit := _limit(parts, tenant)) is not None:
+        await access.unblock(connection, blockers, database=database, role=role)
+    if (limit := _limit(services, tenant)) is not None:
         set_limit = partial(roles.set_connection_limit, connection, role, limit)
         await blockers.run(connection, set_limit, role=role)
-    settings = parts.config.provisioning.role_settings
+    settings = services.config.provisioning.role_settings
     if tenant.status in LOGIN_BLOCKED:
-        # it is kept out, and that must not look failed
+        # its logins are blocked: a failure to restore settings must not look like a failure of that
         await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)
     else:
         await role_settings.restore(connection, blockers, role, settings)
 
 
-def _limit(parts: Parts, tenant: Tenant) -> int | None:
-    """The connection limit of the tenant's tier; None where the configuration has lost that tier."""
-    tier = parts.config.tiers.get(tenant.tier)
+def _limit(services: ProvisioningServices, tenant: Tenant) -> int | None:
+    """The connection limit of the tenant's tier; None if the configuration no longer has that tier."""
+    tier = services.config.tiers.get(tenant.tier)
     return None if tier is None else tier.connection_limit

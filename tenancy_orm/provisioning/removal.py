@@ -1,9 +1,10 @@
-"""The end of a tenant's database and role, whatever other tenants do against it.
+"""Removal of a tenant's database and role, which other tenants cannot prevent.
 
-The data goes first, then the role. A role that is still named elsewhere cannot be dropped (2BP01), and every tenant can
-write another's role into its own catalogue. So the role gets a name that is no tenant's and loses all that it could do;
-then its mentions are removed where they are, and it is dropped. If even that fails, because of something in a database
-that cannot be entered, say, the powerless role stays for ``reconcile``: the tenant is gone all the same.
+The data is removed first, then the role. A role that has rights elsewhere cannot be dropped (2BP01), and every tenant
+can grant something in its own database to another tenant's role. So the role is retired: it gets a name that is no
+tenant's, and loses its login, password and memberships. Then its rights are revoked in every database, and it is
+dropped. If that fails, for example because of a database that the administrator cannot connect to, the retired role
+stays for ``reconcile``; the tenant is purged all the same.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from .blockers import Blockers, PreparedTransaction
 logger = logging.getLogger("tenancy_orm.provisioning")
 
 _ATTEMPTS = 3
-_RETIRED_SECONDS = 5.0  # how long a purge tries to drop a role that is powerless already
-_MARGIN_SECONDS = 1.0  # ... and how long before its deadline it gives that up
+_RETIRED_SECONDS = 5.0  # how long a purge tries to drop a retired role
+_MARGIN_SECONDS = 1.0  # ... and how long before its deadline it stops trying
 _BATCH = 2000  # large objects in one transaction
 
 _PREPARED = "SELECT gid, owner::text AS role, database::text AS database FROM pg_prepared_xacts WHERE database = $1"
-# Where a role is named: in which database, and whether it owns something there. 'o' is SHARED_DEPENDENCY_OWNER. What
-# every database shares (the right to connect to one, say) can be taken from it anywhere: that is in no database here.
+# The databases that name a role, and whether it owns something there. 'o' is SHARED_DEPENDENCY_OWNER. Rights on shared
+# objects (to connect to a database, for example) can be revoked in any database; here they have no database.
 _REFERENCES = """
 SELECT d.datname::text AS database, bool_or(s.deptype = 'o') AS owns
 FROM pg_shdepend s
@@ -65,10 +66,10 @@ WHERE m.rolname = $1 OR (g.rolname = $1 AND m.rolname <> current_user)
 
 
 async def remove_data(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
-    """Keep a tenant's role out, and drop its database. Does nothing where they are gone.
+    """Block the logins of a tenant's role, and drop its database. Does nothing if they are gone.
 
     Raises:
-        TimeoutError: the role could not be kept out by the deadline.
+        TimeoutError: the logins could not be blocked by the deadline.
         ProvisioningError: the database cannot be dropped, see ``drop_database``.
     """
     if await roles.exists(connection, role):
@@ -87,9 +88,9 @@ async def purge(
     deadline: float,
     actor: Actor,
 ) -> None:
-    """Purge a tenant that the registry has marked for it: its data, its secrets, its role, and all but its tombstone.
+    """Purge a tenant for which the registry has begun a purge: data, secrets, role, and its row but for a tombstone.
 
-    Interrupted anywhere, it is finished by repeating it.
+    To finish an interrupted purge, repeat it.
 
     Raises:
         TimeoutError, ProvisioningError: see ``remove_data``.
@@ -100,7 +101,7 @@ async def purge(
     retired = await _drop_or_retire(connection, blockers, names, role)
     await registry.finish_purge(tenant_id, actor=actor)
     if retired is not None:
-        # it is done: what is left must not pass the deadline, and so make it look failed
+        # the purge is done: the rest must not pass the deadline, or the purge would look failed
         left = deadline - asyncio.get_running_loop().time() - _MARGIN_SECONDS
         await _try_to_drop(connection, blockers, names, retired, was=role, seconds=left)
 
@@ -108,7 +109,7 @@ async def purge(
 async def remove(
     connection: Connection, blockers: Blockers, names: Names, *, database: str, role: str, deadline: float
 ) -> None:
-    """Remove a tenant's database and role, whatever is left of them, in the order that leaves no way in.
+    """Remove what is left of a tenant's database and role; logins are blocked first.
 
     Raises:
         TimeoutError, ProvisioningError: see ``remove_data``.
@@ -121,10 +122,10 @@ async def remove(
 
 
 async def drop_database(connection: Connection, blockers: Blockers, name: str) -> None:
-    """Drop a database, end what delays that, and roll back what tenants or the owner have prepared in it.
+    """Drop a database, end its blockers, and roll back the prepared transactions of tenants and the owner in it.
 
     Raises:
-        ProvisioningError: somebody else's prepared transaction, an active replication slot or a subscription holds it
+        ProvisioningError: it has somebody else's prepared transaction, an active replication slot or a subscription
             (55006); the message has the statements that remove them.
     """
     drop = partial(databases.drop, connection, name)
@@ -144,7 +145,7 @@ async def drop_database(connection: Connection, blockers: Blockers, name: str) -
 
 
 async def _remedies(connection: Connection, name: str) -> list[str]:
-    """The statements that make room for DROP DATABASE, each with where to run it."""
+    """The statements that remove what DROP DATABASE fails on, each with the database to run it in."""
     inside = f"(in database {quote_identifier(name)})"
     found = [
         f"ROLLBACK PREPARED {quote_literal(gid)} {inside}" for gid, _, _ in await connection.fetch(_PREPARED, name)
@@ -167,14 +168,14 @@ async def _remedies(connection: Connection, name: str) -> list[str]:
 
 
 async def remove_role(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
-    """Drop a tenant's role, or leave it under a name of no tenant and without any power, for ``reconcile`` to drop."""
+    """Drop a tenant's role, or retire it and leave it to ``reconcile``."""
     retired = await _drop_or_retire(connection, blockers, names, role)
     if retired is not None:
         await _try_to_drop(connection, blockers, names, retired, was=role, seconds=_RETIRED_SECONDS)
 
 
 async def _drop_or_retire(connection: Connection, blockers: Blockers, names: Names, role: str) -> str | None:
-    """Drop a tenant's role; where it is named elsewhere, make it powerless, and return the name that it has then."""
+    """Drop a tenant's role; if it has rights elsewhere, retire it and return its new name."""
     try:
         await blockers.run(connection, partial(roles.drop, connection, role))
     except asyncpg.DependentObjectsStillExistError:
@@ -187,25 +188,25 @@ async def _drop_or_retire(connection: Connection, blockers: Blockers, names: Nam
 async def _try_to_drop(
     connection: Connection, blockers: Blockers, names: Names, retired: str, *, was: str, seconds: float
 ) -> None:
-    """Drop a powerless role if that can be done at once: others can have it take long. ``reconcile`` has more time."""
+    """Try for a short time to drop a retired role: other tenants can delay that. ``reconcile`` has more time."""
     with suppress(TenancyError, *SERVER_FAILURES):
         async with asyncio.timeout(min(seconds, _RETIRED_SECONDS)):
             await drop_retired(connection, blockers, names, retired)
             return
-    logger.warning("role %s is now %s and powerless; reconcile will drop it", was, retired)
+    logger.warning("role %s was retired as %s, without login and memberships; reconcile will drop it", was, retired)
 
 
 async def drop_retired(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
-    """Drop a powerless role, wherever it is still named.
+    """Revoke all rights of a retired role, in every database, and drop it.
 
     Raises:
-        ProvisioningError: something names it that cannot be changed from here; the message says where.
+        ProvisioningError: some cannot be revoked from here; the message names the databases.
     """
     for _ in range(_ATTEMPTS):
         for database, owns in await connection.fetch(_REFERENCES, role):
-            # what it owns outside its own database is somebody's data, and not ours to drop
+            # objects that it owns outside its own database may be somebody's data: they are not dropped
             if not owns:
-                await _forget(blockers, names, role, database)
+                await _revoke_rights(blockers, names, role, database)
         with suppress(asyncpg.DependentObjectsStillExistError):
             await blockers.run(connection, partial(roles.drop, connection, role))
             return
@@ -213,44 +214,44 @@ async def drop_retired(connection: Connection, blockers: Blockers, names: Names,
         f"database {name!r}" if name else "shared objects" for name, _ in await connection.fetch(_REFERENCES, role)
     ]
     raise ProvisioningError(
-        f"role {role!r} cannot be dropped, it is still named by {', '.join(where)}; look at what that is, then run "
-        f"there as a superuser: DROP OWNED BY {quote_identifier(role)}"
+        f"role {role!r} cannot be dropped, it is still named by {', '.join(where)}; look at what it owns there, then "
+        f"run there as a superuser: DROP OWNED BY {quote_identifier(role)}"
     )
 
 
-async def _forget(blockers: Blockers, names: Names, role: str, database: str | None) -> None:
-    """Take from a role all rights that it has in a database, and those in what all databases share."""
+async def _revoke_rights(blockers: Blockers, names: Names, role: str, database: str | None) -> None:
+    """Revoke all rights of a role in a database, and on shared objects."""
     connection = await blockers.connect(database)
     try:
-        # A right is taken away by whoever has the rights of the object's owner. That of a large object is the role of
-        # the tenant whose database it is, which is called like it.
+        # Revoking needs the rights of the object's owner. A large object is owned by the role of the tenant that the
+        # database belongs to; that role has the database's name.
         needed = [role] if database is None or names.parse(database) is None else [role, database]
         async with roles.joined(connection, *needed):
             await _revoke_large_objects(connection, blockers, role)
             await blockers.run(connection, partial(connection.execute, f"DROP OWNED BY {quote_identifier(role)}"))
     except asyncpg.UndefinedObjectError:
-        return  # dropped by somebody else
+        return  # another process has dropped the role
     finally:
         await connections.close(connection)
 
 
 async def _revoke_large_objects(connection: Connection, blockers: Blockers, role: str) -> None:
-    """Take a role's rights on large objects away, some thousands in a transaction: anybody can grant any number.
+    """Revoke a role's rights on large objects, some thousands in a transaction: a tenant can grant any number.
 
-    What is interrupted goes on from there the next time, which one DROP OWNED for all of them would not.
+    An interrupted call has made progress, which one DROP OWNED for all of them would not.
     """
     last = 0
     while found := [row["objid"] for row in await connection.fetch(_LARGE_OBJECTS, role, last, _BATCH)]:
         objects = ", ".join(map(str, found))
         revoke = f"REVOKE ALL ON LARGE OBJECT {objects} FROM {quote_identifier(role)} CASCADE"
-        # one of them is gone by now, or not ours to change: left to DROP OWNED, as are the others of its batch
+        # one of them is dropped, or this administrator may not change it: DROP OWNED deals with the whole batch
         with suppress(asyncpg.UndefinedObjectError, asyncpg.InsufficientPrivilegeError):
             await blockers.run(connection, partial(connection.execute, revoke))
         last = found[-1]
 
 
 async def _retire(connection: Connection, role: str, retired: str) -> None:
-    """Rename a role and make it powerless, in one transaction; memberships that are not the administrator's last."""
+    """Rename a role and remove its login and password, in one transaction; then revoke its memberships and members."""
     old, new = quote_identifier(role), quote_identifier(retired)
     if await roles.exists(connection, role):
         await connection.execute(
@@ -260,4 +261,8 @@ async def _retire(connection: Connection, role: str, retired: str) -> None:
         try:
             await connection.execute(f"REVOKE {quote_identifier(granted)} FROM {quote_identifier(member)} CASCADE")
         except asyncpg.InsufficientPrivilegeError:
-            logger.warning("role %s is still a member of %s: the administrator may not change that", member, granted)
+            logger.warning(
+                "role %s is still a member of %s: the administrator may not revoke that; a superuser must",
+                member,
+                granted,
+            )

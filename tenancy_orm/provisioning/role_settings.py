@@ -1,16 +1,15 @@
-"""The settings of PostgreSQL that each tenant's role has, and nothing that it has given itself.
+"""PostgreSQL's settings of tenants' roles, and the removal of those that a role has given itself.
 
-A role may write settings of its own, ``ALTER ROLE CURRENT_USER SET ...``, also for one database, and they outlive the
-session that wrote them. Before PostgreSQL 15 it may also make others members of itself. So whenever an administrator
-works on a role, what it finds there is compared with what provisioning gives, and replaced where it differs.
+A role may store settings of its own, ``ALTER ROLE CURRENT_USER SET ...``, also for one database; they stay after the
+session. Before PostgreSQL 15 it may also make other roles its members. So whenever provisioning changes a role, it
+compares the role's settings and members with the wanted ones, and replaces those that differ.
 
-These settings bound a session that does not resist: SQL of the tenant's own may SET most of them to something else in
-its session. ``temp_file_limit`` it may not; for the others there is the watchdog.
+These settings bound well-behaved sessions: a tenant's own SQL may SET most of them to another value in its session. It
+may not change ``temp_file_limit``; the watchdog bounds what the others do not.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 from collections.abc import Mapping
@@ -27,25 +26,25 @@ from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from .blockers import Blockers
+from .deadlines import timeout_before
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
 _BATCH = 100  # databases in one transaction
-# of these PostgreSQL takes a list of names, and keeps each one quoted where it needs to be
+# the value of these is a list of names, which PostgreSQL stores quoted where necessary
 _LISTS = frozenset({"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"})
-_MARGIN_SECONDS = 0.05  # what is left of a caller's deadline, for it to end in time
-# where a value in pg_settings comes from that holds for the whole server, and not just for who asks
+# the sources, in pg_settings, of values that apply to the whole server and not only to this session
 _SERVER_WIDE = ("default", "configuration file", "command line", "environment variable")
 
 
 @dataclass(frozen=True, slots=True)
 class RoleSettings:
-    """What each tenant's role on one server is to have.
+    """The settings that each tenant's role on one server must have.
 
     Args:
-        values: By name, in lower case.
-        refused: What the administrator may not set.
-        unknown: What the server does not know.
+        values: Values by name, in lower case.
+        refused: Names of configured settings that the administrator may not set.
+        unknown: Names of configured settings that the server does not know.
     """
 
     values: Mapping[str, str] = field(default_factory=dict)
@@ -53,22 +52,22 @@ class RoleSettings:
     unknown: tuple[str, ...] = ()
 
     def statements(self, role: str) -> list[str]:
-        """The statements that give ``role``, which has no settings, these."""
+        """The statements that set these for ``role``, which has no settings."""
         quoted = quote_identifier(role)
         return [f"ALTER ROLE {quoted} SET {_name(name)} TO {_value(name, self.values[name])}" for name in self.values]
 
-    def differ(self, found: Found) -> bool:
-        """Whether the role has anything else."""
+    def differs_from(self, found: CurrentSettings) -> bool:
+        """Whether a role has other settings than these, settings for a database, or members."""
         own = {name: _plain(name, value) for name, value in found.settings.items() if name not in self.refused}
         wanted = {name: _plain(name, value) for name, value in self.values.items()}
         return own != wanted or bool(found.databases) or bool(found.memberships)
 
 
 @dataclass(slots=True)
-class Found:
-    """What one role has: its settings by name, the databases for which it has others, and memberships with it.
+class CurrentSettings:
+    """One role's settings by name, the databases for which it has further settings, and its memberships.
 
-    ``memberships`` are (role, member, grantor); those of administrators are not among them.
+    ``memberships`` are (role, member, grantor), without those of administrators.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -83,11 +82,11 @@ SELECT n AS name, s.name IS NOT NULL AS known, s.reset_val || coalesce(s.unit, '
 """
 
 
-async def wanted(connection: Connection, configured: Mapping[str, str | None]) -> RoleSettings:
-    """What roles on this server are to have, by the defaults and the configuration.
+async def resolve(connection: Connection, configured: Mapping[str, str | None]) -> RoleSettings:
+    """Return the settings that roles on this server must have, by the defaults and the configuration.
 
     Args:
-        connection: The administrator's.
+        connection: An administrative one.
         configured: ``TenancyConfig.provisioning.role_settings``.
     """
     given = {name.lower(): value for name, value in {**ROLE_SETTINGS, "work_mem": None, **configured}.items()}
@@ -97,7 +96,7 @@ async def wanted(connection: Connection, configured: Mapping[str, str | None]) -
     own = {name.lower() for name in configured}
     if "work_mem" not in own and about["work_mem"]["server_wide"]:
         given["work_mem"] = about["work_mem"]["value"]
-    # a name with a dot is an extension's, which need not be loaded here
+    # a name with a dot belongs to an extension, which need not be loaded in this session
     values = {name: value for name, value in given.items() if value and (about[name]["known"] or "." in name)}
     refused = tuple(name for name in values if not about[name]["allowed"])
     unknown = tuple(name for name in own if name not in values and given[name])
@@ -105,7 +104,7 @@ async def wanted(connection: Connection, configured: Mapping[str, str | None]) -
 
 
 async def warn(connection: Connection, server: str, settings: RoleSettings) -> None:
-    """Say what tenants' roles on ``server`` go without, and what a superuser can do about it."""
+    """Log which settings tenants' roles on ``server`` do not get, and what a superuser can run."""
     for name in settings.unknown:
         logger.warning("server %s does not know the setting %s of role_settings", server, name)
     if not settings.refused:
@@ -131,7 +130,7 @@ SELECT r.rolname, d.datname, s.setdatabase, s.setconfig FROM pg_roles r
   LEFT JOIN pg_db_role_setting s ON s.setrole = r.oid LEFT JOIN pg_database d ON d.oid = s.setdatabase
  WHERE starts_with(r.rolname::text, $1)
 """
-# An administrator is a member of the roles that it made, from PostgreSQL 16 on, and joins one to end its sessions.
+# From PostgreSQL 16 on, an administrator is a member of the roles that it created; it also joins a role to end sessions
 _MEMBERSHIPS = """
 SELECT r.rolname AS role, m.rolname AS member, g.rolname AS grantor
   FROM pg_auth_members a JOIN pg_roles r ON r.oid = a.roleid JOIN pg_roles m ON m.oid = a.member
@@ -141,11 +140,11 @@ SELECT r.rolname AS role, m.rolname AS member, g.rolname AS grantor
 """
 
 
-async def look(connection: Connection, stem: str) -> dict[str, Found]:
-    """What every role has whose name begins with ``stem``, by its name."""
-    found: dict[str, Found] = {}
+async def read(connection: Connection, stem: str) -> dict[str, CurrentSettings]:
+    """Return the current settings of every role with a name that begins with ``stem``, by name."""
+    found: dict[str, CurrentSettings] = {}
     for name, database, database_id, config in await connection.fetch(_SETTINGS, stem):
-        one = found.setdefault(name, Found())
+        one = found.setdefault(name, CurrentSettings())
         if database is not None:
             one.databases.append(database)
         elif database_id == 0:
@@ -156,49 +155,48 @@ async def look(connection: Connection, stem: str) -> dict[str, Found]:
 
 
 async def restore(connection: Connection, blockers: Blockers, role: str, configured: Mapping[str, str | None]) -> bool:
-    """Give a role what it is to have, and nothing else. Returns whether it had anything else.
+    """Give a role the wanted settings and no others. Returns whether that changed anything.
 
-    Sessions that are open keep what they have. Where the role resists, by a transaction of its own on the same rows,
-    its sessions that do so are ended. A member that this administrator may not remove is named in a warning. The caller
-    sets the deadline.
+    Open sessions keep their settings. If a transaction of the role blocks the change, its session is ended. A warning
+    names a member that this administrator may not remove. The caller sets the deadline.
 
     Args:
-        connection: An administrator's, which holds the tenant's lock.
+        connection: An administrative one, which holds the tenant's lock.
         blockers: Of its server.
         role: The tenant's role.
         configured: ``TenancyConfig.provisioning.role_settings``.
     """
-    settings = await wanted(connection, configured)
-    found = (await look(connection, role)).get(role)
-    if found is None or not settings.differ(found):
+    settings = await resolve(connection, configured)
+    found = (await read(connection, role)).get(role)
+    if found is None or not settings.differs_from(found):
         return False
     await blockers.run(connection, partial(_correct, connection, role, found, settings), role=role)
-    if (await look(connection, role)).get(role) == found:
+    if (await read(connection, role)).get(role) == found:
         logger.info("role %s has settings or members from a superuser, which this administrator cannot remove", role)
         return False
-    logger.warning("role %s had other settings or members than it was given; it has those again", role)
+    logger.warning("role %s had changed its own settings or members; they were restored", role)
     return True
 
 
 async def try_restore(
     connection: Connection, blockers: Blockers, role: str, configured: Mapping[str, str | None], *, deadline: float
 ) -> None:
-    """Do as ``restore`` does after something else that has succeeded: a failure is logged, and left to ``reconcile``.
+    """Call ``restore`` after another change has succeeded: a failure is logged and left to ``reconcile``.
 
     Args:
-        connection: An administrator's, which holds the tenant's lock.
+        connection: An administrative one, which holds the tenant's lock.
         blockers: Of its server.
         role: The tenant's role.
         configured: ``TenancyConfig.provisioning.role_settings``.
         deadline: When the caller must be done, by the clock of the event loop.
     """
     try:
-        async with asyncio.timeout_at(deadline - _MARGIN_SECONDS):
+        async with timeout_before(deadline):
             await restore(connection, blockers, role, configured)
     except (TenancyError, *SERVER_FAILURES) as exc:
-        # the class and SQLSTATE alone: PostgreSQL repeats what the role has written
+        # class and SQLSTATE only: PostgreSQL's message would quote what the role has written
         logger.error(
-            "role %s does not have the settings that it is to have (%s, %s); reconcile will repeat it",
+            "the settings of role %s could not be restored (%s, %s); reconcile will repeat it",
             role,
             type(exc).__name__,
             getattr(exc, "sqlstate", None),
@@ -206,7 +204,7 @@ async def try_restore(
 
 
 async def verify(connection: Connection, server: str, settings: RoleSettings) -> None:
-    """Try the settings on a role that is never committed.
+    """Try the settings on a role in a transaction that is rolled back.
 
     Raises:
         ConfigurationError: PostgreSQL refuses a value; the message names the setting.
@@ -228,12 +226,12 @@ async def verify(connection: Connection, server: str, settings: RoleSettings) ->
         await run_to_completion(trial.rollback())
 
 
-async def _correct(connection: Connection, role: str, found: Found, settings: RoleSettings) -> None:
-    """RESET ALL leaves alone what only a superuser may set, and so has set."""
+async def _correct(connection: Connection, role: str, found: CurrentSettings, settings: RoleSettings) -> None:
+    """Replace a role's settings and remove its members. RESET ALL keeps settings that only a superuser may set."""
     quoted = quote_identifier(role)
     names = sorted(found.databases)
-    # One message is one transaction. A role can have settings for every database there is: what is interrupted goes on
-    # from there the next time.
+    # One message is one transaction. A role can have settings for every existing database: batches make progress even
+    # if this is interrupted.
     for first in range(0, len(names), _BATCH):
         own = (
             f"ALTER ROLE {quoted} IN DATABASE {quote_identifier(n)} RESET ALL" for n in names[first : first + _BATCH]
@@ -243,7 +241,7 @@ async def _correct(connection: Connection, role: str, found: Found, settings: Ro
     for granted, member, grantor in found.memberships:
         statement = f"REVOKE {quote_identifier(granted)} FROM {quote_identifier(member)}"
         if grantor is not None and connections.version(connection) >= 16:
-            # there, a membership exists once for each grantor
+            # from 16 on, a membership exists once for each grantor
             statement += f" GRANTED BY {quote_identifier(grantor)} CASCADE"
         try:
             await connection.execute(statement)
@@ -260,7 +258,7 @@ def _value(name: str, value: str) -> str:
 
 
 def _plain(name: str, value: str) -> tuple[str, ...]:
-    """The value as it can be compared: PostgreSQL keeps the names in a list quoted where they need to be."""
+    """The value in a form to compare: in a list, PostgreSQL stores names quoted where necessary."""
     if name not in _LISTS:
         return (value,)
     return tuple(part.strip().strip('"') for part in value.split(","))

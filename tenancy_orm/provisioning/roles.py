@@ -1,9 +1,9 @@
-"""Roles: tenants' own, and the one that owns their databases; each verb is a function on an administrative connection.
+"""Statements on roles, one function each, on an administrative asyncpg connection: tenants' roles and the owner role.
 
-Nothing that exists is ever adopted: creating over a role raises ``DatabaseExistsError``. Dropping is idempotent.
+An existing role is never adopted: creating over one raises ``DatabaseExistsError``. Dropping is idempotent.
 
-The administrator need not be a superuser: CREATEDB and CREATEROLE are enough from PostgreSQL 16 on, as long as it is
-a member of the owner role (``join``).
+The administrator need not be a superuser: CREATEDB and CREATEROLE are enough from PostgreSQL 16 on, if it is a member
+of the owner role (``join``).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _OWNER_ROLE = "NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPAS
 
 @dataclass(frozen=True, slots=True)
 class RoleState:
-    """What ``pg_roles`` and ``pg_database`` say of one role."""
+    """A role's state in ``pg_roles`` and ``pg_database``."""
 
     can_login: bool
     connection_limit: int
     connected: bool  # whether it has a connection now
-    admitted_to: frozenset[str] = frozenset()  # the databases it may CONNECT to by a grant of its own
+    connect_granted_on: frozenset[str] = frozenset()  # the databases on which it was granted CONNECT itself
 
 
 async def create(
@@ -41,17 +41,17 @@ async def create(
 ) -> None:
     """Create a tenant's login role.
 
-    The commit is not flushed by itself: CREATE DATABASE, which comes next, flushes everything before it.
+    The commit is not flushed to disk: CREATE DATABASE, which follows, flushes everything before it.
 
     Args:
         connection: To any database of the server.
         name: The role.
-        verifier: What ``scram_verifier`` made of its password.
+        verifier: The result of ``scram_verifier`` for its password.
         connection_limit: How many connections it may have at once.
         settings: Statements that give it its settings, in the same transaction.
 
     Raises:
-        DatabaseExistsError: there is a role of that name.
+        DatabaseExistsError: a role of that name exists.
     """
     await _create(
         connection,
@@ -62,10 +62,10 @@ async def create(
 
 
 async def create_owner(connection: Connection, name: str) -> None:
-    """Create the NOLOGIN role that owns tenant databases and their tables.
+    """Create the NOLOGIN role that owns tenants' databases and their tables.
 
     Raises:
-        DatabaseExistsError: there is a role of that name.
+        DatabaseExistsError: a role of that name exists.
     """
     await _create(connection, name, _OWNER_ROLE)
 
@@ -80,33 +80,33 @@ async def _create(connection: Connection, name: str, attributes: str, *settings:
 
 
 async def drop(connection: Connection, name: str) -> None:
-    """Drop a role whose database is gone already. Does nothing where the role is gone.
+    """Drop a role, after its database was dropped. Does nothing if there is no such role.
 
     Raises:
-        asyncpg.DependentObjectsStillExistError: somebody gave it rights in a database that is still there (2BP01).
+        asyncpg.DependentObjectsStillExistError: it has rights in a database that still exists (2BP01).
     """
     await connection.execute(f"DROP ROLE IF EXISTS {quote_identifier(name)}")
 
 
 async def exists(connection: Connection, name: str) -> bool:
-    """Whether there is a role of that name."""
+    """Whether a role of that name exists."""
     return await connection.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", name) is not None
 
 
 async def states(connection: Connection, stem: str) -> dict[str, RoleState]:
-    """Every role whose name begins with ``stem``, by its name."""
+    """Return the state of every role with a name that begins with ``stem``, by name."""
     rows = await connection.fetch(
         "SELECT rolname, rolcanlogin, rolconnlimit, "
         "EXISTS (SELECT FROM pg_stat_activity WHERE usesysid = pg_roles.oid) AS connected, "
-        "coalesce(admitted.names, '{}') AS admitted_to FROM pg_roles LEFT JOIN ("
+        "coalesce(granted_on.names, '{}') AS connect_granted_on FROM pg_roles LEFT JOIN ("
         "SELECT granted.grantee, array_agg(datname::text) AS names FROM pg_database, aclexplode(datacl) AS granted "
-        "WHERE granted.privilege_type = 'CONNECT' GROUP BY 1) AS admitted ON admitted.grantee = oid "
+        "WHERE granted.privilege_type = 'CONNECT' GROUP BY 1) AS granted_on ON granted_on.grantee = oid "
         "WHERE starts_with(rolname::text, $1) ORDER BY rolname",
         stem,
     )
     return {
         row["rolname"]: RoleState(
-            row["rolcanlogin"], row["rolconnlimit"], row["connected"], frozenset(row["admitted_to"])
+            row["rolcanlogin"], row["rolconnlimit"], row["connected"], frozenset(row["connect_granted_on"])
         )
         for row in rows
     }
@@ -118,25 +118,25 @@ async def is_superuser(connection: Connection) -> bool:
 
 
 async def is_member(connection: Connection, name: str) -> bool:
-    """Whether the administrator has the rights of role ``name`` and may SET ROLE to it."""
+    """Whether the administrator has the rights of the role ``name`` and may SET ROLE to it."""
     can_set = "SET" if version(connection) >= 16 else "MEMBER"
     query = "SELECT pg_has_role(current_user, $1::name, 'USAGE') AND pg_has_role(current_user, $1::name, $2)"
     return bool(await connection.fetchval(query, name, can_set))
 
 
 async def join(connection: Connection, name: str) -> None:
-    """Make the administrator a member of ``name``, with its rights and able to SET ROLE to it. Superusers need not."""
+    """Make the administrator a member of ``name``, with its rights and SET ROLE. A superuser need not be one."""
     options = " WITH INHERIT TRUE, SET TRUE" if version(connection) >= 16 else ""
     await connection.execute(f"GRANT {quote_identifier(name)} TO CURRENT_USER{options}")
 
 
 async def leave(connection: Connection, name: str) -> None:
-    """Undo ``join``. The right to administer the role, which its creator has, is another grant and stays."""
+    """Undo ``join``. The right to administer the role, which its creator has, is another grant, and stays."""
     await connection.execute(f"REVOKE {quote_identifier(name)} FROM CURRENT_USER")
 
 
 async def set_login(connection: Connection, name: str, allowed: bool) -> None:
-    """Let a role log in, or refuse it. Its open connections stay, see ``terminate``.
+    """Give a role LOGIN or NOLOGIN. Its open connections stay, see ``terminate``.
 
     Raises:
         ProvisioningError: there is no such role.
@@ -145,12 +145,12 @@ async def set_login(connection: Connection, name: str, allowed: bool) -> None:
 
 
 async def set_password(connection: Connection, name: str, *, verifier: str) -> None:
-    """Give a role another password. Its open connections stay.
+    """Change a role's password. Its open connections stay.
 
     Args:
         connection: To any database of the server.
         name: The role.
-        verifier: What ``scram_verifier`` made of the password.
+        verifier: The result of ``scram_verifier`` for the password.
 
     Raises:
         ProvisioningError: there is no such role.
@@ -159,7 +159,7 @@ async def set_password(connection: Connection, name: str, *, verifier: str) -> N
 
 
 async def set_connection_limit(connection: Connection, name: str, limit: int) -> None:
-    """Set how many connections a role may have at once. Those it has stay.
+    """Set how many connections a role may have at once. Its open connections stay.
 
     Raises:
         ProvisioningError: there is no such role.
@@ -176,10 +176,10 @@ async def _alter(connection: Connection, name: str, attributes: str) -> None:
 
 @asynccontextmanager
 async def joined(connection: Connection, *names: str) -> AsyncIterator[None]:
-    """Have the rights of roles while the body runs. Superusers have them anyway.
+    """Run the body with the rights of these roles. A superuser has them anyway.
 
-    An administrator who is not a superuser is a member of a tenant's role only while it needs to be: with thousands of
-    memberships PostgreSQL would get slow for it.
+    An administrator who is not a superuser is a member of a tenant's role only for as long as necessary: PostgreSQL
+    becomes slow for a role with thousands of memberships.
     """
     wanted = () if await is_superuser(connection) else names
     try:
@@ -189,18 +189,18 @@ async def joined(connection: Connection, *names: str) -> AsyncIterator[None]:
     finally:
         for name in wanted:
             if not connection.is_closed():
-                with suppress(asyncpg.UndefinedObjectError):  # dropped, or renamed, by the body
+                with suppress(asyncpg.UndefinedObjectError):  # the body has dropped or renamed it
                     await leave(connection, name)
 
 
 async def terminate(connection: Connection, role: str, *, timeout: float) -> None:
-    """End every connection of ``role``, which may log in no more, and wait until they are gone.
+    """End every connection of ``role``, after its logins were blocked, and wait until none is left.
 
     Raises:
-        TimeoutError: some are still there after ``timeout`` seconds.
+        TimeoutError: some are left after ``timeout`` seconds.
     """
     async with asyncio.timeout(timeout):
-        # a login that was admitted just before appears among the connections a moment later: look again
+        # a login that succeeded just before appears among the connections a moment later: check again
         looks_left = 2
         while looks_left:
             looks_left = 2 if await end_connections(connection, role) else looks_left - 1
@@ -209,7 +209,7 @@ async def terminate(connection: Connection, role: str, *, timeout: float) -> Non
 
 
 async def end_connections(connection: Connection, role: str, pids: Sequence[int] | None = None) -> bool:
-    """End the connections that ``role`` has now, or some of them, and return whether there were any."""
+    """End the present connections of ``role``, or those with these ``pids``; return whether there were any."""
     query = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE usename = $1 AND ($2::int[] IS NULL OR pid = ANY ($2))"
@@ -223,4 +223,4 @@ async def end_connections(connection: Connection, role: str, pids: Sequence[int]
         except asyncpg.PostgresError as exc:
             if sqlstate_of(exc) not in (INSUFFICIENT_PRIVILEGE, CONCURRENT_UPDATE):
                 raise
-            return True  # another administrator has just left the role: there may be some, look again
+            return True  # another administrator has just left the role: there may be some, the caller checks again

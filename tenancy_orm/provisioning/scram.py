@@ -1,8 +1,8 @@
-"""SCRAM-SHA-256 verifiers, computed here so that no password is ever part of a statement.
+"""SCRAM-SHA-256 verifiers, computed here so that no password is part of a statement.
 
-``CREATE ROLE ... PASSWORD 'secret'`` puts the secret into the server's log (``log_statement = ddl``), into
-``pg_stat_activity`` and into whatever watches the wire. PostgreSQL takes a finished verifier in its place
-(RFC 5803, ``SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>``), and logs in against it on every version.
+``CREATE ROLE ... PASSWORD 'secret'`` would put the secret into the server's log (``log_statement = ddl``), into
+``pg_stat_activity`` and onto the network. PostgreSQL accepts a verifier instead (RFC 5803,
+``SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>``), on every version.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _LEAST_CHARACTERS = 43  # 256 bits in base64
 
 
 def scram_verifier(password: str, *, salt: bytes | None = None, iterations: int = 1) -> str:
-    """Return the verifier of a random ``password``, as ``CREATE ROLE ... PASSWORD`` takes it.
+    """Return the verifier of a random ``password``, for ``CREATE ROLE ... PASSWORD``.
 
-    Iterations slow down a guesser who has the verifier and tries likely passwords; 4,096 of them cost every guess,
-    and also every CREATE ROLE and every login, 2 to 5 ms. Against 256 random bits there is nothing likely to try:
-    half of 2**256 hashes are out of reach at any price per hash, so one iteration is as strong as a million. That is
-    sound for random secrets only, which is why a short password is refused here whatever its origin.
+    Iterations slow down an attacker who has the verifier and tries likely passwords: with 4,096 of them every guess,
+    and also every CREATE ROLE and every login, takes 2 to 5 ms. For 256 random bits there are no likely passwords, and
+    half of 2**256 hashes cannot be computed at any cost per hash, so one iteration is as strong as a million. This is
+    true for random secrets only, so a short password is refused.
 
     Args:
-        password: At least 43 printable ASCII characters, as ``secrets.keyring.new_password`` makes them. (Others
-            would have to pass SASLprep first, which maps some to others.)
+        password: At least 43 printable ASCII characters, as from ``secrets.keyring.new_password``. (Other characters
+            would need SASLprep, which maps some to others.)
         salt: 16 random bytes where None.
         iterations: PBKDF2 rounds.
 

@@ -1,9 +1,9 @@
 """Templates: one database per schema and server, built once, that new tenants are cloned from.
 
-A template's name comes from the fingerprint of the schema, of the extensions and of the rights in it, so that a new
-revision gets a new template, and two releases that run side by side each have theirs. It counts as complete only once
-PostgreSQL's own flag ``datistemplate`` is set, which is the last thing done to it: what a builder that died has left
-lacks the flag, is never cloned, and is dropped by the next builder.
+A template's name comes from the fingerprint of the schema, of the extensions and of the rights in it. So a new revision
+gets a new template, and two releases that run side by side have different ones. The last thing done to a template is to
+set PostgreSQL's flag ``datistemplate``. A template without it is incomplete: it is never cloned, and the next builder
+drops it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import asyncpg
 
@@ -28,7 +28,7 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, sqlstate_of
 from ..routing.servers import Server
-from . import advisory_locks, catalogue_guard, databases, grants, removal
+from . import advisory_locks, databases, event_trigger, grants, removal
 from .blockers import Blockers
 from .databases import Strategy
 from .grants import Contents
@@ -37,32 +37,32 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 
 _COMMENT = "tenancy-template"
 
-# Building runs every migration there is, from zero, once per revision: it may take this many times provision_timeout.
+# Building a template runs every migration, once per revision: it may take this many times provisioning.timeout.
 BUILD_FACTOR = 10
 
-Connect: TypeAlias = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
+Connect: TypeAlias = Callable[[], Awaitable[Connection]]
 
 
 class SchemaSource(Protocol):
     """Where the schema of a tenant database comes from: Alembic revisions, or a ``MetaData``."""
 
     def head(self) -> str | None:
-        """The revision that ``apply`` arrives at; None where the source has no revisions."""
+        """Return the revision that ``apply`` migrates to; None if the source has no revisions."""
 
     def fingerprint(self) -> str:
-        """A text that changes whenever ``apply`` would make another schema. Asked at every creation: keep it cheap."""
+        """Return a text that changes if ``apply`` would create another schema. Called by every creation: be fast."""
 
     async def apply(self, connect: Connect) -> str | None:
-        """Bring an empty database to the head and return the revision it is at.
+        """Migrate an empty database to the head, and return its revision.
 
         Args:
-            connect: Opens a connection to the database, as the role that is to own the tables.
+            connect: Opens a connection to the database, as the role that will own the tables.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateInfo:
-    """A complete template: its database's name, the server it is on, and the schema's revision."""
+    """A complete template: its server, its database's name, and the schema's revision."""
 
     server: str
     name: str
@@ -72,8 +72,8 @@ class TemplateInfo:
 class Templates:
     """Builds templates, and clones them.
 
-    Within a process one task builds and the others wait for it; between processes an advisory lock on the server's
-    maintenance database does the same.
+    In a process, one task builds a template and the others wait for it. An advisory lock in the server's maintenance
+    database does the same between processes.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Templates:
         self._names = names
         self._schema = schema
         self._ready: dict[tuple[str, str], TemplateInfo] = {}
-        # what a GRANT in a clone has to name, by template: a sealed template does not change
+        # the objects that a GRANT in a clone must name, by template: a complete template does not change
         self._contents: dict[str, Contents] = {}
-        # by server: held while a template is looked for or built
+        # by server: held while a template is searched or built
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
@@ -95,18 +95,18 @@ class Templates:
         return self._config.provisioning.timeout * BUILD_FACTOR
 
     def name(self, *, restricted: bool) -> str:
-        """The name of the template for the schema as it is now.
+        """Return the name of the template for the current schema.
 
         Args:
-            restricted: Whether a superuser builds it, and so takes advisory locks from PUBLIC in it and guards the
-                shared catalogue.
+            restricted: Whether a superuser builds it, who revokes advisory locks from PUBLIC and creates the event
+                trigger.
         """
         rights = ("advisory locks restricted", "catalogue guarded") if restricted else ()
-        parts = (self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
-        return self._names.template(hashlib.sha256("\n".join(parts).encode()).hexdigest())
+        inputs = (self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
+        return self._names.template(hashlib.sha256("\n".join(inputs).encode()).hexdigest())
 
     async def ensure(self, server: Server) -> TemplateInfo:
-        """Return the template of the current schema on ``server``, and build it first where it is missing.
+        """Return the template of the current schema on ``server``; it is built if it is missing.
 
         Raises:
             TemplateError: building failed, or another process did not finish building in time.
@@ -120,8 +120,8 @@ class Templates:
                 self._ready[wanted] = await self._find_or_build(server)
             return self._ready[wanted]
 
-    def forget(self, template: TemplateInfo) -> None:
-        """Look for this template again the next time: it was dropped by somebody."""
+    def invalidate(self, template: TemplateInfo) -> None:
+        """Look this template up again the next time: it may have been dropped."""
         self._ready = {wanted: found for wanted, found in self._ready.items() if found != template}
 
     async def clone(
@@ -135,8 +135,8 @@ class Templates:
         """Clone a template to a database that nobody can connect to yet.
 
         Raises:
-            DatabaseExistsError: there is a database of that name.
-            TemplateError: the template is gone, or somebody is connected to it; the next creation builds it again.
+            DatabaseExistsError: a database of that name exists.
+            TemplateError: the template was dropped, or somebody is connected to it; the next creation builds it again.
         """
         try:
             await databases.create(
@@ -150,14 +150,14 @@ class Templates:
         except asyncpg.PostgresError as exc:
             if sqlstate_of(exc) not in (INVALID_CATALOG_NAME, OBJECT_IN_USE):
                 raise
-            self.forget(template)
+            self.invalidate(template)
             raise TemplateError(
                 f"template {template.name!r} on server {template.server!r} cannot be cloned: it was dropped, or "
                 "somebody is connected to it; try again"
             ) from exc
 
     async def contents(self, connection: Connection, template: TemplateInfo) -> Contents:
-        """List what a GRANT in a clone of ``template`` has to name; ``connection`` is to such a clone."""
+        """Return the objects that a GRANT in a clone of ``template`` must name; ``connection`` is to such a clone."""
         found = self._contents.get(template.name)
         if found is None:
             found = self._contents[template.name] = await grants.contents(connection, self._names.owner)
@@ -167,8 +167,8 @@ class Templates:
     async def scratch(self, ready: Callable[[], Awaitable[Server]]) -> AsyncIterator[str]:
         """Yield the name of a clone of the template, which is dropped afterwards, also after a cancellation.
 
-        Connect to it by ``server.connect_admin(name, role=<owner>)``. A process that dies leaves it to ``reconcile``,
-        which knows by the advisory lock of the connection made here that nobody uses it any more.
+        Connect to it by ``server.connect_admin(name, role=<owner>)``. If the process dies, the advisory lock of the
+        connection opened here is released, and ``reconcile`` drops the clone.
 
         Raises:
             TemplateError: see ``ensure`` and ``clone``.
@@ -182,7 +182,7 @@ class Templates:
             await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
             async with asyncio.timeout(self._config.provisioning.timeout):
                 await self.clone(connection, template, name)
-                await databases.admit_owner(connection, name)
+                await databases.open_to_owner(connection, name)
             yield name
         finally:
             await run_to_completion(self._drop(server, connection, name))
@@ -205,7 +205,7 @@ class Templates:
         except TimeoutError as exc:
             raise TemplateError(
                 f"template {name!r} on server {server.name!r} was not built within {self.build_timeout:g} s, by this "
-                "process or by the one that builds it; raise provision_timeout"
+                "process or by the one that builds it; raise provisioning.timeout"
             ) from exc
         except Exception as exc:
             raise TemplateError(f"template {name!r} on server {server.name!r} could not be built: {exc}") from exc
@@ -213,17 +213,17 @@ class Templates:
             await run_to_completion(connections.close(connection))
 
     async def _build(self, server: Server, connection: Connection, name: str) -> str | None:
-        """Build a template under its lock. What is there already is a part of one, left by a builder that died."""
+        """Build a template under its lock, and return its revision. An existing, incomplete one is dropped first."""
         logger.info("building template %s on server %s", name, server.name)
         await removal.drop_database(connection, self._blockers(server), name)
         try:
             await databases.create(
                 connection, name, template="template0", owner=self._names.owner, open_to_connections=False
             )
-            await databases.admit_owner(connection, name)
+            await databases.open_to_owner(connection, name)
             await self._prepare(server, name)
             revision = await self._apply(server, name)
-            await databases.seal(connection, name, comment=_comment(revision))
+            await databases.complete_template(connection, name, comment=_comment(revision))
         except BaseException:
             await run_to_completion(self._drop_partial(server, connection, name))
             raise
@@ -234,7 +234,7 @@ class Templates:
         try:
             await grants.prepare_schema(connection, self._names.owner)
             await advisory_locks.restrict(connection, self._names.owner, server=server.name)
-            await catalogue_guard.install(connection, self._names.owner)
+            await event_trigger.install(connection, self._names.owner)
             for extension in self._config.extensions:
                 await databases.create_extension(connection, extension)
         finally:
@@ -243,7 +243,7 @@ class Templates:
     async def _apply(self, server: Server, name: str) -> str | None:
         opened: list[Connection] = []
 
-        async def connect() -> asyncpg.Connection[Any]:
+        async def connect() -> Connection:
             connection = await self._blockers(server).connect(name, role=self._names.owner)
             opened.append(connection)
             return connection
@@ -251,7 +251,7 @@ class Templates:
         try:
             return await self._schema.apply(connect)
         finally:
-            # one that stays open would fail every clone
+            # an open connection makes every clone fail
             for connection in opened:
                 await run_to_completion(connections.close(connection))
 
@@ -259,12 +259,12 @@ class Templates:
         try:
             async with asyncio.timeout(self._config.provisioning.timeout):
                 await removal.drop_database(connection, self._blockers(server), name)
-        except Exception as exc:  # noqa: BLE001 - the error that is to be raised is the builder's
-            # it lacks the flag, so the next builder or reconcile drops it
-            logger.warning("part of template %s stays until reconcile: %s", name, exc)
+        except Exception as exc:  # noqa: BLE001 - the builder's error is the one to raise
+            # without the flag, the next builder or reconcile drops it
+            logger.warning("the incomplete template %s stays until reconcile: %s", name, exc)
 
     async def _drop(self, server: Server, connection: Connection, name: str) -> None:
-        """Drop a scratch database; one that cannot be dropped now is left to ``reconcile``."""
+        """Drop a scratch database; if that fails, it is left to ``reconcile``."""
         try:
             async with asyncio.timeout(self._config.provisioning.timeout):
                 if connection.is_closed():
@@ -281,6 +281,6 @@ def _comment(revision: str | None) -> str:
 
 
 def _revision(comment: str | None) -> str | None:
-    """The revision in a template's comment: the process that finds a template did not see it built."""
+    """The revision in a template's comment: another process may have built the template."""
     kind, _, revision = (comment or "").partition(":")
     return revision or None if kind == _COMMENT else None

@@ -1,12 +1,12 @@
-"""End the sessions of tenants that would stop a server for the others.
+"""Ending tenants' sessions that would stop a server for the others.
 
-PostgreSQL bounds none of this for a single role: the locks that a session holds (the table of locks is one for the
-whole server), how long a transaction stays open, and for how long a listening session keeps the notification queue from
-being emptied. A role's settings bound well-meaning programs; SQL of a tenant's own may change them in its session.
+For a single role, PostgreSQL does not bound the locks that a session holds (the whole server has one lock table), how
+long a transaction stays open, or how long a listening session keeps the notification queue from being emptied. A role's
+settings bound well-behaved programs; a tenant's own SQL may change them in its session.
 
-Once the table of locks is full, nobody can log in. So the watchdog keeps its connections between two runs, each with a
-reserve of locks that it gives up at such a time: what works then is what was connected before. A program that only
-looks once, such as a timer's, may come too late.
+If the lock table is full, nobody can log in. So the watchdog keeps its connections open between two runs, each with a
+reserve of locks that it releases then: only existing connections work at that time. A process that connects for a
+single run, such as a timer's, may be too late.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from ..loops import HomeLoop
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.quoting import quote_identifier, quote_literal
+from ..postgres.quoting import quote_identifier
 from ..routing.servers import Server
 from . import roles
-from .blockers import Blockers
-from .pipeline import Parts, describe
+from .blockers import Blockers, PreparedTransaction
+from .pipeline import ProvisioningServices, describe
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
 RESERVE: Final = 400
-"""How many locks a watchdog's connection keeps, to have room for its own work when the table is full."""
+"""How many locks a watchdog's connection reserves, for its own work when the lock table is full."""
 TENANT_FACTOR: Final = 2
 """How many times ``max_session_locks`` all sessions of one tenant may hold together."""
 LISTENER_SECONDS: Final = 2.0
-"""Who keeps a full notification queue from being emptied has had a transaction open for at least so long."""
+"""A session that blocks a full notification queue has had a transaction open for at least this long."""
 
-_GONE_SECONDS: Final = 5.0  # how long an ended session may take to go
-_FULL: Final = "53"  # the class of SQLSTATE of a server that has no room for one more connection
+_END_SECONDS: Final = 5.0  # how long an ended session may take to go
+_FULL: Final = "53"  # the SQLSTATE class of a server that has no room for another connection
 _SETTINGS: Final = {"lock_timeout": "5s", "statement_timeout": "20s", "idle_session_timeout": "0"}
 
-# What a SERIALIZABLE transaction has read (SIReadLock) is in a table of its own: it takes no room, and blocks nobody.
+# The SIReadLocks of SERIALIZABLE transactions are in a table of their own: they take no room, and block nobody.
 _SESSIONS: Final = """
 SELECT a.pid, r.oid, r.rolname AS role, coalesce(l.locks, 0) AS locks,
        extract(epoch FROM clock_timestamp() - a.xact_start)::float8 AS open_seconds,
@@ -61,7 +61,7 @@ SELECT a.pid, r.oid, r.rolname AS role, coalesce(l.locks, 0) AS locks,
   LEFT JOIN (SELECT pid, count(*) AS locks FROM pg_locks WHERE mode <> 'SIReadLock' GROUP BY pid) l ON l.pid = a.pid
  WHERE starts_with(r.rolname::text, $1)
 """
-# The same without a table: functions alone, which need no lock themselves.
+# The same by functions alone: reading tables would need locks.
 _LOCKS: Final = """
 SELECT a.pid, a.usesysid AS oid, l.locks FROM pg_stat_get_activity(NULL) a
   JOIN (SELECT pid, count(*) AS locks FROM pg_lock_status() WHERE mode <> 'SIReadLock' GROUP BY pid) l ON l.pid = a.pid
@@ -78,7 +78,7 @@ SELECT rolname AS name, rolsuper AS superuser, pg_has_role(oid, 'pg_read_all_sta
        rolsuper OR pg_has_role(oid, 'pg_signal_backend', 'USAGE') AS ends
   FROM pg_roles WHERE rolname = current_user
 """
-# a key of its own for each watchdog: of a lock that two share, giving up one makes no room
+# each watchdog has keys of its own: if two share a lock, releasing it once makes no room
 _TAKE_RESERVE: Final = "SELECT count(pg_try_advisory_lock(pg_backend_pid(), n)) FROM generate_series(1, $1::int) AS n"
 _GIVE_RESERVE: Final = "SELECT pg_advisory_unlock_all()"
 
@@ -90,8 +90,8 @@ class EndedSession:
     Args:
         tenant_id: The tenant of its role.
         server: The server.
-        reason: "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or "door": it
-            waited to drop a database that is not its own, or locked one that others waited for.
+        reason: "locks", "transaction", "idle_in_transaction", "notify_queue", "prepared_transaction" or
+            "login_blocker": it waited to drop a database that is not its own, or locked one that others waited for.
         locks: How many locks it held.
         seconds: How long its transaction was open; None where that is unknown.
     """
@@ -105,7 +105,7 @@ class EndedSession:
 
 @dataclass(frozen=True, slots=True)
 class WatchReport:
-    """What one run has ended, on every server, and what it could not do."""
+    """The sessions that one run has ended, on every server, and its errors."""
 
     ended: tuple[EndedSession, ...] = ()
     errors: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class WatchReport:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A session of a tenant's role. How long it has been open or idle is None where the administrator may not see."""
+    """A session of a tenant's role. The seconds are None if the administrator may not see them."""
 
     pid: int
     oid: int
@@ -124,7 +124,7 @@ class Session:
 
 
 def excessive(found: Iterable[Session], config: TenancyConfig) -> dict[int, tuple[Session, str]]:
-    """Those sessions that are above a bound, by their pid, and which one that is."""
+    """Return the sessions that exceed a bound, by pid, each with the bound's name."""
     above: dict[int, tuple[Session, str]] = {}
     by_role: defaultdict[str, list[Session]] = defaultdict(list)
     for session in found:
@@ -137,7 +137,7 @@ def excessive(found: Iterable[Session], config: TenancyConfig) -> dict[int, tupl
             if bound and value is not None and value > bound:
                 above.setdefault(session.pid, (session, reason))
     if config.watchdog.max_session_locks:
-        # many sessions with few locks each fill the table as well
+        # many sessions with few locks each can fill the table as well
         for own in by_role.values():
             own.sort(key=lambda session: session.locks)
             while sum(session.locks for session in own) > TENANT_FACTOR * config.watchdog.max_session_locks:
@@ -147,8 +147,8 @@ def excessive(found: Iterable[Session], config: TenancyConfig) -> dict[int, tupl
 
 
 @dataclass(slots=True)
-class _Post:
-    """The watchdog's place on one server: its connection, and what it has learned there."""
+class _WatchedServer:
+    """What the watchdog knows of one server, and its connection there."""
 
     server: Server
     blockers: Blockers
@@ -161,34 +161,34 @@ class _Post:
 
 
 class Watchdog:
-    """Looks at the tenants' sessions on every server, at each ``run``.
+    """Checks the tenants' sessions on every server, and ends those that exceed a bound.
 
     Args:
-        parts: Of provisioning.
+        services: Of provisioning.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._config = parts.config
+    def __init__(self, services: ProvisioningServices) -> None:
+        self._services = services
+        self._config = services.config
         self._home = HomeLoop()
-        self._posts = [_Post(server, parts.blockers(server)) for server in parts.servers.values()]
+        self._watched = [_WatchedServer(server, services.blockers(server)) for server in services.servers.values()]
 
     async def run(self, *, actor: Actor = SYSTEM) -> WatchReport:
-        """Look once at every server, all at once, and end what is above a bound. Needs no control database.
+        """Check all servers once, at the same time. This works without the control database.
 
         Args:
-            actor: Who does this, for the audit log, which is written where the control database answers.
+            actor: Who does this, for the audit log, which is written if the control database answers.
 
         Raises:
             CrossTenantError: a tenant is bound.
-            WrongEventLoopError: this is another event loop or thread than the one that the connections belong to.
+            WrongEventLoopError: this is another event loop or thread than that of the connections.
         """
         self._home.check()
         refuse_while_bound("ending sessions")
-        reports = await asyncio.gather(*(self._attempt(post) for post in self._posts))
+        reports = await asyncio.gather(*(self._attempt(watched) for watched in self._watched))
         ended = tuple(one for report in reports for one in report.ended)
         for one in ended:
-            self._parts.events.emit(
+            self._services.events.emit(
                 SessionTerminated(
                     tenant_id=one.tenant_id, server=one.server, reason=one.reason, locks=one.locks, seconds=one.seconds
                 )
@@ -197,7 +197,7 @@ class Watchdog:
         return WatchReport(ended, tuple(error for report in reports for error in report.errors))
 
     async def watch(self, *, every: float, actor: Actor = SYSTEM) -> None:
-        """Look every ``every`` seconds, until cancelled. What fails is logged and tried again.
+        """Call ``run`` every ``every`` seconds, until cancelled. Failures are logged.
 
         Raises:
             CrossTenantError, WrongEventLoopError: as ``run``.
@@ -207,179 +207,167 @@ class Watchdog:
             await asyncio.sleep(every)
 
     async def close(self) -> None:
-        """Close the connections that are kept between two runs.
+        """Close the connections that are kept open between two runs.
 
         Raises:
             WrongEventLoopError: as ``run``.
         """
         self._home.check()
-        await asyncio.gather(*(_leave(post) for post in self._posts))
+        await asyncio.gather(*(_disconnect(watched) for watched in self._watched))
 
     async def _record(self, ended: Iterable[EndedSession], actor: Actor) -> None:
         for one in ended:
             detail = {"server": one.server, "reason": one.reason, "locks": one.locks, "seconds": one.seconds}
             try:
                 async with asyncio.timeout(self._config.pool.connect_timeout):
-                    await self._parts.registry.record(one.tenant_id, "session.terminate", detail=detail, actor=actor)
+                    await self._services.registry.record(one.tenant_id, "session.terminate", detail=detail, actor=actor)
             except (TenancyError, *SERVER_FAILURES) as exc:
-                # it is in the application's log, and the control database may be what suffers
+                # it is in the application's log, and the control database may be on the affected server
                 logger.warning("the end of a session is not in the audit log: %s", describe(exc))
                 return
 
     # --- one server -------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, post: _Post) -> WatchReport:
-        async with post.busy:
-            post.ended, post.errors = [], []
+    async def _attempt(self, watched: _WatchedServer) -> WatchReport:
+        async with watched.busy:
+            watched.ended, watched.errors = [], []
             try:
-                async with asyncio.timeout(self._config.provisioning.timeout), _stationed(post) as connection:
-                    await self._visit(post, connection)
+                async with asyncio.timeout(self._config.provisioning.timeout), _connected(watched) as connection:
+                    await self._check_server(watched, connection)
             except (TenancyError, *SERVER_FAILURES) as exc:
-                post.errors.append(f"{post.server.name}: {describe(exc)}")
-            for error in post.errors:
+                watched.errors.append(f"{watched.server.name}: {describe(exc)}")
+            for error in watched.errors:
                 logger.error("watching the tenants' sessions: %s", error)
-            return WatchReport(tuple(post.ended), tuple(post.errors))
+            return WatchReport(tuple(watched.ended), tuple(watched.errors))
 
-    async def _visit(self, post: _Post, connection: Connection) -> None:
-        await self._make_room(post, connection)
-        await self._learn(post, connection)
-        for session, reason in excessive(await self._look(post, connection), self._config).values():
-            await self._end(post, connection, session, reason)
-        await self._end_listeners(post, connection)
-        await self._end_prepared(post, connection)
-        # who waits to drop a database, without the right to, keeps everybody else from connecting to it
-        for one in await post.blockers.clear_doors(connection):
-            self._tell(post, one.role, "door", one.locks, one.open_seconds)
+    async def _check_server(self, watched: _WatchedServer, connection: Connection) -> None:
+        await self._make_room(watched, connection)
+        await self._check_abilities(watched, connection)
+        for session, reason in excessive(await self._sessions(watched, connection), self._config).values():
+            await self._end(watched, connection, session, reason)
+        await self._end_listeners(watched, connection)
+        await self._end_prepared(watched, connection)
+        # a session that waits to drop a database, without the right to, keeps all others from connecting to it
+        for one in await watched.blockers.end_login_blockers(connection):
+            self._report(watched, one.role, "login_blocker", one.locks, one.open_seconds)
         await connection.fetchval(_TAKE_RESERVE, RESERVE)
 
-    async def _make_room(self, post: _Post, connection: Connection) -> None:
-        """End who fills the table of locks, by functions that need none; then give up the reserve for what follows."""
+    async def _make_room(self, watched: _WatchedServer, connection: Connection) -> None:
+        """End sessions that fill the lock table, without taking locks; then release the reserve for what follows."""
         rows = await connection.fetch(_LOCKS)
-        # others are no tenants', or have logged in since the last look
+        # other roles are not tenants', or have logged in since the last run
         known = [
-            Session(row["pid"], row["oid"], post.roles[row["oid"]], row["locks"])
+            Session(row["pid"], row["oid"], watched.roles[row["oid"]], row["locks"])
             for row in rows
-            if row["oid"] in post.roles
+            if row["oid"] in watched.roles
         ]
         for session, reason in excessive(known, self._config).values():
             try:
-                await self._end_by_reserve(post, connection, session, reason)
+                await self._end_by_reserve(watched, connection, session, reason)
             except asyncpg.OutOfMemoryError:
-                break  # the room was taken by others; what follows tries once more
+                break  # others have taken the room; what follows tries again
         await connection.execute(_GIVE_RESERVE)
 
-    async def _end_by_reserve(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
-        """Give up the reserve and end a session in one message, so that nobody takes the room in between."""
+    async def _end_by_reserve(
+        self, watched: _WatchedServer, connection: Connection, session: Session, reason: str
+    ) -> None:
+        """Release the reserve and end a session in one message, so that nobody takes the room in between."""
         role = quote_identifier(session.role)
         found = f"pg_stat_get_activity({session.pid:d}) WHERE usesysid = {session.oid:d}"
         kill = f"SELECT pg_terminate_backend(pid) FROM {found}"  # noqa: S608 - two numbers
-        steps = [_GIVE_RESERVE, kill]
-        if not post.may_end:
-            # as ``roles.end_connections`` does it
+        statements = [_GIVE_RESERVE, kill]
+        if not watched.may_end:
+            # as in ``roles.end_connections``
             options = " WITH INHERIT TRUE, SET TRUE" if connections.version(connection) >= 16 else ""
-            steps[1:] = [f"GRANT {role} TO CURRENT_USER{options}", kill, f"REVOKE {role} FROM CURRENT_USER"]
-        await connection.execute("; ".join(steps))
-        await self._confirm(post, connection, session, reason)
+            statements[1:] = [f"GRANT {role} TO CURRENT_USER{options}", kill, f"REVOKE {role} FROM CURRENT_USER"]
+        await connection.execute("; ".join(statements))
+        await self._confirm(watched, connection, session, reason)
 
-    async def _learn(self, post: _Post, connection: Connection) -> None:
-        if post.may_end is not None:
+    async def _check_abilities(self, watched: _WatchedServer, connection: Connection) -> None:
+        if watched.may_end is not None:
             return
         able = await connection.fetchrow(_ABILITIES)
         if not able["sees"]:
             logger.warning(
-                "the administrator of server %s does not see how long tenants' transactions are open: only their locks "
+                "the administrator of server %s cannot see how long tenants' transactions are open: only their locks "
                 "are bounded; run as a superuser: GRANT pg_monitor TO %s",
-                post.server.name,
+                watched.server.name,
                 quote_identifier(able["name"]),
             )
-        post.may_end = able["ends"]
+        watched.may_end = able["ends"]
 
-    async def _look(self, post: _Post, connection: Connection) -> list[Session]:
-        rows = await connection.fetch(_SESSIONS, self._parts.names.tenant_stem)
-        post.roles.update((row["oid"], row["role"]) for row in rows)
+    async def _sessions(self, watched: _WatchedServer, connection: Connection) -> list[Session]:
+        rows = await connection.fetch(_SESSIONS, self._services.names.tenant_stem)
+        watched.roles.update((row["oid"], row["role"]) for row in rows)
         return [Session(**row) for row in rows]
 
-    async def _end_listeners(self, post: _Post, connection: Connection) -> None:
-        """Have the notification queue emptied. It ends where the slowest listener is, which PostgreSQL does not name.
+    async def _end_listeners(self, watched: _WatchedServer, connection: Connection) -> None:
+        """End listeners until the notification queue is below its bound.
 
-        A listener reads nothing while its transaction is open. So the tenants' sessions with the oldest transactions
-        are ended, one by one, until the queue is below its bound.
+        PostgreSQL cannot remove what the slowest listener has not read, and does not tell which one that is. A listener
+        reads nothing while its transaction is open. So the tenants' sessions with the oldest transactions are ended,
+        one by one.
         """
         bound = self._config.watchdog.max_notify_queue
         if not bound or (usage := await _queue_usage(connection)) <= bound:
             return
-        found = [one for one in await self._look(post, connection) if (one.open_seconds or 0) > LISTENER_SECONDS]
+        found = [one for one in await self._sessions(watched, connection) if (one.open_seconds or 0) > LISTENER_SECONDS]
         for session in sorted(found, key=lambda one: one.open_seconds or 0, reverse=True):
-            await self._end(post, connection, session, "notify_queue")
+            await self._end(watched, connection, session, "notify_queue")
             if (usage := await _queue_usage(connection)) <= bound:
                 return
-        post.errors.append(
-            f"{post.server.name}: the notification queue is at {usage:.0%}, and no transaction of a tenant that has "
+        watched.errors.append(
+            f"{watched.server.name}: the notification queue is at {usage:.0%}, and no transaction of a tenant that has "
             f"been open for {LISTENER_SECONDS:g} s keeps it there"
         )
 
-    async def _end(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
+    async def _end(self, watched: _WatchedServer, connection: Connection, session: Session, reason: str) -> None:
         if await roles.end_connections(connection, session.role, [session.pid]):
-            await self._confirm(post, connection, session, reason)
+            await self._confirm(watched, connection, session, reason)
 
-    async def _confirm(self, post: _Post, connection: Connection, session: Session, reason: str) -> None:
-        """Wait until a session is gone, and tell."""
-        if not await _gone(connection, session):
-            post.errors.append(
-                f"{post.server.name}: session {session.pid} of {session.role} was ended, but is still there"
+    async def _confirm(self, watched: _WatchedServer, connection: Connection, session: Session, reason: str) -> None:
+        """Wait until a session has ended, and report it."""
+        if not await _has_ended(connection, session):
+            watched.errors.append(
+                f"{watched.server.name}: session {session.pid} of {session.role} was ended, but is still there"
             )
-        self._tell(post, session.role, reason, session.locks, session.open_seconds)
+        self._report(watched, session.role, reason, session.locks, session.open_seconds)
 
-    def _tell(self, post: _Post, role: str, reason: str, locks: int, seconds: float | None) -> None:
-        tenant_id = self._parts.names.parse(role)
+    def _report(self, watched: _WatchedServer, role: str, reason: str, locks: int, seconds: float | None) -> None:
+        tenant_id = self._services.names.parse(role)
         logger.error(
             "a session of role %s on server %s was ended (%s): it held %d locks, and its transaction was open for %s s",
             role,
-            post.server.name,
+            watched.server.name,
             reason,
             locks,
             "?" if seconds is None else round(seconds, 1),
         )
         if tenant_id is not None:
-            post.ended.append(EndedSession(tenant_id, post.server.name, reason, locks, seconds))
+            watched.ended.append(EndedSession(tenant_id, watched.server.name, reason, locks, seconds))
 
     # --- prepared transactions --------------------------------------------------------------------------------------
 
-    async def _end_prepared(self, post: _Post, connection: Connection) -> None:
-        """Roll back prepared transactions: they keep their locks without a session, even over a restart."""
+    async def _end_prepared(self, watched: _WatchedServer, connection: Connection) -> None:
+        """Roll back prepared transactions above a bound: they hold locks without a session, even after a restart."""
         config = self._config
-        for row in await connection.fetch(_PREPARED, self._parts.names.tenant_stem):
+        for row in await connection.fetch(_PREPARED, self._services.names.tenant_stem):
             too_old = 0 < config.watchdog.max_transaction_seconds < row["open_seconds"]
             if too_old or 0 < config.watchdog.max_session_locks < row["locks"]:
-                await self._roll_back(post, connection, row["role"], row["database"], row["gid"])
-                self._tell(post, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
-
-    async def _roll_back(self, post: _Post, connection: Connection, role: str, database: str, gid: str) -> None:
-        """Only in the database where it was prepared, and only as its owner or as a superuser."""
-        if await roles.is_superuser(connection):
-            await _roll_back(post.blockers, database, None, gid)
-            return
-        async with roles.joined(connection, role):
-            await _roll_back(post.blockers, database, role, gid)
-
-
-async def _roll_back(blockers: Blockers, database: str, role: str | None, gid: str) -> None:
-    inside = await blockers.connect(database, role=role, settings=_SETTINGS)
-    try:
-        await inside.execute(f"ROLLBACK PREPARED {quote_literal(gid)}")
-    finally:
-        await run_to_completion(connections.close(inside))
+                transaction = PreparedTransaction(row["gid"], row["role"], row["database"])
+                await watched.blockers.roll_back(transaction, settings=_SETTINGS)
+                self._report(watched, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
 
 
 async def _queue_usage(connection: Connection) -> float:
     return float(await connection.fetchval("SELECT pg_notification_queue_usage()"))
 
 
-async def _gone(connection: Connection, session: Session) -> bool:
-    """Whether a session that was ended goes, soon."""
+async def _has_ended(connection: Connection, session: Session) -> bool:
+    """Wait for a session that was ended; return whether it ends in time."""
     query = "SELECT count(*) FROM pg_stat_get_activity($1) WHERE usesysid = $2"
     try:
-        async with asyncio.timeout(_GONE_SECONDS):
+        async with asyncio.timeout(_END_SECONDS):
             while await connection.fetchval(query, session.pid, session.oid):  # noqa: ASYNC110 - it is another process
                 await asyncio.sleep(connections.POLL_SECONDS)
     except TimeoutError:
@@ -388,12 +376,12 @@ async def _gone(connection: Connection, session: Session) -> bool:
 
 
 @asynccontextmanager
-async def _stationed(post: _Post) -> AsyncIterator[Connection]:
-    """The connection of a post, which stays open; one that is lost is replaced, as soon as the server has room."""
-    if post.connection is None or not await connections.is_alive(post.connection):
-        await _leave(post)
-        post.connection = await _connect(post.blockers)
-    yield post.connection
+async def _connected(watched: _WatchedServer) -> AsyncIterator[Connection]:
+    """The connection to a watched server. It stays open; a lost one is replaced as soon as the server has room."""
+    if watched.connection is None or not await connections.is_alive(watched.connection):
+        await _disconnect(watched)
+        watched.connection = await _connect(watched.blockers)
+    yield watched.connection
 
 
 async def _connect(blockers: Blockers) -> Connection:
@@ -406,7 +394,7 @@ async def _connect(blockers: Blockers) -> Connection:
             await asyncio.sleep(connections.POLL_SECONDS)
 
 
-async def _leave(post: _Post) -> None:
-    connection, post.connection = post.connection, None
+async def _disconnect(watched: _WatchedServer) -> None:
+    connection, watched.connection = watched.connection, None
     if connection is not None:
         await run_to_completion(connections.close(connection))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -15,6 +15,8 @@ from ..errors import TenantNotFoundError
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
 from .table import TenantTable
+
+_PAGE = 500  # tenants that one query of ``iterate`` reads
 
 
 class Reading(TenantTable):
@@ -71,6 +73,17 @@ class Reading(TenantTable):
             rows = (await connection.execute(query)).all()
         items = tuple(tenant_from_row(row) for row in rows[:limit])
         return TenantPage(items, items[-1].id if len(rows) > limit else None)
+
+    async def iterate(self, *, status: Sequence[Status] = (), server: str | None = None) -> AsyncIterator[Tenant]:
+        """Yield every tenant in order of creation, page by page; tombstones only if asked for."""
+        after: UUID | None = None
+        while True:
+            page = await self.page(status=status, server=server, limit=_PAGE, after=after)
+            for tenant in page.items:
+                yield tenant
+            if page.next is None:
+                return
+            after = page.next
 
     async def unfinished(self) -> list[Unfinished]:
         """Return every unfinished creation and purge, oldest first."""

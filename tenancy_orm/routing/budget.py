@@ -1,14 +1,14 @@
-"""How many connections one process may hold open to one server, and who gets the next one.
+"""How many connections one process may open to one server, and which waiter gets the next one.
 
-State only: no I/O, no clock, no event loop. A *slot* is held from before a connection is opened until its socket is
-really closed, so the server never sees more connections than the limit. Every method runs to its end without waiting,
-and all of them run in one thread, so there is no lock.
+State only: no I/O, no clock, no event loop. A *slot* is taken before a connection is opened, and freed when its socket
+is really closed, so the server never sees more connections than the limit. Methods never wait, and all run in one
+thread, so there is no lock.
 
-Who gets a slot: of the tenants that wait, the one that uses the fewest connections, and among equals they take turns;
-within a tenant, the one that came first. Whose idle connection is closed to make room: that of the
-tenant with the fewest recent checkouts per connection it holds. Old checkouts count for less: they halve in weight
-every ``HALF_LIFE`` checkouts per slot. Least recently used is much worse: with 300 tenants of zipf(1.1) on 50
-connections it misses 32 % of the time, this 23 % (see tests/benchmarks/test_bench_eviction.py).
+The next slot goes to the waiting tenant with the fewest connections in use; equals take turns, and within a tenant
+waiters are served in order. To make room, the idle connection of the tenant with the fewest recent checkouts per open
+connection is closed. A checkout loses half its weight every ``HALF_LIFE`` checkouts per slot. Least recently used is
+much worse: with 300 tenants of zipf(1.1) on 50 connections it misses 32 % of the time, this 23 %
+(see tests/benchmarks/test_bench_eviction.py).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ T = TypeVar("T")
 _T_contra = TypeVar("_T_contra", contravariant=True)
 
 HALF_LIFE = 64
-"""Checkouts per slot after which a checkout counts half."""
+"""Checkouts per slot after which an old checkout counts half."""
 
 
 class Waiter(Protocol[_T_contra]):
-    """Who waits for a connection: an ``asyncio.Future``, or something like it."""
+    """A request that waits for a connection: an ``asyncio.Future``, or an object with these methods."""
 
     def done(self) -> bool:
-        """Whether it is served, or waits no longer."""
+        """Whether the waiter is served, or no longer waits."""
 
     def set_result(self, item: _T_contra, /) -> None:
-        """Serve it: with a connection, or with None, which stands for a slot to open one in."""
+        """Serve the waiter: with a connection, or with None for a reserved slot to open one in."""
 
 
 class Account:
-    """The slots one tenant holds, over all its pools: while its engine is being replaced it has two."""
+    """The number of slots that one tenant has, over all its pools: two while its engine is being replaced."""
 
     __slots__ = ("__weakref__", "open")
 
@@ -48,10 +48,10 @@ class Account:
 
 
 class Share(Generic[T]):
-    """One pool's part of a budget. Written by the budget alone.
+    """One pool's part of a budget. Only the budget changes it.
 
-    ``busy`` counts connections being opened, reset or in use; ``idle`` holds those at rest, with the time each came to
-    rest, the latest last; ``score`` is the binary logarithm of its aged count of checkouts.
+    ``busy`` counts connections being opened, reset or in use; ``idle`` has the idle ones, each with the time it was
+    returned, the latest last; ``score`` is the binary logarithm of the aged count of checkouts.
     """
 
     __slots__ = ("account", "busy", "idle", "score")
@@ -67,8 +67,8 @@ class Share(Generic[T]):
 class BudgetStatistics:
     """Connections to one server. ``limit`` and ``open`` count slots; ``open`` is the sum of the next four.
 
-    ``waiting`` are requests without a connection, and ``evictions`` how many idle connections were closed so far to
-    make room for another tenant's.
+    ``waiting`` counts requests without a connection, and ``evictions`` the idle connections closed so far to make room
+    for another tenant's.
     """
 
     limit: int
@@ -87,7 +87,7 @@ class Budget(Generic[T]):
     Args:
         limit: How many slots there are.
         per_tenant: How many of them one tenant may hold.
-        evict: Called with a share and one of its connections, which is to be closed to make room. It must call
+        evict: Called with a share and one of its connections, to close that connection and make room. It must call
             ``discard`` at once, and ``closed`` later.
     """
 
@@ -101,21 +101,21 @@ class Budget(Generic[T]):
         self.evictions = 0
         self._evict = evict
         self._accounts: WeakValueDictionary[UUID, Account] = WeakValueDictionary()
-        # in the order of their turns: a share joins at the end, and goes there again when it was served
+        # in the order of their turns: a share joins at the end, and moves there again when it was served
         self._waiting: dict[Share[T], deque[Waiter[T | None]]] = {}
-        self._resting: dict[Share[T], None] = {}  # the shares that have idle connections
+        self._idle_shares: dict[Share[T], None] = {}  # the shares that have idle connections
         self._clock = 0
         self._half_life = HALF_LIFE * limit
 
     def share(self, tenant_id: UUID) -> Share[T]:
-        """Make the share of a new pool."""
+        """Return a share for a new pool of this tenant."""
         account = self._accounts.get(tenant_id)
         if account is None:
             account = self._accounts[tenant_id] = Account()
         return Share(account)
 
     def statistics(self) -> BudgetStatistics:
-        """Count."""
+        """Return the current counts."""
         return BudgetStatistics(
             limit=self.limit,
             open=self.open,
@@ -132,8 +132,8 @@ class Budget(Generic[T]):
     def touch(self, share: Share[T]) -> None:
         """Count a checkout.
 
-        The weight of a checkout is doubled every half-life instead of halving all older ones; in logarithms, so that
-        it never overflows.
+        The weight of new checkouts doubles every half-life, instead of halving that of all older ones; logarithms keep
+        it from overflowing.
         """
         self._clock += 1
         now = self._clock / self._half_life
@@ -145,20 +145,20 @@ class Budget(Generic[T]):
             share.score = high + math.log2(1.0 + 2.0 ** (low - high))
 
     def take(self, share: Share[T]) -> tuple[float, T] | None:
-        """Take the connection that came to rest last, if there is one: it is in use from now on."""
+        """Take the idle connection that was returned last, or None; it counts as in use from now on."""
         if not share.idle:
             return None
         entry = share.idle.pop()
         if not share.idle:
-            del self._resting[share]
+            del self._idle_shares[share]
         self.idle -= 1
         share.busy += 1
         return entry
 
     def reserve(self, share: Share[T]) -> bool:
-        """Take a slot to open a connection in, if one is free. ``opened`` or ``failed`` must follow.
+        """Reserve a slot to open a connection in, if one is free. ``opened`` or ``failed`` must follow.
 
-        Nobody is overtaken: while a slot is free, only tenants that hold all they may are waiting.
+        No waiter is overtaken: while a slot is free, only tenants at their own limit are waiting.
         """
         if self.open >= self.limit or share.account.open >= self.per_tenant:
             return False
@@ -166,12 +166,12 @@ class Budget(Generic[T]):
         return True
 
     def wait(self, share: Share[T], waiter: Waiter[T | None]) -> None:
-        """Queue up, and have an idle connection closed where that makes room."""
+        """Add a waiter to the queue, and close another tenant's idle connection if that makes room."""
         self._waiting.setdefault(share, deque()).append(waiter)
-        self._settle()
+        self._serve_waiters()
 
     def withdraw(self, share: Share[T], waiter: Waiter[T | None]) -> None:
-        """Wait no longer. What the waiter was served with by then is the caller's to give back."""
+        """Remove a waiter from the queue. If it was served already, the caller must return what it got."""
         queue = self._waiting.get(share)
         if queue is not None and waiter in queue:
             queue.remove(waiter)
@@ -179,48 +179,48 @@ class Budget(Generic[T]):
                 del self._waiting[share]
 
     def opened(self) -> None:
-        """A connection was opened in a reserved slot, and is in use."""
+        """Record that a connection was opened in a reserved slot; it is in use."""
         self.opening -= 1
 
     def failed(self, share: Share[T]) -> None:
-        """Opening failed, and no socket is left: the slot is free."""
+        """Free a reserved slot: opening failed, and no socket is left."""
         self.opening -= 1
         share.busy -= 1
         self._release(share)
 
-    # --- giving it back ---------------------------------------------------------------------------------------------
+    # --- returning it -----------------------------------------------------------------------------------------------
 
     def put(self, share: Share[T], item: T, now: float) -> None:
-        """Take back a usable connection: hand it to a waiter, or let it rest (``now`` in seconds of any clock)."""
+        """Return a usable connection: give it to a waiter, or keep it idle from ``now`` on (seconds of any clock)."""
         share.busy -= 1
-        if share in self._waiting and self._keeps(share) and (waiter := self._next(share)) is not None:
+        if share in self._waiting and self._serves_own(share) and (waiter := self._next(share)) is not None:
             share.busy += 1
             waiter.set_result(item)
             return
         share.idle.append((now, item))
-        self._resting[share] = None
+        self._idle_shares[share] = None
         self.idle += 1
         if self._waiting:
-            self._settle()
+            self._serve_waiters()
 
     def discard(self, share: Share[T]) -> None:
-        """A connection in use is being closed. ``closed`` must follow."""
+        """Record that a connection in use is being closed. ``closed`` must follow."""
         share.busy -= 1
         self.closing += 1
 
     def closed(self, share: Share[T]) -> None:
-        """The socket is closed: the slot is free."""
+        """Free the slot of a connection: its socket is closed."""
         self.closing -= 1
         self._release(share)
 
-    def drain(self, share: Share[T]) -> list[T]:
+    def take_idle(self, share: Share[T]) -> list[T]:
         """Take every idle connection of a share; they count as in use until ``discard``."""
         return [self._take_oldest(share) for _ in range(len(share.idle))]
 
-    def expired(self, before: float) -> list[tuple[Share[T], T]]:
-        """Take every connection that came to rest before that time; they count as in use until ``discard``."""
+    def take_expired(self, before: float) -> list[tuple[Share[T], T]]:
+        """Take every connection that was returned before this time; they count as in use until ``discard``."""
         found = []
-        for share in list(self._resting):
+        for share in list(self._idle_shares):
             while share.idle and share.idle[0][0] < before:
                 found.append((share, self._take_oldest(share)))
         return found
@@ -237,38 +237,38 @@ class Budget(Generic[T]):
         self.open -= 1
         share.account.open -= 1
         if self._waiting:
-            self._settle()
+            self._serve_waiters()
 
-    def _settle(self) -> None:
-        """Give free slots to waiters, and start closing idle connections for those that are left."""
+    def _serve_waiters(self) -> None:
+        """Give free slots to waiters, and begin to close idle connections for the remaining ones."""
         while self.open < self.limit and (share := self._fairest()) is not None:
             waiter = self._next(share)
             if waiter is not None:
                 self._reserve(share)
                 waiter.set_result(None)
         wanted = sum(map(self._wanted, self._waiting)) - self.closing
-        while wanted > 0 and self._resting:
+        while wanted > 0 and self._idle_shares:
             self._make_room()
             wanted -= 1
 
     def _wanted(self, share: Share[T]) -> int:
-        """How many slots a waiting share would take."""
+        """How many slots a waiting share could use."""
         return max(0, min(len(self._waiting[share]), self.per_tenant - share.account.open))
 
     def _fairest(self, *, returning: Share[T] | None = None) -> Share[T] | None:
-        """The waiting share to be served next. The one that is ``returning`` a connection needs no further slot."""
+        """The waiting share to serve next. The share that is ``returning`` a connection needs no further slot."""
         able = (s for s in self._waiting if s is returning or s.account.open < self.per_tenant)
         return min(able, key=lambda share: share.busy, default=None)
 
-    def _keeps(self, share: Share[T]) -> bool:
-        """Whether a connection that this share gives back serves its own waiter, or is closed to serve another's."""
+    def _serves_own(self, share: Share[T]) -> bool:
+        """Whether a connection that this share returns serves its own waiter, or is closed to serve another's."""
         if self._fairest(returning=share) is share:
             return True
-        # slots that are about to be free serve the others without this one
+        # or the slots that are being freed are enough for the others
         return sum(self._wanted(other) for other in self._waiting if other is not share) <= self.closing
 
     def _next(self, share: Share[T]) -> Waiter[T | None] | None:
-        """Take the first in a share's queue that still waits: one that was cancelled may not have left it yet."""
+        """Take the first waiter of a share that still waits: a cancelled one may still be in the queue."""
         queue = self._waiting.pop(share)
         found = None
         while queue and found is None:
@@ -281,13 +281,13 @@ class Budget(Generic[T]):
     def _take_oldest(self, share: Share[T]) -> T:
         _, item = share.idle.pop(0)
         if not share.idle:
-            del self._resting[share]
+            del self._idle_shares[share]
         self.idle -= 1
         share.busy += 1
         return item
 
     def _make_room(self) -> None:
-        share = min(self._resting, key=lambda share: share.score - math.log2(len(share.idle) + share.busy))
+        share = min(self._idle_shares, key=lambda share: share.score - math.log2(len(share.idle) + share.busy))
         self.evictions += 1
         self._evict(share, self._take_oldest(share))
 

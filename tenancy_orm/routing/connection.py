@@ -1,4 +1,4 @@
-"""A tenant's connection, as asyncpg makes it and as SQLAlchemy sees it."""
+"""A tenant's connection: the class that asyncpg instantiates, and the ones that SQLAlchemy wraps it in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import select
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 from asyncpg import prepared_stmt
@@ -22,9 +22,7 @@ from sqlalchemy.engine.base import OptionEngine
 from ..loops import HomeLoop
 from .route import TenantRoute
 
-Raw: TypeAlias = "asyncpg.Connection[Any]"
-
-# What DISCARD ALL does, but for DEALLOCATE ALL: the driver and SQLAlchemy go on to use what they have prepared.
+# DISCARD ALL without DEALLOCATE ALL: the driver and SQLAlchemy go on to use their prepared statements.
 _RESET = (
     "CLOSE ALL; RESET ROLE; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; "
     "SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES"
@@ -32,18 +30,18 @@ _RESET = (
 
 
 class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
-    """What asyncpg connects with; its ``reset`` cleans as ``DISCARD ALL`` does.
+    """The connection class that asyncpg is given; its ``reset`` cleans as ``DISCARD ALL`` does.
 
-    An application can reach it, by ``get_raw_connection``. So it asks ``guard`` by itself before each operation, but
-    for those that end a transaction: the tenant's pool sets that.
+    An application can reach it by ``get_raw_connection``. So it calls ``check_use``, which the connector sets, before
+    each operation, except for those that end a transaction.
     """
 
-    __slots__ = ("_home", "guard", "rolling_back")
+    __slots__ = ("_home", "check_use", "rolling_back")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._home = HomeLoop()
-        self.guard: Callable[[], None] | None = None
+        self.check_use: Callable[[], None] | None = None
         self.rolling_back = False
 
     def get_reset_query(self) -> str:
@@ -51,12 +49,12 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         return _RESET
 
     def _check_open(self) -> None:
-        """What asyncpg asks before each operation."""
+        """Refuse an operation on a closed connection, as asyncpg does before each one, or where ``check_use`` does."""
         super()._check_open()
-        if self.guard is None or self.rolling_back:
+        if self.check_use is None or self.rolling_back:
             self._home.check()
         else:
-            self.guard()
+            self.check_use()
 
     async def _prepare(self, *args: Any, **options: Any) -> Any:
         statement = await super()._prepare(*args, **options)
@@ -73,7 +71,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         await super().close(timeout=timeout)
 
     def terminate(self) -> None:
-        """Cut the connection, as in asyncpg.
+        """Close the socket at once, as in asyncpg.
 
         Raises:
             WrongEventLoopError: this is another event loop or thread.
@@ -83,7 +81,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
 
 class PreparedStatement(prepared_stmt.PreparedStatement):  # type: ignore[misc]
-    """A prepared statement, which asks what its connection asks."""
+    """A prepared statement; each use makes the checks of its connection."""
 
     __slots__ = ()
 
@@ -92,12 +90,12 @@ class PreparedStatement(prepared_stmt.PreparedStatement):  # type: ignore[misc]
         self._connection._check_open()
 
 
-# two turns of the loop for each of: the message, the end of the stream
+# how often ``drain`` lets the event loop run: twice for each message, and for the end of the stream
 _TURNS = 6
 
 
 class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
-    """A server-side cursor: each time it asks for rows, the bound tenant and its admission are checked again."""
+    """A server-side cursor; each fetch checks the bound tenant and its admission again."""
 
     __slots__ = ()
 
@@ -117,10 +115,10 @@ class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
 
 
 class TenantConnection(AsyncAdapt_asyncpg_connection):
-    """A tenant's connection as SQLAlchemy sees it.
+    """A tenant's DBAPI connection, as SQLAlchemy uses it.
 
-    ``finalizer`` is the token of the slot: whoever detaches it closes the connection and gives the slot back.
-    ``poller`` watches its socket.
+    ``finalizer`` represents the slot: the code that detaches it closes the connection and frees the slot. ``poller``
+    polls the socket.
     """
 
     _ss_cursor_cls = _StreamCursor
@@ -133,53 +131,57 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     finalizer: weakref.finalize[Any, TenantConnection]
 
     def cursor(self, server_side: bool = False) -> Any:
-        """Begin a statement, unless another tenant is bound, the request's admission has ended, or in another loop."""
+        """Return a cursor; refused if another tenant is bound, the admission has ended, or the loop is another."""
         self.route.check_bound()
         return super().cursor(server_side)
 
     def commit(self) -> None:
-        """Commit, unless ``cursor`` would refuse: before anything is sent."""
+        """Commit; refused like ``cursor``, before anything is sent."""
         self.route.check_bound()
         super().commit()  # type: ignore[no-untyped-call]
 
     def rollback(self) -> None:
-        """Roll back, unless this is another event loop: before anything is sent."""
-        raw = self._connection
-        if raw.is_closed():
-            # PostgreSQL has rolled back already: whoever ended it has an error of its own, which this must not replace
+        """Roll back; refused in another event loop, before anything is sent."""
+        driver_connection = self._connection
+        if driver_connection.is_closed():
+            # PostgreSQL has rolled back already, and the error that ended the connection must not be replaced
             self._transaction = None
             return
-        raw.rolling_back = True
+        driver_connection.rolling_back = True
         try:
             super().rollback()  # type: ignore[no-untyped-call]
         finally:
-            raw.rolling_back = False
+            driver_connection.rolling_back = False
 
     @property
     def usable(self) -> bool:
-        """Whether the next statement can work, as far as is known: an open socket, no transaction left behind."""
-        raw = self._connection
-        # where a BEGIN was refused, for want of a lock, say, asyncpg takes the transaction for open for good
-        return not raw.is_closed() and not raw.is_in_transaction() and raw._top_xact is None
+        """Whether the connection can be reused, as far as is known: its socket and no transaction are open."""
+        driver_connection = self._connection
+        # if a BEGIN was refused (no lock available, for example), asyncpg considers the transaction open for ever
+        return (
+            not driver_connection.is_closed()
+            and not driver_connection.is_in_transaction()
+            and driver_connection._top_xact is None
+        )
 
     @property
-    def heard(self) -> bool:
-        """Whether the server has said something that was not read yet: its farewell, very likely.
+    def has_unread_data(self) -> bool:
+        """Whether the server has sent data that is not read yet: very likely, that it has ended the connection.
 
         One system call, without a round trip.
         """
         return bool(self.poller.poll(0))
 
-    async def listen(self) -> None:
-        """Let the loop read what the server has said: a few turns, since the end comes after the last words."""
+    async def drain(self) -> None:
+        """Let the event loop read what the server has sent: a few turns, since the end of the stream comes last."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
-            if self._connection.is_closed() or not self.heard:
+            if self._connection.is_closed() or not self.has_unread_data:
                 return
 
 
 class _CoreConnection(Connection):
-    """SQLAlchemy's connection. What gives the driver's back, or drops it, is refused in another event loop."""
+    """SQLAlchemy's ``Connection``. Returning or dropping the driver's connection is refused in another event loop."""
 
     def close(self) -> None:
         self._check_loop()
@@ -199,13 +201,13 @@ class _CoreConnection(Connection):
 
 
 class TenantEngine(Engine):
-    """A tenant's engine; its connections stay in their event loop."""
+    """A tenant's engine; its connections are refused in another event loop."""
 
     _connection_cls = _CoreConnection
 
 
 class _TenantOptionEngine(OptionEngine):
-    """What ``execution_options`` makes of it."""
+    """What ``TenantEngine.execution_options`` returns."""
 
     _connection_cls = _CoreConnection
 
@@ -214,21 +216,21 @@ TenantEngine._option_cls = _TenantOptionEngine
 
 
 class TenantExecutionContext(PGExecutionContext_asyncpg):
-    """Keeps on the tenant's pool what SQLAlchemy keeps on the dialect: when prepared statements became stale.
+    """Stores on the tenant's pool, not on the dialect, when prepared statements became stale.
 
     On the shared dialect, a change to one tenant's schema would make all tenants' connections prepare everything again.
     """
 
     def handle_dbapi_exception(self, e: BaseException) -> None:
-        """Note that the schema has changed where PostgreSQL says so."""
+        """Store the time of a schema change if PostgreSQL's error is about one."""
         dbapi = self.dialect.loaded_dbapi
         if isinstance(e, dbapi.InvalidCachedStatementError | dbapi.InternalServerError):
             pool: Any = self.root_connection.engine.pool
             pool.schema_changed_at = time.time()
 
     def pre_exec(self) -> None:
-        """Tell the cursor how old a prepared statement may be."""
-        # of another class while the dialect initialises itself
+        """Set on the cursor how old a prepared statement may be."""
+        # of another class while the dialect is being initialised
         pool: Any = self.root_connection.engine.pool
         if self.isddl:
             pool.schema_changed_at = time.time()
@@ -236,4 +238,4 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
         cursor._invalidate_schema_cache_asof = getattr(pool, "schema_changed_at", 0.0)
 
 
-__all__ = ["DriverConnection", "Raw", "TenantConnection", "TenantEngine", "TenantExecutionContext"]
+__all__ = ["DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]

@@ -1,11 +1,11 @@
-"""Opening, proving and closing the connections to one server's tenants.
+"""Opening, verifying and closing the connections to one server's tenants.
 
 Sockets are opened and closed in tasks of the ``Connector``, never in the task of a caller. So a caller may be cancelled
-at any await: a connection that is being opened is finished and kept for the next one, a socket that is being closed is
-closed, and the slot is given back when that has happened and not before.
+at any await: the opening of a connection is completed for the next caller, the closing of a socket is completed, and
+the slot is freed only after that.
 
-A slot belongs to a connection, not to SQLAlchemy's record of it: whichever way SQLAlchemy drops a connection
-(invalidated, detached, collected as garbage), it ends in ``Connector.close`` once, or in the connection's finalizer.
+A slot belongs to a connection, not to SQLAlchemy's record of it. However SQLAlchemy drops a connection (invalidated,
+detached, garbage-collected), it ends exactly once, in ``Connector.close`` or in the connection's finalizer.
 """
 
 from __future__ import annotations
@@ -37,42 +37,40 @@ from ..errors import (
     ServerUnavailableError,
 )
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from .budget import Budget, Share
-from .connection import DriverConnection, Raw, TenantConnection
+from .connection import DriverConnection, TenantConnection
 from .dialect import SharedDialect
 from .marker import verify
 from .route import TenantRoute
-from .servers import Server, without_frames
+from .servers import CLOSE_SECONDS, Server, clear_tracebacks
 
 logger = logging.getLogger("tenancy_orm.routing")
 
 COMPILED_STATEMENTS = 1_000
-"""Statements in the compiled cache that all tenants of one server share."""
+"""Size of the compiled cache that all tenants of one server share, in statements."""
 
-_LOOKS = 3  # how often a tenant's password is looked up again for one connection
+_PASSWORD_READS = 3  # how often one login reads the tenant's stored passwords again
 _WRONG_PASSWORD = "28P01"  # noqa: S105 - a SQLSTATE
-
-CLOSE_SECONDS = 2.0
-"""How long closing a connection politely may take; then its socket is cut."""
 
 Record: TypeAlias = _ConnectionRecord
 
 
 class Connector:
-    """Opens, proves and closes the connections to one server's tenants; owns what those tenants share.
+    """Opens, verifies and closes the connections to one server's tenants.
 
-    That is the budget, the dialect and the compiled cache.
+    It has what these tenants share: the budget, the dialect and the compiled cache.
 
     Args:
         server: The server.
         config: Limits and timeouts.
-        keyring: Opens the tenants' passwords, each for the moment it is needed.
+        keyring: Opens the tenants' sealed passwords, each only for its login.
         installation: The id of this installation, for the markers.
-        events: Where openings, evictions and incidents are told.
-        passwords: The sealed passwords of the registry, for when PostgreSQL refuses the one at hand.
+        events: Receives openings, evictions and incidents.
+        passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
     """
 
     def __init__(
@@ -102,17 +100,17 @@ class Connector:
         self._passwords = passwords
         self._installation = installation
         self._closed = False
-        self._live: set[Raw] = set()
+        self._driver_connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
-        self._emptied = asyncio.Event()
+        self._all_closed = asyncio.Event()
 
     def __repr__(self) -> str:
-        """Name the server."""
+        """Return the server's name."""
         return f"Connector({self.server.name!r})"
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run ``work`` in a task of its own, which outlives the caller, and with no tenant bound."""
+        """Run ``work`` in a task of its own, with no tenant bound; a cancellation of the caller does not end it."""
         context = copy_context()
         context.run(set_current, None)
         task = asyncio.get_running_loop().create_task(work, context=context)
@@ -123,59 +121,61 @@ class Connector:
     # --- opening ----------------------------------------------------------------------------------------------------
 
     async def connect(self, route: TenantRoute) -> TenantConnection:
-        """Open a connection in a slot that was reserved, and prove that it leads to the tenant's own database.
+        """Open a connection in a reserved slot, and verify that it leads to the tenant's own database.
 
         Raises:
             LoginRefusedError, ServerUnavailableError: the server refuses, or does not answer in time.
-            MarkerMismatchError: the database is another's. The connection is closed, and the incident told.
-            SecretError: the tenant's password does not open.
+            MarkerMismatchError: the database is another tenant's. The connection is closed, the incident reported.
+            SecretError: the tenant's password does not open under any key.
         """
         started = time.monotonic()
-        raw: Raw | None = None
+        driver_connection: Connection | None = None
         try:
             if self._closed:
                 raise NotOpenError("the router is closed; open another Tenancy")
             async with asyncio.timeout(self.server.connect_timeout):
                 if not self._shared.ready:
                     await self._prepare(self._shared.begin, route)
-                raw = await self._log_in(route)
-                await verify(raw, self._installation, route.tenant_id, tenant=route.slug)
+                driver_connection = await self._log_in(route)
+                await verify(driver_connection, self._installation, route.tenant_id, tenant=route.slug)
                 if not self._shared.ready:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
-            self._give_back(route.share, raw)
-            raise self.server.unavailable(exc, tenant=route.slug) from without_frames(exc)
+            self._release_slot(route.share, driver_connection)
+            raise self.server.unavailable(exc, tenant=route.slug) from clear_tracebacks(exc)
         except asyncio.CancelledError:
-            # only at the end of the process, when there is no time left to be polite
-            if raw is not None:
-                raw.terminate()
-            self._give_back(route.share, None)
+            # only when the connector shuts down: there is no time left for a regular close
+            if driver_connection is not None:
+                driver_connection.terminate()
+            self._release_slot(route.share, None)
             raise
         except BaseException as exc:
-            self._give_back(route.share, raw)
+            self._release_slot(route.share, driver_connection)
             if isinstance(exc, MarkerMismatchError):
                 route.report_incident(exc)
             raise
-        return self._adopt(route, raw, time.monotonic() - started)
+        return self._adapt(route, driver_connection, time.monotonic() - started)
 
-    async def _log_in(self, route: TenantRoute) -> Raw:
-        # read before the login: another one of the same tenant may replace it meanwhile
+    async def _log_in(self, route: TenantRoute) -> Connection:
+        # read before the login, during which another login of the same tenant may replace it
         sealed = route.placement.sealed_password
         try:
             return await self._log_in_with(route, sealed)
         except (LoginRefusedError, SecretError) as exc:
             if self._passwords is None or not _concerns_password(exc):
                 raise
-            return await self._log_in_anew(route, sealed, exc)
+            return await self._log_in_again(route, sealed, exc)
 
-    async def _log_in_anew(self, route: TenantRoute, used: bytes, refused: LoginRefusedError | SecretError) -> Raw:
-        """Log in with what the registry has now: the password, or the key that seals it, is being rotated.
+    async def _log_in_again(
+        self, route: TenantRoute, used: bytes, refused: LoginRefusedError | SecretError
+    ) -> Connection:
+        """Log in with the passwords that the registry has now: the password or its key may have been rotated.
 
-        Read again while the registry has something new, since the next rotation may begin between a look and a login.
+        They are read again while they change, since a rotation may begin between a read and a login.
         """
-        # what did not open is tried again: reading the registry may have brought the key that opens it
+        # a password that did not open is tried again: reading the registry may have loaded its key
         tried = {used} if isinstance(refused, LoginRefusedError) else set()
-        for _ in range(_LOOKS):
+        for _ in range(_PASSWORD_READS):
             stored = await self._stored_passwords(route, refused)
             if tried.issuperset(stored):
                 break
@@ -184,25 +184,25 @@ class Connector:
                     continue
                 tried.add(sealed)
                 try:
-                    raw = await self._log_in_with(route, sealed)
+                    driver_connection = await self._log_in_with(route, sealed)
                 except (LoginRefusedError, SecretError) as exc:
                     if not _concerns_password(exc):
                         raise
                     refused = exc
                 else:
                     route.placement = replace(route.placement, sealed_password=sealed)
-                    return raw
+                    return driver_connection
         raise refused
 
     async def _stored_passwords(self, route: TenantRoute, refused: Exception) -> Sequence[bytes]:
-        assert self._passwords is not None  # noqa: S101 - for the type checker: the caller has looked
+        assert self._passwords is not None  # noqa: S101 - for the type checker: the caller has checked
         try:
             return await self._passwords.candidates(route.tenant_id)
         except (ControlUnavailableError, SecretProviderError) as exc:
-            logger.warning("the password of tenant %s cannot be read anew: %s", route.slug, exc)
+            logger.warning("the password of tenant %s cannot be read again: %s", route.slug, exc)
             raise refused from exc
 
-    async def _log_in_with(self, route: TenantRoute, sealed: bytes) -> Raw:
+    async def _log_in_with(self, route: TenantRoute, sealed: bytes) -> Connection:
         return await self.server.connect_tenant(
             route.placement,
             partial(self._keyring.open_password, route.tenant_id, sealed),
@@ -210,29 +210,29 @@ class Connector:
             connection_class=DriverConnection,
         )
 
-    async def _prepare(self, step: Callable[[], Awaitable[None]], route: TenantRoute) -> None:
-        """Have the administrator's connection tell what all tenants share."""
+    async def _prepare(self, phase: Callable[[], Awaitable[None]], route: TenantRoute) -> None:
+        """Await a phase of the shared dialect's initialisation; an error names the tenant that waits for it."""
         try:
-            await step()
+            await phase()
         except ServerUnavailableError as exc:
-            # one error may be many callers'
+            # many callers may wait for one task, each gets an error of its own
             raise ServerUnavailableError(server=exc.server, tenant=route.slug, sqlstate=exc.sqlstate) from exc
 
-    def _adopt(self, route: TenantRoute, raw: Raw, seconds: float) -> TenantConnection:
+    def _adapt(self, route: TenantRoute, driver_connection: Connection, seconds: float) -> TenantConnection:
         connection = TenantConnection(  # type: ignore[no-untyped-call]
             self.dialect.loaded_dbapi,
-            raw,
+            driver_connection,
             prepared_statement_cache_size=self.server.prepared_statement_cache_size,
         )
         connection.route = route
-        raw.guard = route.check_bound
+        driver_connection.check_use = route.check_bound
         connection.poller = select.poll()
-        connection.poller.register(raw._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        connection.poller.register(driver_connection._transport.get_extra_info("socket").fileno(), select.POLLIN)
         connection.finalizer = weakref.finalize(
-            connection, _in_loop, asyncio.get_running_loop(), self._shut_later, route.share, raw
+            connection, _in_loop, asyncio.get_running_loop(), self._begin_close, route.share, driver_connection
         )
         connection.finalizer.atexit = False
-        self._live.add(raw)
+        self._driver_connections.add(driver_connection)
         self.budget.opened()
         if self.events.has_subscribers(ConnectionOpened):
             self.events.emit(
@@ -240,21 +240,21 @@ class Connector:
             )
         return connection
 
-    def _give_back(self, share: Share[Record], raw: Raw | None) -> None:
-        """Give back the slot of a connection that was not completed, after its socket is closed."""
-        if raw is None:
+    def _release_slot(self, share: Share[Record], driver_connection: Connection | None) -> None:
+        """Free the slot of a connection that was not completed, once its socket is closed."""
+        if driver_connection is None:
             self.budget.failed(share)
-            self._check_emptied()
+            self._check_all_closed()
         else:
             self.budget.opened()
-            self._shut_later(share, raw)
+            self._begin_close(share, driver_connection)
 
     # --- closing ----------------------------------------------------------------------------------------------------
 
     def close(self, connection: TenantConnection) -> None:
-        """Begin to close a connection that is in use. In the loop's thread; a second time does nothing."""
+        """Begin to close a connection that is in use. Call it in the loop's thread; a second call does nothing."""
         if connection.finalizer.detach() is not None:
-            self._shut_later(connection.route.share, connection._connection)
+            self._begin_close(connection.route.share, connection._connection)
 
     def discard(self, record: Record) -> None:
         """Close a connection that counts as in use, and empty its record."""
@@ -262,25 +262,25 @@ class Connector:
         record.close()
 
     def close_soon(self, connection: TenantConnection) -> None:
-        """Have ``close`` called by the loop: from the garbage collector, in any thread, amid anything."""
+        """Let the loop call ``close``. The garbage collector may call this in any thread, at any point."""
         if connection.finalizer.alive:
             _in_loop(connection._connection._loop, self.close, connection)
 
-    def _shut_later(self, share: Share[Record], raw: Raw) -> None:
+    def _begin_close(self, share: Share[Record], driver_connection: Connection) -> None:
         self.budget.discard(share)
-        self.spawn(self._shut(share, raw))
+        self.spawn(self._close_socket(share, driver_connection))
 
-    async def _shut(self, share: Share[Record], raw: Raw) -> None:
-        """Close a socket. The server ends the session before it closes its side, so that it never counts too many."""
+    async def _close_socket(self, share: Share[Record], driver_connection: Connection) -> None:
+        """Close a socket, then free its slot. The server ends the session first, so it never has too many."""
         try:
-            await raw.close(timeout=CLOSE_SECONDS)
+            await driver_connection.close(timeout=CLOSE_SECONDS)
         except SERVER_FAILURES as exc:
-            logger.debug("a connection to server %s was cut: %s", self.server.name, type(exc).__name__)
-            raw.terminate()
+            logger.debug("a connection to server %s was terminated: %s", self.server.name, type(exc).__name__)
+            driver_connection.terminate()
         finally:
-            self._live.discard(raw)
+            self._driver_connections.discard(driver_connection)
             self.budget.closed(share)
-            self._check_emptied()
+            self._check_all_closed()
 
     def _evict(self, record: Record) -> None:
         route = cast("TenantConnection", record.dbapi_connection).route
@@ -288,43 +288,45 @@ class Connector:
         if self.events.has_subscribers(ConnectionEvicted):
             self.events.emit(ConnectionEvicted(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name))
 
-    def watch_idle(self) -> None:
-        """See to it that a connection that has just come to rest is closed when it has rested too long."""
+    def schedule_sweep(self) -> None:
+        """Schedule the next sweep, which closes connections that are idle for longer than ``idle_timeout``."""
         if self._sweeper is None:
             delay = max(self.idle_timeout, 0.1)
             self._sweeper = asyncio.get_running_loop().call_later(delay, self._sweep)
 
     def _sweep(self) -> None:
         self._sweeper = None
-        for _, record in self.budget.expired(time.monotonic() - self.idle_timeout):
+        for _, record in self.budget.take_expired(time.monotonic() - self.idle_timeout):
             self.discard(record)
         if self.budget.idle:
-            self.watch_idle()
+            self.schedule_sweep()
 
     async def shut_down(self, timeout: float) -> None:
-        """Wait until every connection is closed. After ``timeout`` seconds, cut those that are left.
+        """Wait until every connection is closed. After ``timeout`` seconds, terminate the remaining ones.
 
-        The caller has retired the pools: idle connections are being closed, busy ones are when they are returned.
+        The caller has retired the pools: idle connections are being closed, busy ones will be when they are returned.
         """
         if self._sweeper is not None:
             self._sweeper.cancel()
-        self._emptied.clear()
-        self._check_emptied()
+        self._all_closed.clear()
+        self._check_all_closed()
         try:
             async with asyncio.timeout(timeout):
-                await self._emptied.wait()
+                await self._all_closed.wait()
         except TimeoutError:
-            logger.warning("%d connections to server %s were still in use", len(self._live), self.server.name)
+            logger.warning(
+                "%d connections to server %s were still in use", len(self._driver_connections), self.server.name
+            )
         self._closed = True
-        for raw in list(self._live):
-            raw.terminate()
+        for driver_connection in list(self._driver_connections):
+            driver_connection.terminate()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _check_emptied(self) -> None:
+    def _check_all_closed(self) -> None:
         if self.budget.open == 0:
-            self._emptied.set()
+            self._all_closed.set()
 
 
 def _concerns_password(error: LoginRefusedError | SecretError) -> bool:
@@ -335,8 +337,8 @@ def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args
     try:
         loop.call_soon_threadsafe(call, *args)
     except RuntimeError:
-        # the loop is closed, and every socket with it
+        # the loop is closed, and so is every socket of it
         logger.debug("a connection outlived its event loop")
 
 
-__all__ = ["CLOSE_SECONDS", "COMPILED_STATEMENTS", "Connector", "Record"]
+__all__ = ["COMPILED_STATEMENTS", "Connector", "Record"]

@@ -1,4 +1,4 @@
-"""Every tenant's engine: made on first use, leased while in use, dropped when it was not used for long."""
+"""The cache of tenants' engines: created on first use, leased while in use, dropped when unused for long."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .pool import TenantPool
 
 
 class Entry:
-    """One tenant's engine and how many leases hold it.
+    """One tenant's engine, and how many leases it has.
 
-    ``retired`` engines are no longer found, but serve the leases they have.
+    A ``retired`` engine gets no new lease, but serves those that it has.
     """
 
     __slots__ = ("engine", "leases", "owner", "placement", "retired")
@@ -35,7 +35,7 @@ class Entry:
         self.leases = 0
         self.retired = False
         pool = TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, placement=placement)
-        # No cache of its own and no listeners, which is most of what an engine weighs.
+        # no compiled cache of its own and no listeners: they would be most of an engine's memory
         self.engine = AsyncEngine(
             TenantEngine(
                 pool,
@@ -48,28 +48,28 @@ class Entry:
 
     @property
     def pool(self) -> TenantPool:
-        """The engine's pool: another one after ``engine.dispose()``."""
+        """The engine's pool; ``engine.dispose()`` replaces it."""
         pool = self.engine.sync_engine.pool
         assert isinstance(pool, TenantPool)  # noqa: S101 - for the type checker: nothing else makes pools here
         return pool
 
-    def tell_refusal(self, error: CrossTenantError) -> None:
-        """Tell that the guard of a session refused something."""
+    def report_refusal(self, error: CrossTenantError) -> None:
+        """Report that a session's guard has refused something."""
         self.pool.route.report_incident(error)
 
-    def serves(self, tenant: Tenant) -> bool:
-        """Whether it was made for this placement, this password and this slug."""
+    def matches(self, tenant: Tenant) -> bool:
+        """Whether the engine was made for the tenant's present placement, password and slug."""
         mine, other = self.placement, tenant.placement
         return (mine is other or mine == other) and self.owner[1] == tenant.slug
 
 
 class EngineCache:
-    """Engines by tenant: at most ``max_engines``, but for those that are leased.
+    """Engines by tenant: at most ``max_engines``, or as many as are leased.
 
     Args:
         connector: Returns the connector of a server by its name.
         max_engines: How many engines are kept.
-        events: Where evictions are told.
+        events: Receives evictions.
     """
 
     def __init__(self, connector: Callable[[str], Connector], *, max_engines: int, events: EventBus) -> None:
@@ -77,7 +77,7 @@ class EngineCache:
         self._connector = connector
         self._events = events
         self._entries: dict[UUID, Entry] = {}
-        self._unleased: OrderedDict[UUID, Entry] = OrderedDict()  # the one that was in use last at the end
+        self._unleased: OrderedDict[UUID, Entry] = OrderedDict()  # the most recently used last
         self._closed = False
         self.home = HomeLoop()
 
@@ -92,7 +92,7 @@ class EngineCache:
     def acquire(self, tenant: Tenant) -> Entry:
         """Return the tenant's engine with one more lease, which ``release`` must end.
 
-        Nothing is awaited here, so that however many ask at once, there is one engine.
+        Nothing is awaited here, so concurrent calls get the same engine.
 
         Raises:
             WrongEventLoopError: this is another event loop or thread.
@@ -102,7 +102,7 @@ class EngineCache:
         if get_ident() != self.home.thread:
             self.home.check()
         entry = self._entries.get(tenant.id)
-        if entry is None or not entry.serves(tenant):
+        if entry is None or not entry.matches(tenant):
             entry = self._make(tenant)
         elif not entry.leases:
             del self._unleased[tenant.id]
@@ -118,7 +118,7 @@ class EngineCache:
                 self._trim()
 
     def lease(self, tenant: Tenant) -> Lease:
-        """Hold the tenant's engine for the body of ``async with``.
+        """Lease the tenant's engine for the body of ``async with``.
 
         Raises:
             RoutingError: as ``acquire``.
@@ -126,7 +126,7 @@ class EngineCache:
         return Lease(self, tenant)
 
     def retire(self, tenant_id: UUID) -> None:
-        """Drop a tenant's engine: idle connections are closed now, busy ones when they are returned.
+        """Drop a tenant's engine: its idle connections are closed now, busy ones when they are returned.
 
         Raises:
             WrongEventLoopError: this is another event loop or thread.
@@ -139,7 +139,7 @@ class EngineCache:
             entry.pool.retire()
 
     def close(self) -> None:
-        """Retire every engine, and lease no more.
+        """Retire every engine, and refuse further leases.
 
         Raises:
             WrongEventLoopError: this is another event loop or thread.

@@ -1,23 +1,21 @@
-"""The mark by which a tenant's database proves whose it is.
+"""The marker, which names the tenant that a database belongs to.
 
-It is the comment of the database itself (``COMMENT ON DATABASE``, set by the provisioner): neither a setting, nor
-``ALTER ROLE``, nor anything else the tenant's role may do changes what the catalogue says. It is read when a connection
-is made, before anything else uses that connection.
+It is the database's comment (``COMMENT ON DATABASE``), set by the provisioner. No setting, no ``ALTER ROLE`` and
+nothing else that the tenant's role may do can change it. It is read on each new connection, before anything else uses
+that connection.
 """
 
 from __future__ import annotations
 
-from typing import Any
 from uuid import UUID
 
-import asyncpg
-
 from ..errors import MarkerMismatchError
+from ..postgres.connections import Connection
 from ..postgres.quoting import quote_literal
 
-# Everything is qualified: a role can set its own search_path. Nothing is bound: a statement without parameters goes by
-# the simple protocol, in one round trip instead of two, and its command tag tells how many rows there were.
-# 1262 is the fixed oid of pg_database itself; without the look-up a new connection answers 0.3 ms sooner.
+# All names are qualified: a role can set its own search_path. No parameter is bound: a statement without parameters
+# uses the simple protocol, one round trip instead of two, and its command tag has the number of rows.
+# 1262 is the fixed oid of pg_database itself; without looking it up, a new connection answers 0.3 ms sooner.
 _PROVE = (
     "SELECT FROM pg_catalog.pg_shdescription AS c WHERE c.classoid OPERATOR(pg_catalog.=) 1262 "
     "AND c.objoid OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d "
@@ -31,23 +29,21 @@ _FIND = (
 
 
 def marker_text(installation: UUID, tenant_id: UUID) -> str:
-    """The marker of a tenant's database in this installation."""
+    """Return the marker of a tenant's database in this installation."""
     return f"tenancy:{installation}:{tenant_id}"
 
 
-async def verify(
-    connection: asyncpg.Connection[Any], installation: UUID, tenant_id: UUID, *, tenant: str | None = None
-) -> None:
+async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *, tenant: str | None = None) -> None:
     """Check that a connection leads to a tenant's own database.
 
     Args:
         connection: A new connection.
         installation: The id of this installation.
         tenant_id: Whose database it must be.
-        tenant: What to call the tenant in the error: its slug, or else its id.
+        tenant: The tenant's slug, for the error; its id where None.
 
     Raises:
-        MarkerMismatchError: it is another's, or nobody's. The caller closes the connection.
+        MarkerMismatchError: the marker is missing or another one. The caller closes the connection.
     """
     expected = marker_text(installation, tenant_id)
     if await connection.execute(_PROVE + quote_literal(expected)) == "SELECT 1":

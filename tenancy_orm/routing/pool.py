@@ -1,4 +1,4 @@
-"""The pool of one tenant's connections, on top of its server's budget: what SQLAlchemy's engine checks out from."""
+"""The SQLAlchemy pool of one tenant's connections, within its server's budget."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sqlalchemy.util import await_, greenlet_spawn
 
 from ..errors import CheckoutTimeoutError, ServerUnavailableError
 from ..events import CheckoutTimedOut
+from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Placement
 from .budget import Share
@@ -24,16 +25,16 @@ from .route import TenantRoute
 
 logger = logging.getLogger("tenancy_orm.routing")
 
-_TOO_MANY_CONNECTIONS = "53300"
 _FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1  # seconds
 
 
 class TenantPool(Pool):
-    """SQLAlchemy's pool for one tenant. It holds no password: only the sealed one, within ``placement``.
+    """SQLAlchemy's pool for one tenant. It has no plain password, only the sealed one in ``placement``.
 
     Args:
         connector: The connector of the tenant's server.
-        tenant: Whose connections these are.
+        tenant_id: The tenant.
+        slug: Its slug, for errors and events.
         placement: Where its database is.
     """
 
@@ -54,11 +55,11 @@ class TenantPool(Pool):
         self.retired = False
         self.schema_changed_at = 0.0
 
-    # A pool that held its own bound method as creator would be a reference cycle: the creator is a method instead.
+    # Storing a bound method of the pool as its creator would be a reference cycle, so the creator is a property.
 
     @staticmethod
     def _no_creator() -> DBAPIConnection:
-        raise AssertionError("a tenant's pool connects by its connector")
+        raise AssertionError("a tenant's pool connects through its connector")
 
     @property
     def _creator(self) -> Any:
@@ -99,10 +100,10 @@ class TenantPool(Pool):
             record = self._take()
             if record is None:
                 break
-            if not cast("TenantConnection", record.dbapi_connection).heard or self._still_alive(record):
+            if not cast("TenantConnection", record.dbapi_connection).has_unread_data or self._still_alive(record):
                 return record
             self.discard(record)
-        return await_(self._obtain())
+        return await_(self._acquire())
 
     def _take(self) -> Record | None:
         """Take an idle connection that is neither too old nor known to be closed."""
@@ -118,41 +119,41 @@ class TenantPool(Pool):
         return None
 
     def _still_alive(self, record: Record) -> bool:
-        """Whether the unread data was something else than the server's farewell."""
+        """Read the pending data, and return whether the server has not ended the connection with it."""
         connection = cast("TenantConnection", record.dbapi_connection)
         try:
-            await_(connection.listen())
+            await_(connection.drain())
         except BaseException:
             self.discard(record)
             raise
         return connection.usable
 
-    async def _obtain(self) -> Record:
+    async def _acquire(self) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.
 
-        Where the server or the tenant's role has too many connections (53300), which is no fault of this process
-        alone, try again until the deadline: one may be returned here, or closed elsewhere.
+        If the server or the tenant's role has too many connections (53300), other processes may have them: try again
+        until the deadline, since a connection may be returned here or closed there.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + self.connector.checkout_timeout
         pause = _FIRST_PAUSE
         while True:
-            record = await self._slot(deadline)
+            record = await self._wait_for_slot(deadline)
             if record is not None:
                 return record
             try:
                 return await self._open()
             except ServerUnavailableError as exc:
                 pause = min(2 * pause, _LAST_PAUSE) * (0.5 + random.random())
-                if exc.sqlstate != _TOO_MANY_CONNECTIONS or now() + pause > deadline:
+                if exc.sqlstate != TOO_MANY_CONNECTIONS or now() + pause > deadline:
                     raise
             await asyncio.sleep(pause)
             record = self._take()
             if record is not None:
                 return record
 
-    async def _slot(self, deadline: float) -> Record | None:
-        """Reserve a slot (None), or get a connection that is returned before one is free."""
+    async def _wait_for_slot(self, deadline: float) -> Record | None:
+        """Reserve a slot and return None, or return a connection that is returned to the pool before."""
         while not self.connector.budget.reserve(self.share):
             record = await self._wait(deadline)
             if record is None or self._reusable(record):
@@ -161,30 +162,30 @@ class TenantPool(Pool):
         return None
 
     async def _wait(self, deadline: float) -> Record | None:
-        """Wait for a connection of this tenant (a record) or for a slot to open one in (None)."""
+        """Wait for a connection of this tenant (a record) or for a reserved slot (None)."""
         waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
         self.connector.budget.wait(self.share, waiter)
         try:
             async with asyncio.timeout_at(deadline):
                 return await waiter
         except TimeoutError:
-            self._give_up(waiter)
-            raise self._timed_out() from None
+            self._stop_waiting(waiter)
+            raise self._timeout_error() from None
         except BaseException:
-            self._give_up(waiter)
+            self._stop_waiting(waiter)
             raise
 
-    def _give_up(self, waiter: asyncio.Future[Record | None]) -> None:
+    def _stop_waiting(self, waiter: asyncio.Future[Record | None]) -> None:
         budget = self.connector.budget
         if not waiter.done() or waiter.cancelled():
             budget.withdraw(self.share, waiter)
         elif (record := waiter.result()) is not None:
-            # served in the same turn of the loop in which the caller was cancelled
+            # the waiter was served in the same turn of the loop in which the caller was cancelled
             self._do_return_conn(record)
         else:
             budget.failed(self.share)
 
-    def _timed_out(self) -> CheckoutTimeoutError:
+    def _timeout_error(self) -> CheckoutTimeoutError:
         connector, budget = self.connector, self.connector.budget
         mine = self.share.account.open >= budget.per_tenant
         if connector.events.has_subscribers(CheckoutTimedOut):
@@ -208,15 +209,15 @@ class TenantPool(Pool):
         try:
             return cast("Record", await asyncio.shield(task))
         except asyncio.CancelledError:
-            task.add_done_callback(self._keep)
+            task.add_done_callback(self._return_unclaimed)
             raise
 
-    def _keep(self, task: asyncio.Task[Record]) -> None:
-        """Keep the connection that a cancelled caller had asked for."""
+    def _return_unclaimed(self, task: asyncio.Task[Record]) -> None:
+        """Return to the pool a connection that was opened for a cancelled caller."""
         if task.cancelled():
             return
         if (error := task.exception()) is not None:
-            logger.debug("a connection nobody waits for any more failed: %s", type(error).__name__)
+            logger.debug("opening a connection for a cancelled caller failed: %s", type(error).__name__)
         else:
             self._do_return_conn(task.result())
 
@@ -225,13 +226,13 @@ class TenantPool(Pool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         record = cast("Record", record)
         if record.dbapi_connection is None:
-            return  # it was invalidated or detached, and took its slot along
+            return  # it was invalidated or detached, and the connection has the slot
         if self.retired or not cast("TenantConnection", record.dbapi_connection).usable:
             self.discard(record)
         elif self.connector.full_reset:
             self.connector.spawn(self._reset(record))
         else:
-            self._rest(record)
+            self._return_idle(record)
 
     async def _reset(self, record: Record) -> None:
         connection = cast("TenantConnection", record.dbapi_connection)
@@ -245,11 +246,11 @@ class TenantPool(Pool):
             if self.retired:
                 self.discard(record)
             else:
-                self._rest(record)
+                self._return_idle(record)
 
-    def _rest(self, record: Record) -> None:
+    def _return_idle(self, record: Record) -> None:
         self.connector.budget.put(self.share, record, time.monotonic())
-        self.connector.watch_idle()
+        self.connector.schedule_sweep()
 
     def _reusable(self, record: Record) -> bool:
         connection = cast("TenantConnection", record.dbapi_connection)
@@ -265,26 +266,26 @@ class TenantPool(Pool):
         self.connector.close_soon(cast("TenantConnection", connection))
 
     def retire(self) -> None:
-        """Close what is idle now, and what is busy when it is returned."""
+        """Close idle connections now, and busy ones when they are returned."""
         self.retired = True
-        for record in self.connector.budget.drain(self.share):
+        for record in self.connector.budget.take_idle(self.share):
             self.discard(record)
 
     def dispose(self) -> None:
         """Retire this pool.
 
         Raises:
-            WrongEventLoopError: this is another loop or thread.
+            WrongEventLoopError: this is another event loop or thread.
         """
         self.connector.home.check()
         self.retire()
 
     def recreate(self) -> TenantPool:
-        """Return a new pool for the same tenant, as ``Engine.dispose`` asks for."""
+        """Return a new pool for the same tenant; ``Engine.dispose`` calls this."""
         return TenantPool(self.connector, tenant_id=self.tenant_id, slug=self.slug, placement=self.route.placement)
 
     def status(self) -> str:
-        """Describe the pool in words."""
+        """Return a line of text about the pool."""
         share = self.share
         return f"tenant {self.slug!r}: {share.busy} connections in use or being opened, {len(share.idle)} idle"
 

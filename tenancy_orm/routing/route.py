@@ -1,4 +1,4 @@
-"""What routing knows of one tenant on one server: its pool and its connections share it."""
+"""What a tenant's pool and its connections share: the tenant, its placement and share, and the check of the binding."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class TenantRoute:
     Args:
         tenant_id: The tenant.
         slug: Its slug, for errors and events.
-        placement: Where its database is; the sealed password in it is replaced when it has been rotated.
+        placement: Where its database is; the sealed password in it is replaced after a rotation.
         share: Its part of the server's budget.
         home: The event loop that its connections belong to.
-        events: Where incidents are reported.
+        events: Receives incidents.
     """
 
     __slots__ = ("_events", "home", "placement", "share", "slug", "tenant_id")
@@ -49,12 +49,12 @@ class TenantRoute:
         self._events = events
 
     def check_bound(self) -> None:
-        """Refuse to work for this tenant while the code is bound to another, or admitted no more, or in another loop.
+        """Check that the running code may use this tenant's connections.
 
         Raises:
             CrossTenantError: another tenant is bound.
-            AdmissionEndedError, TenantUnavailableError: what its request was let in with does not hold any more.
-            WrongEventLoopError: this is another loop or thread.
+            AdmissionEndedError, TenantUnavailableError: the admission of the bound request has ended.
+            WrongEventLoopError: this is another event loop or thread.
         """
         self.home.check()
         bound = current_tenant_or_none()
@@ -68,7 +68,7 @@ class TenantRoute:
             bound.admission.check()
 
     def report_incident(self, error: Exception) -> None:
-        """Report that a layer of isolation refused something in the tenant's name."""
+        """Log and emit that a layer of isolation has refused an operation on this tenant."""
         kind = type(error).__name__
         logger.error("%s: %s", kind, error)
         self._events.emit(IsolationIncident(tenant_id=self.tenant_id, slug=self.slug, kind=kind, detail=str(error)))

@@ -1,4 +1,4 @@
-"""The PostgreSQL servers that hold tenants' databases: their addresses, and how to log in to them."""
+"""The PostgreSQL servers that hold tenants' databases: their addresses, and logins to them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from ..config.sections import ROLE_SETTINGS
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
 from ..loops import HomeLoop
+from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Placement
 from .settings import BOUNDS, named_in_url, read_settings, without
@@ -29,15 +31,17 @@ logger = logging.getLogger("tenancy_orm.routing")
 _REFUSED = frozenset({"28000", "28P01", "42501", "3D000"})
 # connection exceptions, out of resources (too many connections, among others), operator intervention (shutting down)
 _AWAY = ("08", "53", "57P")
-# these concern the client's caches, and asyncpg's URL does not know them
+# these set the client's caches, and asyncpg does not accept them in a URL
 _CLIENT_OPTIONS = ("statement_cache_size", "prepared_statement_cache_size")
 _DEFAULT_PORT = 5432
-_CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 2.0
+"""How long closing a connection may take; then its socket is cut."""
+
 PEER_SECONDS = 30
-"""How long the other side of a tenant's connection may leave what was sent to it unacknowledged."""
+"""Seconds after which a tenant's connection is closed if the other side acknowledges nothing."""
 
 SETTINGS_SECONDS = 300.0
-"""How old the server's own settings may be when a connection is opened; then they are read again, in the background."""
+"""Seconds after which a server's own settings are read again, in the background, when a connection is opened."""
 
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 
@@ -47,13 +51,13 @@ class Server:
 
     Args:
         name: Its name in the configuration.
-        url: Its administrative URL. What its query holds (``sslmode``, ``sslrootcert``, ``target_session_attrs``, and
-            server settings) applies to tenants' connections as well, and so do ``statement_cache_size`` and
+        url: Its administrative URL. The options in its query (``sslmode``, ``sslrootcert``, ``target_session_attrs``,
+            and server settings) apply to tenants' connections as well, and so do ``statement_cache_size`` and
             ``prepared_statement_cache_size`` (0 for PgBouncer in transaction mode).
         connect_timeout: Seconds that opening a connection may take.
         statement_timeout: PostgreSQL's statement_timeout for tenants, in seconds; 0 leaves it to the server.
-        session_settings: Further settings for tenants' connections, but for those that the URL gives a value.
-        bounds: What tenants' roles have for ``settings.BOUNDS``.
+        session_settings: Further settings for tenants' connections; a value in the URL overrides one here.
+        bounds: Values of ``settings.BOUNDS`` in tenants' roles.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class Server:
         self._tenant_base = URL.create("postgresql+asyncpg", host=url.host or None, port=url.port)
         self._named = named_in_url(url)
         self._bounds = bounds
-        self._refuses_settings = False  # as PgBouncer does, without saying so in its URL
+        self._refuses_settings = False  # set when a login was refused with 08P01, as PgBouncer does
         given = {setting.lower(): value for setting, value in session_settings.items()}
         self.further_settings = without(given, self._named)
         self._tenant_settings = {"application_name": "tenancy", **self.further_settings}
@@ -86,14 +90,14 @@ class Server:
         self._pins: Mapping[str, str] | None = None
         self._pinned_at = 0.0
         self._reading: asyncio.Task[None] | None = None
-        # the server ends a statement that runs too long; the client gives up where the server does not answer at all
+        # the server ends a statement that runs too long; the client stops waiting for a server that does not answer
         self._command_timeout: float | None = None
         if statement_timeout > 0:
             self._tenant_settings["statement_timeout"] = f"{round(statement_timeout * 1000)}ms"
             self._command_timeout = statement_timeout + connect_timeout
 
     def __repr__(self) -> str:
-        """Name it and its address."""
+        """Return the server's name and address."""
         return f"Server({self.name!r}, {self.host}:{self.port})"
 
     @property
@@ -114,11 +118,11 @@ class Server:
 
     @property
     def is_pooled(self) -> bool:
-        """Whether a pooler is in front that refuses startup parameters (08P01): its URL says so, or it has refused."""
+        """Whether a pooler in front refuses startup parameters: by its URL, or since it has refused them (08P01)."""
         return self._refuses_settings or self._client_options.get("statement_cache_size") == 0
 
     def tenant_url(self, placement: Placement) -> URL:
-        """The URL of a tenant's database as SQLAlchemy writes it, without the password: a name, not a way in."""
+        """The URL of a tenant's database in SQLAlchemy's form, without the password; it is not used to connect."""
         return self._tenant_base._replace(username=placement.role, database=placement.database)
 
     async def connect_admin(
@@ -128,18 +132,18 @@ class Server:
         role: str | None = None,
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
-    ) -> asyncpg.Connection[Any]:
-        """Log in as the administrator. These connections are no part of the budget; the caller closes them.
+    ) -> Connection:
+        """Log in as the administrator. These connections are not part of the budget; the caller closes them.
 
         Args:
-            database: Where to; the URL's own where None.
-            role: The role to act as from the very first statement.
+            database: The database; the one in the URL where None.
+            role: The role to act as from the first statement on.
             settings: Further server settings, in force from the start.
             timeout: Seconds this may take; ``connect_timeout`` where None.
 
         Raises:
-            ServerUnavailableError: the server does not answer, or takes no connections now.
-            asyncpg.PostgresError: it refuses this one: no such database, say.
+            ServerUnavailableError: the server does not answer, or accepts no connections now.
+            asyncpg.PostgresError: the server refuses this one: no such database, for example.
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("logging in as the administrator")
@@ -156,12 +160,12 @@ class Server:
                 **self._driver_options,
             )
         except asyncpg.PostgresError as exc:
-            without_frames(exc)
+            clear_tracebacks(exc)
             if not (exc.sqlstate or "").startswith(_AWAY):
                 raise
             raise ServerUnavailableError(server=self.name, sqlstate=exc.sqlstate) from exc
         except SERVER_FAILURES as exc:
-            raise ServerUnavailableError(server=self.name) from without_frames(exc)
+            raise ServerUnavailableError(server=self.name) from clear_tracebacks(exc)
 
     async def connect_tenant(
         self,
@@ -176,16 +180,16 @@ class Server:
 
         Args:
             placement: Database and role.
-            password: The role's password, or what returns it: so it is opened as late as can be.
-            tenant: What to call the tenant in errors: its slug; the role where None.
+            password: The role's password, or a function that returns it, called as late as possible.
+            tenant: The tenant's slug, for errors; the role where None.
             connection_class: The class of the connection.
             timeout: Seconds this may take; ``connect_timeout`` where None.
 
         Raises:
-            LoginRefusedError: the password, the role or its rights do not admit it.
-            ServerUnavailableError: the server does not answer, or takes no connections now.
-            SecretError: (from ``password``) it does not open.
-            CrossTenantError: a tenant is bound; its sessions are had from the router.
+            LoginRefusedError: PostgreSQL refuses the password or the role, or the role lacks a right.
+            ServerUnavailableError: the server does not answer, or accepts no connections now.
+            SecretError: (from ``password``) the sealed password does not open.
+            CrossTenantError: a tenant is bound; get its sessions from the router.
         """
         refuse_while_bound("logging in as a tenant's role")
         label = tenant or placement.role
@@ -212,25 +216,27 @@ class Server:
                     raise
                 connection = await connect(self._without_pins())
         except SERVER_FAILURES as exc:
-            raise self.unavailable(exc, tenant=label) from without_frames(exc)
-        notice_a_dead_peer(connection)
+            raise self.unavailable(exc, tenant=label) from clear_tracebacks(exc)
+        set_keepalive(connection)
         return connection
 
     def _without_pins(self) -> Mapping[str, str]:
-        """What is left to send where a pooler refuses startup parameters, from now on."""
+        """Pin no settings from now on, and return those that are still sent."""
         self._refuses_settings = True
         logger.warning(
             "server %s refuses startup parameters (08P01), as PgBouncer does: settings that a tenant's role has given "
-            "itself are in force for that tenant until reconcile; let PgBouncer ignore them, or name them in its "
-            "track_extra_parameters",
+            "itself are in force for that tenant until reconcile; let PgBouncer ignore these parameters, or name them "
+            "in its track_extra_parameters",
             self.name,
         )
         return self._tenant_settings
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
-    async def read_settings(self, connection: asyncpg.Connection[Any]) -> None:
-        """Read by an administrative connection what tenants' connections start with: ``session_settings``, when known.
+    async def read_settings(self, connection: Connection) -> None:
+        """Read the settings that tenants' connections start with, over an administrative connection.
+
+        They are in ``session_settings`` afterwards.
 
         Raises:
             asyncpg.PostgresError: the server refuses.
@@ -246,7 +252,7 @@ class Server:
         if self._pins is None:
             await self._read_settings()
         elif time.monotonic() - self._pinned_at > SETTINGS_SECONDS and self._reading is None:
-            # the server's configuration may have changed; an answer some minutes old is good enough for this one
+            # the server's configuration may have changed; this connection may still use settings some minutes old
             self._reading = asyncio.get_running_loop().create_task(self._renew_settings(), context=Context())
         assert self._pins is not None  # noqa: S101 - for the type checker
         return self._pins
@@ -258,24 +264,24 @@ class Server:
                 async with asyncio.timeout(self.connect_timeout):
                     await self.read_settings(connection)
             finally:
-                await close(connection)
+                await connections.close(connection, timeout=CLOSE_SECONDS)
         except SERVER_FAILURES as exc:
-            # no refusal of the tenant that a connection is for
-            raise ServerUnavailableError(server=self.name, sqlstate=getattr(exc, "sqlstate", None)) from without_frames(
-                exc
-            )
+            # the administrator's login failed: the tenant was not refused
+            raise ServerUnavailableError(
+                server=self.name, sqlstate=getattr(exc, "sqlstate", None)
+            ) from clear_tracebacks(exc)
 
     async def _renew_settings(self) -> None:
         try:
             await self._read_settings()
         except TenancyError as exc:
-            self._pinned_at = time.monotonic()  # again as late as after a success
+            self._pinned_at = time.monotonic()  # the next try is as late as after a success
             logger.warning("the settings of server %s cannot be read again: %s", self.name, exc)
         finally:
             self._reading = None
 
     async def close(self) -> None:
-        """End what runs in the background."""
+        """Cancel the background read of the settings, if there is one."""
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
@@ -283,7 +289,7 @@ class Server:
     # --- errors -----------------------------------------------------------------------------------------------------
 
     def unavailable(self, error: BaseException, *, tenant: str) -> ServerUnavailableError:
-        """What to raise when opening a connection for ``tenant`` (its slug) failed by ``error``."""
+        """Return the error to raise when opening a connection for ``tenant`` (its slug) failed with ``error``."""
         sqlstate = getattr(error, "sqlstate", None)
         kind = LoginRefusedError if sqlstate in _REFUSED else ServerUnavailableError
         return kind(server=self.name, tenant=tenant, sqlstate=sqlstate)
@@ -310,30 +316,24 @@ class Server:
                 **options,
             )
         except asyncpg.exceptions.ClientConfigurationError as exc:
-            raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from without_frames(exc)
+            raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from clear_tracebacks(
+                exc
+            )
         except BaseException as exc:
-            # a cancellation or a deadline too: whatever ends a connect ends in frames that hold the password
-            without_frames(exc)
+            # a cancellation or a time-out as well: the frames of every failed connect hold the password
+            clear_tracebacks(exc)
             raise
 
     def _admin_password(self) -> str:
-        """The administrator's password; a method, so that the frames of a failed connect need not hold the text."""
+        """The administrator's password. It is passed as a method, so that our frames do not hold the text."""
         return str(self.url.password or "")
 
 
-async def close(connection: asyncpg.Connection[Any]) -> None:
-    """Close a connection, politely where that does not take long."""
-    try:
-        await connection.close(timeout=_CLOSE_SECONDS)
-    except SERVER_FAILURES:
-        connection.terminate()
+def set_keepalive(connection: Connection) -> None:
+    """Let the kernel close a connection within about ``PEER_SECONDS`` if the other side no longer answers.
 
-
-def notice_a_dead_peer(connection: asyncpg.Connection[Any]) -> None:
-    """Have the kernel end a connection whose other side no longer answers, within about ``PEER_SECONDS``.
-
-    A long statement is not affected, as long as the server's machine acknowledges. Without this, what was sent to a
-    machine that has gone is repeated for some 15 minutes, and so long its connections would count as busy.
+    A long statement is not affected while the server's machine acknowledges. Without this, the kernel repeats what was
+    sent to a lost machine for some 15 minutes, and its connections would count as busy for that time.
     """
     transport = getattr(connection, "_transport", None)
     peer: socket.socket | None = transport.get_extra_info("socket") if transport is not None else None
@@ -353,7 +353,7 @@ def notice_a_dead_peer(connection: asyncpg.Connection[Any]) -> None:
 E = TypeVar("E", bound=BaseException)
 
 
-def without_frames(error: E) -> E:
+def clear_tracebacks(error: E) -> E:
     """Drop the tracebacks of ``error`` and of its causes: asyncpg's frames hold the password in local variables."""
     cause: BaseException | None = error
     while cause is not None:
@@ -405,11 +405,11 @@ class Servers(Mapping[str, Server]):
         return len(self._servers)
 
     def __repr__(self) -> str:
-        """Name them."""
+        """Return the servers' names."""
         return f"Servers({', '.join(self._servers)})"
 
     async def close(self) -> None:
-        """End what runs in the background. Connections belong to whoever opened them."""
+        """Cancel the servers' background work. Their connections are closed by the code that opened them."""
         for server in self._servers.values():
             await server.close()
 

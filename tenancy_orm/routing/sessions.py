@@ -1,4 +1,4 @@
-"""From a tenant to a session, a connection or an engine on its own database."""
+"""The router: sessions, connections and engines on a tenant's own database."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLOSE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class RoutingStatistics:
-    """What a process holds: ``engines`` kept, how many of them ``leased``, and connections by server."""
+    """Counts of one process: ``engines`` in the cache, how many are ``leased``, and connections by server."""
 
     engines: int
     leased: int
@@ -39,15 +39,15 @@ class RoutingStatistics:
 
 
 class Router:
-    """Tenant to engine to connection to session. It never looks at the status: whoever calls has.
+    """Gives sessions, connections and engines for tenants. It does not check a tenant's status: the caller has.
 
     Args:
         config: Limits and timeouts.
         servers: The servers by name.
-        keyring: Opens the tenants' passwords.
+        keyring: Opens the tenants' sealed passwords.
         installation: The id of this installation.
-        events: Where openings, evictions and incidents are told.
-        passwords: The sealed passwords of the registry, for when PostgreSQL refuses the one it has.
+        events: Receives openings, evictions and incidents.
+        passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
     """
 
     def __init__(
@@ -72,35 +72,35 @@ class Router:
         }
         self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
 
-    def session(self, tenant: Tenant, **options: Any) -> SessionScope:
+    def session(self, tenant: Tenant, **options: Any) -> SessionContext:
         """Open a session on a tenant's database: ``async with router.session(tenant) as session``.
 
         Args:
-            tenant: Whose database.
-            options: As ``AsyncSession``; ``expire_on_commit`` is False unless given. ``sync_session_class`` must be a
-                ``TenantSession``.
+            tenant: The tenant.
+            options: As ``AsyncSession``; ``expire_on_commit`` is False by default. ``sync_session_class`` must be a
+                subclass of ``TenantSession``.
 
         Raises:
             RoutingError: (on entering) the tenant has no database, or its server is not configured.
-            ConfigurationError: (on entering) ``options`` would take the session off the tenant's engine or its guard.
+            ConfigurationError: (on entering) ``options`` would bypass the tenant's engine or the guard.
             CheckoutTimeoutError: (at the first statement) no connection became free in time.
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
         refuse_other_tenant(tenant)
-        return SessionScope(self._cache, tenant, options)
+        return SessionContext(self._cache, tenant, options)
 
-    def connection(self, tenant: Tenant) -> ConnectionScope:
+    def connection(self, tenant: Tenant) -> ConnectionContext:
         """Check out a connection, without a session: ``async with router.connection(tenant) as connection``.
 
         Raises:
             TenancyError: as ``session``, all on entering.
         """
         refuse_other_tenant(tenant)
-        return ConnectionScope(self._cache, tenant)
+        return ConnectionContext(self._cache, tenant)
 
     def lease(self, tenant: Tenant) -> Lease:
-        """Hold a tenant's engine: ``async with router.lease(tenant) as engine``. Sessions made from it have no guard.
+        """Lease a tenant's engine: ``async with router.lease(tenant) as engine``. Sessions made from it have no guard.
 
         Raises:
             RoutingError: the tenant has no database, or its server is not configured.
@@ -109,9 +109,9 @@ class Router:
         return self._cache.lease(tenant)
 
     def retire(self, tenant_id: UUID) -> None:
-        """Forget a tenant's engine, since its status, placement or password may have changed.
+        """Drop a tenant's engine from the cache, since its status, placement or password may have changed.
 
-        Sessions that are open keep theirs; their connections are closed when they are returned.
+        Open sessions keep their engine; its connections are closed when they are returned.
         """
         self._cache.retire(tenant_id)
 
@@ -124,7 +124,7 @@ class Router:
         )
 
     async def close(self, *, timeout: float = CLOSE_SECONDS) -> None:
-        """Close every connection: idle ones now, busy ones when they are returned, or cut after ``timeout`` seconds."""
+        """Close every connection: idle ones now, busy ones when returned, the rest after ``timeout`` seconds."""
         self._cache.close()
         await asyncio.gather(*(connector.shut_down(timeout) for connector in self._connectors.values()))
 
@@ -135,8 +135,8 @@ class Router:
             raise UnknownServerError(server) from None
 
 
-class SessionScope:
-    """``async with router.session(tenant)``: a lease, and an ``AsyncSession`` within."""
+class SessionContext:
+    """``async with router.session(tenant)``: a lease of the engine, and an ``AsyncSession`` on it."""
 
     __slots__ = ("_cache", "_entry", "_options", "_session", "_tenant")
 
@@ -169,9 +169,9 @@ class SessionScope:
             self._cache.home.check()
         self._session = self._entry = None
         try:
-            # Without a transaction there is no I/O, so no greenlet is needed. And in no case a task of its own, by
-            # which AsyncSession outlasts a cancellation: where a roll-back is cancelled, the connector closes the
-            # connection.
+            # Without a transaction there is no I/O, so no greenlet is needed. AsyncSession's context manager closes in
+            # a task of its own, to survive a cancellation; here it need not: if a roll-back is cancelled, the connector
+            # closes the connection.
             if busy:
                 await session.close()
             else:
@@ -187,7 +187,7 @@ def _open_plain_session(entry: Entry) -> AsyncSession:
         sync_session_class=TenantSession,
         expire_on_commit=False,
         tenant=entry.owner,
-        on_refusal=entry.tell_refusal,
+        on_refusal=entry.report_refusal,
     )
 
 
@@ -197,19 +197,19 @@ def _open_session(entry: Entry, options: dict[str, Any]) -> AsyncSession:
         raise ConfigurationError("sync_session_class must be a subclass of tenancy_orm.routing.TenantSession")
     for name in ("bind", "tenant", "on_refusal"):
         if name in options:
-            raise ConfigurationError(f"a tenant's session takes no {name!r}: it is bound to the tenant's own engine")
+            raise ConfigurationError(f"a tenant's session takes no {name!r}: it always uses the tenant's own engine")
     options.setdefault("expire_on_commit", False)
     return AsyncSession(
         entry.engine,
         sync_session_class=session_class,
         tenant=entry.owner,
-        on_refusal=entry.tell_refusal,
+        on_refusal=entry.report_refusal,
         **options,
     )
 
 
-class ConnectionScope:
-    """``async with router.connection(tenant)``: a lease, and an ``AsyncConnection`` within."""
+class ConnectionContext:
+    """``async with router.connection(tenant)``: a lease of the engine, and an ``AsyncConnection`` from it."""
 
     __slots__ = ("_cache", "_connection", "_entry", "_tenant")
 
@@ -243,4 +243,4 @@ class ConnectionScope:
             self._cache.release(entry)
 
 
-__all__ = ["CLOSE_SECONDS", "ConnectionScope", "Router", "RoutingStatistics", "SessionScope"]
+__all__ = ["CLOSE_SECONDS", "ConnectionContext", "Router", "RoutingStatistics", "SessionContext"]

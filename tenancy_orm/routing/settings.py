@@ -1,19 +1,19 @@
 """The settings that every tenant's connection starts with, whatever the tenant's role has set for itself.
 
-A role may run ``ALTER ROLE CURRENT_USER SET search_path = ...``, and every later connection of that role begins with
-it. A startup parameter wins over that, and ``RESET ALL`` returns to it; a ``SET`` after the login would be undone by
-``RESET ALL``, and would cost a round trip. So each connection asks for the server's own values.
+A role may run ``ALTER ROLE CURRENT_USER SET search_path = ...``, and every later connection of that role starts with
+that value. A startup parameter overrides it, and ``RESET ALL`` returns to the startup parameter; a ``SET`` after the
+login would be undone by ``RESET ALL``, and would cost a round trip. So each connection sends the server's own values.
 
-Pinned is what SQLAlchemy and asyncpg assume of a connection, what gives the same statement another meaning, and what
-keeps a statement from working at all. Not pinned are:
+Pinned are the settings that SQLAlchemy and asyncpg rely on, those that change the meaning of a statement, and those
+that keep a statement from working at all. Not pinned are:
 
-- ``temp_file_limit`` and ``work_mem``, which an administrator sets for the tenants' roles (the bounds on transactions,
-  which are set so too, are pinned to the same values);
-- what only a superuser may set, so that no tenant's role can: ``session_preload_libraries``, ``lc_messages``,
-  ``session_replication_role``;
-- the planner's settings (``enable_*``, ``jit``, costs): they change how fast an answer comes, and no answer;
+- ``temp_file_limit`` and ``work_mem``, which an administrator sets for the tenants' roles (the bounds on transactions
+  are set for them too, and are pinned to the same values);
+- settings that only a superuser may change, so that no tenant's role can: ``session_preload_libraries``,
+  ``lc_messages``, ``session_replication_role``;
+- the planner's settings (``enable_*``, ``jit``, costs): they change how fast an answer comes, not the answer;
 - ``client_encoding``, which asyncpg sends by itself, and ``escape_string_warning`` and ``client_min_messages``, which
-  change what the server logs and says, and no answer.
+  change what the server logs and sends as notices, not the answer.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 from sqlalchemy.engine import URL
 
+from ..postgres.connections import Connection
+
 PINNED: Final = frozenset(
     {
-        # what SQLAlchemy asks once and takes for granted on every connection
+        # what SQLAlchemy reads once and assumes for every connection
         "default_transaction_isolation",
         "standard_conforming_strings",
         "search_path",
-        # how literals are read, and values written, where a driver or an application meets them as text
+        # how literals are read, and how values are written as text
         "backslash_quote",
         "bytea_output",
         "datestyle",
@@ -66,33 +68,33 @@ PINNED: Final = frozenset(
         "temp_tablespaces",
     }
 )
-"""In lower case, as PostgreSQL compares them. ``role`` is pinned to ``none`` as well, which no view lists."""
+"""In lower case, as PostgreSQL compares them. ``role``, which no view lists, is pinned to ``none`` as well."""
 
 PINNED_WHERE_KNOWN: Final = frozenset({"restrict_nonsystem_relation_kind", "transaction_timeout"})
-"""Further ones, which not every version has."""
+"""Further pinned settings, which not every PostgreSQL version has."""
 
 BOUNDS: Final = ("idle_in_transaction_session_timeout", "transaction_timeout")
-"""What an administrator sets for the tenants' roles, and would end a connection where a role has set it to nothing."""
+"""Bounds that an administrator sets for tenants' roles. A role that set them very low would lose its connections."""
 
-# the values of others are those of the administrator's role, or of the database it has logged in to
+# values from other sources are those of the administrator's role, or of the database that it has connected to
 _SERVERS_OWN = frozenset({"default", "environment variable", "configuration file", "command line", "global"})
 _READ = (
     "SELECT s.name, s.setting, s.boot_val, s.source FROM pg_catalog.pg_settings AS s "
     "WHERE pg_catalog.lower(s.name) OPERATOR(pg_catalog.=) ANY ($1::pg_catalog.text[]) "
-    # whoever lets roles set what is a superuser's has said so, but a startup parameter would be refused
+    # a GRANT SET may let a role change a superuser's setting, but PostgreSQL would refuse it as a startup parameter
     "AND s.context OPERATOR(pg_catalog.=) 'user'"
 )
 _READ_FILES = "SELECT f.name, f.setting FROM pg_catalog.pg_file_settings AS f WHERE f.applied"
 _IDENTIFIER = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",\s][^",]*?))\s*(?:,|$)')
 
 
-async def read_settings(connection: asyncpg.Connection[Any], bounds: Mapping[str, str]) -> dict[str, str]:
-    """Read the server's own values of what is pinned.
+async def read_settings(connection: Connection, bounds: Mapping[str, str]) -> dict[str, str]:
+    """Return the server's own values of the pinned settings, by name.
 
     Args:
-        connection: The administrator's. Settings of its role and of its database do not count; what the server's URL
-            says does.
-        bounds: Values of ``BOUNDS`` that tenants' roles have in place of the server's.
+        connection: An administrative one. The settings of its role and of its database do not count; those in the
+            server's URL do.
+        bounds: Values of ``BOUNDS`` in tenants' roles, which override the server's.
 
     Raises:
         asyncpg.PostgresError: the server refuses.
@@ -113,17 +115,17 @@ async def read_settings(connection: asyncpg.Connection[Any], bounds: Mapping[str
     return values
 
 
-async def _read_files(connection: asyncpg.Connection[Any], names: set[str]) -> dict[str, str]:
-    """What the configuration files say of settings that the administrator's role or database hides."""
+async def _read_files(connection: Connection, names: set[str]) -> dict[str, str]:
+    """The values in the configuration files of settings that the administrator's role or database overrides."""
     try:
         rows = await connection.fetch(_READ_FILES)
     except asyncpg.InsufficientPrivilegeError:
-        return {}  # a superuser's to read; without it, PostgreSQL's own default is all there is
+        return {}  # only a superuser may read this view; otherwise PostgreSQL's own default is used
     return {row["name"].lower(): row["setting"] for row in rows if row["name"].lower() in names}
 
 
 def named_in_url(url: URL) -> frozenset[str]:
-    """The settings that a server's URL gives a value, by itself or within ``options``; in lower case."""
+    """The names of the settings in a server's URL, as parameters or within ``options``; in lower case."""
     names = {name.lower() for name in url.query}
     options = url.query.get("options", "")
     words = shlex.split(options if isinstance(options, str) else " ".join(options))
@@ -140,13 +142,13 @@ def _name_of(assignment: str) -> str:
 
 
 def without(settings: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The settings but for those of these names."""
+    """The settings without those of these names."""
     taken = frozenset(names)
     return {name: value for name, value in settings.items() if name not in taken}
 
 
 def default_schema(search_path: str) -> str:
-    """The schema that a ``search_path`` creates tables in, in a database that has no schema of the role's own name."""
+    """The schema in which tables are created with this ``search_path``, if no schema has the role's name."""
     for quoted, plain in _IDENTIFIER.findall(search_path):
         name = str(quoted.replace('""', '"') if quoted else plain.lower())
         if name not in ("$user", "pg_temp"):

@@ -1,5 +1,5 @@
 """Real PostgreSQL servers for tests, demos and development.
 
-``tenancy_orm.testing.embedded`` needs the extra ``embedded`` and is imported explicitly, so that importing this
-package costs nothing and needs nothing.
+``tenancy_orm.testing.embedded`` needs the extra ``embedded``; import it explicitly. Importing this package alone needs
+no extra.
 """

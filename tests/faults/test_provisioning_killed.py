@@ -1,4 +1,4 @@
-"""SIGKILL at every step, and anywhere: reconcile leaves one ready tenant or nothing."""
+"""SIGKILL at every step and at random points: reconcile leaves one active tenant or nothing."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ async def test_a_creation_that_is_killed_early_is_removed(workshop: Workshop, at
 
 
 async def test_a_creation_that_is_killed_between_the_last_steps_is_removed_or_completed(workshop: Workshop) -> None:
-    """Whether the last one's name was written by then decides; either way nothing half-made stays."""
+    """It is completed if the last step's name was written, else removed; nothing incomplete stays."""
     await workshop.provisioner.template("default")
     await killed(workshop, "create", at="after grants")
     report = await reconcile(workshop)
@@ -118,7 +118,7 @@ async def test_a_creation_that_is_killed_between_the_last_steps_is_removed_or_co
 
 @pytest.mark.parametrize("at", ["before proved", "after proved", "before complete"])
 async def test_a_creation_that_is_killed_late_is_completed(workshop: Workshop, at: str) -> None:
-    """Everything was there but the proof, which reconcile repeats, or the last commit: the tenant is ready."""
+    """If only the last step or the last commit is missing, reconcile repeats it, and the tenant becomes active."""
     await workshop.provisioner.template("default")
     await killed(workshop, "create", at=at)
     assert await reconcile(workshop) == ReconcileReport(finished=("acme",))
@@ -127,7 +127,7 @@ async def test_a_creation_that_is_killed_late_is_completed(workshop: Workshop, a
 
 
 async def test_a_creation_that_is_killed_after_its_commit_stands(workshop: Workshop) -> None:
-    """There is nothing to reconcile."""
+    """A creation killed after its commit leaves an active tenant, and nothing to reconcile."""
     await killed(workshop, "create", at="after complete")
     assert await reconcile(workshop) == ReconcileReport()
     assert await workshop.consistent()
@@ -152,7 +152,7 @@ async def assert_usable(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 async def test_a_process_that_is_killed_anywhere_leaves_whole_tenants(workshop: Workshop, seed: int) -> None:
-    """Killed at a random moment with several creations under way: each is a ready tenant or nothing."""
+    """If a process with several creations is killed, each becomes an active tenant or nothing."""
     await workshop.create("before")
     delay = random.Random(seed).uniform(0.05, 0.6)
     async with process(workshop, "create many", slug=f"t{seed}") as child:
@@ -183,16 +183,16 @@ async def test_a_purge_that_is_killed_is_finished(workshop: Workshop, at: str) -
     await workshop.create("acme")
 
 
-@pytest.mark.parametrize("at", ["erase", "retire", "forget"])
+@pytest.mark.parametrize("at", ["erase", "retire", "revoke_rights"])
 async def test_a_purge_that_another_tenant_resists_is_finished(workshop: Workshop, at: str) -> None:
-    """Killed between the steps that only such a purge has: the role, which has no name any more, is dropped as well."""
+    """If such a purge is killed after the role was renamed, the renamed role is dropped as well."""
     tenant, other = await workshop.deleted("acme"), await workshop.create("globex")
     async with workshop.connect(other) as connection:
         await connection.execute(f'ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO "{placement(tenant).role}"')
     await killed(workshop, "purge", at=f"after {at}")
     report = await reconcile(workshop)
     # the tenant is purged before its role is forgotten elsewhere, which may take long
-    purged = () if at == "forget" else ("acme",)
+    purged = () if at == "revoke_rights" else ("acme",)
     assert (report.purged, len(report.orphans)) == (purged, 0 if at == "erase" else 1)
     async with workshop.admin() as connection:
         assert await roles.states(connection, workshop.names.retired("")) == {}
@@ -201,9 +201,9 @@ async def test_a_purge_that_another_tenant_resists_is_finished(workshop: Worksho
     await workshop.create("acme")
 
 
-@pytest.mark.parametrize("at", ["before apply", "after apply", "before seal", "after seal"])
+@pytest.mark.parametrize("at", ["before apply", "after apply", "before complete_template", "after complete_template"])
 async def test_a_template_whose_builder_is_killed_is_built_anew(workshop: Workshop, at: str) -> None:
-    """What it left is never cloned, unless it was complete."""
+    """An incomplete template is never cloned."""
     await killed(workshop, "template", at=at)
     tenant = await workshop.create("acme")
     async with workshop.connect(tenant) as connection:
@@ -212,7 +212,7 @@ async def test_a_template_whose_builder_is_killed_is_built_anew(workshop: Worksh
 
 
 async def test_a_template_whose_builder_is_killed_is_removed(workshop: Workshop) -> None:
-    """By reconcile, where nobody builds it again."""
+    """Reconcile drops an incomplete template that no process builds."""
     await killed(workshop, "template", at="after apply")
     report = await reconcile(workshop)
     assert report.orphans != ()

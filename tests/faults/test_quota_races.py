@@ -51,12 +51,12 @@ async def test_counting_without_the_database_deciding_goes_over_the_limit(plane:
     await plane.quotas.consume(tenant, "calls", 399)
 
     async def naive() -> bool:
-        async with plane.control.transaction() as conn:
-            used = await conn.scalar(text("SELECT used FROM tenancy.usage"))
-            await conn.execute(text("SELECT pg_sleep(0.05)"))
+        async with plane.control.transaction() as connection:
+            used = await connection.scalar(text("SELECT used FROM tenancy.usage"))
+            await connection.execute(text("SELECT pg_sleep(0.05)"))
             if used >= 400:
                 return False
-            await conn.execute(text("UPDATE tenancy.usage SET used = used + 1"))
+            await connection.execute(text("UPDATE tenancy.usage SET used = used + 1"))
             return True
 
     assert sum(await asyncio.gather(*(naive() for _ in range(4)))) > 1
@@ -161,11 +161,11 @@ async def test_a_lease_that_is_returned_takes_its_locks_in_the_order_of_all_othe
     tenant = await plane.tenant()
     share = plane.quotas.leased(tenant, "calls", block=10)
     await share.consume()
-    async with plane.holding("SELECT 1 FROM tenancy.usage FOR UPDATE") as conn:
+    async with plane.holding("SELECT 1 FROM tenancy.usage FOR UPDATE") as connection:
         task = asyncio.create_task(share.release())
         await plane.waiting(task)
-        await conn.execute(text("SET LOCAL lock_timeout = '2s'"))
-        await conn.execute(text("UPDATE tenancy.quota_blocks SET reclaim = true"))
+        await connection.execute(text("SET LOCAL lock_timeout = '2s'"))
+        await connection.execute(text("UPDATE tenancy.quota_blocks SET reclaim = true"))
     await task
     assert (await usage_of(plane, tenant)).used == 1
 

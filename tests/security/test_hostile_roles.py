@@ -18,8 +18,8 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ProvisioningError
 from tenancy_orm.postgres.failures import SERVER_FAILURES
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.provisioning import catalogue_guard, removal, roles
-from tenancy_orm.provisioning.credentials import SecretManager
+from tenancy_orm.provisioning import event_trigger, removal, roles
+from tenancy_orm.provisioning.rotation import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
@@ -238,7 +238,7 @@ async def test_a_tenant_does_not_block_its_own_suspension(arena: Arena, attack: 
             pass
     async with arena.workshop.admin() as connection:
         (state,) = (await roles.states(connection, placement(tenant).role)).values()
-    assert (state.can_login, state.connected, state.admitted_to) == (False, False, frozenset())
+    assert (state.can_login, state.connected, state.connect_granted_on) == (False, False, frozenset())
     tenant = await arena.change(tenant, Status.ACTIVE)
     await arena.workshop.provisioner.align(tenant, timeout=10)
     await arena.attack(*statements)
@@ -347,7 +347,7 @@ async def test_a_tenant_does_not_freeze_the_server(arena: Arena, kind: str) -> N
         second = await arena.attack()
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
             await second.execute(LOCK_BEFORE_RIGHTS[kind], timeout=10)
-        await superuser.execute(f"ALTER EVENT TRIGGER {catalogue_guard.NAME} DISABLE")
+        await superuser.execute(f"ALTER EVENT TRIGGER {event_trigger.NAME} DISABLE")
         attack = asyncio.create_task(second.execute(LOCK_BEFORE_RIGHTS[kind]))
         queued = "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND relation = 'pg_authid'::regclass"
 
@@ -407,7 +407,7 @@ async def test_nobody_elses_session_is_ended(arena: Arena) -> None:
         await operator.execute("ROLLBACK")
     async with arena.workshop.admin() as connection:
         (state,) = (await roles.states(connection, placement(tenant).role)).values()
-    assert (state.can_login, state.admitted_to) == (True, frozenset())
+    assert (state.can_login, state.connect_granted_on) == (True, frozenset())
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         async with hostile(arena.workshop, tenant):
             pass

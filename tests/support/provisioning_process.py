@@ -55,10 +55,10 @@ def arrange(patch: pytest.MonkeyPatch, at: str) -> None:
         "block": (access, "block"),
         "erase": (Registry, "erase_secrets"),
         "retire": (removal, "_retire"),
-        "forget": (removal, "_forget"),
+        "revoke_rights": (removal, "_revoke_rights"),
         "drop_role": (roles, "drop"),
         "finish_purge": (Registry, "finish_purge"),
-        "seal": (databases, "seal"),
+        "complete_template": (databases, "complete_template"),
         "apply": (Templates, "_apply"),
         "scratch": (Templates, "clone"),
     }

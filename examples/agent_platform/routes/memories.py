@@ -1,4 +1,4 @@
-"""Memories: texts with embeddings, searched by nearness of meaning."""
+"""Memories: texts with embeddings, searched by similarity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Memories(Resource):
 
     @property
     def routes(self) -> list[Route]:
-        """The search before the routes of any resource, whose ``/memories/{id}`` matches it too."""
+        """The search, before the routes of every resource: ``/memories/{id}`` would match it too."""
         return [Route("/memories/search", self.search, methods=["POST"]), *super().routes]
 
     async def search(self, request: Request) -> Response:
@@ -28,7 +28,7 @@ class Memories(Resource):
         if body.agent_id is not None:
             nearest = nearest.where(Memory.agent_id == body.agent_id)
         async with tenancy_of(request).session() as session:
-            # else HNSW stops after ef_search candidates, though a filter may have dropped them all
+            # otherwise HNSW stops after ef_search candidates, even if a filter has dropped them all
             await session.execute(select(func.set_config("hnsw.iterative_scan", "strict_order", True)))
             found = (await session.execute(nearest)).all()
             matches = [Match(distance=row.distance, memory=MemoryOutput.model_validate(row.Memory)) for row in found]

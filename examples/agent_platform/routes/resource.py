@@ -1,4 +1,4 @@
-"""List, create and get: what every kind of row can do over HTTP."""
+"""List, create and get rows of one table over HTTP."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Resource:
         ]
 
     async def list(self, request: Request) -> Response:
-        """Answer one page, newest first."""
+        """Return one page, newest first."""
         query = self.query.model_validate_strings(dict(request.query_params))
         after = None if query.after is None else decode_cursor(query.after, self.key)
         filters = query.model_dump(exclude={"limit", "after"}, exclude_none=True)
@@ -70,7 +70,7 @@ class Resource:
         return JSONResponse({"items": items, "next": more})
 
     async def create(self, request: Request) -> Response:
-        """Insert a row and answer it."""
+        """Insert a row and return it."""
         body = self.input.model_validate_json(await request.body())
         return answer(await self.insert(request, body), 201)
 
@@ -83,7 +83,7 @@ class Resource:
             return self.output.model_validate(row)
 
     async def get(self, request: Request) -> Response:
-        """Answer one row by its id."""
+        """Return one row by its id."""
         identity = self.identity(request)
         async with tenancy_of(request).session() as session:
             row = await session.get(self.model, identity)
@@ -92,7 +92,7 @@ class Resource:
             return answer(self.output.model_validate(row))
 
     def identity(self, request: Request) -> Any:
-        """Return the id in the path; what cannot be an id is a row that does not exist."""
+        """Return the id in the path; a text that cannot be an id is not found."""
         try:
             return self.key.validate_strings(request.path_params["id"])
         except ValueError:
@@ -100,10 +100,10 @@ class Resource:
 
     @property
     def key(self) -> TypeAdapter[Any]:
-        """What reads this table's ids."""
+        """The parser of this table's ids."""
         return _UUID_KEY if self.model.id.type.python_type is UUID else _BIGINT_KEY
 
     @property
     def missing(self) -> ProblemError:
-        """The answer to an id that this tenant has no row for."""
+        """The answer if the tenant has no row with this id."""
         return ProblemError(404, f"no such row in {self.name}")

@@ -16,15 +16,15 @@ from .resource import Resource, tenancy_of
 
 
 class Users(Resource):
-    """Users, each of whom takes a seat of the tier's ``users`` quota."""
+    """Users; each one takes a seat of the tier's ``users`` quota."""
 
     @property
     def routes(self) -> list[Route]:
-        """The routes of any resource, and DELETE, which gives a seat back."""
+        """The routes of every resource, and DELETE, which releases a seat."""
         return [*super().routes, Route("/users/{id}", self.delete, methods=["DELETE"])]
 
     async def insert(self, request: Request, body: Input) -> Output:
-        """Take a seat, then insert; give the seat back if the row is refused."""
+        """Take a seat, then insert; release the seat if the row is refused."""
         quotas, tenant = tenancy_of(request).quotas, current_tenant()
         await quotas.consume(tenant, "users")
         try:
@@ -34,7 +34,7 @@ class Users(Resource):
             raise
 
     async def delete(self, request: Request) -> Response:
-        """Delete a user who owns no agents, and give the seat back."""
+        """Delete a user who owns no agents, and release the seat."""
         identity = self.identity(request)
         tenancy = tenancy_of(request)
         try:

@@ -1,4 +1,4 @@
-"""The plain ``alembic`` program, run as a user runs it, does the right thing for a fleet of three."""
+"""The plain ``alembic`` program, run as a user runs it, works on a fleet of three tenants."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Alembic:
     variables: Mapping[str, str]
 
     async def __call__(self, *arguments: str, ok: bool = True) -> str:
-        """What it prints (stdout, then stderr); ``ok`` tells whether it should succeed."""
+        """Return its output (stdout, then stderr); ``ok`` is whether it should succeed."""
         process = await self.start(*arguments)
         out, err = await process.communicate()
         printed = out.decode() + err.decode()

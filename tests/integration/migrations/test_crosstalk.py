@@ -1,4 +1,4 @@
-"""Many migrations in one process reach their own databases, each and only."""
+"""Many migrations in one process reach only their own databases."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tenancy_orm.migrations import local
+from tests.support.alembic_proxies import uninstall
 from tests.support.postgres import Postgres
 
 TENANTS = 16
@@ -110,7 +111,7 @@ def right(names: list[str]) -> list[list[tuple[str, int]]]:
 async def test_without_the_patch_tasks_write_into_each_others_databases(
     postgres: Postgres, scripts: Path, databases: list[str]
 ) -> None:
-    local.uninstall()
+    uninstall()
     await asyncio.gather(*(migrate_in_task(postgres, scripts, name) for name in databases), return_exceptions=True)
     assert await all_rows(postgres, databases) != right(databases)
 

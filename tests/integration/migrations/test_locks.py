@@ -1,4 +1,4 @@
-"""Locks that others hold, runs side by side, and the invalid indexes that come of it."""
+"""Locks of other sessions, concurrent runs, and invalid indexes of interrupted ones."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_a_migration_ends_by_its_deadline(fleet: Fleet, config: TenancyCon
     async with impatient(config, migration={"timeout": 1.0}) as migrations:
         report = await migrations.upgrade()
     (failure,) = report.failures
-    assert (failure.slug, failure.error) == ("acme", "not done within 1 s")
+    assert (failure.slug, failure.error) == ("acme", "not done within 1 s; raise migration.timeout")
     async with fleet.connect("acme") as connection:
         await until(lambda: activity(connection, "wait_event = 'PgSleep'"), 0)
 
@@ -155,7 +155,7 @@ async def writer(fleet: Fleet, slug: str) -> AsyncIterator[asyncpg.Connection[An
 
 
 async def leave_invalid_index(fleet: Fleet, slug: str, statement: str) -> None:
-    """Have a CREATE INDEX CONCURRENTLY interrupted."""
+    """Interrupt a CREATE INDEX CONCURRENTLY."""
     async with writer(fleet, slug), fleet.connect(slug) as connection:
         await connection.execute("SET lock_timeout = '50ms'")
         with pytest.raises(asyncpg.LockNotAvailableError):
@@ -163,7 +163,7 @@ async def leave_invalid_index(fleet: Fleet, slug: str, statement: str) -> None:
 
 
 async def test_if_not_exists_takes_an_invalid_index_for_a_good_one(fleet: Fleet) -> None:
-    """What PostgreSQL does without the repair."""
+    """Without the repair, IF NOT EXISTS accepts an invalid index."""
     statement = "CREATE INDEX CONCURRENTLY IF NOT EXISTS ix_notes_body ON notes (body)"
     await leave_invalid_index(fleet, "acme", statement)
     await fleet.execute("acme", statement)
@@ -238,7 +238,7 @@ async def test_partitioned_indexes_are_invalid_on_purpose(fleet: Fleet, project:
     assert found == [(False,)]
 
 
-# --- tenants that are created meanwhile -----------------------------------------------------------------------------
+# --- tenants that are created during a run --------------------------------------------------------------------------
 
 
 async def test_a_tenant_that_older_code_creates_meanwhile_is_migrated_too(

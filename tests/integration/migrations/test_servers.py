@@ -1,4 +1,4 @@
-"""A server or a control database that does not answer is told apart from a tenant that fails."""
+"""A server or control database that does not answer is reported differently from a tenant that fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """A port that takes connections and never says a word."""
+    """A port that accepts connections and never answers."""
     with create_server(("127.0.0.1", 0)) as listening:
         yield port_of(listening)
 

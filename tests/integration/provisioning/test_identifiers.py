@@ -1,4 +1,4 @@
-"""Identifiers and constants of any content stay identifiers and constants, in every verb."""
+"""Identifiers and constants with any content are quoted correctly in every statement."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def admin(postgres: Postgres) -> AsyncIterator[Any]:
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, workshop: Workshop, hostile: str) -> None:
-    """A whole life under that name: nothing else on the server changes."""
+    """Creating, changing and dropping objects of this name changes nothing else on the server."""
     name = f"{postgres.new_name()[-10:]} {hostile}".encode()[:MAX_IDENTIFIER_BYTES].decode(errors="ignore")
     superusers = await admin.fetch("SELECT rolname FROM pg_roles WHERE rolname NOT LIKE 'test%' AND rolsuper")
     password = new_password()
@@ -47,7 +47,7 @@ async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, wor
     await roles.create(admin, name, verifier=scram_verifier(password), connection_limit=2)
     await databases.create(admin, name, template="template0", owner=f"{name[:30]} owner", open_to_connections=False)
     try:
-        await databases.admit(admin, name, role=name)
+        await databases.open_to_role(admin, name, role=name)
         await set_marker(admin, name, hostile)
         state = await databases.state(admin, name)
         assert state is not None and (state.name, state.comment) == (name, hostile)
@@ -55,7 +55,7 @@ async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, wor
         assert await connection.fetchrow("SELECT current_database(), current_user") == (name, name)
         await connection.close()
         await roles.set_connection_limit(admin, name, 1)
-        await databases.seal(admin, name, comment=hostile)
+        await databases.complete_template(admin, name, comment=hostile)
     finally:
         deadline = asyncio.get_running_loop().time() + 10
         await removal.remove(admin, workshop.blockers(), workshop.names, database=name, role=name, deadline=deadline)
@@ -65,7 +65,7 @@ async def test_a_hostile_name_is_only_a_name(postgres: Postgres, admin: Any, wor
 
 
 async def test_hostile_table_names_are_granted_and_nothing_else(workshop: Workshop) -> None:
-    """Names that an application's own migrations have made are quoted by PostgreSQL itself."""
+    """Names of the application's tables are quoted by PostgreSQL itself."""
     quoted = ['"' + name.replace('"', '""') + '"' for name in HOSTILE]
     script = "".join(f"CREATE SCHEMA {q}; CREATE TABLE {q}.{q} ({q} serial);" for q in quoted)
     provisioner = workshop.provisioner_of(ScriptSchema(script))
@@ -80,7 +80,7 @@ async def test_hostile_table_names_are_granted_and_nothing_else(workshop: Worksh
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200))
 def test_any_marker_is_read_back_as_it_was(postgres: Postgres, marker: str) -> None:
-    """A constant of any content comes back whole."""
+    """A marker with any content is read back unchanged."""
 
     async def there_and_back() -> str | None:
         async with postgres.connect() as connection, connection.transaction():

@@ -1,4 +1,4 @@
-"""Creating a tenant: all of it or nothing, whatever fails, whenever it is cancelled, however many at once."""
+"""Creating a tenant: all or nothing, after failures and cancellations, and with many at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_a_created_tenant_is_complete(workshop: Workshop) -> None:
 
 
 async def test_a_tenant_becomes_what_its_draft_says(workshop: Workshop) -> None:
-    """A trial is a trial from its first moment."""
+    """A draft with a trial makes a tenant with the status trial."""
     assert (await workshop.create("acme", target_status=Status.TRIAL)).status is Status.TRIAL
 
 
@@ -73,7 +73,7 @@ async def test_the_role_has_its_tiers_connection_limit(workshop: Workshop) -> No
 
 
 async def test_the_key_is_stored_together_with_the_tenant(workshop: Workshop) -> None:
-    """There is no moment at which a tenant is active without the key its creator was given."""
+    """A tenant and its first key become active in one commit."""
     key = generate_key("ten_test")
     tenant = await workshop.provisioner.create(workshop.draft("acme"), key=key, key_name="first", scopes=("read",))
     async with workshop.control.connect() as connection:
@@ -82,7 +82,7 @@ async def test_the_key_is_stored_together_with_the_tenant(workshop: Workshop) ->
 
 
 async def test_the_password_is_in_no_statement(workshop: Workshop) -> None:
-    """What PostgreSQL logs and shows of a creation does not contain the tenant's password."""
+    """PostgreSQL's log and ``pg_stat_activity`` do not contain the tenant's password."""
     async with workshop.admin() as connection:
         tenant = await workshop.create("acme")
         # the creation's own connection is idle now, and shows its last statements; others only the last
@@ -96,7 +96,7 @@ async def test_the_password_is_in_no_statement(workshop: Workshop) -> None:
 
 
 async def test_steps_are_recorded_before_they_begin(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever looks at the registry during a step finds that step's name or a later one, never an earlier one."""
+    """During a step the registry has that step's name or a later one, never an earlier one."""
     seen: dict[str, str] = {}
     for name in STEPS:
 
@@ -116,7 +116,7 @@ async def test_steps_are_recorded_before_they_begin(workshop: Workshop, monkeypa
 async def test_the_lock_is_held_from_before_the_row_to_the_end(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody else can take a tenant's advisory lock while it is being created, and anybody can afterwards."""
+    """A tenant's advisory lock cannot be taken during its creation, and can be afterwards."""
     draft = workshop.draft("acme")
     free: list[bool] = []
     register = workshop.registry.register
@@ -159,7 +159,7 @@ async def test_an_existing_database_is_never_adopted(workshop: Workshop) -> None
 
 
 async def test_an_existing_role_is_never_adopted(workshop: Workshop) -> None:
-    """Whoever knows that role's password must not get into a new tenant's database."""
+    """A client that knows an existing role's password must not get access to a new tenant's database."""
     draft = workshop.draft("acme")
     async with workshop.admin() as connection:
         await connection.execute(f'CREATE ROLE "{draft.role}"')
@@ -179,7 +179,7 @@ async def test_a_taken_slug_is_refused_before_anything_is_made(workshop: Worksho
 
 
 async def test_an_unknown_server_is_refused(workshop: Workshop) -> None:
-    """Nothing is registered for a server that the configuration does not have."""
+    """No row is written for a server that is not configured."""
     with pytest.raises(UnknownServerError):
         await workshop.create("acme", server="elsewhere")
     assert await workshop.slugs() == {}
@@ -214,7 +214,7 @@ async def test_a_failure_at_any_step_is_undone(
 async def test_a_failed_registration_of_completion_is_undone(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last commit is a step like the others, as long as it has not taken place."""
+    """If the last commit fails, the creation is undone."""
 
     async def complete(*_: Any, **__: Any) -> Tenant:
         raise ControlUnavailableError("on purpose")
@@ -228,7 +228,7 @@ async def test_a_failed_registration_of_completion_is_undone(
 async def test_a_tenant_whose_completion_was_in_doubt_is_not_undone(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection is lost after the commit and before its answer: the registry is asked, and the tenant stands."""
+    """If the connection is lost after the commit, the registry is read again, and the tenant stays."""
     complete = workshop.registry.complete
 
     async def losing(*args: Any, **options: Any) -> Tenant:
@@ -242,7 +242,7 @@ async def test_a_tenant_whose_completion_was_in_doubt_is_not_undone(
 
 
 async def test_a_database_of_another_tenant_is_found_out(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof reads the marker: a database that names another tenant never becomes active."""
+    """The last step reads the marker: a tenant with another tenant's database never becomes active."""
 
     async def swap(creation: Creation) -> None:
         async with workshop.admin() as connection:
@@ -256,7 +256,7 @@ async def test_a_database_of_another_tenant_is_found_out(workshop: Workshop, mon
 
 
 async def test_a_creation_that_takes_too_long_is_undone(workshop: Workshop) -> None:
-    """The deadline is ``provision_timeout``, and the error says at which step it passed."""
+    """The deadline is ``provisioning.timeout``, and the error names the step."""
     template = (await workshop.provisioner.template("default")).name
     impatient = workshop.provisioner_of(provisioning={"timeout": 2.0})
     await impatient.template("default")
@@ -270,7 +270,7 @@ async def test_a_creation_that_takes_too_long_is_undone(workshop: Workshop) -> N
 
 
 async def test_a_template_that_was_dropped_is_built_anew_by_the_next_creation(workshop: Workshop) -> None:
-    """The creation that finds out fails as a whole; the next one succeeds."""
+    """The creation that finds the template dropped fails and is undone; the next one succeeds."""
     template = (await workshop.provisioner.template("default")).name
     async with workshop.admin() as connection:
         await databases.drop(connection, template)
@@ -300,7 +300,7 @@ async def end_locks(workshop: Workshop, creation_of: str) -> None:
 async def test_a_lost_connection_is_undone_by_another(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """The connection that holds the lock breaks: the lock is taken by a new one, and everything is undone."""
+    """If the connection with the lock is lost, a new one takes the lock, and the creation is undone."""
 
     async def lose(creation: Creation) -> None:
         await end_locks(workshop, "acme")
@@ -314,7 +314,7 @@ async def test_a_lost_connection_is_undone_by_another(
 async def test_a_creation_that_reconcile_has_removed_undoes_the_rest(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock was lost, and reconcile ran: the creation finds its row gone, and leaves nothing either."""
+    """If the lock was lost and reconcile removed the row, the creation undoes the rest."""
 
     async def lose(creation: Creation) -> None:
         await end_locks(workshop, "acme")
@@ -330,7 +330,7 @@ async def test_a_creation_that_reconcile_has_removed_undoes_the_rest(
 async def test_a_tenant_that_reconcile_has_completed_is_not_undone(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock was lost at the last moment, and reconcile finished the work: the tenant stands, the caller is told."""
+    """If the lock was lost and reconcile completed the tenant, it stays, and the error says so."""
 
     async def lose(creation: Creation) -> None:
         await end_locks(workshop, "acme")
@@ -345,7 +345,7 @@ async def test_a_tenant_that_reconcile_has_completed_is_not_undone(
 
 
 async def test_what_cannot_be_undone_is_left_to_reconcile(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first error is raised, the row says what happened, and reconcile removes the rest once it can."""
+    """The first error is raised, the row records the failure, and reconcile removes the rest later."""
     name = ""
 
     async def fail(creation: Creation) -> None:
@@ -376,11 +376,11 @@ async def test_what_cannot_be_undone_is_left_to_reconcile(workshop: Workshop, mo
 
 
 async def test_a_server_that_is_away_leaves_nothing(workshop: Workshop) -> None:
-    """The error is the router's own; no row was written, since the lock comes first."""
+    """The error is that of routing; no row was written, since the lock is taken first."""
     servers = {"default": workshop.config.server_urls["default"].set(port=1).render_as_string(hide_password=False)}
     away = workshop.provisioner_of()
     await away.template("default")
-    away._parts = replace(away._parts, servers=Servers(workshop.config.replace(servers=servers)))
+    away._services = replace(away._services, servers=Servers(workshop.config.replace(servers=servers)))
     with pytest.raises(ServerUnavailableError):
         await away.create(workshop.draft("acme"), key=None)
     assert await workshop.slugs() == {}
@@ -416,7 +416,7 @@ def cancelled_at(work: Coroutine[Any, Any, Any], point: int) -> Generator[Any, A
 
 
 async def test_a_cancellation_at_any_await_leaves_nothing_or_a_tenant(workshop: Workshop) -> None:
-    """Every await of a creation is cancelled in turn: afterwards there is nothing, or all of it and active."""
+    """Each await of a creation is cancelled in turn: afterwards there is nothing, or an active tenant."""
     await workshop.create("warm-up")
     outcomes = []
     for point in itertools.count():
@@ -446,7 +446,7 @@ async def test_a_cancellation_at_any_await_leaves_nothing_or_a_tenant(workshop: 
 
 
 async def test_many_creations_cancelled_at_once_leave_nothing(workshop: Workshop) -> None:
-    """Those under way, those that wait for their turn, and the builder of the template among them."""
+    """Creations under way, waiting ones and the builder of the template leave nothing when they are cancelled."""
     tasks = [asyncio.create_task(workshop.create(f"t{i}")) for i in range(40)]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
@@ -460,7 +460,7 @@ async def test_many_creations_cancelled_at_once_leave_nothing(workshop: Workshop
 async def test_a_second_cancellation_does_not_stop_the_undoing(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However impatient the caller, what was begun is undone before the cancellation is delivered."""
+    """The creation is undone before the cancellation is raised, even if it is cancelled again."""
     reached = asyncio.Event()
 
     async def pause(creation: Creation) -> None:
@@ -482,7 +482,7 @@ async def test_a_second_cancellation_does_not_stop_the_undoing(
 
 @pytest.mark.timeout(600)
 async def test_150_creations_at_once_all_succeed(workshop: Workshop) -> None:
-    """None is lost, none is mixed up with another, and each logs in to its own database."""
+    """Of 150 creations at once each has its own database, and can log in to it."""
     created = await asyncio.gather(*(workshop.create(f"t{i}") for i in range(150)))
     assert [tenant.slug for tenant in created] == [f"t{i}" for i in range(150)]
     assert len({placement(tenant).database for tenant in created}) == 150
@@ -493,7 +493,7 @@ async def test_150_creations_at_once_all_succeed(workshop: Workshop) -> None:
 
 
 async def test_no_more_run_at_once_than_configured(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others hold no connection and no row while they wait for their turn."""
+    """Waiting creations have no connection and no row."""
     running = highest = 0
 
     async def begin(creation: Creation) -> None:
@@ -513,7 +513,7 @@ async def test_no_more_run_at_once_than_configured(workshop: Workshop, monkeypat
 
 
 async def test_one_slug_is_created_once_however_many_try(workshop: Workshop) -> None:
-    """The losers leave nothing."""
+    """Of several creations with one slug one succeeds, and the others leave nothing."""
     outcomes = await asyncio.gather(*(workshop.create("acme") for _ in range(12)), return_exceptions=True)
     created = [outcome for outcome in outcomes if isinstance(outcome, Tenant)]
     assert len(created) == 1
@@ -522,7 +522,7 @@ async def test_one_slug_is_created_once_however_many_try(workshop: Workshop) -> 
 
 
 async def test_a_failure_does_not_disturb_the_others(workshop: Workshop) -> None:
-    """Of creations that run side by side, only the one that fails is undone."""
+    """Of concurrent creations only the one that fails is undone."""
     failing = workshop.draft("failing")
     async with workshop.admin() as connection:
         await connection.execute(f'CREATE ROLE "{failing.role}"')
@@ -539,11 +539,11 @@ async def test_a_failure_does_not_disturb_the_others(workshop: Workshop) -> None
 
 def idle_connections(provisioner: Provisioner) -> list[Any]:
     """The connections that a provisioner keeps between creations."""
-    return [connection for kept in provisioner._administration._idle.values() for connection in kept]
+    return [connection for kept in provisioner._admin_connections._idle.values() for connection in kept]
 
 
 async def test_broken_idle_connections_are_replaced(workshop: Workshop) -> None:
-    """After a restart of the server the connections that were kept are of no use; the next creation does not mind."""
+    """After a restart of the server the next creation replaces the idle connections."""
     await workshop.create("acme")
     pids = [connection.get_server_pid() for connection in idle_connections(workshop.provisioner)]
     async with workshop.admin() as connection:
@@ -554,7 +554,7 @@ async def test_broken_idle_connections_are_replaced(workshop: Workshop) -> None:
 
 
 async def test_closing_ends_the_idle_connections(workshop: Workshop) -> None:
-    """Nothing of a provisioner stays connected."""
+    """A closed provisioner has no connections."""
     await workshop.create("acme")
     provisioner = workshop.provisioner_of()
     await provisioner.create(workshop.draft("globex"), key=None)
@@ -569,7 +569,7 @@ async def test_closing_ends_the_idle_connections(workshop: Workshop) -> None:
 async def test_a_connection_that_breaks_after_the_commit_fails_nothing(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tenant is active, whatever becomes of the connection that held its lock."""
+    """If the connection with the lock is lost after the commit, the creation succeeds."""
     complete = workshop.registry.complete
 
     async def completing(*args: Any, **options: Any) -> Tenant:
@@ -584,7 +584,7 @@ async def test_a_connection_that_breaks_after_the_commit_fails_nothing(
 
 
 async def test_an_idle_connection_that_was_just_ended_is_not_used(workshop: Workshop) -> None:
-    """Its last words have arrived, the end of the stream has not: asyncpg takes that for an error of its own."""
+    """An idle connection with the server's last message, but not yet the end of the stream, is replaced."""
     await workshop.create("acme")
     (idle,) = idle_connections(workshop.provisioner)
     fields = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
@@ -597,9 +597,9 @@ async def test_an_idle_connection_that_was_just_ended_is_not_used(workshop: Work
 
 
 async def test_an_idle_connection_is_closed_after_a_while(workshop: Workshop) -> None:
-    """A process that creates tenants now and then does not keep connections all the time."""
+    """An idle connection is closed after ``idle`` seconds."""
     provisioner = workshop.provisioner_of()
-    provisioner._administration._idle_seconds = 0.05
+    provisioner._admin_connections._idle_seconds = 0.05
     await provisioner.create(workshop.draft("acme"), key=None)
     await until(lambda: not idle_connections(provisioner))
     await provisioner.create(workshop.draft("globex"), key=None)

@@ -1,4 +1,4 @@
-"""Preparing a server: once, from any number of processes, and without locking anybody out."""
+"""Preparing a server: once, by any number of processes, and without blocking anybody's login."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def test_the_owner_cannot_log_in(workshop: Workshop) -> None:
 
 
 async def test_shared_databases_are_closed_to_public(workshop: Workshop) -> None:
-    """The registry, ``postgres`` and ``template1``."""
+    """PUBLIC has no rights on the control database, ``postgres`` and ``template1``."""
     await workshop.provisioner.prepare_server("default")
     async with workshop.admin() as connection:
         for name in (workshop.control.database, "postgres", "template1"):
@@ -31,7 +31,7 @@ async def test_shared_databases_are_closed_to_public(workshop: Workshop) -> None
 
 
 async def test_preparing_again_writes_nothing(workshop: Workshop) -> None:
-    """A server that is prepared is only looked at: the catalogue's rows stay the same."""
+    """A prepared server is only read: the catalogue's rows stay the same."""
     query = (
         "SELECT xmin::text FROM pg_database WHERE datname IN ('postgres', 'template1', $1) "
         "UNION ALL SELECT xmin::text FROM pg_authid WHERE rolname = $2"
@@ -46,7 +46,7 @@ async def test_preparing_again_writes_nothing(workshop: Workshop) -> None:
 
 
 async def test_many_processes_can_prepare_at_once(workshop: Workshop) -> None:
-    """None fails, and there is one owner."""
+    """Several processes prepare a server at once; none fails, and there is one owner role."""
     await asyncio.gather(*(workshop.provisioner_of().prepare_server("default") for _ in range(8)))
     async with workshop.admin() as connection:
         assert await roles.exists(connection, workshop.names.owner)
@@ -77,7 +77,7 @@ async def test_many_installations_can_prepare_one_server_at_once(own_server: Pos
 
 
 async def test_the_registry_of_another_server_is_left_alone(workshop: Workshop, own_server: Postgres) -> None:
-    """Only the server that the control database is on has it; elsewhere a database of that name is somebody else's."""
+    """On another server, a database with the control database's name is somebody else's."""
     await own_server.create_database(workshop.control.database)
     elsewhere = await open_workshop(
         control_url=workshop.config.control_url,
@@ -93,7 +93,7 @@ async def test_the_registry_of_another_server_is_left_alone(workshop: Workshop, 
 
 
 async def test_an_administrator_without_rights_is_told_what_it_needs(postgres: Postgres, control_url: str) -> None:
-    """The error names the privileges, not just PostgreSQL's refusal."""
+    """The error names the missing privileges, and not only PostgreSQL's refusal."""
     name, password = postgres.new_name("nobody"), secrets.token_urlsafe(32)
     async with postgres.connect() as connection:
         await connection.execute(f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{password}'")
@@ -113,7 +113,7 @@ async def test_an_administrator_without_rights_is_told_what_it_needs(postgres: P
 
 
 async def test_a_server_must_be_known_and_answer(workshop: Workshop) -> None:
-    """The router's errors pass."""
+    """An unknown server and one that does not answer raise the errors of routing."""
     with pytest.raises(UnknownServerError):
         await workshop.provisioner.prepare_server("elsewhere")
     opened = await open_workshop(

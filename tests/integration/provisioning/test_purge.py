@@ -1,4 +1,4 @@
-"""The end of a tenant, and keeping one out meanwhile."""
+"""Purging tenants, and blocking their logins before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.provisioning import Workshop, names_of, placement
 
 
 async def test_a_purge_leaves_a_tombstone_and_nothing_else(workshop: Workshop) -> None:
-    """Database, role, keys and secrets are gone; the row says that there was a tenant."""
+    """Database, role, keys and secrets are removed; the row is a tombstone."""
     draft = workshop.draft("acme", metadata={"plan": "annual"})
     await workshop.provisioner.create(draft, key=generate_key("ten_test"))
     _, deleted = await workshop.registry.transition(draft.id, Status.DELETED, action="tenant.delete")
@@ -45,7 +45,7 @@ async def test_a_purge_leaves_a_tombstone_and_nothing_else(workshop: Workshop) -
 
 
 async def test_a_purge_ends_open_connections(workshop: Workshop) -> None:
-    """A connection that some process still has does not keep the database."""
+    """An open connection does not keep the database from being dropped."""
     tenant = await workshop.deleted("acme")
     async with workshop.connect(tenant) as connection:
         await connection.execute("BEGIN; INSERT INTO notes (body) VALUES ('x')")
@@ -64,7 +64,7 @@ async def test_a_living_tenant_is_not_purged(workshop: Workshop) -> None:
 
 
 async def test_a_stale_tenant_object_does_not_purge_a_restored_tenant(workshop: Workshop) -> None:
-    """What counts is the registry, not what the caller has remembered."""
+    """The tenant's state in the registry decides, not that of the caller's object."""
     tenant = await workshop.deleted("acme")
     await workshop.registry.transition(tenant.id, None, action="tenant.restore")
     with pytest.raises(InvalidTransitionError):
@@ -73,7 +73,7 @@ async def test_a_stale_tenant_object_does_not_purge_a_restored_tenant(workshop: 
 
 
 async def test_a_purged_tenant_cannot_be_purged_again(workshop: Workshop) -> None:
-    """There is nothing left; the registry's refusal says so."""
+    """The registry refuses to purge a tenant that is purged already."""
     tenant = await workshop.deleted("acme")
     await workshop.provisioner.purge(tenant)
     with pytest.raises(InvalidTransitionError):
@@ -83,7 +83,7 @@ async def test_a_purged_tenant_cannot_be_purged_again(workshop: Workshop) -> Non
 async def test_the_slug_is_free_only_when_the_database_is_gone(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the purge is under way another tenant cannot take its name."""
+    """During the purge no other tenant can take the slug."""
     tenant = await workshop.deleted("acme")
     remove = removal.purge
 
@@ -128,7 +128,7 @@ def after_removal(workshop: Workshop, patch: pytest.MonkeyPatch) -> None:
 async def test_an_interrupted_purge_can_be_finished(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, breaking: Break, by: str
 ) -> None:
-    """By purging again, or by reconcile; until then the tenant can neither be restored nor its slug be taken."""
+    """Another purge or reconcile finishes it; until then the tenant cannot be restored, nor its slug be taken."""
     tenant = await workshop.deleted("acme")
     with monkeypatch.context() as patch:
         breaking(workshop, patch)
@@ -147,7 +147,7 @@ async def test_an_interrupted_purge_can_be_finished(
 
 
 async def test_a_purge_waits_for_whoever_works_on_the_tenant(workshop: Workshop) -> None:
-    """The tenant's lock is taken before anything; a holder that does not let go makes it fail at its deadline."""
+    """A purge takes the tenant's lock first; if that is not released, it fails at its deadline."""
     tenant = await workshop.deleted("acme")
     impatient = workshop.provisioner_of(provisioning={"timeout": 0.2})
     async with workshop.admin() as connection:
@@ -160,7 +160,7 @@ async def test_a_purge_waits_for_whoever_works_on_the_tenant(workshop: Workshop)
 
 
 async def test_purging_at_once_purges_once(workshop: Workshop) -> None:
-    """One wins; for the others there is no such tenant any more."""
+    """Of concurrent purges one succeeds; the others are refused."""
     tenant = await workshop.deleted("acme")
     outcomes = await asyncio.gather(*(workshop.provisioner.purge(tenant) for _ in range(4)), return_exceptions=True)
     assert sum(outcome is None for outcome in outcomes) == 1
@@ -172,7 +172,7 @@ async def test_purging_at_once_purges_once(workshop: Workshop) -> None:
 
 
 async def test_a_barred_role_is_refused_and_its_connections_end(workshop: Workshop) -> None:
-    """By PostgreSQL itself, idle and busy connections alike, before the call returns."""
+    """PostgreSQL refuses the role, and idle and busy connections have ended when the call returns."""
     tenant = await workshop.create("acme")
     async with workshop.connect(tenant) as idle, workshop.connect(tenant) as busy:
         sleeping = asyncio.create_task(busy.execute("SELECT pg_sleep(60)"))
@@ -193,7 +193,7 @@ async def test_a_barred_role_is_refused_and_its_connections_end(workshop: Worksh
 
 
 async def test_no_connection_survives_a_storm_of_logins(workshop: Workshop) -> None:
-    """A login that is under way while its login is blocked is refused or ended."""
+    """A login that is under way while logins are blocked is refused or ended."""
     tenant = await workshop.create("acme")
     stop = asyncio.Event()
 
@@ -218,7 +218,7 @@ async def test_no_connection_survives_a_storm_of_logins(workshop: Workshop) -> N
 
 
 async def test_barring_has_a_deadline(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend that does not go is reported, not waited for."""
+    """A backend that does not end is reported at the deadline."""
     tenant = await workshop.create("acme")
 
     async def still_there(*_: object) -> bool:
@@ -241,7 +241,7 @@ async def drop_everything(workshop: Workshop, tenant: Tenant) -> None:
 
 @pytest.mark.parametrize("allowed", [True, False])
 async def test_a_missing_role_is_an_error(workshop: Workshop, allowed: bool) -> None:
-    """The message names the way out."""
+    """The message names the remedy."""
     tenant = await workshop.create("acme")
     await drop_everything(workshop, tenant)
     with pytest.raises(ProvisioningError, match="tenancy reconcile"):
@@ -249,7 +249,7 @@ async def test_a_missing_role_is_an_error(workshop: Workshop, allowed: bool) -> 
 
 
 async def test_removing_what_is_gone_does_nothing(workshop: Workshop) -> None:
-    """Every verb that removes can be repeated."""
+    """Every function that removes can be called again."""
     tenant = await workshop.create("acme")
     for _ in range(2):
         await drop_everything(workshop, tenant)
@@ -257,7 +257,7 @@ async def test_removing_what_is_gone_does_nothing(workshop: Workshop) -> None:
 
 
 async def test_the_change_that_was_committed_last_decides(workshop: Workshop) -> None:
-    """A suspension whose server is told late does not bar a tenant that was activated meanwhile."""
+    """A suspension that reaches the server late does not block a tenant that was activated after it."""
     tenant = await workshop.create("acme")
     _, suspended = await workshop.registry.transition(tenant.id, Status.SUSPENDED, action="tenant.suspend")
     _, active = await workshop.registry.transition(tenant.id, Status.ACTIVE, action="tenant.activate")
@@ -268,7 +268,7 @@ async def test_the_change_that_was_committed_last_decides(workshop: Workshop) ->
 
 
 async def test_aligning_waits_for_whoever_works_on_the_tenant(workshop: Workshop) -> None:
-    """Until its deadline."""
+    """Aligning waits for the tenant's lock until its deadline."""
     tenant = await workshop.create("acme")
     async with workshop.admin() as connection:
         await locks.lock(connection, tenant_key(tenant.id), timeout=1)
@@ -279,7 +279,7 @@ async def test_aligning_waits_for_whoever_works_on_the_tenant(workshop: Workshop
 
 
 async def test_a_purged_tenant_has_no_role_to_change(workshop: Workshop) -> None:
-    """There is nothing on any server."""
+    """Aligning a purged tenant raises ``TenantNotFoundError``."""
     tenant = await workshop.deleted("acme")
     await workshop.provisioner.purge(tenant)
     tombstone = await workshop.registry.get(tenant.id)

@@ -1,4 +1,4 @@
-"""What interrupted work has left is finished or removed; what is under way, or somebody's data, is left alone."""
+"""Interrupted work is finished or removed; work under way and customers' data are left alone."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def forget(workshop: Workshop, tenant_id: UUID) -> None:
 
 
 async def test_there_is_nothing_to_do(workshop: Workshop) -> None:
-    """Living, suspended, deleted and purged tenants are not touched."""
+    """Active, suspended, deleted and purged tenants are not changed."""
     kept = [await workshop.create("acme"), await workshop.deleted("globex")]
     await workshop.provisioner.align(kept[1])
     await workshop.provisioner.purge(await workshop.deleted("gone"))
@@ -75,7 +75,7 @@ async def test_there_is_nothing_to_do(workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("step", ["registered", "role", "database", "grants"])
 async def test_an_abandoned_creation_is_removed(workshop: Workshop, step: str) -> None:
-    """Whatever it had made so far."""
+    """A creation that was interrupted at any step is removed."""
     await abandon(workshop, workshop.draft("acme"), step)
     report = await workshop.provisioner.reconcile()
     assert report == ReconcileReport(removed=("acme",))
@@ -84,14 +84,14 @@ async def test_an_abandoned_creation_is_removed(workshop: Workshop, step: str) -
 
 
 async def test_a_creation_that_does_not_prove_itself_is_removed(workshop: Workshop) -> None:
-    """The last step's name is in the registry before it begins: it is not taken for done."""
+    """The last step's name is in the registry before it begins, and does not count as done."""
     await abandon(workshop, workshop.draft("acme"), "proved")
     assert await workshop.provisioner.reconcile() == ReconcileReport(removed=("acme",))
     assert (await workshop.present(), await workshop.slugs()) == (set(), {})
 
 
 async def test_a_creation_that_proves_itself_is_completed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It becomes what it was to be, at the revision it has, without a key: nobody has ever seen that."""
+    """The tenant becomes active at the revision of its database, without a key, since nobody has seen one."""
     draft = workshop.draft("acme", target_status=Status.TRIAL)
     await leave_proved(workshop, monkeypatch, draft)
     assert await workshop.provisioner.reconcile() == ReconcileReport(finished=("acme",))
@@ -110,7 +110,7 @@ async def leave_proved(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, draf
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(Creation, "_abandon", do_nothing)
+        patch.setattr(Creation, "_undo_started", do_nothing)
         patch.setattr(workshop.registry, "complete", fail)
         with pytest.raises(ControlUnavailableError):
             await workshop.provisioner.create(draft, key=None)
@@ -124,7 +124,7 @@ async def fail(*_: object, **__: object) -> Tenant:
 async def test_a_creation_under_way_is_left_alone(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Its lock is held, so it is neither removed nor completed, by however many reconciles."""
+    """While its lock is held, no reconcile removes or completes it."""
     reached, proceed = asyncio.Event(), asyncio.Event()
 
     async def pause(creation: Creation) -> None:
@@ -143,7 +143,7 @@ async def test_a_creation_under_way_is_left_alone(
 
 
 async def test_reconciling_beside_running_creations_disturbs_none(workshop: Workshop) -> None:
-    """Again and again, from several machines, while 30 tenants are created."""
+    """Repeated reconciles from several machines do not disturb the creation of 30 tenants."""
     done = asyncio.Event()
 
     async def reconcile() -> None:
@@ -160,7 +160,7 @@ async def test_reconciling_beside_running_creations_disturbs_none(workshop: Work
 
 
 async def test_many_can_reconcile_at_once(workshop: Workshop) -> None:
-    """Each piece is removed once, whoever comes first."""
+    """Concurrent reconciles remove each database and role once."""
     for number, step in enumerate(["registered", "role", "database", "grants"] * 3):
         await abandon(workshop, workshop.draft(f"t{number}"), step)
     reports = await asyncio.gather(*(workshop.provisioner_of().reconcile() for _ in range(4)))
@@ -173,7 +173,7 @@ async def test_many_can_reconcile_at_once(workshop: Workshop) -> None:
 
 
 async def test_an_orphan_that_never_belonged_to_a_tenant_is_dropped(workshop: Workshop) -> None:
-    """A database without a marker, and a role, whose names are this installation's."""
+    """A database without a marker and a role, with names of this installation, are dropped."""
     first, second = workshop.draft("x"), workshop.draft("y")
     await workshop.provisioner.prepare_server("default")
     async with workshop.admin() as connection:
@@ -187,7 +187,7 @@ async def test_an_orphan_that_never_belonged_to_a_tenant_is_dropped(workshop: Wo
 async def test_a_tenants_database_that_the_registry_forgot_is_kept(
     workshop: Workshop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may hold a customer's data: a registry restored from an older backup must not cost it."""
+    """It may hold a customer's data, which must not be lost when an older backup of the registry is restored."""
     tenant = await workshop.create("acme")
     await forget(workshop, tenant.id)
     with caplog.at_level(logging.ERROR):
@@ -200,7 +200,7 @@ async def test_a_tenants_database_that_the_registry_forgot_is_kept(
 
 
 async def test_what_is_unknown_is_dropped_on_request(workshop: Workshop) -> None:
-    """Once somebody has looked."""
+    """``drop_unknown=True`` drops databases that the registry does not know."""
     tenant = await workshop.create("acme")
     await forget(workshop, tenant.id)
     report = await workshop.provisioner.reconcile(drop_unknown=True)
@@ -209,7 +209,7 @@ async def test_what_is_unknown_is_dropped_on_request(workshop: Workshop) -> None
 
 
 async def test_a_tombstone_is_honoured(workshop: Workshop) -> None:
-    """A purged tenant's database that a restored backup of the server has brought back is dropped again."""
+    """If a restored backup of the server contains a purged tenant's database, it is dropped again."""
     tenant = await workshop.deleted("acme")
     await workshop.provisioner.purge(tenant)
     async with workshop.admin() as connection:
@@ -223,7 +223,7 @@ async def test_a_tombstone_is_honoured(workshop: Workshop) -> None:
 async def test_another_installations_databases_are_not_touched(
     workshop: Workshop, postgres: Postgres, name_prefix: str
 ) -> None:
-    """Two control databases can share a server, with the same prefix even."""
+    """Two control databases can share a server, even with the same name prefix."""
     name = postgres.new_name()
     other = await open_workshop(
         control_url=await postgres.create_database(name), admin_url=postgres.admin_url, name_prefix=name_prefix
@@ -239,7 +239,7 @@ async def test_another_installations_databases_are_not_touched(
 
 
 async def test_an_orphan_whose_lock_is_held_is_left_alone(workshop: Workshop) -> None:
-    """Somebody works on it."""
+    """An orphan is not dropped while its lock is held."""
     draft = workshop.draft("x")
     async with workshop.admin() as connection:
         await connection.execute(f'CREATE DATABASE "{draft.database}"')
@@ -249,7 +249,7 @@ async def test_an_orphan_whose_lock_is_held_is_left_alone(workshop: Workshop) ->
 
 
 async def test_leftover_templates_and_scratches_are_dropped(workshop: Workshop) -> None:
-    """Those that nobody builds or uses; complete templates stay."""
+    """Incomplete templates and scratch databases that no process uses are dropped; complete templates stay."""
     template = await workshop.provisioner.template("default")
     partial, scratch = workshop.names.template("beef" * 3), workshop.names.scratch("dead" * 4)
     async with workshop.admin() as connection:
@@ -265,7 +265,7 @@ async def test_leftover_templates_and_scratches_are_dropped(workshop: Workshop) 
 
 
 async def test_logins_follow_the_registry(workshop: Workshop) -> None:
-    """A server that was away when a tenant was suspended, or activated, is told now."""
+    """If a server was down when a tenant was suspended or activated, reconcile corrects the role."""
     suspended, active = await workshop.create("acme"), await workshop.create("globex")
     await workshop.registry.transition(suspended.id, Status.SUSPENDED, action="tenant.suspend")
     async with workshop.admin() as connection:
@@ -280,7 +280,7 @@ async def test_logins_follow_the_registry(workshop: Workshop) -> None:
 
 
 async def test_connection_limits_follow_the_tiers(workshop: Workshop) -> None:
-    """A tenant whose tier was changed, or whose tier has another limit since, gets it; by reconcile at the latest."""
+    """After a change of its tier, or of the tier's limit, a tenant's role gets the new limit."""
     tenant = await workshop.create("acme", tier="free")
 
     async def limit() -> int:
@@ -299,7 +299,7 @@ async def test_connection_limits_follow_the_tiers(workshop: Workshop) -> None:
 
 
 async def test_a_tier_that_the_configuration_has_lost_is_left_alone(workshop: Workshop) -> None:
-    """Its limit is not known here."""
+    """If the configuration has no such tier, the role's limit is not changed."""
     tenant = await workshop.create("acme", tier="pro")
     without = workshop.provisioner_of(tiers={"free": workshop.config.tiers["free"]})
     assert await without.reconcile() == NOTHING
@@ -327,7 +327,7 @@ async def second_server(workshop: Workshop, admin_url: str, **config: Any) -> As
 
 
 async def test_a_server_that_is_away_is_reported_and_stops_nothing(workshop: Workshop, own_server: Postgres) -> None:
-    """What belongs to the others is done; its own waits until it is back."""
+    """The other servers are reconciled; this one's work is done once it answers again."""
     async with second_server(workshop, own_server.admin_url) as two:
         await two.create("elsewhere", server="second")
         draft = two.draft("broken", server="second")
@@ -343,7 +343,7 @@ async def test_a_server_that_is_away_is_reported_and_stops_nothing(workshop: Wor
 
 
 async def test_a_server_that_is_no_longer_configured_is_reported(workshop: Workshop, own_server: Postgres) -> None:
-    """Its unfinished work cannot be decided from here."""
+    """Unfinished work on a server that is not configured is reported as an error."""
     async with second_server(workshop, own_server.admin_url) as two:
         await two.registry.register(two.draft("stranded", server="second"))
     report = await workshop.provisioner.reconcile()
@@ -351,7 +351,7 @@ async def test_a_server_that_is_no_longer_configured_is_reported(workshop: Works
 
 
 async def test_a_report_can_be_printed(workshop: Workshop) -> None:
-    """It is made of plain tuples of text, for the command line."""
+    """A report has only tuples of text, for the command line."""
     await abandon(workshop, workshop.draft("acme"), "role")
     report = asdict(await workshop.provisioner.reconcile())
     assert report["removed"] == ("acme",)
@@ -361,14 +361,14 @@ async def test_a_report_can_be_printed(workshop: Workshop) -> None:
 async def test_a_creation_without_its_grants_does_not_prove_itself(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after its role was admitted and before it had rights on its tables: it must not become active so."""
+    """A creation killed before its role had rights on the tables is removed, not completed."""
     draft = workshop.draft("acme")
 
     async def do_nothing(*_: object, **__: object) -> bool:
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(Creation, "_abandon", do_nothing)
+        patch.setattr(Creation, "_undo_started", do_nothing)
         patch.setattr(grants, "grant_and_mark", fail)
         with pytest.raises(ControlUnavailableError):
             await workshop.provisioner.create(draft, key=None)
@@ -379,7 +379,7 @@ async def test_a_creation_without_its_grants_does_not_prove_itself(
 
 
 async def test_a_server_that_stops_answering_does_not_hold_up_the_others(workshop: Workshop) -> None:
-    """Stopped in the middle of reconcile (SIGSTOP): its work ends by its deadline, the other server's is done."""
+    """If a server stops (SIGSTOP) during reconcile, its work fails at the deadline, and the other server's is done."""
     with running_server(max(VERSIONS), "stopped") as stopped:
         async with second_server(workshop, stopped.admin_url, provisioning={"timeout": 1.0}) as two:
             await two.provisioner.prepare_server("second")

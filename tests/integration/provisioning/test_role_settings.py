@@ -1,4 +1,4 @@
-"""A tenant's role has the settings that it was given, and none that it has given itself."""
+"""A tenant's role has the configured settings, and none that it has given itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ConfigurationError, ProvisioningError
 from tenancy_orm.postgres import connections, locks
 from tenancy_orm.provisioning import ReconcileReport, role_settings, roles
-from tenancy_orm.provisioning.credentials import SecretManager
 from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.provisioning.rotation import SecretManager
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
@@ -34,7 +34,7 @@ async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> Async
 async def settings_of(workshop: Workshop, tenant: Tenant) -> dict[str, str]:
     """What the catalogue has for the tenant's role."""
     async with workshop.admin() as connection:
-        found = await role_settings.look(connection, placement(tenant).role)
+        found = await role_settings.read(connection, placement(tenant).role)
     assert found[placement(tenant).role].databases == []
     return found[placement(tenant).role].settings
 
@@ -49,7 +49,7 @@ async def shown(workshop: Workshop, tenant: Tenant, name: str) -> str:
 
 
 async def test_every_session_of_a_new_role_is_bounded(workshop: Workshop, versioned: Postgres) -> None:
-    """Whatever program logs in; the transaction too where the server knows that."""
+    """The bounds apply to every program that logs in; ``transaction_timeout`` if the server knows it."""
     tenant = await workshop.create("acme")
     assert await shown(workshop, tenant, "idle_in_transaction_session_timeout") == "5min"
     async with workshop.admin() as connection:
@@ -65,7 +65,7 @@ async def test_every_session_of_a_new_role_is_bounded(workshop: Workshop, versio
 async def test_a_limit_on_temporary_files_needs_a_right_that_is_named_once(
     versioned: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A plain administrator goes on without; once it has the right, reconcile catches up."""
+    """An administrator without the right sets the other settings; after the GRANT, reconcile sets this one."""
     async with plain_workshop(versioned) as workshop:
         with caplog.at_level(logging.WARNING):
             first = await workshop.create("acme")
@@ -148,7 +148,7 @@ mended_by = pytest.mark.parametrize("mend", [by_reconcile, by_align, by_rotation
 
 @mended_by
 async def test_what_a_role_has_set_for_itself_goes(workshop: Workshop, mend: Mend) -> None:
-    """For itself, for any database, and in place of what it was given; a neighbour keeps its own."""
+    """Settings of the role, for any database, are removed; another role keeps its own."""
     tenant, other = await workshop.create("acme"), await workshop.create("globex")
     before, theirs = await settings_of(workshop, tenant), await settings_of(workshop, other)
     async with workshop.connect(tenant) as connection:
@@ -176,7 +176,7 @@ async def test_what_a_role_has_set_for_itself_goes(workshop: Workshop, mend: Men
 
 
 async def test_what_a_role_has_reset_comes_back(workshop: Workshop) -> None:
-    """It may take away what it could set."""
+    """A setting that the role has reset is set again."""
     tenant = await workshop.create("acme")
     before = await settings_of(workshop, tenant)
     async with workshop.connect(tenant) as connection:
@@ -188,7 +188,7 @@ async def test_what_a_role_has_reset_comes_back(workshop: Workshop) -> None:
 
 @mended_by
 async def test_a_role_cannot_keep_its_settings_by_holding_their_rows(workshop: Workshop, mend: Mend) -> None:
-    """A transaction that it leaves open blocks others' changes; its session is ended."""
+    """If an open transaction of the role blocks the change, its session is ended."""
     tenant = await workshop.create("acme")
     before = await settings_of(workshop, tenant)
     mine = "ALTER ROLE CURRENT_USER SET work_mem = '1GB'; ALTER ROLE CURRENT_USER IN DATABASE postgres SET jit = off"
@@ -206,7 +206,7 @@ async def test_a_role_cannot_keep_its_settings_by_holding_their_rows(workshop: W
 
 
 async def test_a_role_cannot_keep_its_password_by_holding_its_row(workshop: Workshop) -> None:
-    """The rotation ends the session that does so."""
+    """The rotation ends the session that blocks it."""
     tenant = await workshop.create("acme")
     async with workshop.connect(tenant) as connection:
         await connection.execute("BEGIN; ALTER ROLE CURRENT_USER PASSWORD 'mine'")
@@ -220,7 +220,7 @@ async def test_a_role_cannot_keep_its_password_by_holding_its_row(workshop: Work
 
 
 async def test_open_work_of_others_is_not_ended(workshop: Workshop) -> None:
-    """Only what holds the rows of the role goes, not its other sessions, nor another role's."""
+    """Only sessions that block the change are ended, not the role's others, nor another role's."""
     tenant, other = await workshop.create("acme"), await workshop.create("globex")
     async with (
         workshop.connect(tenant) as resisting,
@@ -237,7 +237,7 @@ async def test_open_work_of_others_is_not_ended(workshop: Workshop) -> None:
 
 
 async def test_what_is_interrupted_goes_on_from_there(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A role can have settings for every database of the server: they go some at a time."""
+    """Settings for many databases are removed in batches, so an interrupted call makes progress."""
     monkeypatch.setattr(role_settings, "_BATCH", 2)
     tenant = await workshop.create("acme")
     role = placement(tenant).role
@@ -252,14 +252,14 @@ async def test_what_is_interrupted_goes_on_from_there(workshop: Workshop, monkey
         with pytest.raises(ProvisioningError):
             await workshop.provisioner.align(tenant, timeout=2)
         await admin.execute("ROLLBACK")
-        left = (await role_settings.look(admin, role))[role].databases
+        left = (await role_settings.read(admin, role))[role].databases
         assert sorted(left) == names[-(len(names) % 2 or 2) :]
     await by_align(workshop, tenant)
     await settings_of(workshop, tenant)  # which has none for a database
 
 
 async def test_a_value_that_postgresql_refuses_is_named(workshop: Workshop) -> None:
-    """Before anything is created by it."""
+    """A value that PostgreSQL refuses is an error before a tenant is created."""
     refusing = workshop.provisioner_of(provisioning={"role_settings": {"work_mem": "lots"}})
     with pytest.raises(ConfigurationError, match="'work_mem'"):
         await refusing.create(workshop.draft("acme"), key=None)
@@ -269,7 +269,7 @@ async def test_a_value_that_postgresql_refuses_is_named(workshop: Workshop) -> N
 async def test_a_value_that_postgresql_refuses_keeps_nobody_from_being_suspended(
     workshop: Workshop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor a password from being changed; the log says what was left."""
+    """Suspending and rotating a password succeed; the log has what was not done."""
     tenant = await workshop.create("acme")
     workshop.config = workshop.config.replace(provisioning={"role_settings": {"work_mem": "lots"}})
     await by_rotation(workshop, tenant)
@@ -300,7 +300,7 @@ async def members(workshop: Workshop) -> list[Any]:
 
 
 async def test_a_role_keeps_no_members(workshop: Workshop) -> None:
-    """Before PostgreSQL 15 it may give itself to others, as an administrator does here; that one's own stays."""
+    """Members of the role are removed, except the administrator; before PostgreSQL 15 a role may add members itself."""
     tenant, other = await workshop.create("acme"), await workshop.create("globex")
     before = await members(workshop)
     statement = f'GRANT "{placement(tenant).role}" TO "{placement(other).role}" WITH ADMIN OPTION'
@@ -318,7 +318,7 @@ async def test_a_role_keeps_no_members(workshop: Workshop) -> None:
 
 
 async def test_what_was_granted_by_hand_goes(workshop: Workshop, versioned: Postgres, caplog: Any) -> None:
-    """A tenant's role is a member of nothing; what the administrator may not revoke is named with its statement."""
+    """Memberships are revoked; if the administrator may not, a warning has the statement."""
     tenant = await workshop.create("acme")
     before = await members(workshop)
     role, group = placement(tenant).role, versioned.new_name("group")
@@ -344,7 +344,7 @@ async def test_what_was_granted_by_hand_goes(workshop: Workshop, versioned: Post
 
 
 async def test_what_a_superuser_has_set_is_not_reported_for_ever(versioned: Postgres) -> None:
-    """A plain administrator may not take it away, and does not say that it has."""
+    """An administrator who may not remove it does not report that it was restored."""
     async with plain_workshop(versioned) as workshop:
         tenant = await workshop.create("acme")
         async with versioned.connect() as superuser:
@@ -354,7 +354,7 @@ async def test_what_a_superuser_has_set_is_not_reported_for_ever(versioned: Post
 
 
 async def test_a_tenant_that_is_being_created_is_left_alone(workshop: Workshop) -> None:
-    """Its lock is held."""
+    """A tenant's role is not changed while its creation holds the lock."""
     tenant = await workshop.create("acme")
     async with workshop.connect(tenant) as connection:
         await connection.execute("ALTER ROLE CURRENT_USER SET work_mem = '1GB'")

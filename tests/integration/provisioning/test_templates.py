@@ -1,4 +1,4 @@
-"""Templates: built once, complete or not at all, and cloned for tenants and for short-lived uses."""
+"""Templates: built once, complete or not at all, and cloned for tenants and scratch databases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.waiting import until
 
 
 async def test_a_template_is_built_once(workshop: Workshop) -> None:
-    """However many ask at once, in however many processes, the schema is applied once."""
+    """The schema is applied once, even with concurrent requests in several processes."""
     schema = ScriptSchema()
     processes = [workshop.provisioner_of(schema) for _ in range(3)]
     templates = await asyncio.gather(*(process.template("default") for process in processes * 4))
@@ -26,7 +26,7 @@ async def test_a_template_is_built_once(workshop: Workshop) -> None:
 
 
 async def test_a_later_process_knows_the_revision(workshop: Workshop) -> None:
-    """The process that did not see the template built reads its revision from the server."""
+    """A process that did not build the template reads its revision from the server."""
     built = await workshop.provisioner.template("default")
     assert await workshop.provisioner_of().template("default") == built
     assert (await workshop.create("acme")).schema_revision == "0001"
@@ -41,7 +41,7 @@ async def test_nobody_can_connect_to_a_template(workshop: Workshop) -> None:
 
 
 async def test_another_schema_has_another_template(workshop: Workshop) -> None:
-    """A new revision's tenants are not cloned from the old one's template, which stays for the old release."""
+    """Tenants of a new revision are cloned from a new template; the old one stays for the old release."""
     old = await workshop.provisioner.template("default")
     new = await workshop.provisioner_of(ScriptSchema(fingerprint="second")).template("default")
     assert old.name != new.name
@@ -49,14 +49,14 @@ async def test_another_schema_has_another_template(workshop: Workshop) -> None:
 
 
 async def test_other_extensions_have_another_template(workshop: Workshop) -> None:
-    """Extensions are a part of what a template is."""
+    """Other extensions give a template another name."""
     plain = await workshop.provisioner.template("default")
     extended = await workshop.provisioner_of(extensions=("plpgsql",)).template("default")
     assert plain.name != extended.name
 
 
 async def test_an_extension_comes_with_the_template(workshop: Workshop) -> None:
-    """It is there before the schema is applied, which may use it, and every tenant has it."""
+    """An extension is installed before the schema is applied, and every tenant has it."""
     schema = ScriptSchema("CREATE TABLE embeddings (id int, value vector(3))")
     provisioner = workshop.provisioner_of(schema, extensions=("vector",))
     tenant = await provisioner.create(workshop.draft("acme"), key=None)
@@ -66,7 +66,7 @@ async def test_an_extension_comes_with_the_template(workshop: Workshop) -> None:
 
 
 async def test_an_unknown_extension_is_an_error(workshop: Workshop) -> None:
-    """The error says so, and nothing is left of the template."""
+    """The error names the extension, and no template is left."""
     provisioner = workshop.provisioner_of(extensions=("no-such-extension",))
     with pytest.raises(TemplateError, match="no-such-extension"):
         await provisioner.template("default")
@@ -74,7 +74,7 @@ async def test_an_unknown_extension_is_an_error(workshop: Workshop) -> None:
 
 
 async def test_a_failing_schema_leaves_nothing(workshop: Workshop) -> None:
-    """The error has its cause, the part of a template is dropped, and the next attempt starts anew."""
+    """The error has its cause, the incomplete template is dropped, and the next attempt builds it again."""
     schema = ScriptSchema("CREATE TABLE a (); SELECT 1/0")
     provisioner = workshop.provisioner_of(schema)
     with pytest.raises(TemplateError, match="division by zero") as caught:
@@ -86,7 +86,7 @@ async def test_a_failing_schema_leaves_nothing(workshop: Workshop) -> None:
 
 
 async def test_the_schemas_own_errors_pass(workshop: Workshop) -> None:
-    """A broken migration directory is reported as what it is."""
+    """The error of a broken migration directory is raised unchanged."""
 
     class Broken(ScriptSchema):
         async def apply(self, connect: Connect) -> str | None:
@@ -98,7 +98,7 @@ async def test_the_schemas_own_errors_pass(workshop: Workshop) -> None:
 
 
 async def test_a_creation_without_a_template_registers_nothing(workshop: Workshop) -> None:
-    """The template comes first: a schema that does not apply leaves no half-made tenants."""
+    """If the template cannot be built, no row is written."""
     provisioner = workshop.provisioner_of(ScriptSchema("SELECT 1/0"))
     with pytest.raises(TemplateError):
         await provisioner.create(workshop.draft("acme"), key=None)
@@ -106,7 +106,7 @@ async def test_a_creation_without_a_template_registers_nothing(workshop: Worksho
 
 
 async def test_what_a_dead_builder_left_is_built_anew(workshop: Workshop) -> None:
-    """A database of the template's name without the flag is never cloned, whatever is in it."""
+    """A database with the template's name and without the flag is never cloned."""
     name = (await workshop.provisioner.template("default")).name
     async with workshop.admin() as connection:
         await databases.drop(connection, name)
@@ -133,7 +133,7 @@ class PausedSchema(ScriptSchema):
 
 
 async def test_a_cancelled_build_leaves_nothing_and_the_next_one_takes_over(workshop: Workshop) -> None:
-    """Whoever waited for the builder builds in its place."""
+    """If the builder is cancelled, a waiting task builds the template."""
     schema = PausedSchema()
     provisioner = workshop.provisioner_of(schema)
     builder = asyncio.create_task(provisioner.template("default"))
@@ -150,7 +150,7 @@ async def test_a_cancelled_build_leaves_nothing_and_the_next_one_takes_over(work
 
 
 async def test_waiting_for_another_builder_has_a_deadline(workshop: Workshop) -> None:
-    """A builder that does not end does not hold up everybody for ever."""
+    """Waiting for a builder that does not end fails at the deadline."""
     schema = PausedSchema()
     builder = asyncio.create_task(workshop.provisioner_of(schema).template("default"))
     await schema.reached.wait()
@@ -163,7 +163,7 @@ async def test_waiting_for_another_builder_has_a_deadline(workshop: Workshop) ->
 
 
 async def test_an_index_can_be_built_concurrently_while_others_wait(workshop: Workshop) -> None:
-    """Those who wait for the builder poll; blocking in pg_advisory_lock, they would hold the snapshot it waits for."""
+    """Waiting processes poll for the lock: waiting in PostgreSQL, they would block CREATE INDEX CONCURRENTLY."""
 
     class Concurrent(PausedSchema):
         async def apply(self, connect: Connect) -> str | None:
@@ -190,7 +190,7 @@ async def test_an_index_can_be_built_concurrently_while_others_wait(workshop: Wo
 
 
 async def test_a_connection_that_the_schema_leaves_open_is_closed(workshop: Workshop) -> None:
-    """Else the template could not be cloned."""
+    """A connection that the schema source leaves open is closed, so that the template can be cloned."""
     kept: list[Any] = []
 
     class Careless(ScriptSchema):
@@ -203,7 +203,7 @@ async def test_a_connection_that_the_schema_leaves_open_is_closed(workshop: Work
 
 
 async def test_the_schema_is_applied_as_the_owner(workshop: Workshop) -> None:
-    """Every object belongs to the owner, so that migrations can change what the template made."""
+    """Every object belongs to the owner role, so that migrations can change it."""
     tenant = await workshop.create("acme")
     async with workshop.admin(placement(tenant).database) as connection:
         owners = await connection.fetch(
@@ -229,7 +229,7 @@ async def test_a_scratch_database_is_a_clone_and_is_dropped(workshop: Workshop) 
 
 
 async def test_a_scratch_database_is_dropped_after_an_error_and_a_cancellation(workshop: Workshop) -> None:
-    """However the body ends."""
+    """A scratch database is dropped after an error and after a cancellation."""
     template = await workshop.provisioner.template("default")
     with pytest.raises(ConfigurationError):
         async with workshop.provisioner.scratch("default"):
@@ -250,7 +250,7 @@ async def test_a_scratch_database_is_dropped_after_an_error_and_a_cancellation(w
 
 
 async def test_a_scratch_database_is_not_open_to_tenants(workshop: Workshop) -> None:
-    """Nor to anybody else."""
+    """Neither tenants nor other roles can connect to a scratch database."""
     tenant = await workshop.create("acme")
     async with workshop.provisioner.scratch("default") as name:
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -259,7 +259,7 @@ async def test_a_scratch_database_is_not_open_to_tenants(workshop: Workshop) -> 
 
 
 async def test_scratch_databases_can_be_many(workshop: Workshop) -> None:
-    """Each caller has its own."""
+    """Each caller gets a scratch database of its own."""
     names = []
 
     async def work() -> None:

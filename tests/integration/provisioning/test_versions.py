@@ -1,4 +1,4 @@
-"""What depends on PostgreSQL's version, on each that can be run here: passwords, cloning, and the administrator."""
+"""What depends on PostgreSQL's version, on each installed one: passwords, cloning, and the administrator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def role(versioned: Postgres) -> tuple[str, str]:
 
 
 async def test_asyncpg_logs_in_against_a_verifier_of_one_iteration(versioned: Postgres, role: tuple[str, str]) -> None:
-    """The right password is admitted, another is not."""
+    """The right password is accepted, another is refused."""
     name, password = role
     connection = await asyncpg.connect(versioned.url(user=name, password=password))
     assert await connection.fetchval("SELECT current_user") == name
@@ -56,7 +56,7 @@ def psql(server: Postgres, *, user: str, password: str) -> subprocess.CompletedP
 
 
 def test_psql_logs_in_against_a_verifier_of_one_iteration(versioned: Postgres, role: tuple[str, str]) -> None:
-    """So does everything that is built on libpq."""
+    """psql, which uses libpq, logs in as well."""
     name, password = role
     right = psql(versioned, user=name, password=password)
     assert (right.stdout.strip(), right.stderr) == (name, "")
@@ -76,7 +76,7 @@ async def test_a_verifier_is_the_one_libpq_computes(versioned: Postgres) -> None
 
 
 async def test_the_stored_verifier_is_ours(versioned: Postgres, role: tuple[str, str]) -> None:
-    """PostgreSQL keeps it as it is, so it did not take it for a password in the clear."""
+    """PostgreSQL stores the verifier unchanged, so it did not treat it as a plain password."""
     async with versioned.connect() as connection:
         stored = await connection.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", role[0])
     assert stored.startswith("SCRAM-SHA-256$1:")
@@ -91,7 +91,7 @@ async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> Async
 
 @pytest.mark.parametrize("strategy", ["wal_log", "file_copy"])
 async def test_the_whole_life_of_a_tenant(workshop: Workshop, strategy: databases.Strategy) -> None:
-    """Creating, using, blocking, admitting and purging work on every version, with either kind of administrator."""
+    """Creating, using, blocking, unblocking and purging work on every version, with either kind of administrator."""
     tenant = await workshop.provisioner.create(workshop.draft("acme"), key=None, strategy=strategy)
     assert await workshop.present() == names_of(tenant)
     async with workshop.connect(tenant) as connection:
@@ -111,7 +111,7 @@ async def test_the_whole_life_of_a_tenant(workshop: Workshop, strategy: database
 
 
 async def test_a_failed_creation_is_undone(workshop: Workshop) -> None:
-    """Either kind of administrator can undo what it began."""
+    """Either kind of administrator can undo a creation."""
     await workshop.create("first")
     before = await workshop.present()
     failing = workshop.draft("acme")
@@ -128,7 +128,7 @@ async def test_a_failed_creation_is_undone(workshop: Workshop) -> None:
 async def test_what_a_plain_administrator_may_not_close_is_named(
     versioned: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """``postgres`` and ``template1`` are not its own: it is told which statement a superuser has to run."""
+    """It does not own ``postgres`` and ``template1``: the warning has the statement that a superuser must run."""
     names = ("postgres", "template1")
     async with versioned.connect() as connection:
         for name in names:

@@ -55,7 +55,7 @@ async def idle(tenancy: Tenancy, slug: str) -> AsyncIterator[Any]:
 
 
 async def test_housekeeping_looks_first(tenancy: Tenancy) -> None:
-    """What it ended is in the report."""
+    """Housekeeping runs the watchdog first; the ended sessions are in its report."""
     acme = await tenancy.tenants.create("acme")
     async with idle(tenancy, "acme"):
         report = await tenancy.run_housekeeping()
@@ -67,7 +67,7 @@ async def test_housekeeping_looks_first(tenancy: Tenancy) -> None:
 async def test_housekeeping_looks_although_the_control_database_is_away(
     tenancy: Tenancy, tenancy_config: TenancyConfig
 ) -> None:
-    """That may suffer from what a tenant does."""
+    """The watchdog runs even if the control database does not answer: a tenant may be the cause."""
     await tenancy.tenants.create("acme")
     async with proxied(tenancy_config.control_url) as proxy:
         away = tenancy_config.replace(control_url=proxy.url(tenancy_config.control_url), pool={"connect_timeout": 1.0})
@@ -84,7 +84,7 @@ async def test_housekeeping_looks_although_the_control_database_is_away(
 
 
 async def test_the_command_watches_until_it_is_stopped(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
-    """``tenancy watch`` goes on, ``--once`` does not; both write into the audit log."""
+    """``tenancy watch`` runs until it is stopped, ``--once`` runs once; both write to the audit log."""
     await tenancy.tenants.create("acme")
     variables = settings(tenancy_config, "tests.support.models:Base.metadata")
     variables |= {"TENANCY_WATCHDOG_MAX_IDLE_TRANSACTION_SECONDS": "0.2", "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Tenants without a control database: their databases are made by plain SQL."""
+"""Tenants without a control database: plain SQL creates their databases."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.support.postgres import Postgres
 
 @pytest.fixture
 def config(postgres: Postgres, name_prefix: str) -> TenancyConfig:
-    """A small budget."""
+    """A configuration with a small budget."""
     return support.configuration(postgres, name_prefix)
 
 
 @pytest.fixture
 async def made(postgres: Postgres, config: TenancyConfig) -> AsyncIterator[support.Databases]:
-    """A maker of tenants."""
+    """Creates tenants' databases."""
     async with support.databases(postgres, config) as made:
         yield made
 
 
 @pytest.fixture
 async def router(made: support.Databases, config: TenancyConfig) -> AsyncIterator[Router]:
-    """A router to them."""
+    """A router to these databases."""
     async with support.router(made, config) as router:
         yield router

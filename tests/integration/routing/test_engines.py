@@ -1,4 +1,4 @@
-"""More tenants than the engine cache holds, on a real server."""
+"""More tenants than ``max_engines``, on a real server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKEND = text("SELECT pg_backend_pid()")
 
 
 async def test_ten_times_more_tenants_than_the_cache_holds(made: Databases, config: TenancyConfig) -> None:
-    """Every request is served, open sessions keep their connections, and what was dropped is gone."""
+    """Every request is served, open sessions keep their connections, and dropped engines are freed."""
     tenants = await made.create_many(44)
     held, others = tenants[:4], tenants[4:]
     chance = random.Random(4)

@@ -50,7 +50,7 @@ async def pid(router: Router, tenant: Tenant) -> int:
 
 
 async def settled(router: Router) -> BudgetStatistics:
-    """What is left when everything under way has come to its end."""
+    """Return the pool's counts once all background work has ended."""
     await until(lambda: counts(router).open == counts(router).idle)
     return counts(router)
 
@@ -74,7 +74,7 @@ async def watching(made: Databases) -> AsyncIterator[list[int]]:
 
 
 async def test_a_connection_that_a_refused_begin_has_left_is_not_kept(made: Databases, router: Router) -> None:
-    """The driver takes its transaction for open, and the server does not: as after a BEGIN that was refused (53200)."""
+    """After a refused BEGIN (53200) the driver considers a transaction open, so the connection is not reused."""
     [tenant] = await made.create_many(1)
     before = await pid(router, tenant)
     async with router.connection(tenant) as connection:
@@ -116,7 +116,7 @@ async def test_ten_times_more_tenants_than_connections(made: Databases, config: 
 
 
 async def test_five_hundred_cold_requests_to_one_tenant(made: Databases, router: Router) -> None:
-    """One engine, at most the tenant's part of the budget, and no request lost."""
+    """They share one engine, use at most the tenant's part of the budget, and all succeed."""
     tenant = await made.create()
     engines: set[int] = set()
 
@@ -133,7 +133,7 @@ async def test_five_hundred_cold_requests_to_one_tenant(made: Databases, router:
 
 
 async def test_a_loud_tenant_does_not_keep_a_quiet_one_waiting(made: Databases, config: TenancyConfig) -> None:
-    """With the whole budget taken and a long queue before it, a single request is served among the first."""
+    """When the budget is spent and another tenant has a long queue, a single request is served among the first."""
     loud, quiet = await made.create(), await made.create()
     async with support.router(made, config.replace(pool={"max_connections": 3})) as router:
         served: list[str] = []
@@ -150,7 +150,7 @@ async def test_a_loud_tenant_does_not_keep_a_quiet_one_waiting(made: Databases, 
 
 
 async def test_a_wait_ends_at_its_deadline_with_a_clear_error(made: Databases, config: TenancyConfig) -> None:
-    """It names the server, the tenant, the time and the limit that was met; and it is told."""
+    """The error has the server, the tenant, the time and the limit that was reached; an event is emitted."""
     a, b = await made.create(), await made.create()
     events, told = EventBus(), list[CheckoutTimedOut]()
     events.subscribe(CheckoutTimedOut, told.append)
@@ -170,7 +170,7 @@ async def test_a_wait_ends_at_its_deadline_with_a_clear_error(made: Databases, c
 
 
 async def test_an_idle_connection_is_not_reused_after_idle_timeout(made: Databases, config: TenancyConfig) -> None:
-    """It is closed by itself, without anybody asking."""
+    """A connection is closed once it is idle for too long, without another checkout."""
     a = await made.create()
     async with support.router(made, config.replace(pool={"idle_timeout": 0.3})) as router:
         first = await pid(router, a)
@@ -184,7 +184,7 @@ async def test_an_idle_connection_is_not_reused_after_idle_timeout(made: Databas
 
 
 async def test_cancellations_leak_nothing(made: Databases, router: Router) -> None:
-    """Two thousand requests cancelled anywhere: the pool is whole, and whoever was not cancelled got its own answer."""
+    """After two thousand requests, many cancelled at random points, no slot is lost, and the others are answered."""
     tenants = await made.create_many(9)
     chance = random.Random(2)
     answered = 0
@@ -227,7 +227,7 @@ async def test_cancellations_leak_nothing(made: Databases, router: Router) -> No
 
 
 async def test_a_connection_that_nobody_waits_for_any_more_is_kept(made: Databases, router: Router) -> None:
-    """A caller cancelled while its connection is opened leaves it to the next one."""
+    """The connection that was being opened for a cancelled caller goes to the next one."""
     a = await made.create()
     task = asyncio.create_task(ask(router, a))
     await until(lambda: counts(router).opening == 1)
@@ -240,7 +240,7 @@ async def test_a_connection_that_nobody_waits_for_any_more_is_kept(made: Databas
 
 
 async def test_a_waiter_cancelled_as_it_is_served_passes_it_on(made: Databases, config: TenancyConfig) -> None:
-    """In the very turn of the loop in which it gets its connection."""
+    """A waiter that is cancelled in the turn of the loop in which it is served passes the connection on."""
     a = await made.create()
     async with support.router(made, config.replace(pool={"max_connections_per_tenant": 1})) as router:
         async with router.connection(a):
@@ -369,7 +369,7 @@ async def _retire(router: Router, tenant: Tenant) -> None:
 async def test_no_way_of_dropping_a_connection_leaks_its_slot(
     made: Databases, router: Router, drop: Callable[[Router, Tenant], Awaitable[None]]
 ) -> None:
-    """Slots and sockets agree again, and the tenant goes on."""
+    """However a connection is dropped, its slot is freed with its socket, and the tenant can connect again."""
     a = await made.create()
     await drop(router, a)
     await until(lambda: counts(router).open == counts(router).idle)
@@ -386,7 +386,7 @@ async def _agree(made: Databases, router: Router) -> bool:
 async def test_a_retired_engine_closes_what_is_idle_now_and_what_is_busy_when_it_returns(
     made: Databases, router: Router
 ) -> None:
-    """A session that is open keeps its connection to its end; a new one gets a new engine."""
+    """An open session keeps its connection until it ends; a new session gets a new engine."""
     a = await made.create()
     async with router.session(a) as session:
         before = await session.scalar(text("SELECT pg_backend_pid()"))
@@ -406,7 +406,7 @@ def _has(statistics: BudgetStatistics, **values: int) -> bool:
 
 
 async def test_closing_cuts_what_is_not_returned_in_time(made: Databases, config: TenancyConfig) -> None:
-    """A request that hangs does not keep the process from ending."""
+    """A request that hangs does not keep the router from closing."""
     a = await made.create()
     async with support.router(made, config) as router:
         scope = router.session(a)
@@ -428,7 +428,7 @@ async def _none_left(made: Databases) -> bool:
 
 
 async def test_no_dead_connection_is_handed_out(made: Databases, router: Router) -> None:
-    """All server processes ended at once, as a restart does: the next request works, every time."""
+    """When all server processes are ended at once, as by a restart, the next request works, every time."""
     tenants = await made.create_many(3)
     for _ in range(5):
         await asyncio.gather(*(ask(router, tenant) for tenant in tenants for _ in range(2)))
@@ -445,7 +445,7 @@ async def test_no_dead_connection_is_handed_out(made: Databases, router: Router)
 async def test_a_connection_lost_in_use_is_an_error_of_sqlalchemy_and_not_reused(
     made: Databases, router: Router
 ) -> None:
-    """The application sees what it would see with any engine; the next session works."""
+    """The application gets the error of any SQLAlchemy engine, and the next session works."""
     a = await made.create()
     async with router.session(a) as session:
         backend = await session.scalar(text("SELECT pg_backend_pid()"))
@@ -470,7 +470,7 @@ async def proxy(postgres: Postgres) -> AsyncIterator[Proxy]:
 async def test_a_server_that_refuses_is_unavailable_until_it_is_back(
     made: Databases, config: TenancyConfig, postgres: Postgres, proxy: Proxy
 ) -> None:
-    """A clear error at once, nothing leaked, and no restart needed."""
+    """The error comes at once, no slot is lost, and requests work again without a restart."""
     a = await made.create()
     through = config.replace(servers={"default": proxy.url(postgres.admin_url)})
     async with support.router(made, through) as router:
@@ -489,7 +489,7 @@ async def test_a_server_that_refuses_is_unavailable_until_it_is_back(
 async def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(
     made: Databases, config: TenancyConfig, postgres: Postgres, proxy: Proxy
 ) -> None:
-    """Packets that get lost cost connect_timeout, and not for ever."""
+    """If packets are lost, a connect fails after ``connect_timeout``."""
     a = await made.create()
     through = config.replace(servers={"default": proxy.url(postgres.admin_url)}, pool={"connect_timeout": 0.3})
     async with support.router(made, through) as router:
@@ -505,7 +505,7 @@ async def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(
 async def test_a_cancelled_end_of_a_session_leaves_nothing_behind(
     made: Databases, config: TenancyConfig, postgres: Postgres, proxy: Proxy
 ) -> None:
-    """Cancelled while its roll-back gets no answer: the lease ends at once, and the socket is cut in the background."""
+    """If a roll-back without an answer is cancelled, the lease ends at once, and the socket is closed later."""
     a = await made.create()
     through = config.replace(servers={"default": proxy.url(postgres.admin_url)})
     async with support.router(made, through) as router:
@@ -542,7 +542,7 @@ async def test_a_cancelled_end_of_a_session_leaves_nothing_behind(
     ids=("password", "nologin", "connect", "database"),
 )
 async def test_a_refused_login_says_why(made: Databases, router: Router, damage: str, sqlstate: str) -> None:
-    """By SQLSTATE; as our own error, straight out of the session's first statement."""
+    """The session's first statement raises ``LoginRefusedError`` with PostgreSQL's SQLSTATE."""
     a = await made.create()
     assert a.placement is not None
     await made.admin.execute(damage.format(role=a.placement.role))
@@ -554,7 +554,7 @@ async def test_a_refused_login_says_why(made: Databases, router: Router, damage:
 
 
 async def test_a_role_at_its_connection_limit_waits_for_one_to_be_returned(made: Databases, router: Router) -> None:
-    """Other processes have their part of a role's limit: the budget here cannot know that it is used up."""
+    """If other processes use up a role's connection limit, a request waits until a connection is returned."""
     a = await made.create(connection_limit=1)
     async with router.connection(a):
         waiting = [asyncio.create_task(ask(router, a)) for _ in range(5)]
@@ -565,7 +565,7 @@ async def test_a_role_at_its_connection_limit_waits_for_one_to_be_returned(made:
 
 
 async def test_a_role_that_stays_at_its_connection_limit_is_unavailable(made: Databases, config: TenancyConfig) -> None:
-    """At the deadline. Trying again may help, so it is not a refused login."""
+    """At the deadline the error is ``ServerUnavailableError``, not a refused login: trying again may help."""
     a = await made.create(connection_limit=1)
     async with support.router(made, config.replace(pool={"checkout_timeout": 0.3})) as router, router.connection(a):
         with pytest.raises(ServerUnavailableError) as caught:
@@ -577,7 +577,7 @@ async def test_a_role_that_stays_at_its_connection_limit_is_unavailable(made: Da
 async def test_our_errors_are_not_wrapped_where_sqlalchemy_reconnects_by_itself(
     made: Databases, router: Router
 ) -> None:
-    """Within a statement, SQLAlchemy wraps most exceptions; not these."""
+    """SQLAlchemy wraps most exceptions of a statement, but not ours when it reconnects."""
     a = await made.create()
     assert a.placement is not None
     async with router.connection(a) as connection:
@@ -589,7 +589,7 @@ async def test_our_errors_are_not_wrapped_where_sqlalchemy_reconnects_by_itself(
 
 
 async def test_a_changed_password_makes_a_new_engine(made: Databases, router: Router) -> None:
-    """A tenant looked up after the change gets in, whatever engine the cache holds."""
+    """A tenant that was looked up after a change of its password gets a new engine, and can log in."""
     a = await made.create()
     assert await ask(router, a) == 1
     assert a.placement is not None
@@ -639,7 +639,7 @@ async def _look(router: Router, tenant: Tenant) -> tuple[int, tuple[Any, ...]]:
 async def test_a_dirty_connection_is_clean_at_the_next_checkout(
     made: Databases, config: TenancyConfig, full_reset: bool
 ) -> None:
-    """On the same server process, with the full reset; a roll-back alone leaves all of it."""
+    """The full reset cleans a connection of the same server process; a roll-back alone leaves its state."""
     a = await made.create()
     assert a.placement is not None
     await made.admin.execute(f"GRANT TEMP ON DATABASE {a.placement.database} TO {a.placement.role}")
@@ -664,7 +664,7 @@ async def test_a_dirty_connection_is_clean_at_the_next_checkout(
 async def test_what_a_tenant_changed_in_its_schema_is_prepared_anew_for_it_alone(
     made: Databases, router: Router
 ) -> None:
-    """The dialect is shared, but not the memory of when prepared statements became stale."""
+    """After a tenant's schema change only that tenant's connections prepare their statements again."""
     a, b = await made.create(), await made.create()
     statement = "SELECT * FROM notes"
     for tenant in (a, b):
@@ -685,7 +685,7 @@ async def test_what_a_tenant_changed_in_its_schema_is_prepared_anew_for_it_alone
 async def test_statement_timeout_and_application_name_are_in_force_from_the_start(
     made: Databases, config: TenancyConfig
 ) -> None:
-    """They come with the connection, so that a reset does not lose them."""
+    """They are startup parameters, so a reset keeps them."""
     a = await made.create()
     async with support.router(made, config.replace(sessions={"statement_timeout": 0.2})) as router:
         assert await ask(router, a, "SHOW application_name") == "tenancy"
@@ -695,7 +695,7 @@ async def test_statement_timeout_and_application_name_are_in_force_from_the_star
 
 
 async def test_listeners_on_all_pools_see_a_tenants_connections(made: Databases, router: Router) -> None:
-    """As drivers' extensions (pgvector, say) and tracing need them."""
+    """Listeners on the ``Pool`` class, which drivers' extensions and tracing use, get a tenant's connections."""
     seen: list[str] = []
 
     def connected(connection: Any, _record: object) -> None:
@@ -717,7 +717,7 @@ async def test_listeners_on_all_pools_see_a_tenants_connections(made: Databases,
 async def test_no_password_shows_in_errors_logs_or_reprs(
     made: Databases, router: Router, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not even in a traceback with local variables, as error trackers take them, nor in any log at DEBUG."""
+    """No password is in an error, even with local variables as error trackers record them, nor in a DEBUG log."""
     caplog.set_level(logging.DEBUG, logger="")
     a = await made.create()
     assert a.placement is not None
@@ -748,7 +748,7 @@ async def test_no_password_shows_in_errors_logs_or_reprs(
 
 
 async def test_a_password_opens_for_its_own_tenant_alone(made: Databases, router: Router) -> None:
-    """Two rows' stored passwords exchanged: neither opens, and nobody connects."""
+    """If the sealed passwords of two rows are exchanged, neither opens, and neither tenant connects."""
     a, b = await made.create(), await made.create()
     assert a.placement is not None and b.placement is not None
     for tenant, other in ((a, b.placement), (b, a.placement)):

@@ -1,4 +1,4 @@
-"""Logging in to a server that is silent, and noticing one that has gone silent."""
+"""Logging in to a server that does not answer, and noticing one that stops answering."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tenancy_orm.routing.servers import PEER_SECONDS, Server
 
 @pytest.fixture
 async def silent() -> AsyncIterator[Server]:
-    """A server that accepts connections and never says a word."""
+    """A server that accepts connections and never answers."""
     writers = []
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -34,7 +34,7 @@ async def silent() -> AsyncIterator[Server]:
 
 
 def texts_in_frames(error: BaseException) -> str:
-    """All local variables of all frames of an error and of what it came from, as a reporter of errors shows them."""
+    """Return all local variables in the frames of an error and its causes, as an error tracker records them."""
     shown = []
     current: BaseException | None = error
     while current is not None:
@@ -47,7 +47,7 @@ def texts_in_frames(error: BaseException) -> str:
 
 
 async def test_a_deadline_around_a_login_shows_no_password(silent: Server) -> None:
-    """Nor does a cancellation: asyncpg's frames, which hold it, are dropped."""
+    """After a time-out or a cancellation, the error's frames do not contain the password: asyncpg's are dropped."""
     with pytest.raises(TimeoutError) as bare:
         async with asyncio.timeout(0.2):
             await asyncpg.connect(silent.url.render_as_string(hide_password=False))
@@ -59,7 +59,7 @@ async def test_a_deadline_around_a_login_shows_no_password(silent: Server) -> No
 
 
 async def test_a_tenants_connection_notices_a_dead_peer(tenancy: Tenancy) -> None:
-    """The kernel is told how long the other side may stay silent."""
+    """The socket has the options with which the kernel closes a connection that gets no acknowledgement."""
     await tenancy.tenants.create("acme")
     async with tenancy.internals.router.connection(await tenancy.tenants.get("acme")) as connection:
         raw = await connection.get_raw_connection()

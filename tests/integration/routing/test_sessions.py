@@ -30,7 +30,7 @@ async def bodies(router: Router, tenant: Tenant) -> list[str]:
 
 
 async def test_each_tenant_has_its_own_rows(made: Databases, router: Router) -> None:
-    """What one session commits, a session of another tenant does not see."""
+    """A tenant's session does not see rows that another tenant has committed."""
     a, b = await made.create(), await made.create()
     for tenant in (a, b):
         async with router.session(tenant) as session:
@@ -41,7 +41,7 @@ async def test_each_tenant_has_its_own_rows(made: Databases, router: Router) -> 
 
 
 async def test_what_is_not_committed_is_rolled_back(made: Databases, router: Router) -> None:
-    """As with any AsyncSession."""
+    """A session without a commit is rolled back, as any AsyncSession."""
     a = await made.create()
     async with router.session(a) as session:
         session.add(Note(body="lost"))
@@ -78,7 +78,7 @@ async def test_it_is_an_ordinary_async_session(made: Databases, router: Router) 
 
 
 async def test_json_is_decoded_by_the_driver(made: Databases, router: Router) -> None:
-    """The dialect's own set-up of a connection takes place, on the first one and on later ones."""
+    """The dialect sets up every connection, the first and later ones."""
     a, b = await made.create(), await made.create()
     for tenant in (a, b):
         async with router.session(tenant) as session:
@@ -98,7 +98,7 @@ async def test_an_error_of_the_application_passes_untouched(made: Databases, rou
 
 
 async def test_options_are_those_of_async_session(made: Databases, router: Router) -> None:
-    """autoflush, info and a session class of one's own."""
+    """A session takes AsyncSession's options: autoflush, info and a session class of the application's."""
 
     class Own(TenantSession):
         pass
@@ -114,7 +114,7 @@ async def test_options_are_those_of_async_session(made: Databases, router: Route
 async def test_options_that_would_take_the_guard_away_are_refused(
     made: Databases, router: Router, options: dict[str, Any]
 ) -> None:
-    """A session is bound to its tenant's engine, and guarded."""
+    """Options that would bypass the tenant's engine or the guard raise ``ConfigurationError``."""
     a = await made.create()
     with pytest.raises(ConfigurationError):
         async with router.session(a, **options):
@@ -123,7 +123,7 @@ async def test_options_that_would_take_the_guard_away_are_refused(
 
 
 async def test_a_session_ends_with_its_block(made: Databases, router: Router) -> None:
-    """Used afterwards it would work on an engine that nobody leases."""
+    """A session is refused after its block, when its engine is no longer leased."""
     a = await made.create()
     async with router.session(a) as session:
         pass
@@ -132,7 +132,7 @@ async def test_a_session_ends_with_its_block(made: Databases, router: Router) ->
 
 
 async def test_a_connection_without_a_session(made: Databases, router: Router) -> None:
-    """For Core."""
+    """``router.connection`` gives an AsyncConnection, for SQLAlchemy Core."""
     a = await made.create()
     async with router.connection(a) as connection:
         assert await connection.scalar(text("SELECT current_database()")) == (a.placement and a.placement.database)
@@ -141,7 +141,7 @@ async def test_a_connection_without_a_session(made: Databases, router: Router) -
 
 
 async def test_a_lease_gives_the_engine(made: Databases, router: Router) -> None:
-    """For whatever takes an AsyncEngine. Its URL has no password."""
+    """``router.lease`` gives an AsyncEngine; its URL has no password."""
     a = await made.create()
     async with router.lease(a) as engine, router.lease(a) as same:
         assert engine is same
@@ -153,7 +153,7 @@ async def test_a_lease_gives_the_engine(made: Databases, router: Router) -> None
 
 
 async def test_a_tenant_without_a_database_is_refused(router: Router, made: Databases) -> None:
-    """A tenant that is purged, say."""
+    """A tenant without a placement, such as a purged one, raises an error."""
     a = await made.create()
     with pytest.raises(RoutingError):
         async with router.session(replace(a, placement=None)):
@@ -164,7 +164,7 @@ async def test_a_tenant_without_a_database_is_refused(router: Router, made: Data
 
 
 async def test_a_closed_router_opens_nothing(made: Databases, config: TenancyConfig) -> None:
-    """And closing it again does nothing."""
+    """A closed router opens no session, and closing it again does nothing."""
     a = await made.create()
     async with support.router(made, config) as router:
         assert await bodies(router, a) == []
@@ -176,7 +176,7 @@ async def test_a_closed_router_opens_nothing(made: Databases, config: TenancyCon
 
 
 async def test_tenants_share_one_dialect_and_one_compiled_cache(made: Databases, router: Router) -> None:
-    """A statement is compiled once for all of them; the dialect asks its questions once."""
+    """A statement is compiled once for all tenants, and the dialect is initialised once."""
     a, b = await made.create(), await made.create()
     async with router.lease(a) as one, router.lease(b) as other:
         assert one.dialect is other.dialect
@@ -190,7 +190,7 @@ async def test_tenants_share_one_dialect_and_one_compiled_cache(made: Databases,
 
 
 async def test_opening_a_connection_is_told(made: Databases, config: TenancyConfig) -> None:
-    """Who, where, and how long it took."""
+    """The event of a new connection has the tenant, the server and the seconds that it took."""
     a = await made.create()
     events, seen = EventBus(), list[ConnectionOpened]()
     events.subscribe(ConnectionOpened, seen.append)
@@ -205,7 +205,7 @@ async def test_opening_a_connection_is_told(made: Databases, config: TenancyConf
 
 
 async def test_nothing_of_a_tenant_works_while_another_is_bound(made: Databases, config: TenancyConfig) -> None:
-    """Sessions, connections, streams under way: refused, told, and usable again when the binding has ended."""
+    """Open sessions, connections and streams are refused and reported; they work again when the binding has ended."""
     a, b = await made.create(), await made.create()
     events, seen = EventBus(), list[IsolationIncident]()
     events.subscribe(IsolationIncident, seen.append)
@@ -240,7 +240,7 @@ async def test_nothing_of_a_tenant_works_while_another_is_bound(made: Databases,
 
 
 async def test_a_task_that_inherits_the_binding_may_go_on(made: Databases, config: TenancyConfig) -> None:
-    """The tenant that is bound is the session's own."""
+    """A task that inherits the binding may use the session of that tenant."""
     a = await made.create()
     async with support.router(made, config) as router:
         token = set_current(a)

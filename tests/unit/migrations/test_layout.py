@@ -1,4 +1,4 @@
-"""``tenancy init`` and ``alembic init`` make a migration directory from the package's template."""
+"""``tenancy init`` and ``alembic init`` create a migration directory from the package's template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``alembic.op`` and ``alembic.context`` belong to the context that runs a migration."""
+"""``alembic.op`` and ``alembic.context`` are local to the context that runs a migration."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from tenancy_orm.migrations import local
+from tests.support.alembic_proxies import uninstall
 
 
 @pytest.fixture(autouse=True)
@@ -113,8 +114,8 @@ def test_threads_side_by_side_have_one_each() -> None:
 
 
 def test_without_it_tasks_reach_each_others_database() -> None:
-    """What the patch is for, shown with it off."""
-    local.uninstall()
+    """Without the patch, concurrent tasks reach each other's database."""
+    uninstall()
 
     async def migrate(name: str, everyone: asyncio.Barrier) -> str:
         with operations() as buffer:
@@ -132,7 +133,7 @@ def test_without_it_tasks_reach_each_others_database() -> None:
 
 
 def test_environments_nest(tmp_path: Path) -> None:
-    """A template is built, and the control database upgraded, while ``alembic upgrade`` runs."""
+    """Environments nest: ``alembic upgrade`` builds a template and upgrades the control database while it runs."""
     outer, inner = make_environment(tmp_path), make_environment(tmp_path)
     with outer:
         with inner:
@@ -160,7 +161,7 @@ def test_a_migration_that_fails_leaves_nothing_installed() -> None:
 
 
 def test_a_thread_means_the_only_migration_of_the_process(environment: EnvironmentContext) -> None:
-    """Code written for plain Alembic may run its migrations in a thread of its own (an event loop's, say)."""
+    """A thread without a context gets the only active migration, as code written for plain Alembic expects."""
     seen: list[Any] = []
     with environment:
         thread = threading.Thread(target=lambda: seen.append(alembic.context.config))
@@ -192,8 +193,8 @@ def test_an_isolated_context_does_not_see_the_others(environment: EnvironmentCon
 
 
 def test_an_environment_active_before_installing_stays_active(environment: EnvironmentContext) -> None:
-    """``alembic upgrade`` has entered it by the time env.py imports this package."""
-    local.uninstall()
+    """An environment that ``alembic upgrade`` entered before env.py imports this package stays active."""
+    uninstall()
     with environment:
         local.install()
         assert alembic.context.config is environment.config
@@ -206,7 +207,7 @@ def test_an_environment_active_before_installing_inside_a_task_stays_active(envi
         local.install()
         assert alembic.context.config is environment.config
 
-    local.uninstall()
+    uninstall()
     with environment:
         asyncio.run(importing())
         assert alembic.context.config is environment.config
@@ -219,7 +220,7 @@ def test_installing_twice_changes_nothing() -> None:
 
 
 def test_uninstalling_gives_alembic_its_own_back(environment: EnvironmentContext) -> None:
-    local.uninstall()
+    uninstall()
     assert not local.is_installed()
     with environment:
         assert vars(alembic.context)["config"] is environment.config

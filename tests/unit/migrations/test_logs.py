@@ -1,4 +1,4 @@
-"""Alembic's log lines say which tenant they are about."""
+"""Alembic's log lines are labelled with the tenant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command does to a database is worked out before it is done, from where the database is."""
+"""The steps of a command are computed before it runs, from the database's revision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.projects import Project
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    """Three revisions in a row: 1, 2, 3."""
+    """A project with three revisions in a row: 1, 2, 3."""
     project = Project.create(tmp_path)
     project.add("1")
     project.add("2", down="1")
@@ -31,7 +31,7 @@ def heads(*revisions: str) -> Heads:
 
 
 def states(plan: Plan, *start: str) -> list[str | None]:
-    return [format_revision(state) for state in plan.route(heads(*start)).states]
+    return [format_revision(state) for state in plan.path_from(heads(*start)).states]
 
 
 def test_a_revision_is_written_in_one_text() -> None:
@@ -77,14 +77,14 @@ def test_dependencies_are_implied_as_alembic_has_it(project: Project) -> None:
 
 def test_routes_are_worked_out_once(project: Project) -> None:
     plan = Plan.of(environment(project), "upgrade", "head")
-    assert plan.route(heads("1")) is plan.route(heads("1"))
+    assert plan.path_from(heads("1")) is plan.path_from(heads("1"))
 
 
 def test_what_remains_depends_on_how_far_it_came(project: Project) -> None:
-    route = Plan.of(environment(project), "upgrade", "head").route(heads())
-    assert [str(step.revision.revision) for step in route.remaining(heads("1")) or ()] == ["2", "3"]  # type: ignore[union-attr]
-    assert route.remaining(heads("3")) == ()
-    assert route.remaining(heads("elsewhere")) is None
+    path = Plan.of(environment(project), "upgrade", "head").path_from(heads())
+    assert [str(step.revision.revision) for step in path.remaining(heads("1")) or ()] == ["2", "3"]  # type: ignore[union-attr]
+    assert path.remaining(heads("3")) == ()
+    assert path.remaining(heads("elsewhere")) is None
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_an_upgrade_to_head_is_known(project: Project, command: str, revision: s
 def test_no_way_to_the_target_is_an_error_that_says_where_it_is(project: Project) -> None:
     plan = Plan.of(environment(project), "upgrade", "head")
     with pytest.raises(MigrationError, match="cannot upgrade from lost: Can't locate revision identified by 'lost'"):
-        plan.route(heads("lost"))
+        plan.path_from(heads("lost"))
     with pytest.raises(MigrationError, match="cannot upgrade from 3: Relative revision"):
-        Plan.of(environment(project), "upgrade", "+1").route(heads("3"))
+        Plan.of(environment(project), "upgrade", "+1").path_from(heads("3"))
 
 
 def test_an_ambiguous_or_unknown_target_is_refused(project: Project) -> None:

@@ -1,4 +1,4 @@
-"""What templates are made of is known by a fingerprint."""
+"""A fingerprint identifies the schema of a template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A migration directory is found with its configuration, and its env.py is read without being acted upon."""
+"""A migration directory is found with its configuration, and env.py's options are read without running a command."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_percent_sign_in_the_path_is_a_percent_sign(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_env_py_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"holds no env\.py; make a migration directory with: tenancy init"):
+    with pytest.raises(ConfigurationError, match=r"has no env\.py; create a migration directory with: tenancy init"):
         alembic_config(tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_sys_path_does_not_grow(project: Project, monkeypatch: pytest.MonkeyPatc
     assert sys.path == once
 
 
-# --- whose env.py it is ---------------------------------------------------------------------------------------------
+# --- the application of an env.py ------------------------------------------------------------------------------------
 
 CONFIG = TenancyConfig(control_url="postgresql://h/d")
 
@@ -160,5 +160,5 @@ def test_what_is_no_configuration_is_refused() -> None:
 
 
 def test_env_py_outside_of_alembic_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"for an env\.py that Alembic runs"):
+    with pytest.raises(ConfigurationError, match=r"in an env\.py that Alembic runs"):
         environment.run(alembic.context)

@@ -1,4 +1,4 @@
-"""What needs no server."""
+"""Provisioning's parts that need no server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tenancy_orm.provisioning.pipeline import tenant_key
 
 
 def test_tenants_have_different_keys() -> None:
-    """A tenant's key comes from its id."""
+    """The key of a tenant's lock is computed from its id."""
     first, second = uuid4(), uuid4()
     assert tenant_key(first) == tenant_key(first) != tenant_key(second)
 
 
 def test_a_report_is_frozen() -> None:
-    """A report is a value."""
+    """A report cannot be changed."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         ReconcileReport().errors = ("x",)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""SCRAM verifiers as text; that PostgreSQL accepts them is shown in tests/integration/provisioning."""
+"""SCRAM verifiers as text; tests/integration/provisioning shows that PostgreSQL accepts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tenancy_orm.secrets.keyring import new_password
 
 
 def test_a_verifier_has_the_form_postgresql_stores() -> None:
-    """SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>, with one iteration."""
+    """The form is SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>, with one iteration."""
     match = re.fullmatch(r"SCRAM-SHA-256\$1:([^$]+)\$([^:]+):(.+)", scram_verifier(new_password()))
     assert match is not None
     assert [len(base64.b64decode(part, validate=True)) for part in match.groups()] == [16, 32, 32]
@@ -27,7 +27,7 @@ def test_a_verifier_does_not_contain_the_password() -> None:
 
 
 def test_two_verifiers_of_one_password_differ() -> None:
-    """Each has a salt of its own."""
+    """Each verifier has its own salt."""
     password = new_password()
     assert scram_verifier(password) != scram_verifier(password)
 
@@ -41,6 +41,6 @@ def test_a_password_that_one_iteration_does_not_protect_is_refused(password: str
 
 
 def test_every_new_password_is_accepted() -> None:
-    """What the package makes is long enough."""
+    """The passwords that the package creates are long enough."""
     for _ in range(100):
         scram_verifier(new_password())

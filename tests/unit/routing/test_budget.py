@@ -56,7 +56,7 @@ def seat(budget: Budget[str], share: Share[str]) -> Seat:
 
 
 def test_there_are_no_more_slots_than_the_limit() -> None:
-    """The slot after the last one is refused, whoever asks."""
+    """When all slots are taken, every tenant is refused another one."""
     budget, _ = make(limit=2)
     a, b = share_of(budget, 1), share_of(budget, 2)
     connect(budget, a)
@@ -66,7 +66,7 @@ def test_there_are_no_more_slots_than_the_limit() -> None:
 
 
 def test_a_tenant_gets_no_more_than_its_part() -> None:
-    """Free slots of the server do not help a tenant that holds all it may."""
+    """A tenant at its own limit gets no slot, even if the server has free ones."""
     budget, _ = make(limit=5, per_tenant=2)
     a = share_of(budget, 1)
     connect(budget, a)
@@ -76,7 +76,7 @@ def test_a_tenant_gets_no_more_than_its_part() -> None:
 
 
 def test_two_pools_of_one_tenant_have_one_part() -> None:
-    """While an engine is replaced, the old one's connections count as well."""
+    """While a tenant's engine is replaced, the connections of both engines count."""
     budget, _ = make(limit=5, per_tenant=2)
     old, new = share_of(budget, 1), share_of(budget, 1)
     connect(budget, old)
@@ -86,7 +86,7 @@ def test_two_pools_of_one_tenant_have_one_part() -> None:
 
 
 def test_the_connection_that_came_to_rest_last_is_taken_first() -> None:
-    """So that those which are not needed grow old and are closed."""
+    """The connection returned last is reused, so that unneeded ones expire."""
     budget, _ = make()
     a = share_of(budget, 1)
     connect(budget, a)
@@ -99,7 +99,7 @@ def test_the_connection_that_came_to_rest_last_is_taken_first() -> None:
 
 
 def test_a_returned_connection_serves_the_own_tenant_in_order_of_arrival() -> None:
-    """Within a tenant, first come is first served."""
+    """A tenant's waiters are served in the order in which they came."""
     budget, _ = make(limit=1)
     a = share_of(budget, 1)
     connect(budget, a)
@@ -111,7 +111,7 @@ def test_a_returned_connection_serves_the_own_tenant_in_order_of_arrival() -> No
 
 
 def test_an_idle_connection_of_another_tenant_makes_room() -> None:
-    """The slot is given when the other's socket is closed, and not before."""
+    """A waiter gets the slot of another tenant's idle connection once its socket is closed, and not before."""
     budget, evicted = make(limit=1)
     a, b = share_of(budget, 1), share_of(budget, 2)
     connect(budget, a)
@@ -139,7 +139,7 @@ def test_one_waiter_costs_one_connection() -> None:
 
 
 def test_the_tenant_with_the_fewest_recent_checkouts_gives_way() -> None:
-    """A tenant that was just looked at once does not displace one that is always there."""
+    """A tenant that was used once does not evict one that is used all the time."""
     budget, evicted = make(limit=2)
     busy, rare, new = (share_of(budget, number) for number in (1, 2, 3))
     for _ in range(5):
@@ -155,7 +155,7 @@ def test_the_tenant_with_the_fewest_recent_checkouts_gives_way() -> None:
 
 
 def test_old_checkouts_count_for_less() -> None:
-    """A tenant that was busy long ago gives way to one that is busy now."""
+    """The connection of a tenant that was busy long ago is evicted before that of one that is busy now."""
     budget, evicted = make(limit=2)
     past, present, new = (share_of(budget, number) for number in (1, 2, 3))
     for _ in range(50):
@@ -171,7 +171,7 @@ def test_old_checkouts_count_for_less() -> None:
 
 
 def test_a_second_connection_is_worth_less_than_a_first() -> None:
-    """Of a tenant twice as busy with three connections, one goes before the only one of another."""
+    """A tenant twice as busy, with three connections, loses one before another loses its only one."""
     budget, evicted = make(limit=4)
     many, one, new = (share_of(budget, number) for number in (1, 2, 3))
     for _ in range(2):
@@ -188,7 +188,7 @@ def test_a_second_connection_is_worth_less_than_a_first() -> None:
 
 
 def test_who_holds_less_is_served_first() -> None:
-    """A tenant with many requests does not keep one with a single request waiting."""
+    """A single request is not delayed by another tenant's many requests."""
     budget, evicted = make(limit=2)
     loud, quiet = share_of(budget, 1), share_of(budget, 2)
     connect(budget, loud)
@@ -203,7 +203,7 @@ def test_who_holds_less_is_served_first() -> None:
 
 
 def test_tenants_with_equal_parts_keep_their_connections() -> None:
-    """Fairness costs no reconnects where everybody already has the same."""
+    """If all tenants have the same number of connections, none is closed for fairness."""
     budget, evicted = make(limit=2)
     a, b = share_of(budget, 1), share_of(budget, 2)
     connect(budget, a)
@@ -216,7 +216,7 @@ def test_tenants_with_equal_parts_keep_their_connections() -> None:
 
 
 def test_more_tenants_than_slots_take_turns() -> None:
-    """Nobody waits for ever: with ten tenants and one slot, each is served as often as the others."""
+    """Ten tenants with one slot are served equally often."""
     budget, evicted = make(limit=1)
     shares = [share_of(budget, number) for number in range(10)]
     connect(budget, shares[0])
@@ -240,7 +240,7 @@ def test_more_tenants_than_slots_take_turns() -> None:
 
 
 def test_a_waiter_that_left_is_passed_over() -> None:
-    """A cancelled waiter may still be in the queue for a turn of the loop."""
+    """A cancelled waiter that is still in the queue is skipped."""
     budget, _ = make(limit=1)
     a = share_of(budget, 1)
     connect(budget, a)
@@ -253,7 +253,7 @@ def test_a_waiter_that_left_is_passed_over() -> None:
 
 
 def test_a_failed_connect_gives_its_slot_to_the_next() -> None:
-    """Nobody waits for a slot that nobody holds."""
+    """The slot of a failed connect goes to the next waiter."""
     budget, _ = make(limit=1)
     a, b = share_of(budget, 1), share_of(budget, 2)
     assert budget.reserve(a)
@@ -263,18 +263,18 @@ def test_a_failed_connect_gives_its_slot_to_the_next() -> None:
 
 
 def test_what_rested_too_long_is_found() -> None:
-    """By the time it came to rest."""
+    """Connections that were returned before a given time are taken."""
     budget, _ = make()
     a, b = share_of(budget, 1), share_of(budget, 2)
     for share, name, now in ((a, "old", 1.0), (a, "new", 5.0), (b, "older", 0.5)):
         connect(budget, share)
         budget.put(share, name, now)
-    assert sorted(item for _, item in budget.expired(2.0)) == ["old", "older"]
+    assert sorted(item for _, item in budget.take_expired(2.0)) == ["old", "older"]
     assert budget.statistics().idle == 1
 
 
 class BudgetMachine(RuleBasedStateMachine):
-    """Any sequence of events keeps every count true, and nobody waits for something that is there."""
+    """After any sequence of events all counts are correct, and no waiter waits while a slot or connection is free."""
 
     LIMIT, PER_TENANT, TENANTS = 4, 2, 6
 
@@ -354,7 +354,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     @rule(age=st.floats(0, 5))
     def expire(self, age: float) -> None:
-        for share, _ in self.budget.expired(self.now - age):
+        for share, _ in self.budget.take_expired(self.now - age):
             self.budget.discard(share)
             self.closing.append(share)
 

@@ -39,7 +39,7 @@ def make(max_engines: int = 3, events: EventBus | None = None) -> Router:
 
 
 async def test_everybody_gets_the_same_engine() -> None:
-    """However many ask at once."""
+    """Concurrent requests for one tenant get the same engine."""
     router = make()
 
     async def request() -> int:
@@ -52,7 +52,7 @@ async def test_everybody_gets_the_same_engine() -> None:
 
 
 async def test_the_engine_used_longest_ago_is_dropped() -> None:
-    """By the end of its last lease."""
+    """The age of an engine is counted from the end of its last lease."""
     events, dropped = EventBus(), list[str]()
     events.subscribe(EngineEvicted, lambda event: dropped.append(event.slug))
     router = make(3, events)
@@ -64,7 +64,7 @@ async def test_the_engine_used_longest_ago_is_dropped() -> None:
 
 
 async def test_no_engine_is_dropped_while_it_is_leased() -> None:
-    """The bound gives way, until leases end."""
+    """The cache exceeds its bound until leases end."""
     router = make(2)
     leases = [router.lease(tenant(number)) for number in range(6)]
     engines = [await lease.__aenter__() for lease in leases]
@@ -79,7 +79,7 @@ async def test_no_engine_is_dropped_while_it_is_leased() -> None:
 
 
 async def test_any_order_of_leases_keeps_the_bound_and_the_leased() -> None:
-    """Ten times more tenants than the cache holds, at random."""
+    """Random leases of ten times more tenants than the bound never drop a leased engine."""
     router, chance = make(10), random.Random(3)
 
     async def request() -> None:
@@ -99,7 +99,7 @@ async def test_any_order_of_leases_keeps_the_bound_and_the_leased() -> None:
 
 @pytest.mark.parametrize("field", ["database", "role", "sealed_password"])
 async def test_another_placement_is_another_engine(field: str) -> None:
-    """Also where the same tenant is asked for by code that looked it up before the change."""
+    """A changed placement gets a new engine, also for code that looked the tenant up before the change."""
     router, before = make(), tenant(1)
     assert before.placement is not None
     changes: dict[str, Any] = {field: b"other" if field == "sealed_password" else "other"}
@@ -112,7 +112,7 @@ async def test_another_placement_is_another_engine(field: str) -> None:
 
 
 async def test_an_engine_does_not_keep_the_old_slug() -> None:
-    """Errors and events name a renamed tenant as it is called now."""
+    """Errors and events name a renamed tenant by its new slug."""
     router = make()
     async with router.lease(tenant(1)):
         pass
@@ -121,7 +121,7 @@ async def test_an_engine_does_not_keep_the_old_slug() -> None:
 
 
 async def test_a_retired_engine_is_not_found_again() -> None:
-    """A lease taken after it gets another; the old one's end changes nothing."""
+    """After a retirement a lease gets another engine, and the end of the old lease changes nothing."""
     router = make()
     async with router.lease(tenant(1)) as old:
         router.retire(tenant(1).id)
@@ -132,7 +132,7 @@ async def test_a_retired_engine_is_not_found_again() -> None:
 
 
 async def test_a_dropped_engine_is_gone() -> None:
-    """Nothing keeps it in memory, without the help of the cyclic collector even."""
+    """A dropped engine is freed at once, without the cyclic garbage collector."""
     router = make(1)
     async with router.lease(tenant(1)) as engine:
         dropped = weakref.ref(engine.sync_engine.pool)
@@ -147,7 +147,7 @@ async def test_a_dropped_engine_is_gone() -> None:
 
 
 async def test_an_unknown_server_is_an_error_that_names_it() -> None:
-    """A placement may outlive the configuration."""
+    """A placement on a server that is no longer configured raises an error with the server's name."""
     router, lost = make(), tenant(1)
     assert lost.placement is not None
     with pytest.raises(UnknownServerError, match="'elsewhere'"):
@@ -157,7 +157,7 @@ async def test_an_unknown_server_is_an_error_that_names_it() -> None:
 
 
 async def test_a_closed_router_leases_nothing() -> None:
-    """Not even what it had."""
+    """A closed router leases no engine, not even one that it had."""
     router = make()
     async with router.lease(tenant(1)):
         pass

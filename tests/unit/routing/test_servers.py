@@ -1,4 +1,4 @@
-"""Servers: their addresses, and errors that tell nothing secret."""
+"""Servers: their addresses, and errors without passwords."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def server(url: str = URL) -> Server:
 
 
 def test_a_server_knows_its_address() -> None:
-    """From its administrative URL."""
+    """Host and port come from the administrative URL."""
     assert (server().name, server().host, server().port) == ("default", "db.example", 5433)
     assert server("postgresql://a@h/d").port == 5432
     local = server("postgresql://a@/d?host=/run/pg&port=5499")
@@ -30,19 +30,19 @@ def test_a_server_knows_its_address() -> None:
 
 
 def test_a_tenants_url_is_a_name_and_not_a_way_in() -> None:
-    """It holds neither the tenant's nor the administrator's password."""
+    """A tenant's URL has neither the tenant's nor the administrator's password."""
     url = server().tenant_url(PLACEMENT)
     assert url.render_as_string(hide_password=False) == "postgresql+asyncpg://tenant_role@db.example:5433/tenant_db"
 
 
 def test_options_of_the_client_are_read_from_the_url() -> None:
-    """For a server behind PgBouncer."""
+    """The cache sizes for a server behind PgBouncer come from its URL."""
     assert server().prepared_statement_cache_size == 0
     assert server("postgresql://a@h/d").prepared_statement_cache_size == 100
 
 
 def test_an_unknown_server_is_named() -> None:
-    """As an error of ours, which is a LookupError."""
+    """An unknown server raises ``UnknownServerError``, a LookupError, with its name."""
     found = servers()
     assert list(found) == ["default"]
     assert "other" not in found
@@ -51,12 +51,12 @@ def test_an_unknown_server_is_named() -> None:
 
 
 def test_no_repr_holds_a_password() -> None:
-    """Nor do those of the parts."""
+    """Neither a server's repr nor those of its members contain a password."""
     assert "hunter2" not in f"{servers()!r} {server()!r} {server().tenant_url(PLACEMENT)!r}"
 
 
 async def test_a_server_that_is_not_there_is_unavailable() -> None:
-    """The error names it, and not its password."""
+    """The error has the server's name, and not its password."""
     gone = server("postgresql://admin:hunter2@127.0.0.1:1/registry")
     for attempt in (gone.connect_admin(), gone.connect_tenant(PLACEMENT, "hunter2", tenant="acme")):
         with pytest.raises(ServerUnavailableError, match="'default'") as caught:
@@ -65,6 +65,6 @@ async def test_a_server_that_is_not_there_is_unavailable() -> None:
 
 
 async def test_a_url_that_cannot_be_used_is_an_error_of_the_configuration() -> None:
-    """Not a server that is away."""
+    """An invalid URL raises ``ConfigurationError``, not ``ServerUnavailableError``."""
     with pytest.raises(ConfigurationError, match="'default'"):
         await server("postgresql://a@h/d?sslmode=nonsense").connect_admin()

@@ -1,7 +1,7 @@
-"""Administrative connections that are kept warm between creations.
+"""Administrative connections, kept open between creations.
 
-A connection's first CREATE DATABASE costs 5 to 15 ms more than its later ones, since a new backend has to map the
-shared buffers page by page; and opening it takes 5 ms. Raw CREATE DATABASE takes 20 ms.
+A connection's first CREATE DATABASE takes 5 to 15 ms longer than later ones, since a new backend has to map the shared
+buffers page by page; opening a connection takes 5 ms. CREATE DATABASE itself takes 20 ms.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .blockers import Blockers
 
 IDLE_SECONDS = 60.0
 
-# The server notices within a minute that a client's machine is gone, and releases its locks.
+# With these, the server notices within a minute that a client's machine is lost, and releases its locks.
 _KEEPALIVES = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
 
 
-class Administration:
-    """Hands out connections to servers' maintenance databases, each with an advisory lock held on it.
+class AdminConnections:
+    """Gives connections to servers' maintenance databases, each with an advisory lock taken.
 
     Args:
-        blockers: Makes what ends tenants' locks on a server.
+        blockers: Returns the ``Blockers`` of a server.
         keep: How many idle connections are kept for each server.
-        idle: ... and for how long, in seconds.
+        idle: How long they are kept, in seconds.
     """
 
     def __init__(self, blockers: Callable[[Server], Blockers], *, keep: int, idle: float = IDLE_SECONDS) -> None:
@@ -38,7 +38,7 @@ class Administration:
         self._keep = keep
         self._home = HomeLoop()
         self._idle_seconds = idle
-        # by server, the one used last at the end
+        # by server, the most recently used last
         self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
         self._timers: dict[Connection, asyncio.TimerHandle] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -49,22 +49,23 @@ class Administration:
         Raises:
             TimeoutError: the lock was not free within ``timeout`` seconds.
             ServerUnavailableError: the server does not answer.
-            WrongEventLoopError: this is another event loop or thread, and those that are kept are not of it.
+            WrongEventLoopError: this is another event loop or thread than that of the kept connections.
         """
         self._home.check()
         while idle := self._idle[server.name]:
             connection = idle.pop()
             self._timers.pop(connection).cancel()
-            if await self._survived(connection):
-                return await self._locked(connection, key, timeout)
-        return await self._locked(await self._blockers(server).connect(settings=_KEEPALIVES), key, timeout)
+            if await self._is_usable(connection):
+                return await self._take_lock(connection, key, timeout)
+        return await self._take_lock(await self._blockers(server).connect(settings=_KEEPALIVES), key, timeout)
 
     async def release(self, server: Server, connection: Connection, key: int) -> None:
-        """Give up the lock, and keep the connection for the next one where there is room.
+        """Release the lock, and keep the connection for the next caller if there is room.
 
-        Never raises because of the connection: what was done under the lock is done, and the lock goes with it.
+        A failure of the connection raises nothing: the work under the lock is done, and the lock ends with the
+        connection.
         """
-        if len(self._idle[server.name]) >= self._keep or not await self._unlocked(connection, key):
+        if len(self._idle[server.name]) >= self._keep or not await self._release_lock(connection, key):
             await run_to_completion(connections.close(connection))
             return
         self._idle[server.name].append(connection)
@@ -73,7 +74,7 @@ class Administration:
         )
 
     async def close(self) -> None:
-        """Close what is idle."""
+        """Close the idle connections."""
         self._home.check()
         for name, idle in self._idle.items():
             for connection in tuple(idle):
@@ -83,8 +84,8 @@ class Administration:
             await asyncio.wait(self._closing)
 
     @staticmethod
-    async def _survived(connection: Connection) -> bool:
-        """Whether the connection still works after having been idle; it is closed if not."""
+    async def _is_usable(connection: Connection) -> bool:
+        """Whether an idle connection still works; if not, it is closed."""
         works = False
         try:
             works = await connections.is_alive(connection)
@@ -94,7 +95,7 @@ class Administration:
         return works
 
     @staticmethod
-    async def _locked(connection: Connection, key: int, timeout: float) -> Connection:
+    async def _take_lock(connection: Connection, key: int, timeout: float) -> Connection:
         try:
             await locks.lock(connection, key, timeout=timeout)
         except BaseException:
@@ -103,8 +104,8 @@ class Administration:
         return connection
 
     @staticmethod
-    async def _unlocked(connection: Connection, key: int) -> bool:
-        """Whether the connection gave up the lock, and so can be used again."""
+    async def _release_lock(connection: Connection, key: int) -> bool:
+        """Release the lock, and return whether that succeeded, so that the connection can be used again."""
         try:
             async with asyncio.timeout(connections.CLOSE_SECONDS):
                 await locks.unlock(connection, key)

@@ -194,9 +194,9 @@ async def test_the_watchdog_lets_a_tenants_own_connections_in_again(arena: Arena
             assert await connection.fetchval("SELECT 1") == 1
     assert report.errors == ()
     # the one that waits, and the one that it waits for
-    assert [(one.tenant_id, one.reason) for one in report.ended] == [(arena.attacker.id, "door")] * 2
+    assert [(one.tenant_id, one.reason) for one in report.ended] == [(arena.attacker.id, "login_blocker")] * 2
     await arena.workshop.events.drain()
-    assert [event.reason for event in told] == ["door", "door"]
+    assert [event.reason for event in told] == ["login_blocker", "login_blocker"]
     assert await arena.connections(arena.attacker) == 0
 
 
@@ -214,7 +214,7 @@ async def test_programs_that_notify_each_other_are_left_alone(arena: Arena) -> N
                 commits.append(asyncio.create_task(second.execute(notify)))
                 await until(lambda: superuser.fetchval(_HELD, False))
                 async with arena.workshop.admin() as connection:
-                    assert await arena.workshop.blockers().clear_doors(connection) == []
+                    assert await arena.workshop.blockers().end_login_blockers(connection) == []
                 await standby(superuser, "")
                 await asyncio.gather(*commits)
                 assert await second.fetchval("SELECT count(*) FROM notes WHERE body = 'kept'") == 1

@@ -1,4 +1,4 @@
-"""Rotation of what tenants' databases are opened with: the roles' passwords, and the keys that seal them."""
+"""Rotation of the passwords of tenants' roles, and of the keys that seal them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..secrets.keyring import Keyring
 from ..secrets.sealed import ResealReport, SealedPasswords
 from ..tenant import Placement, Status, Tenant
 from . import role_settings, roles
-from .administration import Administration
+from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .pipeline import describe, tenant_key
 from .scram import scram_verifier
@@ -31,13 +31,12 @@ from .scram import scram_verifier
 logger = logging.getLogger("tenancy_orm.secrets")
 
 CONCURRENCY = 4
-_PAGE = 500
 _ROTATED = tuple(status for status in Status if status not in (Status.PROVISIONING, Status.PURGED))
 
 
 @dataclass(frozen=True, slots=True)
 class RotationReport:
-    """How many passwords were rotated, and why those of other tenants (by slug) were not."""
+    """How many passwords were rotated, and why others were not, by slug."""
 
     rotated: int
     failed: Mapping[str, str] = field(default_factory=dict)
@@ -46,10 +45,9 @@ class RotationReport:
 class SecretManager:
     """Rotates passwords and keys while requests are served; ``tenancy.secrets``.
 
-    PostgreSQL keeps one password per role. So that no request fails in between, the new password is stored first,
-    beside the old one; then the role gets it; then the old one is forgotten. A process that connects with the old
-    password a moment too late is refused, reads the registry once more, and connects with the new one. Connections that
-    are open are not affected.
+    A PostgreSQL role has one password. So that no request fails, the new password is stored first, beside the old one;
+    then the role gets it; then the old one is deleted. A process that logs in with the old password too late is
+    refused, reads the registry again, and logs in with the new one. Open connections are not affected.
     """
 
     def __init__(
@@ -71,23 +69,23 @@ class SecretManager:
         self._keyring = keyring
         self._data_keys = data_keys
         self._blockers = partial(Blockers, names=names, registry=registry)
-        self._administration = Administration(self._blockers, keep=CONCURRENCY)
+        self._admin_connections = AdminConnections(self._blockers, keep=CONCURRENCY)
 
     # --- passwords --------------------------------------------------------------------------------------------------
 
     async def rotate_password(self, tenant: str | UUID | Tenant, *, actor: Actor = SYSTEM) -> None:
-        """Give a tenant's role a new random password, and take away the settings that it has given itself.
+        """Give a tenant's role a new random password, and remove the settings that it has given itself.
 
-        Interrupted at any point, it is finished by repeating it; both passwords are stored until then.
+        To finish an interrupted rotation, repeat it; both passwords are stored until then.
 
         Args:
-            tenant: Whose password: a slug, an id, or a ``Tenant``.
+            tenant: The tenant: a slug, an id, or a ``Tenant``.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantNotFoundError: no such tenant, or it has been purged.
             InvalidTransitionError: it is still being created.
-            ProvisioningError: its server refused, or did not answer within ``provision_timeout``.
+            ProvisioningError: its server refused, or did not finish within ``provisioning.timeout``.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         tenant = await self._registry.find(tenant)
@@ -115,21 +113,24 @@ class SecretManager:
         """Give every tenant's role a new random password. One tenant's failure does not stop the others.
 
         Args:
-            tenants: Only these, by slug, id or ``Tenant``; all where None.
+            tenants: These, by slug, id or ``Tenant``; all where None.
             concurrency: How many at once.
             progress: Called with the number of tenants done so far.
             actor: Who does this, for the audit log.
 
         Raises:
-            TenantNotFoundError: one of ``tenants`` is nobody's slug; nothing was rotated.
+            TenantNotFoundError: one of ``tenants`` does not exist; nothing was rotated.
             ControlUnavailableError: the control database does not answer.
         """
         if tenants is None:
             refuse_while_bound("rotating all passwords")
         if concurrency < 1:
             raise ConfigurationError("concurrency must be at least 1")
-        # looked up first, so that a slug that is nobody's is not taken for a tenant that has just been purged
-        found = await self._all() if tenants is None else [await self._registry.find(each) for each in tenants]
+        # looked up first, to tell an unknown slug from a tenant that is purged during the rotation
+        if tenants is None:
+            found = [tenant async for tenant in self._registry.iterate(status=_ROTATED)]
+        else:
+            found = [await self._registry.find(tenant) for tenant in tenants]
         queue = iter(found)
         rotated, failed = 0, {}
 
@@ -153,7 +154,7 @@ class SecretManager:
         return RotationReport(rotated, failed)
 
     async def finish_rotations(self, *, actor: Actor = SYSTEM) -> RotationReport:
-        """Finish the rotations of passwords that were interrupted.
+        """Finish interrupted rotations of passwords.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -162,22 +163,12 @@ class SecretManager:
         pending = [await self._registry.get(tenant_id) for tenant_id in await self._sealed.pending_rotations()]
         return await self.rotate_passwords(pending, actor=actor)
 
-    async def _all(self) -> list[Tenant]:
-        found: list[Tenant] = []
-        after: UUID | None = None
-        while True:
-            page = await self._registry.page(status=_ROTATED, limit=_PAGE, after=after)
-            found.extend(page.items)
-            after = page.next
-            if after is None:
-                return found
-
     async def _rotate(self, tenant_id: UUID, placement: Placement, deadline: float, actor: Actor) -> None:
         server, key = self._servers[placement.server], tenant_key(tenant_id)
         # the lock that creation and purge take: one process at a time changes a tenant's role
-        connection = await self._administration.acquire(server, key, timeout=self._timeout)
+        connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
         try:
-            # no variable holds the password: what fails below would carry it in its traceback's frames
+            # no variable holds the password: an error's traceback would have it in its frames
             verifier = scram_verifier(await self._sealed.start_rotation(tenant_id))
             change = partial(roles.set_password, connection, placement.role, verifier=verifier)
             await self._blockers(server).run(connection, change, role=placement.role)
@@ -186,22 +177,23 @@ class SecretManager:
                 connection, self._blockers(server), placement.role, self._role_settings, deadline=deadline
             )
         finally:
-            await run_to_completion(self._administration.release(server, connection, key))
+            await run_to_completion(self._admin_connections.release(server, connection, key))
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
     async def rotate_encryption_key(self, *, actor: Actor = SYSTEM) -> ResealReport:
         """Seal every tenant's password under the newest key.
 
-        With envelope encryption a new data key is made first. Without, the newest key is the last of
-        ``encryption_keys``: every process must know it before it is made the last one.
+        With envelope encryption, a new data key is created first. Without it, the newest key is the last of
+        ``encryption_keys``: every process must know that key before it becomes the last one.
 
-        Look at the report before an old key goes: ``failed`` are passwords that were not sealed again, ``remaining``
-        the old keys that something is still sealed under, such as what another process has just created.
+        Read the report before you remove an old key: ``failed`` has the passwords that were not sealed again, and
+        ``remaining`` the old keys that a password is still sealed under, such as one that another process has just
+        created.
 
         Raises:
             SecretProviderError: the new data key cannot be wrapped, or does not unwrap; nothing is sealed under it.
-            ControlUnavailableError: the control database does not answer; ``reseal`` goes on.
+            ControlUnavailableError: the control database does not answer; call ``reseal`` to go on.
         """
         refuse_while_bound("rotating keys")
         if self._data_keys is not None:
@@ -209,10 +201,10 @@ class SecretManager:
         return await self._sealed.reseal(actor=actor)
 
     async def reseal(self, *, actor: Actor = SYSTEM) -> ResealReport:
-        """Seal every tenant's password under the newest key there is, to go on after an interruption.
+        """Seal every tenant's password under the newest existing key, to go on after an interruption.
 
         Raises:
-            ControlUnavailableError: the control database does not answer; repeating it goes on.
+            ControlUnavailableError: the control database does not answer; repeat the call to go on.
         """
         refuse_while_bound("sealing passwords again")
         if self._data_keys is not None:
@@ -220,7 +212,7 @@ class SecretManager:
         return await self._sealed.reseal(actor=actor)
 
     async def keys_in_use(self) -> frozenset[str]:
-        """Return the ids of the keys that some tenant's password is sealed under; every other key can go.
+        """Return the ids of the keys that tenants' passwords are sealed under; every other key can be removed.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -229,25 +221,25 @@ class SecretManager:
         return await self._sealed.keys_in_use()
 
     async def forget_unused_keys(self) -> list[str]:
-        """Delete the data keys that nothing is sealed under, but for the newest; returns their ids.
+        """Delete the data keys that nothing is sealed under, except the newest; return their ids.
 
-        Do so an hour after a rotation or later: a process that has not heard of the new key reads the keys every few
-        minutes, and creates tenants under the one it knows until then.
+        Call it an hour or more after a rotation: other processes read the keys every few minutes, and until then seal
+        new tenants' passwords under the old key.
 
         Raises:
-            ConfigurationError: there is no envelope encryption; take the key out of ``encryption_keys`` instead.
+            ConfigurationError: there is no envelope encryption; remove the key from ``encryption_keys`` instead.
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("removing keys")
         if self._data_keys is None:
-            raise ConfigurationError("there are no data keys; take unused keys out of encryption_keys")
-        forgotten = await self._data_keys.delete_unused()
+            raise ConfigurationError("there are no data keys; remove unused keys from encryption_keys")
+        deleted = await self._data_keys.delete_unused()
         await self._data_keys.update(self._keyring)
-        return forgotten
+        return deleted
 
     async def close(self) -> None:
-        """Close the administrative connections that are kept between rotations."""
-        await self._administration.close()
+        """Close the administrative connections that are kept open between rotations."""
+        await self._admin_connections.close()
 
 
 __all__ = ["CONCURRENCY", "RotationReport", "SecretManager"]

@@ -1,4 +1,4 @@
-"""Have one of Alembic's commands look at each tenant, and keep apart what it prints."""
+"""Running one of Alembic's commands on each tenant, with its output kept apart by tenant."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from typing import Any
 from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
 
+from ..postgres.connections import Connection
 from ..tenant import Tenant
 from . import local
+from .concurrency import map_concurrently
 from .connections import Connections, Health, placement_of
-from .database import Connection, Target, active, close, lock, make_version_table, read_state
+from .database import Target, active, close, lock, make_version_table, read_state
 from .logs import labelled
 from .scripts import Environment
 from .selection import Selection, TenantRef
-from .spread import spread
 
 _printed: ContextVar[io.StringIO] = ContextVar("tenancy_orm.migrations.printed")
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
-    """What a command printed about one tenant, or why it failed there."""
+class CommandResult:
+    """The output of a command for one tenant, or the error that it failed with."""
 
     tenant: Tenant
     text: str
     error: Exception | None
 
 
-class Visitor:
+class CommandRunner:
     """Runs a command, given by the ``options`` of its ``EnvironmentContext``, on each tenant's database.
 
     Args:
-        connections: How to get at the databases.
-        selection: Which there are.
+        connections: Connects to the databases.
+        selection: Looks up the tenants.
         environment: The scripts.
-        options: What the command gives to ``EnvironmentContext``.
+        options: The options that the command passes to ``EnvironmentContext``.
     """
 
     def __init__(
@@ -53,12 +54,12 @@ class Visitor:
         self._options = options
         self._health = Health()
 
-    async def visit(self, tenants: Iterable[TenantRef] | None, concurrency: int) -> list[Visit]:
-        """Visit ``tenants``, or all, in order."""
-        with _apart(self._environment.config):
-            return await spread(self._one, await self._selection.choose(tenants), concurrency)
+    async def run(self, tenants: Iterable[TenantRef] | None, concurrency: int) -> list[CommandResult]:
+        """Run the command on ``tenants``, or on all; return the results in order."""
+        with _printing_apart(self._environment.config):
+            return await map_concurrently(self._run_for, await self._selection.choose(tenants), concurrency)
 
-    async def _one(self, tenant: Tenant) -> Visit:
+    async def _run_for(self, tenant: Tenant) -> CommandResult:
         target = self._connections.target(tenant, self._health)
         buffer = io.StringIO()
         _printed.set(buffer)
@@ -67,14 +68,14 @@ class Visitor:
             try:
                 connection = await target.connect()
                 try:
-                    await self._look(connection, tenant, target)
+                    await self._run_on(connection, tenant, target)
                 finally:
                     await close(connection)
-            except Exception as exc:  # noqa: BLE001 - whatever it is, it is reported for this tenant
+            except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
                 error = exc
-        return Visit(tenant, buffer.getvalue(), error)
+        return CommandResult(tenant, buffer.getvalue(), error)
 
-    async def _look(self, connection: Connection, tenant: Tenant, target: Target) -> None:
+    async def _run_on(self, connection: Connection, tenant: Tenant, target: Target) -> None:
         environment, limits = self._environment, self._connections.limits
         changes = not self._options.get("dont_mutate")
         if changes:
@@ -88,14 +89,14 @@ class Visitor:
                     make_version_table(context, sync, environment, tenant)
                 context.run_migrations()
 
-        wrapper = self._connections.wrapper(placement_of(tenant).server)
-        async with asyncio.timeout(limits.total), wrapper.wrap(connection, target.url) as wrapped:
-            await wrapped.run_sync(run)
+        adapter = self._connections.adapter(placement_of(tenant).server)
+        async with asyncio.timeout(limits.total), adapter.adapt(connection, target.url) as adapted:
+            await adapted.run_sync(run)
 
 
 @contextmanager
-def _apart(config: Config) -> Iterator[None]:
-    """Have what tasks print by ``config.print_stdout`` go to the buffers they have set."""
+def _printing_apart(config: Config) -> Iterator[None]:
+    """Send the output of ``config.print_stdout`` to the buffer of the task that prints."""
     before = config.stdout
     config.stdout = _Printed()  # type: ignore[assignment]
     try:

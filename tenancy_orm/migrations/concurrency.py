@@ -1,4 +1,4 @@
-"""Do something for each tenant, several at once."""
+"""Calling a function for many tenants, several at once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def interleave(tenants: list[Tenant]) -> list[Tenant]:
-    """Take tenants of different servers in turn, so that the load is spread and a slow server does not hold all up."""
+    """Order tenants so that those of different servers alternate: a slow server does not delay all the others."""
     by_server: dict[str, list[Tenant]] = {}
     for tenant in tenants:
         by_server.setdefault(placement_of(tenant).server, []).append(tenant)
     return [tenant for turn in zip_longest(*by_server.values()) for tenant in turn if tenant is not None]
 
 
-async def spread(
+async def map_concurrently(
     function: Callable[[Tenant], Awaitable[T]],
     tenants: Sequence[Tenant],
     concurrency: int,
@@ -31,7 +31,7 @@ async def spread(
 ) -> list[T]:
     """Call ``function`` for each tenant, ``concurrency`` at once, each in a task and context of its own.
 
-    Returns the results in order; tenants that are not begun because ``proceed`` says no are left out.
+    Returns the results in order. Once ``proceed`` returns False no other tenant is started; these have no result.
     """
     queue = deque(enumerate(tenants))
     results: dict[int, T] = {}
@@ -49,7 +49,7 @@ async def spread(
         await asyncio.gather(*workers)
     finally:
         for worker in workers:
-            # a second cancellation would cut short what the first one has set going
+            # a second cancellation would interrupt the clean-up that the first one has started
             if not worker.cancelling():
                 worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)

@@ -1,10 +1,10 @@
-"""Keeps a tenant's role from queueing for locks on the catalogue that all databases share.
+"""An event trigger that keeps tenants' roles from queueing for locks on the catalogue that all databases share.
 
-CREATE RULE and CREATE TRIGGER wait for their lock on a table before PostgreSQL asks whether the role may do that. With
-a second connection that has read ``pg_roles`` in an open transaction, ``CREATE RULE ... ON pg_authid`` waits for ever;
-and every login to the server, whoever it is, waits behind it. An event trigger refuses the command before that.
+CREATE RULE and CREATE TRIGGER wait for their lock on a table before PostgreSQL checks whether the role may run them. If
+a second connection has read ``pg_roles`` in an open transaction, ``CREATE RULE ... ON pg_authid`` waits for ever, and
+every login to the server waits behind it. The event trigger refuses the command before that.
 
-Only a superuser can create an event trigger. It is put into the template, so every new tenant has it.
+Only a superuser can create an event trigger. It is part of the template, so every new tenant has it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ NAME = "tenancy_guard"
 
 
 async def install(connection: Connection, owner: str) -> None:
-    """Refuse these commands to whoever is not a member of ``owner``. Does nothing where this administrator may not.
+    """Refuse these commands to roles that are not members of ``owner``. Does nothing if this is not a superuser.
 
     Args:
-        connection: To a template under construction, as the administrator.
+        connection: An administrative one, to a template that is being built.
         owner: The owner of tenants' databases.
     """
     if not await roles.is_superuser(connection):
         return
     name = quote_identifier(NAME)
-    # where a dump was restored without the installation's roles, there is nobody to keep out
+    # if a dump was restored without the installation's roles, there is no tenant's role to refuse
     body = (
         f"BEGIN IF to_regrole({quote_literal(quote_identifier(owner))}) IS NOT NULL "
         f"AND NOT pg_has_role(session_user, {quote_literal(owner)}::name, 'MEMBER') THEN "
