@@ -215,7 +215,7 @@ async def test_without_a_configuration_the_command_says_what_is_missing(alembic:
     ini = alembic.project.ini
     ini.write_text(ini.read_text().replace("tenancy_app = demo:config", ""))
     alembic.variables = {}
-    assert "FAILED: control_url is not set" in await alembic("current", ok=False)
+    assert "FAILED: control_url: is not set" in await alembic("current", ok=False)
     alembic.variables = {"TENANCY_APP": "demo:notes"}
     assert "FAILED: " in await alembic("current", ok=False)
 
