@@ -25,7 +25,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.agent_platform.demo
 
-# tests start hundreds of programs of this package: where bytecode is not kept, each would compile it anew
+# tests start hundreds of programs of this package: where bytecode is not kept, each would compile it again
 test: $(VENV)/.dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10 tests \
 		--ignore=tests/benchmarks $(ARGS)

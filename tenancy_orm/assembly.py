@@ -42,7 +42,7 @@ from .tenants.tiers import TierRegistry, differing
 
 logger = logging.getLogger("tenancy_orm")
 
-_RENEW_SECONDS = 300.0  # how often a process reads the data keys that nobody tells it of
+_UPDATE_SECONDS = 300.0  # how often a process reads the data keys, in case it missed the notification of a new one
 
 
 class _ProvidedServer(Protocol):
@@ -163,7 +163,7 @@ class Assembly:
         await self.audit.vouch_for_keys()
         if self._data_keys is not None:
             self._data_keys.on_read(self.audit.add_keys)
-            self._start(self._keep_keys(self._data_keys))
+            self._start(self._update_keys_repeatedly(self._data_keys))
 
     def _build_parts(self) -> None:
         config, events = self.config, self.events
@@ -305,7 +305,7 @@ class Assembly:
             self.router.retire(tenant_id)
         elif self._data_keys is not None:
             # there may be a new one: what is sealed from now on should be sealed with it
-            self._start(self._renew_keys(self._data_keys))
+            self._start(self._update_keys(self._data_keys))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         # unbound: whoever happens to run now
@@ -313,17 +313,19 @@ class Assembly:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _keep_keys(self, data_keys: DataKeys) -> None:
-        """Learn of new data keys in a process that hears of no change, so that old ones can be forgotten."""
+    async def _update_keys_repeatedly(self, data_keys: DataKeys) -> None:
+        """Read new data keys in a process that gets no notification, so that old ones can be deleted."""
         while True:
-            await asyncio.sleep(_RENEW_SECONDS)
-            await self._renew_keys(data_keys)
+            await asyncio.sleep(_UPDATE_SECONDS)
+            await self._update_keys(data_keys)
 
-    async def _renew_keys(self, data_keys: DataKeys) -> None:
+    async def _update_keys(self, data_keys: DataKeys) -> None:
         try:
             await data_keys.update(self.keyring)
         except TenancyError as exc:
-            logger.warning("the data keys cannot be read anew (%s); what they seal is opened when it is needed", exc)
+            logger.warning(
+                "the data keys cannot be read (%s); a new one is read when a password that it seals is needed", exc
+            )
 
     async def _end_tasks(self) -> None:
         for task in self._tasks:

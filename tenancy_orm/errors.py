@@ -540,7 +540,7 @@ class UnknownServerError(RoutingError, LookupError):
 
 
 class CheckoutTimeoutError(RoutingError, SATimeoutError):
-    """No connection became free within ``checkout_timeout``."""
+    """No connection became free within ``pool.checkout_timeout``."""
 
     def __init__(self, *, server: str, tenant: str, timeout: float, limit: int) -> None:
         """Name the ``server`` and ``tenant``, the ``timeout`` in seconds and the budget's ``limit`` in connections."""

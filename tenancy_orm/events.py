@@ -276,7 +276,7 @@ class ConnectionEvicted(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckoutTimedOut(TenantEvent):
-    """A session got no connection within ``seconds``, the ``checkout_timeout``."""
+    """A session got no connection within ``seconds``, the ``pool.checkout_timeout``."""
 
     server: str
     seconds: float

@@ -45,7 +45,7 @@ _FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 class HousekeepingReport:
     """What one run did: slugs of tenants suspended and purged, results of the chores by name, and what failed.
 
-    A tenant whose server could not be told of its suspension is suspended, and among the errors.
+    If the server of a suspended tenant does not answer, the tenant is suspended all the same, and among the errors.
     """
 
     suspended: tuple[str, ...]
@@ -71,7 +71,7 @@ class Housekeeping:
     usage_exporter: UsageExporter | None
 
     async def run(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
-        """Suspend and purge the tenants whose time has come, and do every chore; a failure does not stop the rest.
+        """Suspend and purge the tenants that are due, and do every chore; a failure does not stop the rest.
 
         Raises:
             ControlUnavailableError: the control database does not answer; excessive sessions have been ended.

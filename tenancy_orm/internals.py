@@ -51,10 +51,10 @@ class Internals:
         """Sends the usage of ended periods to ``TenancyConfig.metering.usage_sender``, as ``run_housekeeping`` does.
 
         Raises:
-            ConfigurationError: there is no ``usage_sender``.
+            ConfigurationError: there is no ``metering.usage_sender``.
         """
         if self._usage_exporter is None:
-            raise ConfigurationError("give TenancyConfig a usage_sender to export usage")
+            raise ConfigurationError("set metering.usage_sender to export usage")
         return self._usage_exporter
 
 

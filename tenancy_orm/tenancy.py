@@ -90,7 +90,7 @@ class Tenancy:
     async def transaction(
         self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
     ) -> AsyncIterator[AsyncSession]:
-        """Open a session whose work is committed when the body succeeds, and rolled back when it raises.
+        """Open a session. Its work is committed when the body succeeds, and rolled back when it raises.
 
         Raises:
             TenancyError: as ``session``.

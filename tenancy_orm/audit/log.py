@@ -165,7 +165,7 @@ class AuditLog:
             checkpoints: Exported earlier and kept elsewhere; the log must agree with each. They detect a rewrite of the
                 whole chain, and entries that were removed from its end.
             since: Begin after this checkpoint instead of at the start; earlier entries are not verified again.
-            verifier: The only judge of signatures; None: what ``verifier()`` returns.
+            verifier: The only verifier of signatures; None: what ``verifier()`` returns.
 
         Raises:
             AuditError: a checkpoint's signature is not valid, or it is another installation's checkpoint.
@@ -290,7 +290,7 @@ class AuditLog:
             actor: Who does this.
             lock_timeout: Seconds to try to lock the log against its readers. Appends wait for a fraction of a second at
                 a time.
-            verifier: The judge of the previous cut's signature, as in ``verify``.
+            verifier: The verifier of the previous cut's signature, as in ``verify``.
 
         Raises:
             AuditChainError: the chain is broken in these months; they are evidence, and stay.

@@ -1,8 +1,8 @@
 """The directory: finds the tenant of a key, and a tenant by name, without a query on the hot path.
 
-An entry is cached for at most ``directory_ttl`` seconds, and invalidated at once when PostgreSQL notifies a change.
+An entry is cached for at most ``directory.ttl`` seconds, and invalidated at once when PostgreSQL notifies a change.
 After that time it is looked up again. While the control database does not answer, cached entries stay valid for
-``grace`` seconds more, and nothing else is admitted. Keys are cached under a salted hash, never as text.
+``directory.grace`` seconds more, and nothing else is admitted. Keys are cached under a salted hash, never as text.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Directory:
         await self._journal.close()
 
     async def flush(self) -> None:
-        """Write now what is otherwise written every ``key_usage_interval`` seconds: uses of keys, refusals.
+        """Write now what is otherwise written every ``keys.usage_interval`` seconds: uses of keys, refusals.
 
         Raises:
             ControlUnavailableError: the control database does not answer; nothing is lost, the next flush writes it.
@@ -250,7 +250,7 @@ class Directory:
             if row is not None and not self._digester.has_pepper(row.digest_version):
                 reason = "pepper"
                 logger.error(
-                    "key %s has a digest of version %r, which key_peppers lacks", row.key_id, row.digest_version
+                    "key %s has a digest of version %r, which keys.peppers lacks", row.key_id, row.digest_version
                 )
             self._cache.invalidate_key(digest)
             self._cache.record_proven(digest, False)

@@ -210,7 +210,7 @@ class DirectoryCache:
 
     def _unlink_tenant(self, tenant_id: UUID, entry: TenantEntry) -> None:
         for name in (entry.tenant.slug, *entry.tenant.aliases):
-            # a name that it gave up may belong to another tenant now
+            # a former name may belong to another tenant now
             if self._by_name.get(name) == tenant_id:
                 del self._by_name[name]
 

@@ -260,7 +260,7 @@ class KeyManager:
         if prefix is None:
             return self._config.keys.prefix
         if prefix not in (self._config.keys.prefix, *self._config.keys.prefixes):
-            raise ConfigurationError(f"prefix {prefix!r} is neither key_prefix nor among key_prefixes")
+            raise ConfigurationError(f"prefix {prefix!r} is neither keys.prefix nor among keys.prefixes")
         return prefix
 
     async def _locked(self, connection: AsyncConnection, key_id: str) -> tuple[ApiKeyInfo, str]:

@@ -14,14 +14,14 @@ from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
 
 from ..postgres.connections import Connection
-from ..tenant import Tenant
+from ..tenant import Tenant, TenantRef
 from . import local
 from .concurrency import map_concurrently
 from .connections import Connections, Health, placement_of
 from .database import Target, active, close, lock, make_version_table, read_state
 from .logs import labelled
 from .scripts import Environment
-from .selection import Selection, TenantRef
+from .selection import Selection
 
 _printed: ContextVar[io.StringIO] = ContextVar("tenancy_orm.migrations.printed")
 

@@ -10,7 +10,7 @@ from sqlalchemy import Connection as SyncConnection
 
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError
-from ..tenant import Tenant
+from ..tenant import Tenant, TenantRef
 from . import local
 from .commands import CommandResult, CommandRunner
 from .concurrency import map_concurrently
@@ -21,7 +21,7 @@ from .plan import Heads, Plan, format_revision
 from .report import FleetReport, Progress
 from .run import Run
 from .scripts import Environment, alembic_config, load
-from .selection import Selection, TenantRef
+from .selection import Selection
 from .services import FleetServices
 from .status import TenantRevision
 

@@ -10,7 +10,7 @@ from uuid import UUID
 from ..errors import ControlUnavailableError, MigrationError, TemplateError, TenancyError
 from ..events import TenantMigrated, TenantMigrationFailed
 from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
-from ..tenant import Tenant
+from ..tenant import Tenant, TenantRef
 from .concurrency import interleave, map_concurrently
 from .connections import Connections, Health, is_down, placement_of
 from .database import DatabaseMigration, close
@@ -18,7 +18,7 @@ from .failures import describe
 from .logs import logger
 from .plan import Plan, format_revision
 from .report import FleetReport, Progress, TenantOutcome
-from .selection import Selection, TenantRef
+from .selection import Selection
 from .services import FleetServices
 
 _PASSES = 10  # how often a run looks for tenants that were created during it

@@ -7,9 +7,7 @@ from uuid import UUID
 
 from ..errors import TenantNotFoundError, TenantProvisioningError
 from ..registry.registry import Registry
-from ..tenant import Status, Tenant
-
-TenantRef = str | UUID | Tenant
+from ..tenant import Status, Tenant, TenantRef
 
 
 class Selection:

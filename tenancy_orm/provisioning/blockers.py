@@ -186,19 +186,19 @@ class Blockers:
         Raises:
             ServerUnavailableError, asyncpg.PostgresError: as ``Server.connect_admin``.
         """
-        async with self.unblocking_logins():
+        async with self.ending_login_blockers():
             return await self._server.connect_admin(database, role=role, settings=settings, timeout=timeout)
 
     @asynccontextmanager
-    async def unblocking_logins(self) -> AsyncIterator[None]:
+    async def ending_login_blockers(self) -> AsyncIterator[None]:
         """While the body logs in to this server, as any role, end login blockers."""
         async with _after_delay(LOGIN_PATIENCE_SECONDS, self._end_login_blockers_repeatedly):
             yield
 
     async def roll_back(
         self, transaction: PreparedTransaction, *, settings: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        """Roll back a prepared transaction. Does nothing if it has ended.
+    ) -> bool:
+        """Roll back a prepared transaction; return False if it had ended before.
 
         Only its role or a superuser may do that, in its database.
 
@@ -214,13 +214,14 @@ class Blockers:
                 try:
                     await connection.execute(f"ROLLBACK PREPARED {quote_literal(transaction.gid)}")
                 except asyncpg.UndefinedObjectError:
-                    return
+                    return False
                 finally:
                     if not connection.is_closed():
                         await connection.execute("RESET ROLE")
             logger.warning("prepared transaction %r of role %s was rolled back", transaction.gid, transaction.role)
+            return True
         finally:
-            await connections.close(connection)
+            await run_to_completion(connections.close(connection))
 
     async def end_login_blockers(self, connection: Connection) -> list[LoginBlocker]:
         """End the sessions of tenants that wait to drop or rename a database, which they may not do; return them.

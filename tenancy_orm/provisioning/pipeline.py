@@ -381,7 +381,7 @@ async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, plac
     """
     password = partial(services.keyring.open_password, tenant_id, placement.sealed_password)
     server = services.servers[placement.server]
-    async with services.blockers(server).unblocking_logins():
+    async with services.blockers(server).ending_login_blockers():
         connection: Connection = await server.connect_tenant(placement, password, tenant=slug)
     try:
         await marker.verify(connection, services.installation, tenant_id, tenant=slug)

@@ -106,7 +106,7 @@ async def resolve(connection: Connection, configured: Mapping[str, str | None]) 
 async def warn(connection: Connection, server: str, settings: RoleSettings) -> None:
     """Log which settings tenants' roles on ``server`` do not get, and what a superuser can run."""
     for name in settings.unknown:
-        logger.warning("server %s does not know the setting %s of role_settings", server, name)
+        logger.warning("server %s does not know the setting %s of provisioning.role_settings", server, name)
     if not settings.refused:
         return
     if connections.version(connection) < 15:
@@ -219,7 +219,7 @@ async def verify(connection: Connection, server: str, settings: RoleSettings) ->
                 await connection.execute(statement)
             except (asyncpg.DataError, asyncpg.SyntaxOrAccessError) as exc:
                 raise ConfigurationError(
-                    f"role_settings: server {server!r} refuses {settings.values[name]!r} for {name!r} "
+                    f"provisioning.role_settings: server {server!r} refuses {settings.values[name]!r} for {name!r} "
                     f"(SQLSTATE {exc.sqlstate})"
                 ) from exc
     finally:

@@ -355,8 +355,8 @@ class Watchdog:
             too_old = 0 < config.watchdog.max_transaction_seconds < row["open_seconds"]
             if too_old or 0 < config.watchdog.max_session_locks < row["locks"]:
                 transaction = PreparedTransaction(row["gid"], row["role"], row["database"])
-                await watched.blockers.roll_back(transaction, settings=_SETTINGS)
-                self._report(watched, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
+                if await watched.blockers.roll_back(transaction, settings=_SETTINGS):
+                    self._report(watched, row["role"], "prepared_transaction", row["locks"], row["open_seconds"])
 
 
 async def _queue_usage(connection: Connection) -> float:

@@ -231,7 +231,7 @@ class LeasedQuota:
         await self._return_detached()
 
     def _detach_block(self, unspent: int) -> None:
-        """Stop using the current block, before the database is told."""
+        """Stop using the current block, before the database records it."""
         if self.id is not None:
             self._returning[self.id] = unspent
             self.id = None

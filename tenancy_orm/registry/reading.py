@@ -74,11 +74,13 @@ class Reading(TenantTable):
         items = tuple(tenant_from_row(row) for row in rows[:limit])
         return TenantPage(items, items[-1].id if len(rows) > limit else None)
 
-    async def iterate(self, *, status: Sequence[Status] = (), server: str | None = None) -> AsyncIterator[Tenant]:
+    async def iterate(
+        self, *, status: Sequence[Status] = (), tier: Sequence[str] = (), server: str | None = None
+    ) -> AsyncIterator[Tenant]:
         """Yield every tenant in order of creation, page by page; tombstones only if asked for."""
         after: UUID | None = None
         while True:
-            page = await self.page(status=status, server=server, limit=_PAGE, after=after)
+            page = await self.page(status=status, tier=tier, server=server, limit=_PAGE, after=after)
             for tenant in page.items:
                 yield tenant
             if page.next is None:

@@ -49,6 +49,17 @@ class CreatedTenant:
         return self.tenant.slug
 
 
+def _names(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _statuses(given: Status | str | Iterable[Status | str]) -> list[Status]:
+    try:
+        return [Status(name) for name in _names(given)]
+    except ValueError as exc:
+        raise ConfigurationError(f"{exc}; statuses: {', '.join(Status)}") from None
+
+
 class TenantManager(TenantLifecycle):
     """Creates, finds, changes and removes tenants; ``tenancy.tenants``.
 
@@ -220,28 +231,18 @@ class TenantManager(TenantLifecycle):
         refuse_while_bound("listing tenants")
         if not 1 <= limit <= 1_000:
             raise ConfigurationError(f"limit must be 1 to 1,000, not {limit}")
-        names = (status,) if isinstance(status, str) else tuple(status)
-        try:
-            statuses = [Status(name) for name in names]
-        except ValueError as exc:
-            raise ConfigurationError(f"{exc}; statuses: {', '.join(Status)}") from None
-        tiers = (tier,) if isinstance(tier, str) else tuple(tier)
-        return await self._registry.page(status=statuses, tier=tiers, server=server, limit=limit, after=after)
+        return await self._registry.page(
+            status=_statuses(status), tier=_names(tier), server=server, limit=limit, after=after
+        )
 
     async def iterate(
         self, *, status: Status | str | Iterable[Status | str] = (), tier: str | Iterable[str] = ()
     ) -> AsyncIterator[Tenant]:
         """Yield every tenant in order of creation, page by page."""
-        after: UUID | None = None
-        while True:
-            page = await self.list(status=status, tier=tier, limit=500, after=after)
-            for tenant in page.items:
-                yield tenant
-                # the caller must have left this tenant's scope before it gets the next one
-                refuse_while_bound("listing tenants")
-            if page.next is None:
-                return
-            after = page.next
+        async for tenant in self._registry.iterate(status=_statuses(status), tier=_names(tier)):
+            yield tenant
+            # the caller must have left this tenant's scope before it gets the next one
+            refuse_while_bound("listing tenants")
 
     # --- changes ----------------------------------------------------------------------------------------------------
 

@@ -218,7 +218,7 @@ async def test_no_such_path_and_method_are_problems(platform: Platform) -> None:
 
 
 async def test_pages_hold_every_row_once_newest_first(platform: Platform) -> None:
-    """Walking by ``next`` meets each row once, though rows are added meanwhile."""
+    """Walking by ``next`` meets each row once, though rows are added at the same time."""
     agent = (await platform.acme.make("agents"))["id"]
     made = [(await platform.acme.make("executions", agent_id=agent))["id"] for _ in range(5)]
     seen: list[int] = []

@@ -59,8 +59,8 @@ async def test_bench_verify(control_url: str) -> None:
     async with quota_plane(control_url) as plane:
         started = time.perf_counter()
         for _ in range(200):
-            async with plane.control.transaction() as conn:
-                await conn.execute(_HUNDRED)
+            async with plane.control.transaction() as connection:
+                await connection.execute(_HUNDRED)
         appended = time.perf_counter() - started
         started = time.perf_counter()
         report = await plane.audit.verify()

@@ -205,7 +205,7 @@ async def test_a_use_that_was_counted_can_be_repeated_after_its_period_was_close
 
 
 async def test_no_block_is_taken_from_a_period_while_it_is_being_closed(plane: QuotaPlane) -> None:
-    """The same for leases and measures; the caller asks anew, in the period that runs."""
+    """The same for blocks and measures; the caller asks again, in the current period."""
     tenant = await plane.tenant()
     await plane.quotas.consume(tenant, "calls", 7)
     async with plane.holding("UPDATE tenancy.usage SET closed_at = now()"):

@@ -399,7 +399,7 @@ async def test_tenants_do_not_see_each_others_rows(tenancy: Tenancy) -> None:
 
 
 async def test_a_tenants_role_cannot_reach_anothers_database(tenancy: Tenancy) -> None:
-    """With its own valid credentials, a tenant is refused by PostgreSQL at the door of another's database."""
+    """With its own valid credentials, a tenant is refused by PostgreSQL at the login to another's database."""
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant
     assert acme.placement is not None and globex.placement is not None

@@ -365,7 +365,7 @@ async def test_a_leased_quota_of_another_tenant_is_refused(tenancy: Tenancy) -> 
     await lease.release()
 
 
-async def test_what_was_got_hold_of_before_is_refused(tenancy: Tenancy) -> None:
+async def test_what_was_obtained_before_is_refused(tenancy: Tenancy) -> None:
     """A driver's connection, a prepared statement, an engine and an iterator, all of another tenant or of all."""
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant

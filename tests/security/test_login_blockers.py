@@ -30,7 +30,7 @@ from tests.support.waiting import until
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
 def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postgres]:
     """A server of each version, of this module's own."""
-    with running_server(request.param, f"{postgres.worker}-doors") as running:
+    with running_server(request.param, f"{postgres.worker}-blockers") as running:
         yield running
 
 

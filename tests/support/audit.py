@@ -11,7 +11,7 @@ _FUNCTIONS = "SELECT pg_get_functiondef('tenancy.audit_{}'::regproc)"
 
 
 async def age(control: ControlDatabase, audit: AuditLog, moment: datetime, entries: int) -> None:
-    """Append entries as if it had been ``moment``, as the owner: the functions' clock is replaced meanwhile.
+    """Append entries as if it had been ``moment``, as the owner: the functions' clock is replaced for that time.
 
     Times never run backwards along the chain: the log must be empty, or as old.
     """

@@ -89,8 +89,8 @@ async def insert(plane: QuotaPlane, count: str, number: str) -> int:
     await plane.audit.events(limit=1)
     await ready()
     for index in range(int(count)):
-        async with plane.control.transaction() as conn:
-            await conn.execute(statement, {"writer": number, "content": f'{{"index": {index}}}'})
+        async with plane.control.transaction() as connection:
+            await connection.execute(statement, {"writer": number, "content": f'{{"index": {index}}}'})
     return int(count)
 
 

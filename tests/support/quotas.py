@@ -72,21 +72,21 @@ class QuotaPlane:
 
     async def append(self, action: str = "test.done", **options: Any) -> int:
         """Append one audit entry in a transaction of its own."""
-        async with self.control.transaction() as conn:
-            return await self.audit.append(conn, action=action, **options)
+        async with self.control.transaction() as connection:
+            return await self.audit.append(connection, action=action, **options)
 
     async def sql(self, statement: str, **parameters: Any) -> Any:
         """Run SQL as the owner, committed; returns the rows, or None."""
-        async with self.control.transaction() as conn:
-            result = await conn.execute(text(statement), parameters)
+        async with self.control.transaction() as connection:
+            result = await connection.execute(text(statement), parameters)
             return result.all() if result.returns_rows else None
 
     @asynccontextmanager
     async def holding(self, statement: str, **parameters: Any) -> AsyncIterator[AsyncConnection]:
         """Run SQL as the owner in a transaction that is left open for as long as the body runs, with its locks."""
-        async with self.control.transaction() as conn:
-            await conn.execute(text(statement), parameters)
-            yield conn
+        async with self.control.transaction() as connection:
+            await connection.execute(text(statement), parameters)
+            yield connection
 
     async def waiting(self, *tasks: asyncio.Task[Any]) -> None:
         """Wait until as many sessions wait for a lock as there are tasks that are not done."""

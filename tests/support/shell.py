@@ -27,7 +27,7 @@ def processes_in(directory: Path) -> list[str]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             work = str((entry / "cwd").readlink())
         except OSError:
-            continue  # it has ended meanwhile, or is not ours to look at
+            continue  # it has ended, or is not ours to look at
         if str(directory) in command or work.startswith(str(directory)):
             found.append(f"{entry.name}: {command}")
     return found

@@ -448,7 +448,7 @@ async def test_two_policies_of_one_limit_do_not_share_their_notes(plane: QuotaPl
 
 
 async def test_a_tier_that_was_changed_meanwhile_stays(plane: QuotaPlane) -> None:
-    """An operator's upgrade is not undone by a policy that had looked before."""
+    """An operator's change of a tier is not undone by a policy that had looked before."""
     tenant = await plane.tenant()
     await plane.quotas.measure(tenant, STORAGE, GIB)
 

@@ -20,6 +20,7 @@ from tenancy_orm.keys.format import generate_key
 from tenancy_orm.postgres import locks
 from tenancy_orm.postgres.failures import SERVER_FAILURES
 from tenancy_orm.provisioning import removal, roles
+from tenancy_orm.provisioning.blockers import PreparedTransaction
 from tenancy_orm.provisioning.pipeline import tenant_key
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.provisioning import Workshop, names_of, placement
@@ -285,3 +286,11 @@ async def test_a_purged_tenant_has_no_role_to_change(workshop: Workshop) -> None
     tombstone = await workshop.registry.get(tenant.id)
     with pytest.raises(TenantNotFoundError):
         await workshop.provisioner.align(tombstone)
+
+
+async def test_a_prepared_transaction_that_has_ended_is_not_counted_as_rolled_back(workshop: Workshop) -> None:
+    """Its owner was faster: the watchdog must not report, nor write into the audit log, what it did not do."""
+    tenant = await workshop.create("acme")
+    place = placement(tenant)
+    gone = PreparedTransaction("gone", place.role, place.database)
+    assert await workshop.blockers().roll_back(gone) is False

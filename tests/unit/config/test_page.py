@@ -1,6 +1,6 @@
 """docs/configuration.md lists every setting, as the code has it.
 
-``python -m tests.unit.config.test_page`` writes the tables anew.
+``python -m tests.unit.config.test_page`` writes the tables.
 """
 
 from __future__ import annotations
