@@ -43,7 +43,7 @@ class Tenancy:
     Building one does no I/O; ``open`` (or ``async with``, or ``lifespan``) connects. One object serves a whole process.
 
     Args:
-        config: What to connect to and how; from ``TENANCY_*`` variables where None.
+        config: What to connect to and how; read by ``TenancyConfig.from_env`` where None.
 
     Attributes:
         events (EventBus): Where to subscribe to what happens in this process.

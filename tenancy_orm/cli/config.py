@@ -1,16 +1,21 @@
-"""``tenancy config``: what is configured, and how a settings file is written."""
+"""``tenancy config``: the configuration in force, and the JSON Schema of a settings file."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import typer
 from pydantic import BaseModel
+from sqlalchemy import MetaData
 
 from ..config import TenancyConfig, schema, sources
 from ..config.validation import settings_of
 from .output import print_json, print_table
-from .runtime import Json, exit_on_error
+from .runtime import Json, exit_on_error, extend_path, load_tenancy
+
+# what may hold credentials
+_SECRETS = frozenset({"control_url", "servers", "encryption_keys", "control.listen_url", "keys.peppers"})
 
 app = typer.Typer(help="Show what is configured; print the JSON Schema of a settings file.", no_args_is_help=True)
 
@@ -23,29 +28,53 @@ def print_schema() -> None:
 
 @app.command("show")
 def show(as_json: Json = False) -> None:
-    """Show every setting, its value and where it comes from. Secrets are hidden."""
-    found = exit_on_error(lambda: sources.read(TenancyConfig, None, {}))
-    config = exit_on_error(TenancyConfig.from_env)
+    """Show every setting, its value and where it comes from. Credentials are hidden."""
+    config, origins = exit_on_error(_read)
     rows = [
-        {
-            "setting": ".".join(path),
-            "value": _value(config, path),
-            "from": found.origins.get(".".join(path), "default"),
-        }
-        for path in settings_of(TenancyConfig)
+        (name, _shown(config, name), origins.get(name, "default")) for name in map(".".join, settings_of(TenancyConfig))
     ]
     if as_json:
-        print_json(rows)
+        print_json([{"setting": name, "value": value, "from": origin} for name, value, origin in rows])
     else:
-        print_table("settings", ("setting", "value", "from"), [tuple(row.values()) for row in rows])
+        print_table("settings", ("setting", "value", "from"), rows)
 
 
-def _value(config: TenancyConfig, path: tuple[str, ...]) -> str | None:
+def _read() -> tuple[TenancyConfig, dict[str, str]]:
+    """The configuration that the other commands use, and where each setting came from."""
+    if named := os.environ.get("TENANCY_APP"):
+        config = load_tenancy().config
+        return config, {name: named for name in map(".".join, settings_of(TenancyConfig)) if _differs(config, name)}
+    extend_path()
+    return TenancyConfig.from_env(), sources.read(TenancyConfig, None, {}).origins
+
+
+def _differs(config: TenancyConfig, name: str) -> bool:
+    """Whether a setting of an application's configuration is not the default."""
+    model, field = _place(config, name)
+    return field in model.model_fields_set
+
+
+def _place(config: TenancyConfig, name: str) -> tuple[BaseModel, str]:
     model: BaseModel = config
-    for section in path[:-1]:
+    *sections, field = name.split(".")
+    for section in sections:
         model = getattr(model, section)
-    value: Any = getattr(model, path[-1])
+    return model, field
+
+
+def _shown(config: TenancyConfig, name: str) -> str | None:
+    model, field = _place(config, name)
+    value: Any = getattr(model, field)
     if value is None:
         return None
-    # what a repr of the configuration leaves out may hold credentials
-    return str(value) if type(model).model_fields[path[-1]].repr else "(set)"
+    if name in _SECRETS:
+        return "(set)"
+    if name == "tiers":
+        return ", ".join(value)
+    if isinstance(value, MetaData):
+        return f"{len(value.tables)} tables"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value))
+    if hasattr(value, "items"):
+        return "; ".join(f"{key}={given}" for key, given in value.items())
+    return str(value)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from ..config import TenancyConfig, sources
 from ..config.values import plain_url
 from ..errors import ConfigurationError
 from ..migrations.layout import init_directory
@@ -20,10 +21,12 @@ from ..tenancy import Tenancy
 from .output import console, print_json
 from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
+_MIGRATIONS = "migrations"
+_VARIABLE = "TENANCY_CONTROL_URL"
 _SETTINGS = """\
 # Settings of tenancy_orm. TENANCY_* environment variables override this file; put credentials there.
 {control_url}
-migrations = "{migrations}"
+{migrations}
 # metadata = "app:Base.metadata"      # your models, for alembic revision --autogenerate
 # extensions = ["vector"]             # PostgreSQL extensions every tenant gets
 """
@@ -34,7 +37,9 @@ def init(
     control_url: Annotated[
         str | None, typer.Option(help="URL of the control database; an embedded server if not given.")
     ] = None,
-    migrations: Annotated[str, typer.Option(help="Directory of the Alembic environment.")] = "migrations",
+    migrations: Annotated[
+        str | None, typer.Option(help="Directory of the Alembic environment; migrations if nothing configures one.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Set up a project: settings, Alembic environment and control database. Existing files are kept."""
@@ -43,14 +48,16 @@ def init(
         directory.mkdir(parents=True, exist_ok=True)
         os.chdir(directory)
         made = []
-        if "TENANCY_CONFIG" not in os.environ and not Path("tenancy.toml").exists():
-            Path("tenancy.toml").write_text(_settings(control_url, migrations))
-            made.append("tenancy.toml")
         if control_url is not None:
             os.environ["TENANCY_CONTROL_URL"] = control_url
+        configured = sources.read(TenancyConfig, None, {})
+        if "TENANCY_CONFIG" not in os.environ and not Path("tenancy.toml").exists():
+            Path("tenancy.toml").write_text(_settings(configured, control_url, migrations))
+            made.append("tenancy.toml")
+        directory_of_migrations = migrations or str(configured.values.get("migrations", _MIGRATIONS))
         had_ini = Path("alembic.ini").exists()
-        if init_directory(migrations):
-            made += [migrations] if had_ini else [migrations, "alembic.ini"]
+        if init_directory(directory_of_migrations):
+            made += [directory_of_migrations] if had_ini else [directory_of_migrations, "alembic.ini"]
         return made
 
     made = exit_on_error(prepare)
@@ -68,12 +75,22 @@ def init(
     console.print("next: tenancy create acme --tier pro", highlight=False)
 
 
-def _settings(control_url: str | None, migrations: str) -> str:
-    """Return the settings file of a new project; a URL with a password is not written into it."""
-    url = control_url or os.environ.get("TENANCY_CONTROL_URL") or "embedded:.tenancy"
-    if not url.startswith("embedded") and plain_url(url).password is not None:
-        return _SETTINGS.format(control_url="# control_url comes from TENANCY_CONTROL_URL", migrations=migrations)
-    return _SETTINGS.format(control_url=f'control_url = "{url}"', migrations=migrations)
+def _settings(configured: sources.Found, control_url: str | None, migrations: str | None) -> str:
+    """Return the settings file of a new project: what nothing else configures, and no URL with a password."""
+    found = configured.values.get("control_url")
+    written = control_url or found or "embedded:.tenancy"
+    origin = configured.origins.get("control_url", "")
+    if found and control_url is None and origin != _VARIABLE:
+        url_line = f"# control_url comes from {origin.removeprefix('in ')}"
+    elif not written.startswith("embedded") and plain_url(written).password is not None:
+        url_line = f"# control_url comes from {_VARIABLE}"
+    else:
+        url_line = f'control_url = "{written}"'
+    if migrations is None and "migrations" in configured.values:
+        migrations_line = f"# migrations comes from {configured.origins['migrations'].removeprefix('in ')}"
+    else:
+        migrations_line = f'migrations = "{migrations or _MIGRATIONS}"'
+    return _SETTINGS.format(control_url=url_line, migrations=migrations_line)
 
 
 def dev(

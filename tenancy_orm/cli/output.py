@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..tenant import Tenant
@@ -78,7 +79,7 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(cell(value) for value in row))
+        table.add_row(*(escape(cell(value)) for value in row))
     console.print(table)
 
 

@@ -40,18 +40,22 @@ def operator() -> Actor:
     return Actor("operator", f"cli:{name}")
 
 
+def extend_path() -> None:
+    """Let the application be imported from the working directory, or from the directory of the settings file."""
+    # sys.path of an installed script begins with the script's directory
+    named = os.environ.get("TENANCY_CONFIG")
+    for directory in (str(Path.cwd()), *([str(Path(named).resolve().parent)] if named else [])):
+        if directory not in sys.path:
+            sys.path.insert(0, directory)
+
+
 def load_tenancy() -> Tenancy:
     """Return the ``Tenancy`` that ``TENANCY_APP`` names, or one built from ``tenancy.toml`` and the environment.
 
     Raises:
         ConfigurationError: neither gives a configuration.
     """
-    # sys.path of an installed script begins with the script's directory; the application is in the working directory,
-    # or beside the settings file
-    named = os.environ.get("TENANCY_CONFIG")
-    for directory in (str(Path.cwd()), *([str(Path(named).resolve().parent)] if named else [])):
-        if directory not in sys.path:
-            sys.path.insert(0, directory)
+    extend_path()
     path = os.environ.get("TENANCY_APP")
     if not path:
         return Tenancy(TenancyConfig.from_env())

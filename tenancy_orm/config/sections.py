@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated
 
 from pydantic import Field, field_validator
 
@@ -15,6 +14,7 @@ from .values import (
     SETTING_NAME,
     AtLeastZero,
     Count,
+    Fraction,
     LoadedProvider,
     LoadedSender,
     LoadedWrapper,
@@ -37,6 +37,11 @@ ROLE_SETTINGS: Mapping[str, str] = MappingProxyType(
 )
 """What every tenant's role gets unless ``provisioning.role_settings`` says otherwise; and the server's work_mem."""
 
+
+def _nothing() -> Mapping[str, str]:
+    return MappingProxyType({})
+
+
 _KEY_PREFIX = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _LONGEST_KEY_PREFIX = 24
 _SHORTEST_PEPPER = 32
@@ -48,17 +53,17 @@ _NOT_OF_A_SESSION = {
 }
 
 
-class ControlConfig(Section):
+class ControlConfig(Section, frozen=True):
     """Connections to the control database."""
 
     pool_size: Count = 5
     """How many connections each process may hold open to it."""
-    listen_url: PostgresUrl | None = Field(default=None, repr=False)
+    listen_url: PostgresUrl | None = Field(default=None, repr=False, exclude=True)
     """Another URL of the control database, for LISTEN: needed where ``control_url`` leads through a pooler in
     transaction mode, which drops it."""
 
 
-class PoolConfig(Section):
+class PoolConfig(Section, frozen=True):
     """Connections of one process to the tenants' databases."""
 
     max_connections: Count = 20
@@ -77,12 +82,12 @@ class PoolConfig(Section):
     """Whether a connection is cleaned by DISCARD ALL at every return (about 200 us)."""
 
 
-class SessionConfig(Section):
+class SessionConfig(Section, frozen=True):
     """What tenants' sessions start with."""
 
     statement_timeout: SecondsOrZero = 0.0
     """PostgreSQL's statement_timeout, in seconds; 0 is none."""
-    settings: Pairs = Field(default_factory=dict)
+    settings: Pairs = Field(default_factory=_nothing)
     """Settings that tenants' connections start with, ``search_path`` for example, in place of the server's own. They
     win over ``ALTER ROLE`` and ``ALTER DATABASE``; those in a server's URL win over them. As text: ``name=value``,
     separated by semicolons."""
@@ -100,7 +105,7 @@ class SessionConfig(Section):
         return settings
 
 
-class DirectoryConfig(Section):
+class DirectoryConfig(Section, frozen=True):
     """The directory: the cached look-up of keys and tenants."""
 
     size: Count = 100_000
@@ -115,14 +120,14 @@ class DirectoryConfig(Section):
     """How long tenants that are known keep working while the control database does not answer, in seconds."""
 
 
-class KeyConfig(Section):
+class KeyConfig(Section, frozen=True):
     """API keys."""
 
     prefix: str = "ten_live"
     """What new keys begin with, for secret scanners."""
     prefixes: Names = ()
     """Further prefixes that are accepted (``("ten_test",)``, say), and that a key can be issued with."""
-    peppers: NamedKeys | None = Field(default=None, repr=False)
+    peppers: NamedKeys | None = Field(default=None, repr=False, exclude=True)
     """Secrets that key digests are bound to, ``{"1": <32 bytes or more, or their base64>}``, the oldest first; all of
     them verify. Keep them elsewhere than the control database. As text: ``id:base64``, separated by commas."""
     pepper_current: str | None = None
@@ -155,7 +160,7 @@ class KeyConfig(Section):
         return decode_keys(self.peppers, "key pepper")
 
 
-class LockoutConfig(Section):
+class LockoutConfig(Section, frozen=True):
     """The lock-out of those who guess API keys."""
 
     failures: AtLeastZero = 20
@@ -165,15 +170,16 @@ class LockoutConfig(Section):
     """The longest time between two attempts of a source that is slowed down, in seconds."""
 
 
-class SecretsConfig(Section):
+class SecretsConfig(Section, frozen=True):
     """Where encryption keys and peppers come from, if not from the configuration itself."""
 
-    provider: LoadedProvider | None = Field(default=None, repr=False)
+    provider: LoadedProvider | None = Field(default=None, repr=False, exclude=True)
     """Where the settings in ``options`` are read from when a ``Tenancy`` opens; as text ``module:attribute``."""
     options: Names | None = None
-    """"encryption_keys", "key_peppers", or both; each is a secret of that name, written as its environment variable
-    would be. Where None, "encryption_keys", or nothing with a ``key_wrapper``."""
-    key_wrapper: LoadedWrapper | None = Field(default=None, repr=False)
+    """What is read from it: "encryption_keys", "key_peppers", or both. Each is a secret of that name, with the text
+    that ``TENANCY_ENCRYPTION_KEYS`` or ``TENANCY_KEYS_PEPPERS`` would have. Where None, "encryption_keys", or nothing
+    with a ``key_wrapper``."""
+    key_wrapper: LoadedWrapper | None = Field(default=None, repr=False, exclude=True)
     """Wraps the keys that seal tenants' passwords (envelope encryption), which are then kept in the control database;
     ``encryption_keys`` is not needed, but opens what it has sealed before. As text ``module:attribute``."""
 
@@ -185,14 +191,14 @@ class SecretsConfig(Section):
         return options
 
 
-class ProvisioningConfig(Section):
+class ProvisioningConfig(Section, frozen=True):
     """How tenants' databases and roles are made."""
 
     timeout: Seconds = 60.0
     """How long creating or removing one database may take, in seconds."""
     concurrency: Count = 4
     """How many databases are created at once on one server."""
-    role_settings: OptionalPairs = Field(default_factory=dict)
+    role_settings: OptionalPairs = Field(default_factory=_nothing)
     """PostgreSQL's settings for each tenant's role, by name, over the defaults of ``ROLE_SETTINGS``; "" leaves a
     default out. As text: ``name=value``, separated by semicolons."""
     tenant_advisory_locks: bool = False
@@ -210,7 +216,7 @@ class ProvisioningConfig(Section):
         return settings
 
 
-class MigrationConfig(Section):
+class MigrationConfig(Section, frozen=True):
     """Migrations of the tenants' databases."""
 
     lock_timeout: SecondsOrZero = 5.0
@@ -221,7 +227,7 @@ class MigrationConfig(Section):
     """How long the migration of one tenant may take, in seconds."""
 
 
-class WatchdogConfig(Section):
+class WatchdogConfig(Section, frozen=True):
     """What the watchdog ends of the tenants' sessions; 0 is no bound."""
 
     max_session_locks: AtLeastZero = 2_000
@@ -230,28 +236,28 @@ class WatchdogConfig(Section):
     """For how long it may have one transaction open."""
     max_idle_transaction_seconds: SecondsOrZero = 600.0
     """For how long it may be idle in a transaction."""
-    max_notify_queue: Annotated[float, Field(ge=0, le=1)] = 0.25
+    max_notify_queue: Fraction = 0.25
     """From this fraction of the server's notification queue on, the sessions with the oldest transactions end."""
 
 
-class QuotaConfig(Section):
+class QuotaConfig(Section, frozen=True):
     """Quotas and request rates."""
 
     rate_processes: Count = 1
     """How many processes share the request rate of each tenant: every one of them admits its part."""
 
 
-class MeteringConfig(Section):
+class MeteringConfig(Section, frozen=True):
     """What is done with what tenants use."""
 
-    usage_sender: LoadedSender | None = Field(default=None, repr=False)
+    usage_sender: LoadedSender | None = Field(default=None, repr=False, exclude=True)
     """Where housekeeping sends the usage of periods that have ended, for billing; as text ``module:attribute``. It is
     closed with the ``Tenancy`` where it has a ``close``."""
     tier_policies: TierPolicyList = ()
-    """Rules by which housekeeping proposes, or applies, the next tier."""
+    """Rules by which housekeeping proposes, or applies, the next tier. As text: JSON of what a settings file holds."""
 
 
-class RetentionConfig(Section):
+class RetentionConfig(Section, frozen=True):
     """For how long things are kept that nobody uses any more."""
 
     tenant_seconds: SecondsOrZero = 30 * 86_400.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy.engine import URL
 
@@ -28,13 +28,13 @@ from .sections import (
     WatchdogConfig,
 )
 from .tiers import Tiers, default_tiers
-from .validation import replaced, setting_error, settings_of
+from .validation import _Checked, replaced
 from .values import DirectoryPath, LoadedMetaData, NamedKeys, Names, ServerUrls, check_url, decode_keys, plain_url
 
 _SEALING_KEY_BYTES = 32
 
 
-class TenancyConfig(BaseSettings):
+class TenancyConfig(_Checked, BaseSettings):
     """Everything a ``Tenancy`` needs to know: what an application says about itself, and sections for tuning.
 
     The constructor reads its arguments alone. ``from_env`` reads a settings file and ``TENANCY_*`` variables: the
@@ -45,7 +45,6 @@ class TenancyConfig(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        frozen=True,
         extra="forbid",
         arbitrary_types_allowed=True,
         hide_input_in_errors=True,
@@ -57,14 +56,14 @@ class TenancyConfig(BaseSettings):
         enable_decoding=False,
     )
 
-    control_url: str = Field(repr=False)
+    control_url: str = Field(repr=False, exclude=True)
     """The control database, ``postgresql://user:password@host/database``; or ``embedded`` / ``embedded:<directory>``
     for a server of its own in development (extra ``embedded``)."""
-    servers: ServerUrls | None = Field(default=None, repr=False)
+    servers: ServerUrls | None = Field(default=None, repr=False, exclude=True)
     """Administrative URL of each PostgreSQL server that holds tenant databases, by name. Its role must be able to
     create databases and roles. Where None, ``{"default": <the server of control_url>}``. As text: ``name=url``,
     separated by spaces."""
-    metadata: LoadedMetaData | None = Field(default=None, repr=False)
+    metadata: LoadedMetaData | None = Field(default=None, repr=False, exclude=True)
     """The application's tables, as text ``module:attribute``. Needed for autogenerate, and for templates where
     ``migrations`` is None."""
     migrations: DirectoryPath | None = None
@@ -72,12 +71,12 @@ class TenancyConfig(BaseSettings):
     that file."""
     extensions: Names = ()
     """PostgreSQL extensions every tenant database gets, through the template. As text: separated by commas."""
-    encryption_keys: NamedKeys | None = Field(default=None, repr=False)
+    encryption_keys: NamedKeys | None = Field(default=None, repr=False, exclude=True)
     """Keys that seal tenants' passwords, ``{"1": <32 bytes or their base64>}``; the last one seals, all of them open.
     As text: ``id:base64``, separated by commas."""
     name_prefix: str = "tenancy"
     """What the names of databases and roles begin with; 1 to 12 of a-z and 0-9."""
-    tiers: Tiers = Field(default_factory=default_tiers, repr=False)
+    tiers: Tiers = Field(default_factory=default_tiers, repr=False, exclude=True)
     """Tiers by name, in ascending order. As text: JSON of what a settings file holds."""
     default_tier: str = "free"
     """The tier of a tenant created without one."""
@@ -108,19 +107,6 @@ class TenancyConfig(BaseSettings):
     """What is done with what tenants use."""
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     """For how long things are kept that nobody uses any more."""
-
-    if not TYPE_CHECKING:  # type checkers see the arguments that the fields make
-
-        def __init__(self, **values: Any) -> None:
-            """Check the values."""
-            error = None
-            try:
-                super().__init__(**values)
-            except ValidationError as exc:
-                error = setting_error(exc, known=settings_of(type(self)))
-            # outside of the handler: pydantic's error holds the values, and would be this one's context
-            if error is not None:
-                raise error
 
     @classmethod
     def settings_customise_sources(
@@ -216,7 +202,7 @@ class TenancyConfig(BaseSettings):
 
         1. ``overrides``; a mapping overrides single settings of a section,
         2. ``TENANCY_*`` variables,
-        3. ``.env`` in the working directory, or the file that ``TENANCY_ENV_FILE`` names,
+        3. ``.env`` in the working directory, or the file that ``TENANCY_ENV_FILE`` names; nothing in it is expanded,
         4. secret files, as Docker and Kubernetes mount them, in the directory that ``TENANCY_SECRETS_DIR`` names: each
            is named like its variable, in either case,
         5. ``tenancy.toml`` and ``[tool.tenancy]`` of ``pyproject.toml`` in the working directory; or the file that

@@ -1,6 +1,6 @@
 """Where settings are read from: variables, ``.env``, secret files, ``tenancy.toml``, ``pyproject.toml``.
 
-pydantic-settings reads them. What is added here: each setting remembers where it came from, so that an error can
+pydantic-settings takes them apart. What is added here: each setting remembers where it came from, so that an error can
 say it; a variable or key that is no setting is an error; and paths in a file are beside that file.
 """
 
@@ -16,13 +16,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource
 
 from ..errors import ConfigurationError, SettingError
-from .validation import sections_of, settings_of, suggestion
+from .validation import NO_TABLE, UNKNOWN, Section, sections_of, settings_of, suggestion
 
 PREFIX = "TENANCY_"
 
@@ -36,14 +36,28 @@ OTHER_VARIABLES = frozenset(
         "TENANCY_TEST_POSTGRES",
     }
 )
-"""Variables of this package that are no settings."""
+"""Variables of this package that are no settings. They are read from the environment alone."""
 
-# What Kubernetes sets for services named ``tenancy`` or ``tenancy-...``, and Docker for containers that are so named.
-_SERVICE_LINKS = re.compile(
-    r"TENANCY_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT(_\w+)?|PROTO))?)?|NAME|ENV_\w+)"
+# What Kubernetes sets for services named ``tenancy`` or ``tenancy-...``, and Docker for containers of such names, with
+# the values that they give: a misspelt setting has another one.
+_URL = r"(tcp|udp|sctp)://.*"
+_SERVICE_LINKS = tuple(
+    (re.compile(rf"TENANCY_(\w+_)?{name}"), re.compile(value))
+    for name, value in (
+        (r"SERVICE_HOST", r".+"),
+        (r"SERVICE_PORT(_\w+)?", r"\d+"),
+        (r"PORT(_\d+_(TCP|UDP|SCTP)(_START|_END)?)?", _URL),
+        (r"PORT_\d+_(TCP|UDP|SCTP)_ADDR", r".+"),
+        (r"PORT_\d+_(TCP|UDP|SCTP)_PORT(_START|_END)?", r"\d+"),
+        (r"PORT_\d+_(TCP|UDP|SCTP)_PROTO", r"tcp|udp|sctp"),
+        (r"NAME", r"/.+"),
+    )
 )
 
-_MISSING = "run tenancy init, write tenancy.toml, or set TENANCY_CONTROL_URL"
+_MISSING = "is not set: run tenancy init, write tenancy.toml, or set TENANCY_CONTROL_URL"
+
+Origin = Callable[[str], str]
+"""Where a setting or variable came from, by its name."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +69,19 @@ class Found:
 
     def locate(self, error: SettingError) -> SettingError:
         """Return ``error`` with the origin of each setting that it names."""
-        problems = dict(error.problems)
-        if problems.get("control_url") == "is missing":
-            problems["control_url"] = f"is not set: {_MISSING}"
-        origins = {}
-        for name in problems:
-            # a table's own origin stands for what is in it: encryption_keys.1
-            parents = (name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1))
-            origins[name] = next((self.origins[parent] for parent in parents if parent in self.origins), "")
-        return SettingError(problems, {name: origin for name, origin in origins.items() if origin})
+        problems = {
+            name: _MISSING if (name, reason) == ("control_url", "is missing") else reason
+            for name, reason in error.problems.items()
+        }
+        origins = {name: self._origin(name) for name in problems}
+        located = SettingError(problems, {name: origin for name, origin in origins.items() if origin})
+        located.__cause__ = error.__cause__
+        return located
+
+    def _origin(self, setting: str) -> str | None:
+        # a table's own origin stands for what is in it: encryption_keys.1
+        parents = (setting.rsplit(".", cut)[0] for cut in range(setting.count(".") + 1))
+        return next((self.origins[parent] for parent in parents if parent in self.origins), None)
 
 
 def variables_of(model: type[BaseSettings]) -> dict[str, str]:
@@ -75,30 +93,34 @@ def read(model: type[BaseSettings], environ: Mapping[str, str] | None, overrides
     """Read all sources of the settings of ``model``; ``TenancyConfig.from_env`` says which, and which wins.
 
     Raises:
-        SettingError: a variable or a key of a file is no setting.
+        SettingError: a variable or a key of a file is no setting, or has no value.
         ConfigurationError: a file cannot be read.
     """
-    environ = os.environ if environ is None else environ
-    env_file, from_env_file = _read_env_file(environ.get("TENANCY_ENV_FILE"))
-    named = {**from_env_file, **environ}  # where the other files are
+    variables = _of_ours(os.environ if environ is None else environ, str)
     found = Found({}, {})
-    for path in _settings_files(named.get("TENANCY_CONFIG")):
-        _merge(found, model, _read_settings_file(model, path), _always(f"in {path}"))
-    files = _read_secret_files(named.get("TENANCY_SECRETS_DIR"))
+    for path in _settings_files(variables.get("TENANCY_CONFIG")):
+        _merge(found, model, _read_settings_file(path), lambda _, path=path: f"in {path}")  # type: ignore[misc]
+    files = _read_secret_files(variables.get("TENANCY_SECRETS_DIR"))
     texts = {name: text for name, (_, text) in files.items()}
     _merge_variables(found, model, texts, lambda variable: f"file {files[variable][0]}")
-    _merge_variables(found, model, from_env_file, lambda variable: f"{variable} in {env_file}")
-    _merge_variables(found, model, environ, lambda variable: variable)
-    _merge(found, model, overrides, _always(""))
+    env_file = Path(variables.get("TENANCY_ENV_FILE") or ".env")
+    from_file = _read_env_file(env_file, named="TENANCY_ENV_FILE" in variables)
+    _merge_variables(found, model, from_file, lambda variable: f"{variable} in {env_file}")
+    settings = {
+        name: text
+        for name, text in variables.items()
+        if name not in OTHER_VARIABLES and not _is_service_link(name, text, variables)
+    }
+    _merge_variables(found, model, settings, str)
+    _merge(found, model, overrides, lambda _: "")
     return found
 
 
-def _always(origin: str) -> Callable[[str], str]:
-    return lambda _: origin
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def _merge(found: Found, model: type[BaseModel], values: Mapping[str, Any], origin: Callable[[str], str]) -> None:
-    """Put ``values`` over what was found, setting by setting; ``origin`` says where one of a dotted name came from."""
+def _merge(found: Found, model: type[BaseModel], values: Mapping[str, Any], origin: Origin) -> None:
+    """Put ``values`` over what was found, setting by setting."""
     _merge_into(found.values, found.origins, values, origin, sections_of(model), "")
 
 
@@ -106,37 +128,35 @@ def _merge_into(
     into: dict[str, Any],
     origins: dict[str, str],
     values: Mapping[str, Any],
-    origin: Callable[[str], str],
+    origin: Origin,
     sections: Collection[str],
     above: str,
 ) -> None:
     for name, value in values.items():
         setting = f"{above}{name}"
-        if setting in sections and isinstance(value, Mapping):
-            inner = into.get(name)
-            into[name] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        if setting in sections:
+            if isinstance(value, Section):
+                value = {field: getattr(value, field) for field in value.model_fields_set}
+            if not isinstance(value, Mapping):
+                raise SettingError({setting: NO_TABLE}, {setting: origin(setting)})
+            into[name] = inner = dict(into.get(name, {}))
             _merge_into(inner, origins, value, origin, sections, f"{setting}.")
         else:
             into[name] = value
             origins[setting] = origin(setting)
 
 
-def _merge_variables(
-    found: Found, model: type[BaseSettings], given: Mapping[str, str | None], origin: Callable[[str], str]
-) -> None:
+def _merge_variables(found: Found, model: type[BaseSettings], given: Mapping[str, str], origin: Origin) -> None:
     variables = variables_of(model)
     known = set(variables.values())
-    settings: dict[str, str] = {}
-    for name, text in given.items():
-        variable = name.upper()
-        if variable in known and text is not None:
-            settings[variable.lower()] = text
-        elif variable.startswith(PREFIX) and variable not in OTHER_VARIABLES and not _SERVICE_LINKS.fullmatch(variable):
-            where = origin(name) if name in given else ""
-            reason = f"there is no such setting{suggestion(variable, known)}"
-            raise SettingError({name: reason}, {} if where == name else {name: where})
-    values = _Variables(model, settings)()
-    _merge(found, model, values, lambda setting: origin(variables.get(setting, setting)))
+    for variable in given:
+        if variable in OTHER_VARIABLES:
+            raise SettingError({variable: "is read from the environment alone"}, {variable: origin(variable)})
+        if variable not in known:
+            reason = UNKNOWN + suggestion(variable, known | OTHER_VARIABLES)
+            where = origin(variable).removeprefix(variable).removeprefix(" ")
+            raise SettingError({variable: reason}, {variable: where} if where else None)
+    _merge(found, model, _Variables(model, given)(), lambda setting: origin(variables.get(setting, setting)))
 
 
 class _Variables(EnvSettingsSource):
@@ -144,11 +164,11 @@ class _Variables(EnvSettingsSource):
 
     Args:
         settings_cls: The model.
-        variables: Names in lower case, with the prefix.
+        variables: All of them settings.
     """
 
     def __init__(self, settings_cls: type[BaseSettings], variables: Mapping[str, str]) -> None:
-        self._variables = variables
+        self._variables = {name.lower(): text for name, text in variables.items()}
         super().__init__(settings_cls)
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
@@ -162,16 +182,49 @@ class _Variables(EnvSettingsSource):
         )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- variables --------------------------------------------------------------------------------------------------------
 
 
-def _read_env_file(named: str | None) -> tuple[Path, dict[str, str | None]]:
-    path = Path(named or ".env")
+def _of_ours(given: Mapping[str, str], origin: Origin) -> dict[str, str]:
+    """The variables of this package, in upper case."""
+    found: dict[str, str] = {}
+    for name, text in given.items():
+        variable = name.upper()
+        if not variable.startswith(PREFIX):
+            continue
+        if variable in found:
+            raise SettingError({variable: "is there twice, in upper and lower case"}, {variable: origin(name)})
+        found[variable] = text
+    return found
+
+
+def _is_service_link(name: str, text: str, variables: Mapping[str, str]) -> bool:
+    # a linked container's own variables, beside the TENANCY_NAME of the link
+    if name.startswith("TENANCY_ENV_") and variables.get("TENANCY_NAME", "").startswith("/"):
+        return name not in OTHER_VARIABLES
+    return any(link.fullmatch(name) and value.fullmatch(text) for link, value in _SERVICE_LINKS)
+
+
+def _read_env_file(path: Path, *, named: bool) -> dict[str, str]:
+    """The variables of an ``.env`` file, as they are written: ``$`` in a password is a dollar."""
     if not named and not path.is_file():
-        return path, {}
+        return {}
     with _reading(path):
-        # dotenv itself takes a missing file for an empty one
-        return path, dotenv_values(stream=StringIO(path.read_text(encoding="utf-8")))
+        bindings = list(parse_stream(StringIO(path.read_text(encoding="utf-8-sig"))))
+    found: dict[str, str] = {}
+    for binding in bindings:
+        place = f"in {path}, line {binding.original.line}"
+        if binding.error:
+            if PREFIX in binding.original.string.upper():
+                raise ConfigurationError(f"{place}: a line with {PREFIX} cannot be read; mind its quotes")
+        elif binding.key is not None and binding.key.upper().startswith(PREFIX):
+            if binding.value is None:
+                raise SettingError({binding.key: "has no value"}, {binding.key: place})
+            found[binding.key.upper()] = binding.value
+    return found
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _read_secret_files(named: str | None) -> dict[str, tuple[Path, str]]:
@@ -196,12 +249,14 @@ def _settings_files(named: str | None) -> Iterator[Path]:
             yield path
 
 
-def _read_settings_file(model: type[BaseSettings], path: Path) -> dict[str, Any]:
+def _read_settings_file(path: Path) -> dict[str, Any]:
     with _reading(path):
-        path.stat()  # the library takes a missing file for an empty one
-        values = TomlConfigSettingsSource(model, path)()
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     if path.name == "pyproject.toml":
-        values = values.get("tool", {}).get("tenancy", {})
+        tool = values.get("tool")
+        values = tool.get("tenancy", {}) if isinstance(tool, dict) else {}
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"tool.tenancy in {path} must be a table")
     return _beside(path.parent, values)
 
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, Strict, ValidationError, WithJsonSchema
 from pydantic_core import from_json
 
 from ..errors import ConfigurationError
@@ -162,6 +162,8 @@ def default_tiers() -> Mapping[str, Tier]:
 
 # --- as a settings file, or a variable with JSON in it, writes them ---------------------------------------------------
 
+# Text is no number here: these tables come from TOML or JSON, which have numbers.
+_Number = Annotated[float, Strict()]
 # What a limit may be is decided by Limit; this is for the JSON Schema.
 _Amount = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"const": UNLIMITED}]})]
 
@@ -171,7 +173,7 @@ class _LimitTable(BaseModel):
 
     amount: _Amount
     period: Period = "lifetime"
-    soft: tuple[float, ...] = (0.8, 1.0)
+    soft: tuple[_Number, ...] = (0.8, 1.0)
 
 
 def _table_of_limit(value: object) -> object:
@@ -186,17 +188,17 @@ class _TierTable(BaseModel):
     model_config = MODEL
 
     limits: dict[str, _LimitOrAmount] = {}
-    requests_per_second: float | None = None
-    connection_limit: int = 20
+    requests_per_second: _Number | None = None
+    connection_limit: Annotated[int, Strict()] = 20
 
 
 class _PolicyTable(BaseModel):
     model_config = MODEL
 
     resource: str
-    fraction: float = 0.9
-    sustained_days: float = 3.0
-    apply: bool = False
+    fraction: _Number = 0.9
+    sustained_days: Annotated[_Number, Field(ge=0, le=36_525)] = 3.0
+    apply: Annotated[bool, Strict()] = False
     next_tier: dict[str, str] = {}
     name: str = ""
 
@@ -206,7 +208,7 @@ def _read_tiers(value: object) -> Mapping[str, Tier]:
         value = from_json(value)
     if not isinstance(value, Mapping) or not value:
         raise ValueError("must be a table of tiers by name")
-    tiers = {name: _read_tier(name, given) for name, given in value.items()}
+    tiers = {str(name): _read_tier(str(name), given) for name, given in value.items()}
     for name, tier in tiers.items():
         if name != tier.name:
             raise ValueError(f"tier {tier.name!r} is filed under the name {name!r}")

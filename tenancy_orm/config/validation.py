@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,7 +12,6 @@ from pydantic_core import ErrorDetails
 from ..errors import SettingError
 
 MODEL = ConfigDict(
-    frozen=True,
     extra="forbid",
     arbitrary_types_allowed=True,
     # a value may be a secret
@@ -20,15 +19,20 @@ MODEL = ConfigDict(
     allow_inf_nan=False,
 )
 
-_UNKNOWN = "there is no such setting"
+UNKNOWN = "there is no such setting"
+NO_TABLE = "must be a table of settings"
+
+_SAME_LIKENESS = 0.05  # names that are as like a misspelt one as this are all suggested
+
 
 # pydantic's own words where they say less than these
 _REASONS = {
-    "extra_forbidden": _UNKNOWN,
+    "extra_forbidden": UNKNOWN,
     "missing": "is missing",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "finite_number": "must be a finite number",
     "int_parsing": "must be a whole number",
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -37,26 +41,23 @@ _REASONS = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be text",
-    "model_type": "must be a table of settings",
-    "model_attributes_type": "must be a table of settings",
+    "model_type": NO_TABLE,
+    "model_attributes_type": NO_TABLE,
     "dict_type": "must be a table",
 }
 
 
-class Section(BaseModel):
-    """A part of the configuration. It is frozen, and checked when it is made.
-
-    Raises:
-        SettingError: a setting is malformed, or there is none of that name.
-    """
-
-    model_config = MODEL
+class _Checked:
+    """Has pydantic's errors reported as this package's own, which hold no value; a base before pydantic's."""
 
     if not TYPE_CHECKING:  # type checkers see the arguments that the fields make
 
         def __init__(self, **values: Any) -> None:
             """Check the values."""
             error = None
+            # pydantic-settings has arguments of its own, which begin so and read from elsewhere
+            if unknown := [name for name in values if name.startswith("_")]:
+                raise SettingError(dict.fromkeys(unknown, UNKNOWN))
             try:
                 super().__init__(**values)
             except ValidationError as exc:
@@ -64,6 +65,24 @@ class Section(BaseModel):
             # outside of the handler: pydantic's error holds the values, and would be this one's context
             if error is not None:
                 raise error
+
+        def __setattr__(self, name: str, value: object) -> None:
+            """Refuse every change. The message of pydantic's own error has the value in it."""
+            raise AttributeError(f"{type(self).__name__} is frozen; use replace({name}=...)")
+
+        def __delattr__(self, name: str) -> None:
+            """Refuse every change."""
+            raise AttributeError(f"{type(self).__name__} is frozen")
+
+
+class Section(_Checked, BaseModel, frozen=True):
+    """A part of the configuration. It is frozen, and checked when it is made.
+
+    Raises:
+        SettingError: a setting is malformed, or there is none of that name.
+    """
+
+    model_config = MODEL
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with ``changes``.
@@ -79,9 +98,12 @@ def replaced(model: BaseModel, changes: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: getattr(model, name) for name in type(model).model_fields}
     for name, change in changes.items():
         current = values.get(name)
-        values[name] = (
-            current.replace(**change) if isinstance(current, Section) and isinstance(change, Mapping) else change
-        )
+        if isinstance(current, Section) and isinstance(change, Mapping):
+            try:
+                change = current.replace(**change)
+            except SettingError as exc:
+                raise SettingError({f"{name}.{inner}": reason for inner, reason in exc.problems.items()}) from None
+        values[name] = change
     return values
 
 
@@ -113,10 +135,15 @@ def setting_error(
     """
     names = [".".join(path) for path in known]
     problems: dict[str, str] = {}
+    cause = None
     for found in error.errors(include_url=False, include_input=False):
         for setting, reason in _problems_of(found, above, names):
             problems.setdefault(setting, reason)
-    return SettingError(problems)
+        # what an application's own module raised when it was imported
+        cause = cause or getattr(found.get("ctx", {}).get("error"), "__cause__", None)
+    result = SettingError(problems)
+    result.__cause__ = cause
+    return result
 
 
 def _problems_of(found: ErrorDetails, above: tuple[str, ...], names: list[str]) -> Iterator[tuple[str, str]]:
@@ -126,7 +153,7 @@ def _problems_of(found: ErrorDetails, above: tuple[str, ...], names: list[str]) 
         for inner, reason in raised.problems.items():
             full = f"{setting}.{inner}".strip(".")
             # a section knows its own settings alone
-            yield full, _UNKNOWN + suggestion(full, names) if names and reason.startswith(_UNKNOWN) else reason
+            yield full, UNKNOWN + suggestion(full, names) if names and reason.startswith(UNKNOWN) else reason
     elif isinstance(raised, ValueError):
         yield setting, str(raised)
     else:
@@ -138,8 +165,14 @@ def _problems_of(found: ErrorDetails, above: tuple[str, ...], names: list[str]) 
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean ...?" where one of ``names`` is much like ``name`` or ends as it does; else nothing."""
-    names = list(names)
-    ends = [known for known in names if known.endswith((f".{name}", f"_{name}"))]
-    close = ends or get_close_matches(name, names, n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Return "; did you mean ...?" with the ``names`` that end as ``name`` does or are most like it, or nothing."""
+    names = sorted(names)
+    likely = [known for known in names if known.endswith((f".{name}", f"_{name.removeprefix('TENANCY_')}"))]
+    if not likely and (close := get_close_matches(name, names, n=3, cutoff=0.75)):
+        best = _likeness(name, close[0])
+        likely = [known for known in close if best - _likeness(name, known) < _SAME_LIKENESS]
+    return f"; did you mean {' or '.join(likely)}?" if likely else ""
+
+
+def _likeness(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()

@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 from sqlalchemy import MetaData
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -41,26 +42,39 @@ def _read_pairs(value: object) -> object:
         pairs = [item.partition("=") for item in value.split(";") if item.strip()]
         if not all(separator for _, separator, _ in pairs):
             raise ValueError("must be name=value, separated by semicolons")
-        return {name.strip(): given.strip() for name, _, given in pairs}
+        return MappingProxyType({name.strip(): given.strip() for name, _, given in pairs})
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ValueError("must be a table of values by name")
-    return {name: str(given) if type(given) in (int, float) else given for name, given in value.items()}
+    return MappingProxyType({name: _as_text(given) for name, given in value.items()})
+
+
+def _as_text(value: object) -> object:
+    """A value of TOML as PostgreSQL writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+def _copied(pairs: Mapping[str, str | None]) -> dict[str, str | None]:
+    return dict(pairs)
 
 
 def _read_servers(value: object) -> object:
     if isinstance(value, str):
-        # a comma separates servers where a name follows it; several hosts of one URL have commas as well
-        pairs = [item.partition("=") for item in re.split(r"\s+|,(?=[a-z][a-z0-9_-]*=)", value.strip()) if item]
-        if not all(separator for _, separator, _ in pairs):
+        # a comma ends a URL where another name and URL follow; passwords and lists of hosts have commas as well
+        items = re.split(r"\s+|,(?=[a-z][a-z0-9_-]*=postgres(?:ql)?(?:\+\w+)?://)", value.strip())
+        pairs = [item.partition("=") for item in items if item]
+        if not all(separator and "://" not in name for name, separator, _ in pairs):
             raise ValueError("must be name=url, separated by spaces")
         value = {name: url for name, _, url in pairs}
     if not isinstance(value, Mapping) or not all(isinstance(url, str) for url in value.values()):
         raise ValueError("must be a table of URLs by name")
     for name, url in value.items():
+        # a name that is none may be a URL, with its password
         if not isinstance(name, str) or not _SERVER_NAME.fullmatch(name):
-            raise ValueError(f"server name {name!r} must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
+            raise ValueError("each server's name must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
         check_url(url, f"the URL of server {name!r} ")
-    return value
+    return MappingProxyType(dict(value))
 
 
 def _read_keys(value: object) -> Keys:
@@ -69,9 +83,11 @@ def _read_keys(value: object) -> Keys:
         if not all(separator for _, separator, _ in pairs):
             raise ValueError("must be id:base64, separated by commas")
         value = {key_id: encoded for key_id, _, encoded in pairs}
-    if not isinstance(value, Mapping) or not all(isinstance(key, (str, bytes)) for key in value.values()):
+    if not isinstance(value, Mapping) or not all(
+        isinstance(key_id, str) and isinstance(key, (str, bytes)) for key_id, key in value.items()
+    ):
         raise ValueError("must be a table of keys by id, each as base64")
-    return value
+    return MappingProxyType(dict(value))
 
 
 def _read_url(value: object) -> object:
@@ -116,13 +132,19 @@ def load_object(path: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as exc:
-        raise ConfigurationError(f"{path!r} cannot be loaded: {exc}") from exc
+    except (ImportError, AttributeError, TypeError, ValueError, AssertionError) as exc:
+        raise ConfigurationError(f"{path!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
     return found
 
 
 def _read_object(value: object) -> object:
     return load_object(value) if isinstance(value, str) else value
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
 
 
 def _read_metadata(value: object) -> object:
@@ -137,17 +159,23 @@ def _read_metadata(value: object) -> object:
 _LOADED = WithJsonSchema({"type": "string", "pattern": "^[^:]+:[^:]+$", "description": "module:attribute"})
 _TABLE_OF_TEXT = {"type": "object", "additionalProperties": {"type": "string"}}
 
-_TABLE_OF_VALUES = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+_TABLE_OF_VALUES = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
 
-Count = Annotated[int, Field(ge=1)]
-AtLeastZero = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
-SecondsOrZero = Annotated[float, Field(ge=0)]
+# text of a variable is read as a number; True is an int for Python, and means something else
+_NUMBER = BeforeValidator(_refuse_bool)
+Count = Annotated[int, Field(ge=1), _NUMBER]
+AtLeastZero = Annotated[int, Field(ge=0), _NUMBER]
+Seconds = Annotated[float, Field(gt=0), _NUMBER]
+SecondsOrZero = Annotated[float, Field(ge=0), _NUMBER]
+Fraction = Annotated[float, Field(ge=0, le=1), _NUMBER]
 Names = Annotated[
     tuple[str, ...], PlainValidator(_read_names), WithJsonSchema({"type": "array", "items": {"type": "string"}})
 ]
-Pairs = Annotated[Mapping[str, str], PlainValidator(_read_pairs), WithJsonSchema(_TABLE_OF_VALUES)]
-OptionalPairs = Annotated[Mapping[str, str | None], PlainValidator(_read_pairs), WithJsonSchema(_TABLE_OF_VALUES)]
+_DUMPED = PlainSerializer(_copied)
+Pairs = Annotated[Mapping[str, str], PlainValidator(_read_pairs), _DUMPED, WithJsonSchema(_TABLE_OF_VALUES)]
+OptionalPairs = Annotated[
+    Mapping[str, str | None], PlainValidator(_read_pairs), _DUMPED, WithJsonSchema(_TABLE_OF_VALUES)
+]
 PostgresUrl = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string"})]
 DirectoryPath = Annotated[str | Path, PlainValidator(_read_path), WithJsonSchema({"type": "string"})]
 ServerUrls = Annotated[Mapping[str, str], PlainValidator(_read_servers), WithJsonSchema(_TABLE_OF_TEXT)]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from tenancy_orm import TenancyConfig
+from tenancy_orm.cli import config as cli
 from tenancy_orm.cli.app import app
+from tenancy_orm.config.validation import settings_of
 
 URL = "postgresql://admin:hunter2@db.example/control"
 
@@ -58,3 +62,56 @@ def test_the_schema_knows_every_key_of_a_settings_file(project: Path) -> None:
         if isinstance(value, dict):
             found = schema["$defs"][found["$ref"].rpartition("/")[2]]["properties"]
             assert value.keys() <= found.keys()
+
+
+def test_what_may_hold_credentials_is_hidden() -> None:
+    """Whatever a repr of the configuration leaves out is either hidden, or no secret."""
+    left_out = {
+        ".".join(path) for path, model in settings_of(TenancyConfig).items() if not model.model_fields[path[-1]].repr
+    }
+    assert left_out - cli._SECRETS == {
+        "metadata",
+        "tiers",
+        "secrets.provider",
+        "secrets.key_wrapper",
+        "metering.usage_sender",
+    }
+
+
+def test_the_application_s_own_configuration_is_shown(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the one that the other commands use; it is found in the working directory."""
+    (project / "shop.py").write_text(
+        "from tenancy_orm import TenancyConfig\nfrom tenancy_orm.config import PoolConfig\n"
+        "config = TenancyConfig(control_url='postgresql://h/other', pool=PoolConfig(max_engines=7))\n"
+    )
+    monkeypatch.setenv("TENANCY_APP", "shop:config")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = json.loads(CliRunner().invoke(app, ["config", "show", "--json"]).output)
+    assert {"setting": "pool.max_engines", "value": "7", "from": "shop:config"} in found
+    assert {"setting": "pool.max_connections", "value": "20", "from": "default"} in found
+
+
+def test_markup_in_a_value_is_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every table."""
+    monkeypatch.setenv("TENANCY_SESSIONS_SETTINGS", "app.x=[/x][bold]")
+    outcome = CliRunner().invoke(app, ["config", "show"])
+    assert outcome.exit_code == 0 and "[/x][bold]" in outcome.output
+
+
+@pytest.mark.parametrize("place", ["pyproject.toml", ".env"])
+def test_init_writes_only_what_nothing_else_configures(
+    project: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A line in tenancy.toml would win over pyproject.toml, or take its place if .env is missing one day."""
+    monkeypatch.delenv("TENANCY_CONTROL_URL")
+    (project / "tenancy.toml").unlink()
+    texts = {
+        "pyproject.toml": "[tool.tenancy]\ncontrol_url = 'postgresql://127.0.0.1:1/x'\nmigrations = 'db/revisions'\n",
+        ".env": "TENANCY_CONTROL_URL=postgresql://127.0.0.1:1/x\nTENANCY_MIGRATIONS=db/revisions\n",
+    }
+    (project / place).write_text(texts[place])
+    outcome = CliRunner().invoke(app, ["init"])
+    assert outcome.exit_code == 1  # nothing answers there
+    settings = (project / "tenancy.toml").read_text()
+    assert tomllib.loads(settings) == {} and place in settings
+    assert (project / "db" / "revisions" / "env.py").exists()

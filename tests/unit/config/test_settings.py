@@ -27,7 +27,7 @@ KEY = base64.b64encode(bytes(32)).decode()
         ({"control_url": "%%%"}, "control_url: is not a URL"),
         ({"control_url": 7}, "control_url: must be text"),
         ({"control": {"listen_url": "nonsense"}}, "control.listen_url: is not a URL"),
-        ({"servers": {"Big": URL}}, "servers: server name 'Big'"),
+        ({"servers": {"Big": URL}}, "servers: each server's name must be"),
         ({"servers": {"big": "nonsense"}}, "servers: the URL of server 'big' is not a URL"),
         ({"servers": "nonsense"}, "servers: must be name=url"),
         ({"servers": ["a"]}, "servers: must be a table of URLs by name"),
@@ -58,6 +58,14 @@ KEY = base64.b64encode(bytes(32)).decode()
         ({"pool": {"idle_timeout": "10 s"}}, "pool.idle_timeout: must be a number"),
         ({"pool": {"full_reset": "perhaps"}}, "pool.full_reset: must be true or false"),
         ({"pool": 3}, "pool: must be a table of settings"),
+        ({"pool": {"max_connections": True}}, "pool.max_connections: must be a number"),
+        ({"migration": {"timeout": float("inf")}}, "migration.timeout: must be a finite number"),
+        ({"_env_file": ".env"}, "_env_file: there is no such setting"),
+        ({"tiers": {"free": {"connection_limit": True}}}, "tiers.free.connection_limit: must be a whole number"),
+        ({"tiers": {"free": {"connection_limit": "7"}}}, "tiers.free.connection_limit: must be a whole number"),
+        ({"tiers": {"free": {"requests_per_second": True}}}, "tiers.free.requests_per_second: must be a number"),
+        ({"metadata": ".x:y"}, "metadata: '.x:y' cannot be loaded"),
+        ({"encryption_keys": {1: KEY}}, "encryption_keys: must be a table of keys by id"),
         ({"extensions": ("a; DROP",)}, "extensions: 'a; DROP' is not the name"),
         ({"extensions": 3}, "extensions: must be names"),
         ({"provisioning": {"role_settings": {"work_mem; DROP": "1"}}}, "provisioning.role_settings: 'work_mem; DROP'"),
@@ -99,6 +107,7 @@ def test_every_mistake_is_named_at_once() -> None:
         ({"max_connections": 3}, "did you mean pool.max_connections?"),
         ({"pool": {"max_conections": 3}}, "did you mean pool.max_connections?"),
         ({"tires": {}}, "did you mean tiers?"),
+        ({"retention_seconds": 1}, "did you mean retention.audit_seconds or retention.tenant_seconds?"),
     ],
 )
 def test_an_unknown_setting_comes_with_a_suggestion(changes: dict[str, Any], suggestion: str) -> None:
@@ -129,6 +138,8 @@ def test_no_secret_is_shown() -> None:
         {"control_url": "hunter2"},
         {"servers": {"a": "hunter2"}},
         {"servers": "hunter2"},
+        {"servers": "postgresql://u:hunter2@host/db?sslmode=require"},
+        {"servers": {"postgresql://u:hunter2@host/db": "x"}},
         {"encryption_keys": "hunter2"},
         {"encryption_keys": {"1": "hunter2"}},
         {"keys": {"peppers": {"1": ["hunter2"]}}},
@@ -153,19 +164,19 @@ def test_text_is_read_alike_wherever_it_comes_from() -> None:
         extensions="vector, citext",  # type: ignore[arg-type]
         encryption_keys=f"1:{KEY}, 2:{KEY}",  # type: ignore[arg-type]
         sessions={"settings": "search_path = a, b; timezone=UTC"},  # type: ignore[arg-type]
-        provisioning={"role_settings": {"work_mem": 4096}},  # type: ignore[arg-type]
+        provisioning={"role_settings": {"work_mem": 4096, "jit": False}},  # type: ignore[arg-type]
     )
     assert list(config.server_urls) == ["a", "b", "c"]
     assert config.metadata is Base.metadata
     assert config.extensions == ("vector", "citext")
     assert list(config.sealing_keys) == ["1", "2"]
     assert config.sessions.settings == {"search_path": "a, b", "timezone": "UTC"}
-    assert config.provisioning.role_settings == {"work_mem": "4096"}
+    assert config.provisioning.role_settings == {"work_mem": "4096", "jit": "off"}
 
 
 def test_a_comma_in_a_url_does_not_end_it() -> None:
     """Several hosts of one server are separated by commas too."""
-    several = "postgresql://admin@/postgres?host=one:5432,two:5433"
+    several = "postgresql://admin:pw,x=y@/postgres?host=one:5432,two:5433"
     config = TenancyConfig(control_url=URL, servers=f"a={several},b={URL}")  # type: ignore[arg-type]
     assert config.servers == {"a": several, "b": URL}
 
@@ -176,17 +187,32 @@ def test_a_copy_changes_single_settings_of_a_section() -> None:
     assert config.replace(pool={"max_engines": 9}).pool == PoolConfig(max_connections=7, max_engines=9)
     assert config.replace(pool=PoolConfig(max_engines=9)).pool == PoolConfig(max_engines=9)
     assert config.pool.max_engines == 8
-    with pytest.raises(SettingError, match="max_engines"):
+    with pytest.raises(SettingError, match=r"^pool\.max_engines: must be at least 1$"):
         config.replace(pool={"max_engines": 0})
+    with pytest.raises(SettingError, match=r"^pool\.max_engins: there is no such setting"):
+        config.replace(pool={"max_engins": 1})
 
 
-def test_a_configuration_does_not_change() -> None:
-    """Neither it nor a section of it."""
+@pytest.mark.parametrize("name", ["control_url", "nonsense"])
+def test_a_configuration_does_not_change(name: str) -> None:
+    """Neither it nor a section of it; the value is not repeated."""
     config = TenancyConfig(control_url=URL)
-    with pytest.raises(ValueError, match="frozen"):
-        config.control_url = URL
-    with pytest.raises(ValueError, match="frozen"):
-        config.pool.max_connections = 3
+    for model in (config, config.keys):
+        with pytest.raises(AttributeError, match=f"is frozen; use replace.{name}=") as caught:
+            setattr(model, name, "hunter2")
+        assert "hunter2" not in str(caught.value)
+        with pytest.raises(AttributeError, match="is frozen"):
+            delattr(model, name)
+
+
+def test_what_is_in_a_configuration_does_not_change() -> None:
+    """Nor by way of what it was made of."""
+    servers = {"a": URL}
+    config = TenancyConfig(control_url=URL, servers=servers)
+    servers["b"] = "nonsense"
+    assert config.servers == {"a": URL}
+    with pytest.raises(TypeError):
+        config.sessions.settings["client_encoding"] = "x"  # type: ignore[index]
 
 
 def test_the_constructor_reads_its_arguments_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,3 +237,18 @@ def test_an_error_of_a_setting_is_one_of_the_configuration() -> None:
     """Callers that catch the general one go on."""
     with pytest.raises(ConfigurationError):
         TenancyConfig(control_url="")
+
+
+def test_what_an_application_raises_when_it_is_imported_is_the_cause() -> None:
+    """Its traceback is what helps."""
+    with pytest.raises(SettingError, match="cannot be loaded: ValueError") as caught:
+        TenancyConfig(control_url=URL, metadata="tests.unit.config.broken:Base")  # type: ignore[arg-type]
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_dump_has_no_secret() -> None:
+    """Whoever prints one did not ask for credentials."""
+    config = TenancyConfig(
+        control_url=URL, servers={"a": URL}, encryption_keys={"1": KEY}, keys=KeyConfig(peppers={"1": KEY})
+    )
+    assert "hunter2" not in str(config.model_dump()) and KEY not in str(config.model_dump())

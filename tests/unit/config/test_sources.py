@@ -27,7 +27,7 @@ def test_variables_are_read() -> None:
             "TENANCY_EXTENSIONS": "vector, citext",
             "TENANCY_POOL_MAX_CONNECTIONS": "7",
             "TENANCY_POOL_CHECKOUT_TIMEOUT": "1.5",
-            "tenancy_pool_full_reset": "true",
+            "TENANCY_POOL_FULL_RESET": "true",
             "TENANCY_PROVISIONING_ROLE_SETTINGS": "work_mem = 8MB; search_path=a, b;temp_file_limit=",
             "TENANCY_METADATA": "tests.support.models:Base.metadata",
             "HOME": "/",
@@ -64,35 +64,125 @@ def test_a_malformed_variable_is_named_without_its_value(variable: str, value: s
     assert "secret-without-name" not in str(caught.value)
 
 
-def test_a_variable_of_old_leads_to_the_new() -> None:
-    """The flat name of a setting ends the sectioned one."""
-    with pytest.raises(SettingError, match=r"did you mean TENANCY_POOL_MAX_CONNECTIONS\?"):
+def test_a_setting_without_its_section_is_suggested() -> None:
+    """Its name ends the full one."""
+    with pytest.raises(SettingError, match=r"did you mean TENANCY_POOL_MAX_CONNECTIONS\?$"):
         TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, "TENANCY_MAX_CONNECTIONS": "7"})
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "value"),
     [
-        "SERVICE_HOST",
-        "SERVICE_PORT",
-        "SERVICE_PORT_HTTP",
-        "PORT",
-        "PORT_5432_TCP",
-        "PORT_5432_TCP_PROTO",
-        "PORT_5432_TCP_PORT",
-        "PORT_5432_TCP_ADDR",
-        "PORT_53_UDP",
-        "POOL_SERVICE_HOST",
-        "POOL_PORT_6432_TCP_ADDR",
-        "CONTROL_DB_SERVICE_PORT_POSTGRES",
-        "NAME",
-        "ENV_POSTGRES_VERSION",
+        ("SERVICE_HOST", "10.0.0.1"),
+        ("SERVICE_PORT", "5432"),
+        ("SERVICE_PORT_HTTP", "80"),
+        ("PORT", "tcp://10.0.0.1:5432"),
+        ("PORT_5432_TCP", "tcp://10.0.0.1:5432"),
+        ("PORT_5432_TCP_START", "tcp://10.0.0.1:5432"),
+        ("PORT_5432_TCP_PROTO", "tcp"),
+        ("PORT_5432_TCP_PORT", "5432"),
+        ("PORT_5432_TCP_PORT_END", "5440"),
+        ("PORT_5432_TCP_ADDR", "10.0.0.1"),
+        ("PORT_53_UDP", "udp://10.0.0.1:53"),
+        ("POOL_SERVICE_HOST", "10.0.0.1"),
+        ("POOL_PORT_6432_TCP_ADDR", "10.0.0.1"),
+        ("CONTROL_DB_SERVICE_PORT_POSTGRES", "5432"),
+        ("NAME", "/app/tenancy"),
+        ("ENV_POSTGRES_VERSION", "18"),
     ],
 )
-def test_what_an_orchestrator_sets_is_no_error(name: str) -> None:
+def test_what_an_orchestrator_sets_is_no_error(name: str, value: str) -> None:
     """Kubernetes does so for services named ``tenancy`` and ``tenancy-pool``, Docker for linked containers."""
-    TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, f"TENANCY_{name}": "tcp://10.0.0.1:5432"})
+    environ = {"TENANCY_CONTROL_URL": URL, f"TENANCY_{name}": value}
+    TenancyConfig.from_env(environ | ({"TENANCY_NAME": "/app/tenancy"} if name.startswith("ENV_") else {}))
     assert f"TENANCY_{name}" not in variables_of(TenancyConfig).values()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ENV_FIL", "prod.env"),
+        ("ENV_FILES", "prod.env"),
+        ("CONTROL_PORT", "5433"),
+        ("KEYS_NAME", "acme"),
+        ("NAME", "acme"),
+    ],
+)
+def test_a_misspelt_variable_that_looks_like_an_orchestrators_is_an_error(name: str, value: str) -> None:
+    """The values tell them apart."""
+    with pytest.raises(SettingError, match=f"TENANCY_{name}: there is no such setting"):
+        TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, f"TENANCY_{name}": value})
+
+
+def test_an_orchestrators_variables_in_a_file_are_errors(directory: Path) -> None:
+    """No orchestrator writes there."""
+    (directory / ".env").write_text("TENANCY_SERVICE_HOST=10.0.0.1\n")
+    with pytest.raises(SettingError, match="TENANCY_SERVICE_HOST"):
+        TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL})
+
+
+def test_a_variable_in_both_cases_is_an_error() -> None:
+    """Which of them wins would depend on their order."""
+    with pytest.raises(SettingError, match="is there twice, in upper and lower case"):
+        TenancyConfig.from_env(
+            {"TENANCY_CONTROL_URL": URL, "TENANCY_POOL_MAX_ENGINES": "1", "tenancy_pool_max_engines": "2"}
+        )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "TENANCY_CONTROL_URL='postgresql://u:it's@prod/db'",
+        'TENANCY_CONTROL_URL="postgresql://u:p@prod/db',
+        "TENANCY_POOL_MAX_CONNECTIONS",
+        "TENANCY_POOL_MAX_CONNECTIONS: 3",
+        "TENANCY_APP=app:tenancy",
+        "TENANCY_CONFIG=other.toml",
+        "TENANCY_SECRETS_DIR=secrets",
+    ],
+)
+def test_a_line_of_an_env_file_that_is_not_read_is_an_error(directory: Path, line: str) -> None:
+    """A setting that is dropped without a word may be the address of the database."""
+    (directory / ".env").write_text(f"OTHER=it's\n{line}\nMORE=1\n")
+    with pytest.raises(ConfigurationError, match=r"\.env") as caught:
+        TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL})
+    assert "prod/db" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_a_dollar_in_an_env_file_is_a_dollar(directory: Path, monkeypatch: pytest.MonkeyPatch, quote: str) -> None:
+    """A password may have one; nothing is expanded from the environment."""
+    monkeypatch.setenv("SECRET", "shown")
+    url = "postgresql://u:pa${SECRET}$w@h/db"
+    (directory / ".env").write_text(f"\ufeffTENANCY_CONTROL_URL={quote}{url}{quote}\n", encoding="utf-8")
+    assert TenancyConfig.from_env({}).control_url == url
+
+
+def test_a_section_as_an_argument_changes_what_it_sets(directory: Path) -> None:
+    """The rest of it comes from the other sources."""
+    environ = {"TENANCY_CONTROL_URL": URL, "TENANCY_POOL_MAX_ENGINES": "9"}
+    config = TenancyConfig.from_env(environ, pool=PoolConfig(max_connections=3))
+    assert config.pool == PoolConfig(max_connections=3, max_engines=9)
+
+
+def test_a_section_that_is_no_table_is_an_error_beside_a_variable(directory: Path) -> None:
+    """A variable of the section does not hide it."""
+    (directory / "tenancy.toml").write_text("pool = 3\n")
+    with pytest.raises(SettingError, match=r"pool \(in tenancy.toml\): must be a table"):
+        TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, "TENANCY_POOL_MAX_ENGINES": "9"})
+
+
+@pytest.mark.parametrize("text", ["tool = 3", "[tool]\nother = 3"])
+def test_a_strange_pyproject_is_none_of_our_business(directory: Path, text: str) -> None:
+    """Other programs will say it."""
+    (directory / "pyproject.toml").write_text(text)
+    assert TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL}).pool == PoolConfig()
+
+
+def test_a_settings_file_that_is_a_directory_is_an_error(directory: Path) -> None:
+    """It is not an empty one."""
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, "TENANCY_CONFIG": str(directory)})
 
 
 def test_no_two_settings_have_one_variable() -> None:
@@ -117,10 +207,13 @@ def test_each_source_wins_over_the_next(directory: Path) -> None:
     for name in ("max_connections", "max_engines", "connect_timeout", "idle_timeout"):
         (directory / "secrets" / f"tenancy_pool_{name}").write_text("3")
     (directory / ".env").write_text(
-        "TENANCY_SECRETS_DIR=secrets\nTENANCY_POOL_MAX_CONNECTIONS=4\nTENANCY_POOL_MAX_ENGINES=4\n"
-        "export TENANCY_POOL_CONNECT_TIMEOUT='4'\nOTHER=1\n"
+        "TENANCY_POOL_MAX_CONNECTIONS=4\nTENANCY_POOL_MAX_ENGINES=4\nexport TENANCY_POOL_CONNECT_TIMEOUT='4'\nOTHER=1\n"
     )
-    environ = {"TENANCY_POOL_MAX_CONNECTIONS": "5", "TENANCY_POOL_MAX_ENGINES": "5"}
+    environ = {
+        "TENANCY_SECRETS_DIR": "secrets",
+        "TENANCY_POOL_MAX_CONNECTIONS": "5",
+        "TENANCY_POOL_MAX_ENGINES": "5",
+    }
     config = TenancyConfig.from_env(environ, pool={"max_connections": 6})
     assert config.pool == PoolConfig(
         max_connections=6,
