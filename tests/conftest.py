@@ -156,10 +156,21 @@ def postgres(pytestconfig: pytest.Config) -> Postgres:
 
 
 @pytest.fixture
-async def control_url(postgres: Postgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+async def empty_url(postgres: Postgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
     """The URL of a new, empty database, as the superuser; dropped after the test."""
     name = postgres.new_name()
     yield await postgres.create_database(name)
+    if not _keep(request, name):
+        await postgres.drop_database(name)
+
+
+@pytest.fixture
+async def control_url(postgres: Postgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """The URL of a new control database that has its tables and no rows, as the superuser; dropped after the test."""
+    from tests.support.control_databases import create_control_database
+
+    name = postgres.new_name()
+    yield await create_control_database(postgres, name)
     if not _keep(request, name):
         await postgres.drop_database(name)
 

@@ -466,10 +466,10 @@ async def test_an_upgrade_keeps_an_application_that_was_granted_before(two: Two,
 
 
 @pytest.fixture
-async def owner_url(postgres: Postgres, control_url: str) -> AsyncIterator[str]:
+async def owner_url(postgres: Postgres, empty_url: str) -> AsyncIterator[str]:
     """The URL of a control database with an owner that may not create roles."""
     role = postgres.new_name("owner")
-    name = make_url(control_url).database or ""
+    name = make_url(empty_url).database or ""
     async with postgres.connect() as admin:
         await admin.execute(f"CREATE ROLE \"{role}\" LOGIN PASSWORD '{PASSWORD}'")
         await admin.execute(f'ALTER DATABASE "{name}" OWNER TO "{role}"')

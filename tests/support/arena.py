@@ -14,6 +14,7 @@ from tenancy_orm.postgres.errors import sqlstate_of
 from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.provisioning import roles
 from tenancy_orm.tenant import Status, Tenant
+from tests.support.control_databases import create_control_database
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, open_workshop, placement, plain_administrator
 
@@ -104,7 +105,7 @@ async def open_arena(server: Postgres, administrator: str) -> AsyncIterator[Aren
         if administrator == "plain":
             admin_url = await stack.enter_async_context(plain_administrator(server))
         name = server.new_name("hostile")
-        control_url = await server.create_database(name)
+        control_url = await create_control_database(server, name)
         workshop = await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix="h")
         stack.push_async_callback(workshop.close)
         yield Arena(server, workshop, await workshop.create("mallory"), await workshop.create("acme"), stack)

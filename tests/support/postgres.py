@@ -68,10 +68,12 @@ class Postgres:
         finally:
             await connection.close()
 
-    async def create_database(self, name: str) -> str:
-        """Create a database from template1 and return its URL."""
+    async def create_database(self, name: str, *, template: str = "template1") -> str:
+        """Create a database and return its URL."""
         async with self.connect() as connection:
-            await connection.execute(f'CREATE DATABASE "{name}"')
+            # Copying the files is cheaper than copying through the write-ahead log, the default since PostgreSQL 15.
+            strategy = "STRATEGY file_copy" if connection.get_server_version() >= (15,) else ""
+            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {strategy}')
         return self.url(name)
 
     async def drop_database(self, name: str) -> None:

@@ -30,6 +30,7 @@ from tenancy_orm.routing.servers import Servers
 from tenancy_orm.secrets.keyring import Keyring, new_password
 from tenancy_orm.tenant import Placement, Status, Tenant
 from tenancy_orm.testing import _programs, embedded
+from tests.support.control_databases import create_control_database
 from tests.support.postgres import Postgres
 from tests.support.registry import synchronise
 
@@ -307,7 +308,7 @@ async def plain_administrator(postgres: Postgres) -> AsyncIterator[str]:
 @asynccontextmanager
 async def superuser_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
     """A provisioner whose administrator is a superuser."""
-    control_url = await versioned.create_database(versioned.new_name())
+    control_url = await create_control_database(versioned, versioned.new_name())
     opened = await open_workshop(control_url=control_url, admin_url=versioned.admin_url, name_prefix="super", **config)
     try:
         yield opened

@@ -36,10 +36,10 @@ Cli = Callable[..., Awaitable[Outcome]]
 
 
 @pytest.fixture
-def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path) -> Cli:
+def cli(postgres: Postgres, name_prefix: str, empty_url: str, tmp_path: Path) -> Cli:
     """Run ``tenancy`` with the given arguments in an empty directory."""
     variables = environment(
-        TENANCY_CONTROL_URL=control_url,
+        TENANCY_CONTROL_URL=empty_url,
         TENANCY_SERVERS=f"default={postgres.admin_url}",
         TENANCY_ENCRYPTION_KEYS="1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
         TENANCY_NAME_PREFIX=name_prefix,

@@ -38,9 +38,9 @@ def _kind(kind: Any, nullable: bool) -> tuple[str, bool]:
     return kind.compile(dialect=postgresql.dialect()), nullable  # type: ignore[no-untyped-call]
 
 
-async def test_tables_are_those_of_the_migrations(control_url: str) -> None:
+async def test_tables_are_those_of_the_migrations(empty_url: str) -> None:
     """Each column with its type, and whether it may be null."""
-    async with quota_plane(control_url) as plane, plane.control.engine.connect() as connection:
+    async with quota_plane(empty_url) as plane, plane.control.engine.connect() as connection:
         found = await connection.run_sync(described)
     known = {
         table.name: {column.name: _kind(column.type, bool(column.nullable)) for column in table.columns}
@@ -50,9 +50,9 @@ async def test_tables_are_those_of_the_migrations(control_url: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["0002_audit", "0001_registry"])
-async def test_the_audit_log_and_quotas_can_be_taken_down_again(control_url: str, revision: str) -> None:
+async def test_the_audit_log_and_quotas_can_be_taken_down_again(empty_url: str, revision: str) -> None:
     """Down to the registry, and up again."""
-    async with quota_plane(control_url) as plane:
+    async with quota_plane(empty_url) as plane:
         await plane.append()
         async with plane.control.engine.connect() as connection:
             await connection.run_sync(lambda connection: command.downgrade(_alembic_config(connection), revision))
