@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import secrets
-import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +18,7 @@ from tenancy_orm.control.database import ControlDatabase
 from tests.support.audit import age
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
+from tests.support.warm import run_module
 
 Cli = Callable[..., Awaitable[str]]
 RETIRED = secrets.token_bytes(32)
@@ -44,17 +43,10 @@ def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path) 
     )
 
     async def run(*arguments: str, keys: str, status: int = 0) -> str:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tenancy_orm.cli", "audit", *arguments),
-            cwd=tmp_path,
-            env={**variables, "TENANCY_ENCRYPTION_KEYS": keys},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        async with asyncio.timeout(90):
-            out, _ = await process.communicate()
-        assert process.returncode == status, out.decode()
-        return out.decode()
+        env = {**variables, "TENANCY_ENCRYPTION_KEYS": keys}
+        done = await run_module("tenancy_orm.cli", "audit", *arguments, cwd=tmp_path, env=env)
+        assert done.status == status, done.out + done.err
+        return done.out + done.err
 
     return run
 

@@ -8,7 +8,6 @@ import json
 import secrets
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,11 @@ import pytest
 
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
+from tests.support.warm import Finished, run_module
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Finished):
     """What a command left behind."""
-
-    status: int
-    out: str
-    err: str
 
     @property
     def json(self) -> Any:
@@ -34,10 +29,13 @@ class Outcome:
 
 Cli = Callable[..., Awaitable[Outcome]]
 
+# a process of its own from the start, for what depends on that
+COMMAND = ("-m", "tenancy_orm.cli")
+
 
 @pytest.fixture
 def cli(postgres: Postgres, name_prefix: str, empty_url: str, tmp_path: Path) -> Cli:
-    """Run ``tenancy`` with the given arguments in an empty directory."""
+    """Run ``tenancy`` with the given arguments in an empty directory; a forked one, unless a ``program`` is named."""
     variables = environment(
         TENANCY_CONTROL_URL=empty_url,
         TENANCY_SERVERS=f"default={postgres.admin_url}",
@@ -51,9 +49,14 @@ def cli(postgres: Postgres, name_prefix: str, empty_url: str, tmp_path: Path) ->
     async def run(
         *arguments: str,
         stdin: str | None = None,
-        program: tuple[str, ...] = ("-m", "tenancy_orm.cli"),
+        program: tuple[str, ...] = (),
         **changes: str,
     ) -> Outcome:
+        if not program:
+            done = await run_module(
+                "tenancy_orm.cli", *arguments, cwd=tmp_path, env={**variables, **changes}, stdin=stdin or ""
+            )
+            return Outcome(done.status, done.out, done.err)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *program,
@@ -159,7 +162,7 @@ async def test_psql_opens_the_tenants_database_as_its_role(cli: Cli, postgres: P
 async def test_an_error_is_one_line_and_exit_status_1(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
     """On standard error, without a traceback."""
     await cli("init")
-    outcome = await cli(*arguments)
+    outcome = await cli(*arguments, program=COMMAND)
     assert outcome.status == 1
     assert message in outcome.err
     assert "Traceback" not in outcome.err
@@ -168,14 +171,14 @@ async def test_an_error_is_one_line_and_exit_status_1(cli: Cli, arguments: tuple
 
 async def test_without_a_control_database_the_remedy_is_named(cli: Cli) -> None:
     """The first mistake anybody makes."""
-    outcome = await cli("list")
+    outcome = await cli("list", program=COMMAND)
     assert outcome.status == 1
     assert "tenancy init" in outcome.err
 
 
 async def test_a_server_that_is_away_is_an_error_without_credentials(cli: Cli) -> None:
     """No password of a URL is printed."""
-    outcome = await cli("list", TENANCY_CONTROL_URL="postgresql://admin:hunter2@127.0.0.1:1/control")
+    outcome = await cli("list", program=COMMAND, TENANCY_CONTROL_URL="postgresql://admin:hunter2@127.0.0.1:1/control")
     assert outcome.status == 1
     assert "not available" in outcome.err
     assert "hunter2" not in outcome.err + outcome.out
@@ -183,7 +186,7 @@ async def test_a_server_that_is_away_is_an_error_without_credentials(cli: Cli) -
 
 async def test_secret_makes_a_key_that_the_configuration_takes(cli: Cli) -> None:
     """32 bytes under an id."""
-    outcome = await cli("secret")
+    outcome = await cli("secret", program=COMMAND)
     key_id, _, value = outcome.out.strip().partition(":")
     assert key_id == "1"
     assert len(base64.b64decode(value)) == 32
@@ -191,7 +194,7 @@ async def test_secret_makes_a_key_that_the_configuration_takes(cli: Cli) -> None
 
 async def test_every_command_has_help(cli: Cli) -> None:
     """And the version is the installed one's."""
-    root = await cli("--help")
+    root = await cli("--help", program=COMMAND)
     for command in ("init", "create", "list", "show", "update", "suspend", "activate", "delete", "restore", "purge"):
         assert command in root.out
     for command in ("keys", "migrate", "reconcile", "dev", "psql"):
@@ -297,6 +300,6 @@ async def test_a_settings_file_elsewhere_brings_its_application_along(cli: Cli, 
     project.mkdir()
     (project / "models.py").write_text("from sqlalchemy import MetaData\nmetadata = MetaData()\n")
     (project / "tenancy.toml").write_text('metadata = "models:metadata"\n')
-    assert (await cli("--config", "project/tenancy.toml", "init", "--json")).status == 0
-    listed = await cli("--config", str(project / "tenancy.toml"), "list", "--json")
+    assert (await cli("--config", "project/tenancy.toml", "init", "--json", program=COMMAND)).status == 0
+    listed = await cli("--config", str(project / "tenancy.toml"), "list", "--json", program=COMMAND)
     assert (listed.status, listed.json["items"]) == (0, []), listed.err

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from tenancy_orm.cli import secrets as secrets_commands
 from tenancy_orm.secrets.sealed import ResealReport
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
+from tests.support.warm import run_module
 
 
 @pytest.fixture
@@ -36,17 +35,9 @@ def variables(tenancy_config: TenancyConfig, postgres: Postgres, control_url: st
 
 async def cli(variables: dict[str, str], directory: Path, *arguments: str, status: int = 0) -> Any:
     """Run ``tenancy`` and return what it printed, from JSON."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tenancy_orm.cli", *arguments, "--json"),
-        cwd=directory,
-        env=variables,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(90):
-        out, err = await process.communicate()
-    assert process.returncode == status, err.decode()
-    return json.loads(out) if out else err.decode()
+    done = await run_module("tenancy_orm.cli", *arguments, "--json", cwd=directory, env=variables)
+    assert done.status == status, done.err
+    return json.loads(done.out) if done.out else done.err
 
 
 async def test_passwords_and_keys_are_rotated(tenancy: Tenancy, variables: dict[str, str], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tenancy_orm.errors import FleetMigrationError
 from tests.support import shell
 from tests.support.fleet import Fleet, until
 from tests.support.projects import NOTES, Project
+from tests.support.warm import run_module
 
 TENANTS = ("acme", "globex", "initech")
 RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
@@ -59,18 +60,21 @@ class Alembic:
 
     async def __call__(self, *arguments: str, ok: bool = True) -> str:
         """Return its output (stdout, then stderr); ``ok`` is whether it should succeed."""
-        process = await self.start(*arguments)
-        out, err = await process.communicate()
-        printed = out.decode() + err.decode()
-        assert (process.returncode == 0) == ok, printed
+        done = await run_module("alembic", *arguments, cwd=self.project.root, env=self.environment)
+        printed = done.out + done.err
+        assert (done.status == 0) == ok, printed
         return printed
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return shell.environment(PYTHONPATH=str(shell.ROOT), **self.variables)
 
     async def start(self, *arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             "alembic",
             *arguments,
             cwd=self.project.root,
-            env=shell.environment(PYTHONPATH=str(shell.ROOT), **self.variables),
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
