@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import os
 import secrets
 from collections.abc import AsyncIterator, Generator
@@ -126,6 +127,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     server = config.stash.get(_server_key, None)
     if server is not None:
         server.stop()
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the tests themselves: thousands of objects that live as long as the process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
