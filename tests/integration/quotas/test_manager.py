@@ -691,7 +691,8 @@ async def test_a_renewal_while_a_hold_is_taken_does_not_take_it_for_lost(
         await plane.waiting(task)
         await plane.quotas._holds._renew()
     assert await task is False
-    assert caplog.records == []
+    # asyncio's and the pool's complaints about what an earlier test has left come whenever that is collected
+    assert [record for record in caplog.records if record.name.startswith("tenancy_orm")] == []
 
 
 async def test_never_more_than_the_limit_is_held_at_once(plane: QuotaPlane) -> None:
