@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
@@ -39,6 +40,15 @@ from pathlib import Path
 from tenancy_orm.testing.embedded import EmbeddedServer
 with EmbeddedServer(Path(sys.argv[1])) as server:
     print(server.pid, flush=True)
+    sys.stdin.read()
+"""
+
+# Holds the lock on the file of its argument until its standard input closes; says when it has it.
+LAST_LOOK = """
+import fcntl, sys
+with open(sys.argv[1], "r+") as users:
+    fcntl.flock(users, fcntl.LOCK_EX)
+    print("locked", flush=True)
     sys.stdin.read()
 """
 
@@ -243,6 +253,23 @@ def test_removing_a_server_in_use_is_refused(directory: Path) -> None:
     with server, pytest.raises(EmbeddedServerError, match="in use"):
         EmbeddedServer(directory).remove()
     server.remove()
+    assert not directory.exists()
+
+
+def test_a_server_can_be_removed_while_a_watchdog_takes_a_last_look(directory: Path) -> None:
+    """Another process holds the lock of the server's users for a moment, as a watchdog does after the last of them."""
+    with EmbeddedServer(directory) as server:
+        pass
+    # it holds the lock until some time after remove() was called, which is when its input ends
+    looking = [sys.executable, "-c", LAST_LOOK, str(directory / "users")]
+    with subprocess.Popen(looking, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watchdog:
+        assert watchdog.stdin is not None and watchdog.stdout is not None
+        assert watchdog.stdout.readline() == "locked\n"
+        release = threading.Timer(0.1, watchdog.stdin.close)
+        release.start()
+        server.remove()
+        release.join()
+    assert watchdog.returncode == 0
     assert not directory.exists()
 
 
