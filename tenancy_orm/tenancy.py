@@ -23,7 +23,6 @@ from .internals import Internals
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
 from .migrations import FleetMigrator
-from .migrations.environment import register_factory
 from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
@@ -357,7 +356,3 @@ class Tenancy:
             NotOpenError: it is not open.
         """
         return self._lifetime.loop
-
-
-# For ``alembic`` as the program that runs: migrations cannot import this module.
-register_factory(Tenancy)

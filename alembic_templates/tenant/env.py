@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from tenancy_orm.migrations import environment
+from tenancy_orm import environment
 
 # The application's tables, for `revision --autogenerate` and `check`. None means those of TenancyConfig(metadata=...).
 # from myapp.models import Base

@@ -78,7 +78,7 @@ def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
         _reading.reset(token)
     if not found:
         raise ConfigurationError(
-            f"{script.env_py_location} does not call tenancy_orm.migrations.environment.run; "
+            f"{script.env_py_location} does not call tenancy_orm.environment.run; "
             "create a directory with: tenancy init, or see docs/migrations.md"
         )
     return found[-1]

@@ -33,7 +33,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"lifetime"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
-    frozenset({"asgi"}),
+    frozenset({"asgi", "environment"}),
     frozenset({"integrations", "telemetry", "testing"}),
     frozenset({"console"}),
     frozenset({"cli"}),

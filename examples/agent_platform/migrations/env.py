@@ -3,6 +3,6 @@
 from alembic import context
 
 from examples.agent_platform.models import Base
-from tenancy_orm.migrations import environment
+from tenancy_orm import environment
 
 environment.run(context, target_metadata=Base.metadata)

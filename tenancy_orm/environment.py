@@ -1,8 +1,8 @@
-"""``run``, which a migration directory's env.py calls, so that Alembic's own commands work on all tenants.
+"""What an application's env.py runs, so that Alembic's own commands work on all tenants.
 
 ```python
 from alembic import context
-from tenancy_orm.migrations import environment
+from tenancy_orm import environment
 
 from myapp.models import Base
 
@@ -21,10 +21,9 @@ import contextvars
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
@@ -32,39 +31,22 @@ from alembic.util.exc import CommandError, DatabaseNotAtHead
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import MetaData
 
-from ..config import TenancyConfig
-from ..config.values import load_object
-from ..errors import ConfigurationError, FleetMigrationError, TenancyError
-from . import local, logs
-from .commands import CommandResult
-from .failures import FleetCommandError, describe
-from .fleet import DEFAULT_CONCURRENCY, FleetMigrator
-from .plan import Plan
-from .scripts import Environment, capture_options
+from .config import TenancyConfig
+from .config.values import load_object
+from .errors import ConfigurationError, FleetMigrationError, TenancyError
+from .migrations import FleetMigrator, local, logs
+from .migrations.commands import CommandResult
+from .migrations.failures import FleetCommandError, describe
+from .migrations.fleet import DEFAULT_CONCURRENCY
+from .migrations.plan import Plan
+from .migrations.scripts import Environment, capture_options
+from .tenancy import Tenancy
 
 T = TypeVar("T")
 
 _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
 _HISTORY = ("history", "show", "edit")
-
-
-class _OpenTenancy(Protocol):
-    @property
-    def migrations(self) -> FleetMigrator: ...
-
-
-Factory = Callable[[TenancyConfig], AbstractAsyncContextManager[_OpenTenancy]]
-
-_factories: list[Factory] = []
-
-
-def register_factory(factory: Factory) -> None:
-    """Register how to open a ``Tenancy`` from a configuration. ``tenancy_orm.tenancy`` calls this with its class.
-
-    The ``alembic`` program needs an open ``Tenancy`` here, but ``tenancy_orm.tenancy`` imports this module.
-    """
-    _factories[:] = [factory]
 
 
 def run(
@@ -183,9 +165,7 @@ class _Command:
 
     async def _answer(self) -> None:
         config = find_config(self.proxy.config).replace(migrations=self.proxy.script.dir)
-        if not _factories:  # tenancy_orm.tenancy has not been imported
-            raise ConfigurationError("the Tenancy class is not registered; import tenancy_orm in env.py")
-        async with _factories[0](config) as tenancy:
+        async with Tenancy(config) as tenancy:
             await self._dispatch(tenancy.migrations)
 
     async def _dispatch(self, migrator: FleetMigrator) -> None:
@@ -285,4 +265,4 @@ def _block_on(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return executor.submit(here.run, asyncio.run, main()).result()
 
 
-__all__ = ["find_config", "register_factory", "run"]
+__all__ = ["find_config", "run"]
