@@ -372,7 +372,7 @@ async def test_the_keys_that_named_others_are_remembered_in_bounded_memory(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those with the oldest last request are dropped."""
-    monkeypatch.setattr("tenancy_orm.authentication.intrusions._KEYS", 3)
+    monkeypatch.setattr("tenancy_orm.authentication.intrusions._MAX_KEYS", 3)
     tenant, _ = await plane.tenant("acme")
     for number in range(5):
         plane.directory.report_cross_tenant(Credential(tenant, str(number)), "globex", "header")

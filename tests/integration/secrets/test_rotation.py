@@ -822,7 +822,7 @@ async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
     async with opened(wrapped_config, initialise=True) as tenancy:
         (acme,) = await created(tenancy, "acme")
         async with deaf(wrapped_config) as rotating:
-            monkeypatch.setattr(assembly, "_RENEW_SECONDS", 0.05)
+            monkeypatch.setattr(assembly, "_UPDATE_SECONDS", 0.05)
             async with deaf(wrapped_config) as waiting:
                 report = await tenancy.secrets.rotate_encryption_key()
                 await until(lambda: waiting._lifetime.parts.keyring.current == report.key_id)
