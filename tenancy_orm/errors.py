@@ -316,7 +316,8 @@ class InvalidTransitionError(TenantError):
 
     def __init__(self, tenant: str, current: str, target: str) -> None:
         """Name the ``tenant`` (slug), its ``current`` status and the ``target`` that was refused."""
-        super().__init__(f"tenant {tenant!r} cannot change from {current} to {target}", tenant=tenant)
+        remedy = "; delete it first" if target == "purged" and current != "deleted" else ""
+        super().__init__(f"tenant {tenant!r} cannot change from {current} to {target}{remedy}", tenant=tenant)
         self.current = current
         self.target = target
 

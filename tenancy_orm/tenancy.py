@@ -17,6 +17,7 @@ from .audit.log import AuditLog
 from .authentication.keys import KeyManager
 from .config import TenancyConfig
 from .context import bind, refuse_while_bound
+from .errors import ConfigurationError
 from .events import DRAIN_TIMEOUT, EventBus
 from .housekeeping import HousekeepingReport
 from .internals import Internals
@@ -49,6 +50,8 @@ class Tenancy:
     """
 
     def __init__(self, config: TenancyConfig | None = None) -> None:
+        if config is not None and not isinstance(config, TenancyConfig):
+            raise ConfigurationError(f"pass a TenancyConfig, not {type(config).__name__}")
         self._configured = config or TenancyConfig.from_env()
         self.events = EventBus()
         rates = Rates(self._configured.tiers, processes=self._configured.quotas.rate_processes)

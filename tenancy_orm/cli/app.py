@@ -14,8 +14,9 @@ from uuid import UUID
 import typer
 
 from ..errors import ConfigurationError
+from ..registry.lifecycle import check_transition
 from ..tenancy import Tenancy
-from ..tenant import Tenant
+from ..tenant import Status, Tenant
 from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
 from .output import console, print_fields, print_json, print_report, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, exit_on_error, fail, operator, run
@@ -248,11 +249,13 @@ def restore(tenant: TenantArgument, as_json: Json = False) -> None:
 @app.command()
 def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> None:
     """Remove a deleted tenant permanently: its database, role, keys and secrets."""
-    if not yes and not typer.confirm(f"Permanently remove the database of {tenant}?"):
-        fail("nothing was removed")
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         found = await tenancy.tenants.get(tenant)
+        # before the question, which is of no use for a tenant that is not deleted
+        check_transition(found.slug, found.status, Status.PURGED)
+        if not yes and not typer.confirm(f"Permanently remove the database of {found.slug}?"):
+            fail("nothing was removed")
         await tenancy.tenants.purge(found, actor=operator())
         return {"id": str(found.id), "slug": found.slug, "status": "purged"}
 

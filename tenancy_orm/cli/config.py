@@ -31,7 +31,8 @@ def show(as_json: Json = False) -> None:
     """Show every setting, its value and where it comes from. Credentials are hidden."""
     config, origins = exit_on_error(_read)
     rows = [
-        (name, _shown(config, name), origins.get(name, "default")) for name in map(".".join, settings_of(TenancyConfig))
+        (name, _shown(config, name), origins.get(name, "default").removeprefix("in "))
+        for name in map(".".join, settings_of(TenancyConfig))
     ]
     if as_json:
         print_json([{"setting": name, "value": value, "from": origin} for name, value, origin in rows])

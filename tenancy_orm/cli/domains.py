@@ -32,7 +32,11 @@ def claim(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False)
     if as_json:
         print_json(_fields(claimed))
         return
-    console.print("publish this record, then run: tenancy domains verify", highlight=False)
+    console.print(
+        f"publish this record, then run: tenancy domains verify {tenant} {claimed.domain}",
+        highlight=False,
+        soft_wrap=True,
+    )
     print(f'{claimed.challenge}. IN TXT "{claimed.token}"')
 
 

@@ -75,7 +75,9 @@ def _plain(value: Any) -> Any:
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Print rows under column headings; None is shown as a dash."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    # a title of Rich's own is broken to the width of its table
+    console.print(title, style="italic", markup=False, highlight=False, soft_wrap=True)
+    table = Table(header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -30,7 +30,7 @@ def parse_time(text: str) -> datetime | None:
     except ValueError:
         raise ConfigurationError(f"{text!r} is not a time; write 2027-01-31T00:00+00:00, or never") from None
     if found.tzinfo is None:
-        raise ConfigurationError(f"{text!r} has no offset from UTC; write {text}+00:00, for example")
+        raise ConfigurationError(f"{text!r} has no offset from UTC; write {found.isoformat()}+00:00, for example")
     return found
 
 

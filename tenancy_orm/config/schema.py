@@ -21,6 +21,9 @@ def json_schema() -> dict[str, Any]:
     """
     schema = TenancyConfig.model_json_schema()
     schema.pop("required", None)
+    schema["description"] = (
+        "Settings of tenancy_orm. What is left out has its default, or comes from TENANCY_* variables."
+    )
     _describe(schema, TenancyConfig)
     for section in Section.__subclasses__():
         if section.__name__ in schema["$defs"]:

@@ -54,7 +54,7 @@ _SERVICE_LINKS = tuple(
     )
 )
 
-_MISSING = "is not set: run tenancy init, write tenancy.toml, or set TENANCY_CONTROL_URL"
+MISSING = "is not set: run tenancy init, write tenancy.toml here, or set TENANCY_CONTROL_URL"
 
 Origin = Callable[[str], str]
 """Where a setting or variable came from, by its name."""
@@ -70,7 +70,7 @@ class Found:
     def locate(self, error: SettingError) -> SettingError:
         """Return ``error`` with the origin of each setting that it names."""
         problems = {
-            name: _MISSING if (name, reason) == ("control_url", "is missing") else reason
+            name: MISSING if (name, reason) == ("control_url", "is missing") else reason
             for name, reason in error.problems.items()
         }
         origins = {name: self._origin(name) for name in problems}
@@ -98,8 +98,8 @@ def read(model: type[BaseSettings], environ: Mapping[str, str] | None, overrides
     """
     variables = _of_ours(os.environ if environ is None else environ, str)
     found = Found({}, {})
-    for path in _settings_files(variables.get("TENANCY_CONFIG")):
-        _merge(found, model, _read_settings_file(path), lambda _, path=path: f"in {path}")  # type: ignore[misc]
+    for path, named in _settings_files(variables.get("TENANCY_CONFIG")):
+        _merge(found, model, _read_settings_file(path, named), lambda _, path=path: f"in {path}")  # type: ignore[misc]
     files = _read_secret_files(variables.get("TENANCY_SECRETS_DIR"))
     texts = {name: text for name, (_, text) in files.items()}
     _merge_variables(found, model, texts, lambda variable: f"file {files[variable][0]}")
@@ -148,15 +148,23 @@ def _merge_into(
 
 def _merge_variables(found: Found, model: type[BaseSettings], given: Mapping[str, str], origin: Origin) -> None:
     variables = variables_of(model)
-    known = set(variables.values())
-    for variable in given:
-        if variable in OTHER_VARIABLES:
-            raise SettingError({variable: "is read from the environment alone"}, {variable: origin(variable)})
-        if variable not in known:
-            reason = UNKNOWN + suggestion(variable, known | OTHER_VARIABLES)
-            where = origin(variable).removeprefix(variable).removeprefix(" ")
-            raise SettingError({variable: reason}, {variable: where} if where else None)
+    problems = {variable: problem for variable in given if (problem := _problem(variable, given[variable], model))}
+    if problems:
+        places = {variable: origin(variable).removeprefix(variable).strip() for variable in problems}
+        raise SettingError(problems, {variable: place for variable, place in places.items() if place})
     _merge(found, model, _Variables(model, given)(), lambda setting: origin(variables.get(setting, setting)))
+
+
+def _problem(variable: str, text: str, model: type[BaseSettings]) -> str | None:
+    known = set(variables_of(model).values())
+    if variable in OTHER_VARIABLES:
+        return "is read from the environment alone"
+    if variable in known:
+        return None if text.strip() or variable.endswith("_SETTINGS") else "is empty; unset it for the default"
+    name = variable.removeprefix(PREFIX)
+    if name.lower() in sections_of(model):
+        return f"{name.lower()} is a section; set {variable}_..."
+    return UNKNOWN + suggestion(name, {one.removeprefix(PREFIX) for one in known | OTHER_VARIABLES}, shown_with=PREFIX)
 
 
 class _Variables(EnvSettingsSource):
@@ -209,7 +217,7 @@ def _read_env_file(path: Path, *, named: bool) -> dict[str, str]:
     """The variables of an ``.env`` file, as they are written: ``$`` in a password is a dollar."""
     if not named and not path.is_file():
         return {}
-    with _reading(path):
+    with _reading(path, "TENANCY_ENV_FILE" if named else ""):
         bindings = list(parse_stream(StringIO(path.read_text(encoding="utf-8-sig"))))
     found: dict[str, str] = {}
     for binding in bindings:
@@ -231,7 +239,7 @@ def _read_secret_files(named: str | None) -> dict[str, tuple[Path, str]]:
     """Each secret file and its text, by the name of its variable."""
     found: dict[str, tuple[Path, str]] = {}
     for directory in map(Path, filter(None, (named or "").split(os.pathsep))):
-        with _reading(directory):
+        with _reading(directory, "TENANCY_SECRETS_DIR"):
             for path in sorted(directory.iterdir()):
                 # Kubernetes keeps the files in a directory beside the links to them
                 if path.name.upper().startswith(PREFIX) and path.is_file():
@@ -239,25 +247,39 @@ def _read_secret_files(named: str | None) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def _settings_files(named: str | None) -> Iterator[Path]:
-    """The files to read, the last one wins."""
+def _settings_files(named: str | None) -> Iterator[tuple[Path, str]]:
+    """The files to read, each with the variable that names it; the last one wins."""
     if named:
-        yield Path(named)
+        yield Path(named), "TENANCY_CONFIG"
         return
     for path in (Path("pyproject.toml"), Path("tenancy.toml")):
         if path.is_file():
-            yield path
+            yield path, ""
 
 
-def _read_settings_file(path: Path) -> dict[str, Any]:
-    with _reading(path):
+def _read_settings_file(path: Path, variable: str) -> dict[str, Any]:
+    with _reading(path, variable):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     if path.name == "pyproject.toml":
-        tool = values.get("tool")
-        values = tool.get("tenancy", {}) if isinstance(tool, dict) else {}
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"tool.tenancy in {path} must be a table")
+        values = _table_of_tool(path, values)
+    elif "tool" in values:
+        raise SettingError(
+            {"tool": "[tool.tenancy] is for pyproject.toml; write [pool] here, for example"}, {"tool": f"in {path}"}
+        )
     return _beside(path.parent, values)
+
+
+def _table_of_tool(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    tool = values.get("tool")
+    if not isinstance(tool, dict):
+        return {}
+    for name in ("tenancy_orm", "tenancy-orm"):
+        if name in tool:
+            raise ConfigurationError(f"[tool.{name}] in {path} is not read; write [tool.tenancy]")
+    table = tool.get("tenancy", {})
+    if not isinstance(table, dict):
+        raise ConfigurationError(f"tool.tenancy in {path} must be a table")
+    return table
 
 
 def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -271,12 +293,14 @@ def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, variable: str) -> Iterator[None]:
+    """Name the file in errors, and the variable that names it."""
+    what = f"{str(path)!r} ({variable})" if variable else repr(str(path))
     try:
         yield
     except OSError as exc:
-        raise ConfigurationError(f"{str(path)!r} cannot be read: {exc.strerror}") from exc
+        raise ConfigurationError(f"{what} cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
-        raise ConfigurationError(f"{str(path)!r} is not UTF-8") from exc
+        raise ConfigurationError(f"{what} is not UTF-8") from exc
     except tomllib.TOMLDecodeError as exc:
-        raise ConfigurationError(f"{str(path)!r} is not TOML: {exc}") from exc
+        raise ConfigurationError(f"{what} is not TOML: {exc}") from exc

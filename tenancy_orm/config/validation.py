@@ -133,7 +133,7 @@ def setting_error(
         above: The path of what was validated.
         known: The paths of all settings, for a suggestion where one does not exist.
     """
-    names = [".".join(path) for path in known]
+    names = sorted({".".join(path[:end]) for path in known for end in range(1, len(path) + 1)})
     problems: dict[str, str] = {}
     cause = None
     for found in error.errors(include_url=False, include_input=False):
@@ -164,14 +164,21 @@ def _problems_of(found: ErrorDetails, above: tuple[str, ...], names: list[str]) 
         yield setting, reason
 
 
-def suggestion(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the ``names`` that end as ``name`` does or are most like it, or nothing."""
-    names = sorted(names)
-    likely = [known for known in names if known.endswith((f".{name}", f"_{name.removeprefix('TENANCY_')}"))]
-    if not likely and (close := get_close_matches(name, names, n=3, cutoff=0.75)):
+def suggestion(name: str, names: Iterable[str], *, shown_with: str = "") -> str:
+    """Return "; did you mean ...?" with the ``names`` that end as ``name`` does or are most like it, or nothing.
+
+    Args:
+        name: What was written.
+        names: What could have been meant.
+        shown_with: What each of them begins with.
+    """
+    by_name = {known.lower(): known for known in sorted(names)}
+    name = name.lower()
+    likely = [known for known in by_name if known.endswith((f".{name}", f"_{name}"))]
+    if not likely and (close := get_close_matches(name, by_name, n=3, cutoff=0.75)):
         best = _likeness(name, close[0])
         likely = [known for known in close if best - _likeness(name, known) < _SAME_LIKENESS]
-    return f"; did you mean {' or '.join(likely)}?" if likely else ""
+    return f"; did you mean {' or '.join(shown_with + by_name[known] for known in likely)}?" if likely else ""
 
 
 def _likeness(one: str, other: str) -> float:

@@ -33,8 +33,8 @@ def test_settings_are_shown_with_their_places(project: Path) -> None:
     assert outcome.exit_code == 0 and "hunter2" not in outcome.output
     found = {row["setting"]: (row["value"], row["from"]) for row in json.loads(outcome.output)}
     assert found["control_url"] == ("(set)", "TENANCY_CONTROL_URL")
-    assert found["default_tier"] == ("pro", "in tenancy.toml")
-    assert found["pool.max_connections"] == ("50", "in tenancy.toml")
+    assert found["default_tier"] == ("pro", "tenancy.toml")
+    assert found["pool.max_connections"] == ("50", "tenancy.toml")
     assert found["pool.max_engines"] == ("1000", "default")
     assert found["encryption_keys"] == (None, "default")
 

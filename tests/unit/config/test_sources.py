@@ -185,6 +185,48 @@ def test_a_settings_file_that_is_a_directory_is_an_error(directory: Path) -> Non
         TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, "TENANCY_CONFIG": str(directory)})
 
 
+@pytest.mark.parametrize(
+    ("variable", "suggested"),
+    [
+        ("TENANCY_SECRET_DIR", "TENANCY_SECRETS_DIR"),
+        ("TENANCY_ENVFILE", "TENANCY_ENV_FILE"),
+        ("TENANCY_AUDIT_SECONDS", "TENANCY_RETENTION_AUDIT_SECONDS"),
+        ("TENANCY_RETENTION_SECONDS", "TENANCY_RETENTION_AUDIT_SECONDS or TENANCY_RETENTION_TENANT_SECONDS"),
+        ("TENANCY_BAR", None),
+    ],
+)
+def test_a_suggestion_is_like_what_was_written(variable: str, suggested: str | None) -> None:
+    """What all names begin with does not make them alike."""
+    with pytest.raises(SettingError) as caught:
+        TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, variable: "1"})
+    assert str(caught.value).partition("; did you mean ")[2] == (f"{suggested}?" if suggested else "")
+
+
+def test_every_unknown_variable_is_named_at_once() -> None:
+    """Whoever has several need not run as often; a section alone, and an empty value, are named too."""
+    with pytest.raises(SettingError) as caught:
+        TenancyConfig.from_env(
+            {"TENANCY_CONTROL_URL": "", "TENANCY_FOO": "1", "TENANCY_POOL": "1", "TENANCY_POOL_MAX_ENGINES": "1"}
+        )
+    assert set(caught.value.problems) == {"TENANCY_CONTROL_URL", "TENANCY_FOO", "TENANCY_POOL"}
+    assert "pool is a section; set TENANCY_POOL_..." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("pyproject.toml", "[tool.tenancy_orm]\ndefault_tier = 'pro'"),
+        ("pyproject.toml", "[tool.tenancy-orm.pool]\nmax_engines = 1"),
+        ("tenancy.toml", "[tool.tenancy.pool]\nmax_engines = 1"),
+    ],
+)
+def test_a_table_of_another_name_is_an_error(directory: Path, file: str, text: str) -> None:
+    """The names of the package and of its distribution are the natural mistake."""
+    (directory / file).write_text(text)
+    with pytest.raises(ConfigurationError, match=r"\[tool\.tenancy\]"):
+        TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL})
+
+
 def test_no_two_settings_have_one_variable() -> None:
     """Nor one that means something else."""
     variables = list(variables_of(TenancyConfig).values())
@@ -232,7 +274,7 @@ def test_tenancy_env_file_names_another_file(directory: Path) -> None:
     (directory / "prod.env").write_text(f"TENANCY_CONTROL_URL={URL}\n")
     config = TenancyConfig.from_env({"TENANCY_ENV_FILE": "prod.env"})
     assert (config.control_url, config.default_tier) == (URL, "free")
-    with pytest.raises(ConfigurationError, match=r"'gone\.env' cannot be read: No such file"):
+    with pytest.raises(ConfigurationError, match=r"'gone\.env' \(TENANCY_ENV_FILE\) cannot be read: No such"):
         TenancyConfig.from_env({"TENANCY_ENV_FILE": "gone.env"})
 
 
@@ -248,7 +290,7 @@ def test_secrets_are_read_as_kubernetes_mounts_them(directory: Path) -> None:
         (directory / name / "unrelated").write_bytes(b"\xff")
     config = TenancyConfig.from_env({"TENANCY_SECRETS_DIR": f"{directory / 'one'}:{directory / 'two'}"})
     assert (config.control_url, list(config.sealing_keys)) == (URL, ["1"])
-    with pytest.raises(ConfigurationError, match=r"'gone' cannot be read: No such file"):
+    with pytest.raises(ConfigurationError, match=r"'gone' \(TENANCY_SECRETS_DIR\) cannot be read: No such"):
         TenancyConfig.from_env({"TENANCY_SECRETS_DIR": "gone"})
 
 
@@ -328,7 +370,7 @@ def test_a_named_file_is_the_only_one(directory: Path) -> None:
     config = TenancyConfig.from_env({"TENANCY_CONFIG": "other.toml"})
     assert config.default_tier == "free"
     assert config.tiers["free"].limits == {"users": Limit(1)}
-    with pytest.raises(ConfigurationError, match=r"'gone\.toml' cannot be read: No such file"):
+    with pytest.raises(ConfigurationError, match=r"'gone\.toml' \(TENANCY_CONFIG\) cannot be read: No such"):
         TenancyConfig.from_env({"TENANCY_CONFIG": "gone.toml"})
 
 
