@@ -41,8 +41,9 @@ def public_names(root: Path) -> set[str]:
     """The full name of everything that users of the package can rely on, where it is defined.
 
     These are the names in ``__all__`` of the package and of its rooms, what the modules of extras define, what the
-    documentation and the examples import, and the classes behind the properties of ``Tenancy``. What these classes
-    return, derive from and are derived from is public too. The source is read, not run, so that no extra is needed.
+    documentation and the examples import (of a module, the names in its ``__all__``), and the classes behind the
+    properties of ``Tenancy``. What these classes return, derive from and are derived from is public too. The source is
+    read, not run, so that no extra is needed.
     """
     package = _target(griffe.load(PACKAGE, search_paths=[root], try_relative_path=False, resolve_aliases=True))
     reached: dict[str, griffe.Object] = {}
@@ -82,7 +83,12 @@ def _offered(package: griffe.Object) -> Iterator[griffe.Object]:
         if not module.name.startswith("_")
     ]
     for module in (package, *(room for room in rooms if room.exports), *extras):
-        yield from (_target(member) for member in module.members.values() if member.is_public)
+        yield from _exported(module)
+
+
+def _exported(module: griffe.Object) -> Iterator[griffe.Object]:
+    """The names in a module's ``__all__``; without one, what it defines."""
+    yield from (_target(member) for member in module.members.values() if member.is_public)
 
 
 def _imported(package: griffe.Object, root: Path) -> Iterator[griffe.Object]:
@@ -90,7 +96,8 @@ def _imported(package: griffe.Object, root: Path) -> Iterator[griffe.Object]:
     for page in (root / "README.md", *root.glob("docs/**/*.md"), *root.glob("examples/**/*.py")):
         for module, names in IMPORT.findall(page.read_text("utf-8")):
             for name in re.findall(r"\w+", re.sub(r" as \w+", "", names)):
-                yield _target(package[f"{module}.{name}".removeprefix(f"{PACKAGE}.")])
+                found = _target(package[f"{module}.{name}".removeprefix(f"{PACKAGE}.")])
+                yield from _exported(found) if found.is_module else (found,)
 
 
 def _behind(tenancy: griffe.Object) -> Iterator[griffe.Object]:

@@ -57,9 +57,7 @@ def run(
 ) -> None:
     """Run for the fleet the Alembic command that loaded this env.py.
 
-    The application's configuration is found in this order: ``config.attributes["tenancy"]``, a ``Tenancy`` or
-    ``TenancyConfig``; the environment variable ``TENANCY_APP``, or ``tenancy_app`` in the ``[alembic]`` section, which
-    name one as ``module:attribute``; else the ``TENANCY_*`` variables. A new ``Tenancy`` is opened from it.
+    A new ``Tenancy`` is opened from the application's configuration, which ``find_config`` finds.
 
     ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` sets how many run at once (8), and
     ``-x stop_on_failure=true`` starts no other tenant after a failure.
@@ -75,6 +73,7 @@ def run(
     Raises:
         FleetMigrationError: some tenants failed (also an ``alembic.util.CommandError``).
         CommandError: the command failed for another reason.
+        ConfigurationError: no Alembic command runs this env.py.
     """
     options = {"target_metadata": target_metadata, **configure_options}
     if capture_options(options):
@@ -93,10 +92,24 @@ def run(
 
 
 def find_config(config: Config) -> TenancyConfig:
-    """Find the application's configuration, as ``run`` describes.
+    """Find the application's configuration.
+
+    The first of these that is set is used:
+
+    1. ``config.attributes["tenancy"]``, for programs that call ``alembic.command``: a ``Tenancy`` or a
+       ``TenancyConfig``,
+    2. the environment variable ``TENANCY_APP``: the ``module:attribute`` of one,
+    3. ``tenancy_app`` in ``[alembic]`` of ``alembic.ini``, or in ``[tool.alembic]`` of ``pyproject.toml``: the same,
+    4. the settings that ``TenancyConfig.from_env()`` reads from ``TENANCY_*`` variables, ``.env``, secret files,
+       ``tenancy.toml`` and ``pyproject.toml``.
+
+    Args:
+        config: Alembic's configuration: ``context.config`` in an env.py.
 
     Raises:
-        ConfigurationError: the named object is neither a ``Tenancy`` nor a ``TenancyConfig``, or none is configured.
+        ConfigurationError: the object cannot be loaded, or is neither a ``Tenancy`` nor a ``TenancyConfig``; or a file
+            with settings cannot be read.
+        SettingError: a setting is malformed, unknown or missing.
     """
     found = config.attributes.get("tenancy")
     path = os.environ.get("TENANCY_APP") or config.get_alembic_option("tenancy_app")

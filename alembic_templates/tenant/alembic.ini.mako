@@ -4,7 +4,7 @@
 script_location = ${script_location}
 
 # The application's Tenancy or TenancyConfig, as module:attribute. The environment variable TENANCY_APP overrides this;
-# without either, the TENANCY_* variables are the configuration.
+# without either, the settings are read from TENANCY_* variables, .env, secret files, tenancy.toml and pyproject.toml.
 # tenancy_app = myapp.main:tenancy
 
 # The directory that this module is imported from: that of this file.

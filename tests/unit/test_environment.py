@@ -50,6 +50,25 @@ def test_the_configuration_is_in_the_environment_otherwise(monkeypatch: pytest.M
     assert environment.find_config(Config()).control_url == "postgresql://env/d"
 
 
+def test_the_configuration_is_in_files_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in [name for name in os.environ if name.startswith("TENANCY_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tenancy.toml").write_text('control_url = "postgresql://file/d"\n')
+    assert environment.find_config(Config()).control_url == "postgresql://file/d"
+
+
+def test_the_configuration_is_what_pyproject_toml_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TENANCY_APP", raising=False)
+    (tmp_path / "pyproject.toml").write_text('[tool.alembic]\ntenancy_app = "project_app:config"\n')
+    (tmp_path / "project_app.py").write_text(
+        "from tenancy_orm import TenancyConfig\nconfig = TenancyConfig(control_url='postgresql://project/d')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = environment.find_config(Config(toml_file=tmp_path / "pyproject.toml"))
+    assert found.control_url == "postgresql://project/d"
+
+
 def test_what_is_no_configuration_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="is a int, not a Tenancy"):
         environment.find_config(Config(attributes={"tenancy": 7}))

@@ -124,6 +124,11 @@ FILES = {
         __all__ = ["Attribute", "Hidden"]
         """,
     "tenancy_orm/room/offers.py": "def offered() -> None: ...",
+    "tenancy_orm/whole.py": """
+        class Listed: ...
+        class Unlisted: ...
+        __all__ = ["Listed"]
+        """,
     "tenancy_orm/integrations/__init__.py": "",
     "tenancy_orm/integrations/framework.py": """
         from ..room.inside import Hidden
@@ -134,7 +139,7 @@ FILES = {
     "tenancy_orm/testing/_hidden.py": "class Hidden: ...",
     "README.md": "```python\nfrom tenancy_orm.room.inside import Imported\n```\n",
     "docs/page.md": "```python\nfrom tenancy_orm.room.inside import (\n    Shown as Other,\n)\n```\n",
-    "examples/app.py": "from tenancy_orm.room.inside import Example  # noqa",
+    "examples/app.py": "from tenancy_orm import whole\nfrom tenancy_orm.room.inside import Example  # noqa",
 }
 
 PUBLIC = {
@@ -147,6 +152,7 @@ PUBLIC = {
     "tenancy_orm.room.inside.Derived",
     "tenancy_orm.room.inside.Returned",
     "tenancy_orm.room.inside.Field",
+    "tenancy_orm.whole.Listed",
     "tenancy_orm.integrations.framework.Adapter",
     "tenancy_orm.room.inside.Imported",
     "tenancy_orm.room.inside.Shown",
