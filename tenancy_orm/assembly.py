@@ -177,8 +177,11 @@ class Assembly:
             installation=self.control.installation,
             events=events,
             passwords=self.sealed,
+            ask=self.control.ask_for_connections,
+            hears=lambda: self.directory.listening,
         )
         self._opened.append(self.router.close)
+        self.directory.on_connection_request(self.router.give_up)
         self.directory.on_invalidate(self._forget)
         self.sealed.on_read(self.directory.invalidate)
         self._build_provisioning()

@@ -49,6 +49,7 @@
     │   ├── UnknownServerError (LookupError)
     │   ├── CheckoutTimeoutError (sqlalchemy.exc.TimeoutError)
     │   └── ServerUnavailableError
+    │       ├── ConnectionLimitError         the tenant's role, or the server, has all the connections it may have
     │       └── LoginRefusedError            the server answers, but refuses the login of the tenant's role
     ├── ProvisioningError
     │   ├── DatabaseExistsError
@@ -543,16 +544,19 @@ class UnknownServerError(RoutingError, LookupError):
 class CheckoutTimeoutError(RoutingError, SATimeoutError):
     """No connection became free within ``pool.checkout_timeout``."""
 
-    def __init__(self, *, server: str, tenant: str, timeout: float, limit: int) -> None:
-        """Name the ``server`` and ``tenant``, the ``timeout`` in seconds and the budget's ``limit`` in connections."""
+    def __init__(
+        self, *, server: str, tenant: str, timeout: float, limit: int, setting: str = "pool.max_connections"
+    ) -> None:
+        """Name the ``server`` and ``tenant``, the ``timeout`` in seconds, the ``limit`` and the ``setting`` it is."""
         super().__init__(
             f"no connection to server {server!r} for tenant {tenant!r} within {timeout:g} s: all {limit} are in use; "
-            "close sessions sooner, or raise max_connections"
+            f"close sessions sooner, or raise {setting}"
         )
         self.server = server
         self.tenant = tenant
         self.timeout = timeout
         self.limit = limit
+        self.setting = setting
 
 
 class ServerUnavailableError(RoutingError):
@@ -565,6 +569,29 @@ class ServerUnavailableError(RoutingError):
         self.server = server
         self.tenant = tenant
         self.sqlstate = sqlstate
+
+
+class ConnectionLimitError(ServerUnavailableError):
+    """PostgreSQL accepted no further connection of a tenant (53300) within ``pool.checkout_timeout``.
+
+    The limit holds for all processes together, and other processes use the connections.
+
+    Attributes:
+        limit: How many connections are allowed; None if PostgreSQL could not be asked.
+        setting: The setting to raise.
+    """
+
+    def __init__(self, *, server: str, tenant: str, limit: int | None, setting: str) -> None:
+        """Name the ``server``, the ``tenant``, the ``limit`` in connections and the ``setting`` to raise."""
+        super().__init__(server=server, tenant=tenant, sqlstate="53300")
+        number = "its" if limit is None else f"all {limit}"
+        message = (
+            f"server {server!r} accepts no further connection for tenant {tenant!r}: {number} connections are in use, "
+            f"in all processes together; close sessions sooner, or raise {setting}"
+        )
+        self.args = (message,)
+        self.limit = limit
+        self.setting = setting
 
 
 class LoginRefusedError(ServerUnavailableError):

@@ -25,7 +25,7 @@ from ..config.values import plain_url
 from ..context import _current, as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import check_name
-from ..control.notifications import Change, Listener
+from ..control.notifications import Change, ConnectionRequest, Listener
 from ..errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFoundError
 from ..events import EventBus, KeyRejected
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
@@ -86,6 +86,7 @@ class Directory:
         self._digester = KeyDigester(config.keys.decoded_peppers, config.keys.pepper_current)
         self._prefixes = frozenset((config.keys.prefix, *config.keys.prefixes))
         self._callbacks: list[Callable[[UUID | None], None]] = []
+        self._request_callbacks: list[Callable[[ConnectionRequest], None]] = []
         self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
         self._find = self._cache.keys.entries.get
@@ -97,7 +98,13 @@ class Directory:
         listen_dsn = control.listen_dsn
         if config.control.listen_url is not None:
             listen_dsn = plain_url(config.control.listen_url).render_as_string(hide_password=False)
-        self._listener = Listener(listen_dsn, on_change=self._changed, on_connected=self.revalidate, events=events)
+        self._listener = Listener(
+            listen_dsn,
+            on_change=self._changed,
+            on_request=self._requested,
+            on_connected=self.revalidate,
+            events=events,
+        )
         self.admissions = Admissions(
             self._credential_state,
             is_listening=lambda: self._listener.connected,
@@ -130,6 +137,11 @@ class Directory:
         refuse_while_bound("recording the use of all keys")
         self._home.check()
         await self._journal.flush()
+
+    @property
+    def listening(self) -> bool:
+        """Whether notifications of the control database arrive now."""
+        return self._listener.connected
 
     @property
     def statistics(self) -> DirectoryStatistics:
@@ -379,6 +391,10 @@ class Directory:
         """Call ``callback`` with the id of each tenant that changed, and with None when any may have."""
         self._callbacks.append(callback)
 
+    def on_connection_request(self, callback: Callable[[ConnectionRequest], None]) -> None:
+        """Call ``callback`` with each request of a process for connections; the process's own are among them."""
+        self._request_callbacks.append(callback)
+
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
         """Remove a key from the cache, or a tenant and its keys, or everything where neither is given."""
         self._home.check()
@@ -413,6 +429,13 @@ class Directory:
             self.revalidate()
         else:
             self.invalidate(change.tenant_id, change.key_id)
+
+    def _requested(self, request: ConnectionRequest) -> None:
+        for callback in self._request_callbacks:
+            try:
+                callback(request)
+            except Exception:
+                logger.exception("a callback for a request for connections failed")
 
     def _call_back(self, tenant_id: UUID | None) -> None:
         for callback in self._callbacks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,13 @@ from ..postgres.errors import (
 from ..postgres.failures import SERVER_FAILURES
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
+from .notifications import CONNECTIONS_CHANNEL, ConnectionRequest
 from .viewer import VIEW_AS, prepare_viewer
 
 # The advisory lock key of the control database's migrations: one process at a time runs them.
 _MIGRATION_LOCK = 0x74656E616E637900
+
+_NOTIFY = text("SELECT pg_notify(:channel, payload) FROM unnest(CAST(:payloads AS text[])) AS payload")
 
 _NO_SUCH_ROLE = (INVALID_PARAMETER_VALUE, INSUFFICIENT_PRIVILEGE)  # it does not exist, or is not granted
 _OUT_OF_RESOURCES = "53"
@@ -294,6 +297,16 @@ class ControlDatabase:
         refuse_while_bound("granting rights")
         async with self.transaction() as connection:
             await grant_application(connection, role)
+
+    async def ask_for_connections(self, requests: Sequence[ConnectionRequest]) -> None:
+        """Send requests for connections to the other processes, in one transaction.
+
+        Raises:
+            ControlUnavailableError: the server does not answer.
+        """
+        async with self.connect() as connection:
+            payloads = [request.payload for request in requests]
+            await connection.execute(_NOTIFY, {"channel": CONNECTIONS_CHANNEL, "payloads": payloads})
 
     async def save_servers(self, addresses: Mapping[str, tuple[str, int]]) -> None:
         """Insert or update the rows of the configured servers, which tenants refer to.

@@ -3,6 +3,9 @@
 The registry's triggers NOTIFY the channel ``tenancy`` with ``{"t": tenant id, "k": key id or null, "c": kind}`` when a
 transaction commits. While the connection is lost, cached entries rely on their TTL alone; once it is back, everything
 is looked up again, since notifications were missed.
+
+On the channel ``tenancy_connections`` processes ask each other to close connections of a tenant. One that is missed
+does no harm: the process that asked does so again.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from ..postgres.failures import SERVER_FAILURES
 logger = logging.getLogger("tenancy_orm.listener")
 
 CHANNEL = "tenancy"
+CONNECTIONS_CHANNEL = "tenancy_connections"
 
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
@@ -51,12 +55,48 @@ class Change:
             return cls(None, None, "malformed")
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionRequest:
+    """A process asks the others to close connections, since PostgreSQL accepts no further one of a tenant from it.
+
+    Args:
+        process: The id of the process that asks.
+        server: The server's name in the configuration.
+        tenant_id: The tenant.
+        has_none: Whether the process has no connection of this tenant.
+        server_full: Whether the server accepts no further connection of any tenant.
+    """
+
+    process: str
+    server: str
+    tenant_id: UUID
+    has_none: bool
+    server_full: bool
+
+    @property
+    def payload(self) -> str:
+        """What is sent."""
+        fields = {"p": self.process, "s": self.server, "t": str(self.tenant_id)}
+        return json.dumps({**fields, "n": self.has_none, "f": self.server_full})
+
+    @classmethod
+    def parse(cls, payload: str) -> ConnectionRequest | None:
+        """Parse a payload; None if it is malformed, and then nothing has to be done."""
+        try:
+            fields = json.loads(payload)
+            return cls(str(fields["p"]), str(fields["s"]), UUID(fields["t"]), bool(fields["n"]), bool(fields["f"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            logger.debug("a notification on channel %r is malformed", CONNECTIONS_CHANNEL)
+            return None
+
+
 class Listener:
     """Keeps one connection to the control database that LISTENs.
 
     Args:
         dsn: The control database, reached directly: a pooler in transaction mode drops LISTEN.
         on_change: Called with every change, in the event loop.
+        on_request: Called with every request for connections, in the event loop.
         on_connected: Called after each LISTEN on a new connection: what was missed before is unknown.
         events: Receives ``ListenerLost`` and ``ListenerRestored``.
         probe_interval: Seconds between probes of a silent connection.
@@ -70,11 +110,13 @@ class Listener:
         on_change: Callable[[Change], None],
         on_connected: Callable[[], None],
         events: EventBus,
+        on_request: Callable[[ConnectionRequest], None] | None = None,
         probe_interval: float = 5.0,
         timeout: float = 5.0,
     ) -> None:
         self._dsn = dsn
         self._on_change = on_change
+        self._on_request = on_request
         self._on_connected = on_connected
         self._events = events
         self._probe_interval = probe_interval
@@ -141,6 +183,8 @@ class Listener:
         try:
             connection.add_termination_listener(lambda _: lost.set())
             await connection.add_listener(CHANNEL, self._received)
+            if self._on_request is not None:
+                await connection.add_listener(CONNECTIONS_CHANNEL, self._requested)
         except BaseException:
             connection.terminate()
             raise
@@ -162,6 +206,11 @@ class Listener:
 
     def _received(self, connection: object, pid: int, channel: str, payload: object) -> None:
         self._on_change(Change.parse(str(payload)))
+
+    def _requested(self, connection: object, pid: int, channel: str, payload: object) -> None:
+        request = ConnectionRequest.parse(str(payload))
+        if request is not None and self._on_request is not None:
+            self._on_request(request)
 
     def _report_lost(self, reason: str) -> None:
         self._attempted.set()

@@ -39,12 +39,26 @@ class Waiter(Protocol[_T_contra]):
 
 
 class Account:
-    """The number of slots that one tenant has, over all its pools: two while its engine is being replaced."""
+    """The slots of one tenant, over all its pools: two while its engine is being replaced.
 
-    __slots__ = ("__weakref__", "open")
+    ``open`` counts them, and ``limit`` is how many it may have. ``ceiling`` is how many it may have until the next
+    ``retry``: PostgreSQL refused one more, or another process asked for one. Where it is None, ``limit`` alone counts.
+    Until ``promised`` (seconds of the clock of ``put``) the next connection that is returned is for another process.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("__weakref__", "ceiling", "limit", "open", "promised")
+
+    def __init__(self, limit: int) -> None:
         self.open = 0
+        self.limit = limit
+        self.ceiling: int | None = None
+        self.promised = -math.inf
+
+    @property
+    def room(self) -> int:
+        """How many more slots it may have."""
+        limit = self.limit if self.ceiling is None else min(self.limit, self.ceiling)
+        return max(0, limit - self.open)
 
 
 class Share(Generic[T]):
@@ -107,12 +121,23 @@ class Budget(Generic[T]):
         self._clock = 0
         self._half_life = HALF_LIFE * limit
 
-    def share(self, tenant_id: UUID) -> Share[T]:
-        """Return a share for a new pool of this tenant."""
+    def share(self, tenant_id: UUID, *, limit: int | None = None) -> Share[T]:
+        """Return a share for a new pool of this tenant.
+
+        Args:
+            tenant_id: The tenant.
+            limit: How many slots it may hold, if that is fewer than ``per_tenant``.
+        """
+        allowed = self.per_tenant if limit is None else min(limit, self.per_tenant)
         account = self._accounts.get(tenant_id)
         if account is None:
-            account = self._accounts[tenant_id] = Account()
+            account = self._accounts[tenant_id] = Account(allowed)
+        account.limit = allowed
         return Share(account)
+
+    def account(self, tenant_id: UUID) -> Account | None:
+        """Return a tenant's account, or None if it has no pool."""
+        return self._accounts.get(tenant_id)
 
     def statistics(self) -> BudgetStatistics:
         """Return the current counts."""
@@ -160,14 +185,24 @@ class Budget(Generic[T]):
 
         No waiter is overtaken: while a slot is free, only tenants at their own limit are waiting.
         """
-        if self.open >= self.limit or share.account.open >= self.per_tenant:
+        if self.open >= self.limit or not share.account.room:
             return False
         self._reserve(share)
         return True
 
-    def wait(self, share: Share[T], waiter: Waiter[T | None]) -> None:
-        """Add a waiter to the queue, and close another tenant's idle connection if that makes room."""
-        self._waiting.setdefault(share, deque()).append(waiter)
+    def wait(self, share: Share[T], waiter: Waiter[T | None], *, first: bool = False) -> None:
+        """Add a waiter to the queue, and close another tenant's idle connection if that makes room.
+
+        Args:
+            share: The tenant's.
+            waiter: The waiter.
+            first: Whether it is the next one of its tenant, since it had its turn and PostgreSQL refused it.
+        """
+        queue = self._waiting.setdefault(share, deque())
+        if first:
+            queue.appendleft(waiter)
+        else:
+            queue.append(waiter)
         self._serve_waiters()
 
     def withdraw(self, share: Share[T], waiter: Waiter[T | None]) -> None:
@@ -182,26 +217,57 @@ class Budget(Generic[T]):
         """Record that a connection was opened in a reserved slot; it is in use."""
         self.opening -= 1
 
-    def failed(self, share: Share[T]) -> None:
-        """Free a reserved slot: opening failed, and no socket is left."""
+    def failed(self, share: Share[T], *, refused: bool = False) -> None:
+        """Free a reserved slot: opening failed, and no socket is left.
+
+        Args:
+            share: The tenant's.
+            refused: Whether PostgreSQL accepts no further connection of this tenant. Then its waiters get no slot
+                until ``retry``, or until one of its connections is closed.
+        """
         self.opening -= 1
         share.busy -= 1
+        if refused:
+            share.account.ceiling = share.account.open - 1
         self._release(share)
+
+    def retry(self, account: Account) -> None:
+        """Let one waiter of a refused tenant try to open a connection; the others follow once it is ``accepted``."""
+        if account.ceiling is None:
+            return
+        waits = any(share.account is account for share in self._waiting)
+        account.ceiling = account.open + 1 if waits else None
+        self._serve_waiters()
+
+    def accepted(self, account: Account) -> None:
+        """Record that PostgreSQL accepts connections of this tenant again."""
+        account.ceiling = None
+        self._serve_waiters()
 
     # --- returning it -----------------------------------------------------------------------------------------------
 
-    def put(self, share: Share[T], item: T, now: float) -> None:
-        """Return a usable connection: give it to a waiter, or keep it idle from ``now`` on (seconds of any clock)."""
+    def put(self, share: Share[T], item: T, now: float) -> bool:
+        """Return a usable connection: give it to a waiter, or keep it idle from ``now`` on (seconds of any clock).
+
+        False: it is promised to another process. It still counts as in use, and the caller must ``discard`` it; its
+        slot stays free until ``retry``.
+        """
+        account = share.account
+        if now < account.promised:
+            account.promised = -math.inf
+            account.ceiling = account.open - 1
+            return False
         share.busy -= 1
         if share in self._waiting and self._serves_own(share) and (waiter := self._next(share)) is not None:
             share.busy += 1
             waiter.set_result(item)
-            return
+            return True
         share.idle.append((now, item))
         self._idle_shares[share] = None
         self.idle += 1
         if self._waiting:
             self._serve_waiters()
+        return True
 
     def discard(self, share: Share[T]) -> None:
         """Record that a connection in use is being closed. ``closed`` must follow."""
@@ -224,6 +290,36 @@ class Budget(Generic[T]):
             while share.idle and share.idle[0][0] < before:
                 found.append((share, self._take_oldest(share)))
         return found
+
+    # --- for other processes ----------------------------------------------------------------------------------------
+
+    def take_for_others(self, account: Account, *, keep: int) -> list[tuple[Share[T], T]]:
+        """Take a tenant's idle connections, as long as it keeps ``keep`` open; in use until ``discard``."""
+        found: list[tuple[Share[T], T]] = []
+        for share in [share for share in self._idle_shares if share.account is account]:
+            while share.idle and account.open - len(found) > keep:
+                found.append((share, self._take_oldest(share)))
+        return found
+
+    def take_surplus(self, before: float, accounts: set[Account] | None) -> list[tuple[Share[T], T]]:
+        """Take connections that were returned before this time; each tenant keeps one. None: of all tenants."""
+        found: list[tuple[Share[T], T]] = []
+        for account in {share.account for share in self._idle_shares}:
+            if accounts is not None and account not in accounts:
+                continue
+            taken = 0
+            for share in [share for share in self._idle_shares if share.account is account]:
+                while share.idle and share.idle[0][0] < before and account.open - taken > 1:
+                    found.append((share, self._take_oldest(share)))
+                    taken += 1
+        return found
+
+    def make_room(self) -> bool:
+        """Close the idle connection that is worth least, whichever tenant has it; False if none is idle."""
+        if not self._idle_shares:
+            return False
+        self._make_room()
+        return True
 
     # --- inner ------------------------------------------------------------------------------------------------------
 
@@ -253,11 +349,11 @@ class Budget(Generic[T]):
 
     def _wanted(self, share: Share[T]) -> int:
         """How many slots a waiting share could use."""
-        return max(0, min(len(self._waiting[share]), self.per_tenant - share.account.open))
+        return min(len(self._waiting[share]), share.account.room)
 
     def _fairest(self, *, returning: Share[T] | None = None) -> Share[T] | None:
         """The waiting share to serve next. The share that is ``returning`` a connection needs no further slot."""
-        able = (s for s in self._waiting if s is returning or s.account.open < self.per_tenant)
+        able = (s for s in self._waiting if s is returning or s.account.room)
         return min(able, key=lambda share: share.busy, default=None)
 
     def _serves_own(self, share: Share[T]) -> bool:

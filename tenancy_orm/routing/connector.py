@@ -38,6 +38,7 @@ from ..errors import (
 )
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus
 from ..postgres.connections import Connection
+from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
@@ -47,11 +48,15 @@ from .dialect import SharedDialect
 from .marker import verify
 from .route import TenantRoute
 from .servers import CLOSE_SECONDS, Server, clear_tracebacks
+from .shortage import Ask, Shortages
 
 logger = logging.getLogger("tenancy_orm.routing")
 
 COMPILED_STATEMENTS = 1_000
 """Size of the compiled cache that all tenants of one server share, in statements."""
+
+SURPLUS_SECONDS = 5.0
+"""Seconds after which a tenant's idle connections, above one, are closed if other processes may need them."""
 
 _PASSWORD_READS = 3  # how often one login reads the tenant's stored passwords again
 _WRONG_PASSWORD = "28P01"  # noqa: S105 - a SQLSTATE
@@ -71,6 +76,8 @@ class Connector:
         installation: The id of this installation, for the markers.
         events: Receives openings, evictions and incidents.
         passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
+        ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
+        hears: Whether such requests of other processes arrive here now.
     """
 
     def __init__(
@@ -82,6 +89,8 @@ class Connector:
         installation: UUID,
         events: EventBus,
         passwords: SealedPasswords | None = None,
+        ask: Ask | None = None,
+        hears: Callable[[], bool] = lambda: True,
     ) -> None:
         self.server = server
         self.home = server.home
@@ -92,6 +101,9 @@ class Connector:
         self.budget: Budget[Record] = Budget(
             config.pool.max_connections, config.pool.max_connections_per_tenant, lambda _, record: self._evict(record)
         )
+        self.shortages = Shortages(server, self.budget, spawn=self.spawn, ask=ask, discard=self.discard)
+        self._tiers = config.tiers
+        self._hears = hears
         self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
         self._shared = SharedDialect(server, self.spawn)
         self.dialect = self._shared.dialect
@@ -117,6 +129,11 @@ class Connector:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def share(self, tenant_id: UUID, tier: str) -> Share[Record]:
+        """Return a share of the budget for a new pool of this tenant; its tier's limit bounds it as well."""
+        found = self._tiers.get(tier)
+        return self.budget.share(tenant_id, limit=None if found is None else found.connection_limit)
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -150,7 +167,10 @@ class Connector:
             self._release_slot(route.share, None)
             raise
         except BaseException as exc:
-            self._release_slot(route.share, driver_connection)
+            refused = isinstance(exc, ServerUnavailableError) and exc.sqlstate == TOO_MANY_CONNECTIONS
+            self._release_slot(route.share, driver_connection, refused=refused)
+            if refused:
+                self.shortages.refused(route)
             if isinstance(exc, MarkerMismatchError):
                 route.report_incident(exc)
             raise
@@ -234,16 +254,20 @@ class Connector:
         connection.finalizer.atexit = False
         self._driver_connections.add(driver_connection)
         self.budget.opened()
+        if route.share.account.ceiling is not None:
+            self.shortages.accepted(route)
         if self.events.has_subscribers(ConnectionOpened):
             self.events.emit(
                 ConnectionOpened(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name, seconds=seconds)
             )
         return connection
 
-    def _release_slot(self, share: Share[Record], driver_connection: Connection | None) -> None:
+    def _release_slot(
+        self, share: Share[Record], driver_connection: Connection | None, *, refused: bool = False
+    ) -> None:
         """Free the slot of a connection that was not completed, once its socket is closed."""
         if driver_connection is None:
-            self.budget.failed(share)
+            self.budget.failed(share, refused=refused)
             self._check_all_closed()
         else:
             self.budget.opened()
@@ -289,14 +313,24 @@ class Connector:
             self.events.emit(ConnectionEvicted(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name))
 
     def schedule_sweep(self) -> None:
-        """Schedule the next sweep, which closes connections that are idle for longer than ``idle_timeout``."""
+        """Schedule the next sweep, which closes connections that are idle for too long."""
         if self._sweeper is None:
-            delay = max(self.idle_timeout, 0.1)
+            delay = max(min(self.idle_timeout, SURPLUS_SECONDS), 0.1)
             self._sweeper = asyncio.get_running_loop().call_later(delay, self._sweep)
 
     def _sweep(self) -> None:
+        """Close connections that are idle for longer than ``idle_timeout``, or may be missing in another process.
+
+        A process that does not hear the others keeps one idle connection for each tenant, and so does one that has
+        competed with them for a tenant's connections lately.
+        """
         self._sweeper = None
-        for _, record in self.budget.take_expired(time.monotonic() - self.idle_timeout):
+        now = time.monotonic()
+        for _, record in self.budget.take_expired(now - self.idle_timeout):
+            self.discard(record)
+        recent = self.shortages.recent()
+        surplus = self.budget.take_surplus(now - SURPLUS_SECONDS, recent if self._hears() else None)
+        for _, record in surplus:
             self.discard(record)
         if self.budget.idle:
             self.schedule_sweep()
@@ -318,6 +352,7 @@ class Connector:
                 "%d connections to server %s were still in use", len(self._driver_connections), self.server.name
             )
         self._closed = True
+        self.shortages.close()
         for driver_connection in list(self._driver_connections):
             driver_connection.terminate()
         for task in self._tasks:

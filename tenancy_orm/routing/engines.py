@@ -34,7 +34,7 @@ class Entry:
         self.placement = placement
         self.leases = 0
         self.retired = False
-        pool = TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, placement=placement)
+        pool = TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, tier=tenant.tier, placement=placement)
         # no compiled cache of its own and no listeners: they would be most of an engine's memory
         self.engine = AsyncEngine(
             TenantEngine(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from typing import Any, cast
 from uuid import UUID
@@ -13,7 +12,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_, greenlet_spawn
 
-from ..errors import CheckoutTimeoutError, ServerUnavailableError
+from ..errors import CheckoutTimeoutError, ConnectionLimitError, ServerUnavailableError
 from ..events import CheckoutTimedOut
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
@@ -25,8 +24,6 @@ from .route import TenantRoute
 
 logger = logging.getLogger("tenancy_orm.routing")
 
-_FIRST_PAUSE, _LAST_PAUSE = 0.005, 0.1  # seconds
-
 
 class TenantPool(Pool):
     """SQLAlchemy's pool for one tenant. It has no plain password, only the sealed one in ``placement``.
@@ -35,18 +32,20 @@ class TenantPool(Pool):
         connector: The connector of the tenant's server.
         tenant_id: The tenant.
         slug: Its slug, for errors and events.
+        tier: The name of its tier, which bounds its connections.
         placement: Where its database is.
     """
 
     _sqla_logger_namespace = "sqlalchemy.pool.TenantPool"
 
-    def __init__(self, connector: Connector, *, tenant_id: UUID, slug: str, placement: Placement) -> None:
+    def __init__(self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement) -> None:
         super().__init__(self._no_creator, dialect=connector.dialect)
         self.connector = connector
-        self.share: Share[Record] = connector.budget.share(tenant_id)
+        self.share: Share[Record] = connector.share(tenant_id, tier)
         self.route = TenantRoute(
             tenant_id=tenant_id,
             slug=slug,
+            tier=tier,
             placement=placement,
             share=self.share,
             home=connector.home,
@@ -131,46 +130,47 @@ class TenantPool(Pool):
     async def _acquire(self) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.
 
-        If the server or the tenant's role has too many connections (53300), other processes may have them: try again
-        until the deadline, since a connection may be returned here or closed there.
+        If the server or the tenant's role has too many connections (53300), other processes may have them: wait until
+        the deadline as the first in the queue, since a connection may be returned here or closed there.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + self.connector.checkout_timeout
-        pause = _FIRST_PAUSE
+        refused = False
         while True:
-            record = await self._wait_for_slot(deadline)
+            record = await self._wait_for_slot(deadline, first=refused)
             if record is not None:
                 return record
             try:
                 return await self._open()
             except ServerUnavailableError as exc:
-                pause = min(2 * pause, _LAST_PAUSE) * (0.5 + random.random())
-                if exc.sqlstate != TOO_MANY_CONNECTIONS or now() + pause > deadline:
+                if exc.sqlstate != TOO_MANY_CONNECTIONS:
                     raise
-            await asyncio.sleep(pause)
-            record = self._take()
-            if record is not None:
-                return record
+                if now() >= deadline:
+                    raise await self._timeout_error() from exc
+                refused = True
 
-    async def _wait_for_slot(self, deadline: float) -> Record | None:
+    async def _wait_for_slot(self, deadline: float, *, first: bool) -> Record | None:
         """Reserve a slot and return None, or return a connection that is returned to the pool before."""
+        # one may have been returned while PostgreSQL refused another: whoever waits is served by later returns alone
+        if first and (record := self._take()) is not None:
+            return record
         while not self.connector.budget.reserve(self.share):
-            record = await self._wait(deadline)
+            record = await self._wait(deadline, first=first)
             if record is None or self._reusable(record):
                 return record
             self.discard(record)
         return None
 
-    async def _wait(self, deadline: float) -> Record | None:
+    async def _wait(self, deadline: float, *, first: bool) -> Record | None:
         """Wait for a connection of this tenant (a record) or for a reserved slot (None)."""
         waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
-        self.connector.budget.wait(self.share, waiter)
+        self.connector.budget.wait(self.share, waiter, first=first)
         try:
             async with asyncio.timeout_at(deadline):
                 return await waiter
         except TimeoutError:
             self._stop_waiting(waiter)
-            raise self._timeout_error() from None
+            raise await self._timeout_error() from None
         except BaseException:
             self._stop_waiting(waiter)
             raise
@@ -185,9 +185,9 @@ class TenantPool(Pool):
         else:
             budget.failed(self.share)
 
-    def _timeout_error(self) -> CheckoutTimeoutError:
+    async def _timeout_error(self) -> CheckoutTimeoutError | ConnectionLimitError:
         connector, budget = self.connector, self.connector.budget
-        mine = self.share.account.open >= budget.per_tenant
+        account = self.share.account
         if connector.events.has_subscribers(CheckoutTimedOut):
             connector.events.emit(
                 CheckoutTimedOut(
@@ -197,11 +197,19 @@ class TenantPool(Pool):
                     seconds=connector.checkout_timeout,
                 )
             )
+        if account.ceiling is not None:
+            return await connector.shortages.error(self.route)
+        limit, setting = budget.limit, "pool.max_connections"
+        if account.open >= account.limit:
+            limit, setting = account.limit, "pool.max_connections_per_tenant"
+            if limit < budget.per_tenant:
+                setting = f"connection_limit of tier {self.route.tier!r}"
         return CheckoutTimeoutError(
             server=connector.server.name,
             tenant=self.slug,
             timeout=connector.checkout_timeout,
-            limit=budget.per_tenant if mine else budget.limit,
+            limit=limit,
+            setting=setting,
         )
 
     async def _open(self) -> Record:
@@ -249,8 +257,11 @@ class TenantPool(Pool):
                 self._return_idle(record)
 
     def _return_idle(self, record: Record) -> None:
-        self.connector.budget.put(self.share, record, time.monotonic())
-        self.connector.schedule_sweep()
+        if self.connector.budget.put(self.share, record, time.monotonic()):
+            self.connector.schedule_sweep()
+        else:
+            self.discard(record)
+            self.connector.shortages.gave_up(self.route)
 
     def _reusable(self, record: Record) -> bool:
         connection = cast("TenantConnection", record.dbapi_connection)
@@ -282,7 +293,10 @@ class TenantPool(Pool):
 
     def recreate(self) -> TenantPool:
         """Return a new pool for the same tenant; ``Engine.dispose`` calls this."""
-        return TenantPool(self.connector, tenant_id=self.tenant_id, slug=self.slug, placement=self.route.placement)
+        route = self.route
+        return TenantPool(
+            self.connector, tenant_id=route.tenant_id, slug=route.slug, tier=route.tier, placement=route.placement
+        )
 
     def status(self) -> str:
         """Return a line of text about the pool."""

@@ -23,19 +23,21 @@ class TenantRoute:
     Args:
         tenant_id: The tenant.
         slug: Its slug, for errors and events.
+        tier: The name of its tier, for errors.
         placement: Where its database is; the sealed password in it is replaced after a rotation.
         share: Its part of the server's budget.
         home: The event loop that its connections belong to.
         events: Receives incidents.
     """
 
-    __slots__ = ("_events", "home", "placement", "share", "slug", "tenant_id")
+    __slots__ = ("_events", "home", "placement", "share", "slug", "tenant_id", "tier")
 
     def __init__(
         self,
         *,
         tenant_id: UUID,
         slug: str,
+        tier: str,
         placement: Placement,
         share: Share[_ConnectionRecord],
         home: HomeLoop,
@@ -43,6 +45,7 @@ class TenantRoute:
     ) -> None:
         self.tenant_id = tenant_id
         self.slug = slug
+        self.tier = tier
         self.placement = placement
         self.share = share
         self.home = home

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import get_ident
 from types import TracebackType
@@ -14,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ..config import TenancyConfig
 from ..context import refuse_other_tenant
+from ..control.notifications import ConnectionRequest
 from ..errors import ConfigurationError, UnknownServerError
 from ..events import EventBus
 from ..secrets.keyring import Keyring
@@ -24,6 +26,9 @@ from .connector import Connector
 from .engines import EngineCache, Entry, Lease
 from .guard import TenantSession
 from .servers import Server
+from .shortage import Ask
+
+logger = logging.getLogger("tenancy_orm.routing")
 
 CLOSE_SECONDS = 10.0
 """How long ``Router.close`` waits for connections in use to be returned, by default."""
@@ -48,6 +53,8 @@ class Router:
         installation: The id of this installation.
         events: Receives openings, evictions and incidents.
         passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
+        ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
+        hears: Whether such requests of other processes arrive here now.
     """
 
     def __init__(
@@ -58,6 +65,9 @@ class Router:
         installation: UUID,
         events: EventBus,
         passwords: SealedPasswords | None = None,
+        *,
+        ask: Ask | None = None,
+        hears: Callable[[], bool] = lambda: True,
     ) -> None:
         self._connectors = {
             name: Connector(
@@ -67,9 +77,13 @@ class Router:
                 installation=installation,
                 events=events,
                 passwords=passwords,
+                ask=ask,
+                hears=hears,
             )
             for name, server in servers.items()
         }
+        if contradictions := list(_contradictions(config)):
+            logger.warning("%s", "; ".join(contradictions))
         self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
 
     def session(self, tenant: Tenant, **options: Any) -> SessionContext:
@@ -115,6 +129,12 @@ class Router:
         """
         self._cache.retire(tenant_id)
 
+    def give_up(self, request: ConnectionRequest) -> None:
+        """Close connections for another process that asks for them; its own requests are ignored."""
+        connector = self._connectors.get(request.server)
+        if connector is not None:
+            connector.shortages.give_up(request)
+
     def statistics(self) -> RoutingStatistics:
         """Count engines and connections."""
         return RoutingStatistics(
@@ -133,6 +153,25 @@ class Router:
             return self._connectors[server]
         except KeyError:
             raise UnknownServerError(server) from None
+
+
+def _contradictions(config: TenancyConfig) -> Iterator[str]:
+    """Say where a tier allows fewer connections than the processes count on."""
+    each, processes = config.pool.max_connections_per_tenant, config.quotas.rate_processes
+    for tier in config.tiers.values():
+        allowed = (
+            f"tier {tier.name!r} allows {tier.connection_limit} connections per tenant, for all processes together"
+        )
+        if tier.connection_limit < each:
+            yield (
+                f"{allowed}, but pool.max_connections_per_tenant lets each process hold {each}, {processes * each} in "
+                f"{processes}: no process opens more than {tier.connection_limit}"
+            )
+        elif tier.connection_limit < processes:
+            yield (
+                f"{allowed}, but there are {processes} (quotas.rate_processes): they have to hand connections over to "
+                "each other"
+            )
 
 
 class SessionContext:

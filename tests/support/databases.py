@@ -129,14 +129,17 @@ async def databases(postgres: Postgres, config: TenancyConfig) -> AsyncIterator[
 
 
 @asynccontextmanager
-async def router(made: Databases, config: TenancyConfig, *, events: EventBus | None = None) -> AsyncIterator[Router]:
-    """Yield an open router to those databases."""
+async def router(
+    made: Databases, config: TenancyConfig, *, events: EventBus | None = None, **options: Any
+) -> AsyncIterator[Router]:
+    """Yield an open router to those databases; ``options`` are further arguments of ``Router``."""
     opened = Router(
         config=config,
         servers=Servers(config),
         keyring=made.keyring,
         installation=made.installation,
         events=events or EventBus(),
+        **options,
     )
     try:
         yield opened

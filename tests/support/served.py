@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -44,6 +46,8 @@ async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) ->
         env=environment(**variables(config)),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
+        # with --workers there are further processes, which a failed test must not leave
+        start_new_session=True,
     )
     assert process.stderr is not None
     log = b""
@@ -59,8 +63,8 @@ async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) ->
         process.terminate()
         await asyncio.wait_for(reading, _DEADLINE)
     finally:
-        if process.returncode is None:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         await asyncio.wait_for(process.wait(), _DEADLINE)
 
 

@@ -273,6 +273,55 @@ def test_what_rested_too_long_is_found() -> None:
     assert budget.statistics().idle == 1
 
 
+def test_a_refused_tenant_waits_and_tries_with_one() -> None:
+    """While PostgreSQL refuses a tenant it gets no slot; one waiter tries again, and the others follow it."""
+    budget, _ = make(limit=5, per_tenant=4)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    connect(budget, a)
+    assert budget.reserve(a)
+    budget.failed(a, refused=True)
+    assert not budget.reserve(a)
+    assert budget.reserve(b), "other tenants are not affected"
+    later = [seat(budget, a), seat(budget, a)]
+    first = Seat()
+    budget.wait(a, first, first=True)
+    budget.retry(a.account)
+    assert first.served == [None]
+    assert [one.served for one in later] == [[], []]
+    budget.opened()
+    budget.accepted(a.account)
+    assert [one.served for one in later] == [[None], [None]]
+
+
+def test_a_promised_connection_is_not_returned() -> None:
+    """The next connection that comes back is for another process, and so is its slot, until the next try."""
+    budget, _ = make(limit=5, per_tenant=2)
+    a = share_of(budget, 1)
+    connect(budget, a)
+    connect(budget, a)
+    waiter = seat(budget, a)
+    a.account.promised = 2.0
+    assert not budget.put(a, "first", 1.0)
+    budget.discard(a)
+    budget.closed(a)
+    assert waiter.served == []
+    assert budget.put(a, "second", 1.0)
+    assert waiter.served == ["second"]
+    assert not budget.reserve(a)
+    budget.retry(a.account)
+    assert budget.reserve(a)
+
+
+def test_a_promise_ends() -> None:
+    """A connection that is returned later stays."""
+    budget, _ = make()
+    a = share_of(budget, 1)
+    connect(budget, a)
+    a.account.promised = 2.0
+    assert budget.put(a, "c", 2.0)
+    assert budget.statistics().idle == 1
+
+
 class BudgetMachine(RuleBasedStateMachine):
     """After any sequence of events all counts are correct, and no waiter waits while a slot or connection is free."""
 
@@ -288,6 +337,7 @@ class BudgetMachine(RuleBasedStateMachine):
         self.waiting: list[tuple[Share[str], Seat]] = []
         self.names = iter(range(10**9))
         self.now = 0.0
+        self.promised = 0.0
 
     def _evict(self, share: Share[str], item: str) -> None:
         self.budget.discard(share)
@@ -317,13 +367,14 @@ class BudgetMachine(RuleBasedStateMachine):
         self._collect()
 
     @precondition(lambda self: self.opening)
-    @rule(data=st.data(), fails=st.booleans())
-    def finish_opening(self, data: st.DataObject, fails: bool) -> None:
+    @rule(data=st.data(), fails=st.booleans(), refused=st.booleans())
+    def finish_opening(self, data: st.DataObject, fails: bool, refused: bool) -> None:
         share = self.opening.pop(data.draw(st.integers(0, len(self.opening) - 1)))
         if fails:
-            self.budget.failed(share)
+            self.budget.failed(share, refused=refused)
         else:
             self.budget.opened()
+            self.budget.accepted(share.account)
             self.used.append((share, f"c{next(self.names)}"))
         self._collect()
 
@@ -335,9 +386,26 @@ class BudgetMachine(RuleBasedStateMachine):
         if broken:
             self.budget.discard(share)
             self.closing.append(share)
-        else:
-            self.budget.put(share, item, self.now)
+        elif not self.budget.put(share, item, self.now):
+            assert self.now < self.promised
+            self.budget.discard(share)
+            self.closing.append(share)
         self._collect()
+
+    @rule(number=st.integers(0, TENANTS - 1))
+    def retry(self, number: int) -> None:
+        self.budget.retry(self.shares[number].account)
+        self._collect()
+
+    @rule(number=st.integers(0, TENANTS - 1), keep=st.integers(0, 1))
+    def give_up(self, number: int, keep: int) -> None:
+        account = self.shares[number].account
+        taken = self.budget.take_for_others(account, keep=keep)
+        for share, _ in taken:
+            self.budget.discard(share)
+            self.closing.append(share)
+        if not taken and not keep:
+            self.promised = account.promised = self.now + 3
 
     @precondition(lambda self: self.closing)
     @rule(data=st.data())
@@ -373,7 +441,7 @@ class BudgetMachine(RuleBasedStateMachine):
     @invariant()
     def nobody_waits_in_vain(self) -> None:
         counted = self.budget.statistics()
-        able = {share for share, _ in self.waiting if share.account.open < self.PER_TENANT}
+        able = {share for share, _ in self.waiting if share.account.room}
         assert all(not share.idle for share, _ in self.waiting)
         if able:
             assert counted.open == self.LIMIT, "a free slot, and someone who may take it"
