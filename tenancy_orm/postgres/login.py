@@ -83,9 +83,10 @@ async def _first_host(dsn: Dsn, attempt: Callable[..., Awaitable[C]], timeout: f
         random.shuffle(hosts)
     if len(hosts) <= 1:
         return await attempt(timeout)
-    wanted = dsn.parameters.get("target_session_attrs", "any")
-    kinds = ("standby", "any") if wanted == "prefer-standby" else (wanted,)
-    attempts = [{"host": host, "port": port, "target_session_attrs": kind} for kind in kinds for host, port in hosts]
+    rounds: list[dict[str, Any]] = [{}]
+    if dsn.parameters.get("target_session_attrs") == "prefer-standby":
+        rounds = [{"target_session_attrs": "standby"}, {"target_session_attrs": "any"}]
+    attempts = [{"host": host, "port": port, **kind} for kind in rounds for host, port in hosts]
     ends = asyncio.get_running_loop().time() + timeout
     while True:
         seconds = (ends - asyncio.get_running_loop().time()) / len(attempts)
