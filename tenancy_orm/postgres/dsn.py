@@ -22,6 +22,8 @@ _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
 _PAIR = re.compile(
     r"\s*([^\s=]+)\s*=\s*(?:'((?:[^'\\]|\\.)*)'(?=\s|$)|((?:[^\s'\\]|\\.)(?:[^\s\\]|\\.)*)?)\s*", re.DOTALL
 )
+# A + is no space in libpq. SQLAlchemy writes one so; in these places libpq's reading would make no sense.
+_SPACES = re.compile(r"(?:(?<=,)|(?<=%2C)|(?<=-c))\+|\+(?=-)")
 # asyncpg takes these in a DSN alone
 _IN_ASYNCPGS_DSN = (
     *("sslcert", "sslkey", "sslrootcert", "sslcrl", "sslpassword", "sslnegotiation"),
@@ -300,7 +302,10 @@ def _read_query(query: str) -> Iterator[tuple[str, str]]:
         name, separator, value = item.partition("=")
         if not separator or "=" in value:
             raise ConfigurationError("a parameter is not name=value; write = and & in a value as %3D and %26")
-        name, value = _decoded(name), _decoded(value)
+        name = _decoded(name)
+        if name == "options" or name not in known.KNOWN:
+            value = _SPACES.sub("%20", value)
+        value = _decoded(value)
         if name == "host":
             hosts.append(value)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy.engine import make_url
 
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.postgres import parameters
@@ -143,6 +144,16 @@ def test_sqlalchemys_form_of_several_hosts_is_taken() -> None:
     """Each host is a parameter of its own, with its port."""
     dsn = Dsn.parse("postgresql+asyncpg://app@/control?host=db1:5433&host=db2")
     assert dsn.hosts == (("db1", 5433), ("db2", 5432))
+
+
+def test_a_space_that_sqlalchemy_writes_as_a_plus_sign_is_one() -> None:
+    """Where a plus sign would make no sense; elsewhere it is one, as in libpq."""
+    query = {"options": "-c lock_timeout=7s -c jit=off", "search_path": "a, b", "timezone": "Etc/GMT+5"}
+    text = make_url("postgresql://db/control").update_query_dict(query).render_as_string(hide_password=False)
+    assert "+" in text
+    dsn = Dsn.parse(text)
+    assert {"options": dsn.parameters["options"], **dsn.settings} == query
+    assert Dsn.parse("postgresql://db/control?timezone=Etc/GMT+5").settings == {"timezone": "Etc/GMT+5"}
 
 
 @pytest.mark.parametrize(
