@@ -25,6 +25,7 @@ from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
+from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
 from .provisioning.rotation import SecretManager
@@ -140,10 +141,11 @@ class Assembly:
     async def _open_control(self, initialise: bool) -> None:
         """Open the control database, and what seals the passwords and signs the audit log in it."""
         config = self.config = await read_secrets(self.config)
+        dsn = Dsn.parse(config.control_url)
         self.control = ControlDatabase(
-            config.control_url,
+            dsn,
             pool_size=config.control.pool_size,
-            connect_timeout=config.pool.connect_timeout,
+            connect_timeout=dsn.connect_timeout or config.pool.connect_timeout,
             name_prefix=config.name_prefix,
         )
         self._opened += [self.control.close, self._end_tasks]
@@ -243,8 +245,7 @@ class Assembly:
         try:
             await self.control.upgrade()
         except AdministratorNeededError:
-            address = self.control.address
-            server = next((s for s in self.servers.values() if (s.host, s.port) == address), None)
+            server = next((s for s in self.servers.values() if s.dsn.shares_host(self.control.dsn)), None)
             if server is None:
                 raise  # it is none of the tenants' servers, the ones that have an administrator
             administrator = await server.connect_admin()

@@ -560,15 +560,28 @@ class CheckoutTimeoutError(RoutingError, SATimeoutError):
 
 
 class ServerUnavailableError(RoutingError):
-    """A PostgreSQL server refused a new connection or did not answer. ``tenant`` is None for an administrative one."""
+    """A PostgreSQL server refused a new connection or did not answer. ``tenant`` is None for an administrative one.
 
-    def __init__(self, *, server: str, tenant: str | None = None, sqlstate: str | None = None) -> None:
+    ``address`` is ``host:port/database``; ``reason`` is PostgreSQL's message with its SQLSTATE, or the system's.
+    """
+
+    def __init__(
+        self,
+        *,
+        server: str,
+        tenant: str | None = None,
+        sqlstate: str | None = None,
+        address: str | None = None,
+        reason: str | None = None,
+    ) -> None:
         """Name the ``server``, the ``tenant`` if there is one, and the ``sqlstate`` if PostgreSQL answered."""
         whom = f" for tenant {tenant!r}" if tenant else ""
-        super().__init__(f"server {server!r} is not available{whom}" + (f" ({sqlstate})" if sqlstate else ""))
+        super().__init__(f"server {server!r} is not available{whom}{_details(address, reason, sqlstate)}")
         self.server = server
         self.tenant = tenant
         self.sqlstate = sqlstate
+        self.address = address
+        self.reason = reason
 
 
 class ConnectionLimitError(ServerUnavailableError):
@@ -602,10 +615,27 @@ class LoginRefusedError(ServerUnavailableError):
     except for a suspension: run ``tenancy reconcile``.
     """
 
-    def __init__(self, *, server: str, tenant: str | None = None, sqlstate: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        server: str,
+        tenant: str | None = None,
+        sqlstate: str | None = None,
+        address: str | None = None,
+        reason: str | None = None,
+    ) -> None:
         """Name the ``server``, the ``tenant`` and PostgreSQL's ``sqlstate``."""
-        super().__init__(server=server, tenant=tenant, sqlstate=sqlstate)
-        self.args = (f"server {server!r} refuses the login of tenant {tenant!r} ({sqlstate})",)
+        super().__init__(server=server, tenant=tenant, sqlstate=sqlstate, address=address, reason=reason)
+        details = _details(address, reason, sqlstate)
+        self.args = (f"server {server!r} refuses the login of tenant {tenant!r}{details}",)
+
+
+def _details(address: str | None, reason: str | None, sqlstate: str | None) -> str:
+    """What follows in a message: where, and why."""
+    where = f" at {address}" if address else ""
+    if reason:
+        return f"{where}: {reason}"
+    return where + (f" ({sqlstate})" if sqlstate else "")
 
 
 # --- provisioning and migrations ------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from sqlalchemy import Row
 
 from ..audit.log import AuditLog
 from ..config import TenancyConfig
-from ..config.values import plain_url
 from ..context import _current, as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import check_name
@@ -30,6 +29,7 @@ from ..errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFound
 from ..events import EventBus, KeyRejected
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
+from ..postgres.dsn import Dsn
 from ..tenant import Status, Tenant
 from .admission import CredentialState
 from .admissions import Admissions
@@ -95,11 +95,9 @@ class Directory:
         self._lockout = Lockout(config, events, clock=clock)
         self._journal = KeyJournal(control, audit, self._digester, interval=config.keys.usage_interval, clock=clock)
         self._intrusions = Intrusions(events, self._journal, clock=clock)
-        listen_dsn = control.listen_dsn
-        if config.control.listen_url is not None:
-            listen_dsn = plain_url(config.control.listen_url).render_as_string(hide_password=False)
+        listen_url = config.control.listen_url
         self._listener = Listener(
-            listen_dsn,
+            control.dsn if listen_url is None else Dsn.parse(listen_url),
             on_change=self._changed,
             on_request=self._requested,
             on_connected=self.revalidate,

@@ -98,7 +98,10 @@ class DirectoryLookups:
     ) -> None:
         # connections of its own: provisioning must not make look-ups wait for one
         self._control = ControlDatabase(
-            control.listen_dsn, pool_size=_POOL_SIZE, connect_timeout=config.directory.timeout
+            control.dsn,
+            pool_size=_POOL_SIZE,
+            connect_timeout=config.directory.timeout,
+            purpose="tenancy-directory",
         )
         self._config = config
         self._events = events
@@ -154,7 +157,7 @@ class DirectoryLookups:
 
     def _check(self) -> None:
         if self._probe is not None:
-            raise ControlUnavailableError("the control database is not available")
+            raise ControlUnavailableError(f"the control database {self._control.dsn} is not available")
 
     async def _guarded(self, look_up: Awaitable[T]) -> T:
         try:

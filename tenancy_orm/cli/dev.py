@@ -14,9 +14,9 @@ from typing import Annotated
 import typer
 
 from ..config import TenancyConfig, sources
-from ..config.values import plain_url
 from ..errors import ConfigurationError
 from ..migrations.layout import init_directory
+from ..postgres.dsn import Dsn
 from ..tenancy import Tenancy
 from .output import console, print_json
 from .runtime import Json, TenantArgument, exit_on_error, operator, run
@@ -82,7 +82,7 @@ def _settings(configured: sources.Found, control_url: str | None, migrations: st
     origin = configured.origins.get("control_url", "")
     if found and control_url is None and origin != _VARIABLE:
         url_line = f"# control_url comes from {origin.removeprefix('in ')}"
-    elif not written.startswith("embedded") and plain_url(written).password is not None:
+    elif not written.startswith("embedded") and Dsn.parse(written).has_secret:
         url_line = f"# control_url comes from {_VARIABLE}"
     else:
         url_line = f'control_url = "{written}"'
@@ -128,11 +128,11 @@ def psql(
         server = tenancy.internals.servers[found.placement.server]
         password = tenancy.internals.provisioner.password(found)
         environment = {
-            **os.environ,
-            "PGHOST": server.host,
-            "PGPORT": str(server.port),
-            "PGUSER": found.placement.role,
-            "PGDATABASE": found.placement.database,
+            # these would lead elsewhere
+            **{name: value for name, value in os.environ.items() if name not in ("PGHOSTADDR", "PGSERVICE")},
+            **server.dsn.environment(
+                user=found.placement.role, database=found.placement.database, purpose="tenancy-psql"
+            ),
             "PGPASSWORD": password,
         }
         async with tenancy.internals.control.transaction() as connection:

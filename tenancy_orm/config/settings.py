@@ -8,9 +8,9 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
-from sqlalchemy.engine import URL
 
 from ..errors import SettingError
+from ..postgres.dsn import Dsn
 from . import sources
 from .sections import (
     ControlConfig,
@@ -29,7 +29,7 @@ from .sections import (
 )
 from .tiers import Tiers, default_tiers
 from .validation import _Checked, replaced
-from .values import DirectoryPath, LoadedMetaData, NamedKeys, Names, ServerUrls, check_url, decode_keys, plain_url
+from .values import DirectoryPath, LoadedMetaData, NamedKeys, Names, ServerUrls, check_url, decode_keys
 
 _SEALING_KEY_BYTES = 32
 
@@ -179,10 +179,9 @@ class TenancyConfig(_Checked, BaseSettings):
         return decode_keys(self.encryption_keys, "encryption key")
 
     @property
-    def server_urls(self) -> Mapping[str, URL]:
-        """Administrative URL of each server, without a driver name."""
-        urls = self.servers or {"default": self.control_url}
-        return {name: plain_url(url) for name, url in urls.items()}
+    def server_dsns(self) -> Mapping[str, Dsn]:
+        """The administrator's DSN of each server, by name."""
+        return {name: Dsn.parse(url) for name, url in (self.servers or {"default": self.control_url}).items()}
 
     def replace(self, **changes: Any) -> TenancyConfig:
         """Return a copy with ``changes``; a mapping changes single settings of a section.

@@ -13,10 +13,9 @@ from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 from sqlalchemy import MetaData
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
 
 from ..errors import ConfigurationError
+from ..postgres.dsn import Dsn
 from ..protocols import KeyWrapper, SecretProvider, UsageSender
 
 SETTING_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}(\.[A-Za-z_][A-Za-z0-9_$]{0,62})?")
@@ -109,14 +108,15 @@ def check_url(url: str, what: str = "") -> None:
     Raises:
         ValueError: ... and which is not repeated: it may hold a password.
     """
+    problem = ""
     try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):  # the latter of a port that is no number
-        raise ValueError(f"{what}is not a URL; use postgresql://user:password@host/database") from None
-    if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise ValueError(f"{what}must begin with postgresql://, not {parsed.get_backend_name()}://")
-    if not parsed.database:
-        raise ValueError(f"{what}names no database")
+        dsn = Dsn.parse(url)
+        if not dsn.database and "service" not in dsn.parameters:
+            problem = "names no database"
+    except ConfigurationError as exc:
+        problem = str(exc)
+    if problem:
+        raise ValueError(f"{what}{problem}")
 
 
 def load_object(path: str) -> Any:
@@ -229,11 +229,3 @@ def parse_keys(name: str, text: str) -> Mapping[str, bytes]:
         # the text is a secret, so it is not repeated
         raise ConfigurationError(f"the secret {name!r} is malformed; write it as id:base64, separated by commas")
     return keys
-
-
-# --- URLs -------------------------------------------------------------------------------------------------------------
-
-
-def plain_url(url: str | URL) -> URL:
-    """Return ``url`` with the bare ``postgresql`` scheme, as asyncpg and psql read it."""
-    return make_url(url).set(drivername="postgresql")

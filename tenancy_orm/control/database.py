@@ -20,7 +20,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from ..config.values import plain_url
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..errors import (
     AdministratorNeededError,
@@ -30,6 +29,9 @@ from ..errors import (
     TenancyError,
 )
 from ..loops import HomeLoop
+from ..postgres import login
+from ..postgres.connections import Connection as DriverConnection
+from ..postgres.dsn import Dsn
 from ..postgres.errors import (
     INSUFFICIENT_PRIVILEGE,
     INVALID_PARAMETER_VALUE,
@@ -37,6 +39,7 @@ from ..postgres.errors import (
     sqlstate_of,
 )
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import reason_of
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .notifications import CONNECTIONS_CHANNEL, ConnectionRequest
@@ -82,49 +85,54 @@ class ControlDatabase:
     """The one database that knows the tenants.
 
     Args:
-        url: ``postgresql://`` URL.
+        dsn: The database, as a URL or a ``Dsn``.
         pool_size: Connections kept; as many again are opened under load and closed when returned.
-        connect_timeout: Seconds for a connect, and for waiting for a connection of the pool.
+        connect_timeout: Seconds for a connect, and for waiting for a connection of the pool; a shorter one in the DSN
+            bounds the connect.
         command_timeout: Seconds that one statement may take.
         name_prefix: ``TenancyConfig.name_prefix``, for the name of the role that ``upgrade`` creates.
+        purpose: What the connections are for, as their application_name says.
     """
 
     def __init__(
         self,
-        url: str,
+        dsn: Dsn | str,
         *,
         pool_size: int = 5,
         connect_timeout: float = 10.0,
         command_timeout: float = 30.0,
         name_prefix: str = "tenancy",
+        purpose: str = "tenancy-control",
     ) -> None:
         self.home = HomeLoop()
-        plain = plain_url(url)
-        self.listen_dsn = plain.render_as_string(hide_password=False)
-        self.database = plain.database or ""
-        self.address = (plain.host or "localhost", plain.port or 5432)
+        self.dsn = dsn = dsn if isinstance(dsn, Dsn) else Dsn.parse(dsn)
+        self.database = dsn.database or ""
+        self._connect_timeout = min(connect_timeout, dsn.connect_timeout or connect_timeout)
+        self._command_timeout = command_timeout
+        self._purpose = purpose
         self._installation: UUID | None = None
         self._name_prefix = name_prefix
         self._viewer: str | None = None
         self.engine: AsyncEngine = create_async_engine(
-            plain.set(drivername="postgresql+asyncpg"),
+            "postgresql+asyncpg://",
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_timeout=connect_timeout,
             pool_use_lifo=True,
             # parameters contain customers' data, digests and sealed passwords, which must not be in an error
             hide_parameters=True,
-            connect_args={
-                "timeout": connect_timeout,
-                "command_timeout": command_timeout,
-                "server_settings": {"application_name": "tenancy-control"},
-            },
+            connect_args={"async_creator_fn": self._log_in, **_cache_size(dsn)},
         )
         event.listen(self.engine.sync_engine, "handle_error", _drop_unusable)
 
     def __repr__(self) -> str:
         """Name the database, without host or credentials."""
         return f"ControlDatabase({self.database!r})"
+
+    async def _log_in(self) -> DriverConnection:
+        return await login.connect(
+            self.dsn, purpose=self._purpose, timeout=self._connect_timeout, command_timeout=self._command_timeout
+        )
 
     @property
     def installation(self) -> UUID:
@@ -215,11 +223,11 @@ class ControlDatabase:
             try:
                 connection = await stack.enter_async_context(self.engine.connect())
             except (DBAPIError, *SERVER_FAILURES) as exc:
-                # the class alone: a message may quote the address
-                cause = (exc.orig and exc.orig.__cause__) or exc.orig if isinstance(exc, DBAPIError) else exc
-                name = type(cause).__name__
-                raise ControlUnavailableError(f"the control database is not available ({name})") from exc
+                raise self._unavailable(exc) from exc
             yield connection
+
+    def _unavailable(self, error: BaseException) -> ControlUnavailableError:
+        return ControlUnavailableError(f"the control database {self.dsn} is not available: {reason_of(error)}")
 
     @asynccontextmanager
     async def _translating_errors(self) -> AsyncIterator[None]:
@@ -230,7 +238,7 @@ class ControlDatabase:
         except Exception as exc:
             if not is_unavailable(exc):
                 raise
-            raise ControlUnavailableError("the control database is not available") from exc
+            raise self._unavailable(exc) from exc
 
     # --- schema -----------------------------------------------------------------------------------------------------
 
@@ -249,8 +257,7 @@ class ControlDatabase:
             AdministratorNeededError: this role may not create the viewer role, and there is no administrator.
         """
         refuse_while_bound("migrating the control database")
-        self.home.check()
-        async with self._translating_errors(), self.engine.connect() as connection:
+        async with self._translating_errors(), self._pooled() as connection:
             await self._lock(connection)
             try:
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
@@ -320,6 +327,13 @@ class ControlDatabase:
                 added = insert(servers).values(name=name, host=host, port=port)
                 address = {"host": added.excluded.host, "port": added.excluded.port}
                 await connection.execute(added.on_conflict_do_update(index_elements=["name"], set_=address))
+
+
+def _cache_size(dsn: Dsn) -> dict[str, int]:
+    """SQLAlchemy's argument for its cache of prepared statements."""
+    name = "prepared_statement_cache_size"
+    size = dsn.client_size(name)
+    return {} if size is None else {name: size}
 
 
 def _alembic_config(connection: Connection | None = None) -> Config:

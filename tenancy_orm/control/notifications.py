@@ -23,8 +23,12 @@ from uuid import UUID
 
 import asyncpg
 
+from ..errors import ConfigurationError
 from ..events import EventBus, ListenerLost, ListenerRestored
+from ..postgres import login
+from ..postgres.dsn import Dsn
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import reason_of
 
 logger = logging.getLogger("tenancy_orm.listener")
 
@@ -105,7 +109,7 @@ class Listener:
 
     def __init__(
         self,
-        dsn: str,
+        dsn: Dsn,
         *,
         on_change: Callable[[Change], None],
         on_connected: Callable[[], None],
@@ -128,7 +132,7 @@ class Listener:
         """Whether the connection is open, as far as is known."""
 
     def __repr__(self) -> str:
-        """Say whether it is connected; the DSN is left out, since it contains a password."""
+        """Say whether it is connected; the DSN is left out."""
         return f"<Listener {'connected' if self.connected else 'not connected'}>"
 
     async def open(self) -> None:
@@ -165,8 +169,9 @@ class Listener:
             connection = await self._connect(lost)
             return await self._watch(connection, lost)
         except SERVER_FAILURES as exc:
-            # the class alone: a message may quote the address
-            return type(exc).__name__
+            return reason_of(exc)
+        except ConfigurationError as exc:
+            return str(exc)
         finally:
             self.connected = False
             if connection is not None:
@@ -174,11 +179,11 @@ class Listener:
                 connection.terminate()
 
     async def _connect(self, lost: asyncio.Event) -> asyncpg.Connection[Any]:
-        connection: asyncpg.Connection[Any] = await asyncpg.connect(
+        connection: asyncpg.Connection[Any] = await login.connect(
             self._dsn,
-            timeout=self._timeout,
+            purpose="tenancy-listener",
+            timeout=min(self._timeout, self._dsn.connect_timeout or self._timeout),
             command_timeout=self._timeout,
-            server_settings={"application_name": "tenancy-listener"},
         )
         try:
             connection.add_termination_listener(lambda _: lost.set())
@@ -217,7 +222,11 @@ class Listener:
         if self._lost_at is not None:
             return
         self._lost_at = time.monotonic()
-        logger.warning("the listener for invalidations is lost (%s); the directory relies on its TTL alone", reason)
+        logger.warning(
+            "the listener for invalidations at %s is lost (%s); the directory relies on its TTL alone",
+            self._dsn,
+            reason,
+        )
         self._events.emit(ListenerLost(reason=reason))
 
     def _report_restored(self) -> None:

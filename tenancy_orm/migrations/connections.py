@@ -94,7 +94,7 @@ class Connections:
         settings = {"lock_timeout": f"{round(config.migration.lock_timeout * 1000)}ms", "statement_timeout": "0"}
         try:
             connection = await self._services.provisioner.connect_admin(
-                server, database, role=names.owner, settings=settings, timeout=config.pool.connect_timeout
+                server, database, role=names.owner, settings=settings, purpose="tenancy-migration"
             )
         except Exception as exc:
             if is_down(exc):

@@ -180,6 +180,7 @@ class Blockers:
         role: str | None = None,
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
+        purpose: str = "tenancy-admin",
     ) -> Connection:
         """Log in as ``Server.connect_admin`` does, and end login blockers.
 
@@ -187,7 +188,9 @@ class Blockers:
             ServerUnavailableError, asyncpg.PostgresError: as ``Server.connect_admin``.
         """
         async with self.ending_login_blockers():
-            return await self._server.connect_admin(database, role=role, settings=settings, timeout=timeout)
+            return await self._server.connect_admin(
+                database, role=role, settings=settings, timeout=timeout, purpose=purpose
+            )
 
     @asynccontextmanager
     async def ending_login_blockers(self) -> AsyncIterator[None]:

@@ -158,6 +158,7 @@ class Provisioner:
         role: str | None = None,
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
+        purpose: str = "tenancy-admin",
     ) -> Connection:
         """Log in to a server as its administrator, and end login blockers.
 
@@ -167,13 +168,14 @@ class Provisioner:
             role: The role to act as from the first statement on.
             settings: Further server settings, in force from the start.
             timeout: Seconds this may take; ``connect_timeout`` where None.
+            purpose: What it is for, as its application_name says.
 
         Raises:
             UnknownServerError: no such server is configured.
             ServerUnavailableError, asyncpg.PostgresError: as ``Server.connect_admin``.
         """
         blockers = self._services.blockers(self._services.servers[server])
-        return await blockers.connect(database, role=role, settings=settings, timeout=timeout)
+        return await blockers.connect(database, role=role, settings=settings, timeout=timeout, purpose=purpose)
 
     async def _prepared_server(self, name: str) -> Server:
         """Return the server, prepared."""

@@ -40,6 +40,7 @@ from ..events import ConnectionEvicted, ConnectionOpened, EventBus
 from ..postgres.connections import Connection
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import clear_tracebacks
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from .budget import Budget, Share
@@ -47,7 +48,7 @@ from .connection import DriverConnection, TenantConnection
 from .dialect import SharedDialect
 from .marker import verify
 from .route import TenantRoute
-from .servers import CLOSE_SECONDS, Server, clear_tracebacks
+from .servers import CLOSE_SECONDS, Server
 from .shortage import Ask, Shortages
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -159,7 +160,9 @@ class Connector:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
             self._release_slot(route.share, driver_connection)
-            raise self.server.unavailable(exc, tenant=route.slug) from clear_tracebacks(exc)
+            raise self.server.unavailable(
+                exc, tenant=route.slug, database=route.placement.database
+            ) from clear_tracebacks(exc)
         except asyncio.CancelledError:
             # only when the connector shuts down: there is no time left for a regular close
             if driver_connection is not None:
@@ -236,7 +239,13 @@ class Connector:
             await phase()
         except ServerUnavailableError as exc:
             # many callers may wait for one task, each gets an error of its own
-            raise ServerUnavailableError(server=exc.server, tenant=route.slug, sqlstate=exc.sqlstate) from exc
+            raise ServerUnavailableError(
+                server=exc.server,
+                tenant=route.slug,
+                sqlstate=exc.sqlstate,
+                address=exc.address,
+                reason=exc.reason,
+            ) from exc
 
     def _adapt(self, route: TenantRoute, driver_connection: Connection, seconds: float) -> TenantConnection:
         connection = TenantConnection(  # type: ignore[no-untyped-call]

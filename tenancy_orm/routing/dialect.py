@@ -12,12 +12,13 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from ..errors import ConfigurationError, ServerUnavailableError
+from ..errors import ConfigurationError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import clear_tracebacks
 from .connection import TenantExecutionContext
-from .servers import CLOSE_SECONDS, Server, clear_tracebacks
+from .servers import CLOSE_SECONDS, Server
 from .settings import default_schema
 
 Spawn: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]"
@@ -152,8 +153,7 @@ class SharedDialect:
             yield
         except (*SERVER_FAILURES, DBAPIError) as exc:
             cause = exc.orig if isinstance(exc, DBAPIError) else exc
-            sqlstate = getattr(cause, "sqlstate", None)
-            raise ServerUnavailableError(server=self._server.name, sqlstate=sqlstate) from clear_tracebacks(exc)
+            raise self._server.unavailable(cause or exc) from clear_tracebacks(exc)
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

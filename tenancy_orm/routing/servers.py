@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import Context
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import asyncpg
 from sqlalchemy.engine import URL
@@ -17,13 +16,15 @@ from sqlalchemy.engine import URL
 from ..config import TenancyConfig
 from ..config.sections import ROLE_SETTINGS
 from ..context import refuse_while_bound
-from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
+from ..errors import LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
 from ..loops import HomeLoop
-from ..postgres import connections
+from ..postgres import connections, login
 from ..postgres.connections import Connection
+from ..postgres.dsn import DEFAULT_PORT, Dsn
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import clear_tracebacks, reason_of, set_keepalive
 from ..tenant import Placement
-from .settings import BOUNDS, named_in_url, read_settings, without
+from .settings import BOUNDS, named_in, read_settings, without
 
 logger = logging.getLogger("tenancy_orm.routing")
 
@@ -31,14 +32,21 @@ logger = logging.getLogger("tenancy_orm.routing")
 _REFUSED = frozenset({"28000", "28P01", "42501", "3D000"})
 # connection exceptions, out of resources (too many connections, among others), operator intervention (shutting down)
 _AWAY = ("08", "53", "57P")
-# these set the client's caches, and asyncpg does not accept them in a URL
-_CLIENT_OPTIONS = ("statement_cache_size", "prepared_statement_cache_size")
-_DEFAULT_PORT = 5432
 CLOSE_SECONDS = 2.0
 """How long closing a connection may take; then its socket is cut."""
 
 PEER_SECONDS = 30
 """Seconds after which a tenant's connection is closed if the other side acknowledges nothing."""
+
+# The kernel closes such a connection within about PEER_SECONDS. A long statement is not affected while the server's
+# machine acknowledges. Without this, the kernel repeats what was sent to a lost machine for some 15 minutes, and its
+# connections would count as busy for that time.
+_KEEPALIVES: Final = {
+    "keepalives_idle": PEER_SECONDS // 2,
+    "keepalives_interval": PEER_SECONDS // 6,
+    "keepalives_count": 3,
+    "tcp_user_timeout": PEER_SECONDS * 1_000,
+}
 
 SETTINGS_SECONDS = 300.0
 """Seconds after which a server's own settings are read again, in the background, when a connection is opened."""
@@ -51,10 +59,10 @@ class Server:
 
     Args:
         name: Its name in the configuration.
-        url: Its administrative URL. The options in its query (``sslmode``, ``sslrootcert``, ``target_session_attrs``,
-            and server settings) apply to tenants' connections as well, and so do ``statement_cache_size`` and
+        dsn: Its administrator's DSN. Its parameters (``sslmode``, ``sslrootcert``, ``target_session_attrs``, and server
+            settings) apply to tenants' connections as well, and so do ``statement_cache_size`` and
             ``prepared_statement_cache_size`` (0 for PgBouncer in transaction mode).
-        connect_timeout: Seconds that opening a connection may take.
+        connect_timeout: Seconds that opening a connection may take, where the DSN does not say.
         statement_timeout: PostgreSQL's statement_timeout for tenants, in seconds; 0 leaves it to the server.
         session_settings: Further settings for tenants' connections; a value in the URL overrides one here.
         bounds: Values of ``settings.BOUNDS`` in tenants' roles.
@@ -63,7 +71,7 @@ class Server:
     def __init__(
         self,
         name: str,
-        url: URL,
+        dsn: Dsn,
         *,
         connect_timeout: float,
         statement_timeout: float = 0.0,
@@ -71,21 +79,16 @@ class Server:
         bounds: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
-        self.url = url
+        self.dsn = dsn
         self.home = HomeLoop()
-        self.connect_timeout = connect_timeout
-        self._base = url.difference_update_query(_CLIENT_OPTIONS)._replace(password=None)
-        self._client_options = {key: int(str(value)) for key, value in url.query.items() if key in _CLIENT_OPTIONS}
-        self._driver_options: dict[str, Any] = {
-            k: size for k, size in self._client_options.items() if k == "statement_cache_size"
-        }
-        self._tenant_base = URL.create("postgresql+asyncpg", host=url.host or None, port=url.port)
-        self._named = named_in_url(url)
+        self.connect_timeout = connect_timeout = dsn.connect_timeout or connect_timeout
+        self._tenant_base = URL.create("postgresql+asyncpg", host=self.host, port=self.port)
+        self._named = named_in(dsn)
         self._bounds = bounds
         self._refuses_settings = False  # set when a login was refused with 08P01, as PgBouncer does
         given = {setting.lower(): value for setting, value in session_settings.items()}
         self.further_settings = without(given, self._named)
-        self._tenant_settings = {"application_name": "tenancy", **self.further_settings}
+        self._tenant_settings = {"application_name": dsn.application_name("tenancy"), **self.further_settings}
         self.session_settings: Mapping[str, str] = {}
         self._pins: Mapping[str, str] | None = None
         self._pinned_at = 0.0
@@ -98,28 +101,28 @@ class Server:
 
     def __repr__(self) -> str:
         """Return the server's name and address."""
-        return f"Server({self.name!r}, {self.host}:{self.port})"
+        return f"Server({self.name!r}, {self.dsn})"
 
     @property
     def host(self) -> str:
-        """Its host name or address, or the directory of its socket."""
-        host = self.url.host or self.url.query.get("host") or "localhost"
-        return host if isinstance(host, str) else host[-1]
+        """The first host name or address, or the directory of its socket."""
+        return self.dsn.hosts[0][0] if self.dsn.hosts else "localhost"
 
     @property
     def port(self) -> int:
-        """Its TCP port, or the number in the name of its socket."""
-        return self.url.port or int(str(self.url.query.get("port") or _DEFAULT_PORT))
+        """The first host's TCP port, or the number in the name of its socket."""
+        return self.dsn.hosts[0][1] if self.dsn.hosts else DEFAULT_PORT
 
     @property
     def prepared_statement_cache_size(self) -> int:
         """How many prepared statements SQLAlchemy keeps for each connection."""
-        return self._client_options.get("prepared_statement_cache_size", 100)
+        size = self.dsn.client_size("prepared_statement_cache_size")
+        return 100 if size is None else size
 
     @property
     def is_pooled(self) -> bool:
         """Whether a pooler in front refuses startup parameters: by its URL, or since it has refused them (08P01)."""
-        return self._refuses_settings or self._client_options.get("statement_cache_size") == 0
+        return self._refuses_settings or self.dsn.client_size("statement_cache_size") == 0
 
     def tenant_url(self, placement: Placement) -> URL:
         """The URL of a tenant's database in SQLAlchemy's form, without the password; it is not used to connect."""
@@ -132,6 +135,7 @@ class Server:
         role: str | None = None,
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
+        purpose: str = "tenancy-admin",
     ) -> Connection:
         """Log in as the administrator. These connections are not part of the budget; the caller closes them.
 
@@ -140,6 +144,7 @@ class Server:
             role: The role to act as from the first statement on.
             settings: Further server settings, in force from the start.
             timeout: Seconds this may take; ``connect_timeout`` where None.
+            purpose: What it is for, as its application_name says.
 
         Raises:
             ServerUnavailableError: the server does not answer, or accepts no connections now.
@@ -147,25 +152,17 @@ class Server:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("logging in as the administrator")
-        startup = {"application_name": "tenancy-admin", **settings}
+        startup = dict(settings)
         if role is not None:
             startup["role"] = role
+        options = {"database": database} if database else {}
         try:
-            return await self._connect(
-                self.url.username,
-                database or self.url.database,
-                self._admin_password,
-                startup,
-                timeout=timeout,
-                **self._driver_options,
-            )
-        except asyncpg.PostgresError as exc:
-            clear_tracebacks(exc)
-            if not (exc.sqlstate or "").startswith(_AWAY):
-                raise
-            raise ServerUnavailableError(server=self.name, sqlstate=exc.sqlstate) from exc
+            return await self._connect(purpose, startup, timeout=timeout, **options)
         except SERVER_FAILURES as exc:
-            raise ServerUnavailableError(server=self.name) from clear_tracebacks(exc)
+            clear_tracebacks(exc)
+            if isinstance(exc, asyncpg.PostgresError) and not (exc.sqlstate or "").startswith(_AWAY):
+                raise
+            raise self.unavailable(exc, database=database) from exc
 
     async def connect_tenant(
         self,
@@ -196,14 +193,14 @@ class Server:
 
         async def connect(settings: Mapping[str, str]) -> C:
             opened: C = await self._connect(
-                placement.role,
-                placement.database,
-                password,
+                "tenancy",
                 settings,
                 timeout=timeout,
+                user=placement.role,
+                database=placement.database,
+                password=password,
                 connection_class=connection_class,
                 command_timeout=self._command_timeout,
-                **self._driver_options,
             )
             return opened
 
@@ -216,8 +213,8 @@ class Server:
                     raise
                 connection = await connect(self._without_pins())
         except SERVER_FAILURES as exc:
-            raise self.unavailable(exc, tenant=label) from clear_tracebacks(exc)
-        set_keepalive(connection)
+            raise self.unavailable(exc, tenant=label, database=placement.database) from clear_tracebacks(exc)
+        set_keepalive(connection, {**_KEEPALIVES, **self.dsn.keepalives})
         return connection
 
     def _without_pins(self) -> Mapping[str, str]:
@@ -267,9 +264,7 @@ class Server:
                 await connections.close(connection, timeout=CLOSE_SECONDS)
         except SERVER_FAILURES as exc:
             # the administrator's login failed: the tenant was not refused
-            raise ServerUnavailableError(
-                server=self.name, sqlstate=getattr(exc, "sqlstate", None)
-            ) from clear_tracebacks(exc)
+            raise self.unavailable(exc) from clear_tracebacks(exc)
 
     async def _renew_settings(self) -> None:
         try:
@@ -288,85 +283,39 @@ class Server:
 
     # --- errors -----------------------------------------------------------------------------------------------------
 
-    def unavailable(self, error: BaseException, *, tenant: str) -> ServerUnavailableError:
-        """Return the error to raise when opening a connection for ``tenant`` (its slug) failed with ``error``."""
+    def unavailable(
+        self, error: BaseException, *, tenant: str | None = None, database: str | None = None
+    ) -> ServerUnavailableError:
+        """Return the error to raise when opening a connection failed with ``error``.
+
+        Args:
+            error: What PostgreSQL, asyncpg or the system raised.
+            tenant: The slug of the tenant that the connection is for; None for an administrative one.
+            database: The database; the one in the DSN where None.
+        """
         sqlstate = getattr(error, "sqlstate", None)
-        kind = LoginRefusedError if sqlstate in _REFUSED else ServerUnavailableError
-        return kind(server=self.name, tenant=tenant, sqlstate=sqlstate)
+        kind = LoginRefusedError if tenant is not None and sqlstate in _REFUSED else ServerUnavailableError
+        return kind(
+            server=self.name,
+            tenant=tenant,
+            sqlstate=sqlstate,
+            address=self.dsn.address(database),
+            reason=reason_of(error),
+        )
 
     async def _connect(
-        self,
-        user: str | None,
-        database: str | None,
-        password: str | Callable[[], str] | None,
-        settings: Mapping[str, str],
-        *,
-        timeout: float | None,
-        **options: Any,
+        self, purpose: str, settings: Mapping[str, str], *, timeout: float | None, **options: Any
     ) -> Any:
         self.home.check()
-        try:
-            return await asyncpg.connect(
-                self._base.render_as_string(hide_password=False),  # it has none
-                user=user,
-                database=database,
-                password=password,
-                timeout=self.connect_timeout if timeout is None else timeout,
-                server_settings=dict(settings),
-                **options,
-            )
-        except asyncpg.exceptions.ClientConfigurationError as exc:
-            raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from clear_tracebacks(
-                exc
-            )
-        except BaseException as exc:
-            # a cancellation or a time-out as well: the frames of every failed connect hold the password
-            clear_tracebacks(exc)
-            raise
-
-    def _admin_password(self) -> str:
-        """The administrator's password. It is passed as a method, so that our frames do not hold the text."""
-        return str(self.url.password or "")
-
-
-def set_keepalive(connection: Connection) -> None:
-    """Let the kernel close a connection within about ``PEER_SECONDS`` if the other side no longer answers.
-
-    A long statement is not affected while the server's machine acknowledges. Without this, the kernel repeats what was
-    sent to a lost machine for some 15 minutes, and its connections would count as busy for that time.
-    """
-    transport = getattr(connection, "_transport", None)
-    peer: socket.socket | None = transport.get_extra_info("socket") if transport is not None else None
-    if peer is None or peer.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", PEER_SECONDS // 2),
-        ("TCP_KEEPINTVL", PEER_SECONDS // 6),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", PEER_SECONDS * 1_000),
-    ):
-        if (number := getattr(socket, option, None)) is not None:  # not every system has them
-            peer.setsockopt(socket.IPPROTO_TCP, number, value)
-
-
-E = TypeVar("E", bound=BaseException)
-
-
-def clear_tracebacks(error: E) -> E:
-    """Drop the tracebacks of ``error`` and of its causes: asyncpg's frames hold the password in local variables."""
-    cause: BaseException | None = error
-    while cause is not None:
-        cause.__traceback__ = None
-        cause = cause.__cause__ or cause.__context__
-    return error
+        seconds = self.connect_timeout if timeout is None else timeout
+        return await login.connect(self.dsn, purpose=purpose, timeout=seconds, settings=settings, **options)
 
 
 class Servers(Mapping[str, Server]):
     """The configured servers by name.
 
     Args:
-        config: ``server_urls`` and the timeouts are read from it.
+        config: ``server_dsns`` and the timeouts are read from it.
     """
 
     def __init__(self, config: TenancyConfig) -> None:
@@ -375,13 +324,13 @@ class Servers(Mapping[str, Server]):
         self._servers = {
             name: Server(
                 name,
-                url,
+                dsn,
                 connect_timeout=config.pool.connect_timeout,
                 statement_timeout=config.sessions.statement_timeout,
                 session_settings=config.sessions.settings,
                 bounds=bounds,
             )
-            for name, url in config.server_urls.items()
+            for name, dsn in config.server_dsns.items()
         }
 
     def __getitem__(self, name: str) -> Server:

@@ -24,9 +24,9 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 import asyncpg
-from sqlalchemy.engine import URL
 
 from ..postgres.connections import Connection
+from ..postgres.dsn import Dsn
 
 PINNED: Final = frozenset(
     {
@@ -124,11 +124,10 @@ async def _read_files(connection: Connection, names: set[str]) -> dict[str, str]
     return {row["name"].lower(): row["setting"] for row in rows if row["name"].lower() in names}
 
 
-def named_in_url(url: URL) -> frozenset[str]:
-    """The names of the settings in a server's URL, as parameters or within ``options``; in lower case."""
-    names = {name.lower() for name in url.query}
-    options = url.query.get("options", "")
-    words = shlex.split(options if isinstance(options, str) else " ".join(options))
+def named_in(dsn: Dsn) -> frozenset[str]:
+    """The names of the settings in a server's DSN, as parameters or within ``options``; in lower case."""
+    names = {name.lower() for name in (*dsn.settings, *dsn.parameters)}
+    words = shlex.split(dsn.parameters.get("options", ""))
     for position, word in enumerate(words):
         if word == "-c" and position + 1 < len(words):
             names.add(_name_of(words[position + 1]))
@@ -156,4 +155,4 @@ def default_schema(search_path: str) -> str:
     return "public"
 
 
-__all__ = ["BOUNDS", "PINNED", "PINNED_WHERE_KNOWN", "default_schema", "named_in_url", "read_settings", "without"]
+__all__ = ["BOUNDS", "PINNED", "PINNED_WHERE_KNOWN", "default_schema", "named_in", "read_settings", "without"]

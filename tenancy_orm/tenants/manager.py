@@ -154,7 +154,7 @@ class TenantManager(TenantLifecycle):
         }
 
     async def _least_filled(self) -> str:
-        configured = self._config.server_urls
+        configured = self._config.server_dsns
         if len(configured) == 1:
             return next(iter(configured))
         counts = {k: v for k, v in (await self._registry.count_by_server()).items() if k in configured}

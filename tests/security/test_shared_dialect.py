@@ -22,9 +22,10 @@ from sqlalchemy.pool import NullPool
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError
+from tenancy_orm.postgres.dsn import Dsn
 from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.routing import servers
-from tenancy_orm.routing.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, default_schema, named_in_url, read_settings
+from tenancy_orm.routing.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, default_schema, named_in, read_settings
 from tenancy_orm.tenant import Tenant
 from tests.support.models import Base, Note
 from tests.support.postgres import Postgres
@@ -542,5 +543,5 @@ def test_the_default_schema_is_the_first_of_the_search_path(search_path: str, sc
 
 def test_settings_in_a_url_are_found() -> None:
     """By themselves, and in every form within ``options``."""
-    url = make_url("postgresql://h/d?TimeZone=UTC&options=-c%20search_path%3Dx%20-cjit%3Doff%20--lock-timeout%3D1")
-    assert named_in_url(url) >= {"timezone", "search_path", "jit", "lock_timeout"}
+    url = Dsn.parse("postgresql://h/d?TimeZone=UTC&options=-c%20search_path%3Dx%20-cjit%3Doff%20--lock-timeout%3D1")
+    assert named_in(url) >= {"timezone", "search_path", "jit", "lock_timeout"}

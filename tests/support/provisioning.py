@@ -256,7 +256,7 @@ async def open_workshop(
         await control.upgrade(administrator=administrator)
         await administrator.close()
     await control.open()
-    await synchronise(control, settings.tiers, dict.fromkeys(settings.server_urls, ("127.0.0.1", 5432)))
+    await synchronise(control, settings.tiers, dict.fromkeys(settings.server_dsns, ("127.0.0.1", 5432)))
     names = Names(settings.name_prefix, control.installation)
     parts: dict[str, Any] = {
         "config": settings,

@@ -18,6 +18,7 @@ from sqlalchemy.engine import make_url
 from tenancy_orm.control.notifications import Change, Listener
 from tenancy_orm.errors import InvalidApiKeyError
 from tenancy_orm.events import Event, EventBus, ListenerLost, ListenerRestored
+from tenancy_orm.postgres.dsn import Dsn
 from tenancy_orm.tenant import Status
 from tests.support.control import ControlPlane, control_plane
 from tests.support.proxy import Proxy, proxied
@@ -224,7 +225,7 @@ class Heard:
         bus = EventBus()
         bus.subscribe(Event, self.events.append)
         self.listener = Listener(
-            proxy.url(url),
+            Dsn.parse(proxy.url(url)),
             on_change=self.changes.append,
             on_connected=self._connected,
             events=bus,

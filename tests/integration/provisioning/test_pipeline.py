@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.engine import make_url
 
 from tenancy_orm.errors import (
     ControlUnavailableError,
@@ -377,7 +378,10 @@ async def test_what_cannot_be_undone_is_left_to_reconcile(workshop: Workshop, mo
 
 async def test_a_server_that_is_away_leaves_nothing(workshop: Workshop) -> None:
     """The error is that of routing; no row was written, since the lock is taken first."""
-    servers = {"default": workshop.config.server_urls["default"].set(port=1).render_as_string(hide_password=False)}
+    assert workshop.config.servers is not None
+    servers = {
+        "default": make_url(workshop.config.servers["default"]).set(port=1).render_as_string(hide_password=False)
+    }
     away = workshop.provisioner_of()
     await away.template("default")
     away._services = replace(away._services, servers=Servers(workshop.config.replace(servers=servers)))

@@ -166,7 +166,7 @@ def test_text_is_read_alike_wherever_it_comes_from() -> None:
         sessions={"settings": "search_path = a, b; timezone=UTC"},  # type: ignore[arg-type]
         provisioning={"role_settings": {"work_mem": 4096, "jit": False}},  # type: ignore[arg-type]
     )
-    assert list(config.server_urls) == ["a", "b", "c"]
+    assert list(config.server_dsns) == ["a", "b", "c"]
     assert config.metadata is Base.metadata
     assert config.extensions == ("vector", "citext")
     assert list(config.sealing_keys) == ["1", "2"]

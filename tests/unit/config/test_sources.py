@@ -35,7 +35,7 @@ def test_variables_are_read() -> None:
     )
     assert config.control_url == URL
     assert config.control.pool_size == 3
-    assert set(config.server_urls) == {"a", "b"}
+    assert set(config.server_dsns) == {"a", "b"}
     assert list(config.sealing_keys) == ["1", "2"]
     assert config.extensions == ("vector", "citext")
     assert config.pool == PoolConfig(max_connections=7, checkout_timeout=1.5, full_reset=True)

@@ -1,0 +1,162 @@
+"""Opening a connection by a ``Dsn``: to several hosts in turn, each within its time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import asyncpg
+from asyncpg.exceptions import ClientConfigurationError, TargetServerAttributeNotMatched
+from sqlalchemy.exc import DBAPIError
+
+from ..errors import ConfigurationError
+from .dsn import Dsn
+from .errors import postgres_error
+from .parameters import SSL_FILES
+
+# the next host is tried, as libpq does: no answer, a server that starts or stops, one of another kind
+_NEXT = (OSError, asyncpg.CannotConnectNowError, TargetServerAttributeNotMatched)
+
+C = TypeVar("C", bound="asyncpg.Connection[Any]")
+E = TypeVar("E", bound=BaseException)
+
+
+async def connect(
+    dsn: Dsn,
+    *,
+    purpose: str,
+    timeout: float,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    password: str | Callable[[], str] | None = None,
+    connection_class: type[C] = asyncpg.Connection,
+    **options: Any,
+) -> C:
+    """Open a connection.
+
+    Args:
+        dsn: Where to.
+        purpose: What the connection is for, as its application_name says.
+        timeout: Seconds that this may take; several hosts share them.
+        settings: Further settings of the server, in force from the start.
+        password: The password, or a function that returns it as late as possible; the DSN's own where None.
+        connection_class: The class of the connection.
+        options: Further arguments of ``asyncpg.connect``; they win over what the DSN says.
+
+    Raises:
+        ConfigurationError: the DSN names a file that cannot be read, or asyncpg refuses its parameters.
+        asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the server refuses, or does not answer.
+    """
+    given = {**dsn.arguments(), **options}
+    given["server_settings"] = dsn.server_settings(**{"application_name": dsn.application_name(purpose), **settings})
+    if password is None and dsn.password is not None:
+        password = dsn.secret
+
+    async def attempt(seconds: float, **chosen: Any) -> C:
+        opened: C = await asyncpg.connect(
+            **{**given, **chosen}, password=password, timeout=seconds, connection_class=connection_class
+        )
+        return opened
+
+    try:
+        connection = await _first_host(dsn, attempt, timeout)
+    except ClientConfigurationError as exc:
+        raise ConfigurationError(f"a connection to {dsn} cannot be opened: {exc}") from clear_tracebacks(exc)
+    except BaseException as exc:
+        # a cancellation or a time-out as well: the frames of every failed connect hold the password
+        clear_tracebacks(exc)
+        if isinstance(exc, OSError) and (name := _unreadable(dsn)):
+            raise ConfigurationError(f"the file of {name} for {dsn} cannot be read") from exc
+        raise
+    _apply_keepalives(connection, dsn)
+    return connection
+
+
+async def _first_host(dsn: Dsn, attempt: Callable[..., Awaitable[C]], timeout: float) -> C:
+    """Try the hosts in turn. A host that does not answer does not take the time of the others."""
+    hosts = list(dsn.hosts)
+    if dsn.parameters.get("load_balance_hosts") == "random":
+        random.shuffle(hosts)
+    if len(hosts) <= 1:
+        return await attempt(timeout)
+    rounds: list[dict[str, Any]] = [{}]
+    if dsn.parameters.get("target_session_attrs") == "prefer-standby":
+        rounds = [{"target_session_attrs": "standby"}, {"target_session_attrs": "any"}]
+    attempts = [{"host": host, "port": port, **kind} for kind in rounds for host, port in hosts]
+    ends = asyncio.get_running_loop().time() + timeout
+    while True:
+        seconds = (ends - asyncio.get_running_loop().time()) / len(attempts)
+        try:
+            return await attempt(max(seconds, 0.001), **attempts.pop(0))
+        except _NEXT as exc:
+            if not attempts:
+                raise
+            clear_tracebacks(exc)
+
+
+def _unreadable(dsn: Dsn) -> str | None:
+    """The parameter that names a file which cannot be read, if there is one."""
+    for name in SSL_FILES:
+        path = dsn.parameters.get(name)
+        if path and path != "system" and not os.access(path, os.R_OK):
+            return name
+    return None
+
+
+def _apply_keepalives(connection: asyncpg.Connection[Any], dsn: Dsn) -> None:
+    if dsn.keepalives:
+        set_keepalive(connection, dsn.keepalives)
+
+
+def set_keepalive(connection: asyncpg.Connection[Any], values: Mapping[str, int]) -> None:
+    """Let the kernel close a connection to a machine that does not answer any more.
+
+    Args:
+        connection: An open one. One over a Unix socket is left as it is.
+        values: libpq's ``keepalives`` (0 is off), ``keepalives_idle``, ``keepalives_interval`` (seconds),
+            ``keepalives_count`` and ``tcp_user_timeout`` (milliseconds); 0 is the system's own.
+    """
+    transport = getattr(connection, "_transport", None)
+    peer: socket.socket | None = transport.get_extra_info("socket") if transport is not None else None
+    if peer is None or peer.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    on = values.get("keepalives", 1) != 0
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, on)
+    for option, name in (
+        ("TCP_KEEPIDLE", "keepalives_idle"),
+        ("TCP_KEEPINTVL", "keepalives_interval"),
+        ("TCP_KEEPCNT", "keepalives_count"),
+        ("TCP_USER_TIMEOUT", "tcp_user_timeout"),
+    ):
+        value = values.get(name, 0)
+        number = getattr(socket, option, None)  # not every system has them
+        if value > 0 and number is not None and (on or name == "tcp_user_timeout"):
+            peer.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
+def clear_tracebacks(error: E) -> E:
+    """Drop the tracebacks of ``error`` and of its causes: asyncpg's frames hold the password in local variables."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a connection could not be opened: PostgreSQL's message, or the system's. Neither has a secret."""
+    if (refused := postgres_error(error)) is not None:
+        return f"{refused.args[0] if refused.args else type(refused).__name__} ({refused.sqlstate})"
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        error = error.orig.__cause__ or error.orig
+    if isinstance(error, TimeoutError) and not error.args:
+        return "no answer in time"
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+__all__ = ["clear_tracebacks", "connect", "reason_of", "set_keepalive"]
