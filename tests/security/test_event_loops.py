@@ -311,9 +311,9 @@ def test_another_loop_of_the_same_thread_is_refused(tenancy_config: TenancyConfi
 # --- opening and closing --------------------------------------------------------------------------------------------
 
 
-def test_one_loop_after_the_other(tenancy_config: TenancyConfig) -> None:
+def test_one_loop_after_the_other(tenancy_config: TenancyConfig, empty_url: str) -> None:
     """``asyncio.run`` as often as one likes, as long as it is closed in between; also after a failure to open."""
-    tenancy = Tenancy(tenancy_config)
+    tenancy = Tenancy(tenancy_config.replace(control_url=empty_url))
     heard: list[str] = []
 
     async def listen(event: TenantUpdated) -> None:

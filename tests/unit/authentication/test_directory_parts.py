@@ -480,10 +480,10 @@ async def test_who_queues_behind_slow_answers_waits_for_two_of_them_at_most() ->
     async def load(keys: list[int]) -> Mapping[int, str]:
         nonlocal asked
         asked += 1
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.3)
         return {key: str(key) for key in keys}
 
-    batch: BatchLoader[int, str] = BatchLoader(load, size=1, workers=1, timeout=0.1)
+    batch: BatchLoader[int, str] = BatchLoader(load, size=1, workers=1, timeout=0.5)
     outcomes = await asyncio.gather(*(batch.get(key) for key in range(50)), return_exceptions=True)
     assert outcomes[0] == ("0", set())
     assert isinstance(outcomes[-1], ControlUnavailableError)
