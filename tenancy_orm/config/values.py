@@ -72,7 +72,7 @@ def _read_servers(value: object) -> object:
         # a name that is none may be a URL, with its password
         if not isinstance(name, str) or not _SERVER_NAME.fullmatch(name):
             raise ValueError("each server's name must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
-        check_url(url, f"the URL of server {name!r} ")
+        check_url(url, f"the URL of server {name!r}")
     return MappingProxyType(dict(value))
 
 
@@ -115,8 +115,11 @@ def check_url(url: str, what: str = "") -> None:
             problem = "names no database"
     except ConfigurationError as exc:
         problem = str(exc)
+    if problem and what:
+        # a problem of the whole URL continues the sentence; one of a parameter is a sentence of its own
+        what += " " if problem.startswith(("is ", "must ", "names ")) else ": "
     if problem:
-        raise ValueError(f"{what}{problem}")
+        raise ValueError(what + problem)
 
 
 def load_object(path: str) -> Any:

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from ..config import TenancyConfig
 from ..config.sections import ROLE_SETTINGS
 from ..context import refuse_while_bound
-from ..errors import LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
+from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
 from ..loops import HomeLoop
 from ..postgres import connections, login
 from ..postgres.connections import Connection
@@ -308,7 +308,10 @@ class Server:
     ) -> Any:
         self.home.check()
         seconds = self.connect_timeout if timeout is None else timeout
-        return await login.connect(self.dsn, purpose=purpose, timeout=seconds, settings=settings, **options)
+        try:
+            return await login.connect(self.dsn, purpose=purpose, timeout=seconds, settings=settings, **options)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from exc
 
 
 class Servers(Mapping[str, Server]):
