@@ -188,12 +188,17 @@ class TenancyMiddleware:
             except InvalidApiKeyError as error:
                 raise self._rejected(scope, error.reason) from None
             if key is not None:
-                if found is not None and key != found:
-                    raise self._rejected(scope, "ambiguous")
-                found = key
+                found = key if found is None or key == found else self._only_key(scope, found, key)
         if found is None:
             raise self._rejected(scope, "missing")
         return found
+
+    def _only_key(self, scope: Scope, one: str, other: str) -> str:
+        """Return the one of two texts that is an API key: beside it, a proxy may send a token of another system."""
+        is_key = self.tenancy.internals.directory.is_key
+        if is_key(one) and is_key(other):
+            raise self._rejected(scope, "ambiguous")
+        return one if is_key(one) else other
 
     def _repeated(self, scope: Scope, header: bytes) -> TenancyError:
         if header in self._key_headers:

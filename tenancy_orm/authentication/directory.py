@@ -85,6 +85,7 @@ class Directory:
         self._salt = os.urandom(32)
         self._digester = KeyDigester(config.keys.decoded_peppers, config.keys.pepper_current)
         self._prefixes = frozenset((config.keys.prefix, *config.keys.prefixes))
+        self._beginnings = tuple(f"{prefix}_" for prefix in self._prefixes)
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._request_callbacks: list[Callable[[ConnectionRequest], None]] = []
         self._cache = DirectoryCache(config, clock)
@@ -203,6 +204,11 @@ class Directory:
         found = self.peek(key, source)
         if found is not None:
             return found
+        if not self.is_key(key):
+            # another system's token, a JWT for example: it cannot be a guess, so it does not count as one
+            error = InvalidApiKeyError("malformed")
+            self._report_refused(error, source, None)
+            raise error
         entry: KeyEntry | None = None
         try:
             entry = await self._entry(key, source)
@@ -214,6 +220,10 @@ class Directory:
         except InvalidApiKeyError as exc:
             await self._refused(exc, source, entry.credential.tenant if entry else None)
             raise
+
+    def is_key(self, text: str) -> bool:
+        """Whether a text begins as the API keys of this installation do; what does not is none."""
+        return text.startswith(self._beginnings)
 
     async def _entry(self, key: str, source: str | None) -> KeyEntry:
         """Return the entry of a key with the right secret, from the cache where it is fresh."""
@@ -301,9 +311,12 @@ class Directory:
 
     async def _refused(self, error: InvalidApiKeyError, source: str | None, tenant: Tenant | None) -> None:
         """Report and count a refusal, and delay the answer where its key id was tried too often."""
+        self._report_refused(error, source, tenant)
+        await self._lockout.count(error.key_id, source)
+
+    def _report_refused(self, error: InvalidApiKeyError, source: str | None, tenant: Tenant | None) -> None:
         self._events.emit(KeyRejected(reason=error.reason, key_id=error.key_id, source=source))
         self._journal.record_refusal(error.reason, error.key_id, source, tenant)
-        await self._lockout.count(error.key_id, source)
 
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
         """Report a request that named another tenant than its key's.

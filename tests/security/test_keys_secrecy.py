@@ -170,6 +170,23 @@ async def test_a_source_that_keeps_failing_is_slowed_down(control_url: str) -> N
         assert (event.source, event.key_id, event.failures) == ("192.0.2.1", None, 5)
 
 
+async def test_a_token_of_another_system_is_no_guess(control_url: str) -> None:
+    """It is refused, but locks nobody out; a text that begins as a key does counts, whatever follows."""
+    async with control_plane(control_url, lockout={"failures": 5}) as plane:
+        _, key = await plane.tenant("acme")
+        for token in ("eyJhbGciOiJSUzI1NiJ9.e30.c2ln", "", "ten_lives_x", "x" * 5_000) * 10:
+            with pytest.raises(InvalidApiKeyError):
+                await plane.directory.authenticate(token, source="192.0.2.1")
+        assert plane.of(KeyLockedOut) == plane.of(DirectoryMissed) == []
+        assert (await plane.directory.authenticate(key, source="192.0.2.1")).tenant.slug == "acme"
+        outcomes = []
+        for _ in range(6):
+            with pytest.raises((InvalidApiKeyError, TooManyAttemptsError)) as caught:
+                await plane.directory.authenticate("ten_live_nonsense", source="192.0.2.2")
+            outcomes.append(caught.type)
+        assert outcomes == [InvalidApiKeyError] * 5 + [TooManyAttemptsError]
+
+
 async def test_a_lock_out_of_a_source_spares_others_and_keys_in_use(control_url: str) -> None:
     """Everybody behind one proxy has its address: one of them must not shut the others out."""
     async with control_plane(control_url, lockout={"failures": 5}) as plane:
@@ -252,10 +269,10 @@ async def test_good_keys_at_once_from_one_source_all_work(control_url: str) -> N
 
 
 async def test_malformed_keys_count_as_failures_of_their_source(control_url: str) -> None:
-    """They cost no look-up, and show a guesser all the same."""
+    """If they begin as keys do: they cost no look-up, and show a guesser all the same."""
     async with control_plane(control_url, lockout={"failures": 5}) as plane:
         for _ in range(5):
-            assert (await refusal(plane, "nonsense", "192.0.2.1")).reason == "malformed"
+            assert (await refusal(plane, "ten_live_nonsense", "192.0.2.1")).reason == "malformed"
         assert await attempts(plane, 1, "192.0.2.1") == [TooManyAttemptsError]
 
 

@@ -123,6 +123,10 @@ class MemoryDirectory:
         """What is known."""
         return self.keys.get(key) if self.known else None
 
+    def is_key(self, text: str) -> bool:
+        """Whether it begins as this one's keys do."""
+        return text.startswith("key-")
+
     async def authenticate(self, key: str, *, source: str | None = None) -> Credential:
         """What is looked up."""
         self.asked.append((key, source))

@@ -109,7 +109,6 @@ async def test_without_a_key_nothing_is_reached(app: Recorder, tenants: MemoryTe
         [BEARER, BEARER],
         [BEARER, ("Authorization", "Basic YTpi")],
         [KEY, ("X-API-Key", "")],
-        [KEY, ("Authorization", "Bearer")],
     ],
 )
 async def test_two_keys_are_refused(app: Recorder, tenants: MemoryTenancy, headers: Sequence[tuple[str, str]]) -> None:
@@ -118,6 +117,17 @@ async def test_two_keys_are_refused(app: Recorder, tenants: MemoryTenancy, heade
     assert answer.status == 401
     assert answer.json()["type"] == "urn:tenancy:problem:ambiguous-api-key"
     assert app.scopes == []
+
+
+@pytest.mark.parametrize("other", [("Authorization", "Bearer ey.J0.eXAi"), ("Authorization", "Bearer")])
+@pytest.mark.parametrize("first", [True, False])
+async def test_another_systems_token_beside_a_key_is_ignored(
+    app: Recorder, tenants: MemoryTenancy, other: tuple[str, str], first: bool
+) -> None:
+    """A proxy's JWT, for example: it cannot be one of our keys, so that nothing has to be chosen."""
+    answer = await request(build(app, tenants), headers=[other, KEY] if first else [KEY, other])
+    assert answer.status == 200
+    assert len(app.scopes) == 1
 
 
 async def test_an_unknown_key_is_refused(app: Recorder, tenants: MemoryTenancy) -> None:
