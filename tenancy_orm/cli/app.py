@@ -102,7 +102,7 @@ def create(
     metadata: Annotated[str | None, typer.Option(help="A JSON object to store with the tenant.")] = None,
     trial: Annotated[bool, typer.Option("--trial", help="Start as a trial.")] = False,
     trial_days: Annotated[
-        float | None, typer.Option(help="Start as a trial; housekeeping suspends it after this many days.")
+        float | None, typer.Option(min=0, help="Start as a trial; housekeeping suspends it after this many days.")
     ] = None,
     server: Annotated[str | None, typer.Option(help="The server to place it on.")] = None,
     as_json: Json = False,
@@ -172,7 +172,7 @@ def update(
     tier: Annotated[str | None, typer.Option(help="Its new tier.")] = None,
     metadata: Annotated[str | None, typer.Option(help="A JSON object that replaces its metadata.")] = None,
     timezone: Annotated[str | None, typer.Option(help="IANA time zone of its daily and monthly quotas.")] = None,
-    trial_days: Annotated[float | None, typer.Option(help="End its trial this many days from now.")] = None,
+    trial_days: Annotated[float | None, typer.Option(min=0, help="End its trial this many days from now.")] = None,
     as_json: Json = False,
 ) -> None:
     """Change a tenant's tier, metadata, time zone or end of trial."""
