@@ -63,3 +63,11 @@ def test_every_error_is_named_and_drawn(cls: type[TenancyError]) -> None:
 def test_a_rejected_key_says_the_same_whatever_the_reason() -> None:
     """The reason is for the audit log, not for the caller."""
     assert str(errors.InvalidApiKeyError("expired")) == str(errors.InvalidApiKeyError("unknown"))
+
+
+def test_a_purge_that_is_refused_says_to_delete_first() -> None:
+    """That is the remedy, but not where the tenant is deleted already and something else is in the way."""
+    assert str(errors.InvalidTransitionError("acme", "active", "purged")).endswith(
+        "from active to purged; delete it first"
+    )
+    assert "delete it first" not in str(errors.InvalidTransitionError("acme", "active", "suspended"))
