@@ -327,10 +327,12 @@ class TenantUnavailableError(TenantError):
     """The tenant exists, but its status does not admit sessions."""
 
     status: str = "unavailable"
+    _state: str | None = None  # the status in a sentence, where its name alone does not fit
 
     def __init__(self, tenant: str, *, reason: str | None = None) -> None:
         """Name the ``tenant`` (slug) and, where an operator gave one, the ``reason``."""
-        super().__init__(f"tenant {tenant!r} is {self.status}" + (f": {reason}" if reason else ""), tenant=tenant)
+        state = self._state or self.status
+        super().__init__(f"tenant {tenant!r} is {state}" + (f": {reason}" if reason else ""), tenant=tenant)
         self.reason = reason
 
 
@@ -338,6 +340,7 @@ class TenantProvisioningError(TenantUnavailableError):
     """The tenant is still being created; try again shortly."""
 
     status = "provisioning"
+    _state = "still being created"
 
 
 class TenantSuspendedError(TenantUnavailableError):
@@ -350,6 +353,7 @@ class TenantMaintenanceError(TenantUnavailableError):
     """The tenant is in maintenance; try again later."""
 
     status = "maintenance"
+    _state = "in maintenance"
 
 
 class TenantDeletedError(TenantUnavailableError):

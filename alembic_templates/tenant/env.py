@@ -4,7 +4,8 @@ from alembic import context
 
 from tenancy_orm import environment
 
-# The application's tables, for `revision --autogenerate` and `check`. None means those of TenancyConfig(metadata=...).
+# The application's tables, for `revision --autogenerate` and `check`. None means those of the setting `metadata`, in a
+# settings file, in TENANCY_METADATA or in TenancyConfig(metadata=...). To name them here instead:
 # from myapp.models import Base
 # target_metadata = Base.metadata
 target_metadata = None

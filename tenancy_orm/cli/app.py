@@ -282,7 +282,7 @@ def rename(
     show_tenant(run(command), as_json)
 
 
-@app.command("run-maintenance", hidden=True)  # its former name
+@app.command("run-maintenance", hidden=True)  # an alias
 @app.command()
 def housekeeping(as_json: Json = False) -> None:
     """Do what is due: end trials, suspend, purge after retention, reconcile. Run it from a timer."""
@@ -302,7 +302,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Check once, and print what was ended.")] = False,
     as_json: Json = False,
 ) -> None:
-    """End tenants' sessions that would stop a server for the others. Run it as a service, connected beforehand."""
+    """End tenants' sessions that would block a server for the others. Run it as a service that is always connected."""
 
     async def watch_once(tenancy: Tenancy) -> Any:
         return await tenancy.internals.provisioner.end_excessive_sessions(actor=operator())

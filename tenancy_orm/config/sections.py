@@ -164,8 +164,8 @@ class LockoutConfig(Section, frozen=True):
     """The lock-out of those who guess API keys."""
 
     failures: AtLeastZero = 20
-    """How many invalid keys a source, or one key id, may present within ``seconds`` before it is slowed down; 0 is no
-    limit."""
+    """How many invalid keys a source, or one key id, may present within ``seconds`` before it is slowed down; 0 means
+    no limit."""
     seconds: Seconds = 60.0
     """The longest time between two attempts of a source that is slowed down, in seconds."""
 
@@ -228,7 +228,7 @@ class MigrationConfig(Section, frozen=True):
 
 
 class WatchdogConfig(Section, frozen=True):
-    """What the watchdog ends of the tenants' sessions; 0 is no bound."""
+    """Bounds at which the watchdog ends a tenant's sessions; 0 means no bound."""
 
     max_session_locks: AtLeastZero = 2_000
     """How many locks one session may hold."""

@@ -58,7 +58,7 @@ class TenancyConfig(_Checked, BaseSettings):
 
     control_url: str = Field(repr=False, exclude=True)
     """The control database, ``postgresql://user:password@host/database``; or ``embedded`` / ``embedded:<directory>``
-    for a server of its own in development (extra ``embedded``)."""
+    for a private server, for development (extra ``embedded``)."""
     servers: ServerUrls | None = Field(default=None, repr=False, exclude=True)
     """Administrative URL of each PostgreSQL server that holds tenant databases, by name. Its role must be able to
     create databases and roles. Where None, ``{"default": <the server of control_url>}``. As text: ``name=url``,
@@ -67,7 +67,7 @@ class TenancyConfig(_Checked, BaseSettings):
     """The application's tables, as text ``module:attribute``. Needed for autogenerate, and for templates where
     ``migrations`` is None."""
     migrations: DirectoryPath | None = None
-    """Directory of the application's Alembic environment (made by ``tenancy init``). One in a settings file is beside
+    """Directory of the application's Alembic environment (made by ``tenancy init``). In a settings file, relative to
     that file."""
     extensions: Names = ()
     """PostgreSQL extensions every tenant database gets, through the template. As text: separated by commas."""
@@ -79,7 +79,7 @@ class TenancyConfig(_Checked, BaseSettings):
     tiers: Tiers = Field(default_factory=default_tiers, repr=False, exclude=True)
     """Tiers by name, in ascending order. As text: JSON of what a settings file holds."""
     default_tier: str = "free"
-    """The tier of a tenant created without one."""
+    """The tier of a tenant created without one; one of ``tiers``."""
 
     control: ControlConfig = Field(default_factory=ControlConfig)
     """Connections to the control database."""

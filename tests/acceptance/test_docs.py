@@ -1,6 +1,6 @@
 """The documentation runs: every Python block of README.md and docs/, in order, on a real PostgreSQL.
 
-How a page is run is described for its author in docs/testing.md.
+How a page is run is described for its author in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ async def test_the_page_runs(
         config=tenancy_config,
         postgres=postgres,
         control_url=control_url,
+        page=page,
         Base=models.Base,
         Note=models.Note,
     )

@@ -35,6 +35,13 @@ SAMPLES: list[TenancyError] = [
 ]
 
 
+def test_a_message_says_in_words_that_a_tenant_is_unavailable() -> None:
+    """Also where the status itself is not an adjective."""
+    assert str(errors.TenantMaintenanceError("acme")) == "tenant 'acme' is in maintenance"
+    assert str(errors.TenantProvisioningError("acme")) == "tenant 'acme' is still being created"
+    assert str(errors.TenantSuspendedError("acme", reason="unpaid")) == "tenant 'acme' is suspended: unpaid"
+
+
 @pytest.mark.parametrize("error", SAMPLES, ids=lambda error: type(error).__name__)
 def test_an_error_survives_pickling(error: TenancyError) -> None:
     """Message and typed attributes are kept: job queues pass errors between processes."""

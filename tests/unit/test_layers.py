@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -154,6 +155,15 @@ def test_the_drawing_of_the_rooms_is_right() -> None:
     drawn = [frozenset(line.partition("#")[0].split()) for line in drawing.splitlines()]
     present = {room_of(file) for file in SOURCES} - {"tenancy_orm"}
     assert drawn == [floor & present for floor in FLOORS if floor & present]
+
+
+def test_the_paths_of_the_page_exist() -> None:
+    """Each file and folder that the page on architecture says to open, in the package or beside it."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    table = page.partition("| I look for ... | open ... |\n")[2].partition("\n\n")[0]
+    named = [path for path in re.findall(r"`([^`]+)`", table) if path.endswith(("/", ".py"))]
+    assert len(named) > 20
+    assert [path for path in named if not any((top / path).exists() for top in (PACKAGE, PACKAGE.parent))] == []
 
 
 def test_no_two_files_import_each_other() -> None:

@@ -13,10 +13,12 @@ from typing import Any
 from tenancy_orm import TenancyConfig
 from tenancy_orm.config.schema import json_schema
 from tenancy_orm.config.sources import variables_of
+from tenancy_orm.config.tiers import default_tiers
 from tenancy_orm.config.validation import settings_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
 TABLES = re.compile(r"(?<=<!-- settings -->\n).*(?=\n<!-- end -->)", re.DOTALL)
+TIERS = re.compile(r"(?<=<!-- tiers -->\n).*(?=\n<!-- end of tiers -->)", re.DOTALL)
 
 
 def tables() -> Iterator[str]:
@@ -49,6 +51,27 @@ def test_the_page_lists_every_setting() -> None:
     """With its variable, its default and its meaning."""
     found = TABLES.search(PAGE.read_text())
     assert found and found[0] == "\n".join(tables()), "run: python -m tests.unit.config.test_page"
+
+
+def test_the_page_lists_the_default_tiers() -> None:
+    """With their limits, in the same order."""
+    table = TIERS.search(PAGE.read_text())
+    assert table
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].strip().splitlines()]
+    expected = []
+    for tier in default_tiers().values():
+        assert set(tier.limits) == {"users", "api_calls", "storage_bytes"} and tier.limits["api_calls"].period == "day"
+        users, calls, storage = (tier.limits[name].amount for name in ("users", "api_calls", "storage_bytes"))
+        expected.append(
+            [
+                f"`{tier.name}`",
+                "unlimited" if users is None else f"{users:,}",
+                "unlimited" if calls is None else f"{calls:,}",
+                "unlimited" if storage is None else f"{storage // 1024**3} GiB",
+                str(tier.connection_limit),
+            ]
+        )
+    assert rows[2:] == expected
 
 
 if __name__ == "__main__":
