@@ -310,7 +310,9 @@ class ControlDatabase:
 
         Raises:
             ControlUnavailableError: the server does not answer.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("asking for connections")
         async with self.connect() as connection:
             payloads = [request.payload for request in requests]
             await connection.execute(_NOTIFY, {"channel": CONNECTIONS_CHANNEL, "payloads": payloads})

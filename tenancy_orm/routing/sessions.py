@@ -14,7 +14,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from ..config import TenancyConfig
-from ..context import refuse_other_tenant
+from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.notifications import ConnectionRequest
 from ..errors import ConfigurationError, UnknownServerError
 from ..events import EventBus
@@ -130,7 +130,12 @@ class Router:
         self._cache.retire(tenant_id)
 
     def give_up(self, request: ConnectionRequest) -> None:
-        """Close connections for another process that asks for them; its own requests are ignored."""
+        """Close connections for another process that asks for them; its own requests are ignored.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("closing connections")
         connector = self._connectors.get(request.server)
         if connector is not None:
             connector.shortages.give_up(request)

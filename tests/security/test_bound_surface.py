@@ -23,6 +23,7 @@ import pytest_asyncio
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import MeteringConfig
 from tenancy_orm.context import current_tenant_or_none
+from tenancy_orm.control.notifications import ConnectionRequest
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
 from tenancy_orm.events import EventBus
 from tenancy_orm.internals import Internals
@@ -57,6 +58,8 @@ EXCUSED = {
     "internals.directory.close": "closes connections",
     "internals.directory.invalidate": "forgets what is looked up again",
     "internals.directory.on_invalidate": "registers a callback",
+    "internals.directory.is_key": "looks at a text alone",
+    "internals.directory.on_connection_request": "registers a callback",
     "internals.directory.open": "begins to listen",
     "internals.directory.report_cross_tenant": "reports, for the middleware",
     "internals.directory.revalidate": "looks up again",
@@ -162,6 +165,10 @@ SURFACE = list(surface())
 TRIED = [param for param in SURFACE if param.id not in EXCUSED]
 
 
+def _request(tenant: Tenant) -> ConnectionRequest:
+    return ConnectionRequest("another process", "default", tenant.id, has_none=True, server_full=False)
+
+
 def names(plane: Plane, parameter: str) -> tuple[Any, ...]:
     """The ways in which a parameter can name the other tenant."""
     globex = plane.globex
@@ -174,6 +181,8 @@ def names(plane: Plane, parameter: str) -> tuple[Any, ...]:
         "key": (plane.key,),
         "values": ({globex.id: 1},),
         "tenants": ([globex.slug], None),
+        "request": (_request(globex),),
+        "requests": ([_request(globex)],),
     }
     return many.get(parameter, ())
 
