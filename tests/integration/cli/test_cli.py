@@ -229,7 +229,7 @@ async def test_quotas_and_audit_by_command(cli: Cli, tmp_path: Path) -> None:
 async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
     """A trial that ended and a suspension that is due are done by housekeeping; a domain is claimed and released."""
     await cli("init")
-    assert (await cli("create", "tried", "--trial-days", "-1", "--json")).json["status"] == "trial"
+    assert (await cli("create", "tried", "--trial-days", "0", "--json")).json["status"] == "trial"
     for slug in ("due", "spared"):
         await cli("create", slug)
         scheduled = await cli("schedule", "suspension", slug, "2020-01-01T00:00+00:00", "-r", "unpaid", "--json")
@@ -245,6 +245,7 @@ async def test_schedules_trials_and_domains_by_command(cli: Cli) -> None:
     await cli("delete", "due")
     assert (await cli("schedule", "purge", "due", "2020-01-01T00:00+00:00")).status == 0
     assert (await cli("housekeeping", "--json")).json["purged"] == ["due"]
+    assert (await cli("create", "never", "--trial-days", "-1")).status == 2
     for text, message in (("2020-01-01", "offset"), ("soon", "not a time")):
         refused = await cli("schedule", "suspension", "spared", text)
         assert (refused.status, message in refused.err) == (1, True)
