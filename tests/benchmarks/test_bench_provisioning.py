@@ -131,7 +131,7 @@ async def test_a_creation(
     for owner, names in {
         workshop.registry: ("register", "record_step", "complete"),
         roles: ("create",),
-        databases: ("create", "admit"),
+        databases: ("create", "open_to_owner"),
         grants: ("grant_and_mark",),
         Server: ("connect_admin", "connect_tenant"),
         pipeline: ("prove",),
