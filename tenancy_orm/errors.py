@@ -579,13 +579,16 @@ class ServerUnavailableError(RoutingError):
         reason: str | None = None,
     ) -> None:
         """Name the ``server``, the ``tenant`` if there is one, and the ``sqlstate`` if PostgreSQL answered."""
-        whom = f" for tenant {tenant!r}" if tenant else ""
-        super().__init__(f"server {server!r} is not available{whom}{_details(address, reason, sqlstate)}")
+        super().__init__(self._summary(server, tenant) + _details(address, reason, sqlstate))
         self.server = server
         self.tenant = tenant
         self.sqlstate = sqlstate
         self.address = address
         self.reason = reason
+
+    @staticmethod
+    def _summary(server: str, tenant: str | None) -> str:
+        return f"server {server!r} is not available" + (f" for tenant {tenant!r}" if tenant else "")
 
 
 class ConnectionLimitError(ServerUnavailableError):
@@ -619,19 +622,9 @@ class LoginRefusedError(ServerUnavailableError):
     except for a suspension: run ``tenancy reconcile``.
     """
 
-    def __init__(
-        self,
-        *,
-        server: str,
-        tenant: str | None = None,
-        sqlstate: str | None = None,
-        address: str | None = None,
-        reason: str | None = None,
-    ) -> None:
-        """Name the ``server``, the ``tenant`` and PostgreSQL's ``sqlstate``."""
-        super().__init__(server=server, tenant=tenant, sqlstate=sqlstate, address=address, reason=reason)
-        details = _details(address, reason, sqlstate)
-        self.args = (f"server {server!r} refuses the login of tenant {tenant!r}{details}",)
+    @staticmethod
+    def _summary(server: str, tenant: str | None) -> str:
+        return f"server {server!r} refuses the login of tenant {tenant!r}"
 
 
 def _details(address: str | None, reason: str | None, sqlstate: str | None) -> str:

@@ -44,13 +44,14 @@ def _read() -> tuple[TenancyConfig, dict[str, str]]:
     """The configuration that the other commands use, and where each setting came from."""
     if named := os.environ.get("TENANCY_APP"):
         config = load_tenancy().config
-        return config, {name: named for name in map(".".join, settings_of(TenancyConfig)) if _differs(config, name)}
+        return config, {name: named for name in map(".".join, settings_of(TenancyConfig)) if _is_given(config, name)}
     extend_path()
-    return TenancyConfig.from_env(), sources.read(TenancyConfig, None, {}).origins
+    found = sources.read(TenancyConfig, None, {})
+    return found.build(TenancyConfig), found.origins
 
 
-def _differs(config: TenancyConfig, name: str) -> bool:
-    """Whether a setting of an application's configuration is not the default."""
+def _is_given(config: TenancyConfig, name: str) -> bool:
+    """Whether an application gave a setting, even one that is the default."""
     model, field = _place(config, name)
     return field in model.model_fields_set
 

@@ -215,13 +215,7 @@ class TenancyConfig(_Checked, BaseSettings):
             SettingError: a setting is malformed, unknown or missing. The message names the variable, or the file.
             ConfigurationError: a file cannot be read.
         """
-        found = sources.read(cls, environ, overrides)
-        error = None
-        try:
-            return cls(**found.values)
-        except SettingError as exc:
-            error = found.locate(exc)
-        raise error
+        return sources.read(cls, environ, overrides).build(cls)
 
 
 def _is_embedded(url: str) -> bool:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dotenv.parser import parse_stream
 from pydantic import BaseModel
@@ -56,6 +56,7 @@ _SERVICE_LINKS = tuple(
 
 MISSING = "is not set: run tenancy init, write tenancy.toml here, or set TENANCY_CONTROL_URL"
 
+M = TypeVar("M", bound=BaseSettings)
 Origin = Callable[[str], str]
 """Where a setting or variable came from, by its name."""
 
@@ -67,7 +68,20 @@ class Found:
     values: dict[str, Any]
     origins: dict[str, str]
 
-    def locate(self, error: SettingError) -> SettingError:
+    def build(self, model: type[M]) -> M:
+        """Return the configuration.
+
+        Raises:
+            SettingError: a setting is malformed, unknown or missing. The message names the variable, or the file.
+        """
+        error = None
+        try:
+            return model(**self.values)
+        except SettingError as exc:
+            error = self._locate(exc)
+        raise error
+
+    def _locate(self, error: SettingError) -> SettingError:
         """Return ``error`` with the origin of each setting that it names."""
         problems = {
             name: MISSING if (name, reason) == ("control_url", "is missing") else reason
@@ -148,21 +162,24 @@ def _merge_into(
 
 def _merge_variables(found: Found, model: type[BaseSettings], given: Mapping[str, str], origin: Origin) -> None:
     variables = variables_of(model)
-    problems = {variable: problem for variable in given if (problem := _problem(variable, given[variable], model))}
+    known = frozenset(variables.values())
+    sections = sections_of(model)
+    problems = {
+        variable: problem for variable, text in given.items() if (problem := _problem(variable, text, known, sections))
+    }
     if problems:
         places = {variable: origin(variable).removeprefix(variable).strip() for variable in problems}
         raise SettingError(problems, {variable: place for variable, place in places.items() if place})
     _merge(found, model, _Variables(model, given)(), lambda setting: origin(variables.get(setting, setting)))
 
 
-def _problem(variable: str, text: str, model: type[BaseSettings]) -> str | None:
-    known = set(variables_of(model).values())
+def _problem(variable: str, text: str, known: frozenset[str], sections: Collection[str]) -> str | None:
     if variable in OTHER_VARIABLES:
         return "is read from the environment alone"
     if variable in known:
         return None if text.strip() or variable.endswith("_SETTINGS") else "is empty; unset it for the default"
     name = variable.removeprefix(PREFIX)
-    if name.lower() in sections_of(model):
+    if name.lower() in sections:
         return f"{name.lower()} is a section; set {variable}_..."
     return UNKNOWN + suggestion(name, {one.removeprefix(PREFIX) for one in known | OTHER_VARIABLES}, shown_with=PREFIX)
 

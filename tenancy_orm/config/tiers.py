@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, Strict, ValidationError, WithJsonSchema
 from pydantic_core import from_json
@@ -164,6 +164,7 @@ def default_tiers() -> Mapping[str, Tier]:
 
 # Text is no number here: these tables come from TOML or JSON, which have numbers.
 _Number = Annotated[float, Strict()]
+_Table = TypeVar("_Table", bound=BaseModel)
 # What a limit may be is decided by Limit; this is for the JSON Schema.
 _Amount = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"const": UNLIMITED}]})]
 
@@ -203,6 +204,14 @@ class _PolicyTable(BaseModel):
     name: str = ""
 
 
+def _checked(model: type[_Table], given: object, place: str) -> _Table:
+    """Check one table of several; ``place`` is its name, or its position, in errors."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as exc:
+        raise setting_error(exc, (place,)) from None
+
+
 def _read_tiers(value: object) -> Mapping[str, Tier]:
     if isinstance(value, str):
         value = from_json(value)
@@ -218,10 +227,7 @@ def _read_tiers(value: object) -> Mapping[str, Tier]:
 def _read_tier(name: str, given: object) -> Tier:
     if isinstance(given, Tier):
         return given
-    try:
-        table = _TierTable.model_validate(given)
-    except ValidationError as exc:
-        raise setting_error(exc, (name,)) from None
+    table = _checked(_TierTable, given, name)
     return Tier(
         name,
         {resource: _read_limit(limit) for resource, limit in table.limits.items()},
@@ -250,10 +256,7 @@ def _read_policies(value: object) -> tuple[TierPolicy, ...]:
 def _read_policy(position: str, given: object) -> TierPolicy:
     if isinstance(given, TierPolicy):
         return given
-    try:
-        table = _PolicyTable.model_validate(given)
-    except ValidationError as exc:
-        raise setting_error(exc, (position,)) from None
+    table = _checked(_PolicyTable, given, position)
     return TierPolicy(
         resource=table.resource,
         fraction=table.fraction,

@@ -304,11 +304,14 @@ class Budget(Generic[T]):
     def take_surplus(self, before: float, accounts: set[Account] | None) -> list[tuple[Share[T], T]]:
         """Take connections that were returned before this time; each tenant keeps one. None: of all tenants."""
         found: list[tuple[Share[T], T]] = []
-        for account in {share.account for share in self._idle_shares}:
+        by_account: dict[Account, list[Share[T]]] = {}
+        for share in self._idle_shares:
+            by_account.setdefault(share.account, []).append(share)
+        for account, shares in by_account.items():
             if accounts is not None and account not in accounts:
                 continue
             taken = 0
-            for share in [share for share in self._idle_shares if share.account is account]:
+            for share in shares:
                 while share.idle and share.idle[0][0] < before and account.open - taken > 1:
                     found.append((share, self._take_oldest(share)))
                     taken += 1
