@@ -248,6 +248,7 @@ async def test_an_orphan_whose_lock_is_held_is_left_alone(workshop: Workshop) ->
     assert await workshop.provisioner.reconcile() == ReconcileReport(orphans=(draft.database,))
 
 
+@pytest.mark.new_installation
 async def test_leftover_templates_and_scratches_are_dropped(workshop: Workshop) -> None:
     """Incomplete templates and scratch databases that no process uses are dropped; complete templates stay."""
     template = await workshop.provisioner.template("default")

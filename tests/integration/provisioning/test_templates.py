@@ -13,6 +13,8 @@ from tenancy_orm.provisioning import databases
 from tests.support.provisioning import Connect, ScriptSchema, Workshop, placement
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.new_installation
+
 
 async def test_a_template_is_built_once(workshop: Workshop) -> None:
     """The schema is applied once, even with concurrent requests in several processes."""
