@@ -127,6 +127,13 @@ tenants = Table(
     Index("tenants_status_id_idx", "status", "id"),
     Index("tenants_tier_id_idx", "tier", "id"),
     Index(
+        "tenants_metadata_idx",
+        "metadata",
+        postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
+        postgresql_with={"fastupdate": False},
+    ),
+    Index(
         "tenants_unfinished_idx",
         "id",
         postgresql_where=text("status = 'provisioning' OR (status = 'deleted' AND purge_started_at IS NOT NULL)"),
