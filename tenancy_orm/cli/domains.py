@@ -9,7 +9,7 @@ import typer
 
 from ..tenancy import Tenancy
 from ..tenants.domains import Domain
-from .output import console, print_json, print_table
+from .output import Column, console, print_json, print_table
 from .runtime import Json, TenantArgument, operator, run
 
 app = typer.Typer(help="Claim, verify and release tenants' own domains.", no_args_is_help=True)
@@ -80,4 +80,5 @@ def list_domains(tenant: TenantArgument, as_json: Json = False) -> None:
         print_json([_fields(domain) for domain in found])
         return
     rows = [(domain.domain, domain.created_at, domain.verified_at, domain.challenge) for domain in found]
-    print_table(f"domains of {tenant}", ("domain", "claimed", "verified", "challenge"), rows)
+    columns = (Column("domain", keep=True), Column("claimed", drop=1), "verified", Column("challenge", drop=2))
+    print_table(f"domains of {tenant}", columns, rows)

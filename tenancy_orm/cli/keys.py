@@ -8,10 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from ..tenancy import Tenancy
-from .output import console, print_json, print_table
+from .output import Column, console, print_json, print_table
 from .runtime import Json, TenantArgument, operator, run
 
 app = typer.Typer(help="Issue, list, rotate and revoke API keys.", no_args_is_help=True)
+
+_LISTED = (
+    Column("id", keep=True),
+    Column("state", keep=True),
+    "name",
+    "scopes",
+    Column("created", drop=4),
+    Column("expires", drop=1),
+    Column("revoked", drop=3),
+    Column("last used", drop=2),
+)
 
 KeyId = Annotated[str, typer.Argument(help="The key's id, as keys list prints it.")]
 
@@ -68,9 +79,10 @@ def list_keys(tenant: TenantArgument, as_json: Json = False) -> None:
         print_json(list(keys))
         return
     rows = [
-        (k.key_id, k.name, sorted(k.scopes), k.created_at, k.expires_at, k.revoked_at, k.last_used_at) for k in keys
+        (k.key_id, k.state, k.name, sorted(k.scopes), k.created_at, k.expires_at, k.revoked_at, k.last_used_at)
+        for k in keys
     ]
-    print_table(f"API keys of {tenant}", ("id", "name", "scopes", "created", "expires", "revoked", "last used"), rows)
+    print_table(f"API keys of {tenant}", _LISTED, rows)
 
 
 @app.command()
