@@ -333,12 +333,22 @@ class LoginNotBlockedError(TenantError):
         self.reason = reason
 
 
+_REMEDIES = {  # by the current status and the target, or by the current status alone
+    ("deleted", ""): "; restore it first",
+    ("provisioning", ""): "; wait until it has been created",
+    ("active", "trial"): "; suspend it first",
+    ("trial", "trial"): "; its trial can be extended: update(trial_ends_at=...), or tenancy update --trial-days",
+}
+
+
 class InvalidTransitionError(TenantError):
     """The lifecycle does not allow this change of status."""
 
     def __init__(self, tenant: str, current: str, target: str) -> None:
         """Name the ``tenant`` (slug), its ``current`` status and the ``target`` that was refused."""
-        remedy = "; delete it first" if target == "purged" and current != "deleted" else ""
+        remedy = _REMEDIES.get((current, target)) or _REMEDIES.get((current, "")) or ""
+        if target == "purged" and current not in ("deleted", "provisioning"):
+            remedy = "; delete it first"
         super().__init__(f"tenant {tenant!r} cannot change from {current} to {target}{remedy}", tenant=tenant)
         self.current = current
         self.target = target

@@ -228,7 +228,7 @@ def suspend(tenant: TenantArgument, reason: Reason = None, as_json: Json = False
 
 @app.command()
 def activate(tenant: TenantArgument, as_json: Json = False) -> None:
-    """Make a tenant active that is suspended, in trial or in maintenance."""
+    """Make a tenant active that is suspended, in trial or in maintenance; an active one stays so."""
     _change(lambda tenancy: tenancy.tenants.activate(tenant, actor=operator()), as_json)
 
 
@@ -274,7 +274,8 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         found = await tenancy.tenants.get(tenant)
         # before the question, which is of no use for a tenant that is not deleted
-        check_transition(found.slug, found.status, Status.PURGED)
+        if found.status is not Status.PURGED:
+            check_transition(found.slug, found.status, Status.PURGED)
         if not yes and not typer.confirm(f"Permanently remove the database of {found.slug}?"):
             fail("nothing was removed")
         await tenancy.tenants.purge(found, actor=operator())

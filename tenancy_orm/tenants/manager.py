@@ -142,7 +142,8 @@ class TenantManager(TenantLifecycle):
             metadata: A JSON object of at most 64 KiB, kept with the tenant.
             quotas: Overrides of the tier's limits, as ``tenancy.quotas.set`` takes them.
             status: ``active`` or ``trial``.
-            trial_ends_at: When a trial ends, an aware datetime.
+            trial_ends_at: When a trial ends, an aware datetime; if it has passed, as in a webhook that comes late, the
+                next housekeeping suspends the tenant.
             timezone: IANA name of the time zone of its daily and monthly quotas.
             server: Name of the server to place it on; the one with the fewest tenants where None.
             key_name: Name of the first API key.
@@ -359,7 +360,8 @@ class TenantManager(TenantLifecycle):
             merge_metadata: What changes in its metadata, as a JSON merge patch (RFC 7396): names that are not given
                 stay, null removes one, an object is merged into an object. Merges at once lose nothing.
             timezone: IANA name of a time zone.
-            trial_ends_at: When its trial ends, an aware datetime.
+            trial_ends_at: When its trial ends, an aware datetime; if it has passed, the next housekeeping suspends the
+                tenant, where it is in trial.
             expected_tier: Change nothing unless the tenant is still in this tier.
             actor: Who does this, for the audit log.
 
