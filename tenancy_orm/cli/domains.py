@@ -79,6 +79,13 @@ def list_domains(tenant: TenantArgument, as_json: Json = False) -> None:
     if as_json:
         print_json([_fields(domain) for domain in found])
         return
-    rows = [(domain.domain, domain.created_at, domain.verified_at, domain.challenge) for domain in found]
-    columns = (Column("domain", keep=True), Column("claimed", drop=1), "verified", Column("challenge", drop=2))
+    rows = [(x.domain, x.created_at, x.expires_at, x.verified_at, x.failing_since, x.challenge) for x in found]
+    columns = (
+        Column("domain", keep=True),
+        Column("claimed", drop=3),
+        Column("expires", drop=1),
+        "verified",
+        Column("failing since", drop=2),
+        Column("challenge", drop=4),
+    )
     print_table(f"domains of {tenant}", columns, rows)

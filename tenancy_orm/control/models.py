@@ -157,6 +157,10 @@ domains = Table(
     Column("token", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("verified_at", DateTime(timezone=True), nullable=True),
+    Column("checked_at", DateTime(timezone=True), nullable=True),
+    Column("failing_since", DateTime(timezone=True), nullable=True),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("lapsed_at", DateTime(timezone=True), nullable=True),
     Index("domains_tenant_id_idx", "tenant_id"),
     Index("domains_verified_key", "domain", unique=True, postgresql_where=text("verified_at IS NOT NULL")),
 )
