@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from ..tenant import Status, Tenant
 from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
 from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
 from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
-from .runtime import Json, TenantArgument, Yes, exit_on_error, fail, operator, run
+from .runtime import Json, TenantArgument, Yes, days_from_now, exit_on_error, fail, operator, run
 
 app = typer.Typer(
     name="tenancy",
@@ -102,7 +101,7 @@ def create(
 ) -> None:
     """Create a tenant with its database, and print its API key. The key is not shown again."""
     given = exit_on_error(lambda: parse_metadata(metadata))
-    trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
+    trial_ends_at = None if trial_days is None else days_from_now(trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         created = await tenancy.tenants.create(
@@ -192,7 +191,7 @@ def update(
     """Change a tenant's tier, metadata, time zone or end of trial."""
     given = exit_on_error(lambda: parse_metadata(metadata))
     merge = exit_on_error(lambda: parse_merge(changed, removed))
-    trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
+    trial_ends_at = None if trial_days is None else days_from_now(trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         found = await tenancy.tenants.update(
@@ -247,11 +246,11 @@ def end_maintenance(tenant: TenantArgument, as_json: Json = False) -> None:
 @app.command("start-trial")
 def start_trial(
     tenant: TenantArgument,
-    days: Annotated[float, typer.Option(help="How many days the trial lasts, from now.")] = 14.0,
+    days: Annotated[float, typer.Option(min=0, help="How many days the trial lasts, from now.")] = 14.0,
     as_json: Json = False,
 ) -> None:
     """Start another trial of a suspended tenant."""
-    ends_at = datetime.now(UTC) + timedelta(days=days)
+    ends_at = days_from_now(days)
     _change(lambda tenancy: tenancy.tenants.start_trial(tenant, ends_at=ends_at, actor=operator()), as_json)
 
 
@@ -292,7 +291,7 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
 def rename(
     tenant: TenantArgument,
     slug: Annotated[str, typer.Argument(help="The new slug.")],
-    redirect_days: Annotated[float, typer.Option(help="How many days the old slug redirects.")] = 30.0,
+    redirect_days: Annotated[float, typer.Option(min=0, help="How many days the old slug redirects.")] = 30.0,
     as_json: Json = False,
 ) -> None:
     """Give a tenant another slug. The old one redirects for a time, and no other tenant can have it until then."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 
 from ..tenancy import Tenancy
 from .output import Column, console, print_json, print_table
-from .runtime import Json, TenantArgument, operator, run
+from .runtime import Json, TenantArgument, days_from_now, operator, run
 
 app = typer.Typer(help="Issue, list, rotate and revoke API keys.", no_args_is_help=True)
 
@@ -45,11 +44,13 @@ def issue(
         list[str] | None, typer.Option(help="A network it may be used from, in CIDR notation; repeatable.")
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="One of the configured prefixes.")] = None,
-    expires_in_days: Annotated[float | None, typer.Option(help="Days until it expires; never if not given.")] = None,
+    expires_in_days: Annotated[
+        float | None, typer.Option(min=0, help="Days until it expires; never if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Issue another API key for a tenant."""
-    expires_at = None if expires_in_days is None else datetime.now(UTC) + timedelta(days=expires_in_days)
+    expires_at = None if expires_in_days is None else days_from_now(expires_in_days)
 
     async def command(tenancy: Tenancy) -> Any:
         found = await tenancy.tenants.get(tenant)
@@ -88,7 +89,7 @@ def list_keys(tenant: TenantArgument, as_json: Json = False) -> None:
 @app.command()
 def rotate(
     key_id: KeyId,
-    overlap: Annotated[float, typer.Option(help="Seconds for which the old key still works.")] = 86_400.0,
+    overlap: Annotated[float, typer.Option(min=0, help="Seconds for which the old key still works.")] = 86_400.0,
     as_json: Json = False,
 ) -> None:
     """Replace a key by a new one; the old key works until the overlap ends."""

@@ -50,7 +50,7 @@ class TenantFilter:
             query = query.where(tenants.c.slug.like(self.slug))
         if self.metadata:
             # By itself: together with the order of a page, PostgreSQL would rather read all tenants in that order,
-            # since it expects one tenant of a hundred to match.
+            # since it expects one tenant of a hundred to match while it does not know the parameter.
             found = select(tenants.c.id).where(tenants.c.metadata.contains(dict(self.metadata)))
             matching = found.cte("matching").prefix_with("MATERIALIZED")
             query = query.where(tenants.c.id.in_(select(matching.c.id)))
