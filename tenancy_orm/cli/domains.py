@@ -9,7 +9,7 @@ import typer
 
 from ..tenancy import Tenancy
 from ..tenants.domains import Domain
-from .output import Column, console, print_json, print_table
+from .output import Column, cell, console, print_json, print_table
 from .runtime import Json, TenantArgument, operator, run
 
 app = typer.Typer(help="Claim, verify and release tenants' own domains.", no_args_is_help=True)
@@ -32,10 +32,9 @@ def claim(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False)
     if as_json:
         print_json(_fields(claimed))
         return
+    until = f" until {cell(claimed.expires_at)}" if claimed.expires_at else ""
     console.print(
-        f"publish this record, then run: tenancy domains verify {tenant} {claimed.domain}",
-        highlight=False,
-        soft_wrap=True,
+        f"publish this record and keep it published; run{until}: tenancy domains verify {tenant} {claimed.domain}"
     )
     print(f'{claimed.challenge}. IN TXT "{claimed.token}"')
 
