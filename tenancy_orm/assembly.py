@@ -37,7 +37,8 @@ from .secrets.data_keys import DataKeys
 from .secrets.keyring import Keyring
 from .secrets.providers import read_secrets
 from .secrets.sealed import SealedPasswords
-from .tenants.domains import DomainManager
+from .tenants.domain_upkeep import DomainUpkeep
+from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry, differing
 
@@ -202,12 +203,14 @@ class Assembly:
             keyring=self.keyring,
             events=events,
         )
-        self.domains = DomainManager(self.control, self.audit)
+        records = ConfiguredTextRecords(config.domains)
+        self.domains = DomainManager(self.control, self.audit, records, config.domains)
         self._build_billing()
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,
             tenants=self.tenants,
+            domains=DomainUpkeep(self.control, self.audit, records, config.domains, events),
             provisioner=self.provisioner,
             secrets=self.secrets,
             audit=self.audit,

@@ -16,6 +16,7 @@
     │   └── CrossTenantError (PermissionError)   code bound to one tenant used another
     ├── TenantError
     │   ├── TenantNotFoundError (LookupError)
+    │   ├── SeveralTenantsError (LookupError)   one tenant was looked for, and several match
     │   ├── TenantExistsError
     │   ├── InvalidSlugError (ValueError)
     │   ├── InvalidMetadataError (ValueError)
@@ -241,12 +242,32 @@ class TenantError(TenancyError):
         self.tenant = None if tenant is None else str(tenant)
 
 
+def _shown(metadata: Mapping[str, Any]) -> str:
+    return f"the metadata {str(dict(metadata))[:200]}"
+
+
 class TenantNotFoundError(TenantError, LookupError):
     """The tenant does not exist, or has been purged."""
 
-    def __init__(self, tenant: str | UUID) -> None:
-        """Name the slug or id that was looked for."""
-        super().__init__(f"tenant {str(tenant)!r} does not exist", tenant=tenant)
+    def __init__(self, tenant: str | UUID | None = None, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Name the slug, the id or the ``metadata`` that was looked for."""
+        message = f"tenant {str(tenant)!r} does not exist" if metadata is None else f"no tenant has {_shown(metadata)}"
+        super().__init__(message, tenant=tenant)
+
+
+class SeveralTenantsError(TenantError, LookupError):
+    """One tenant was looked for by its metadata, and several match.
+
+    Attributes:
+        slugs: The first few of them, oldest first.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], slugs: tuple[str, ...]) -> None:
+        """Name the ``metadata`` that was looked for, and the ``slugs`` that match."""
+        super().__init__(
+            f"several tenants have {_shown(metadata)}: {', '.join(slugs)}; look for more of it, or for a status as well"
+        )
+        self.slugs = slugs
 
 
 class TenantExistsError(TenantError):
@@ -312,12 +333,22 @@ class LoginNotBlockedError(TenantError):
         self.reason = reason
 
 
+_REMEDIES = {  # by the current status and the target, or by the current status alone
+    ("deleted", ""): "; restore it first",
+    ("provisioning", ""): "; wait until it has been created",
+    ("active", "trial"): "; suspend it first",
+    ("trial", "trial"): "; its trial can be extended: update(trial_ends_at=...), or tenancy update --trial-days",
+}
+
+
 class InvalidTransitionError(TenantError):
     """The lifecycle does not allow this change of status."""
 
     def __init__(self, tenant: str, current: str, target: str) -> None:
         """Name the ``tenant`` (slug), its ``current`` status and the ``target`` that was refused."""
-        remedy = "; delete it first" if target == "purged" and current != "deleted" else ""
+        remedy = _REMEDIES.get((current, target)) or _REMEDIES.get((current, "")) or ""
+        if target == "purged" and current not in ("deleted", "provisioning"):
+            remedy = "; delete it first"
         super().__init__(f"tenant {tenant!r} cannot change from {current} to {target}{remedy}", tenant=tenant)
         self.current = current
         self.target = target

@@ -6,12 +6,11 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 from ..migrations import FleetReport, Progress, TenantOutcome
 from ..tenancy import Tenancy
-from .output import console, errors, print_json, print_table
+from .output import console, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, run
 
 app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
@@ -106,8 +105,7 @@ class _Bar:
 
 
 def _run(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ProgressBar(*columns, console=errors, disable=as_json) as bar:
+    with progress_bar(shown=not as_json) as bar:
         report = run(lambda tenancy: migrate(tenancy, _Bar(bar, verb)))
     _show(report, as_json)
     if not report.ok:

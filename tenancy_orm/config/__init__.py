@@ -3,6 +3,7 @@
 from .sections import (
     ControlConfig,
     DirectoryConfig,
+    DomainConfig,
     KeyConfig,
     LockoutConfig,
     MeteringConfig,
@@ -21,6 +22,7 @@ from .tiers import Limit, Tier, TierPolicy
 __all__ = [
     "ControlConfig",
     "DirectoryConfig",
+    "DomainConfig",
     "KeyConfig",
     "Limit",
     "LockoutConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from types import MappingProxyType
 
 from pydantic import Field, field_validator
@@ -40,6 +41,27 @@ ROLE_SETTINGS: Mapping[str, str] = MappingProxyType(
 
 def _nothing() -> Mapping[str, str]:
     return MappingProxyType({})
+
+
+_NAMESERVER = re.compile(r"\[(?P<v6>[^]]+)\](:(?P<port6>\d{1,5}))?|(?P<v4>[0-9.]+):(?P<port4>\d{1,5})")
+
+
+def parse_nameserver(text: str) -> tuple[str, int]:
+    """Return the address and the port (53 where none is given) of a name server: ``9.9.9.9``, ``[::1]:5353``.
+
+    Raises:
+        ValueError: it is not an address with or without a port.
+    """
+    found = _NAMESERVER.fullmatch(text)
+    address = text if found is None else found["v6"] or found["v4"]
+    port = 53 if found is None else int(found["port6"] or found["port4"] or 53)
+    try:
+        ip_address(address)
+    except ValueError:
+        raise ValueError(f"{text!r} is not the address of a name server; write 9.9.9.9, or [::1]:5353") from None
+    if not 0 < port < 65_536:
+        raise ValueError(f"{text!r} has no valid port")
+    return address, port
 
 
 _KEY_PREFIX = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -255,6 +277,28 @@ class MeteringConfig(Section, frozen=True):
     closed with the ``Tenancy`` where it has a ``close``."""
     tier_policies: TierPolicyList = ()
     """Rules by which housekeeping proposes, or applies, the next tier. As text: JSON of what a settings file holds."""
+
+
+class DomainConfig(Section, frozen=True):
+    """Tenants' own domains."""
+
+    claim_seconds: SecondsOrZero = 7 * 86_400.0
+    """How long a claim can be verified; housekeeping removes it then. 0 is for ever."""
+    verify_seconds: SecondsOrZero = 86_400.0
+    """How often housekeeping looks up the TXT record of a verified domain again, in seconds; 0 is never."""
+    grace_seconds: SecondsOrZero = 14 * 86_400.0
+    """For how long a verified domain may lack its TXT record, found missing at least three times, before it is a claim
+    again. A look-up that is not answered does not count."""
+    nameservers: Names = ()
+    """Addresses of the name servers to ask, ``("9.9.9.9", "127.0.0.1:5353")`` for example; the system's where none is
+    given. As text: separated by commas."""
+
+    @field_validator("nameservers", mode="after")
+    @classmethod
+    def _check_nameservers(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for nameserver in given:
+            parse_nameserver(nameserver)
+        return given
 
 
 class RetentionConfig(Section, frozen=True):

@@ -15,6 +15,7 @@ from . import sources
 from .sections import (
     ControlConfig,
     DirectoryConfig,
+    DomainConfig,
     KeyConfig,
     LockoutConfig,
     MeteringConfig,
@@ -105,6 +106,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Quotas and request rates."""
     metering: MeteringConfig = Field(default_factory=MeteringConfig)
     """What is done with what tenants use."""
+    domains: DomainConfig = Field(default_factory=DomainConfig)
+    """Tenants' own domains."""
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     """For how long things are kept that nobody uses any more."""
 

@@ -127,6 +127,13 @@ tenants = Table(
     Index("tenants_status_id_idx", "status", "id"),
     Index("tenants_tier_id_idx", "tier", "id"),
     Index(
+        "tenants_metadata_idx",
+        "metadata",
+        postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
+        postgresql_with={"fastupdate": False},
+    ),
+    Index(
         "tenants_unfinished_idx",
         "id",
         postgresql_where=text("status = 'provisioning' OR (status = 'deleted' AND purge_started_at IS NOT NULL)"),
@@ -150,6 +157,10 @@ domains = Table(
     Column("token", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("verified_at", DateTime(timezone=True), nullable=True),
+    Column("checked_at", DateTime(timezone=True), nullable=True),
+    Column("failing_since", DateTime(timezone=True), nullable=True),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("lapsed_at", DateTime(timezone=True), nullable=True),
     Index("domains_tenant_id_idx", "tenant_id"),
     Index("domains_verified_key", "domain", unique=True, postgresql_where=text("verified_at IS NOT NULL")),
 )

@@ -223,6 +223,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "target": None,
         "role": "x",
         "detail": {},
+        "metadata": {"customer": "cus_1"},
         "every": 60.0,
         "addresses": {},
     }
