@@ -6,9 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,10 +15,9 @@ from alembic.util.exc import CommandError
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import FleetMigrationError
-from tests.support import shell
+from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, until
 from tests.support.projects import NOTES, Project
-from tests.support.warm import run_module
 
 TENANTS = ("acme", "globex", "initech")
 RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
@@ -49,54 +45,6 @@ def project(tmp_path: Path) -> Project:
     project.add("0001", NOTES, 'op.drop_table("notes")')
     (project.root / "demo.py").write_text(APP)
     return project
-
-
-@dataclass
-class Alembic:
-    """Runs ``alembic`` in the project."""
-
-    project: Project
-    variables: Mapping[str, str]
-
-    async def __call__(self, *arguments: str, ok: bool = True) -> str:
-        """Return its output (stdout, then stderr); ``ok`` is whether it should succeed."""
-        done = await run_module("alembic", *arguments, cwd=self.project.root, env=self.environment)
-        printed = done.out + done.err
-        assert (done.status == 0) == ok, printed
-        return printed
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return shell.environment(PYTHONPATH=str(shell.ROOT), **self.variables)
-
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            "alembic",
-            *arguments,
-            cwd=self.project.root,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-
-@pytest.fixture
-def variables(config: TenancyConfig) -> dict[str, str]:
-    """The ``TENANCY_*`` variables of the fleet."""
-    assert config.servers is not None
-    assert config.encryption_keys is not None
-    return {
-        "TENANCY_CONTROL_URL": config.control_url,
-        "TENANCY_SERVERS": " ".join(f"{name}={url}" for name, url in config.servers.items()),
-        "TENANCY_ENCRYPTION_KEYS": ",".join(f"{key}:{value!s}" for key, value in config.encryption_keys.items()),
-        "TENANCY_NAME_PREFIX": config.name_prefix,
-    }
-
-
-@pytest.fixture
-def alembic(project: Project, fleet: Fleet, variables: dict[str, str]) -> Alembic:
-    return Alembic(project, variables)
 
 
 async def revisions(fleet: Fleet) -> list[str | None]:
