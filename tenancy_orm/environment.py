@@ -37,11 +37,13 @@ from .errors import ConfigurationError, FleetMigrationError, TenancyError
 from .migrations import AlembicSchema, FleetMigrator, local, logs
 from .migrations.commands import CommandResult
 from .migrations.configuration import alembic_config, name_of, with_x
+from .migrations.execution import printing_sql
 from .migrations.failures import FleetCommandError, describe
 from .migrations.fleet import DEFAULT_CONCURRENCY
 from .migrations.plan import Plan
 from .migrations.scripts import Environment, capture_options, load
 from .tenancy import Tenancy
+from .tenant import Tenant
 
 T = TypeVar("T")
 
@@ -169,15 +171,25 @@ class _Command:
             self._print_sql()
         elif self.command == "merge":
             # it needs env.py for its template_args only
-            self.proxy.configure(dialect_name="postgresql", **self.environment.options)
+            self.proxy.configure(dialect_name="postgresql", **self.environment.options, tenant=None)
         else:
             _block_on(self._answer)
 
     def _print_sql(self) -> None:
         options = {"literal_binds": True, "dialect_opts": {"paramstyle": "named"}, **self.environment.options}
-        self.proxy.configure(dialect_name="postgresql", **options)
-        with self.proxy.begin_transaction():
+        # without -x tenant=... no database is needed
+        tenant = None if self.arguments.tenants is None else _block_on(self._only_tenant)
+        self.proxy.configure(dialect_name="postgresql", **options, tenant=tenant)
+        with self.proxy.begin_transaction(), printing_sql(self.proxy, self.environment):
             self.proxy.run_migrations()
+
+    async def _only_tenant(self) -> Tenant:
+        """The tenant of ``-x tenant=...``, which the printed statements are for."""
+        slug, *more = self.arguments.tenants or ()
+        if more:
+            raise CommandError("--sql prints the statements of one database; give one -x tenant=... or none")
+        async with Tenancy(self._config()) as tenancy:
+            return await tenancy.tenants.get_by_slug(slug)
 
     async def _answer(self) -> None:
         async with Tenancy(self._config()) as tenancy:
@@ -246,7 +258,7 @@ class _Command:
             options["target_metadata"] = services.config.metadata
 
         def autogenerate(connection: SyncConnection) -> None:
-            self.proxy.configure(connection=connection, **options)
+            self.proxy.configure(connection=connection, **options, tenant=None)
             with self.proxy.begin_transaction():
                 self.proxy.run_migrations()
 

@@ -15,6 +15,8 @@ from alembic.config import Config
 logger = logging.getLogger("tenancy_orm.migrations")
 
 _label: ContextVar[str | None] = ContextVar("tenancy_orm.migrations.label", default=None)
+# the warnings of the running fleet run, which its tasks share
+_warned: ContextVar[set[str] | None] = ContextVar("tenancy_orm.migrations.warned", default=None)
 _quiet: ContextVar[bool] = ContextVar("tenancy_orm.migrations.quiet", default=False)
 
 
@@ -52,6 +54,25 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _quiet.reset(token)
+
+
+@contextmanager
+def warning_once() -> Iterator[None]:
+    """Have each warning of ``warn_once`` logged once in the body, and not for each database."""
+    token = _warned.set(set())
+    try:
+        yield
+    finally:
+        _warned.reset(token)
+
+
+def warn_once(text: str) -> None:
+    """Log a warning about a revision, once in a run."""
+    warned = _warned.get()
+    if warned is None or text not in warned:
+        logger.warning("%s", text)
+    if warned is not None:
+        warned.add(text)
 
 
 def configure(config: Config) -> None:

@@ -16,7 +16,7 @@ from alembic.util.exc import CommandError
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
 from . import local
-from .logs import logger
+from .logs import warn_once
 
 # while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
 _reading: ContextVar[list[Mapping[str, Any]] | None] = ContextVar("tenancy_orm.migrations.reading", default=None)
@@ -33,7 +33,6 @@ class Environment:
     options: Mapping[str, Any] = field(repr=False)
     x: tuple[str, ...] = ()
     """The ``-x`` arguments of this run alone: new tenants are made without them."""
-    _warned: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse the options of ``configure`` that choose the database: the fleet run does that."""
@@ -45,11 +44,11 @@ class Environment:
         """Return an ``EnvironmentContext`` for one database; ``options`` are as Alembic's commands pass them."""
         return _RunContext(self, options)
 
-    def warn_once(self, message: str, *args: object) -> None:
-        """Log a warning, once for all databases of a run."""
-        if (text := message % args) not in self._warned:
-            self._warned.append(text)
-            logger.warning("%s", text)
+    @property
+    def quoted_version_schema(self) -> str | None:
+        """The quoted name of the version table's schema, if env.py gives one."""
+        schema = self.options.get("version_table_schema")
+        return None if schema is None else quote_identifier(schema)
 
     @property
     def quoted_version_table(self) -> str:
@@ -68,10 +67,9 @@ class _RunContext(EnvironmentContext):
     def get_x_argument(self, as_dictionary: bool = False) -> Any:
         """Return the ``-x`` arguments."""
         if self._environment.x:
-            self._environment.warn_once(
-                "a revision reads the -x arguments, and new tenants are made without those of this run (%s); give what "
-                "all tenants need by the setting migration.x_arguments",
-                " ".join(self._environment.x),
+            warn_once(
+                "a revision reads the -x arguments, and new tenants are made without those of this run "
+                f"({' '.join(self._environment.x)}); give what all tenants need by the setting migration.x_arguments"
             )
         return super().get_x_argument(as_dictionary)
 

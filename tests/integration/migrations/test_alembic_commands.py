@@ -150,6 +150,34 @@ async def test_offline_mode_prints_the_sql_once(alembic: Alembic, fleet: Fleet) 
     assert await revisions(fleet) == ["0001"] * 3
 
 
+async def test_the_tenant_is_none_where_there_is_none(alembic: Alembic, fleet: Fleet) -> None:
+    """Every command has it; with ``--sql`` it can be given."""
+    body = """
+    tenant = op.get_context().opts["tenant"]
+    op.execute(f"SELECT '{tenant.slug if tenant else None}'")
+    """
+    alembic.project.add("0002", body, body, down="0001")
+    alembic.project.configure(
+        "target_metadata=target_metadata, process_revision_directives="
+        "lambda context, revision, directives: print('sees', context.opts['tenant'])"
+    )
+    assert "sees None" in await alembic("revision", "--autogenerate", "--rev-id", "x1", "--head", "0001", "--splice")
+    assert "sees None" in await alembic("check")
+    printed = await alembic("-x", "tenant=acme", "upgrade", "0001:0002", "--sql")
+    assert "SELECT 'acme';" in printed
+    assert "Running upgrade 0001 -> 0002" in printed
+    refused = await alembic("-x", "tenant=acme", "-x", "tenant=globex", "upgrade", "0002", "--sql", ok=False)
+    assert "--sql prints the statements of one database" in refused
+    assert "tenant 'nobody' does not exist" in await alembic(
+        "-x", "tenant=nobody", "upgrade", "0002", "--sql", ok=False
+    )
+    alembic.variables = {}
+    for arguments in (("upgrade", "0001:0002"), ("downgrade", "0002:0001")):
+        assert "SELECT 'None';" in await alembic(*arguments, "--sql")
+    assert "0002" in await alembic("stamp", "0002", "--sql")
+    assert await revisions(fleet) == ["0001"] * 3
+
+
 async def test_ensure_version_and_merge(alembic: Alembic, fleet: Fleet) -> None:
     await fleet.execute("acme", "DROP TABLE alembic_version")
     await alembic("ensure_version")
