@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.config
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -11,6 +12,8 @@ from contextvars import ContextVar
 from logging.config import fileConfig
 
 from alembic.config import Config
+
+from .substitution import Substitution
 
 logger = logging.getLogger("tenancy_orm.migrations")
 
@@ -75,11 +78,34 @@ def warn_once(text: str) -> None:
         warned.add(text)
 
 
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Leave logging as it is: ``fileConfig`` and ``dictConfig`` do nothing in the body.
+
+    An env.py calls them for Alembic's command line. It is also read inside a running application, where they would
+    replace the application's handlers and silence its loggers.
+    """
+    with _file_config.active(), _dict_config.active():
+        yield
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+_file_config = Substitution(logging.config, "fileConfig", _nothing)
+_dict_config = Substitution(logging.config, "dictConfig", _nothing)
+
+
 def configure(config: Config) -> None:
     """Configure logging by the ini file, if Alembic's command line is running.
 
-    Existing loggers stay enabled: they are those of the application, which is already imported.
+    Existing loggers stay enabled: they are those of the application, which is already imported. If env.py has called
+    ``fileConfig`` itself, as that of plain Alembic does, this package's loggers are enabled again.
     """
+    for name, found in list(logging.root.manager.loggerDict.items()):
+        if isinstance(found, logging.Logger) and name.partition(".")[0] == "tenancy_orm":
+            found.disabled = False
     path = config.config_file_name
     if getattr(config.cmd_opts, "cmd", None) is None or path is None:
         return

@@ -15,8 +15,7 @@ from alembic.util.exc import CommandError
 
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
-from . import local
-from .logs import warn_once
+from . import local, logs
 
 # while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
 _reading: ContextVar[list[Mapping[str, Any]] | None] = ContextVar("tenancy_orm.migrations.reading", default=None)
@@ -67,7 +66,7 @@ class _RunContext(EnvironmentContext):
     def get_x_argument(self, as_dictionary: bool = False) -> Any:
         """Return the ``-x`` arguments."""
         if self._environment.x:
-            warn_once(
+            logs.warn_once(
                 "a revision reads the -x arguments, and new tenants are made without those of this run "
                 f"({' '.join(self._environment.x)}); give what all tenants need by the setting migration.x_arguments"
             )
@@ -99,7 +98,7 @@ def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
     nothing = {"fn": lambda heads, context: [], "dont_mutate": True, "destination_rev": "head", "starting_rev": None}
     token = _reading.set(found)
     try:
-        with EnvironmentContext(config, script, **nothing):
+        with logs.unchanged(), EnvironmentContext(config, script, **nothing):
             script.run_env()
     finally:
         _reading.reset(token)
