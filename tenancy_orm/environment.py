@@ -37,7 +37,7 @@ from .errors import ConfigurationError, FleetMigrationError, TenancyError
 from .migrations import AlembicSchema, FleetMigrator, local, logs
 from .migrations.autogenerate import with_imports
 from .migrations.commands import CommandResult
-from .migrations.configuration import alembic_config, name_of, with_x
+from .migrations.configuration import alembic_config, leads_to, name_of, with_x
 from .migrations.execution import printing_sql
 from .migrations.failures import FleetCommandError, describe
 from .migrations.fleet import DEFAULT_CONCURRENCY
@@ -212,12 +212,15 @@ class _Command:
         assert config.migrations is not None  # noqa: S101 - set by the caller
         if found.migrations is None:
             return
-        theirs = AlembicSchema(found.migrations, settings=found.migration)
-        if theirs.fingerprint() == AlembicSchema(config.migrations, settings=config.migration).fingerprint():
+        theirs = alembic_config(found.migrations, found.migration)
+        if leads_to(theirs) == leads_to(alembic_config(config.migrations, config.migration)):
+            return  # without loading the scripts twice
+        schemas = [AlembicSchema(c.migrations or "", settings=c.migration) for c in (found, config)]
+        if schemas[0].fingerprint() == schemas[1].fingerprint():
             return
         raise ConfigurationError(
             f"alembic runs {self.proxy.script.dir} with {name_of(self.proxy.config)}, but the application's settings "
-            f"lead to {found.migrations} with {name_of(alembic_config(found.migrations, found.migration))}, which has "
+            f"lead to {found.migrations} with {name_of(theirs)}, which has "
             "other revisions or options: new tenants would differ. No tenant was touched. Run alembic with that file "
             "and section, or set migrations, migration.alembic_config and migration.alembic_section to those to use"
         )

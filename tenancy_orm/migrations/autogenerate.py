@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import sqlalchemy
 from alembic.autogenerate.api import AutogenContext
 from alembic.autogenerate.render import _repr_type
+from alembic.operations.ops import CreateTableOp, OpContainer
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -16,8 +18,12 @@ RenderItem = Callable[[str, Any, AutogenContext], str | Literal[False]]
 
 
 def with_imports(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return env.py's options with a ``render_item`` that adds imports; env.py's own is called first, and wins."""
+    """Return env.py's options with a ``render_item`` that adds imports; env.py's own is called first, and wins.
+
+    The ``info`` of a table, which is no DDL, is written only where its text is a constant.
+    """
     own: RenderItem | None = options.get("render_item")
+    own_process = options.get("process_revision_directives")
 
     def render_item(kind: str, item: Any, context: AutogenContext) -> str | Literal[False]:
         rendered = own(kind, item, context) if own is not None else False
@@ -26,7 +32,29 @@ def with_imports(options: Mapping[str, Any]) -> dict[str, Any]:
             return rendered
         return _render_type(item, context)
 
-    return {**options, "render_item": render_item}
+    def process(context: Any, revision: Any, directives: list[Any]) -> None:
+        if own_process is not None:
+            own_process(context, revision, directives)
+        for directive in directives:
+            for container in (*directive.upgrade_ops_list, *directive.downgrade_ops_list):
+                _keep_constants(container)
+
+    return {**options, "render_item": render_item, "process_revision_directives": process}
+
+
+def _keep_constants(container: OpContainer) -> None:
+    for operation in container.ops:
+        if isinstance(operation, OpContainer):
+            _keep_constants(operation)
+        elif isinstance(operation, CreateTableOp):
+            operation.info = {key: value for key, value in (operation.info or {}).items() if _is_constant((key, value))}
+
+
+def _is_constant(value: object) -> bool:
+    try:
+        return bool(ast.literal_eval(repr(value)) == value)
+    except (ValueError, SyntaxError, TypeError):
+        return False
 
 
 def _render_type(item: TypeEngine[Any], context: AutogenContext) -> str | Literal[False]:

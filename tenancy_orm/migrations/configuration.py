@@ -103,6 +103,15 @@ def influences(config: Config) -> list[str]:
     return found + [f"-x {argument}" for argument in getattr(config.cmd_opts, "x", None) or ()]
 
 
+def leads_to(config: Config) -> tuple[str, ...]:
+    """Return what revisions of ``config`` depend on: directories and options. If equal, so are the fingerprints."""
+    location = coerce_resource_to_filename(config.get_alembic_option("script_location") or "")
+    script = ScriptDirectory(location, version_locations=config.get_version_locations_list())
+    directories = (str(path.resolve()) for path in (location, *script._version_locations))
+    flags = ("recursive_version_locations", "sourceless")
+    return (*directories, *(str(config.get_alembic_boolean_option(flag)) for flag in flags), *influences(config))
+
+
 def _has_influence(name: str) -> bool:
     return name not in _WITHOUT_INFLUENCE and not name.startswith("sqlalchemy.")
 
@@ -201,7 +210,7 @@ def _one_of(configs: Iterator[Config], directory: Path) -> Config | None:
     if not found:
         return None
     if found[0].config_ini_section != _SECTION or len({c.config_file_name for c in found}) > 1:
-        different = {_leads_to(config): name_of(config) for config in reversed(found)}
+        different = {leads_to(config): name_of(config) for config in reversed(found)}
         if len(different) > 1:
             raise ConfigurationError(
                 f"{directory} has several configurations, which lead to different revisions: "
@@ -209,15 +218,6 @@ def _one_of(configs: Iterator[Config], directory: Path) -> Config | None:
                 "migration.alembic_section"
             )
     return found[0]
-
-
-def _leads_to(config: Config) -> tuple[str, ...]:
-    locations = ScriptDirectory(
-        coerce_resource_to_filename(config.get_alembic_option("script_location") or ""),
-        version_locations=config.get_version_locations_list(),
-    )._version_locations
-    recursive = config.get_alembic_boolean_option("recursive_version_locations")
-    return (*map(str, locations), str(recursive), *influences(config))
 
 
 def _default(directory: Path) -> Config:

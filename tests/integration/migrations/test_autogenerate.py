@@ -74,6 +74,7 @@ sa.Table(
     sa.Column("at", sa.DateTime, server_default=sa.func.now()),
     pg.ExcludeConstraint((sa.column("span"), "&&"), using="gist"),
     sa.Index("things_lower", sa.func.lower(sa.literal_column("kind")), postgresql_where=sa.text("price > 0")),
+    info={"kind": "shop", "type": Money},
 )
 config = TenancyConfig.from_env(metadata=metadata)
 """
@@ -104,6 +105,7 @@ async def test_a_generated_revision_runs_as_it_is(
         assert "sa.Column('label', sa.String(length=40), nullable=True)" in written
         assert "sa.Column('kind', sa.Unicode(length=255), nullable=True)" in written
         assert "sqlalchemy_utils.types.choice" not in written
+        assert "info={'kind': 'shop'}" in written
         assert "0 tenants" in await alembic("upgrade", "head")
         await fleet.create("acme")
         assert await fleet.columns("acme", "hero") == ["id", "name"]
