@@ -231,8 +231,8 @@ class MigrationConfig(Section, frozen=True):
     one that ``ALEMBIC_CONFIG`` names, or one that is found by its ``script_location``. From Python, also Alembic's own
     ``Config``. In a settings file, relative to that file."""
     alembic_section: str | None = None
-    """The section of an ini file to read, as ``alembic -n``. Where None, ``alembic``, or the only one whose
-    ``script_location`` is ``migrations``."""
+    """The section of an ini file to read, as ``alembic -n``. Where None, ``alembic``, or the only one that has
+    ``migrations`` as its ``script_location``."""
     x_arguments: Names = ()
     """Arguments that ``context.get_x_argument`` returns to every template and every run, before those of
     ``alembic -x``. As text: separated by commas."""
