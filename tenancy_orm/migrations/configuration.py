@@ -74,9 +74,11 @@ def alembic_config(directory: str | Path, settings: MigrationConfig | None = Non
 
 
 def with_x(config: Config, x: Sequence[str]) -> Config:
-    """Return a copy of ``config`` with ``x`` as its only ``-x`` arguments; it shares options and attributes."""
-    _ = config.file_config, config.toml_alembic_config, config.attributes  # read now, so that the copy has the same
+    """Return a copy of ``config`` with ``x`` as its only ``-x`` arguments; a change of one is none of the other."""
+    options, attributes = config.file_config, config.attributes
     copied = copy.copy(config)
+    copied.file_config = copy.deepcopy(options)
+    copied.attributes = dict(attributes)
     copied.cmd_opts = Namespace(x=list(x)) if x else None
     return copied
 

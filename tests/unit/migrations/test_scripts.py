@@ -181,6 +181,18 @@ def test_the_only_other_section_or_file_for_the_directory_is_used(project: Proje
     assert alembic_config(project.migrations, MigrationConfig(alembic_section="tenants")).config_file_name
 
 
+def test_a_config_of_the_applications_own_is_not_changed(project: Project) -> None:
+    """Nor is that of the running ``alembic`` command, when a template is built by it."""
+    own = Config(project.ini, attributes={"colour": "red"})
+    config = alembic_config(project.migrations, MigrationConfig(alembic_config=own, x_arguments=("a=1",)))
+    config.set_main_option("colour", "blue")
+    config.attributes["colour"] = "blue"
+    assert own.get_main_option("colour") is None
+    assert own.attributes == {"colour": "red"}
+    assert own.cmd_opts is None
+    assert config.get_main_option("script_location") == own.get_main_option("script_location")
+
+
 def test_x_arguments_are_those_of_the_settings_and_the_run(project: Project) -> None:
     config = alembic_config(project.migrations, MigrationConfig(x_arguments=("a=1", "b=2")), x=["c=3"])
     assert load(config).context().get_x_argument() == ["a=1", "b=2", "c=3"]
