@@ -31,7 +31,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
-from .execution import StatementObserver, run_script
+from .execution import StatementObserver, may_need_care, refuse_copy_input, run_script
 from .failures import TRANSIENT, describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
 from .logs import labelled, logger, quiet
@@ -55,7 +55,8 @@ class FleetDialect(PGDialect_asyncpg):
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         """Execute; a text without parameters may hold several statements, as with psycopg."""
-        found = statements(statement) if not parameters and ";" in statement else []
+        found = statements(statement) if not parameters and may_need_care(statement) else []
+        refuse_copy_input(found)
         if len(found) < 2:
             cursor.execute(statement, parameters)
         else:

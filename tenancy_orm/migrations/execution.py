@@ -19,6 +19,23 @@ from .scripts import Environment
 from .statements import Statement, keep_schema, statements
 
 
+def may_need_care(text: str) -> bool:
+    """Whether a text may hold several statements or a COPY FROM STDIN; quicker than to look at it closely."""
+    return ";" in text or "STDIN" in text.upper()
+
+
+def refuse_copy_input(found: list[Statement]) -> None:
+    """Refuse a COPY FROM STDIN: PostgreSQL would wait for rows, and asyncpg for PostgreSQL.
+
+    Raises:
+        MigrationError: there is one.
+    """
+    if any(statement.reads_input for statement in found):
+        raise MigrationError(
+            "COPY FROM STDIN needs rows from the client, which a revision cannot send; use op.bulk_insert"
+        )
+
+
 def run_script(cursor: Any, text: str, found: list[Statement]) -> None:
     """Execute a text of several statements on SQLAlchemy's cursor for asyncpg; there are no rows.
 
@@ -26,32 +43,29 @@ def run_script(cursor: Any, text: str, found: list[Statement]) -> None:
     the simple query protocol, which takes a whole script.
 
     Raises:
-        MigrationError: the script has its own BEGIN or COMMIT, which would commit a part of the migration, or reads
-            rows from the client.
+        MigrationError: the script has its own BEGIN or COMMIT, which would commit a part of the migration.
     """
     adapted = cursor._adapt_connection
     for number, statement in enumerate(found, start=1):
         first = " ".join(statement.words[:2])
-        if statement.reads_input:
-            raise MigrationError(
-                f"statement {number} of {len(found)} of a script is COPY FROM STDIN, which needs rows from the client; "
-                "use op.bulk_insert"
-            )
         if statement.controls_transaction and not adapted.autocommit:
             raise MigrationError(
                 f"statement {number} of {len(found)} of a script is {first}; the migration is a transaction already, "
                 "which the script must not end; remove its BEGIN and COMMIT, or execute it in an autocommit_block()"
             )
-    await_only(_execute(cursor, adapted, text))
+    # PostgreSQL makes one transaction of a text, and a CREATE INDEX CONCURRENTLY cannot be in one
+    parts = [text[one.start : one.end] for one in found] if adapted.autocommit else [text]
+    await_only(_execute(cursor, adapted, parts))
 
 
-async def _execute(cursor: Any, adapted: Any, text: str) -> None:
+async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> None:
     async with adapted._execute_mutex:
         if adapted._transaction is None:
             await adapted._start_transaction()
         driver = adapted._connection
         try:
-            await driver.execute(text)
+            for part in parts:
+                await driver.execute(part)
         except Exception as exc:  # noqa: BLE001 - SQLAlchemy translates it
             if adapted.autocommit and driver.is_in_transaction():
                 await driver.execute("ROLLBACK")
