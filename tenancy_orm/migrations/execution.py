@@ -67,7 +67,7 @@ async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> None:
             for part in parts:
                 await driver.execute(part)
         except Exception as exc:  # noqa: BLE001 - SQLAlchemy translates it
-            if adapted.autocommit and driver.is_in_transaction():
+            if adapted.autocommit and not driver.is_closed() and driver.is_in_transaction():
                 await driver.execute("ROLLBACK")
             cursor._handle_exception(exc)
         if adapted.autocommit and driver.is_in_transaction():
