@@ -28,6 +28,14 @@ def uninstall() -> None:
     del Operations.context
 
 
+def forget_active() -> None:
+    """Remove what migrations that failed have left active in plain Alembic, and make it context-local again."""
+    for stack in local._stacks.values():
+        for name in ("_proxy", *stack.attributes):
+            vars(stack.module).pop(name, None)
+    local.install()
+
+
 def run_plain_alembic(directory: Path) -> str:
     """What an application's own migrations do in this process: print their SQL."""
     with contextlib.suppress(FileExistsError):
