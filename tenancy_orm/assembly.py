@@ -261,7 +261,7 @@ class Assembly:
         config = self.config
         schema: AlembicSchema | MetadataSchema
         if config.migrations is not None:
-            schema = AlembicSchema(config.migrations)
+            schema = AlembicSchema(config.migrations, settings=config.migration)
         elif config.metadata is not None:
             schema = MetadataSchema(config.metadata)
         else:

@@ -13,6 +13,7 @@ from .tiers import TierPolicyList
 from .validation import Section
 from .values import (
     SETTING_NAME,
+    AlembicFile,
     AtLeastZero,
     Count,
     Fraction,
@@ -247,6 +248,16 @@ class MigrationConfig(Section, frozen=True):
     """How long a migration waits for another run that migrates the same tenant, in seconds."""
     timeout: Seconds = 3_600.0
     """How long the migration of one tenant may take, in seconds."""
+    alembic_config: AlembicFile | None = None
+    """Alembic's file for ``migrations``: an ini file, or a ``pyproject.toml`` with ``[tool.alembic]``. Where None, the
+    one that ``ALEMBIC_CONFIG`` names, or one that is found by its ``script_location``. From Python, also Alembic's own
+    ``Config``. In a settings file, relative to that file."""
+    alembic_section: str | None = None
+    """The section of an ini file to read, as ``alembic -n``. Where None, ``alembic``, or the only one that has
+    ``migrations`` as its ``script_location``."""
+    x_arguments: Names = ()
+    """Arguments that ``context.get_x_argument`` returns to every template and every run, before those of
+    ``alembic -x``. As text: separated by commas."""
 
 
 class WatchdogConfig(Section, frozen=True):

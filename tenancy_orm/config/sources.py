@@ -304,6 +304,9 @@ def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if isinstance(migrations := values.get("migrations"), str):
         values["migrations"] = str(directory / migrations)
+    migration = values.get("migration")
+    if isinstance(migration, dict) and isinstance(file := migration.get("alembic_config"), str):
+        values["migration"] = {**migration, "alembic_config": str(directory / file)}
     if isinstance(url := values.get("control_url"), str) and url.startswith("embedded:"):
         values["control_url"] = f"embedded:{directory / url.removeprefix('embedded:')}"
     return values

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Final
 
+from alembic.config import Config
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 from sqlalchemy import MetaData
 
@@ -102,6 +103,10 @@ def _read_path(value: object) -> object:
     return value
 
 
+def _read_alembic_file(value: object) -> object:
+    return value if isinstance(value, Config) else _read_path(value)
+
+
 def check_url(url: str, what: str = "") -> None:
     """Refuse what is no URL of a PostgreSQL database.
 
@@ -181,6 +186,7 @@ OptionalPairs = Annotated[
 ]
 PostgresUrl = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string"})]
 DirectoryPath = Annotated[str | Path, PlainValidator(_read_path), WithJsonSchema({"type": "string"})]
+AlembicFile = Annotated[str | Path | Config, PlainValidator(_read_alembic_file), WithJsonSchema({"type": "string"})]
 ServerUrls = Annotated[Mapping[str, str], PlainValidator(_read_servers), WithJsonSchema(_TABLE_OF_TEXT)]
 NamedKeys = Annotated[Mapping[str, str | bytes], PlainValidator(_read_keys), WithJsonSchema(_TABLE_OF_TEXT)]
 LoadedMetaData = Annotated[MetaData, PlainValidator(_read_metadata), _LOADED]

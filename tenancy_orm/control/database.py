@@ -43,6 +43,7 @@ from ..postgres.login import reason_of
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .notifications import CONNECTIONS_CHANNEL, ConnectionRequest
+from .process import one_migration, proxies_restored
 from .viewer import VIEW_AS, prepare_viewer
 
 # The advisory lock key of the control database's migrations: one process at a time runs them.
@@ -262,7 +263,8 @@ class ControlDatabase:
             try:
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 await connection.commit()
-                await connection.run_sync(_migrate, revision)
+                async with one_migration():
+                    await connection.run_sync(_migrate, revision)
                 await connection.commit()
                 if revision == "head":
                     await self._prepare_viewer(connection, administrator)
@@ -351,4 +353,5 @@ def _script_directory() -> ScriptDirectory:
 
 
 def _migrate(connection: Connection, revision: str) -> None:
-    command.upgrade(_alembic_config(connection), revision)
+    with proxies_restored():
+        command.upgrade(_alembic_config(connection), revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -30,11 +31,13 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
+from .execution import StatementObserver, may_need_care, refuse_copy_input, run_script
 from .failures import TRANSIENT, describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
 from .logs import labelled, logger, quiet
 from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
+from .statements import statements
 
 # Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
 _LOCK = 0x74656E616E637902
@@ -49,6 +52,20 @@ class FleetDialect(PGDialect_asyncpg):
     """
 
     supports_statement_cache = True
+
+    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        """Execute; a text without parameters may hold several statements, as with psycopg."""
+        found = statements(statement) if not parameters and may_need_care(statement) else []
+        refuse_copy_input(found)
+        if len(found) < 2:
+            cursor.execute(statement, parameters)
+        else:
+            run_script(cursor, statement, found)
+            self._invalidate_schema_cache_asof = time.time()
+
+    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
+        """Execute, as ``do_execute``."""
+        self.do_execute(cursor, statement, None, context)
 
     def do_close(self, dbapi_connection: Any) -> None:
         """Leave the connection open: the code that opened it closes it, within a time limit."""
@@ -267,17 +284,23 @@ class DatabaseMigration:
 
     def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
-        context = self.plan.environment.context(fn=lambda heads, context: self._tracking(steps), **self.plan.options)
-        with active(context, connection, self.plan.environment, self.target.tenant), context.begin_transaction():
+        environment, observer = self.plan.environment, StatementObserver(self.plan.environment)
+        context = environment.context(fn=lambda heads, context: self._tracking(steps, observer), **self.plan.options)
+        with (
+            active(context, connection, environment, self.target.tenant),
+            observer.on(context, connection),
+            context.begin_transaction(),
+        ):
             if not state.has_version_table:
-                make_version_table(context, connection, self.plan.environment, self.target.tenant)
+                make_version_table(context, connection, environment, self.target.tenant)
             elif state.heads and not self.plan.purges:
                 _preset_heads(context, state.heads)
             context.run_migrations()
 
-    def _tracking(self, steps: tuple[MigrationStep, ...]) -> Iterator[MigrationStep]:
+    def _tracking(self, steps: tuple[MigrationStep, ...], observer: StatementObserver) -> Iterator[MigrationStep]:
         for step in steps:
             self._step = step
+            observer.begin(step)
             yield step
 
 
@@ -300,10 +323,14 @@ def make_version_table(
 ) -> None:
     """Create the version table as Alembic would, and revoke the tenant's right to write it, in one transaction.
 
+    Its schema, if it has one of its own, is created first: Alembic expects it to exist.
+
     Default privileges let the tenant's role write the owner's tables. With this one it could hide from migrations.
     """
     migration_context: Any = context.get_context()
     with contextlib.nullcontext() if connection.in_transaction() else connection.begin():
+        if (schema := environment.quoted_version_schema) is not None:
+            connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         migration_context._ensure_version_table()
         if tenant is not None and tenant.placement is not None:
             driver: Any = connection.connection.driver_connection

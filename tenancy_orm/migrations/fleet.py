@@ -14,13 +14,14 @@ from ..tenant import Tenant, TenantRef
 from . import local
 from .commands import CommandResult, CommandRunner
 from .concurrency import map_concurrently
+from .configuration import alembic_config
 from .connections import Connections, Health, placement_of
 from .database import close, read_state
 from .failures import describe
 from .plan import Heads, Plan, format_revision
 from .report import FleetReport, Progress
 from .run import Run
-from .scripts import Environment, alembic_config, load
+from .scripts import Environment, load
 from .selection import Selection
 from .services import FleetServices
 from .status import TenantRevision
@@ -69,7 +70,8 @@ class FleetMigrator:
             concurrency: How many at once.
             stop_on_failure: Start no other tenant after a failure.
             progress: Called as the run proceeds.
-            x: The arguments that ``context.get_x_argument`` returns to the revisions.
+            x: The arguments that ``context.get_x_argument`` returns to the revisions of these tenants, after the
+                setting ``migration.x_arguments``. Templates do not get them.
 
         Raises:
             ConfigurationError: there is no migration directory, or its env.py is not ours.
@@ -139,11 +141,12 @@ class FleetMigrator:
         Raises:
             ConfigurationError: there is none, or its env.py does not call ``environment.run``.
         """
-        directory = self.services.config.migrations
+        config = self.services.config
+        directory = config.migrations
         if directory is None:
             raise ConfigurationError("TenancyConfig.migrations names no directory; make one with: tenancy init")
         # in a thread: env.py imports the application's models
-        return await asyncio.to_thread(lambda: load(alembic_config(directory, x=x)))
+        return await asyncio.to_thread(lambda: load(alembic_config(directory, config.migration, x=x), x=tuple(x)))
 
     # --- used by the commands and by env.py -------------------------------------------------------------------------
 

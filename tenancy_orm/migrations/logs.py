@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.config
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -12,9 +13,13 @@ from logging.config import fileConfig
 
 from alembic.config import Config
 
+from .substitution import Substitution
+
 logger = logging.getLogger("tenancy_orm.migrations")
 
 _label: ContextVar[str | None] = ContextVar("tenancy_orm.migrations.label", default=None)
+# the warnings of the running fleet run, which its tasks share
+_warned: ContextVar[set[str] | None] = ContextVar("tenancy_orm.migrations.warned", default=None)
 _quiet: ContextVar[bool] = ContextVar("tenancy_orm.migrations.quiet", default=False)
 
 
@@ -54,11 +59,53 @@ def quiet() -> Iterator[None]:
         _quiet.reset(token)
 
 
+@contextmanager
+def warning_once() -> Iterator[None]:
+    """Have each warning of ``warn_once`` logged once in the body, and not for each database."""
+    token = _warned.set(set())
+    try:
+        yield
+    finally:
+        _warned.reset(token)
+
+
+def warn_once(text: str) -> None:
+    """Log a warning about a revision, once in a run."""
+    warned = _warned.get()
+    if warned is None or text not in warned:
+        logger.warning("%s", text)
+    if warned is not None:
+        warned.add(text)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Leave logging as it is: ``fileConfig`` and ``dictConfig`` do nothing in the body.
+
+    An env.py calls them for Alembic's command line. It is also read inside a running application, where they would
+    replace the application's handlers and silence its loggers.
+    """
+    with _file_config.active(), _dict_config.active():
+        yield
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+_file_config = Substitution(logging.config, "fileConfig", _nothing)
+_dict_config = Substitution(logging.config, "dictConfig", _nothing)
+
+
 def configure(config: Config) -> None:
     """Configure logging by the ini file, if Alembic's command line is running.
 
-    Existing loggers stay enabled: they are those of the application, which is already imported.
+    Existing loggers stay enabled: they are those of the application, which is already imported. If env.py has called
+    ``fileConfig`` itself, as that of plain Alembic does, this package's loggers are enabled again.
     """
+    for name, found in list(logging.root.manager.loggerDict.items()):
+        if isinstance(found, logging.Logger) and name.partition(".")[0] == "tenancy_orm":
+            found.disabled = False
     path = config.config_file_name
     if getattr(config.cmd_opts, "cmd", None) is None or path is None:
         return

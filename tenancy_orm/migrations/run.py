@@ -15,7 +15,7 @@ from .concurrency import interleave, map_concurrently
 from .connections import Connections, Health, is_down, placement_of
 from .database import DatabaseMigration, close
 from .failures import describe
-from .logs import logger
+from .logs import logger, warning_once
 from .plan import Plan, format_revision
 from .report import FleetReport, Progress, TenantOutcome
 from .selection import Selection
@@ -61,6 +61,10 @@ class Run:
 
     async def execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
         """Apply the plan to ``tenants``, or to all, and return the report."""
+        with warning_once():
+            return await self._execute(tenants)
+
+    async def _execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
         started = time.monotonic()
         pending = await self.selection.choose(tenants)
         await self._prepare(pending)

@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import MetaData, create_mock_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
 
+from ..config import MigrationConfig
 from ..provisioning.templates import Connect
+from .configuration import alembic_config, influences
 from .database import ConnectionAdapter, DatabaseMigration, Limits, Target, close
 from .plan import Plan, format_revision
-from .scripts import alembic_config, load, script_directory
+from .scripts import load, script_directory
 
 _URL = URL.create("postgresql+asyncpg")
 
@@ -30,10 +33,14 @@ class AlembicSchema:
     Args:
         directory: The directory with env.py.
         limits: Time limits of migrating one database.
+        settings: The settings that name Alembic's file and section.
     """
 
-    def __init__(self, directory: str | Path, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, *, limits: Limits | None = None, settings: MigrationConfig | None = None
+    ) -> None:
         self._directory = Path(directory).absolute()
+        self._settings = settings
         self._limits = limits or Limits()
         # the scripts and their digest, as they were when the files had these times and sizes
         self._known: tuple[frozenset[tuple[str, int, int]], ScriptDirectory, str] | None = None
@@ -52,7 +59,7 @@ class AlembicSchema:
         return format_revision(script.revision_map._real_heads)
 
     def fingerprint(self) -> str:
-        """Return 64 hexadecimal digits that change with the heads, any revision file, or env.py.
+        """Return 64 hexadecimal digits that change with the heads, a revision, env.py or the options of Alembic's file.
 
         Raises:
             ConfigurationError: as ``head``.
@@ -69,7 +76,7 @@ class AlembicSchema:
             MigrationError: a revision failed.
             ConfigurationError: as ``head``.
         """
-        environment = await asyncio.to_thread(lambda: load(alembic_config(self._directory)))
+        environment = await asyncio.to_thread(lambda: load(alembic_config(self._directory, self._settings)))
         migration = DatabaseMigration(
             Plan.of(environment, "upgrade", "heads"),
             Target(label="template", url=_URL, connect=connect),
@@ -84,9 +91,10 @@ class AlembicSchema:
             stamp, script, digest = self._known
             if stamp == self._stamp(script):
                 return script, digest
-        script = script_directory(alembic_config(self._directory))
+        config = alembic_config(self._directory, self._settings)
+        script = script_directory(config)
         stamp = self._stamp(script)
-        digest = self._digest(script)
+        digest = self._digest(script, config)
         self._known = stamp, script, digest
         return script, digest
 
@@ -101,10 +109,11 @@ class AlembicSchema:
         found = ((path, path.stat()) for path in self._files(script))
         return frozenset((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in found)
 
-    def _digest(self, script: ScriptDirectory) -> str:
+    def _digest(self, script: ScriptDirectory, config: Config) -> str:
         digest = hashlib.sha256()
         inputs = [*(head.encode() for head in sorted(script.get_heads())), b"files"]
         inputs += [path.read_bytes() for path in self._files(script)]
+        inputs += [option.encode() for option in influences(config)]
         for data in inputs:
             digest.update(len(data).to_bytes(8, "big") + data)
         return digest.hexdigest()

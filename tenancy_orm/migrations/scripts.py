@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from alembic.util.pyfiles import coerce_resource_to_filename
 
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
-from . import local
+from . import local, logs
 
 # while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
 _reading: ContextVar[list[Mapping[str, Any]] | None] = ContextVar("tenancy_orm.migrations.reading", default=None)
@@ -33,6 +30,8 @@ class Environment:
     config: Config
     script: ScriptDirectory
     options: Mapping[str, Any] = field(repr=False)
+    x: tuple[str, ...] = ()
+    """The ``-x`` arguments of this run alone: new tenants are made without them."""
 
     def __post_init__(self) -> None:
         """Refuse the options of ``configure`` that choose the database: the fleet run does that."""
@@ -42,7 +41,13 @@ class Environment:
 
     def context(self, **options: Any) -> EnvironmentContext:
         """Return an ``EnvironmentContext`` for one database; ``options`` are as Alembic's commands pass them."""
-        return EnvironmentContext(self.config, self.script, **options)
+        return _RunContext(self, options)
+
+    @property
+    def quoted_version_schema(self) -> str | None:
+        """The quoted name of the version table's schema, if env.py gives one."""
+        schema = self.options.get("version_table_schema")
+        return None if schema is None else quote_identifier(schema)
 
     @property
     def quoted_version_table(self) -> str:
@@ -51,8 +56,29 @@ class Environment:
         return ".".join(quote_identifier(part) for part in (schema, table) if part is not None)
 
 
-def load(config: Config) -> Environment:
+class _RunContext(EnvironmentContext):
+    """Warns if a revision reads ``-x`` arguments that the templates do not get."""
+
+    def __init__(self, environment: Environment, options: dict[str, Any]) -> None:
+        super().__init__(environment.config, environment.script, **options)
+        self._environment = environment
+
+    def get_x_argument(self, as_dictionary: bool = False) -> Any:
+        """Return the ``-x`` arguments."""
+        if self._environment.x:
+            logs.warn_once(
+                "a revision reads the -x arguments, and new tenants are made without those of this run "
+                f"({' '.join(self._environment.x)}); give what all tenants need by the setting migration.x_arguments"
+            )
+        return super().get_x_argument(as_dictionary)
+
+
+def load(config: Config, *, x: tuple[str, ...] = ()) -> Environment:
     """Load the scripts, and run env.py only to get the options that it passes to ``environment.run``.
+
+    Args:
+        config: From ``configuration.alembic_config``.
+        x: Which of its ``-x`` arguments are those of this run alone.
 
     Raises:
         ConfigurationError: the directory is missing, or its env.py does not call ``environment.run``.
@@ -63,7 +89,7 @@ def load(config: Config) -> Environment:
         options = _read_env(config, script)
     except CommandError as exc:
         raise ConfigurationError(f"the migrations cannot be loaded: {exc}") from exc
-    return Environment(config, script, options)
+    return Environment(config, script, options, x)
 
 
 def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
@@ -72,7 +98,7 @@ def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
     nothing = {"fn": lambda heads, context: [], "dont_mutate": True, "destination_rev": "head", "starting_rev": None}
     token = _reading.set(found)
     try:
-        with EnvironmentContext(config, script, **nothing):
+        with logs.unchanged(), EnvironmentContext(config, script, **nothing):
             script.run_env()
     finally:
         _reading.reset(token)
@@ -100,44 +126,3 @@ def script_directory(config: Config) -> ScriptDirectory:
     added = sys.path[: len(sys.path) - len(before)]
     sys.path[:] = [path for path in added if path not in before] + before
     return script
-
-
-def alembic_config(directory: str | Path, *, x: Sequence[str] = ()) -> Config:
-    """Return the Alembic configuration of a migration directory.
-
-    That is an alembic.ini (or a pyproject.toml with ``[tool.alembic]``) in the directory, beside it, or in the working
-    directory, if its ``script_location`` is this directory; else Alembic's defaults.
-
-    Args:
-        directory: The directory with env.py.
-        x: The arguments that ``context.get_x_argument`` returns to env.py and the revisions, as from ``alembic -x``.
-
-    Raises:
-        ConfigurationError: there is no env.py in the directory.
-    """
-    directory = Path(directory).absolute()
-    if not (directory / "env.py").is_file():
-        raise ConfigurationError(f"{directory} has no env.py; create a migration directory with: tenancy init")
-    config = _configured(directory) or _default(directory)
-    if x:
-        config.cmd_opts = Namespace(x=list(x))
-    return config
-
-
-def _configured(directory: Path) -> Config | None:
-    for place in (directory, directory.parent, Path.cwd()):
-        ini, toml = place / "alembic.ini", place / "pyproject.toml"
-        if not ini.is_file() and not toml.is_file():
-            continue
-        config = Config(ini if ini.is_file() else None, toml_file=toml if toml.is_file() else None)
-        location = config.get_alembic_option("script_location")
-        if location and coerce_resource_to_filename(location).resolve() == directory.resolve():
-            return config
-    return None
-
-
-def _default(directory: Path) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(directory).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    return config

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from tenancy_orm.config import MigrationConfig
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.migrations import AlembicSchema, MetadataSchema
 from tests.support.projects import Project
@@ -64,6 +66,22 @@ def test_the_fingerprint_does_not_change_with_time_or_place(project: Project, tm
     (project.migrations / "versions" / "notes.txt").write_text("not a revision")
     project.migrations.rename(tmp_path / "moved")
     assert AlembicSchema(tmp_path / "moved").fingerprint() == before
+
+
+def test_the_fingerprint_changes_with_what_a_revision_can_read_of_the_configuration(project: Project) -> None:
+    def fingerprint(ini: str = "", **settings: Any) -> str:
+        project.ini.write_text(f"[alembic]\nscript_location = %(here)s/migrations\npath_separator = os\n{ini}\n")
+        return AlembicSchema(project.migrations, settings=MigrationConfig(**settings)).fingerprint()
+
+    plain = fingerprint()
+    assert fingerprint("file_template = %%(rev)s\nsqlalchemy.url = postgresql://h/d") == plain
+    assert fingerprint("colour = red") != plain
+    assert fingerprint(x_arguments=["colour=red"]) != plain
+    toml = project.root / "pyproject.toml"
+    toml.write_text('[tool.alembic]\nscript_location = "%(here)s/migrations"\n')
+    assert fingerprint() == plain
+    toml.write_text('[tool.alembic]\ncolour = "red"\n')
+    assert fingerprint() != plain
 
 
 def test_unchanged_files_are_not_read_again(project: Project) -> None:
