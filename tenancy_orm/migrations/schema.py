@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from alembic.script import ScriptDirectory
-from sqlalchemy import MetaData, create_mock_engine
+from sqlalchemy import Connection, MetaData, create_mock_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
+from sqlalchemy.schema import CreateSchema, CreateTable
 
 from ..provisioning.templates import Connect
 from .database import ConnectionAdapter, DatabaseMigration, Limits, Target, close
@@ -22,6 +24,12 @@ from .plan import Plan, format_revision
 from .scripts import alembic_config, load, script_directory
 
 _URL = URL.create("postgresql+asyncpg")
+
+_dialect: Any = postgresql.dialect  # SQLAlchemy's dialects are untyped
+
+_IS_SYSTEM_SCHEMA = re.compile(r"pg_|information_schema$")
+# by a listener of the application's, as was needed before: a second CREATE SCHEMA would fail there
+_CREATED_SCHEMA = re.compile(r'(?i)\bCREATE\s+SCHEMA\s+"?((?:[^"\s;]|"")+)"?')
 
 
 class AlembicSchema:
@@ -136,16 +144,36 @@ class MetadataSchema:
 
     def _digest(self) -> str:
         statements: list[str] = []
-        dialect: Any = postgresql.dialect  # SQLAlchemy's dialects are untyped
 
         def compile_statement(statement: Any, *_: Any, **__: Any) -> None:
-            statements.append(str(statement.compile(dialect=dialect())))
+            statements.append(str(statement.compile(dialect=_dialect())))
 
-        self._metadata.create_all(create_mock_engine("postgresql+asyncpg://", compile_statement), checkfirst=False)
+        self._metadata.create_all(create_mock_engine(_URL, compile_statement), checkfirst=False)
         return hashlib.sha256("\0".join(statements).encode()).hexdigest()
 
+    def _create_all(self, connection: Connection) -> None:
+        for name in self._schemas():
+            connection.execute(CreateSchema(name, if_not_exists=True))
+        self._metadata.create_all(connection)
+
+    def _schemas(self) -> list[str]:
+        """The schemas of tables, sequences, enums and domains, except those that the application creates itself."""
+        found: set[str] = set()
+        created = ""
+
+        def collect(statement: Any, *_: Any, **__: Any) -> None:
+            nonlocal created
+            if schema := getattr(getattr(statement, "element", None), "schema", None):
+                found.add(str(schema))
+            if not isinstance(statement, CreateTable):
+                created += f"{statement.compile(dialect=_dialect())};"
+
+        self._metadata.create_all(create_mock_engine(_URL, collect), checkfirst=False)
+        created_by_listener = {name.replace('""', '"') for name in _CREATED_SCHEMA.findall(created)}
+        return sorted(name for name in found - created_by_listener if not _IS_SYSTEM_SCHEMA.match(name))
+
     async def apply(self, connect: Connect) -> str | None:
-        """Create the tables in an empty database.
+        """Create the schemas and tables in an empty database.
 
         Args:
             connect: Opens a connection to it as the owner of the schema.
@@ -153,7 +181,7 @@ class MetadataSchema:
         connection = await connect()
         try:
             async with ConnectionAdapter().adapt(connection, _URL) as adapted:
-                await adapted.run_sync(self._metadata.create_all)
+                await adapted.run_sync(self._create_all)
                 await adapted.commit()
         finally:
             await close(connection)

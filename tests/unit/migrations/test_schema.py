@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -91,6 +92,48 @@ def test_the_fingerprint_of_metadata_is_that_of_its_ddl() -> None:
     assert MetadataSchema(make_metadata(sa.Column("n", sa.Integer, index=True))).fingerprint() != plain
     kind: sa.Column[int] = sa.Column("kind", sa.Enum("a", "b", name="kind"))
     assert MetadataSchema(make_metadata(kind)).fingerprint() != plain
+
+
+def test_the_fingerprint_of_metadata_sees_defaults_comments_enums_and_schemas() -> None:
+    variants: list[dict[str, Any]] = [
+        {},
+        {"server_default": "1"},
+        {"server_default": "2"},
+        {"comment": "one"},
+        {"comment": "two"},
+        {"nullable": False},
+        {"table_comment": "one"},
+        {"labels": ("a", "b", "c")},
+        {"schema": "billing"},
+        {"kind_schema": "kinds"},
+        {"listener": "CREATE VIEW v AS SELECT 1"},
+    ]
+    found = {MetadataSchema(variant(**options)).fingerprint() for options in variants}
+    assert len(found) == len(variants)
+
+
+def variant(
+    *,
+    table_comment: str | None = None,
+    labels: tuple[str, ...] = ("a", "b"),
+    schema: str | None = None,
+    kind_schema: str | None = None,
+    listener: str | None = None,
+    **column: Any,
+) -> sa.MetaData:
+    metadata = sa.MetaData()
+    kind = sa.Enum(*labels, name="kind", schema=kind_schema)
+    sa.Table(
+        "t",
+        metadata,
+        sa.Column("n", sa.Integer, **column),
+        sa.Column("kind", kind),
+        comment=table_comment,
+        schema=schema,
+    )
+    if listener is not None:
+        sa.event.listen(metadata, "after_create", sa.DDL(listener))  # type: ignore[no-untyped-call]
+    return metadata
 
 
 def test_metadata_has_no_revision() -> None:
