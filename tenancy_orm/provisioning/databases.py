@@ -168,8 +168,3 @@ async def complete_template(connection: Connection, name: str, *, comment: str) 
         f"COMMENT ON DATABASE {quoted} IS {quote_literal(comment)}; "
         f"ALTER DATABASE {quoted} WITH IS_TEMPLATE true ALLOW_CONNECTIONS false"
     )
-
-
-async def create_extension(connection: Connection, name: str) -> None:
-    """Install an extension in the database of ``connection``."""
-    await connection.execute(f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(name)} SCHEMA public CASCADE")

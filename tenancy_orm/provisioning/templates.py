@@ -28,7 +28,7 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, sqlstate_of
 from ..routing.servers import Server
-from . import advisory_locks, databases, event_trigger, grants, removal
+from . import advisory_locks, databases, event_trigger, extensions, grants, removal
 from .blockers import Blockers
 from .databases import Strategy
 from .grants import Contents
@@ -214,6 +214,7 @@ class Templates:
 
     async def _build(self, server: Server, connection: Connection, name: str) -> str | None:
         """Build a template under its lock, and return its revision. An existing, incomplete one is dropped first."""
+        await extensions.check_available(connection, self._config.extensions, server=server.name)
         logger.info("building template %s on server %s", name, server.name)
         await removal.drop_database(connection, self._blockers(server), name)
         try:
@@ -235,8 +236,7 @@ class Templates:
             await grants.prepare_schema(connection, self._names.owner)
             await advisory_locks.restrict(connection, self._names.owner, server=server.name)
             await event_trigger.install(connection, self._names.owner)
-            for extension in self._config.extensions:
-                await databases.create_extension(connection, extension)
+            await extensions.install(connection, self._config.extensions)
         finally:
             await run_to_completion(connections.close(connection))
 

@@ -225,6 +225,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "detail": {},
         "every": 60.0,
         "addresses": {},
+        "names": ("vector",),
     }
 
 

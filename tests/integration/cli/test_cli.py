@@ -123,6 +123,25 @@ async def test_people_get_tables(cli: Cli) -> None:
     assert "acme" in status.out
 
 
+async def test_an_extension_that_is_configured_later_reaches_tenants_by_command(cli: Cli) -> None:
+    """`migrate status` says who lacks it, by its exit status too, until `migrate extensions` or an upgrade ran."""
+    await cli("init")
+    await cli("create", "acme")
+    later = {"TENANCY_EXTENSIONS": "vector"}
+    lacking = await cli("migrate", "status", **later)
+    assert lacking.status == 1
+    assert "lacks extensions" in lacking.out and "vector" in lacking.out
+    installed = await cli("migrate", "extensions", "--json", **later)
+    assert installed.status == 0, installed.err
+    assert [(one["slug"], one["extensions"]) for one in installed.json["outcomes"]] == [("acme", ["vector"])]
+    shown = await cli("migrate", "status", "--json", **later)
+    assert shown.status == 0
+    assert [one["missing_extensions"] for one in shown.json] == [[]]
+    unknown = await cli("migrate", "upgrade", TENANCY_EXTENSIONS="vector,no-such")
+    assert unknown.status == 1
+    assert "server 'default' does not have the extension 'no-such'" in unknown.err
+
+
 async def test_keys_by_command(cli: Cli) -> None:
     """Issue, list, rotate and revoke."""
     await cli("init")
