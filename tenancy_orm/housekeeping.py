@@ -81,6 +81,8 @@ class Housekeeping:
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
         await self._end_due(run)
         await run.do("reconcile", self.provisioner.reconcile())
+        if self.config.retention.template_seconds:
+            await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())
         await run.do("finish_rotations", self.secrets.finish_rotations())
         await run.do("prepare_audit_partitions", self.audit.ensure_partitions())

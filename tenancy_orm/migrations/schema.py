@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import alembic
+import sqlalchemy
+from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, create_mock_engine
 from sqlalchemy.dialects import postgresql
@@ -20,12 +23,36 @@ from sqlalchemy.schema import CreateSchema, CreateTable
 
 from ..provisioning.templates import Connect
 from .database import ConnectionAdapter, DatabaseMigration, Limits, Target, close
+from .inputs import Inputs, digest_of, files_below
 from .plan import Plan, format_revision
+from .recording import normal, recorded
 from .scripts import alembic_config, load, script_directory
 
 _URL = URL.create("postgresql+asyncpg")
 
 _dialect: Any = postgresql.dialect  # SQLAlchemy's dialects are untyped
+
+# of places, which differ between machines, and of what the commands write
+_IRRELEVANT_SETTINGS = frozenset(
+    {
+        "here",
+        "script_location",
+        "version_locations",
+        "prepend_sys_path",
+        "path_separator",
+        "version_path_separator",
+        "recursive_version_locations",
+        "sqlalchemy.url",
+        "file_template",
+        "timezone",
+        "truncate_slug_length",
+        "output_encoding",
+        "revision_environment",
+        "sourceless",
+        "post_write_hooks",
+        "tenancy_app",
+    }
+)
 
 _IS_SYSTEM_SCHEMA = re.compile(r"pg_|information_schema$")
 # by a listener of the application's, as was needed before: a second CREATE SCHEMA would fail there
@@ -45,6 +72,9 @@ class AlembicSchema:
         self._limits = limits or Limits()
         # the scripts and their digest, as they were when the files had these times and sizes
         self._known: tuple[frozenset[tuple[str, int, int]], ScriptDirectory, str] | None = None
+        self._settings_files: list[Path] = []
+        self._inputs = Inputs(self._directory)
+        self._recorded: Mapping[str, str] = {}
 
     def __repr__(self) -> str:
         """Return the directory."""
@@ -60,12 +90,23 @@ class AlembicSchema:
         return format_revision(script.revision_map._real_heads)
 
     def fingerprint(self) -> str:
-        """Return 64 hexadecimal digits that change with the heads, any revision file, or env.py.
+        """Return 64 hexadecimal digits that change with any file in the directory, and with Alembic's settings.
+
+        Those are the heads, all files that are not hidden or caches, the settings of the ini file, and the versions of
+        Alembic and SQLAlchemy.
 
         Raises:
             ConfigurationError: as ``head``.
         """
         return self._read()[1]
+
+    def inputs(self) -> Mapping[str, str]:
+        """Return the files outside the directory that the last ``apply`` used, by name, with their digests."""
+        return self._recorded
+
+    def changed_input(self, inputs: Mapping[str, str]) -> str | None:
+        """Return the name of a file that is not as it was when ``inputs`` were recorded; None if all are."""
+        return self._inputs.changed(inputs)
 
     async def apply(self, connect: Connect) -> str | None:
         """Migrate an empty database to head, and return its revision.
@@ -77,14 +118,21 @@ class AlembicSchema:
             MigrationError: a revision failed.
             ConfigurationError: as ``head``.
         """
-        environment = await asyncio.to_thread(lambda: load(alembic_config(self._directory)))
-        migration = DatabaseMigration(
-            Plan.of(environment, "upgrade", "heads"),
-            Target(label="template", url=_URL, connect=connect),
-            adapter=ConnectionAdapter(),
-            limits=self._limits,
-        )
-        await migration.run()
+        with recorded() as recording:
+            config = alembic_config(self._directory)
+            environment = await asyncio.to_thread(load, config)
+            migration = DatabaseMigration(
+                Plan.of(environment, "upgrade", "heads"),
+                Target(label="template", url=_URL, connect=connect),
+                adapter=ConnectionAdapter(),
+                limits=self._limits,
+            )
+            await migration.run()
+        # of these two the fingerprint has the settings
+        recording.paths -= {
+            normal(name) for name in (config.config_file_name, config.toml_file_name) if name is not None
+        }
+        self._recorded = await asyncio.to_thread(self._inputs.digests, recording)
         return format_revision(migration.after or ())
 
     def _read(self) -> tuple[ScriptDirectory, str]:
@@ -92,30 +140,46 @@ class AlembicSchema:
             stamp, script, digest = self._known
             if stamp == self._stamp(script):
                 return script, digest
-        script = script_directory(alembic_config(self._directory))
+        config = alembic_config(self._directory)
+        self._settings_files = [Path(x) for x in (config.config_file_name, config.toml_file_name) if x is not None]
+        script = script_directory(config)
         stamp = self._stamp(script)
-        digest = self._digest(script)
+        digest = self._digest(config, script)
         self._known = stamp, script, digest
         return script, digest
 
-    def _files(self, script: ScriptDirectory) -> Iterator[Path]:
-        yield Path(script.env_py_location)
-        pattern = "**/*" if script.recursive_version_locations else "*"
-        suffixes = (".py", ".pyc", ".pyo") if script.sourceless else (".py",)
-        for location in script._version_locations:
-            yield from (path for path in sorted(location.glob(pattern)) if path.suffix in suffixes)
+    def _files(self, script: ScriptDirectory) -> Iterator[tuple[str, Path]]:
+        """The files of the directory, and of version locations elsewhere, each with its name relative to these."""
+        places = [self._directory, *(Path(place).absolute() for place in script._version_locations)]
+        for number, place in enumerate(places):
+            if number and place.is_relative_to(self._directory):
+                continue
+            for path in files_below(place, compiled=script.sourceless):
+                yield f"{number}/{path.relative_to(place).as_posix()}", path
 
     def _stamp(self, script: ScriptDirectory) -> frozenset[tuple[str, int, int]]:
-        found = ((path, path.stat()) for path in self._files(script))
-        return frozenset((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in found)
+        settings = ((str(path), path) for path in self._settings_files if path.exists())
+        found = ((name, path.stat()) for name, path in (*self._files(script), *settings))
+        return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
-    def _digest(self, script: ScriptDirectory) -> str:
-        digest = hashlib.sha256()
-        inputs = [*(head.encode() for head in sorted(script.get_heads())), b"files"]
-        inputs += [path.read_bytes() for path in self._files(script)]
-        for data in inputs:
-            digest.update(len(data).to_bytes(8, "big") + data)
-        return digest.hexdigest()
+    def _digest(self, config: Config, script: ScriptDirectory) -> str:
+        heads = ((head, b"head") for head in sorted(script.get_heads()))
+        settings = ((name, str(value).encode()) for name, value in sorted(_settings(config).items()))
+        versions = (("alembic", alembic.__version__.encode()), ("sqlalchemy", sqlalchemy.__version__.encode()))
+        files = ((name, path.read_bytes()) for name, path in self._files(script))
+        return digest_of((*heads, *settings, *versions, *files))
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """The settings that env.py and revisions can read, without those of places, of Alembic's commands and this package.
+
+    Paths of the ini file's own directory are the same on every machine: ``%(here)s`` is not replaced.
+    """
+    section = config.config_ini_section
+    found: dict[str, object] = dict(config.toml_alembic_config)
+    if config.file_config.has_section(section):
+        found |= dict(config.file_config.items(section, raw=True))
+    return {name: value for name, value in found.items() if name not in _IRRELEVANT_SETTINGS}
 
 
 class MetadataSchema:
@@ -134,8 +198,16 @@ class MetadataSchema:
         """Return None: there are no revisions."""
         return None
 
+    def inputs(self) -> Mapping[str, str]:
+        """Return nothing: the fingerprint has all."""
+        return {}
+
+    def changed_input(self, inputs: Mapping[str, str]) -> str | None:
+        """Return None: there are no inputs."""
+        return None
+
     def fingerprint(self) -> str:
-        """Return 64 hexadecimal digits that change with the DDL of the tables."""
+        """Return 64 hexadecimal digits that change with the DDL of the tables, and with SQLAlchemy's version."""
         tables = self._metadata.tables.items()
         stamp = frozenset((name, len(t.columns), len(t.indexes), len(t.constraints)) for name, t in tables)
         if self._known is None or self._known[0] != stamp:
@@ -143,7 +215,7 @@ class MetadataSchema:
         return self._known[1]
 
     def _digest(self) -> str:
-        statements: list[str] = []
+        statements = [sqlalchemy.__version__, *self._schemas()]
 
         def compile_statement(statement: Any, *_: Any, **__: Any) -> None:
             statements.append(str(statement.compile(dialect=_dialect())))

@@ -28,6 +28,7 @@ from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyErr
 from tenancy_orm.events import EventBus
 from tenancy_orm.internals import Internals
 from tenancy_orm.protocols import UsageRecord
+from tenancy_orm.provisioning import TemplateManager
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
 from tenancy_orm.quotas.holds import HoldManager
@@ -136,7 +137,8 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
 def parts() -> dict[str, type]:
     """The classes of everything that an open ``Tenancy`` hands out, by dotted name."""
     below = {f"internals.{name}": kind for name, kind in handed_out(Internals).items()}
-    return {"events": EventBus, "internals.provisioner.watchdog": Watchdog, **handed_out(Tenancy), **below}
+    held = {"internals.provisioner.watchdog": Watchdog, "internals.provisioner.templates": TemplateManager}
+    return {"events": EventBus, **held, **handed_out(Tenancy), **below}
 
 
 def handed_out(holder: type) -> dict[str, type]:

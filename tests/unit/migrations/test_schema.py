@@ -16,7 +16,7 @@ from tests.support.projects import Project
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    project = Project.create(tmp_path)
+    project = Project.create(tmp_path / "app")
     project.add("1")
     return project
 
@@ -41,10 +41,16 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
         AlembicSchema(tmp_path / "nowhere").fingerprint()
 
 
-@pytest.mark.parametrize("change", ["new revision", "edited revision", "edited env.py", "removed revision"])
+@pytest.mark.parametrize(
+    "change",
+    ["new revision", "edited revision", "edited env.py", "removed revision", "file", "renamed file", "ini setting"],
+)
 def test_the_fingerprint_changes_with_the_files(project: Project, change: str) -> None:
     extra = project.add("2", down="1")
     schema = AlembicSchema(project.migrations)
+    script = project.migrations / "sql" / "views.sql"
+    script.parent.mkdir()
+    script.write_text("CREATE VIEW v AS SELECT 1")
     before = schema.fingerprint()
     env = project.migrations / "env.py"
     if change == "new revision":
@@ -53,6 +59,12 @@ def test_the_fingerprint_changes_with_the_files(project: Project, change: str) -
         project.add("2", "op.execute('SELECT 1')", down="1")
     elif change == "edited env.py":
         env.write_text(env.read_text() + "# changed\n")
+    elif change == "file":
+        script.write_text("CREATE VIEW v AS SELECT 2")
+    elif change == "renamed file":
+        script.rename(script.with_name("other.sql"))
+    elif change == "ini setting":
+        project.ini.write_text(project.ini.read_text().replace("[alembic]", "[alembic]\nnumber_of_shards = 4"))
     else:
         extra.unlink()
     assert schema.fingerprint() != before
@@ -62,9 +74,12 @@ def test_the_fingerprint_changes_with_the_files(project: Project, change: str) -
 def test_the_fingerprint_does_not_change_with_time_or_place(project: Project, tmp_path: Path) -> None:
     before = AlembicSchema(project.migrations).fingerprint()
     (project.migrations / "versions" / "1.py").touch()
-    (project.migrations / "versions" / "notes.txt").write_text("not a revision")
-    project.migrations.rename(tmp_path / "moved")
-    assert AlembicSchema(tmp_path / "moved").fingerprint() == before
+    for cache in ("__pycache__/1.cpython-311.pyc", ".hidden", "1.py~", "1.pyc"):
+        path = project.migrations / "versions" / cache
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("not a revision")
+    project.root.rename(tmp_path / "moved")
+    assert AlembicSchema(tmp_path / "moved" / "migrations").fingerprint() == before
 
 
 def test_unchanged_files_are_not_read_again(project: Project) -> None:
