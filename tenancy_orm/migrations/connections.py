@@ -76,7 +76,7 @@ class Connections:
         placement = placement_of(tenant)
 
         async def install(names: Sequence[str]) -> None:
-            await self._services.provisioner.install_extensions(placement.server, placement.database, names)
+            await self._services.provisioner.extensions.install(placement.server, placement.database, names)
 
         return Target(
             label=tenant.slug,

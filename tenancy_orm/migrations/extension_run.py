@@ -57,7 +57,7 @@ class ExtensionRun:
         )
 
     async def _prepare_server(self, name: str) -> None:
-        await self._services.provisioner.check_extensions(name)
+        await self._services.provisioner.extensions.check(name)
         # tenants that are created during the run get the extensions from it
         await self._services.provisioner.template(name)
 

@@ -9,6 +9,7 @@ digests are the same on every machine.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import os
 import stat
@@ -37,7 +38,7 @@ class FileDigests:
     def of(self, path: Path) -> str | None:
         """Return the digest of a file's content, or of a directory's names; None if there is neither."""
         try:
-            found = path.stat()
+            found = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, for every file and creation
             stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
             known = self._known.get(path)
             if known is not None and known[0] == stamp:
@@ -59,18 +60,50 @@ def _counts(name: str) -> bool:
     return not name.startswith(".") and name not in _CACHES and not name.endswith((*_COMPILED, "~"))
 
 
-def files_below(directory: Path, *, compiled: bool = False) -> Iterator[Path]:
-    """Yield the files in a directory and below it, in order, without caches and hidden files.
+def stamps_below(directory: Path, *, compiled: bool = False) -> dict[str, tuple[int, int]]:
+    """Return time and size of the files in a directory and below it, by relative name, without caches and hidden ones.
 
     Args:
         directory: Where to look.
         compiled: Whether compiled files count as well (Alembic's ``sourceless``).
     """
-    for place, directories, names in os.walk(directory):
-        directories[:] = sorted(name for name in directories if _counts(name))
-        for name in sorted(names):
-            if _counts(name) or (compiled and name.endswith(_COMPILED)):
-                yield Path(place, name)
+    found: dict[str, tuple[int, int]] = {}
+    pending = [(os.fspath(directory), "")]
+    followed: set[tuple[int, int]] = set()
+    while pending:
+        place, prefix = pending.pop()
+        for entry in _entries(place):
+            name = entry.name
+            if not _counts(name) and not (compiled and name.endswith(_COMPILED)):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # removed since, or a link to nothing
+                if not entry.is_dir():
+                    status = entry.stat()
+                    found[prefix + name] = status.st_mtime_ns, status.st_size
+                elif not entry.is_symlink() or _is_new(entry.stat(), followed):
+                    pending.append((entry.path, f"{prefix}{name}/"))
+    return found
+
+
+def _entries(place: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(place) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def _is_new(status: os.stat_result, followed: set[tuple[int, int]]) -> bool:
+    """Whether a link leads to a directory that no other link led to: links can go in circles."""
+    key = status.st_dev, status.st_ino
+    is_new = key not in followed
+    followed.add(key)
+    return is_new
+
+
+def files_below(directory: Path, *, compiled: bool = False) -> Iterator[tuple[str, Path]]:
+    """Yield the names and paths of those files, in order."""
+    yield from ((name, directory / name) for name in sorted(stamps_below(directory, compiled=compiled)))
 
 
 def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
@@ -137,7 +170,7 @@ class Inputs:
 
     def _modules(self, recording: Recording) -> set[Path]:
         """The files of the modules that the build imported, and of those that these import."""
-        pending = [(path, "") for path in files_below(self._directory) if path.suffix == ".py"]
+        pending = [(path, "") for _, path in files_below(self._directory) if path.suffix == ".py"]
         pending += [(path, name) for name in recording.new_modules if (path := self._source(name)) is not None]
         found = {path for path, name in pending if name}
         while pending:

@@ -92,7 +92,7 @@ class Run:
 
     async def _prepare_server(self, name: str) -> None:
         if self.plan.command == "upgrade":
-            await self.services.provisioner.check_extensions(name)
+            await self.services.provisioner.extensions.check(name)
         if self.plan.reaches_head:
             await self.services.provisioner.template(name)
         else:

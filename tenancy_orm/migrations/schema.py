@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import alembic
 import sqlalchemy
@@ -23,7 +23,7 @@ from sqlalchemy.schema import CreateSchema, CreateTable
 
 from ..provisioning.templates import Connect
 from .database import ConnectionAdapter, DatabaseMigration, Limits, Target, close
-from .inputs import Inputs, digest_of, files_below
+from .inputs import Inputs, digest_of, files_below, stamps_below
 from .plan import Plan, format_revision
 from .recording import normal, recorded
 from .scripts import alembic_config, load, script_directory
@@ -31,6 +31,9 @@ from .scripts import alembic_config, load, script_directory
 _URL = URL.create("postgresql+asyncpg")
 
 _dialect: Any = postgresql.dialect  # SQLAlchemy's dialects are untyped
+
+# times and sizes of files
+_Stamp: TypeAlias = tuple[Mapping[str, object], ...]
 
 # of places, which differ between machines, and of what the commands write
 _IRRELEVANT_SETTINGS = frozenset(
@@ -70,8 +73,8 @@ class AlembicSchema:
     def __init__(self, directory: str | Path, *, limits: Limits | None = None) -> None:
         self._directory = Path(directory).absolute()
         self._limits = limits or Limits()
-        # the scripts and their digest, as they were when the files had these times and sizes
-        self._known: tuple[frozenset[tuple[str, int, int]], ScriptDirectory, str] | None = None
+        # the places of the scripts, the scripts and their digest, as they were when the files had this stamp
+        self._known: tuple[_Stamp, list[Path], ScriptDirectory, str] | None = None
         self._settings_files: list[Path] = []
         self._inputs = Inputs(self._directory)
         self._recorded: Mapping[str, str] = {}
@@ -137,36 +140,38 @@ class AlembicSchema:
 
     def _read(self) -> tuple[ScriptDirectory, str]:
         if self._known is not None:
-            stamp, script, digest = self._known
-            if stamp == self._stamp(script):
+            stamp, places, script, digest = self._known
+            if stamp == self._stamp(places, compiled=script.sourceless):
                 return script, digest
         config = alembic_config(self._directory)
         self._settings_files = [Path(x) for x in (config.config_file_name, config.toml_file_name) if x is not None]
         script = script_directory(config)
-        stamp = self._stamp(script)
-        digest = self._digest(config, script)
-        self._known = stamp, script, digest
+        places = self._places(script)
+        stamp = self._stamp(places, compiled=script.sourceless)
+        digest = self._digest(config, script, places)
+        self._known = stamp, places, script, digest
         return script, digest
 
-    def _files(self, script: ScriptDirectory) -> Iterator[tuple[str, Path]]:
-        """The files of the directory, and of version locations elsewhere, each with its name relative to these."""
-        places = [self._directory, *(Path(place).absolute() for place in script._version_locations)]
-        for number, place in enumerate(places):
-            if number and place.is_relative_to(self._directory):
-                continue
-            for path in files_below(place, compiled=script.sourceless):
-                yield f"{number}/{path.relative_to(place).as_posix()}", path
+    def _places(self, script: ScriptDirectory) -> list[Path]:
+        """The directory, and version locations elsewhere."""
+        others = (Path(place).absolute() for place in script._version_locations)
+        return [self._directory, *(place for place in others if not place.is_relative_to(self._directory))]
 
-    def _stamp(self, script: ScriptDirectory) -> frozenset[tuple[str, int, int]]:
-        settings = ((str(path), path) for path in self._settings_files if path.exists())
-        found = ((name, path.stat()) for name, path in (*self._files(script), *settings))
-        return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+    def _stamp(self, places: list[Path], *, compiled: bool) -> _Stamp:
+        settings = tuple(
+            (path.stat().st_mtime_ns, path.stat().st_size) for path in self._settings_files if path.exists()
+        )
+        return (*(stamps_below(place, compiled=compiled) for place in places), {"settings": settings})
 
-    def _digest(self, config: Config, script: ScriptDirectory) -> str:
+    def _digest(self, config: Config, script: ScriptDirectory, places: list[Path]) -> str:
         heads = ((head, b"head") for head in sorted(script.get_heads()))
         settings = ((name, str(value).encode()) for name, value in sorted(_settings(config).items()))
         versions = (("alembic", alembic.__version__.encode()), ("sqlalchemy", sqlalchemy.__version__.encode()))
-        files = ((name, path.read_bytes()) for name, path in self._files(script))
+        files = (
+            (f"{number}/{name}", path.read_bytes())
+            for number, place in enumerate(places)
+            for name, path in files_below(place, compiled=script.sourceless)
+        )
         return digest_of((*heads, *settings, *versions, *files))
 
 

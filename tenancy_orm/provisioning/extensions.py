@@ -6,11 +6,70 @@ everybody may use their types and functions, as their scripts grant it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..context import refuse_while_bound
 from ..errors import ExtensionUnavailableError
+from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
+from ..routing.servers import Server
+from .blockers import Blockers
+
+
+class Extensions:
+    """The configured extensions on servers and in existing databases.
+
+    Args:
+        config: The configuration.
+        servers: The servers, by name.
+        blockers: Returns the ``Blockers`` of a server.
+    """
+
+    def __init__(
+        self, config: TenancyConfig, servers: Mapping[str, Server], blockers: Callable[[Server], Blockers]
+    ) -> None:
+        self._config = config
+        self._servers = servers
+        self._blockers = blockers
+
+    async def check(self, server: str) -> None:
+        """Check that a server has the configured extensions. Without any configured, it is not asked.
+
+        Raises:
+            ExtensionUnavailableError: it lacks one.
+            UnknownServerError, ServerUnavailableError: as ``Provisioner.connect_admin``.
+        """
+        refuse_while_bound("looking at a server's extensions")
+        if not self._config.extensions:
+            return
+        connection = await self._blockers(self._servers[server]).connect()
+        try:
+            await check_available(connection, self._config.extensions, server=server)
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def install(self, server: str, database: str, names: Sequence[str]) -> None:
+        """Install extensions in an existing database, as administrator, as a template has them.
+
+        Raises:
+            TimeoutError: it took longer than ``provisioning.timeout``.
+            asyncpg.PostgresError: the server refuses.
+        """
+        refuse_while_bound("installing extensions")
+        blockers = self._blockers(self._servers[server])
+        lock_timeout = self._config.migration.lock_timeout
+        settings = {"lock_timeout": f"{round(lock_timeout * 1000)}ms", "statement_timeout": "0"}
+        async with asyncio.timeout(self._config.provisioning.timeout):
+            connection = await blockers.connect(database, settings=settings, purpose="tenancy-migration")
+            try:
+                async with blockers.ending(connection):
+                    await install(connection, names)
+            finally:
+                await run_to_completion(connections.close(connection))
 
 
 async def check_available(connection: Connection, names: Sequence[str], *, server: str) -> None:

@@ -30,10 +30,11 @@ from ..registry.rows import TenantDraft
 from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
 from ..tenant import Placement, Tenant
-from . import access, extensions, removal
+from . import access, removal
 from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .databases import Strategy
+from .extensions import Extensions
 from .pipeline import Creation, ProvisioningServices, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
@@ -71,6 +72,7 @@ class Provisioner:
         blockers = partial(Blockers, names=names, registry=registry)
         records = TemplateRecords(control)
         self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers, records=records)
+        self.extensions = Extensions(config, servers, blockers)
         self.templates = TemplateManager(
             config=config,
             names=names,
@@ -188,41 +190,6 @@ class Provisioner:
         """
         blockers = self._services.blockers(self._services.servers[server])
         return await blockers.connect(database, role=role, settings=settings, timeout=timeout, purpose=purpose)
-
-    async def check_extensions(self, server: str) -> None:
-        """Check that a server has the configured extensions. Without any configured, it is not asked.
-
-        Raises:
-            ExtensionUnavailableError: it lacks one.
-            UnknownServerError, ServerUnavailableError: as ``connect_admin``.
-        """
-        refuse_while_bound("looking at a server's extensions")
-        if not (configured := self._services.config.extensions):
-            return
-        connection = await self.connect_admin(server)
-        try:
-            await extensions.check_available(connection, configured, server=server)
-        finally:
-            await run_to_completion(connections.close(connection))
-
-    async def install_extensions(self, server: str, database: str, names: Sequence[str]) -> None:
-        """Install extensions in an existing database, as administrator, as a template has them.
-
-        Raises:
-            TimeoutError: it took longer than ``provisioning.timeout``.
-            asyncpg.PostgresError: the server refuses.
-        """
-        refuse_while_bound("installing extensions")
-        blockers = self._services.blockers(self._services.servers[server])
-        lock_timeout = self._services.config.migration.lock_timeout
-        settings = {"lock_timeout": f"{round(lock_timeout * 1000)}ms", "statement_timeout": "0"}
-        async with asyncio.timeout(self._timeout):
-            connection = await blockers.connect(database, settings=settings, purpose="tenancy-migration")
-            try:
-                async with blockers.ending(connection):
-                    await extensions.install(connection, names)
-            finally:
-                await run_to_completion(connections.close(connection))
 
     async def _prepared_server(self, name: str) -> Server:
         """Return the server, prepared."""

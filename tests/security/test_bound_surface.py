@@ -29,6 +29,7 @@ from tenancy_orm.events import EventBus
 from tenancy_orm.internals import Internals
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning import TemplateManager
+from tenancy_orm.provisioning.extensions import Extensions
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
 from tenancy_orm.quotas.holds import HoldManager
@@ -137,7 +138,8 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
 def parts() -> dict[str, type]:
     """The classes of everything that an open ``Tenancy`` hands out, by dotted name."""
     below = {f"internals.{name}": kind for name, kind in handed_out(Internals).items()}
-    held = {"internals.provisioner.watchdog": Watchdog, "internals.provisioner.templates": TemplateManager}
+    held: dict[str, type] = {"extensions": Extensions, "templates": TemplateManager, "watchdog": Watchdog}
+    held = {f"internals.provisioner.{name}": kind for name, kind in held.items()}
     return {"events": EventBus, **held, **handed_out(Tenancy), **below}
 
 

@@ -82,6 +82,18 @@ def test_the_fingerprint_does_not_change_with_time_or_place(project: Project, tm
     assert AlembicSchema(tmp_path / "moved" / "migrations").fingerprint() == before
 
 
+def test_linked_directories_count_and_may_go_in_circles(project: Project, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "views.sql").write_text("SELECT 1")
+    (shared / "back").symlink_to(project.migrations)
+    (shared / "nothing").symlink_to(tmp_path / "nothing")
+    (project.migrations / "sql").symlink_to(shared)
+    before = AlembicSchema(project.migrations).fingerprint()
+    (shared / "views.sql").write_text("SELECT 2")
+    assert AlembicSchema(project.migrations).fingerprint() != before
+
+
 def test_unchanged_files_are_not_read_again(project: Project) -> None:
     schema = AlembicSchema(project.migrations)
     before = schema.fingerprint()
