@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
+import asyncpg
+
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
-from ..errors import ExtensionUnavailableError
+from ..errors import ExtensionUnavailableError, ProvisioningError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
@@ -92,6 +94,17 @@ async def check_available(connection: Connection, names: Sequence[str], *, serve
 
 
 async def install(connection: Connection, names: Sequence[str]) -> None:
-    """Install extensions in the database of ``connection``, which is an administrative one, with those they need."""
+    """Install extensions in the database of ``connection``, which is an administrative one, with those they need.
+
+    Raises:
+        ProvisioningError: the administrator may not create one of them.
+    """
     for name in names:
-        await connection.execute(f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(name)} SCHEMA public CASCADE")
+        try:
+            await connection.execute(f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(name)} SCHEMA public CASCADE")
+        except asyncpg.InsufficientPrivilegeError as exc:
+            raise ProvisioningError(
+                f"the administrator may not create extension {name!r} ({exc.args[0]}, 42501); it must be a superuser, "
+                "or the role that a managed service has in place of one",
+                step="extensions",
+            ) from exc

@@ -92,16 +92,16 @@ class TemplateRecords:
             if replaces:
                 others = update(templates).where(templates.c.server == server, templates.c.base == base)
                 await connection.execute(others.values(retired=True))
-            await connection.execute(
-                insert(templates).values(
-                    server=server,
-                    name=name,
-                    base=base,
-                    revision=revision,
-                    inputs=dict(inputs),
-                    last_used_by=self._process,
-                )
-            )
+            values: dict[str, Any] = {
+                "base": base,
+                "revision": revision,
+                "inputs": dict(inputs),
+                "last_used_by": self._process,
+            }
+            added = insert(templates).values(server=server, name=name, **values)
+            # housekeeping may have seen the template in this moment, and entered it as unknown
+            values["built_at"] = values["last_used_at"] = func.now()
+            await connection.execute(added.on_conflict_do_update(index_elements=["server", "name"], set_=values))
             if replaces:
                 detail = {"server": server, "template": name, "revision": revision}
                 await insert_entry(connection, action="template.rebuild", actor=actor, detail=detail)

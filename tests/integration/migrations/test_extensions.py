@@ -12,12 +12,12 @@ import pytest
 import sqlalchemy as sa
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.errors import ExtensionUnavailableError, MigrationError
+from tenancy_orm.errors import ExtensionUnavailableError, MigrationError, ProvisioningError
 from tests.support.control_databases import create_control_database
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
-from tests.support.provisioning import VERSIONS, running_server
+from tests.support.provisioning import VERSIONS, placement, plain_workshop, running_server
 
 GUARDED = """
 CREATE TYPE pair AS (a int, b int);
@@ -211,6 +211,25 @@ async def test_without_migrations_a_method_brings_them(server: Postgres, config:
             found = await later.migrations.status()
             assert [one.is_complete for one in found] == [True, True, True]
             assert await later.tenancy.fetch_value("SELECT guarded_answer()", tenant="globex") == 42
+
+
+async def test_an_administrator_who_is_no_superuser_installs_trusted_ones(server: Postgres) -> None:
+    """The error about another one says what the administrator lacks; templates can be listed and dropped too."""
+    async with plain_workshop(server) as workshop:
+        tenant = await workshop.create("acme")
+        later = workshop.provisioner_of(extensions=("trusty",))
+        await later.extensions.install("default", placement(tenant).database, ["trusty"])
+        async with workshop.connect(tenant) as connection:
+            assert await connection.fetchval("SELECT extversion FROM pg_extension WHERE extname = 'trusty'") == "1.0"
+        with pytest.raises(ProvisioningError, match=r"may not create extension 'guarded'.*superuser"):
+            await later.extensions.install("default", placement(tenant).database, ["guarded"])
+        with pytest.raises(ProvisioningError, match=r"may not create extension 'guarded'.*superuser"):
+            await workshop.provisioner_of(extensions=("guarded",)).template("default")
+        former, current = await workshop.provisioner.template("default"), await later.template("default")
+        async with workshop.control.transaction() as connection:
+            await connection.execute(sa.text("UPDATE tenancy.templates SET last_used_at = now() - interval '1 day'"))
+        assert [one.name for one in (await later.templates.prune(unused_seconds=60)).removed] == [former.name]
+        assert [(one.name, (one.size_bytes or 0) > 0) for one in await later.templates.list()] == [(current.name, True)]
 
 
 # --- CREATE EXTENSION in revisions ----------------------------------------------------------------------------------
