@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -125,8 +126,8 @@ class TemplateManager:
 
         Args:
             servers: The servers; all where None.
-            unused_seconds: ``retention.template_seconds`` where None. A process that runs counts as using its template
-                for 15 minutes, whatever is given here.
+            unused_seconds: ``retention.template_seconds`` where None; nothing is dropped if that is 0. In any case a
+                template counts as used for 15 minutes.
             dry_run: Report what would be dropped, and drop nothing.
             actor: Who does this, for the audit log.
 
@@ -135,7 +136,7 @@ class TemplateManager:
             ConfigurationError: the migrations cannot be loaded, so it is not known which template is current.
         """
         refuse_while_bound("dropping templates")
-        kept = self._config.retention.template_seconds if unused_seconds is None else unused_seconds
+        kept = (self._config.retention.template_seconds or math.inf) if unused_seconds is None else unused_seconds
         unused = max(kept, IN_USE_SECONDS)
         removed: list[Template] = []
         errors: list[str] = []

@@ -5,8 +5,8 @@ the extensions, the rights), and the files that the build used besides. A proces
 these are as they were; otherwise it builds another one. So two releases that run side by side have different templates.
 
 The last thing done to a template is to set PostgreSQL's flag ``datistemplate``. A template without it is incomplete: it
-is never cloned, and ``reconcile`` drops it. Each process records from time to time which template it uses; the others
-are superseded, and housekeeping drops them.
+is never cloned, and the next builder, or ``reconcile``, drops it. Each process records from time to time which template
+it uses; the others are superseded, and housekeeping drops them.
 """
 
 from __future__ import annotations
@@ -309,8 +309,9 @@ class Templates:
     ) -> tuple[TemplateInfo, Mapping[str, str]]:
         """Build a template under the lock of its base. Its name is new, since processes remember what it contains."""
         await extensions.check_available(connection, self._config.extensions, server=server.name)
+        await self._drop_abandoned(server, connection)
         name = self._names.template(secrets.token_hex(8))
-        # reconcile drops an incomplete template that nobody holds the lock of
+        # an incomplete template that nobody holds the lock of is abandoned
         await locks.lock(connection, locks.lock_key(name), timeout=self.build_timeout)
         logger.info("building template %s on server %s", name, server.name)
         try:
@@ -354,6 +355,17 @@ class Templates:
             # an open connection makes every clone fail
             for connection in opened:
                 await run_to_completion(connections.close(connection))
+
+    async def _drop_abandoned(self, server: Server, connection: Connection) -> None:
+        """Drop incomplete templates of builders that died, as ``reconcile`` does."""
+        for state in await databases.states(connection, self._names.template("")):
+            key = locks.lock_key(state.name)
+            if state.is_template or not await locks.try_lock(connection, key):
+                continue
+            found = await databases.state(connection, state.name)
+            if found is not None and not found.is_template:
+                await self._drop_partial(server, connection, state.name)
+            await locks.unlock(connection, key)
 
     async def _drop_partial(self, server: Server, connection: Connection, name: str) -> None:
         try:
