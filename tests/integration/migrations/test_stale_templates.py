@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,8 @@ from sqlalchemy import text
 
 from tenancy_orm import TenancyConfig
 from tenancy_orm.migrations import AlembicSchema
-from tenancy_orm.provisioning import Template
-from tests.support.fleet import Fleet, fleet_config, open_fleet
+from tenancy_orm.provisioning import Template, templates
+from tests.support.fleet import Fleet, fleet_config, open_fleet, until
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
 
@@ -167,7 +167,9 @@ async def test_two_releases_keep_their_templates_and_a_superseded_one_is_dropped
         assert await fleet.fetch("globex", "SELECT n FROM v") == [(1,)]
 
 
-async def test_a_rebuilt_template_replaces_the_former_one(fleet: Fleet, config: TenancyConfig) -> None:
+async def test_a_rebuilt_template_replaces_the_former_one(
+    fleet: Fleet, config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In this process at once, in others when they record their use the next time."""
     async with open_fleet(config) as other:
         old = await other.provisioner.template("default")
@@ -175,15 +177,24 @@ async def test_a_rebuilt_template_replaces_the_former_one(fleet: Fleet, config: 
         assert new.name != old.name
         assert await fleet.provisioner.template("default") == new
         assert await other.provisioner.template("default") == old
-        records = other.provisioner._templates._records
-        assert await records.touch("default", old.name) is False
-        other.provisioner._templates.invalidate(old)
-        assert await other.provisioner.template("default") == new
         assert [(one.name, one.state) for one in await fleet.tenancy.templates.list()] == [
             (new.name, "current"),
             (old.name, "in use"),
         ]
-    (entry,) = await fleet.tenancy.audit.events(action="template.rebuild")
+    monkeypatch.setattr(templates, "USE_SECONDS", 0.05)
+    async with open_fleet(config) as other:
+        # a process that runs keeps its template, and hears of a rebuild when it records that
+        assert await other.provisioner.template("default") == new
+        await age(fleet, new.name, timedelta(days=1))
+
+        async def is_recorded() -> bool:
+            (first, _) = await fleet.tenancy.templates.list()
+            return first.last_used_at is not None and first.last_used_at > datetime.now(UTC) - timedelta(hours=1)
+
+        await until(is_recorded)
+        (newest,) = await fleet.tenancy.templates.rebuild()
+        await until(lambda: other.provisioner.template("default"), newest)
+    _, entry = await fleet.tenancy.audit.events(action="template.rebuild")
     assert entry.detail == {"server": "default", "template": new.name, "revision": "0001"}
 
 
