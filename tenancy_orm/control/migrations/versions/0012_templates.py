@@ -2,7 +2,7 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0008_templates"
+revision = "0012_templates"
 down_revision = "0006_row_security"
 branch_labels = None
 depends_on = None
