@@ -55,6 +55,7 @@
     ├── ProvisioningError
     │   ├── DatabaseExistsError
     │   └── TemplateError
+    │       └── ExtensionUnavailableError    a server does not have a configured extension
     ├── MigrationError
     │   └── FleetMigrationError
     └── AuditError
@@ -68,7 +69,7 @@ can be pickled. No message, attribute or ``repr`` contains a secret. An applicat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -685,6 +686,25 @@ class DatabaseExistsError(ProvisioningError):
 
 class TemplateError(ProvisioningError):
     """The template database could not be built."""
+
+
+class ExtensionUnavailableError(TemplateError):
+    """A server does not have an extension that the setting ``extensions`` names. Install its package there.
+
+    Attributes:
+        server: The server.
+        extensions: The extensions that it lacks.
+    """
+
+    def __init__(self, extensions: Sequence[str], *, server: str) -> None:
+        """Name the extensions and the server."""
+        self.extensions = tuple(extensions)
+        self.server = server
+        named = ", ".join(map(repr, self.extensions))
+        super().__init__(
+            f"server {server!r} does not have the extension {named} of the setting extensions; install the package "
+            "on that server (a managed service has a list of those it allows), or remove the name from the setting"
+        )
 
 
 class MigrationError(TenancyError):

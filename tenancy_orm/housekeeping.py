@@ -83,6 +83,8 @@ class Housekeeping:
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
         await self._end_due(run)
         await run.do("reconcile", self.provisioner.reconcile())
+        if self.config.retention.template_seconds:
+            await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())
         await run.do("expire_claims", self.domains.expire_claims())
         await run.do("verify_domains", self.domains.verify_again())

@@ -15,7 +15,7 @@ from ..registry.lifecycle import check_transition
 from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
-from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
+from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, template, tiers, usage
 from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
 from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, days_from_now, exit_on_error, fail, operator, run
@@ -32,6 +32,7 @@ app.add_typer(migrate.app, name="migrate")
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
 app.add_typer(tiers.app, name="tiers")
+app.add_typer(template.app, name="template")
 app.add_typer(domains.app, name="domains")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")

@@ -72,8 +72,18 @@ def stamp(
 
 
 @app.command()
+def extensions(tenant: Only = None, concurrency: Concurrency = 8, as_json: Json = False) -> None:
+    """Install the extensions of the setting `extensions` in tenants' databases that lack them. Upgrade does so too."""
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.install_extensions(tenants=tenant, concurrency=concurrency, progress=progress)
+
+    _run("install extensions", command, as_json)
+
+
+@app.command()
 def status(as_json: Json = False) -> None:
-    """Show the revision of each tenant's database; exit status 1 where one is not at head."""
+    """Show each tenant's revision and extensions; exit status 1 where one is not at head, or lacks an extension."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.migrations.status()
@@ -83,9 +93,13 @@ def status(as_json: Json = False) -> None:
         print_json(list(revisions))
     else:
         shown = {True: "yes", False: "no", None: None}
-        rows = [(x.slug, x.revision, shown[x.at_head], x.error) for x in revisions]
-        print_table("schema revisions", ("tenant", "revision", "at head", "error"), rows)
-    if not all(x.at_head for x in revisions):
+        rows = [
+            (x.slug, x.revision, shown[x.at_head], *map(", ".join, (x.missing_extensions, x.other_extensions)), x.error)
+            for x in revisions
+        ]
+        columns = ("tenant", "revision", "at head", "lacks extensions", "not in the setting", "error")
+        print_table("schema revisions", columns, rows)
+    if not all(x.is_complete for x in revisions):
         raise typer.Exit(EXIT_FAILED)
 
 

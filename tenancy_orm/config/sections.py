@@ -319,3 +319,5 @@ class RetentionConfig(Section, frozen=True):
     """How long a deleted tenant's data is kept before housekeeping purges it."""
     audit_seconds: SecondsOrZero = 0.0
     """How long audit entries are kept before housekeeping removes their month; 0 is for ever."""
+    template_seconds: SecondsOrZero = 7 * 86_400.0
+    """How long a template is kept that no process has used, before housekeeping drops it; 0 is for ever."""

@@ -71,7 +71,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Directory of the application's Alembic environment (made by ``tenancy init``). In a settings file, relative to
     that file."""
     extensions: Names = ()
-    """PostgreSQL extensions every tenant database gets, through the template. As text: separated by commas."""
+    """PostgreSQL extensions that every tenant database has: the template has them, and an upgrade installs them in
+    existing databases. As text: separated by commas."""
     encryption_keys: NamedKeys | None = Field(default=None, repr=False, exclude=True)
     """Keys that seal tenants' passwords, ``{"1": <32 bytes or their base64>}``; the last one seals, all of them open.
     As text: ``id:base64``, separated by commas."""

@@ -165,6 +165,22 @@ domains = Table(
     Index("domains_verified_key", "domain", unique=True, postgresql_where=text("verified_at IS NOT NULL")),
 )
 
+templates = Table(
+    "templates",
+    metadata,
+    Column("server", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("base", Text, nullable=False),
+    Column("revision", Text, nullable=True),
+    Column("inputs", JSONB, nullable=False),
+    # None where it is not known: the template was found, and not built
+    Column("built_at", DateTime(timezone=True), nullable=True, server_default=func.now()),
+    Column("last_used_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("last_used_by", Text, nullable=True),
+    Column("retired", Boolean, nullable=False, server_default="false"),
+    Index("templates_base_idx", "server", "base"),
+)
+
 data_keys = Table(
     "data_keys",
     metadata,
@@ -351,4 +367,4 @@ tenant_metrics = Table(
     Column("errors", BigInteger, nullable=False),
 )
 
-__all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "tenants", "tiers"]
+__all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

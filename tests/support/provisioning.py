@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,12 +56,19 @@ class ScriptSchema:
         self.script = script
         self._fingerprint = fingerprint
         self.applied = 0
+        self.files: dict[str, str] = {}
 
     def head(self) -> str | None:
         return "0001"
 
     def fingerprint(self) -> str:
         return f"{self._fingerprint} {hashlib.sha256(self.script.encode()).hexdigest()}"
+
+    def inputs(self) -> Mapping[str, str]:
+        return self.files
+
+    def changed_input(self, inputs: Mapping[str, str]) -> str | None:
+        return next((name for name, digest in inputs.items() if self.files.get(name) != digest), None)
 
     async def apply(self, connect: Connect) -> str | None:
         self.applied += 1

@@ -146,6 +146,45 @@ async def test_tenants_are_found_by_command(cli: Cli) -> None:
     assert (await cli("update", "acme", "--metadata", "a=", "--json")).json["metadata"] == {"a": ""}
 
 
+async def test_an_extension_that_is_configured_later_reaches_tenants_by_command(cli: Cli) -> None:
+    """`migrate status` says who lacks it, by its exit status too, until `migrate extensions` or an upgrade ran."""
+    await cli("init")
+    await cli("create", "acme")
+    later = {"TENANCY_EXTENSIONS": "vector"}
+    lacking = await cli("migrate", "status", **later)
+    assert lacking.status == 1
+    assert "lacks extensions" in lacking.out and "vector" in lacking.out
+    installed = await cli("migrate", "extensions", "--json", **later)
+    assert installed.status == 0, installed.err
+    assert [(one["slug"], one["extensions"]) for one in installed.json["outcomes"]] == [("acme", ["vector"])]
+    shown = await cli("migrate", "status", "--json", **later)
+    assert shown.status == 0
+    assert [one["missing_extensions"] for one in shown.json] == [[]]
+    unknown = await cli("migrate", "upgrade", TENANCY_EXTENSIONS="vector,no-such")
+    assert unknown.status == 1
+    assert "server 'default' does not have the extension 'no-such'" in unknown.err
+
+
+async def test_templates_by_command(cli: Cli) -> None:
+    """List, rebuild and prune; the former one is in use, since its process may still run."""
+    await cli("init")
+    await cli("create", "acme")
+    (first,) = (await cli("template", "list", "--json")).json
+    assert (first["state"], first["revision"], first["server"]) == ("current", None, "default")
+    (built,) = (await cli("template", "rebuild", "--json")).json
+    assert built["name"] != first["name"]
+    shown = await cli("template", "list")
+    assert shown.status == 0
+    for text in (first["name"], built["name"], "current", "in use"):
+        assert text in shown.out
+    planned = await cli("template", "prune", "--older-than", "0", "--dry-run", "--json")
+    assert planned.json == {"dry_run": True, "removed": [], "errors": []}
+    assert "no template is due" in (await cli("template", "prune")).out
+    unknown = await cli("template", "list", "--server", "elsewhere")
+    assert unknown.status == 1
+    assert "elsewhere" in unknown.err
+
+
 async def test_keys_by_command(cli: Cli) -> None:
     """Issue, list, rotate and revoke."""
     await cli("init")
