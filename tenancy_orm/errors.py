@@ -5,6 +5,7 @@
     ├── ConfigurationError (ValueError)
     │   ├── SettingError                     a setting is malformed, unknown or missing
     │   ├── MissingExtraError (ImportError)
+    │   ├── PoolerError                      an address must lead to PostgreSQL itself, and a pooler answers
     │   └── AdministratorNeededError         the control database's role lacks a right; it has the SQL to run
     ├── NotOpenError (RuntimeError)          the Tenancy object is not open, or already closed
     ├── WrongEventLoopError (RuntimeError)   used from another event loop or thread than the one that opened it
@@ -139,6 +140,14 @@ class AdministratorNeededError(ConfigurationError):
             "the control database's role lacks a right; run once as an administrator: " + "; ".join(statements)
         )
         self.statements = statements
+
+
+class PoolerError(ConfigurationError):
+    """An address that must lead to PostgreSQL itself leads to a connection pooler, such as PgBouncer.
+
+    Remedy: give the server's own address there; ``ServerAddresses`` has another one for tenants' traffic, and
+    ``control.listen_url`` is the control database's own.
+    """
 
 
 class NotOpenError(TenancyError, RuntimeError):

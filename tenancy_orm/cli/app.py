@@ -15,7 +15,7 @@ from ..registry.lifecycle import check_transition
 from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
-from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, template, tiers, usage
+from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, servers, template, tiers, usage
 from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
 from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, days_from_now, exit_on_error, fail, operator, run
@@ -33,6 +33,7 @@ app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
 app.add_typer(tiers.app, name="tiers")
 app.add_typer(template.app, name="template")
+app.add_typer(servers.app, name="servers")
 app.add_typer(domains.app, name="domains")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
@@ -97,7 +98,9 @@ def create(
     trial_days: Annotated[
         float | None, typer.Option(min=0, help="Start as a trial; housekeeping suspends it after this many days.")
     ] = None,
-    server: Annotated[str | None, typer.Option(help="The server to place it on.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="The server to place it on; what default_server says if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Create a tenant with its database, and print its API key. The key is not shown again."""
@@ -120,7 +123,8 @@ def create(
     if as_json:
         print_json(fields)
         return
-    console.print(f"created [bold]{fields['slug']}[/] ({fields['tier']}) as {fields['id']}", highlight=False)
+    where = f"on server {fields['server']}"
+    console.print(f"created [bold]{fields['slug']}[/] ({fields['tier']}) {where} as {fields['id']}", highlight=False)
     console.print("API key, not shown again:", highlight=False)
     # without styles, so that it can be selected and piped
     print(fields["api_key"])

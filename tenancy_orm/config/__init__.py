@@ -1,5 +1,6 @@
 """Configuration: ``TenancyConfig``, its sections, tiers, and where settings are read from."""
 
+from .addresses import ServerAddresses
 from .sections import (
     ControlConfig,
     DirectoryConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "QuotaConfig",
     "RetentionConfig",
     "SecretsConfig",
+    "ServerAddresses",
     "SessionConfig",
     "TenancyConfig",
     "Tier",

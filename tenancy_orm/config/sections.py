@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping
 from ipaddress import ip_address
 from types import MappingProxyType
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from ..errors import SettingError
 from .tiers import TierPolicyList
 from .validation import Section
 from .values import (
@@ -82,8 +84,8 @@ class ControlConfig(Section, frozen=True):
     pool_size: Count = 5
     """How many connections each process may hold open to it."""
     listen_url: PostgresUrl | None = Field(default=None, repr=False, exclude=True)
-    """Another URL of the control database, for LISTEN: needed where ``control_url`` leads through a pooler in
-    transaction mode, which drops it."""
+    """The control database's own address, for LISTEN and ``tenancy init``: needed where ``control_url`` leads to a
+    connection pooler."""
 
 
 class PoolConfig(Section, frozen=True):
@@ -104,12 +106,24 @@ class PoolConfig(Section, frozen=True):
     full_reset: bool = False
     """Whether a connection is cleaned by DISCARD ALL at every return (about 200 us)."""
 
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        # a default is no contradiction: it is a bound above the bound
+        per_tenant = self.max_connections_per_tenant
+        if "max_connections_per_tenant" in self.model_fields_set and per_tenant > self.max_connections:
+            reason = f"must be at most max_connections, which is {self.max_connections}; lower it, or raise that"
+            raise SettingError({"max_connections_per_tenant": reason})
+        return self
+
 
 class SessionConfig(Section, frozen=True):
     """What tenants' sessions start with."""
 
     statement_timeout: SecondsOrZero = 0.0
     """PostgreSQL's statement_timeout, in seconds; 0 is none."""
+    answer_timeout: SecondsOrZero = 3_600.0
+    """How long a process waits for PostgreSQL's answer to one statement where ``statement_timeout`` is 0, in seconds; 0
+    is for ever. It ends the wait for a server that keeps the connection open and does not answer."""
     settings: Pairs = Field(default_factory=_nothing)
     """Settings that tenants' connections start with, ``search_path`` for example, in place of the server's own. They
     win over ``ALTER ROLE`` and ``ALTER DATABASE``; those in a server's URL win over them. As text: ``name=value``,

@@ -62,6 +62,8 @@ servers = Table(
     Column("port", Integer, nullable=False),
     Column("accepts_tenants", Boolean, nullable=False, server_default="true"),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # where advisory locks are taken: those in another database do not exclude them
+    Column("maintenance_database", Text, nullable=True),
 )
 
 tiers = Table(

@@ -8,11 +8,11 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, text, true
+from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, true
 
 from ..context import as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.lookup import check_name, has_name
-from ..control.models import tenants
+from ..control.models import servers, tenants
 from ..errors import TenantNotFoundError
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
@@ -189,13 +189,9 @@ class Reading(TenantTable):
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
 
-    async def count_by_server(self) -> dict[str, int]:
-        """Return the number of tenants on each server that accepts new ones."""
-        refuse_while_bound("counting tenants")
-        query = text(
-            "SELECT s.name, count(t.id) FROM tenancy.servers s "
-            "LEFT JOIN tenancy.tenants t ON t.server = s.name AND t.status <> 'purged' "
-            "WHERE s.accepts_tenants GROUP BY s.name"
-        )
+    async def accepts_tenants(self, server: str) -> bool:
+        """Whether a tenant that names no server may be placed on ``server``."""
+        refuse_while_bound("reading servers")
+        query = select(servers.c.accepts_tenants).where(servers.c.name == server)
         async with self._control.connect() as connection:
-            return {row[0]: row[1] for row in await connection.execute(query)}
+            return bool(await connection.scalar(query))

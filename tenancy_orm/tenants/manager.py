@@ -14,6 +14,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
+from ..config.addresses import choose_server
 from ..context import refuse_while_bound
 from ..control.names import Names
 from ..errors import (
@@ -145,14 +146,15 @@ class TenantManager(TenantLifecycle):
             trial_ends_at: When a trial ends, an aware datetime; if it has passed, as in a webhook that comes late, the
                 next housekeeping suspends the tenant.
             timezone: IANA name of the time zone of its daily and monthly quotas.
-            server: Name of the server to place it on; the one with the fewest tenants where None.
+            server: Name of the server to place it on; the one that ``TenancyConfig.default_server`` says where None.
             key_name: Name of the first API key.
             scopes: Its scopes.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantExistsError: the slug is taken.
-            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed.
+            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed, or
+                it has no ``server`` and ``default_server`` does not say which of several.
             ProvisioningError: a step failed; the steps before it have been undone.
             ControlUnavailableError, ServerUnavailableError: a server does not answer.
         """
@@ -182,20 +184,17 @@ class TenantManager(TenantLifecycle):
         name = self._names.tenant(tenant_id)
         return {
             "id": tenant_id,
-            "server": server or await self._least_filled(),
+            "server": await self._place(server),
             "database": name,
             "role": name,
             "sealed_password": self._keyring.seal_password(tenant_id, new_password()),
         }
 
-    async def _least_filled(self) -> str:
-        configured = self._config.server_dsns
-        if len(configured) == 1:
-            return next(iter(configured))
-        counts = {k: v for k, v in (await self._registry.count_by_server()).items() if k in configured}
-        if not counts:
-            raise ConfigurationError("no configured server accepts new tenants")
-        return min(counts, key=lambda name: counts[name])
+    async def _place(self, server: str | None) -> str:
+        chosen = choose_server(self._config.server_names, self._config.default_server, server)
+        if server is None and len(self._config.server_names) > 1 and not await self._registry.accepts_tenants(chosen):
+            raise ConfigurationError(f"server {chosen!r} accepts no new tenants; set default_server to another one")
+        return chosen
 
     def _check_tier(self, tier: str) -> str:
         if tier not in self._config.tiers:

@@ -316,7 +316,7 @@ async def second_server(workshop: Workshop, admin_url: str, **config: Any) -> As
     assert workshop.config.servers is not None
     opened = await open_workshop(
         control_url=workshop.config.control_url,
-        admin_url=workshop.config.servers["default"],
+        admin_url=str(workshop.config.servers["default"]),
         name_prefix=workshop.config.name_prefix,
         servers={**workshop.config.servers, "second": admin_url},
         **config,

@@ -1,0 +1,84 @@
+"""Connections that must lead to PostgreSQL itself, and not to a pooler such as PgBouncer.
+
+Behind a pooler in transaction mode a session's advisory locks stay on a connection that other clients get next, and
+LISTEN hears nothing. Two signs tell a pooler:
+
+- It refuses a startup parameter that it does not know, as PgBouncer does (08P01), or drops it. PostgreSQL takes any
+  parameter with a dot in its name.
+- The process id at the login is not that of the backend. PgBouncer sends a random one, with which it finds the client
+  of a request to cancel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import asyncpg
+
+from ..errors import PoolerError
+from . import login
+from .connections import Connection
+from .dsn import Dsn
+from .login import clear_tracebacks, reason_of
+
+_PARAMETER = "tenancy.direct"
+
+
+async def connect_directly(
+    dsn: Dsn, *, timeout: float, refusal: str, settings: Mapping[str, str] = MappingProxyType({}), **options: Any
+) -> Connection:
+    """Open a connection as ``login.connect`` does, and prove that it leads to PostgreSQL itself.
+
+    It takes one round trip more. At a pooler it leaves nothing behind.
+
+    Args:
+        dsn: Where to.
+        timeout: Seconds that the login may take, and the proof again.
+        refusal: The error's text; ``{address}`` and ``{reason}`` in it are replaced.
+        settings: Further settings of the server.
+        options: Further arguments of ``login.connect``.
+
+    Raises:
+        PoolerError: a pooler answers. The connection is closed.
+        ConfigurationError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError: as ``login.connect``.
+    """
+    token = secrets.token_hex(8)
+    try:
+        connection: Connection = await login.connect(
+            dsn, timeout=timeout, settings={**settings, _PARAMETER: token}, **options
+        )
+    except asyncpg.ProtocolViolationError as exc:
+        raise _refused(refusal, dsn, reason_of(exc)) from clear_tracebacks(exc)
+    try:
+        async with asyncio.timeout(timeout):
+            # without parameters and rows, so that no statement is prepared: the command's tag is the answer
+            if await connection.execute(_prove(connection.get_server_pid(), token)) == "SELECT 1":
+                return connection
+    except BaseException:
+        connection.terminate()
+        raise
+    connection.terminate()
+    raise _refused(refusal, dsn, "the process id or a parameter of the login is not that of the session")
+
+
+async def is_direct(connection: Connection) -> bool:
+    """Whether an open connection has the process id of its backend: behind a pooler it has another."""
+    return bool(await connection.execute(_prove(connection.get_server_pid(), None)) == "SELECT 1")
+
+
+def _refused(refusal: str, dsn: Dsn, reason: str) -> PoolerError:
+    return PoolerError(refusal.format(address=dsn, reason=reason))
+
+
+def _prove(pid: int, token: str | None) -> str:
+    proof = f"SELECT WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) {pid:d}"
+    if token is not None:
+        proof += f" AND pg_catalog.current_setting('{_PARAMETER}', true) OPERATOR(pg_catalog.=) '{token}'"
+    return proof
+
+
+__all__ = ["connect_directly", "is_direct"]
