@@ -4,9 +4,9 @@ Behind a pooler in transaction mode a session's advisory locks stay on a connect
 LISTEN hears nothing. Two signs tell a pooler:
 
 - It refuses a startup parameter that it does not know, as PgBouncer does (08P01), or drops it. PostgreSQL takes any
-  parameter with a dot in its name.
+  parameter with a dot in its name. This sign decides for administration.
 - The process id at the login is not that of the backend. PgBouncer sends a random one, with which it finds the client
-  of a request to cancel.
+  of a request to cancel. So does a proxy that has a backend for each client, as managed servers have, which is none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .dsn import Dsn
 from .login import clear_tracebacks, reason_of
 
 _PARAMETER = "tenancy.direct"
+_PROOF = "SELECT WHERE pg_catalog.current_setting('{parameter}', true) OPERATOR(pg_catalog.=) '{token}'"
 
 
 async def connect_directly(
@@ -56,29 +57,29 @@ async def connect_directly(
     try:
         async with asyncio.timeout(timeout):
             # without parameters and rows, so that no statement is prepared: the command's tag is the answer
-            if await connection.execute(_prove(connection.get_server_pid(), token)) == "SELECT 1":
+            if await connection.execute(_PROOF.format(parameter=_PARAMETER, token=token)) == "SELECT 1":
                 return connection
     except BaseException:
         connection.terminate()
         raise
     connection.terminate()
-    raise _refused(refusal, dsn, "the process id or a parameter of the login is not that of the session")
+    raise _refused(refusal, dsn, "a parameter of the login is not that of the session")
 
 
 async def is_direct(connection: Connection) -> bool:
     """Whether an open connection has the process id of its backend: behind a pooler it has another."""
-    return bool(await connection.execute(_prove(connection.get_server_pid(), None)) == "SELECT 1")
+    # without parameters and rows, as above
+    same = f"SELECT WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) {connection.get_server_pid():d}"
+    return bool(await connection.execute(same) == "SELECT 1")
+
+
+async def backend_pid(connection: Connection) -> int:
+    """Return the process id of a direct connection's backend, also behind a proxy that tells clients another."""
+    return int(await connection.fetchval("SELECT pg_catalog.pg_backend_pid()"))
 
 
 def _refused(refusal: str, dsn: Dsn, reason: str) -> PoolerError:
     return PoolerError(refusal.format(address=dsn, reason=reason))
 
 
-def _prove(pid: int, token: str | None) -> str:
-    proof = f"SELECT WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) {pid:d}"
-    if token is not None:
-        proof += f" AND pg_catalog.current_setting('{_PARAMETER}', true) OPERATOR(pg_catalog.=) '{token}'"
-    return proof
-
-
-__all__ = ["connect_directly", "is_direct"]
+__all__ = ["backend_pid", "connect_directly", "is_direct"]
