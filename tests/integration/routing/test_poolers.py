@@ -15,9 +15,12 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import MarkerMismatchError, PoolerError, ServerUnavailableError
 from tenancy_orm.postgres.dsn import Dsn
+from tenancy_orm.postgres.poolers import backend_pid
 from tests.support.models import Note
 from tests.support.pgbouncer import PgBouncer, pgbouncer
 from tests.support.postgres import Postgres
+from tests.support.processes import opened
+from tests.support.proxy import proxied
 
 _LOCKS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
 
@@ -93,6 +96,29 @@ async def test_a_pooler_that_drops_what_it_does_not_know_is_found_too(
         through = tenancy_config.replace(servers={"default": lenient.url(postgres.admin_url)})
         with pytest.raises(PoolerError, match="a parameter of the login is not that of the session"):
             await Tenancy(through).open()
+
+
+async def test_a_proxy_with_process_ids_of_its_own_is_no_pooler(
+    tenancy_config: TenancyConfig, postgres: Postgres
+) -> None:
+    """It has a backend for each client. What keeps a creation waiting is found by the backend's process id."""
+    async with proxied(postgres.admin_url, own_process_ids=True) as proxy:
+        client = await asyncpg.connect(proxy.url(postgres.admin_url))
+        assert client.get_server_pid() == 0x7F000001 != await client.fetchval("SELECT pg_backend_pid()")
+        await client.close()
+        through = tenancy_config.replace(servers={"default": proxy.url(postgres.admin_url)})
+        async with opened(through, initialise=True) as tenancy:
+            acme = await tenancy.tenants.create("acme")
+            assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
+            server = tenancy.internals.servers["default"]
+            connection = await server.connect_admin()
+            try:
+                pid = await connection.fetchval("SELECT pg_backend_pid()")
+                assert await backend_pid(connection) == pid != connection.get_server_pid()
+            finally:
+                await connection.close()
+            await tenancy.tenants.delete(acme.tenant)
+            await tenancy.tenants.purge(acme.tenant)
 
 
 async def test_tenants_work_through_a_pooler(
