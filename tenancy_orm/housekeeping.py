@@ -82,7 +82,7 @@ class Housekeeping:
         # before anything that needs the control database, which may suffer from what this ends
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
         await self._end_due(run)
-        await run.do("reconcile", self.provisioner.reconcile())
+        await run.do("reconcile", self.provisioner.reconcile(thorough=False))
         if self.config.retention.template_seconds:
             await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())

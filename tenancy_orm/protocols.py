@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 from uuid import UUID
 
 
@@ -101,3 +101,24 @@ class UsageSender(Protocol):
         Raises:
             UsageExportError: it could not be sent; ``permanent`` if another attempt cannot succeed.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class GrantTarget:
+    """What a grant hook writes its statements for. The names are quoted: they can be put into SQL as they are.
+
+    Args:
+        database: The tenant's database.
+        role: The tenant's role.
+        owner: The role that owns the database and its tables; the statements run as this role.
+        server_version: PostgreSQL's major version, 18 for example.
+    """
+
+    database: str
+    role: str
+    owner: str
+    server_version: int
+
+
+GrantHook: TypeAlias = Callable[[GrantTarget], Iterable[str]]
+"""Returns SQL statements, such as ``GRANT`` and ``REVOKE``, for one tenant's database. They must be repeatable."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from uuid import UUID
 
 import typer
 
+from ..provisioning import ReconcileReport
 from ..registry.lifecycle import check_transition
 from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
@@ -346,13 +348,40 @@ def watch(
 
 
 @app.command()
-def reconcile(as_json: Json = False) -> None:
-    """Finish or undo creations and purges that were interrupted."""
+def reconcile(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit status 1 if anything differs.")] = False,
+    adopt_marker: Annotated[
+        list[str] | None,
+        typer.Option(help="Set the missing marker of this tenant's database, which must be its own; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Finish or undo what was interrupted, and mend tenants' databases and roles that are not as created."""
 
-    async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.internals.provisioner.reconcile(actor=operator())
+    async def command(tenancy: Tenancy) -> ReconcileReport:
+        adopt = [str((await tenancy.tenants.get(tenant)).id) for tenant in adopt_marker or ()]
+        return await tenancy.internals.provisioner.reconcile(check=check, adopt=adopt, actor=operator())
 
     report = run(command)
-    print_report("reconcile", report, as_json=as_json)
-    if report.errors:
+    if as_json:
+        print_json(report)
+    else:
+        _show_reconciled(report, check=check)
+    if not (report.clean if check else report.complete):
         raise typer.Exit(1)
+
+
+def _show_reconciled(report: ReconcileReport, *, check: bool) -> None:
+    names = [field.name for field in fields(report) if field.name != "differences"]
+    print_fields("would be reconciled" if check else "reconcile", {name: getattr(report, name) for name in names})
+    if report.differences:
+        rows = [
+            (x.tenant, x.kind, "yes" if x.dangerous else "no", "yes" if x.mended else "no", x.detail)
+            for x in report.differences
+        ]
+        print_table("differences", ("tenant", "what", "dangerous", "mended", "found"), rows)
+    if not check:
+        for x in report.differences:
+            if not x.mended and x.remedy:
+                console.print(f"a superuser has to run, in database {x.database}:", highlight=False)
+                print(f"{x.remedy};")

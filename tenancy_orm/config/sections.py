@@ -19,6 +19,7 @@ from .values import (
     AtLeastZero,
     Count,
     Fraction,
+    LoadedHook,
     LoadedProvider,
     LoadedSender,
     LoadedWrapper,
@@ -40,6 +41,10 @@ ROLE_SETTINGS: Mapping[str, str] = MappingProxyType(
     }
 )
 """What every tenant's role gets unless ``provisioning.role_settings`` says otherwise; and the server's work_mem."""
+
+
+TENANT_PRIVILEGES = ("TEMPORARY", "TRUNCATE", "MAINTAIN")
+"""What ``provisioning.tenant_privileges`` can grant."""
 
 
 def _nothing() -> Mapping[str, str]:
@@ -241,6 +246,20 @@ class ProvisioningConfig(Section, frozen=True):
     tenant_advisory_locks: bool = False
     """Whether tenants' roles may take advisory locks, with which one of them can fill the lock table of the whole
     server."""
+    tenant_privileges: Names = ()
+    """What else tenants' roles may do: "TEMPORARY" (temporary tables), "TRUNCATE", "MAINTAIN" (REFRESH MATERIALIZED
+    VIEW, VACUUM, ANALYZE; PostgreSQL 17 and later). Existing tenants get it with the next reconcile."""
+    grants: LoadedHook | None = Field(default=None, exclude=True)
+    """A function that returns further SQL for each tenant's database, given a ``GrantTarget``. It runs as the owner of
+    the database, at creation, after an upgrade of the tenant and in a reconcile. As text ``module:attribute``."""
+
+    @field_validator("tenant_privileges", mode="after")
+    @classmethod
+    def _check_tenant_privileges(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys("TEMPORARY" if name.upper() == "TEMP" else name.upper() for name in given))
+        if not set(names) <= set(TENANT_PRIVILEGES):
+            raise ValueError(f"may hold {', '.join(TENANT_PRIVILEGES)} alone; grant others by provisioning.grants")
+        return names
 
     @field_validator("role_settings", mode="after")
     @classmethod

@@ -17,7 +17,7 @@ from sqlalchemy import MetaData
 
 from ..errors import ConfigurationError
 from ..postgres.dsn import Dsn
-from ..protocols import KeyWrapper, SecretProvider, UsageSender
+from ..protocols import GrantHook, KeyWrapper, SecretProvider, UsageSender
 
 SETTING_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}(\.[A-Za-z_][A-Za-z0-9_$]{0,62})?")
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,16}")
@@ -130,6 +130,13 @@ def _read_object(value: object) -> object:
     return load_object(value) if isinstance(value, str) else value
 
 
+def _read_hook(value: object) -> object:
+    found = _read_object(value)
+    if not callable(found):
+        raise ValueError("must be a function, or module:attribute that names one")
+    return found
+
+
 def _refuse_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number")
@@ -172,6 +179,7 @@ NamedKeys = Annotated[Mapping[str, str | bytes], PlainValidator(_read_keys), Wit
 LoadedMetaData = Annotated[MetaData, PlainValidator(_read_metadata), _LOADED]
 LoadedProvider = Annotated[SecretProvider, PlainValidator(_read_object), _LOADED]
 LoadedWrapper = Annotated[KeyWrapper, PlainValidator(_read_object), _LOADED]
+LoadedHook = Annotated[GrantHook, PlainValidator(_read_hook), _LOADED]
 LoadedSender = Annotated[UsageSender, PlainValidator(_read_object), _LOADED]
 
 

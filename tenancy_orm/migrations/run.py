@@ -120,6 +120,8 @@ class Run:
         error: Exception | None = None
         try:
             await migration.run()
+            if migration.changed:
+                await self.services.provisioner.apply_grants(tenant)
         except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
             if await is_gone(self.selection, tenant, exc):
                 self.gone.add(tenant.id)

@@ -1,5 +1,6 @@
 """Tenants' databases and roles: templates, creation step by step, removal, reconciling after a crash, the watchdog."""
 
+from .differences import Difference
 from .provisioner import Provisioner
 from .reconcile import ReconcileReport
 from .template_manager import Template, TemplateManager, TemplatePruneReport
@@ -7,6 +8,7 @@ from .templates import SchemaSource, TemplateInfo
 from .watchdog import EndedSession, WatchReport
 
 __all__ = [
+    "Difference",
     "EndedSession",
     "Provisioner",
     "ReconcileReport",

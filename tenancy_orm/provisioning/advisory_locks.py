@@ -25,6 +25,10 @@ FUNCTIONS = tuple(
 )
 """The functions that take an advisory lock."""
 
+_IS_RESTRICTED = """
+SELECT bool_and(NOT has_function_privilege('public', f, 'EXECUTE')
+                AND has_function_privilege($2::name, f, 'EXECUTE WITH GRANT OPTION')) FROM unnest($1::text[]) f
+"""
 _IS_OPEN = "SELECT has_function_privilege('public', 'pg_catalog.pg_try_advisory_lock(bigint)', 'EXECUTE')"
 
 
@@ -37,14 +41,14 @@ def restrictions(owner: str) -> Sequence[str]:
     )
 
 
-def grants(role: str) -> Sequence[str]:
-    """The statements with which the owner lets ``role`` take advisory locks in one database."""
-    return (f"GRANT EXECUTE ON FUNCTION {', '.join(FUNCTIONS)} TO {quote_identifier(role)}",)
-
-
 async def may_restrict(connection: Connection) -> bool:
     """Whether this administrator may change the rights on PostgreSQL's own functions."""
     return await roles.is_superuser(connection)
+
+
+async def is_restricted(connection: Connection, owner: str) -> bool:
+    """Whether the owner alone may grant these functions in the database of ``connection``, and PUBLIC has none."""
+    return bool(await connection.fetchval(_IS_RESTRICTED, list(FUNCTIONS), owner))
 
 
 async def restrict(connection: Connection, owner: str, *, server: str) -> None:

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
 from ..postgres.connections import Connection, version
 from ..postgres.quoting import quote_identifier, quote_literal
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """The owner's schemas, tables, sequences and version tables in a database, quoted for a GRANT."""
-
-    schemas: tuple[str, ...]
-    tables: tuple[str, ...]
-    sequences: tuple[str, ...]
-    version_tables: tuple[str, ...]
-
+from .tenant_rights import Contents, TenantRights, grant_statements
 
 _CONTENTS = """
 WITH owner AS (SELECT oid FROM pg_roles WHERE rolname = $1),
@@ -46,43 +33,38 @@ async def contents(connection: Connection, owner: str) -> Contents:
 
 
 async def grant_and_mark(
-    connection: Connection, name: str, *, role: str, what: Contents, marker: str, further: Sequence[str] = ()
+    connection: Connection,
+    name: str,
+    *,
+    role: str,
+    rights: TenantRights,
+    what: Contents,
+    marker: str,
 ) -> None:
     """Grant ``role`` its rights on the data, also on what the owner creates later, and set the marker.
 
     This is one transaction: a database with its marker has the rights as well, and one without was never a tenant's.
 
-    The rights are the role's own and not a group's, so another tenant's role has none here even if it could connect.
-    The role may read Alembic's version table, and not write it. On a table it gets SELECT, INSERT, UPDATE and DELETE,
-    but not TRUNCATE, REFERENCES and TRIGGER; on a sequence all rights, since loading rows sets it.
-
     Args:
         connection: To the tenant's database, as the owner.
         name: The tenant's database.
         role: The tenant's role.
+        rights: What the role may do.
         what: The database's contents.
         marker: The marker that ``routing.marker`` verifies.
-        further: Statements that grant the role more, in the same transaction.
+
+    Raises:
+        ProvisioningError: a statement of the grant hook failed; the message has it.
     """
-    grantee = f"TO {quote_identifier(role)}"
-    rows, counters = "SELECT, INSERT, UPDATE, DELETE", "USAGE, SELECT, UPDATE"
-    statements = [
-        f"ALTER DEFAULT PRIVILEGES GRANT USAGE ON SCHEMAS {grantee}",
-        f"ALTER DEFAULT PRIVILEGES GRANT {rows} ON TABLES {grantee}",
-        f"ALTER DEFAULT PRIVILEGES GRANT {counters} ON SEQUENCES {grantee}",
-        *_grant("USAGE", "SCHEMA", what.schemas, grantee),
-        *_grant(rows, "TABLE", what.tables, grantee),
-        *_grant(counters, "SEQUENCE", what.sequences, grantee),
-        *_grant("SELECT", "TABLE", what.version_tables, grantee),
-        *further,
-        f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(marker)}",
-    ]
-    await connection.execute("; ".join(statements))
-
-
-def _grant(rights: str, kind: str, names: Sequence[str], grantee: str) -> Iterable[str]:
-    if names:
-        yield f"GRANT {rights} ON {kind} {', '.join(names)} {grantee}"
+    statements = grant_statements(rights.wanted(what, name), role)
+    mark = f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(marker)}"
+    if rights.hook is None:
+        await connection.execute("; ".join([*statements, mark]))
+        return
+    async with connection.transaction():
+        await connection.execute("; ".join(statements))
+        await rights.run_hook(connection, name, role)
+        await connection.execute(mark)
 
 
 async def revision(connection: Connection, owner: str) -> str | None:
@@ -101,7 +83,8 @@ async def protect_version_table(connection: Connection, role: str, table: str) -
         role: The tenant's role.
         table: The version table, quoted.
     """
-    await connection.execute(f"REVOKE INSERT, UPDATE, DELETE ON TABLE {table} FROM {quote_identifier(role)}")
+    quoted = quote_identifier(role)
+    await connection.execute(f"REVOKE ALL ON TABLE {table} FROM {quoted}; GRANT SELECT ON TABLE {table} TO {quoted}")
 
 
 async def prepare_schema(connection: Connection, owner: str) -> None:

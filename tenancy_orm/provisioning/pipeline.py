@@ -35,13 +35,14 @@ from ..routing import marker
 from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
 from ..tenant import Placement, Status, Tenant
-from . import access, advisory_locks, databases, grants, removal, roles
+from . import access, databases, grants, removal, roles
 from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .databases import Strategy
 from .role_settings import RoleSettings
 from .scram import scram_verifier
 from .templates import TemplateInfo, Templates
+from .tenant_rights import TenantRights
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -236,11 +237,9 @@ class Creation:
                     connection,
                     draft.database,
                     role=draft.role,
+                    rights=TenantRights.of(self._services.config.provisioning, self._services.names.owner),
                     what=await self._services.templates.contents(connection, self._template),
                     marker=marker.marker_text(self._services.installation, draft.id),
-                    further=advisory_locks.grants(draft.role)
-                    if self._services.config.provisioning.tenant_advisory_locks
-                    else (),
                 )
         finally:
             self._close_later(connection)

@@ -22,6 +22,7 @@ from ..routing.servers import Server
 from . import databases, role_settings, roles
 from .blockers import Blockers
 from .role_settings import RoleSettings
+from .tenant_rights import TenantRights
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -38,6 +39,7 @@ async def prepare(
     owner: str,
     control: ControlDatabase,
     configured: Mapping[str, str | None],
+    rights: TenantRights,
     timeout: float,
 ) -> RoleSettings:
     """Bring ``server`` into the state that provisioning relies on. It reads first, so repeating it writes nothing.
@@ -52,13 +54,14 @@ async def prepare(
         configuration. A warning names those that the administrator may not set.
 
     Raises:
-        ConfigurationError: PostgreSQL refuses a value of ``configured``.
+        ConfigurationError: PostgreSQL refuses a value of ``configured``, or does not have one of the ``rights``.
         TimeoutError: another preparation did not finish within ``timeout`` seconds.
         asyncpg.InsufficientPrivilegeError: the administrator may not create roles.
         ServerUnavailableError: the server does not answer.
     """
     connection = await blockers.connect()
     try:
+        rights.check_version(server.name, connections.version(connection))
         await locks.lock(connection, locks.lock_key(_LOCK), timeout=timeout)
         async with asyncio.timeout(timeout):
             await _prepare_owner(connection, owner)

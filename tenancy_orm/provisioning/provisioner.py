@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import MappingProxyType
@@ -32,16 +32,18 @@ from ..secrets.keyring import Keyring
 from ..tenant import Placement, Tenant
 from . import access, removal
 from .admin_connections import AdminConnections
+from .alignment import align_role
 from .blockers import Blockers
 from .databases import Strategy
 from .extensions import Extensions
 from .pipeline import Creation, ProvisioningServices, describe, tenant_key
 from .preparation import prepare
-from .reconcile import Reconciler, ReconcileReport, align_role
+from .reconcile import Reconciler, ReconcileReport
 from .role_settings import RoleSettings
 from .template_manager import TemplateManager
 from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
+from .tenant_rights import TenantRights
 from .watchdog import Watchdog, WatchReport
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -118,7 +120,8 @@ class Provisioner:
         Raises:
             UnknownServerError: no such server is configured.
             ServerUnavailableError: the server does not answer.
-            ConfigurationError: the server refuses a value of ``role_settings``.
+            ConfigurationError: the server refuses a value of ``role_settings``, or does not have one of
+                ``tenant_privileges``.
             ProvisioningError: the administrator lacks rights, or another process takes too long to prepare the server.
         """
         refuse_while_bound("preparing a server")
@@ -132,6 +135,7 @@ class Provisioner:
                     owner=self.names.owner,
                     control=self._control,
                     configured=self._services.config.provisioning.role_settings,
+                    rights=TenantRights.of(self._services.config.provisioning, self.names.owner),
                     timeout=self._timeout,
                 )
             except TenancyError:
@@ -362,8 +366,16 @@ class Provisioner:
         finally:
             await run_to_completion(self._admin_connections.release(server, connection, key))
 
-    async def reconcile(self, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> ReconcileReport:
-        """Finish or remove interrupted creations and purges, on every server.
+    async def reconcile(
+        self,
+        *,
+        actor: Actor = SYSTEM,
+        drop_unknown: bool = False,
+        check: bool = False,
+        thorough: bool = True,
+        adopt: Iterable[str] = (),
+    ) -> ReconcileReport:
+        """Finish or remove interrupted creations and purges, and mend tenants' databases and roles, on every server.
 
         It is safe at any time, on any number of machines. A server that does not answer is reported in ``errors``; the
         others are reconciled all the same.
@@ -372,12 +384,46 @@ class Provisioner:
             actor: Who does this, for the audit log.
             drop_unknown: Also drop databases of tenants that the registry does not know. After an old backup of the
                 registry was restored, these are all tenants created since: read ``unknown`` in the report first.
+            check: Write nothing; the report tells what would be done.
+            thorough: Look into every tenant's database, with one connection each, ``provisioning.concurrency`` at once.
+                If False, only into those for which the server's shared catalogues give a reason.
+            adopt: Slugs or ids of tenants with a database that has lost its marker: it gets the marker, and all that
+                goes with it. Be sure that the database is the tenant's.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
+            ConfigurationError: a server does not have one of ``provisioning.tenant_privileges``.
         """
         refuse_while_bound("reconciling")
-        return await Reconciler(self._services, actor=actor, drop_unknown=drop_unknown).run()
+        return await Reconciler(
+            self._services, actor=actor, drop_unknown=drop_unknown, check=check, thorough=thorough, adopt=adopt
+        ).run()
+
+    async def apply_grants(self, tenant: Tenant) -> None:
+        """Run the grant hook in a tenant's database, if there is one: an upgrade may have made what it names.
+
+        Args:
+            tenant: The tenant.
+
+        Raises:
+            ProvisioningError: a statement failed; none was applied.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_other_tenant(tenant)
+        rights = TenantRights.of(self._services.config.provisioning, self.names.owner)
+        if rights.hook is None or tenant.placement is None:
+            return
+        place = tenant.placement
+        await run_unbound(self._apply_grants(place, rights))
+
+    async def _apply_grants(self, place: Placement, rights: TenantRights) -> None:
+        blockers = self._services.blockers(self._services.servers[place.server])
+        connection = await blockers.connect(place.database, role=self.names.owner)
+        try:
+            async with asyncio.timeout(self._timeout), blockers.ending(connection), connection.transaction():
+                await rights.run_hook(connection, place.database, place.role)
+        finally:
+            await run_to_completion(connections.close(connection))
 
     async def end_excessive_sessions(self, *, actor: Actor = SYSTEM) -> WatchReport:
         """End tenants' sessions that would stop a server for others: see ``Watchdog``. A server's failure is reported.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from functools import partial
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..errors import IsolationError, RoutingError, TenancyError, TenantNotFoundError
+from ..errors import ConfigurationError, IsolationError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
@@ -30,10 +30,13 @@ from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.reading import TenantFilter
 from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
-from . import access, databases, grants, removal, role_settings, roles
+from . import databases, grants, removal, role_settings, roles, server_state
+from .alignment import align_role, role_deviations
 from .blockers import Blockers
+from .differences import Difference
 from .pipeline import ProvisioningServices, describe, prove, tenant_key
-from .roles import RoleState
+from .tenant_check import TenantCheck
+from .tenant_rights import TenantRights
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -53,7 +56,8 @@ class ReconcileReport:
             tenants that could not be dropped before.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
             hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
-        errors: What could not be done, and why. Everything else was done.
+        differences: How tenants' databases and roles differed from what provisioning makes, mended or not.
+        errors: What could not be done or checked, and why. Everything else was.
     """
 
     finished: tuple[str, ...] = ()
@@ -62,7 +66,18 @@ class ReconcileReport:
     corrected: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
     errors: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was found. After a check, this is whether a reconcile would have nothing to do."""
+        return self == ReconcileReport()
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is as it should be now: no errors, and nothing that differs is left."""
+        return not self.errors and all(difference.mended for difference in self.differences)
 
 
 @dataclass(slots=True)
@@ -73,19 +88,50 @@ class _Findings:
     corrected: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def report(self) -> ReconcileReport:
-        return ReconcileReport(*(tuple(sorted(getattr(self, name))) for name in self.__slots__))
+        names = [name for name in self.__slots__ if name != "differences"]
+        differences = sorted(self.differences, key=lambda one: (one.tenant, one.mended, not one.dangerous, one.kind))
+        return ReconcileReport(
+            **{name: tuple(sorted(getattr(self, name))) for name in names}, differences=tuple(differences)
+        )
+
+    def correct(self, slug: str) -> None:
+        """Note that a tenant is corrected, once however much there was to do."""
+        if slug not in self.corrected:
+            self.corrected.append(slug)
 
 
 class Reconciler:
-    """One reconciliation of every server."""
+    """One reconciliation of every server.
 
-    def __init__(self, services: ProvisioningServices, *, actor: Actor = SYSTEM, drop_unknown: bool = False) -> None:
+    Args:
+        services: Of provisioning.
+        actor: Who does this, for the audit log.
+        drop_unknown: Whether to drop databases of tenants that the registry does not know.
+        check: Whether only to find out what would be done. Nothing is written.
+        thorough: Whether to look into every tenant's database, and not only where the shared catalogues give a reason.
+        adopt: Ids or slugs of tenants that get a missing marker.
+    """
+
+    def __init__(
+        self,
+        services: ProvisioningServices,
+        *,
+        actor: Actor = SYSTEM,
+        drop_unknown: bool = False,
+        check: bool = False,
+        thorough: bool = True,
+        adopt: Iterable[str] = (),
+    ) -> None:
         self._services = services
         self._actor = actor
         self._drop_unknown = drop_unknown
+        self._check = check
+        self._thorough = thorough
+        self._adopt = tuple(adopt)
         self._findings = _Findings()
         self._timeout = services.config.provisioning.timeout
 
@@ -145,6 +191,7 @@ class Reconciler:
             await self._drop_orphans(server, connection)
             await self._drop_retired(server, connection)
             await self._drop_leftovers(server, connection)
+            await self._check_tenants(server, connection)
             await self._correct_roles(server, connection)
             await self._correct_settings(server, connection)
         finally:
@@ -171,12 +218,23 @@ class Reconciler:
             one = await self._services.registry.find_unfinished(found.tenant.id)
             if one is None or one.tenant.placement is None:
                 return
-            if one.kind == "purging":
+            if self._check:
+                await self._foresee(one, one.tenant.placement)
+            elif one.kind == "purging":
                 await self._finish_purge(connection, one.tenant, one.tenant.placement)
             elif one.step == "proved" and await self._proves_itself(one.tenant, one.tenant.placement):
                 await self._finish_creation(one.tenant, one.tenant.placement)
             else:
                 await self._remove_creation(connection, one, one.tenant.placement)
+
+    async def _foresee(self, one: Unfinished, placement: Placement) -> None:
+        """Note what would be done."""
+        if one.kind == "purging":
+            self._findings.purged.append(one.tenant.slug)
+        elif one.step == "proved" and await self._proves_itself(one.tenant, placement):
+            self._findings.finished.append(one.tenant.slug)
+        else:
+            self._findings.removed.append(one.tenant.slug)
 
     async def _proves_itself(self, tenant: Tenant, placement: Placement) -> bool:
         """Whether the last step succeeds now: it was started, but its result is not known."""
@@ -265,7 +323,8 @@ class Reconciler:
                 )
                 self._findings.unknown.append(name)
                 return
-            await self._remove(connection, server, name, name)
+            if not self._check:
+                await self._remove(connection, server, name, name)
             self._findings.orphans.append(name)
 
     async def _status(self, tenant_id: UUID) -> Status | None:
@@ -283,7 +342,8 @@ class Reconciler:
             await self._do(connection, name, partial(self._drop_retired_role, server, connection, name))
 
     async def _drop_retired_role(self, server: str, connection: Connection, name: str) -> None:
-        await removal.drop_retired(connection, self._blockers(server), self._services.names, name)
+        if not self._check:
+            await removal.drop_retired(connection, self._blockers(server), self._services.names, name)
         self._findings.orphans.append(name)
 
     async def _drop_leftovers(self, server: str, connection: Connection) -> None:
@@ -299,8 +359,53 @@ class Reconciler:
         async with self._try_locked(connection, locks.lock_key(name)) as free:
             state = await databases.state(connection, name) if free else None
             if state is not None and not state.is_template:
-                await removal.drop_database(connection, self._blockers(server), name)
+                if not self._check:
+                    await removal.drop_database(connection, self._blockers(server), name)
                 self._findings.orphans.append(name)
+
+    # --- databases --------------------------------------------------------------------------------------------------
+
+    async def _check_tenants(self, server: str, connection: Connection) -> None:
+        """Compare every tenant's database and role with what provisioning makes, several at once; mend one by one."""
+        try:
+            version = connections.version(connection)
+            TenantRights.of(self._services.config.provisioning, self._services.names.owner).check_version(
+                server, version
+            )
+        except ConfigurationError as exc:
+            self._findings.errors.append(str(exc))
+            return
+        check = TenantCheck(self._services, server, mend=not self._check, adopt=self._adopt, actor=self._actor)
+        async with asyncio.timeout(self._timeout):
+            state = await server_state.read(connection, self._services.names)
+        slots = asyncio.Semaphore(self._services.config.provisioning.concurrency)
+
+        async def look(tenant: Tenant) -> Tenant | None:
+            try:
+                async with slots, asyncio.timeout(self._timeout):
+                    return tenant if await check.differs(tenant, state, thorough=self._thorough) else None
+            except (TenancyError, *SERVER_FAILURES) as exc:
+                logger.info("reconcile: %s is looked at again under its lock: %s", tenant.slug, describe(exc))
+                return tenant
+
+        everyone = self._services.registry.iterate(TenantFilter(server=server))
+        tenants = [tenant async for tenant in everyone if tenant.status is not Status.PROVISIONING]
+        for found in await asyncio.gather(*map(look, tenants)):
+            if found is not None:
+                await self._do(connection, found.slug, partial(self._settle, check, connection, found.id))
+
+    async def _settle(self, check: TenantCheck, connection: Connection, tenant_id: UUID) -> None:
+        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
+            tenant = await self._services.registry.get(tenant_id)
+            if not free or tenant.placement is None or await self._services.registry.find_unfinished(tenant_id):
+                return  # it is being changed, or removed
+            told: list[Difference] = []
+            try:
+                await check.settle(connection, tenant, told)
+            finally:
+                self._findings.differences += told
+                if any(difference.mended for difference in told):
+                    self._findings.correct(tenant.slug)
 
     # --- roles ------------------------------------------------------------------------------------------------------
 
@@ -309,7 +414,7 @@ class Reconciler:
         async with asyncio.timeout(self._timeout):
             states = await roles.states(connection, self._services.names.stem)
         async for tenant in self._services.registry.iterate(TenantFilter(server=server)):
-            if self._role_differs(tenant, states):
+            if role_deviations(self._services, tenant, states):
                 await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
 
     async def _correct_role(self, connection: Connection, tenant_id: UUID) -> None:
@@ -317,10 +422,15 @@ class Reconciler:
             tenant = await self._services.registry.get(tenant_id)
             if not free or tenant.placement is None:
                 return
-            if not self._role_differs(tenant, await roles.states(connection, tenant.placement.role)):
+            found = role_deviations(self._services, tenant, await roles.states(connection, tenant.placement.role))
+            if not found:
                 return
-            await align_role(self._services, connection, tenant, deadline=self._deadline())
-            self._findings.corrected.append(tenant.slug)
+            if not self._check:
+                await align_role(self._services, connection, tenant, deadline=self._deadline())
+                self._findings.correct(tenant.slug)
+            for kind, detail in found.items():
+                dangerous = kind == "role.login" and tenant.status in LOGIN_BLOCKED
+                self._differ(tenant, kind, detail, dangerous=dangerous)
 
     async def _correct_settings(self, server: str, connection: Connection) -> None:
         """Remove what roles have given themselves: settings, for any database, and members."""
@@ -329,67 +439,43 @@ class Reconciler:
             found = await role_settings.read(connection, self._services.names.tenant_stem)
         for role, one in found.items():
             if settings.differs_from(one) and (tenant_id := self._services.names.parse(role)) is not None:
-                await self._do(connection, role, partial(self._correct_setting, server, connection, role, tenant_id))
+                work = partial(self._correct_setting, server, connection, role, tenant_id, *settings.describe(one))
+                await self._do(connection, role, work)
 
-    async def _correct_setting(self, server: str, connection: Connection, role: str, tenant_id: UUID) -> None:
+    async def _correct_setting(
+        self, server: str, connection: Connection, role: str, tenant_id: UUID, detail: str, dangerous: bool
+    ) -> None:
         async with self._try_locked(connection, tenant_key(tenant_id)) as free:
             if not free or await self._status(tenant_id) in (None, Status.PROVISIONING, Status.PURGED):
                 return
             tenant = await self._services.registry.get(tenant_id)
             configured = self._services.config.provisioning.role_settings
-            changed = await role_settings.restore(
-                connection, self._services.blockers(self._services.servers[server]), role, configured
+            if not self._check and await role_settings.restore(connection, self._blockers(server), role, configured):
+                self._findings.correct(tenant.slug)
+                self._differ(tenant, "role.settings", detail, dangerous=dangerous)
+                return
+            settings = await role_settings.resolve(connection, configured)
+            left = (await role_settings.read(connection, role)).get(role)
+            if left is not None and settings.differs_from(left):
+                detail, dangerous = settings.describe(left)
+                remedy = "; ".join(role_settings.corrections(connection, role, left, settings))
+                self._differ(tenant, "role.settings", detail, dangerous=dangerous, remedy=remedy)
+
+    def _differ(
+        self, tenant: Tenant, kind: str, detail: str, *, dangerous: bool = False, remedy: str | None = None
+    ) -> None:
+        """Report a difference of a role, which is mended unless this is a check, or there is a remedy."""
+        if tenant.placement is not None:
+            place, mended = tenant.placement, not self._check and remedy is None
+            self._findings.differences.append(
+                Difference(
+                    tenant.slug,
+                    place.server,
+                    place.database,
+                    kind,
+                    detail,
+                    dangerous,
+                    mended=mended,
+                    remedy=remedy or "",
+                )
             )
-            if changed and tenant.slug not in self._findings.corrected:
-                self._findings.corrected.append(tenant.slug)
-
-    def _role_differs(self, tenant: Tenant, states: Mapping[str, RoleState]) -> bool:
-        state = states.get(tenant.placement.role) if tenant.placement else None
-        if state is None or tenant.status is Status.PROVISIONING:
-            return False
-        may_connect = tenant.placement is not None and tenant.placement.database in state.connect_granted_on
-        if tenant.status in LOGIN_BLOCKED:
-            # a connection may still be open: the process that blocked the login died before it ended the connection
-            wrong_access = state.can_login or state.connected or may_connect
-        else:
-            wrong_access = not (state.can_login and may_connect)
-        return wrong_access or _limit(self._services, tenant) not in (None, state.connection_limit)
-
-
-async def align_role(
-    services: ProvisioningServices, connection: Connection, tenant: Tenant, *, deadline: float
-) -> None:
-    """Make a tenant's role agree with its status and tier: its login, its connection limit and its settings.
-
-    Call it under the tenant's lock, with the tenant as it was read under that lock: of two changes at the same time,
-    the later one must be applied last.
-
-    Args:
-        services: Of provisioning.
-        connection: An administrative one, which holds the tenant's lock.
-        tenant: The tenant.
-        deadline: When a login must be blocked and its connections ended, by the clock of the event loop.
-    """
-    if tenant.placement is None or tenant.status is Status.PROVISIONING:
-        return
-    database, role = tenant.placement.database, tenant.placement.role
-    blockers = services.blockers(services.servers[tenant.placement.server])
-    if tenant.status in LOGIN_BLOCKED:
-        await access.block(connection, blockers, database=database, role=role, deadline=deadline)
-    else:
-        await access.unblock(connection, blockers, database=database, role=role)
-    if (limit := _limit(services, tenant)) is not None:
-        set_limit = partial(roles.set_connection_limit, connection, role, limit)
-        await blockers.run(connection, set_limit, role=role)
-    settings = services.config.provisioning.role_settings
-    if tenant.status in LOGIN_BLOCKED:
-        # its logins are blocked: a failure to restore settings must not look like a failure of that
-        await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)
-    else:
-        await role_settings.restore(connection, blockers, role, settings)
-
-
-def _limit(services: ProvisioningServices, tenant: Tenant) -> int | None:
-    """The connection limit of the tenant's tier; None if the configuration no longer has that tier."""
-    tier = services.config.tiers.get(tenant.tier)
-    return None if tier is None else tier.connection_limit

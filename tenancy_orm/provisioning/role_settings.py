@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -61,6 +61,20 @@ class RoleSettings:
         own = {name: _plain(name, value) for name, value in found.settings.items() if name not in self.refused}
         wanted = {name: _plain(name, value) for name, value in self.values.items()}
         return own != wanted or bool(found.databases) or bool(found.memberships)
+
+    def describe(self, found: CurrentSettings) -> tuple[str, bool]:
+        """What of a role's settings and memberships differs from these, for people; and whether it is dangerous.
+
+        Values are left out: a role may have written anything.
+        """
+        own = {name: _plain(name, value) for name, value in found.settings.items() if name not in self.refused}
+        wanted = {name: _plain(name, value) for name, value in self.values.items()}
+        names = sorted(name for name in own.keys() | wanted.keys() if own.get(name) != wanted.get(name))
+        told = [f"settings of its role differ: {', '.join(names)}"] if names else []
+        if found.databases:
+            told.append(f"its role has settings for {len(found.databases)} databases")
+        told += [f"role {member} is a member of role {granted}" for granted, member, _ in found.memberships]
+        return "; ".join(told), bool(found.memberships)
 
 
 @dataclass(slots=True)
@@ -238,15 +252,37 @@ async def _correct(connection: Connection, role: str, found: CurrentSettings, se
         )
         await connection.execute("; ".join(own))
     await connection.execute("; ".join([f"ALTER ROLE {quoted} RESET ALL", *settings.statements(role)]))
+    revocations = _revocations(connection, found)
+    for statement, (granted, member, _) in zip(revocations, found.memberships, strict=True):
+        try:
+            await connection.execute(statement)
+        except asyncpg.InsufficientPrivilegeError:
+            logger.warning("role %s is a member of role %s; run as a superuser: %s", member, granted, statement)
+
+
+def corrections(connection: Connection, role: str, found: CurrentSettings, settings: RoleSettings) -> Iterator[str]:
+    """The statements with which a superuser gives a role the wanted settings and removes its memberships."""
+    quoted = quote_identifier(role)
+    for name in found.databases:
+        yield f"ALTER ROLE {quoted} IN DATABASE {quote_identifier(name)} RESET ALL"
+    own, wanted = (
+        {name: _plain(name, value) for name, value in values.items()} for values in (found.settings, settings.values)
+    )
+    if any(own.get(name) != wanted.get(name) for name in own.keys() | wanted.keys() if name not in settings.refused):
+        yield f"ALTER ROLE {quoted} RESET ALL"
+        yield from settings.statements(role)
+    yield from _revocations(connection, found)
+
+
+def _revocations(connection: Connection, found: CurrentSettings) -> list[str]:
+    statements = []
     for granted, member, grantor in found.memberships:
         statement = f"REVOKE {quote_identifier(granted)} FROM {quote_identifier(member)}"
         if grantor is not None and connections.version(connection) >= 16:
             # from 16 on, a membership exists once for each grantor
             statement += f" GRANTED BY {quote_identifier(grantor)} CASCADE"
-        try:
-            await connection.execute(statement)
-        except asyncpg.InsufficientPrivilegeError:
-            logger.warning("role %s is a member of role %s; run as a superuser: %s", member, granted, statement)
+        statements.append(statement)
+    return statements
 
 
 def _name(name: str) -> str:

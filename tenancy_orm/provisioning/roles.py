@@ -9,9 +9,10 @@ of the owner role (``join``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import asyncpg
 
@@ -20,7 +21,19 @@ from ..postgres.connections import POLL_SECONDS, Connection, execute_unflushed, 
 from ..postgres.errors import CONCURRENT_UPDATE, DUPLICATE_OBJECT, INSUFFICIENT_PRIVILEGE, UNIQUE_VIOLATION, sqlstate_of
 from ..postgres.quoting import quote_identifier, quote_literal
 
-_TENANT_ROLE = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATION NOBYPASSRLS"
+REFUSED_ATTRIBUTES: Mapping[str, str] = MappingProxyType(
+    {
+        "SUPERUSER": "rolsuper",
+        "CREATEDB": "rolcreatedb",
+        "CREATEROLE": "rolcreaterole",
+        "INHERIT": "rolinherit",
+        "REPLICATION": "rolreplication",
+        "BYPASSRLS": "rolbypassrls",
+    }
+)
+"""The attributes that a tenant's role never has, and their columns in ``pg_roles``."""
+
+_TENANT_ROLE = " ".join(["LOGIN", *(f"NO{name}" for name in REFUSED_ATTRIBUTES)])
 
 
 _OWNER_ROLE = "NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"

@@ -37,8 +37,8 @@ from ..routing.servers import Server
 from . import advisory_locks, databases, event_trigger, extensions, grants, removal
 from .blockers import Blockers
 from .databases import DatabaseState, Strategy
-from .grants import Contents
 from .template_records import TemplateRecord, TemplateRecords
+from .tenant_rights import Contents
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 

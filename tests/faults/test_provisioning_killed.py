@@ -11,6 +11,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,10 +77,12 @@ async def reconcile(workshop: Workshop) -> ReconcileReport:
         while True:
             report = await workshop.provisioner.reconcile()
             assert report.errors == ()
-            for name in report.__slots__:
+            assert report.differences == ()
+            for name in set(report.__slots__) - {"differences"}:
                 done.setdefault(name, []).extend(getattr(report, name))
             if report == ReconcileReport() and not await workshop.registry.unfinished():
-                return ReconcileReport(**{name: tuple(sorted(values)) for name, values in done.items()})
+                values: dict[str, Any] = {name: tuple(sorted(found)) for name, found in done.items()}
+                return ReconcileReport(**values)
             await asyncio.sleep(0.02)
 
 

@@ -22,7 +22,7 @@ from tenancy_orm.control.names import Names
 from tenancy_orm.errors import AdministratorNeededError
 from tenancy_orm.events import EventBus
 from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
-from tenancy_orm.provisioning import Provisioner, SchemaSource
+from tenancy_orm.provisioning import Provisioner, ReconcileReport, SchemaSource
 from tenancy_orm.provisioning.blockers import Blockers
 from tenancy_orm.provisioning.pipeline import Creation, Step
 from tenancy_orm.registry.registry import Registry
@@ -237,6 +237,16 @@ def placement(tenant: Tenant) -> Placement:
 async def set_marker(connection: asyncpg.Connection[Any], name: str, marker: str) -> None:
     """Give a database the comment by which it proves whose it is."""
     await connection.execute(f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(marker)}")
+
+
+def mended(report: ReconcileReport) -> dict[str, set[str]]:
+    """What a reconcile has mended, by tenant; it found nothing else."""
+    assert report == ReconcileReport(corrected=report.corrected, differences=report.differences)
+    assert all(difference.mended for difference in report.differences)
+    found: dict[str, set[str]] = {slug: set() for slug in report.corrected}
+    for difference in report.differences:
+        found[difference.tenant].add(difference.kind)
+    return found
 
 
 def names_of(tenant: Tenant | TenantDraft) -> set[str]:

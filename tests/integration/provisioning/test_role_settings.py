@@ -19,7 +19,7 @@ from tenancy_orm.provisioning.rotation import SecretManager
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
-from tests.support.provisioning import Workshop, placement, plain_workshop, superuser_workshop
+from tests.support.provisioning import Workshop, mended, placement, plain_workshop, superuser_workshop
 
 NOTHING = ReconcileReport()
 
@@ -77,7 +77,8 @@ async def test_a_limit_on_temporary_files_needs_a_right_that_is_named_once(
         assert await workshop.provisioner.reconcile() == NOTHING
         async with versioned.connect() as superuser:
             await superuser.execute(statement)
-        assert await workshop.provisioner.reconcile() == ReconcileReport(corrected=("acme", "globex"))
+        report = await workshop.provisioner.reconcile()
+        assert mended(report) == {"acme": {"role.settings"}, "globex": {"role.settings"}}
         assert await shown(workshop, first, "temp_file_limit") == "10GB"
         async with workshop.connect(first) as connection:
             for change in ("SET temp_file_limit = -1", "ALTER ROLE CURRENT_USER SET temp_file_limit = -1"):
@@ -127,7 +128,7 @@ def manager(workshop: Workshop) -> SecretManager:
 
 async def by_reconcile(workshop: Workshop, tenant: Tenant) -> None:
     report = await workshop.provisioner.reconcile()
-    assert report == ReconcileReport(corrected=(tenant.slug,))
+    assert mended(report) == {tenant.slug: {"role.settings"}}
 
 
 async def by_align(workshop: Workshop, tenant: Tenant) -> None:
@@ -312,7 +313,7 @@ async def test_a_role_keeps_no_members(workshop: Workshop) -> None:
             await admin.execute(statement)
         await neighbour.execute(f'SET ROLE "{placement(tenant).role}"')
         assert await neighbour.fetchval("SELECT current_user") == placement(tenant).role
-    assert await workshop.provisioner.reconcile() == ReconcileReport(corrected=("acme",))
+    assert mended(await workshop.provisioner.reconcile()) == {"acme": {"role.settings"}}
     assert await members(workshop) == before
     assert await workshop.provisioner.reconcile() == NOTHING
 
@@ -334,12 +335,22 @@ async def test_what_was_granted_by_hand_goes(workshop: Workshop, versioned: Post
         }
         async with workshop.admin() as connection:
             if await roles.is_superuser(connection):
-                assert (report, left) == (ReconcileReport(corrected=("acme",)), set())
+                assert (mended(report), left) == ({"acme": {"role.settings"}}, set())
                 assert await members(workshop) == before
             elif connections.version(connection) >= 16:
-                assert report == NOTHING
+                (found,) = report.differences
+                assert (found.kind, found.dangerous, found.mended, report.complete) == (
+                    "role.settings",
+                    True,
+                    False,
+                    False,
+                )
                 assert left == {group, "pg_monitor"}
-                assert f'REVOKE "{group}" FROM "{role}" GRANTED BY' in caplog.text
+                statement = f'REVOKE "{group}" FROM "{role}" GRANTED BY'
+                assert statement in caplog.text and statement in found.remedy
+                # what the report says, a superuser can run
+                await superuser.execute(found.remedy)
+                assert await workshop.provisioner.reconcile() == NOTHING
         await superuser.execute(f'DROP ROLE "{group}"; REVOKE pg_monitor FROM "{role}"')
 
 

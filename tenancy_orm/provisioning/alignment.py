@@ -1,0 +1,77 @@
+"""Making a tenant's role agree with the registry: its login with the status, its connection limit with the tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from ..postgres.connections import Connection
+from ..registry.lifecycle import LOGIN_BLOCKED
+from ..tenant import Status, Tenant
+from . import access, role_settings, roles
+from .pipeline import ProvisioningServices
+from .roles import RoleState
+
+
+def role_deviations(services: ProvisioningServices, tenant: Tenant, states: Mapping[str, RoleState]) -> dict[str, str]:
+    """Return what of a role does not agree with the registry, by kind, each with a sentence about it.
+
+    Args:
+        services: Of provisioning.
+        tenant: The tenant.
+        states: The states of roles, by name.
+    """
+    state = states.get(tenant.placement.role) if tenant.placement else None
+    if state is None or tenant.status is Status.PROVISIONING:
+        return {}
+    found = {}
+    may_connect = tenant.placement is not None and tenant.placement.database in state.connect_granted_on
+    if tenant.status not in LOGIN_BLOCKED:
+        if not (state.can_login and may_connect):
+            found["role.login"] = "its role cannot log in to its database"
+    # a connection may still be open: the process that blocked the login died before it ended the connection
+    elif state.can_login or state.connected or may_connect:
+        found["role.login"] = f"its role can log in, or is connected, although the tenant is {tenant.status.value}"
+    limit = _limit(services, tenant)
+    if limit not in (None, state.connection_limit):
+        found["role.connection_limit"] = f"its role's connection limit is {state.connection_limit}, not {limit}"
+    return found
+
+
+async def align_role(
+    services: ProvisioningServices, connection: Connection, tenant: Tenant, *, deadline: float
+) -> None:
+    """Make a tenant's role agree with its status and tier: its login, its connection limit and its settings.
+
+    Call it under the tenant's lock, with the tenant as it was read under that lock: of two changes at the same time,
+    the later one must be applied last.
+
+    Args:
+        services: Of provisioning.
+        connection: An administrative one, which holds the tenant's lock.
+        tenant: The tenant.
+        deadline: When a login must be blocked and its connections ended, by the clock of the event loop.
+    """
+    if tenant.placement is None or tenant.status is Status.PROVISIONING:
+        return
+    database, role = tenant.placement.database, tenant.placement.role
+    blockers = services.blockers(services.servers[tenant.placement.server])
+    if tenant.status in LOGIN_BLOCKED:
+        await access.block(connection, blockers, database=database, role=role, deadline=deadline)
+    else:
+        await access.unblock(connection, blockers, database=database, role=role)
+    if (limit := _limit(services, tenant)) is not None:
+        set_limit = partial(roles.set_connection_limit, connection, role, limit)
+        await blockers.run(connection, set_limit, role=role)
+    settings = services.config.provisioning.role_settings
+    if tenant.status in LOGIN_BLOCKED:
+        # its logins are blocked: a failure to restore settings must not look like a failure of that
+        await role_settings.try_restore(connection, blockers, role, settings, deadline=deadline)
+    else:
+        await role_settings.restore(connection, blockers, role, settings)
+
+
+def _limit(services: ProvisioningServices, tenant: Tenant) -> int | None:
+    """The connection limit of the tenant's tier; None if the configuration no longer has that tier."""
+    tier = services.config.tiers.get(tenant.tier)
+    return None if tier is None else tier.connection_limit
