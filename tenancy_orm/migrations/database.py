@@ -169,10 +169,19 @@ class DatabaseMigration:
 
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
     failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
-    heads or installed any.
+    heads or installed any. ``announce`` is called before the first change, and
+    ``announced`` tells whether it was.
     """
 
-    def __init__(self, plan: Plan, target: Target, *, adapter: ConnectionAdapter, limits: Limits) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        target: Target,
+        *,
+        adapter: ConnectionAdapter,
+        limits: Limits,
+        announce: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self.plan = plan
         self.target = target
         self.adapter = adapter
@@ -181,6 +190,8 @@ class DatabaseMigration:
         self.after: Heads | None = None
         self.changed = False
         self.installed: tuple[str, ...] = ()
+        self.announced = False
+        self._announce = announce
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._dropped: list[InvalidIndex] = []
         self._step: MigrationStep | None = None
@@ -266,6 +277,9 @@ class DatabaseMigration:
 
     async def _migrate(self, connection: Connection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         expected = self._path.end
+        if self._announce is not None and not self.announced:
+            self.announced = True
+            await self._announce()
         async with self.adapter.adapt(connection, self.target.url) as adapted:
             if state.has_invalid_indexes and self.plan.command != "stamp":
                 self._dropped += await drop_invalid(connection)
