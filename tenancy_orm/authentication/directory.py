@@ -115,12 +115,14 @@ class Directory:
 
     async def open(self) -> None:
         """Start to listen for invalidations, and to record which keys are used."""
+        self._home.check()
         self._journal.open()
         self.admissions.open()
         await self._listener.open()
 
     async def close(self) -> None:
         """Stop listening, and record the last uses."""
+        self._home.check()
         # first: look-ups that fail because of the closing must not count as an outage of the control database
         self._lookups.stop()
         await self._listener.close()
@@ -333,6 +335,7 @@ class Directory:
             resolver: Where it was named: "subdomain", "header", "path".
             source: The peer's address.
         """
+        self._home.check()
         self._intrusions.report(credential, named, resolver, source)
 
     # --- tenants ----------------------------------------------------------------------------------------------------
@@ -446,6 +449,7 @@ class Directory:
         Unlike ``invalidate`` it keeps the entries, for the case that the control database does not answer: their grace
         time counts from when they were looked up.
         """
+        self._home.check()
         self._lookups.invalidate(_EVERYTHING)
         self._cache.mark_stale()
         self.admissions.verify_all()

@@ -153,6 +153,7 @@ class Router:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("closing connections")
+        self._cache.home.check()
         connector = self._connectors.get(request.server)
         if connector is not None:
             connector.shortages.give_up(request)
