@@ -18,7 +18,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.templates import SchemaSource
 from ..tenant import Status, Tenant
 from .fleet import FleetMigrator
-from .plan import Plan
+from .plan import Plan, format_revision
 from .report import FleetReport
 
 logger = logging.getLogger("tenancy_orm.migrations")
@@ -58,6 +58,8 @@ class CatchUp:
         self._schema = schema
         self._enabled = self._services.config.migrations is not None and self._services.config.migration.catch_up
         self._head: str | None = None
+        self._plan: Plan | None = None
+        self._slots = asyncio.Semaphore(self._services.config.provisioning.concurrency)
         self._running: dict[UUID, asyncio.Task[bool]] = {}
         self._settled: dict[UUID, float] = {}  # until when a tenant is used as it is
         self._idle_until = 0.0  # until when every tenant is
@@ -95,7 +97,7 @@ class CatchUp:
             task.add_done_callback(lambda _: self._running.pop(tenant.id, None))
         await asyncio.wait({task}, timeout=WAIT_SECONDS)
         if not task.done() or task.cancelled():
-            raise TenantProvisioningError(tenant.slug)
+            raise TenantProvisioningError(tenant.slug, reason="its schema is being upgraded")
         return task.result()
 
     async def close(self) -> None:
@@ -115,8 +117,10 @@ class CatchUp:
             if behind is None:
                 self._idle_until = time.monotonic() + _IDLE_SECONDS
                 return False
-            if (await self._upgrade(behind, SYSTEM)).upgraded:
-                return True
+            # as many at once as there are creations: each needs an administrative connection
+            async with self._slots:
+                if (await self._upgrade(behind, SYSTEM)).upgraded:
+                    return True
         except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
             logger.warning("tenant %s is not upgraded before its use: %s", tenant.slug, exc)
         self._settle(tenant.id)
@@ -138,7 +142,7 @@ class CatchUp:
     async def _upgrade(self, tenants: Sequence[Tenant], actor: Actor) -> CatchUpReport:
         if not tenants:
             return CatchUpReport()
-        plan = Plan.of(await self._migrations.environment(), "upgrade", "heads")
+        plan = await self._load_plan()
         known = [tenant for tenant in tenants if _can_upgrade(plan, tenant)]
         if not known:
             return CatchUpReport()
@@ -146,6 +150,12 @@ class CatchUp:
         await self._record(report, {tenant.id: tenant for tenant in known}, actor)
         done = tuple(outcome.slug for outcome in report.outcomes if outcome.ok)
         return CatchUpReport(done, tuple(f"{slug}: {reason}" for slug, reason in report.reasons.items()))
+
+    async def _load_plan(self) -> Plan:
+        head = await asyncio.to_thread(self._schema.head)
+        if self._plan is None or format_revision(self._plan.environment.script.revision_map._real_heads) != head:
+            self._plan = Plan.of(await self._migrations.environment(), "upgrade", "heads")
+        return self._plan
 
     async def _record(self, report: FleetReport, known: dict[UUID, Tenant], actor: Actor) -> None:
         for outcome in report.changed:

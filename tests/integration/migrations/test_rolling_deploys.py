@@ -288,3 +288,48 @@ async def test_open_connections_hear_that_a_schema_changes(
     await new.fleet.migrations.upgrade(tenants=["initech"])
     assert await old.get(key) == 200
     assert await old.tenancy.fetch_value("SELECT pg_backend_pid()", tenant="initech") == before
+    # and so are notifications that it has missed
+    listener = old.tenancy.internals.directory._listener
+    await listener.close()
+    await new.fleet.migrations.downgrade("0002", tenants=["initech"])
+    await listener.open()
+    assert await old.get(key) == 200
+
+
+async def test_many_tenants_are_used_at_once(old: Release, new_config: TenancyConfig) -> None:
+    """Their upgrades wait for each other, one by one here, and each request for its own."""
+    async with released(new_config.replace(provisioning={"concurrency": 1}), "id, rating") as new:
+        await new.fleet.migrations.upgrade()
+        keys = [await create(old, f"late-{number}") for number in range(4)]
+        at_once: list[int] = []
+        execute = new.fleet.migrations.execute
+
+        async def counted(*arguments: Any) -> Any:
+            at_once.append(at_once[-1] + 1 if at_once else 1)
+            try:
+                return await execute(*arguments)
+            finally:
+                at_once.append(at_once[-1] - 1)
+
+        new.fleet.migrations.execute = counted  # type: ignore[assignment, method-assign]
+        answers = await asyncio.gather(*(new.get(key) for key in keys * 3))
+    assert answers == [200] * 12
+    assert at_once == [1, 0] * 4
+
+
+async def test_the_schema_of_a_tenant_in_use_changes_only_after_a_notice(
+    old: Release, new_config: TenancyConfig
+) -> None:
+    """So that a process hears of it even if its event loop is busy. A tenant that nobody uses is not waited for."""
+    key = await create(old, "initech")
+    assert await old.get(key) == 200
+    heard: list[bool] = []
+    old.tenancy.internals.directory.on_schema_change(lambda tenant, changing: heard.append(changing))
+    async with released(new_config.replace(migration={"notice": 3600.0}), "*") as new:
+        run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["initech", "globex"]))
+        await until(lambda: new.fleet.recorded("globex"), "0003")
+        await until(lambda: asyncio.sleep(0, heard.count(True)), 2)
+        assert await old.fleet.revision("initech") == "0002"
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+    assert await old.get(key) == 200
