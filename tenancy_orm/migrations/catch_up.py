@@ -33,7 +33,10 @@ _SERVED = frozenset({Status.TRIAL, Status.ACTIVE})
 
 @dataclass(frozen=True, slots=True)
 class CatchUpReport:
-    """The slugs of the tenants that were upgraded, and what failed."""
+    """What ``CatchUp.run`` did; ``report.chores["catch_up"]`` of housekeeping.
+
+    ``upgraded`` has the slugs of the tenants that were upgraded, ``errors`` a line for each that failed.
+    """
 
     upgraded: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()

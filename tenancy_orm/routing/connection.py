@@ -258,7 +258,11 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
         await self.prepare_again()
 
     async def prepare_again(self) -> None:
-        """Forget the types of the schema, and the statements that asyncpg has prepared; SQLAlchemy's are dated."""
+        """Forget the types of the schema, and every statement that is prepared."""
+        cache: Any = self._prepared_statement_cache
+        if cache is not None:
+            # they are dated, but the clock may have been set back since
+            cache.clear()
         await self._connection.reload_schema_state()
         self._invalidate_schema_cache_asof = self.route.schema_changed_at
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -162,6 +163,19 @@ async def test_a_statement_is_repeated_once(made: Databases, router: Router, acm
     assert await use_it(router, acme, runs("SELECT count(*) FROM things")) == [(3,)]
     with pytest.raises(DBAPIError, match="invalid input"):
         await use_it(router, acme, broken)
+
+
+async def test_a_clock_that_was_set_back_changes_nothing(
+    made: Databases, router: Router, acme: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLAlchemy dates what is prepared; this was prepared in the future."""
+    use, ddl, _ = CHANGES["column dropped"]
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 3600)
+        await use_it(router, acme, use)
+    await change(made, acme, ddl)
+    assert len(await use_it(router, acme, use)) == 1
 
 
 async def test_in_autocommit_only_what_was_not_executed_is_repeated(
