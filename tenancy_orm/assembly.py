@@ -25,6 +25,7 @@ from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
+from .migrations.catch_up import CatchUp
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
@@ -84,6 +85,7 @@ class Assembly:
     router: Router
     provisioner: Provisioner
     migrations: FleetMigrator
+    catch_up: CatchUp
     tenants: TenantManager
     domains: DomainManager
     housekeeping: Housekeeping
@@ -190,6 +192,7 @@ class Assembly:
         self._opened.append(self.router.close)
         self.directory.on_connection_request(self.router.give_up)
         self.directory.on_invalidate(self._forget)
+        self.directory.on_schema_change(self.router.schema_changed)
         self.sealed.on_read(self.directory.invalidate)
         self._build_provisioning()
         self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
@@ -219,6 +222,7 @@ class Assembly:
             secrets=self.secrets,
             audit=self.audit,
             quotas=self.quotas,
+            catch_up=self.catch_up,
             sampler=self.sampler,
             metrics=self.metrics,
             tier_policies=self.tier_policies,
@@ -328,6 +332,9 @@ class Assembly:
             events=self.events,
         )
         self.migrations = FleetMigrator(services)
+        self.catch_up = CatchUp(self.migrations, schema)
+        self._opened.append(self.catch_up.close)
+        self.directory.before_use(self.catch_up.before_use)
 
     def _build_billing(self) -> None:
         self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)

@@ -160,16 +160,25 @@ class WrongEventLoopError(TenancyError, RuntimeError):
     Remedy: make the endpoint or the job ``async def``. In a worker thread, run the coroutine in the loop and wait for
     it: ``asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()``; in a thread that anyio or Starlette
     started, ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as
-    well.
+    well. A loop that has nothing to do with the first one opens a ``Tenancy`` of its own, and so does each process
+    after a fork.
+
+    Attributes:
+        forked: Whether this process was forked from the one that opened it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, forked: bool = False) -> None:
         """State the remedy."""
         super().__init__(
-            "a Tenancy can only be used in the event loop that opened it, and this is another loop or thread; make the "
-            "function async def, or in a worker thread: "
-            "asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()"
+            "this Tenancy was opened before the process was forked, and its connections belong to the parent; open a "
+            "Tenancy in each process after the fork, for example in the application's lifespan"
+            if forked
+            else "a Tenancy can only be used in the event loop that opened it, and this is another loop or thread; "
+            "make the function async def, or in a worker thread: "
+            "asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result(); "
+            "a loop of its own needs another Tenancy: async with Tenancy(config) as tenancy"
         )
+        self.forked = forked
 
 
 class ControlSchemaError(TenancyError):

@@ -23,6 +23,7 @@ from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
+from .migrations.catch_up import CatchUp
 from .postgres.failures import SERVER_FAILURES
 from .provisioning import Provisioner
 from .provisioning.rotation import SecretManager
@@ -67,6 +68,7 @@ class Housekeeping:
     secrets: SecretManager
     audit: AuditLog
     quotas: QuotaManager
+    catch_up: CatchUp
     sampler: StorageSampler
     metrics: TenantMetrics
     tier_policies: TierPolicies
@@ -83,6 +85,8 @@ class Housekeeping:
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
         await self._end_due(run)
         await run.do("reconcile", self.provisioner.reconcile(thorough=False))
+        # after reconcile, which may have completed creations of older code
+        await run.do("catch_up", self.catch_up.run(actor=actor))
         if self.config.retention.template_seconds:
             await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())

@@ -1,16 +1,21 @@
 """The event loop that a ``Tenancy`` and its parts belong to, and the refusal of any other.
 
 A connection of asyncpg's belongs to the event loop that opened it. Used from another one, it is left amid a query that
-nobody ends; used from two threads at once, it has been seen to end the process with a segmentation fault.
+nobody ends; used from two threads at once, it has been seen to end the process with a segmentation fault. A forked
+process shares its parent's sockets: what it sends on one gets the parent answers to questions that it never asked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import weakref
 from contextlib import suppress
 from threading import get_ident
 
 from .errors import WrongEventLoopError
+
+_FORKED = -1  # in place of a thread's number, which is never negative
 
 
 class HomeLoop:
@@ -20,9 +25,10 @@ class HomeLoop:
     ``thread`` with ``threading.get_ident()``, and ask ``check`` if they differ.
     """
 
-    __slots__ = ("loop", "thread")
+    __slots__ = ("__weakref__", "loop", "thread")
 
     def __init__(self) -> None:
+        _homes.add(self)
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread = 0
         with suppress(RuntimeError):  # made outside of any
@@ -40,7 +46,7 @@ class HomeLoop:
         if loop is None:
             self._settle_here()
         elif get_ident() != self.thread or not loop.is_running():
-            raise WrongEventLoopError
+            raise WrongEventLoopError(forked=self.thread == _FORKED)
 
     def check_thread(self) -> None:
         """Return in the loop's thread: enough for what only counts in memory.
@@ -49,7 +55,7 @@ class HomeLoop:
             WrongEventLoopError: it is another.
         """
         if get_ident() != self.thread and self.loop is not None:
-            raise WrongEventLoopError
+            raise WrongEventLoopError(forked=self.thread == _FORKED)
 
     @property
     def is_closed(self) -> bool:
@@ -65,6 +71,20 @@ class HomeLoop:
     def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
         self.thread = get_ident()
         self.loop = loop
+
+
+_homes: weakref.WeakSet[HomeLoop] = weakref.WeakSet()
+
+
+def _forget_threads() -> None:
+    """Refuse what the parent process has opened: the child's main thread has the number of the thread that forked."""
+    for home in _homes:
+        if home.loop is not None:
+            home.thread = _FORKED
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 __all__ = ["HomeLoop"]

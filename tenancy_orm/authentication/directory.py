@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
@@ -24,11 +24,12 @@ from ..config import TenancyConfig
 from ..context import _current, as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import check_name
-from ..control.notifications import Change, ConnectionRequest, Listener
+from ..control.notifications import SCHEMA_CHANGED, SCHEMA_CHANGING, Change, ConnectionRequest, Listener
 from ..errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFoundError
 from ..events import EventBus, KeyRejected
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
+from ..registry.rows import tenant_from_row
 from ..tenant import Status, Tenant
 from .admission import CredentialState
 from .admissions import Admissions
@@ -87,6 +88,8 @@ class Directory:
         self._beginnings = tuple(f"{prefix}_" for prefix in self._prefixes)
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._request_callbacks: list[Callable[[ConnectionRequest], None]] = []
+        self._schema_callbacks: list[Callable[[UUID | None, bool], None]] = []
+        self._before_use: Callable[[Tenant], Awaitable[bool]] | None = None
         self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
         self._find = self._cache.keys.entries.get
@@ -99,7 +102,7 @@ class Directory:
             config.listen_dsn or control.dsn,
             on_change=self._changed,
             on_request=self._requested,
-            on_connected=self.revalidate,
+            on_connected=self._connected,
             events=events,
         )
         self.admissions = Admissions(
@@ -112,12 +115,14 @@ class Directory:
 
     async def open(self) -> None:
         """Start to listen for invalidations, and to record which keys are used."""
+        self._home.check()
         self._journal.open()
         self.admissions.open()
         await self._listener.open()
 
     async def close(self) -> None:
         """Stop listening, and record the last uses."""
+        self._home.check()
         # first: look-ups that fail because of the closing must not count as an outage of the control database
         self._lookups.stop()
         await self._listener.close()
@@ -275,6 +280,8 @@ class Directory:
             if invalidated.isdisjoint((_EVERYTHING, parsed.key_id)):
                 self._cache.store_unknown_key(digest, reason)
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
+        if row.revoked_at is None and self._before_use is not None and await self._before_use(tenant_from_row(row)):
+            return await self._look_up(digest, parsed)
         entry = self._build(row, read_at)
         self._cache.record_proven(digest, entry.refusal is None)
         if invalidated.isdisjoint((_EVERYTHING, row.key_id, row.id)):
@@ -328,6 +335,7 @@ class Directory:
             resolver: Where it was named: "subdomain", "header", "path".
             source: The peer's address.
         """
+        self._home.check()
         self._intrusions.report(credential, named, resolver, source)
 
     # --- tenants ----------------------------------------------------------------------------------------------------
@@ -390,6 +398,8 @@ class Directory:
             if not invalidated:
                 self._cache.store_unknown_tenant(wanted)
             raise TenantNotFoundError(wanted)
+        if self._before_use is not None and await self._before_use(tenant):
+            return await self._look_up_tenant(wanted)
         if invalidated.isdisjoint((_EVERYTHING, tenant.id)):
             self._cache.store_tenant(tenant, read_at)
         return tenant
@@ -403,6 +413,17 @@ class Directory:
     def on_connection_request(self, callback: Callable[[ConnectionRequest], None]) -> None:
         """Call ``callback`` with each request of a process for connections; the process's own are among them."""
         self._request_callbacks.append(callback)
+
+    def on_schema_change(self, callback: Callable[[UUID | None, bool], None]) -> None:
+        """Call ``callback`` with the id of each tenant with a schema that is being migrated, or was, and which it is.
+
+        The id is None after notifications may have been missed.
+        """
+        self._schema_callbacks.append(callback)
+
+    def before_use(self, callback: Callable[[Tenant], Awaitable[bool]]) -> None:
+        """Await ``callback`` with each tenant that was looked up; if it returns True, the tenant is looked up again."""
+        self._before_use = callback
 
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
         """Remove a key from the cache, or a tenant and its keys, or everything where neither is given."""
@@ -428,16 +449,33 @@ class Directory:
         Unlike ``invalidate`` it keeps the entries, for the case that the control database does not answer: their grace
         time counts from when they were looked up.
         """
+        self._home.check()
         self._lookups.invalidate(_EVERYTHING)
         self._cache.mark_stale()
         self.admissions.verify_all()
         self._call_back(None)
 
     def _changed(self, change: Change) -> None:
-        if change.tenant_id is None and change.key_id is None:
+        if change.kind in (SCHEMA_CHANGING, SCHEMA_CHANGED) and change.tenant_id is not None:
+            # the cached tenant has the former revision; its engine and its admissions remain
+            self._lookups.invalidate(change.tenant_id)
+            self._cache.invalidate_tenant(change.tenant_id)
+            self._call_back_for_schema(change.tenant_id, change.kind == SCHEMA_CHANGING)
+        elif change.tenant_id is None and change.key_id is None:
             self.revalidate()
         else:
             self.invalidate(change.tenant_id, change.key_id)
+
+    def _connected(self) -> None:
+        self.revalidate()
+        self._call_back_for_schema(None, False)
+
+    def _call_back_for_schema(self, tenant_id: UUID | None, changing: bool) -> None:
+        for callback in self._schema_callbacks:
+            try:
+                callback(tenant_id, changing)
+            except Exception:
+                logger.exception("a callback for a change of a schema failed")
 
     def _requested(self, request: ConnectionRequest) -> None:
         for callback in self._request_callbacks:

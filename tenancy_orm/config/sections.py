@@ -291,6 +291,12 @@ class MigrationConfig(Section, frozen=True):
     x_arguments: Names = ()
     """Arguments that ``context.get_x_argument`` returns to every template and every run, before those of
     ``alembic -x``. As text: separated by commas."""
+    notice: SecondsOrZero = 0.25
+    """How long a migration waits before it changes the schema of a tenant with open connections, in seconds: so that
+    every process has heard of it by then."""
+    catch_up: bool = True
+    """Whether a tenant that older code has created after the migration of all the others is upgraded by itself: before
+    its first use by new code, or by housekeeping."""
 
 
 class WatchdogConfig(Section, frozen=True):

@@ -28,6 +28,7 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "alembic_version": "SELECT",
     "installation": "SELECT",
     "status_transitions": "SELECT",
+    "fleet_revision": "SELECT, UPDATE",
     "servers": "SELECT, INSERT, UPDATE",
     "tiers": "SELECT, INSERT, UPDATE",
     "tenants": "SELECT, INSERT, UPDATE, DELETE",

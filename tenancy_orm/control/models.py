@@ -54,6 +54,17 @@ installation = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
 
+# one row; no revision where it is not known
+fleet_revision = Table(
+    "fleet_revision",
+    metadata,
+    Column(
+        "singleton", Boolean, CheckConstraint("singleton", name="singleton"), primary_key=True, server_default="true"
+    ),
+    Column("revision", Text, nullable=True),
+    Column("set_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+)
+
 servers = Table(
     "servers",
     metadata,
@@ -110,6 +121,8 @@ tenants = Table(
     Column("suspend_at", DateTime(timezone=True), nullable=True),
     Column("suspend_reason", Text, nullable=True),
     Column("purge_at", DateTime(timezone=True), nullable=True),
+    # when a migration last changed the revision; None: the tenant was created with it
+    Column("migrated_at", DateTime(timezone=True), nullable=True),
     CheckConstraint(r"slug ~ '^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$'", name="slug"),
     CheckConstraint(
         "status IN ('provisioning', 'trial', 'active', 'suspended', 'maintenance', 'deleted', 'purged')", name="status"

@@ -35,6 +35,11 @@ logger = logging.getLogger("tenancy_orm.listener")
 CHANNEL = "tenancy"
 CONNECTIONS_CHANNEL = "tenancy_connections"
 
+SCHEMA_CHANGING = "schema_changing"
+"""The kind of a ``Change``: a migration of the tenant's schema begins."""
+SCHEMA_CHANGED = "schema_changed"
+"""The kind of a ``Change``: a migration of the tenant's schema has ended."""
+
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 

@@ -197,6 +197,7 @@ class StorageSampler:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("sampling tenants")
+        self._control.home.check()
         while True:
             try:
                 await self.run(unless_within=seconds * 0.75)

@@ -59,7 +59,10 @@ class Connections:
         self._adapters: dict[str, ConnectionAdapter] = {}
         config = services.config
         self.limits = Limits(
-            connect=config.pool.connect_timeout, wait=config.migration.wait, total=config.migration.timeout
+            connect=config.pool.connect_timeout,
+            wait=config.migration.wait,
+            total=config.migration.timeout,
+            notice=config.migration.notice,
         )
 
     def adapter(self, server: str) -> ConnectionAdapter:

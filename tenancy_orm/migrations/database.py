@@ -135,13 +135,14 @@ class Limits:
     """Time limits of a migration, in seconds, and how many attempts it has if it cannot get a lock.
 
     ``connect`` bounds opening a connection and reading the revision, ``wait`` waiting for another run, ``total`` the
-    whole migration of one database.
+    whole migration of one database. ``notice`` is the time between the announcement of a change and the change.
     """
 
     connect: float = 10.0
     wait: float = 300.0
     total: float = 3600.0
     attempts: int = 5
+    notice: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +170,19 @@ class DatabaseMigration:
 
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
     failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
-    heads or installed any.
+    heads or installed any. ``announce`` is called before the first change, and
+    ``announced`` tells whether it was.
     """
 
-    def __init__(self, plan: Plan, target: Target, *, adapter: ConnectionAdapter, limits: Limits) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        target: Target,
+        *,
+        adapter: ConnectionAdapter,
+        limits: Limits,
+        announce: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self.plan = plan
         self.target = target
         self.adapter = adapter
@@ -181,6 +191,8 @@ class DatabaseMigration:
         self.after: Heads | None = None
         self.changed = False
         self.installed: tuple[str, ...] = ()
+        self.announced = False
+        self._announce = announce
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._dropped: list[InvalidIndex] = []
         self._step: MigrationStep | None = None
@@ -266,6 +278,8 @@ class DatabaseMigration:
 
     async def _migrate(self, connection: Connection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         expected = self._path.end
+        if self.plan.command != "stamp":
+            await self._give_notice(connection)
         async with self.adapter.adapt(connection, self.target.url) as adapted:
             if state.has_invalid_indexes and self.plan.command != "stamp":
                 self._dropped += await drop_invalid(connection)
@@ -279,6 +293,16 @@ class DatabaseMigration:
             await self._check(connection, expected)
             self.changed = True
             await build_missing(connection, self._dropped)
+
+    async def _give_notice(self, connection: Connection) -> None:
+        """Announce the change, and wait until it is known where the database is in use."""
+        tenant = self.target.tenant
+        if self._announce is None or self.announced or tenant is None or tenant.placement is None:
+            return
+        self.announced = True
+        await self._announce()
+        if await connection.fetchval(_IN_USE, tenant.placement.role, timeout=self.limits.connect):
+            await asyncio.sleep(self.limits.notice)
 
     async def _apply(self, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         try:
@@ -402,6 +426,10 @@ async def read_state(
     return State(frozenset(row["heads"]), exists, row["has_invalid_indexes"], frozenset(row["extensions"]))
 
 
+_IN_USE = (
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity "
+    "WHERE datname = pg_catalog.current_database() AND usename = $1)"
+)
 _HEADS = "ARRAY(SELECT version_num::text FROM {})"
 _NO_HEADS = "ARRAY[]::text[]"
 _READ = (

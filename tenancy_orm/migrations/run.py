@@ -68,6 +68,9 @@ class Run:
         started = time.monotonic()
         pending = await self.selection.choose(tenants)
         await self._prepare(pending)
+        if tenants is None and self.plan.command != "upgrade":
+            # until it has ended nobody knows where the fleet is, and no tenant may be upgraded by itself
+            await self.services.registry.set_fleet_revision(None)
         for _ in range(_PASSES):
             await self._migrate_all(pending)
             if tenants is not None or self.stopped or self.plan.is_relative:
@@ -76,7 +79,23 @@ class Run:
             pending = [t for t in await self.selection.choose(None) if t.id not in self.order]
             if not pending:
                 break
-        return self._report(time.monotonic() - started)
+        report = self._report(time.monotonic() - started)
+        if tenants is None and report.ok:
+            await self._record_fleet(report)
+        return report
+
+    async def _record_fleet(self, report: FleetReport) -> None:
+        try:
+            await self.services.registry.set_fleet_revision(self._reached(report))
+        except ControlUnavailableError as exc:
+            logger.error("the fleet's revision could not be recorded, so run this command again: %s", exc)
+
+    def _reached(self, report: FleetReport) -> str | None:
+        """The revision that all tenants are at now; None if they are not all at the same one."""
+        if self.plan.reaches_head:
+            return format_revision(self.plan.environment.script.revision_map._real_heads)
+        found = {outcome.after for outcome in report.outcomes}
+        return found.pop() if len(found) == 1 else None
 
     def _report(self, seconds: float) -> FleetReport:
         done = self.outcomes
@@ -116,6 +135,7 @@ class Run:
             self.connections.target(tenant, self.health),
             adapter=self.connections.adapter(placement_of(tenant).server),
             limits=self.connections.limits,
+            announce=lambda: self._announce(tenant),
         )
         error: Exception | None = None
         try:
@@ -131,9 +151,18 @@ class Run:
         unrecorded = await self._record(tenant, migration)
         self._done(tenant, migration, error or unrecorded, time.monotonic() - started)
 
+    async def _announce(self, tenant: Tenant) -> None:
+        """Tell every process that the schema changes now, so that open connections prepare their statements again."""
+        try:
+            await self.services.registry.announce_migration(tenant.id)
+        except ControlUnavailableError as exc:
+            logger.warning("open connections cannot be told that the schema changes: %s", exc)
+
     async def _record(self, tenant: Tenant, migration: DatabaseMigration) -> Exception | None:
         """Record the tenant's revision in the registry; return the error if that failed."""
-        if migration.after is None or format_revision(migration.after) == tenant.schema_revision:
+        if migration.after is None:
+            return None
+        if format_revision(migration.after) == tenant.schema_revision and not migration.announced:
             return None
         try:
             await self.services.registry.set_revision(tenant.id, format_revision(migration.after))

@@ -102,11 +102,13 @@ class QuotaManager:
 
     async def close(self) -> None:
         """Return every block; where the control database does not answer, they stay counted as used."""
+        self._control.home.check()
         await self._holds.close()
         await self._blocks.close()
 
     def invalidate(self, tenant_id: UUID | None) -> None:
         """Return the blocks of a tenant (None: of all tenants) before more is used: the limits may have changed."""
+        self._control.home.check()
         for quota in list(self._leased.values()):
             if tenant_id is None or quota.tenant_id == tenant_id:
                 quota.expire()

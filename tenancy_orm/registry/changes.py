@@ -8,12 +8,12 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, update
+from sqlalchemy import delete, func
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_other_tenant, refuse_while_bound
-from ..control.models import former_slugs, tenants
+from ..control.models import former_slugs
 from ..errors import TierChangedError
 from ..tenant import Tenant
 from .table import TenantTable, difference
@@ -97,13 +97,3 @@ class Changes(TenantTable):
         async with self._control.transaction() as connection:
             result = await connection.execute(delete(former_slugs).where(former_slugs.c.redirects_until <= func.now()))
         return result.rowcount
-
-    async def set_revision(self, tenant_id: UUID, revision: str | None) -> None:
-        """Store the schema revision that was read back from the tenant's database."""
-        refuse_other_tenant(tenant_id)
-        async with self._control.transaction() as connection:
-            await connection.execute(
-                update(tenants)
-                .where(tenants.c.id == tenant_id, tenants.c.schema_revision.is_distinct_from(revision))
-                .values(schema_revision=revision)
-            )

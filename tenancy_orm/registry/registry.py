@@ -16,10 +16,11 @@ from .changes import Changes
 from .creation import Creation
 from .purge import Purge
 from .reading import Reading
+from .revisions import Revisions
 from .transitions import Transitions
 
 
-class Registry(Reading, Creation, Changes, Transitions, Purge):
+class Registry(Reading, Creation, Changes, Revisions, Transitions, Purge):
     """Reads and writes tenants' rows.
 
     Args:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import select
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import asyncpg
 from asyncpg import prepared_stmt
+from asyncpg.exceptions._base import DataError as ClientDataError
 from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_connection,
+    AsyncAdapt_asyncpg_cursor,
     AsyncAdapt_asyncpg_ss_cursor,
     PGExecutionContext_asyncpg,
 )
@@ -21,6 +23,8 @@ from sqlalchemy.engine.base import OptionEngine
 
 from ..loops import HomeLoop
 from .route import TenantRoute
+
+logger = logging.getLogger("tenancy_orm.routing")
 
 # DISCARD ALL without DEALLOCATE ALL: the driver and SQLAlchemy go on to use their prepared statements.
 _RESET = (
@@ -93,13 +97,59 @@ class PreparedStatement(prepared_stmt.PreparedStatement):  # type: ignore[misc]
 # how often ``drain`` lets the event loop run: twice for each message, and for the end of the stream
 _TURNS = 6
 
+# What PostgreSQL answers, before it executes a prepared statement, where a type in it has been replaced since: no such
+# type (XX000, 42704), no such operator (42883), no cast (42846), not the column's type (42804).
+_OTHER_TYPE = frozenset({"XX000", "42704", "42883", "42846", "42804"})
 
-class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor):
-    """A server-side cursor; each fetch checks the bound tenant and its admission again."""
+
+class TenantCursor(AsyncAdapt_asyncpg_cursor):
+    """A cursor that repeats a statement once if it was prepared before a change of the schema.
+
+    Only the first statement of a transaction is repeated, in a new transaction: nothing was executed or read before. In
+    AUTOCOMMIT only one that PostgreSQL has refused before it executed it.
+    """
 
     __slots__ = ()
 
     _adapt_connection: TenantConnection
+
+    async def _prepare_and_execute(self, operation: Any, parameters: Any) -> None:
+        connection = self._adapt_connection
+        if not connection.may_repeat:
+            await super()._prepare_and_execute(operation, parameters)  # type: ignore[no-untyped-call]
+            return
+        was_prepared = connection.has_prepared(operation)
+        try:
+            await super()._prepare_and_execute(operation, parameters)  # type: ignore[no-untyped-call]
+            return
+        except Exception as exc:
+            if not connection.is_outdated(exc, was_prepared):
+                raise
+            error = exc
+        await connection.begin_again(error)
+        cursor: Any = self
+        cursor._invalidate_schema_cache_asof = connection.route.schema_changed_at
+        await super()._prepare_and_execute(operation, parameters)  # type: ignore[no-untyped-call]
+
+    async def _executemany(self, operation: Any, seq_of_parameters: Any) -> Any:
+        connection = self._adapt_connection
+        if not connection.may_repeat:
+            return await super()._executemany(operation, seq_of_parameters)  # type: ignore[no-untyped-call]
+        try:
+            return await super()._executemany(operation, seq_of_parameters)  # type: ignore[no-untyped-call]
+        except Exception as exc:
+            # asyncpg's own cache of prepared statements does not tell whether it had this one
+            if not connection.is_outdated(exc, True):
+                raise
+            error = exc
+        await connection.begin_again(error)
+        return await super()._executemany(operation, seq_of_parameters)  # type: ignore[no-untyped-call]
+
+
+class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor, TenantCursor):
+    """A server-side cursor; each fetch checks the bound tenant and its admission again."""
+
+    __slots__ = ()
 
     def fetchone(self) -> Any:
         self._adapt_connection.route.check_bound()
@@ -121,6 +171,7 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     polls the socket.
     """
 
+    _cursor_cls = TenantCursor
     _ss_cursor_cls = _StreamCursor
     _connection: DriverConnection
 
@@ -133,7 +184,9 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     def cursor(self, server_side: bool = False) -> Any:
         """Return a cursor; refused if another tenant is bound, the admission has ended, or the loop is another."""
         self.route.check_bound()
-        return super().cursor(server_side)
+        cursor: Any = super().cursor(server_side)
+        cursor._invalidate_schema_cache_asof = self.route.schema_valid_since()
+        return cursor
 
     def commit(self) -> None:
         """Commit; refused like ``cursor``, before anything is sent."""
@@ -152,6 +205,66 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
             super().rollback()  # type: ignore[no-untyped-call]
         finally:
             driver_connection.rolling_back = False
+
+    # --- statements that were prepared before a change of the schema -------------------------------------------------
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether the next statement is the first of its transaction."""
+        return self._transaction is None and not self._connection.is_in_transaction()
+
+    def has_prepared(self, operation: str) -> bool:
+        """Whether a statement is prepared already."""
+        cache: Any = self._prepared_statement_cache  # None where its size is 0
+        return cache is not None and operation in cache
+
+    def is_outdated(self, error: Exception, was_prepared: bool) -> bool:
+        """Whether the first statement of a transaction may be repeated after this error.
+
+        ``was_prepared`` tells whether it had been prepared for an earlier one.
+        """
+        cause = error.__cause__
+        if isinstance(cause, asyncpg.exceptions.InvalidCachedStatementError):
+            return True
+        if self.isolation_level == "autocommit":
+            return False
+        if isinstance(cause, asyncpg.exceptions.OutdatedSchemaCacheError):
+            return True
+        if not was_prepared:
+            return False
+        if isinstance(cause, asyncpg.PostgresError):
+            # with a context it comes from within a function
+            return cause.sqlstate in _OTHER_TYPE and cause.context is None
+        # refused by asyncpg, which did not send it: the parameter has another type now
+        return isinstance(cause, ClientDataError)
+
+    async def begin_again(self, error: Exception) -> None:
+        """Roll back, and forget what is prepared; this tenant's other connections prepare their statements again too.
+
+        Raises:
+            Exception: ``error``, where the connection cannot be used any more.
+        """
+        driver_connection = self._connection
+        driver_connection.rolling_back = True
+        try:
+            if self._transaction is not None:
+                await self._call_and_discard(self._transaction.rollback)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            raise error from error.__cause__
+        finally:
+            driver_connection.rolling_back = False
+        logger.info("tenant %s: the schema has changed, so a statement is prepared and sent again", self.route.slug)
+        self.route.schema_changed()
+        await self.prepare_again()
+
+    async def prepare_again(self) -> None:
+        """Forget the types of the schema, and every statement that is prepared."""
+        cache: Any = self._prepared_statement_cache
+        if cache is not None:
+            # they are dated, but the clock may have been set back since
+            cache.clear()
+        await self._connection.reload_schema_state()
+        self._invalidate_schema_cache_asof = self.route.schema_changed_at
 
     @property
     def usable(self) -> bool:
@@ -216,7 +329,7 @@ TenantEngine._option_cls = _TenantOptionEngine
 
 
 class TenantExecutionContext(PGExecutionContext_asyncpg):
-    """Stores on the tenant's pool, not on the dialect, when prepared statements became stale.
+    """Stores for the tenant's pool, not on the dialect, when prepared statements became stale.
 
     On the shared dialect, a change to one tenant's schema would make all tenants' connections prepare everything again.
     """
@@ -224,18 +337,22 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
     def handle_dbapi_exception(self, e: BaseException) -> None:
         """Store the time of a schema change if PostgreSQL's error is about one."""
         dbapi = self.dialect.loaded_dbapi
-        if isinstance(e, dbapi.InvalidCachedStatementError | dbapi.InternalServerError):
-            pool: Any = self.root_connection.engine.pool
-            pool.schema_changed_at = time.time()
+        route = self._route
+        if route is not None and isinstance(e, dbapi.InvalidCachedStatementError | dbapi.InternalServerError):
+            route.schema_changed()
 
     def pre_exec(self) -> None:
-        """Set on the cursor how old a prepared statement may be."""
+        """After DDL, prepare again: the cursor was given its time when it was created."""
+        route = self._route
+        if self.isddl and route is not None:
+            route.schema_changed()
+            cursor: Any = self.cursor
+            cursor._invalidate_schema_cache_asof = route.schema_changed_at
+
+    @property
+    def _route(self) -> TenantRoute | None:
         # of another class while the dialect is being initialised
-        pool: Any = self.root_connection.engine.pool
-        if self.isddl:
-            pool.schema_changed_at = time.time()
-        cursor: Any = self.cursor
-        cursor._invalidate_schema_cache_asof = getattr(pool, "schema_changed_at", 0.0)
+        return getattr(self.root_connection.engine.pool, "route", None)
 
 
 __all__ = ["DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]

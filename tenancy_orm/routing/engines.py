@@ -138,6 +138,16 @@ class EngineCache:
             entry.retired = True
             entry.pool.retire()
 
+    def schema_changed(self, tenant_id: UUID | None, *, changing_seconds: float = 0.0) -> None:
+        """Have a tenant's connections, or all, prepare their statements again; see ``TenantRoute.schema_changed``.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread.
+        """
+        self.home.check()
+        for entry in self._entries.values() if tenant_id is None else filter(None, [self._entries.get(tenant_id)]):
+            entry.pool.route.schema_changed(changing_seconds=changing_seconds)
+
     def close(self) -> None:
         """Retire every engine, and refuse further leases.
 

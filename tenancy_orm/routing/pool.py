@@ -52,7 +52,6 @@ class TenantPool(Pool):
             events=connector.events,
         )
         self.retired = False
-        self.schema_changed_at = 0.0
 
     # Storing a bound method of the pool as its creator would be a reference cycle, so the creator is a property.
 
@@ -99,7 +98,10 @@ class TenantPool(Pool):
             record = self._take()
             if record is None:
                 break
-            if not cast("TenantConnection", record.dbapi_connection).has_unread_data or self._still_alive(record):
+            connection = cast("TenantConnection", record.dbapi_connection)
+            if not connection.has_unread_data or self._still_alive(record):
+                if self.route.schema_changed_at > connection._invalidate_schema_cache_asof:
+                    await_(connection.prepare_again())
                 return record
             self.discard(record)
         return await_(self._acquire())

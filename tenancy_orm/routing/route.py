@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from uuid import UUID
 
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -30,7 +31,17 @@ class TenantRoute:
         events: Receives incidents.
     """
 
-    __slots__ = ("_events", "home", "placement", "share", "slug", "tenant_id", "tier")
+    __slots__ = (
+        "_changing_until",
+        "_events",
+        "home",
+        "placement",
+        "schema_changed_at",
+        "share",
+        "slug",
+        "tenant_id",
+        "tier",
+    )
 
     def __init__(
         self,
@@ -50,6 +61,29 @@ class TenantRoute:
         self.share = share
         self.home = home
         self._events = events
+        self.schema_changed_at = 0.0  # as time.time(), like the times that SQLAlchemy compares it with
+        self._changing_until = 0.0
+
+    def schema_changed(self, *, changing_seconds: float = 0.0) -> None:
+        """Have each connection prepare its statements again.
+
+        Args:
+            changing_seconds: For how long every statement is prepared again, since the schema is being changed.
+        """
+        self.schema_changed_at = time.time()
+        self._changing_until = self.schema_changed_at + changing_seconds if changing_seconds else 0.0
+
+    def schema_valid_since(self) -> float:
+        """Return the time before which no statement that is used now may have been prepared.
+
+        A statement that is prepared in its transaction locks its tables, so the schema cannot change before it is
+        executed. During a migration that is how every statement is sent.
+        """
+        if self._changing_until:
+            now = time.time()
+            if now < self._changing_until:
+                return now
+        return self.schema_changed_at
 
     def check_bound(self) -> None:
         """Check that the running code may use this tenant's connections.

@@ -84,6 +84,7 @@ class Router:
         }
         if contradictions := list(_contradictions(config)):
             logger.warning("%s", "; ".join(contradictions))
+        self._migration_timeout = config.migration.timeout
         self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
 
     def session(self, tenant: Tenant, **options: Any) -> SessionContext:
@@ -129,6 +130,22 @@ class Router:
         """
         self._cache.retire(tenant_id)
 
+    def schema_changed(self, tenant_id: UUID | None, changing: bool = False) -> None:
+        """Have the open connections of a tenant prepare their statements again; those of all tenants where it is None.
+
+        Args:
+            tenant_id: The tenant.
+            changing: Whether a migration has begun: until it has ended, every statement is prepared again.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
+        """
+        if tenant_id is None:
+            refuse_while_bound("preparing all statements again")
+        else:
+            refuse_other_tenant(tenant_id)
+        self._cache.schema_changed(tenant_id, changing_seconds=self._migration_timeout if changing else 0.0)
+
     def give_up(self, request: ConnectionRequest) -> None:
         """Close connections for another process that asks for them; its own requests are ignored.
 
@@ -136,6 +153,7 @@ class Router:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("closing connections")
+        self._cache.home.check()
         connector = self._connectors.get(request.server)
         if connector is not None:
             connector.shortages.give_up(request)

@@ -60,6 +60,8 @@ EXCUSED = {
     "internals.directory.close": "closes connections",
     "internals.directory.invalidate": "forgets what is looked up again",
     "internals.directory.on_invalidate": "registers a callback",
+    "internals.directory.before_use": "registers a callback",
+    "internals.directory.on_schema_change": "registers a callback",
     "internals.directory.is_key": "looks at a text alone",
     "internals.directory.on_connection_request": "registers a callback",
     "internals.directory.open": "begins to listen",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -24,12 +25,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
+from tenancy_orm.control.notifications import ConnectionRequest
 from tenancy_orm.errors import NotOpenError, WrongEventLoopError
 from tenancy_orm.events import TenantUpdated
 from tenancy_orm.loops import HomeLoop
 from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.models import Note
 from tests.support.postgres import Postgres
+from tests.support.served import variables
+from tests.support.shell import ROOT, environment
 
 Use = Callable[[Tenancy], Awaitable[Any]]
 
@@ -131,6 +135,11 @@ WAYS_IN: dict[str, Use] = {
     "watchdog.close": lambda t: t.internals.provisioner.watchdog.close(),
     "secrets.finish_rotations": lambda t: t.secrets.finish_rotations(),
     "directory.tenant": lambda t: t.internals.directory.tenant("acme"),
+    "directory.open": lambda t: t.internals.directory.open(),
+    "directory.close": lambda t: t.internals.directory.close(),
+    "sampler.run_every": lambda t: t.internals.sampler.run_every(60),
+    "quotas.close": lambda t: t.quotas.close(),
+    "metrics.active_tenants": lambda t: t.metrics.active_tenants(),
     "directory.flush": lambda t: t.internals.directory.flush(),
     "router.close": lambda t: t.internals.router.close(timeout=1),
     "servers.connect_admin": lambda t: t.internals.servers["default"].connect_admin(),
@@ -162,10 +171,15 @@ async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenanc
     await lease.consume()
     held = lease.unspent
     assert held > 0
+    request = ConnectionRequest("another process", "default", tenant.id, has_none=True, server_full=False)
     refused: dict[str, Callable[[], object]] = {
         "peek": lambda: tenancy.internals.directory.peek(acme.api_key),
         "peek_tenant": lambda: tenancy.internals.directory.peek_tenant("acme"),
         "invalidate": lambda: tenancy.internals.directory.invalidate(tenant.id),
+        "revalidate": tenancy.internals.directory.revalidate,
+        "quotas.invalidate": lambda: tenancy.quotas.invalidate(tenant.id),
+        "give_up": lambda: tenancy.internals.router.give_up(request),
+        "schema_changed": lambda: tenancy.internals.router.schema_changed(tenant.id),
         "try_consume": lease.try_consume,
         "rates": lambda: tenancy.internals.rates.acquire(tenant),
         "retire": lambda: tenancy.internals.router.retire(tenant.id),
@@ -306,6 +320,24 @@ def test_another_loop_of_the_same_thread_is_refused(tenancy_config: TenancyConfi
         mine.run_until_complete(asyncio.sleep(0.01))
         other.close()
         mine.close()
+
+
+# --- after a fork ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_forked_process_is_refused_what_its_parent_has_opened(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, postgres: Postgres
+) -> None:
+    """As under a server that loads the application, opens it and then forks. The parent goes on."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "ignore::DeprecationWarning", "-m", "tests.support.forked", postgres.admin_url),
+        cwd=ROOT,
+        env=environment(**variables(tenancy_config)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0, printed.decode()
 
 
 # --- opening and closing --------------------------------------------------------------------------------------------

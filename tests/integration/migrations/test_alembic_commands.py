@@ -55,6 +55,7 @@ async def test_upgrade_downgrade_and_current(alembic: Alembic, fleet: Fleet) -> 
     alembic.project.add("0002", RATING, NO_RATING, down="0001")
     printed = await alembic("upgrade", "head")
     assert "upgrade head: 3 tenants, 3 migrated, 0 unchanged, 0 failed, " in printed
+    assert await fleet.registry.fleet_revision() == "0002"
     for slug in TENANTS:
         assert f"[{slug}] Running upgrade 0001 -> 0002, a change" in printed
     assert printed.count("Context impl") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from tenancy_orm.errors import (
     MigrationError,
     TenantNotFoundError,
     TenantProvisioningError,
+    WrongEventLoopError,
 )
 from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
 from tenancy_orm.migrations import FleetReport, TenantOutcome
+from tenancy_orm.migrations.plan import Plan
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.alembic_proxies import assert_nothing_is_active, run_plain_alembic
@@ -493,3 +496,24 @@ async def test_a_cancelled_run_leaves_every_tenant_whole(fleet: Fleet, project: 
         await until(lambda: activity(blocker, "backend_type = 'client backend'"), 0)
     assert await fleet.revision("acme") == "0001"
     assert results(await fleet.migrations.upgrade())["acme"] == ("0001", "0002", True)
+
+
+# --- another event loop ---------------------------------------------------------------------------------------------
+
+
+async def test_a_run_is_refused_in_another_event_loop(fleet: Fleet, project: Project) -> None:
+    add_rating(project)
+    plan = Plan.of(await fleet.migrations.environment(), "upgrade", "head")
+    uses: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+        fleet.migrations.upgrade,
+        fleet.migrations.status,
+        lambda: fleet.migrations.downgrade("base"),
+        lambda: fleet.migrations.stamp("head"),
+        lambda: fleet.migrations.execute(plan),
+        lambda: fleet.migrations.run_command(plan.environment, {}),
+        lambda: fleet.migrations.run_on("default", fleet.database("acme"), print),
+    ]
+    for use in uses:
+        with pytest.raises(WrongEventLoopError):
+            await asyncio.to_thread(lambda use=use: asyncio.run(use()))  # type: ignore[misc]
+    assert await fleet.revision("acme") == "0001"

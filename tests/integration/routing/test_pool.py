@@ -673,11 +673,13 @@ async def test_what_a_tenant_changed_in_its_schema_is_prepared_anew_for_it_alone
     async with made.postgres.connect(a.placement.database) as inside:
         await inside.execute("ALTER TABLE notes ADD COLUMN extra int")
     async with router.session(a) as session:
+        await session.execute(text("SELECT 1"))
         with pytest.raises(DBAPIError):
             await session.execute(text(statement))
     assert await ask(router, a, statement) is None
     async with router.lease(a) as one, router.lease(b) as other:
-        changed = [engine.sync_engine.pool.schema_changed_at for engine in (one, other)]  # type: ignore[attr-defined]
+        pools: list[Any] = [engine.sync_engine.pool for engine in (one, other)]
+    changed = [pool.route.schema_changed_at for pool in pools]
     assert changed[0] > 0
     assert changed[1] == 0
 
