@@ -28,6 +28,8 @@ from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSch
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
+from .provisioning.preparation_plan import PreparationPlan
+from .provisioning.public_access import refuse_loss
 from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
@@ -157,6 +159,9 @@ class Assembly:
         self.servers = Servers(config)
         self._opened.append(self.servers.close)
         if initialise:
+            if self._provided is None:
+                # first, so that nothing has changed where it refuses; an embedded server is nobody else's
+                refuse_loss((await PreparationPlan.read_from(config, self.control, self.servers)).closings)
             await self._upgrade_control()
         await self.control.open()
         if config.secrets.key_wrapper is not None:
