@@ -37,6 +37,7 @@ from .registry.registry import Registry
 from .routing import Router, Servers
 from .routing.servers import inspect_servers
 from .secrets.data_keys import DataKeys
+from .secrets.key_checks import check_keys, report_unknown_keys
 from .secrets.keyring import Keyring
 from .secrets.providers import read_secrets
 from .secrets.sealed import SealedPasswords
@@ -164,12 +165,14 @@ class Assembly:
                 refuse_loss((await PreparationPlan.read_from(config, self.control, self.servers)).closings)
             await self._upgrade_control()
         await self.control.open()
+        await check_keys(self.control, encryption_keys=config.sealing_keys, peppers=config.keys.decoded_peppers)
         if config.secrets.key_wrapper is not None:
             self._data_keys = DataKeys(self.control, config.secrets.key_wrapper)
             # those that are configured as well still open what they have sealed
             keys = {**config.sealing_keys, **await self._data_keys.open()}
             config = self.config = config.replace(encryption_keys=keys)
         self.keyring = Keyring(config.sealing_keys)
+        await report_unknown_keys(self.control, config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
         await self.audit.vouch_for_keys()
