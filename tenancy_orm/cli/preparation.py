@@ -15,6 +15,7 @@ from ..config import TenancyConfig, sources
 from ..errors import ConfigurationError
 from ..provisioning.preparation_plan import PreparationPlan
 from ..provisioning.public_access import Closing
+from ..secrets.keyring import Keyring
 from .output import console, print_json
 from .runtime import exit_on_error, extend_path, fail, load_tenancy
 
@@ -66,6 +67,8 @@ def settle(
         What was changed, as JSON values; None where the server is an embedded one, which nobody else uses.
     """
     config = exit_on_error(lambda: _planned_config(default_url))
+    if not config.is_embedded and config.secrets.provider is None and config.secrets.key_wrapper is None:
+        exit_on_error(lambda: Keyring(config.sealing_keys))  # as opening would refuse later, when much has changed
     plan = _read_plan(config, shared=shared)
     kept = frozenset[str]() if plan is None else _roles_to_keep(plan, keep)
     described = None if plan is None else _as_dict(plan, kept)
@@ -75,6 +78,8 @@ def settle(
             return described
         if plan is not None:
             _show(plan, kept)
+        else:
+            _line("the embedded server is started, and made if it is missing; nobody else uses it")
         _line("nothing was changed (--dry-run)")
     elif plan is not None:
         if not as_json:

@@ -37,6 +37,7 @@ from ..postgres.connections import Connection as DriverConnection
 from ..postgres.dsn import Dsn
 from ..postgres.errors import (
     INSUFFICIENT_PRIVILEGE,
+    INVALID_CATALOG_NAME,
     INVALID_PARAMETER_VALUE,
     NO_ACTIVE_TRANSACTION,
     sqlstate_of,
@@ -311,7 +312,8 @@ class ControlDatabase:
             yield connection
 
     def _unavailable(self, error: BaseException) -> ControlUnavailableError:
-        return ControlUnavailableError(f"the control database {self.dsn} is not available: {reason_of(error)}")
+        hint = "; tenancy init creates it" if sqlstate_of(error) == INVALID_CATALOG_NAME else ""
+        return ControlUnavailableError(f"the control database {self.dsn} is not available: {reason_of(error)}{hint}")
 
     @asynccontextmanager
     async def _translating_errors(self) -> AsyncIterator[None]:

@@ -18,7 +18,7 @@ import asyncpg
 import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.errors import ConfigurationError, ControlUnavailableError
 from tenancy_orm.postgres.quoting import quote_literal
 from tenancy_orm.provisioning.preparation_plan import PreparationPlan
 from tests.support.models import Base
@@ -53,11 +53,10 @@ class Place:
             NO_COLOR="1",
         )
 
-    async def init(self, *arguments: str, **changes: str) -> Finished:
+    async def init(self, *arguments: str, **changes: str | None) -> Finished:
         """Run ``tenancy init`` without a terminal."""
-        return await run_module(
-            "tenancy_orm.cli", "init", *arguments, cwd=self.directory, env={**self.variables, **changes}
-        )
+        variables = {name: text for name, text in {**self.variables, **changes}.items() if text is not None}
+        return await run_module("tenancy_orm.cli", "init", *arguments, cwd=self.directory, env=variables)
 
     def config(self, **changes: Any) -> TenancyConfig:
         """An application's configuration."""
@@ -110,6 +109,8 @@ async def place(own_server: Postgres, tmp_path: Path) -> AsyncIterator[Place]:
 async def test_init_names_who_loses_access_and_changes_nothing_until_told_to(place: Place) -> None:
     """Who could connect through PUBLIC alone, who is connected, and the remedies; ``--keep-access`` applies them."""
     before = await place.catalogue()
+    keyless = await place.init("--yes", TENANCY_ENCRYPTION_KEYS=None)
+    assert (keyless.status, "encryption_keys is empty" in keyless.err) == (1, True)
     url = place.server.url("postgres", user="monitoring", password=PASSWORD)
     session = await asyncpg.connect(url, server_settings={"application_name": "pgmonitor"})
     try:
@@ -207,6 +208,8 @@ async def test_leaving_public_opens_shared_databases_but_no_tenants(place: Place
 
 async def test_an_application_that_never_ran_init_takes_nothing_from_anybody(place: Place) -> None:
     """Opening with ``initialise``, and the first creation on a server, refuse and change nothing."""
+    with pytest.raises(ControlUnavailableError, match="tenancy init creates it"):
+        await Tenancy(place.config()).open()
     await place.server.create_database(place.control)
     before = await place.catalogue()
     with pytest.raises(ConfigurationError, match=r"'default'.*postgres \(by monitoring\).*tenancy init"):
