@@ -131,7 +131,8 @@ class SharedDatabases:
 
     Args:
         prefix: ``TenancyConfig.name_prefix``; roles that are named as this package names them lose nothing.
-        control: The control database.
+        control: The control database; None if it does not exist yet.
+        ours: Further roles that lose nothing.
     """
 
     prefix: str
