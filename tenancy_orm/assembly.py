@@ -29,6 +29,8 @@ from .migrations.catch_up import CatchUp
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
+from .provisioning.preparation_plan import PreparationPlan
+from .provisioning.public_access import refuse_loss
 from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
@@ -36,6 +38,7 @@ from .registry.registry import Registry
 from .routing import Router, Servers
 from .routing.servers import inspect_servers
 from .secrets.data_keys import DataKeys
+from .secrets.key_checks import check_keys, report_unknown_keys
 from .secrets.keyring import Keyring
 from .secrets.providers import read_secrets
 from .secrets.sealed import SealedPasswords
@@ -159,14 +162,19 @@ class Assembly:
         self.servers = Servers(config)
         self._opened.append(self.servers.close)
         if initialise:
+            if self._provided is None:
+                # first, so that nothing has changed where it refuses; an embedded server is nobody else's
+                refuse_loss((await PreparationPlan.read_from(config, self.control, self.servers)).closings)
             await self._upgrade_control()
         await self.control.open()
+        await check_keys(self.control, encryption_keys=config.sealing_keys, peppers=config.keys.decoded_peppers)
         if config.secrets.key_wrapper is not None:
             self._data_keys = DataKeys(self.control, config.secrets.key_wrapper)
             # those that are configured as well still open what they have sealed
             keys = {**config.sealing_keys, **await self._data_keys.open()}
             config = self.config = config.replace(encryption_keys=keys)
         self.keyring = Keyring(config.sealing_keys)
+        await report_unknown_keys(self.control, config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
         await self.audit.vouch_for_keys()

@@ -317,7 +317,8 @@ class Tenancy:
         Raises:
             ControlUnavailableError: the control database does not answer.
             ControlSchemaError: it is not initialised, or by another version.
-            ConfigurationError: a setting is missing.
+            ConfigurationError: a setting is missing; a key is not the one that was used under its id; or, with
+                ``initialise``, a role would lose access to a database of a server, and nothing was changed.
             WrongEventLoopError: it is open in another event loop or thread.
         """
         await self._lifetime.open(initialise=initialise)

@@ -68,7 +68,7 @@ def _start(config: pytest.Config) -> Postgres:
     dsn = os.environ.get(DSN_VARIABLE)
     if dsn:
         try:
-            version = asyncio.run(_ask_version(dsn))
+            version = asyncio.run(_prepare(dsn))
         except (OSError, asyncpg.PostgresError, TimeoutError) as exc:
             raise pytest.UsageError(f"{DSN_VARIABLE} names a server that does not answer: {exc}") from exc
         return Postgres(dsn, version, run, "main")
@@ -78,15 +78,19 @@ def _start(config: pytest.Config) -> Postgres:
     server = EmbeddedServer.for_tests(version=int(os.environ.get(EMBEDDED_VERSION_VARIABLE, "18")))
     server.ephemeral = not config.option.keep_databases
     server.start()
+    asyncio.run(_prepare(server.url()))
     config.stash[_server_key] = server
     return Postgres(server.url(), server.server_version, run, "main", server.bin_dir, server.data_dir)
 
 
-async def _ask_version(dsn: str) -> str:
+async def _prepare(dsn: str) -> str:
     connection = await asyncpg.connect(dsn.replace("postgresql+asyncpg:", "postgresql:", 1), timeout=10)
     try:
         if not await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user"):
             raise pytest.UsageError(f"{DSN_VARIABLE} must be a superuser's URL")
+        # as the first preparation does: later, roles of other tests would lose access by it, which it refuses
+        await connection.execute("REVOKE ALL ON DATABASE postgres FROM PUBLIC")
+        await connection.execute("REVOKE ALL ON DATABASE template1 FROM PUBLIC")
         return str(await connection.fetchval("SHOW server_version"))
     finally:
         await connection.close()

@@ -5,24 +5,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import re
 import secrets
 import shutil
 import signal
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..config import TenancyConfig, sources
+from ..config.values import parse_keys
 from ..errors import ConfigurationError
 from ..migrations.layout import init_directory
 from ..postgres.dsn import Dsn
 from ..tenancy import Tenancy
+from . import preparation
 from .output import console, print_json
-from .runtime import Json, TenantArgument, exit_on_error, operator, run
+from .runtime import Json, TenantArgument, Yes, exit_on_error, operator, run
 
 _MIGRATIONS = "migrations"
 _VARIABLE = "TENANCY_CONTROL_URL"
+_EMBEDDED = "embedded:.tenancy"
 _SETTINGS = """\
 # Settings of tenancy_orm. TENANCY_* environment variables override this file; put credentials there.
 {control_url}
@@ -40,19 +46,60 @@ def init(
     migrations: Annotated[
         str | None, typer.Option(help="Directory of the Alembic environment; migrations if nothing configures one.")
     ] = None,
+    yes: Yes = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would be done, and change nothing, neither files nor databases."),
+    ] = False,
+    keep_access: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE",
+            help="Grant this role what PUBLIC loses; all: every role that would lose access; connected: those that are "
+            "connected now. Repeatable.",
+        ),
+    ] = None,
+    leave_public: Annotated[
+        bool, typer.Option("--leave-public", help="Leave PUBLIC's rights: provisioning.revoke_public = false.")
+    ] = False,
+    shared_control_database: Annotated[
+        bool,
+        typer.Option("--shared-control-database", help="Accept a database that holds another application's tables."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Set up a project: settings, Alembic environment and control database. Existing files are kept."""
+    """Set up a project: settings, Alembic environment, control database and servers. Existing files are kept.
+
+    Preparing a server revokes PUBLIC's rights on databases that are not tenants'. Where another role would lose access
+    by that, it is named, and you are asked first.
+    """
+    directory = directory.resolve()
+    if directory.is_dir():
+        os.chdir(directory)
+    if control_url is not None:
+        os.environ["TENANCY_CONTROL_URL"] = control_url
+    writes_leave_public = leave_public and preparation.leave_public(directory)
+    settled = preparation.settle(
+        _EMBEDDED,
+        yes=yes,
+        dry_run=dry_run,
+        keep=keep_access or (),
+        shared=shared_control_database,
+        as_json=as_json,
+    )
+    if dry_run:
+        return
 
     def prepare() -> list[str]:
         directory.mkdir(parents=True, exist_ok=True)
         os.chdir(directory)
         made = []
-        if control_url is not None:
-            os.environ["TENANCY_CONTROL_URL"] = control_url
         configured = sources.read(TenancyConfig, None, {})
         if "TENANCY_CONFIG" not in os.environ and not Path("tenancy.toml").exists():
-            Path("tenancy.toml").write_text(_settings(configured, control_url, migrations))
+            Path("tenancy.toml").write_text(
+                _settings(configured, control_url, migrations)
+                + (preparation.LEAVE_PUBLIC if writes_leave_public else "")
+            )
             made.append("tenancy.toml")
         directory_of_migrations = migrations or str(configured.values.get("migrations", _MIGRATIONS))
         had_ini = Path("alembic.ini").exists()
@@ -67,7 +114,7 @@ def init(
 
     installation = run(command, initialise=True)
     if as_json:
-        print_json({"created": made, "installation": installation})
+        print_json({"created": made, "installation": installation, "preparation": settled})
         return
     for name in made:
         console.print(f"made {name}", highlight=False)
@@ -78,7 +125,7 @@ def init(
 def _settings(configured: sources.Found, control_url: str | None, migrations: str | None) -> str:
     """Return the settings file of a new project: what nothing else configures, and no URL with a password."""
     found = configured.values.get("control_url")
-    written = control_url or found or "embedded:.tenancy"
+    written = control_url or found or _EMBEDDED
     origin = configured.origins.get("control_url", "")
     if found and control_url is None and origin != _VARIABLE:
         url_line = f"# control_url comes from {origin.removeprefix('in ')}"
@@ -165,12 +212,21 @@ def _find_psql() -> str:
 
 
 def secret(as_json: Json = False) -> None:
-    """Print a new encryption key for TENANCY_ENCRYPTION_KEYS."""
-    key = base64.b64encode(secrets.token_bytes(32)).decode()
+    """Print a new encryption key with its id, for TENANCY_ENCRYPTION_KEYS; the id is not one that is configured."""
+    key = f"{_next_key_id()}:{base64.b64encode(secrets.token_bytes(32)).decode()}"
     if as_json:
         print_json({"encryption_key": key})
     else:
-        print(f"1:{key}")
+        print(key)
+
+
+def _next_key_id() -> str:
+    """The number after the highest id among the configured keys; settings that cannot be read are none."""
+    known: Iterable[str] = ()
+    with suppress(ConfigurationError):
+        configured = sources.read(TenancyConfig, None, {}).values.get("encryption_keys", {})
+        known = parse_keys("encryption_keys", configured) if isinstance(configured, str) else configured
+    return str(1 + max((int(key_id) for key_id in known if re.fullmatch(r"[0-9]{1,9}", key_id)), default=0))
 
 
 __all__ = ["dev", "init", "psql", "secret"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
@@ -24,7 +26,16 @@ from .output import errors
 
 T = TypeVar("T")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+# whether the command of this process was given --json, for its errors
+_as_json: ContextVar[bool] = ContextVar("tenancy_as_json", default=False)
+
+
+def _remember(value: bool) -> bool:
+    _as_json.set(value)
+    return value
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", callback=_remember)]
 TenantArgument = Annotated[str, typer.Argument(help="A slug or an id.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -95,13 +106,16 @@ def exit_on_error(action: Callable[[], T]) -> T:
     try:
         return action()
     except TenancyError as exc:
-        fail(str(exc))
+        fail(str(exc), kind=type(exc).__name__)
     except SQLAlchemyError as exc:
         # the driver's message, without the statement and its parameters that SQLAlchemy adds
         fail(str(getattr(exc, "orig", None) or type(exc).__name__))
 
 
-def fail(message: str) -> NoReturn:
-    """Print ``message`` on standard error and exit with status 1."""
+def fail(message: str, *, kind: str = "Error") -> NoReturn:
+    """Print ``message`` on standard error, as JSON with its kind after ``--json``, and exit with status 1."""
+    if _as_json.get():
+        print(json.dumps({"error": kind, "message": message}, ensure_ascii=False), file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
     errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(EXIT_FAILED)

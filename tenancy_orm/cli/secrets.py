@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
+from ..audit.log import AuditLog
+from ..config import TenancyConfig
+from ..control.database import ControlDatabase
+from ..errors import ConfigurationError
 from ..provisioning.rotation import CONCURRENCY, RotationReport
+from ..secrets.key_checks import check_keys
+from ..secrets.providers import read_secrets
 from ..secrets.sealed import ResealReport
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table, progress_bar
-from .runtime import EXIT_FAILED, Json, operator, run
+from .runtime import EXIT_FAILED, Json, Yes, exit_on_error, load_tenancy, operator, run
 
 app = typer.Typer(help="Rotate passwords, and the keys that seal them, during operation.", no_args_is_help=True)
 
@@ -82,6 +91,41 @@ def forget_keys(as_json: Json = False) -> None:
         print_json({"forgotten": forgotten})
     else:
         console.print(f"{len(forgotten)} keys forgotten", highlight=False)
+
+
+@app.command("accept-keys")
+def accept_keys(yes: Yes = False, as_json: Json = False) -> None:
+    """Take the configured encryption keys and peppers for the right ones, where others were recorded under their ids.
+
+    An encryption key that opens none of the passwords under its id is still refused. Run it as the owner of the
+    control database's tables.
+    """
+    if not yes:
+        typer.confirm("The keys recorded before will be refused from now on. Go on?", abort=True)
+    accepted = exit_on_error(lambda: asyncio.run(_accept_keys(load_tenancy().config)))
+    if as_json:
+        print_json(accepted)
+    else:
+        console.print(f"accepted: {', '.join(itertools.chain(*accepted.values()))}", markup=False, highlight=False)
+
+
+async def _accept_keys(config: TenancyConfig) -> dict[str, list[str]]:
+    """Record the configured keys. A ``Tenancy`` would not open: it refuses them."""
+    if config.is_embedded:
+        raise ConfigurationError("an embedded server keeps its own key; there is nothing to accept")
+    async with contextlib.AsyncExitStack() as stack:
+        if config.secrets.provider is not None:
+            stack.push_async_callback(config.secrets.provider.close)
+        config = await read_secrets(config)
+        control = ControlDatabase(config.control_url, pool_size=1, purpose="tenancy-admin")
+        stack.push_async_callback(control.close)
+        await control.open()
+        keys, peppers = config.sealing_keys, config.keys.decoded_peppers
+        await check_keys(control, encryption_keys=keys, peppers=peppers, accept=True)
+        accepted = {"encryption_keys": list(keys), "peppers": list(peppers)}
+        async with control.transaction() as connection:
+            await AuditLog(control).append(connection, action="secrets.accept_keys", actor=operator(), detail=accepted)
+        return accepted
 
 
 @contextmanager

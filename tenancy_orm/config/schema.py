@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from typing import Any
 
@@ -41,4 +42,12 @@ def _describe(schema: dict[str, Any], model: type[BaseModel]) -> None:
                 ast.AnnAssign(target=ast.Name(id=name)),
                 ast.Expr(value=ast.Constant(value=str(text))),
             ) if name in schema["properties"]:
-                schema["properties"][name]["description"] = " ".join(text.split())
+                schema["properties"][name]["description"] = _for_a_file(" ".join(text.split()))
+
+
+def _for_a_file(text: str) -> str:
+    """Return a description without what concerns Python and variables: a file has no None, and tables for pairs."""
+    text = re.sub(r" As text:.*", "", text)
+    text = re.sub(r"\b([Ww])here None\b", r"\1here it is not set", text)
+    text = re.sub(r"\bis None\b", "is not set", text)
+    return re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), text).replace("``", "`")

@@ -243,6 +243,9 @@ class ProvisioningConfig(Section, frozen=True):
     role_settings: OptionalPairs = Field(default_factory=_nothing)
     """PostgreSQL's settings for each tenant's role, by name, over the defaults of ``ROLE_SETTINGS``; "" leaves a
     default out. As text: ``name=value``, separated by semicolons."""
+    revoke_public: bool = True
+    """Whether PUBLIC loses its rights on the databases that all share a server with: ``postgres``, ``template1``, the
+    one of the administrator's URL and the control database. Where False, tenants' roles can connect to these."""
     tenant_advisory_locks: bool = False
     """Whether tenants' roles may take advisory locks, with which one of them can fill the lock table of the whole
     server."""

@@ -37,6 +37,7 @@ from ..postgres.connections import Connection as DriverConnection
 from ..postgres.dsn import Dsn
 from ..postgres.errors import (
     INSUFFICIENT_PRIVILEGE,
+    INVALID_CATALOG_NAME,
     INVALID_PARAMETER_VALUE,
     NO_ACTIVE_TRANSACTION,
     sqlstate_of,
@@ -64,10 +65,23 @@ _CONTROL_POOLER = (
 _LISTEN_POOLER = (
     "control.listen_url must be the database's own address, and a connection pooler answers at {address}: {reason}"
 )
+# Tables in a schema of the same name that no migration of this package has made: its first one makes "installation".
+_OTHERS_SCHEMA = text(
+    "SELECT to_regclass('tenancy.installation') IS NULL AND EXISTS (SELECT FROM pg_class c WHERE c.relkind IN "
+    "('r', 'p', 'v', 'm', 'f') AND c.relnamespace = to_regnamespace('tenancy') AND c.relname <> 'alembic_version')"
+)
 
 _NO_SUCH_ROLE = (INVALID_PARAMETER_VALUE, INSUFFICIENT_PRIVILEGE)  # it does not exist, or is not granted
 _OUT_OF_RESOURCES = "53"
 _CONNECT_SQLSTATES = ("08", "57P", _OUT_OF_RESOURCES)  # connection, operator intervention
+
+
+def foreign_schema(database: str) -> str:
+    """The message of the error where another application has tables in a schema of the same name."""
+    return (
+        f"the schema {SCHEMA!r} in database {database!r} holds tables of another application, and the control database "
+        "needs that schema for itself: name another database in control_url"
+    )
 
 
 def is_unavailable(error: BaseException) -> bool:
@@ -298,7 +312,8 @@ class ControlDatabase:
             yield connection
 
     def _unavailable(self, error: BaseException) -> ControlUnavailableError:
-        return ControlUnavailableError(f"the control database {self.dsn} is not available: {reason_of(error)}")
+        hint = "; tenancy init creates it" if sqlstate_of(error) == INVALID_CATALOG_NAME else ""
+        return ControlUnavailableError(f"the control database {self.dsn} is not available: {reason_of(error)}{hint}")
 
     @asynccontextmanager
     async def _translating_errors(self) -> AsyncIterator[None]:
@@ -325,6 +340,7 @@ class ControlDatabase:
 
         Raises:
             ControlUnavailableError: the server does not answer.
+            ConfigurationError: the schema ``tenancy`` is another application's.
             AdministratorNeededError: this role may not create the viewer role, and there is no administrator.
             PoolerError: no DSN leads to PostgreSQL itself.
         """
@@ -345,6 +361,8 @@ class ControlDatabase:
         async with self._translating_errors(), self._pooled() as connection:
             await self._lock(connection)
             try:
+                if await connection.scalar(_OTHERS_SCHEMA):
+                    raise ConfigurationError(foreign_schema(self.database))
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 await connection.commit()
                 async with one_migration():

@@ -35,6 +35,7 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "api_keys": "SELECT, INSERT, UPDATE, DELETE",
     "data_keys": "SELECT, INSERT, DELETE",
     "templates": "SELECT, INSERT, UPDATE, DELETE",
+    "key_checks": "SELECT, INSERT",
     "former_slugs": "SELECT, INSERT, UPDATE, DELETE",
     "domains": "SELECT, INSERT, UPDATE, DELETE",
     "audit_log": "SELECT",

@@ -207,6 +207,17 @@ data_keys = Table(
     CheckConstraint("id ~ '^[A-Za-z0-9_-]{1,16}$'", name="id"),
 )
 
+key_checks = Table(
+    "key_checks",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    CheckConstraint("kind IN ('encryption', 'pepper')", name="kind"),
+    CheckConstraint("octet_length(value) = 32", name="value"),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

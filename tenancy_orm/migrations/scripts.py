@@ -105,7 +105,7 @@ def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
     if not found:
         raise ConfigurationError(
             f"{script.env_py_location} does not call tenancy_orm.environment.run; "
-            "create a directory with: tenancy init, or see docs/migrations.md"
+            "create a directory with: tenancy init, or see Migrations in the documentation"
         )
     return found[-1]
 

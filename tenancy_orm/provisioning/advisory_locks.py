@@ -64,7 +64,8 @@ async def restrict(connection: Connection, owner: str, *, server: str) -> None:
     elif await connection.fetchval(_IS_OPEN):
         logger.warning(
             "tenants of server %s can take advisory locks, and fill its lock table with them: its administrator is not "
-            "a superuser, and may not change that; run as a superuser, in template0 (see docs/provisioning.md): %s",
+            "a superuser, and may not change that; run as a superuser, in template0 (see Advisory locks in the "
+            "documentation of provisioning): %s",
             server,
             "; ".join(restrictions(owner)),
         )

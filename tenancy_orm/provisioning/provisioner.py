@@ -38,6 +38,7 @@ from .databases import Strategy
 from .extensions import Extensions
 from .pipeline import Creation, ProvisioningServices, describe, tenant_key
 from .preparation import prepare
+from .public_access import SharedDatabases, read_control
 from .reconcile import Reconciler, ReconcileReport
 from .role_settings import RoleSettings
 from .template_manager import TemplateManager
@@ -121,21 +122,23 @@ class Provisioner:
             UnknownServerError: no such server is configured.
             ServerUnavailableError: the server does not answer.
             ConfigurationError: the server refuses a value of ``role_settings``, or does not have one of
-                ``tenant_privileges``.
+                ``tenant_privileges``; or a role would lose access to one of those databases, and nothing was changed:
+                ``tenancy init`` asks.
             ProvisioningError: the administrator lacks rights, or another process takes too long to prepare the server.
         """
         refuse_while_bound("preparing a server")
         self._home.check()
-        server = self._services.servers[name]
+        config, server = self._services.config, self._services.servers[name]
         async with self._preparing[name]:
             try:
                 self._prepared[name] = await prepare(
                     server,
                     self._services.blockers(server),
                     owner=self.names.owner,
-                    control=self._control,
-                    configured=self._services.config.provisioning.role_settings,
-                    rights=TenantRights.of(self._services.config.provisioning, self.names.owner),
+                    shared=SharedDatabases(config.name_prefix, await read_control(self._control, config)),
+                    revoke_public=config.provisioning.revoke_public,
+                    configured=config.provisioning.role_settings,
+                    rights=TenantRights.of(config.provisioning, self.names.owner),
                     timeout=self._timeout,
                 )
             except TenancyError:

@@ -74,13 +74,16 @@ class Keyring:
         key_id = self.key_id(sealed)
         cipher = self._ciphers.get(key_id)
         if cipher is None:
-            raise SecretError(f"the secret was sealed with key {key_id!r}, which is not among encryption_keys")
+            raise SecretError(f"the secret was sealed with key {key_id!r}, which is not configured")
         start = 2 + len(key_id.encode())
         header, nonce, body = sealed[:start], sealed[start : start + _NONCE_BYTES], sealed[start + _NONCE_BYTES :]
         try:
             return cipher.decrypt(nonce, body, header + associated)
         except InvalidTag:
-            raise SecretError("the secret cannot be opened: it is damaged, or belongs to another tenant") from None
+            raise SecretError(
+                f"the secret cannot be opened with key {key_id!r}: it was sealed with another key of that id, is "
+                "damaged, or belongs to another tenant"
+            ) from None
 
     def key_id(self, sealed: bytes) -> str:
         """The id of the key that sealed this value.
@@ -103,6 +106,11 @@ class Keyring:
         """Open the password of a tenant's role.
 
         Raises:
-            SecretError: it cannot be opened, see ``open``.
+            SecretError: it cannot be opened, see ``open``; the message has the remedy.
         """
-        return self.open(sealed, associated=b"tenant-password:" + tenant_id.bytes).decode()
+        try:
+            return self.open(sealed, associated=b"tenant-password:" + tenant_id.bytes).decode()
+        except SecretError as exc:
+            raise SecretError(
+                f"{exc}; configure the right key, or replace the password: tenancy secrets rotate-passwords"
+            ) from None

@@ -645,6 +645,10 @@ async def _ensure_database(server_url: str, name: str) -> None:
         if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", name):
             with contextlib.suppress(asyncpg.DuplicateDatabaseError, asyncpg.UniqueViolationError):
                 await connection.execute(f"CREATE DATABASE {name}")
+                # a new server, which nobody else uses: later, roles that a developer has made may rely on PUBLIC's
+                with contextlib.suppress(asyncpg.InternalServerError):  # XX000: the other process is doing it
+                    for database in ("postgres", "template1", name):
+                        await connection.execute(f"REVOKE ALL ON DATABASE {database} FROM PUBLIC")
     finally:
         await connection.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import text
 
@@ -310,6 +311,9 @@ VERSIONS = sorted(_programs.installations())
 def running_server(version: int, worker: str, **settings: str) -> Iterator[Postgres]:
     """A server of that version, for as long as the body runs."""
     with embedded.EmbeddedServer.for_tests(version=version, settings=settings) as server:
+        # else the first preparation would be refused because of the login roles that a test has made before
+        with psycopg.connect(server.url(), autocommit=True) as connection:
+            connection.execute("REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC")
         yield Postgres(server.url(), server.server_version, "v0", worker, server.bin_dir, server.data_dir)
 
 

@@ -254,8 +254,22 @@ async def test_secret_makes_a_key_that_the_configuration_takes(cli: Cli) -> None
     """32 bytes under an id."""
     outcome = await cli("secret", program=COMMAND)
     key_id, _, value = outcome.out.strip().partition(":")
-    assert key_id == "1"
+    assert key_id == "2", "1 is configured"
     assert len(base64.b64decode(value)) == 32
+    first = (await cli("secret", "--json", TENANCY_ENCRYPTION_KEYS="")).json["encryption_key"]
+    assert first.startswith("1:")
+    listed = await cli("config", "show", "--json", TENANCY_ENCRYPTION_KEYS=f"{first},{outcome.out.strip()}")
+    assert listed.status == 0, listed.err
+    assert (await cli("secret", TENANCY_ENCRYPTION_KEYS=f"{first},{outcome.out.strip()}")).out.startswith("3:")
+
+
+async def test_errors_are_json_after_json(cli: Cli) -> None:
+    """For programs: the class and the message."""
+    await cli("init")
+    outcome = await cli("show", "nobody", "--json")
+    assert (outcome.status, outcome.out) == (1, "")
+    problem = json.loads(outcome.err)
+    assert problem["error"] == "TenantNotFoundError" and "'nobody' does not exist" in problem["message"]
 
 
 async def test_every_command_has_help(cli: Cli) -> None:

@@ -72,6 +72,24 @@ async def test_a_failure_is_listed_and_is_the_exit_status(
     assert report["keys_in_use"] == ["1"]
 
 
+async def test_keys_that_were_recorded_by_mistake_are_replaced(
+    tenancy: Tenancy, variables: dict[str, str], tmp_path: Path
+) -> None:
+    """A pepper and an encryption key are accepted; not a key that opens none of the passwords under its id."""
+    await tenancy.tenants.create("acme")
+    peppers = [f"a:{base64.b64encode(secrets.token_bytes(32)).decode()}" for _ in range(2)]
+    mistaken, right = ({**variables, "TENANCY_KEYS_PEPPERS": pepper} for pepper in peppers)
+    await cli(mistaken, tmp_path, "list")
+    assert "key pepper 'a' is not the one" in await cli(right, tmp_path, "list", status=1)
+    accepted = await cli(right, tmp_path, "secrets", "accept-keys", "--yes")
+    assert accepted == {"encryption_keys": ["1"], "peppers": ["a"]}
+    assert [tenant["slug"] for tenant in (await cli(right, tmp_path, "list"))["items"]] == ["acme"]
+    assert [entry.detail for entry in await tenancy.audit.events(action="secrets.accept_keys")] == [accepted]
+    wrong = {**right, "TENANCY_ENCRYPTION_KEYS": peppers[0].replace("a:", "1:")}
+    for command in (("list",), ("secrets", "accept-keys", "--yes")):
+        assert "encryption key '1' is not the key" in await cli(wrong, tmp_path, *command, status=1)
+
+
 def test_an_old_key_that_is_still_in_use_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although nothing failed: a tenant created in between needs the key, so it must not be removed."""
 

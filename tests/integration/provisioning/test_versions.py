@@ -34,6 +34,7 @@ async def role(versioned: Postgres) -> tuple[str, str]:
     name, password = versioned.new_name("role"), new_password()
     async with versioned.connect() as connection:
         await roles.create(connection, name, verifier=scram_verifier(password), connection_limit=3)
+        await connection.execute(f'GRANT CONNECT ON DATABASE postgres TO "{name}"')
     return name, password
 
 
@@ -141,6 +142,8 @@ async def test_what_a_plain_administrator_may_not_close_is_named(
         async with workshop.admin() as connection:
             own = await connection.fetchval("SELECT current_database()")
             assert not await databases.is_open_to_public(connection, own)
+    async with versioned.connect() as connection:
+        await connection.execute("REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC")
 
 
 async def test_the_registrys_own_user_still_reaches_it(versioned: Postgres) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tenancy_orm import TenancyConfig
 from tenancy_orm.config.schema import json_schema
 from tenancy_orm.config.validation import settings_of
@@ -23,3 +25,9 @@ def test_nothing_is_required_and_nothing_unknown_allowed() -> None:
     assert "required" not in schema
     assert schema["additionalProperties"] is False
     assert all(schema["$defs"][name]["additionalProperties"] is False for name in ("PoolConfig", "_TierTable"))
+
+
+def test_descriptions_are_about_files() -> None:
+    """A TOML file has no None, and tables in place of text with separators."""
+    text = json.dumps(json_schema())
+    assert not any(word in text for word in ("None", "As text:", "``"))

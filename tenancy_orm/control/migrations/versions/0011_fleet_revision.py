@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0009_fleet_revision"
-down_revision = "0012_templates"
+revision = "0011_fleet_revision"
+down_revision = "0010_templates"
 branch_labels = None
 depends_on = None
 

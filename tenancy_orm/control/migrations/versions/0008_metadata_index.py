@@ -2,7 +2,7 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0010_metadata_index"
+revision = "0008_metadata_index"
 down_revision = "0007_servers"
 branch_labels = None
 depends_on = None

@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0012_templates"
-down_revision = "0011_domain_checks"
+revision = "0010_templates"
+down_revision = "0009_domain_checks"
 branch_labels = None
 depends_on = None
 

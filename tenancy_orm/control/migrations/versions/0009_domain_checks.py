@@ -2,8 +2,8 @@
 
 from tenancy_orm.control.scripts import run_script
 
-revision = "0011_domain_checks"
-down_revision = "0010_metadata_index"
+revision = "0009_domain_checks"
+down_revision = "0008_metadata_index"
 branch_labels = None
 depends_on = None
 
