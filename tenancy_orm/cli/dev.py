@@ -94,10 +94,14 @@ def _settings(configured: sources.Found, control_url: str | None, migrations: st
 
 
 def dev(
-    directory: Annotated[Path, typer.Option(help="The embedded server's data directory.")] = Path(".tenancy"),
+    directory: Annotated[
+        Path | None, typer.Option(help="The embedded server's data directory; the project's by default.")
+    ] = None,
 ) -> None:
     """Run an embedded PostgreSQL for development, until Ctrl-C."""
     from ..testing.embedded import EmbeddedProvider
+
+    directory = exit_on_error(_data_directory) if directory is None else directory
 
     async def serve() -> None:
         provided = await EmbeddedProvider().open(f"embedded:{directory}")
@@ -113,6 +117,13 @@ def dev(
             await provided.close()
 
     exit_on_error(lambda: asyncio.run(serve()))
+
+
+def _data_directory() -> Path:
+    """The directory of the embedded server that the project's settings name, or ``.tenancy`` in the project."""
+    found = sources.read(TenancyConfig, None, {})
+    scheme, _, directory = str(found.values.get("control_url", "")).partition(":")
+    return Path(directory) if scheme == "embedded" else found.directory / ".tenancy"
 
 
 def psql(

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from ..migrations import FleetReport, Progress, TenantOutcome
+from ..migrations.report import NO_TENANTS
 from ..tenancy import Tenancy
 from .output import console, errors, print_json, print_table
 from .runtime import EXIT_FAILED, Json, run
@@ -82,6 +83,8 @@ def status(as_json: Json = False) -> None:
     revisions = run(command)
     if as_json:
         print_json(list(revisions))
+    elif not revisions:
+        console.print(NO_TENANTS, highlight=False)
     else:
         shown = {True: "yes", False: "no", None: None}
         rows = [(x.slug, x.revision, shown[x.at_head], x.error) for x in revisions]

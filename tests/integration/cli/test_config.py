@@ -39,6 +39,22 @@ def test_settings_are_shown_with_their_places(project: Path) -> None:
     assert found["encryption_keys"] == (None, "default")
 
 
+def test_the_files_that_were_read_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a sub-directory too; where there is none, the directory that was searched is named."""
+    below = project / "src"
+    below.mkdir()
+    (project / ".env").write_text("TENANCY_NAME_PREFIX=shop\n")
+    monkeypatch.chdir(below)
+    outcome = CliRunner().invoke(app, ["config", "show"])
+    assert outcome.output.startswith(f"settings files: {project}/tenancy.toml, {project}/.env\n")
+    rows = json.loads(CliRunner().invoke(app, ["config", "show", "--json"]).output)
+    assert {"setting": "name_prefix", "value": "shop", "from": "TENANCY_NAME_PREFIX in ../.env"} in rows
+    (project / "tenancy.toml").unlink()
+    (project / ".env").unlink()
+    outcome = CliRunner().invoke(app, ["config", "show"])
+    assert outcome.output.startswith(f"settings files: none; there is none in {below} nor above it\n")
+
+
 def test_settings_are_a_table_for_people(project: Path) -> None:
     """One line each."""
     outcome = CliRunner().invoke(app, ["config", "show"])
