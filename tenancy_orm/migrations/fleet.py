@@ -72,7 +72,7 @@ class FleetMigrator:
             x: The arguments that ``context.get_x_argument`` returns to the revisions.
 
         Raises:
-            ConfigurationError: there is no migration directory, or its env.py is not ours.
+            ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet.
             MigrationError: the revision does not exist, or fails on the template; no tenant was touched.
             TenantNotFoundError: one of ``tenants`` does not exist.
             ControlUnavailableError: the control database does not answer.
@@ -137,7 +137,7 @@ class FleetMigrator:
         """Load the migration directory.
 
         Raises:
-            ConfigurationError: there is none, or its env.py does not call ``environment.run``.
+            ConfigurationError: there is none, or its env.py cannot be used for a fleet.
         """
         directory = self.services.config.migrations
         if directory is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.config
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -11,6 +12,8 @@ from contextvars import ContextVar
 from logging.config import fileConfig
 
 from alembic.config import Config
+
+from .substitution import Substitution
 
 logger = logging.getLogger("tenancy_orm.migrations")
 
@@ -52,6 +55,25 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _quiet.reset(token)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Leave logging as it is: ``fileConfig`` and ``dictConfig`` do nothing in the body.
+
+    An env.py calls them for Alembic's command line. It is also read inside a running application, where they would
+    replace the application's handlers and silence its loggers.
+    """
+    with _file_config.active(), _dict_config.active():
+        yield
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+_file_config = Substitution(logging.config, "fileConfig", _nothing)
+_dict_config = Substitution(logging.config, "dictConfig", _nothing)
 
 
 def configure(config: Config) -> None:

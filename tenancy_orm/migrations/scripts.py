@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,12 @@ from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from alembic.util.pyfiles import coerce_resource_to_filename
+from sqlalchemy.exc import NoSuchModuleError
 
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
-from . import local
+from . import envfile, local, logs, plain
+from .failures import describe
 
 # while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
 _reading: ContextVar[list[Mapping[str, Any]] | None] = ContextVar("tenancy_orm.migrations.reading", default=None)
@@ -54,8 +57,10 @@ class Environment:
 def load(config: Config) -> Environment:
     """Load the scripts, and run env.py only to get the options that it passes to ``environment.run``.
 
+    If it does not call that, they are those that it passes to ``context.configure``; it connects to no database.
+
     Raises:
-        ConfigurationError: the directory is missing, or its env.py does not call ``environment.run``.
+        ConfigurationError: the directory is missing, or its env.py fails or cannot be used for a fleet.
     """
     local.install()
     try:
@@ -67,21 +72,31 @@ def load(config: Config) -> Environment:
 
 
 def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
+    path = Path(script.env_py_location)
     found: list[Mapping[str, Any]] = []
-    # an env.py made for plain Alembic would connect to its own database here: then it must have nothing to do
+    # Alembic's own way to run nothing, for an env.py that looks at these
     nothing = {"fn": lambda heads, context: [], "dont_mutate": True, "destination_rev": "head", "starting_rev": None}
+    environment = plain.PlainEnvironment(config, script, **nothing)
     token = _reading.set(found)
     try:
-        with EnvironmentContext(config, script, **nothing):
+        # an env.py of ours may import modules that connect; one that was made for plain Alembic must not connect itself
+        without = nullcontext() if envfile.calls_run(path) else plain.without_connections(config)
+        with environment, logs.unchanged(), without:
             script.run_env()
+        return found[-1] if found else environment.options()
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{path} cannot be used: {exc}") from exc
+    except NoSuchModuleError as exc:
+        raise ConfigurationError(
+            f"{path} makes an engine of the URL that Alembic's template has as a placeholder, or one without a driver "
+            f"({exc}); {plain.REMEDY}"
+        ) from exc
+    except CommandError:
+        raise
+    except Exception as exc:
+        raise ConfigurationError(f"{path} fails: {describe(exc)}") from exc
     finally:
         _reading.reset(token)
-    if not found:
-        raise ConfigurationError(
-            f"{script.env_py_location} does not call tenancy_orm.environment.run; "
-            "create a directory with: tenancy init, or see docs/migrations.md"
-        )
-    return found[-1]
 
 
 def capture_options(options: Mapping[str, Any]) -> bool:

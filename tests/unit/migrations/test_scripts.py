@@ -91,7 +91,7 @@ def test_an_env_py_that_is_not_ours_does_nothing_and_is_refused(project: Project
         "assert context._proxy.context_opts['fn']((), None) == []\n"
         "assert context._proxy.context_opts['dont_mutate']\n"
     )
-    with pytest.raises(ConfigurationError, match=r"env\.py does not call tenancy_orm"):
+    with pytest.raises(ConfigurationError, match=r"env\.py cannot be used: it calls neither"):
         load(alembic_config(project.migrations))
 
 
