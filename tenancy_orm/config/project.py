@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -17,13 +18,18 @@ TABLES = ("tenancy", "tenancy_orm", "tenancy-orm")
 _VARIABLE = re.compile(r"^\s*(export\s+)?TENANCY_\w+\s*=", re.IGNORECASE | re.MULTILINE)
 _EVERYONE_MAY_WRITE = 0o002
 
-_start: ContextVar[Path | None] = ContextVar("tenancy_orm.config.project.start", default=None)
+_start: ContextVar[tuple[Path, bool] | None] = ContextVar("tenancy_orm.config.project.start", default=None)
 
 
 @contextmanager
-def looking_from(directory: Path) -> Iterator[None]:
-    """Look for settings from ``directory`` upward in the body, and not from the working directory."""
-    token = _start.set(directory.absolute())
+def looking_from(directory: Path, *, above: bool = True) -> Iterator[None]:
+    """Look for settings from ``directory`` upward in the body, and not from the working directory.
+
+    Args:
+        directory: Where the search begins.
+        above: Whether it goes on above; ``tenancy init`` makes a project in the directory itself.
+    """
+    token = _start.set((directory.absolute(), above))
     try:
         yield
     finally:
@@ -32,7 +38,8 @@ def looking_from(directory: Path) -> Iterator[None]:
 
 def start() -> Path:
     """Return the directory that the search begins at."""
-    return _start.get() or Path.cwd()
+    given = _start.get()
+    return given[0] if given else Path.cwd()
 
 
 def find() -> Path | None:
@@ -40,7 +47,8 @@ def find() -> Path | None:
 
     Those are a ``tenancy.toml``, a ``[tool.tenancy]`` in ``pyproject.toml``, or a ``TENANCY_`` variable in ``.env``.
     """
-    return next((directory for directory in upward(start()) if has_settings(directory)), None)
+    place, above = _start.get() or (Path.cwd(), True)
+    return next((directory for directory in (upward(place) if above else (place,)) if has_settings(directory)), None)
 
 
 def upward(directory: Path) -> Iterator[Path]:
@@ -63,6 +71,14 @@ def upward(directory: Path) -> Iterator[Path]:
 def has_settings(directory: Path) -> bool:
     """Whether a directory has a file with settings of this package. An unreadable file counts, so that it is named."""
     return (directory / "tenancy.toml").is_file() or _has_table(directory) or _has_variables(directory / ".env")
+
+
+def shown(path: Path) -> str:
+    """A path for messages: as short as it is unambiguous in the working directory."""
+    here = Path.cwd()
+    if here.is_relative_to(path.absolute().parent) or path.absolute().is_relative_to(here):
+        return os.path.relpath(path.absolute(), here)
+    return str(path)
 
 
 def _has_table(directory: Path) -> bool:

@@ -124,7 +124,7 @@ def read(model: type[BaseSettings], environ: Mapping[str, str] | None, overrides
     found = Found({}, {}, directory)
     for path, variable in _settings_files(directory, named):
         values = _read_settings_file(path, variable)
-        _merge(found, model, _absolute(directory, values), lambda _, path=path: f"in {shown(path)}")  # type: ignore[misc]
+        _merge(found, model, _absolute(directory, values), lambda _, path=path: f"in {project.shown(path)}")  # type: ignore[misc]
         if values:
             found.files.append(path)
     files = _read_secret_files(variables.get("TENANCY_SECRETS_DIR"))
@@ -134,7 +134,7 @@ def read(model: type[BaseSettings], environ: Mapping[str, str] | None, overrides
     from_file = _read_env_file(env_file, named="TENANCY_ENV_FILE" in variables)
     if from_file:
         found.files.append(env_file)
-    _merge_variables(found, model, from_file, lambda variable: f"{variable} in {shown(env_file)}")
+    _merge_variables(found, model, from_file, lambda variable: f"{variable} in {project.shown(env_file)}")
     settings = {
         name: text
         for name, text in variables.items()
@@ -254,7 +254,7 @@ def _read_env_file(path: Path, *, named: bool) -> dict[str, str]:
         bindings = list(parse_stream(StringIO(path.read_text(encoding="utf-8-sig"))))
     found: dict[str, str] = {}
     for binding in bindings:
-        place = f"in {shown(path)}, line {binding.original.line}"
+        place = f"in {project.shown(path)}, line {binding.original.line}"
         if binding.error:
             if PREFIX in binding.original.string.upper():
                 raise ConfigurationError(f"{place}: a line with {PREFIX} cannot be read; mind its quotes")
@@ -290,14 +290,6 @@ def _settings_files(directory: Path, named: str | None) -> Iterator[tuple[Path, 
             yield path, ""
 
 
-def shown(path: Path) -> str:
-    """A path for messages: as short as it is unambiguous in the working directory."""
-    here = Path.cwd()
-    if here.is_relative_to(path.absolute().parent) or path.absolute().is_relative_to(here):
-        return os.path.relpath(path.absolute(), here)
-    return str(path)
-
-
 def _read_settings_file(path: Path, variable: str) -> dict[str, Any]:
     with _reading(path, variable):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -306,7 +298,7 @@ def _read_settings_file(path: Path, variable: str) -> dict[str, Any]:
     elif "tool" in values:
         raise SettingError(
             {"tool": "[tool.tenancy] is for pyproject.toml; write [pool] here, for example"},
-            {"tool": f"in {shown(path)}"},
+            {"tool": f"in {project.shown(path)}"},
         )
     return values
 
@@ -317,10 +309,10 @@ def _table_of_tool(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     for name in project.TABLES[1:]:
         if name in tool:
-            raise ConfigurationError(f"[tool.{name}] in {shown(path)} is not read; write [tool.tenancy]")
+            raise ConfigurationError(f"[tool.{name}] in {project.shown(path)} is not read; write [tool.tenancy]")
     table = tool.get("tenancy", {})
     if not isinstance(table, dict):
-        raise ConfigurationError(f"tool.tenancy in {shown(path)} must be a table")
+        raise ConfigurationError(f"tool.tenancy in {project.shown(path)} must be a table")
     return table
 
 
@@ -355,7 +347,7 @@ def _absolute_url(directory: Path, url: Any) -> Any:
 @contextmanager
 def _reading(path: Path, variable: str) -> Iterator[None]:
     """Name the file in errors, and the variable that names it."""
-    what = f"{shown(path)!r} ({variable})" if variable else repr(shown(path))
+    what = f"{project.shown(path)!r} ({variable})" if variable else repr(project.shown(path))
     try:
         yield
     except OSError as exc:

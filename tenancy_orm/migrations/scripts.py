@@ -15,12 +15,12 @@ from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
-from alembic.util.pyfiles import coerce_resource_to_filename
 from sqlalchemy.exc import NoSuchModuleError
 
+from ..config import project
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
-from . import envfile, local, logs, plain
+from . import discovery, envfile, local, logs, plain
 from .failures import describe
 
 # while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
@@ -120,8 +120,8 @@ def script_directory(config: Config) -> ScriptDirectory:
 def alembic_config(directory: str | Path, *, x: Sequence[str] = ()) -> Config:
     """Return the Alembic configuration of a migration directory.
 
-    That is an alembic.ini (or a pyproject.toml with ``[tool.alembic]``) in the directory, beside it, or in the working
-    directory, if its ``script_location`` is this directory; else Alembic's defaults.
+    That is an alembic.ini (or a pyproject.toml with ``[tool.alembic]``) in the directory, above it in the project, or
+    in the working directory, if its ``script_location`` is this directory; else Alembic's defaults.
 
     Args:
         directory: The directory with env.py.
@@ -132,7 +132,7 @@ def alembic_config(directory: str | Path, *, x: Sequence[str] = ()) -> Config:
     """
     directory = Path(directory).absolute()
     if not (directory / "env.py").is_file():
-        raise ConfigurationError(f"{directory} has no env.py; create a migration directory with: tenancy init")
+        raise ConfigurationError(f"{directory} has no env.py; {_advice(directory)}")
     config = _configured(directory) or _default(directory)
     if x:
         config.cmd_opts = Namespace(x=list(x))
@@ -140,15 +140,28 @@ def alembic_config(directory: str | Path, *, x: Sequence[str] = ()) -> Config:
 
 
 def _configured(directory: Path) -> Config | None:
-    for place in (directory, directory.parent, Path.cwd()):
-        ini, toml = place / "alembic.ini", place / "pyproject.toml"
-        if not ini.is_file() and not toml.is_file():
+    for place in (directory, *project.upward(directory.parent), Path.cwd()):
+        config = discovery.config_in(place)
+        if config is None:
             continue
-        config = Config(ini if ini.is_file() else None, toml_file=toml if toml.is_file() else None)
-        location = config.get_alembic_option("script_location")
-        if location and coerce_resource_to_filename(location).resolve() == directory.resolve():
-            return config
+        location = discovery.location_of(config, place)
+        if location is not None and location.resolve() == directory.resolve():
+            return discovery.rooted(config, place)
     return None
+
+
+def _advice(directory: Path) -> str:
+    """What to do about a directory without env.py."""
+    try:
+        found = discovery.find(project.find() or project.start())
+    except ConfigurationError:
+        found = None  # init says more of it
+    if found is None or not found.has_env or found.migrations == directory:
+        return "create a migration directory with: tenancy init"
+    return (
+        f"the migrations of this project are in {found}: set migrations = {project.shown(found.migrations)!r}, "
+        "or let tenancy init do it"
+    )
 
 
 def _default(directory: Path) -> Config:

@@ -112,22 +112,3 @@ def test_markup_in_a_value_is_text(project: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TENANCY_SESSIONS_SETTINGS", "app.x=[/x][bold]")
     outcome = CliRunner().invoke(app, ["config", "show"])
     assert outcome.exit_code == 0 and "[/x][bold]" in outcome.output
-
-
-@pytest.mark.parametrize("place", ["pyproject.toml", ".env"])
-def test_init_writes_only_what_nothing_else_configures(
-    project: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    """A line in tenancy.toml would win over pyproject.toml, or take its place if .env is missing one day."""
-    monkeypatch.delenv("TENANCY_CONTROL_URL")
-    (project / "tenancy.toml").unlink()
-    texts = {
-        "pyproject.toml": "[tool.tenancy]\ncontrol_url = 'postgresql://127.0.0.1:1/x'\nmigrations = 'db/revisions'\n",
-        ".env": "TENANCY_CONTROL_URL=postgresql://127.0.0.1:1/x\nTENANCY_MIGRATIONS=db/revisions\n",
-    }
-    (project / place).write_text(texts[place])
-    outcome = CliRunner().invoke(app, ["init"])
-    assert outcome.exit_code == 1  # nothing answers there
-    settings = (project / "tenancy.toml").read_text()
-    assert tomllib.loads(settings) == {} and place in settings
-    assert (project / "db" / "revisions" / "env.py").exists()
