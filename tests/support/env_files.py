@@ -153,3 +153,12 @@ def make_project(root: Path, template: str, *, directory: str = "alembic") -> Pa
     with contextlib.redirect_stdout(io.StringIO()):
         command.init(config, str(root / directory), template=template)
     return root / directory
+
+
+def add_revision(directory: Path, upgrade: str = 'op.create_table("notes", sa.Column("id", sa.Integer))') -> None:
+    """Write the revision 0001 into a directory of migrations."""
+    (directory / "versions").mkdir(exist_ok=True)
+    (directory / "versions" / "0001.py").write_text(
+        f"import sqlalchemy as sa\nfrom alembic import op\n\nrevision = '0001'\ndown_revision = None\n\n\n"
+        f"def upgrade():\n    {upgrade}\n\n\ndef downgrade():\n    op.drop_table('notes')\n"
+    )

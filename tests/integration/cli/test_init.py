@@ -15,9 +15,8 @@ import pytest
 from alembic.config import Config
 
 from tenancy_orm.migrations.layout import init_directory
-from tests.support.env_files import COOKBOOK, PLAIN, make_project
+from tests.support.env_files import COOKBOOK, PLAIN, add_revision, make_project
 from tests.support.postgres import Postgres
-from tests.support.projects import NOTES
 from tests.support.shell import ROOT, environment
 from tests.support.warm import Finished, run_module
 
@@ -79,15 +78,6 @@ def nowhere(tmp_path: Path) -> Shell:
     return Shell(root, environment(PYTHONPATH=str(ROOT), COLUMNS="200", NO_COLOR="1"))
 
 
-def add_notes(directory: Path) -> None:
-    (directory / "versions").mkdir(exist_ok=True)
-    (directory / "versions" / "0001.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision = '0001'\ndown_revision = None\n"
-        f"def upgrade():\n{''.join(f'    {line}' + chr(10) for line in NOTES.strip().splitlines())}"
-        "def downgrade():\n    op.drop_table('notes')\n"
-    )
-
-
 def settings(root: Path) -> dict[str, Any]:
     return tomllib.loads((root / "tenancy.toml").read_text())
 
@@ -98,7 +88,7 @@ def settings(root: Path) -> dict[str, Any]:
 async def test_an_existing_project_is_used_and_its_env_py_can_be_written(shell: Shell) -> None:
     """Its directory, its ini file and its history; the lines to change are printed, and written on demand."""
     directory = make_project(shell.root, "generic")
-    add_notes(directory)
+    add_revision(directory)
     before = files(shell.root)
     done = await shell.tenancy("init")
     assert settings(shell.root)["migrations"] == "alembic"
@@ -138,7 +128,7 @@ async def test_the_directory_is_found_wherever_alembic_names_it(shell: Shell, la
     """In pyproject.toml, relative to the ini file, in a package; in a project without settings too."""
     name = {"package": "shop/migrations", "below": "src/shop/migrations"}.get(layout, "alembic")
     directory = make_project(shell.root, "pyproject_async" if layout == "pyproject" else "async", directory=name)
-    add_notes(directory)
+    add_revision(directory)
     ini = shell.root / "alembic.ini"
     locations = {"relative": "alembic", "package": "shop:migrations"}
     if layout in locations:
@@ -158,7 +148,7 @@ async def test_the_directory_is_found_wherever_alembic_names_it(shell: Shell, la
 @pytest.mark.parametrize("arguments", [(), ("--migrations", "alembic")])
 async def test_a_retry_mends_what_an_earlier_try_has_left(shell: Shell, arguments: tuple[str, ...]) -> None:
     """Until then, ``create`` says what to do, and it is not to abandon the history."""
-    add_notes(make_project(shell.root, "async"))
+    add_revision(make_project(shell.root, "async"))
     (shell.root / "tenancy.toml").write_text('# ours\nmigrations = "migrations"  # where?\n[pool]\nmax_engines = 7\n')
     await shell.run("tenancy_orm.cli", "--app", "nothing:here", "list", ok=False)
     made = await shell.init(*arguments)
@@ -174,7 +164,7 @@ async def test_a_retry_mends_what_an_earlier_try_has_left(shell: Shell, argument
 
 async def test_a_setting_is_added_where_the_settings_file_has_none(shell: Shell) -> None:
     """At the top, since a line at the end would be one of the last table."""
-    add_notes(make_project(shell.root, "async"))
+    add_revision(make_project(shell.root, "async"))
     (shell.root / "tenancy.toml").write_text("[pool]\nmax_engines = 7\n")
     await shell.init()
     assert settings(shell.root) == {"migrations": "alembic", "pool": {"max_engines": 7}}
@@ -183,7 +173,7 @@ async def test_a_setting_is_added_where_the_settings_file_has_none(shell: Shell)
 async def test_what_a_fleet_cannot_do_is_a_warning_with_the_lines(shell: Shell) -> None:
     """The project is set up otherwise; creating says the same."""
     directory = make_project(shell.root, "async")
-    add_notes(directory)
+    add_revision(directory)
     text = COOKBOOK.replace(
         "            with context",
         "            connection.exec_driver_sql('SET x = 1')\n            with context",

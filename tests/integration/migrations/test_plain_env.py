@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tenancy_orm.errors import ConfigurationError, TemplateError
+from tenancy_orm.errors import ConfigurationError, MigrationError, TemplateError
 from tests.support import shell
 from tests.support.env_files import PLAIN, URL, make_project
 from tests.support.fleet import Fleet
@@ -78,3 +78,19 @@ async def test_an_env_py_that_cannot_be_used_fails_before_any_tenant(fleet: Flee
     with pytest.raises((ConfigurationError, TemplateError), match=message):
         await fleet.create("umbrella")
     assert await fleet.revision("acme") == "0001"
+
+
+async def test_revisions_run_as_the_owner_role(fleet: Fleet, project: Project) -> None:
+    """It owns the database and what is in it; it is no superuser, whatever user a URL of env.py names."""
+    who = (
+        "CREATE TABLE who AS SELECT current_user::text AS name, "
+        "rolsuper OR rolcreatedb OR rolcreaterole OR rolcanlogin AS more, has_database_privilege(current_database(), 'CREATE') FROM pg_roles WHERE rolname = current_user"
+    )
+    allowed = ("CREATE SCHEMA audit", "CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1'", who)
+    project.add("0002", "\n".join(f"op.execute({text!r})" for text in allowed), down="0001")
+    (await fleet.migrations.upgrade()).raise_for_failures()
+    assert await fleet.fetch("acme", "SELECT * FROM who") == [(fleet.services.names.owner, False, True)]
+    for refused in ("CREATE ROLE x", "COPY notes TO '/tmp/notes'"):
+        project.add("0003", f"op.execute({refused!r})", down="0002")
+        with pytest.raises(MigrationError, match=r"0002 -> 0003: .*SQLSTATE 42501"):
+            await fleet.migrations.upgrade()
