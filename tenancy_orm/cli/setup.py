@@ -202,37 +202,47 @@ def prepare(
     return setup
 
 
-@contextmanager
-def _removed_on_failure(made: list[Path]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        # back first: a directory that is left is easier to remove
-        os.chdir("/")
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        raise
-
-
 def entered(directory: Path) -> AbstractContextManager[None]:
     """Make ``directory`` the working directory, and make it if it is missing; on a failure a made one is removed.
+
+    Afterwards the working directory and the environment are as they were.
 
     Raises:
         ConfigurationError: it cannot be made or entered.
     """
+    here, environ = Path.cwd(), dict(os.environ)
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         os.chdir(directory)
     except OSError as exc:
         raise ConfigurationError(f"{directory} cannot be used as the project's directory: {exc.strerror}") from exc
-    return _removed_on_failure(missing)
+    for variable in ("TENANCY_CONFIG", "TENANCY_ENV_FILE"):
+        if variable in environ:
+            os.environ[variable] = str(here / environ[variable])
+
+    @contextmanager
+    def inside() -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for path in missing:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            raise
+        finally:
+            os.chdir(here)
+            os.environ.clear()
+            os.environ.update(environ)
+
+    return inside()
 
 
 def project_directory() -> Path:
     """Return the directory of the project that the working directory is in: that of its settings, or of its Alembic."""
     here = Path.cwd()
+    if named := os.environ.get("TENANCY_CONFIG"):
+        return Path(named).absolute().parent
     settings = project.find()
     alembic = next((place for place in project.upward(here) if discovery.read(place) is not None), None)
     if settings is None or alembic is None or not alembic.is_relative_to(settings):
@@ -262,22 +272,22 @@ def show_env(setup: Setup, owner: str) -> None:
     for note in setup.notes:
         _say(f"note: {note}")
     env = setup.env
-    if env is None or env.is_ours:
+    if env is not None and env.problem and not env.is_changed:
+        errors.print(f"[bold yellow]warning:[/] {escape(env.problem)}", highlight=False, soft_wrap=True)
+    if env is None or (env.is_ours and not setup.made):
         return
     _say(f"the project's own migrations are used: {setup.found or project.shown(env.path.parent)}")
+    if env.is_ours:
+        return
     _say(
         f"their revisions run as the role {owner}, which owns the tenants' databases and is no superuser, and not as "
         "the user of a URL in alembic.ini or env.py"
     )
     if env.is_changed:
         return
-    if env.problem:
-        errors.print(f"[bold yellow]warning:[/] {escape(env.problem)}", highlight=False, soft_wrap=True)
-    else:
-        _say(
-            f"new tenants and tenancy migrate use {project.shown(env.path)} as it is; alembic itself still runs it on "
-            "a database of its own"
-        )
+    if not env.problem:
+        name = project.shown(env.path)
+        _say(f"new tenants and tenancy migrate use {name} as it is; alembic itself still runs it on its own database")
     _say("to let alembic work on all tenants, change these lines; everything else in the file stays:\n")
     _say(env.lines or "")
     if env.proposal is not None:

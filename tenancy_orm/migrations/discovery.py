@@ -17,7 +17,7 @@ from ..config import project
 from ..errors import ConfigurationError
 
 _DEPTH = 3  # src/myapp/migrations
-_SKIPPED = frozenset({"node_modules", "site-packages", "build", "dist", "tests"})
+_SKIPPED = frozenset({"node_modules", "site-packages", "build", "dist", "docs", "examples", "tests"})
 
 
 @dataclass(frozen=True, slots=True)

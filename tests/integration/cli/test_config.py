@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tenancy_orm import TenancyConfig
 from tenancy_orm.cli import config as cli
+from tenancy_orm.cli import dev
 from tenancy_orm.cli.app import app
 from tenancy_orm.config.validation import settings_of
 
@@ -112,3 +113,15 @@ def test_markup_in_a_value_is_text(project: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TENANCY_SESSIONS_SETTINGS", "app.x=[/x][bold]")
     outcome = CliRunner().invoke(app, ["config", "show"])
     assert outcome.exit_code == 0 and "[/x][bold]" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("url", "directory"), [("embedded:data", "data"), ("embedded", ".tenancy"), ("postgresql://h/d", ".tenancy")]
+)
+def test_dev_runs_the_projects_server(project: Path, monkeypatch: pytest.MonkeyPatch, url: str, directory: str) -> None:
+    """From a sub-directory too: another one would be empty."""
+    monkeypatch.delenv("TENANCY_CONTROL_URL")
+    (project / "tenancy.toml").write_text(f'control_url = "{url}"\n')
+    (project / "src").mkdir()
+    monkeypatch.chdir(project / "src")
+    assert dev._data_directory() == project / directory

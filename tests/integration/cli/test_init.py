@@ -123,21 +123,21 @@ async def test_alembic_says_that_there_are_no_tenants(shell: Shell) -> None:
         assert "there are no tenants in this installation" in (await shell.run("alembic", *arguments)).out
 
 
-@pytest.mark.parametrize("layout", ["pyproject", "relative", "package", "below", "no ini file"])
+@pytest.mark.parametrize("layout", ["pyproject", "relative", "package", "no ini file"])
 async def test_the_directory_is_found_wherever_alembic_names_it(shell: Shell, layout: str) -> None:
     """In pyproject.toml, relative to the ini file, in a package; in a project without settings too."""
-    name = {"package": "shop/migrations", "below": "src/shop/migrations"}.get(layout, "alembic")
+    name = {"package": "shop/migrations", "no ini file": "src/shop/migrations"}.get(layout, "alembic")
     directory = make_project(shell.root, "pyproject_async" if layout == "pyproject" else "async", directory=name)
     add_revision(directory)
     ini = shell.root / "alembic.ini"
     locations = {"relative": "alembic", "package": "shop:migrations"}
     if layout in locations:
         ini.write_text(ini.read_text().replace("%(here)s/" + name, locations[layout]))
-    elif layout in ("below", "no ini file"):
+    elif layout == "no ini file":
         ini.unlink()
     below = shell.root / "src"
     below.mkdir(exist_ok=True)
-    made = await shell.init(cwd=None if layout in ("below", "no ini file") else below)
+    made = await shell.init(cwd=None if layout == "no ini file" else below)
     assert made["migrations"] == str(directory)
     assert made["created"] == ["tenancy.toml"]
     assert settings(shell.root)["migrations"] == name
@@ -215,6 +215,16 @@ async def test_init_in_a_sub_directory_is_about_the_project(shell: Shell) -> Non
     assert files(shell.root) == before | {"src": None}
     assert (await shell.init(".", cwd=below))["created"] == ["tenancy.toml", "migrations", "alembic.ini"]
     assert settings(below)["migrations"] == "migrations"
+
+
+async def test_a_named_settings_file_is_the_projects(shell: Shell, tmp_path: Path) -> None:
+    """Its directory is the project, wherever the command runs; the file gets the line that it lacks."""
+    (shell.root / "shop.toml").write_text("default_tier = 'pro'\n")
+    done = await shell.tenancy("--config", "shop/shop.toml", "init", cwd=tmp_path)
+    assert f"the project is in {shell.root}" in done.out
+    assert (shell.root / "shop.toml").read_text() == "migrations = \"migrations\"\ndefault_tier = 'pro'\n"
+    assert not (tmp_path / "migrations").exists() and (shell.root / "migrations" / "env.py").exists()
+    assert "created acme" in (await shell.tenancy("--config", "shop/shop.toml", "create", "acme", cwd=tmp_path)).out
 
 
 @pytest.mark.parametrize("place", ["pyproject.toml", ".env"])

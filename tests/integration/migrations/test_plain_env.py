@@ -84,7 +84,8 @@ async def test_revisions_run_as_the_owner_role(fleet: Fleet, project: Project) -
     """It owns the database and what is in it; it is no superuser, whatever user a URL of env.py names."""
     who = (
         "CREATE TABLE who AS SELECT current_user::text AS name, "
-        "rolsuper OR rolcreatedb OR rolcreaterole OR rolcanlogin AS more, has_database_privilege(current_database(), 'CREATE') FROM pg_roles WHERE rolname = current_user"
+        "rolsuper OR rolcreatedb OR rolcreaterole OR rolcanlogin AS more, "
+        "has_database_privilege(current_database(), 'CREATE') FROM pg_roles WHERE rolname = current_user"
     )
     allowed = ("CREATE SCHEMA audit", "CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1'", who)
     project.add("0002", "\n".join(f"op.execute({text!r})" for text in allowed), down="0001")
