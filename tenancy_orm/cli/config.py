@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 from sqlalchemy import MetaData
 
-from ..config import TenancyConfig, schema, sources
+from ..config import TenancyConfig, project, schema, sources
 from ..config.validation import settings_of
 from .output import console, print_json, print_table
 from .runtime import Json, exit_on_error, extend_path, load_tenancy
@@ -49,7 +49,7 @@ def _read() -> tuple[TenancyConfig, dict[str, str], str]:
         return config, given, f"configured by: {named} (TENANCY_APP)"
     extend_path()
     found = sources.read(TenancyConfig, None, {})
-    files = ", ".join(map(str, found.files)) or f"none; there is none in {found.directory} nor above it"
+    files = ", ".join(map(str, found.files)) or f"none; there is none in {project.start()} nor above it"
     return found.build(TenancyConfig), found.origins, f"settings files: {files}"
 
 

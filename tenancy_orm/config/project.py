@@ -15,7 +15,8 @@ SETTINGS_FILES = ("pyproject.toml", "tenancy.toml")
 TABLES = ("tenancy", "tenancy_orm", "tenancy-orm")
 """Names of the table in ``[tool]``; an error says that only the first is right."""
 
-_VARIABLE = re.compile(r"^\s*(export\s+)?TENANCY_\w+\s*=", re.IGNORECASE | re.MULTILINE)
+# also a line that has no =, which reading the file refuses
+_VARIABLE = re.compile(r"^\s*(export\s+)?['\"]?TENANCY_", re.IGNORECASE | re.MULTILINE)
 _EVERYONE_MAY_WRITE = 0o002
 
 _start: ContextVar[tuple[Path, bool] | None] = ContextVar("tenancy_orm.config.project.start", default=None)

@@ -90,7 +90,7 @@ class Found:
 
     def _locate(self, error: SettingError) -> SettingError:
         """Return ``error`` with the origin of each setting that it names."""
-        missing = MISSING if self.files else MISSING + NOWHERE.format(self.directory)
+        missing = MISSING if self.files else MISSING + NOWHERE.format(project.start())
         problems = {
             name: missing if (name, reason) == ("control_url", "is missing") else reason
             for name, reason in error.problems.items()
@@ -120,9 +120,11 @@ def read(model: type[BaseSettings], environ: Mapping[str, str] | None, overrides
     """
     variables = _of_ours(os.environ if environ is None else environ, str)
     named = variables.get("TENANCY_CONFIG")
-    directory = Path(named).absolute().parent if named else project.find() or project.start()
+    place = Path(named).absolute().parent if named else project.find()
+    # of variables alone, where there is no project
+    directory = place or Path.cwd()
     found = Found({}, {}, directory)
-    for path, variable in _settings_files(directory, named):
+    for path, variable in _settings_files(place, named):
         values = _read_settings_file(path, variable)
         _merge(found, model, _absolute(directory, values), lambda _, path=path: f"in {project.shown(path)}")  # type: ignore[misc]
         if values:
@@ -131,7 +133,8 @@ def read(model: type[BaseSettings], environ: Mapping[str, str] | None, overrides
     texts = {name: text for name, (_, text) in files.items()}
     _merge_variables(found, model, texts, lambda variable: f"file {files[variable][0]}")
     env_file = Path(variables.get("TENANCY_ENV_FILE") or directory / ".env")
-    from_file = _read_env_file(env_file, named="TENANCY_ENV_FILE" in variables)
+    is_named = "TENANCY_ENV_FILE" in variables
+    from_file = _read_env_file(env_file, named=is_named) if is_named or place else {}
     if from_file:
         found.files.append(env_file)
     _merge_variables(found, model, from_file, lambda variable: f"{variable} in {project.shown(env_file)}")
@@ -280,12 +283,12 @@ def _read_secret_files(named: str | None) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def _settings_files(directory: Path, named: str | None) -> Iterator[tuple[Path, str]]:
+def _settings_files(directory: Path | None, named: str | None) -> Iterator[tuple[Path, str]]:
     """The files to read, each with the variable that names it; the last one wins."""
     if named:
         yield Path(named).absolute(), "TENANCY_CONFIG"
         return
-    for path in (directory / name for name in project.SETTINGS_FILES):
+    for path in (directory / name for name in project.SETTINGS_FILES) if directory else ():
         if path.is_file():
             yield path, ""
 

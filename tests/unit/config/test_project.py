@@ -122,6 +122,17 @@ def test_the_search_can_begin_elsewhere(below: Path, directory: Path, tmp_path_f
     assert TenancyConfig.from_env().is_embedded
 
 
+def test_without_a_project_paths_are_in_the_working_directory(
+    below: Path, directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """So an application and ``alembic -c`` have one embedded server. No file of the working directory is read."""
+    environ = {"TENANCY_CONTROL_URL": "embedded:.tenancy"}
+    (below / ".env").write_text("TENANCY_DEFAULT_TIER=pro\n")
+    with project.looking_from(tmp_path_factory.mktemp("other")):
+        config = TenancyConfig.from_env(environ)
+    assert (config.control_url, config.default_tier) == (f"embedded:{below}/.tenancy", "free")
+
+
 @pytest.mark.parametrize("place", ["tenancy.toml", ".env", "variable"])
 def test_every_path_is_relative_to_the_project(below: Path, directory: Path, place: str) -> None:
     """Also the certificates and keys that URLs name; absolute ones and ``system`` stay as they are."""

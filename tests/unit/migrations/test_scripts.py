@@ -57,7 +57,7 @@ def test_relative_paths_of_an_ini_file_are_beside_it(
     )
     (top / "more").mkdir()
     (project.migrations / "versions" / "1.py").rename(top / "more" / "1.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in (".", str(top))])
     for cwd in (project.migrations, Path("/")):
         monkeypatch.chdir(cwd)
         assert load(alembic_config(project.migrations)).script.get_heads() == ["1"]
