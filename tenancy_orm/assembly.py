@@ -33,17 +33,22 @@ from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry
 from .routing import Router, Servers
+from .routing.servers import inspect_servers
 from .secrets.data_keys import DataKeys
 from .secrets.keyring import Keyring
 from .secrets.providers import read_secrets
 from .secrets.sealed import SealedPasswords
-from .tenants.domains import DomainManager
+from .tenants.domain_upkeep import DomainUpkeep
+from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry, differing
 
 logger = logging.getLogger("tenancy_orm")
 
 _UPDATE_SECONDS = 300.0  # how often a process reads the data keys, in case it missed the notification of a new one
+
+
+_CHECK_SECONDS = 3.0  # how long opening waits for a server that does not answer
 
 
 class _ProvidedServer(Protocol):
@@ -127,8 +132,7 @@ class Assembly:
         self._close_with(self.config.secrets.provider, self.config.secrets.key_wrapper)
         await self._open_control(initialise)
         self._build_parts()
-        addresses = {name: (server.host, server.port) for name, server in self.servers.items()}
-        await self.control.save_servers(addresses)
+        await self._check_servers()
         self.tiers = TierRegistry(self.control, self.audit)
         await self._settle_tiers(initialise)
         if initialise:
@@ -147,6 +151,7 @@ class Assembly:
             pool_size=config.control.pool_size,
             connect_timeout=dsn.connect_timeout or config.pool.connect_timeout,
             name_prefix=config.name_prefix,
+            direct=config.listen_dsn,
         )
         self._opened += [self.control.close, self._end_tasks]
         self.servers = Servers(config)
@@ -202,12 +207,14 @@ class Assembly:
             keyring=self.keyring,
             events=events,
         )
-        self.domains = DomainManager(self.control, self.audit)
+        records = ConfiguredTextRecords(config.domains)
+        self.domains = DomainManager(self.control, self.audit, records, config.domains)
         self._build_billing()
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,
             tenants=self.tenants,
+            domains=DomainUpkeep(self.control, self.audit, records, config.domains, events),
             provisioner=self.provisioner,
             secrets=self.secrets,
             audit=self.audit,
@@ -230,6 +237,33 @@ class Assembly:
             _usage_exporter=self.usage_exporter,
         )
 
+    async def _check_servers(self) -> None:
+        """Refuse a pooler for administration, and another maintenance database than the one in use.
+
+        A server that does not answer now does not delay the opening for long: its first connection is checked.
+        """
+        found = await inspect_servers(self.servers, timeout=_CHECK_SECONDS)
+        processes, each = self.config.quotas.rate_processes, self.config.pool.max_connections
+        for name, facts in found.items():
+            if processes * each > facts.connections:
+                logger.warning(
+                    "server %s accepts %d connections (its max_connections less those that are reserved), and "
+                    "pool.max_connections lets each process hold %d, %d in %d (quotas.rate_processes): lower "
+                    "pool.max_connections, or raise max_connections of the server",
+                    name,
+                    facts.connections,
+                    each,
+                    processes * each,
+                    processes,
+                )
+        await self.control.save_servers(
+            {name: (server.host, server.port) for name, server in self.servers.items()},
+            maintenance={
+                name: found[name].database if name in found else server.dsn.database
+                for name, server in self.servers.items()
+            },
+        )
+
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
         if initialise or not (in_force := await self.tiers.in_force()):
@@ -245,7 +279,8 @@ class Assembly:
         try:
             await self.control.upgrade()
         except AdministratorNeededError:
-            server = next((s for s in self.servers.values() if s.dsn.shares_host(self.control.dsn)), None)
+            own = self.config.listen_dsn or self.control.dsn
+            server = next((s for s in self.servers.values() if s.dsn.shares_host(own)), None)
             if server is None:
                 raise  # it is none of the tenants' servers, the ones that have an administrator
             administrator = await server.connect_admin()
@@ -258,7 +293,7 @@ class Assembly:
         config = self.config
         schema: AlembicSchema | MetadataSchema
         if config.migrations is not None:
-            schema = AlembicSchema(config.migrations)
+            schema = AlembicSchema(config.migrations, settings=config.migration)
         elif config.metadata is not None:
             schema = MetadataSchema(config.metadata)
         else:

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -37,20 +37,25 @@ from sqlalchemy import MetaData
 from .config import TenancyConfig, project
 from .config.values import load_object
 from .errors import ConfigurationError, FleetMigrationError, TenancyError
-from .migrations import FleetMigrator, local, logs
+from .migrations import AlembicSchema, FleetMigrator, local, logs
+from .migrations.autogenerate import with_imports
 from .migrations.commands import CommandResult
+from .migrations.configuration import alembic_config, leads_to, name_of, with_x
+from .migrations.execution import printing_sql
 from .migrations.failures import FleetCommandError, describe
 from .migrations.fleet import DEFAULT_CONCURRENCY
 from .migrations.plan import Plan
 from .migrations.report import NO_TENANTS
-from .migrations.scripts import Environment, capture_options
+from .migrations.scripts import Environment, capture_options, load
 from .tenancy import Tenancy
+from .tenant import Tenant
 
 T = TypeVar("T")
 
 _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
 _HISTORY = ("history", "show", "edit")
+_OURS = ("tenant", "concurrency", "stop_on_failure")
 
 
 def run(
@@ -170,10 +175,11 @@ class _Command:
 
     def __init__(self, proxy: EnvironmentContext, environment: Environment) -> None:
         self.proxy = proxy
-        self.environment = environment
         self.options: dict[str, Any] = proxy.context_opts
         self.function: Any = proxy.context_opts.get("fn")
-        self.arguments = _Arguments.parse(proxy.get_x_argument(as_dictionary=False))
+        given = proxy.get_x_argument(as_dictionary=False)
+        self.arguments = _Arguments.parse(given)
+        self.environment = replace(environment, x=tuple(x for x in given if x.partition("=")[0] not in _OURS))
 
     @property
     def command(self) -> str:
@@ -187,20 +193,58 @@ class _Command:
             self._print_sql()
         elif self.command == "merge":
             # it needs env.py for its template_args only
-            self.proxy.configure(dialect_name="postgresql", **self.environment.options)
+            self.proxy.configure(dialect_name="postgresql", **self.environment.options, tenant=None)
         else:
             _block_on(self._answer)
 
     def _print_sql(self) -> None:
         options = {"literal_binds": True, "dialect_opts": {"paramstyle": "named"}, **self.environment.options}
-        self.proxy.configure(dialect_name="postgresql", **options)
-        with self.proxy.begin_transaction():
+        # without -x tenant=... no database is needed
+        tenant = None if self.arguments.tenants is None else _block_on(self._only_tenant)
+        self.proxy.configure(dialect_name="postgresql", **options, tenant=tenant)
+        with self.proxy.begin_transaction(), printing_sql(self.proxy, self.environment):
             self.proxy.run_migrations()
 
+    async def _only_tenant(self) -> Tenant:
+        """The tenant of ``-x tenant=...``, which the printed statements are for."""
+        slug, *more = self.arguments.tenants or ()
+        if more:
+            raise CommandError("--sql prints the statements of one database; give one -x tenant=... or none")
+        async with Tenancy(self._config()) as tenancy:
+            return await tenancy.tenants.get_by_slug(slug)
+
     async def _answer(self) -> None:
-        config = find_config(self.proxy.config).replace(migrations=self.proxy.script.dir)
-        async with Tenancy(config) as tenancy:
+        async with Tenancy(self._config()) as tenancy:
             await self._dispatch(tenancy.migrations)
+
+    def _config(self) -> TenancyConfig:
+        """The application's configuration, with the directory, file and section that Alembic runs with."""
+        found, given = find_config(self.proxy.config), self.proxy.config
+        config = found.replace(migrations=self.proxy.script.dir, migration={"alembic_config": given})
+        if self.command in _CHANGES:
+            self._refuse_another_schema(found, config)
+        if shared := found.migration.x_arguments:
+            arguments = self.proxy.get_x_argument(as_dictionary=False)
+            self.environment = load(with_x(given, [*shared, *arguments]), x=self.environment.x)
+        return config
+
+    def _refuse_another_schema(self, found: TenancyConfig, config: TenancyConfig) -> None:
+        """Refuse to migrate tenants to a schema that an application with these settings would not give to new ones."""
+        assert config.migrations is not None  # noqa: S101 - set by the caller
+        if found.migrations is None:
+            return
+        theirs = alembic_config(found.migrations, found.migration)
+        if leads_to(theirs) == leads_to(alembic_config(config.migrations, config.migration)):
+            return  # without loading the scripts twice
+        schemas = [AlembicSchema(c.migrations or "", settings=c.migration) for c in (found, config)]
+        if schemas[0].fingerprint() == schemas[1].fingerprint():
+            return
+        raise ConfigurationError(
+            f"alembic runs {self.proxy.script.dir} with {name_of(self.proxy.config)}, but the application's settings "
+            f"lead to {found.migrations} with {name_of(theirs)}, which has "
+            "other revisions or options: new tenants would differ. No tenant was touched. Run alembic with that file "
+            "and section, or set migrations, migration.alembic_config and migration.alembic_section to those to use"
+        )
 
     async def _dispatch(self, migrator: FleetMigrator) -> None:
         if self.command in _CHANGES:
@@ -234,12 +278,12 @@ class _Command:
         """Autogenerate against a clone of the template: it is at head, as new tenants are, and has no data."""
         services = migrator.services
         server = next(iter(services.servers))
-        options = dict(self.environment.options)
+        options = with_imports(self.environment.options)
         if options["target_metadata"] is None:
             options["target_metadata"] = services.config.metadata
 
         def autogenerate(connection: SyncConnection) -> None:
-            self.proxy.configure(connection=connection, **options)
+            self.proxy.configure(connection=connection, **options, tenant=None)
             with self.proxy.begin_transaction():
                 self.proxy.run_migrations()
 

@@ -5,6 +5,7 @@
     ├── ConfigurationError (ValueError)
     │   ├── SettingError                     a setting is malformed, unknown or missing
     │   ├── MissingExtraError (ImportError)
+    │   ├── PoolerError                      an address must lead to PostgreSQL itself, and a pooler answers
     │   └── AdministratorNeededError         the control database's role lacks a right; it has the SQL to run
     ├── NotOpenError (RuntimeError)          the Tenancy object is not open, or already closed
     ├── WrongEventLoopError (RuntimeError)   used from another event loop or thread than the one that opened it
@@ -16,6 +17,7 @@
     │   └── CrossTenantError (PermissionError)   code bound to one tenant used another
     ├── TenantError
     │   ├── TenantNotFoundError (LookupError)
+    │   ├── SeveralTenantsError (LookupError)   one tenant was looked for, and several match
     │   ├── TenantExistsError
     │   ├── InvalidSlugError (ValueError)
     │   ├── InvalidMetadataError (ValueError)
@@ -54,6 +56,7 @@
     ├── ProvisioningError
     │   ├── DatabaseExistsError
     │   └── TemplateError
+    │       └── ExtensionUnavailableError    a server does not have a configured extension
     ├── MigrationError
     │   └── FleetMigrationError
     └── AuditError
@@ -67,7 +70,7 @@ can be pickled. No message, attribute or ``repr`` contains a secret. An applicat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -137,6 +140,14 @@ class AdministratorNeededError(ConfigurationError):
             "the control database's role lacks a right; run once as an administrator: " + "; ".join(statements)
         )
         self.statements = statements
+
+
+class PoolerError(ConfigurationError):
+    """An address that must lead to PostgreSQL itself leads to a connection pooler, such as PgBouncer.
+
+    Remedy: give the server's own address there; ``ServerAddresses`` has another one for tenants' traffic, and
+    ``control.listen_url`` is the control database's own.
+    """
 
 
 class NotOpenError(TenancyError, RuntimeError):
@@ -241,12 +252,32 @@ class TenantError(TenancyError):
         self.tenant = None if tenant is None else str(tenant)
 
 
+def _shown(metadata: Mapping[str, Any]) -> str:
+    return f"the metadata {str(dict(metadata))[:200]}"
+
+
 class TenantNotFoundError(TenantError, LookupError):
     """The tenant does not exist, or has been purged."""
 
-    def __init__(self, tenant: str | UUID) -> None:
-        """Name the slug or id that was looked for."""
-        super().__init__(f"tenant {str(tenant)!r} does not exist", tenant=tenant)
+    def __init__(self, tenant: str | UUID | None = None, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Name the slug, the id or the ``metadata`` that was looked for."""
+        message = f"tenant {str(tenant)!r} does not exist" if metadata is None else f"no tenant has {_shown(metadata)}"
+        super().__init__(message, tenant=tenant)
+
+
+class SeveralTenantsError(TenantError, LookupError):
+    """One tenant was looked for by its metadata, and several match.
+
+    Attributes:
+        slugs: The first few of them, oldest first.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any], slugs: tuple[str, ...]) -> None:
+        """Name the ``metadata`` that was looked for, and the ``slugs`` that match."""
+        super().__init__(
+            f"several tenants have {_shown(metadata)}: {', '.join(slugs)}; look for more of it, or for a status as well"
+        )
+        self.slugs = slugs
 
 
 class TenantExistsError(TenantError):
@@ -312,12 +343,22 @@ class LoginNotBlockedError(TenantError):
         self.reason = reason
 
 
+_REMEDIES = {  # by the current status and the target, or by the current status alone
+    ("deleted", ""): "; restore it first",
+    ("provisioning", ""): "; wait until it has been created",
+    ("active", "trial"): "; suspend it first",
+    ("trial", "trial"): "; its trial can be extended: update(trial_ends_at=...), or tenancy update --trial-days",
+}
+
+
 class InvalidTransitionError(TenantError):
     """The lifecycle does not allow this change of status."""
 
     def __init__(self, tenant: str, current: str, target: str) -> None:
         """Name the ``tenant`` (slug), its ``current`` status and the ``target`` that was refused."""
-        remedy = "; delete it first" if target == "purged" and current != "deleted" else ""
+        remedy = _REMEDIES.get((current, target)) or _REMEDIES.get((current, "")) or ""
+        if target == "purged" and current not in ("deleted", "provisioning"):
+            remedy = "; delete it first"
         super().__init__(f"tenant {tenant!r} cannot change from {current} to {target}{remedy}", tenant=tenant)
         self.current = current
         self.target = target
@@ -654,6 +695,25 @@ class DatabaseExistsError(ProvisioningError):
 
 class TemplateError(ProvisioningError):
     """The template database could not be built."""
+
+
+class ExtensionUnavailableError(TemplateError):
+    """A server does not have an extension that the setting ``extensions`` names. Install its package there.
+
+    Attributes:
+        server: The server.
+        extensions: The extensions that it lacks.
+    """
+
+    def __init__(self, extensions: Sequence[str], *, server: str) -> None:
+        """Name the extensions and the server."""
+        self.extensions = tuple(extensions)
+        self.server = server
+        named = ", ".join(map(repr, self.extensions))
+        super().__init__(
+            f"server {server!r} does not have the extension {named} of the setting extensions; install the package "
+            "on that server (a managed service has a list of those it allows), or remove the name from the setting"
+        )
 
 
 class MigrationError(TenancyError):

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 from uuid import UUID
@@ -90,6 +91,21 @@ class OperatorAdmitted(TenantEvent):
 
     key_id: str
     source: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainFailing(TenantEvent):
+    """The TXT record of a verified domain is missing; from ``lapses_at`` on it is no longer the tenant's."""
+
+    domain: str
+    lapses_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainLapsed(TenantEvent):
+    """A domain was missing its TXT record for too long: it is a claim again, and does not name the tenant."""
+
+    domain: str
 
 
 # --- keys and requests ----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .registry.registry import Registry
 from .tenant import Tenant
+from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.manager import TenantManager
 
 logger = logging.getLogger("tenancy_orm.housekeeping")
@@ -61,6 +62,7 @@ class Housekeeping:
     config: TenancyConfig
     registry: Registry
     tenants: TenantManager
+    domains: DomainUpkeep
     provisioner: Provisioner
     secrets: SecretManager
     audit: AuditLog
@@ -81,7 +83,11 @@ class Housekeeping:
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
         await self._end_due(run)
         await run.do("reconcile", self.provisioner.reconcile())
+        if self.config.retention.template_seconds:
+            await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())
+        await run.do("expire_claims", self.domains.expire_claims())
+        await run.do("verify_domains", self.domains.verify_again())
         await run.do("finish_rotations", self.secrets.finish_rotations())
         await run.do("prepare_audit_partitions", self.audit.ensure_partitions())
         await run.do("prune_audit", self._prune_audit())

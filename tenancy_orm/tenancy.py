@@ -24,6 +24,7 @@ from .internals import Internals
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
 from .migrations import FleetMigrator
+from .provisioning import TemplateManager
 from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
@@ -270,6 +271,11 @@ class Tenancy:
     def migrations(self) -> FleetMigrator:
         """Upgrade and inspect all tenants' schemas."""
         return self._lifetime.parts.migrations
+
+    @property
+    def templates(self) -> TemplateManager:
+        """The templates that new tenants are cloned from: list them, build them again, drop those that nobody uses."""
+        return self._lifetime.parts.provisioner.templates
 
     @property
     def internals(self) -> Internals:

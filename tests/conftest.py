@@ -11,9 +11,10 @@ import base64
 import gc
 import os
 import secrets
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -22,6 +23,7 @@ from tests.support.postgres import Postgres
 
 if TYPE_CHECKING:
     from tenancy_orm import Tenancy, TenancyConfig
+    from tenancy_orm.control.names import Names
     from tenancy_orm.testing.embedded import EmbeddedServer
 
 DSN_VARIABLE = "TENANCY_TEST_DSN"
@@ -171,25 +173,54 @@ async def empty_url(postgres: Postgres, request: pytest.FixtureRequest) -> Async
         await postgres.drop_database(name)
 
 
+@pytest.fixture(scope="session")
+def lasting_installation(postgres: Postgres) -> Iterator[Names]:
+    """The installation that this worker's tests use in turn: the first one makes its roles and its template."""
+    from tenancy_orm.control.names import Names
+
+    prefix = _new_prefix(postgres)
+    yield Names(prefix, uuid4())
+    if DSN_VARIABLE in os.environ:
+        asyncio.run(postgres.drop_all(prefix))
+
+
 @pytest.fixture
-async def control_url(postgres: Postgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+def installation(request: pytest.FixtureRequest, postgres: Postgres, lasting_installation: Names) -> Names:
+    """The installation of ``control_url`` and ``name_prefix``; one of the test's own with ``mark.new_installation``."""
+    from tenancy_orm.control.names import Names
+
+    if request.node.get_closest_marker("new_installation"):
+        return Names(_new_prefix(postgres), uuid4())
+    return lasting_installation
+
+
+def _new_prefix(postgres: Postgres) -> str:
+    digits = "".join(filter(str.isdigit, postgres.worker)) or "0"
+    return f"w{digits}x{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+async def control_url(
+    postgres: Postgres, installation: Names, lasting_installation: Names, request: pytest.FixtureRequest
+) -> AsyncIterator[str]:
     """The URL of a new control database that has its tables and no rows, as the superuser; dropped after the test."""
     from tests.support.control_databases import create_control_database
 
     name = postgres.new_name()
-    yield await create_control_database(postgres, name)
+    yield await create_control_database(postgres, name, installation=installation.installation)
     if not _keep(request, name):
-        await postgres.drop_database(name)
+        await postgres.drop_database(name, but=lasting_installation.stem)
 
 
 @pytest.fixture
-async def name_prefix(postgres: Postgres, request: pytest.FixtureRequest) -> AsyncIterator[str]:
-    """A ``TenancyConfig.name_prefix`` of this test's own; databases and roles named so are dropped after the test."""
-    digits = "".join(filter(str.isdigit, postgres.worker)) or "0"
-    prefix = f"w{digits}x{secrets.token_hex(4)}"
+async def name_prefix(
+    postgres: Postgres, installation: Names, lasting_installation: Names, request: pytest.FixtureRequest
+) -> AsyncIterator[str]:
+    """A ``TenancyConfig.name_prefix``; databases and roles that a test has named so are dropped after it."""
+    prefix = installation.stem.split("_")[0]
     yield prefix
     if not _keep(request, f"{prefix}_*"):
-        await postgres.drop_all(prefix)
+        await postgres.drop_all(prefix, but=lasting_installation if installation is lasting_installation else None)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from ..registry.lifecycle import check_usable
 from ..tenant import Status, Tenant
 from .connection import WatchedConnection
 from .exempt import ExemptPaths
+from .preflight import Preflights
 from .problems import RATE_LIMITED, problem_for, rate_headers
 from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver, Resolver, TenantResolver
 
@@ -53,6 +54,10 @@ class TenancyMiddleware:
 
     A websocket or a streaming response is ended when its credential is no longer valid: the key was revoked or has
     expired, it lost scopes or networks, or the tenant's status no longer admits anyone.
+
+    A CORS preflight has no key. It is answered where Starlette's ``CORSMiddleware`` stands outside this one, as it
+    should, since refusals need its headers as well. Where it stands inside, a preflight is passed on to it, without a
+    tenant; it answers by itself, so that no route is reached. Without it a preflight is refused like any other request.
 
     Outside the application no tenant is ever bound: the middleware first binds "none", the server's ``receive`` and
     ``send`` run unbound, and the binding ends with the request. A server that carries context from one request of a
@@ -94,6 +99,7 @@ class TenancyMiddleware:
         if unknown := [r for r in given if not isinstance(r, (KeyResolver, TenantResolver))]:
             raise ConfigurationError(f"{unknown[0]!r} is neither a KeyResolver nor a TenantResolver")
         self.exempt = ExemptPaths(exempt)
+        self.preflights = Preflights(app)
         self._key_headers = frozenset(header for resolver in self.keys for header in resolver.headers)
         self._headers = self._key_headers.union(*(resolver.headers for resolver in self.tenant_resolvers))
         self._adapting = tuple(
@@ -115,7 +121,9 @@ class TenancyMiddleware:
         try:
             scope[TENANCY] = self.tenancy
             scope[CREDENTIAL] = None
-            if not self.exempt.covers(scope):
+            if not self.exempt.covers(scope) and not (
+                kind == "http" and scope["method"] == "OPTIONS" and self.preflights.are_answered(scope)
+            ):
                 headers = self._read_headers(scope)
                 key = self._read_key(scope, headers)
                 internals = self.tenancy.internals

@@ -29,7 +29,6 @@ from ..errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFound
 from ..events import EventBus, KeyRejected
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
-from ..postgres.dsn import Dsn
 from ..tenant import Status, Tenant
 from .admission import CredentialState
 from .admissions import Admissions
@@ -96,9 +95,8 @@ class Directory:
         self._lockout = Lockout(config, events, clock=clock)
         self._journal = KeyJournal(control, audit, self._digester, interval=config.keys.usage_interval, clock=clock)
         self._intrusions = Intrusions(events, self._journal, clock=clock)
-        listen_url = config.control.listen_url
         self._listener = Listener(
-            control.dsn if listen_url is None else Dsn.parse(listen_url),
+            config.listen_dsn or control.dsn,
             on_change=self._changed,
             on_request=self._requested,
             on_connected=self.revalidate,

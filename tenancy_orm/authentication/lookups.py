@@ -102,6 +102,7 @@ class DirectoryLookups:
             pool_size=_POOL_SIZE,
             connect_timeout=config.directory.timeout,
             purpose="tenancy-directory",
+            pooled=control.is_pooled,
         )
         self._config = config
         self._events = events

@@ -13,4 +13,7 @@ def main() -> None:
         if exc.name not in ("typer", "rich", "click"):
             raise
         sys.exit(f"the command line needs {exc.name}: run pip install 'tenancy-orm[cli]'")
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        # help and errors without frames, for pipes and logs
+        app.rich_markup_mode = None
     app()

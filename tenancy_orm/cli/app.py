@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +11,14 @@ from uuid import UUID
 
 import typer
 
-from ..errors import ConfigurationError
 from ..registry.lifecycle import check_transition
+from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
-from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, tiers, usage
-from .output import console, print_fields, print_json, print_report, print_table, tenant_fields
-from .runtime import Json, TenantArgument, Yes, exit_on_error, fail, operator, run
+from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, servers, template, tiers, usage
+from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
+from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
+from .runtime import Json, TenantArgument, Yes, days_from_now, exit_on_error, fail, operator, run
 
 app = typer.Typer(
     name="tenancy",
@@ -33,6 +32,8 @@ app.add_typer(migrate.app, name="migrate")
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
 app.add_typer(tiers.app, name="tiers")
+app.add_typer(template.app, name="template")
+app.add_typer(servers.app, name="servers")
 app.add_typer(domains.app, name="domains")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
@@ -41,6 +42,16 @@ app.command("init")(dev.init)
 app.command("dev")(dev.dev)
 app.command("psql")(dev.psql)
 app.command("secret")(dev.secret)
+
+# at 80 columns: slug, status, tier and id
+_LISTED = (
+    "slug",
+    Column("status", keep=True),
+    "tier",
+    Column("revision", drop=2),
+    Column("created", drop=3),
+    Column("id", keep=True),
+)
 
 Reason = Annotated[str | None, typer.Option("--reason", "-r", help="Why; recorded in the audit log.")]
 
@@ -70,23 +81,6 @@ def root(
         os.environ["TENANCY_APP"] = application
 
 
-def parse_metadata(text: str | None) -> dict[str, Any] | None:
-    """Parse a JSON object given on the command line.
-
-    Raises:
-        ConfigurationError: it is not a JSON object.
-    """
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as exc:
-        raise ConfigurationError(f"--metadata is not JSON: {exc}") from None
-    if not isinstance(value, dict):
-        raise ConfigurationError("--metadata must be a JSON object")
-    return value
-
-
 def show_tenant(fields: dict[str, Any], as_json: bool) -> None:
     """Print one tenant."""
     if as_json:
@@ -99,17 +93,19 @@ def show_tenant(fields: dict[str, Any], as_json: bool) -> None:
 def create(
     slug: Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.")],
     tier: Annotated[str | None, typer.Option(help="A configured tier; the default tier if not given.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="A JSON object to store with the tenant.")] = None,
+    metadata: Metadata = None,
     trial: Annotated[bool, typer.Option("--trial", help="Start as a trial.")] = False,
     trial_days: Annotated[
         float | None, typer.Option(min=0, help="Start as a trial; housekeeping suspends it after this many days.")
     ] = None,
-    server: Annotated[str | None, typer.Option(help="The server to place it on.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="The server to place it on; what default_server says if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Create a tenant with its database, and print its API key. The key is not shown again."""
     given = exit_on_error(lambda: parse_metadata(metadata))
-    trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
+    trial_ends_at = None if trial_days is None else days_from_now(trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         created = await tenancy.tenants.create(
@@ -127,7 +123,8 @@ def create(
     if as_json:
         print_json(fields)
         return
-    console.print(f"created [bold]{fields['slug']}[/] ({fields['tier']}) as {fields['id']}", highlight=False)
+    where = f"on server {fields['server']}"
+    console.print(f"created [bold]{fields['slug']}[/] ({fields['tier']}) {where} as {fields['id']}", highlight=False)
     console.print("API key, not shown again:", highlight=False)
     # without styles, so that it can be selected and piped
     print(fields["api_key"])
@@ -137,23 +134,42 @@ def create(
 def list_tenants(
     status: Annotated[list[str] | None, typer.Option(help="Only these statuses; repeatable.")] = None,
     tier: Annotated[list[str] | None, typer.Option(help="Only these tiers; repeatable.")] = None,
-    limit: Annotated[int, typer.Option(help="How many at most, up to 1,000.")] = 100,
+    server: Annotated[str | None, typer.Option(help="Only tenants on this server.")] = None,
+    slug: Annotated[
+        str | None, typer.Option(help="Only slugs that match this pattern: * is any text, ? one character ('ac*').")
+    ] = None,
+    metadata: MetadataFilter = None,
+    count: Annotated[bool, typer.Option("--count", help="Print how many there are, and nothing else.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1_000, help="How many at most.")] = 100,
     after: Annotated[UUID | None, typer.Option(help="Continue after this id.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List tenants in order of creation."""
+    """List tenants in order of creation, and say on standard error how many there are."""
+    given = exit_on_error(lambda: parse_metadata(metadata))
 
-    async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.tenants.list(status=status or (), tier=tier or (), limit=limit, after=after)
+    async def command(tenancy: Tenancy) -> tuple[TenantPage, int]:
+        which: Any = {"status": status or (), "tier": tier or (), "server": server, "slug": slug, "metadata": given}
+        if count:
+            return TenantPage((), None), await tenancy.tenants.count(**which)
+        page = await tenancy.tenants.list(**which, limit=limit, after=after)
+        if page.next is None and after is None:
+            return page, len(page.items)
+        return page, await tenancy.tenants.count(**which)
 
-    page = run(command)
+    page, total = run(command)
+    if count:
+        if as_json:
+            print_json({"count": total})
+        else:
+            print(total)
+        return
     if as_json:
-        print_json({"items": [tenant_fields(tenant) for tenant in page.items], "next": page.next})
+        print_json({"items": [tenant_fields(tenant) for tenant in page.items], "next": page.next, "count": total})
         return
     rows = [(x.slug, x.status.value, x.tier, x.schema_revision, x.created_at, x.id) for x in page.items]
-    print_table("tenants", ("slug", "status", "tier", "revision", "created", "id"), rows)
-    if page.next:
-        console.print(f"more: --after {page.next}", highlight=False)
+    print_table("tenants", _LISTED, rows)
+    number = f"{len(page.items)} of {total}" if len(page.items) < total else str(total)
+    note(f"{number} tenant{'s' * (total != 1)}" + (f"; next: --after {page.next}" if page.next else ""))
 
 
 @app.command()
@@ -170,20 +186,29 @@ def show(tenant: TenantArgument, as_json: Json = False) -> None:
 def update(
     tenant: TenantArgument,
     tier: Annotated[str | None, typer.Option(help="Its new tier.")] = None,
-    metadata: Annotated[str | None, typer.Option(help="A JSON object that replaces its metadata.")] = None,
+    metadata: NewMetadata = None,
+    changed: SetMetadata = None,
+    removed: UnsetMetadata = None,
     timezone: Annotated[str | None, typer.Option(help="IANA time zone of its daily and monthly quotas.")] = None,
     trial_days: Annotated[float | None, typer.Option(min=0, help="End its trial this many days from now.")] = None,
     as_json: Json = False,
 ) -> None:
     """Change a tenant's tier, metadata, time zone or end of trial."""
     given = exit_on_error(lambda: parse_metadata(metadata))
-    trial_ends_at = None if trial_days is None else datetime.now(UTC) + timedelta(days=trial_days)
+    merge = exit_on_error(lambda: parse_merge(changed, removed))
+    trial_ends_at = None if trial_days is None else days_from_now(trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
-        changed = await tenancy.tenants.update(
-            tenant, tier=tier, metadata=given, timezone=timezone, trial_ends_at=trial_ends_at, actor=operator()
+        found = await tenancy.tenants.update(
+            tenant,
+            tier=tier,
+            metadata=given,
+            merge_metadata=merge,
+            timezone=timezone,
+            trial_ends_at=trial_ends_at,
+            actor=operator(),
         )
-        return tenant_fields(changed)
+        return tenant_fields(found)
 
     show_tenant(run(command), as_json)
 
@@ -207,7 +232,7 @@ def suspend(tenant: TenantArgument, reason: Reason = None, as_json: Json = False
 
 @app.command()
 def activate(tenant: TenantArgument, as_json: Json = False) -> None:
-    """Make a tenant active that is suspended, in trial or in maintenance."""
+    """Make a tenant active that is suspended, in trial or in maintenance; an active one stays so."""
     _change(lambda tenancy: tenancy.tenants.activate(tenant, actor=operator()), as_json)
 
 
@@ -226,11 +251,11 @@ def end_maintenance(tenant: TenantArgument, as_json: Json = False) -> None:
 @app.command("start-trial")
 def start_trial(
     tenant: TenantArgument,
-    days: Annotated[float, typer.Option(help="How many days the trial lasts, from now.")] = 14.0,
+    days: Annotated[float, typer.Option(min=0, help="How many days the trial lasts, from now.")] = 14.0,
     as_json: Json = False,
 ) -> None:
     """Start another trial of a suspended tenant."""
-    ends_at = datetime.now(UTC) + timedelta(days=days)
+    ends_at = days_from_now(days)
     _change(lambda tenancy: tenancy.tenants.start_trial(tenant, ends_at=ends_at, actor=operator()), as_json)
 
 
@@ -253,7 +278,8 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         found = await tenancy.tenants.get(tenant)
         # before the question, which is of no use for a tenant that is not deleted
-        check_transition(found.slug, found.status, Status.PURGED)
+        if found.status is not Status.PURGED:
+            check_transition(found.slug, found.status, Status.PURGED)
         if not yes and not typer.confirm(f"Permanently remove the database of {found.slug}?"):
             fail("nothing was removed")
         await tenancy.tenants.purge(found, actor=operator())
@@ -270,7 +296,7 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
 def rename(
     tenant: TenantArgument,
     slug: Annotated[str, typer.Argument(help="The new slug.")],
-    redirect_days: Annotated[float, typer.Option(help="How many days the old slug redirects.")] = 30.0,
+    redirect_days: Annotated[float, typer.Option(min=0, help="How many days the old slug redirects.")] = 30.0,
     as_json: Json = False,
 ) -> None:
     """Give a tenant another slug. The old one redirects for a time, and no other tenant can have it until then."""

@@ -13,7 +13,7 @@ from ..audit.chain import VerifyReport
 from ..audit.checkpoints import Checkpoint, Verifier
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
-from .output import console, print_json, print_table
+from .output import Column, console, print_json, print_table
 from .runtime import EXIT_FAILED, Json, exit_on_error, run
 
 app = typer.Typer(help="Read the audit log and verify it.", no_args_is_help=True)
@@ -38,7 +38,8 @@ def list_events(
         print_json([_fields(event) for event in events])
         return
     rows = [(e.sequence, e.occurred_at, e.action, e.slug, e.actor.id or e.actor.kind, e.after) for e in events]
-    print_table("audit log", ("number", "time", "action", "tenant", "actor", "after"), rows)
+    columns = ("number", "time", Column("action", keep=True), "tenant", "actor", Column("after", drop=1))
+    print_table("audit log", columns, rows)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from sqlalchemy import MetaData
 
 from ..config import TenancyConfig, project, schema, sources
 from ..config.validation import settings_of
-from .output import console, print_json, print_table
+from .output import Column, console, print_json, print_table
 from .runtime import Json, exit_on_error, extend_path, load_tenancy
 
 # what may hold credentials
@@ -38,7 +38,7 @@ def show(as_json: Json = False) -> None:
         print_json([{"setting": name, "value": value, "from": origin} for name, value, origin in rows])
     else:
         console.print(read, markup=False, highlight=False, soft_wrap=True)
-        print_table("settings", ("setting", "value", "from"), rows)
+        print_table("settings", ("setting", "value", Column("from", drop=1)), rows)
 
 
 def _read() -> tuple[TenancyConfig, dict[str, str], str]:

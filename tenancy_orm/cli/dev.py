@@ -139,7 +139,7 @@ def psql(
     tenant: TenantArgument,
     arguments: Annotated[list[str] | None, typer.Argument(help="Arguments for psql, after --.")] = None,
 ) -> None:
-    """Open psql on a tenant's database, as the tenant's role. Audited."""
+    """Open psql on a tenant's database, as the tenant's role, past any pooler. Audited."""
 
     async def command(tenancy: Tenancy) -> int:
         found = await tenancy.tenants.get(tenant)

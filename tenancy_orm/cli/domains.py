@@ -9,7 +9,7 @@ import typer
 
 from ..tenancy import Tenancy
 from ..tenants.domains import Domain
-from .output import console, print_json, print_table
+from .output import Column, cell, console, print_json, print_table
 from .runtime import Json, TenantArgument, operator, run
 
 app = typer.Typer(help="Claim, verify and release tenants' own domains.", no_args_is_help=True)
@@ -32,10 +32,9 @@ def claim(tenant: TenantArgument, domain: DomainArgument, as_json: Json = False)
     if as_json:
         print_json(_fields(claimed))
         return
+    until = f" until {cell(claimed.expires_at)}" if claimed.expires_at else ""
     console.print(
-        f"publish this record, then run: tenancy domains verify {tenant} {claimed.domain}",
-        highlight=False,
-        soft_wrap=True,
+        f"publish this record and keep it published; run{until}: tenancy domains verify {tenant} {claimed.domain}"
     )
     print(f'{claimed.challenge}. IN TXT "{claimed.token}"')
 
@@ -79,5 +78,13 @@ def list_domains(tenant: TenantArgument, as_json: Json = False) -> None:
     if as_json:
         print_json([_fields(domain) for domain in found])
         return
-    rows = [(domain.domain, domain.created_at, domain.verified_at, domain.challenge) for domain in found]
-    print_table(f"domains of {tenant}", ("domain", "claimed", "verified", "challenge"), rows)
+    rows = [(x.domain, x.created_at, x.expires_at, x.verified_at, x.failing_since, x.challenge) for x in found]
+    columns = (
+        Column("domain", keep=True),
+        Column("claimed", drop=3),
+        Column("expires", drop=1),
+        "verified",
+        Column("failing since", drop=2),
+        Column("challenge", drop=4),
+    )
+    print_table(f"domains of {tenant}", columns, rows)

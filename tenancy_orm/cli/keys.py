@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
 
 from ..tenancy import Tenancy
-from .output import console, print_json, print_table
-from .runtime import Json, TenantArgument, operator, run
+from .output import Column, console, print_json, print_table
+from .runtime import Json, TenantArgument, days_from_now, operator, run
 
 app = typer.Typer(help="Issue, list, rotate and revoke API keys.", no_args_is_help=True)
+
+_LISTED = (
+    Column("id", keep=True),
+    Column("state", keep=True),
+    "name",
+    "scopes",
+    Column("created", drop=4),
+    Column("expires", drop=1),
+    Column("revoked", drop=3),
+    Column("last used", drop=2),
+)
 
 KeyId = Annotated[str, typer.Argument(help="The key's id, as keys list prints it.")]
 
@@ -34,11 +44,13 @@ def issue(
         list[str] | None, typer.Option(help="A network it may be used from, in CIDR notation; repeatable.")
     ] = None,
     prefix: Annotated[str | None, typer.Option(help="One of the configured prefixes.")] = None,
-    expires_in_days: Annotated[float | None, typer.Option(help="Days until it expires; never if not given.")] = None,
+    expires_in_days: Annotated[
+        float | None, typer.Option(min=0, help="Days until it expires; never if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Issue another API key for a tenant."""
-    expires_at = None if expires_in_days is None else datetime.now(UTC) + timedelta(days=expires_in_days)
+    expires_at = None if expires_in_days is None else days_from_now(expires_in_days)
 
     async def command(tenancy: Tenancy) -> Any:
         found = await tenancy.tenants.get(tenant)
@@ -68,15 +80,16 @@ def list_keys(tenant: TenantArgument, as_json: Json = False) -> None:
         print_json(list(keys))
         return
     rows = [
-        (k.key_id, k.name, sorted(k.scopes), k.created_at, k.expires_at, k.revoked_at, k.last_used_at) for k in keys
+        (k.key_id, k.state, k.name, sorted(k.scopes), k.created_at, k.expires_at, k.revoked_at, k.last_used_at)
+        for k in keys
     ]
-    print_table(f"API keys of {tenant}", ("id", "name", "scopes", "created", "expires", "revoked", "last used"), rows)
+    print_table(f"API keys of {tenant}", _LISTED, rows)
 
 
 @app.command()
 def rotate(
     key_id: KeyId,
-    overlap: Annotated[float, typer.Option(help="Seconds for which the old key still works.")] = 86_400.0,
+    overlap: Annotated[float, typer.Option(min=0, help="Seconds for which the old key still works.")] = 86_400.0,
     as_json: Json = False,
 ) -> None:
     """Replace a key by a new one; the old key works until the overlap ends."""

@@ -6,13 +6,12 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 from ..migrations import FleetReport, Progress, TenantOutcome
 from ..migrations.report import NO_TENANTS
 from ..tenancy import Tenancy
-from .output import console, errors, print_json, print_table
+from .output import console, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, run
 
 app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
@@ -74,8 +73,18 @@ def stamp(
 
 
 @app.command()
+def extensions(tenant: Only = None, concurrency: Concurrency = 8, as_json: Json = False) -> None:
+    """Install the extensions of the setting `extensions` in tenants' databases that lack them. Upgrade does so too."""
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.install_extensions(tenants=tenant, concurrency=concurrency, progress=progress)
+
+    _run("install extensions", command, as_json)
+
+
+@app.command()
 def status(as_json: Json = False) -> None:
-    """Show the revision of each tenant's database; exit status 1 where one is not at head."""
+    """Show each tenant's revision and extensions; exit status 1 where one is not at head, or lacks an extension."""
 
     async def command(tenancy: Tenancy) -> Any:
         return await tenancy.migrations.status()
@@ -87,9 +96,13 @@ def status(as_json: Json = False) -> None:
         console.print(NO_TENANTS, highlight=False)
     else:
         shown = {True: "yes", False: "no", None: None}
-        rows = [(x.slug, x.revision, shown[x.at_head], x.error) for x in revisions]
-        print_table("schema revisions", ("tenant", "revision", "at head", "error"), rows)
-    if not all(x.at_head for x in revisions):
+        rows = [
+            (x.slug, x.revision, shown[x.at_head], *map(", ".join, (x.missing_extensions, x.other_extensions)), x.error)
+            for x in revisions
+        ]
+        columns = ("tenant", "revision", "at head", "lacks extensions", "not in the setting", "error")
+        print_table("schema revisions", columns, rows)
+    if not all(x.is_complete for x in revisions):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -109,8 +122,7 @@ class _Bar:
 
 
 def _run(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ProgressBar(*columns, console=errors, disable=as_json) as bar:
+    with progress_bar(shown=not as_json) as bar:
         report = run(lambda tenancy: migrate(tenancy, _Bar(bar, verb)))
     _show(report, as_json)
     if not report.ok:

@@ -10,7 +10,7 @@ from ..config.tiers import UNLIMITED
 from ..errors import ConfigurationError
 from ..quotas.overrides import Override
 from ..tenancy import Tenancy
-from .output import print_json, print_table
+from .output import Column, print_json, print_table
 from .runtime import Json, TenantArgument, exit_on_error, operator, run
 
 app = typer.Typer(help="Show usage, and set limits.", no_args_is_help=True)
@@ -45,7 +45,8 @@ def at_risk(
         (x.slug, x.tier, x.usage.resource, x.usage.used, x.usage.limit, f"{x.fraction:.0%}", x.usage.resets_at)
         for x in found
     ]
-    print_table("at risk", ("tenant", "tier", "resource", "used", "limit", "fraction", "resets at"), rows)
+    columns = ("tenant", "tier", "resource", "used", "limit", "fraction", Column("resets at", drop=1))
+    print_table("at risk", columns, rows)
 
 
 @app.command("set")
@@ -83,4 +84,5 @@ def _show(tenant: str, found: Any, as_json: bool) -> None:
         print_json(list(found))
         return
     rows = [(x.resource, x.used, x.limit, x.period, x.resets_at) for x in found]
-    print_table(f"quotas of {tenant}", ("resource", "used", "limit", "period", "resets at"), rows)
+    columns = ("resource", "used", "limit", "period", Column("resets at", drop=1))
+    print_table(f"quotas of {tenant}", columns, rows)

@@ -7,6 +7,7 @@ import getpass
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -28,6 +29,7 @@ TenantArgument = Annotated[str, typer.Argument(help="A slug or an id.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 EXIT_FAILED = 1
+_LONGEST_DAYS = 36_500
 
 
 def operator() -> Actor:
@@ -38,6 +40,13 @@ def operator() -> Actor:
         # a uid without a passwd entry, as in some containers
         name = str(os.getuid())
     return Actor("operator", f"cli:{name}")
+
+
+def days_from_now(days: float) -> datetime:
+    """Return the time in so many days; what is none (below 0, over 100 years, nan) exits with an error."""
+    if not 0 <= days <= _LONGEST_DAYS:
+        fail(f"{days:g} days is not a time from now: give 0 to {_LONGEST_DAYS}")
+    return datetime.now(UTC) + timedelta(days=days)
 
 
 def extend_path() -> None:

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..provisioning.rotation import CONCURRENCY, RotationReport
 from ..secrets.sealed import ResealReport
 from ..tenancy import Tenancy
-from .output import console, errors, print_json, print_table
+from .output import console, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, operator, run
 
 app = typer.Typer(help="Rotate passwords, and the keys that seal them, during operation.", no_args_is_help=True)
@@ -88,8 +87,7 @@ def forget_keys(as_json: Json = False) -> None:
 @contextmanager
 def _progress(*, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show how many tenants are done, unless the output is JSON."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, disable=not shown) as progress:
+    with progress_bar(shown=shown) as progress:
         task = progress.add_task("passwords", total=None)
         yield lambda done: progress.update(task, completed=done)
 

@@ -19,9 +19,10 @@ from rich.markup import escape
 from ..config import TenancyConfig, project, sources
 from ..errors import ConfigurationError, TenancyError
 from ..migrations import discovery, envfile
+from ..migrations.configuration import alembic_config
 from ..migrations.discovery import AlembicProject
 from ..migrations.layout import init_directory, template_directory
-from ..migrations.scripts import alembic_config, load
+from ..migrations.scripts import load
 from .output import console, errors
 
 _MIGRATIONS = "migrations"

@@ -6,7 +6,7 @@ import typer
 
 from ..tenancy import Tenancy
 from ..tenants.tiers import TierChanges, differing
-from .output import print_json, print_report, print_table
+from .output import note, print_json, print_report, print_table
 from .runtime import Json, operator, run
 
 app = typer.Typer(help="Show the tiers in force, and put the configured ones in force.", no_args_is_help=True)
@@ -31,7 +31,7 @@ def list_tiers(as_json: Json = False) -> None:
     ]
     print_table("tiers in force", ("tier", "resource", "amount", "period"), rows)
     if names:
-        print_table("configured differently", ("tier",), [(name,) for name in names])
+        note(f"configured differently: {', '.join(names)}; to put them in force: tenancy tiers apply")
 
 
 @app.command()

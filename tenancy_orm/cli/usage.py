@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..tenancy import Tenancy
-from .output import console, print_json, print_report, print_table
+from .output import Column, console, print_json, print_report, print_table
 from .runtime import Json, run
 
 app = typer.Typer(help="Send usage to billing, by TenancyConfig.metering.usage_sender.", no_args_is_help=True)
@@ -51,7 +51,7 @@ def failures(
     if as_json:
         print_json(rows)
     else:
-        columns = ("id", "tenant", "resource", "quantity", "from", "to", "error")
+        columns = ("id", "tenant", "resource", "quantity", Column("from", drop=2), Column("to", drop=1), "error")
         print_table("records given up", columns, (row.values() for row in rows))
 
 

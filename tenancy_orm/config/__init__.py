@@ -1,8 +1,10 @@
 """Configuration: ``TenancyConfig``, its sections, tiers, and where settings are read from."""
 
+from .addresses import ServerAddresses
 from .sections import (
     ControlConfig,
     DirectoryConfig,
+    DomainConfig,
     KeyConfig,
     LockoutConfig,
     MeteringConfig,
@@ -21,6 +23,7 @@ from .tiers import Limit, Tier, TierPolicy
 __all__ = [
     "ControlConfig",
     "DirectoryConfig",
+    "DomainConfig",
     "KeyConfig",
     "Limit",
     "LockoutConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "QuotaConfig",
     "RetentionConfig",
     "SecretsConfig",
+    "ServerAddresses",
     "SessionConfig",
     "TenancyConfig",
     "Tier",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from types import MappingProxyType
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from ..errors import SettingError
 from .tiers import TierPolicyList
 from .validation import Section
 from .values import (
     SETTING_NAME,
+    AlembicFile,
     AtLeastZero,
     Count,
     Fraction,
@@ -42,6 +46,27 @@ def _nothing() -> Mapping[str, str]:
     return MappingProxyType({})
 
 
+_NAMESERVER = re.compile(r"\[(?P<v6>[^]]+)\](:(?P<port6>\d{1,5}))?|(?P<v4>[0-9.]+):(?P<port4>\d{1,5})")
+
+
+def parse_nameserver(text: str) -> tuple[str, int]:
+    """Return the address and the port (53 where none is given) of a name server: ``9.9.9.9``, ``[::1]:5353``.
+
+    Raises:
+        ValueError: it is not an address with or without a port.
+    """
+    found = _NAMESERVER.fullmatch(text)
+    address = text if found is None else found["v6"] or found["v4"]
+    port = 53 if found is None else int(found["port6"] or found["port4"] or 53)
+    try:
+        ip_address(address)
+    except ValueError:
+        raise ValueError(f"{text!r} is not the address of a name server; write 9.9.9.9, or [::1]:5353") from None
+    if not 0 < port < 65_536:
+        raise ValueError(f"{text!r} has no valid port")
+    return address, port
+
+
 _KEY_PREFIX = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _LONGEST_KEY_PREFIX = 24
 _SHORTEST_PEPPER = 32
@@ -59,8 +84,8 @@ class ControlConfig(Section, frozen=True):
     pool_size: Count = 5
     """How many connections each process may hold open to it."""
     listen_url: PostgresUrl | None = Field(default=None, repr=False, exclude=True)
-    """Another URL of the control database, for LISTEN: needed where ``control_url`` leads through a pooler in
-    transaction mode, which drops it."""
+    """The control database's own address, for LISTEN and ``tenancy init``: needed where ``control_url`` leads to a
+    connection pooler."""
 
 
 class PoolConfig(Section, frozen=True):
@@ -81,12 +106,24 @@ class PoolConfig(Section, frozen=True):
     full_reset: bool = False
     """Whether a connection is cleaned by DISCARD ALL at every return (about 200 us)."""
 
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        # a default is no contradiction: it is a bound above the bound
+        per_tenant = self.max_connections_per_tenant
+        if "max_connections_per_tenant" in self.model_fields_set and per_tenant > self.max_connections:
+            reason = f"must be at most max_connections, which is {self.max_connections}; lower it, or raise that"
+            raise SettingError({"max_connections_per_tenant": reason})
+        return self
+
 
 class SessionConfig(Section, frozen=True):
     """What tenants' sessions start with."""
 
     statement_timeout: SecondsOrZero = 0.0
     """PostgreSQL's statement_timeout, in seconds; 0 is none."""
+    answer_timeout: SecondsOrZero = 3_600.0
+    """How long a process waits for PostgreSQL's answer to one statement where ``statement_timeout`` is 0, in seconds; 0
+    is for ever. It ends the wait for a server that keeps the connection open and does not answer."""
     settings: Pairs = Field(default_factory=_nothing)
     """Settings that tenants' connections start with, ``search_path`` for example, in place of the server's own. They
     win over ``ALTER ROLE`` and ``ALTER DATABASE``; those in a server's URL win over them. As text: ``name=value``,
@@ -225,6 +262,16 @@ class MigrationConfig(Section, frozen=True):
     """How long a migration waits for another run that migrates the same tenant, in seconds."""
     timeout: Seconds = 3_600.0
     """How long the migration of one tenant may take, in seconds."""
+    alembic_config: AlembicFile | None = None
+    """Alembic's file for ``migrations``: an ini file, or a ``pyproject.toml`` with ``[tool.alembic]``. Where None, the
+    one that ``ALEMBIC_CONFIG`` names, or one that is found by its ``script_location``. From Python, also Alembic's own
+    ``Config``. In a settings file, relative to that file."""
+    alembic_section: str | None = None
+    """The section of an ini file to read, as ``alembic -n``. Where None, ``alembic``, or the only one that has
+    ``migrations`` as its ``script_location``."""
+    x_arguments: Names = ()
+    """Arguments that ``context.get_x_argument`` returns to every template and every run, before those of
+    ``alembic -x``. As text: separated by commas."""
 
 
 class WatchdogConfig(Section, frozen=True):
@@ -257,6 +304,28 @@ class MeteringConfig(Section, frozen=True):
     """Rules by which housekeeping proposes, or applies, the next tier. As text: JSON of what a settings file holds."""
 
 
+class DomainConfig(Section, frozen=True):
+    """Tenants' own domains."""
+
+    claim_seconds: SecondsOrZero = 7 * 86_400.0
+    """How long a claim can be verified; housekeeping removes it then. 0 is for ever."""
+    verify_seconds: SecondsOrZero = 86_400.0
+    """How often housekeeping looks up the TXT record of a verified domain again, in seconds; 0 is never."""
+    grace_seconds: SecondsOrZero = 14 * 86_400.0
+    """For how long a verified domain may lack its TXT record, found missing at least three times, before it is a claim
+    again. A look-up that is not answered does not count."""
+    nameservers: Names = ()
+    """Addresses of the name servers to ask, ``("9.9.9.9", "127.0.0.1:5353")`` for example; the system's where none is
+    given. As text: separated by commas."""
+
+    @field_validator("nameservers", mode="after")
+    @classmethod
+    def _check_nameservers(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for nameserver in given:
+            parse_nameserver(nameserver)
+        return given
+
+
 class RetentionConfig(Section, frozen=True):
     """For how long things are kept that nobody uses any more."""
 
@@ -264,3 +333,5 @@ class RetentionConfig(Section, frozen=True):
     """How long a deleted tenant's data is kept before housekeeping purges it."""
     audit_seconds: SecondsOrZero = 0.0
     """How long audit entries are kept before housekeeping removes their month; 0 is for ever."""
+    template_seconds: SecondsOrZero = 7 * 86_400.0
+    """How long a template is kept that no process has used, before housekeeping drops it; 0 is for ever."""

@@ -12,9 +12,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from ..errors import SettingError
 from ..postgres.dsn import Dsn
 from . import sources
+from .addresses import ServerAddresses, ServerUrls
 from .sections import (
     ControlConfig,
     DirectoryConfig,
+    DomainConfig,
     KeyConfig,
     LockoutConfig,
     MeteringConfig,
@@ -29,7 +31,7 @@ from .sections import (
 )
 from .tiers import Tiers, default_tiers
 from .validation import _Checked, replaced
-from .values import DirectoryPath, LoadedMetaData, NamedKeys, Names, ServerUrls, check_url, decode_keys
+from .values import DirectoryPath, LoadedMetaData, NamedKeys, Names, check_url, decode_keys
 
 _SEALING_KEY_BYTES = 32
 
@@ -60,9 +62,13 @@ class TenancyConfig(_Checked, BaseSettings):
     """The control database, ``postgresql://user:password@host/database``; or ``embedded`` / ``embedded:<directory>``
     for a private server, for development (extra ``embedded``)."""
     servers: ServerUrls | None = Field(default=None, repr=False, exclude=True)
-    """Administrative URL of each PostgreSQL server that holds tenant databases, by name. Its role must be able to
-    create databases and roles. Where None, ``{"default": <the server of control_url>}``. As text: ``name=url``,
-    separated by spaces."""
+    """Each PostgreSQL server that holds tenant databases, by name: its administrative URL, the role of which must be
+    able to create databases and roles; or a ``ServerAddresses``, which has another address for tenants' traffic. Where
+    None, ``{"default": <the server of control_url>}``. As text: ``name=url`` and ``name.tenants=url``, separated by
+    spaces or commas."""
+    default_server: str | None = None
+    """The server of a tenant created without one, one of ``servers``. Where None, the only server there is, or the one
+    named "default"; otherwise a tenant is not created without naming its server."""
     metadata: LoadedMetaData | None = Field(default=None, repr=False, exclude=True)
     """The application's tables, as text ``module:attribute``. Needed for autogenerate, and for templates where
     ``migrations`` is None."""
@@ -70,7 +76,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Directory of the application's Alembic environment (made by ``tenancy init``). ``from_env`` reads a relative one
     as relative to the project's directory."""
     extensions: Names = ()
-    """PostgreSQL extensions every tenant database gets, through the template. As text: separated by commas."""
+    """PostgreSQL extensions that every tenant database has: the template has them, and an upgrade installs them in
+    existing databases. As text: separated by commas."""
     encryption_keys: NamedKeys | None = Field(default=None, repr=False, exclude=True)
     """Keys that seal tenants' passwords, ``{"1": <32 bytes or their base64>}``; the last one seals, all of them open.
     As text: ``id:base64``, separated by commas."""
@@ -105,6 +112,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Quotas and request rates."""
     metering: MeteringConfig = Field(default_factory=MeteringConfig)
     """What is done with what tenants use."""
+    domains: DomainConfig = Field(default_factory=DomainConfig)
+    """Tenants' own domains."""
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     """For how long things are kept that nobody uses any more."""
 
@@ -157,6 +166,8 @@ class TenancyConfig(_Checked, BaseSettings):
         problems = {}
         if self.default_tier not in self.tiers:
             problems["default_tier"] = f"{self.default_tier!r} is not among tiers"
+        if self.default_server is not None and self.default_server not in self.server_names:
+            problems["default_server"] = f"{self.default_server!r} is not among servers: {', '.join(self.server_names)}"
         for policy in self.metering.tier_policies:
             if unknown := {*policy.next_tier, *policy.next_tier.values()} - set(self.tiers):
                 problems["metering.tier_policies"] = f"unknown tiers: {', '.join(sorted(unknown))}"
@@ -179,9 +190,27 @@ class TenancyConfig(_Checked, BaseSettings):
         return decode_keys(self.encryption_keys, "encryption key")
 
     @property
+    def listen_dsn(self) -> Dsn | None:
+        """``control.listen_url``, read; None where there is none."""
+        return None if self.control.listen_url is None else Dsn.parse(self.control.listen_url)
+
+    @property
+    def server_names(self) -> tuple[str, ...]:
+        """The names of the servers."""
+        return tuple(self.servers or ("default",))
+
+    @property
+    def server_addresses(self) -> Mapping[str, ServerAddresses]:
+        """The addresses of each server, by name."""
+        return {
+            name: given if isinstance(given, ServerAddresses) else ServerAddresses(admin=given)
+            for name, given in (self.servers or {"default": self.control_url}).items()
+        }
+
+    @property
     def server_dsns(self) -> Mapping[str, Dsn]:
         """The administrator's DSN of each server, by name."""
-        return {name: Dsn.parse(url) for name, url in (self.servers or {"default": self.control_url}).items()}
+        return {name: addresses.admin_dsn for name, addresses in self.server_addresses.items()}
 
     def replace(self, **changes: Any) -> TenancyConfig:
         """Return a copy with ``changes``; a mapping changes single settings of a section.

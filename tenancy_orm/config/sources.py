@@ -327,15 +327,24 @@ def _absolute(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if isinstance(migrations := values.get("migrations"), str):
         values["migrations"] = str(directory / migrations)
+    migration = values.get("migration")
+    if isinstance(migration, dict) and isinstance(file := migration.get("alembic_config"), str):
+        values["migration"] = {**migration, "alembic_config": str(directory / file)}
     if "control_url" in values:
         values["control_url"] = _absolute_url(directory, values["control_url"])
     if isinstance(servers := values.get("servers"), Mapping):
-        values["servers"] = {name: _absolute_url(directory, url) for name, url in servers.items()}
+        values["servers"] = {name: _absolute_server(directory, given) for name, given in servers.items()}
     elif servers is not None:
         values["servers"] = _absolute_url(directory, servers)
     if isinstance(control := values.get("control"), Mapping) and "listen_url" in control:
         values["control"] = {**control, "listen_url": _absolute_url(directory, control["listen_url"])}
     return values
+
+
+def _absolute_server(directory: Path, given: Any) -> Any:
+    if isinstance(given, Mapping):  # two addresses
+        return {name: _absolute_url(directory, url) for name, url in given.items()}
+    return _absolute_url(directory, given)
 
 
 def _absolute_url(directory: Path, url: Any) -> Any:

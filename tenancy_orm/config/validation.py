@@ -95,9 +95,9 @@ class Section(_Checked, BaseModel, frozen=True):
 
 def replaced(model: BaseModel, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that ``model`` was made of, with ``changes``; a mapping changes a section setting by setting."""
-    values = {name: getattr(model, name) for name in type(model).model_fields}
+    values = {name: getattr(model, name) for name in model.model_fields_set}
     for name, change in changes.items():
-        current = values.get(name)
+        current = getattr(model, name, None)
         if isinstance(current, Section) and isinstance(change, Mapping):
             try:
                 change = current.replace(**change)

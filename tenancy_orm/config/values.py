@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Final
 
+from alembic.config import Config
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 from sqlalchemy import MetaData
 
@@ -20,7 +21,6 @@ from ..protocols import KeyWrapper, SecretProvider, UsageSender
 
 SETTING_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}(\.[A-Za-z_][A-Za-z0-9_$]{0,62})?")
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,16}")
-_SERVER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 
 Keys = Mapping[str, str | bytes]
 
@@ -58,24 +58,6 @@ def _copied(pairs: Mapping[str, str | None]) -> dict[str, str | None]:
     return dict(pairs)
 
 
-def _read_servers(value: object) -> object:
-    if isinstance(value, str):
-        # a comma ends a URL where another name and URL follow; passwords and lists of hosts have commas as well
-        items = re.split(r"\s+|,(?=[a-z][a-z0-9_-]*=postgres(?:ql)?(?:\+\w+)?://)", value.strip())
-        pairs = [item.partition("=") for item in items if item]
-        if not all(separator and "://" not in name for name, separator, _ in pairs):
-            raise ValueError("must be name=url, separated by spaces")
-        value = {name: url for name, _, url in pairs}
-    if not isinstance(value, Mapping) or not all(isinstance(url, str) for url in value.values()):
-        raise ValueError("must be a table of URLs by name")
-    for name, url in value.items():
-        # a name that is none may be a URL, with its password
-        if not isinstance(name, str) or not _SERVER_NAME.fullmatch(name):
-            raise ValueError("each server's name must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
-        check_url(url, f"the URL of server {name!r}")
-    return MappingProxyType(dict(value))
-
-
 def _read_keys(value: object) -> Keys:
     if isinstance(value, str):
         pairs = [item.strip().partition(":") for item in value.split(",") if item.strip()]
@@ -100,6 +82,10 @@ def _read_path(value: object) -> object:
     if value is not None and not isinstance(value, (str, os.PathLike)):
         raise ValueError("must be a path")
     return value
+
+
+def _read_alembic_file(value: object) -> object:
+    return value if isinstance(value, Config) else _read_path(value)
 
 
 def check_url(url: str, what: str = "") -> None:
@@ -181,7 +167,7 @@ OptionalPairs = Annotated[
 ]
 PostgresUrl = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string"})]
 DirectoryPath = Annotated[str | Path, PlainValidator(_read_path), WithJsonSchema({"type": "string"})]
-ServerUrls = Annotated[Mapping[str, str], PlainValidator(_read_servers), WithJsonSchema(_TABLE_OF_TEXT)]
+AlembicFile = Annotated[str | Path | Config, PlainValidator(_read_alembic_file), WithJsonSchema({"type": "string"})]
 NamedKeys = Annotated[Mapping[str, str | bytes], PlainValidator(_read_keys), WithJsonSchema(_TABLE_OF_TEXT)]
 LoadedMetaData = Annotated[MetaData, PlainValidator(_read_metadata), _LOADED]
 LoadedProvider = Annotated[SecretProvider, PlainValidator(_read_object), _LOADED]

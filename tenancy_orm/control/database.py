@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -13,7 +15,7 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, event, select, text
+from sqlalchemy import Connection, event, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
@@ -26,10 +28,11 @@ from ..errors import (
     ConfigurationError,
     ControlSchemaError,
     ControlUnavailableError,
+    PoolerError,
     TenancyError,
 )
 from ..loops import HomeLoop
-from ..postgres import login
+from ..postgres import connections, login
 from ..postgres.connections import Connection as DriverConnection
 from ..postgres.dsn import Dsn
 from ..postgres.errors import (
@@ -40,15 +43,27 @@ from ..postgres.errors import (
 )
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
+from ..postgres.poolers import connect_directly
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .notifications import CONNECTIONS_CHANNEL, ConnectionRequest
+from .process import one_migration, proxies_restored
 from .viewer import VIEW_AS, prepare_viewer
+
+logger = logging.getLogger("tenancy_orm.control")
 
 # The advisory lock key of the control database's migrations: one process at a time runs them.
 _MIGRATION_LOCK = 0x74656E616E637900
 
 _NOTIFY = text("SELECT pg_notify(:channel, payload) FROM unnest(CAST(:payloads AS text[])) AS payload")
+
+_CONTROL_POOLER = (
+    "control_url leads to a connection pooler at {address}: {reason}; set control.listen_url to the database's own "
+    "address, which LISTEN and tenancy init need"
+)
+_LISTEN_POOLER = (
+    "control.listen_url must be the database's own address, and a connection pooler answers at {address}: {reason}"
+)
 
 _NO_SUCH_ROLE = (INVALID_PARAMETER_VALUE, INSUFFICIENT_PRIVILEGE)  # it does not exist, or is not granted
 _OUT_OF_RESOURCES = "53"
@@ -92,6 +107,8 @@ class ControlDatabase:
         command_timeout: Seconds that one statement may take.
         name_prefix: ``TenancyConfig.name_prefix``, for the name of the role that ``upgrade`` creates.
         purpose: What the connections are for, as their application_name says.
+        direct: Another DSN of the database, which leads to PostgreSQL itself; needed if ``dsn`` leads to a pooler.
+        pooled: Whether ``dsn`` leads to a pooler; the first connection finds out where None.
     """
 
     def __init__(
@@ -103,16 +120,28 @@ class ControlDatabase:
         command_timeout: float = 30.0,
         name_prefix: str = "tenancy",
         purpose: str = "tenancy-control",
+        direct: Dsn | None = None,
+        pooled: bool | None = None,
     ) -> None:
         self.home = HomeLoop()
         self.dsn = dsn = dsn if isinstance(dsn, Dsn) else Dsn.parse(dsn)
         self.database = dsn.database or ""
         self._connect_timeout = min(connect_timeout, dsn.connect_timeout or connect_timeout)
         self._command_timeout = command_timeout
-        self._purpose = purpose
+        self._login: dict[str, Any] = {
+            "purpose": purpose,
+            "timeout": self._connect_timeout,
+            "command_timeout": command_timeout,
+        }
         self._installation: UUID | None = None
         self._name_prefix = name_prefix
         self._viewer: str | None = None
+        self._direct = direct
+        self._pooled_reason: str | None = None
+        self._checking = asyncio.Lock()
+        self._checked: DriverConnection | None = None  # the connection that has shown where the DSN leads
+        self.is_pooled = pooled
+        """Whether a connection pooler answers; None before the first connection."""
         self.engine: AsyncEngine = create_async_engine(
             "postgresql+asyncpg://",
             pool_size=pool_size,
@@ -124,15 +153,35 @@ class ControlDatabase:
             connect_args={"async_creator_fn": self._log_in, **_cache_size(dsn)},
         )
         event.listen(self.engine.sync_engine, "handle_error", _drop_unusable)
+        event.listen(self.engine.sync_engine, "do_connect", self._keep_no_statements)
 
     def __repr__(self) -> str:
         """Name the database, without host or credentials."""
         return f"ControlDatabase({self.database!r})"
 
     async def _log_in(self) -> DriverConnection:
-        return await login.connect(
-            self.dsn, purpose=self._purpose, timeout=self._connect_timeout, command_timeout=self._command_timeout
-        )
+        checked, self._checked = self._checked, None
+        if checked is not None and not checked.is_closed():
+            return checked
+        options: dict[str, Any] = {"statement_cache_size": 0} if self.is_pooled else {}
+        return await login.connect(self.dsn, **self._login, **options)
+
+    def _keep_no_statements(self, dialect: object, record: object, arguments: object, options: dict[str, Any]) -> None:
+        """Prepare nothing that a pooler's next client would find: an unnamed statement is parsed when it is run."""
+        if self.is_pooled:
+            options.update(prepared_statement_cache_size=0, prepared_statement_name_func=lambda: "")
+
+    async def _check_address(self) -> None:
+        """Find out once whether a pooler answers."""
+        async with self._checking:
+            if self.is_pooled is not None:
+                return
+            try:
+                self._checked = await connect_directly(self.dsn, refusal="{reason}", **self._login)
+                self.is_pooled = False
+            except PoolerError as exc:
+                self._pooled_reason = str(exc)
+                self.is_pooled = True
 
     @property
     def installation(self) -> UUID:
@@ -147,7 +196,9 @@ class ControlDatabase:
         Raises:
             ControlUnavailableError: the server does not answer.
             ControlSchemaError: the schema is missing or at another revision; run ``tenancy init``.
+            PoolerError: no DSN leads to PostgreSQL itself, or the one that should does not.
         """
+        await self._check_direct()
         expected = _script_directory().get_current_head()
         async with self.connect() as connection:
             found = await connection.scalar(text("SELECT to_regclass('tenancy.alembic_version')::text"))
@@ -161,9 +212,27 @@ class ControlDatabase:
             row = (await connection.execute(select(installation.c.id, installation.c.viewer))).one()
             self._installation, self._viewer = row.id, row.viewer
 
+    async def _check_direct(self) -> None:
+        """Check that there is a DSN that leads to PostgreSQL itself, for LISTEN and for locks."""
+        if self._direct is not None:
+            try:
+                connection = await connect_directly(self._direct, refusal=_LISTEN_POOLER, **self._login)
+                await connections.close(connection)
+            except SERVER_FAILURES as exc:
+                # the listener tries again, and reports it
+                logger.warning("control.listen_url cannot be checked now: %s", reason_of(exc))
+            return
+        async with self._translating_errors(), self._pooled():
+            pass
+        if self.is_pooled:
+            raise PoolerError(_CONTROL_POOLER.format(address=self.dsn, reason=self._pooled_reason))
+
     async def close(self) -> None:
         """Close every pooled connection."""
         self.home.check()
+        checked, self._checked = self._checked, None
+        if checked is not None:
+            await connections.close(checked)
         await self.engine.dispose()
 
     @asynccontextmanager
@@ -221,6 +290,8 @@ class ControlDatabase:
         self.home.check()
         async with AsyncExitStack() as stack:
             try:
+                if self.is_pooled is None:
+                    await self._check_address()
                 connection = await stack.enter_async_context(self.engine.connect())
             except (DBAPIError, *SERVER_FAILURES) as exc:
                 raise self._unavailable(exc) from exc
@@ -255,14 +326,29 @@ class ControlDatabase:
         Raises:
             ControlUnavailableError: the server does not answer.
             AdministratorNeededError: this role may not create the viewer role, and there is no administrator.
+            PoolerError: no DSN leads to PostgreSQL itself.
         """
         refuse_while_bound("migrating the control database")
+        await self._check_direct()
+        if self._direct is not None:
+            control = ControlDatabase(
+                self._direct,
+                connect_timeout=self._connect_timeout,
+                command_timeout=self._command_timeout,
+                name_prefix=self._name_prefix,
+            )
+            try:
+                await control.upgrade(revision, administrator=administrator)
+            finally:
+                await control.close()
+            return
         async with self._translating_errors(), self._pooled() as connection:
             await self._lock(connection)
             try:
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 await connection.commit()
-                await connection.run_sync(_migrate, revision)
+                async with one_migration():
+                    await connection.run_sync(_migrate, revision)
                 await connection.commit()
                 if revision == "head":
                     await self._prepare_viewer(connection, administrator)
@@ -317,18 +403,42 @@ class ControlDatabase:
             payloads = [request.payload for request in requests]
             await connection.execute(_NOTIFY, {"channel": CONNECTIONS_CHANNEL, "payloads": payloads})
 
-    async def save_servers(self, addresses: Mapping[str, tuple[str, int]]) -> None:
+    async def save_servers(
+        self,
+        addresses: Mapping[str, tuple[str, int]],
+        *,
+        maintenance: Mapping[str, str | None] = MappingProxyType({}),
+    ) -> None:
         """Insert or update the rows of the configured servers, which tenants refer to.
 
         Args:
             addresses: Host and port of each server, by name; credentials stay in the configuration.
+            maintenance: The database in which each server's administrator takes advisory locks, where it is known.
+
+        Raises:
+            ConfigurationError: another process takes a server's locks in another database. Nothing is changed.
         """
         refuse_while_bound("changing servers")
         async with self.transaction() as connection:
-            for name, (host, port) in addresses.items():
-                added = insert(servers).values(name=name, host=host, port=port)
-                address = {"host": added.excluded.host, "port": added.excluded.port}
-                await connection.execute(added.on_conflict_do_update(index_elements=["name"], set_=address))
+            # in one order, so that two processes that open do not wait for each other
+            for name, (host, port) in sorted(addresses.items()):
+                database = maintenance.get(name)
+                added = insert(servers).values(name=name, host=host, port=port, maintenance_database=database)
+                changes = {
+                    "host": added.excluded.host,
+                    "port": added.excluded.port,
+                    "maintenance_database": func.coalesce(
+                        servers.c.maintenance_database, added.excluded.maintenance_database
+                    ),
+                }
+                saved = added.on_conflict_do_update(index_elements=["name"], set_=changes)
+                recorded = await connection.scalar(saved.returning(servers.c.maintenance_database))
+                if database is not None and recorded != database:
+                    raise ConfigurationError(
+                        f"the administrative URL of server {name!r} names the database {database!r}, and locks on this "
+                        f"server are taken in {recorded!r}: name that one; to change it, stop every process and run: "
+                        f"tenancy servers set-maintenance-database {name} {database}"
+                    )
 
 
 def _cache_size(dsn: Dsn) -> dict[str, int]:
@@ -351,4 +461,5 @@ def _script_directory() -> ScriptDirectory:
 
 
 def _migrate(connection: Connection, revision: str) -> None:
-    command.upgrade(_alembic_config(connection), revision)
+    with proxies_restored():
+        command.upgrade(_alembic_config(connection), revision)

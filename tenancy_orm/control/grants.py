@@ -33,6 +33,7 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "tenants": "SELECT, INSERT, UPDATE, DELETE",
     "api_keys": "SELECT, INSERT, UPDATE, DELETE",
     "data_keys": "SELECT, INSERT, DELETE",
+    "templates": "SELECT, INSERT, UPDATE, DELETE",
     "former_slugs": "SELECT, INSERT, UPDATE, DELETE",
     "domains": "SELECT, INSERT, UPDATE, DELETE",
     "audit_log": "SELECT",

@@ -62,6 +62,8 @@ servers = Table(
     Column("port", Integer, nullable=False),
     Column("accepts_tenants", Boolean, nullable=False, server_default="true"),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    # where advisory locks are taken: those in another database do not exclude them
+    Column("maintenance_database", Text, nullable=True),
 )
 
 tiers = Table(
@@ -127,6 +129,13 @@ tenants = Table(
     Index("tenants_status_id_idx", "status", "id"),
     Index("tenants_tier_id_idx", "tier", "id"),
     Index(
+        "tenants_metadata_idx",
+        "metadata",
+        postgresql_using="gin",
+        postgresql_ops={"metadata": "jsonb_path_ops"},
+        postgresql_with={"fastupdate": False},
+    ),
+    Index(
         "tenants_unfinished_idx",
         "id",
         postgresql_where=text("status = 'provisioning' OR (status = 'deleted' AND purge_started_at IS NOT NULL)"),
@@ -150,8 +159,28 @@ domains = Table(
     Column("token", Text, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("verified_at", DateTime(timezone=True), nullable=True),
+    Column("checked_at", DateTime(timezone=True), nullable=True),
+    Column("failing_since", DateTime(timezone=True), nullable=True),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("lapsed_at", DateTime(timezone=True), nullable=True),
     Index("domains_tenant_id_idx", "tenant_id"),
     Index("domains_verified_key", "domain", unique=True, postgresql_where=text("verified_at IS NOT NULL")),
+)
+
+templates = Table(
+    "templates",
+    metadata,
+    Column("server", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("base", Text, nullable=False),
+    Column("revision", Text, nullable=True),
+    Column("inputs", JSONB, nullable=False),
+    # None where it is not known: the template was found, and not built
+    Column("built_at", DateTime(timezone=True), nullable=True, server_default=func.now()),
+    Column("last_used_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("last_used_by", Text, nullable=True),
+    Column("retired", Boolean, nullable=False, server_default="false"),
+    Index("templates_base_idx", "server", "base"),
 )
 
 data_keys = Table(
@@ -340,4 +369,4 @@ tenant_metrics = Table(
     Column("errors", BigInteger, nullable=False),
 )
 
-__all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "tenants", "tiers"]
+__all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy.engine import URL
 
 from ..control.database import is_unavailable
@@ -11,6 +13,7 @@ from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
 from .database import ConnectionAdapter, Limits, Target
+from .extensions import WantedExtensions
 from .services import FleetServices
 
 _FAILURES = 2  # failed connects in a row after which a server's other tenants are not tried
@@ -71,12 +74,17 @@ class Connections:
     def target(self, tenant: Tenant, health: Health) -> Target:
         """Return a tenant's database as a migration target."""
         placement = placement_of(tenant)
+
+        async def install(names: Sequence[str]) -> None:
+            await self._services.provisioner.extensions.install(placement.server, placement.database, names)
+
         return Target(
             label=tenant.slug,
             url=self.url(placement.server, placement.database),
             connect=lambda: self.connect(placement.server, placement.database, health, tenant=tenant.slug),
             tenant=tenant,
             marker=marker_text(self._services.names.installation, tenant.id),
+            extensions=WantedExtensions(self._services.config.extensions, install),
         )
 
     async def connect(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -30,11 +31,14 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
+from .execution import StatementObserver, may_need_care, refuse_copy_input, run_script
+from .extensions import WantedExtensions, hint, skip_existing_extension
 from .failures import TRANSIENT, describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
 from .logs import labelled, logger, quiet
 from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
+from .statements import statements
 
 # Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
 _LOCK = 0x74656E616E637902
@@ -49,6 +53,20 @@ class FleetDialect(PGDialect_asyncpg):
     """
 
     supports_statement_cache = True
+
+    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        """Execute; a text without parameters may hold several statements, as with psycopg."""
+        found = statements(statement) if not parameters and may_need_care(statement) else []
+        refuse_copy_input(found)
+        if len(found) < 2:
+            cursor.execute(statement, parameters)
+        else:
+            run_script(cursor, statement, found)
+            self._invalidate_schema_cache_asof = time.time()
+
+    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
+        """Execute, as ``do_execute``."""
+        self.do_execute(cursor, statement, None, context)
 
     def do_close(self, dbapi_connection: Any) -> None:
         """Leave the connection open: the code that opened it closes it, within a time limit."""
@@ -100,7 +118,9 @@ class ConnectionAdapter:
         pool = NullPool(connect, dialect=dialect)
         on_connect = dialect.on_connect()
         event.listen(pool, "connect", lambda adapted, record: on_connect(adapted))
-        return AsyncEngine(Engine(pool, dialect, url, hide_parameters=True))
+        engine = Engine(pool, dialect, url, hide_parameters=True)
+        event.listen(engine, "before_cursor_execute", skip_existing_extension, retval=True)
+        return AsyncEngine(engine)
 
     async def _initialise(self, adapted: AsyncConnection) -> None:
         async with self._initialising:
@@ -126,13 +146,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker."""
+    """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker.
+
+    An upgrade installs ``extensions`` that the database lacks.
+    """
 
     label: str
     url: URL
     connect: Callable[[], Awaitable[Connection]] = field(repr=False)
     tenant: Tenant | None = None
     marker: str | None = None
+    extensions: WantedExtensions | None = None
 
 
 class DatabaseMigration:
@@ -144,7 +168,8 @@ class DatabaseMigration:
     migration is tried again, from the revision that was reached. At the end the revision is read back.
 
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
-    failure. ``changed`` is whether this migration changed them.
+    failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
+    heads or installed any.
     """
 
     def __init__(self, plan: Plan, target: Target, *, adapter: ConnectionAdapter, limits: Limits) -> None:
@@ -155,6 +180,7 @@ class DatabaseMigration:
         self.before: Heads | None = None
         self.after: Heads | None = None
         self.changed = False
+        self.installed: tuple[str, ...] = ()
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._dropped: list[InvalidIndex] = []
         self._step: MigrationStep | None = None
@@ -191,15 +217,16 @@ class DatabaseMigration:
     async def _attempt(self) -> None:
         connection = await self.target.connect()
         try:
-            heads = (await self._read(connection)).heads
+            state = await self._read(connection)
             if self.before is None:
-                self.before = heads
-                self._path = self.plan.path_from(heads)
-            if not self._remaining(heads):
+                self.before = state.heads
+                self._path = self.plan.path_from(state.heads)
+            if not self._remaining(state.heads) and not self._missing(state):
                 return
             await lock(connection, timeout=self.limits.wait)
             # read again, now that no other run can change it
             state = await self._read(connection)
+            await self._install(self._missing(state))
             steps = self._remaining(state.heads)
             if steps:
                 await self._migrate(connection, state, steps)
@@ -210,6 +237,17 @@ class DatabaseMigration:
         state = await read_state(connection, self.plan.environment, self.target, timeout=self.limits.connect)
         self.after = state.heads
         return state
+
+    def _missing(self, state: State) -> tuple[str, ...]:
+        """The extensions that this migration must install."""
+        wanted = self.target.extensions
+        return wanted.missing(state.extensions) if wanted is not None and self.plan.command == "upgrade" else ()
+
+    async def _install(self, names: tuple[str, ...]) -> None:
+        if self.target.extensions is not None and names:
+            await install(self.target.extensions, names)
+            self.installed += names
+            self.changed = True
 
     def _remaining(self, heads: Heads) -> tuple[MigrationStep, ...]:
         """The remaining steps. Those applied by an earlier attempt or another run are not applied again."""
@@ -247,7 +285,7 @@ class DatabaseMigration:
             await adapted.run_sync(self._run, state, steps)
         except Exception as exc:
             prefix = "" if self._step is None else f"{self._step.short_log}: "
-            raise MigrationError(prefix + describe(exc)) from exc
+            raise MigrationError(prefix + describe(exc) + hint(exc)) from exc
         finally:
             await adapted.rollback()
 
@@ -267,17 +305,23 @@ class DatabaseMigration:
 
     def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
-        context = self.plan.environment.context(fn=lambda heads, context: self._tracking(steps), **self.plan.options)
-        with active(context, connection, self.plan.environment, self.target.tenant), context.begin_transaction():
+        environment, observer = self.plan.environment, StatementObserver(self.plan.environment)
+        context = environment.context(fn=lambda heads, context: self._tracking(steps, observer), **self.plan.options)
+        with (
+            active(context, connection, environment, self.target.tenant),
+            observer.on(context, connection),
+            context.begin_transaction(),
+        ):
             if not state.has_version_table:
-                make_version_table(context, connection, self.plan.environment, self.target.tenant)
+                make_version_table(context, connection, environment, self.target.tenant)
             elif state.heads and not self.plan.purges:
                 _preset_heads(context, state.heads)
             context.run_migrations()
 
-    def _tracking(self, steps: tuple[MigrationStep, ...]) -> Iterator[MigrationStep]:
+    def _tracking(self, steps: tuple[MigrationStep, ...], observer: StatementObserver) -> Iterator[MigrationStep]:
         for step in steps:
             self._step = step
+            observer.begin(step)
             yield step
 
 
@@ -300,10 +344,14 @@ def make_version_table(
 ) -> None:
     """Create the version table as Alembic would, and revoke the tenant's right to write it, in one transaction.
 
+    Its schema, if it has one of its own, is created first: Alembic expects it to exist.
+
     Default privileges let the tenant's role write the owner's tables. With this one it could hide from migrations.
     """
     migration_context: Any = context.get_context()
     with contextlib.nullcontext() if connection.in_transaction() else connection.begin():
+        if (schema := environment.quoted_version_schema) is not None:
+            connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         migration_context._ensure_version_table()
         if tenant is not None and tenant.placement is not None:
             driver: Any = connection.connection.driver_connection
@@ -323,36 +371,43 @@ def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What one SELECT reads of a database: its heads, and whether it has a version table and invalid indexes."""
+    """What one SELECT reads of a database: its heads and extensions; whether it has version table, invalid indexes."""
 
     heads: Heads
     has_version_table: bool
     has_invalid_indexes: bool
+    extensions: frozenset[str]
 
 
-async def read_state(connection: Connection, environment: Environment, target: Target, *, timeout: float) -> State:
+async def read_state(
+    connection: Connection, environment: Environment | None, target: Target, *, timeout: float
+) -> State:
     """Read a database's state, and check in the same SELECT that it is the expected tenant's.
+
+    Without an ``environment`` there are no migrations, and so no heads.
 
     Raises:
         MarkerMismatchError: it is not.
     """
-    exists = True
-    heads = _HEADS.format(environment.quoted_version_table)
+    exists = environment is not None
+    heads = _NO_HEADS if environment is None else _HEADS.format(environment.quoted_version_table)
     try:
         (row,) = await connection.fetch(_READ.format(heads), timeout=timeout)
     except asyncpg.PostgresError as exc:
         if exc.sqlstate != UNDEFINED_TABLE:
             raise
         exists = False
-        (row,) = await connection.fetch(_READ.format("ARRAY[]::text[]"), timeout=timeout)
+        (row,) = await connection.fetch(_READ.format(_NO_HEADS), timeout=timeout)
     _check_marker(target, row["database"], row["marker"])
-    return State(frozenset(row["heads"]), exists, row["has_invalid_indexes"])
+    return State(frozenset(row["heads"]), exists, row["has_invalid_indexes"], frozenset(row["extensions"]))
 
 
 _HEADS = "ARRAY(SELECT version_num::text FROM {})"
+_NO_HEADS = "ARRAY[]::text[]"
 _READ = (
     "SELECT {} AS heads, d.datname AS database, pg_catalog.shobj_description(d.oid, 'pg_database') AS marker, "
-    "EXISTS (SELECT FROM pg_catalog.pg_index WHERE NOT indisvalid) AS has_invalid_indexes "
+    "EXISTS (SELECT FROM pg_catalog.pg_index WHERE NOT indisvalid) AS has_invalid_indexes, "
+    "ARRAY(SELECT extname::text FROM pg_catalog.pg_extension) AS extensions "
     "FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
 )
 
@@ -361,6 +416,19 @@ def _check_marker(target: Target, database: str, found: str | None) -> None:
     if target.marker is None or target.marker == found:
         return
     raise MarkerMismatchError(tenant=target.label, database=database, expected=target.marker, found=found)
+
+
+async def install(wanted: WantedExtensions, names: Sequence[str]) -> None:
+    """Install extensions in a database. Call it under the database's migration lock.
+
+    Raises:
+        MigrationError: PostgreSQL refused.
+    """
+    try:
+        await wanted.install(names)
+    except Exception as exc:
+        raise MigrationError(f"the extensions {', '.join(names)} could not be installed: {describe(exc)}") from exc
+    logger.info("installed the extensions %s", ", ".join(names))
 
 
 async def lock(connection: Connection, *, timeout: float) -> None:

@@ -14,13 +14,15 @@ from ..tenant import Tenant, TenantRef
 from . import local
 from .commands import CommandResult, CommandRunner
 from .concurrency import map_concurrently
+from .configuration import alembic_config
 from .connections import Connections, Health, placement_of
-from .database import close, read_state
+from .database import State, close, read_state
+from .extension_run import ExtensionRun
 from .failures import describe
 from .plan import Heads, Plan, format_revision
 from .report import FleetReport, Progress
 from .run import Run
-from .scripts import Environment, alembic_config, load
+from .scripts import Environment, load
 from .selection import Selection
 from .services import FleetServices
 from .status import TenantRevision
@@ -59,8 +61,9 @@ class FleetMigrator:
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
 
-        An upgrade to head builds the template of the new schema first: if a migration fails there, no tenant was
-        touched. If a tenant fails, the others go on; the failure is in the report, and its ``raise_for_failures``
+        In each tenant's database, the administrator first installs the extensions of the setting ``extensions`` that
+        it lacks. An upgrade to head builds the template of the new schema first: if a migration fails there, no tenant
+        was touched. If a tenant fails, the others go on; the failure is in the report, and its ``raise_for_failures``
         raises an error.
 
         Args:
@@ -69,7 +72,8 @@ class FleetMigrator:
             concurrency: How many at once.
             stop_on_failure: Start no other tenant after a failure.
             progress: Called as the run proceeds.
-            x: The arguments that ``context.get_x_argument`` returns to the revisions.
+            x: The arguments that ``context.get_x_argument`` returns to the revisions of these tenants, after the
+                setting ``migration.x_arguments``. Templates do not get them.
 
         Raises:
             ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet.
@@ -111,6 +115,27 @@ class FleetMigrator:
         plan = Plan.of(await self.environment(), "stamp", revision, purge=purge)
         return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
 
+    async def install_extensions(
+        self,
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        progress: Progress | None = None,
+    ) -> FleetReport:
+        """Install the extensions of the setting ``extensions`` that tenants lack, and run no migration.
+
+        ``upgrade`` does this as well; an application without migrations needs this method. It also builds the template
+        that has them.
+
+        Raises:
+            MigrationError: a server does not have an extension, or the template fails; no tenant was touched.
+            TenancyError: as ``upgrade``.
+        """
+        refuse_while_bound("installing extensions")
+        _check_concurrency(concurrency)
+        run = ExtensionRun(self.services, self._connections, concurrency=concurrency, progress=progress)
+        return await run.execute(tenants)
+
     async def status(
         self,
         *,
@@ -118,14 +143,17 @@ class FleetMigrator:
         concurrency: int = DEFAULT_CONCURRENCY,
         environment: Environment | None = None,
     ) -> list[TenantRevision]:
-        """Read the revision of every tenant from its database, in order of creation.
+        """Read the revision and the extensions of every tenant from its database, in order of creation.
+
+        Without a migration directory there are no revisions.
 
         Raises:
             TenancyError: as ``upgrade``; a tenant that cannot be read is in the list, with the reason.
         """
         refuse_while_bound("looking at all tenants' schemas")
-        environment = environment or await self.environment()
-        heads = frozenset(environment.script.revision_map._real_heads)
+        if environment is None and self.services.config.migrations is not None:
+            environment = await self.environment()
+        heads = frozenset(() if environment is None else environment.script.revision_map._real_heads)
         health = Health()
 
         async def read(tenant: Tenant) -> TenantRevision:
@@ -139,11 +167,12 @@ class FleetMigrator:
         Raises:
             ConfigurationError: there is none, or its env.py cannot be used for a fleet.
         """
-        directory = self.services.config.migrations
+        config = self.services.config
+        directory = config.migrations
         if directory is None:
             raise ConfigurationError("TenancyConfig.migrations names no directory; make one with: tenancy init")
         # in a thread: env.py imports the application's models
-        return await asyncio.to_thread(lambda: load(alembic_config(directory, x=x)))
+        return await asyncio.to_thread(lambda: load(alembic_config(directory, config.migration, x=x), x=tuple(x)))
 
     # --- used by the commands and by env.py -------------------------------------------------------------------------
 
@@ -158,8 +187,7 @@ class FleetMigrator:
     ) -> FleetReport:
         """Apply ``plan`` to tenants; the arguments are as for ``upgrade``."""
         refuse_while_bound("migrating tenants")
-        if concurrency < 1:
-            raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
+        _check_concurrency(concurrency)
         local.install()
         run = Run(
             plan,
@@ -194,15 +222,18 @@ class FleetMigrator:
         finally:
             await close(connection)
 
-    async def _status(self, tenant: Tenant, environment: Environment, heads: Heads, health: Health) -> TenantRevision:
-        found: Heads | None = None
+    async def _status(
+        self, tenant: Tenant, environment: Environment | None, heads: Heads, health: Health
+    ) -> TenantRevision:
+        found: State | None = None
         error = None
+        configured = self.services.config.extensions
         try:
             target = self._connections.target(tenant, health)
             connection = await target.connect()
             try:
                 timeout = self._connections.limits.connect
-                found = (await read_state(connection, environment, target, timeout=timeout)).heads
+                found = await read_state(connection, environment, target, timeout=timeout)
             finally:
                 await close(connection)
         except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
@@ -211,11 +242,19 @@ class FleetMigrator:
             tenant_id=tenant.id,
             slug=tenant.slug,
             server=placement_of(tenant).server,
-            revision=None if found is None else format_revision(found),
+            revision=None if found is None else format_revision(found.heads),
             recorded=tenant.schema_revision,
-            at_head=None if found is None else found == heads,
+            at_head=None if found is None else found.heads == heads,
             error=error,
+            missing_extensions=() if found is None else tuple(x for x in configured if x not in found.extensions),
+            # every database has plpgsql
+            other_extensions=() if found is None else tuple(sorted(found.extensions - {*configured, "plpgsql"})),
         )
+
+
+def _check_concurrency(concurrency: int) -> None:
+    if concurrency < 1:
+        raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
 
 
 __all__ = ["DEFAULT_CONCURRENCY", "FleetMigrator"]

@@ -18,6 +18,8 @@ from .substitution import Substitution
 logger = logging.getLogger("tenancy_orm.migrations")
 
 _label: ContextVar[str | None] = ContextVar("tenancy_orm.migrations.label", default=None)
+# the warnings of the running fleet run, which its tasks share
+_warned: ContextVar[set[str] | None] = ContextVar("tenancy_orm.migrations.warned", default=None)
 _quiet: ContextVar[bool] = ContextVar("tenancy_orm.migrations.quiet", default=False)
 
 
@@ -58,6 +60,25 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def warning_once() -> Iterator[None]:
+    """Have each warning of ``warn_once`` logged once in the body, and not for each database."""
+    token = _warned.set(set())
+    try:
+        yield
+    finally:
+        _warned.reset(token)
+
+
+def warn_once(text: str) -> None:
+    """Log a warning about a revision, once in a run."""
+    warned = _warned.get()
+    if warned is None or text not in warned:
+        logger.warning("%s", text)
+    if warned is not None:
+        warned.add(text)
+
+
+@contextmanager
 def unchanged() -> Iterator[None]:
     """Leave logging as it is: ``fileConfig`` and ``dictConfig`` do nothing in the body.
 
@@ -79,8 +100,12 @@ _dict_config = Substitution(logging.config, "dictConfig", _nothing)
 def configure(config: Config) -> None:
     """Configure logging by the ini file, if Alembic's command line is running.
 
-    Existing loggers stay enabled: they are those of the application, which is already imported.
+    Existing loggers stay enabled: they are those of the application, which is already imported. If env.py has called
+    ``fileConfig`` itself, as that of plain Alembic does, this package's loggers are enabled again.
     """
+    for name, found in list(logging.root.manager.loggerDict.items()):
+        if isinstance(found, logging.Logger) and name.partition(".")[0] == "tenancy_orm":
+            found.disabled = False
     path = config.config_file_name
     if getattr(config.cmd_opts, "cmd", None) is None or path is None:
         return

@@ -16,7 +16,8 @@ class TenantOutcome:
     """The result for one tenant.
 
     Revisions are in the form of ``plan.format_revision``. ``changed`` is whether this run applied something. After a
-    failure, ``after`` is the last revision that was read, and ``error`` one line with the reason.
+    failure, ``after`` is the last revision that was read, and ``error`` one line with the reason. ``extensions`` are
+    those that this run installed.
     """
 
     tenant_id: UUID
@@ -28,6 +29,7 @@ class TenantOutcome:
     seconds: float
     error: str | None = None
     sqlstate: str | None = None
+    extensions: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from uuid import UUID
 
-from ..errors import ControlUnavailableError, MigrationError, TemplateError, TenancyError
+from ..errors import ControlUnavailableError, ExtensionUnavailableError, MigrationError, TemplateError, TenancyError
 from ..events import TenantMigrated, TenantMigrationFailed
 from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
 from ..tenant import Tenant, TenantRef
@@ -15,7 +15,7 @@ from .concurrency import interleave, map_concurrently
 from .connections import Connections, Health, is_down, placement_of
 from .database import DatabaseMigration, close
 from .failures import describe
-from .logs import logger
+from .logs import logger, warning_once
 from .plan import Plan, format_revision
 from .report import FleetReport, Progress, TenantOutcome
 from .selection import Selection
@@ -61,6 +61,10 @@ class Run:
 
     async def execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
         """Apply the plan to ``tenants``, or to all, and return the report."""
+        with warning_once():
+            return await self._execute(tenants)
+
+    async def _execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
         started = time.monotonic()
         pending = await self.selection.choose(tenants)
         await self._prepare(pending)
@@ -88,22 +92,11 @@ class Run:
     async def _prepare(self, tenants: list[Tenant]) -> None:
         """Check which servers answer, and build the template on each, before a tenant is touched."""
         names = dict.fromkeys(placement_of(t).server for t in tenants) or dict.fromkeys(self.services.servers)
-        errors = await asyncio.gather(*(self._prepare_server(name) for name in names), return_exceptions=True)
-        for name, error in zip(names, errors, strict=True):
-            if error is None:
-                continue
-            if not isinstance(error, Exception):
-                raise error
-            if isinstance(error, MigrationError | TemplateError):
-                raise MigrationError(
-                    f"the template could not be built, no tenant was touched: {describe(error)}"
-                ) from error
-            if not is_down(error):
-                raise error
-            logger.error("server %s does not answer: %s", name, describe(error))
-            self.health.down(name)
+        await prepare_servers(names, self._prepare_server, self.health)
 
     async def _prepare_server(self, name: str) -> None:
+        if self.plan.command == "upgrade":
+            await self.services.provisioner.extensions.check(name)
         if self.plan.reaches_head:
             await self.services.provisioner.template(name)
         else:
@@ -128,22 +121,13 @@ class Run:
         try:
             await migration.run()
         except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
-            if await self._is_gone(tenant, exc):
+            if await is_gone(self.selection, tenant, exc):
                 self.gone.add(tenant.id)
                 return
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
         unrecorded = await self._record(tenant, migration)
         self._done(tenant, migration, error or unrecorded, time.monotonic() - started)
-
-    async def _is_gone(self, tenant: Tenant, error: Exception) -> bool:
-        """Whether the database does not exist because the tenant has been purged since the list was made."""
-        if sqlstate_of(error) != INVALID_CATALOG_NAME:
-            return False
-        try:
-            return await self.selection.is_gone(tenant)
-        except ControlUnavailableError:
-            return False
 
     async def _record(self, tenant: Tenant, migration: DatabaseMigration) -> Exception | None:
         """Record the tenant's revision in the registry; return the error if that failed."""
@@ -169,6 +153,7 @@ class Run:
             seconds=seconds,
             error=None if error is None else describe(error),
             sqlstate=None if error is None else sqlstate_of(error),
+            extensions=migration.installed,
         )
         self.outcomes[tenant.id] = outcome
         events = self.services.events
@@ -184,3 +169,38 @@ class Run:
             self.stopped = self.stopped or self.stop_on_failure
         if self.progress is not None:
             self.progress.done(outcome)
+
+
+async def prepare_servers(names: Iterable[str], prepare: Callable[[str], Awaitable[None]], health: Health) -> None:
+    """Prepare the servers of a run, before a tenant is touched. Those that do not answer are recorded in ``health``.
+
+    Raises:
+        MigrationError: a template could not be built, or a server lacks an extension.
+    """
+    names = tuple(names)
+    errors = await asyncio.gather(*(prepare(name) for name in names), return_exceptions=True)
+    for name, error in zip(names, errors, strict=True):
+        if error is None:
+            continue
+        if not isinstance(error, Exception):
+            raise error
+        if isinstance(error, ExtensionUnavailableError):
+            raise MigrationError(f"no tenant was touched: {describe(error)}") from error
+        if isinstance(error, MigrationError | TemplateError):
+            raise MigrationError(
+                f"the template could not be built, no tenant was touched: {describe(error)}"
+            ) from error
+        if not is_down(error):
+            raise error
+        logger.error("server %s does not answer: %s", name, describe(error))
+        health.down(name)
+
+
+async def is_gone(selection: Selection, tenant: Tenant, error: Exception) -> bool:
+    """Whether the database does not exist because the tenant has been purged since the list was made."""
+    if sqlstate_of(error) != INVALID_CATALOG_NAME:
+        return False
+    try:
+        return await selection.is_gone(tenant)
+    except ControlUnavailableError:
+        return False

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,10 +16,9 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy.exc import NoSuchModuleError
 
-from ..config import project
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
-from . import discovery, envfile, local, logs, plain
+from . import envfile, local, logs, plain
 from .failures import describe
 
 # while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
@@ -36,6 +34,8 @@ class Environment:
     config: Config
     script: ScriptDirectory
     options: Mapping[str, Any] = field(repr=False)
+    x: tuple[str, ...] = ()
+    """The ``-x`` arguments of this run alone: new tenants are made without them."""
 
     def __post_init__(self) -> None:
         """Refuse the options of ``configure`` that choose the database: the fleet run does that."""
@@ -45,7 +45,13 @@ class Environment:
 
     def context(self, **options: Any) -> EnvironmentContext:
         """Return an ``EnvironmentContext`` for one database; ``options`` are as Alembic's commands pass them."""
-        return EnvironmentContext(self.config, self.script, **options)
+        return _RunContext(self, options)
+
+    @property
+    def quoted_version_schema(self) -> str | None:
+        """The quoted name of the version table's schema, if env.py gives one."""
+        schema = self.options.get("version_table_schema")
+        return None if schema is None else quote_identifier(schema)
 
     @property
     def quoted_version_table(self) -> str:
@@ -54,10 +60,31 @@ class Environment:
         return ".".join(quote_identifier(part) for part in (schema, table) if part is not None)
 
 
-def load(config: Config) -> Environment:
+class _RunContext(EnvironmentContext):
+    """Warns if a revision reads ``-x`` arguments that the templates do not get."""
+
+    def __init__(self, environment: Environment, options: dict[str, Any]) -> None:
+        super().__init__(environment.config, environment.script, **options)
+        self._environment = environment
+
+    def get_x_argument(self, as_dictionary: bool = False) -> Any:
+        """Return the ``-x`` arguments."""
+        if self._environment.x:
+            logs.warn_once(
+                "a revision reads the -x arguments, and new tenants are made without those of this run "
+                f"({' '.join(self._environment.x)}); give what all tenants need by the setting migration.x_arguments"
+            )
+        return super().get_x_argument(as_dictionary)
+
+
+def load(config: Config, *, x: tuple[str, ...] = ()) -> Environment:
     """Load the scripts, and run env.py only to get the options that it passes to ``environment.run``.
 
     If it does not call that, they are those that it passes to ``context.configure``; it connects to no database.
+
+    Args:
+        config: From ``configuration.alembic_config``.
+        x: Which of its ``-x`` arguments are those of this run alone.
 
     Raises:
         ConfigurationError: the directory is missing, or its env.py fails or cannot be used for a fleet.
@@ -68,7 +95,7 @@ def load(config: Config) -> Environment:
         options = _read_env(config, script)
     except CommandError as exc:
         raise ConfigurationError(f"the migrations cannot be loaded: {exc}") from exc
-    return Environment(config, script, options)
+    return Environment(config, script, options, x)
 
 
 def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
@@ -81,7 +108,7 @@ def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
     try:
         # an env.py of ours may import modules that connect; one that was made for plain Alembic must not connect itself
         without = nullcontext() if envfile.calls_run(path) else plain.without_connections(config)
-        with environment, logs.unchanged(), without:
+        with logs.unchanged(), environment, without:
             script.run_env()
         return found[-1] if found else environment.options()
     except ConfigurationError as exc:
@@ -115,57 +142,3 @@ def script_directory(config: Config) -> ScriptDirectory:
     added = sys.path[: len(sys.path) - len(before)]
     sys.path[:] = [path for path in added if path not in before] + before
     return script
-
-
-def alembic_config(directory: str | Path, *, x: Sequence[str] = ()) -> Config:
-    """Return the Alembic configuration of a migration directory.
-
-    That is an alembic.ini (or a pyproject.toml with ``[tool.alembic]``) in the directory, above it in the project, or
-    in the working directory, if its ``script_location`` is this directory; else Alembic's defaults.
-
-    Args:
-        directory: The directory with env.py.
-        x: The arguments that ``context.get_x_argument`` returns to env.py and the revisions, as from ``alembic -x``.
-
-    Raises:
-        ConfigurationError: there is no env.py in the directory.
-    """
-    directory = Path(directory).absolute()
-    if not (directory / "env.py").is_file():
-        raise ConfigurationError(f"{directory} has no env.py; {_advice(directory)}")
-    config = _configured(directory) or _default(directory)
-    if x:
-        config.cmd_opts = Namespace(x=list(x))
-    return config
-
-
-def _configured(directory: Path) -> Config | None:
-    for place in (directory, *project.upward(directory.parent), Path.cwd()):
-        config = discovery.config_in(place)
-        if config is None:
-            continue
-        location = discovery.location_of(config, place)
-        if location is not None and location.resolve() == directory.resolve():
-            return discovery.rooted(config, place)
-    return None
-
-
-def _advice(directory: Path) -> str:
-    """What to do about a directory without env.py."""
-    try:
-        found = discovery.find(project.find() or project.start())
-    except ConfigurationError:
-        found = None  # init says more of it
-    if found is None or not found.has_env or found.migrations == directory:
-        return "create a migration directory with: tenancy init"
-    return (
-        f"the migrations of this project are in {found}: set migrations = {project.shown(found.migrations)!r}, "
-        "or let tenancy init do it"
-    )
-
-
-def _default(directory: Path) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(directory).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    return config

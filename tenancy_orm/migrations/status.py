@@ -1,4 +1,4 @@
-"""The revision of a tenant's database, read from the database itself."""
+"""The revision and the extensions of a tenant's database, read from the database itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from uuid import UUID
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantRevision:
-    """A tenant's revision: in its database (``revision``), and in the registry (``recorded``).
+    """A tenant's revision, in its database (``revision``) and in the registry (``recorded``), and its extensions.
 
     ``at_head`` is whether the database has every head of the scripts; if it could not be read, None, with the reason in
-    ``error``.
+    ``error``. Without migrations, ``revision`` is None and ``at_head`` true.
+
+    ``missing_extensions`` are those of the setting ``extensions`` that the database lacks; an upgrade installs them.
+    ``other_extensions`` are installed, but not in the setting: a revision created them, another extension needs them,
+    or they were removed from the setting. They are left alone.
     """
 
     tenant_id: UUID
@@ -21,6 +25,13 @@ class TenantRevision:
     recorded: str | None
     at_head: bool | None
     error: str | None = None
+    missing_extensions: tuple[str, ...] = ()
+    other_extensions: tuple[str, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the database is at head, and has all extensions of the setting."""
+        return self.at_head is True and not self.missing_extensions
 
     @property
     def is_recorded(self) -> bool:

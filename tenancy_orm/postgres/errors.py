@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncpg
 from sqlalchemy.exc import DBAPIError
 
+PROTOCOL_VIOLATION = "08P01"  # what PgBouncer refuses anything with
 INVALID_PARAMETER_VALUE = "22023"
 UNIQUE_VIOLATION = "23505"  # also what the loser of a race to create an object gets, in place of the next two
 DUPLICATE_DATABASE = "42P04"
@@ -12,8 +13,12 @@ DUPLICATE_OBJECT = "42710"
 NO_ACTIVE_TRANSACTION = "25P01"
 INVALID_CATALOG_NAME = "3D000"  # no such database
 DEADLOCK_DETECTED = "40P01"
+INVALID_AUTHORIZATION = "28000"  # no such role, or one that may not log in
+INVALID_PASSWORD = "28P01"  # noqa: S105 - a SQLSTATE
 INSUFFICIENT_PRIVILEGE = "42501"
 UNDEFINED_TABLE = "42P01"
+UNDEFINED_FILE = "58P01"
+FEATURE_NOT_SUPPORTED = "0A000"
 TOO_MANY_CONNECTIONS = "53300"
 OBJECT_IN_USE = "55006"
 LOCK_NOT_AVAILABLE = "55P03"

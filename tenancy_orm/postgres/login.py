@@ -8,7 +8,7 @@ import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import asyncpg
 from asyncpg.exceptions import ClientConfigurationError, TargetServerAttributeNotMatched
@@ -21,6 +21,19 @@ from .parameters import SSL_FILES
 
 # the next host is tried, as libpq does: no answer, a server that starts or stops, one of another kind
 _NEXT = (OSError, asyncpg.CannotConnectNowError, TargetServerAttributeNotMatched)
+
+PEER_SECONDS: Final = 30
+"""Seconds after which a connection is closed if the other side's machine acknowledges nothing."""
+
+# The kernel closes such a connection within about PEER_SECONDS. A long statement is not affected while the server's
+# machine acknowledges. Without this, the kernel repeats what was sent to a lost machine for some 15 minutes, and waits
+# for an answer of a lost machine for ever.
+_KEEPALIVES: Final = {
+    "keepalives_idle": PEER_SECONDS // 2,
+    "keepalives_interval": PEER_SECONDS // 6,
+    "keepalives_count": 3,
+    "tcp_user_timeout": PEER_SECONDS * 1_000,
+}
 
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 E = TypeVar("E", bound=BaseException)
@@ -36,7 +49,7 @@ async def connect(
     connection_class: type[C] = asyncpg.Connection,
     **options: Any,
 ) -> C:
-    """Open a connection.
+    """Open a connection. Its keep-alives are the DSN's own, or else those that ``PEER_SECONDS`` stands for.
 
     Args:
         dsn: Where to.
@@ -72,7 +85,7 @@ async def connect(
         if isinstance(exc, OSError) and (name := _unreadable(dsn)):
             raise ConfigurationError(f"the file of {name} for {dsn} cannot be read") from exc
         raise
-    _apply_keepalives(connection, dsn)
+    set_keepalive(connection, {**_KEEPALIVES, **dsn.keepalives})
     return connection
 
 
@@ -105,11 +118,6 @@ def _unreadable(dsn: Dsn) -> str | None:
         if path and path != "system" and not os.access(path, os.R_OK):
             return name
     return None
-
-
-def _apply_keepalives(connection: asyncpg.Connection[Any], dsn: Dsn) -> None:
-    if dsn.keepalives:
-        set_keepalive(connection, dsn.keepalives)
 
 
 def set_keepalive(connection: asyncpg.Connection[Any], values: Mapping[str, int]) -> None:
@@ -159,4 +167,4 @@ def reason_of(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-__all__ = ["clear_tracebacks", "connect", "reason_of", "set_keepalive"]
+__all__ = ["PEER_SECONDS", "clear_tracebacks", "connect", "reason_of", "set_keepalive"]

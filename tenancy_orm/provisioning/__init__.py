@@ -2,7 +2,18 @@
 
 from .provisioner import Provisioner
 from .reconcile import ReconcileReport
+from .template_manager import Template, TemplateManager, TemplatePruneReport
 from .templates import SchemaSource, TemplateInfo
 from .watchdog import EndedSession, WatchReport
 
-__all__ = ["EndedSession", "Provisioner", "ReconcileReport", "SchemaSource", "TemplateInfo", "WatchReport"]
+__all__ = [
+    "EndedSession",
+    "Provisioner",
+    "ReconcileReport",
+    "SchemaSource",
+    "Template",
+    "TemplateInfo",
+    "TemplateManager",
+    "TemplatePruneReport",
+    "WatchReport",
+]

@@ -29,6 +29,7 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.poolers import backend_pid
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.registry import Registry
 from ..routing.servers import Server
@@ -169,7 +170,7 @@ class Blockers:
     @asynccontextmanager
     async def ending(self, connection: Connection, *, patience: float = PATIENCE_SECONDS) -> AsyncIterator[None]:
         """While the body runs, end the blockers of ``connection`` once it has waited for ``patience`` seconds."""
-        pid = connection.get_server_pid()
+        pid = await backend_pid(connection)
         async with _after_delay(patience, lambda: self._watch(pid)):
             yield
 

@@ -7,7 +7,7 @@ Errors are classified by SQLSTATE. An existing database is never adopted: creati
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,6 +158,16 @@ async def is_open_to_public(connection: Connection, name: str) -> bool:
     return bool(await connection.fetchval(query, name))
 
 
+async def sizes(connection: Connection, names: Sequence[str]) -> dict[str, int]:
+    """Return the sizes of databases in bytes, by name; without those that this administrator may not ask for."""
+    rows = await connection.fetch(
+        "SELECT datname::text AS name, pg_database_size(oid) AS size FROM pg_database "
+        "WHERE datname::text = ANY($1::text[]) AND has_database_privilege(oid, 'CONNECT')",
+        list(names),
+    )
+    return {row["name"]: row["size"] for row in rows}
+
+
 async def complete_template(connection: Connection, name: str, *, comment: str) -> None:
     """Mark a template as complete; the last statement on it.
 
@@ -168,8 +178,3 @@ async def complete_template(connection: Connection, name: str, *, comment: str) 
         f"COMMENT ON DATABASE {quoted} IS {quote_literal(comment)}; "
         f"ALTER DATABASE {quoted} WITH IS_TEMPLATE true ALLOW_CONNECTIONS false"
     )
-
-
-async def create_extension(connection: Connection, name: str) -> None:
-    """Install an extension in the database of ``connection``."""
-    await connection.execute(f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(name)} SCHEMA public CASCADE")

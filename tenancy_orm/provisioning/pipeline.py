@@ -371,6 +371,8 @@ class Creation:
 async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, placement: Placement) -> Connection:
     """Log in as the tenant, as its first request will, and verify that the database is its own.
 
+    It logs in to PostgreSQL itself: what a pooler in front of it does is no part of a creation.
+
     Returns the connection, which the caller closes.
 
     Raises:
@@ -382,7 +384,7 @@ async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, plac
     password = partial(services.keyring.open_password, tenant_id, placement.sealed_password)
     server = services.servers[placement.server]
     async with services.blockers(server).ending_login_blockers():
-        connection: Connection = await server.connect_tenant(placement, password, tenant=slug)
+        connection: Connection = await server.connect_tenant(placement, password, tenant=slug, direct=True)
     try:
         await marker.verify(connection, services.installation, tenant_id, tenant=slug)
     except BaseException:

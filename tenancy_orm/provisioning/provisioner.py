@@ -34,10 +34,13 @@ from . import access, removal
 from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .databases import Strategy
+from .extensions import Extensions
 from .pipeline import Creation, ProvisioningServices, describe, tenant_key
 from .preparation import prepare
 from .reconcile import Reconciler, ReconcileReport, align_role
 from .role_settings import RoleSettings
+from .template_manager import TemplateManager
+from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
 from .watchdog import Watchdog, WatchReport
 
@@ -67,7 +70,18 @@ class Provisioner:
         self._control = control
         self._home = HomeLoop()
         blockers = partial(Blockers, names=names, registry=registry)
-        self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers)
+        records = TemplateRecords(control)
+        self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers, records=records)
+        self.extensions = Extensions(config, servers, blockers)
+        self.templates = TemplateManager(
+            config=config,
+            names=names,
+            templates=self._templates,
+            records=records,
+            servers=servers,
+            prepared=self._prepared_server,
+            blockers=blockers,
+        )
         self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self._services = ProvisioningServices(
             config=config,
@@ -375,5 +389,6 @@ class Provisioner:
 
     async def close(self) -> None:
         """Close the administrative connections that are kept open between creations, and the watchdog's."""
+        await self._templates.close()
         await self._admin_connections.close()
         await self.watchdog.close()

@@ -27,6 +27,7 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import LOGIN_BLOCKED
+from ..registry.reading import TenantFilter
 from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
 from . import access, databases, grants, removal, role_settings, roles
@@ -307,7 +308,7 @@ class Reconciler:
         """Block the logins of suspended and deleted tenants, unblock the others, and set each tier's limit."""
         async with asyncio.timeout(self._timeout):
             states = await roles.states(connection, self._services.names.stem)
-        async for tenant in self._services.registry.iterate(server=server):
+        async for tenant in self._services.registry.iterate(TenantFilter(server=server)):
             if self._role_differs(tenant, states):
                 await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
 

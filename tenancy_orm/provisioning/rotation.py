@@ -16,6 +16,7 @@ from ..context import refuse_while_bound, run_unbound
 from ..control.names import Names
 from ..errors import ConfigurationError, ProvisioningError, TenancyError, TenantNotFoundError
 from ..postgres.failures import SERVER_FAILURES
+from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
 from ..routing.servers import Servers
 from ..secrets.data_keys import DataKeys
@@ -128,7 +129,7 @@ class SecretManager:
             raise ConfigurationError("concurrency must be at least 1")
         # looked up first, to tell an unknown slug from a tenant that is purged during the rotation
         if tenants is None:
-            found = [tenant async for tenant in self._registry.iterate(status=_ROTATED)]
+            found = [tenant async for tenant in self._registry.iterate(TenantFilter(status=_ROTATED))]
         else:
             found = [await self._registry.find(tenant) for tenant in tenants]
         queue = iter(found)

@@ -1,9 +1,12 @@
 """Templates: one database per schema and server, built once, that new tenants are cloned from.
 
-A template's name comes from the fingerprint of the schema, of the extensions and of the rights in it. So a new revision
-gets a new template, and two releases that run side by side have different ones. The last thing done to a template is to
-set PostgreSQL's flag ``datistemplate``. A template without it is incomplete: it is never cloned, and the next builder
-drops it.
+What a template was built from is in the control database: the digest of what is known before the build (the revisions,
+the extensions, the rights), and the files that the build used besides. A process uses a template only while all of
+these are as they were; otherwise it builds another one. So two releases that run side by side have different templates.
+
+The last thing done to a template is to set PostgreSQL's flag ``datistemplate``. A template without it is incomplete: it
+is never cloned, and the next builder, or ``reconcile``, drops it. Each process records from time to time which template
+it uses; the others are superseded, and housekeeping drops them.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ import hashlib
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import asyncpg
+from sqlalchemy.exc import SQLAlchemyError
 
+from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..control.names import Names
@@ -28,10 +34,11 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, sqlstate_of
 from ..routing.servers import Server
-from . import advisory_locks, databases, event_trigger, grants, removal
+from . import advisory_locks, databases, event_trigger, extensions, grants, removal
 from .blockers import Blockers
-from .databases import Strategy
+from .databases import DatabaseState, Strategy
 from .grants import Contents
+from .template_records import TemplateRecord, TemplateRecords
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -39,6 +46,12 @@ _COMMENT = "tenancy-template"
 
 # Building a template runs every migration, once per revision: it may take this many times provisioning.timeout.
 BUILD_FACTOR = 10
+
+# How often a process records which templates it uses, in seconds.
+USE_SECONDS = 300.0
+
+# Changes when this package builds templates in another way.
+_LAYOUT = "2"
 
 Connect: TypeAlias = Callable[[], Awaitable[Connection]]
 
@@ -51,6 +64,12 @@ class SchemaSource(Protocol):
 
     def fingerprint(self) -> str:
         """Return a text that changes if ``apply`` would create another schema. Called by every creation: be fast."""
+
+    def inputs(self) -> Mapping[str, str]:
+        """Return the files that the last ``apply`` used, with their digests, as far as the fingerprint lacks them."""
+
+    def changed_input(self, inputs: Mapping[str, str]) -> str | None:
+        """Return the name of one of ``inputs`` that has changed since, or None. Called by every creation: be fast."""
 
     async def apply(self, connect: Connect) -> str | None:
         """Migrate an empty database to the head, and return its revision.
@@ -69,6 +88,15 @@ class TemplateInfo:
     revision: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """The template that this process uses on a server, and what it was built from."""
+
+    info: TemplateInfo
+    fingerprint: str
+    inputs: Mapping[str, str]
+
+
 class Templates:
     """Builds templates, and clones them.
 
@@ -77,52 +105,103 @@ class Templates:
     """
 
     def __init__(
-        self, *, config: TenancyConfig, names: Names, schema: SchemaSource, blockers: Callable[[Server], Blockers]
+        self,
+        *,
+        config: TenancyConfig,
+        names: Names,
+        schema: SchemaSource,
+        blockers: Callable[[Server], Blockers],
+        records: TemplateRecords,
     ) -> None:
+        self._records = records
         self._blockers = blockers
         self._config = config
         self._names = names
         self._schema = schema
-        self._ready: dict[tuple[str, str], TemplateInfo] = {}
+        # by server
+        self._ready: dict[str, _Ready] = {}
         # the objects that a GRANT in a clone must name, by template: a complete template does not change
         self._contents: dict[str, Contents] = {}
         # by server: held while a template is searched or built
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._using: asyncio.Task[None] | None = None
 
     @property
     def build_timeout(self) -> float:
         """How long building a template may take, in seconds."""
         return self._config.provisioning.timeout * BUILD_FACTOR
 
-    def name(self, *, restricted: bool) -> str:
-        """Return the name of the template for the current schema.
+    def base(self, *, restricted: bool) -> str:
+        """Return the digest of what is known of a template before it is built.
 
         Args:
             restricted: Whether a superuser builds it, who revokes advisory locks from PUBLIC and creates the event
                 trigger.
         """
         rights = ("advisory locks restricted", "catalogue guarded") if restricted else ()
-        inputs = (self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
-        return self._names.template(hashlib.sha256("\n".join(inputs).encode()).hexdigest())
+        inputs = (_LAYOUT, self._schema.fingerprint(), *sorted(self._config.extensions), *rights)
+        return hashlib.sha256("\n".join(inputs).encode()).hexdigest()
 
     async def ensure(self, server: Server) -> TemplateInfo:
-        """Return the template of the current schema on ``server``; it is built if it is missing.
+        """Return the template of the current schema on ``server``; it is built if there is none.
 
         Raises:
             TemplateError: building failed, or another process did not finish building in time.
             ServerUnavailableError: the server does not answer.
+            ControlUnavailableError: the control database does not answer.
         """
-        wanted = (server.name, self._schema.fingerprint())
-        if found := self._ready.get(wanted):
+        if found := self._current(server):
             return found
         async with self._locks[server.name]:
-            if wanted not in self._ready:
-                self._ready[wanted] = await self._find_or_build(server)
-            return self._ready[wanted]
+            return self._current(server) or await self._use(server, await self._find_or_build(server))
+
+    async def rebuild(self, server: Server, *, actor: Actor) -> TemplateInfo:
+        """Build the template of the current schema again. Other processes use the new one within a few minutes.
+
+        Raises:
+            TenancyError: as ``ensure``.
+        """
+        async with self._locks[server.name]:
+            return await self._use(server, await self._find_or_build(server, rebuild=True, actor=actor))
 
     def invalidate(self, template: TemplateInfo) -> None:
         """Look this template up again the next time: it may have been dropped."""
-        self._ready = {wanted: found for wanted, found in self._ready.items() if found != template}
+        self._ready = {name: found for name, found in self._ready.items() if found.info != template}
+
+    def is_current(self, record: TemplateRecord, base: str) -> bool:
+        """Whether this process would use a recorded template now, if it is complete."""
+        return record.base == base and not record.retired and self._schema.changed_input(record.inputs) is None
+
+    async def close(self) -> None:
+        """Stop recording which templates this process uses."""
+        if self._using is not None:
+            self._using.cancel()
+            await asyncio.gather(self._using, return_exceptions=True)
+            self._using = None
+
+    def _current(self, server: Server) -> TemplateInfo | None:
+        found = self._ready.get(server.name)
+        if found is None or found.fingerprint != self._schema.fingerprint():
+            return None
+        return None if self._schema.changed_input(found.inputs) is not None else found.info
+
+    async def _use(self, server: Server, found: _Ready) -> TemplateInfo:
+        self._ready[server.name] = found
+        if self._using is None:
+            # unbound: whichever tenant's creation runs now
+            self._using = asyncio.get_running_loop().create_task(self._record_use(), context=Context())
+        return found.info
+
+    async def _record_use(self) -> None:
+        """Record the templates of this process as used, so that none is dropped while the process runs."""
+        while True:
+            await asyncio.sleep(USE_SECONDS)
+            for found in tuple(self._ready.values()):
+                try:
+                    if not await self._records.touch(found.info.server, found.info.name):
+                        self.invalidate(found.info)
+                except (TenancyError, SQLAlchemyError) as exc:
+                    logger.debug("the use of template %s could not be recorded: %s", found.info.name, exc)
 
     async def clone(
         self,
@@ -189,33 +268,52 @@ class Templates:
 
     # --- building ---------------------------------------------------------------------------------------------------
 
-    async def _find_or_build(self, server: Server) -> TemplateInfo:
+    async def _find_or_build(self, server: Server, *, rebuild: bool = False, actor: Actor = SYSTEM) -> _Ready:
         connection = await self._blockers(server).connect()
-        name = "for the current schema"
         try:
-            name = self.name(restricted=await advisory_locks.may_restrict(connection))
-            await locks.lock(connection, locks.lock_key(name), timeout=self.build_timeout)
+            fingerprint = self._schema.fingerprint()
+            base = self.base(restricted=await advisory_locks.may_restrict(connection))
+            await locks.lock(connection, locks.lock_key(f"template:{base}"), timeout=self.build_timeout)
             async with asyncio.timeout(self.build_timeout):
-                state = await databases.state(connection, name)
-                if state is not None and state.is_template:
-                    return TemplateInfo(server.name, name, _revision(state.comment))
-                return TemplateInfo(server.name, name, await self._build(server, connection, name))
+                record = None if rebuild else await self._find(connection, server, base)
+                if record is not None:
+                    return _Ready(TemplateInfo(server.name, record.name, record.revision), fingerprint, record.inputs)
+                info, inputs = await self._build(server, connection, base, replaces=rebuild, actor=actor)
+                return _Ready(info, fingerprint, inputs)
         except TenancyError:
             raise
         except TimeoutError as exc:
             raise TemplateError(
-                f"template {name!r} on server {server.name!r} was not built within {self.build_timeout:g} s, by this "
+                f"the template on server {server.name!r} was not built within {self.build_timeout:g} s, by this "
                 "process or by the one that builds it; raise provisioning.timeout"
             ) from exc
         except Exception as exc:
-            raise TemplateError(f"template {name!r} on server {server.name!r} could not be built: {exc}") from exc
+            raise TemplateError(f"the template on server {server.name!r} could not be built: {exc}") from exc
         finally:
             await run_to_completion(connections.close(connection))
 
-    async def _build(self, server: Server, connection: Connection, name: str) -> str | None:
-        """Build a template under its lock, and return its revision. An existing, incomplete one is dropped first."""
+    async def _find(self, connection: Connection, server: Server, base: str) -> TemplateRecord | None:
+        """Return a complete template of the base that was built from the same files, and record its use."""
+        for record in await self._records.of_base(server.name, base):
+            changed = self._schema.changed_input(record.inputs)
+            if changed is not None:
+                logger.info("template %s on server %s is not used: %s has changed", record.name, server.name, changed)
+                continue
+            state = await databases.state(connection, record.name)
+            if state is not None and state.is_template and await self._records.touch(server.name, record.name):
+                return record
+        return None
+
+    async def _build(
+        self, server: Server, connection: Connection, base: str, *, replaces: bool, actor: Actor
+    ) -> tuple[TemplateInfo, Mapping[str, str]]:
+        """Build a template under the lock of its base. Its name is new, since processes remember what it contains."""
+        await extensions.check_available(connection, self._config.extensions, server=server.name)
+        await self._drop_abandoned(server, connection)
+        name = self._names.template(secrets.token_hex(8))
+        # an incomplete template that nobody holds the lock of is abandoned
+        await locks.lock(connection, locks.lock_key(name), timeout=self.build_timeout)
         logger.info("building template %s on server %s", name, server.name)
-        await removal.drop_database(connection, self._blockers(server), name)
         try:
             await databases.create(
                 connection, name, template="template0", owner=self._names.owner, open_to_connections=False
@@ -223,11 +321,15 @@ class Templates:
             await databases.open_to_owner(connection, name)
             await self._prepare(server, name)
             revision = await self._apply(server, name)
-            await databases.complete_template(connection, name, comment=_comment(revision))
+            inputs = self._schema.inputs()
+            await databases.complete_template(connection, name, comment=f"{_COMMENT}:{revision or ''}")
+            await self._records.add(
+                server.name, name, base=base, revision=revision, inputs=inputs, replaces=replaces, actor=actor
+            )
         except BaseException:
             await run_to_completion(self._drop_partial(server, connection, name))
             raise
-        return revision
+        return TemplateInfo(server.name, name, revision), inputs
 
     async def _prepare(self, server: Server, name: str) -> None:
         connection = await self._blockers(server).connect(name)
@@ -235,8 +337,7 @@ class Templates:
             await grants.prepare_schema(connection, self._names.owner)
             await advisory_locks.restrict(connection, self._names.owner, server=server.name)
             await event_trigger.install(connection, self._names.owner)
-            for extension in self._config.extensions:
-                await databases.create_extension(connection, extension)
+            await extensions.install(connection, self._config.extensions)
         finally:
             await run_to_completion(connections.close(connection))
 
@@ -254,6 +355,17 @@ class Templates:
             # an open connection makes every clone fail
             for connection in opened:
                 await run_to_completion(connections.close(connection))
+
+    async def _drop_abandoned(self, server: Server, connection: Connection) -> None:
+        """Drop incomplete templates of builders that died, as ``reconcile`` does."""
+        for state in await databases.states(connection, self._names.template("")):
+            key = locks.lock_key(state.name)
+            if state.is_template or not await locks.try_lock(connection, key):
+                continue
+            found = await databases.state(connection, state.name)
+            if found is not None and not found.is_template:
+                await self._drop_partial(server, connection, state.name)
+            await locks.unlock(connection, key)
 
     async def _drop_partial(self, server: Server, connection: Connection, name: str) -> None:
         try:
@@ -276,11 +388,7 @@ class Templates:
             await connections.close(connection)
 
 
-def _comment(revision: str | None) -> str:
-    return f"{_COMMENT}:{revision or ''}"
-
-
-def _revision(comment: str | None) -> str | None:
-    """The revision in a template's comment: another process may have built the template."""
-    kind, _, revision = (comment or "").partition(":")
+def revision_of(state: DatabaseState) -> str | None:
+    """Return the revision in a template's comment."""
+    kind, _, revision = (state.comment or "").partition(":")
     return revision or None if kind == _COMMENT else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -28,9 +29,18 @@ class Changes(TenantTable):
         action: str,
         actor: Actor = SYSTEM,
         expected_tier: str | None = None,
+        merge: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
         **values: Any,
     ) -> tuple[Tenant, Tenant]:
         """Set columns of a tenant and write the difference to the audit log; returns the tenant before and after.
+
+        Args:
+            tenant_id: The tenant.
+            action: The action, for the audit log.
+            actor: Who does this.
+            expected_tier: Change nothing unless it is in this tier.
+            merge: Called with its metadata while its row is locked; returns the new metadata.
+            values: Columns to set.
 
         Raises:
             TenantNotFoundError: no such tenant.
@@ -42,6 +52,8 @@ class Changes(TenantTable):
             before, _ = await self._lock_unless_purged(connection, tenant_id)
             if expected_tier not in (None, before.tier):
                 raise TierChangedError(before.slug, expected=str(expected_tier), found=before.tier)
+            if merge is not None:
+                values["metadata"] = merge(before.metadata)
             after = await self._set(connection, tenant_id, **values)
             old, new = difference(before, after)
             if new:

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, and_, case, func, or_, select, text, true
+from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, true
 
 from ..context import as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.lookup import check_name, has_name
-from ..control.models import tenants
+from ..control.models import servers, tenants
 from ..errors import TenantNotFoundError
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
 from .table import TenantTable
 
 _PAGE = 500  # tenants that one query of ``iterate`` reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantFilter:
+    """Which tenants are meant: those that match everything that is given.
+
+    Args:
+        status: Only these; purged tenants are meant only where named here.
+        tier: Only these.
+        server: Only tenants on this server.
+        slug: A pattern of slugs, as LIKE takes it.
+        metadata: Only tenants with metadata that contains this.
+    """
+
+    status: Sequence[Status] = ()
+    tier: Sequence[str] = ()
+    server: str | None = None
+    slug: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+    def apply(self, query: Select[Any]) -> Select[Any]:
+        """Return ``query`` for these tenants."""
+        query = query.where(tenants.c.status.in_(self.status) if self.status else tenants.c.status != Status.PURGED)
+        if self.tier:
+            query = query.where(tenants.c.tier.in_(self.tier))
+        if self.server is not None:
+            query = query.where(tenants.c.server == self.server)
+        if self.slug is not None:
+            query = query.where(tenants.c.slug.like(self.slug))
+        if self.metadata:
+            # By itself: together with the order of a page, PostgreSQL would rather read all tenants in that order,
+            # since it expects one tenant of a hundred to match while it does not know the parameter.
+            found = select(tenants.c.id).where(tenants.c.metadata.contains(dict(self.metadata)))
+            matching = found.cte("matching").prefix_with("MATERIALIZED")
+            query = query.where(tenants.c.id.in_(select(matching.c.id)))
+        return query
+
+
+EVERY_TENANT = TenantFilter()
 
 
 class Reading(TenantTable):
@@ -51,22 +92,11 @@ class Reading(TenantTable):
         return found
 
     async def page(
-        self,
-        *,
-        status: Sequence[Status] = (),
-        tier: Sequence[str] = (),
-        server: str | None = None,
-        limit: int = 100,
-        after: UUID | None = None,
+        self, which: TenantFilter = EVERY_TENANT, *, limit: int = 100, after: UUID | None = None
     ) -> TenantPage:
         """Return up to ``limit`` tenants in order of creation, after the id ``after``; tombstones only if asked for."""
         refuse_while_bound("listing tenants")
-        query = select(*TENANT_COLUMNS).order_by(tenants.c.id).limit(limit + 1)
-        query = query.where(tenants.c.status.in_(status) if status else tenants.c.status != Status.PURGED)
-        if tier:
-            query = query.where(tenants.c.tier.in_(tier))
-        if server is not None:
-            query = query.where(tenants.c.server == server)
+        query = which.apply(select(*TENANT_COLUMNS).order_by(tenants.c.id).limit(limit + 1))
         if after is not None:
             query = query.where(tenants.c.id > after)
         async with self._control.connect() as connection:
@@ -74,13 +104,17 @@ class Reading(TenantTable):
         items = tuple(tenant_from_row(row) for row in rows[:limit])
         return TenantPage(items, items[-1].id if len(rows) > limit else None)
 
-    async def iterate(
-        self, *, status: Sequence[Status] = (), tier: Sequence[str] = (), server: str | None = None
-    ) -> AsyncIterator[Tenant]:
+    async def count(self, which: TenantFilter = EVERY_TENANT) -> int:
+        """Return the number of tenants; tombstones count only if asked for."""
+        refuse_while_bound("counting tenants")
+        async with self._control.connect() as connection:
+            return await connection.scalar(which.apply(select(func.count()).select_from(tenants))) or 0
+
+    async def iterate(self, which: TenantFilter = EVERY_TENANT) -> AsyncIterator[Tenant]:
         """Yield every tenant in order of creation, page by page; tombstones only if asked for."""
         after: UUID | None = None
         while True:
-            page = await self.page(status=status, tier=tier, server=server, limit=_PAGE, after=after)
+            page = await self.page(which, limit=_PAGE, after=after)
             for tenant in page.items:
                 yield tenant
             if page.next is None:
@@ -155,13 +189,9 @@ class Reading(TenantTable):
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
 
-    async def count_by_server(self) -> dict[str, int]:
-        """Return the number of tenants on each server that accepts new ones."""
-        refuse_while_bound("counting tenants")
-        query = text(
-            "SELECT s.name, count(t.id) FROM tenancy.servers s "
-            "LEFT JOIN tenancy.tenants t ON t.server = s.name AND t.status <> 'purged' "
-            "WHERE s.accepts_tenants GROUP BY s.name"
-        )
+    async def accepts_tenants(self, server: str) -> bool:
+        """Whether a tenant that names no server may be placed on ``server``."""
+        refuse_while_bound("reading servers")
+        query = select(servers.c.accepts_tenants).where(servers.c.name == server)
         async with self._control.connect() as connection:
-            return {row[0]: row[1] for row in await connection.execute(query)}
+            return bool(await connection.scalar(query))

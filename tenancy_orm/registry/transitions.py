@@ -43,6 +43,16 @@ def _cleared_schedule(before: Tenant, new: Status) -> dict[str, Any]:
     return cleared
 
 
+def _is_so(before: Tenant, target: Status | None, leaving: Status, values: Mapping[str, Any]) -> bool:
+    """Whether the change has taken place: the repeat of a script, or of a webhook, is no error."""
+    if target is Status.TRIAL and values.get("trial_ends_at") != before.trial_ends_at:
+        return False
+    if target is not None:
+        return before.status is target
+    left = {Status.TRIAL, Status.ACTIVE, Status.SUSPENDED} | ({Status.MAINTENANCE} - {leaving})
+    return before.status in left
+
+
 class Transitions(TenantTable):
     """Changes the status of tenants, and schedules such changes."""
 
@@ -58,7 +68,7 @@ class Transitions(TenantTable):
         actor: Actor = SYSTEM,
         **values: Any,
     ) -> tuple[Tenant, Tenant]:
-        """Change a tenant's status; returns it before and after.
+        """Change a tenant's status; returns it before and after, which are equal where it is so already.
 
         Args:
             tenant_id: The tenant.
@@ -78,9 +88,16 @@ class Transitions(TenantTable):
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
             before, row = await self._lock(connection, tenant_id)
-            new = self._target(before, row, target, leaving)
             if listed is not None:
-                check_unchanged(before, listed, new)
+                check_unchanged(before, listed, target or before.status)
+            if _is_so(before, target, leaving, values):
+                if reason in (None, before.reason):
+                    return before, before
+                after = await self._set(connection, tenant_id, reason=reason)
+                old, changed = difference(before, after)
+                await self._write_audit(connection, action, after, actor, before=old, after=changed)
+                return before, after
+            new = self._target(before, row, target, leaving)
             after = await self._set(
                 connection,
                 tenant_id,

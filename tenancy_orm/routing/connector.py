@@ -29,7 +29,6 @@ from ..config import TenancyConfig
 from ..context import set_current
 from ..errors import (
     ControlUnavailableError,
-    LoginRefusedError,
     MarkerMismatchError,
     NotOpenError,
     SecretError,
@@ -38,7 +37,7 @@ from ..errors import (
 )
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus
 from ..postgres.connections import Connection
-from ..postgres.errors import TOO_MANY_CONNECTIONS
+from ..postgres.errors import INVALID_PASSWORD, PROTOCOL_VIOLATION, TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import clear_tracebacks
 from ..secrets.keyring import Keyring
@@ -60,7 +59,6 @@ SURPLUS_SECONDS = 5.0
 """Seconds after which a tenant's idle connections, above one, are closed if other processes may need them."""
 
 _PASSWORD_READS = 3  # how often one login reads the tenant's stored passwords again
-_WRONG_PASSWORD = "28P01"  # noqa: S105 - a SQLSTATE
 
 Record: TypeAlias = _ConnectionRecord
 
@@ -184,20 +182,20 @@ class Connector:
         sealed = route.placement.sealed_password
         try:
             return await self._log_in_with(route, sealed)
-        except (LoginRefusedError, SecretError) as exc:
+        except (ServerUnavailableError, SecretError) as exc:
             if self._passwords is None or not _concerns_password(exc):
                 raise
             return await self._log_in_again(route, sealed, exc)
 
     async def _log_in_again(
-        self, route: TenantRoute, used: bytes, refused: LoginRefusedError | SecretError
+        self, route: TenantRoute, used: bytes, refused: ServerUnavailableError | SecretError
     ) -> Connection:
         """Log in with the passwords that the registry has now: the password or its key may have been rotated.
 
         They are read again while they change, since a rotation may begin between a read and a login.
         """
         # a password that did not open is tried again: reading the registry may have loaded its key
-        tried = {used} if isinstance(refused, LoginRefusedError) else set()
+        tried = {used} if isinstance(refused, ServerUnavailableError) else set()
         for _ in range(_PASSWORD_READS):
             stored = await self._stored_passwords(route, refused)
             if tried.issuperset(stored):
@@ -208,7 +206,7 @@ class Connector:
                 tried.add(sealed)
                 try:
                     driver_connection = await self._log_in_with(route, sealed)
-                except (LoginRefusedError, SecretError) as exc:
+                except (ServerUnavailableError, SecretError) as exc:
                     if not _concerns_password(exc):
                         raise
                     refused = exc
@@ -252,6 +250,8 @@ class Connector:
             self.dialect.loaded_dbapi,
             driver_connection,
             prepared_statement_cache_size=self.server.prepared_statement_cache_size,
+            # the unnamed statement is parsed and run in one turn, on whichever connection a pooler chooses for that
+            prepared_statement_name_func=_no_name if self.server.is_pooled else None,
         )
         connection.route = route
         driver_connection.check_use = route.check_bound
@@ -373,8 +373,13 @@ class Connector:
             self._all_closed.set()
 
 
-def _concerns_password(error: LoginRefusedError | SecretError) -> bool:
-    return not isinstance(error, LoginRefusedError) or error.sqlstate == _WRONG_PASSWORD
+def _concerns_password(error: ServerUnavailableError | SecretError) -> bool:
+    # PgBouncer refuses a wrong password as it refuses anything, as a violation of the protocol
+    return isinstance(error, SecretError) or error.sqlstate in (INVALID_PASSWORD, PROTOCOL_VIOLATION)
+
+
+def _no_name() -> str:
+    return ""
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: object) -> None:

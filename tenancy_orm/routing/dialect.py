@@ -90,7 +90,7 @@ class SharedDialect:
 
     async def _read(self) -> Connection:
         with self._as_unavailable():
-            connection: Connection = await self._server.connect_admin()
+            connection: Connection = await self._server.connect_as_tenants_do()
             try:
                 async with asyncio.timeout(self._server.connect_timeout):
                     await self._server.read_settings(connection)
@@ -136,11 +136,11 @@ class SharedDialect:
         try:
             await connection.execute(_SET, list(settings), list(settings.values()))
         except asyncpg.PostgresError as exc:
-            if not self._server.further_settings or not (exc.sqlstate or "").startswith(_REFUSED):
+            if not self._server.traffic.further_settings or not (exc.sqlstate or "").startswith(_REFUSED):
                 raise
             raise ConfigurationError(
                 f"server {self._server.name!r} refuses a value of sessions.settings ({exc.sqlstate}): "
-                + ", ".join(self._server.further_settings)
+                + ", ".join(self._server.traffic.further_settings)
             ) from exc
 
     async def _return_seed_connection(self) -> Connection | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextvars import Context
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy.engine import URL
@@ -16,42 +17,69 @@ from sqlalchemy.engine import URL
 from ..config import TenancyConfig
 from ..config.sections import ROLE_SETTINGS
 from ..context import refuse_while_bound
-from ..errors import ConfigurationError, LoginRefusedError, ServerUnavailableError, TenancyError, UnknownServerError
+from ..errors import (
+    ConfigurationError,
+    LoginRefusedError,
+    PoolerError,
+    ServerUnavailableError,
+    TenancyError,
+    UnknownServerError,
+)
 from ..loops import HomeLoop
 from ..postgres import connections, login
 from ..postgres.connections import Connection
 from ..postgres.dsn import DEFAULT_PORT, Dsn
+from ..postgres.errors import (
+    INSUFFICIENT_PRIVILEGE,
+    INVALID_AUTHORIZATION,
+    INVALID_CATALOG_NAME,
+    INVALID_PASSWORD,
+)
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.login import clear_tracebacks, reason_of, set_keepalive
+from ..postgres.login import PEER_SECONDS, clear_tracebacks, reason_of
+from ..postgres.poolers import connect_directly
 from ..tenant import Placement
-from .settings import BOUNDS, named_in, read_settings, without
+from .settings import BOUNDS, read_settings
+from .traffic import TenantAddress
 
 logger = logging.getLogger("tenancy_orm.routing")
 
-# invalid authorization, invalid password, no CONNECT, no such database: the server works, but not for this role
-_REFUSED = frozenset({"28000", "28P01", "42501", "3D000"})
+# the server works, but not for this role
+_REFUSED = frozenset({INVALID_AUTHORIZATION, INVALID_PASSWORD, INSUFFICIENT_PRIVILEGE, INVALID_CATALOG_NAME})
 # connection exceptions, out of resources (too many connections, among others), operator intervention (shutting down)
 _AWAY = ("08", "53", "57P")
 CLOSE_SECONDS = 2.0
 """How long closing a connection may take; then its socket is cut."""
 
-PEER_SECONDS = 30
-"""Seconds after which a tenant's connection is closed if the other side acknowledges nothing."""
-
-# The kernel closes such a connection within about PEER_SECONDS. A long statement is not affected while the server's
-# machine acknowledges. Without this, the kernel repeats what was sent to a lost machine for some 15 minutes, and its
-# connections would count as busy for that time.
-_KEEPALIVES: Final = {
-    "keepalives_idle": PEER_SECONDS // 2,
-    "keepalives_interval": PEER_SECONDS // 6,
-    "keepalives_count": 3,
-    "tcp_user_timeout": PEER_SECONDS * 1_000,
-}
-
 SETTINGS_SECONDS = 300.0
 """Seconds after which a server's own settings are read again, in the background, when a connection is opened."""
 
+_POOLER = (
+    "server {server!r} must be administered directly, and a connection pooler answers at {address}: {reason}; give the "
+    "server's own address as admin and the pooler's as tenants, in ServerAddresses or in [servers.{server}]"
+)
+
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
+
+
+_FACTS = (
+    "SELECT pg_catalog.current_database()::text, (pg_catalog.sum(CASE s.name WHEN 'max_connections' "
+    "THEN s.setting::int ELSE -s.setting::int END))::int FROM pg_catalog.pg_settings AS s "
+    "WHERE s.name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself.
+
+    Attributes:
+        database: The database that the administrative URL leads to.
+        connections: How many connections it accepts, without those that are reserved.
+    """
+
+    database: str
+    connections: int
 
 
 class Server:
@@ -60,10 +88,11 @@ class Server:
     Args:
         name: Its name in the configuration.
         dsn: Its administrator's DSN. Its parameters (``sslmode``, ``sslrootcert``, ``target_session_attrs``, and server
-            settings) apply to tenants' connections as well, and so do ``statement_cache_size`` and
-            ``prepared_statement_cache_size`` (0 for PgBouncer in transaction mode).
+            settings) apply to tenants' connections as well where there is no other address for them.
+        tenants: Where tenants' sessions connect to, if that is another address: a pooler, for example.
         connect_timeout: Seconds that opening a connection may take, where the DSN does not say.
         statement_timeout: PostgreSQL's statement_timeout for tenants, in seconds; 0 leaves it to the server.
+        answer_timeout: Seconds to wait for the answer to a tenant's statement where that is 0; 0 is for ever.
         session_settings: Further settings for tenants' connections; a value in the URL overrides one here.
         bounds: Values of ``settings.BOUNDS`` in tenants' roles.
     """
@@ -73,31 +102,36 @@ class Server:
         name: str,
         dsn: Dsn,
         *,
+        tenants: Dsn | None = None,
         connect_timeout: float,
         statement_timeout: float = 0.0,
+        answer_timeout: float = 0.0,
         session_settings: Mapping[str, str] = MappingProxyType({}),
         bounds: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self.dsn = dsn
         self.home = HomeLoop()
-        self.connect_timeout = connect_timeout = dsn.connect_timeout or connect_timeout
-        self._tenant_base = URL.create("postgresql+asyncpg", host=self.host, port=self.port)
-        self._named = named_in(dsn)
-        self._bounds = bounds
-        self._refuses_settings = False  # set when a login was refused with 08P01, as PgBouncer does
+        self._admin_timeout = dsn.connect_timeout or connect_timeout
+        self.connect_timeout = (tenants or dsn).connect_timeout or connect_timeout
         given = {setting.lower(): value for setting, value in session_settings.items()}
-        self.further_settings = without(given, self._named)
-        self._tenant_settings = {"application_name": dsn.application_name("tenancy"), **self.further_settings}
-        self.session_settings: Mapping[str, str] = {}
-        self._pins: Mapping[str, str] | None = None
-        self._pinned_at = 0.0
-        self._reading: asyncio.Task[None] | None = None
         # the server ends a statement that runs too long; the client stops waiting for a server that does not answer
-        self._command_timeout: float | None = None
+        self._command_timeout: float | None = answer_timeout or None
+        limits = {}
         if statement_timeout > 0:
-            self._tenant_settings["statement_timeout"] = f"{round(statement_timeout * 1000)}ms"
-            self._command_timeout = statement_timeout + connect_timeout
+            limits["statement_timeout"] = f"{round(statement_timeout * 1000)}ms"
+            self._command_timeout = statement_timeout + self.connect_timeout
+        self._direct = TenantAddress(name, dsn, given, limits, direct=True)
+        self.traffic = self._direct if tenants is None else TenantAddress(name, tenants, given, limits, direct=False)
+        """Where tenants' sessions connect to."""
+        host, port = _first_host(self.traffic.dsn)
+        self._tenant_base = URL.create("postgresql+asyncpg", host=host, port=port)
+        self._bounds = bounds
+        self.session_settings: Mapping[str, str] = {}
+        self._is_proved = False  # whether the administrator's address has been seen to lead to PostgreSQL itself
+        self._found: Mapping[str, str] | None = None
+        self._found_at = 0.0
+        self._reading: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         """Return the server's name and address."""
@@ -105,24 +139,23 @@ class Server:
 
     @property
     def host(self) -> str:
-        """The first host name or address, or the directory of its socket."""
-        return self.dsn.hosts[0][0] if self.dsn.hosts else "localhost"
+        """The first host name or address for administration, or the directory of its socket."""
+        return _first_host(self.dsn)[0]
 
     @property
     def port(self) -> int:
-        """The first host's TCP port, or the number in the name of its socket."""
-        return self.dsn.hosts[0][1] if self.dsn.hosts else DEFAULT_PORT
-
-    @property
-    def prepared_statement_cache_size(self) -> int:
-        """How many prepared statements SQLAlchemy keeps for each connection."""
-        size = self.dsn.client_size("prepared_statement_cache_size")
-        return 100 if size is None else size
+        """That host's TCP port, or the number in the name of its socket."""
+        return _first_host(self.dsn)[1]
 
     @property
     def is_pooled(self) -> bool:
-        """Whether a pooler in front refuses startup parameters: by its URL, or since it has refused them (08P01)."""
-        return self._refuses_settings or self.dsn.client_size("statement_cache_size") == 0
+        """Whether a pooler answers tenants' sessions, as far as is known: its address or a login has shown it."""
+        return self.traffic.is_pooled
+
+    @property
+    def prepared_statement_cache_size(self) -> int:
+        """How many prepared statements SQLAlchemy keeps for each connection of a tenant."""
+        return self.traffic.prepared_statement_cache_size
 
     def tenant_url(self, placement: Placement) -> URL:
         """The URL of a tenant's database in SQLAlchemy's form, without the password; it is not used to connect."""
@@ -149,20 +182,48 @@ class Server:
         Raises:
             ServerUnavailableError: the server does not answer, or accepts no connections now.
             asyncpg.PostgresError: the server refuses this one: no such database, for example.
+            PoolerError: the address leads to a connection pooler.
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("logging in as the administrator")
         startup = dict(settings)
         if role is not None:
             startup["role"] = role
-        options = {"database": database} if database else {}
+        options: dict[str, Any] = {"database": database} if database else {}
+        seconds = self._admin_timeout if timeout is None else timeout
         try:
-            return await self._connect(purpose, startup, timeout=timeout, **options)
+            if self._is_proved:
+                return await self._connect(login.connect, purpose, startup, timeout=seconds, **options)
+            refusal = _POOLER.format(server=self.name, address="{address}", reason="{reason}")
+            connection = await self._connect(
+                connect_directly, purpose, startup, timeout=seconds, refusal=refusal, **options
+            )
+            self._is_proved = True
+            return connection
         except SERVER_FAILURES as exc:
             clear_tracebacks(exc)
             if isinstance(exc, asyncpg.PostgresError) and not (exc.sqlstate or "").startswith(_AWAY):
                 raise
             raise self.unavailable(exc, database=database) from exc
+
+    async def inspect(self, *, timeout: float) -> ServerFacts:
+        """Log in as the administrator, and return what an opening needs to know of the server.
+
+        Args:
+            timeout: Seconds that the login may take, if ``connect_timeout`` is longer, and the answer.
+
+        Raises:
+            ServerUnavailableError, PoolerError, CrossTenantError: as ``connect_admin``.
+            asyncpg.PostgresError: the server refuses.
+        """
+        connection = await self.connect_admin(timeout=min(timeout, self._admin_timeout))
+        try:
+            async with asyncio.timeout(timeout):
+                return ServerFacts(*await connection.fetchrow(_FACTS))
+        except OSError as exc:
+            raise self.unavailable(exc) from clear_tracebacks(exc)
+        finally:
+            await connections.close(connection, timeout=CLOSE_SECONDS)
 
     async def connect_tenant(
         self,
@@ -172,6 +233,7 @@ class Server:
         tenant: str | None = None,
         connection_class: type[C] = asyncpg.Connection,
         timeout: float | None = None,
+        direct: bool = False,
     ) -> C:
         """Log in to a tenant's database as its role. The caller checks the marker and closes the connection.
 
@@ -181,6 +243,7 @@ class Server:
             tenant: The tenant's slug, for errors; the role where None.
             connection_class: The class of the connection.
             timeout: Seconds this may take; ``connect_timeout`` where None.
+            direct: Whether to log in at the administrator's address, and not where sessions do.
 
         Raises:
             LoginRefusedError: PostgreSQL refuses the password or the role, or the role lacks a right.
@@ -191,42 +254,31 @@ class Server:
         refuse_while_bound("logging in as a tenant's role")
         label = tenant or placement.role
 
-        async def connect(settings: Mapping[str, str]) -> C:
+        address = self._direct if direct else self.traffic
+
+        async def log_in(settings: Mapping[str, str], **options: Any) -> C:
             opened: C = await self._connect(
+                login.connect,
                 "tenancy",
                 settings,
-                timeout=timeout,
+                dsn=address.dsn,
+                timeout=self.connect_timeout if timeout is None else timeout,
                 user=placement.role,
                 database=placement.database,
                 password=password,
                 connection_class=connection_class,
                 command_timeout=self._command_timeout,
+                **options,
             )
             return opened
 
-        startup = await self._startup_settings()
+        found = await self._found_settings()
         try:
-            try:
-                connection = await connect(startup)
-            except asyncpg.ProtocolViolationError:
-                if self.is_pooled:
-                    raise
-                connection = await connect(self._without_pins())
+            return await address.connect(found, log_in)
         except SERVER_FAILURES as exc:
-            raise self.unavailable(exc, tenant=label, database=placement.database) from clear_tracebacks(exc)
-        set_keepalive(connection, {**_KEEPALIVES, **self.dsn.keepalives})
-        return connection
-
-    def _without_pins(self) -> Mapping[str, str]:
-        """Pin no settings from now on, and return those that are still sent."""
-        self._refuses_settings = True
-        logger.warning(
-            "server %s refuses startup parameters (08P01), as PgBouncer does: settings that a tenant's role has given "
-            "itself are in force for that tenant until reconcile; let PgBouncer ignore these parameters, or name them "
-            "in its track_extra_parameters",
-            self.name,
-        )
-        return self._tenant_settings
+            raise self.unavailable(
+                exc, tenant=label, database=placement.database, dsn=address.dsn
+            ) from clear_tracebacks(exc)
 
     # --- settings ---------------------------------------------------------------------------------------------------
 
@@ -238,25 +290,33 @@ class Server:
         Raises:
             asyncpg.PostgresError: the server refuses.
         """
-        found = await read_settings(connection, self._bounds)
-        self._pins = {**without(found, self._named), **self._tenant_settings}
-        self.session_settings = {**found, **self.further_settings}
-        self._pinned_at = time.monotonic()
+        separate = self.traffic is not self._direct
+        found = await read_settings(connection, self._bounds, named=self.traffic.named if separate else None)
+        self._found = found
+        self.session_settings = {**found, **self.traffic.further_settings}
+        self._found_at = time.monotonic()
 
-    async def _startup_settings(self) -> Mapping[str, str]:
-        if self.is_pooled:
-            return self._tenant_settings
-        if self._pins is None:
+    async def connect_as_tenants_do(self) -> Connection:
+        """Log in as the administrator, with the settings in the URL of tenants' sessions.
+
+        Raises:
+            ServerUnavailableError, asyncpg.PostgresError, PoolerError: as ``connect_admin``.
+        """
+        separate = self.traffic is not self._direct
+        return await self.connect_admin(settings=self.traffic.dsn.server_settings() if separate else {})
+
+    async def _found_settings(self) -> Mapping[str, str]:
+        if self._found is None:
             await self._read_settings()
-        elif time.monotonic() - self._pinned_at > SETTINGS_SECONDS and self._reading is None:
+        elif time.monotonic() - self._found_at > SETTINGS_SECONDS and self._reading is None:
             # the server's configuration may have changed; this connection may still use settings some minutes old
             self._reading = asyncio.get_running_loop().create_task(self._renew_settings(), context=Context())
-        assert self._pins is not None  # noqa: S101 - for the type checker
-        return self._pins
+        assert self._found is not None  # noqa: S101 - for the type checker
+        return self._found
 
     async def _read_settings(self) -> None:
         try:
-            connection = await self.connect_admin()
+            connection = await self.connect_as_tenants_do()
             try:
                 async with asyncio.timeout(self.connect_timeout):
                     await self.read_settings(connection)
@@ -270,7 +330,7 @@ class Server:
         try:
             await self._read_settings()
         except TenancyError as exc:
-            self._pinned_at = time.monotonic()  # the next try is as late as after a success
+            self._found_at = time.monotonic()  # the next try is as late as after a success
             logger.warning("the settings of server %s cannot be read again: %s", self.name, exc)
         finally:
             self._reading = None
@@ -284,7 +344,12 @@ class Server:
     # --- errors -----------------------------------------------------------------------------------------------------
 
     def unavailable(
-        self, error: BaseException, *, tenant: str | None = None, database: str | None = None
+        self,
+        error: BaseException,
+        *,
+        tenant: str | None = None,
+        database: str | None = None,
+        dsn: Dsn | None = None,
     ) -> ServerUnavailableError:
         """Return the error to raise when opening a connection failed with ``error``.
 
@@ -292,33 +357,47 @@ class Server:
             error: What PostgreSQL, asyncpg or the system raised.
             tenant: The slug of the tenant that the connection is for; None for an administrative one.
             database: The database; the one in the DSN where None.
+            dsn: The address; a tenant's connection is for ``traffic`` and another for the administrator's where None.
         """
+        if dsn is None:
+            dsn = self.dsn if tenant is None else self.traffic.dsn
         sqlstate = getattr(error, "sqlstate", None)
         kind = LoginRefusedError if tenant is not None and sqlstate in _REFUSED else ServerUnavailableError
         return kind(
             server=self.name,
             tenant=tenant,
             sqlstate=sqlstate,
-            address=self.dsn.address(database),
+            address=dsn.address(database),
             reason=reason_of(error),
         )
 
     async def _connect(
-        self, purpose: str, settings: Mapping[str, str], *, timeout: float | None, **options: Any
+        self,
+        connect: Callable[..., Awaitable[Any]],
+        purpose: str,
+        settings: Mapping[str, str],
+        *,
+        dsn: Dsn | None = None,
+        **options: Any,
     ) -> Any:
         self.home.check()
-        seconds = self.connect_timeout if timeout is None else timeout
         try:
-            return await login.connect(self.dsn, purpose=purpose, timeout=seconds, settings=settings, **options)
+            return await connect(dsn or self.dsn, purpose=purpose, settings=settings, **options)
+        except PoolerError:
+            raise
         except ConfigurationError as exc:
             raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from exc
+
+
+def _first_host(dsn: Dsn) -> tuple[str, int]:
+    return dsn.hosts[0] if dsn.hosts else ("localhost", DEFAULT_PORT)
 
 
 class Servers(Mapping[str, Server]):
     """The configured servers by name.
 
     Args:
-        config: ``server_dsns`` and the timeouts are read from it.
+        config: ``server_addresses`` and the timeouts are read from it.
     """
 
     def __init__(self, config: TenancyConfig) -> None:
@@ -327,13 +406,15 @@ class Servers(Mapping[str, Server]):
         self._servers = {
             name: Server(
                 name,
-                dsn,
+                addresses.admin_dsn,
+                tenants=addresses.tenants_dsn,
                 connect_timeout=config.pool.connect_timeout,
                 statement_timeout=config.sessions.statement_timeout,
+                answer_timeout=config.sessions.answer_timeout,
                 session_settings=config.sessions.settings,
                 bounds=bounds,
             )
-            for name, dsn in config.server_dsns.items()
+            for name, addresses in config.server_addresses.items()
         }
 
     def __getitem__(self, name: str) -> Server:
@@ -366,4 +447,29 @@ class Servers(Mapping[str, Server]):
             await server.close()
 
 
-__all__ = ["Server", "Servers"]
+async def inspect_servers(servers: Servers, *, timeout: float) -> dict[str, ServerFacts]:
+    """Ask all servers at once what they are; those that do not answer in time are left out, which is logged.
+
+    Args:
+        servers: The servers.
+        timeout: Seconds that a login may take, and the answer.
+
+    Raises:
+        PoolerError: an administrator's address leads to a connection pooler.
+        ConfigurationError: a URL cannot be used.
+        CrossTenantError: a tenant is bound.
+    """
+    names = list(servers)
+    answers = await asyncio.gather(*(servers[name].inspect(timeout=timeout) for name in names), return_exceptions=True)
+    found = {}
+    for name, answer in zip(names, answers, strict=True):
+        if isinstance(answer, (ServerUnavailableError, asyncpg.PostgresError)):
+            logger.warning("server %s cannot be checked now, and its first connection will be: %s", name, answer)
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            found[name] = answer
+    return found
+
+
+__all__ = ["PEER_SECONDS", "Server", "ServerFacts", "Servers", "inspect_servers"]

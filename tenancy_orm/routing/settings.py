@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 import asyncpg
@@ -73,6 +73,10 @@ PINNED: Final = frozenset(
 PINNED_WHERE_KNOWN: Final = frozenset({"restrict_nonsystem_relation_kind", "transaction_timeout"})
 """Further pinned settings, which not every PostgreSQL version has."""
 
+TRACKED: Final = frozenset({"datestyle", "standard_conforming_strings", "timezone"})
+"""Pinned settings that PgBouncer keeps for each of its clients: it takes them at a login, and sets them on each
+connection to PostgreSQL that it gives to that client. It refuses others unless it is configured to do otherwise."""
+
 BOUNDS: Final = ("idle_in_transaction_session_timeout", "transaction_timeout")
 """Bounds that an administrator sets for tenants' roles. A role that set them very low would lose its connections."""
 
@@ -88,13 +92,16 @@ _READ_FILES = "SELECT f.name, f.setting FROM pg_catalog.pg_file_settings AS f WH
 _IDENTIFIER = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",\s][^",]*?))\s*(?:,|$)')
 
 
-async def read_settings(connection: Connection, bounds: Mapping[str, str]) -> dict[str, str]:
+async def read_settings(
+    connection: Connection, bounds: Mapping[str, str], *, named: Collection[str] | None = None
+) -> dict[str, str]:
     """Return the server's own values of the pinned settings, by name.
 
     Args:
         connection: An administrative one. The settings of its role and of its database do not count; those in the
             server's URL do.
         bounds: Values of ``BOUNDS`` in tenants' roles, which override the server's.
+        named: Which of the settings that the connection has started with count as the server's; all where None.
 
     Raises:
         asyncpg.PostgresError: the server refuses.
@@ -105,7 +112,8 @@ async def read_settings(connection: Connection, bounds: Mapping[str, str]) -> di
         if name in bounds:
             values[name] = bounds[name]
             continue
-        if row["source"] in _SERVERS_OWN or row["source"] == "client":
+        ours = row["source"] == "client" and (named is None or name in named)
+        if row["source"] in _SERVERS_OWN or ours:
             values[name] = str(row["setting"])
         else:
             hidden.add(name)
@@ -155,4 +163,13 @@ def default_schema(search_path: str) -> str:
     return "public"
 
 
-__all__ = ["BOUNDS", "PINNED", "PINNED_WHERE_KNOWN", "default_schema", "named_in", "read_settings", "without"]
+__all__ = [
+    "BOUNDS",
+    "PINNED",
+    "PINNED_WHERE_KNOWN",
+    "TRACKED",
+    "default_schema",
+    "named_in",
+    "read_settings",
+    "without",
+]

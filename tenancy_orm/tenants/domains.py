@@ -2,26 +2,29 @@
 
 A claim alone gives nothing. The owner publishes the token as a TXT record, and ``verify`` looks it up; only then does a
 request to that host name the tenant. A verified domain belongs to one tenant. Before that any number of tenants may
-claim it, each with its own token, so that nobody can block a domain that is not theirs.
+claim it, each with its own token, so that nobody can block a domain that is not theirs. Claims expire, and verified
+domains are looked up again: see ``domain_upkeep``.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 from uuid import UUID
 
 import idna
-from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy import ColumnElement, Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
+from ..config.sections import DomainConfig, parse_nameserver
 from ..control.database import ControlDatabase
 from ..control.lookup import resolve_tenant_id
 from ..control.models import domains
@@ -32,7 +35,7 @@ from ..tenant import Status, Tenant
 
 _LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(\.{_LABEL})+")
-_CHALLENGE = "_tenancy-challenge"
+CHALLENGE = "_tenancy-challenge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,15 @@ class Domain:
     token: str = field(repr=False)
     created_at: datetime
     verified_at: datetime | None
+    expires_at: datetime | None = None
+    """Until when a claim can be verified; None for a verified domain, and where claims do not expire."""
+    failing_since: datetime | None = None
+    """Since when the TXT record of a verified domain is missing; None while it is published."""
 
     @property
     def challenge(self) -> str:
         """The name of the TXT record that proves ownership."""
-        return f"{_CHALLENGE}.{self.domain}"
+        return f"{CHALLENGE}.{self.domain}"
 
 
 class TextRecords(Protocol):
@@ -62,20 +69,19 @@ class DnsTextRecords:
     """Looks up TXT records in the DNS, with dnspython (extra ``domains``).
 
     Args:
-        nameservers: Addresses to use instead of the system's resolvers.
-        port: Their port.
+        nameservers: Addresses to use instead of the system's resolvers, with a port (``"127.0.0.1:5353"``) or without.
         timeout: Seconds for the whole look-up.
     """
 
-    def __init__(self, *, nameservers: list[str] | None = None, port: int = 53, timeout: float = 5.0) -> None:
+    def __init__(self, *, nameservers: Sequence[str] | None = None, timeout: float = 5.0) -> None:
         try:
             import dns.asyncresolver
+            from dns.nameserver import Do53Nameserver
         except ModuleNotFoundError as exc:
             raise MissingExtraError("dnspython", "domains") from exc
         self._resolver = dns.asyncresolver.Resolver(configure=nameservers is None)
         if nameservers is not None:
-            self._resolver.nameservers = nameservers
-            self._resolver.port = port
+            self._resolver.nameservers = [Do53Nameserver(*parse_nameserver(text)) for text in nameservers]
         self._resolver.lifetime = timeout
 
     async def lookup(self, name: str) -> list[str]:
@@ -94,6 +100,34 @@ class DnsTextRecords:
         except dns.exception.DNSException as exc:
             raise DomainError(f"the TXT record of {name!r} cannot be looked up: {exc}") from exc
         return [b"".join(record.strings).decode("utf-8", "replace") for record in answer]
+
+
+class ConfiguredTextRecords:
+    """Looks up TXT records as ``domains.nameservers`` says; dnspython is needed at the first look-up.
+
+    Args:
+        config: The section ``domains`` of the configuration.
+    """
+
+    def __init__(self, config: DomainConfig) -> None:
+        self._nameservers = config.nameservers
+        self._records: DnsTextRecords | None = None
+
+    async def lookup(self, name: str) -> list[str]:
+        """Return the texts published under ``name``.
+
+        Raises:
+            DomainError: no name server answered.
+            MissingExtraError: dnspython is not installed.
+        """
+        if self._records is None:
+            self._records = DnsTextRecords(nameservers=self._nameservers or None)
+        return await self._records.lookup(name)
+
+
+def is_published(token: str, texts: Iterable[str]) -> bool:
+    """Whether one of the TXT records is the token."""
+    return any(secrets.compare_digest(text.strip().encode(), token.encode()) for text in texts)
 
 
 def check_domain(domain: str) -> str:
@@ -120,14 +154,19 @@ class DomainManager:
         control: ControlDatabase,
         audit: AuditLog,
         records: TextRecords | None = None,
+        config: DomainConfig | None = None,
     ) -> None:
+        config = config or DomainConfig()
         self._control = control
         self._audit = audit
-        self._records = records
+        self._records = records or ConfiguredTextRecords(config)
+        self._claim_seconds = config.claim_seconds
         self._registry = Registry(control, audit)
 
     async def claim(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
-        """Claim ``domain`` for ``tenant``; verify it to make it the tenant's. Claiming twice changes nothing.
+        """Claim ``domain`` for ``tenant``; verify it to make it the tenant's.
+
+        Claiming twice changes nothing; a claim that has expired gets another token.
 
         Raises:
             DomainError: it is not a domain name, or is verified for another tenant.
@@ -138,12 +177,19 @@ class DomainManager:
         values = {"domain": name, "tenant_id": tenant.id, "token": secrets.token_urlsafe(24)}
         verified = domains.c.verified_at.is_not(None)
         owner = select(domains.c.tenant_id).where(domains.c.domain == name, verified)
-        statement = insert(domains).values(values).on_conflict_do_nothing().returning(domains)
+        statement = insert(domains).values(values)
+        if self._claim_seconds:
+            again = {"token": statement.excluded.token, "created_at": func.now(), "lapsed_at": None}
+            claim = statement.on_conflict_do_update(
+                index_elements=["domain", "tenant_id"], set_=again, where=has_expired(self._claim_seconds)
+            )
+        else:
+            claim = statement.on_conflict_do_nothing()
         async with self._control.transaction() as connection:
             await _lock_undeleted(connection, tenant)
             if await connection.scalar(owner) not in (None, tenant.id):
                 raise _taken(name)
-            row = (await connection.execute(statement)).one_or_none()
+            row = (await connection.execute(claim.returning(domains))).one_or_none()
             if row is not None:
                 await self._audit.append(
                     connection,
@@ -153,23 +199,22 @@ class DomainManager:
                     actor=actor,
                     after={"domain": name},
                 )
-        return await self._claimed(tenant, name) if row is None else _domain_from_row(row)
+        return await self._claimed(tenant, name) if row is None else self._domain_from_row(row)
 
     async def verify(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> Domain:
         """Look up the token that the owner of ``domain`` published, and make the domain the tenant's.
 
         Raises:
-            DomainError: the domain is not claimed by this tenant, the token is not published, or another tenant
-                verified the domain first.
+            DomainError: the domain is not claimed by this tenant, its claim has expired, the token is not published,
+                no name server answers, or another tenant verified the domain first.
         """
         tenant = await self._registry.find(tenant)
         found = await self._claimed(tenant, domain)
-        if found.verified_at is not None:
+        if found.verified_at is not None and found.failing_since is None:
             return found
-        if self._records is None:
-            self._records = DnsTextRecords()
-        published = await self._records.lookup(found.challenge)
-        if not any(secrets.compare_digest(text.strip().encode(), found.token.encode()) for text in published):
+        if found.expires_at is not None and found.expires_at <= datetime.now(UTC):
+            raise DomainError(f"the claim of domain {found.domain!r} has expired: claim it again")
+        if not is_published(found.token, await self._records.lookup(found.challenge)):
             raise DomainError(
                 f"no TXT record of {found.challenge!r} has the token of tenant {tenant.slug!r}: publish it, and verify "
                 "again"
@@ -177,7 +222,8 @@ class DomainManager:
         condition = (
             (domains.c.domain == found.domain) & (domains.c.tenant_id == tenant.id) & (domains.c.token == found.token)
         )
-        statement = update(domains).where(condition).values(verified_at=func.now()).returning(domains)
+        values = {"verified_at": func.now(), "checked_at": func.now(), "failing_since": None, "failures": 0}
+        statement = update(domains).where(condition).values(**values, lapsed_at=None).returning(domains)
         try:
             async with self._control.transaction() as connection:
                 await _lock_undeleted(connection, tenant)
@@ -194,7 +240,7 @@ class DomainManager:
                 )
         except IntegrityError as exc:
             raise _taken(found.domain) from exc
-        return _domain_from_row(row)
+        return self._domain_from_row(row)
 
     async def release(self, tenant: str | UUID | Tenant, domain: str, *, actor: Actor = SYSTEM) -> None:
         """Release ``domain``: it no longer names the tenant.
@@ -222,7 +268,7 @@ class DomainManager:
         tenant_id = await resolve_tenant_id(self._control, tenant)
         query = select(domains).where(domains.c.tenant_id == tenant_id).order_by(domains.c.domain)
         async with self._control.viewing(tenant_id) as connection:
-            return [_domain_from_row(row) for row in await connection.execute(query)]
+            return [self._domain_from_row(row) for row in await connection.execute(query)]
 
     async def _claimed(self, tenant: Tenant, domain: str) -> Domain:
         name = check_domain(domain)
@@ -231,7 +277,21 @@ class DomainManager:
             row = (await connection.execute(query)).one_or_none()
         if row is None:
             raise DomainError(f"domain {name!r} is not claimed by tenant {tenant.slug!r}")
-        return _domain_from_row(row)
+        return self._domain_from_row(row)
+
+    def _domain_from_row(self, row: Row[*tuple[Any, ...]]) -> Domain:
+        expires_at = None
+        if self._claim_seconds and row.verified_at is None:
+            expires_at = max(row.created_at, row.lapsed_at or row.created_at) + timedelta(seconds=self._claim_seconds)
+        return Domain(
+            row.domain, row.tenant_id, row.token, row.created_at, row.verified_at, expires_at, row.failing_since
+        )
+
+
+def has_expired(claim_seconds: float) -> ColumnElement[bool]:
+    """Return the condition of claims that can no longer be verified."""
+    claimed_at = func.greatest(domains.c.created_at, domains.c.lapsed_at)
+    return domains.c.verified_at.is_(None) & (claimed_at <= func.now() - timedelta(seconds=claim_seconds))
 
 
 async def _lock_undeleted(connection: AsyncConnection, tenant: Tenant) -> None:
@@ -243,7 +303,3 @@ async def _lock_undeleted(connection: AsyncConnection, tenant: Tenant) -> None:
 
 def _taken(domain: str) -> DomainError:
     return DomainError(f"domain {domain!r} belongs to another tenant")
-
-
-def _domain_from_row(row: Row[*tuple[Any, ...]]) -> Domain:
-    return Domain(row.domain, row.tenant_id, row.token, row.created_at, row.verified_at)

@@ -12,7 +12,7 @@ from ..authentication.directory import Directory
 from ..cancellation import run_to_completion
 from ..context import refuse_other_tenant
 from ..errors import LoginNotBlockedError, ProvisioningError, RoutingError, TenantNotFoundError
-from ..events import EventBus, TenantPurged, TenantStatusChanged
+from ..events import EventBus, TenantPurged, TenantStatusChanged, TenantUpdated
 from ..provisioning import Provisioner
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
@@ -25,7 +25,9 @@ logger = logging.getLogger("tenancy_orm.tenants")
 class TenantLifecycle:
     """Changes tenants' statuses, at once or at a set time, and purges; a part of ``TenantManager``.
 
-    Every change is audited in the same transaction, under ``actor``.
+    Every change is audited in the same transaction, under ``actor``. What is so already is no error, and no change:
+    suspending a suspended tenant returns it, writes no audit entry and emits no event, so that scripts and webhooks can
+    be repeated. Another reason is recorded. A login that could not be blocked the first time is blocked then.
     """
 
     def __init__(self, *, registry: Registry, directory: Directory, provisioner: Provisioner, events: EventBus) -> None:
@@ -42,7 +44,7 @@ class TenantLifecycle:
         After maintenance, ``end_maintenance`` restores the status that the tenant had before.
 
         Raises:
-            InvalidTransitionError: it is none of these.
+            InvalidTransitionError: it is being created, or is deleted: restore it first.
             TenantNotFoundError: no such tenant.
         """
         return await self._transition(tenant, Status.ACTIVE, action="tenant.activate", actor=actor)
@@ -51,7 +53,7 @@ class TenantLifecycle:
         """Refuse the tenant's requests and end its connections, in every process; its data stays.
 
         Raises:
-            InvalidTransitionError: it is not running.
+            InvalidTransitionError: it is being created, or is deleted.
             TenantNotFoundError: no such tenant.
             LoginNotBlockedError: it is suspended, but its login could not be blocked on its server.
         """
@@ -63,7 +65,7 @@ class TenantLifecycle:
         ``end_maintenance`` ends it.
 
         Raises:
-            InvalidTransitionError: its status does not allow it.
+            InvalidTransitionError: it is being created, or is deleted.
             TenantNotFoundError: no such tenant.
         """
         return await self._transition(tenant, Status.MAINTENANCE, action="tenant.maintain", reason=reason, actor=actor)
@@ -72,7 +74,7 @@ class TenantLifecycle:
         """End the maintenance of a tenant: its status is again active, trial or suspended, as before.
 
         Raises:
-            InvalidTransitionError: it is not in maintenance.
+            InvalidTransitionError: it is being created, or is deleted.
             TenantNotFoundError: no such tenant.
         """
         return await self._transition(
@@ -82,10 +84,11 @@ class TenantLifecycle:
     async def start_trial(self, tenant: TenantRef, *, ends_at: datetime, actor: Actor = SYSTEM) -> Tenant:
         """Start another trial of a suspended tenant, until ``ends_at``.
 
-        ``update(trial_ends_at=...)`` extends a trial that is running.
+        ``update(trial_ends_at=...)`` extends a trial that is running. Where ``ends_at`` has passed, the next
+        housekeeping suspends the tenant again.
 
         Raises:
-            InvalidTransitionError: it is neither suspended nor in maintenance.
+            InvalidTransitionError: it is neither suspended nor in maintenance, nor in a trial until ``ends_at``.
             ConfigurationError: the time is naive.
             TenantNotFoundError: no such tenant.
         """
@@ -96,7 +99,7 @@ class TenantLifecycle:
         """Delete a tenant softly: its keys are refused and its connections ended; its data is kept until ``purge``.
 
         Raises:
-            InvalidTransitionError: it is being provisioned, or is deleted already.
+            InvalidTransitionError: it is being created.
             TenantNotFoundError: no such tenant.
             LoginNotBlockedError: it is deleted, but its login could not be blocked on its server.
         """
@@ -106,7 +109,7 @@ class TenantLifecycle:
         """Undo ``delete``: the tenant has its previous status again.
 
         Raises:
-            InvalidTransitionError: it is not deleted, or its purge has begun.
+            InvalidTransitionError: its purge has begun, or it is being created.
             TenantNotFoundError: no such tenant.
         """
         return await self._transition(tenant, None, action="tenant.restore", actor=actor)
@@ -165,15 +168,17 @@ class TenantLifecycle:
     async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
         """Remove a deleted tenant permanently: database, role, keys and secrets. A tombstone stays in the registry.
 
-        To finish a purge that was interrupted, call this again or ``reconcile``.
+        To finish a purge that was interrupted, call this again or ``reconcile``. By its id, a purged tenant can be
+        purged again, which does nothing; by its slug it is not found, since the slug may be another tenant's by now.
 
         Raises:
-            InvalidTransitionError: it is not deleted.
+            InvalidTransitionError: it is not deleted: delete it first.
             TenantNotFoundError: no such tenant.
             ProvisioningError, ServerUnavailableError: its server refused, or does not answer; try again.
         """
         found = await self._registry.find(tenant)
-        await run_to_completion(self._purge(found, None, actor))
+        if found.status is not Status.PURGED:
+            await run_to_completion(self._purge(found, None, actor))
 
     async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
         await self._provisioner.purge(found, listed=listed, actor=actor)
@@ -211,6 +216,11 @@ class TenantLifecycle:
     async def _change_status(self, change: Coroutine[Any, Any, tuple[Tenant, Tenant]]) -> Tenant:
         before, after = await change
         self._directory.invalidate(tenant_id=after.id)
+        if before.status is after.status:
+            if before.reason != after.reason:
+                self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=("reason",)))
+            await self._align(after)
+            return after
         # before the server is changed, which takes a while: events come in the order of the changes
         self._events.emit(
             TenantStatusChanged(

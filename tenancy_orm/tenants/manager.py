@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -13,20 +14,38 @@ from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
+from ..config.addresses import choose_server
 from ..context import refuse_while_bound
 from ..control.names import Names
-from ..errors import ConfigurationError, InvalidApiKeyError, TenantNotFoundError, UnknownTierError
+from ..errors import (
+    ConfigurationError,
+    InvalidApiKeyError,
+    SeveralTenantsError,
+    TenantNotFoundError,
+    UnknownTierError,
+)
 from ..events import EventBus, TenantCreated, TenantUpdated
 from ..keys.format import KeyDigester, generate_key
 from ..provisioning import Provisioner
 from ..quotas.overrides import check_overrides
+from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft, TenantPage, uuid7
 from ..secrets.keyring import Keyring, new_password
 from ..tenant import Status, Tenant, TenantRef
-from .fields import SLUG, check_aware, check_metadata, check_slug, check_timezone
+from .fields import (
+    SLUG,
+    check_aware,
+    check_lookup,
+    check_metadata,
+    check_pattern,
+    check_slug,
+    check_timezone,
+    merged,
+)
 from .lifecycle import TenantLifecycle
 
+_NAMED = 3  # how many of the tenants that match a look-up an error names
 _LONGEST_REDIRECT = 100 * 366 * 86_400.0
 
 
@@ -58,6 +77,22 @@ def _statuses(given: Status | str | Iterable[Status | str]) -> list[Status]:
         return [Status(name) for name in _names(given)]
     except ValueError as exc:
         raise ConfigurationError(f"{exc}; statuses: {', '.join(Status)}") from None
+
+
+def _filter(
+    status: Status | str | Iterable[Status | str],
+    tier: str | Iterable[str],
+    server: str | None,
+    slug: str | None,
+    metadata: Mapping[str, Any] | None,
+) -> TenantFilter:
+    return TenantFilter(
+        status=_statuses(status),
+        tier=_names(tier),
+        server=server,
+        slug=check_pattern(slug),
+        metadata=None if metadata is None else check_metadata(metadata),
+    )
 
 
 class TenantManager(TenantLifecycle):
@@ -108,16 +143,18 @@ class TenantManager(TenantLifecycle):
             metadata: A JSON object of at most 64 KiB, kept with the tenant.
             quotas: Overrides of the tier's limits, as ``tenancy.quotas.set`` takes them.
             status: ``active`` or ``trial``.
-            trial_ends_at: When a trial ends, an aware datetime.
+            trial_ends_at: When a trial ends, an aware datetime; if it has passed, as in a webhook that comes late, the
+                next housekeeping suspends the tenant.
             timezone: IANA name of the time zone of its daily and monthly quotas.
-            server: Name of the server to place it on; the one with the fewest tenants where None.
+            server: Name of the server to place it on; the one that ``TenancyConfig.default_server`` says where None.
             key_name: Name of the first API key.
             scopes: Its scopes.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantExistsError: the slug is taken.
-            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed.
+            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed, or
+                it has no ``server`` and ``default_server`` does not say which of several.
             ProvisioningError: a step failed; the steps before it have been undone.
             ControlUnavailableError, ServerUnavailableError: a server does not answer.
         """
@@ -147,20 +184,17 @@ class TenantManager(TenantLifecycle):
         name = self._names.tenant(tenant_id)
         return {
             "id": tenant_id,
-            "server": server or await self._least_filled(),
+            "server": await self._place(server),
             "database": name,
             "role": name,
             "sealed_password": self._keyring.seal_password(tenant_id, new_password()),
         }
 
-    async def _least_filled(self) -> str:
-        configured = self._config.server_dsns
-        if len(configured) == 1:
-            return next(iter(configured))
-        counts = {k: v for k, v in (await self._registry.count_by_server()).items() if k in configured}
-        if not counts:
-            raise ConfigurationError("no configured server accepts new tenants")
-        return min(counts, key=lambda name: counts[name])
+    async def _place(self, server: str | None) -> str:
+        chosen = choose_server(self._config.server_names, self._config.default_server, server)
+        if server is None and len(self._config.server_names) > 1 and not await self._registry.accepts_tenants(chosen):
+            raise ConfigurationError(f"server {chosen!r} accepts no new tenants; set default_server to another one")
+        return chosen
 
     def _check_tier(self, tier: str) -> str:
         if tier not in self._config.tiers:
@@ -207,12 +241,42 @@ class TenantManager(TenantLifecycle):
             raise InvalidApiKeyError("tenant deleted", key_id=credential.key_id)
         return credential.tenant
 
+    async def get_by_metadata(
+        self, metadata: Mapping[str, Any], *, status: Status | str | Iterable[Status | str] = ()
+    ) -> Tenant:
+        """Return the one tenant with metadata that contains ``metadata``; for webhooks, for example.
+
+        ``get_by_metadata({"stripe_customer": "cus_1"})`` finds the tenant of a payment; the look-up is indexed.
+
+        Args:
+            metadata: Names and values, nested ones too. Lists match where each element is among the tenant's.
+            status: Only these; every tenant that is not purged where none is given, deleted ones too.
+
+        Raises:
+            TenantNotFoundError: there is none.
+            SeveralTenantsError: there are several.
+            InvalidMetadataError: ``metadata`` is malformed, or something in it is empty or null, which would match
+                tenants that it does not name.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("finding a tenant by its metadata")
+        looked_for = check_lookup(metadata)
+        which = TenantFilter(status=_statuses(status), metadata=looked_for)
+        found = (await self._registry.page(which, limit=_NAMED)).items
+        if not found:
+            raise TenantNotFoundError(metadata=looked_for)
+        if len(found) > 1:
+            raise SeveralTenantsError(looked_for, tuple(tenant.slug for tenant in found))
+        return found[0]
+
     async def list(
         self,
         *,
         status: Status | str | Iterable[Status | str] = (),
         tier: str | Iterable[str] = (),
         server: str | None = None,
+        slug: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
         limit: int = 100,
         after: UUID | None = None,
     ) -> TenantPage:
@@ -222,24 +286,52 @@ class TenantManager(TenantLifecycle):
             status: Only these; purged tenants are listed only where named here.
             tier: Only these.
             server: Only tenants on this server.
+            slug: Only slugs that match this pattern: ``*`` is any text, ``?`` one character (``"ac*"``).
+            metadata: Only tenants with metadata that contains this (``{"plan": "annual"}``); indexed.
             limit: How many at most, 1 to 1,000.
             after: The ``next`` of the previous page.
 
         Raises:
-            ConfigurationError: ``limit`` or a status is out of range.
+            ConfigurationError: ``limit``, a status or the pattern is malformed.
+            InvalidMetadataError: ``metadata`` is malformed.
+            CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("listing tenants")
         if not 1 <= limit <= 1_000:
             raise ConfigurationError(f"limit must be 1 to 1,000, not {limit}")
-        return await self._registry.page(
-            status=_statuses(status), tier=_names(tier), server=server, limit=limit, after=after
-        )
+        which = _filter(status, tier, server, slug, metadata)
+        return await self._registry.page(which, limit=limit, after=after)
+
+    async def count(
+        self,
+        *,
+        status: Status | str | Iterable[Status | str] = (),
+        tier: str | Iterable[str] = (),
+        server: str | None = None,
+        slug: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Return the number of tenants that ``list`` with these arguments would list, on all pages.
+
+        Raises:
+            ConfigurationError: a status or the pattern is malformed.
+            InvalidMetadataError: ``metadata`` is malformed.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("counting tenants")
+        return await self._registry.count(_filter(status, tier, server, slug, metadata))
 
     async def iterate(
-        self, *, status: Status | str | Iterable[Status | str] = (), tier: str | Iterable[str] = ()
+        self,
+        *,
+        status: Status | str | Iterable[Status | str] = (),
+        tier: str | Iterable[str] = (),
+        server: str | None = None,
+        slug: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Tenant]:
-        """Yield every tenant in order of creation, page by page."""
-        async for tenant in self._registry.iterate(status=_statuses(status), tier=_names(tier)):
+        """Yield every tenant in order of creation, page by page; the arguments are those of ``list``."""
+        async for tenant in self._registry.iterate(_filter(status, tier, server, slug, metadata)):
             yield tenant
             # the caller must have left this tenant's scope before it gets the next one
             refuse_while_bound("listing tenants")
@@ -252,27 +344,35 @@ class TenantManager(TenantLifecycle):
         *,
         tier: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        merge_metadata: Mapping[str, Any] | None = None,
         timezone: str | None = None,
         trial_ends_at: datetime | None = None,
         expected_tier: str | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
-        """Change fields of a tenant; a field that is None stays. ``metadata`` replaces the previous metadata.
+        """Change fields of a tenant; a field that is None stays.
 
         Args:
             tenant: Which one.
             tier: Name of a configured tier.
-            metadata: A JSON object of at most 64 KiB.
+            metadata: A JSON object of at most 64 KiB, which replaces all of the metadata.
+            merge_metadata: What changes in its metadata, as a JSON merge patch (RFC 7396): names that are not given
+                stay, null removes one, an object is merged into an object. Merges at once lose nothing.
             timezone: IANA name of a time zone.
-            trial_ends_at: When its trial ends, an aware datetime.
+            trial_ends_at: When its trial ends, an aware datetime; if it has passed, the next housekeeping suspends the
+                tenant, where it is in trial.
             expected_tier: Change nothing unless the tenant is still in this tier.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantNotFoundError: no such tenant.
             TierChangedError: it is not in ``expected_tier``.
-            UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is malformed; nothing changed.
+            UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is malformed, or metadata is given
+                in both ways; nothing changed.
         """
+        if metadata is not None and merge_metadata is not None:
+            raise ConfigurationError("give metadata, which replaces it, or merge_metadata, which changes it; not both")
+        patch = None if merge_metadata is None else check_metadata(merge_metadata)
         values: dict[str, Any] = {}
         if tier is not None:
             values["tier"] = self._check_tier(tier)
@@ -283,18 +383,27 @@ class TenantManager(TenantLifecycle):
         if trial_ends_at is not None:
             values["trial_ends_at"] = check_aware("trial_ends_at", trial_ends_at)
         found = await self._get_unpurged(tenant)
-        if not values:
+        if not values and not patch:
             return found
-        return await run_to_completion(self._update(found, values, expected_tier, actor))
+        return await run_to_completion(self._update(found, values, patch, expected_tier, actor))
 
-    async def _update(self, found: Tenant, values: dict[str, Any], expected_tier: str | None, actor: Actor) -> Tenant:
+    async def _update(
+        self,
+        found: Tenant,
+        values: dict[str, Any],
+        patch: Mapping[str, Any] | None,
+        expected_tier: str | None,
+        actor: Actor,
+    ) -> Tenant:
+        merge = partial(merged, patch=patch) if patch else None
         before, after = await self._registry.change(
-            found.id, action="tenant.update", actor=actor, expected_tier=expected_tier, **values
+            found.id, action="tenant.update", actor=actor, expected_tier=expected_tier, merge=merge, **values
         )
         self._directory.invalidate(tenant_id=found.id)
         if before.tier != after.tier:
             await self._align(after)
-        self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=tuple(sorted(values))))
+        fields = sorted({*values, *(("metadata",) if patch else ())})
+        self._events.emit(TenantUpdated(tenant_id=after.id, slug=after.slug, fields=tuple(fields)))
         return after
 
     async def rename(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -20,6 +20,7 @@ from tenancy_orm.errors import (
     InvalidMetadataError,
     InvalidSlugError,
     InvalidTransitionError,
+    LoginNotBlockedError,
     ProvisioningError,
     QuotaExceededError,
     TenantDeletedError,
@@ -29,6 +30,7 @@ from tenancy_orm.errors import (
     TenantSuspendedError,
     UnknownTierError,
 )
+from tenancy_orm.events import TenantEvent, TenantPurged, TenantUpdated
 from tenancy_orm.registry.lifecycle import TRANSITIONS
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tests.support.models import Note
@@ -329,29 +331,109 @@ async def test_purge_needs_a_deleted_tenant(tenancy: Tenancy) -> None:
     assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
 
 
-ILLEGAL: list[tuple[Callable[[Tenancy], Awaitable[object]], Callable[[Tenancy], Awaitable[object]]]] = [
-    (lambda t: t.tenants.get("acme"), lambda t: t.tenants.activate("acme")),
-    (lambda t: t.tenants.suspend("acme"), lambda t: t.tenants.suspend("acme")),
-    (lambda t: t.tenants.delete("acme"), lambda t: t.tenants.delete("acme")),
-    (lambda t: t.tenants.delete("acme"), lambda t: t.tenants.suspend("acme", reason="late")),
-    (lambda t: t.tenants.get("acme"), lambda t: t.tenants.restore("acme")),
+LATER = datetime.now(UTC) + timedelta(days=14)
+
+
+async def start_trial(tenancy: Tenancy) -> None:
+    """Suspend acme, and start a trial of it."""
+    await tenancy.tenants.suspend("acme")
+    await tenancy.tenants.start_trial("acme", ends_at=LATER)
+
+
+ILLEGAL: list[tuple[Callable[[Tenancy], Awaitable[object]], Callable[[Tenancy], Awaitable[object]], str]] = [
+    (lambda t: t.tenants.delete("acme"), lambda t: t.tenants.activate("acme"), "restore it first"),
+    (lambda t: t.tenants.delete("acme"), lambda t: t.tenants.suspend("acme", reason="late"), "restore it first"),
+    (lambda t: t.tenants.delete("acme"), lambda t: t.tenants.start_maintenance("acme"), "restore it first"),
+    (lambda t: t.tenants.delete("acme"), lambda t: t.tenants.end_maintenance("acme"), "restore it first"),
+    (lambda t: t.tenants.get("acme"), lambda t: t.tenants.start_trial("acme", ends_at=LATER), "suspend it first"),
+    (lambda t: t.tenants.suspend("acme"), lambda t: t.tenants.purge("acme"), "delete it first"),
+    (start_trial, lambda t: t.tenants.start_trial("acme", ends_at=LATER + timedelta(days=1)), "update"),
 ]
 
 
-@pytest.mark.parametrize(("prepare", "illegal"), ILLEGAL)
+@pytest.mark.parametrize(("prepare", "illegal", "remedy"), ILLEGAL)
 async def test_an_illegal_transition_is_refused_by_the_code(
     tenancy: Tenancy,
     prepare: Callable[[Tenancy], Awaitable[object]],
     illegal: Callable[[Tenancy], Awaitable[object]],
+    remedy: str,
 ) -> None:
-    """The lifecycle has no such change; the tenant stays what it was."""
+    """The lifecycle has no such change; the tenant stays what it was, and the message says what to do first."""
     await tenancy.tenants.create("acme")
     await prepare(tenancy)
     before = await tenancy.tenants.get("acme")
-    with pytest.raises(InvalidTransitionError):
+    with pytest.raises(InvalidTransitionError, match=remedy):
         await illegal(tenancy)
     after = await tenancy.tenants.get("acme")
     assert (after.status, after.updated_at) == (before.status, before.updated_at)
+
+
+async def test_what_is_so_already_can_be_repeated(tenancy: Tenancy) -> None:
+    """Scripts and webhooks come twice: no error, no change, no audit entry, no event; another reason is recorded."""
+    await tenancy.tenants.create("acme")
+    seen: list[TenantEvent] = []
+    tenancy.events.subscribe(TenantEvent, seen.append)
+    t = tenancy.tenants
+    steps: list[Callable[[], Awaitable[Tenant]]] = [
+        lambda: t.suspend("acme", reason="unpaid"),
+        lambda: t.start_trial("acme", ends_at=LATER),
+        lambda: t.activate("acme"),
+        lambda: t.start_maintenance("acme", reason="moving"),
+        lambda: t.end_maintenance("acme"),
+        lambda: t.delete("acme"),
+        lambda: t.restore("acme"),
+        lambda: t.restore("acme"),
+    ]
+    for step in steps:
+        changed = await step()
+        entries, events = await tenancy.audit.events(limit=1), len(seen)
+        assert await step() == changed
+        assert (await tenancy.audit.events(limit=1), len(seen)) == (entries, events)
+    await t.suspend("acme", reason="unpaid")
+    assert (await t.suspend("acme")).reason == "unpaid"
+    assert (await t.suspend("acme", reason="fraud")).reason == "fraud"
+    assert isinstance(seen[-1], TenantUpdated)
+    [entry] = await tenancy.audit.events(limit=1)
+    assert (entry.action, entry.before, entry.after) == ("tenant.suspend", {"reason": "unpaid"}, {"reason": "fraud"})
+    deleted = await t.delete("acme")
+    for _ in range(2):
+        await t.purge(deleted.id)
+    assert isinstance(seen[-1], TenantPurged) and not isinstance(seen[-2], TenantPurged)
+
+
+async def test_a_repeat_blocks_a_login_that_was_not_blocked(tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tenant is suspended, but its server did not answer: the same call again finishes it."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    assert acme.placement is not None
+
+    async def fails(tenant: Tenant) -> None:
+        raise ProvisioningError("the server does not answer", tenant=tenant.slug, step="align")
+
+    async def can_login() -> object:
+        server = await tenancy.internals.servers["default"].connect_admin()
+        try:
+            query = "SELECT rolcanlogin AND rolconnlimit <> 0 FROM pg_roles WHERE rolname = $1"
+            return await server.fetchval(query, acme.placement.role if acme.placement else "")
+        finally:
+            await server.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tenancy.internals.provisioner, "align", fails)
+        with pytest.raises(LoginNotBlockedError):
+            await tenancy.tenants.suspend("acme")
+    assert await can_login() is True
+    assert (await tenancy.tenants.suspend("acme")).status is Status.SUSPENDED
+    assert await can_login() is False
+
+
+async def test_a_trial_that_has_ended_is_taken_from_a_late_webhook(tenancy: Tenancy) -> None:
+    """A time in the past is no error, and ends the trial with the next housekeeping."""
+    await tenancy.tenants.create("acme", status="trial", trial_ends_at=LATER)
+    assert (await tenancy.run_housekeeping()).suspended == ()
+    await tenancy.tenants.update("acme", trial_ends_at=datetime(2020, 1, 1, tzinfo=UTC))
+    assert (await tenancy.run_housekeeping()).suspended == ("acme",)
+    with pytest.raises(ConfigurationError, match="aware datetime"):
+        await tenancy.tenants.update("acme", trial_ends_at="2030-01-01")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("before", [s for s in Status if s is not Status.PURGED])
@@ -526,7 +608,7 @@ async def test_a_refused_change_is_not_audited(tenancy: Tenancy) -> None:
     created = await tenancy.tenants.create("acme")
     before = len(await tenancy.audit.events(tenant=created.id, limit=100))
     with pytest.raises(InvalidTransitionError):
-        await tenancy.tenants.restore("acme")
+        await tenancy.tenants.start_trial("acme", ends_at=LATER)
     assert len(await tenancy.audit.events(tenant=created.id, limit=100)) == before
 
 

@@ -28,6 +28,8 @@ from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyErr
 from tenancy_orm.events import EventBus
 from tenancy_orm.internals import Internals
 from tenancy_orm.protocols import UsageRecord
+from tenancy_orm.provisioning import TemplateManager
+from tenancy_orm.provisioning.extensions import Extensions
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
 from tenancy_orm.quotas.holds import HoldManager
@@ -136,7 +138,9 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
 def parts() -> dict[str, type]:
     """The classes of everything that an open ``Tenancy`` hands out, by dotted name."""
     below = {f"internals.{name}": kind for name, kind in handed_out(Internals).items()}
-    return {"events": EventBus, "internals.provisioner.watchdog": Watchdog, **handed_out(Tenancy), **below}
+    held: dict[str, type] = {"extensions": Extensions, "templates": TemplateManager, "watchdog": Watchdog}
+    held = {f"internals.provisioner.{name}": kind for name, kind in held.items()}
+    return {"events": EventBus, **held, **handed_out(Tenancy), **below}
 
 
 def handed_out(holder: type) -> dict[str, type]:
@@ -223,8 +227,10 @@ def others(plane: Plane) -> dict[str, Any]:
         "target": None,
         "role": "x",
         "detail": {},
+        "metadata": {"customer": "cus_1"},
         "every": 60.0,
         "addresses": {},
+        "names": ("vector",),
     }
 
 

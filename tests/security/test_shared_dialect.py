@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError
 from tenancy_orm.postgres.dsn import Dsn
 from tenancy_orm.postgres.quoting import quote_identifier
@@ -86,6 +87,11 @@ class Neighbours:
     def url(self, tenant: Tenant, *, driver: str | None = None) -> str:
         role = placement(tenant).role
         return self.server.url(placement(tenant).database, user=role, password=self.passwords[role], driver=driver)
+
+    async def administered_in(self, url: str) -> None:
+        """Let the administrator's URL name another database; no ``Tenancy`` is open."""
+        async with self.server.connect(make_url(self.config.control_url).database or "") as connection:
+            await connection.execute("UPDATE tenancy.servers SET maintenance_database = $1", make_url(url).database)
 
     async def set(self, **settings: str) -> None:
         """What the hostile role runs, by its own right."""
@@ -282,6 +288,7 @@ async def test_the_proof_at_creation_starts_from_the_server_s_settings(two: Neig
 async def test_the_administrator_s_own_settings_do_not_matter_either(two: Neighbours, superuser: bool) -> None:
     """Nor those of the database that it logs in to; a superuser reads in the files what they hide."""
     async with plain_administrator(two.server) as url:
+        await two.administered_in(url)
         administrator, database = make_url(url).username or "", make_url(url).database or ""
         async with two.server.connect() as admin:
             if superuser:
@@ -306,6 +313,7 @@ async def test_the_administrator_s_own_settings_do_not_matter_either(two: Neighb
 async def test_an_administrator_that_cannot_log_in_is_an_error_of_the_server_until_it_can(two: Neighbours) -> None:
     """It is no refusal of the tenant, and the next connection asks again."""
     async with plain_administrator(two.server) as url:
+        await two.administered_in(url)
         name = quote_identifier(make_url(url).username or "")
         async with Tenancy(two.config.replace(servers={"default": url})) as tenancy, two.server.connect() as admin:
             await admin.execute(f"ALTER ROLE {name} NOLOGIN")
@@ -467,7 +475,7 @@ async def refusing_settings(port: int) -> AsyncIterator[int]:
 async def test_a_pooler_that_refuses_the_settings_is_served_without(
     two: Neighbours, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its URL does not say so: tenants are served, and the log names what that costs."""
+    """Its address does not say so: tenants are served, and the log names what that costs."""
     direct = make_url(two.server.admin_url)
     assert direct.port is not None
     async with refusing_settings(direct.port) as port:
@@ -475,8 +483,8 @@ async def test_a_pooler_that_refuses_the_settings_is_served_without(
             await asyncpg.connect(
                 direct.set(port=port).render_as_string(hide_password=False), server_settings={"search_path": "x"}
             )
-        url = direct.set(port=port).render_as_string(hide_password=False)
-        async with fresh(two, servers={"default": url}) as tenancy:
+        addresses = ServerAddresses(admin=two.server.admin_url, tenants=f"postgresql://127.0.0.1:{port}")
+        async with fresh(two, servers={"default": addresses}) as tenancy:
             assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
     assert sum("refuses startup parameters" in record.message for record in caplog.records) == 1
 

@@ -19,6 +19,7 @@ from tenancy_orm.config import TenancyConfig, WatchdogConfig
 from tenancy_orm.errors import TenancyError
 from tenancy_orm.events import SessionTerminated
 from tenancy_orm.provisioning import WatchReport, advisory_locks, databases
+from tenancy_orm.provisioning.template_records import TemplateRecords
 from tenancy_orm.provisioning.watchdog import Session, excessive
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
@@ -188,11 +189,13 @@ async def test_migrations_take_advisory_locks(versioned: Postgres) -> None:
 
 
 async def test_a_template_of_other_rights_is_not_used(versioned: Postgres) -> None:
-    """One that an administrator of fewer rights has built has another name."""
+    """One that an administrator of fewer rights has built has another base."""
     async with superuser_workshop(versioned) as workshop:
         templates = workshop.provisioner._templates
-        assert templates.name(restricted=True) != templates.name(restricted=False)
-        assert (await workshop.provisioner.template("default")).name == templates.name(restricted=True)
+        assert templates.base(restricted=True) != templates.base(restricted=False)
+        template = await workshop.provisioner.template("default")
+        (record,) = await TemplateRecords(workshop.control).of_server("default")
+        assert (record.name, record.base) == (template.name, templates.base(restricted=True))
 
 
 async def test_a_plain_administrator_names_what_a_superuser_can_do(

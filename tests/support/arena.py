@@ -16,7 +16,13 @@ from tenancy_orm.provisioning import roles
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.control_databases import create_control_database
 from tests.support.postgres import Postgres
-from tests.support.provisioning import Workshop, open_workshop, placement, plain_administrator
+from tests.support.provisioning import (
+    Workshop,
+    lasting_control_database,
+    open_workshop,
+    placement,
+    plain_administrator,
+)
 
 PURGE_SECONDS = 30.0
 
@@ -104,8 +110,9 @@ async def open_arena(server: Postgres, administrator: str) -> AsyncIterator[Aren
         admin_url = server.admin_url
         if administrator == "plain":
             admin_url = await stack.enter_async_context(plain_administrator(server))
-        name = server.new_name("hostile")
-        control_url = await create_control_database(server, name)
+            control_url = await create_control_database(server, server.new_name("hostile"))
+        else:
+            control_url = await stack.enter_async_context(lasting_control_database(server, "h"))
         workshop = await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix="h")
         stack.push_async_callback(workshop.close)
         yield Arena(server, workshop, await workshop.create("mallory"), await workshop.create("acme"), stack)

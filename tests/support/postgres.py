@@ -7,9 +7,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import asyncpg
 from sqlalchemy.engine import make_url
+
+if TYPE_CHECKING:
+    from tenancy_orm.control.names import Names
+
+# How many templates of past tests a worker keeps; they take memory, 8 MB each.
+KEPT_TEMPLATES = 12
 
 _numbers = itertools.count(1)
 _DEPENDENT_DATABASES = (
@@ -68,16 +75,22 @@ class Postgres:
         finally:
             await connection.close()
 
-    async def create_database(self, name: str, *, template: str = "template1") -> str:
-        """Create a database and return its URL."""
+    async def create_database(self, name: str, *, template: str = "template1", owner: str | None = None) -> str:
+        """Create a database and return its URL, the superuser's."""
         async with self.connect() as connection:
             # Copying the files is cheaper than copying through the write-ahead log, the default since PostgreSQL 15.
             strategy = "STRATEGY file_copy" if connection.get_server_version() >= (15,) else ""
-            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {strategy}')
+            owned = f'OWNER "{owner}"' if owner else ""
+            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {owned} {strategy}')
         return self.url(name)
 
-    async def drop_database(self, name: str) -> None:
-        """Drop a database, with its connections and a control database's viewer role, whether or not it exists."""
+    async def drop_database(self, name: str, *, but: str | None = None) -> None:
+        """Drop a database, with its connections and a control database's viewer role, whether or not it exists.
+
+        Args:
+            name: The database.
+            but: What the name of a role that stays begins with.
+        """
         async with self.connect() as connection:
             viewers = await connection.fetch(
                 "SELECT DISTINCT r.rolname FROM pg_shdepend s JOIN pg_database d ON d.oid = s.dbid "
@@ -86,21 +99,37 @@ class Postgres:
                 name,
             )
             await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-            for viewer in viewers:
-                await connection.execute(f'DROP ROLE IF EXISTS "{viewer["rolname"]}"')
+            for (viewer,) in viewers:
+                if but is None or not viewer.startswith(but):
+                    await connection.execute(f'DROP ROLE IF EXISTS "{viewer}"')
 
-    async def drop_all(self, prefix: str) -> None:
-        """Drop every database and role whose name begins with ``prefix`` and an underscore."""
+    async def drop_all(self, prefix: str, *, but: Names | None = None) -> None:
+        """Drop every database and role whose name begins with ``prefix`` and an underscore.
+
+        Args:
+            prefix: Of their names.
+            but: An installation that the next test goes on with: its owner, its viewer and its complete templates stay.
+        """
         async with self.connect() as connection:
             databases = await connection.fetch(
                 "SELECT datname, datistemplate FROM pg_database WHERE starts_with(datname, $1)", f"{prefix}_"
             )
+            if but is not None:
+                kept = [
+                    database
+                    for database in databases
+                    if database["datistemplate"] and database["datname"].startswith(but.template(""))
+                ]
+                if len(kept) <= KEPT_TEMPLATES:
+                    databases = [database for database in databases if database not in kept]
             for database in databases:
                 if database["datistemplate"]:
                     await connection.execute(f'ALTER DATABASE "{database["datname"]}" IS_TEMPLATE false')
                 await connection.execute(f'DROP DATABASE IF EXISTS "{database["datname"]}" WITH (FORCE)')
             roles = await connection.fetch("SELECT rolname FROM pg_roles WHERE starts_with(rolname, $1)", f"{prefix}_")
             for role in roles:
+                if but is not None and role["rolname"] in (but.owner, but.viewer):
+                    continue
                 # rights on shared objects, such as CONNECT on another database, keep a role from being dropped
                 await connection.execute(f'DROP OWNED BY "{role["rolname"]}"')
                 # and so do the viewer's in a control database that is dropped later

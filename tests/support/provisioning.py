@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,12 +56,19 @@ class ScriptSchema:
         self.script = script
         self._fingerprint = fingerprint
         self.applied = 0
+        self.files: dict[str, str] = {}
 
     def head(self) -> str | None:
         return "0001"
 
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return f"{self._fingerprint} {hashlib.sha256(self.script.encode()).hexdigest()}"
+
+    def inputs(self) -> Mapping[str, str]:
+        return self.files
+
+    def changed_input(self, inputs: Mapping[str, str]) -> str | None:
+        return next((name for name, digest in inputs.items() if self.files.get(name) != digest), None)
 
     async def apply(self, connect: Connect) -> str | None:
         self.applied += 1
@@ -306,31 +314,55 @@ async def plain_administrator(postgres: Postgres) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def superuser_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
-    """A provisioner whose administrator is a superuser."""
-    control_url = await create_control_database(versioned, versioned.new_name())
-    opened = await open_workshop(control_url=control_url, admin_url=versioned.admin_url, name_prefix="super", **config)
+async def lasting_control_database(versioned: Postgres, prefix: str) -> AsyncIterator[str]:
+    """The URL of a control database of an installation that a module's tests use in turn, one after the other.
+
+    Its owner role and its template are made by the first of them. The tenants' databases and roles are dropped.
+    """
+    names = _installations.setdefault((versioned.admin_url, prefix), Names(prefix, uuid7()))
+    name = versioned.new_name()
     try:
-        yield opened
+        yield await create_control_database(versioned, name, installation=names.installation)
     finally:
-        await opened.close()
+        await versioned.drop_database(name, but=names.stem)
+        await versioned.drop_all(prefix, but=names)
+
+
+# by server's URL and prefix
+_installations: dict[tuple[str, str], Names] = {}
 
 
 @asynccontextmanager
-async def plain_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
-    """A provisioner whose administrator has CREATEDB and CREATEROLE, and whose registry has a user of its own."""
-    user, password = versioned.new_name("registry"), new_password()
-    async with versioned.connect() as connection:
-        await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
-        await connection.execute(f'CREATE DATABASE "{user}" OWNER "{user}"')
-    async with plain_administrator(versioned) as admin_url:
+async def superuser_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
+    """A provisioner whose administrator is a superuser."""
+    async with lasting_control_database(versioned, "super") as control_url:
         opened = await open_workshop(
-            control_url=versioned.url(user, user=user, password=password),
-            admin_url=admin_url,
-            name_prefix="plain",
-            **config,
+            control_url=control_url, admin_url=versioned.admin_url, name_prefix="super", **config
         )
         try:
             yield opened
         finally:
             await opened.close()
+
+
+@asynccontextmanager
+async def plain_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
+    """A provisioner whose administrator has CREATEDB and CREATEROLE, and whose registry has a user of its own."""
+    if versioned.admin_url not in _registry_users:
+        user, password = versioned.new_name("registry"), new_password()
+        async with versioned.connect() as connection:
+            await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
+        _registry_users[versioned.admin_url] = user, password
+    control_url = await create_control_database(
+        versioned, versioned.new_name(), owner=_registry_users[versioned.admin_url]
+    )
+    async with plain_administrator(versioned) as admin_url:
+        opened = await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix="plain", **config)
+        try:
+            yield opened
+        finally:
+            await opened.close()
+
+
+# name and password, by the server's URL
+_registry_users: dict[str, tuple[str, str]] = {}

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 
 from sqlalchemy.engine import make_url
+
+# the message BackendKeyData up to the process id, between two of the login's others
+_BACKEND_KEY = re.compile(rb"(K\x00\x00\x00\x0c)....(?=....Z\x00\x00\x00\x05)", re.DOTALL)
 
 
 class Proxy:
     """Forwards connections to a server, until told otherwise.
 
-    ``connections`` counts those that were ever accepted.
+    ``connections`` counts those that were ever accepted. With ``own_process_ids`` it tells clients another process id
+    than their backend's, as the proxies of managed servers do.
     """
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, own_process_ids: bool = False) -> None:
+        self._own_process_ids = own_process_ids
         self._target = (host, port)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,16 +98,18 @@ class Proxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
             await self._open.wait()
+            if self._own_process_ids:
+                data = _BACKEND_KEY.sub(lambda found: found[1] + b"\x7f\x00\x00\x01", data)
             writer.write(data)
             await writer.drain()
         raise ConnectionResetError
 
 
 @contextlib.asynccontextmanager
-async def proxied(url: str) -> AsyncIterator[Proxy]:
+async def proxied(url: str, *, own_process_ids: bool = False) -> AsyncIterator[Proxy]:
     """A proxy in front of the server of ``url``."""
     target = make_url(url)
-    proxy = Proxy(target.host or "127.0.0.1", target.port or 5432)
+    proxy = Proxy(target.host or "127.0.0.1", target.port or 5432, own_process_ids=own_process_ids)
     await proxy.start()
     try:
         yield proxy

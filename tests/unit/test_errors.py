@@ -18,6 +18,8 @@ SAMPLES: list[TenancyError] = [
     errors.NoTenantError(),
     errors.CrossTenantError("adding a Note", bound="acme", requested="globex"),
     errors.TenantNotFoundError("acme"),
+    errors.TenantNotFoundError(metadata={"customer": "cus_1"}),
+    errors.SeveralTenantsError({"customer": "cus_1"}, ("acme", "globex")),
     errors.TenantExistsError("acme"),
     errors.UnknownTierError("gold", ("free", "pro")),
     errors.TierChangedError("acme", expected="free", found="pro"),

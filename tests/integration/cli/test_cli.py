@@ -111,16 +111,78 @@ async def test_a_tenants_life_by_command(cli: Cli, tmp_path: Path) -> None:
 
 
 async def test_people_get_tables(cli: Cli) -> None:
-    """Without --json the output is for reading; the key stands on a line of its own."""
+    """Without --json the output is for reading; the key is on a line of its own."""
     await cli("init")
     created = await cli("create", "acme")
     key = created.out.strip().splitlines()[-1]
     assert key.startswith("ten_live_")
     shown = await cli("list")
-    assert "acme" in shown.out and "active" in shown.out and "tenants" in shown.out
+    assert "acme" in shown.out and "active" in shown.out and shown.err == "1 tenant\n"
     status = await cli("migrate", "status")
     assert status.status == 0, status.out + status.err
     assert "acme" in status.out
+
+
+async def test_tenants_are_found_by_command(cli: Cli) -> None:
+    """By metadata and by a part of the slug, page by page, with how many there are; metadata is merged."""
+    await cli("init")
+    created = await cli("create", "acme", "--metadata", "customer=cus_1", "--metadata", "seats:=3", "--json")
+    assert created.json["metadata"] == {"customer": "cus_1", "seats": 3}
+    await cli("create", "globex", "--metadata", '{"customer": "cus_2"}', "--metadata", "seats:=3")
+
+    async def slugs(*filters: str) -> list[str]:
+        return [item["slug"] for item in (await cli("list", "--json", *filters)).json["items"]]
+
+    assert await slugs("--metadata", "customer=cus_1") == ["acme"]
+    assert await slugs("--metadata", "seats:=3", "--metadata", "customer=cus_2") == ["globex"]
+    assert await slugs("--metadata", "seats=3") == []
+    assert await slugs("--slug", "*me") == ["acme"]
+    assert (await cli("list", "--count", "--metadata", "seats:=3")).out == "2\n"
+    first = await cli("list", "--limit", "1", "--json")
+    assert (first.json["count"], first.json["next"]) == (2, created.json["id"])
+    assert (await cli("list", "--limit", "1")).err == f"1 of 2 tenants; next: --after {created.json['id']}\n"
+    merged = await cli("update", "acme", "--set", "plan=pro", "--set", "x:=null", "--unset", "seats", "--json")
+    assert merged.json["metadata"] == {"customer": "cus_1", "plan": "pro"}
+    assert (await cli("update", "acme", "--metadata", "a=", "--json")).json["metadata"] == {"a": ""}
+
+
+async def test_an_extension_that_is_configured_later_reaches_tenants_by_command(cli: Cli) -> None:
+    """`migrate status` says who lacks it, by its exit status too, until `migrate extensions` or an upgrade ran."""
+    await cli("init")
+    await cli("create", "acme")
+    later = {"TENANCY_EXTENSIONS": "vector"}
+    lacking = await cli("migrate", "status", **later)
+    assert lacking.status == 1
+    assert "lacks extensions" in lacking.out and "vector" in lacking.out
+    installed = await cli("migrate", "extensions", "--json", **later)
+    assert installed.status == 0, installed.err
+    assert [(one["slug"], one["extensions"]) for one in installed.json["outcomes"]] == [("acme", ["vector"])]
+    shown = await cli("migrate", "status", "--json", **later)
+    assert shown.status == 0
+    assert [one["missing_extensions"] for one in shown.json] == [[]]
+    unknown = await cli("migrate", "upgrade", TENANCY_EXTENSIONS="vector,no-such")
+    assert unknown.status == 1
+    assert "server 'default' does not have the extension 'no-such'" in unknown.err
+
+
+async def test_templates_by_command(cli: Cli) -> None:
+    """List, rebuild and prune; the former one is in use, since its process may still run."""
+    await cli("init")
+    await cli("create", "acme")
+    (first,) = (await cli("template", "list", "--json")).json
+    assert (first["state"], first["revision"], first["server"]) == ("current", None, "default")
+    (built,) = (await cli("template", "rebuild", "--json")).json
+    assert built["name"] != first["name"]
+    shown = await cli("template", "list")
+    assert shown.status == 0
+    for text in (first["name"], built["name"], "current", "in use"):
+        assert text in shown.out
+    planned = await cli("template", "prune", "--older-than", "0", "--dry-run", "--json")
+    assert planned.json == {"dry_run": True, "removed": [], "errors": []}
+    assert "no template is due" in (await cli("template", "prune")).out
+    unknown = await cli("template", "list", "--server", "elsewhere")
+    assert unknown.status == 1
+    assert "elsewhere" in unknown.err
 
 
 async def test_keys_by_command(cli: Cli) -> None:
@@ -155,6 +217,10 @@ async def test_psql_opens_the_tenants_database_as_its_role(cli: Cli, postgres: P
         (("show", "nobody"), "tenant 'nobody' does not exist"),
         (("create", "No Slug"), "must be 1 to 63 of a-z"),
         (("create", "acme", "--metadata", "{"), "--metadata is not JSON"),
+        (("create", "acme", "--metadata", "plan"), "is not NAME=TEXT, NAME:=JSON or a JSON object"),
+        (("update", "acme", "--set", "plan:=pro"), "--set is not JSON"),
+        (("update", "acme", "--set", "plan=pro", "--unset", "plan"), "'plan' is given to --set and to --unset"),
+        (("list", "--slug", "AC*"), "slug 'AC*' must be of a-z"),
         (("create", "acme", "--tier", "gold"), "known tiers"),
         (("keys", "revoke", "nonsense"), "does not exist"),
     ],

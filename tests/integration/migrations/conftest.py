@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tenancy_orm.config import TenancyConfig
+from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
@@ -32,3 +33,21 @@ async def fleet(config: TenancyConfig) -> AsyncIterator[Fleet]:
     async with open_fleet(config, initialise=True) as opened:
         await opened.create("acme", "globex", "initech")
         yield opened
+
+
+@pytest.fixture
+def variables(config: TenancyConfig) -> dict[str, str]:
+    """The ``TENANCY_*`` variables of the fleet."""
+    assert config.servers is not None
+    assert config.encryption_keys is not None
+    return {
+        "TENANCY_CONTROL_URL": config.control_url,
+        "TENANCY_SERVERS": " ".join(f"{name}={url}" for name, url in config.servers.items()),
+        "TENANCY_ENCRYPTION_KEYS": ",".join(f"{key}:{value!s}" for key, value in config.encryption_keys.items()),
+        "TENANCY_NAME_PREFIX": config.name_prefix,
+    }
+
+
+@pytest.fixture
+def alembic(project: Project, fleet: Fleet, variables: dict[str, str]) -> Alembic:
+    return Alembic(project, variables)

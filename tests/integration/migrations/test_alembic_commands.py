@@ -6,9 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from alembic.util.exc import CommandError
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import FleetMigrationError
 from tests.support import shell
+from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, until
 from tests.support.projects import NOTES, Project
 from tests.support.warm import run_module
@@ -49,54 +47,6 @@ def project(tmp_path: Path) -> Project:
     project.add("0001", NOTES, 'op.drop_table("notes")')
     (project.root / "demo.py").write_text(APP)
     return project
-
-
-@dataclass
-class Alembic:
-    """Runs ``alembic`` in the project."""
-
-    project: Project
-    variables: Mapping[str, str]
-
-    async def __call__(self, *arguments: str, ok: bool = True) -> str:
-        """Return its output (stdout, then stderr); ``ok`` is whether it should succeed."""
-        done = await run_module("alembic", *arguments, cwd=self.project.root, env=self.environment)
-        printed = done.out + done.err
-        assert (done.status == 0) == ok, printed
-        return printed
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return shell.environment(PYTHONPATH=str(shell.ROOT), **self.variables)
-
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            "alembic",
-            *arguments,
-            cwd=self.project.root,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-
-@pytest.fixture
-def variables(config: TenancyConfig) -> dict[str, str]:
-    """The ``TENANCY_*`` variables of the fleet."""
-    assert config.servers is not None
-    assert config.encryption_keys is not None
-    return {
-        "TENANCY_CONTROL_URL": config.control_url,
-        "TENANCY_SERVERS": " ".join(f"{name}={url}" for name, url in config.servers.items()),
-        "TENANCY_ENCRYPTION_KEYS": ",".join(f"{key}:{value!s}" for key, value in config.encryption_keys.items()),
-        "TENANCY_NAME_PREFIX": config.name_prefix,
-    }
-
-
-@pytest.fixture
-def alembic(project: Project, fleet: Fleet, variables: dict[str, str]) -> Alembic:
-    return Alembic(project, variables)
 
 
 async def revisions(fleet: Fleet) -> list[str | None]:
@@ -199,6 +149,34 @@ async def test_offline_mode_prints_the_sql_once(alembic: Alembic, fleet: Fleet) 
     assert printed.count("ALTER TABLE notes ADD COLUMN rating INTEGER;") == 1
     assert "UPDATE alembic_version SET version_num='0002'" in printed
     assert "DROP COLUMN rating" in await alembic("downgrade", "0002:0001", "--sql")
+    assert await revisions(fleet) == ["0001"] * 3
+
+
+async def test_the_tenant_is_none_where_there_is_none(alembic: Alembic, fleet: Fleet) -> None:
+    """Every command has it; with ``--sql`` it can be given."""
+    body = """
+    tenant = op.get_context().opts["tenant"]
+    op.execute(f"SELECT '{tenant.slug if tenant else None}'")
+    """
+    alembic.project.add("0002", body, body, down="0001")
+    alembic.project.configure(
+        "target_metadata=target_metadata, process_revision_directives="
+        "lambda context, revision, directives: print('sees', context.opts['tenant'])"
+    )
+    assert "sees None" in await alembic("revision", "--autogenerate", "--rev-id", "x1", "--head", "0001", "--splice")
+    assert "sees None" in await alembic("check")
+    printed = await alembic("-x", "tenant=acme", "upgrade", "0001:0002", "--sql")
+    assert "SELECT 'acme';" in printed
+    assert "Running upgrade 0001 -> 0002" in printed
+    refused = await alembic("-x", "tenant=acme", "-x", "tenant=globex", "upgrade", "0002", "--sql", ok=False)
+    assert "--sql prints the statements of one database" in refused
+    assert "tenant 'nobody' does not exist" in await alembic(
+        "-x", "tenant=nobody", "upgrade", "0002", "--sql", ok=False
+    )
+    alembic.variables = {}
+    for arguments in (("upgrade", "0001:0002"), ("downgrade", "0002:0001")):
+        assert "SELECT 'None';" in await alembic(*arguments, "--sql")
+    assert "0002" in await alembic("stamp", "0002", "--sql")
     assert await revisions(fleet) == ["0001"] * 3
 
 

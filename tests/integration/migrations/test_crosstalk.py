@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tenancy_orm.migrations import local
-from tests.support.alembic_proxies import uninstall
+from tests.support.alembic_proxies import forget_active, uninstall
 from tests.support.postgres import Postgres
 
 TENANTS = 16
@@ -114,6 +114,7 @@ async def test_without_the_patch_tasks_write_into_each_others_databases(
     uninstall()
     await asyncio.gather(*(migrate_in_task(postgres, scripts, name) for name in databases), return_exceptions=True)
     assert await all_rows(postgres, databases) != right(databases)
+    forget_active()
 
 
 async def test_tasks_write_into_their_own_databases(postgres: Postgres, scripts: Path, databases: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
 from tenancy_orm.migrations import FleetReport, TenantOutcome
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Status, Tenant
+from tests.support.alembic_proxies import assert_nothing_is_active, run_plain_alembic
 from tests.support.fleet import Fleet, activity, until
 from tests.support.projects import Project
 
@@ -360,6 +362,28 @@ async def test_an_env_py_that_runs_no_migrations_is_refused(fleet: Fleet, projec
     (project.migrations / "env.py").write_text("from alembic import context\ncontext.is_offline_mode()\n")
     with pytest.raises(ConfigurationError, match=r"env.py cannot be used: it calls neither .*environment.run"):
         await fleet.migrations.upgrade()
+
+
+async def test_plain_alembic_works_in_the_same_process(fleet: Fleet, project: Project, tmp_path: Path) -> None:
+    """After a run, and after one that failed in the template, in env.py, or in a tenant."""
+    expected = run_plain_alembic(tmp_path / "own")
+
+    def check() -> None:
+        assert_nothing_is_active()
+        assert run_plain_alembic(tmp_path / "own") == expected
+
+    assert (await fleet.migrations.upgrade()).ok
+    check()
+    revision = project.add("0002", "op.execute('SELECT 1/0')", down="0001")
+    with pytest.raises(MigrationError):
+        await fleet.migrations.upgrade()
+    check()
+    assert not (await fleet.migrations.upgrade("+1")).ok
+    check()
+    revision.write_text("raise ZeroDivisionError")
+    with pytest.raises(ZeroDivisionError):
+        await fleet.migrations.upgrade()
+    check()
 
 
 async def test_several_heads_and_dependencies(fleet: Fleet, project: Project) -> None:

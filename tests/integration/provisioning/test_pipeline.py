@@ -380,7 +380,7 @@ async def test_a_server_that_is_away_leaves_nothing(workshop: Workshop) -> None:
     """The error is that of routing; no row was written, since the lock is taken first."""
     assert workshop.config.servers is not None
     servers = {
-        "default": make_url(workshop.config.servers["default"]).set(port=1).render_as_string(hide_password=False)
+        "default": make_url(str(workshop.config.servers["default"])).set(port=1).render_as_string(hide_password=False)
     }
     away = workshop.provisioner_of()
     await away.template("default")

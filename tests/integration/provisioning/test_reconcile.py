@@ -248,6 +248,7 @@ async def test_an_orphan_whose_lock_is_held_is_left_alone(workshop: Workshop) ->
     assert await workshop.provisioner.reconcile() == ReconcileReport(orphans=(draft.database,))
 
 
+@pytest.mark.new_installation
 async def test_leftover_templates_and_scratches_are_dropped(workshop: Workshop) -> None:
     """Incomplete templates and scratch databases that no process uses are dropped; complete templates stay."""
     template = await workshop.provisioner.template("default")
@@ -315,7 +316,7 @@ async def second_server(workshop: Workshop, admin_url: str, **config: Any) -> As
     assert workshop.config.servers is not None
     opened = await open_workshop(
         control_url=workshop.config.control_url,
-        admin_url=workshop.config.servers["default"],
+        admin_url=str(workshop.config.servers["default"]),
         name_prefix=workshop.config.name_prefix,
         servers={**workshop.config.servers, "second": admin_url},
         **config,

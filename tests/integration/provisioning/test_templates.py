@@ -7,11 +7,15 @@ from typing import Any
 
 import asyncpg
 import pytest
+import sqlalchemy as sa
 
 from tenancy_orm.errors import ConfigurationError, MigrationError, TemplateError
+from tenancy_orm.migrations import MetadataSchema
 from tenancy_orm.provisioning import databases
 from tests.support.provisioning import Connect, ScriptSchema, Workshop, placement
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.new_installation
 
 
 async def test_a_template_is_built_once(workshop: Workshop) -> None:
@@ -211,6 +215,34 @@ async def test_the_schema_is_applied_as_the_owner(workshop: Workshop) -> None:
             "UNION SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()"
         )
     assert [row["owner"] for row in owners] == [workshop.names.owner]
+
+
+@pytest.mark.parametrize("workaround", [None, "CREATE SCHEMA billing", "CREATE SCHEMA IF NOT EXISTS billing"])
+async def test_metadata_brings_the_schemas_that_its_tables_are_in(workshop: Workshop, workaround: str | None) -> None:
+    """Also those of types and sequences; a listener that creates one, as was needed before, still works."""
+    metadata = sa.MetaData()
+    sa.Table(
+        "invoices",
+        metadata,
+        sa.Column("id", sa.Integer, sa.Sequence("numbers", schema="Odd counters"), primary_key=True),
+        sa.Column("kind", sa.Enum("paid", "open", name="kind", schema="kinds"), nullable=False),
+        schema="billing",
+    )
+    sa.Table("notes", metadata, sa.Column("id", sa.Integer, primary_key=True), schema="public")
+    if workaround is not None:
+        sa.event.listen(metadata, "before_create", sa.DDL(workaround))  # type: ignore[no-untyped-call]
+    tenant = await workshop.provisioner_of(MetadataSchema(metadata)).create(workshop.draft("acme"), key=None)
+    async with workshop.connect(tenant) as connection:
+        await connection.execute("INSERT INTO notes VALUES (1)")
+        await connection.execute("INSERT INTO billing.invoices VALUES (nextval('\"Odd counters\".numbers'), 'paid')")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute("CREATE TABLE billing.mine ()")
+    async with workshop.admin(placement(tenant).database) as connection:
+        owners = await connection.fetch(
+            "SELECT nspname, pg_get_userbyid(nspowner) FROM pg_namespace "
+            "WHERE nspname IN ('billing', 'kinds', 'Odd counters')"
+        )
+    assert dict(owners) == dict.fromkeys(("billing", "kinds", "Odd counters"), workshop.names.owner)
 
 
 # --- scratch databases ----------------------------------------------------------------------------------------------

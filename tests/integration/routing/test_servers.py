@@ -59,11 +59,20 @@ async def test_a_deadline_around_a_login_shows_no_password(silent: Server) -> No
     assert "hunter2" not in texts_in_frames(caught.value)
 
 
-async def test_a_tenants_connection_notices_a_dead_peer(tenancy: Tenancy) -> None:
+async def test_every_connection_notices_a_dead_peer(tenancy: Tenancy) -> None:
     """The socket has the options with which the kernel closes a connection that gets no acknowledgement."""
     await tenancy.tenants.create("acme")
-    async with tenancy.internals.router.connection(await tenancy.tenants.get("acme")) as connection:
-        raw = await connection.get_raw_connection()
-        peer: socket.socket = raw.driver_connection._transport.get_extra_info("socket")  # type: ignore[union-attr]
-        assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PEER_SECONDS * 1_000
+    control, server = tenancy.internals.control, tenancy.internals.servers["default"]
+    admin = await server.connect_admin()
+    try:
+        async with (
+            tenancy.internals.router.connection(await tenancy.tenants.get("acme")) as of_tenant,
+            control.connect() as of_control,
+        ):
+            raw = [(await connection.get_raw_connection()).driver_connection for connection in (of_tenant, of_control)]
+            for driver in (*raw, admin):
+                peer: socket.socket = driver._transport.get_extra_info("socket")
+                assert peer.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == PEER_SECONDS * 1_000
+    finally:
+        await admin.close()

@@ -15,7 +15,8 @@ from sqlalchemy.exc import OperationalError
 
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.migrations import envfile, logs
-from tenancy_orm.migrations.scripts import Environment, alembic_config, load
+from tenancy_orm.migrations.configuration import alembic_config
+from tenancy_orm.migrations.scripts import Environment, load
 from tests.support.env_files import COOKBOOK, PLAIN, TEMPLATES, URL, make_project
 
 Write = Callable[[str], Path]

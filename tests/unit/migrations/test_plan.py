@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tenancy_orm.errors import MigrationError
+from tenancy_orm.migrations.configuration import alembic_config
 from tenancy_orm.migrations.plan import Heads, Plan, format_revision
-from tenancy_orm.migrations.scripts import Environment, alembic_config, load
+from tenancy_orm.migrations.scripts import Environment, load
 from tests.support.projects import Project
 
 

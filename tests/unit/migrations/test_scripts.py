@@ -7,9 +7,12 @@ from pathlib import Path
 
 import alembic.context
 import pytest
+from alembic.config import Config
 
+from tenancy_orm.config import MigrationConfig
 from tenancy_orm.errors import ConfigurationError
-from tenancy_orm.migrations.scripts import alembic_config, load, script_directory
+from tenancy_orm.migrations.configuration import alembic_config
+from tenancy_orm.migrations.scripts import load, script_directory
 from tests.support.projects import Project
 
 
@@ -130,3 +133,87 @@ def test_sys_path_does_not_grow(project: Project, monkeypatch: pytest.MonkeyPatc
     assert once[0] == str(project.root)
     script_directory(config)
     assert sys.path == once
+
+
+# --- which file and section -------------------------------------------------------------------------------------------
+
+
+def copy_ini(project: Project, name: str, *, options: str = "", section: str = "alembic") -> Path:
+    """Write an ini file for the project's directory."""
+    path = project.root / name
+    path.write_text(f"[{section}]\nscript_location = %(here)s/migrations\npath_separator = os\n{options}\n")
+    return path
+
+
+def test_the_settings_name_a_file_and_a_section(project: Project) -> None:
+    other = copy_ini(project, "other.ini", section="tenants", options="colour = red")
+    config = alembic_config(project.migrations, MigrationConfig(alembic_config=other, alembic_section="tenants"))
+    assert config.get_main_option("colour") == "red"
+    config = alembic_config(project.migrations, MigrationConfig(alembic_config=Config(other, ini_section="tenants")))
+    assert config.get_main_option("colour") == "red"
+
+
+def test_a_pyproject_toml_can_be_named(project: Project) -> None:
+    file = project.root / "pyproject.toml"
+    file.write_text('[tool.alembic]\nscript_location = "%(here)s/migrations"\ncolour = "red"\n')
+    project.ini.unlink()
+    config = alembic_config(project.migrations, MigrationConfig(alembic_config=file))
+    assert config.get_alembic_option("colour") == "red"
+
+
+def test_a_named_file_that_is_missing_or_for_another_directory_is_refused(project: Project) -> None:
+    with pytest.raises(ConfigurationError, match=r"migration\.alembic_config: there is no file '.*absent\.ini'"):
+        alembic_config(project.migrations, MigrationConfig(alembic_config=project.root / "absent.ini"))
+    with pytest.raises(ConfigurationError, match=r"alembic\.ini \[other\] names no script_location, but migrations is"):
+        alembic_config(project.migrations, MigrationConfig(alembic_config=project.ini, alembic_section="other"))
+    elsewhere = Project.create(project.root / "elsewhere")
+    with pytest.raises(
+        ConfigurationError, match=r"is for '.*elsewhere/migrations', but migrations is '.*app/migrations'"
+    ):
+        alembic_config(project.migrations, MigrationConfig(alembic_config=elsewhere.ini))
+    broken = copy_ini(project, "broken.ini")
+    broken.write_text("[alembic]\nscript_location = %(nothing)s\n")
+    with pytest.raises(ConfigurationError, match=r"broken\.ini \[alembic\] cannot be read"):
+        alembic_config(project.migrations, MigrationConfig(alembic_config=broken))
+
+
+def test_the_variable_of_alembics_command_line_is_honoured(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = copy_ini(project, "other.ini")
+    monkeypatch.setenv("ALEMBIC_CONFIG", str(other))
+    assert alembic_config(project.migrations).config_file_name == str(other)
+    elsewhere = Project.create(project.root / "elsewhere")
+    assert alembic_config(elsewhere.migrations).config_file_name == str(elsewhere.ini), "it is for another directory"
+
+
+def test_the_only_other_section_or_file_for_the_directory_is_used(project: Project) -> None:
+    project.ini.write_text("[alembic]\nscript_location = somewhere:else\n")
+    (project.root / "pytest.ini").write_text("[pytest]\naddopts = %(x\n")
+    (project.root / "odd.ini").write_text("no section")
+    copy_ini(project, "first.ini", section="tenants", options="version_locations = %(here)s/a")
+    config = alembic_config(project.migrations)
+    assert (config.config_ini_section, Path(str(config.config_file_name)).name) == ("tenants", "first.ini")
+    copy_ini(project, "second.ini", options="version_locations = %(here)s/a")
+    assert alembic_config(project.migrations).config_file_name, "both lead to the same"
+    copy_ini(project, "third.ini")
+    with pytest.raises(
+        ConfigurationError, match=r"several configurations.*\.ini \[.*third\.ini \[alembic\]; choose one"
+    ):
+        alembic_config(project.migrations)
+    assert alembic_config(project.migrations, MigrationConfig(alembic_section="tenants")).config_file_name
+
+
+def test_a_config_of_the_applications_own_is_not_changed(project: Project) -> None:
+    """Nor is that of the running ``alembic`` command, when a template is built by it."""
+    own = Config(project.ini, attributes={"colour": "red"})
+    config = alembic_config(project.migrations, MigrationConfig(alembic_config=own, x_arguments=("a=1",)))
+    config.set_main_option("colour", "blue")
+    config.attributes["colour"] = "blue"
+    assert own.get_main_option("colour") is None
+    assert own.attributes == {"colour": "red"}
+    assert own.cmd_opts is None
+    assert config.get_main_option("script_location") == own.get_main_option("script_location")
+
+
+def test_x_arguments_are_those_of_the_settings_and_the_run(project: Project) -> None:
+    config = alembic_config(project.migrations, MigrationConfig(x_arguments=("a=1", "b=2")), x=["c=3"])
+    assert load(config).context().get_x_argument() == ["a=1", "b=2", "c=3"]

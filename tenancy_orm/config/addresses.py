@@ -1,0 +1,160 @@
+"""The addresses of the PostgreSQL servers that hold tenants: one for administration, one for tenants' traffic."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
+
+from ..errors import ConfigurationError, SettingError
+from ..postgres.dsn import Dsn
+from .validation import Section
+from .values import PostgresUrl, check_url
+
+_SERVER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
+_DEFAULT = "default"
+_URLS = ("admin", "tenants")
+_FORM = 'write a URL, or admin = "..." and tenants = "..."'
+# A comma ends a URL where another name and URL follow; passwords and lists of hosts have commas as well.
+_SEPARATOR = re.compile(r",?\s+|,(?=[a-z][a-z0-9_-]*(?:\.[a-z]+)?=postgres(?:ql)?(?:\+\w+)?://)")
+
+
+class ServerAddresses(Section, frozen=True):
+    """The addresses of one server. A URL in its place stands for both.
+
+    ```python
+    from tenancy_orm import TenancyConfig
+    from tenancy_orm.config import ServerAddresses
+
+    eu = ServerAddresses(
+        admin="postgresql://tenancy_admin@db.example/postgres", tenants="postgresql://pooler.example:6432"
+    )
+    config = TenancyConfig(control_url="postgresql://tenancy@db.example/control", servers={"eu": eu})
+    ```
+    """
+
+    admin: PostgresUrl = Field(repr=False)
+    """The administrative URL. It must lead directly to PostgreSQL: advisory locks and startup parameters do not work
+    through a connection pooler."""
+    tenants: str | None = Field(default=None, repr=False)
+    """Where tenants' sessions connect to, a connection pooler for example; the host of ``admin`` where None. It names
+    no user, password or database: those are the tenant's. Its parameters are its own, none come from ``admin``."""
+
+    @field_validator("tenants", mode="after")
+    @classmethod
+    def _check_tenants(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            dsn = Dsn.parse(url)
+        except ConfigurationError as exc:
+            raise ValueError(str(exc)) from None
+        if not dsn.hosts:
+            raise ValueError("names no host")
+        given = (("a user", dsn.user), ("a password", dsn.password), ("a database", dsn.database))
+        named = [what for what, value in given if value is not None]
+        named += [f"the parameter {name}" for name in ("passfile", "service") if name in dsn.parameters]
+        if named:
+            raise ValueError(f"names {' and '.join(named)}; those are the tenant's own: write host and port alone")
+        return url
+
+    @property
+    def admin_dsn(self) -> Dsn:
+        """``admin``, read."""
+        return Dsn.parse(self.admin)
+
+    @property
+    def tenants_dsn(self) -> Dsn | None:
+        """``tenants``, read; None where there is none."""
+        return None if self.tenants is None else Dsn.parse(self.tenants)
+
+
+def _read_servers(value: object) -> object:
+    if isinstance(value, str):
+        value = _read_text(value)
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a table of URLs by name")
+    return MappingProxyType({name: _read_server(name, given) for name, given in value.items()})
+
+
+def _read_text(text: str) -> dict[str, object]:
+    """Read ``eu=url eu.tenants=url us=url``."""
+    pairs = [item.partition("=") for item in _SEPARATOR.split(text.strip()) if item]
+    if not all(separator and "://" not in name for name, separator, _ in pairs):
+        raise ValueError("must be name=url, separated by spaces")
+    found: dict[str, dict[str, str]] = {}
+    for name, _, url in pairs:
+        server, dot, kind = name.partition(".")
+        found.setdefault(server, {})[kind if dot else "admin"] = url
+    return {name: urls["admin"] if list(urls) == ["admin"] else urls for name, urls in found.items()}
+
+
+def _read_server(name: object, given: object) -> str | ServerAddresses:
+    # a name that is none may be a URL, with its password
+    if not isinstance(name, str) or not _SERVER_NAME.fullmatch(name):
+        raise ValueError("each server's name must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
+    if isinstance(given, ServerAddresses):
+        return given
+    if isinstance(given, str):
+        check_url(given, f"the URL of server {name!r}")
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"must be a table of URLs by name; of server {name!r}: {_FORM}")
+    if not set(given) <= {*_URLS}:
+        raise ValueError(f"server {name!r} has addresses of an unknown kind; {_FORM}")
+    problem = None
+    try:
+        return ServerAddresses(**given)
+    except SettingError as exc:
+        problem = "; ".join(f"{kind} {reason}" for kind, reason in exc.problems.items())
+    raise ValueError(f"the address of server {name!r}: {problem}")
+
+
+ServerUrls = Annotated[
+    Mapping[str, str | ServerAddresses],
+    PlainValidator(_read_servers),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "additionalProperties": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "object",
+                        "properties": {kind: {"type": "string"} for kind in _URLS},
+                        "required": ["admin"],
+                        "additionalProperties": False,
+                    },
+                ]
+            },
+        }
+    ),
+]
+
+
+def choose_server(names: Sequence[str], default: str | None, server: str | None = None) -> str:
+    """Return the name of the server for a new tenant.
+
+    Args:
+        names: The configured servers.
+        default: ``TenancyConfig.default_server``.
+        server: The one that was asked for; it need not be configured.
+
+    Raises:
+        ConfigurationError: none was asked for, and ``default`` does not say which of several it is.
+    """
+    if chosen := server or default:
+        return chosen
+    if len(names) == 1:
+        return names[0]
+    if _DEFAULT in names:
+        return _DEFAULT
+    raise ConfigurationError(
+        f"there are several servers, {', '.join(names)}: set default_server, or name the tenant's server (--server)"
+    )
+
+
+__all__ = ["ServerAddresses", "ServerUrls", "choose_server"]

@@ -1,0 +1,152 @@
+"""What is done with the statements of a revision: scripts of several, and those before an ``autocommit_block``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from alembic.runtime.environment import EnvironmentContext
+from alembic.runtime.migration import RevisionStep
+from sqlalchemy import Connection as SyncConnection
+from sqlalchemy import event
+from sqlalchemy.util import await_only
+
+from ..errors import MigrationError
+from .logs import warn_once
+from .plan import MigrationStep
+from .scripts import Environment
+from .statements import Statement, keep_schema, statements
+
+
+def may_need_care(text: str) -> bool:
+    """Whether a text may hold several statements or a COPY FROM STDIN; quicker than to look at it closely."""
+    return ";" in text or "STDIN" in text.upper()
+
+
+def refuse_copy_input(found: list[Statement]) -> None:
+    """Refuse a COPY FROM STDIN: PostgreSQL would wait for rows, and asyncpg for PostgreSQL.
+
+    Raises:
+        MigrationError: there is one.
+    """
+    if any(statement.reads_input for statement in found):
+        raise MigrationError(
+            "COPY FROM STDIN needs rows from the client, which a revision cannot send; use op.bulk_insert"
+        )
+
+
+def run_script(cursor: Any, text: str, found: list[Statement]) -> None:
+    """Execute a text of several statements on SQLAlchemy's cursor for asyncpg; there are no rows.
+
+    SQLAlchemy prepares every statement, and PostgreSQL prepares one at a time (42601). asyncpg's own ``execute`` uses
+    the simple query protocol, which takes a whole script.
+
+    Raises:
+        MigrationError: the script has its own BEGIN or COMMIT, which would commit a part of the migration.
+    """
+    adapted = cursor._adapt_connection
+    for number, statement in enumerate(found, start=1):
+        first = " ".join(statement.words[:2])
+        if statement.controls_transaction and not adapted.autocommit:
+            raise MigrationError(
+                f"statement {number} of {len(found)} of a script is {first}; the migration is a transaction already, "
+                "which the script must not end; remove its BEGIN and COMMIT, or execute it in an autocommit_block()"
+            )
+    # PostgreSQL makes one transaction of a text, and a CREATE INDEX CONCURRENTLY cannot be in one
+    parts = [text[one.start : one.end] for one in found] if adapted.autocommit else [text]
+    await_only(_execute(cursor, adapted, parts))
+
+
+async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> None:
+    async with adapted._execute_mutex:
+        if adapted._transaction is None:
+            await adapted._start_transaction()
+        driver = adapted._connection
+        try:
+            for part in parts:
+                await driver.execute(part)
+        except Exception as exc:  # noqa: BLE001 - SQLAlchemy translates it
+            if adapted.autocommit and not driver.is_closed() and driver.is_in_transaction():
+                await driver.execute("ROLLBACK")
+            cursor._handle_exception(exc)
+        if adapted.autocommit and driver.is_in_transaction():
+            await driver.execute("ROLLBACK")
+            raise MigrationError("a script leaves its transaction open; nothing of that was committed")
+
+
+@contextmanager
+def printing_sql(context: EnvironmentContext, environment: Environment) -> Iterator[None]:
+    """Print what creates the version table's schema first, if the statements of the body begin at base."""
+    migration_context: Any = context.get_context()
+    schema: str | None = environment.options.get("version_table_schema")
+    if schema is None:
+        yield
+        return
+    impl = migration_context.impl
+    write = impl.static_output
+    if not migration_context.get_current_heads():
+        write(f"CREATE SCHEMA IF NOT EXISTS {environment.quoted_version_schema};")
+    impl.static_output = lambda text: write(keep_schema(text, schema))
+    try:
+        yield
+    finally:
+        del impl.static_output
+
+
+class StatementObserver:
+    """Sees the statements of revisions on one connection.
+
+    If the version table has a schema of its own, that exists before the first revision. A CREATE SCHEMA of it in a
+    revision then does nothing.
+
+    An ``autocommit_block`` commits what the same revision did before, without recording the revision; when it fails,
+    the repetition does that part a second time. Such revisions are warned of.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self._schema: str | None = environment.options.get("version_table_schema")
+        self._revision: str | None = None
+        self._changed = False
+
+    def begin(self, step: MigrationStep) -> None:
+        """Receive the step that runs from now on."""
+        self._revision = step.revision.revision if isinstance(step, RevisionStep) else None
+        self._changed = False
+
+    @contextmanager
+    def on(self, context: EnvironmentContext, connection: SyncConnection) -> Iterator[None]:
+        """Observe ``connection``, and the ``autocommit_block`` of the context that is configured on it."""
+        migration_context: Any = context.get_context()
+        block = migration_context.autocommit_block
+
+        @contextmanager
+        def autocommit_block() -> Iterator[None]:
+            self._warn()
+            with block():
+                yield
+            self._changed = False
+
+        migration_context.autocommit_block = autocommit_block
+        event.listen(connection, "before_cursor_execute", self._before, retval=True)
+        try:
+            yield
+        finally:
+            event.remove(connection, "before_cursor_execute", self._before)
+
+    def _before(
+        self, connection: SyncConnection, cursor: Any, text: str, parameters: Any, context: Any, many: bool
+    ) -> tuple[str, Any]:
+        if not self._changed:
+            self._changed = any(statement.changes for statement in statements(text))
+        if self._schema is not None and "SCHEMA" in text.upper():
+            text = keep_schema(text, self._schema)
+        return text, parameters
+
+    def _warn(self) -> None:
+        if self._changed and self._revision is not None:
+            warn_once(
+                f"revision {self._revision} changes the database before its autocommit_block(), which commits that: if "
+                "the block fails, the repetition makes the same change again, and fails; put the block into a revision "
+                "of its own"
+            )

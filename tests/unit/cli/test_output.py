@@ -1,0 +1,88 @@
+"""Tables of the command line: what is shortened, what is left out, and what a cell may hold."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+from uuid import UUID
+
+import pytest
+
+from tenancy_orm.cli.output import Column, cell, fit, print_report, print_table
+from tenancy_orm.housekeeping import HousekeepingReport
+
+COLUMNS = [Column("slug"), Column("reason"), Column("created", drop=1), Column("id", keep=True)]
+FIXED = [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("available", "shown", "widths"),
+    [
+        (200, [0, 1, 2, 3], [20, 60, 19, 36]),
+        (110, [0, 1, 2, 3], [20, 29, 19, 36]),
+        (90, [0, 1, 3], [20, 30, 36]),
+        (70, [0, 1, 3], [20, 10, 36]),
+        (62, [0, 1, 3], [12, 10, 36]),
+        (40, [0, 1, 3], [10, 10, 36]),
+    ],
+)
+def test_a_table_fits_the_width(available: int, shown: list[int], widths: list[int]) -> None:
+    """Texts are shortened, then columns left out, then the name of the row shortened; an id never."""
+    found, given = fit(COLUMNS, [20, 60, 19, 36], FIXED, available)
+    assert (found, [given[i] for i in found]) == (shown, widths)
+
+
+def test_several_texts_are_shortened_alike() -> None:
+    """The widest first, until they are equally wide."""
+    columns = [Column("a"), Column("b"), Column("c")]
+    assert fit(columns, [10, 50, 30], [False] * 3, 54) == ([0, 1, 2], [10, 20, 20])
+    assert fit(columns, [10, 50, 30], [False] * 3, 80) == ([0, 1, 2], [10, 36, 30])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        ("", "-"),
+        ([], "-"),
+        ({}, "-"),
+        (0, "0"),
+        (["notes:read", "notes:write"], "notes:read,notes:write"),
+        ("two\nlines  and\tmore", "two lines and more"),
+        ("\x1b[2Jred\x07", r"\x1b[2Jred\x07"),
+        ("[bold]plain[/]", "[bold]plain[/]"),
+        ({"a": [1, "é"]}, '{"a":[1,"é"]}'),
+        (datetime(2030, 1, 2, 3, 4, 5, 6, tzinfo=timezone(timedelta(hours=1))), "2030-01-02T02:04:05Z"),
+    ],
+)
+def test_a_cell_is_one_line_of_text(value: object, text: str) -> None:
+    """Whatever a tenant wrote: no line breaks, no sign that controls the terminal, no markup."""
+    assert cell(value) == text
+
+
+def test_without_a_terminal_rows_are_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line of headings, then a line a row; nothing is shortened, and wide signs count twice."""
+    long = "x" * 500
+    print_table(
+        "title", ("name", Column("note", drop=1), "id"), [("日本", long, UUID(int=1)), ("a", None, UUID(int=2))]
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        f"NAME  NOTE{' ' * 496}  ID",
+        f"日本  {long}  {UUID(int=1)}",
+        f"a     -{' ' * 499}  {UUID(int=2)}",
+    ]
+
+
+def test_a_report_is_a_line_for_each_chore_and_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """For a log; what is empty is a dash."""
+    checked = datetime(2030, 1, 1, tzinfo=UTC)
+    chores = {"reconcile": {"finished": ("a", "b"), "failed": (), "seconds": 0}, "prune": None, "at": checked}
+    print_report("x", HousekeepingReport(("acme", "globex"), (), chores, ("one", "two")), as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "suspended  acme, globex",
+        "purged     -",
+        "reconcile  finished a, b, seconds 0",
+        "prune      -",
+        "at         2030-01-01T00:00:00Z",
+        "error      one",
+        "error      two",
+    ]
