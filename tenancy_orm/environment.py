@@ -19,9 +19,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
-from collections.abc import Callable, Coroutine, Sequence
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -31,7 +34,7 @@ from alembic.util.exc import CommandError, DatabaseNotAtHead
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import MetaData
 
-from .config import TenancyConfig
+from .config import TenancyConfig, project
 from .config.values import load_object
 from .errors import ConfigurationError, FleetMigrationError, TenancyError
 from .migrations import AlembicSchema, FleetMigrator, local, logs
@@ -42,6 +45,7 @@ from .migrations.execution import printing_sql
 from .migrations.failures import FleetCommandError, describe
 from .migrations.fleet import DEFAULT_CONCURRENCY
 from .migrations.plan import Plan
+from .migrations.report import NO_TENANTS
 from .migrations.scripts import Environment, capture_options, load
 from .tenancy import Tenancy
 from .tenant import Tenant
@@ -106,7 +110,8 @@ def find_config(config: Config) -> TenancyConfig:
     2. the environment variable ``TENANCY_APP``: the ``module:attribute`` of one,
     3. ``tenancy_app`` in ``[alembic]`` of ``alembic.ini``, or in ``[tool.alembic]`` of ``pyproject.toml``: the same,
     4. the settings that ``TenancyConfig.from_env()`` reads from ``TENANCY_*`` variables, ``.env``, secret files,
-       ``tenancy.toml`` and ``pyproject.toml``.
+       ``tenancy.toml`` and ``pyproject.toml``. The project is the one that ``alembic.ini`` is in, wherever the
+       program runs.
 
     Args:
         config: Alembic's configuration: ``context.config`` in an env.py.
@@ -119,12 +124,28 @@ def find_config(config: Config) -> TenancyConfig:
     found = config.attributes.get("tenancy")
     path = os.environ.get("TENANCY_APP") or config.get_alembic_option("tenancy_app")
     if found is None:
-        found = load_object(path) if path else TenancyConfig.from_env()
+        with _in_project_of(config):
+            found = load_object(path) if path else TenancyConfig.from_env()
     if not isinstance(found, TenancyConfig):
         found = getattr(found, "config", found)
     if not isinstance(found, TenancyConfig):
         raise ConfigurationError(f"{path or 'attributes[tenancy]'} is a {type(found).__name__}, not a Tenancy")
     return found
+
+
+@contextmanager
+def _in_project_of(config: Config) -> Iterator[None]:
+    """Look for settings, and for the modules that they name, in the project that has the ini file."""
+    files = (Path(name) for name in (config.config_file_name, config.toml_file_name) if name)
+    directory = next((path.absolute().parent for path in files if path.is_file()), None)
+    if directory is None:
+        yield
+        return
+    with project.looking_from(directory):
+        for place in map(str, (directory, project.find() or directory)):
+            if place not in sys.path:
+                sys.path.append(place)
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +305,8 @@ class _Command:
         results = await migrator.run_command(
             self.environment, self.options, self.arguments.tenants, self.arguments.concurrency
         )
+        if not results:
+            self.proxy.config.print_stdout(NO_TENANTS)
         for result in results:
             self._print(result)
         behind = [result.tenant.slug for result in results if isinstance(result.error, DatabaseNotAtHead)]

@@ -67,7 +67,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="The settings file; ./tenancy.toml by default.")
+        Path | None, typer.Option("--config", "-c", help="The settings file; tenancy.toml here or above by default.")
     ] = None,
     application: Annotated[
         str | None, typer.Option("--app", help="The application's Tenancy or TenancyConfig, as module:attribute.")

@@ -9,9 +9,9 @@ import typer
 from pydantic import BaseModel
 from sqlalchemy import MetaData
 
-from ..config import TenancyConfig, schema, sources
+from ..config import TenancyConfig, project, schema, sources
 from ..config.validation import settings_of
-from .output import Column, print_json, print_table
+from .output import Column, console, print_json, print_table
 from .runtime import Json, exit_on_error, extend_path, load_tenancy
 
 # what may hold credentials
@@ -29,7 +29,7 @@ def print_schema() -> None:
 @app.command("show")
 def show(as_json: Json = False) -> None:
     """Show every setting, its value and where it comes from. Credentials are hidden."""
-    config, origins = exit_on_error(_read)
+    config, origins, read = exit_on_error(_read)
     rows = [
         (name, _shown(config, name), origins.get(name, "default").removeprefix("in "))
         for name in map(".".join, settings_of(TenancyConfig))
@@ -37,17 +37,20 @@ def show(as_json: Json = False) -> None:
     if as_json:
         print_json([{"setting": name, "value": value, "from": origin} for name, value, origin in rows])
     else:
+        console.print(read, markup=False, highlight=False, soft_wrap=True)
         print_table("settings", ("setting", "value", Column("from", drop=1)), rows)
 
 
-def _read() -> tuple[TenancyConfig, dict[str, str]]:
-    """The configuration that the other commands use, and where each setting came from."""
+def _read() -> tuple[TenancyConfig, dict[str, str], str]:
+    """The configuration that the other commands use, where each setting came from, and a line about what was read."""
     if named := os.environ.get("TENANCY_APP"):
         config = load_tenancy().config
-        return config, {name: named for name in map(".".join, settings_of(TenancyConfig)) if _is_given(config, name)}
+        given = {name: named for name in map(".".join, settings_of(TenancyConfig)) if _is_given(config, name)}
+        return config, given, f"configured by: {named} (TENANCY_APP)"
     extend_path()
     found = sources.read(TenancyConfig, None, {})
-    return found.build(TenancyConfig), found.origins
+    files = ", ".join(map(str, found.files)) or f"none; there is none in {project.start()} nor above it"
+    return found.build(TenancyConfig), found.origins, f"settings files: {files}"
 
 
 def _is_given(config: TenancyConfig, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import re
 import secrets
@@ -16,15 +17,14 @@ from typing import Annotated
 
 import typer
 
-from ..config import TenancyConfig, sources
+from ..config import TenancyConfig, project, sources
 from ..config.values import parse_keys
 from ..errors import ConfigurationError
-from ..migrations.layout import init_directory
 from ..postgres.dsn import Dsn
 from ..tenancy import Tenancy
-from . import preparation
+from . import preparation, setup
 from .output import console, print_json
-from .runtime import Json, TenantArgument, Yes, exit_on_error, operator, run
+from .runtime import Json, TenantArgument, Yes, exit_on_error, extend_path, operator, run
 
 _MIGRATIONS = "migrations"
 _VARIABLE = "TENANCY_CONTROL_URL"
@@ -39,13 +39,19 @@ _SETTINGS = """\
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(help="The project's directory.")] = Path(),
+    directory: Annotated[
+        Path | None,
+        typer.Argument(help="The project's directory; where not given, the project that this directory is in."),
+    ] = None,
     control_url: Annotated[
         str | None, typer.Option(help="URL of the control database; an embedded server if not given.")
     ] = None,
     migrations: Annotated[
-        str | None, typer.Option(help="Directory of the Alembic environment; migrations if nothing configures one.")
+        str | None, typer.Option(help="Directory of the Alembic environment; migrations if the project has none.")
     ] = None,
+    write_env: Annotated[
+        bool, typer.Option("--write-env", help="Let an env.py of plain Alembic call environment.run; a copy is kept.")
+    ] = False,
     yes: Yes = False,
     dry_run: Annotated[
         bool,
@@ -68,83 +74,87 @@ def init(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Set up a project: settings, Alembic environment, control database and servers. Existing files are kept.
+    """Set up a project: settings, Alembic environment, control database and servers.
 
-    Preparing a server revokes PUBLIC's rights on databases that are not tenants'. Where another role would lose access
-    by that, it is named, and you are asked first.
+    An existing Alembic project is used. Preparing a server revokes PUBLIC's rights on databases that are not tenants'.
+    Where another role would lose access by that, it is named, and you are asked first.
     """
-    directory = directory.resolve()
-    if directory.is_dir():
-        os.chdir(directory)
-    if control_url is not None:
-        os.environ["TENANCY_CONTROL_URL"] = control_url
-    writes_leave_public = leave_public and preparation.leave_public(directory)
-    settled = preparation.settle(
-        _EMBEDDED,
-        yes=yes,
-        dry_run=dry_run,
-        keep=keep_access or (),
-        shared=shared_control_database,
-        as_json=as_json,
-    )
-    if dry_run:
-        return
+    here = Path.cwd()
+    base = exit_on_error(setup.project_directory) if directory is None else here / directory
+    named = None if migrations is None else (here if directory is None else base) / migrations
 
-    def prepare() -> list[str]:
-        directory.mkdir(parents=True, exist_ok=True)
-        os.chdir(directory)
-        made = []
-        configured = sources.read(TenancyConfig, None, {})
-        if "TENANCY_CONFIG" not in os.environ and not Path("tenancy.toml").exists():
-            Path("tenancy.toml").write_text(
-                _settings(configured, control_url, migrations)
-                + (preparation.LEAVE_PUBLIC if writes_leave_public else "")
+    async def command(tenancy: Tenancy) -> tuple[str, str]:
+        return str(tenancy.internals.control.installation), tenancy.migrations.services.names.owner
+
+    with exit_on_error(lambda: setup.entered(base)), project.looking_from(base, above=False):
+        extend_path()
+        writes_leave_public = leave_public and preparation.leave_public(base)
+        plan = exit_on_error(
+            lambda: setup.prepare(
+                base,
+                control_url=control_url,
+                migrations=named,
+                above=directory is None,
+                settings=lambda configured, written: (
+                    _settings(configured, control_url, written)
+                    + (preparation.LEAVE_PUBLIC if writes_leave_public else "")
+                ),
+                write_env=write_env,
             )
-            made.append("tenancy.toml")
-        directory_of_migrations = migrations or str(configured.values.get("migrations", _MIGRATIONS))
-        had_ini = Path("alembic.ini").exists()
-        if init_directory(directory_of_migrations):
-            made += [directory_of_migrations] if had_ini else [directory_of_migrations, "alembic.ini"]
-        return made
-
-    made = exit_on_error(prepare)
-
-    async def command(tenancy: Tenancy) -> str:
-        return str(tenancy.internals.control.installation)
-
-    installation = run(command, initialise=True)
-    if as_json:
-        print_json({"created": made, "installation": installation, "preparation": settled})
-        return
-    for name in made:
-        console.print(f"made {name}", highlight=False)
-    console.print(f"the control database is ready (installation {installation})", highlight=False)
-    console.print("next: tenancy create acme --tier pro", highlight=False)
+        )
+        settled = preparation.settle(
+            plan.planned,
+            yes=yes,
+            dry_run=dry_run,
+            keep=keep_access or (),
+            shared=shared_control_database,
+            as_json=as_json,
+        )
+        if dry_run:
+            raise typer.Exit  # which removes a directory that was made to look from
+        with plan.undone_on_failure():
+            installation, owner = run(command, initialise=True)
+            exit_on_error(plan.write)
+        if as_json:
+            made = {"created": plan.made, "changed": plan.changed, "installation": installation}
+            print_json({**made, "preparation": settled, **plan.as_dict()})
+            return
+        if base != here:
+            console.print(f"the project is in {base}", markup=False, highlight=False, soft_wrap=True)
+        setup.show_done(plan)
+        console.print(f"the control database is ready (installation {installation})", highlight=False)
+        setup.show_env(plan, owner)
+        console.print("next: tenancy create acme --tier pro", highlight=False)
 
 
 def _settings(configured: sources.Found, control_url: str | None, migrations: str | None) -> str:
     """Return the settings file of a new project: what nothing else configures, and no URL with a password."""
     found = configured.values.get("control_url")
-    written = control_url or found or _EMBEDDED
     origin = configured.origins.get("control_url", "")
+    # a path as it was written, and not as it was read, so that the project can be moved
+    written = control_url or (os.environ.get(_VARIABLE) if found else None) or _EMBEDDED
     if found and control_url is None and origin != _VARIABLE:
         url_line = f"# control_url comes from {origin.removeprefix('in ')}"
     elif not written.startswith("embedded") and Dsn.parse(written).has_secret:
         url_line = f"# control_url comes from {_VARIABLE}"
     else:
-        url_line = f'control_url = "{written}"'
+        url_line = f"control_url = {json.dumps(written)}"
     if migrations is None and "migrations" in configured.values:
         migrations_line = f"# migrations comes from {configured.origins['migrations'].removeprefix('in ')}"
     else:
-        migrations_line = f'migrations = "{migrations or _MIGRATIONS}"'
+        migrations_line = f"migrations = {json.dumps(migrations or _MIGRATIONS)}"
     return _SETTINGS.format(control_url=url_line, migrations=migrations_line)
 
 
 def dev(
-    directory: Annotated[Path, typer.Option(help="The embedded server's data directory.")] = Path(".tenancy"),
+    directory: Annotated[
+        Path | None, typer.Option(help="The embedded server's data directory; the project's by default.")
+    ] = None,
 ) -> None:
     """Run an embedded PostgreSQL for development, until Ctrl-C."""
     from ..testing.embedded import EmbeddedProvider
+
+    directory = exit_on_error(_data_directory) if directory is None else directory
 
     async def serve() -> None:
         provided = await EmbeddedProvider().open(f"embedded:{directory}")
@@ -160,6 +170,13 @@ def dev(
             await provided.close()
 
     exit_on_error(lambda: asyncio.run(serve()))
+
+
+def _data_directory() -> Path:
+    """The directory of the embedded server that the project's settings name, or ``.tenancy`` in the project."""
+    found = sources.read(TenancyConfig, None, {})
+    scheme, _, directory = str(found.values.get("control_url", "")).partition(":")
+    return Path(directory) if scheme == "embedded" else found.directory / ".tenancy"
 
 
 def psql(

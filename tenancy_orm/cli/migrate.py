@@ -9,6 +9,7 @@ import typer
 from rich.progress import Progress as ProgressBar
 
 from ..migrations import FleetReport, Progress, TenantOutcome
+from ..migrations.report import NO_TENANTS
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, run
@@ -91,6 +92,8 @@ def status(as_json: Json = False) -> None:
     revisions = run(command)
     if as_json:
         print_json(list(revisions))
+    elif not revisions:
+        console.print(NO_TENANTS, highlight=False)
     else:
         shown = {True: "yes", False: "no", None: None}
         rows = [

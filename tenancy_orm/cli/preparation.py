@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from ..config import TenancyConfig, sources
-from ..errors import ConfigurationError
 from ..provisioning.preparation_plan import PreparationPlan
 from ..provisioning.public_access import Closing
 from ..secrets.keyring import Keyring
 from .output import console, print_json
-from .runtime import exit_on_error, extend_path, fail, load_tenancy
+from .runtime import exit_on_error, fail, load_tenancy
 
 LEAVE_PUBLIC = """
 [provisioning]
@@ -48,7 +47,7 @@ def leave_public(directory: Path) -> bool:
 
 
 def settle(
-    default_url: str, *, yes: bool, dry_run: bool, keep: Collection[str], shared: bool, as_json: bool
+    files: Sequence[str], *, yes: bool, dry_run: bool, keep: Collection[str], shared: bool, as_json: bool
 ) -> dict[str, Any] | None:
     """Say what preparing the servers changes, ask where somebody would lose access, and do it.
 
@@ -56,7 +55,7 @@ def settle(
     Nothing has changed where this exits with status 1.
 
     Args:
-        default_url: The control_url if nothing configures one.
+        files: The files that will be made, for ``--dry-run``.
         yes: Do not ask.
         dry_run: Only say it.
         keep: The values of ``--keep-access``.
@@ -66,7 +65,7 @@ def settle(
     Returns:
         What was changed, as JSON values; None where the server is an embedded one, which nobody else uses.
     """
-    config = exit_on_error(lambda: _planned_config(default_url))
+    config = exit_on_error(load_tenancy).config
     if not config.is_embedded and config.secrets.provider is None and config.secrets.key_wrapper is None:
         exit_on_error(lambda: Keyring(config.sealing_keys))  # as opening would refuse later, when much has changed
     plan = _read_plan(config, shared=shared)
@@ -74,8 +73,10 @@ def settle(
     described = None if plan is None else _as_dict(plan, kept)
     if dry_run:
         if as_json:
-            print_json({"dry_run": True, "created": [], "preparation": described})
+            print_json({"dry_run": True, "would_create": list(files), "preparation": described})
             return described
+        for name in files:
+            _line(f"{name} is made")
         if plan is not None:
             _show(plan, kept)
         else:
@@ -87,18 +88,6 @@ def settle(
         _confirm(plan, kept, yes=yes, as_json=as_json)
         exit_on_error(lambda: asyncio.run(plan.apply(config, keep=kept)))
     return described
-
-
-def _planned_config(default_url: str) -> TenancyConfig:
-    """Return the configuration that ``init`` will work with; settings that it will write may be missing yet."""
-    extend_path()
-    found = sources.read(TenancyConfig, None, {})
-    if "control_url" in found.values:
-        return found.build(TenancyConfig)
-    try:
-        return load_tenancy().config
-    except ConfigurationError:
-        return TenancyConfig.from_env(control_url=default_url)
 
 
 def _read_plan(config: TenancyConfig, *, shared: bool) -> PreparationPlan | None:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit.actor import Actor
-from ..config import TenancyConfig
+from ..config import TenancyConfig, project
 from ..config.values import load_object
 from ..errors import ConfigurationError, TenancyError
 from ..tenancy import Tenancy
@@ -61,16 +61,17 @@ def days_from_now(days: float) -> datetime:
 
 
 def extend_path() -> None:
-    """Let the application be imported from the working directory, or from the directory of the settings file."""
+    """Let the application be imported from the working directory, or from the project's directory."""
     # sys.path of an installed script begins with the script's directory
     named = os.environ.get("TENANCY_CONFIG")
-    for directory in (str(Path.cwd()), *([str(Path(named).resolve().parent)] if named else [])):
+    found = Path(named).resolve().parent if named else project.find()
+    for directory in (str(Path.cwd()), *([str(found)] if found else [])):
         if directory not in sys.path:
             sys.path.insert(0, directory)
 
 
 def load_tenancy() -> Tenancy:
-    """Return the ``Tenancy`` that ``TENANCY_APP`` names, or one built from ``tenancy.toml`` and the environment.
+    """Return the ``Tenancy`` that ``TENANCY_APP`` names, or one built from the settings of the project.
 
     Raises:
         ConfigurationError: neither gives a configuration.

@@ -73,8 +73,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """The application's tables, as text ``module:attribute``. Needed for autogenerate, and for templates where
     ``migrations`` is None."""
     migrations: DirectoryPath | None = None
-    """Directory of the application's Alembic environment (made by ``tenancy init``). In a settings file, relative to
-    that file."""
+    """Directory of the application's Alembic environment (made by ``tenancy init``). ``from_env`` reads a relative one
+    as relative to the project's directory."""
     extensions: Names = ()
     """PostgreSQL extensions that every tenant database has: the template has them, and an upgrade installs them in
     existing databases. As text: separated by commas."""
@@ -230,11 +230,15 @@ class TenancyConfig(_Checked, BaseSettings):
 
         1. ``overrides``; a mapping overrides single settings of a section,
         2. ``TENANCY_*`` variables,
-        3. ``.env`` in the working directory, or the file that ``TENANCY_ENV_FILE`` names; nothing in it is expanded,
+        3. ``.env`` in the project's directory, or the file that ``TENANCY_ENV_FILE`` names; nothing in it is expanded,
         4. secret files, as Docker and Kubernetes mount them, in the directory that ``TENANCY_SECRETS_DIR`` names: each
            is named like its variable, in either case,
-        5. ``tenancy.toml`` and ``[tool.tenancy]`` of ``pyproject.toml`` in the working directory; or the file that
+        5. ``tenancy.toml`` and ``[tool.tenancy]`` of ``pyproject.toml`` in the project's directory; or the file that
            ``TENANCY_CONFIG`` names alone.
+
+        The project's directory is the nearest one with settings in a file, from the working directory upward to the
+        root of the repository or the home directory; or that of the file that ``TENANCY_CONFIG`` names. Relative paths
+        in settings are relative to it.
 
         Args:
             environ: The variables; ``os.environ`` where None.

@@ -1,7 +1,7 @@
 """Where settings are read from: variables, ``.env``, secret files, ``tenancy.toml``, ``pyproject.toml``.
 
 pydantic-settings takes them apart. What is added here: each setting remembers where it came from, so that an error can
-say it; a variable or key that is no setting is an error; and paths in a file are beside that file.
+say it; a variable or key that is no setting is an error; and relative paths are relative to the project's directory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource
 
 from ..errors import ConfigurationError, SettingError
+from ..postgres.dsn import with_files_in
+from . import project
 from .validation import NO_TABLE, UNKNOWN, Section, sections_of, settings_of, suggestion
 
 PREFIX = "TENANCY_"
@@ -55,6 +57,7 @@ _SERVICE_LINKS = tuple(
 )
 
 MISSING = "is not set: run tenancy init, write tenancy.toml here, or set TENANCY_CONTROL_URL"
+NOWHERE = "; there is no settings file in {} nor above it"
 
 M = TypeVar("M", bound=BaseSettings)
 Origin = Callable[[str], str]
@@ -67,6 +70,10 @@ class Found:
 
     values: dict[str, Any]
     origins: dict[str, str]
+    directory: Path
+    """The project's directory: relative paths are relative to it."""
+    files: list[Path] = field(default_factory=list)
+    """The files that were read, those of secrets left out."""
 
     def build(self, model: type[M]) -> M:
         """Return the configuration.
@@ -83,8 +90,9 @@ class Found:
 
     def _locate(self, error: SettingError) -> SettingError:
         """Return ``error`` with the origin of each setting that it names."""
+        missing = MISSING if self.files else MISSING + NOWHERE.format(project.start())
         problems = {
-            name: MISSING if (name, reason) == ("control_url", "is missing") else reason
+            name: missing if (name, reason) == ("control_url", "is missing") else reason
             for name, reason in error.problems.items()
         }
         origins = {name: self._origin(name) for name in problems}
@@ -111,15 +119,25 @@ def read(model: type[BaseSettings], environ: Mapping[str, str] | None, overrides
         ConfigurationError: a file cannot be read.
     """
     variables = _of_ours(os.environ if environ is None else environ, str)
-    found = Found({}, {})
-    for path, named in _settings_files(variables.get("TENANCY_CONFIG")):
-        _merge(found, model, _read_settings_file(path, named), lambda _, path=path: f"in {path}")  # type: ignore[misc]
+    named = variables.get("TENANCY_CONFIG")
+    place = Path(named).absolute().parent if named else project.find()
+    # of variables alone, where there is no project
+    directory = place or Path.cwd()
+    found = Found({}, {}, directory)
+    for path, variable in _settings_files(place, named):
+        values = _read_settings_file(path, variable)
+        _merge(found, model, _absolute(directory, values), lambda _, path=path: f"in {project.shown(path)}")  # type: ignore[misc]
+        if values:
+            found.files.append(path)
     files = _read_secret_files(variables.get("TENANCY_SECRETS_DIR"))
     texts = {name: text for name, (_, text) in files.items()}
     _merge_variables(found, model, texts, lambda variable: f"file {files[variable][0]}")
-    env_file = Path(variables.get("TENANCY_ENV_FILE") or ".env")
-    from_file = _read_env_file(env_file, named="TENANCY_ENV_FILE" in variables)
-    _merge_variables(found, model, from_file, lambda variable: f"{variable} in {env_file}")
+    env_file = Path(variables.get("TENANCY_ENV_FILE") or directory / ".env")
+    is_named = "TENANCY_ENV_FILE" in variables
+    from_file = _read_env_file(env_file, named=is_named) if is_named or place else {}
+    if from_file:
+        found.files.append(env_file)
+    _merge_variables(found, model, from_file, lambda variable: f"{variable} in {project.shown(env_file)}")
     settings = {
         name: text
         for name, text in variables.items()
@@ -170,7 +188,8 @@ def _merge_variables(found: Found, model: type[BaseSettings], given: Mapping[str
     if problems:
         places = {variable: origin(variable).removeprefix(variable).strip() for variable in problems}
         raise SettingError(problems, {variable: place for variable, place in places.items() if place})
-    _merge(found, model, _Variables(model, given)(), lambda setting: origin(variables.get(setting, setting)))
+    values = _absolute(found.directory, _Variables(model, given)())
+    _merge(found, model, values, lambda setting: origin(variables.get(setting, setting)))
 
 
 def _problem(variable: str, text: str, known: frozenset[str], sections: Collection[str]) -> str | None:
@@ -238,7 +257,7 @@ def _read_env_file(path: Path, *, named: bool) -> dict[str, str]:
         bindings = list(parse_stream(StringIO(path.read_text(encoding="utf-8-sig"))))
     found: dict[str, str] = {}
     for binding in bindings:
-        place = f"in {path}, line {binding.original.line}"
+        place = f"in {project.shown(path)}, line {binding.original.line}"
         if binding.error:
             if PREFIX in binding.original.string.upper():
                 raise ConfigurationError(f"{place}: a line with {PREFIX} cannot be read; mind its quotes")
@@ -264,12 +283,12 @@ def _read_secret_files(named: str | None) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def _settings_files(named: str | None) -> Iterator[tuple[Path, str]]:
+def _settings_files(directory: Path | None, named: str | None) -> Iterator[tuple[Path, str]]:
     """The files to read, each with the variable that names it; the last one wins."""
     if named:
-        yield Path(named), "TENANCY_CONFIG"
+        yield Path(named).absolute(), "TENANCY_CONFIG"
         return
-    for path in (Path("pyproject.toml"), Path("tenancy.toml")):
+    for path in (directory / name for name in project.SETTINGS_FILES) if directory else ():
         if path.is_file():
             yield path, ""
 
@@ -281,41 +300,66 @@ def _read_settings_file(path: Path, variable: str) -> dict[str, Any]:
         values = _table_of_tool(path, values)
     elif "tool" in values:
         raise SettingError(
-            {"tool": "[tool.tenancy] is for pyproject.toml; write [pool] here, for example"}, {"tool": f"in {path}"}
+            {"tool": "[tool.tenancy] is for pyproject.toml; write [pool] here, for example"},
+            {"tool": f"in {project.shown(path)}"},
         )
-    return _beside(path.parent, values)
+    return values
 
 
 def _table_of_tool(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     tool = values.get("tool")
     if not isinstance(tool, dict):
         return {}
-    for name in ("tenancy_orm", "tenancy-orm"):
+    for name in project.TABLES[1:]:
         if name in tool:
-            raise ConfigurationError(f"[tool.{name}] in {path} is not read; write [tool.tenancy]")
+            raise ConfigurationError(f"[tool.{name}] in {project.shown(path)} is not read; write [tool.tenancy]")
     table = tool.get("tenancy", {})
     if not isinstance(table, dict):
-        raise ConfigurationError(f"tool.tenancy in {path} must be a table")
+        raise ConfigurationError(f"tool.tenancy in {project.shown(path)} must be a table")
     return table
 
 
-def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Make paths of a settings file absolute, wherever the program runs."""
+def _absolute(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the relative paths in settings absolute: they are relative to the project's directory.
+
+    These are ``migrations``, the directory of an embedded server, and the files that a URL names.
+    """
     values = dict(values)
     if isinstance(migrations := values.get("migrations"), str):
         values["migrations"] = str(directory / migrations)
     migration = values.get("migration")
     if isinstance(migration, dict) and isinstance(file := migration.get("alembic_config"), str):
         values["migration"] = {**migration, "alembic_config": str(directory / file)}
-    if isinstance(url := values.get("control_url"), str) and url.startswith("embedded:"):
-        values["control_url"] = f"embedded:{directory / url.removeprefix('embedded:')}"
+    if "control_url" in values:
+        values["control_url"] = _absolute_url(directory, values["control_url"])
+    if isinstance(servers := values.get("servers"), Mapping):
+        values["servers"] = {name: _absolute_server(directory, given) for name, given in servers.items()}
+    elif servers is not None:
+        values["servers"] = _absolute_url(directory, servers)
+    if isinstance(control := values.get("control"), Mapping) and "listen_url" in control:
+        values["control"] = {**control, "listen_url": _absolute_url(directory, control["listen_url"])}
     return values
+
+
+def _absolute_server(directory: Path, given: Any) -> Any:
+    if isinstance(given, Mapping):  # two addresses
+        return {name: _absolute_url(directory, url) for name, url in given.items()}
+    return _absolute_url(directory, given)
+
+
+def _absolute_url(directory: Path, url: Any) -> Any:
+    if not isinstance(url, str):
+        return url
+    scheme, _, path = url.partition(":")
+    if scheme == "embedded":
+        return f"embedded:{directory / (path or '.tenancy')}"
+    return with_files_in(directory, url)
 
 
 @contextmanager
 def _reading(path: Path, variable: str) -> Iterator[None]:
     """Name the file in errors, and the variable that names it."""
-    what = f"{str(path)!r} ({variable})" if variable else repr(str(path))
+    what = f"{project.shown(path)!r} ({variable})" if variable else repr(project.shown(path))
     try:
         yield
     except OSError as exc:

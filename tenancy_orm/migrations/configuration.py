@@ -15,8 +15,9 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from alembic.util.pyfiles import coerce_resource_to_filename
 
-from ..config import MigrationConfig
+from ..config import MigrationConfig, project
 from ..errors import ConfigurationError
+from . import discovery
 
 _VARIABLE = "ALEMBIC_CONFIG"
 _SECTION = "alembic"
@@ -68,9 +69,30 @@ def alembic_config(directory: str | Path, settings: MigrationConfig | None = Non
     settings = settings or MigrationConfig()
     directory = Path(directory).absolute()
     if not (directory / "env.py").is_file():
-        raise ConfigurationError(f"{directory} has no env.py; create a migration directory with: tenancy init")
+        raise ConfigurationError(f"{directory} has no env.py; {_advice(directory)}")
     config = _given(directory, settings) or _found(directory, settings.alembic_section) or _default(directory)
-    return with_x(config, [*settings.x_arguments, *x])
+    copied = with_x(config, [*settings.x_arguments, *x])
+    return discovery.rooted(copied, _place(copied))
+
+
+def _place(config: Config) -> Path:
+    """Return the directory of the file that a configuration was read from."""
+    names = (config.config_file_name, config.toml_file_name)
+    return next((Path(name).absolute().parent for name in names if name and Path(name).is_file()), Path.cwd())
+
+
+def _advice(directory: Path) -> str:
+    """What to do about a directory without env.py."""
+    try:
+        found = discovery.find(project.find() or project.start())
+    except ConfigurationError:
+        found = None  # init says more of it
+    if found is None or not found.has_env or found.migrations == directory:
+        return "create a migration directory with: tenancy init"
+    return (
+        f"the migrations of this project are in {found}: set migrations = {project.shown(found.migrations)!r}, "
+        "or let tenancy init do it"
+    )
 
 
 def with_x(config: Config, x: Sequence[str]) -> Config:
@@ -151,8 +173,13 @@ def _read(file: Path, section: str) -> Config:
 def _location(config: Config) -> Path | None:
     """Return the directory that a configuration is for, without symbolic links; None if it names none."""
     try:
-        location = config.get_alembic_option("script_location")
-        return coerce_resource_to_filename(location).resolve() if location else None
+        location = discovery.location_of(config, _place(config))
+        text = config.get_alembic_option("script_location", "")
+        if location is not None and not location.exists() and ":" in text:
+            location = coerce_resource_to_filename(text)  # of an installed package
+        return location.resolve() if location else None
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{name_of(config)} cannot be read: {exc.__cause__}") from exc
     except (configparser.Error, CommandError, ImportError, OSError, ValueError) as exc:
         raise ConfigurationError(f"{name_of(config)} cannot be read: {exc}") from exc
 
@@ -165,7 +192,7 @@ def _found(directory: Path, section: str | None) -> Config | None:
         file = Path(variable).absolute()
         if file.is_file() and (found := _one_of(_matching(directory, [file], section), directory)):
             return found
-    places = list(dict.fromkeys((directory, directory.parent, Path.cwd())))
+    places = list(dict.fromkeys((directory, *project.upward(directory.parent), Path.cwd())))
     for place in places:
         ini, toml = place / "alembic.ini", place / "pyproject.toml"
         config = Config(

@@ -76,7 +76,7 @@ class FleetMigrator:
                 setting ``migration.x_arguments``. Templates do not get them.
 
         Raises:
-            ConfigurationError: there is no migration directory, or its env.py is not ours.
+            ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet.
             MigrationError: the revision does not exist, or fails on the template; no tenant was touched.
             TenantNotFoundError: one of ``tenants`` does not exist.
             ControlUnavailableError: the control database does not answer.
@@ -165,7 +165,7 @@ class FleetMigrator:
         """Load the migration directory.
 
         Raises:
-            ConfigurationError: there is none, or its env.py does not call ``environment.run``.
+            ConfigurationError: there is none, or its env.py cannot be used for a fleet.
         """
         config = self.services.config
         directory = config.migrations

@@ -8,6 +8,8 @@ from uuid import UUID
 
 from ..errors import FleetMigrationError
 
+NO_TENANTS = "there are no tenants in this installation: tenancy config show says which settings are in force"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantOutcome:
@@ -84,7 +86,9 @@ class FleetReport:
         return reasons | dict.fromkeys(self.skipped, "not started: an earlier failure stopped the run")
 
     def summary(self) -> str:
-        """Return one line: how many tenants, how many migrated, how many failed, in how many seconds."""
+        """Return one line: how many tenants, how many of them migrated or failed, and how long it took."""
+        if not self.total:
+            return f"{self.command} {self.target}: nothing to do, {NO_TENANTS}"
         done = [outcome for outcome in self.outcomes if outcome.ok]
         migrated = sum(outcome.changed for outcome in done)
         counts = [f"{migrated} migrated", f"{len(done) - migrated} unchanged", f"{len(self.failures)} failed"]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
+from sqlalchemy.exc import NoSuchModuleError
 
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_identifier
-from . import local, logs
+from . import envfile, local, logs, plain
+from .failures import describe
 
 # while ``load`` runs an env.py, ``environment.run`` stores its options here instead of running a command
 _reading: ContextVar[list[Mapping[str, Any]] | None] = ContextVar("tenancy_orm.migrations.reading", default=None)
@@ -76,12 +80,14 @@ class _RunContext(EnvironmentContext):
 def load(config: Config, *, x: tuple[str, ...] = ()) -> Environment:
     """Load the scripts, and run env.py only to get the options that it passes to ``environment.run``.
 
+    If it does not call that, they are those that it passes to ``context.configure``; it connects to no database.
+
     Args:
         config: From ``configuration.alembic_config``.
         x: Which of its ``-x`` arguments are those of this run alone.
 
     Raises:
-        ConfigurationError: the directory is missing, or its env.py does not call ``environment.run``.
+        ConfigurationError: the directory is missing, or its env.py fails or cannot be used for a fleet.
     """
     local.install()
     try:
@@ -93,21 +99,31 @@ def load(config: Config, *, x: tuple[str, ...] = ()) -> Environment:
 
 
 def _read_env(config: Config, script: ScriptDirectory) -> Mapping[str, Any]:
+    path = Path(script.env_py_location)
     found: list[Mapping[str, Any]] = []
-    # an env.py made for plain Alembic would connect to its own database here: then it must have nothing to do
+    # Alembic's own way to run nothing, for an env.py that looks at these
     nothing = {"fn": lambda heads, context: [], "dont_mutate": True, "destination_rev": "head", "starting_rev": None}
+    environment = plain.PlainEnvironment(config, script, **nothing)
     token = _reading.set(found)
     try:
-        with logs.unchanged(), EnvironmentContext(config, script, **nothing):
+        # an env.py of ours may import modules that connect; one that was made for plain Alembic must not connect itself
+        without = nullcontext() if envfile.calls_run(path) else plain.without_connections(config)
+        with logs.unchanged(), environment, without:
             script.run_env()
+        return found[-1] if found else environment.options()
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{path} cannot be used: {exc}") from exc
+    except NoSuchModuleError as exc:
+        raise ConfigurationError(
+            f"{path} makes an engine of the URL that Alembic's template has as a placeholder, or one without a driver "
+            f"({exc}); {plain.REMEDY}"
+        ) from exc
+    except CommandError:
+        raise
+    except Exception as exc:
+        raise ConfigurationError(f"{path} fails: {describe(exc)}") from exc
     finally:
         _reading.reset(token)
-    if not found:
-        raise ConfigurationError(
-            f"{script.env_py_location} does not call tenancy_orm.environment.run; "
-            "create a directory with: tenancy init, or see Migrations in the documentation"
-        )
-    return found[-1]
 
 
 def capture_options(options: Mapping[str, Any]) -> bool:

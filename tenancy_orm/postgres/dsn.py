@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from ..errors import ConfigurationError
 from . import parameters as known
@@ -30,6 +31,7 @@ _IN_ASYNCPGS_DSN = (
     *("ssl_min_protocol_version", "ssl_max_protocol_version", "service"),
 )
 _ARGUMENTS = {"sslmode": "ssl"} | {name: name for name in ("passfile", "target_session_attrs", "krbsrvname", "gsslib")}
+_FILES = re.compile(r"(?:(?<=[?&\s])|^)(sslrootcert|sslcert|sslkey|sslcrl|sslcrldir|passfile)=('?)([^&\s']+)")
 _ADDRESS = ("host", "hostaddr", "port", "user", "password", "dbname")
 
 
@@ -343,4 +345,27 @@ def _read_pairs(text: str) -> Iterator[tuple[str, str]]:
         yield pair[1], re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
 
 
-__all__ = ["DEFAULT_PORT", "Dsn"]
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def with_files_in(directory: Path, text: str) -> str:
+    """Return a DSN, or several in one text, with the relative paths of certificates and keys in ``directory``.
+
+    Nothing is checked; ``Dsn.parse`` does that.
+    """
+    is_uri = "://" in text
+
+    def replaced(found: re.Match[str]) -> str:
+        name, quotation, value = found.groups()
+        path = unquote(value) if is_uri else value
+        if path.startswith(("/", "~")) or (name, path) == ("sslrootcert", "system"):
+            return found[0]
+        path = str(directory / path)
+        if is_uri:
+            return f"{name}={quotation}{quote(path)}"
+        return f"{name}={quotation}" + (re.sub(r"(['\\])", r"\\\1", path) if quotation else _escaped(path))
+
+    return _FILES.sub(replaced, text)
+
+
+__all__ = ["DEFAULT_PORT", "Dsn", "with_files_in"]

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tenancy_orm import TenancyConfig
 from tenancy_orm.cli import config as cli
+from tenancy_orm.cli import dev
 from tenancy_orm.cli.app import app
 from tenancy_orm.config.validation import settings_of
 
@@ -37,6 +38,22 @@ def test_settings_are_shown_with_their_places(project: Path) -> None:
     assert found["pool.max_connections"] == ("50", "tenancy.toml")
     assert found["pool.max_engines"] == ("1000", "default")
     assert found["encryption_keys"] == (None, "default")
+
+
+def test_the_files_that_were_read_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a sub-directory too; where there is none, the directory that was searched is named."""
+    below = project / "src"
+    below.mkdir()
+    (project / ".env").write_text("TENANCY_NAME_PREFIX=shop\n")
+    monkeypatch.chdir(below)
+    outcome = CliRunner().invoke(app, ["config", "show"])
+    assert outcome.output.startswith(f"settings files: {project}/tenancy.toml, {project}/.env\n")
+    rows = json.loads(CliRunner().invoke(app, ["config", "show", "--json"]).output)
+    assert {"setting": "name_prefix", "value": "shop", "from": "TENANCY_NAME_PREFIX in ../.env"} in rows
+    (project / "tenancy.toml").unlink()
+    (project / ".env").unlink()
+    outcome = CliRunner().invoke(app, ["config", "show"])
+    assert outcome.output.startswith(f"settings files: none; there is none in {below} nor above it\n")
 
 
 def test_settings_are_a_table_for_people(project: Path) -> None:
@@ -96,3 +113,15 @@ def test_markup_in_a_value_is_text(project: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TENANCY_SESSIONS_SETTINGS", "app.x=[/x][bold]")
     outcome = CliRunner().invoke(app, ["config", "show"])
     assert outcome.exit_code == 0 and "[/x][bold]" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("url", "directory"), [("embedded:data", "data"), ("embedded", ".tenancy"), ("postgresql://h/d", ".tenancy")]
+)
+def test_dev_runs_the_projects_server(project: Path, monkeypatch: pytest.MonkeyPatch, url: str, directory: str) -> None:
+    """From a sub-directory too: another one would be empty."""
+    monkeypatch.delenv("TENANCY_CONTROL_URL")
+    (project / "tenancy.toml").write_text(f'control_url = "{url}"\n')
+    (project / "src").mkdir()
+    monkeypatch.chdir(project / "src")
+    assert dev._data_directory() == project / directory

@@ -15,9 +15,11 @@ from alembic.util.exc import CommandError
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import FleetMigrationError
+from tests.support import shell
 from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, until
 from tests.support.projects import NOTES, Project
+from tests.support.warm import run_module
 
 TENANTS = ("acme", "globex", "initech")
 RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
@@ -199,6 +201,33 @@ async def test_without_a_configuration_the_command_says_what_is_missing(alembic:
     assert "FAILED: control_url: is not set" in await alembic("current", ok=False)
     alembic.variables = {"TENANCY_APP": "demo:notes"}
     assert "FAILED: " in await alembic("current", ok=False)
+
+
+async def test_the_settings_are_those_of_the_project_that_the_ini_file_is_in(
+    alembic: Alembic, fleet: Fleet, tmp_path: Path
+) -> None:
+    """Run from elsewhere, and inside another project; modules that they name are found there too."""
+    root = alembic.project.root
+    ini = alembic.project.ini.read_text()
+    names = {"TENANCY_CONTROL_URL": "control_url", "TENANCY_SERVERS": "servers", "TENANCY_NAME_PREFIX": "name_prefix"}
+    names["TENANCY_ENCRYPTION_KEYS"] = "encryption_keys"
+    lines = [f'{names[variable]} = "{value}"\n' for variable, value in alembic.variables.items()]
+    (root / "tenancy.toml").write_text("".join(lines) + 'metadata = "demo:metadata"\n')
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tenancy.toml").write_text('control_url = "postgresql://h/other"\ndefault_tier = "gold"\n')
+    for text in (ini, ini.replace("tenancy_app = demo:config\n", "").replace("prepend_sys_path = %(here)s\n", "")):
+        alembic.project.ini.write_text(text)
+        for cwd in (tmp_path, other, alembic.project.migrations):
+            done = await run_module(
+                "alembic",
+                "-c",
+                str(alembic.project.ini),
+                "current",
+                cwd=cwd,
+                env=shell.environment(PYTHONPATH=str(shell.ROOT)),
+            )
+            assert (done.status, done.out) == (0, "".join(f"{slug}: 0001 (head)\n" for slug in TENANTS)), done.err
 
 
 async def test_a_run_that_is_killed_can_be_run_again(alembic: Alembic, fleet: Fleet) -> None:

@@ -361,9 +361,9 @@ async def test_env_py_and_scripts_are_loaded_once(fleet: Fleet, project: Project
     assert log.read_text() == "es"
 
 
-async def test_a_directory_of_plain_alembic_is_refused(fleet: Fleet, project: Project) -> None:
+async def test_an_env_py_that_runs_no_migrations_is_refused(fleet: Fleet, project: Project) -> None:
     (project.migrations / "env.py").write_text("from alembic import context\ncontext.is_offline_mode()\n")
-    with pytest.raises(ConfigurationError, match=r"env.py does not call .*environment.run"):
+    with pytest.raises(ConfigurationError, match=r"env.py cannot be used: it calls neither .*environment.run"):
         await fleet.migrations.upgrade()
 
 

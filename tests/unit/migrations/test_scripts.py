@@ -46,6 +46,27 @@ def test_the_working_directorys_ini_file_is_used(project: Project, monkeypatch: 
     assert alembic_config("app/migrations").config_file_name == str(top / "alembic.ini")
 
 
+@pytest.mark.parametrize("location", ["migrations", "app:migrations"])
+def test_relative_paths_of_an_ini_file_are_beside_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch, location: str
+) -> None:
+    """For Alembic they are in the working directory, which is that one where users run it."""
+    top = project.root.parent if location.startswith("app:") else project.root
+    text = project.ini.read_text().replace("%(here)s/migrations", location)
+    project.ini.unlink()
+    text = text.replace("prepend_sys_path = %(here)s", "prepend_sys_path = .").replace("path_separator = os", "")
+    (top / "alembic.ini").write_text(
+        text.replace("# version_locations = %(here)s/bar:%(here)s/bat", "version_locations = more")
+    )
+    (top / "more").mkdir()
+    (project.migrations / "versions" / "1.py").rename(top / "more" / "1.py")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in (".", str(top))])
+    for cwd in (project.migrations, Path("/")):
+        monkeypatch.chdir(cwd)
+        assert load(alembic_config(project.migrations)).script.get_heads() == ["1"]
+        assert str(top) in sys.path and "." not in sys.path
+
+
 def test_settings_in_pyproject_toml_are_used(project: Project) -> None:
     project.ini.unlink()
     (project.root / "pyproject.toml").write_text(
@@ -94,7 +115,7 @@ def test_an_env_py_that_is_not_ours_does_nothing_and_is_refused(project: Project
         "assert context._proxy.context_opts['fn']((), None) == []\n"
         "assert context._proxy.context_opts['dont_mutate']\n"
     )
-    with pytest.raises(ConfigurationError, match=r"env\.py does not call tenancy_orm"):
+    with pytest.raises(ConfigurationError, match=r"env\.py cannot be used: it calls neither"):
         load(alembic_config(project.migrations))
 
 
