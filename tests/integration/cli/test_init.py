@@ -255,7 +255,10 @@ async def test_tables_without_migrations_stay_without(shell: Shell) -> None:
 
 @pytest.mark.parametrize("existing", [False, True])
 async def test_a_failure_leaves_nothing(nowhere: Shell, existing: bool) -> None:
-    """A control database that does not answer, for example."""
+    """A control database that does not answer, for example; or no key for the passwords of tenants on a server."""
+    assert "encryption_keys is empty" in await nowhere.refused("--control-url", UNREACHABLE)
+    keys = {"TENANCY_ENCRYPTION_KEYS": "1:" + base64.b64encode(secrets.token_bytes(32)).decode()}
+    nowhere = Shell(nowhere.root, {**nowhere.variables, **keys})
     if existing:
         make_project(nowhere.root, "generic")
     said = await nowhere.refused("--control-url", UNREACHABLE, *(["--write-env"] if existing else []))
