@@ -7,6 +7,8 @@ from typing import Any
 from alembic import op
 from sqlalchemy.util import await_only
 
+from ..postgres.quoting import quote_literal
+
 
 def run_script(sql: str) -> None:
     """Execute ``sql``, any number of statements, in the migration's transaction.
@@ -19,3 +21,28 @@ def run_script(sql: str) -> None:
     connection.exec_driver_sql("SELECT 1")
     driver: Any = connection.connection.driver_connection
     await_only(driver.execute(sql))
+
+
+def for_applications(statement: str) -> str:
+    """Return the SQL that executes ``statement`` for each role that ``grants.grant_application`` was called for.
+
+    A migration that adds a table grants it so to the roles of existing installations.
+
+    Args:
+        statement: SQL with ``%I`` for the role's name, as for PostgreSQL's ``format``.
+    """
+    return f"""
+    DO $$
+    DECLARE
+        v_role name;
+    BEGIN
+        FOR v_role IN
+            SELECT r.rolname FROM pg_class AS c
+            CROSS JOIN LATERAL aclexplode(c.relacl) AS a
+            JOIN pg_roles AS r ON r.oid = a.grantee
+            WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner
+        LOOP
+            EXECUTE format({quote_literal(statement)}, v_role);
+        END LOOP;
+    END $$;
+    """  # noqa: S608 - quoted

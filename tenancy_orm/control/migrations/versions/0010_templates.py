@@ -1,6 +1,6 @@
 """What each template was built from, and when a process used it last."""
 
-from tenancy_orm.control.scripts import run_script
+from tenancy_orm.control.scripts import for_applications, run_script
 
 revision = "0010_templates"
 down_revision = "0009_domain_checks"
@@ -26,27 +26,10 @@ CREATE TABLE tenancy.templates (
 CREATE INDEX templates_base_idx ON tenancy.templates (server, base);
 """
 
-# roles that were granted the application's rights before this revision
-GRANTS = """
-DO $$
-DECLARE
-    v_role name;
-BEGIN
-    FOR v_role IN
-        SELECT r.rolname FROM pg_class AS c
-        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
-        JOIN pg_roles AS r ON r.oid = a.grantee
-        WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner
-    LOOP
-        EXECUTE format('GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.templates TO %I', v_role);
-    END LOOP;
-END $$;
-"""
-
 
 def upgrade() -> None:
     """Create the table; templates that exist are entered when housekeeping finds them."""
-    run_script(TABLE + GRANTS)
+    run_script(TABLE + for_applications("GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.templates TO %I"))
 
 
 def downgrade() -> None:

@@ -1,6 +1,6 @@
 """The fleet's revision: what the last successful migration of all tenants brought about."""
 
-from tenancy_orm.control.scripts import run_script
+from tenancy_orm.control.scripts import for_applications, run_script
 
 revision = "0011_fleet_revision"
 down_revision = "0010_templates"
@@ -18,27 +18,12 @@ INSERT INTO tenancy.fleet_revision DEFAULT VALUES;
 
 -- when a migration last changed the tenant's revision; NULL: it has the revision that it was created with
 ALTER TABLE tenancy.tenants ADD COLUMN migrated_at timestamptz;
-
--- roles that were granted the application's rights before this revision
-DO $$
-DECLARE
-    v_role record;
-BEGIN
-    FOR v_role IN
-        SELECT r.rolname FROM pg_class AS c
-        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
-        JOIN pg_roles AS r ON r.oid = a.grantee
-        WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner
-    LOOP
-        EXECUTE format('GRANT SELECT, UPDATE ON tenancy.fleet_revision TO %I', v_role.rolname);
-    END LOOP;
-END $$;
 """
 
 
 def upgrade() -> None:
     """Add the fleet's revision."""
-    run_script(UPGRADE)
+    run_script(UPGRADE + for_applications("GRANT SELECT, UPDATE ON tenancy.fleet_revision TO %I"))
 
 
 def downgrade() -> None:

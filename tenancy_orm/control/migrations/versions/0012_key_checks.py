@@ -1,6 +1,6 @@
 """Check values of the configured keys, so that another key under a known id is noticed when a process opens."""
 
-from tenancy_orm.control.scripts import run_script
+from tenancy_orm.control.scripts import for_applications, run_script
 
 revision = "0012_key_checks"
 down_revision = "0011_fleet_revision"
@@ -19,27 +19,10 @@ CREATE TABLE tenancy.key_checks (
 );
 """
 
-# Roles that were granted the application's rights before this revision, as grants.py grants them.
-APPLICATION = """
-DO $$
-DECLARE
-    v_role record;
-BEGIN
-    FOR v_role IN
-        SELECT r.rolname FROM pg_class AS c
-        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
-        JOIN pg_roles AS r ON r.oid = a.grantee
-        WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner
-    LOOP
-        EXECUTE format('GRANT SELECT, INSERT ON tenancy.key_checks TO %I', v_role.rolname);
-    END LOOP;
-END $$;
-"""
-
 
 def upgrade() -> None:
     """Add ``key_checks``; the first process that opens fills it."""
-    run_script(TABLE + APPLICATION)
+    run_script(TABLE + for_applications("GRANT SELECT, INSERT ON tenancy.key_checks TO %I"))
 
 
 def downgrade() -> None:
