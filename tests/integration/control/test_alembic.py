@@ -47,13 +47,13 @@ async def control(url: str) -> AsyncIterator[ControlDatabase]:
 async def test_alembic_is_as_before_after_a_failed_upgrade(proxies: str, empty_url: str, tmp_path: Path) -> None:
     before = run_plain_alembic(tmp_path / "own")
     connection = await asyncpg.connect(empty_url)
-    await connection.execute("CREATE SCHEMA tenancy; CREATE TABLE tenancy.tenants (unexpected integer)")
+    await connection.execute("CREATE SCHEMA tenancy; CREATE TYPE tenancy.tenants AS (unexpected integer)")
     async with control(empty_url) as database:
         with pytest.raises(Exception, match="already exists"):
             await database.upgrade()
         assert_nothing_is_active()
         assert run_plain_alembic(tmp_path / "own") == before
-        await connection.execute("DROP TABLE tenancy.tenants")
+        await connection.execute("DROP TYPE tenancy.tenants")
         await connection.close()
         await database.upgrade()
         assert_nothing_is_active()
