@@ -153,7 +153,7 @@ async def test_an_extension_that_is_configured_later_reaches_tenants_by_command(
     later = {"TENANCY_EXTENSIONS": "vector"}
     lacking = await cli("migrate", "status", **later)
     assert lacking.status == 1
-    assert "lacks extensions" in lacking.out and "vector" in lacking.out
+    assert "LACKS EXTENSIONS" in lacking.out and "vector" in lacking.out
     installed = await cli("migrate", "extensions", "--json", **later)
     assert installed.status == 0, installed.err
     assert [(one["slug"], one["extensions"]) for one in installed.json["outcomes"]] == [("acme", ["vector"])]

@@ -15,6 +15,9 @@ from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet
 from tests.support.projects import NOTES, Project
 
+# they list the templates of the installation
+pytestmark = pytest.mark.new_installation
+
 BRANCH = """
 revision = "b1"
 down_revision = None

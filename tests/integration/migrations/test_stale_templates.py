@@ -20,6 +20,9 @@ from tests.support.fleet import Fleet, fleet_config, open_fleet, until
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
 
+# they list the templates of the installation
+pytestmark = pytest.mark.new_installation
+
 REVISION = """
 from pathlib import Path
 from shop_{token}.helpers import table
