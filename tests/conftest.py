@@ -217,14 +217,31 @@ async def control_url(
 
 
 @pytest.fixture
+def control_if_used(request: pytest.FixtureRequest) -> str | None:
+    """``control_url`` where a test uses it: made before ``name_prefix``, and so dropped after it."""
+    return str(request.getfixturevalue("control_url")) if "control_url" in request.fixturenames else None
+
+
+@pytest.fixture
 async def name_prefix(
-    postgres: Postgres, installation: Names, lasting_installation: Names, request: pytest.FixtureRequest
+    postgres: Postgres,
+    installation: Names,
+    lasting_installation: Names,
+    control_if_used: str | None,
+    request: pytest.FixtureRequest,
 ) -> AsyncIterator[str]:
     """A ``TenancyConfig.name_prefix``; databases and roles that a test has named so are dropped after it."""
+    from tests.support.control_databases import drop_tenants
+
     prefix = installation.stem.split("_")[0]
+    lasts = installation is lasting_installation
     yield prefix
-    if not _keep(request, f"{prefix}_*"):
-        await postgres.drop_all(prefix, but=lasting_installation if installation is lasting_installation else None)
+    if _keep(request, f"{prefix}_*"):
+        return
+    if lasts and control_if_used is not None:
+        await drop_tenants(postgres, control_if_used, prefix, installation)
+    else:
+        await postgres.drop_all(prefix, but=installation if lasts else None)
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ class TenantRights:
             raise ConfigurationError(
                 f"provisioning.tenant_privileges: MAINTAIN needs PostgreSQL 17, and server {server!r} runs "
                 f"{server_version}; let a SECURITY DEFINER function refresh materialized views there, see "
-                "docs/provisioning.md"
+                "Provisioning in the documentation"
             )
 
     def wanted(self, what: Contents, database: str) -> Iterator[Right]:

@@ -41,7 +41,7 @@ def test_its_history_becomes_the_tenants(tmp_path: Path, variables: dict[str, st
         ]
         assert [line for line in shown if line.strip()] == [line for line in change.splitlines() if line.strip()]
         walk.follow(page)
-        assert "schema revisions" in walk.terminals[0].said
+        assert "acme: 0001 (head)" in walk.terminals[0].said
 
 
 def test_its_history_stays_beside_the_tenants(tmp_path: Path, variables: dict[str, str]) -> None:

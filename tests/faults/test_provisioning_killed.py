@@ -20,6 +20,9 @@ from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, names_of, open_workshop, placement
 
+# what is left on the server is compared as a whole
+pytestmark = pytest.mark.new_installation
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
 

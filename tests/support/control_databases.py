@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from uuid import UUID
 
+import asyncpg
+
 from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.control.names import Names
 from tests.support.postgres import Postgres
+
+# What an installation's control database knows of its templates, for the next one; by the installation's id.
+_known_templates: dict[UUID, str] = {}
+_READ_TEMPLATES = "SELECT coalesce(json_agg(t), '[]')::text FROM tenancy.templates AS t WHERE name = ANY($1)"
+_WRITE_TEMPLATES = "INSERT INTO tenancy.templates SELECT * FROM json_populate_recordset(NULL::tenancy.templates, $1)"
 
 # The template of a server and an owner, by the server's URL and the owner's name. Each worker has its own: a clone
 # needs a template without connections.
@@ -33,7 +41,26 @@ async def create_control_database(
         await connection.execute(
             "UPDATE tenancy.installation SET id = coalesce($1, gen_random_uuid()), created_at = now()", installation
         )
+        if installation in _known_templates:
+            await connection.execute(_WRITE_TEMPLATES, _known_templates[installation])
     return postgres.url(name, user=user, password=password)
+
+
+async def drop_tenants(postgres: Postgres, control_url: str, prefix: str, names: Names) -> None:
+    """Drop what a test has created, and keep for the next one what makes creations quick: roles, and templates.
+
+    Args:
+        postgres: The server.
+        control_url: The control database, the superuser's URL.
+        prefix: What all names begin with, those of other installations of the test too.
+        names: Of the installation that the next test goes on with.
+    """
+    kept = await postgres.drop_all(prefix, but=names)
+    try:
+        async with postgres.connect(postgres.database_of(control_url)) as connection:
+            _known_templates[names.installation] = await connection.fetchval(_READ_TEMPLATES, kept)
+    except asyncpg.PostgresError:  # the test has dropped it, or its tables
+        _known_templates.pop(names.installation, None)
 
 
 async def _create_template(postgres: Postgres, user: str | None, password: str | None) -> str:

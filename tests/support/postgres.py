@@ -103,25 +103,32 @@ class Postgres:
                 if but is None or not viewer.startswith(but):
                     await connection.execute(f'DROP ROLE IF EXISTS "{viewer}"')
 
-    async def drop_all(self, prefix: str, *, but: Names | None = None) -> None:
+    @staticmethod
+    def database_of(url: str) -> str:
+        """The name of the database of a URL."""
+        return make_url(url).database or "postgres"
+
+    async def drop_all(self, prefix: str, *, but: Names | None = None) -> list[str]:
         """Drop every database and role whose name begins with ``prefix`` and an underscore.
 
         Args:
             prefix: Of their names.
             but: An installation that the next test goes on with: its owner, its viewer and its complete templates stay.
+
+        Returns:
+            The names of the templates that stay.
         """
+        kept: list[str] = []
         async with self.connect() as connection:
             databases = await connection.fetch(
                 "SELECT datname, datistemplate FROM pg_database WHERE starts_with(datname, $1)", f"{prefix}_"
             )
             if but is not None:
-                kept = [
-                    database
-                    for database in databases
-                    if database["datistemplate"] and database["datname"].startswith(but.template(""))
-                ]
-                if len(kept) <= KEPT_TEMPLATES:
-                    databases = [database for database in databases if database not in kept]
+                prefix_of_templates = but.template("")
+                kept = [name for name, is_template in databases if is_template and name.startswith(prefix_of_templates)]
+                if len(kept) > KEPT_TEMPLATES:
+                    kept = []
+                databases = [database for database in databases if database["datname"] not in kept]
             for database in databases:
                 if database["datistemplate"]:
                     await connection.execute(f'ALTER DATABASE "{database["datname"]}" IS_TEMPLATE false')
@@ -137,3 +144,4 @@ class Postgres:
                     async with self.connect(database["datname"]) as inside:
                         await inside.execute(f'DROP OWNED BY "{role["rolname"]}"')
                 await connection.execute(f'DROP ROLE "{role["rolname"]}"')
+        return kept

@@ -32,7 +32,7 @@ from tenancy_orm.routing.servers import Servers
 from tenancy_orm.secrets.keyring import Keyring, new_password
 from tenancy_orm.tenant import Placement, Status, Tenant
 from tenancy_orm.testing import _programs, embedded
-from tests.support.control_databases import create_control_database
+from tests.support.control_databases import create_control_database, drop_tenants
 from tests.support.postgres import Postgres
 from tests.support.registry import synchronise
 
@@ -336,7 +336,9 @@ async def lasting_control_database(versioned: Postgres, prefix: str) -> AsyncIte
     names = _installations.setdefault((versioned.admin_url, prefix), Names(prefix, uuid7()))
     name = versioned.new_name()
     try:
-        yield await create_control_database(versioned, name, installation=names.installation)
+        url = await create_control_database(versioned, name, installation=names.installation)
+        yield url
+        await drop_tenants(versioned, url, prefix, names)
     finally:
         await versioned.drop_database(name, but=names.stem)
         await versioned.drop_all(prefix, but=names)

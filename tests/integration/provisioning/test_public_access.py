@@ -72,7 +72,8 @@ class Place:
         """What there is on the server, and the files of the project."""
         async with self.server.connect() as connection:
             rows = [row[0] for row in await connection.fetch(CATALOGUE)]
-        return [*rows, *map(str, sorted(self.directory.rglob("*")))]
+        files = (str(path) for path in sorted(self.directory.rglob("*")) if "__pycache__" not in path.parts)
+        return [*rows, *files]
 
     async def connects(self, role: str, database: str = "postgres") -> bool:
         """Whether a role can connect to a database."""
