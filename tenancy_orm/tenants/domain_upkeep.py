@@ -107,7 +107,11 @@ class DomainUpkeep:
             async with slots:
                 return row.domain, await self._check(row)
 
-        found = await asyncio.gather(*(check(row) for row in await self._take_due()))
+        checks = [check(row) for row in await self._take_due()]
+        done = await asyncio.gather(*checks, return_exceptions=True)
+        found = [one for one in done if not isinstance(one, BaseException)]
+        if errors := [one for one in done if isinstance(one, BaseException)]:
+            raise errors[0]  # only now: none of the others goes on behind the caller's back
         return DomainReport(
             published=sum(outcome == "published" for _, outcome in found),
             failing=tuple(sorted(domain for domain, outcome in found if outcome == "failing")),
