@@ -483,9 +483,10 @@ class Directory:
 
     def _changed(self, change: Change) -> None:
         if change.kind in (SCHEMA_CHANGING, SCHEMA_CHANGED) and change.tenant_id is not None:
-            # the cached tenant has the former revision; its engine and its admissions remain
-            self._lookups.invalidate(change.tenant_id)
-            self._cache.invalidate_tenant(change.tenant_id)
+            if change.kind == SCHEMA_CHANGED:
+                # the cached tenant has the former revision; its engine and its admissions remain
+                self._lookups.invalidate(change.tenant_id)
+                self._cache.invalidate_tenant(change.tenant_id)
             self._call_back_for_schema(change.tenant_id, change.kind == SCHEMA_CHANGING)
         elif change.tenant_id is None and change.key_id is None:
             self.revalidate()

@@ -377,6 +377,8 @@ async def test_the_schema_of_a_tenant_in_use_changes_only_after_a_notice(
         run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["initech", "globex"]))
         await until(lambda: new.fleet.recorded("globex"), "0003")
         await until(lambda: asyncio.sleep(0, heard), [True])
+        # nothing of it has changed yet, so it needs no look-up
+        assert old.tenancy.internals.directory.peek(key) is not None
         assert await old.fleet.revision("initech") == "0002"
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
