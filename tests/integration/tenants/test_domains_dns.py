@@ -193,6 +193,21 @@ async def test_one_answer_is_never_enough(tenancy: Tenancy, server: NameServer) 
     assert (await check(tenancy, days=60)).failing == ("acme.example",)  # again the first
 
 
+async def test_the_grace_time_stops_while_no_name_server_answers(tenancy: Tenancy, server: NameServer) -> None:
+    """A customer whose name servers are away for weeks cannot publish the record in that time."""
+    await verified(tenancy, server)
+    del server.texts[CHALLENGE]
+    for _ in range(2):
+        assert (await check(tenancy)).failing == ("acme.example",)
+    server.codes[CHALLENGE] = dns.rcode.SERVFAIL
+    for _ in range(3):
+        assert await check(tenancy, days=7) == DomainReport(unanswered=1)
+    del server.codes[CHALLENGE]
+    assert (await check(tenancy)).failing == ("acme.example",)
+    assert (await check(tenancy, days=11)).failing == ("acme.example",)
+    assert (await check(tenancy)).lapsed == ("acme.example",)
+
+
 async def test_two_runs_look_each_domain_up_once(tenancy: Tenancy, server: NameServer) -> None:
     """Or two runs at once would count one answer twice."""
     await verified(tenancy, server)
