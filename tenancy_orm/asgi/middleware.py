@@ -56,8 +56,8 @@ class TenancyMiddleware:
     expired, it lost scopes or networks, or the tenant's status no longer admits anyone.
 
     A CORS preflight has no key. It is answered where Starlette's ``CORSMiddleware`` stands outside this one, as it
-    should, since refusals need its headers as well. Where it stands inside, a preflight is passed on to it, without a
-    tenant; it answers by itself, so that no route is reached. Without it a preflight is refused like any other request.
+    should, since refusals need its headers as well. Where it stands inside, a preflight gets its answer, and nothing
+    inside is reached. Without it a preflight is refused like any other request.
 
     Outside the application no tenant is ever bound: the middleware first binds "none", the server's ``receive`` and
     ``send`` run unbound, and the binding ends with the request. A server that carries context from one request of a
@@ -121,9 +121,10 @@ class TenancyMiddleware:
         try:
             scope[TENANCY] = self.tenancy
             scope[CREDENTIAL] = None
-            if not self.exempt.covers(scope) and not (
-                kind == "http" and scope["method"] == "OPTIONS" and self.preflights.are_answered(scope)
-            ):
+            if not self.exempt.covers(scope):
+                if kind == "http" and scope["method"] == "OPTIONS" and (answer := self.preflights.answer(scope)):
+                    await answer(scope, connection.receive, connection.send)
+                    return
                 headers = self._read_headers(scope)
                 key = self._read_key(scope, headers)
                 internals = self.tenancy.internals

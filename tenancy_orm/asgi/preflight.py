@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Scope
 
 logger = logging.getLogger("tenancy_orm.asgi")
@@ -15,7 +17,10 @@ _ORDER = "put CORSMiddleware outside TenancyMiddleware: with add_middleware, add
 
 
 class Preflights:
-    """Says which requests are preflights that a ``CORSMiddleware`` inside answers, so that no route is reached.
+    """Answers preflights as a ``CORSMiddleware`` inside does.
+
+    It is asked for its answer, and the request goes no further: what stands between the two, a router for example, may
+    not lead to it on every path.
 
     Args:
         app: The application that ``TenancyMiddleware`` wraps.
@@ -25,35 +30,39 @@ class Preflights:
         self._app = app
         self._warned = False
 
-    def are_answered(self, scope: Scope) -> bool:
-        """Whether this OPTIONS request is a preflight, and a ``CORSMiddleware`` inside will answer it.
+    def answer(self, scope: Scope) -> Response | None:
+        """Return the answer to this OPTIONS request; None if it is no preflight, or there is no ``CORSMiddleware``.
 
         The condition for a preflight is that of ``CORSMiddleware``: anything else it would pass on, to a route.
         """
         names = {name for name, _ in scope["headers"]}
         if not {b"origin", b"access-control-request-method"} <= names:
-            return False
-        answered = _has_cors(self._app)
+            return None
+        cors = _find_cors(self._app)
         if not self._warned:
             self._warned = True
             logger.warning(
-                "browsers cannot read refusals such as 401, which have no CORS headers; %s"
-                if answered
-                else "a CORS preflight is refused, since it has no key; %s",
+                "a CORS preflight is refused, since it has no key; %s"
+                if cors is None
+                else "browsers cannot read refusals such as 401, which have no CORS headers; %s",
                 _ORDER,
             )
-        return answered
+        return None if cors is None else cors.preflight_response(request_headers=Headers(scope=scope))
 
 
-def _has_cors(app: Any) -> bool:
-    """Whether an application, or what it wraps before its routes, is a ``CORSMiddleware``."""
+def _find_cors(app: Any) -> CORSMiddleware | None:
+    """Return the ``CORSMiddleware`` that an application is, or that it has before its routes."""
     while app is not None:
         if _is_cors(type(app)):
-            return True
-        if isinstance(app, Starlette) and any(_is_cors(middleware.cls) for middleware in app.user_middleware):
-            return True
+            found: CORSMiddleware = app
+            return found
+        if isinstance(app, Starlette):
+            for middleware in app.user_middleware:
+                if _is_cors(middleware.cls):
+                    made: Any = middleware.cls
+                    return cast("CORSMiddleware", made(app, *middleware.args, **middleware.kwargs))
         app = getattr(app, "app", None)
-    return False
+    return None
 
 
 def _is_cors(kind: Any) -> bool:

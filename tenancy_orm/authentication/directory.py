@@ -11,10 +11,10 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable, Set
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Row
@@ -58,6 +58,14 @@ class DirectoryStatistics:
     control_available: bool
 
 
+class _Verified(NamedTuple):
+    """A row of a key with the right secret, when it was read, and what was invalidated while it was."""
+
+    row: Row[Any]
+    read_at: float
+    invalidated: Set[Hashable]
+
+
 class Directory:
     """Looks up keys and tenants; ``tenancy.internals.directory``.
 
@@ -89,7 +97,7 @@ class Directory:
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._request_callbacks: list[Callable[[ConnectionRequest], None]] = []
         self._schema_callbacks: list[Callable[[UUID | None, bool], None]] = []
-        self._before_use: Callable[[Tenant], Awaitable[bool]] | None = None
+        self._before_use: Callable[[Tenant], Awaitable[None] | None] = lambda tenant: None
         self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
         self._find = self._cache.keys.entries.get
@@ -249,10 +257,11 @@ class Directory:
             return await self._look_up(digest, parsed)
         await self._lockout.attempts.begin(group, digest)
         try:
-            return await self._look_up(digest, parsed)
+            found = await self._verified(digest, parsed)
         finally:
-            # nothing awaits from here until a failure is counted
+            # nothing awaits from here until a failure is counted; what has succeeded may wait, and delays no other
             self._lockout.attempts.end(group, digest)
+        return await self._enter(digest, parsed, found)
 
     async def _look_up_again(self, digest: bytes, parsed: ParsedKey) -> KeyEntry:
         try:
@@ -265,6 +274,10 @@ class Directory:
             return entry
 
     async def _look_up(self, digest: bytes, parsed: ParsedKey) -> KeyEntry:
+        return await self._enter(digest, parsed, await self._verified(digest, parsed))
+
+    async def _verified(self, digest: bytes, parsed: ParsedKey) -> _Verified:
+        """Look up a key, and check its secret."""
         found, invalidated = await self._lookups.key(parsed.key_id)
         row, read_at = found or (None, 0.0)
         matches = self._digester.matches(parsed.text, row and row.digest, row and row.digest_version)
@@ -280,8 +293,15 @@ class Directory:
             if invalidated.isdisjoint((_EVERYTHING, parsed.key_id)):
                 self._cache.store_unknown_key(digest, reason)
             raise InvalidApiKeyError(reason, key_id=parsed.key_id)
-        if row.revoked_at is None and self._before_use is not None and await self._before_use(tenant_from_row(row)):
-            return await self._look_up(digest, parsed)
+        return _Verified(row, read_at, invalidated)
+
+    async def _enter(self, digest: bytes, parsed: ParsedKey, found: _Verified) -> KeyEntry:
+        """Cache what was found, once its tenant may be used."""
+        if found.row.revoked_at is None and (waiting := self._before_use(tenant_from_row(found.row))) is not None:
+            await waiting
+            # of what was invalidated in between, the key revoked for example, nobody has told this look-up
+            found = await self._verified(digest, parsed)
+        row, read_at, invalidated = found
         entry = self._build(row, read_at)
         self._cache.record_proven(digest, entry.refusal is None)
         if invalidated.isdisjoint((_EVERYTHING, row.key_id, row.id)):
@@ -390,7 +410,7 @@ class Directory:
         refuse_other_tenant(found)
         return found
 
-    async def _look_up_tenant(self, wanted: UUID | str) -> Tenant:
+    async def _look_up_tenant(self, wanted: UUID | str, *, wait: bool = True) -> Tenant:
         found, invalidated = await self._lookups.tenant(wanted)
         tenant, read_at = found or (None, 0.0)
         if tenant is None or tenant.status is Status.PURGED:
@@ -398,8 +418,10 @@ class Directory:
             if not invalidated:
                 self._cache.store_unknown_tenant(wanted)
             raise TenantNotFoundError(wanted)
-        if self._before_use is not None and await self._before_use(tenant):
-            return await self._look_up_tenant(wanted)
+        if wait and (waiting := self._before_use(tenant)) is not None:
+            await waiting
+            # what was invalidated in between is not in ``invalidated``
+            return await self._look_up_tenant(wanted, wait=False)
         if invalidated.isdisjoint((_EVERYTHING, tenant.id)):
             self._cache.store_tenant(tenant, read_at)
         return tenant
@@ -421,8 +443,12 @@ class Directory:
         """
         self._schema_callbacks.append(callback)
 
-    def before_use(self, callback: Callable[[Tenant], Awaitable[bool]]) -> None:
-        """Await ``callback`` with each tenant that was looked up; if it returns True, the tenant is looked up again."""
+    def before_use(self, callback: Callable[[Tenant], Awaitable[None] | None]) -> None:
+        """Call ``callback`` with each tenant that was looked up, before it is cached.
+
+        It returns None where the tenant may be used at once. Otherwise what it returns is awaited, and the tenant is
+        looked up again: its key may have been revoked, or its status changed, in the time that this takes.
+        """
         self._before_use = callback
 
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
@@ -457,9 +483,10 @@ class Directory:
 
     def _changed(self, change: Change) -> None:
         if change.kind in (SCHEMA_CHANGING, SCHEMA_CHANGED) and change.tenant_id is not None:
-            # the cached tenant has the former revision; its engine and its admissions remain
-            self._lookups.invalidate(change.tenant_id)
-            self._cache.invalidate_tenant(change.tenant_id)
+            if change.kind == SCHEMA_CHANGED:
+                # the cached tenant has the former revision; its engine and its admissions remain
+                self._lookups.invalidate(change.tenant_id)
+                self._cache.invalidate_tenant(change.tenant_id)
             self._call_back_for_schema(change.tenant_id, change.kind == SCHEMA_CHANGING)
         elif change.tenant_id is None and change.key_id is None:
             self.revalidate()

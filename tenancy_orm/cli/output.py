@@ -72,7 +72,19 @@ def tenant_fields(tenant: Tenant) -> dict[str, Any]:
 
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON, one document, unstyled and unwrapped."""
-    print(json.dumps(value, default=_plain, ensure_ascii=False))
+    print(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return ``value`` as JSON, in which no sign controls the terminal."""
+    text = json.dumps(value, default=_plain, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"))
+    # what is not printable can only be in a string
+    return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
+
+
+def printable(text: str) -> str:
+    """Return ``text``, of one line or several, with the signs that control the terminal as escapes."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
 
 
 def _plain(value: Any) -> Any:
@@ -208,7 +220,7 @@ def _print_pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> None:
 
 def note(text: str) -> None:
     """Print what is about the output on standard error, so that it is never taken for a row."""
-    errors.print(text, markup=False)
+    errors.print(printable(text), markup=False)
 
 
 def progress_bar(*, shown: bool) -> Progress:
@@ -229,5 +241,4 @@ def cell(value: Any) -> str:
         value = ",".join(value)
     elif isinstance(value, (Mapping, list, tuple)):
         value = json.dumps(value, default=_plain, ensure_ascii=False, separators=(",", ":"))
-    line = " ".join(str(value).split())
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line) or "-"
+    return printable(" ".join(str(value).split())) or "-"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import getpass
-import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -22,7 +21,7 @@ from ..config import TenancyConfig, project
 from ..config.values import load_object
 from ..errors import ConfigurationError, TenancyError
 from ..tenancy import Tenancy
-from .output import errors
+from .output import errors, json_text, printable
 
 T = TypeVar("T")
 
@@ -114,9 +113,12 @@ def exit_on_error(action: Callable[[], T]) -> T:
 
 
 def fail(message: str, *, kind: str = "Error") -> NoReturn:
-    """Print ``message`` on standard error, as JSON with its kind after ``--json``, and exit with status 1."""
+    """Print ``message`` on standard error, as JSON with its kind after ``--json``, and exit with status 1.
+
+    A server's message may have what a tenant wrote.
+    """
     if _as_json.get():
-        print(json.dumps({"error": kind, "message": message}, ensure_ascii=False), file=sys.stderr)
+        print(json_text({"error": kind, "message": message}), file=sys.stderr)
         raise typer.Exit(EXIT_FAILED)
-    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    errors.print(f"[bold red]error:[/] {escape(printable(message))}", highlight=False, soft_wrap=True)
     raise typer.Exit(EXIT_FAILED)

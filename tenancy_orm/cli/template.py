@@ -9,7 +9,7 @@ import typer
 
 from ..provisioning import Template, TemplateInfo, TemplatePruneReport
 from ..tenancy import Tenancy
-from .output import console, errors, print_json, print_table
+from .output import console, note, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run
 
 app = typer.Typer(help="List templates, build them again, and drop those that nobody uses.", no_args_is_help=True)
@@ -72,7 +72,7 @@ def prune(
         console.print("no template is due", highlight=False)
     if report.errors:
         for error in report.errors:
-            errors.print(error, markup=False, highlight=False, soft_wrap=True)
+            note(error)
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ..audit.actor import SYSTEM, Actor
-from ..errors import MigrationError, TenancyError, TenantProvisioningError
-from ..postgres.failures import SERVER_FAILURES
+from ..errors import MigrationError, TenantProvisioningError
 from ..provisioning.templates import SchemaSource
 from ..tenant import Status, Tenant
+from .failures import describe
 from .fleet import FleetMigrator
 from .plan import Plan, format_revision
 from .report import FleetReport
@@ -24,7 +22,7 @@ from .report import FleetReport
 logger = logging.getLogger("tenancy_orm.migrations")
 
 WAIT_SECONDS = 10.0
-"""How long the first use of a tenant waits for its upgrade."""
+"""How long after its beginning the uses of a tenant wait for its upgrade; later ones are refused at once."""
 
 _FAILED_SECONDS = 60.0  # for how long a tenant is used as it is after its upgrade has failed, or is not to be done
 _IDLE_SECONDS = 5.0  # for how long no tenant is looked at after the fleet was found at another revision
@@ -63,7 +61,7 @@ class CatchUp:
         self._head: str | None = None
         self._plan: Plan | None = None
         self._slots = asyncio.Semaphore(self._services.config.provisioning.concurrency)
-        self._running: dict[UUID, asyncio.Task[bool]] = {}
+        self._running: dict[UUID, tuple[asyncio.Task[None], float]] = {}  # until when a use waits for it
         self._settled: dict[UUID, float] = {}  # until when a tenant is used as it is
         self._idle_until = 0.0  # until when every tenant is
 
@@ -77,57 +75,61 @@ class CatchUp:
             return CatchUpReport()
         return await self._upgrade(await self._behind(None) or (), actor)
 
-    async def before_use(self, tenant: Tenant) -> bool:
-        """Upgrade a tenant before it is used, if it is behind; returns whether its row is to be read again.
+    def before_use(self, tenant: Tenant) -> Awaitable[None] | None:
+        """Return what upgrades a tenant before it is used; None if it can be used at once, as in the common case.
 
-        The common case compares two revisions. Concurrent calls share one upgrade, which a cancellation of the caller
-        does not end. If it fails, the tenant is used as it is.
+        Concurrent calls share one upgrade, which a cancellation of the caller does not end. If it fails, the tenant is
+        used as it is.
 
-        Raises:
+        Awaiting it raises:
             TenantProvisioningError: the upgrade takes longer than ``WAIT_SECONDS``; it goes on.
         """
         if not self._enabled or tenant.schema_revision is None or tenant.status not in _SERVED:
-            return False
+            return None
         if tenant.schema_revision == self._head:
-            return False
+            return None
         if time.monotonic() < max(self._idle_until, self._settled.get(tenant.id, 0.0)):
-            return False
-        task = self._running.get(tenant.id)
-        if task is None:
-            # unbound: the upgrade is an operator's work, whoever runs now
-            task = asyncio.get_running_loop().create_task(self._upgrade_one(tenant), context=Context())
-            self._running[tenant.id] = task
-            task.add_done_callback(lambda _: self._running.pop(tenant.id, None))
-        await asyncio.wait({task}, timeout=WAIT_SECONDS)
+            return None
+        return self._wait(tenant)
+
+    async def _wait(self, tenant: Tenant) -> None:
+        task, until = self._running.get(tenant.id) or self._begin(tenant)
+        # from its beginning: requests for a tenant with a long upgrade must not pile up
+        await asyncio.wait({task}, timeout=max(0.0, until - time.monotonic()))
         if not task.done() or task.cancelled():
             raise TenantProvisioningError(tenant.slug, reason="its schema is being upgraded")
-        return task.result()
+
+    def _begin(self, tenant: Tenant) -> tuple[asyncio.Task[None], float]:
+        # unbound: the upgrade is an operator's work, whoever runs now
+        task = asyncio.get_running_loop().create_task(self._upgrade_one(tenant), context=Context())
+        task.add_done_callback(lambda _: self._running.pop(tenant.id, None))
+        self._running[tenant.id] = begun = task, time.monotonic() + WAIT_SECONDS
+        return begun
 
     async def close(self) -> None:
         """End the upgrades that run; whatever they have not committed is rolled back."""
-        tasks = list(self._running.values())
+        tasks = [task for task, _ in self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _upgrade_one(self, tenant: Tenant) -> bool:
+    async def _upgrade_one(self, tenant: Tenant) -> None:
         try:
             # in a thread: it reads every revision
             self._head = self._head or await asyncio.to_thread(self._schema.head)
             if tenant.schema_revision == self._head:
-                return False
+                return
             behind = await self._behind(tenant.id)
             if behind is None:
                 self._idle_until = time.monotonic() + _IDLE_SECONDS
-                return False
+                return
             # as many at once as there are creations: each needs an administrative connection
             async with self._slots:
                 if (await self._upgrade(behind, SYSTEM)).upgraded:
-                    return True
-        except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
-            logger.warning("tenant %s is not upgraded before its use: %s", tenant.slug, exc)
+                    return
+        except Exception as exc:  # noqa: BLE001 - env.py and revisions may raise anything, and no request fails for it
+            logger.warning("tenant %s is not upgraded before its use: %s", tenant.slug, describe(exc))
         self._settle(tenant.id)
-        return False
 
     def _settle(self, tenant_id: UUID) -> None:
         now = time.monotonic()

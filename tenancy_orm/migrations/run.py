@@ -7,7 +7,15 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from uuid import UUID
 
-from ..errors import ControlUnavailableError, ExtensionUnavailableError, MigrationError, TemplateError, TenancyError
+from ..cancellation import run_to_completion
+from ..errors import (
+    ControlUnavailableError,
+    ExtensionUnavailableError,
+    MigrationError,
+    NotOpenError,
+    TemplateError,
+    TenancyError,
+)
 from ..events import TenantMigrated, TenantMigrationFailed
 from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
 from ..tenant import Tenant, TenantRef
@@ -148,6 +156,11 @@ class Run:
                 return
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
+        except BaseException:
+            # interrupted: without this, processes would go on to prepare every statement again
+            if migration.announced:
+                await run_to_completion(self._record_end(tenant))
+            raise
         unrecorded = await self._record(tenant, migration)
         self._done(tenant, migration, error or unrecorded, time.monotonic() - started)
 
@@ -157,6 +170,13 @@ class Run:
             await self.services.registry.announce_migration(tenant.id)
         except ControlUnavailableError as exc:
             logger.warning("open connections cannot be told that the schema changes: %s", exc)
+
+    async def _record_end(self, tenant: Tenant) -> None:
+        """Tell every process that the migration has ended, at whichever revision."""
+        try:
+            await self.services.registry.announce_migration(tenant.id, ended=True)
+        except (ControlUnavailableError, NotOpenError) as exc:
+            logger.warning("open connections cannot be told that the migration has ended: %s", exc)
 
     async def _record(self, tenant: Tenant, migration: DatabaseMigration) -> Exception | None:
         """Record the tenant's revision in the registry; return the error if that failed."""

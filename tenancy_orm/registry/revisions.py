@@ -31,14 +31,14 @@ class Revisions(TenantTable):
             )
             await connection.execute(_NOTIFY, _notification(tenant_id, SCHEMA_CHANGED))
 
-    async def announce_migration(self, tenant_id: UUID) -> None:
+    async def announce_migration(self, tenant_id: UUID, *, ended: bool = False) -> None:
         """Notify every process that the tenant's schema is about to change: each statement is prepared again.
 
-        That holds until ``set_revision`` says that the migration has ended.
+        That holds until ``set_revision`` says that the migration has ended, or this does, where it was interrupted.
         """
         refuse_other_tenant(tenant_id)
         async with self._control.connect() as connection:
-            await connection.execute(_NOTIFY, _notification(tenant_id, SCHEMA_CHANGING))
+            await connection.execute(_NOTIFY, _notification(tenant_id, SCHEMA_CHANGED if ended else SCHEMA_CHANGING))
 
     async def fleet_revision(self) -> str | None:
         """Return the revision that the last successful migration of all tenants brought about; None if unknown."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import asyncpg
 from asyncpg import prepared_stmt
-from asyncpg.exceptions._base import DataError as ClientDataError
 from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_connection,
     AsyncAdapt_asyncpg_cursor,
@@ -127,9 +127,8 @@ class TenantCursor(AsyncAdapt_asyncpg_cursor):
                 raise
             error = exc
         await connection.begin_again(error)
-        cursor: Any = self
-        cursor._invalidate_schema_cache_asof = connection.route.schema_changed_at
         await super()._prepare_and_execute(operation, parameters)  # type: ignore[no-untyped-call]
+        connection.has_repeated()
 
     async def _executemany(self, operation: Any, seq_of_parameters: Any) -> Any:
         connection = self._adapt_connection
@@ -143,7 +142,9 @@ class TenantCursor(AsyncAdapt_asyncpg_cursor):
                 raise
             error = exc
         await connection.begin_again(error)
-        return await super()._executemany(operation, seq_of_parameters)  # type: ignore[no-untyped-call]
+        result = await super()._executemany(operation, seq_of_parameters)  # type: ignore[no-untyped-call]
+        connection.has_repeated()
+        return result
 
 
 class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor, TenantCursor):
@@ -224,22 +225,23 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
         ``was_prepared`` tells whether it had been prepared for an earlier one.
         """
         cause = error.__cause__
+        if self.isolation_level == "autocommit":
+            # with a context it comes from within a procedure, which may have committed
+            return isinstance(cause, asyncpg.exceptions.InvalidCachedStatementError) and cause.context is None
         if isinstance(cause, asyncpg.exceptions.InvalidCachedStatementError):
             return True
-        if self.isolation_level == "autocommit":
-            return False
         if isinstance(cause, asyncpg.exceptions.OutdatedSchemaCacheError):
             return True
-        if not was_prepared:
-            return False
-        if isinstance(cause, asyncpg.PostgresError):
-            # with a context it comes from within a function
-            return cause.sqlstate in _OTHER_TYPE and cause.context is None
-        # refused by asyncpg, which did not send it: the parameter has another type now
-        return isinstance(cause, ClientDataError)
+        # with a context it comes from within a function
+        return (
+            was_prepared
+            and isinstance(cause, asyncpg.PostgresError)
+            and cause.sqlstate in _OTHER_TYPE
+            and cause.context is None
+        )
 
     async def begin_again(self, error: Exception) -> None:
-        """Roll back, and forget what is prepared; this tenant's other connections prepare their statements again too.
+        """Roll back, and forget what this connection has prepared.
 
         Raises:
             Exception: ``error``, where the connection cannot be used any more.
@@ -253,18 +255,25 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
             raise error from error.__cause__
         finally:
             driver_connection.rolling_back = False
-        logger.info("tenant %s: the schema has changed, so a statement is prepared and sent again", self.route.slug)
-        self.route.schema_changed()
-        await self.prepare_again()
+        await self.prepare_again(time.time())
 
-    async def prepare_again(self) -> None:
-        """Forget the types of the schema, and every statement that is prepared."""
+    def has_repeated(self) -> None:
+        """Have this tenant's other connections prepare their statements again: the repetition was of use.
+
+        Where it was not, the error is the application's, and may come with every request: it must not cost the other
+        connections what they have prepared.
+        """
+        logger.info("tenant %s: the schema has changed, so a statement was prepared and sent again", self.route.slug)
+        self.route.outdated_before(self._invalidate_schema_cache_asof)
+
+    async def prepare_again(self, now: float) -> None:
+        """Forget the types of the schema, and every statement that is prepared, as of now."""
         cache: Any = self._prepared_statement_cache
         if cache is not None:
             # they are dated, but the clock may have been set back since
             cache.clear()
         await self._connection.reload_schema_state()
-        self._invalidate_schema_cache_asof = self.route.schema_changed_at
+        self._invalidate_schema_cache_asof = now
 
     @property
     def usable(self) -> bool:
@@ -339,13 +348,13 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
         dbapi = self.dialect.loaded_dbapi
         route = self._route
         if route is not None and isinstance(e, dbapi.InvalidCachedStatementError | dbapi.InternalServerError):
-            route.schema_changed()
+            route.outdated_before(time.time())
 
     def pre_exec(self) -> None:
         """After DDL, prepare again: the cursor was given its time when it was created."""
         route = self._route
         if self.isddl and route is not None:
-            route.schema_changed()
+            route.outdated_before(time.time())
             cursor: Any = self.cursor
             cursor._invalidate_schema_cache_asof = route.schema_changed_at
 

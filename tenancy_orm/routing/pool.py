@@ -101,7 +101,7 @@ class TenantPool(Pool):
             connection = cast("TenantConnection", record.dbapi_connection)
             if not connection.has_unread_data or self._still_alive(record):
                 if self.route.schema_changed_at > connection._invalidate_schema_cache_asof:
-                    await_(connection.prepare_again())
+                    await_(connection.prepare_again(self.route.schema_changed_at))
                 return record
             self.discard(record)
         return await_(self._acquire())

@@ -65,13 +65,20 @@ class TenantRoute:
         self._changing_until = 0.0
 
     def schema_changed(self, *, changing_seconds: float = 0.0) -> None:
-        """Have each connection prepare its statements again.
+        """Have each connection prepare its statements again: a migration begins, or has ended.
 
         Args:
-            changing_seconds: For how long every statement is prepared again, since the schema is being changed.
+            changing_seconds: For how long every statement is prepared again, since the schema is being changed; 0 where
+                the migration has ended.
         """
         self.schema_changed_at = time.time()
         self._changing_until = self.schema_changed_at + changing_seconds if changing_seconds else 0.0
+
+    def outdated_before(self, moment: float) -> None:
+        """Have each connection prepare again what it prepared before ``moment``; a migration may still go on."""
+        # a later one counts, unless the clock was set back
+        if not moment < self.schema_changed_at <= time.time():
+            self.schema_changed_at = moment
 
     def schema_valid_since(self) -> float:
         """Return the time before which no statement that is used now may have been prepared.

@@ -37,7 +37,8 @@ _Outcome = Literal["published", "failing", "lapsed", "unanswered"]
 class DomainReport:
     """What one run of look-ups found: how many records are published, which domains fail, which have lapsed.
 
-    ``unanswered`` is the number of look-ups that no name server answered; they count for nothing.
+    ``unanswered`` is the number of look-ups that no name server answered; they count for nothing, and neither does the
+    time since the look-ups before them.
     """
 
     published: int = 0
@@ -107,7 +108,11 @@ class DomainUpkeep:
             async with slots:
                 return row.domain, await self._check(row)
 
-        found = await asyncio.gather(*(check(row) for row in await self._take_due()))
+        checks = [check(row) for row in await self._take_due()]
+        done = await asyncio.gather(*checks, return_exceptions=True)
+        found = [one for one in done if not isinstance(one, BaseException)]
+        if errors := [one for one in done if isinstance(one, BaseException)]:
+            raise errors[0]  # only now: none of the others goes on behind the caller's back
         return DomainReport(
             published=sum(outcome == "published" for _, outcome in found),
             failing=tuple(sorted(domain for domain, outcome in found if outcome == "failing")),
@@ -116,10 +121,13 @@ class DomainUpkeep:
         )
 
     async def _take_due(self) -> list[Row[*tuple[Any, ...]]]:
-        """Return domains that are due, and mark them, so that of two runs at once one looks each up."""
+        """Return domains that are due, and mark them, so that of two runs at once one looks each up.
+
+        ``previous`` is when each was looked up before.
+        """
         checked_at = func.coalesce(domains.c.checked_at, domains.c.verified_at)
         due = (
-            select(domains.c.domain, domains.c.tenant_id)
+            select(domains.c.domain, domains.c.tenant_id, checked_at.label("previous"))
             .where(
                 domains.c.verified_at.is_not(None),
                 checked_at <= func.now() - timedelta(seconds=self._config.verify_seconds),
@@ -127,12 +135,17 @@ class DomainUpkeep:
             .order_by(checked_at)
             .limit(_AT_MOST)
             .with_for_update(skip_locked=True)
+            .cte("due")
         )
         statement = (
             update(domains)
-            .where(tuple_(domains.c.domain, domains.c.tenant_id).in_(due), domains.c.tenant_id == tenants.c.id)
+            .where(
+                domains.c.domain == due.c.domain,
+                domains.c.tenant_id == due.c.tenant_id,
+                domains.c.tenant_id == tenants.c.id,
+            )
             .values(checked_at=func.now())
-            .returning(domains, tenants.c.slug)
+            .returning(domains, due.c.previous, tenants.c.slug)
         )
         async with self._control.transaction() as connection:
             return list(await connection.execute(statement))
@@ -144,6 +157,9 @@ class DomainUpkeep:
             raise
         except DomainError as exc:
             logger.info("domain %s of tenant %s could not be looked up: %s", row.domain, row.slug, exc)
+            if row.failing_since is not None:
+                # for all that is known, the record was published again after the look-up before
+                await self._set(row, None, failing_since=row.failing_since + (row.checked_at - row.previous))
             return "unanswered"
         if not is_published(row.token, texts):
             return await self._count_failure(row)

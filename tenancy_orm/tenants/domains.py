@@ -71,15 +71,23 @@ class DnsTextRecords:
     Args:
         nameservers: Addresses to use instead of the system's resolvers, with a port (``"127.0.0.1:5353"``) or without.
         timeout: Seconds for the whole look-up.
+
+    Raises:
+        DomainError: the system has no resolvers, as in some containers.
+        MissingExtraError: dnspython is not installed.
     """
 
     def __init__(self, *, nameservers: Sequence[str] | None = None, timeout: float = 5.0) -> None:
         try:
             import dns.asyncresolver
+            import dns.resolver
             from dns.nameserver import Do53Nameserver
         except ModuleNotFoundError as exc:
             raise MissingExtraError("dnspython", "domains") from exc
-        self._resolver = dns.asyncresolver.Resolver(configure=nameservers is None)
+        try:
+            self._resolver = dns.asyncresolver.Resolver(configure=nameservers is None)
+        except dns.resolver.NoResolverConfiguration as exc:
+            raise DomainError(f"the system has no name servers ({exc}); set domains.nameservers") from exc
         if nameservers is not None:
             self._resolver.nameservers = [Do53Nameserver(*parse_nameserver(text)) for text in nameservers]
         self._resolver.lifetime = timeout
@@ -117,7 +125,7 @@ class ConfiguredTextRecords:
         """Return the texts published under ``name``.
 
         Raises:
-            DomainError: no name server answered.
+            DomainError: no name server answered, or there is none.
             MissingExtraError: dnspython is not installed.
         """
         if self._records is None:

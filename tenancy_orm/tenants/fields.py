@@ -115,7 +115,7 @@ def check_lookup(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _is_vacant(value: Any) -> bool:
     if isinstance(value, (dict, list)):
         return not value or any(map(_is_vacant, value.values() if isinstance(value, dict) else value))
-    return value is None
+    return value is None or value == ""
 
 
 def check_pattern(pattern: str | None) -> str | None:

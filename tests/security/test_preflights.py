@@ -91,6 +91,32 @@ async def test_a_preflight_reaches_no_route(tenancy: Tenancy, inside: tuple[Midd
     assert len(reached) == 1
 
 
+class Dispatcher:
+    """Leads to its application on some paths alone, as routers of one's own do."""
+
+    def __init__(self, app: ASGIApp, other: ASGIApp) -> None:
+        self.app, self.other = app, other
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve ``/notes`` elsewhere."""
+        await (self.other if scope["path"] == "/notes" else self.app)(scope, receive, send)
+
+
+async def test_what_stands_before_cors_is_not_reached(tenancy: Tenancy) -> None:
+    """It may lead elsewhere, to a route that trusts that whoever comes here has a key."""
+    reached: list[Scope] = []
+
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append(scope)
+        await Response()(scope, receive, send)
+
+    inside = Dispatcher(CORSMiddleware(build(tenancy, reached), allow_origins=["https://app.example"]), other)
+    await request(inside, "/notes", PREFLIGHT, method="OPTIONS")
+    assert len(reached) == 1
+    answer = await request(TenancyMiddleware(inside, tenancy=tenancy), "/notes", PREFLIGHT, method="OPTIONS")
+    assert (answer.status, len(reached)) == (200, 1)
+
+
 async def test_cors_of_a_mounted_application_is_not_ahead_of_the_routes(tenancy: Tenancy) -> None:
     """Other paths have no such middleware."""
     app = Starlette(

@@ -165,6 +165,20 @@ async def test_a_statement_is_repeated_once(made: Databases, router: Router, acm
         await use_it(router, acme, broken)
 
 
+async def test_a_vain_repetition_costs_other_connections_nothing(made: Databases, router: Router, acme: Tenant) -> None:
+    """An application that calls a function which was dropped fails at every request."""
+    await change(made, acme, "CREATE FUNCTION answer() RETURNS int LANGUAGE sql AS 'SELECT 42'")
+    use = runs("SELECT answer()")
+    async with router.lease(acme) as engine:
+        pool: Any = engine.sync_engine.pool
+        assert await use_it(router, acme, use) == [(42,)]
+        await change(made, acme, "DROP FUNCTION answer")
+        before = pool.route.schema_changed_at
+        with pytest.raises(DBAPIError, match="answer"):
+            await use_it(router, acme, use)
+        assert pool.route.schema_changed_at == before
+
+
 async def test_a_clock_that_was_set_back_changes_nothing(
     made: Databases, router: Router, acme: Tenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,9 +242,13 @@ async def test_during_a_migration_no_statement_of_a_transaction_is_out_of_date(
         await connection.execute(text("SELECT 1"))
         await change(made, acme, "ALTER TABLE things ALTER id TYPE text")
         assert await use(connection)
-    router.schema_changed(acme.id)
+        await connection.rollback()
     async with router.lease(acme) as engine:
         pool: Any = engine.sync_engine.pool
+        # neither a repeated statement nor the application's own DDL tells that the migration has ended
+        pool.route.outdated_before(time.time())
+        assert pool.route.schema_valid_since() > pool.route.schema_changed_at
+        router.schema_changed(acme.id)
         assert pool.route.schema_valid_since() == pool.route.schema_changed_at
 
 

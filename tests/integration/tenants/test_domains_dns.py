@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import dns.rcode
+import dns.resolver
 import pytest
 from sqlalchemy import text
 
@@ -15,7 +16,7 @@ from tenancy_orm.config import DomainConfig
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, DomainError
 from tenancy_orm.events import DomainFailing, DomainLapsed, TenantEvent
 from tenancy_orm.tenants.domain_upkeep import DomainReport
-from tenancy_orm.tenants.domains import DnsTextRecords
+from tenancy_orm.tenants.domains import ConfiguredTextRecords, DnsTextRecords
 from tests.support.nameserver import NameServer, name_server
 
 
@@ -53,6 +54,17 @@ async def test_a_failing_name_server_is_an_error_within_the_deadline(server: Nam
         for name in ("silent.example", "failed.example", "refused.example"):
             with pytest.raises(DomainError, match="cannot be looked up"):
                 await records.lookup(name)
+
+
+async def test_a_system_without_name_servers_judges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container without a resolv.conf; the error names the setting."""
+
+    def refuse(self: object, path: object) -> None:
+        raise dns.resolver.NoResolverConfiguration("cannot open it")  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(dns.resolver.BaseResolver, "read_resolv_conf", refuse)
+    with pytest.raises(DomainError, match=r"domains\.nameservers"):
+        await ConfiguredTextRecords(DomainConfig()).lookup("acme.example")
 
 
 @pytest.mark.parametrize("bad", ["dns.example", "1.2.3.4:0", "1.2.3.4:99999", "::1:53:x"])
@@ -179,6 +191,21 @@ async def test_one_answer_is_never_enough(tenancy: Tenancy, server: NameServer) 
     assert (await tenancy.audit.events(tenant="acme", action="domain."))[0].action == "domain.recover"
     del server.texts[CHALLENGE]
     assert (await check(tenancy, days=60)).failing == ("acme.example",)  # again the first
+
+
+async def test_the_grace_time_stops_while_no_name_server_answers(tenancy: Tenancy, server: NameServer) -> None:
+    """A customer whose name servers are away for weeks cannot publish the record in that time."""
+    await verified(tenancy, server)
+    del server.texts[CHALLENGE]
+    for _ in range(2):
+        assert (await check(tenancy)).failing == ("acme.example",)
+    server.codes[CHALLENGE] = dns.rcode.SERVFAIL
+    for _ in range(3):
+        assert await check(tenancy, days=7) == DomainReport(unanswered=1)
+    del server.codes[CHALLENGE]
+    assert (await check(tenancy)).failing == ("acme.example",)
+    assert (await check(tenancy, days=11)).failing == ("acme.example",)
+    assert (await check(tenancy)).lapsed == ("acme.example",)
 
 
 async def test_two_runs_look_each_domain_up_once(tenancy: Tenancy, server: NameServer) -> None:

@@ -87,7 +87,9 @@ async def test_a_webhook_finds_its_tenant(fleet: Tenancy) -> None:
     assert (caught.value.slugs[0], len(caught.value.slugs)) == ("acme", 3)
 
 
-@pytest.mark.parametrize("vacant", [{}, {"owner": None}, {"address": {}}, {"a": {"b": [None]}}, {"tags": []}])
+@pytest.mark.parametrize(
+    "vacant", [{}, {"owner": None}, {"address": {}}, {"a": {"b": [None]}}, {"tags": []}, {"owner": ""}]
+)
 async def test_an_id_that_is_missing_finds_nobody(fleet: Tenancy, vacant: dict[str, Any]) -> None:
     """The attack: a webhook without a customer, and a tenant with a null, or any tenant, would match."""
     if vacant == {"owner": None}:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta, timezone
 from uuid import UUID
 
 import pytest
+import typer
 
-from tenancy_orm.cli.output import Column, cell, fit, print_report, print_table
+from tenancy_orm.cli.output import Column, cell, fit, note, print_json, print_report, print_table
+from tenancy_orm.cli.runtime import fail
 from tenancy_orm.housekeeping import HousekeepingReport
 
 COLUMNS = [Column("slug"), Column("reason"), Column("created", drop=1), Column("id", keep=True)]
@@ -57,6 +60,19 @@ def test_several_texts_are_shortened_alike() -> None:
 def test_a_cell_is_one_line_of_text(value: object, text: str) -> None:
     """Whatever a tenant wrote: no line breaks, no sign that controls the terminal, no markup."""
     assert cell(value) == text
+
+
+def test_no_json_and_no_error_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """What JSON need not escape (0x9b begins a sequence, as ESC [ does), and a server on a tenant's SQL."""
+    hostile = "é \x9b31m \x1b[2J \x7f \u202e"
+    print_json({"a": hostile})
+    note(hostile)
+    with pytest.raises(typer.Exit):
+        fail(f"[bold]two\nlines[/] {hostile}")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"a": hostile}
+    assert all(sign.isprintable() or sign == "\n" for sign in out + err)
+    assert "é" in out and r"\x1b[2J" in err and "[bold]two\nlines[/]" in err
 
 
 def test_without_a_terminal_rows_are_aligned_lines(capsys: pytest.CaptureFixture[str]) -> None:
