@@ -387,10 +387,14 @@ class TenantUnavailableError(TenantError):
 
 
 class TenantProvisioningError(TenantUnavailableError):
-    """The tenant is still being created; try again shortly."""
+    """The tenant is still being created, or its schema upgraded for its first use; try again shortly."""
 
     status = "provisioning"
-    _state = "still being created"
+    _state = "not ready"
+
+    def __init__(self, tenant: str, *, reason: str = "it is still being created") -> None:
+        """Name the ``tenant`` (slug) and what it waits for."""
+        super().__init__(tenant, reason=reason)
 
 
 class TenantSuspendedError(TenantUnavailableError):

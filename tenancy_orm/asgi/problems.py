@@ -123,7 +123,7 @@ PROVISIONING = Problem(
     503,
     "tenant-provisioning",
     "Tenant not ready",
-    "this tenant is still being created; try again shortly",
+    "this tenant is being created or upgraded; try again shortly",
     _retry_after(2),
 )
 MAINTENANCE = Problem(

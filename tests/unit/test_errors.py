@@ -40,7 +40,7 @@ SAMPLES: list[TenancyError] = [
 def test_a_message_says_in_words_that_a_tenant_is_unavailable() -> None:
     """Also where the status itself is not an adjective."""
     assert str(errors.TenantMaintenanceError("acme")) == "tenant 'acme' is in maintenance"
-    assert str(errors.TenantProvisioningError("acme")) == "tenant 'acme' is still being created"
+    assert str(errors.TenantProvisioningError("acme")) == "tenant 'acme' is not ready: it is still being created"
     assert str(errors.TenantSuspendedError("acme", reason="unpaid")) == "tenant 'acme' is suspended: unpaid"
 
 
