@@ -389,7 +389,8 @@ class Provisioner:
                 registry was restored, these are all tenants created since: read ``unknown`` in the report first.
             check: Write nothing; the report tells what would be done.
             thorough: Look into every tenant's database, with one connection each, ``provisioning.concurrency`` at once.
-                If False, only into those for which the server's shared catalogues give a reason.
+                If False, only into those for which the server's shared catalogues give a reason; roles that are no
+                tenant's keep their rights there, and are in ``differences``.
             adopt: Slugs or ids of tenants with a database that has lost its marker: it gets the marker, and all that
                 goes with it. Be sure that the database is the tenant's.
 
