@@ -16,6 +16,7 @@ from typing import NamedTuple
 import asyncpg
 
 from ..control.names import Names, is_installations
+from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from . import advisory_locks, event_trigger, grants, roles
@@ -249,7 +250,7 @@ class ContentsCheck:
                 await self._connection.execute(f"SET CONSTRAINTS ALL IMMEDIATE; RESET ROLE; {_SEARCH_PATH}")
             after = await self._snapshot()
         except BaseException:
-            await transaction.rollback()
+            await connections.finish(self._connection, transaction.rollback)
             raise
         self._judge(result, everything, before, applied, after, superuser)
         if mend:
@@ -291,12 +292,12 @@ class ContentsCheck:
     async def _apply(self, deviation: Deviation) -> None:
         for statement in deviation.statements:
             try:
-                async with self._connection.transaction():
+                async with connections.transaction(self._connection):
                     await self._connection.execute(statement)
             except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedObjectError, asyncpg.UndefinedTableError):
                 continue  # it is seen in what is left
         if deviation.kind == "guard.missing":
-            async with self._connection.transaction():
+            async with connections.transaction(self._connection):
                 await event_trigger.install(self._connection, self._owner)
 
     async def _is_superuser(self) -> bool:

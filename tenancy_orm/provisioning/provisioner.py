@@ -424,7 +424,7 @@ class Provisioner:
         blockers = self._services.blockers(self._services.servers[place.server])
         connection = await blockers.connect(place.database, role=self.names.owner)
         try:
-            async with asyncio.timeout(self._timeout), blockers.ending(connection), connection.transaction():
+            async with asyncio.timeout(self._timeout), blockers.ending(connection), connections.transaction(connection):
                 await rights.run_hook(connection, place.database, place.role)
         finally:
             await run_to_completion(connections.close(connection))

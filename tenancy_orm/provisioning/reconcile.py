@@ -207,8 +207,7 @@ class Reconciler:
         try:
             yield True
         finally:
-            if not connection.is_closed():
-                await locks.unlock(connection, key)
+            await connections.finish(connection, partial(locks.unlock, connection, key))
 
     # --- creations and purges ---------------------------------------------------------------------------------------
 
