@@ -15,7 +15,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.errors import ControlUnavailableError
+from tenancy_orm.errors import ControlUnavailableError, ProvisioningError
 from tenancy_orm.postgres import connections, locks
 from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles
@@ -438,7 +438,7 @@ async def test_a_proxy_that_swallows_packets_does_not_hold_up_the_end(
                 assert report.errors == ("acme: TimeoutError", "default: ConnectionResetError: the connection was lost")
                 proxy.cut()
                 proxy.restore()
-                with pytest.raises(TimeoutError):
+                with pytest.raises(ProvisioningError, match=r"TimeoutError; .* run tenancy reconcile"):
                     await provisioner.apply_grants(acme)
         finally:
             proxy.cut()

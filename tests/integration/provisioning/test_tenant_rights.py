@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support.provisioning import (
     plain_workshop,
     superuser_workshop,
 )
+from tests.support.waiting import until
 
 NOTHING = ReconcileReport()
 PAGE = Path(__file__).parents[3] / "docs" / "provisioning.md"
@@ -243,3 +245,21 @@ async def test_what_a_hook_defers_is_done_by_the_owner(versioned: Postgres) -> N
         await workshop.provisioner_of(provisioning={"grants": filling}).reconcile()
         async with workshop.admin(placement(acme).database) as connection:
             assert await connection.fetchval("SELECT DISTINCT who FROM seen") == workshop.names.owner
+
+
+async def test_a_hook_that_meets_a_concurrent_change_is_repeated(workshop: Workshop) -> None:
+    """PostgreSQL refuses the later of two changes of one object's rights (XX000), as beside a reconcile."""
+
+    def granting(target: GrantTarget) -> str:
+        return f"GRANT TRUNCATE ON notes TO {target.role}"
+
+    acme = await workshop.create("acme")
+    changed = workshop.provisioner_of(provisioning={"grants": granting})
+    async with workshop.admin(placement(acme).database) as connection:
+        await connection.execute(f'SET ROLE "{workshop.names.owner}"; BEGIN; GRANT REFERENCES ON notes TO PUBLIC')
+        applied = asyncio.ensure_future(changed.apply_grants(acme))
+        async with workshop.admin() as observer:
+            await until(lambda: observer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+        await connection.execute("COMMIT")
+        await applied
+    assert await may(workshop, acme, "TRUNCATE notes")
