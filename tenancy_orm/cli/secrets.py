@@ -117,7 +117,7 @@ async def _accept_keys(config: TenancyConfig) -> dict[str, list[str]]:
         if config.secrets.provider is not None:
             stack.push_async_callback(config.secrets.provider.close)
         config = await read_secrets(config)
-        control = ControlDatabase(config.control_url, pool_size=1, purpose="tenancy-admin")
+        control = ControlDatabase(config.control_url, pool_size=1, purpose="tenancy-admin", direct=config.listen_dsn)
         stack.push_async_callback(control.close)
         await control.open()
         keys, peppers = config.sealing_keys, config.keys.decoded_peppers

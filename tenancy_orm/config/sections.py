@@ -128,7 +128,8 @@ class SessionConfig(Section, frozen=True):
     """PostgreSQL's statement_timeout, in seconds; 0 is none."""
     answer_timeout: SecondsOrZero = 3_600.0
     """How long a process waits for PostgreSQL's answer to one statement where ``statement_timeout`` is 0, in seconds; 0
-    is for ever. It ends the wait for a server that keeps the connection open and does not answer."""
+    is for ever. It ends the wait for a server that keeps the connection open and does not answer; so a statement that
+    may run longer needs a larger value. A ``COPY`` by the driver is one statement, as long as its data take."""
     settings: Pairs = Field(default_factory=_nothing)
     """Settings that tenants' connections start with, ``search_path`` for example, in place of the server's own. They
     win over ``ALTER ROLE`` and ``ALTER DATABASE``; those in a server's URL win over them. As text: ``name=value``,

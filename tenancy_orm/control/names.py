@@ -5,6 +5,13 @@ from __future__ import annotations
 import re
 from uuid import UUID
 
+_ANY_INSTALLATION = re.compile(r".+_[0-9a-f]{8}_(t_[0-9a-f]{32}|r_[0-9a-f]{1,16}|owner|viewer)", re.DOTALL)
+
+
+def is_installations(role: str) -> bool:
+    """Whether a role is named as an installation names its own, whichever its prefix; others are an operator's."""
+    return _ANY_INSTALLATION.fullmatch(role) is not None
+
 
 class Names:
     """The names that one installation uses on its servers.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 import asyncpg
@@ -20,10 +22,10 @@ def version(connection: Connection) -> int:
     return int(connection.get_server_version().major)
 
 
-async def close(connection: Connection, *, timeout: float = CLOSE_SECONDS) -> None:
-    """Close a connection; terminate it if the server does not answer within ``timeout`` seconds."""
+async def close(connection: Connection, *, timeout: float | None = None) -> None:
+    """Close a connection; terminate it if the server does not answer within ``timeout`` (``CLOSE_SECONDS``)."""
     try:
-        await connection.close(timeout=timeout)
+        await connection.close(timeout=CLOSE_SECONDS if timeout is None else timeout)
     except SERVER_FAILURES:
         connection.terminate()
 
@@ -37,6 +39,34 @@ async def is_alive(connection: Connection) -> bool:
             return bool(await connection.fetchval("SELECT true"))
     except SERVER_FAILURES:
         return False
+
+
+async def finish(connection: Connection, work: Callable[[], Awaitable[object]]) -> None:
+    """Await what ends a piece of work, a ROLLBACK for example; cut a connection that does not answer.
+
+    After a statement that was cancelled, asyncpg waits without a deadline until the server has heard of it, and a
+    deadline around the whole has passed already.
+    """
+    if connection.is_closed():
+        return
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await work()
+    except TimeoutError:
+        connection.terminate()
+
+
+@asynccontextmanager
+async def transaction(connection: Connection) -> AsyncIterator[None]:
+    """A transaction, or a savepoint within one, as asyncpg's; its ROLLBACK has a deadline, see ``finish``."""
+    begun = connection.transaction()
+    await begun.start()
+    try:
+        yield
+    except BaseException:
+        await finish(connection, begun.rollback)
+        raise
+    await begun.commit()
 
 
 async def execute_unflushed(connection: Connection, *statements: str) -> None:

@@ -26,6 +26,10 @@ from .dsn import Dsn
 from .login import clear_tracebacks, reason_of
 
 _PARAMETER = "tenancy.direct"
+_DROPPED = (
+    "a parameter of the login is not that of the session (a proxy that is no pooler must pass startup parameters on; "
+    "Neon's does with options=neon_proxy_params_compat:true in the URL of the direct endpoint)"
+)
 _PROOF = "SELECT WHERE pg_catalog.current_setting('{parameter}', true) OPERATOR(pg_catalog.=) '{token}'"
 
 
@@ -63,7 +67,7 @@ async def connect_directly(
         connection.terminate()
         raise
     connection.terminate()
-    raise _refused(refusal, dsn, "a parameter of the login is not that of the session")
+    raise _refused(refusal, dsn, _DROPPED)
 
 
 async def is_direct(connection: Connection) -> bool:

@@ -24,7 +24,7 @@ import asyncpg
 
 from ..cancellation import run_to_completion
 from ..control.names import Names
-from ..errors import TenancyError
+from ..errors import ProvisioningError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, sqlstate_of
@@ -157,7 +157,7 @@ class Blockers:
             try:
                 async with self.ending(connection):
                     return await work()
-            except asyncpg.PostgresError as exc:
+            except (asyncpg.PostgresError, ProvisioningError) as exc:
                 failures += 1
                 if sqlstate_of(exc) not in _RACES or failures == _ATTEMPTS:
                     raise

@@ -9,12 +9,14 @@ right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import asyncpg
 
-from ..control.names import Names
+from ..control.names import Names, is_installations
+from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from . import advisory_locks, event_trigger, grants, roles
@@ -26,6 +28,8 @@ from .tenant_rights import DEFAULTS, Contents, Right, TenantRights, grant_statem
 # no name in what this administrator runs may be resolved to a tenant's object
 _SEARCH_PATH = "SET search_path = pg_catalog, pg_temp"
 _LOCK_TIMEOUT = "SET LOCAL lock_timeout = '10s'"
+# a check that waits for a table's lock keeps everybody waiting who wants that table afterwards
+_CHECK_LOCK_TIMEOUT = "SET LOCAL lock_timeout = '1s'"
 
 # ALTER ... OWNER and REVOKE take locks, and the server's lock table has room for some thousands
 _BATCH = 500
@@ -179,6 +183,7 @@ class ContentsCheck:
         database: The database.
         role: The tenant's role.
         rights: What the role may do.
+        spare_others: Whether an operator's own roles keep their rights, unless a grant hook says what they have.
     """
 
     def __init__(
@@ -190,8 +195,10 @@ class ContentsCheck:
         database: str,
         role: str,
         rights: TenantRights,
+        spare_others: bool = False,
     ) -> None:
         self._names = names
+        self._spare_others = spare_others and rights.hook is None
         self._connection = connection
         self._blockers = blockers
         self._database = database
@@ -225,12 +232,13 @@ class ContentsCheck:
         transaction = self._connection.transaction()
         await transaction.start()
         try:
-            await self._connection.execute(_LOCK_TIMEOUT)
-            async with self._blockers.ending(self._connection):
+            await self._connection.execute(_LOCK_TIMEOUT if mend else _CHECK_LOCK_TIMEOUT)
+            async with self._ending_blockers(mend and any(one.dangerous and not one.spared for one in found)):
                 everything, applied = dict.fromkeys(found), before
                 for _ in range(_ROUNDS):
                     for deviation in found:
-                        await self._apply(deviation)
+                        if not deviation.spared:
+                            await self._apply(deviation)
                     applied = await self._snapshot()
                     found = [one for one in self._deviations(applied, superuser) if one not in everything]
                     if not found:
@@ -238,10 +246,11 @@ class ContentsCheck:
                     everything.update(dict.fromkeys(found))
                 await self._connection.execute(f"RESET search_path; SET LOCAL ROLE {quote_identifier(self._owner)}")
                 await self._rights.run_hook(self._connection, self._database, self._role)
-                await self._connection.execute(f"RESET ROLE; {_SEARCH_PATH}")
+                # before PostgreSQL 18, a deferred trigger runs as whoever commits, which would be the administrator
+                await self._connection.execute(f"SET CONSTRAINTS ALL IMMEDIATE; RESET ROLE; {_SEARCH_PATH}")
             after = await self._snapshot()
         except BaseException:
-            await transaction.rollback()
+            await connections.finish(self._connection, transaction.rollback)
             raise
         self._judge(result, everything, before, applied, after, superuser)
         if mend:
@@ -250,6 +259,10 @@ class ContentsCheck:
             await transaction.rollback()
             result.left, result.mended = [*result.mended, *result.left], []
         return result
+
+    def _ending_blockers(self, wanted: bool) -> AbstractAsyncContextManager[None]:
+        """End what blocks the body: only for what is dangerous, since it ends transactions of the application."""
+        return self._blockers.ending(self._connection) if wanted else nullcontext()
 
     def _judge(
         self,
@@ -279,12 +292,12 @@ class ContentsCheck:
     async def _apply(self, deviation: Deviation) -> None:
         for statement in deviation.statements:
             try:
-                async with self._connection.transaction():
+                async with connections.transaction(self._connection):
                     await self._connection.execute(statement)
             except (asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedObjectError, asyncpg.UndefinedTableError):
                 continue  # it is seen in what is left
         if deviation.kind == "guard.missing":
-            async with self._connection.transaction():
+            async with connections.transaction(self._connection):
                 await event_trigger.install(self._connection, self._owner)
 
     async def _is_superuser(self) -> bool:
@@ -343,7 +356,9 @@ class ContentsCheck:
             who = grantee or "PUBLIC"
             what = enumeration(f"{one.privilege} on {one.object}" for one in rights)
             detail = f"{who} may grant {what} to others" if kind == "right.grantable" else f"{who} has {what}"
-            yield Deviation(kind, detail, True, tuple(_revocations(rights, option=kind == "right.grantable")))
+            spared = self._spare_others and kind == "right.other" and not is_installations(grantee)
+            statements = tuple(_revocations(rights, option=kind == "right.grantable"))
+            yield Deviation(kind, detail, True, statements, spared=spared)
 
     def _kind_of(self, one: Held, versions: frozenset[str]) -> str | None:
         if one.grantee == self._role:

@@ -36,12 +36,13 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """What was found, before it is known whether it can be mended. The statements mend it."""
+    """What was found, before it is known whether it can be mended. The statements mend it, unless it is spared."""
 
     kind: str
     detail: str
     dangerous: bool
     statements: tuple[str, ...] = ()
+    spared: bool = False
 
     def difference(self, tenant: str, server: str, database: str, *, mended: bool = False) -> Difference:
         """This as a part of the report."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..postgres.connections import Connection, version
+from ..postgres.connections import Connection, transaction, version
 from ..postgres.quoting import quote_identifier, quote_literal
 from .tenant_rights import Contents, TenantRights, grant_statements
 
@@ -61,7 +61,7 @@ async def grant_and_mark(
     if rights.hook is None:
         await connection.execute("; ".join([*statements, mark]))
         return
-    async with connection.transaction():
+    async with transaction(connection):
         await connection.execute("; ".join(statements))
         await rights.run_hook(connection, name, role)
         await connection.execute(mark)

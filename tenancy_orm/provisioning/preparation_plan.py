@@ -14,7 +14,7 @@ from ..control.models import SCHEMA
 from ..errors import ConfigurationError, ControlUnavailableError, DatabaseExistsError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
+from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.quoting import quote_identifier
@@ -142,12 +142,25 @@ async def _parts(config: TenancyConfig) -> AsyncIterator[tuple[ControlDatabase, 
 
 
 async def _control_facts(control: ControlDatabase, config: TenancyConfig) -> ControlFacts | None:
-    """The control database's state; None if it does not exist."""
+    """The control database's state; None if it does not exist.
+
+    Raises:
+        ControlUnavailableError: it does not answer.
+        ConfigurationError: it accepts no connections.
+    """
     try:
         return await public_access.read_control(control, config)
     except ControlUnavailableError as exc:
-        if sqlstate_of(exc.__cause__ or exc) == INVALID_CATALOG_NAME:
+        sqlstate = sqlstate_of(exc.__cause__ or exc)
+        if sqlstate == INVALID_CATALOG_NAME:
             return None
+        if sqlstate == NOT_IN_PREREQUISITE_STATE:
+            name = quote_identifier(control.database)
+            raise ConfigurationError(
+                f"{exc}; a tenancy init that is killed while it makes the database leaves it so. In this case run, as "
+                f"an administrator: DROP DATABASE {name}; in others: ALTER DATABASE {name} ALLOW_CONNECTIONS true; "
+                "then run tenancy init again"
+            ) from exc
         raise
 
 
@@ -177,9 +190,10 @@ async def _log_in(server: Server) -> Connection:
 
 async def _create_control(control: ControlDatabase, servers: Servers, config: TenancyConfig) -> None:
     """Create the control database as the administrator of its server; the control URL's role owns it."""
-    server = next((found for found in servers.values() if found.dsn.shares_host(control.dsn)), None)
+    own = config.listen_dsn or control.dsn
+    server = next((found for found in servers.values() if found.dsn.shares_host(own)), None)
     if server is None:
-        server = Server("of the control database", control.dsn, connect_timeout=config.pool.connect_timeout)
+        server = Server("of the control database", own, connect_timeout=config.pool.connect_timeout)
     name = control.database
     try:
         async with _administrator(server) as connection:

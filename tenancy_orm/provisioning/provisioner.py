@@ -389,7 +389,8 @@ class Provisioner:
                 registry was restored, these are all tenants created since: read ``unknown`` in the report first.
             check: Write nothing; the report tells what would be done.
             thorough: Look into every tenant's database, with one connection each, ``provisioning.concurrency`` at once.
-                If False, only into those for which the server's shared catalogues give a reason.
+                If False, only into those for which the server's shared catalogues give a reason; roles that are no
+                tenant's keep their rights there, and are in ``differences``.
             adopt: Slugs or ids of tenants with a database that has lost its marker: it gets the marker, and all that
                 goes with it. Be sure that the database is the tenant's.
 
@@ -409,7 +410,7 @@ class Provisioner:
             tenant: The tenant.
 
         Raises:
-            ProvisioningError: a statement failed; none was applied.
+            ProvisioningError: a statement failed, or they took longer than ``provisioning.timeout``; none was applied.
             ServerUnavailableError: the server does not answer.
         """
         refuse_other_tenant(tenant)
@@ -417,14 +418,27 @@ class Provisioner:
         if rights.hook is None or tenant.placement is None:
             return
         place = tenant.placement
-        await run_unbound(self._apply_grants(place, rights))
+        await run_unbound(self._apply_grants(tenant, place, rights))
 
-    async def _apply_grants(self, place: Placement, rights: TenantRights) -> None:
+    async def _apply_grants(self, tenant: Tenant, place: Placement, rights: TenantRights) -> None:
         blockers = self._services.blockers(self._services.servers[place.server])
         connection = await blockers.connect(place.database, role=self.names.owner)
-        try:
-            async with asyncio.timeout(self._timeout), blockers.ending(connection), connection.transaction():
+
+        async def work() -> None:
+            async with connections.transaction(connection):
                 await rights.run_hook(connection, place.database, place.role)
+
+        try:
+            # repeated after a conflict: a reconcile may run the hook in this database at the same time
+            async with asyncio.timeout(self._timeout):
+                await blockers.run(connection, work)
+        except (ProvisioningError, *SERVER_FAILURES) as exc:
+            reason = str(exc) if isinstance(exc, ProvisioningError) else f"provisioning.grants failed: {describe(exc)}"
+            raise ProvisioningError(
+                f"{reason}; the schema is upgraded, and another upgrade will not run the hook: run tenancy reconcile",
+                tenant=tenant.slug,
+                step="grants",
+            ) from exc
         finally:
             await run_to_completion(connections.close(connection))
 

@@ -113,6 +113,7 @@ class Reconciler:
         drop_unknown: Whether to drop databases of tenants that the registry does not know.
         check: Whether only to find out what would be done. Nothing is written.
         thorough: Whether to look into every tenant's database, and not only where the shared catalogues give a reason.
+            Otherwise an operator's own roles keep their rights: a timer must not lock anybody out without a word.
         adopt: Ids or slugs of tenants that get a missing marker.
     """
 
@@ -206,8 +207,7 @@ class Reconciler:
         try:
             yield True
         finally:
-            if not connection.is_closed():
-                await locks.unlock(connection, key)
+            await connections.finish(connection, partial(locks.unlock, connection, key))
 
     # --- creations and purges ---------------------------------------------------------------------------------------
 
@@ -375,7 +375,14 @@ class Reconciler:
         except ConfigurationError as exc:
             self._findings.errors.append(str(exc))
             return
-        check = TenantCheck(self._services, server, mend=not self._check, adopt=self._adopt, actor=self._actor)
+        check = TenantCheck(
+            self._services,
+            server,
+            mend=not self._check,
+            spare_others=not self._thorough,
+            adopt=self._adopt,
+            actor=self._actor,
+        )
         async with asyncio.timeout(self._timeout):
             state = await server_state.read(connection, self._services.names)
         slots = asyncio.Semaphore(self._services.config.provisioning.concurrency)

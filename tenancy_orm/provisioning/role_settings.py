@@ -237,7 +237,7 @@ async def verify(connection: Connection, server: str, settings: RoleSettings) ->
                     f"(SQLSTATE {exc.sqlstate})"
                 ) from exc
     finally:
-        await run_to_completion(trial.rollback())
+        await run_to_completion(connections.finish(connection, trial.rollback))
 
 
 async def _correct(connection: Connection, role: str, found: CurrentSettings, settings: RoleSettings) -> None:

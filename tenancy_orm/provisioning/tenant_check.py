@@ -43,18 +43,27 @@ class TenantCheck:
         services: Of provisioning.
         server: The server's name.
         mend: Whether to mend what differs.
+        spare_others: Whether an operator's own roles keep their rights, see ``ContentsCheck``.
         adopt: Ids or slugs of tenants that get a missing marker.
         actor: Who does this, for the audit log.
     """
 
     def __init__(
-        self, services: ProvisioningServices, server: str, *, mend: bool, adopt: Iterable[str], actor: Actor
+        self,
+        services: ProvisioningServices,
+        server: str,
+        *,
+        mend: bool,
+        spare_others: bool,
+        adopt: Iterable[str],
+        actor: Actor,
     ) -> None:
         self._services = services
         self._server = server
         self._blockers = services.blockers(services.servers[server])
         self._rights = TenantRights.of(services.config.provisioning, services.names.owner)
         self._mend = mend
+        self._spare_others = spare_others
         self._adopt = frozenset(adopt)
         self._actor = actor
 
@@ -184,6 +193,7 @@ class TenantCheck:
             database=placement.database,
             role=placement.role,
             rights=self._rights,
+            spare_others=self._spare_others,
         )
 
     async def _settle_contents(self, placement: Placement, mended: list[Deviation], left: list[Deviation]) -> None:

@@ -116,7 +116,7 @@ class TenantRights:
             role: The tenant's role.
 
         Raises:
-            ProvisioningError: a statement failed; the message has it.
+            ProvisioningError: a statement failed, and the message has it; or the role is not the owner any more.
         """
         for statement in self.hook_statements(database, role, version(connection)):
             try:
@@ -126,6 +126,12 @@ class TenantRights:
                 raise ProvisioningError(
                     f"provisioning.grants: {statement!r} failed in database {database!r}: {exc}", step="grants"
                 ) from exc
+        # the session is the administrator's: SET ROLE NONE gives its rights to the statements that follow
+        if self.hook is not None and await connection.fetchval("SELECT current_user::text") != self.owner:
+            raise ProvisioningError(
+                "provisioning.grants changes the role that its statements run as, which is the owner: leave that out",
+                step="grants",
+            )
 
     def hook_statements(self, database: str, role: str, server_version: int) -> list[str]:
         """The statements of the grant hook for one tenant.

@@ -160,7 +160,8 @@ def _wrong_key(key_id: str) -> str:
     return (
         f"encryption key {key_id!r} is not the key that this installation has used under that id: configure the right "
         "one, or give a new key an id of its own; if the old one is lost, configure the new one alone, and run: "
-        "tenancy secrets rotate-passwords, which resets the passwords of all tenants' roles and loses no data"
+        "tenancy secrets rotate-passwords, which resets the passwords of all tenants' roles and loses no data. If this "
+        "one is right, and another was configured by mistake before, run: tenancy secrets accept-keys"
     )
 
 

@@ -294,6 +294,20 @@ async def test_shared_catalogues_alone_tell_of_other_roles(arena: Arena) -> None
     assert mended(report) == {"acme": {"right.missing", "right.other"}}
 
 
+async def test_housekeeping_tells_of_an_operators_role_and_takes_nothing_from_it(arena: Arena) -> None:
+    """A timer locks nobody out without a word; ``tenancy reconcile`` does, after its check has shown it."""
+    reporting = f"{placement(arena.acme).role[:20]}_reporting"
+    holds = f"SELECT has_table_privilege('{reporting}', 'notes', 'SELECT')"
+    await arena.execute(f"CREATE ROLE {reporting}; GRANT SELECT ON notes TO {reporting}, {{other}}")
+    for thorough, holds_it, is_mended in ((False, True, [False, True]), (True, False, [True])):
+        report = await arena.workshop.provisioner.reconcile(thorough=thorough)
+        assert {one.kind for one in report.differences} == {"right.other"}
+        assert sorted(one.mended for one in report.differences) == is_mended
+        async with arena.workshop.admin(placement(arena.acme).database) as connection:
+            assert await connection.fetchval(holds) is holds_it
+    await arena.execute(f"DROP ROLE {reporting}")
+
+
 async def test_a_database_that_is_being_changed_is_left_alone(arena: Arena) -> None:
     """Whoever holds the tenant's lock is at work on it."""
     await arena.execute("GRANT CONNECT ON DATABASE {database} TO PUBLIC")

@@ -256,6 +256,14 @@ async def test_an_applications_own_database_is_no_control_database(place: Place)
     assert (await place.init()).status == 0
 
 
+async def test_a_control_database_that_a_killed_init_has_left_closed_has_a_remedy(place: Place) -> None:
+    """Nobody can connect to it: it is created closed, and opened once PUBLIC has no rights."""
+    async with place.server.connect() as connection:
+        await connection.execute(f'CREATE DATABASE "{place.control}" ALLOW_CONNECTIONS false')
+    refused = await place.init("--yes")
+    assert (refused.status, f'DROP DATABASE "{place.control}"' in refused.err) == (1, True), refused.err
+
+
 async def test_what_an_administrator_may_not_revoke_is_in_the_plan(place: Place) -> None:
     """On a managed server it is no superuser: the statements for one are shown, and nobody loses anything."""
     async with place.server.connect() as connection:

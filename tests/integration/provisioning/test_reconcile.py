@@ -15,8 +15,9 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.errors import ControlUnavailableError
-from tenancy_orm.postgres import locks
+from tenancy_orm.errors import ControlUnavailableError, ProvisioningError
+from tenancy_orm.postgres import connections, locks
+from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
 from tenancy_orm.registry.rows import TenantDraft
@@ -33,6 +34,7 @@ from tests.support.provisioning import (
     running_server,
     set_marker,
 )
+from tests.support.proxy import proxied
 
 NOTHING = ReconcileReport()
 
@@ -413,3 +415,32 @@ async def test_a_server_that_stops_answering_does_not_hold_up_the_others(worksho
     assert pids
     assert report.removed == ("acme",)
     assert len(report.errors) == 1 and report.errors[0].startswith("second: TimeoutError")
+
+
+async def test_a_proxy_that_swallows_packets_does_not_hold_up_the_end(
+    postgres: Postgres, control_url: str, name_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline has passed, and neither the ROLLBACK, nor the unlock, nor the request to cancel is answered."""
+    monkeypatch.setattr(connections, "CLOSE_SECONDS", 0.5)
+    async with proxied(postgres.admin_url) as proxy:
+        url = proxy.url(postgres.admin_url)
+        through = await open_workshop(control_url=control_url, admin_url=url, name_prefix=name_prefix)
+        acme = await through.create("acme")
+
+        def slow(target: GrantTarget) -> str:
+            asyncio.get_running_loop().call_later(0.2, proxy.swallow)
+            return "SELECT pg_sleep(60)"
+
+        provisioner = through.provisioner_of(provisioning={"grants": slow, "timeout": 1.0})
+        try:
+            async with asyncio.timeout(40):
+                report = await provisioner.reconcile()
+                assert report.errors == ("acme: TimeoutError", "default: ConnectionResetError: the connection was lost")
+                proxy.cut()
+                proxy.restore()
+                with pytest.raises(ProvisioningError, match=r"TimeoutError; .* run tenancy reconcile"):
+                    await provisioner.apply_grants(acme)
+        finally:
+            proxy.cut()
+            proxy.restore()
+            await through.close()

@@ -354,16 +354,16 @@ async def test_what_was_granted_by_hand_goes(workshop: Workshop, versioned: Post
         await superuser.execute(f'DROP ROLE "{group}"; REVOKE pg_monitor FROM "{role}"')
 
 
-async def test_what_a_superuser_has_set_is_not_reported_as_restored(versioned: Postgres) -> None:
-    """An administrator who may not remove it says which statement does."""
+async def test_what_a_superuser_has_set_is_told_and_not_called_corrected(versioned: Postgres) -> None:
+    """An administrator who may not remove it leaves it, and the report has what a superuser can run."""
     async with plain_workshop(versioned) as workshop:
         tenant = await workshop.create("acme")
         async with versioned.connect() as superuser:
             await superuser.execute(f"ALTER ROLE \"{placement(tenant).role}\" SET log_statement = 'all'")
             report = await workshop.provisioner.reconcile()
-            assert (await settings_of(workshop, tenant))["log_statement"] == "all"
             (found,) = report.differences
-            assert (report.corrected, found.kind, found.mended) == ((), "role.settings", False)
+            assert (report.corrected, found.kind, found.mended, found.dangerous) == ((), "role.settings", False, False)
+            assert (await settings_of(workshop, tenant))["log_statement"] == "all"
             await superuser.execute(found.remedy)
         assert await workshop.provisioner.reconcile() == NOTHING
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.support.provisioning import (
     plain_workshop,
     superuser_workshop,
 )
+from tests.support.waiting import until
 
 NOTHING = ReconcileReport()
 PAGE = Path(__file__).parents[3] / "docs" / "provisioning.md"
@@ -177,6 +179,8 @@ async def test_the_hook_has_the_last_word(workshop: Workshop, versioned: Postgre
     [
         (["GRANT SELECT ON missing TO {role}"], "'GRANT SELECT ON missing TO .*' failed in database .*does not exist"),
         (["/* a */ -- b\n commit"], "would end the transaction"),
+        (["SET ROLE NONE"], "changes the role"),
+        (["SELECT set_config('role', 'none', true)"], "changes the role"),
         (["SELECT 1; COMMIT"], "'SELECT 1; COMMIT' failed .*multiple commands"),
         ([1], "must return SQL statements"),
         (["ALTER SYSTEM SET work_mem = '1GB'"], "failed in database"),
@@ -204,3 +208,58 @@ async def test_a_failing_hook_is_told_and_leaves_nothing(
         with pytest.raises(ProvisioningError, match=message):
             await changed.apply_grants(old)
         assert not await may(workshop, old, "TRUNCATE notes")
+
+
+async def test_a_hook_does_not_end_the_applications_transactions(versioned: Postgres) -> None:
+    """Neither a check nor a reconcile with nothing dangerous to mend: it reports what it waits for."""
+
+    def locking(target: GrantTarget) -> str:
+        return "ALTER TABLE notes ENABLE ROW LEVEL SECURITY"
+
+    async with superuser_workshop(versioned, schema=ScriptSchema(SCHEMA)) as workshop:
+        acme = await workshop.create("acme")
+        changed = workshop.provisioner_of(provisioning={"grants": locking})
+        async with workshop.connect(acme) as connection:
+            await connection.execute("BEGIN; SELECT * FROM notes")
+            (error,) = (await changed.reconcile(check=True)).errors
+            assert error.startswith("acme: ") and "lock timeout" in error
+            assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_what_a_hook_defers_is_done_by_the_owner(versioned: Postgres) -> None:
+    """Before PostgreSQL 18, a deferred trigger runs as whoever commits: in a reconcile that is a superuser."""
+
+    def filling(target: GrantTarget) -> str:
+        return "INSERT INTO filled VALUES (1)"
+
+    schema = f"""
+    {SCHEMA}
+    CREATE TABLE filled (id int); CREATE TABLE seen (who text);
+    CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN INSERT INTO public.seen SELECT current_user; RETURN NULL; END';
+    CREATE CONSTRAINT TRIGGER later AFTER INSERT ON filled DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION see();
+    """
+    async with superuser_workshop(versioned, schema=ScriptSchema(schema)) as workshop:
+        acme = await workshop.create("acme")
+        await workshop.provisioner_of(provisioning={"grants": filling}).reconcile()
+        async with workshop.admin(placement(acme).database) as connection:
+            assert await connection.fetchval("SELECT DISTINCT who FROM seen") == workshop.names.owner
+
+
+async def test_a_hook_that_meets_a_concurrent_change_is_repeated(workshop: Workshop) -> None:
+    """PostgreSQL refuses the later of two changes of one object's rights (XX000), as beside a reconcile."""
+
+    def granting(target: GrantTarget) -> str:
+        return f"GRANT TRUNCATE ON notes TO {target.role}"
+
+    acme = await workshop.create("acme")
+    changed = workshop.provisioner_of(provisioning={"grants": granting})
+    async with workshop.admin(placement(acme).database) as connection:
+        await connection.execute(f'SET ROLE "{workshop.names.owner}"; BEGIN; GRANT REFERENCES ON notes TO PUBLIC')
+        applied = asyncio.ensure_future(changed.apply_grants(acme))
+        async with workshop.admin() as observer:
+            await until(lambda: observer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+        await connection.execute("COMMIT")
+        await applied
+    assert await may(workshop, acme, "TRUNCATE notes")

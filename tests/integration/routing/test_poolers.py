@@ -12,6 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.cli.secrets import _accept_keys
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import MarkerMismatchError, PoolerError, ServerUnavailableError
 from tenancy_orm.postgres.dsn import Dsn
@@ -94,7 +95,8 @@ async def test_a_pooler_that_drops_what_it_does_not_know_is_found_too(
     """Its sign is that the parameter of the login is not in force."""
     with pgbouncer(postgres, ignore_startup_parameters="tenancy.direct") as lenient:
         through = tenancy_config.replace(servers={"default": lenient.url(postgres.admin_url)})
-        with pytest.raises(PoolerError, match="a parameter of the login is not that of the session"):
+        told = r"a parameter of the login is not that of the session .*options=neon_proxy_params_compat:true"
+        with pytest.raises(PoolerError, match=told):
             await Tenancy(through).open()
 
 
@@ -249,5 +251,7 @@ async def test_the_control_database_works_through_a_pooler_with_a_direct_address
             assert await connection.scalar(text("SELECT count(*) FROM pg_prepared_statements")) == 0
     finally:
         await tenancy.close()
+    # a command that opens the control database by itself
+    assert (await _accept_keys(whole))["encryption_keys"] == list(whole.sealing_keys)
     async with postgres.connect() as admin:
         assert await admin.fetchval(_LOCKS) == 0
