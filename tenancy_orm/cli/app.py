@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
-from dataclasses import fields
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,8 @@ from uuid import UUID
 
 import typer
 
-from ..provisioning import ReconcileReport
+from ..housekeeping import HousekeepingReport
+from ..provisioning import Difference, ReconcileReport
 from ..registry.lifecycle import check_transition
 from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
@@ -319,7 +320,7 @@ def housekeeping(as_json: Json = False) -> None:
         return await tenancy.run_housekeeping(actor=operator())
 
     report = run(command)
-    print_report("housekeeping", report, as_json=as_json)
+    _show_housekeeping(report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)
 
@@ -371,17 +372,32 @@ def reconcile(
         raise typer.Exit(1)
 
 
+def _show_housekeeping(report: HousekeepingReport, *, as_json: bool) -> None:
+    reconciled = report.chores.get("reconcile")
+    if as_json or not isinstance(reconciled, ReconcileReport):
+        print_report("housekeeping", report, as_json=as_json)
+        return
+    # as reconcile prints them: a line each
+    chores = {**report.chores, "reconcile": replace(reconciled, differences=())}
+    print_report("housekeeping", replace(report, chores=chores), as_json=False)
+    _show_differences(reconciled.differences)
+
+
 def _show_reconciled(report: ReconcileReport, *, check: bool) -> None:
     names = [field.name for field in fields(report) if field.name != "differences"]
     print_fields("would be reconciled" if check else "reconcile", {name: getattr(report, name) for name in names})
-    if report.differences:
+    _show_differences(report.differences, with_remedies=not check)
+
+
+def _show_differences(differences: Sequence[Difference], *, with_remedies: bool = True) -> None:
+    if differences:
         rows = [
             (x.tenant, x.kind, "yes" if x.dangerous else "no", "yes" if x.mended else "no", x.detail)
-            for x in report.differences
+            for x in differences
         ]
         print_table("differences", ("tenant", "what", "dangerous", "mended", "found"), rows)
-    if not check:
-        for x in report.differences:
+    if with_remedies:
+        for x in differences:
             if not x.mended and x.remedy:
                 console.print(f"a superuser has to run, in database {x.database}:", highlight=False)
                 print(f"{x.remedy};")
