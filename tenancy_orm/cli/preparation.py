@@ -157,6 +157,8 @@ def _show_closing(closing: Closing, kept: Collection[str]) -> None:
     if not closing.may_revoke:
         _line(f"{place}: every role can connect, and the administrator may not change that; run as a superuser:")
         _line(f"    {closing.statement};")
+        for role in closing.relying:
+            _line(f"    which takes access from {role}; to keep it: {closing.remedy(role)};")
         return
     _line(f"{place}: PUBLIC loses its rights, CONNECT and TEMPORARY")
     for role in closing.losing:
@@ -183,6 +185,7 @@ def _as_dict(plan: PreparationPlan, kept: Collection[str]) -> dict[str, Any]:
                 "database": closing.database,
                 "statement": closing.statement,
                 "may_revoke": closing.may_revoke,
+                "relying": list(closing.relying),
                 "roles": [
                     {
                         "role": role,
