@@ -21,7 +21,7 @@ from ..tenant import Status, Tenant
 from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, servers, template, tiers, usage
 from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
 from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
-from .runtime import Json, TenantArgument, Yes, days_from_now, exit_on_error, fail, operator, run
+from .runtime import Json, TenantArgument, Yes, confirm, days_from_now, exit_on_error, fail, operator, run
 
 app = typer.Typer(
     name="tenancy",
@@ -283,7 +283,7 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
         # before the question, which is of no use for a tenant that is not deleted
         if found.status is not Status.PURGED:
             check_transition(found.slug, found.status, Status.PURGED)
-        if not yes and not typer.confirm(f"Permanently remove the database of {found.slug}?"):
+        if not yes and not confirm(f"Permanently remove the database of {found.slug}?"):
             fail("nothing was removed")
         await tenancy.tenants.purge(found, actor=operator())
         return {"id": str(found.id), "slug": found.slug, "status": "purged"}
