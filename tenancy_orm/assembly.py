@@ -176,6 +176,7 @@ class Assembly:
         self.keyring = Keyring(config.sealing_keys)
         await report_unknown_keys(self.control, config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
+        self.control.check_names(self.names)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
         await self.audit.vouch_for_keys()
         if self._data_keys is not None:

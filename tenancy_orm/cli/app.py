@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
-from dataclasses import fields
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,8 @@ from uuid import UUID
 
 import typer
 
-from ..provisioning import ReconcileReport
+from ..housekeeping import HousekeepingReport
+from ..provisioning import Difference, ReconcileReport
 from ..registry.lifecycle import check_transition
 from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
@@ -20,7 +21,7 @@ from ..tenant import Status, Tenant
 from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, servers, template, tiers, usage
 from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
 from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
-from .runtime import Json, TenantArgument, Yes, days_from_now, exit_on_error, fail, operator, run
+from .runtime import Json, TenantArgument, Yes, confirm, days_from_now, exit_on_error, fail, operator, run
 
 app = typer.Typer(
     name="tenancy",
@@ -282,7 +283,7 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
         # before the question, which is of no use for a tenant that is not deleted
         if found.status is not Status.PURGED:
             check_transition(found.slug, found.status, Status.PURGED)
-        if not yes and not typer.confirm(f"Permanently remove the database of {found.slug}?"):
+        if not yes and not confirm(f"Permanently remove the database of {found.slug}?"):
             fail("nothing was removed")
         await tenancy.tenants.purge(found, actor=operator())
         return {"id": str(found.id), "slug": found.slug, "status": "purged"}
@@ -319,7 +320,7 @@ def housekeeping(as_json: Json = False) -> None:
         return await tenancy.run_housekeeping(actor=operator())
 
     report = run(command)
-    print_report("housekeeping", report, as_json=as_json)
+    _show_housekeeping(report, as_json=as_json)
     if report.errors:
         raise typer.Exit(1)
 
@@ -371,17 +372,32 @@ def reconcile(
         raise typer.Exit(1)
 
 
+def _show_housekeeping(report: HousekeepingReport, *, as_json: bool) -> None:
+    reconciled = report.chores.get("reconcile")
+    if as_json or not isinstance(reconciled, ReconcileReport):
+        print_report("housekeeping", report, as_json=as_json)
+        return
+    # as reconcile prints them: a line each
+    chores = {**report.chores, "reconcile": replace(reconciled, differences=())}
+    print_report("housekeeping", replace(report, chores=chores), as_json=False)
+    _show_differences(reconciled.differences)
+
+
 def _show_reconciled(report: ReconcileReport, *, check: bool) -> None:
     names = [field.name for field in fields(report) if field.name != "differences"]
     print_fields("would be reconciled" if check else "reconcile", {name: getattr(report, name) for name in names})
-    if report.differences:
+    _show_differences(report.differences, with_remedies=not check)
+
+
+def _show_differences(differences: Sequence[Difference], *, with_remedies: bool = True) -> None:
+    if differences:
         rows = [
             (x.tenant, x.kind, "yes" if x.dangerous else "no", "yes" if x.mended else "no", x.detail)
-            for x in report.differences
+            for x in differences
         ]
         print_table("differences", ("tenant", "what", "dangerous", "mended", "found"), rows)
-    if not check:
-        for x in report.differences:
+    if with_remedies:
+        for x in differences:
             if not x.mended and x.remedy:
                 console.print(f"a superuser has to run, in database {x.database}:", highlight=False)
                 print(f"{x.remedy};")

@@ -104,6 +104,7 @@ def init(
         )
         settled = preparation.settle(
             plan.planned,
+            changes=plan.changed,
             yes=yes,
             dry_run=dry_run,
             keep=keep_access or (),

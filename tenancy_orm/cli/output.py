@@ -123,6 +123,7 @@ def print_table(title: str, columns: Iterable[str | Column], rows: Iterable[Iter
     console.print(_line(names, shown, widths), style="bold", markup=False)
     for row in texts:
         print(_line(row, shown, widths))
+    _flush()
 
 
 def fit(
@@ -216,6 +217,12 @@ def _print_pairs(title: str, pairs: Iterable[tuple[str, Any]]) -> None:
     width = max((cell_len(name) for name, _ in texts), default=0)
     for name, text in texts:
         print(f"{set_cell_size(name, width)}{_GAP}{text}")
+    _flush()
+
+
+def _flush() -> None:
+    # a pipe's standard output is buffered and standard error is not: in a log with both, a note would be amid the rows
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:

@@ -47,7 +47,14 @@ def leave_public(directory: Path) -> bool:
 
 
 def settle(
-    files: Sequence[str], *, yes: bool, dry_run: bool, keep: Collection[str], shared: bool, as_json: bool
+    files: Sequence[str],
+    *,
+    changes: Sequence[str],
+    yes: bool,
+    dry_run: bool,
+    keep: Collection[str],
+    shared: bool,
+    as_json: bool,
 ) -> dict[str, Any] | None:
     """Say what preparing the servers changes, ask where somebody would lose access, and do it.
 
@@ -56,6 +63,7 @@ def settle(
 
     Args:
         files: The files that will be made, for ``--dry-run``.
+        changes: What will be changed in files that are there.
         yes: Do not ask.
         dry_run: Only say it.
         keep: The values of ``--keep-access``.
@@ -73,10 +81,13 @@ def settle(
     described = None if plan is None else _as_dict(plan, kept)
     if dry_run:
         if as_json:
-            print_json({"dry_run": True, "would_create": list(files), "preparation": described})
+            would = {"would_create": list(files), "would_change": list(changes)}
+            print_json({"dry_run": True, **would, "preparation": described})
             return described
         for name in files:
             _line(f"{name} is made")
+        for change in changes:
+            _line(f"changed: {change}")
         if plan is not None:
             _show(plan, kept)
         else:
@@ -157,6 +168,8 @@ def _show_closing(closing: Closing, kept: Collection[str]) -> None:
     if not closing.may_revoke:
         _line(f"{place}: every role can connect, and the administrator may not change that; run as a superuser:")
         _line(f"    {closing.statement};")
+        for role in closing.relying:
+            _line(f"    which takes access from {role}; to keep it: {closing.remedy(role)};")
         return
     _line(f"{place}: PUBLIC loses its rights, CONNECT and TEMPORARY")
     for role in closing.losing:
@@ -183,6 +196,7 @@ def _as_dict(plan: PreparationPlan, kept: Collection[str]) -> dict[str, Any]:
                 "database": closing.database,
                 "statement": closing.statement,
                 "may_revoke": closing.may_revoke,
+                "relying": list(closing.relying),
                 "roles": [
                     {
                         "role": role,

@@ -112,6 +112,17 @@ def exit_on_error(action: Callable[[], T]) -> T:
         fail(str(getattr(exc, "orig", None) or type(exc).__name__))
 
 
+def confirm(question: str) -> bool:
+    """Ask, and return whether the answer is yes. Exits with status 1 where there is nobody to answer."""
+    try:
+        return typer.confirm(question)
+    except typer.Abort:
+        if sys.stdin.isatty():
+            raise
+        print(file=sys.stderr)
+        fail("nothing was changed: the question got no answer; answer it with --yes")
+
+
 def fail(message: str, *, kind: str = "Error") -> NoReturn:
     """Print ``message`` on standard error, as JSON with its kind after ``--json``, and exit with status 1.
 

@@ -21,7 +21,7 @@ from ..secrets.providers import read_secrets
 from ..secrets.sealed import ResealReport
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table, progress_bar
-from .runtime import EXIT_FAILED, Json, Yes, exit_on_error, load_tenancy, operator, run
+from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, load_tenancy, operator, run
 
 app = typer.Typer(help="Rotate passwords, and the keys that seal them, during operation.", no_args_is_help=True)
 
@@ -100,8 +100,8 @@ def accept_keys(yes: Yes = False, as_json: Json = False) -> None:
     An encryption key that opens none of the passwords under its id is still refused. Run it as the owner of the
     control database's tables.
     """
-    if not yes:
-        typer.confirm("The keys recorded before will be refused from now on. Go on?", abort=True)
+    if not yes and not confirm("The keys recorded before will be refused from now on. Go on?"):
+        fail("nothing was changed")
     accepted = exit_on_error(lambda: asyncio.run(_accept_keys(load_tenancy().config)))
     if as_json:
         print_json(accepted)

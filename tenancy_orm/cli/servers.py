@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..registry.servers import ServerRow, list_servers, set_maintenance_database
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table
-from .runtime import Json, Yes, exit_on_error, fail, load_tenancy, operator, run
+from .runtime import Json, Yes, confirm, exit_on_error, fail, load_tenancy, operator, run
 
 app = typer.Typer(help="Show the servers that hold tenants; change a maintenance database.", no_args_is_help=True)
 
@@ -45,7 +45,7 @@ def change(
     yes: Yes = False,
 ) -> None:
     """Let a server's administrative URL name another database. Stop every process first. Audited."""
-    if not yes and not typer.confirm("Is every process that uses this installation stopped?"):
+    if not yes and not confirm("Is every process that uses this installation stopped?"):
         fail("nothing was changed")
 
     # without opening the Tenancy, which is refused where the URL names the new database already

@@ -9,7 +9,7 @@ import typer
 
 from ..provisioning import Template, TemplateInfo, TemplatePruneReport
 from ..tenancy import Tenancy
-from .output import console, note, print_json, print_table
+from .output import Column, console, note, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run
 
 app = typer.Typer(help="List templates, build them again, and drop those that nobody uses.", no_args_is_help=True)
@@ -77,7 +77,16 @@ def prune(
 
 
 def _print(found: Any, title: str = "templates") -> None:
-    columns = ("server", "name", "revision", "state", "built", "last used", "by", "MB")
+    columns = (
+        Column("server"),
+        Column("name", keep=True),
+        Column("revision"),
+        Column("state"),
+        Column("built", drop=2),
+        Column("last used", drop=1),
+        Column("by", drop=4),
+        Column("MB", drop=3),
+    )
     rows = [
         (
             x.server,

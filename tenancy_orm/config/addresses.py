@@ -84,7 +84,7 @@ def _read_text(text: str) -> dict[str, object]:
     """Read ``eu=url eu.tenants=url us=url``."""
     pairs = [item.partition("=") for item in _SEPARATOR.split(text.strip()) if item]
     if not all(separator and "://" not in name for name, separator, _ in pairs):
-        raise ValueError("must be name=url, separated by spaces")
+        raise ValueError("must be name=url, separated by spaces or commas")
     found: dict[str, dict[str, str]] = {}
     for name, _, url in pairs:
         server, dot, kind = name.partition(".")
@@ -103,8 +103,10 @@ def _read_server(name: object, given: object) -> str | ServerAddresses:
         return given
     if not isinstance(given, Mapping):
         raise ValueError(f"must be a table of URLs by name; of server {name!r}: {_FORM}")
-    if not set(given) <= {*_URLS}:
-        raise ValueError(f"server {name!r} has addresses of an unknown kind; {_FORM}")
+    if unknown := sorted(str(kind) for kind in set(given) - {*_URLS}):
+        # a key that is none may be a URL, with its password
+        kinds = f" {', '.join(unknown)}" if all(kind.isidentifier() for kind in unknown) else ""
+        raise ValueError(f"server {name!r} has addresses of an unknown kind{kinds}; {_FORM}")
     problem = None
     try:
         return ServerAddresses(**given)

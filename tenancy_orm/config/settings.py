@@ -82,7 +82,7 @@ class TenancyConfig(_Checked, BaseSettings):
     """Keys that seal tenants' passwords, ``{"1": <32 bytes or their base64>}``; the last one seals, all of them open.
     As text: ``id:base64``, separated by commas."""
     name_prefix: str = "tenancy"
-    """What the names of databases and roles begin with; 1 to 12 of a-z and 0-9."""
+    """What the names of databases and roles begin with; 1 to 12 of a-z and 0-9. It cannot be changed later."""
     tiers: Tiers = Field(default_factory=default_tiers, repr=False, exclude=True)
     """Tiers by name, in ascending order. As text: JSON of what a settings file holds."""
     default_tier: str = "free"

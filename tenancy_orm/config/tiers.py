@@ -212,9 +212,16 @@ def _checked(model: type[_Table], given: object, place: str) -> _Table:
         raise setting_error(exc, (place,)) from None
 
 
+def _read_json(text: str) -> object:
+    try:
+        return from_json(text)
+    except ValueError as exc:
+        raise ValueError(f"is not JSON: {exc}") from None
+
+
 def _read_tiers(value: object) -> Mapping[str, Tier]:
     if isinstance(value, str):
-        value = from_json(value)
+        value = _read_json(value)
     if not isinstance(value, Mapping) or not value:
         raise ValueError("must be a table of tiers by name")
     tiers = {str(name): _read_tier(str(name), given) for name, given in value.items()}
@@ -243,7 +250,7 @@ def _read_limit(table: _LimitTable) -> Limit:
 
 def _read_policies(value: object) -> tuple[TierPolicy, ...]:
     if isinstance(value, str):
-        value = from_json(value)
+        value = _read_json(value)
     if not isinstance(value, (list, tuple)):
         raise ValueError("must be a list of tables")
     policies = tuple(_read_policy(str(position), given) for position, given in enumerate(value))

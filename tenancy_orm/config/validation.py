@@ -22,6 +22,7 @@ MODEL = ConfigDict(
 UNKNOWN = "there is no such setting"
 NO_TABLE = "must be a table of settings"
 
+_SLIP = 0.9  # as like as a name with one letter too many or too few
 _SAME_LIKENESS = 0.05  # names that are as like a misspelt one as this are all suggested
 
 
@@ -175,9 +176,10 @@ def suggestion(name: str, names: Iterable[str], *, shown_with: str = "") -> str:
     by_name = {known.lower(): known for known in sorted(names)}
     name = name.lower()
     likely = [known for known in by_name if known.endswith((f".{name}", f"_{name}"))]
-    if not likely and (close := get_close_matches(name, by_name, n=3, cutoff=0.75)):
+    close = get_close_matches(name, by_name, n=3, cutoff=_SLIP if likely else 0.75)
+    if close:
         best = _likeness(name, close[0])
-        likely = [known for known in close if best - _likeness(name, known) < _SAME_LIKENESS]
+        likely = [known for known in close if best - _likeness(name, known) < _SAME_LIKENESS] + likely
     return f"; did you mean {' or '.join(shown_with + by_name[known] for known in likely)}?" if likely else ""
 
 

@@ -47,6 +47,7 @@ from ..postgres.login import reason_of
 from ..postgres.poolers import connect_directly
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
+from .names import Names
 from .notifications import CONNECTIONS_CHANNEL, ConnectionRequest
 from .process import one_migration, proxies_restored
 from .viewer import VIEW_AS, prepare_viewer
@@ -270,6 +271,21 @@ class ControlDatabase:
         """
         async with self._translating_errors(), self._pooled() as connection, connection.begin():
             yield connection
+
+    def check_names(self, names: Names) -> None:
+        """Refuse another ``name_prefix`` than the one that this installation's roles and databases are named with.
+
+        Under another one its tenants belong to a role that this process does not use as their owner.
+
+        Raises:
+            ConfigurationError: it is another one.
+        """
+        if self._viewer not in (None, names.viewer):
+            recorded = str(self._viewer).removesuffix(names.viewer.removeprefix(names.prefix))
+            raise ConfigurationError(
+                f"name_prefix is {names.prefix!r}, and the names of this installation's roles and databases begin "
+                f"with {recorded!r}; set name_prefix (TENANCY_NAME_PREFIX) to {recorded!r}"
+            )
 
     @asynccontextmanager
     async def viewing(self, tenant_id: UUID) -> AsyncIterator[AsyncConnection]:

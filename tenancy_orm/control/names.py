@@ -22,6 +22,7 @@ class Names:
 
     def __init__(self, prefix: str, installation: UUID) -> None:
         self.installation = installation
+        self.prefix = prefix
         self.stem = f"{prefix}_{installation.hex[-8:]}"
         self._tenant = re.compile(re.escape(self.stem) + r"_t_([0-9a-f]{32})")
 

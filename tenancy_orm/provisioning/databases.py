@@ -144,9 +144,14 @@ async def close_to_public(connection: Connection, name: str, *, but: Iterable[st
         asyncpg.InsufficientPrivilegeError: the administrator has no rights on the database at all. If it has some, but
             not that to revoke, PostgreSQL only warns, and ``is_open_to_public`` stays true.
     """
+    await connection.execute("; ".join(closing_statements(name, but=but)))
+
+
+def closing_statements(name: str, *, but: Iterable[str] = ()) -> list[str]:
+    """Return the statements of ``close_to_public``."""
     database = quote_identifier(name)
     kept = [f"GRANT CONNECT, TEMPORARY ON DATABASE {database} TO {quote_identifier(role)}" for role in but]
-    await connection.execute("; ".join([*kept, f"REVOKE ALL ON DATABASE {database} FROM PUBLIC"]))
+    return [*kept, f"REVOKE ALL ON DATABASE {database} FROM PUBLIC"]
 
 
 async def is_open_to_public(connection: Connection, name: str) -> bool:

@@ -69,7 +69,7 @@ class Extensions:
             connection = await blockers.connect(database, settings=settings, purpose="tenancy-migration")
             try:
                 async with blockers.ending(connection):
-                    await install(connection, names)
+                    await install(connection, names, server=server)
             finally:
                 await run_to_completion(connections.close(connection))
 
@@ -93,8 +93,13 @@ async def check_available(connection: Connection, names: Sequence[str], *, serve
         raise ExtensionUnavailableError(lacking, server=server)
 
 
-async def install(connection: Connection, names: Sequence[str]) -> None:
+async def install(connection: Connection, names: Sequence[str], *, server: str) -> None:
     """Install extensions in the database of ``connection``, which is an administrative one, with those they need.
+
+    Args:
+        connection: The administrator's.
+        names: The extensions.
+        server: The server's name, for the error.
 
     Raises:
         ProvisioningError: the administrator may not create one of them.
@@ -104,7 +109,8 @@ async def install(connection: Connection, names: Sequence[str]) -> None:
             await connection.execute(f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(name)} SCHEMA public CASCADE")
         except asyncpg.InsufficientPrivilegeError as exc:
             raise ProvisioningError(
-                f"the administrator may not create extension {name!r} ({exc.args[0]}, 42501); it must be a superuser, "
+                f"the administrator of server {server!r} may not create extension {name!r} ({exc.args[0]}, 42501); it "
+                "must be a superuser, "
                 "or the role that a managed service has in place of one",
                 step="extensions",
             ) from exc

@@ -121,7 +121,8 @@ class PreparationPlan:
         async with _parts(config) as (control, servers):
             if self.creates_control:
                 await _create_control(control, servers, config)
-            for name, closings in _by_server(self.closings):
+            # the others are a superuser's to close; the caller has shown what to run
+            for name, closings in _by_server(closing for closing in self.closings if closing.may_revoke):
                 async with _administrator(servers[name]) as connection:
                     await locks.lock(connection, locks.lock_key(LOCK), timeout=config.provisioning.timeout)
                     for closing in closings:

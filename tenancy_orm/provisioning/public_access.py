@@ -104,7 +104,8 @@ class Closing:
 
     ``losing`` are the roles that can connect through PUBLIC alone, and ``connected`` the sessions that they have now,
     which last until they end. Superusers, tenants' roles and this installation's own roles lose nothing. ``kept`` are
-    roles of this installation, which are granted the rights that they need.
+    roles of this installation, which are granted the rights that they need. Where the administrator may not revoke the
+    rights nobody loses them; ``relying`` are the roles that would, if a superuser revoked them.
     """
 
     server: str
@@ -114,11 +115,12 @@ class Closing:
     kept: tuple[str, ...] = ()
     may_revoke: bool = True
     """Whether the administrator may revoke these rights: a superuser or the database's owner may."""
+    relying: tuple[str, ...] = ()
 
     @property
     def statement(self) -> str:
-        """The statement that revokes the rights."""
-        return f"REVOKE ALL ON DATABASE {quote_identifier(self.database)} FROM PUBLIC"
+        """The SQL that revokes the rights, and first gives this installation's own roles what they need."""
+        return "; ".join(databases.closing_statements(self.database, but=self.kept))
 
     def remedy(self, role: str) -> str:
         """The statement by which ``role`` can still connect."""
@@ -185,17 +187,18 @@ class SharedDatabases:
         state = await connection.fetchrow(_STATE, name)
         if state is None or not state["is_open"]:
             return None
-        losing: Sequence[str] = ()
-        if state["lets_connect"] and state["may_revoke"]:
+        relying: Sequence[str] = ()
+        if state["lets_connect"]:
             pattern = f"^{self.prefix}_[0-9a-f]{{8}}_"
-            losing = [row[0] for row in await connection.fetch(_DEPENDENT, name, sorted(ours), pattern)]
+            relying = [row[0] for row in await connection.fetch(_DEPENDENT, name, sorted(ours), pattern)]
+        if not state["may_revoke"]:
+            return Closing(server, name, kept=tuple(sorted(kept)), may_revoke=False, relying=tuple(relying))
+        losing = relying
         sessions = [Connected(**row) for row in await connection.fetch(_SESSIONS, name, losing)] if losing else []
         if only_sessions:
             # nothing in there is of use to anybody else, so that only those who are there can miss it
             losing = sorted({session.role for session in sessions})
-        return Closing(
-            server, name, tuple(losing), tuple(sessions), kept=tuple(sorted(kept)), may_revoke=state["may_revoke"]
-        )
+        return Closing(server, name, tuple(losing), tuple(sessions), kept=tuple(sorted(kept)))
 
 
 async def read_control(control: ControlDatabase, config: TenancyConfig) -> ControlFacts:
@@ -258,10 +261,11 @@ async def close(connection: Connection, closing: Closing, *, keep: Iterable[str]
     if await databases.is_open_to_public(connection, name):
         logger.warning(
             "every role can connect to database %s on server %s, and its administrator may not change that; "
-            "run as a superuser: %s",
+            "run as a superuser: %s%s",
             name,
             closing.server,
             closing.statement,
+            f" (which takes access from {', '.join(closing.relying)})" if closing.relying else "",
         )
 
 

@@ -337,7 +337,7 @@ class Templates:
             await grants.prepare_schema(connection, self._names.owner)
             await advisory_locks.restrict(connection, self._names.owner, server=server.name)
             await event_trigger.install(connection, self._names.owner)
-            await extensions.install(connection, self._config.extensions)
+            await extensions.install(connection, self._config.extensions, server=server.name)
         finally:
             await run_to_completion(connections.close(connection))
 

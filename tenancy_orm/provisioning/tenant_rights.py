@@ -83,8 +83,8 @@ class TenantRights:
         if "MAINTAIN" in self.privileges and server_version < _FIRST_WITH_MAINTAIN:
             raise ConfigurationError(
                 f"provisioning.tenant_privileges: MAINTAIN needs PostgreSQL 17, and server {server!r} runs "
-                f"{server_version}; let a SECURITY DEFINER function refresh materialized views there, see "
-                "Provisioning in the documentation"
+                f"{server_version}; let a SECURITY DEFINER function refresh materialized views there, "
+                "as in Refresh a materialized view before PostgreSQL 17 in the documentation of provisioning"
             )
 
     def wanted(self, what: Contents, database: str) -> Iterator[Right]:

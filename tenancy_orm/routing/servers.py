@@ -464,7 +464,7 @@ async def inspect_servers(servers: Servers, *, timeout: float) -> dict[str, Serv
     found = {}
     for name, answer in zip(names, answers, strict=True):
         if isinstance(answer, (ServerUnavailableError, asyncpg.PostgresError)):
-            logger.warning("server %s cannot be checked now, and its first connection will be: %s", name, answer)
+            logger.warning("server %s cannot be checked now, and is checked by its first connection: %s", name, answer)
         elif isinstance(answer, BaseException):
             raise answer
         else:

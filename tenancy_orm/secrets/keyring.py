@@ -39,7 +39,8 @@ class Keyring:
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         if not keys:
             raise ConfigurationError(
-                "encryption_keys is empty; make one with: tenancy secret, and set TENANCY_ENCRYPTION_KEYS=1:<key>"
+                "encryption_keys is empty; make one with: tenancy secret, and set TENANCY_ENCRYPTION_KEYS to what it "
+                "prints"
             )
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
         self.current = list(keys)[-1]

@@ -187,3 +187,27 @@ async def works(shop: Shop, acme: str) -> None:
             "SELECT DISTINCT pg_get_userbyid(relowner) FROM pg_class WHERE relnamespace = 'public'::regnamespace"
         )
         assert [owner[0].rpartition("_")[2] for owner in owners] == ["owner"]
+
+
+async def test_an_administrator_who_is_no_superuser_restores_a_tenant(
+    postgres: Postgres, tmp_path: Path, name_prefix: str
+) -> None:
+    """The commands run as the role of the administrative URL, as on a managed server."""
+    role = f"{name_prefix}_plain"
+    async with postgres.connect() as superuser:
+        await superuser.execute(f"CREATE ROLE {role} LOGIN CREATEDB CREATEROLE PASSWORD 'plain'")
+        await superuser.execute(f'GRANT CONNECT ON DATABASE postgres TO "{role}"')
+    url = postgres.url("postgres", user=role, password="plain")
+    shop = Shop(postgres, tmp_path, postgres.url(role, user=role, password="plain"), name_prefix)
+    shop.env.update(TENANCY_SERVERS=f"default={url}", PGUSER=role, PGPASSWORD="plain")
+    (tmp_path / "shop_grants.py").write_text(HOOK)
+    await shop.tenancy("init")
+    (tmp_path / "migrations" / "versions" / "0001.py").write_text(REVISION)
+    await shop.tenancy("create", "acme")
+    acme = shop.env["DATABASE"] = (await shop.tenancy("show", "acme"))["database"]
+    async with postgres.connect(acme) as superuser:
+        await superuser.execute(f"SET ROLE \"{acme}\"; INSERT INTO notes (body) VALUES ('kept')")
+    await shop.shell(BLOCKS["dump"])
+    await shop.follow(BLOCKS["restore"].partition("\n")[2])
+    async with postgres.connect(acme) as superuser:
+        assert await superuser.fetchval("SELECT body FROM notes") == "kept"

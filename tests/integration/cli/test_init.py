@@ -108,6 +108,10 @@ async def test_an_existing_project_is_used_and_its_env_py_can_be_written(shell: 
 
     # alembic itself, before and after
     assert "sqlalchemy.dialects:driver" in (await shell.run("alembic", "current", ok=False)).err
+    planned = await shell.init("--write-env", "--dry-run", cwd=below)
+    assert planned["would_change"] == ["alembic/env.py: it calls environment.run"]
+    assert (directory / "env.py").read_bytes() == before["alembic/env.py"]
+    assert "changed: alembic/env.py" in (await shell.tenancy("init", "--write-env", "--dry-run", cwd=below)).out
     written = await shell.init("--write-env", cwd=below)
     assert written["created"] == ["alembic/env.py.orig"]
     assert (directory / "env.py.orig").read_bytes() == before["alembic/env.py"]

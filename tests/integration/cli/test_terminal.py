@@ -59,6 +59,10 @@ async def test_tables_in_a_terminal_and_in_a_pipe(cli: Cli, tmp_path: Path) -> N
         assert "\x1b[" in written
         if arguments == ("list",):
             assert created["id"] in written and slug not in written and f"{slug[:20]}" in written
+    template = (await cli("template", "list", "--json")).json[0]["name"]
+    written = await shown("template", "list")
+    assert template in written and "REVISION" in written
+    assert max(map(cell_len, ESCAPES.sub("", written).splitlines())) <= 80, written
     wide = await shown("list", COLUMNS="180", NO_COLOR="1")
     assert slug in wide and created["id"] in wide and "CREATED" in wide
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]", wide)

@@ -285,3 +285,23 @@ async def test_what_an_administrator_may_not_revoke_is_in_the_plan(place: Place)
             "SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = $1", place.control
         )
     assert owner == "shared_admin"
+
+
+async def test_what_a_superuser_is_asked_to_run_keeps_the_administrators_access(place: Place) -> None:
+    """The URL names ``postgres``: the SQL does not lock the administrator out, and those that it does are named."""
+    async with place.server.connect() as connection:
+        await connection.execute(f"CREATE ROLE plain_admin LOGIN CREATEDB CREATEROLE PASSWORD '{PASSWORD}'")
+    url = place.server.url("postgres", user="plain_admin", password=PASSWORD)
+    control = place.server.url(place.control, user="plain_admin", password=PASSWORD)
+    settings = {"TENANCY_CONTROL_URL": control, "TENANCY_SERVERS": f"default={url}"}
+    shown = (await place.init("--dry-run", **settings)).out.splitlines()
+    at = next(i for i, line in enumerate(shown) if line.startswith("database postgres on server default: every role"))
+    assert 'which takes access from monitoring; to keep it: GRANT CONNECT ON DATABASE "postgres"' in shown[at + 2]
+    done = await place.init(**settings)
+    assert (done.status, done.err.count("every role can connect to database postgres")) == (0, 1), done.err
+    async with place.server.connect() as connection:
+        await connection.execute(shown[at + 1])
+        await connection.execute('GRANT CONNECT ON DATABASE "postgres" TO "monitoring"')
+    again = await place.init(**settings)
+    assert (again.status, "every role can connect to database postgres" in again.err) == (0, False), again.err
+    assert await place.connects("monitoring", "postgres")

@@ -79,6 +79,18 @@ async def test_a_tenant_is_placed_by_a_rule(tenancy_config: TenancyConfig, postg
         assert (await tenancy.tenants.list()).items[-1].slug == "globex"
 
 
+async def test_another_name_prefix_is_refused(tenancy_config: TenancyConfig) -> None:
+    """A tenant would be made for another owner role than the one that migrations of all the others use."""
+    tenancy = await Tenancy(tenancy_config).open(initialise=True)
+    await tenancy.close()
+    other = tenancy_config.replace(name_prefix="other")
+    for initialise in (False, True):
+        with pytest.raises(ConfigurationError, match=f"set name_prefix .* to '{tenancy_config.name_prefix}'"):
+            await Tenancy(other).open(initialise=initialise)
+    async with Tenancy(tenancy_config) as tenancy:
+        assert (await tenancy.tenants.create("acme")).tenant.slug == "acme"
+
+
 async def test_a_server_that_is_away_does_not_keep_others_from_opening(
     tenancy_config: TenancyConfig, postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:

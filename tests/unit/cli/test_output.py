@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta, timezone
 from uuid import UUID
 
 import pytest
 import typer
 
+from tenancy_orm.cli.app import _show_housekeeping
 from tenancy_orm.cli.output import Column, cell, fit, note, print_json, print_report, print_table
 from tenancy_orm.cli.runtime import fail
 from tenancy_orm.housekeeping import HousekeepingReport
+from tenancy_orm.provisioning import Difference, ReconcileReport
 
 COLUMNS = [Column("slug"), Column("reason"), Column("created", drop=1), Column("id", keep=True)]
 FIXED = [False, False, True, True]
@@ -102,3 +107,28 @@ def test_a_report_is_a_line_for_each_chore_and_error(capsys: pytest.CaptureFixtu
         "error      one",
         "error      two",
     ]
+
+
+def test_in_a_log_a_note_comes_after_its_table() -> None:
+    """A file or a pipe that gets both streams has them in the order of the program, though only one is buffered."""
+    code = (
+        "from tenancy_orm.cli.output import note, print_fields, print_table\n"
+        "print_table('t', ['a'], [[1]]); note('1 row'); print_fields('t', {'b': 2})"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    log = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=buffered, check=True
+    )
+    assert log.stdout.decode().splitlines() == ["A", "1", "1 row", "b  2"]
+
+
+def test_housekeeping_prints_differences_as_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with what mends it, as reconcile does; not as one line of all their fields."""
+    found = Difference("acme", "eu", "db", "database.owner", "it is owned by x", dangerous=True, remedy="ALTER y")
+    reconciled = ReconcileReport(differences=(found,))
+    _show_housekeeping(HousekeepingReport((), (), {"reconcile": reconciled}, ()), as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:2]] == [["suspended", "-"], ["purged", "-"]]
+    assert [line.split() for line in lines[2:4]] == [["reconcile", "-"], ["errors", "-"]]
+    assert lines[5].split()[:4] == ["acme", "database.owner", "yes", "no"]
+    assert lines[6:] == ["a superuser has to run, in database db:", "ALTER y;"]

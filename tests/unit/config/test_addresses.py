@@ -66,7 +66,10 @@ def test_a_settings_file_has_a_table_for_each_server(directory: Path) -> None:
     ("given", "message"),
     [
         ({"tenants": POOLER}, "servers: the address of server 'eu': admin is missing"),
-        ({"admin": URL, "replica": URL}, "servers: server 'eu' has addresses of an unknown kind; write a URL, or"),
+        (
+            {"admin": URL, "replica": URL},
+            "servers: server 'eu' has addresses of an unknown kind replica; write a URL, or",
+        ),
         ({"admin": "hunter2"}, "servers: the address of server 'eu': admin is not a URL"),
         ({"admin": URL, "tenants": "postgresql:///?sslmode=require"}, "tenants names no host"),
         (

@@ -192,6 +192,7 @@ def test_a_settings_file_that_is_a_directory_is_an_error(directory: Path) -> Non
         ("TENANCY_ENVFILE", "TENANCY_ENV_FILE"),
         ("TENANCY_AUDIT_SECONDS", "TENANCY_RETENTION_AUDIT_SECONDS"),
         ("TENANCY_RETENTION_SECONDS", "TENANCY_RETENTION_AUDIT_SECONDS or TENANCY_RETENTION_TENANT_SECONDS"),
+        ("TENANCY_SERVER", "TENANCY_SERVERS or TENANCY_DEFAULT_SERVER"),
         ("TENANCY_BAR", None),
     ],
 )

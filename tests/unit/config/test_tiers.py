@@ -71,5 +71,5 @@ def test_tiers_can_be_given_as_json() -> None:
     )
     assert config.tiers["solo"].limits == {"users": Limit(1)}
     assert config.metering.tier_policies == (TierPolicy(resource="users"),)
-    with pytest.raises(ConfigurationError, match=r"^tiers \(TENANCY_TIERS\): "):
+    with pytest.raises(ConfigurationError, match=r"^tiers \(TENANCY_TIERS\): is not JSON: "):
         TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, "TENANCY_TIERS": "{"})
