@@ -12,9 +12,11 @@ import ast
 import contextlib
 import hashlib
 import os
+import secrets
 import stat
 import sys
 import sysconfig
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,10 @@ _COMPILED = (".pyc", ".pyo")
 # their versions are part of the fingerprint; this package can be an editable installation
 _PACKAGES = ("alembic", "sqlalchemy", "tenancy_orm")
 _PYTHON = tuple(normal(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib"))
+
+# Modules of the application are imported about now. One that has been written since may be another than the imported.
+_STARTED = time.time_ns()
+_PROCESS = secrets.token_hex(8)
 
 
 class FileDigests:
@@ -129,29 +135,44 @@ class Inputs:
         self._paths: dict[str, Path] = {}
 
     def digests(self, recording: Recording) -> dict[str, str]:
-        """Return the digests of what was recorded, by name."""
+        """Return the digests of what was recorded, by name.
+
+        A file that was written after the build may have read it, or after this process imported it, need not be what
+        the template was made of. Its digest is valid in this process alone: others build a template of their own.
+        """
         found: dict[str, str] = {}
-        for path in sorted(recording.paths | self._modules(recording)):
-            name = self._name(path)
+        modules = self._modules(recording)
+        for path in sorted(recording.paths | modules.keys()):
+            is_doubtful = _is_written_since(path, modules.get(path, recording.began))
+            name = self._name(path, within=is_doubtful)
             if name is not None and (digest := self._digests.of(path)) is not None:
-                found[name] = digest
+                found[name] = digest + _of_this_process() if is_doubtful else digest
         return found
 
     def changed(self, inputs: Mapping[str, str]) -> str | None:
         """Return the name of an input that is missing, or has another content than then; None if all are the same."""
         for name, digest in inputs.items():
             path = self._paths.get(name)
-            if path is not None and self._digests.of(path) == digest:
+            if path is not None and self._has(path, digest):
                 continue
             path = self._find(name)
-            if path is None or self._digests.of(path) != digest:
+            if path is None or not self._has(path, digest):
                 return name
             self._paths[name] = path
         return None
 
-    def _name(self, path: Path) -> str | None:
-        """The name of a file of the application; None for others, and for those that the fingerprint has."""
-        if path.is_relative_to(self._directory) or not self._is_of_application(path):
+    def _has(self, path: Path, digest: str) -> bool:
+        found = self._digests.of(path)
+        return found is not None and digest in (found, found + _of_this_process())
+
+    def _name(self, path: Path, *, within: bool) -> str | None:
+        """The name of a file of the application; None for others, and for those that the fingerprint has.
+
+        Args:
+            path: The file.
+            within: Whether a file in the migration directory has a name as well.
+        """
+        if (path.is_relative_to(self._directory) and not within) or not self._is_of_application(path):
             return None
         for root in self._roots():
             if path != root and path.is_relative_to(root):
@@ -168,16 +189,19 @@ class Inputs:
         yield from dict.fromkeys(normal(entry) for entry in sys.path)
         yield Path.cwd()
 
-    def _modules(self, recording: Recording) -> set[Path]:
-        """The files of the modules that the build imported, and of those that these import."""
+    def _modules(self, recording: Recording) -> dict[Path, int]:
+        """The files of the modules that the build imported, and of those that these import.
+
+        Each with the time after which it was imported.
+        """
         pending = [(path, "") for _, path in files_below(self._directory) if path.suffix == ".py"]
         pending += [(path, name) for name in recording.new_modules if (path := self._source(name)) is not None]
-        found = {path for path, name in pending if name}
+        found = {path: recording.began for path, name in pending if name}
         while pending:
             for name in _imported(*pending.pop()):
                 source = self._source(name)
                 if source is not None and source not in found:
-                    found.add(source)
+                    found[source] = _STARTED
                     pending.append((source, name))
         return found
 
@@ -195,6 +219,20 @@ class Inputs:
         if self._installed_package is not None and path.is_relative_to(self._installed_package):
             return True
         return not set(_LIBRARIES) & set(path.parts) and not any(path.is_relative_to(place) for place in _PYTHON)
+
+
+def _is_written_since(path: Path, when: int) -> bool:
+    """Whether a file was changed or replaced after ``when``. The time of its content can be that of an archive."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    # the listing of a directory does not count caches, which change its time
+    return not stat.S_ISDIR(found.st_mode) and found.st_ctime_ns > when
+
+
+def _of_this_process() -> str:
+    return f" {_PROCESS}-{os.getpid()}"  # a forked process may have imported other files
 
 
 def _installed_package(directory: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,10 +18,12 @@ class Recording:
     """What a build has used so far.
 
     Attributes:
+        began (int): When it began, in nanoseconds since the epoch.
         paths (set[Path]): The files that it opened for reading, and the directories that it listed.
     """
 
     def __init__(self) -> None:
+        self.began = time.time_ns()
         self.paths: set[Path] = set()
         self._modules = set(sys.modules)
 

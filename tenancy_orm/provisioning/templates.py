@@ -322,6 +322,10 @@ class Templates:
             await self._prepare(server, name)
             revision = await self._apply(server, name)
             inputs = self._schema.inputs()
+            if self.base(restricted=await advisory_locks.may_restrict(connection)) != base:
+                raise TemplateError(
+                    f"the migrations changed while the template on server {server.name!r} was built; try again"
+                )
             await databases.complete_template(connection, name, comment=f"{_COMMENT}:{revision or ''}")
             await self._records.add(
                 server.name, name, base=base, revision=revision, inputs=inputs, replaces=replaces, actor=actor

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.migrations import AlembicSchema
+from tenancy_orm.errors import TemplateError
+from tenancy_orm.migrations import AlembicSchema, inputs
 from tenancy_orm.provisioning import Template, templates
 from tests.support.fleet import Fleet, fleet_config, open_fleet, until
 from tests.support.postgres import Postgres
@@ -119,6 +120,44 @@ async def test_a_file_that_a_revision_used_makes_another_template(
     cache.write_bytes(b"a cache")
     (project.root / ".env").write_text("X=1")
     assert await fleet.provisioner.template("default") == known
+
+
+async def test_a_process_with_older_modules_makes_no_template_for_others(
+    fleet: Fleet, config: TenancyConfig, project: Project, name_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are replaced in place, and a tenant is created before the application is restarted."""
+    edit(project.root / f"shop_{name_prefix}" / "helpers.py", "def table():\n    return 'renamed'\n")
+    old = await fleet.provisioner.template("default")
+    await fleet.create("globex")
+    tables = "SELECT count(*) FROM pg_tables WHERE tablename = 'renamed'"
+    assert await fleet.fetch("globex", tables) == [(0,)], "the process has imported the former helper"
+    assert await fleet.provisioner.template("default") == old, "it is built once"
+    # the restart
+    for name in [name for name in sys.modules if name.startswith(f"shop_{name_prefix}")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(inputs, "_PROCESS", "another", raising=False)
+    async with open_fleet(config) as restarted:
+        await restarted.create("initech")
+        assert await restarted.fetch("initech", tables) == [(1,)]
+
+
+async def test_migrations_that_change_during_a_build_make_no_template(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a process with the former revisions would clone a template with later ones."""
+    apply = AlembicSchema.apply
+
+    async def slow_apply(schema: AlembicSchema, connect: templates.Connect) -> str | None:
+        project.add("0003", "pass", down="0002")
+        return await apply(schema, connect)
+
+    project.add("0002", "pass", down="0001")
+    monkeypatch.setattr(AlembicSchema, "apply", slow_apply)
+    with pytest.raises(TemplateError, match="changed while the template"):
+        await fleet.provisioner.template("default")
+    assert len(await fleet.tenancy.templates.list()) == 1
+    monkeypatch.setattr(AlembicSchema, "apply", apply)
+    assert (await fleet.provisioner.template("default")).revision == "0003"
 
 
 async def test_the_same_project_elsewhere_uses_the_same_template(
