@@ -1,0 +1,131 @@
+"""What a template is built from besides the migration directory, in the ways in which applications are laid out."""
+
+from __future__ import annotations
+
+import compileall
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tenancy_orm.migrations.inputs import Inputs
+from tenancy_orm.migrations.recording import recorded
+
+
+class App:
+    """A repository with the migrations of one application; its modules are imported before the build."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.migrations = root / "service" / "migrations"
+        self.site = root / "venv" / "site-packages"
+        self.write("service/migrations/env.py", "")
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        # the time has the system's resolution
+        os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + len(text)))
+        return path
+
+    def inputs(self, build: Callable[[], object] = lambda: None) -> Callable[[], str | None]:
+        """Record a build, and return a function that says which input has changed since, as another process would."""
+        with recorded() as recording:
+            build()
+        digests = {name: digest.split()[0] for name, digest in Inputs(self.migrations).digests(recording).items()}
+        return lambda: Inputs(self.migrations).changed(digests)
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
+    before = set(sys.modules)
+    made = App(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "service")
+    monkeypatch.syspath_prepend(made.site)
+    yield made
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def load(name: str) -> ModuleType:
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
+
+
+def test_a_file_beside_the_project_counts(app: App) -> None:
+    """In a repository of several applications, or in a container's /app/shared."""
+    script = app.write("shared/sql/views.sql", "SELECT 1")
+    changed = app.inputs(script.read_text)
+    assert changed() is None
+    app.write("shared/sql/views.sql", "SELECT 2")
+    assert changed() == "../shared/sql/views.sql"
+
+
+def test_files_of_the_machine_do_not_count(app: App) -> None:
+    assert app.inputs(lambda: [Path(name).read_bytes() for name in ("/etc/hosts", "/proc/self/stat")])() is None
+
+
+@pytest.mark.parametrize("text", ["importlib.import_module(f'{__name__}.{name}')", "__import__('shop.tables')"])
+def test_modules_that_are_imported_by_made_up_names_count(app: App, text: str) -> None:
+    """Of a package that imports whatever modules are in it, and that the application has imported already."""
+    app.write("service/migrations/env.py", "import shop")
+    app.write("service/shop/__init__.py", f"import importlib\nfor name in ['tables']:\n    {text}\n")
+    app.write("service/shop/tables.py", "NAME = 'a'")
+    load("shop")
+    changed = app.inputs()
+    assert changed() is None
+    app.write("service/shop/more.py", "")
+    assert changed() == "shop"
+    (app.root / "service/shop/more.py").unlink()
+    app.write("service/shop/tables.py", "NAME = 'other'")
+    assert changed() == "shop/tables.py"
+
+
+def test_a_compiled_module_without_its_source_counts(app: App) -> None:
+    """And what it imports, although its imports cannot be read."""
+    app.write("service/migrations/env.py", "import shop.helpers")
+    app.write("service/shop/__init__.py", "")
+    app.write("service/shop/helpers.py", "from shop import words")
+    app.write("service/shop/words.py", "WORD = 'a'")
+
+    def compile_all() -> None:
+        compileall.compile_dir(app.root / "service/shop", legacy=True, quiet=1, force=True)
+        for path in (app.root / "service/shop").glob("*.py"):
+            path.unlink()
+
+    compile_all()
+    load("shop.helpers")
+    changed = app.inputs()
+    assert changed() is None
+    app.write("service/shop/words.py", "WORD = 'other'")
+    compile_all()
+    assert changed() == "shop/words.pyc"
+
+
+def test_an_installed_package_that_is_imported_counts(app: App) -> None:
+    """The application's own, where an image installs it and copies the migrations; and one of shared types."""
+
+    def install(name: str, version: str, digest: str, script: str = "") -> None:
+        for old in app.site.glob(f"{name}-*"):
+            (old / "RECORD").unlink()
+            old.rmdir()
+        record = f"{name}/__init__.py,sha256={digest},1\n../../bin/{name},sha256={script},1\n{name}/x.pyc,,\n"
+        app.write(f"venv/site-packages/{name}-{version}.dist-info/RECORD", record)
+
+    app.write("service/migrations/env.py", "import shop_types\nimport sqlalchemy")
+    for name in ("shop_types", "not_imported"):
+        app.write(f"venv/site-packages/{name}/__init__.py", "")
+        install(name, "1", "aaa")
+    load("shop_types")
+    changed = app.inputs()
+    assert changed() is None
+    install("not_imported", "2", "bbb")
+    install("shop_types", "1", "aaa", script="of another machine")
+    assert changed() is None
+    install("shop_types", "1.1", "bbb")
+    assert changed() == "package://shop_types"
