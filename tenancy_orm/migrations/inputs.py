@@ -12,12 +12,14 @@ import ast
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import stat
 import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +34,7 @@ _PACKAGES = ("alembic", "sqlalchemy", "tenancy_orm")
 _PACKAGE = "package://"  # of names; no path of a file has it
 # imports of modules whose names are made up: any module of the package may be one
 _DYNAMIC = frozenset({"__import__", "entry_points", "import_module", "iter_modules", "walk_packages"})
+_MAY_BE_PATH = re.compile(r"(?=.*\w)[\w./-]{1,200}")
 # what machines have differently, and secrets
 _SYSTEM = tuple(
     Path(place)
@@ -242,10 +245,13 @@ class Inputs:
         packages: set[tuple[str, Path]] = set()
         while pending:
             path, module = pending.pop()
-            imported, is_dynamic = _imported(path, module)
-            if is_dynamic and path.stem == "__init__":
+            module_source = _read_source(path, module)
+            if module_source.is_dynamic and path.stem == "__init__":
                 found[path.parent] = _STARTED  # it may import each module in it
-            for name in imported:
+            for file in _named_files(path, module_source.texts) if module else ():
+                # the module may have read it when it was imported
+                found.setdefault(file, recording.began if file in recording.paths else _STARTED)
+            for name in module_source.imports:
                 source = self._source(name)
                 if source is not None and source not in found:
                     found[source] = _STARTED
@@ -305,23 +311,50 @@ def _installed_module(name: str) -> tuple[str, Path] | None:
     return None if site is None else (top, site)
 
 
-def _imported(path: Path, module: str) -> tuple[set[str], bool]:
-    """The names of modules that a file imports, of which some are names in modules; and whether it makes names up."""
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a module's source says.
+
+    ``imports`` are names of modules, and of what is in them. ``is_dynamic`` is whether it imports by made-up names.
+    """
+
+    imports: set[str]
+    is_dynamic: bool
+    texts: set[str]
+
+
+def _read_source(path: Path, module: str) -> _Source:
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         # compiled, or an archive: any module of the package
-        return set(_loaded({module.partition(".")[0]})) if module else set(), True
+        return _Source(set(_loaded({module.partition(".")[0]})) if module else set(), True, set())
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     nodes = list(ast.walk(tree))
     names: set[str] = set()
     for node in nodes:
         names.update(_named(node, package))
     is_dynamic = any(_DYNAMIC.intersection(_identifiers(node)) for node in nodes)
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     if is_dynamic:
-        texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         names.update(_loaded({text.partition(".")[0] for text in (*texts, module)}))
-    return names, is_dynamic
+    return _Source(names, is_dynamic, texts)
+
+
+def _named_files(path: Path, texts: Iterable[str]) -> Iterator[Path]:
+    """The SQL scripts that a module names, and those in directories that it names: beside it or where it runs.
+
+    Of other files it is not known whether they are input; a log is not.
+    """
+    for text in texts:
+        if not _MAY_BE_PATH.fullmatch(text):
+            continue
+        for place in dict.fromkeys((path.parent, path.parent.parent, Path.cwd())):
+            named = normal(place / text)
+            if named.suffix == ".sql" and named.is_file():
+                yield named
+            elif named.is_dir() and (scripts := sorted(named.glob("*.sql"))):
+                yield from (named, *scripts)
 
 
 def _named(node: ast.AST, package: list[str]) -> Iterator[str]:

@@ -107,6 +107,26 @@ def test_a_compiled_module_without_its_source_counts(app: App) -> None:
     assert changed() == "shop/words.pyc"
 
 
+def test_what_a_module_read_when_it_was_imported_counts(app: App) -> None:
+    """No build reads it again: the application has imported the module when it started."""
+    app.write("service/migrations/env.py", "import shop.functions")
+    app.write("service/shop/__init__.py", "")
+    lines = ("from pathlib import Path", "here = Path(__file__).parent", "ONE = (here / 'one.sql').read_text()")
+    more = "MORE = [path.read_text() for path in (here / 'more').iterdir()]"
+    app.write("service/shop/functions.py", "\n".join((*lines, more)))
+    for name in ("one", "more/two"):
+        app.write(f"service/shop/{name}.sql", "SELECT 1")
+    load("shop.functions")
+    changed = app.inputs()
+    assert changed() is None
+    for name in ("one", "more/two"):
+        app.write(f"service/shop/{name}.sql", "SELECT 2")
+        assert changed() == f"shop/{name}.sql"
+        app.write(f"service/shop/{name}.sql", "SELECT 1")
+    app.write("service/shop/more/three.sql", "SELECT 3")
+    assert changed() == "shop/more"
+
+
 def test_an_installed_package_that_is_imported_counts(app: App) -> None:
     """The application's own, where an image installs it and copies the migrations; and one of shared types."""
 
