@@ -5,6 +5,7 @@ from __future__ import annotations
 import compileall
 import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,13 +58,31 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def test_a_file_beside_the_project_counts(app: App) -> None:
-    """In a repository of several applications, or in a container's /app/shared."""
+def test_a_file_that_is_read_counts(app: App) -> None:
+    """Also beside the project, in a repository of several applications, and one that the package's loader reads."""
+    app.write("service/shop/__init__.py", "")
+    app.write("service/shop/one.sql", "SELECT 1")
     script = app.write("shared/sql/views.sql", "SELECT 1")
     changed = app.inputs(script.read_text)
     assert changed() is None
+    by_loader = app.inputs(lambda: pkgutil.get_data("shop", "one.sql"))
+    app.write("service/shop/one.sql", "SELECT 2")
+    assert by_loader() == "shop/one.sql"
     app.write("shared/sql/views.sql", "SELECT 2")
     assert changed() == "../shared/sql/views.sql"
+
+
+def test_a_directory_that_is_listed_counts_though_it_is_a_package(app: App) -> None:
+    """Python's import lists it too, and that alone does not count."""
+    app.write("service/migrations/env.py", "import shop.tables")
+    for name in ("shop/__init__", "shop/tables", "other/__init__", "other/tables"):
+        app.write(f"service/{name}.py", "")
+    load("shop.tables")
+    changed = app.inputs(lambda: [list((app.root / "service/shop").glob("*.sql")), load("other.tables")])
+    app.write("service/other/new.sql", "SELECT 1")
+    assert changed() is None
+    app.write("service/shop/new.sql", "SELECT 1")
+    assert changed() == "shop"
 
 
 def test_files_of_the_machine_do_not_count(app: App) -> None:
