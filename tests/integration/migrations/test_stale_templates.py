@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -207,6 +208,19 @@ async def test_two_releases_keep_their_templates_and_a_superseded_one_is_dropped
         edit(project.root / "sql" / "views.sql", "CREATE VIEW v AS SELECT 1 AS n")
         await fleet.create("globex")
         assert await fleet.fetch("globex", "SELECT n FROM v") == [(1,)]
+
+
+async def test_a_process_that_slept_looks_its_template_up_again(
+    fleet: Fleet, config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has recorded no use meanwhile, and another release's housekeeping has dropped the template."""
+    template = await fleet.provisioner.template("default")
+    await age(fleet, template.name, timedelta(days=30))
+    async with open_fleet(config.replace(extensions=("plpgsql",))) as other:
+        assert [one.name for one in (await other.tenancy.templates.prune()).removed] == [template.name]
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    await fleet.create("globex")
 
 
 async def test_a_rebuilt_template_replaces_the_former_one(
