@@ -329,8 +329,7 @@ class Templates:
             )
             await databases.open_to_owner(connection, name)
             await self._prepare(server, name)
-            revision = await self._apply(server, name)
-            inputs = self._schema.inputs()
+            revision, inputs = await self._apply(server, name)
             if self.base(restricted=await advisory_locks.may_restrict(connection)) != base:
                 raise TemplateError(
                     f"the migrations changed while the template on server {server.name!r} was built; try again"
@@ -354,7 +353,7 @@ class Templates:
         finally:
             await run_to_completion(connections.close(connection))
 
-    async def _apply(self, server: Server, name: str) -> str | None:
+    async def _apply(self, server: Server, name: str) -> tuple[str | None, Mapping[str, str]]:
         opened: list[Connection] = []
 
         async def connect() -> Connection:
@@ -363,7 +362,8 @@ class Templates:
             return connection
 
         try:
-            return await self._schema.apply(connect)
+            # at once: another server's template may be built meanwhile
+            return await self._schema.apply(connect), self._schema.inputs()
         finally:
             # an open connection makes every clone fail
             for connection in opened:

@@ -17,6 +17,7 @@ from sqlalchemy import text
 from tenancy_orm import TenancyConfig
 from tenancy_orm.errors import TemplateError
 from tenancy_orm.migrations import AlembicSchema, inputs
+from tenancy_orm.postgres import connections
 from tenancy_orm.provisioning import Template, templates
 from tests.support.fleet import Fleet, fleet_config, open_fleet, until
 from tests.support.postgres import Postgres
@@ -159,6 +160,21 @@ async def test_migrations_that_change_during_a_build_make_no_template(
     assert len(await fleet.tenancy.templates.list()) == 1
     monkeypatch.setattr(AlembicSchema, "apply", apply)
     assert (await fleet.provisioner.template("default")).revision == "0003"
+
+
+async def test_builds_at_once_do_not_mix_up_their_inputs(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one process, on two servers: the second ends while the first closes its connections."""
+    close = connections.close
+
+    async def slow_close(connection: connections.Connection) -> None:
+        await close(connection)
+        monkeypatch.setattr(fleet.provisioner._templates._schema, "_recorded", {"of": "another build"})
+
+    monkeypatch.setattr(connections, "close", slow_close)
+    await fleet.tenancy.templates.rebuild()
+    async with fleet.tenancy.internals.control.connect() as connection:
+        found = (await connection.execute(text("SELECT inputs FROM tenancy.templates WHERE NOT retired"))).scalar_one()
+    assert "sql" in found and "of" not in found
 
 
 async def test_the_same_project_elsewhere_uses_the_same_template(
