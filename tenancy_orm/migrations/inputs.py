@@ -44,7 +44,11 @@ _SYSTEM = tuple(
         *(os.environ.get("TMPDIR") or "/tmp", "/var/tmp", sys.prefix, sys.base_prefix),  # noqa: S108 - not written to
     )
 )
-_PYTHON = tuple(normal(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib"))
+# Python, and this package, which need not be among the installed ones
+_NOT_OF_APPLICATION = (
+    *(normal(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib")),
+    normal(Path(__file__).parents[1]),
+)
 
 # Modules of the application are imported about now. One that has been written since may be another than the imported.
 _STARTED = time.time_ns()
@@ -274,7 +278,8 @@ class Inputs:
         """Whether a file is no part of Python or of an installed package, except the one that has the migrations."""
         if self._installed_package is not None and path.is_relative_to(self._installed_package):
             return True
-        return not set(_LIBRARIES) & set(path.parts) and not any(path.is_relative_to(place) for place in _PYTHON)
+        is_installed = not set(path.parts).isdisjoint(_LIBRARIES)
+        return not is_installed and not any(path.is_relative_to(place) for place in _NOT_OF_APPLICATION)
 
 
 def _is_same(found: str | None, digest: str) -> bool:

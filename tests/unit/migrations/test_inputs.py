@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import compileall
 import importlib
+import json
 import os
 import pkgutil
 import sys
@@ -13,6 +14,7 @@ from types import ModuleType
 
 import pytest
 
+import tenancy_orm
 from tenancy_orm.migrations.inputs import Inputs
 from tenancy_orm.migrations.recording import recorded
 
@@ -85,8 +87,12 @@ def test_a_directory_that_is_listed_counts_though_it_is_a_package(app: App) -> N
     assert changed() == "shop"
 
 
-def test_files_of_the_machine_do_not_count(app: App) -> None:
-    assert app.inputs(lambda: [Path(name).read_bytes() for name in ("/etc/hosts", "/proc/self/stat")])() is None
+def test_files_of_the_machine_and_of_this_package_do_not_count(app: App) -> None:
+    """Whether it is installed or, as here, a checkout that ``sys.path`` has."""
+    with recorded() as recording:
+        for name in ("/etc/hosts", "/proc/self/stat", tenancy_orm.__file__, json.__file__):
+            Path(name).read_bytes()
+    assert Inputs(app.migrations).digests(recording) == {}
 
 
 @pytest.mark.parametrize("text", ["importlib.import_module(f'{__name__}.{name}')", "__import__('shop.tables')"])
