@@ -49,7 +49,7 @@ def _read() -> tuple[TenancyConfig, dict[str, str], str]:
         return config, given, f"configured by: {named} (TENANCY_APP)"
     extend_path()
     found = sources.read(TenancyConfig, None, {})
-    files = ", ".join(map(str, found.files)) or f"none; there is none in {project.start()} nor above it"
+    files = ", ".join(map(str, found.files)) or f"none; {project.nowhere()}"
     return found.build(TenancyConfig), found.origins, f"settings files: {files}"
 
 

@@ -69,6 +69,16 @@ def upward(directory: Path) -> Iterator[Path]:
             return
 
 
+def nowhere() -> str:
+    """Say where no settings were found, and which were passed over."""
+    looked = list(upward(start()))
+    text = f"there is no settings file in {start()} nor above it"
+    beyond = looked[-1].parent
+    if beyond in looked or not _is_open_to_all(beyond) or not has_settings(beyond):
+        return text
+    return f"{text}; those in {beyond} are not read, since everyone may write there"
+
+
 def has_settings(directory: Path) -> bool:
     """Whether a directory has a file with settings of this package. An unreadable file counts, so that it is named."""
     return (directory / "tenancy.toml").is_file() or _has_table(directory) or _has_variables(directory / ".env")

@@ -57,7 +57,6 @@ _SERVICE_LINKS = tuple(
 )
 
 MISSING = "is not set: run tenancy init, write tenancy.toml here, or set TENANCY_CONTROL_URL"
-NOWHERE = "; there is no settings file in {} nor above it"
 
 M = TypeVar("M", bound=BaseSettings)
 Origin = Callable[[str], str]
@@ -90,7 +89,7 @@ class Found:
 
     def _locate(self, error: SettingError) -> SettingError:
         """Return ``error`` with the origin of each setting that it names."""
-        missing = MISSING if self.files else MISSING + NOWHERE.format(project.start())
+        missing = MISSING if self.files else f"{MISSING}; {project.nowhere()}"
         problems = {
             name: missing if (name, reason) == ("control_url", "is missing") else reason
             for name, reason in error.problems.items()

@@ -31,7 +31,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
-from .execution import StatementObserver, may_need_care, refuse_copy_input, run_script
+from .execution import StatementObserver, may_need_care, refuse_input_for_psql, run_script
 from .extensions import WantedExtensions, hint, skip_existing_extension
 from .failures import TRANSIENT, describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
@@ -56,8 +56,8 @@ class FleetDialect(PGDialect_asyncpg):
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         """Execute; a text without parameters may hold several statements, as with psycopg."""
-        found = statements(statement) if not parameters and may_need_care(statement) else []
-        refuse_copy_input(found)
+        found = statements(statement) if not parameters and may_need_care(statement) else ()
+        refuse_input_for_psql(found)
         if len(found) < 2:
             cursor.execute(statement, parameters)
         else:

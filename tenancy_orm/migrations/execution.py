@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,12 @@ from .statements import Statement, keep_schema, statements
 
 
 def may_need_care(text: str) -> bool:
-    """Whether a text may hold several statements or a COPY FROM STDIN; quicker than to look at it closely."""
-    return ";" in text or "STDIN" in text.upper()
+    """Whether a text may hold several statements, or some for psql; quicker than to look at it closely."""
+    return ";" in text or "\\" in text or "STDIN" in text.upper()
 
 
-def refuse_copy_input(found: list[Statement]) -> None:
-    """Refuse a COPY FROM STDIN: PostgreSQL would wait for rows, and asyncpg for PostgreSQL.
+def refuse_input_for_psql(found: Sequence[Statement]) -> None:
+    """Refuse psql's own commands, and a COPY FROM STDIN: PostgreSQL would wait for rows, and asyncpg for PostgreSQL.
 
     Raises:
         MigrationError: there is one.
@@ -34,9 +34,13 @@ def refuse_copy_input(found: list[Statement]) -> None:
         raise MigrationError(
             "COPY FROM STDIN needs rows from the client, which a revision cannot send; use op.bulk_insert"
         )
+    if command := next((one.psql_command for one in found if one.psql_command is not None), None):
+        raise MigrationError(
+            f"{command} is a command of psql, and no SQL; leave it out (pg_dump writes some around its statements)"
+        )
 
 
-def run_script(cursor: Any, text: str, found: list[Statement]) -> None:
+def run_script(cursor: Any, text: str, found: Sequence[Statement]) -> None:
     """Execute a text of several statements on SQLAlchemy's cursor for asyncpg; there are no rows.
 
     SQLAlchemy prepares every statement, and PostgreSQL prepares one at a time (42601). asyncpg's own ``execute`` uses

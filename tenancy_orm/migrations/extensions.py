@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 
 from ..postgres.errors import FEATURE_NOT_SUPPORTED, INSUFFICIENT_PRIVILEGE, UNDEFINED_FILE, sqlstate_of
+from .statements import statements
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +93,23 @@ def parse_create_extension(statement: str) -> CreateExtension | None:
 def skip_existing_extension(
     connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> tuple[str, Any]:
-    """Add IF NOT EXISTS to a CREATE EXTENSION, before SQLAlchemy executes it (``before_cursor_execute``).
+    """Add IF NOT EXISTS to each CREATE EXTENSION, before SQLAlchemy executes it (``before_cursor_execute``).
 
     PostgreSQL then neither fails nor asks for rights where the extension exists.
     """
-    found = parse_create_extension(statement)
-    if found is not None and not found.if_not_exists:
-        statement = f"{statement[: found.offset]}IF NOT EXISTS {statement[found.offset :]}"
+    for start, found in reversed(_created(statement)):
+        if not found.if_not_exists:
+            name = start + found.offset
+            statement = f"{statement[:name]}IF NOT EXISTS {statement[name:]}"
     return statement, parameters
+
+
+def _created(text: str) -> list[tuple[int, CreateExtension]]:
+    """The CREATE EXTENSION statements of a text, and where each begins."""
+    if "EXTENSION" not in text.upper():
+        return []
+    found = ((part.start, parse_create_extension(text[part.start : part.end])) for part in statements(text))
+    return [(start, created) for start, created in found if created is not None]
 
 
 def hint(error: BaseException) -> str:
@@ -108,7 +118,7 @@ def hint(error: BaseException) -> str:
     state = sqlstate_of(error)
     if failed is None or state not in (INSUFFICIENT_PRIVILEGE, FEATURE_NOT_SUPPORTED, UNDEFINED_FILE):
         return ""
-    created = parse_create_extension(failed)
+    created = next((found for _, found in _created(failed) if _is_about(error, failed, found.name)), None)
     if created is None:
         if state == INSUFFICIENT_PRIVILEGE and _concerns_extension(failed):
             return (
@@ -122,6 +132,11 @@ def hint(error: BaseException) -> str:
             "the setting extensions, and the administrator installs it before the revisions run"
         )
     return f"; the server does not have extension {created.name!r}: install its package there"
+
+
+def _is_about(error: BaseException, failed: str, extension: str) -> bool:
+    """Whether the error is about this one: a script may have others, and other statements."""
+    return len(statements(failed)) == 1 or f'"{extension}"' in str(error)
 
 
 def _failed_statement(error: BaseException) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from .logs import logger
@@ -71,7 +72,7 @@ async def drop_invalid(connection: Connection) -> list[InvalidIndex]:
     dropped = []
     for index in await invalid_indexes(connection):
         # wait for sessions that build an index on this table: they take the same lock, which conflicts with itself
-        async with connection.transaction():
+        async with connections.transaction(connection):
             await connection.execute(f"LOCK TABLE {index.qualified_table} IN SHARE UPDATE EXCLUSIVE MODE")
         if index in await invalid_indexes(connection):
             await connection.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {index.qualified}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,10 +18,12 @@ class Recording:
     """What a build has used so far.
 
     Attributes:
+        began (int): When it began, in nanoseconds since the epoch.
         paths (set[Path]): The files that it opened for reading, and the directories that it listed.
     """
 
     def __init__(self) -> None:
+        self.began = time.time_ns()
         self.paths: set[Path] = set()
         self._modules = set(sys.modules)
 
@@ -32,8 +35,7 @@ class Recording:
     def note(self, event: str, arguments: tuple[object, ...]) -> None:
         """Take an audit event of Python: ``open`` with a path, mode and flags, or the listing of a directory."""
         path = arguments[0] if arguments else None
-        # not a descriptor, nor bytes; and the import system lists the directories that it keeps in its cache
-        if not isinstance(path, (str, os.PathLike)) or (event != "open" and os.fspath(path) in sys.path_importer_cache):
+        if not isinstance(path, (str, os.PathLike)):  # a descriptor, or bytes
             return
         if event != "open" or not _writes(arguments):
             self.paths.add(normal(path))
@@ -77,6 +79,8 @@ def _hear(event: str, arguments: tuple[object, ...]) -> None:
         return
     recording = _recording.get()
     if recording is not None:
+        if event != "open" and sys._getframe(1).f_code.co_filename.startswith("<frozen importlib"):
+            return  # Python's import lists directories too, and keeps what it found
         try:
             recording.note(event, arguments)
         except (OSError, ValueError, TypeError) as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,12 +38,13 @@ _CREATE_SCHEMA = re.compile(
 class Statement:
     """One statement: its text from ``start`` to ``end``, without comments before it, and its words in capitals.
 
-    ``words`` leaves out what is quoted.
+    ``words`` leaves out what is quoted. ``psql_command`` is one of psql in it, with the backslash that SQL lacks.
     """
 
     start: int
     end: int
     words: list[str] = field(default_factory=list)
+    psql_command: str | None = None
 
     @property
     def controls_transaction(self) -> bool:
@@ -65,13 +67,15 @@ class Statement:
         return self.words[:1] != [] and self.words[0] not in _READS
 
 
-def statements(text: str) -> list[Statement]:
+@functools.lru_cache(maxsize=8)  # every tenant of a fleet gets the same texts, and some are large
+def statements(text: str) -> tuple[Statement, ...]:
     """Return the statements of ``text``, which semicolons separate. Comments alone are none."""
     found: list[Statement] = []
     current: Statement | None = None
     parentheses = blocks = 0
+    part = ""
     for kind, start, end in _tokens(text):
-        part = text[start:end]
+        before, part = part, text[start:end]
         if part == ";" and not parentheses and not blocks:
             current = None
             continue
@@ -79,6 +83,8 @@ def statements(text: str) -> list[Statement]:
             current = Statement(start, end)
             found.append(current)
         current.end = end
+        if before == "\\" and current.psql_command is None:
+            current.psql_command = f"\\{part}"
         if part == "(":
             parentheses += 1
         elif part == ")":
@@ -86,17 +92,20 @@ def statements(text: str) -> list[Statement]:
         elif kind == "word":
             word = part.upper()
             current.words.append(word)
-            # the body of a function may be statements between BEGIN ATOMIC and END; CASE has an END as well
+            # the body of a function may be statements between BEGIN ATOMIC and END; CASE has an END as well; columns
+            # can have these names
+            if before == "." or before.upper() == "AS":
+                continue
             if word == "END":
                 blocks = max(0, blocks - 1)
-            elif (word == "BEGIN" and _makes_function(current.words)) or (word == "CASE" and blocks):
+            elif (word == "ATOMIC" and _begins_body(current.words)) or (word == "CASE" and blocks):
                 blocks += 1
-    return found
+    return tuple(found)
 
 
-def _makes_function(words: list[str]) -> bool:
+def _begins_body(words: list[str]) -> bool:
     kind = words[3:4] if words[1:3] == ["OR", "REPLACE"] else words[1:2]
-    return words[:1] == ["CREATE"] and kind in (["FUNCTION"], ["PROCEDURE"])
+    return words[:1] == ["CREATE"] and kind in (["FUNCTION"], ["PROCEDURE"]) and words[-2:] == ["BEGIN", "ATOMIC"]
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int, int]]:

@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -120,6 +121,8 @@ class Templates:
         self._schema = schema
         # by server
         self._ready: dict[str, _Ready] = {}
+        # when its use was recorded last, by server
+        self._recorded: dict[str, float] = {}
         # the objects that a GRANT in a clone must name, by template: a complete template does not change
         self._contents: dict[str, Contents] = {}
         # by server: held while a template is searched or built
@@ -183,10 +186,14 @@ class Templates:
         found = self._ready.get(server.name)
         if found is None or found.fingerprint != self._schema.fingerprint():
             return None
+        # of a process that slept, as between requests on some platforms, the others think that it has ended
+        if time.time() - self._recorded[server.name] > 2 * USE_SECONDS:
+            return None
         return None if self._schema.changed_input(found.inputs) is not None else found.info
 
     async def _use(self, server: Server, found: _Ready) -> TemplateInfo:
         self._ready[server.name] = found
+        self._recorded[server.name] = time.time()
         if self._using is None:
             # unbound: whichever tenant's creation runs now
             self._using = asyncio.get_running_loop().create_task(self._record_use(), context=Context())
@@ -198,7 +205,9 @@ class Templates:
             await asyncio.sleep(USE_SECONDS)
             for found in tuple(self._ready.values()):
                 try:
-                    if not await self._records.touch(found.info.server, found.info.name):
+                    if await self._records.touch(found.info.server, found.info.name):
+                        self._recorded[found.info.server] = time.time()
+                    else:
                         self.invalidate(found.info)
                 except (TenancyError, SQLAlchemyError) as exc:
                     logger.debug("the use of template %s could not be recorded: %s", found.info.name, exc)
@@ -320,8 +329,11 @@ class Templates:
             )
             await databases.open_to_owner(connection, name)
             await self._prepare(server, name)
-            revision = await self._apply(server, name)
-            inputs = self._schema.inputs()
+            revision, inputs = await self._apply(server, name)
+            if self.base(restricted=await advisory_locks.may_restrict(connection)) != base:
+                raise TemplateError(
+                    f"the migrations changed while the template on server {server.name!r} was built; try again"
+                )
             await databases.complete_template(connection, name, comment=f"{_COMMENT}:{revision or ''}")
             await self._records.add(
                 server.name, name, base=base, revision=revision, inputs=inputs, replaces=replaces, actor=actor
@@ -341,7 +353,7 @@ class Templates:
         finally:
             await run_to_completion(connections.close(connection))
 
-    async def _apply(self, server: Server, name: str) -> str | None:
+    async def _apply(self, server: Server, name: str) -> tuple[str | None, Mapping[str, str]]:
         opened: list[Connection] = []
 
         async def connect() -> Connection:
@@ -350,7 +362,8 @@ class Templates:
             return connection
 
         try:
-            return await self._schema.apply(connect)
+            # at once: another server's template may be built meanwhile
+            return await self._schema.apply(connect), self._schema.inputs()
         finally:
             # an open connection makes every clone fail
             for connection in opened:

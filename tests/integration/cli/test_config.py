@@ -53,7 +53,7 @@ def test_the_files_that_were_read_are_named(project: Path, monkeypatch: pytest.M
     (project / "tenancy.toml").unlink()
     (project / ".env").unlink()
     outcome = CliRunner().invoke(app, ["config", "show"])
-    assert outcome.output.startswith(f"settings files: none; there is none in {below} nor above it\n")
+    assert outcome.output.startswith(f"settings files: none; there is no settings file in {below} nor above it\n")
 
 
 def test_settings_are_a_table_for_people(project: Path) -> None:

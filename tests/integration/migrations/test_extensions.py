@@ -239,7 +239,8 @@ async def test_a_revision_that_creates_an_extension_passes_where_it_is_configure
     fleet: Fleet, project: Project
 ) -> None:
     """Without the setting it fails on the template, with the remedy."""
-    project.add("0002", 'op.execute(" -- for notes\\n create extension Guarded with schema public;")', down="0001")
+    script = " -- for notes\\n create extension Guarded with schema public; SELECT 1"
+    project.add("0002", f'op.execute("{script.partition(";")[0]};")\nop.execute("{script}")', down="0001")
     with pytest.raises(MigrationError, match=r"42501.*add 'guarded' to the setting extensions"):
         await fleet.migrations.upgrade()
     async with reopened(fleet, extensions=("guarded",)) as later:
@@ -263,3 +264,11 @@ async def test_a_trusted_extension_can_be_created_by_a_revision_and_an_unknown_o
     project.add("0003", 'op.execute(sa.text("CREATE EXTENSION nowhere"))', down="0002")
     with pytest.raises(MigrationError, match="does not have extension 'nowhere': install its package"):
         await fleet.migrations.upgrade()
+    # in a script the hint is only for the extension that the error is about
+    project.add("0003", 'op.execute("CREATE EXTENSION trusty; CREATE EXTENSION nowhere; SELECT 1")', down="0002")
+    with pytest.raises(MigrationError, match="does not have extension 'nowhere': install its package"):
+        await fleet.migrations.upgrade()
+    project.add("0003", 'op.execute("CREATE EXTENSION trusty; CREATE DATABASE x")', down="0002")
+    with pytest.raises(MigrationError) as failed:
+        await fleet.migrations.upgrade()
+    assert "extension" not in str(failed.value)

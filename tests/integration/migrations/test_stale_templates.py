@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.migrations import AlembicSchema
+from tenancy_orm.errors import TemplateError
+from tenancy_orm.migrations import AlembicSchema, inputs
+from tenancy_orm.postgres import connections
 from tenancy_orm.provisioning import Template, templates
 from tests.support.fleet import Fleet, fleet_config, open_fleet, until
 from tests.support.postgres import Postgres
@@ -121,6 +124,59 @@ async def test_a_file_that_a_revision_used_makes_another_template(
     assert await fleet.provisioner.template("default") == known
 
 
+async def test_a_process_with_older_modules_makes_no_template_for_others(
+    fleet: Fleet, config: TenancyConfig, project: Project, name_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are replaced in place, and a tenant is created before the application is restarted."""
+    edit(project.root / f"shop_{name_prefix}" / "helpers.py", "def table():\n    return 'renamed'\n")
+    old = await fleet.provisioner.template("default")
+    await fleet.create("globex")
+    tables = "SELECT count(*) FROM pg_tables WHERE tablename = 'renamed'"
+    assert await fleet.fetch("globex", tables) == [(0,)], "the process has imported the former helper"
+    assert await fleet.provisioner.template("default") == old, "it is built once"
+    # the restart
+    for name in [name for name in sys.modules if name.startswith(f"shop_{name_prefix}")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(inputs, "_PROCESS", "another", raising=False)
+    async with open_fleet(config) as restarted:
+        await restarted.create("initech")
+        assert await restarted.fetch("initech", tables) == [(1,)]
+
+
+async def test_migrations_that_change_during_a_build_make_no_template(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a process with the former revisions would clone a template with later ones."""
+    apply = AlembicSchema.apply
+
+    async def slow_apply(schema: AlembicSchema, connect: templates.Connect) -> str | None:
+        project.add("0003", "pass", down="0002")
+        return await apply(schema, connect)
+
+    project.add("0002", "pass", down="0001")
+    monkeypatch.setattr(AlembicSchema, "apply", slow_apply)
+    with pytest.raises(TemplateError, match="changed while the template"):
+        await fleet.provisioner.template("default")
+    assert len(await fleet.tenancy.templates.list()) == 1
+    monkeypatch.setattr(AlembicSchema, "apply", apply)
+    assert (await fleet.provisioner.template("default")).revision == "0003"
+
+
+async def test_builds_at_once_do_not_mix_up_their_inputs(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one process, on two servers: the second ends while the first closes its connections."""
+    close = connections.close
+
+    async def slow_close(connection: connections.Connection) -> None:
+        await close(connection)
+        monkeypatch.setattr(fleet.provisioner._templates._schema, "_recorded", {"of": "another build"})
+
+    monkeypatch.setattr(connections, "close", slow_close)
+    await fleet.tenancy.templates.rebuild()
+    async with fleet.tenancy.internals.control.connect() as connection:
+        found = (await connection.execute(text("SELECT inputs FROM tenancy.templates WHERE NOT retired"))).scalar_one()
+    assert "sql" in found and "of" not in found
+
+
 async def test_the_same_project_elsewhere_uses_the_same_template(
     fleet: Fleet, config: TenancyConfig, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +224,19 @@ async def test_two_releases_keep_their_templates_and_a_superseded_one_is_dropped
         edit(project.root / "sql" / "views.sql", "CREATE VIEW v AS SELECT 1 AS n")
         await fleet.create("globex")
         assert await fleet.fetch("globex", "SELECT n FROM v") == [(1,)]
+
+
+async def test_a_process_that_slept_looks_its_template_up_again(
+    fleet: Fleet, config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has recorded no use meanwhile, and another release's housekeeping has dropped the template."""
+    template = await fleet.provisioner.template("default")
+    await age(fleet, template.name, timedelta(days=30))
+    async with open_fleet(config.replace(extensions=("plpgsql",))) as other:
+        assert [one.name for one in (await other.tenancy.templates.prune()).removed] == [template.name]
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    await fleet.create("globex")
 
 
 async def test_a_rebuilt_template_replaces_the_former_one(

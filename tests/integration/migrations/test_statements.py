@@ -67,6 +67,7 @@ async def test_a_script_is_part_of_the_migrations_transaction(fleet: Fleet, proj
         ("CREATE TABLE a (); COMMIT AND CHAIN; CREATE TABLE b ()", "statement 2 of 3 of a script is COMMIT AND"),
         # PostgreSQL would wait for the rows, and asyncpg for PostgreSQL, for as long as migration.timeout
         ("CREATE TABLE a (); COPY a FROM STDIN", "COPY FROM STDIN needs rows from the client"),
+        (r"SELECT 1 \\gexec", r"\gexec is a command of psql"),
         ("COPY notes FROM stdin", "COPY FROM STDIN needs rows from the client"),
     ],
 )

@@ -23,7 +23,7 @@ TIERS = re.compile(r"(?<=<!-- tiers -->\n).*(?=\n<!-- end of tiers -->)", re.DOT
 
 def tables() -> Iterator[str]:
     """The lines of a table for each section."""
-    schema = json_schema()
+    schema = json_schema(with_texts=True)
     variables = variables_of(TenancyConfig)
     last = None
     for path in settings_of(TenancyConfig):
@@ -51,6 +51,7 @@ def test_the_page_lists_every_setting() -> None:
     """With its variable, its default and its meaning."""
     found = TABLES.search(PAGE.read_text())
     assert found and found[0] == "\n".join(tables()), "run: python -m tests.unit.config.test_page"
+    assert "As text: `id:base64`, separated by commas" in found[0], "a variable has another form than a file's key"
 
 
 def test_the_page_lists_the_default_tiers() -> None:

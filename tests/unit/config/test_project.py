@@ -89,8 +89,13 @@ def test_the_search_ends(below: Path, directory: Path, monkeypatch: pytest.Monke
     else:
         directory.chmod(0o777)
     assert project.find() is None
-    with pytest.raises(SettingError, match=rf"control_url: is not set: .* no settings file in {below} nor above it"):
+    with pytest.raises(
+        SettingError, match=rf"control_url: is not set: .* no settings file in {below} nor above it"
+    ) as raised:
         TenancyConfig.from_env()
+    assert (f"those in {directory} are not read, since everyone may write there" in str(raised.value)) is (
+        stop == "open to all"
+    )
 
 
 def test_the_root_of_a_repository_is_searched(below: Path, directory: Path) -> None:

@@ -34,8 +34,7 @@ def test_the_statement_is_recognised_and_does_nothing_where_the_extension_is(sta
     "statement",
     [
         "CREATE EXTENSION IF NOT EXISTS vector",
-        "CREATE EXTENSION vector; DROP TABLE notes",
-        "DROP TABLE notes; CREATE EXTENSION vector",
+        "CREATE EXTENSION IF NOT EXISTS vector; DROP TABLE notes",
         "SELECT 'CREATE EXTENSION vector'",
         "-- CREATE EXTENSION vector",
         "/* CREATE EXTENSION vector",
@@ -54,3 +53,11 @@ def test_the_statement_is_recognised_and_does_nothing_where_the_extension_is(sta
 )
 def test_other_statements_are_left_as_they_are(statement: str) -> None:
     assert skip_existing_extension(None, None, statement, (), None, False) == (statement, ())
+
+
+def test_each_of_a_script_is_changed() -> None:
+    script = "-- CREATE EXTENSION a;\nCREATE EXTENSION b; SELECT 'CREATE EXTENSION c;'; CREATE EXTENSION \"d;\""
+    changed, _ = skip_existing_extension(None, None, script, (), None, False)
+    assert changed == script.replace("EXTENSION b", "EXTENSION IF NOT EXISTS b").replace(
+        'EXTENSION "d', 'EXTENSION IF NOT EXISTS "d'
+    )

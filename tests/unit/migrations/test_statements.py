@@ -7,6 +7,7 @@ import pytest
 from tenancy_orm.migrations.statements import keep_schema, statements
 
 FUNCTION = "CREATE OR REPLACE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT CASE WHEN true THEN 1 END; SELECT 2; END"
+PERIODS = "CREATE PROCEDURE p() BEGIN ATOMIC DELETE FROM t WHERE t.begin < t.end; SELECT 1 AS end; END"
 NESTED = "/* a; /* b; */ c; */"
 
 
@@ -30,6 +31,7 @@ NESTED = "/* a; /* b; */ c; */"
         ("SELECT $1; x", ["SELECT $1", "x"]),
         ("CREATE RULE r AS ON INSERT TO t DO (a; b); c", ["CREATE RULE r AS ON INSERT TO t DO (a; b)", "c"]),
         (f"{FUNCTION}; SELECT 3", [FUNCTION, "SELECT 3"]),
+        (f"{PERIODS}; SELECT 3", [PERIODS, "SELECT 3"]),
         ("SELECT CASE WHEN a THEN b END; c", ["SELECT CASE WHEN a THEN b END", "c"]),
         ("BEGIN; a; END; b", ["BEGIN", "a", "END", "b"]),
         ("SELECT 'not ended; b", ["SELECT 'not ended", "b"]),
@@ -67,6 +69,11 @@ def test_what_only_reads_is_known() -> None:
         False,
         False,
     ]
+
+
+def test_commands_of_psql_are_known() -> None:
+    text = r"\restrict abc" + "\n" + r"SELECT 1; SELECT E'\n', '\x', $$\y$$; SELECT 'x' \gexec"
+    assert [found.psql_command for found in statements(text)] == [r"\restrict", None, r"\gexec"]
 
 
 @pytest.mark.parametrize(
