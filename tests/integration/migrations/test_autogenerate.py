@@ -46,7 +46,7 @@ import sqlalchemy_utils as su
 import sqlmodel
 from pgvector.sqlalchemy import HALFVEC, VECTOR
 from sqlalchemy.dialects import postgresql as pg
-from shop.db.types import Label, Money, Shown
+from emporium.db.types import Label, Money, Shown
 from tenancy_orm import TenancyConfig
 
 metadata = sqlmodel.SQLModel.metadata
@@ -74,20 +74,20 @@ sa.Table(
     sa.Column("at", sa.DateTime, server_default=sa.func.now()),
     pg.ExcludeConstraint((sa.column("span"), "&&"), using="gist"),
     sa.Index("things_lower", sa.func.lower(sa.literal_column("kind")), postgresql_where=sa.text("price > 0")),
-    info={"kind": "shop", "type": Money},
+    info={"kind": "emporium", "type": Money},
 )
 config = TenancyConfig.from_env(metadata=metadata)
 """
 
-PACKAGES = ("pgvector.sqlalchemy.vector", "pgvector.sqlalchemy.halfvec", "sqlmodel.sql.sqltypes", "shop.db.types")
+PACKAGES = ("pgvector.sqlalchemy.vector", "pgvector.sqlalchemy.halfvec", "sqlmodel.sql.sqltypes", "emporium.db.types")
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     project = Project.create(tmp_path / "app", app="demo:config")
     (project.root / "demo.py").write_text(APP)
-    (project.root / "shop" / "db").mkdir(parents=True)
-    (project.root / "shop" / "db" / "types.py").write_text(TYPES)
+    (project.root / "emporium" / "db").mkdir(parents=True)
+    (project.root / "emporium" / "db" / "types.py").write_text(TYPES)
     return project
 
 
@@ -100,12 +100,12 @@ async def test_a_generated_revision_runs_as_it_is(
         written = next((project.migrations / "versions").glob("0001*")).read_text()
         for package in (*PACKAGES, "sqlalchemy_utils.types.uuid", "sqlalchemy_utils.types.email"):
             assert written.count(f"import {package}\n") == 1
-        assert "shop.db.types.Money(precision=12, scale=2)" in written
+        assert "emporium.db.types.Money(precision=12, scale=2)" in written
         # what cannot be made from its own text is written as the type inside
         assert "sa.Column('label', sa.String(length=40), nullable=True)" in written
         assert "sa.Column('kind', sa.Unicode(length=255), nullable=True)" in written
         assert "sqlalchemy_utils.types.choice" not in written
-        assert "info={'kind': 'shop'}" in written
+        assert "info={'kind': 'emporium'}" in written
         assert "there are no tenants" in await alembic("upgrade", "head")
         await fleet.create("acme")
         assert await fleet.columns("acme", "hero") == ["id", "name"]
@@ -130,7 +130,7 @@ async def test_what_env_py_renders_itself_wins(
             "environment.run(",
             "def render(kind, item, context):\n"
             "    if kind == 'type' and type(item).__name__ == 'Money':\n"
-            "        context.imports.add('from shop.db import types as own')\n"
+            "        context.imports.add('from emporium.db import types as own')\n"
             "        return 'own.Money()'\n"
             "    return False\n\n\n"
             "environment.run(",
@@ -141,7 +141,7 @@ async def test_what_env_py_renders_itself_wins(
         await alembic("revision", "--autogenerate", "--rev-id", "0001")
         path = next((project.migrations / "versions").glob("0001*"))
         written = path.read_text()
-        assert "from shop.db import types as own" in written
+        assert "from emporium.db import types as own" in written
         assert "sa.Column('price', own.Money(), server_default" in written
         assert "import pgvector.sqlalchemy.vector\n" in written
         path.unlink()
