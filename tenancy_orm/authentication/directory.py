@@ -11,10 +11,10 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Hashable, Set
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVarTuple
 from uuid import UUID
 
 from sqlalchemy import Row
@@ -41,6 +41,8 @@ from .lockout import Lockout
 from .lookups import DirectoryLookups, credential_state
 
 logger = logging.getLogger("tenancy_orm.directory")
+
+_Arguments = TypeVarTuple("_Arguments")
 
 _INACTIVE = frozenset({Status.DELETED, Status.PURGED})
 _EVERYTHING = "*"  # the tag under which everything is invalidated
@@ -498,28 +500,25 @@ class Directory:
         self._call_back_for_schema(None, False)
 
     def _call_back_for_schema(self, tenant_id: UUID | None, changing: bool) -> None:
-        for callback in self._schema_callbacks:
-            try:
-                callback(tenant_id, changing)
-            except Exception:
-                logger.exception("a callback for a change of a schema failed")
+        _call_all(self._schema_callbacks, "a change of a schema", tenant_id, changing)
 
     def _requested(self, request: ConnectionRequest) -> None:
-        for callback in self._request_callbacks:
-            try:
-                callback(request)
-            except Exception:
-                logger.exception("a callback for a request for connections failed")
+        _call_all(self._request_callbacks, "a request for connections", request)
 
     def _call_back(self, tenant_id: UUID | None) -> None:
-        for callback in self._callbacks:
-            try:
-                callback(tenant_id)
-            except Exception:
-                logger.exception("a callback for invalidations failed")
+        _call_all(self._callbacks, "invalidations", tenant_id)
 
     def _fingerprint(self, key: str) -> bytes:
         return hashlib.blake2b(self._salt + key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _call_all(callbacks: Iterable[Callable[[*_Arguments], None]], what: str, *arguments: *_Arguments) -> None:
+    """Call each, whether or not another one fails; ``what`` they are for is logged."""
+    for callback in callbacks:
+        try:
+            callback(*arguments)
+        except Exception:
+            logger.exception("a callback for %s failed", what)
 
 
 __all__ = ["Directory", "DirectoryStatistics"]

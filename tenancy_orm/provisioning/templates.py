@@ -362,7 +362,7 @@ class Templates:
             return connection
 
         try:
-            # at once: another server's template may be built meanwhile
+            # at once: the next build, for another server, has other inputs
             return await self._schema.apply(connect), self._schema.inputs()
         finally:
             # an open connection makes every clone fail

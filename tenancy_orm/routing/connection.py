@@ -228,9 +228,9 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
         if self.isolation_level == "autocommit":
             # with a context it comes from within a procedure, which may have committed
             return isinstance(cause, asyncpg.exceptions.InvalidCachedStatementError) and cause.context is None
-        if isinstance(cause, asyncpg.exceptions.InvalidCachedStatementError):
-            return True
-        if isinstance(cause, asyncpg.exceptions.OutdatedSchemaCacheError):
+        if isinstance(
+            cause, asyncpg.exceptions.InvalidCachedStatementError | asyncpg.exceptions.OutdatedSchemaCacheError
+        ):
             return True
         # with a context it comes from within a function
         return (

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
+import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.migrations import FleetMigrator, FleetServices
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.registry.registry import Registry
+from tenancy_orm.routing.servers import Server
 from tests.support import waiting
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
@@ -133,3 +135,19 @@ def fleet_config(postgres: Postgres, control_url: str, name_prefix: str, project
         encryption_keys={"1": base64.b64encode(secrets.token_bytes(32)).decode()},
         name_prefix=name_prefix,
     )
+
+
+def count_queries(server: Server, monkeypatch: pytest.MonkeyPatch) -> dict[str | None, list[str]]:
+    """From now on, note what is asked over each administrative connection, by database; there may be one for each."""
+    connect = server.connect_admin
+    queries: dict[str | None, list[str]] = {}
+
+    async def counted(database: str | None = None, **options: Any) -> Any:
+        assert database not in queries, "connected twice"
+        connection = await connect(database, **options)
+        asked = queries[database] = []
+        connection.add_query_logger(lambda record: asked.append(record.query))
+        return connection
+
+    monkeypatch.setattr(server, "connect_admin", counted)
+    return queries

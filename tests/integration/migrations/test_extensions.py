@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from tenancy_orm import TenancyConfig
 from tenancy_orm.errors import ExtensionUnavailableError, MigrationError, ProvisioningError
 from tests.support.control_databases import create_control_database
-from tests.support.fleet import Fleet, fleet_config, open_fleet
+from tests.support.fleet import Fleet, count_queries, fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
 from tests.support.provisioning import VERSIONS, placement, plain_workshop, running_server
@@ -132,18 +132,7 @@ async def test_a_fleet_that_has_them_all_costs_one_connection_and_one_select(
 ) -> None:
     async with reopened(fleet, extensions=("guarded",)) as later:
         await later.migrations.upgrade()
-        server: Any = later.services.servers["default"]
-        connect = server.connect_admin
-        queries: dict[str | None, list[str]] = {}
-
-        async def counted(database: str | None = None, **options: Any) -> Any:
-            assert database not in queries, "connected twice"
-            connection = await connect(database, **options)
-            asked = queries[database] = []
-            connection.add_query_logger(lambda record: asked.append(record.query))
-            return connection
-
-        monkeypatch.setattr(server, "connect_admin", counted)
+        queries = count_queries(later.services.servers["default"], monkeypatch)
         await later.migrations.upgrade()
         # the server itself is asked once which extensions it has
         assert {name: len(asked) for name, asked in queries.items()} == {

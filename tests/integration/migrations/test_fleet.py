@@ -23,7 +23,7 @@ from tenancy_orm.migrations.plan import Plan
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.alembic_proxies import assert_nothing_is_active, run_plain_alembic
-from tests.support.fleet import Fleet, activity, until
+from tests.support.fleet import Fleet, activity, count_queries, until
 from tests.support.projects import Project
 
 TENANTS = ("acme", "globex", "initech")
@@ -62,19 +62,8 @@ async def test_what_is_at_head_is_left_alone(fleet: Fleet) -> None:
 async def test_a_tenant_at_head_costs_one_connection_and_one_select(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server: Any = fleet.services.servers["default"]
-    connect = server.connect_admin
-    queries: dict[str | None, list[str]] = {}
-
-    async def counted(database: str | None = None, **options: Any) -> Any:
-        assert database not in queries, "connected twice"
-        connection = await connect(database, **options)
-        asked = queries[database] = []
-        connection.add_query_logger(lambda record: asked.append(record.query))
-        return connection
-
     await fleet.provisioner.template("default")
-    monkeypatch.setattr(server, "connect_admin", counted)
+    queries = count_queries(fleet.services.servers["default"], monkeypatch)
     await fleet.migrations.upgrade()
     assert [len(asked) for asked in queries.values()] == [1, 1, 1]
 

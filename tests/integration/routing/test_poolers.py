@@ -43,12 +43,8 @@ def pooled_config(tenancy_config: TenancyConfig, postgres: Postgres, bouncer: Pg
 @pytest.fixture
 async def pooled(pooled_config: TenancyConfig) -> AsyncIterator[Tenancy]:
     """An open ``Tenancy`` of ``pooled_config``."""
-    opened = Tenancy(pooled_config)
-    await opened.open(initialise=True)
-    try:
-        yield opened
-    finally:
-        await opened.close()
+    async with opened(pooled_config, initialise=True) as tenancy:
+        yield tenancy
 
 
 async def pid_of(connection: AsyncConnection) -> tuple[int, int]:
