@@ -31,12 +31,16 @@
     │       ├── TenantMaintenanceError
     │       └── TenantDeletedError
     ├── DomainError (ValueError)             a domain is malformed, not verified, or another tenant's
-    ├── ApiKeyError
-    │   ├── InvalidApiKeyError               malformed, unknown, revoked, expired: one answer
-    │   ├── ApiKeyNotFoundError (LookupError)
-    │   ├── ApiKeyInactiveError              revoked, expired or already rotated: it cannot be changed
-    │   ├── TooManyAttemptsError             too many invalid keys from one source; wait
-    │   └── MissingScopeError (PermissionError)
+    ├── CredentialError
+    │   ├── InvalidCredentialError           missing, malformed, unknown, revoked, expired: one answer
+    │   ├── CrossOriginError (PermissionError)   a page of another origin used a cookie
+    │   ├── TenantNotAllowedError (PermissionError)   the credential does not allow the tenant that was named
+    │   ├── TenantNotNamedError              the credential allows several tenants, and none was named
+    │   ├── TooManyAttemptsError             too many invalid credentials from one source; wait
+    │   ├── MissingScopeError (PermissionError)
+    │   └── ApiKeyError
+    │       ├── ApiKeyNotFoundError (LookupError)
+    │       └── ApiKeyInactiveError          revoked, expired or already rotated: it cannot be changed
     ├── MalformedRequestError (ValueError)   a request names a tenant by a malformed name
     ├── SecretProviderError                  the provider of secrets does not answer, or refuses
     │   └── SecretNotFoundError (LookupError)
@@ -202,14 +206,14 @@ class ContextError(TenancyError):
 class NoTenantError(ContextError, LookupError):
     """No tenant is bound.
 
-    Remedy: bind one with ``tenancy.scope(...)``, pass it explicitly, or let the middleware bind it from the key.
+    Remedy: bind one with ``tenancy.scope(...)``, pass it explicitly, or let the middleware bind it from the credential.
     """
 
     def __init__(self, message: str = "") -> None:
         """Use the standard message unless ``message`` is given."""
         super().__init__(
             message
-            or "no tenant is bound; enter tenancy.scope(...), pass the tenant, or send a request with an API key"
+            or "no tenant is bound; enter tenancy.scope(...), pass the tenant, or send a request with a credential"
         )
 
 
@@ -420,25 +424,68 @@ class DomainError(TenancyError, ValueError):
     """A domain is malformed, not claimed, not verified, or another tenant's."""
 
 
-# --- API keys and quotas --------------------------------------------------------------------------------------------
+# --- credentials and quotas -----------------------------------------------------------------------------------------
 
 
-class ApiKeyError(TenancyError):
-    """Base of errors about an API key. Never contains the key."""
+class CredentialError(TenancyError):
+    """Base of errors about a credential: an API key, a token, a session. Never contains it."""
 
 
-class InvalidApiKeyError(ApiKeyError):
-    """A key is not valid.
+class InvalidCredentialError(CredentialError):
+    """A credential is not valid, or there is none.
 
-    The message is the same for a malformed, unknown, revoked or expired key; ``reason`` says which, for the audit log,
+    The message is the same for a malformed, unknown, revoked or expired one; ``reason`` says which, for the audit log,
     and must not reach the caller.
     """
 
-    def __init__(self, reason: str = "unknown", *, key_id: str | None = None) -> None:
-        """Record the ``reason`` and the public ``key_id`` for the audit log."""
-        super().__init__("the API key is not valid")
+    def __init__(self, reason: str = "unknown", *, kind: str = "key", credential_id: str | None = None) -> None:
+        """Record the ``reason``, the ``kind`` of credential and its public ``credential_id`` for the audit log."""
+        super().__init__("the credential is not valid")
         self.reason = reason
-        self.key_id = key_id
+        self.kind = kind
+        self.credential_id = credential_id
+
+
+class CrossOriginError(CredentialError, PermissionError):
+    """A page of another origin sent a request with the cookie of a user who is logged in (CSRF).
+
+    Remedy: where the page is the application's own, add its origin to ``TenancyMiddleware(trusted_origins=...)``.
+    """
+
+    def __init__(self, origin: str | None) -> None:
+        """Name the ``origin`` of the page, where the browser sent it."""
+        super().__init__("this request comes from a page of another origin, which may not use a cookie")
+        self.origin = origin
+
+
+class TenantNotAllowedError(CredentialError, PermissionError):
+    """A credential does not allow the tenant that the request names, or allows none at all.
+
+    ``requested`` is the name in the request, None where it names none.
+    """
+
+    def __init__(self, requested: str | None = None) -> None:
+        """Record the ``requested`` tenant, which need not exist."""
+        super().__init__(
+            "this credential allows no tenant" if requested is None else "this credential does not allow this tenant"
+        )
+        self.requested = requested
+
+
+class TenantNotNamedError(CredentialError):
+    """A credential allows several tenants, and the request names none of them. ``slugs`` are those it may name.
+
+    Remedy: name one, by the host, path or header that the middleware's resolvers read.
+    """
+
+    def __init__(self, slugs: tuple[str, ...]) -> None:
+        """List the ``slugs``."""
+        super().__init__(f"this credential allows {len(slugs)} tenants; name one of them in the request")
+        self.slugs = slugs
+
+
+class ApiKeyError(CredentialError):
+    """Base of errors about an API key as such: issuing, rotating, revoking it. Never contains the key."""
 
 
 class ApiKeyNotFoundError(ApiKeyError, LookupError):
@@ -463,24 +510,24 @@ class ApiKeyInactiveError(ApiKeyError):
         self.state = state
 
 
-class TooManyAttemptsError(ApiKeyError):
-    """A source has presented too many invalid keys; keys that are already in use still work from there.
+class TooManyAttemptsError(CredentialError):
+    """A source has presented too many invalid credentials; those that are already in use still work from there.
 
     Remedy: wait ``retry_after`` seconds.
     """
 
     def __init__(self, retry_after: float) -> None:
         """Give the seconds after which the source may try again."""
-        super().__init__(f"too many invalid API keys; try again in {retry_after:.0f} s")
+        super().__init__(f"too many invalid credentials; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 
-class MissingScopeError(ApiKeyError, PermissionError):
-    """The request's key lacks a scope that the route requires."""
+class MissingScopeError(CredentialError, PermissionError):
+    """The request's credential lacks a scope that the route requires."""
 
     def __init__(self, scope: str) -> None:
         """Name the missing ``scope``."""
-        super().__init__(f"this API key lacks the scope {scope!r}")
+        super().__init__(f"this credential lacks the scope {scope!r}")
         self.scope = scope
 
 

@@ -89,7 +89,7 @@ class TenantPurged(TenantEvent):
 class OperatorAdmitted(TenantEvent):
     """A request to a tenant in maintenance was served, since ``TenancyMiddleware(operators=...)`` allowed it."""
 
-    key_id: str
+    credential_id: str
     source: str | None
 
 
@@ -108,48 +108,63 @@ class DomainLapsed(TenantEvent):
     domain: str
 
 
-# --- keys and requests ----------------------------------------------------------------------------------------------
+# --- credentials and requests ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyRejected(Event):
-    """A request's API key was refused. ``reason`` is for operators; the caller never learns it."""
+class CredentialRejected(Event):
+    """A request's credential was refused, or it had none. ``reason`` is for operators; the caller never learns it."""
 
     reason: str
-    key_id: str | None = None
+    kind: str = "key"
+    credential_id: str | None = None
     source: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossTenantRequest(TenantEvent):
-    """A request with this tenant's key named another tenant (by ``resolver``: sub-domain, header, path)."""
+class CrossTenantRequest(Event):
+    """A request named a tenant that its credential does not allow (by ``resolver``: sub-domain, header, path).
+
+    ``tenant_id`` and ``slug`` are the credential's tenant, where it has exactly one: an API key always does.
+    """
 
     named: str
     resolver: str
-    key_id: str | None = None
+    kind: str = "key"
+    subject: str = ""
+    credential_id: str | None = None
     source: str | None = None
+    tenant_id: UUID | None = None
+    slug: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyLockedOut(Event):
-    """Failures from one ``source``, or on one ``key_id``, passed the threshold; it is slowed down for ``seconds``.
+class CredentialLockedOut(Event):
+    """Failures from one ``source``, or on one key, passed the threshold; it is slowed down for ``seconds``.
 
-    Exactly one of ``source`` and ``key_id`` is set.
+    Exactly one of ``source`` and ``credential_id`` is set.
     """
 
     failures: int
     seconds: float
     source: str | None = None
-    key_id: str | None = None
+    credential_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IntrusionSuspected(TenantEvent):
-    """This tenant's key named several other tenants; ``named`` are those seen within the last hour."""
+class IntrusionSuspected(Event):
+    """A credential named several tenants that it does not allow; ``named`` are those seen within the last hour.
 
-    key_id: str
+    ``tenant_id`` and ``slug`` are the credential's tenant, where it has exactly one.
+    """
+
+    credential_id: str
     named: tuple[str, ...]
+    kind: str = "key"
+    subject: str = ""
     source: str | None = None
+    tenant_id: UUID | None = None
+    slug: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

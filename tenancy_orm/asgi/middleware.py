@@ -15,8 +15,8 @@ from starlette.websockets import WebSocketDisconnect
 from ..authentication.admission import tenant_for_source
 from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
-from ..errors import ConfigurationError, CrossTenantError, InvalidApiKeyError, MalformedRequestError, TenancyError
-from ..events import KeyRejected, OperatorAdmitted, QuotaRefused
+from ..errors import ConfigurationError, CrossTenantError, InvalidCredentialError, MalformedRequestError, TenancyError
+from ..events import CredentialRejected, OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
 from ..registry.lifecycle import check_usable
 from ..tenant import Status, Tenant
@@ -194,7 +194,7 @@ class TenancyMiddleware:
                 continue
             try:
                 key = resolver.key(scope, headers)
-            except InvalidApiKeyError as error:
+            except InvalidCredentialError as error:
                 raise self._rejected(scope, error.reason) from None
             if key is not None:
                 found = key if found is None or key == found else self._only_key(scope, found, key)
@@ -214,9 +214,9 @@ class TenancyMiddleware:
             return self._rejected(scope, "ambiguous")
         return MalformedRequestError(f"the header {header.decode('ascii').title()}")
 
-    def _rejected(self, scope: Scope, reason: str, key_id: str | None = None) -> InvalidApiKeyError:
-        self.tenancy.events.emit(KeyRejected(reason=reason, key_id=key_id, source=_source(scope)))
-        return InvalidApiKeyError(reason, key_id=key_id)
+    def _rejected(self, scope: Scope, reason: str, credential_id: str | None = None) -> InvalidCredentialError:
+        self.tenancy.events.emit(CredentialRejected(reason=reason, credential_id=credential_id, source=_source(scope)))
+        return InvalidCredentialError(reason, credential_id=credential_id)
 
     def _check(self, scope: Scope, headers: Headers, credential: Credential) -> str | None:
         """Refuse what the key does not admit. Returns a URL to redirect to where the request claims a former slug."""
@@ -224,7 +224,7 @@ class TenancyMiddleware:
         redirect = None
         if tenant.status is not _ACTIVE and tenant.status is not _TRIAL:
             if tenant.status in _GONE:
-                raise self._rejected(scope, tenant.status.value, credential.key_id)
+                raise self._rejected(scope, tenant.status.value, credential.id)
             check_usable(tenant, operator=self._is_operator_request(scope, credential))
         for resolver in self.tenant_resolvers:
             claimed = resolver.claimed_tenant(scope, headers)
@@ -243,7 +243,7 @@ class TenancyMiddleware:
         if tenant.status is not _MAINTENANCE or self.operators is None or not self.operators(scope, credential):
             return False
         self.tenancy.events.emit(
-            OperatorAdmitted(tenant_id=tenant.id, slug=tenant.slug, key_id=credential.key_id, source=_source(scope))
+            OperatorAdmitted(tenant_id=tenant.id, slug=tenant.slug, credential_id=credential.id, source=_source(scope))
         )
         return True
 

@@ -22,7 +22,7 @@ from ..errors import (
     CheckoutTimeoutError,
     ControlUnavailableError,
     CrossTenantError,
-    InvalidApiKeyError,
+    InvalidCredentialError,
     MalformedRequestError,
     MissingScopeError,
     QuotaExceededError,
@@ -92,23 +92,23 @@ def _retry_after(seconds: int) -> tuple[tuple[bytes, bytes], ...]:
     return ((b"retry-after", str(seconds).encode()),)
 
 
-MISSING_KEY = Problem(
+MISSING_CREDENTIAL = Problem(
     401,
-    "missing-api-key",
+    "missing-credential",
     "API key required",
     "this request needs an API key",
     ((b"www-authenticate", b"Bearer"),),
 )
-AMBIGUOUS_KEY = Problem(
+AMBIGUOUS_CREDENTIAL = Problem(
     401,
-    "ambiguous-api-key",
+    "ambiguous-credential",
     "More than one API key",
     "send exactly one API key",
     ((b"www-authenticate", b'Bearer error="invalid_request"'),),
 )
-INVALID_KEY = Problem(
+INVALID_CREDENTIAL = Problem(
     401,
-    "invalid-api-key",
+    "invalid-credential",
     "API key not valid",
     "the API key is not valid",
     ((b"www-authenticate", b'Bearer error="invalid_token"'),),
@@ -139,7 +139,7 @@ DATABASE_AWAY = Problem(
 )
 CONTROL_AWAY = Problem(
     503,
-    "keys-unavailable",
+    "credentials-unavailable",
     "API keys cannot be checked",
     "the API key cannot be checked now; try again",
     _retry_after(5),
@@ -180,9 +180,9 @@ def problem_for(error: TenancyError, *, tenant: Tenant | None = None) -> Problem
     return None
 
 
-def _bad_key(error: InvalidApiKeyError, tenant: Tenant | None) -> Problem:
+def _bad_key(error: InvalidCredentialError, tenant: Tenant | None) -> Problem:
     # missing and ambiguous the caller knows anyway; malformed, unknown, revoked and expired keys share one answer
-    return {"missing": MISSING_KEY, "ambiguous": AMBIGUOUS_KEY}.get(error.reason, INVALID_KEY)
+    return {"missing": MISSING_CREDENTIAL, "ambiguous": AMBIGUOUS_CREDENTIAL}.get(error.reason, INVALID_CREDENTIAL)
 
 
 def _malformed(error: MalformedRequestError, tenant: Tenant | None) -> Problem:
@@ -225,8 +225,8 @@ def _quota(error: QuotaExceededError, tenant: Tenant | None) -> Problem:
 
 
 _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], Problem]] = {
-    InvalidApiKeyError: _bad_key,
-    AdmissionEndedError: INVALID_KEY,
+    InvalidCredentialError: _bad_key,
+    AdmissionEndedError: INVALID_CREDENTIAL,
     MalformedRequestError: _malformed,
     CrossTenantError: CROSS_TENANT,
     TooManyAttemptsError: _too_many_attempts,

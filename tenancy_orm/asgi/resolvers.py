@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from starlette.types import Scope
 
-from ..errors import ConfigurationError, InvalidApiKeyError, MalformedRequestError
+from ..errors import ConfigurationError, InvalidCredentialError, MalformedRequestError
 from ..tenant import Tenant
 
 Headers = Mapping[bytes, bytes]
@@ -101,13 +101,13 @@ class WebSocketKeyProtocol(KeyResolver):
         """Return the key among the offered sub-protocols.
 
         Raises:
-            InvalidApiKeyError: several were offered.
+            InvalidCredentialError: several were offered.
         """
         offers = [offer for offer in scope.get("subprotocols", ()) if offer.startswith(self.prefix)]
         if not offers:
             return None
         if len(offers) > 1:
-            raise InvalidApiKeyError("ambiguous")
+            raise InvalidCredentialError("ambiguous")
         return str(offers[0]).removeprefix(self.prefix)
 
     def adapt_scope(self, scope: Scope) -> None:

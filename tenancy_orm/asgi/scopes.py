@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from starlette.requests import HTTPConnection
 
 from ..authentication.credential import Credential
-from ..errors import ConfigurationError, InvalidApiKeyError
+from ..errors import ConfigurationError, InvalidCredentialError
 from .middleware import CREDENTIAL
 
 P = ParamSpec("P")
@@ -34,12 +34,12 @@ def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
     """Return the request's credential if its key has all ``scopes``. A key with the scope ``*`` has every scope.
 
     Raises:
-        InvalidApiKeyError: the request has no key.
+        InvalidCredentialError: the request has no key.
         MissingScopeError: its key lacks one of them.
     """
     credential = credential_of(connection)
     if credential is None:
-        raise InvalidApiKeyError("missing")
+        raise InvalidCredentialError("missing")
     for scope in scopes:
         credential.require_scope(scope)
     return credential

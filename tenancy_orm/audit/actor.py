@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-ActorKind = Literal["system", "operator", "key"]
+ActorKind = Literal["system", "operator", "key", "token", "session", "anonymous"]
+_KINDS = get_args(ActorKind)
 
 _TEXT_LENGTH = 256  # of text from outside: a request id, a source address, an actor's name
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who acts: the system itself, an operator, or the holder of an API key.
+    """Who acts: the system itself, an operator, or a request's credential.
 
     Args:
-        kind: "system", "operator" or "key".
-        id: The operator's name, or the public id of the key.
+        kind: "system", "operator", or the kind of a credential: "key", "token", "session", "anonymous".
+        id: The operator's name, the public id of the key, or the subject of the token or session.
         request_id: The request's id in the application's own logs.
         source: The address that the request came from.
     """
@@ -28,8 +29,8 @@ class Actor:
 
     def __post_init__(self) -> None:
         """Refuse an unknown kind here rather than in the database."""
-        if self.kind not in ("system", "operator", "key"):
-            raise ValueError(f"an actor is 'system', 'operator' or 'key', not {self.kind!r}")
+        if self.kind not in _KINDS:
+            raise ValueError(f"an actor's kind is one of {', '.join(_KINDS)}, not {self.kind!r}")
 
 
 SYSTEM = Actor("system")

@@ -1,40 +1,135 @@
-"""The credential that a request was admitted with."""
+"""Credentials: who is calling, for which tenants, and with which scopes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final, Literal
+from uuid import UUID
 
-from ..errors import MissingScopeError
+from ..errors import ConfigurationError, MissingScopeError, NoTenantError
 from ..keys.networks import Network
 from ..tenant import Tenant
+
+CredentialKind = Literal["key", "token", "session", "anonymous"]
+
+CREDENTIAL_KINDS: Final[tuple[CredentialKind, ...]] = ("key", "token", "session", "anonymous")
 
 ALL_SCOPES: Final = "*"
 """The scope that includes every other one."""
 
+_ALL: Final = frozenset({ALL_SCOPES})
+_DEFAULT_SCOPES: Final = frozenset({"*", "default"})  # recognised by its identity, never by its value
+_NO_CLAIMS: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+def _no_claims() -> Mapping[str, Any]:
+    return _NO_CLAIMS
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A tenant that a credential may act for, and the roles that its subject has there."""
+
+    tenant: Tenant
+    roles: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A valid API key: its tenant, and what it may do."""
+    """Who is calling, for which tenants, and with which scopes.
 
-    tenant: Tenant
-    key_id: str
-    scopes: frozenset[str] = frozenset()
-    networks: tuple[Network, ...] = ()
-    name: str = ""
-    prefix: str = ""
+    An ``Authenticator`` returns one for a request; the middleware chooses the tenant, and puts the credential with its
+    ``tenant`` into ``scope["tenancy"]``.
+
+    Args:
+        kind: "key" (an API key), "token" (a signed token of an identity provider), "session" (the application's own
+            login) or "anonymous" (nobody yet).
+        subject: Who it is: the id of the key or of the person. It must be the same for one person at each login, and
+            never another person's: memberships are stored under it. At most 255 characters.
+        tenants: The slugs or ids of the tenants it may act for. None: those that ``subject`` is a member of.
+        scopes: What it may do. For tenants that it names itself the default is nothing. For memberships it is a limit
+            on what the subject's roles give, and the default is no limit.
+        id: The public id of this one credential: of the key, the token (``jti``) or the session. ``subject`` where
+            there is none.
+        expires_at: When it ends, an aware datetime; what it opened ends then.
+        issued_at: When the person logged in, an aware datetime. ``tenancy.revocations.add(subject=...)`` refuses what
+            was issued before; without a time, until the revocation is removed.
+        sent_by_browser: Whether the browser sends it by itself, as it does cookies. Such a request is refused where
+            a page of another origin makes it (CSRF). None: true for sessions, false for the others.
+        claims: What else the token says, verified; not in the repr.
+    """
+
+    kind: CredentialKind
+    subject: str
+    tenants: tuple[str | UUID, ...] | None = None
+    scopes: frozenset[str] = _DEFAULT_SCOPES
+    id: str = ""
     expires_at: datetime | None = None
+    issued_at: datetime | None = None
+    sent_by_browser: bool | None = None
+    claims: Mapping[str, Any] = field(default_factory=_no_claims, repr=False, compare=False, hash=False)
+    roles: frozenset[str] = frozenset()
+    """The roles of its subject in ``tenant``; set by the middleware."""
+    memberships: tuple[Membership, ...] = ()
+    """Every tenant that it may act for; set by the middleware."""
+    name: str = ""
+    """What people call the key."""
+    prefix: str = ""
+    """The key's prefix."""
+    networks: tuple[Network, ...] = ()
+    """Where the key may be used from; anywhere where empty."""
+    bound: Tenant | None = None
+    """As ``tenant``, but None where no tenant is chosen."""
+
+    def __post_init__(self) -> None:
+        """Settle the defaults that depend on other fields."""
+        if self.kind not in CREDENTIAL_KINDS:
+            raise ConfigurationError(f"a credential's kind is one of {', '.join(CREDENTIAL_KINDS)}, not {self.kind!r}")
+        _refuse_text(self.tenants, self.scopes)
+        for name in ("expires_at", "issued_at"):
+            moment: datetime | None = getattr(self, name)
+            if moment is not None and moment.tzinfo is None:
+                raise ConfigurationError(f"a credential's {name} must be an aware datetime")
+        settle = object.__setattr__
+        if self.tenants is not None:
+            settle(self, "tenants", tuple(self.tenants))
+        if self.scopes is _DEFAULT_SCOPES:
+            settle(self, "scopes", _ALL if self.tenants is None and self.kind in ("token", "session") else frozenset())
+        else:
+            settle(self, "scopes", frozenset(self.scopes))
+        if self.sent_by_browser is None:
+            settle(self, "sent_by_browser", self.kind == "session")
+        if not self.id:
+            settle(self, "id", self.subject)
+
+    @property
+    def tenant(self) -> Tenant:
+        """The tenant that the request is bound to.
+
+        Raises:
+            NoTenantError: the request has none.
+        """
+        if self.bound is None:
+            raise NoTenantError
+        return self.bound
 
     def has_scope(self, scope: str) -> bool:
-        """Whether the key may do ``scope``; a key with the scope ``*`` may do everything."""
+        """Whether it may do ``scope``; with the scope ``*`` it may do everything."""
         return scope in self.scopes or ALL_SCOPES in self.scopes
 
     def require_scope(self, scope: str) -> None:
-        """Raise unless the key may do ``scope``.
+        """Raise unless it may do ``scope``.
 
         Raises:
             MissingScopeError: it may not.
         """
         if not self.has_scope(scope):
             raise MissingScopeError(scope)
+
+
+def _refuse_text(*sequences: object) -> None:
+    if any(isinstance(sequence, str) for sequence in sequences):
+        raise ConfigurationError("a credential's tenants and scopes are sequences, not one string")

@@ -25,15 +25,15 @@ from ..context import _current, as_reference, refuse_other_tenant, refuse_while_
 from ..control.database import ControlDatabase
 from ..control.lookup import check_name
 from ..control.notifications import SCHEMA_CHANGED, SCHEMA_CHANGING, Change, ConnectionRequest, Listener
-from ..errors import ControlUnavailableError, InvalidApiKeyError, TenantNotFoundError
-from ..events import EventBus, KeyRejected
+from ..errors import ControlUnavailableError, InvalidCredentialError, TenantNotFoundError
+from ..events import CredentialRejected, EventBus
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
 from ..registry.rows import tenant_from_row
 from ..tenant import Status, Tenant
 from .admission import CredentialState
 from .admissions import Admissions
-from .credential import Credential
+from .credential import Credential, Membership
 from .directory_cache import DirectoryCache, KeyEntry
 from .intrusions import Intrusions
 from .journal import KeyJournal
@@ -191,7 +191,7 @@ class Directory:
         credential = entry.credential if entry.admitted is None else entry.admitted.get(source)
         if credential is None:
             return None
-        if (bound := _current.get()) is not None and bound.id != entry.credential.tenant.id:
+        if (bound := _current.get()) is not None and bound.id != entry.tenant_id:
             return None
         entry.used = now
         if not entry.use_queued:
@@ -208,7 +208,8 @@ class Directory:
             source: The peer's address, for networks and lock-out.
 
         Raises:
-            InvalidApiKeyError: malformed, unknown, revoked, expired, or used from elsewhere; its message is the same.
+            InvalidCredentialError: it is malformed, unknown, revoked, expired, or used from elsewhere; the message is
+                the same.
             TooManyAttemptsError: ``source`` presented too many invalid keys, and has not used this one before.
             ControlUnavailableError: the key is not cached, and the control database does not answer.
             CrossTenantError: the key belongs to another tenant than the bound one.
@@ -219,7 +220,7 @@ class Directory:
             return found
         if not self.is_key(key):
             # another system's token, a JWT for example: it cannot be a guess, so it does not count as one
-            error = InvalidApiKeyError("malformed")
+            error = InvalidCredentialError("malformed")
             self._report_refused(error, source, None)
             raise error
         entry: KeyEntry | None = None
@@ -230,7 +231,7 @@ class Directory:
                 self._journal.record_use(entry)
             refuse_other_tenant(credential.tenant)
             return credential
-        except InvalidApiKeyError as exc:
+        except InvalidCredentialError as exc:
             await self._refused(exc, source, entry.credential.tenant if entry else None)
             raise
 
@@ -247,14 +248,14 @@ class Directory:
             entry.used = now
             if now < entry.fresh_until:
                 return entry
-            return await self._look_up_again(digest, ParsedKey(entry.credential.prefix, entry.credential.key_id, key))
+            return await self._look_up_again(digest, ParsedKey(entry.credential.prefix, entry.credential.id, key))
         # keys that have worked pass the lock-out: an attacker behind the same proxy must not lock their owners out
         group = None if source is None or digest in self._cache.proven else source_group(source)
         if group is not None:
             self._lockout.check(group)
         parsed = parse_key(key, self._prefixes)
         if (reason := self._cache.unknown_key_reason(digest, now)) is not None:
-            raise InvalidApiKeyError(reason, key_id=parsed.key_id)
+            raise InvalidCredentialError(reason, credential_id=parsed.key_id)
         if group is None:
             return await self._look_up(digest, parsed)
         await self._lockout.attempts.begin(group, digest)
@@ -294,7 +295,7 @@ class Directory:
             self._cache.record_proven(digest, False)
             if invalidated.isdisjoint((_EVERYTHING, parsed.key_id)):
                 self._cache.store_unknown_key(digest, reason)
-            raise InvalidApiKeyError(reason, key_id=parsed.key_id)
+            raise InvalidCredentialError(reason, credential_id=parsed.key_id)
         return _Verified(row, read_at, invalidated)
 
     async def _enter(self, digest: bytes, parsed: ParsedKey, found: _Verified) -> KeyEntry:
@@ -322,28 +323,34 @@ class Directory:
 
     def _build(self, row: Row[Any], read_at: float) -> KeyEntry:
         state = credential_state(row, read_at)
+        tenant = replace(state.tenant, admission=self.admissions.admit(state))
         credential = Credential(
-            tenant=replace(state.tenant, admission=self.admissions.admit(state)),
-            key_id=row.key_id,
+            "key",
+            row.key_id,
+            tenants=(tenant.id,),
             scopes=state.scopes,
             networks=state.networks,
             name=row.name,
             prefix=row.prefix,
             expires_at=row.expires_at,
+            memberships=(Membership(tenant),),
+            bound=tenant,
         )
         refusal = "revoked" if state.revoked else None
-        if credential.tenant.status in _INACTIVE:
-            refusal = refusal or f"tenant {credential.tenant.status}"
+        if tenant.status in _INACTIVE:
+            refusal = refusal or f"tenant {tenant.status}"
         return KeyEntry(credential, refusal, read_at, state.expires, self._config)
 
-    async def _refused(self, error: InvalidApiKeyError, source: str | None, tenant: Tenant | None) -> None:
+    async def _refused(self, error: InvalidCredentialError, source: str | None, tenant: Tenant | None) -> None:
         """Report and count a refusal, and delay the answer where its key id was tried too often."""
         self._report_refused(error, source, tenant)
-        await self._lockout.count(error.key_id, source)
+        await self._lockout.count(error.credential_id, source)
 
-    def _report_refused(self, error: InvalidApiKeyError, source: str | None, tenant: Tenant | None) -> None:
-        self._events.emit(KeyRejected(reason=error.reason, key_id=error.key_id, source=source))
-        self._journal.record_refusal(error.reason, error.key_id, source, tenant)
+    def _report_refused(self, error: InvalidCredentialError, source: str | None, tenant: Tenant | None) -> None:
+        self._events.emit(
+            CredentialRejected(reason=error.reason, kind=error.kind, credential_id=error.credential_id, source=source)
+        )
+        self._journal.record_refusal(error, source, tenant)
 
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
         """Report a request that named another tenant than its key's.

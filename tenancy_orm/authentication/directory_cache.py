@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from ..config import TenancyConfig
-from ..errors import InvalidApiKeyError
+from ..errors import InvalidCredentialError
 from ..keys.networks import is_in_networks
 from ..tenant import Status, Tenant
 from .admission import tenant_for_source
@@ -37,6 +37,7 @@ class KeyEntry:
         "placed_at",
         "refusal",
         "stale_until",
+        "tenant_id",
         "use_queued",
         "used",
     )
@@ -45,6 +46,7 @@ class KeyEntry:
         self, credential: Credential, refusal: str | None, read_at: float, expires: float | None, config: TenancyConfig
     ) -> None:
         self.credential = credential
+        self.tenant_id = credential.tenant.id
         self.refusal = refusal
         self.fresh_until = read_at + config.directory.ttl
         self.stale_until = self.fresh_until + config.directory.grace
@@ -59,21 +61,21 @@ class KeyEntry:
         """Return the key's credential for ``source``.
 
         Raises:
-            InvalidApiKeyError: the key is refused, has expired, or may not be used from there.
+            InvalidCredentialError: the key is refused, has expired, or may not be used from there.
         """
         credential = self.credential
         if self.refusal is not None:
-            raise InvalidApiKeyError(self.refusal, key_id=credential.key_id)
+            raise InvalidCredentialError(self.refusal, credential_id=credential.id)
         if now >= self.expires:
-            raise InvalidApiKeyError("expired", key_id=credential.key_id)
+            raise InvalidCredentialError("expired", credential_id=credential.id)
         if self.admitted is None:
             return credential
         if source not in self.admitted:
             if not is_in_networks(source, credential.networks):
-                raise InvalidApiKeyError("network", key_id=credential.key_id)
+                raise InvalidCredentialError("network", credential_id=credential.id)
             if len(self.admitted) >= _ADMITTED_SIZE:
                 self.admitted.clear()
-            self.admitted[source] = replace(credential, tenant=tenant_for_source(credential.tenant, source))
+            self.admitted[source] = replace(credential, bound=tenant_for_source(credential.tenant, source))
         return self.admitted[source]
 
 
@@ -123,8 +125,8 @@ class DirectoryCache:
         self.invalidate_key(digest)
         self._unknown_keys.pop(digest, None)
         self.keys.put(digest, entry)
-        self._by_key_id[entry.credential.key_id] = digest
-        self._by_tenant.setdefault(entry.credential.tenant.id, set()).add(digest)
+        self._by_key_id[entry.credential.id] = digest
+        self._by_tenant.setdefault(entry.tenant_id, set()).add(digest)
         # without the key's admission: this entry answers look-ups by name
         self.store_tenant(replace(entry.credential.tenant, admission=None), entry.placed_at)
 
@@ -159,12 +161,12 @@ class DirectoryCache:
             self.proven.pop(digest, None)
 
     def _unlink_key(self, digest: bytes, entry: KeyEntry) -> None:
-        self._by_key_id.pop(entry.credential.key_id, None)
-        siblings = self._by_tenant.get(entry.credential.tenant.id)
+        self._by_key_id.pop(entry.credential.id, None)
+        siblings = self._by_tenant.get(entry.tenant_id)
         if siblings is not None:
             siblings.discard(digest)
             if not siblings:
-                del self._by_tenant[entry.credential.tenant.id]
+                del self._by_tenant[entry.tenant_id]
 
     # --- tenants ----------------------------------------------------------------------------------------------------
 

@@ -11,21 +11,19 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextvars import Context
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from sqlalchemy import ARRAY, Float, LargeBinary, Text, bindparam, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..audit.actor import Actor
+from ..audit.actor import Actor, ActorKind
 from ..audit.log import AuditLog
 from ..control.database import ControlDatabase
-from ..errors import TenancyError
+from ..errors import InvalidCredentialError, TenancyError
 from ..keys.format import KeyDigester, ParsedKey
 from ..tenant import Tenant
+from .credential import CREDENTIAL_KINDS, Credential
 from .refusals import Refusal, RefusalCounter
-
-if TYPE_CHECKING:
-    from .credential import Credential
 
 logger = logging.getLogger("tenancy_orm.keys")
 
@@ -105,7 +103,7 @@ class KeyJournal:
         self._clock = clock
         self._used: list[UsedKey] = []
         self._digests: dict[str, tuple[str, bytes]] = {}
-        self._refused_keys = RefusalCounter()
+        self._refused = RefusalCounter()
         self._cross_tenant = RefusalCounter()
         self._task: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()
@@ -136,17 +134,19 @@ class KeyJournal:
         if len(self._digests) < _MAX_DIGESTS:
             self._digests[key.key_id] = (version, self._digester.digest(key.text))
 
-    def record_refusal(self, reason: str, key_id: str | None, source: str | None, tenant: Tenant | None = None) -> None:
-        """Count a refused key."""
+    def record_refusal(self, error: InvalidCredentialError, source: str | None, tenant: Tenant | None = None) -> None:
+        """Count a refused credential."""
         if self._audit is not None:
             owner = (tenant.id, tenant.slug) if tenant else (None, None)
-            self._refused_keys.add(Refusal.rejected_key(reason, key_id, source, owner))
+            kind: ActorKind = error.kind if error.kind in CREDENTIAL_KINDS else "key"
+            self._refused.add(Refusal.rejected(error.reason, error.credential_id, source, owner, kind))
 
     def record_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None) -> None:
-        """Count a request that named another tenant than its key's."""
+        """Count a request that named a tenant that its credential does not allow."""
         if self._audit is not None:
-            owner = (credential.tenant.id, credential.tenant.slug)
-            self._cross_tenant.add(Refusal.cross_tenant_request(named, resolver, credential.key_id, source, owner))
+            bound, kind, subject = credential.bound, credential.kind, credential.subject
+            owner = (bound.id, bound.slug) if bound else (None, None)
+            self._cross_tenant.add(Refusal.cross_tenant_request(named, resolver, subject, source, owner, kind))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class KeyJournal:
         ages: dict[str, float] = {}
         for key in taken:
             key.use_queued = False
-            key_id = key.credential.key_id
+            key_id = key.credential.id
             ages[key_id] = min(now - key.used, ages.get(key_id, float("inf")))
         try:
             ids = list(ages)
@@ -217,7 +217,7 @@ class KeyJournal:
             raise
 
     async def _write_refusals(self) -> None:
-        refused, self._refused_keys = self._refused_keys, RefusalCounter()
+        refused, self._refused = self._refused, RefusalCounter()
         crossed, self._cross_tenant = self._cross_tenant, RefusalCounter()
         if self._audit is None or not (refused or crossed):
             return
@@ -229,10 +229,10 @@ class KeyJournal:
                         action=refusal.action,
                         tenant_id=refusal.tenant_id,
                         slug=refusal.slug,
-                        actor=Actor("key", refusal.key_id, source=refusal.source),
+                        actor=Actor(refusal.kind, refusal.actor_id, source=refusal.source),
                         detail=detail,
                     )
         except BaseException:
-            self._refused_keys.add_all(refused)
+            self._refused.add_all(refused)
             self._cross_tenant.add_all(crossed)
             raise

@@ -1,4 +1,4 @@
-"""Lock-out: slows down sources and key ids with too many invalid keys."""
+"""Lock-out: slows down sources with too many invalid credentials, and key ids with too many wrong secrets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ..config import TenancyConfig
 from ..errors import TooManyAttemptsError
-from ..events import EventBus, KeyLockedOut
+from ..events import CredentialLockedOut, EventBus
 from ..keys.networks import source_group
 from .throttle import Attempts, Throttle
 
@@ -57,7 +57,7 @@ class Lockout:
             self._report(self._sources.fail(group, now), source=group)
         if key_id is None:
             return
-        self._report(self._key_ids.fail(key_id, now), key_id=key_id)
+        self._report(self._key_ids.fail(key_id, now), credential_id=key_id)
         delay = min(self._key_ids.pause(key_id, now), _LOCKED_DELAY)
         # only refusals are slow: the owner of the right key must not suffer from guesses at its public id
         if delay and self._delayed < _MAX_DELAYED:
@@ -67,8 +67,10 @@ class Lockout:
             finally:
                 self._delayed -= 1
 
-    def _report(self, failures: int | None, *, source: str | None = None, key_id: str | None = None) -> None:
+    def _report(self, failures: int | None, *, source: str | None = None, credential_id: str | None = None) -> None:
         if failures is None:
             return
-        logger.warning("%d invalid keys from %s: slowed down", failures, source or f"key id {key_id}")
-        self._events.emit(KeyLockedOut(failures=failures, seconds=self._seconds, source=source, key_id=key_id))
+        logger.warning("%d invalid credentials from %s: slowed down", failures, source or f"key id {credential_id}")
+        self._events.emit(
+            CredentialLockedOut(failures=failures, seconds=self._seconds, source=source, credential_id=credential_id)
+        )

@@ -1,7 +1,7 @@
-"""Refused keys and requests, counted by kind in bounded memory. State without I/O.
+"""Refused credentials and requests, counted by kind in bounded memory. State without I/O.
 
-Refused keys and cross-tenant requests are counted apart: a flood of invalid keys must not keep a request that named
-another tenant out of the audit log.
+Refused credentials and cross-tenant requests are counted apart: a flood of invalid credentials must not keep a request
+that named another tenant out of the audit log.
 """
 
 from __future__ import annotations
@@ -10,43 +10,61 @@ from collections import Counter
 from typing import Any, NamedTuple
 from uuid import UUID
 
+from ..audit.actor import ActorKind
+
 MAX_KINDS = 1_000  # kinds that are counted one by one until the next write
 MAX_WRITTEN = 20  # kinds that are written one by one
-MAX_KEYS = 100  # keys with a count of their further cross-tenant requests each
+MAX_CALLERS = 100  # credentials with a count of their further cross-tenant requests each
 
-_KEY_REJECTED = "key.reject"
+_REJECTED = "credential.reject"
 _CROSS_TENANT = "request.cross_tenant"
+
+_Owner = tuple[UUID, str] | tuple[None, None]
 
 
 class Refusal(NamedTuple):
     """One kind of refusal. Of a cross-tenant request ``named`` is the other tenant, read by ``resolver``."""
 
     action: str
-    key_id: str | None = None
+    actor_id: str | None = None
     source: str | None = None
     reason: str | None = None
     tenant_id: UUID | None = None
     slug: str | None = None
     named: str | None = None
     resolver: str | None = None
+    kind: ActorKind = "key"
 
     @classmethod
-    def rejected_key(
-        cls, reason: str, key_id: str | None, source: str | None, owner: tuple[UUID, str] | tuple[None, None]
+    def rejected(
+        cls,
+        reason: str,
+        credential_id: str | None,
+        source: str | None,
+        owner: _Owner,
+        kind: ActorKind = "key",
     ) -> Refusal:
-        """A key that was refused."""
-        return cls(_KEY_REJECTED, key_id, source, reason, *owner)
+        """A credential that was refused."""
+        tenant_id, slug = owner
+        return cls(_REJECTED, credential_id, source, reason, tenant_id, slug, kind=kind)
 
     @classmethod
     def cross_tenant_request(
-        cls, named: str, resolver: str, key_id: str, source: str | None, owner: tuple[UUID, str]
+        cls,
+        named: str,
+        resolver: str,
+        subject: str,
+        source: str | None,
+        owner: _Owner,
+        kind: ActorKind = "key",
     ) -> Refusal:
-        """A request that named another tenant than its key's."""
-        return cls(_CROSS_TENANT, key_id, source, None, *owner, named, resolver)
+        """A request that named a tenant that its credential does not allow."""
+        tenant_id, slug = owner
+        return cls(_CROSS_TENANT, subject, source, None, tenant_id, slug, named, resolver, kind)
 
     @property
     def rest(self) -> Refusal:
-        """The kind that counts it where there are too many: by its key, where that is valid, or by action alone."""
+        """The kind that counts it where there are too many: by its credential, where that is valid, or by action."""
         if self.action == _CROSS_TENANT:
             return self._replace(source=None, named=None, resolver=None)
         return self.others
@@ -96,11 +114,11 @@ class RefusalCounter:
             rests[refusal.rest] += count
             names.setdefault(refusal.rest, set()).add(refusal.named)
         entries = [(refusal, _detail(refusal, count)) for refusal, count in ranked[:MAX_WRITTEN]]
-        by_key = [(rest, count) for rest, count in rests.most_common() if rest.key_id is not None][:MAX_KEYS]
-        for rest, count in by_key:
+        by_caller = [(rest, count) for rest, count in rests.most_common() if rest.actor_id is not None][:MAX_CALLERS]
+        for rest, count in by_caller:
             # a lower bound: names past MAX_KINDS are not kept
             entries.append((rest, {"reason": "others", "count": count, "names": len(names.get(rest, ()))}))
-        written = {rest for rest, _ in by_key}
+        written = {rest for rest, _ in by_caller}
         others: Counter[Refusal] = Counter()
         for rest, count in rests.items():
             if rest not in written:

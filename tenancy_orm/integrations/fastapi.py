@@ -26,7 +26,7 @@ from ..asgi.middleware import TENANCY
 from ..asgi.scopes import credential_of, demand_scopes
 from ..authentication.credential import Credential
 from ..context import current_tenant
-from ..errors import ConfigurationError, InvalidApiKeyError, MissingExtraError
+from ..errors import ConfigurationError, InvalidCredentialError, MissingExtraError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 
@@ -68,7 +68,7 @@ async def _credential(
 ) -> Credential:
     credential = credential_of(connection)
     if credential is None:
-        raise InvalidApiKeyError("missing")
+        raise InvalidCredentialError("missing")
     return credential
 
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from ..errors import InvalidApiKeyError
+from ..errors import InvalidCredentialError
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 ID_LENGTH = 16
@@ -136,17 +136,17 @@ def parse_key(text: str, prefix: str | Collection[str]) -> ParsedKey:
         prefix: The accepted prefix, or several.
 
     Raises:
-        InvalidApiKeyError: it does not have the format or the prefix, or is mistyped.
+        InvalidCredentialError: it does not have the format or the prefix, or is mistyped.
     """
     match = _SHAPE.fullmatch(text) if len(text) <= MAX_KEY_LENGTH else None
     if match is None:
-        raise InvalidApiKeyError("malformed")
+        raise InvalidCredentialError("malformed")
     found, key_id = match[1], match[2]
     if found not in ((prefix,) if isinstance(prefix, str) else prefix):
-        raise InvalidApiKeyError("prefix")
+        raise InvalidCredentialError("prefix")
     # not in constant time: the checksum is not secret, since it can be computed from the rest
     if _checksum(text[:-CHECKSUM_LENGTH]) != text[-CHECKSUM_LENGTH:]:
-        raise InvalidApiKeyError("checksum", key_id=key_id)
+        raise InvalidCredentialError("checksum", credential_id=key_id)
     return ParsedKey(found, key_id, text)
 
 

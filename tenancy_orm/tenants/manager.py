@@ -19,7 +19,7 @@ from ..context import refuse_while_bound
 from ..control.names import Names
 from ..errors import (
     ConfigurationError,
-    InvalidApiKeyError,
+    InvalidCredentialError,
     SeveralTenantsError,
     TenantNotFoundError,
     UnknownTierError,
@@ -233,12 +233,12 @@ class TenantManager(TenantLifecycle):
         """Return the tenant of an API key.
 
         Raises:
-            InvalidApiKeyError: malformed, unknown, revoked, expired or a deleted tenant's; its message is the same.
+            InvalidCredentialError: malformed, unknown, revoked, expired or a deleted tenant's; its message is the same.
             CrossTenantError: the key belongs to another tenant than the bound one.
         """
         credential = await self._directory.authenticate(key)
         if credential.tenant.status in (Status.DELETED, Status.PURGED):
-            raise InvalidApiKeyError("tenant deleted", key_id=credential.key_id)
+            raise InvalidCredentialError("tenant deleted", credential_id=credential.id)
         return credential.tenant
 
     async def get_by_metadata(

@@ -16,7 +16,7 @@ from tenancy_orm import Status, Tenancy, Tenant, current_tenant, current_tenant_
 from tenancy_orm.errors import (
     ConfigurationError,
     CrossTenantError,
-    InvalidApiKeyError,
+    InvalidCredentialError,
     InvalidMetadataError,
     InvalidSlugError,
     InvalidTransitionError,
@@ -192,7 +192,7 @@ async def test_an_unknown_tenant_is_not_found(tenancy: Tenancy) -> None:
             await tenancy.tenants.get(reference)
         with pytest.raises(TenantNotFoundError):
             await tenancy.tenants.update(reference, tier="pro")
-    with pytest.raises(InvalidApiKeyError):
+    with pytest.raises(InvalidCredentialError):
         await tenancy.tenants.get_by_api_key("ten_live_nonsense")
     with pytest.raises(TenantNotFoundError):
         async with tenancy.session("nobody"):
@@ -287,7 +287,7 @@ async def test_soft_delete_keeps_data_and_refuses_the_key(tenancy: Tenancy) -> N
         session.add(Note(body="kept"))
     deleted = await tenancy.tenants.delete("acme")
     assert deleted.status is Status.DELETED and deleted.deleted_at is not None
-    with pytest.raises(InvalidApiKeyError):
+    with pytest.raises(InvalidCredentialError):
         await tenancy.tenants.get_by_api_key(created.api_key)
     with pytest.raises(TenantDeletedError):
         async with tenancy.session("acme"):
@@ -316,7 +316,7 @@ async def test_hard_delete_leaves_a_tombstone(tenancy: Tenancy) -> None:
     assert (tombstone.status, tombstone.placement, tombstone.metadata) == (Status.PURGED, None, {})
     with pytest.raises(TenantNotFoundError):
         await tenancy.tenants.get("acme")
-    with pytest.raises(InvalidApiKeyError):
+    with pytest.raises(InvalidCredentialError):
         await tenancy.tenants.get_by_api_key(created.api_key)
     again = await tenancy.tenants.create("acme")
     assert again.id != created.id

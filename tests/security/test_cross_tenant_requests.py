@@ -167,7 +167,7 @@ async def test_a_refusal_is_recorded(two: Two) -> None:
             await wire.request(path, [("X-API-Key", two.acme.api_key), *headers])
     resolvers = ["subdomain", "header", "path", "application"]
     assert [(event.slug, event.named, event.resolver) for event in seen] == [("acme", "globex", r) for r in resolvers]
-    assert {(event.key_id, event.source) for event in seen} == {(two.acme.key_id, "127.0.0.1")}
+    assert {(event.credential_id, event.source) for event in seen} == {(two.acme.key_id, "127.0.0.1")}
     entries = await audited(two.tenancy, 4)
     assert {entry.detail["resolver"] for entry in entries if entry.detail} == set(resolvers)
     for entry in entries:

@@ -15,8 +15,8 @@ from sqlalchemy import text
 
 from tenancy_orm.audit.actor import Actor
 from tenancy_orm.authentication.credential import Credential
-from tenancy_orm.errors import InvalidApiKeyError, TooManyAttemptsError
-from tenancy_orm.events import CrossTenantRequest, DirectoryMissed, IntrusionSuspected, KeyLockedOut
+from tenancy_orm.errors import InvalidCredentialError, TooManyAttemptsError
+from tenancy_orm.events import CredentialLockedOut, CrossTenantRequest, DirectoryMissed, IntrusionSuspected
 from tenancy_orm.keys import format as key_format
 from tenancy_orm.keys.format import generate_key
 from tests.support.control import Clock, ControlPlane, control_plane
@@ -41,9 +41,9 @@ def looked_up(plane: ControlPlane) -> int:
     return sum(event.keys for event in plane.seen if isinstance(event, DirectoryMissed))
 
 
-async def refusal(plane: ControlPlane, key: str, source: str | None = None) -> InvalidApiKeyError:
+async def refusal(plane: ControlPlane, key: str, source: str | None = None) -> InvalidCredentialError:
     """Present a key that must be refused."""
-    with pytest.raises(InvalidApiKeyError) as caught:
+    with pytest.raises(InvalidCredentialError) as caught:
         await plane.directory.authenticate(key, source=source)
     return caught.value
 
@@ -70,7 +70,7 @@ async def test_an_unknown_id_and_a_wrong_secret_take_the_same_path(
         error = await refusal(plane, presented)
         outcomes.append((str(error), len(plane.of(DirectoryMissed)) - queries, tuple(compared)))
         compared.clear()
-    assert outcomes[0] == outcomes[1] == ("the API key is not valid", 1, ((32, 32),))
+    assert outcomes[0] == outcomes[1] == ("the credential is not valid", 1, ((32, 32),))
 
 
 async def test_a_digest_does_not_fit_another_row(plane: ControlPlane) -> None:
@@ -152,7 +152,7 @@ async def attempts(plane: ControlPlane, count: int, source: str | None) -> list[
     for _ in range(count):
         try:
             await plane.directory.authenticate(generate_key("ten_live").text, source=source)
-        except (InvalidApiKeyError, TooManyAttemptsError) as error:
+        except (InvalidCredentialError, TooManyAttemptsError) as error:
             outcomes.append(type(error))
     return outcomes
 
@@ -160,14 +160,14 @@ async def attempts(plane: ControlPlane, count: int, source: str | None) -> list[
 async def test_a_source_that_keeps_failing_is_slowed_down(control_url: str) -> None:
     """Its further attempts reach no database; with lock-out off, every one of them does."""
     async with control_plane(control_url, lockout={"failures": 0}) as plane:
-        assert await attempts(plane, 30, "192.0.2.1") == [InvalidApiKeyError] * 30
+        assert await attempts(plane, 30, "192.0.2.1") == [InvalidCredentialError] * 30
         assert len(plane.of(DirectoryMissed)) == 30
     async with control_plane(control_url, lockout={"failures": 5}) as plane:
-        assert await attempts(plane, 30, "192.0.2.1") == [InvalidApiKeyError] * 5 + [TooManyAttemptsError] * 25
+        assert await attempts(plane, 30, "192.0.2.1") == [InvalidCredentialError] * 5 + [TooManyAttemptsError] * 25
         assert len(plane.of(DirectoryMissed)) == 5
-        (event,) = plane.of(KeyLockedOut)
-        assert isinstance(event, KeyLockedOut)
-        assert (event.source, event.key_id, event.failures) == ("192.0.2.1", None, 5)
+        (event,) = plane.of(CredentialLockedOut)
+        assert isinstance(event, CredentialLockedOut)
+        assert (event.source, event.credential_id, event.failures) == ("192.0.2.1", None, 5)
 
 
 async def test_a_token_of_another_system_is_no_guess(control_url: str) -> None:
@@ -175,16 +175,16 @@ async def test_a_token_of_another_system_is_no_guess(control_url: str) -> None:
     async with control_plane(control_url, lockout={"failures": 5}) as plane:
         _, key = await plane.tenant("acme")
         for token in ("eyJhbGciOiJSUzI1NiJ9.e30.c2ln", "", "ten_lives_x", "x" * 5_000) * 10:
-            with pytest.raises(InvalidApiKeyError):
+            with pytest.raises(InvalidCredentialError):
                 await plane.directory.authenticate(token, source="192.0.2.1")
-        assert plane.of(KeyLockedOut) == plane.of(DirectoryMissed) == []
+        assert plane.of(CredentialLockedOut) == plane.of(DirectoryMissed) == []
         assert (await plane.directory.authenticate(key, source="192.0.2.1")).tenant.slug == "acme"
         outcomes = []
         for _ in range(6):
-            with pytest.raises((InvalidApiKeyError, TooManyAttemptsError)) as caught:
+            with pytest.raises((InvalidCredentialError, TooManyAttemptsError)) as caught:
                 await plane.directory.authenticate("ten_live_nonsense", source="192.0.2.2")
             outcomes.append(caught.type)
-        assert outcomes == [InvalidApiKeyError] * 5 + [TooManyAttemptsError]
+        assert outcomes == [InvalidCredentialError] * 5 + [TooManyAttemptsError]
 
 
 async def test_a_lock_out_of_a_source_spares_others_and_keys_in_use(control_url: str) -> None:
@@ -210,13 +210,13 @@ async def test_a_lock_out_of_a_source_spares_keys_in_use_that_are_to_be_looked_u
         new = await plane.key(tenant)
         credential = await plane.directory.authenticate(key, source="192.0.2.1")
         await attempts(plane, 30, "192.0.2.1")
-        changes: list[dict[str, Any]] = [{"tenant_id": tenant.id}, {"key_id": credential.key_id}, {}]
+        changes: list[dict[str, Any]] = [{"tenant_id": tenant.id}, {"key_id": credential.id}, {}]
         for change in changes:
             plane.directory.invalidate(**change)
             assert (await plane.directory.authenticate(key, source="192.0.2.1")).tenant == tenant
             with pytest.raises(TooManyAttemptsError):
                 await plane.directory.authenticate(new.text, source="192.0.2.1")
-        await plane.keys.revoke(credential.key_id)
+        await plane.keys.revoke(credential.id)
         assert (await refusal(plane, key, "192.0.2.1")).reason == "revoked"
         plane.directory.invalidate()
         with pytest.raises(TooManyAttemptsError):
@@ -248,7 +248,7 @@ async def test_guesses_made_at_once_are_no_more_than_guesses_made_in_turn(contro
             """How many were refused after a look-up, and how many look-ups there were."""
             before = looked_up(plane)
             outcomes = await asyncio.gather(*(attempts(plane, 1, "192.0.2.9") for _ in range(count)))
-            return outcomes.count([InvalidApiKeyError]), looked_up(plane) - before
+            return outcomes.count([InvalidCredentialError]), looked_up(plane) - before
 
         assert await at_once(300) == (5, 5)
         for pause in (1, 2, 4):
@@ -264,7 +264,7 @@ async def test_good_keys_at_once_from_one_source_all_work(control_url: str) -> N
         issued = [await plane.key(tenant) for _ in range(40)]
         presented = [key.text for key in issued for _ in range(5)]
         found = await asyncio.gather(*(plane.directory.authenticate(key, source="192.0.2.1") for key in presented))
-        assert {credential.key_id for credential in found} == {key.key_id for key in issued}
+        assert {credential.id for credential in found} == {key.key_id for key in issued}
         assert len(plane.directory._lockout.attempts) == 0
 
 
@@ -291,8 +291,8 @@ async def test_a_whole_ipv6_site_is_one_source(control_url: str) -> None:
         outcomes = []
         for number in range(10):
             outcomes += await attempts(plane, 1, f"2001:db8:0:1::{number:x}")
-        assert outcomes == [InvalidApiKeyError] * 5 + [TooManyAttemptsError] * 5
-        assert await attempts(plane, 1, "2001:db8:0:2::1") == [InvalidApiKeyError]
+        assert outcomes == [InvalidCredentialError] * 5 + [TooManyAttemptsError] * 5
+        assert await attempts(plane, 1, "2001:db8:0:2::1") == [InvalidCredentialError]
 
 
 async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(control_url: str) -> None:
@@ -307,9 +307,9 @@ async def test_guesses_at_one_key_id_are_answered_slowly_and_its_owner_at_once(c
 
         assert max([await guess(number) for number in range(2)]) < 0.5
         assert await guess(2) >= 0.9
-        (event,) = plane.of(KeyLockedOut)
-        assert isinstance(event, KeyLockedOut)
-        assert event.key_id == key_format.parse_key(key, "ten_live").key_id
+        (event,) = plane.of(CredentialLockedOut)
+        assert isinstance(event, CredentialLockedOut)
+        assert event.credential_id == key_format.parse_key(key, "ten_live").key_id
         guesses = [asyncio.create_task(guess(number)) for number in range(3, 60)]
         await asyncio.sleep(0.05)
         started = time.perf_counter()
@@ -349,7 +349,7 @@ async def test_a_key_that_names_several_other_tenants_is_suspected(plane: Contro
     (event,) = plane.of(IntrusionSuspected)
     assert isinstance(event, IntrusionSuspected)
     assert event.named == ("globex", "initech", "umbrella")
-    assert (event.slug, event.key_id, event.source) == ("acme", credential.key_id, "192.0.2.1")
+    assert (event.slug, event.credential_id, event.source) == ("acme", credential.id, "192.0.2.1")
     await plane.directory.flush()
     entries = await plane.audit.events(action="request.cross_tenant", tenant=tenant)
     assert sorted(str(entry.detail and entry.detail["named"]) for entry in entries) == ["globex", "initech", "umbrella"]
@@ -365,7 +365,7 @@ async def test_one_key_raises_few_intrusion_events_however_many_it_names(plane: 
             plane.directory.report_cross_tenant(credential, f"t{number}", "header")
     events = plane.of(IntrusionSuspected)
     assert [len(event.named) for event in events if isinstance(event, IntrusionSuspected)] == [3, 6, 12, 24, 48, 96]
-    assert len(plane.directory._intrusions._named[credential.key_id]) == 100
+    assert len(plane.directory._intrusions._named["key", credential.id]) == 100
 
 
 async def test_names_of_more_than_an_hour_ago_are_no_suspicion(control_url: str) -> None:
@@ -389,11 +389,11 @@ async def test_the_keys_that_named_others_are_remembered_in_bounded_memory(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those with the oldest last request are dropped."""
-    monkeypatch.setattr("tenancy_orm.authentication.intrusions._MAX_KEYS", 3)
+    monkeypatch.setattr("tenancy_orm.authentication.intrusions._MAX_CREDENTIALS", 3)
     tenant, _ = await plane.tenant("acme")
     for number in range(5):
-        plane.directory.report_cross_tenant(Credential(tenant, str(number)), "globex", "header")
-    assert list(plane.directory._intrusions._named) == ["2", "3", "4"]
+        plane.directory.report_cross_tenant(Credential("key", str(number), bound=tenant), "globex", "header")
+    assert list(plane.directory._intrusions._named) == [("key", "2"), ("key", "3"), ("key", "4")]
 
 
 async def test_noise_does_not_keep_a_cross_tenant_request_out_of_the_audit_log(control_url: str) -> None:
@@ -409,7 +409,7 @@ async def test_noise_does_not_keep_a_cross_tenant_request_out_of_the_audit_log(c
         plane.directory.report_cross_tenant(quiet, "globex", "header", "192.0.2.66")
         await plane.directory.flush()
         (entry,) = await plane.audit.events(action="request.cross_tenant", tenant=acme)
-        assert entry.actor == Actor("key", quiet.key_id)
+        assert entry.actor == Actor("key", quiet.id)
         assert entry.detail is not None
         assert entry.detail["count"] == 1
         told = await plane.audit.events(action="request.cross_tenant", tenant=globex)
@@ -422,6 +422,6 @@ async def test_a_flood_of_refusals_writes_little_to_the_audit_log(plane: Control
     for number in range(3_000):
         await refusal(plane, "malformed", f"10.0.{number // 256}.{number % 256}")
     await plane.directory.flush()
-    entries = await plane.audit.events(action="key.reject", limit=1_000)
+    entries = await plane.audit.events(action="credential.reject", limit=1_000)
     assert len(entries) <= 21
     assert sum(int(entry.detail["count"]) for entry in entries if entry.detail) == 3_000

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from examples.agent_platform.app import create_app
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.events import DirectoryMissed, KeyRejected
+from tenancy_orm.events import CredentialRejected, DirectoryMissed
 from tenancy_orm.keys.format import KeyDigester, _checksum, generate_key
 from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenants.manager import CreatedTenant
@@ -193,7 +193,7 @@ async def test_a_websocket_is_refused_by_its_handshake(parser: str) -> None:
     async with serve(starlette_app(guard()), http=parser) as port, Wire.to(port) as wire:
         answer = await wire.request("/follow/1", handshake)
         assert answer.status == 401
-        assert answer.json()["type"] == "urn:tenancy:problem:missing-api-key"
+        assert answer.json()["type"] == "urn:tenancy:problem:missing-credential"
 
 
 # --- every bad key --------------------------------------------------------------------------------------------------
@@ -271,9 +271,9 @@ async def test_an_unknown_id_and_a_wrong_secret_take_the_same_path(
 
     monkeypatch.setattr(hmac, "compare_digest", counted)
     missed: list[DirectoryMissed] = []
-    rejected: list[KeyRejected] = []
+    rejected: list[CredentialRejected] = []
     tenancy.events.subscribe(DirectoryMissed, missed.append)
-    tenancy.events.subscribe(KeyRejected, rejected.append)
+    tenancy.events.subscribe(CredentialRejected, rejected.append)
     app = starlette_app(Middleware(TenancyMiddleware, tenancy=tenancy))
     paths = []
     for name in ("unknown", "wrong secret"):

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.config import Tier
-from tenancy_orm.errors import InvalidApiKeyError
+from tenancy_orm.errors import InvalidCredentialError
 from tenancy_orm.events import EventBus
 from tenancy_orm.quotas.rates import Rates
 from tenancy_orm.tenant import Status, Tenant
@@ -134,7 +134,7 @@ class MemoryDirectory:
         if self.error is not None:
             raise self.error
         if key not in self.keys:
-            raise InvalidApiKeyError("unknown")
+            raise InvalidCredentialError("unknown")
         return self.keys[key]
 
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
@@ -166,7 +166,7 @@ class MemoryTenancy:
     ) -> Tenant:
         """Make a tenant whose key is ``key-<slug>``."""
         tenant = Tenant(id=UUID(int=len(self.directory.keys) + 1), slug=slug, status=status, tier=tier, **more)
-        self.directory.keys[f"key-{slug}"] = Credential(tenant, f"{slug:x<16}", frozenset(scopes))
+        self.directory.keys[f"key-{slug}"] = Credential("key", f"{slug:x<16}", scopes=frozenset(scopes), bound=tenant)
         return tenant
 
     def as_tenancy(self) -> Tenancy:

@@ -66,7 +66,7 @@ class Tenants:
         self.state: CredentialState | None = CredentialState("acmexxxxxxxxxxxx", self.acme, 0.0)
         self.admission = self.admissions.admit(self.state)
         bound = replace(self.acme, admission=self.admission)
-        self.memory.directory.keys[KEY[1]] = Credential(bound, "acmexxxxxxxxxxxx")
+        self.memory.directory.keys[KEY[1]] = Credential("key", "acmexxxxxxxxxxxx", bound=bound)
         self.events: list[AdmissionEnded] = []
         self.memory.events.subscribe(AdmissionEnded, self.events.append)
 

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import time
 
-from tenancy_orm.errors import InvalidApiKeyError
+from tenancy_orm.errors import InvalidCredentialError
 from tests.support.control import control_plane
 
 
@@ -28,7 +28,7 @@ async def main(url: str, ttl: str, listen_url: str, key: str) -> None:
             try:
                 if plane.directory.peek(key) is None:
                     await plane.directory.authenticate(key)
-            except InvalidApiKeyError as error:
+            except InvalidCredentialError as error:
                 print(error.reason, time.time(), flush=True)
                 return
             await asyncio.sleep(0.001)

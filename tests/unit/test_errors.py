@@ -25,7 +25,10 @@ SAMPLES: list[TenancyError] = [
     errors.TierChangedError("acme", expected="free", found="pro"),
     errors.InvalidTransitionError("acme", "active", "purged"),
     errors.TenantSuspendedError("acme", reason="unpaid"),
-    errors.InvalidApiKeyError("expired", key_id="abc"),
+    errors.InvalidCredentialError("expired", credential_id="abc"),
+    errors.CrossOriginError("https://evil.example"),
+    errors.TenantNotAllowedError("globex"),
+    errors.TenantNotNamedError(("acme", "globex")),
     errors.QuotaExceededError(
         tenant="acme", resource="users", limit=3, used=3, requested=1, resets_at=datetime(2030, 1, 1, tzinfo=UTC)
     ),
@@ -71,7 +74,7 @@ def test_every_error_is_named_and_drawn(cls: type[TenancyError]) -> None:
 
 def test_a_rejected_key_says_the_same_whatever_the_reason() -> None:
     """The reason is for the audit log, not for the caller."""
-    assert str(errors.InvalidApiKeyError("expired")) == str(errors.InvalidApiKeyError("unknown"))
+    assert str(errors.InvalidCredentialError("expired")) == str(errors.InvalidCredentialError("unknown"))
 
 
 def test_a_purge_that_is_refused_says_to_delete_first() -> None:

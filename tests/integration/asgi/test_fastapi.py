@@ -89,11 +89,11 @@ def add_routes(app: FastAPI) -> None:
 
     @app.get("/scoped", dependencies=[RequireScope("notes:read")])
     async def scoped(credential: Annotated[Credential, RequireScope("notes:write")]) -> str:
-        return credential.key_id
+        return credential.id
 
     @app.get("/credential")
     async def credential(credential: CurrentCredential) -> str:
-        return credential.key_id
+        return credential.id
 
     @app.get("/open")
     async def open_(tenancy: CurrentTenancy) -> bool:

@@ -69,7 +69,7 @@ def build(tenancy: Tenancy, **options: Any) -> Starlette:
     async def scoped(request: Request) -> JSONResponse:
         credential = credential_of(request)
         assert credential is not None
-        return JSONResponse({"key": credential.key_id, "url": str(request.url_for("notes"))})
+        return JSONResponse({"key": credential.id, "url": str(request.url_for("notes"))})
 
     async def chat(websocket: WebSocket) -> None:
         await websocket.accept(subprotocol=next(iter(websocket.scope["subprotocols"]), None))
@@ -134,7 +134,7 @@ async def test_the_status_of_the_tenant_is_answered(tenancy: Tenancy, acme: Crea
     assert (await request(app, "/notes", headers)).status == 200
     await tenancy.tenants.delete("acme")
     deleted = await request(app, "/notes", headers)
-    assert (deleted.status, deleted.json()["type"]) == (401, "urn:tenancy:problem:invalid-api-key")
+    assert (deleted.status, deleted.json()["type"]) == (401, "urn:tenancy:problem:invalid-credential")
     await tenancy.tenants.restore("acme")
     assert (await request(app, "/notes", headers)).status == 200
 

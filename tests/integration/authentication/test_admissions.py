@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.authentication.admission import Admission, tenant_for_source
-from tenancy_orm.errors import AdmissionEndedError, InvalidApiKeyError
+from tenancy_orm.errors import AdmissionEndedError, InvalidCredentialError
 from tenancy_orm.tenant import Tenant
 from tests.support.control import ControlPlane, control_plane, follow
 from tests.support.proxy import proxied
@@ -35,7 +35,7 @@ async def test_a_revoked_key_ends_what_it_has_let_in(plane: ControlPlane) -> Non
     _, key = await plane.tenant("acme")
     credential = await plane.directory.authenticate(key)
     admission_of(credential.tenant).check()
-    await plane.keys.revoke(credential.key_id)
+    await plane.keys.revoke(credential.id)
     await until(lambda: admission_of(credential.tenant).ended)
     with pytest.raises(AdmissionEndedError) as caught:
         admission_of(credential.tenant).check()
@@ -50,7 +50,7 @@ async def test_a_key_that_is_not_remembered_any_more_ends_what_it_has_let_in(con
         credential = await plane.directory.authenticate(key)
         await plane.directory.authenticate(other)
         assert plane.directory.peek(key) is None
-        await plane.keys.revoke(credential.key_id)
+        await plane.keys.revoke(credential.id)
         await until(lambda: admission_of(credential.tenant).ended)
 
 
@@ -61,7 +61,7 @@ async def test_who_is_let_in_while_the_key_is_revoked_is_found(
     # without a listener: it would tell of the revocation once more
     async with control_plane(control_url, opened=False) as plane:
         _, key = await plane.tenant("acme")
-        key_id = (await plane.directory.authenticate(key)).key_id
+        key_id = (await plane.directory.authenticate(key)).id
         await plane.directory.flush()  # what was used is remembered until it is written down
         plane.directory.invalidate()
         revoked = False
@@ -75,7 +75,7 @@ async def test_who_is_let_in_while_the_key_is_revoked_is_found(
         follow(monkeypatch, plane.directory._lookups._keys, revoke)
         credential = await plane.directory.authenticate(key)
         await until(lambda: admission_of(credential.tenant).ended)
-        with pytest.raises(InvalidApiKeyError):
+        with pytest.raises(InvalidCredentialError):
             await plane.directory.authenticate(key)
 
 
@@ -113,7 +113,7 @@ async def test_what_could_not_be_verified_is_once_the_control_database_is_back(
         credential = await other.directory.authenticate(key)
         admission = admission_of(credential.tenant)
         proxy.refuse()
-        await plane.keys.revoke(credential.key_id)
+        await plane.keys.revoke(credential.id)
         await until(lambda: not other.directory.statistics.control_available)
         admission.check()
         proxy.restore()

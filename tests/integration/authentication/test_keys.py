@@ -18,7 +18,7 @@ from tenancy_orm.errors import (
     ApiKeyNotFoundError,
     ConfigurationError,
     ControlUnavailableError,
-    InvalidApiKeyError,
+    InvalidCredentialError,
     TenantNotFoundError,
 )
 from tenancy_orm.events import KeyIssued, KeyRevoked
@@ -36,7 +36,7 @@ async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
 
 async def refused(plane: ControlPlane, key: str, source: str | None = None) -> str:
     """Present a key that must be refused, and return the reason that the caller never learns."""
-    with pytest.raises(InvalidApiKeyError) as caught:
+    with pytest.raises(InvalidCredentialError) as caught:
         await plane.directory.authenticate(key, source=source)
     return caught.value.reason
 
@@ -59,7 +59,7 @@ async def test_an_issued_key_names_its_tenant(plane: ControlPlane) -> None:
     credential = await plane.directory.authenticate(issued.text, source="10.1.2.3")
     assert credential.tenant == tenant
     assert credential.tenant.slug == "acme"
-    assert credential.key_id == issued.key_id
+    assert credential.id == issued.key_id
     assert credential.scopes == {"notes:read", "notes:write"}
     assert credential.networks == (ip_network("10.0.0.0/8"), ip_network("::1"))
     assert credential.name == "ci"
@@ -646,7 +646,7 @@ async def test_refusals_that_could_not_be_written_are_kept(plane: ControlPlane) 
         await connection.execute(text(rename.format("away", "audit_append")))
     await refused(plane, "not a key", "192.0.2.1")
     await plane.directory.flush()
-    (rejected,) = await plane.audit.events(action="key.reject")
+    (rejected,) = await plane.audit.events(action="credential.reject")
     (crossed,) = await plane.audit.events(action="request.cross_tenant")
     assert rejected.detail == {"reason": "malformed", "count": 2}
     assert crossed.detail == {"named": "globex", "resolver": "header", "count": 1}
@@ -662,7 +662,8 @@ async def test_refusals_are_told_apart_in_the_audit_log(plane: ControlPlane) -> 
     await refused(plane, "not a key", "192.0.2.2")
     await plane.directory.flush()
     entries = {
-        str(entry.detail and entry.detail["reason"]): entry for entry in await plane.audit.events(action="key.reject")
+        str(entry.detail and entry.detail["reason"]): entry
+        for entry in await plane.audit.events(action="credential.reject")
     }
     assert set(entries) == {"revoked", "malformed"}
     assert entries["revoked"].detail == {"reason": "revoked", "count": 3}

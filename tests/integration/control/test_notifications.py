@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from tenancy_orm.control.notifications import Change, Listener
-from tenancy_orm.errors import InvalidApiKeyError
+from tenancy_orm.errors import InvalidCredentialError
 from tenancy_orm.events import Event, EventBus, ListenerLost, ListenerRestored
 from tenancy_orm.postgres.dsn import Dsn
 from tenancy_orm.tenant import Status
@@ -84,7 +84,7 @@ async def test_a_revoked_key_stops_working_in_every_process_within_a_quarter_of_
     _, key = await plane.tenant("acme")
     credential = await plane.directory.authenticate(key)
     async with processes(3, control_url, key) as others:
-        await plane.keys.revoke(credential.key_id)
+        await plane.keys.revoke(credential.id)
         revoked = time.time()
         async with asyncio.timeout(20):
             answers = [(await line(process)).split() for process in others]
@@ -116,7 +116,7 @@ async def test_without_a_listener_a_revoked_key_stops_working_within_the_ttl(
         processes(1, control_url, key, ttl=ttl, listen_url=proxy.url(control_url)) as (other,),
     ):
         proxy.refuse()
-        await plane.keys.revoke(credential.key_id)
+        await plane.keys.revoke(credential.id)
         revoked = time.time()
         async with asyncio.timeout(20):
             reason, at = (await line(other)).split()
@@ -160,7 +160,7 @@ async def test_changes_in_the_registry_invalidate_what_is_remembered(plane: Cont
         await until(lambda: plane.directory.peek(key, source) is None)
         if "tenants" in change:
             assert plane.directory.peek_tenant(tenant) is None, change
-    with pytest.raises(InvalidApiKeyError):
+    with pytest.raises(InvalidCredentialError):
         await plane.directory.authenticate(key, source=source)
 
 
@@ -186,14 +186,14 @@ async def test_what_was_missed_is_looked_up_again_when_the_listener_is_back(plan
         # nobody is notified of this
         await connection.execute(text("ALTER TABLE tenancy.api_keys DISABLE TRIGGER api_keys_notify"))
         query = text("UPDATE tenancy.api_keys SET revoked_at = now() WHERE id = :id")
-        await connection.execute(query, {"id": credential.key_id})
+        await connection.execute(query, {"id": credential.id})
         await connection.execute(text("ALTER TABLE tenancy.api_keys ENABLE TRIGGER api_keys_notify"))
     assert plane.directory.peek(key) is not None
     assert await terminate_listeners(plane) == 1
     await until(lambda: plane.of(ListenerRestored))
     assert len(plane.of(ListenerLost)) == 1
     assert plane.directory.statistics.listening
-    with pytest.raises(InvalidApiKeyError):
+    with pytest.raises(InvalidCredentialError):
         await plane.directory.authenticate(key)
 
 

@@ -269,7 +269,7 @@ async def test_what_changes_during_an_upgrade_counts(old: Release, new: Release)
     await begun.wait()
     heard: list[object] = []
     new.tenancy.internals.directory.on_invalidate(heard.append)
-    await old.tenancy.keys.revoke(credentials[0].key_id)
+    await old.tenancy.keys.revoke(credentials[0].id)
     await old.tenancy.tenants.suspend("later")
     await until(lambda: asyncio.sleep(0, credentials[1].tenant.id in heard))
     go_on.set()

@@ -16,7 +16,12 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, InvalidApiKeyError, ServerUnavailableError
+from tenancy_orm.errors import (
+    ConfigurationError,
+    ControlUnavailableError,
+    InvalidCredentialError,
+    ServerUnavailableError,
+)
 from tenancy_orm.postgres import login
 from tenancy_orm.postgres.connections import Connection
 from tenancy_orm.postgres.dsn import Dsn
@@ -68,12 +73,12 @@ async def test_a_revocation_arrives_over_tls(
         directory = there.internals.directory
         credential = await directory.authenticate(created.api_key)
         assert directory.statistics.listening
-        await here.keys.revoke(credential.key_id)
+        await here.keys.revoke(credential.id)
 
         async def refused() -> bool:
             try:
                 await directory.authenticate(created.api_key)
-            except InvalidApiKeyError:
+            except InvalidCredentialError:
                 return True
             return False
 

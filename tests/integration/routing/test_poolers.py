@@ -253,7 +253,7 @@ async def test_the_control_database_works_through_a_pooler_with_a_direct_address
     async with postgres.connect() as admin:
 
         async def no_locks() -> bool:
-            return await admin.fetchval(_LOCKS) == 0
+            return bool(await admin.fetchval(_LOCKS) == 0)
 
         # a backend gives up its locks a moment after its client has closed the connection
         await until(no_locks)

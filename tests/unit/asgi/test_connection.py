@@ -336,7 +336,7 @@ async def test_a_request_that_listens_before_it_answers_is_refused(
     await finish(task)
     assert server.types() == ["http.response.start", "http.response.body"]
     assert server.sent[0]["status"] == 401
-    assert b"invalid-api-key" in server.sent[1]["body"]
+    assert b"invalid-credential" in server.sent[1]["body"]
     assert (tenants.admissions.watched, tenants.events) == (0, [])
     for late in (start, {"type": "http.response.body", "body": b"late"}):
         with pytest.raises(ConnectionAbortedError):
@@ -419,7 +419,7 @@ async def test_an_ordinary_request_is_not_watched(tenants: Tenants) -> None:
         bound.admission.check()
 
     answer = await request(tenants.guard(app), headers=[KEY])
-    assert (answer.status, answer.json()["type"]) == (401, "urn:tenancy:problem:invalid-api-key")
+    assert (answer.status, answer.json()["type"]) == (401, "urn:tenancy:problem:invalid-credential")
     assert b"revoked" not in answer.body
     assert b"unknown" not in answer.body
 

@@ -23,11 +23,11 @@ from tenancy_orm.errors import (
     ConfigurationError,
     ControlUnavailableError,
     CrossTenantError,
-    InvalidApiKeyError,
+    InvalidCredentialError,
     NotOpenError,
     TenantNotFoundError,
 )
-from tenancy_orm.events import KeyRejected, QuotaRefused
+from tenancy_orm.events import CredentialRejected, QuotaRefused
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.asgi import MemoryTenancy, http_scope, messages, request, websocket_scope
 
@@ -85,7 +85,7 @@ async def test_a_key_binds_its_tenant(
     tenants.directory.known = known
     assert (await request(build(app, tenants), headers=headers)).status == 200
     assert [tenant and tenant.slug for tenant in app.bound] == ["acme"]
-    assert app.scopes[0]["tenancy"].key_id == "acmexxxxxxxxxxxx"
+    assert app.scopes[0]["tenancy"].id == "acmexxxxxxxxxxxx"
     assert tenants.directory.asked == ([] if known else [("key-acme", "192.0.2.7")])
     assert current_tenant_or_none() is None
 
@@ -96,7 +96,7 @@ async def test_without_a_key_nothing_is_reached(app: Recorder, tenants: MemoryTe
     answer = await request(build(app, tenants), path)
     assert answer.status == 401
     assert answer.header("www-authenticate") == "Bearer"
-    assert answer.json()["type"] == "urn:tenancy:problem:missing-api-key"
+    assert answer.json()["type"] == "urn:tenancy:problem:missing-credential"
     assert app.scopes == []
 
 
@@ -115,7 +115,7 @@ async def test_two_keys_are_refused(app: Recorder, tenants: MemoryTenancy, heade
     """Rather than one of them chosen: a proxy in front may have chosen the other."""
     answer = await request(build(app, tenants), headers=headers)
     assert answer.status == 401
-    assert answer.json()["type"] == "urn:tenancy:problem:ambiguous-api-key"
+    assert answer.json()["type"] == "urn:tenancy:problem:ambiguous-credential"
     assert app.scopes == []
 
 
@@ -134,21 +134,21 @@ async def test_an_unknown_key_is_refused(app: Recorder, tenants: MemoryTenancy) 
     """The refusal is the directory's to count and report."""
     answer = await request(build(app, tenants), headers=[("X-API-Key", "key-nobody")])
     assert answer.status == 401
-    assert answer.json()["type"] == "urn:tenancy:problem:invalid-api-key"
+    assert answer.json()["type"] == "urn:tenancy:problem:invalid-credential"
     assert tenants.directory.asked == [("key-nobody", "192.0.2.7")]
     assert app.scopes == []
 
 
 async def test_refusals_that_the_directory_never_sees_are_reported(app: Recorder, tenants: MemoryTenancy) -> None:
     """With their reason and source."""
-    seen: list[KeyRejected] = []
-    tenants.events.subscribe(KeyRejected, seen.append)
+    seen: list[CredentialRejected] = []
+    tenants.events.subscribe(CredentialRejected, seen.append)
     served = build(app, tenants)
     await request(served)
     await request(served, headers=[KEY, KEY], client=None)
     assert seen == [
-        KeyRejected(reason="missing", source="192.0.2.7"),
-        KeyRejected(reason="ambiguous", source=None),
+        CredentialRejected(reason="missing", source="192.0.2.7"),
+        CredentialRejected(reason="ambiguous", source=None),
     ]
 
 
@@ -455,7 +455,7 @@ async def test_nothing_is_answered_twice(tenants: MemoryTenancy) -> None:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        raise InvalidApiKeyError
+        raise InvalidCredentialError
 
     sent: list[Message] = []
 
@@ -465,7 +465,7 @@ async def test_nothing_is_answered_twice(tenants: MemoryTenancy) -> None:
     async def receive() -> Message:
         return {"type": "http.disconnect"}
 
-    with pytest.raises(InvalidApiKeyError):
+    with pytest.raises(InvalidCredentialError):
         await build(app, tenants)(http_scope(headers=[KEY]), receive, send)
     assert len(sent) == 1
 

@@ -10,12 +10,12 @@ from uuid import UUID
 import pytest
 
 from tenancy_orm.asgi import Problem, problem_for
-from tenancy_orm.asgi.problems import INVALID_KEY
+from tenancy_orm.asgi.problems import INVALID_CREDENTIAL
 from tenancy_orm.errors import (
     CheckoutTimeoutError,
     ControlUnavailableError,
     CrossTenantError,
-    InvalidApiKeyError,
+    InvalidCredentialError,
     MalformedRequestError,
     MarkerMismatchError,
     MissingScopeError,
@@ -44,9 +44,9 @@ def headers(problem: Problem) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (InvalidApiKeyError("missing"), 401, "missing-api-key"),
-        (InvalidApiKeyError("ambiguous"), 401, "ambiguous-api-key"),
-        (InvalidApiKeyError("unknown"), 401, "invalid-api-key"),
+        (InvalidCredentialError("missing"), 401, "missing-credential"),
+        (InvalidCredentialError("ambiguous"), 401, "ambiguous-credential"),
+        (InvalidCredentialError("unknown"), 401, "invalid-credential"),
         (MalformedRequestError("the header Host"), 400, "malformed-request"),
         (CrossTenantError("x", bound="acme", requested="globex"), 403, "cross-tenant"),
         (MissingScopeError("orders:write"), 403, "missing-scope"),
@@ -57,7 +57,7 @@ def headers(problem: Problem) -> dict[str, str]:
         (TenantMaintenanceError("acme", reason="moving to db7"), 503, "tenant-maintenance"),
         (CheckoutTimeoutError(server="db7", tenant="acme", timeout=1, limit=5), 503, "busy"),
         (ServerUnavailableError(server="db7", tenant="acme", sqlstate="57P03"), 503, "database-unavailable"),
-        (ControlUnavailableError("no answer from db7"), 503, "keys-unavailable"),
+        (ControlUnavailableError("no answer from db7"), 503, "credentials-unavailable"),
         (TooManyAttemptsError(2.5), 429, "too-many-attempts"),
         (QuotaExceededError(tenant="acme", resource="users", limit=3, used=3, requested=1), 429, "quota-exceeded"),
     ],
@@ -94,7 +94,7 @@ def test_a_fault_of_the_server_has_no_answer(error: TenancyError) -> None:
 @pytest.mark.parametrize("reason", ["malformed", "checksum", "unknown", "secret", "revoked", "expired", "network"])
 def test_a_bad_key_is_never_explained(reason: str) -> None:
     """The very same answer, whatever is wrong with it."""
-    assert problem_for(InvalidApiKeyError(reason, key_id="abc")) is INVALID_KEY
+    assert problem_for(InvalidCredentialError(reason, credential_id="abc")) is INVALID_CREDENTIAL
 
 
 def test_a_quota_names_its_figures_and_when_to_come_back() -> None:
@@ -153,7 +153,7 @@ def test_a_scope_that_would_break_the_header_is_left_out_of_it() -> None:
 
 async def test_http_is_answered_with_a_document() -> None:
     """With its length, and not to be cached."""
-    start, body = await messages(INVALID_KEY, http_scope())
+    start, body = await messages(INVALID_CREDENTIAL, http_scope())
     assert start["status"] == 401
     found = dict(start["headers"])
     assert found[b"content-type"] == b"application/problem+json"
@@ -165,7 +165,7 @@ async def test_http_is_answered_with_a_document() -> None:
 async def test_a_websocket_is_refused_with_a_document_where_the_server_can() -> None:
     """By the extension websocket.http.response."""
     scope = websocket_scope(extensions={"websocket.http.response": {}})
-    start, body = await messages(INVALID_KEY, scope)
+    start, body = await messages(INVALID_CREDENTIAL, scope)
     assert start["type"] == "websocket.http.response.start" and start["status"] == 401
     assert body["type"] == "websocket.http.response.body"
     assert json.loads(body["body"])["status"] == 401
@@ -174,6 +174,6 @@ async def test_a_websocket_is_refused_with_a_document_where_the_server_can() -> 
 @pytest.mark.parametrize("more", [{}, {"extensions": None}, {"extensions": {}}])
 async def test_a_websocket_is_closed_where_the_server_cannot(more: dict[str, Any]) -> None:
     """Before it is accepted, so the server answers the handshake with 403."""
-    assert await messages(INVALID_KEY, websocket_scope(**more)) == [
+    assert await messages(INVALID_CREDENTIAL, websocket_scope(**more)) == [
         {"type": "websocket.close", "code": 1008, "reason": "API key not valid"}
     ]

@@ -18,7 +18,7 @@ from tenancy_orm.asgi import (
     WebSocketKeyProtocol,
 )
 from tenancy_orm.asgi.resolvers import parse_host, route_path
-from tenancy_orm.errors import ConfigurationError, InvalidApiKeyError, MalformedRequestError
+from tenancy_orm.errors import ConfigurationError, InvalidCredentialError, MalformedRequestError
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.asgi import http_scope, websocket_scope
 
@@ -76,7 +76,7 @@ def test_two_keys_among_the_subprotocols_are_refused() -> None:
     """Even equal ones."""
     scope = websocket_scope()
     scope["subprotocols"] = ["tenancy.key.abc", "tenancy.key.abc"]
-    with pytest.raises(InvalidApiKeyError) as caught:
+    with pytest.raises(InvalidCredentialError) as caught:
         WebSocketKeyProtocol().key(scope, {})
     assert caught.value.reason == "ambiguous"
 

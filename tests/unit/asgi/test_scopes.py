@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket
 
 from tenancy_orm.asgi import TenancyMiddleware, credential_of, demand_scopes, require_scope
 from tenancy_orm.context import current_tenant
-from tenancy_orm.errors import ConfigurationError, InvalidApiKeyError, MissingScopeError
+from tenancy_orm.errors import ConfigurationError, InvalidCredentialError, MissingScopeError
 from tests.support.asgi import MemoryTenancy, http_scope, messages, request, websocket_scope
 
 
@@ -106,7 +106,7 @@ def test_scopes_can_be_demanded_anywhere() -> None:
     with pytest.raises(MissingScopeError) as caught:
         demand_scopes(connection, "orders:read", "orders:write")
     assert caught.value.scope == "orders:write"
-    with pytest.raises(InvalidApiKeyError):
+    with pytest.raises(InvalidCredentialError):
         demand_scopes(HTTPConnection(http_scope(tenancy=None)), "orders:read")
 
 

@@ -11,7 +11,7 @@ import pytest
 from tenancy_orm.authentication.batch import BatchLoader
 from tenancy_orm.authentication.cache import SecondChance
 from tenancy_orm.authentication.credential import Credential
-from tenancy_orm.authentication.refusals import MAX_KEYS, MAX_KINDS, MAX_WRITTEN, Refusal, RefusalCounter
+from tenancy_orm.authentication.refusals import MAX_CALLERS, MAX_KINDS, MAX_WRITTEN, Refusal, RefusalCounter
 from tenancy_orm.authentication.throttle import Attempts, Throttle
 from tenancy_orm.errors import ControlUnavailableError, MissingScopeError, TooManyAttemptsError
 from tenancy_orm.registry.rows import uuid7
@@ -229,18 +229,18 @@ def test_of_many_refused_keys_the_most_frequent_are_told_and_the_rest_as_a_numbe
     """In bounded memory, and nothing is lost."""
     tally = RefusalCounter()
     for number in range(5_000):
-        tally.add(Refusal.rejected_key("malformed", None, str(number), (None, None)))
+        tally.add(Refusal.rejected("malformed", None, str(number), (None, None)))
     for _ in range(3):
-        tally.add(Refusal.rejected_key("unknown", "id", "7", (None, None)))
-        tally.add(Refusal.rejected_key("malformed", None, "7", (None, None)))
+        tally.add(Refusal.rejected("unknown", "id", "7", (None, None)))
+        tally.add(Refusal.rejected("malformed", None, "7", (None, None)))
     assert len(tally) == MAX_KINDS + 1
     entries = tally.entries()
     assert len(entries) == MAX_WRITTEN + 1
     assert entries[0] == (
-        Refusal("key.reject", None, "7", "malformed"),
+        Refusal("credential.reject", None, "7", "malformed"),
         {"reason": "malformed", "count": 4},
     )
-    assert entries[-1] == (Refusal("key.reject"), {"reason": "others", "count": 5_006 - MAX_WRITTEN - 3})
+    assert entries[-1] == (Refusal("credential.reject"), {"reason": "others", "count": 5_006 - MAX_WRITTEN - 3})
     assert counts(tally) == 5_006
 
 
@@ -273,8 +273,8 @@ def test_cross_tenant_requests_are_told_by_key_when_memory_for_names_is_full() -
         tally.add(Refusal.cross_tenant_request("acme", "path", f"key {number}", None, ACME))
     assert len(tally) <= 2 * MAX_KINDS + 1
     entries = tally.entries()
-    assert len(entries) == MAX_WRITTEN + MAX_KEYS + 1
-    assert entries[MAX_WRITTEN][0].key_id == "noisy"
+    assert len(entries) == MAX_WRITTEN + MAX_CALLERS + 1
+    assert entries[MAX_WRITTEN][0].actor_id == "noisy"
     assert entries[-1][0] == Refusal("request.cross_tenant")
     assert counts(tally) == 5_000
 
@@ -285,7 +285,7 @@ def test_what_is_counted_again_stays_within_bounds() -> None:
     for attempt in range(6):
         taken, tally = tally, RefusalCounter()
         for number in range(1_000):
-            tally.add(Refusal.rejected_key("malformed", None, f"{attempt} {number}", (None, None)))
+            tally.add(Refusal.rejected("malformed", None, f"{attempt} {number}", (None, None)))
         tally.add_all(taken)
         assert len(tally) <= MAX_KINDS + 1
     assert counts(tally) == 6_000
@@ -533,7 +533,9 @@ async def test_closing_fails_whoever_waits() -> None:
 def test_scopes_are_exact_and_a_star_is_all() -> None:
     """A key without scopes may do nothing that asks for one."""
     tenant = Tenant(uuid7(), "acme", Status.ACTIVE, "free")
-    none, some, every = (Credential(tenant, "k", frozenset(scopes)) for scopes in ((), ("notes:read",), ("*",)))
+    none, some, every = (
+        Credential("key", "k", scopes=frozenset(scopes), bound=tenant) for scopes in ((), ("notes:read",), ("*",))
+    )
     assert some.has_scope("notes:read")
     assert not some.has_scope("notes")
     assert not none.has_scope("notes:read")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenancy_orm.config import KeyConfig, SecretsConfig, TenancyConfig
-from tenancy_orm.errors import ConfigurationError, InvalidApiKeyError
+from tenancy_orm.errors import ConfigurationError, InvalidCredentialError
 from tenancy_orm.keys.format import ALPHABET, KeyDigester, NewKey, generate_key, parse_key, scanner_pattern
 
 URL = "postgresql://user:secret@host/database"
@@ -20,7 +20,7 @@ URL = "postgresql://user:secret@host/database"
 
 def reason(text: str, prefix: str = "ten_live") -> str:
     """Why a text is refused."""
-    with pytest.raises(InvalidApiKeyError) as caught:
+    with pytest.raises(InvalidCredentialError) as caught:
         parse_key(text, prefix)
     return caught.value.reason
 
@@ -116,7 +116,7 @@ def test_neither_repr_nor_str_shows_a_key() -> None:
 def test_a_refusal_names_nothing_of_the_key() -> None:
     """The text may be a real key with a typing error."""
     key = generate_key("ten_live").text
-    with pytest.raises(InvalidApiKeyError) as caught:
+    with pytest.raises(InvalidCredentialError) as caught:
         parse_key(key[:-1] + ("a" if key[-1] != "a" else "b"), "ten_live")
     error = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - just pickled
     assert key.rsplit("_", 1)[1][:-1] not in repr((error, error.__dict__, error.args))
