@@ -33,6 +33,7 @@
     ├── DomainError (ValueError)             a domain is malformed, not verified, or another tenant's
     ├── CredentialError
     │   ├── InvalidCredentialError           missing, malformed, unknown, revoked, expired: one answer
+    │   ├── CredentialsUnavailableError      an identity provider's keys cannot be fetched now
     │   ├── CrossOriginError (PermissionError)   a page of another origin used a cookie
     │   ├── TenantNotAllowedError (PermissionError)   the credential does not allow the tenant that was named
     │   ├── TenantNotNamedError              the credential allows several tenants, and none was named
@@ -444,6 +445,13 @@ class InvalidCredentialError(CredentialError):
         self.reason = reason
         self.kind = kind
         self.credential_id = credential_id
+
+
+class CredentialsUnavailableError(CredentialError):
+    """A credential cannot be verified now: the identity provider's keys cannot be fetched.
+
+    Remedy: see that the process reaches the address in the message; the next request tries again.
+    """
 
 
 class CrossOriginError(CredentialError, PermissionError):
