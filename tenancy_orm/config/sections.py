@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from types import MappingProxyType
 from typing import Self
@@ -28,6 +28,7 @@ from .values import (
     OptionalPairs,
     Pairs,
     PostgresUrl,
+    RoleScopes,
     Seconds,
     SecondsOrZero,
     decode_keys,
@@ -49,6 +50,10 @@ TENANT_PRIVILEGES = ("TEMPORARY", "TRUNCATE", "MAINTAIN")
 
 def _nothing() -> Mapping[str, str]:
     return MappingProxyType({})
+
+
+def _default_roles() -> Mapping[str, tuple[str, ...]]:
+    return MappingProxyType({"owner": ("*",), "admin": ("*",), "member": ()})
 
 
 _NAMESERVER = re.compile(r"\[(?P<v6>[^]]+)\](:(?P<port6>\d{1,5}))?|(?P<v4>[0-9.]+):(?P<port4>\d{1,5})")
@@ -201,6 +206,21 @@ class KeyConfig(Section, frozen=True):
     def decoded_peppers(self) -> Mapping[str, bytes]:
         """``peppers`` as bytes, in order."""
         return decode_keys(self.peppers, "key pepper")
+
+
+class MembersConfig(Section, frozen=True):
+    """Members of tenants."""
+
+    roles: RoleScopes = Field(default_factory=_default_roles)
+    """The scopes that each role gives. Where it is not set, "owner" and "admin" give ``*``, which is everything, and
+    "member" gives none; where it is set, there are no other roles. As text: ``role=scope scope``, separated by
+    semicolons."""
+    invitation_seconds: Seconds = 7 * 86_400.0
+    """How long an invitation can be accepted, in seconds, where it is made without a time."""
+
+    def scopes_of(self, roles: Iterable[str]) -> frozenset[str]:
+        """The scopes that ``roles`` give together; a role that is not configured any more gives none."""
+        return frozenset(scope for role in roles for scope in self.roles.get(role, ()))
 
 
 class LockoutConfig(Section, frozen=True):

@@ -19,6 +19,7 @@ from .sections import (
     DomainConfig,
     KeyConfig,
     LockoutConfig,
+    MembersConfig,
     MeteringConfig,
     MigrationConfig,
     PoolConfig,
@@ -98,6 +99,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """The cached look-up of keys and tenants."""
     keys: KeyConfig = Field(default_factory=KeyConfig)
     """API keys."""
+    members: MembersConfig = Field(default_factory=MembersConfig)
+    """Members of tenants."""
     lockout: LockoutConfig = Field(default_factory=LockoutConfig)
     """The lock-out of those who guess API keys."""
     secrets: SecretsConfig = Field(default_factory=SecretsConfig)

@@ -20,6 +20,9 @@ from ..postgres.dsn import Dsn
 from ..protocols import GrantHook, KeyWrapper, SecretProvider, UsageSender
 
 SETTING_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]{0,62}(\.[A-Za-z_][A-Za-z0-9_$]{0,62})?")
+SCOPE: Final = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
+"""A scope: ``*``, or 1 to 64 letters, digits and ``. _ : / -`` that begin with a letter or digit."""
+ROLE_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,16}")
 
 Keys = Mapping[str, str | bytes]
@@ -54,8 +57,29 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, (int, float)) else value
 
 
-def _copied(pairs: Mapping[str, str | None]) -> dict[str, str | None]:
+def _copied(pairs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(pairs)
+
+
+def _read_roles(value: object) -> object:
+    if isinstance(value, str):
+        pairs = [item.partition("=") for item in value.split(";") if item.strip()]
+        if not all(separator for _, separator, _ in pairs):
+            raise ValueError("must be role=scope scope, separated by semicolons")
+        value = {role.strip(): given.split() for role, _, given in pairs}
+    if not isinstance(value, Mapping) or any(isinstance(scopes, str) for scopes in value.values()):
+        raise ValueError("must be a table of lists of scopes, by role")
+    try:
+        roles = {role: tuple(dict.fromkeys(scopes)) for role, scopes in value.items()}
+    except TypeError:
+        raise ValueError("must be a table of lists of scopes, by role") from None
+    for role, scopes in roles.items():
+        if not isinstance(role, str) or not ROLE_NAME.fullmatch(role):
+            raise ValueError(f"{role!r} is not the name of a role: 1 to 64 letters, digits and . _ -, from a letter")
+        for scope in scopes:
+            if not isinstance(scope, str) or not SCOPE.fullmatch(scope):
+                raise ValueError(f"{scope!r} of role {role!r} is not a scope")
+    return MappingProxyType(roles)
 
 
 def _read_keys(value: object) -> Keys:
@@ -171,6 +195,12 @@ _DUMPED = PlainSerializer(_copied)
 Pairs = Annotated[Mapping[str, str], PlainValidator(_read_pairs), _DUMPED, WithJsonSchema(_TABLE_OF_VALUES)]
 OptionalPairs = Annotated[
     Mapping[str, str | None], PlainValidator(_read_pairs), _DUMPED, WithJsonSchema(_TABLE_OF_VALUES)
+]
+RoleScopes = Annotated[
+    Mapping[str, tuple[str, ...]],
+    PlainValidator(_read_roles),
+    _DUMPED,
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}}),
 ]
 PostgresUrl = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string"})]
 DirectoryPath = Annotated[str | Path, PlainValidator(_read_path), WithJsonSchema({"type": "string"})]

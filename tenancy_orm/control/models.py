@@ -18,6 +18,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     Table,
     Text,
     Uuid,
@@ -238,6 +239,50 @@ api_keys = Table(
     CheckConstraint("id ~ '^[0-9A-Za-z]{16}$'", name="id"),
     CheckConstraint("octet_length(digest) = 32", name="digest"),
     Index("api_keys_tenant_id_idx", "tenant_id", "created_at"),
+)
+
+members = Table(
+    "members",
+    metadata,
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("roles", ARRAY(Text), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    PrimaryKeyConstraint("subject", "tenant_id"),
+    CheckConstraint("length(subject) BETWEEN 1 AND 255", name="subject"),
+    Index("members_tenant_id_idx", "tenant_id", "created_at"),
+)
+
+invitations = Table(
+    "invitations",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    Column("roles", ARRAY(Text), nullable=False),
+    Column("email", Text, nullable=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    Column("accepted_at", DateTime(timezone=True), nullable=True),
+    Column("accepted_by", Text, nullable=True),
+    Column("withdrawn_at", DateTime(timezone=True), nullable=True),
+    CheckConstraint("length(email) BETWEEN 1 AND 320", name="email"),
+    CheckConstraint("octet_length(digest) = 32", name="digest"),
+    CheckConstraint("(accepted_at IS NULL) = (accepted_by IS NULL)", name="accepted_by"),
+    Index("invitations_tenant_id_idx", "tenant_id", "created_at"),
+)
+
+revocations = Table(
+    "revocations",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("value", Text, primary_key=True),
+    Column("revoked_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("expires_at", DateTime(timezone=True), nullable=True),
+    Column("reason", Text, nullable=True),
+    CheckConstraint("kind IN ('subject', 'token')", name="kind"),
+    CheckConstraint("length(value) BETWEEN 1 AND 255", name="value"),
+    Index("revocations_expires_at_idx", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
 )
 
 # --- the audit log: only tenancy.audit_append writes it --------------------------------------------------------------

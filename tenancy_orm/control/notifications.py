@@ -1,8 +1,9 @@
 """Invalidations from the control database: one connection that LISTENs, and is reopened when it is lost.
 
 The registry's triggers NOTIFY the channel ``tenancy`` with ``{"t": tenant id, "k": key id or null, "c": kind}`` when a
-transaction commits. While the connection is lost, cached entries rely on their TTL alone; once it is back, everything
-is looked up again, since notifications were missed.
+transaction commits; ``"s"`` is a subject with other memberships or with revoked credentials, ``"j"`` the id of
+a token that was revoked. While the connection is lost, cached entries rely on their TTL alone; once it is back,
+everything is looked up again, since notifications were missed.
 
 On the channel ``tenancy_connections`` processes ask each other to close connections of a tenant. One that is missed
 does no harm: the process that asked does so again.
@@ -46,19 +47,28 @@ _LONGEST_PAUSE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A notification: a key changed if ``key_id`` is set, else a tenant; if neither is set, anything may have."""
+    """A notification: of a key, a subject or a token where its id is set, else of a tenant; else of anything."""
 
     tenant_id: UUID | None
     key_id: str | None
     kind: str
+    subject: str | None = None
+    token_id: str | None = None
 
     @classmethod
     def parse(cls, payload: str) -> Change:
         """Parse a payload. A malformed one counts as a change of anything, which is always safe."""
         try:
             fields = json.loads(payload)
-            tenant_id, key_id = fields["t"], fields["k"]
-            return cls(UUID(tenant_id) if tenant_id else None, str(key_id) if key_id else None, str(fields["c"]))
+            tenant_id, key_id, kind = fields["t"], fields["k"], str(fields["c"])
+            subject, token_id = fields.get("s"), fields.get("j")
+            return cls(
+                UUID(tenant_id) if tenant_id else None,
+                str(key_id) if key_id else None,
+                kind,
+                str(subject) if subject else None,
+                str(token_id) if token_id else None,
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             logger.warning("a notification on channel %r is malformed; everything is looked up again", CHANNEL)
             return cls(None, None, "malformed")

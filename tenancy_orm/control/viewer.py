@@ -51,6 +51,18 @@ VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
         "last_used_at",
         "rotated_from",
     ),
+    "members": ("tenant_id", "subject", "roles", "created_at"),
+    "invitations": (
+        "id",
+        "tenant_id",
+        "roles",
+        "email",
+        "created_at",
+        "expires_at",
+        "accepted_at",
+        "accepted_by",
+        "withdrawn_at",
+    ),
     "domains": (
         "domain",
         "tenant_id",

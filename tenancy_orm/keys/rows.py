@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,12 +11,12 @@ from uuid import UUID
 from sqlalchemy import Row, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ..config.values import SCOPE
 from ..control.models import api_keys
 from ..errors import ConfigurationError
 from .format import NewKey
 from .networks import Network, parse_networks
 
-_SCOPE = re.compile(r"\*|[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 _MAX_SCOPES = 100
 _MAX_NETWORKS = 100
 _NAME_LENGTH = 200
@@ -101,7 +100,7 @@ def check_scopes(scopes: Iterable[str]) -> list[str]:
     if len(found) > _MAX_SCOPES:
         raise ConfigurationError(f"a key has at most {_MAX_SCOPES} scopes, not {len(found)}")
     for scope in found:
-        if not _SCOPE.fullmatch(scope):
+        if not SCOPE.fullmatch(scope):
             raise ConfigurationError(
                 f"scope {scope!r} must be *, or 1 to 64 letters, digits and . _ : / - that begin with a letter or digit"
             )

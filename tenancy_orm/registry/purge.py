@@ -10,10 +10,13 @@ from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
 from ..context import refuse_other_tenant
 from ..control.database import ControlDatabase
-from ..control.models import api_keys, domains, former_slugs, tenants
+from ..control.models import api_keys, domains, former_slugs, invitations, members, tenants
 from ..errors import InvalidTransitionError
 from ..tenant import Status, Tenant
 from .table import TenantTable, check_unchanged
+
+# who may use the tenant
+_ACCESS = (api_keys, members, invitations)
 
 # what was counted and measured of the tenant; its idempotency keys may name people
 _DELETE_USAGE = tuple(
@@ -66,7 +69,7 @@ class Purge(TenantTable):
         return before
 
     async def erase_secrets(self, tenant_id: UUID) -> None:
-        """Erase the keys and passwords of a tenant that is being purged, so that nobody can use it any more.
+        """Erase the keys, members and passwords of a tenant that is being purged, so that nobody can use it any more.
 
         An empty password stays: until the purge is finished, the row says where the tenant's database is.
 
@@ -80,13 +83,16 @@ class Purge(TenantTable):
             before, row = await self._lock(connection, tenant_id)
             if before.status is not Status.DELETED or row.purge_started_at is None:
                 raise InvalidTransitionError(before.slug, before.status.value, Status.PURGED.value)
-            await connection.execute(delete(api_keys).where(api_keys.c.tenant_id == tenant_id))
+            for table in _ACCESS:
+                await connection.execute(delete(table).where(table.c.tenant_id == tenant_id))
             await connection.execute(
                 update(tenants).where(tenants.c.id == tenant_id).values(sealed_password=b"", next_sealed_password=None)
             )
 
     async def finish_purge(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> None:
-        """Turn the row into a tombstone: keys, sealed password, metadata and overrides are removed, the slug is freed.
+        """Turn the row into a tombstone, which frees the slug.
+
+        Keys, members, the sealed password, metadata and overrides are removed.
 
         Usage records that are not sent yet keep the metadata until they are.
 
@@ -98,7 +104,7 @@ class Purge(TenantTable):
             before, _ = await self._lock(connection, tenant_id)
             if before.status is Status.PURGED:
                 return
-            for table in (api_keys, former_slugs, domains):
+            for table in (*_ACCESS, former_slugs, domains):
                 await connection.execute(delete(table).where(table.c.tenant_id == tenant_id))
             await connection.execute(_CLOSE_USAGE, {"id": tenant_id, "billed": self._usage_billed})
             for statement in _DELETE_USAGE:

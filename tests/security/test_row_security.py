@@ -47,6 +47,9 @@ TENANT_TABLES = text(
 ROWS = """
 INSERT INTO tenancy.former_slugs VALUES ('was-' || {id}, {id}, now() + interval '1 day');
 INSERT INTO tenancy.domains (domain, tenant_id, token) VALUES ({id} || '.example.com', {id}, 'token');
+INSERT INTO tenancy.members (tenant_id, subject, roles) VALUES ({id}, 'alice', '{{owner}}');
+INSERT INTO tenancy.invitations (id, tenant_id, roles, digest, expires_at)
+    VALUES (gen_random_uuid(), {id}, '{{member}}', sha256('secret'), now() + interval '1 day');
 INSERT INTO tenancy.usage (tenant_id, resource, period, period_start, period_end, used)
     VALUES ({id}, 'users', 'lifetime', 'epoch', 'infinity', 3);
 INSERT INTO tenancy.usage_keys (tenant_id, key, resource, amount) VALUES ({id}, 'once', 'users', 1);
@@ -459,6 +462,8 @@ async def test_an_upgrade_keeps_an_application_that_was_granted_before(two: Two,
     await application.control.open()
     kinds = "SELECT tablename FROM pg_policies WHERE policyname = :policy AND cmd = 'SELECT'"
     assert await two.sql(kinds, policy=application_policy(role)) == [("audit_log",)]
+    covered = await two.sql("SELECT tablename FROM pg_policies WHERE policyname = :p", p=application_policy(role))
+    assert {row[0] for row in covered} == set(VIEWER_COLUMNS) - {"tiers"}
     async with application.control.connect() as connection:
         assert await seen(connection, "api_keys", "tenant_id") == {two.acme.id, two.globex.id}
     async with application.control.viewing(two.acme.id) as connection:

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from tenancy_orm.audit.actor import Actor
+from tenancy_orm.audit.actor import Actor, ActorKind
 from tenancy_orm.audit.chain import canonical
 from tenancy_orm.audit.checkpoints import Checkpoint, Signer, Verifier
 from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
@@ -224,6 +224,23 @@ async def test_the_summary_counts_by_day_and_action(plane: QuotaPlane) -> None:
         ("key.revoke", "operator", 1, 0),
     ]
     assert await plane.audit.summary(until=today) == []
+
+
+async def test_every_kind_of_actor_can_be_entered(plane: QuotaPlane) -> None:
+    """In partitions that were made before the log took credentials other than keys, and in those made later."""
+    await plane.sql("SELECT tenancy.audit_ensure_partitions(9)")
+    kinds = get_args(ActorKind)
+    for kind in kinds:
+        await plane.append(actor=Actor(kind, "somebody"))
+    assert [entry.actor.kind for entry in reversed(await plane.audit.events(limit=len(kinds)))] == list(kinds)
+    checks = await plane.sql(
+        "SELECT DISTINCT pg_get_expr(c.conbin, c.conrelid) FROM pg_constraint c JOIN pg_class t ON t.oid = c.conrelid "
+        "WHERE c.conname = 'audit_log_actor_kind_check' AND (t.relkind = 'p' OR t.relispartition)"
+    )
+    assert len(checks) == 1 and all(f"'{kind}'" in checks[0][0] for kind in kinds)
+    with pytest.raises(DBAPIError, match="audit_log_actor_kind_check"):
+        await plane.sql("SELECT tenancy.audit_append('a', NULL, NULL, 'x', NULL, NULL, NULL, NULL, NULL, NULL)")
+    assert (await plane.audit.verify()).ok
 
 
 # --- verifying ------------------------------------------------------------------------------------------------------

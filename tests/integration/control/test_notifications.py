@@ -279,13 +279,23 @@ async def test_a_malformed_notification_stands_for_a_change_of_anything(
     ear, _ = heard
     tenant_id = uuid4()
     payloads = ["", "nonsense", "[]", '{"t": 1}', '{"t": "x", "k": null, "c": "tenant"}', "null"]
-    good = [f'{{"t": "{tenant_id}", "k": null, "c": "tenant"}}', f'{{"t": "{tenant_id}", "k": "abc", "c": "key"}}']
+    good = [
+        f'{{"t": "{tenant_id}", "k": null, "c": "tenant"}}',
+        f'{{"t": "{tenant_id}", "k": "abc", "c": "key"}}',
+        f'{{"t": "{tenant_id}", "k": null, "c": "member", "s": "alice"}}',
+        '{"t": null, "k": null, "c": "revocation", "j": "token"}',
+    ]
     async with plane.control.transaction() as connection:
         for payload in [*payloads, *good]:
             await connection.execute(text("SELECT pg_notify('tenancy', :payload)"), {"payload": payload})
-    await until(lambda: len(ear.changes) == len(payloads) + 2)
-    assert ear.changes[:-2] == [Change(None, None, "malformed")] * len(payloads)
-    assert ear.changes[-2:] == [Change(tenant_id, None, "tenant"), Change(tenant_id, "abc", "key")]
+    await until(lambda: len(ear.changes) == len(payloads) + len(good))
+    assert ear.changes[:-4] == [Change(None, None, "malformed")] * len(payloads)
+    assert ear.changes[-4:] == [
+        Change(tenant_id, None, "tenant"),
+        Change(tenant_id, "abc", "key"),
+        Change(tenant_id, None, "member", subject="alice"),
+        Change(None, None, "revocation", token_id="token"),
+    ]
 
 
 async def test_closing_ends_the_backend(plane: ControlPlane, control_url: str) -> None:

@@ -25,6 +25,12 @@ from tenancy_orm.provisioning.pipeline import tenant_key
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.provisioning import Workshop, names_of, placement
 
+_MEMBER = text("INSERT INTO tenancy.members (tenant_id, subject, roles) VALUES (:id, 'alice', '{owner}')")
+_INVITATION = text(
+    "INSERT INTO tenancy.invitations (id, tenant_id, roles, email, digest, expires_at) "
+    "VALUES (gen_random_uuid(), :id, '{member}', 'bob@example.com', sha256('secret'), now() + interval '1 day')"
+)
+
 # --- purge ----------------------------------------------------------------------------------------------------------
 
 
@@ -32,12 +38,16 @@ async def test_a_purge_leaves_a_tombstone_and_nothing_else(workshop: Workshop) -
     """Database, role, keys and secrets are removed; the row is a tombstone."""
     draft = workshop.draft("acme", metadata={"plan": "annual"})
     await workshop.provisioner.create(draft, key=generate_key("ten_test"))
+    async with workshop.control.transaction() as connection:
+        await connection.execute(_MEMBER, {"id": draft.id})
+        await connection.execute(_INVITATION, {"id": draft.id})
     _, deleted = await workshop.registry.transition(draft.id, Status.DELETED, action="tenant.delete")
     await workshop.provisioner.purge(deleted)
     assert await workshop.present() == set()
     async with workshop.control.connect() as connection:
         row = (await connection.execute(text("SELECT * FROM tenancy.tenants"))).mappings().one()
-        assert await connection.scalar(text("SELECT count(*) FROM tenancy.api_keys")) == 0
+        for table in ("api_keys", "members", "invitations"):
+            assert await connection.scalar(text(f"SELECT count(*) FROM tenancy.{table}")) == 0, table
     assert (row["status"], row["sealed_password"], row["metadata"]) == ("purged", None, {})
     tombstone = await workshop.registry.get(draft.id)
     assert tombstone.placement is None

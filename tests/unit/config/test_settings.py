@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tenancy_orm import TenancyConfig, Tier, TierPolicy
-from tenancy_orm.config import KeyConfig, PoolConfig, SecretsConfig
+from tenancy_orm.config import KeyConfig, MembersConfig, PoolConfig, SecretsConfig
 from tenancy_orm.errors import ConfigurationError, SettingError
 from tests.support.models import Base
 
@@ -38,6 +38,12 @@ KEY = base64.b64encode(bytes(32)).decode()
         ({"name_prefix": "with-dash"}, "name_prefix: must be"),
         ({"keys": {"prefix": "Bad"}}, "keys.prefix: must be"),
         ({"keys": {"prefixes": ["Bad"]}}, "keys.prefixes: must be"),
+        ({"members": {"roles": "owner"}}, "members.roles: must be role=scope scope"),
+        ({"members": {"roles": {"owner": "*"}}}, "members.roles: must be a table of lists of scopes"),
+        ({"members": {"roles": {"owner": 3}}}, "members.roles: must be a table of lists of scopes"),
+        ({"members": {"roles": {"the owner": ["*"]}}}, "members.roles: 'the owner' is not the name of a role"),
+        ({"members": {"roles": {"owner": ["a b"]}}}, "members.roles: 'a b' of role 'owner' is not a scope"),
+        ({"members": {"invitation_seconds": 0}}, "members.invitation_seconds: must be above 0"),
         ({"default_tier": "gold"}, "default_tier: 'gold' is not among tiers"),
         ({"tiers": {"a": Tier("b")}, "default_tier": "a"}, "tiers: tier 'b' is filed under the name 'a'"),
         ({"tiers": []}, "tiers: must be a table"),
@@ -172,6 +178,19 @@ def test_text_is_read_alike_wherever_it_comes_from() -> None:
     assert list(config.sealing_keys) == ["1", "2"]
     assert config.sessions.settings == {"search_path": "a, b", "timezone": "UTC"}
     assert config.provisioning.role_settings == {"work_mem": "4096", "jit": "off"}
+
+
+def test_roles_give_scopes() -> None:
+    """Roles are written alike as text and as a table; one that is not configured any more gives nothing."""
+    default = MembersConfig()
+    assert default.scopes_of(["owner"]) == default.scopes_of(["member", "admin"]) == {"*"}
+    assert default.scopes_of([]) == default.scopes_of(["member", "former"]) == frozenset()
+    written = MembersConfig(roles="editor=docs:read docs:write; viewer = docs:read;guest=")  # type: ignore[arg-type]
+    assert written == MembersConfig(
+        roles={"editor": ("docs:read", "docs:write"), "viewer": ("docs:read",), "guest": ()}
+    )
+    assert written.scopes_of(("viewer", "guest")) == {"docs:read"}
+    assert written.scopes_of(["owner"]) == frozenset()
 
 
 def test_a_comma_in_a_url_does_not_end_it() -> None:
