@@ -200,11 +200,12 @@ class AdmissionEnded(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectoryMissed(Event):
-    """The directory looked up ``keys`` keys and ``tenants`` tenants in the control database, in ``seconds``."""
+    """The directory looked up keys, tenants and the memberships of ``subjects``, in the control database."""
 
     keys: int
     tenants: int
     seconds: float
+    subjects: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,11 @@ class Tenancy:
             raise ConfigurationError(f"pass a TenancyConfig, not {type(config).__name__}")
         self._configured = config or TenancyConfig.from_env()
         self.events = EventBus()
-        rates = Rates(self._configured.tiers, processes=self._configured.quotas.rate_processes)
+        rates = Rates(
+            self._configured.tiers,
+            processes=self._configured.quotas.rate_processes,
+            address_rate=self._configured.quotas.address_requests_per_second,
+        )
         self._lifetime = Lifetime(self._configured, self.events, rates)
 
     def __repr__(self) -> str:

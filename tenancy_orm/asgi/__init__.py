@@ -1,5 +1,6 @@
 """ASGI middleware for web applications: binds each request to its tenant, and answers the requests that it refuses."""
 
+from .authenticators import ApiKeyAuthenticator, Authenticator, Presented, TextAuthenticator
 from .exempt import ExemptPaths
 from .middleware import TenancyMiddleware
 from .problems import Problem, problem_for
@@ -17,17 +18,21 @@ from .resolvers import (
 from .scopes import credential_of, demand_scopes, require_scope
 
 __all__ = [
+    "ApiKeyAuthenticator",
     "ApiKeyHeader",
+    "Authenticator",
     "BearerToken",
     "ExemptPaths",
     "HeaderResolver",
     "KeyResolver",
     "PathPrefixResolver",
+    "Presented",
     "Problem",
     "Resolver",
     "SubdomainResolver",
     "TenancyMiddleware",
     "TenantResolver",
+    "TextAuthenticator",
     "WebSocketKeyProtocol",
     "credential_of",
     "demand_scopes",

@@ -7,13 +7,15 @@ valid it refuses, and no further one is asked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..authentication.credential import Credential
-from .resolvers import Headers
+from ..errors import ConfigurationError, InvalidCredentialError
+from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver
 
 
 @runtime_checkable
@@ -29,6 +31,49 @@ class Authenticator(Protocol):
         Raises:
             InvalidCredentialError: it carries one that is not valid; the request is refused by 401.
         """
+
+
+class ApiKeyAuthenticator:
+    """Finds API keys; among the authenticators by default, and the only one where none are given.
+
+    Args:
+        resolvers: Where keys are sent; in ``X-API-Key`` and ``Authorization: Bearer`` where none are given.
+
+    Raises:
+        ConfigurationError: one is no ``KeyResolver``.
+    """
+
+    def __init__(self, *resolvers: KeyResolver) -> None:
+        given: tuple[object, ...] = resolvers
+        if unknown := [resolver for resolver in given if not isinstance(resolver, KeyResolver)]:
+            raise ConfigurationError(f"{unknown[0]!r} is no KeyResolver")
+        self.resolvers = resolvers or (ApiKeyHeader(), BearerToken())
+        self.headers = tuple({header for resolver in self.resolvers for header in resolver.headers})
+        # with the header that each reads, where it reads one alone: most requests send the key in one of them only
+        self._readers = tuple((r.headers[0] if len(r.headers) == 1 else None, r) for r in self.resolvers)
+
+    def read(self, scope: Scope, headers: Headers, is_key: Callable[[str], bool]) -> str | None:
+        """Return the text that was sent where keys are; None where nothing was.
+
+        Beside a key a proxy may send a token of another system: of two texts the one that ``is_key`` knows is returned.
+
+        Raises:
+            InvalidCredentialError: there is more than one key.
+        """
+        found = None
+        for header, resolver in self._readers:
+            if header is not None and header not in headers:
+                continue
+            text = resolver.key(scope, headers)
+            if text is None or text == found:
+                continue
+            if found is None:
+                found = text
+            elif is_key(text):
+                if is_key(found):
+                    raise InvalidCredentialError("ambiguous")
+                found = text
+        return found
 
 
 class Presented(NamedTuple):

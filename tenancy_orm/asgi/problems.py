@@ -21,6 +21,8 @@ from ..errors import (
     AdmissionEndedError,
     CheckoutTimeoutError,
     ControlUnavailableError,
+    CredentialsUnavailableError,
+    CrossOriginError,
     CrossTenantError,
     InvalidCredentialError,
     MalformedRequestError,
@@ -29,7 +31,9 @@ from ..errors import (
     ServerUnavailableError,
     TenancyError,
     TenantMaintenanceError,
+    TenantNotAllowedError,
     TenantNotFoundError,
+    TenantNotNamedError,
     TenantProvisioningError,
     TenantSuspendedError,
     TenantUnavailableError,
@@ -95,26 +99,33 @@ def _retry_after(seconds: int) -> tuple[tuple[bytes, bytes], ...]:
 MISSING_CREDENTIAL = Problem(
     401,
     "missing-credential",
-    "API key required",
-    "this request needs an API key",
+    "Credential required",
+    "this request needs a credential",
     ((b"www-authenticate", b"Bearer"),),
 )
 AMBIGUOUS_CREDENTIAL = Problem(
     401,
     "ambiguous-credential",
-    "More than one API key",
-    "send exactly one API key",
+    "More than one credential",
+    "send exactly one credential",
     ((b"www-authenticate", b'Bearer error="invalid_request"'),),
 )
 INVALID_CREDENTIAL = Problem(
     401,
     "invalid-credential",
-    "API key not valid",
-    "the API key is not valid",
+    "Credential not valid",
+    "the credential is not valid",
     ((b"www-authenticate", b'Bearer error="invalid_token"'),),
 )
 CROSS_TENANT = Problem(
-    403, "cross-tenant", "Another tenant", "the request names another tenant than the one its API key belongs to"
+    403, "cross-tenant", "Another tenant", "the request names a tenant that its credential does not allow"
+)
+NO_TENANT = Problem(403, "no-tenant", "No tenant", "this credential allows no tenant")
+CROSS_ORIGIN = Problem(
+    403,
+    "cross-origin",
+    "Another origin",
+    "this request comes from a page of another origin, which may not use a cookie",
 )
 SUSPENDED = Problem(403, "tenant-suspended", "Tenant suspended", "this tenant is suspended")
 UNAVAILABLE = Problem(403, "tenant-unavailable", "Tenant not available", "this tenant is not available")
@@ -140,26 +151,30 @@ DATABASE_AWAY = Problem(
 CONTROL_AWAY = Problem(
     503,
     "credentials-unavailable",
-    "API keys cannot be checked",
-    "the API key cannot be checked now; try again",
+    "Credentials cannot be checked",
+    "the credential cannot be checked now; try again",
     _retry_after(5),
 )
 RATE_LIMITED = Problem(429, "rate-limited", "Too many requests", "this tenant sends too many requests; slow down")
+ADDRESS_LIMITED = Problem(
+    429, "rate-limited", "Too many requests", "too many requests come from this address; slow down"
+)
 QUOTA_EXCEEDED = Problem(429, "quota-exceeded", "Quota exceeded", "the request would pass a limit")
 
 
-def rate_headers(outcome: Allowed | Denied) -> list[tuple[bytes, bytes]]:
+def rate_headers(outcome: Allowed | Denied, policy: str = "tenant") -> list[tuple[bytes, bytes]]:
     """Return the headers about a client's request rate (draft-ietf-httpapi-ratelimit-headers-10).
 
     ``RateLimit-Policy`` has the number of requests that may come at once (q); ``RateLimit`` has the number that still
-    may (r), and the seconds until q may come again (t). Without a limit there are no headers.
+    may (r), and the seconds until q may come again (t). Without a limit there are no headers. ``policy`` says what the
+    rate is counted by.
     """
     if outcome.limit is None:
         return []
     reset = math.ceil(outcome.reset)
     headers = [
-        (b"ratelimit-policy", b'"tenant";q=%d' % outcome.limit),
-        (b"ratelimit", b'"tenant";r=%d;t=%d' % (outcome.remaining or 0, reset)),
+        (b"ratelimit-policy", b'"%s";q=%d' % (policy.encode(), outcome.limit)),
+        (b"ratelimit", b'"%s";r=%d;t=%d' % (policy.encode(), outcome.remaining or 0, reset)),
     ]
     if isinstance(outcome, Denied):
         headers += _retry_after(max(1, math.ceil(outcome.retry_after)))
@@ -180,8 +195,8 @@ def problem_for(error: TenancyError, *, tenant: Tenant | None = None) -> Problem
     return None
 
 
-def _bad_key(error: InvalidCredentialError, tenant: Tenant | None) -> Problem:
-    # missing and ambiguous the caller knows anyway; malformed, unknown, revoked and expired keys share one answer
+def _bad_credential(error: InvalidCredentialError, tenant: Tenant | None) -> Problem:
+    # missing and ambiguous the caller knows anyway; malformed, unknown, revoked and expired ones share one answer
     return {"missing": MISSING_CREDENTIAL, "ambiguous": AMBIGUOUS_CREDENTIAL}.get(error.reason, INVALID_CREDENTIAL)
 
 
@@ -191,7 +206,16 @@ def _malformed(error: MalformedRequestError, tenant: Tenant | None) -> Problem:
 
 def _too_many_attempts(error: TooManyAttemptsError, tenant: Tenant | None) -> Problem:
     headers = _retry_after(max(1, math.ceil(error.retry_after)))
-    return Problem(429, "too-many-attempts", "Too many attempts", "too many invalid API keys; wait", headers)
+    return Problem(429, "too-many-attempts", "Too many attempts", "too many invalid credentials; wait", headers)
+
+
+def _not_allowed(error: TenantNotAllowedError, tenant: Tenant | None) -> Problem:
+    return NO_TENANT if error.requested is None else CROSS_TENANT
+
+
+def _not_named(error: TenantNotNamedError, tenant: Tenant | None) -> Problem:
+    detail = "this credential allows several tenants; name one of them in the request"
+    return Problem(409, "tenant-not-named", "Which tenant?", detail, members={"tenants": list(error.slugs)})
 
 
 def _missing_scope(error: MissingScopeError, tenant: Tenant | None) -> Problem:
@@ -225,10 +249,14 @@ def _quota(error: QuotaExceededError, tenant: Tenant | None) -> Problem:
 
 
 _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], Problem]] = {
-    InvalidCredentialError: _bad_key,
+    InvalidCredentialError: _bad_credential,
     AdmissionEndedError: INVALID_CREDENTIAL,
     MalformedRequestError: _malformed,
     CrossTenantError: CROSS_TENANT,
+    CrossOriginError: CROSS_ORIGIN,
+    CredentialsUnavailableError: CONTROL_AWAY,
+    TenantNotAllowedError: _not_allowed,
+    TenantNotNamedError: _not_named,
     TooManyAttemptsError: _too_many_attempts,
     MissingScopeError: _missing_scope,
     TenantNotFoundError: NOT_FOUND,

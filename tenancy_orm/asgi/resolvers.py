@@ -1,8 +1,8 @@
-"""Resolvers: read the API key from a request, and any tenant that the request names besides it.
+"""Resolvers: read the API key from a request, and any tenant that the request names besides its credential.
 
 A ``KeyResolver`` finds the API key, which decides the tenant. A ``TenantResolver`` finds the tenant that the request
-claims by sub-domain, path or header. The claimed tenant is never looked up, only compared with the key's tenant: it
-gives no access, and does not reveal which tenants exist.
+claims by sub-domain, path or header. The claimed tenant is only compared with those that the credential allows: it
+gives no access, and does not reveal which tenants exist. It is looked up on public paths alone.
 
 All of them read ``scope`` and the headers that they declared, which the middleware collects in one pass.
 """
@@ -118,9 +118,14 @@ class WebSocketKeyProtocol(KeyResolver):
 
 
 class TenantResolver(Resolver, ABC):
-    """Finds the tenant that the request claims besides its key. ``name`` says where, in events and the audit log."""
+    """Finds the tenant that the request names besides its credential.
+
+    ``name`` says where, in events and the audit log. ``is_address`` tells whether it is part of the address that people
+    visit, as host and path are: only such a name binds a tenant on a public path.
+    """
 
     name: str
+    is_address = False
 
     @abstractmethod
     def claimed_tenant(self, scope: Scope, headers: Headers) -> str | None:
@@ -131,12 +136,16 @@ class TenantResolver(Resolver, ABC):
         """
 
     def matches(self, claimed: str, tenant: Tenant) -> bool:
-        """Return whether ``claimed`` is the slug, the id or an alias of ``tenant``, the tenant of the request's key."""
+        """Return whether ``claimed`` is the slug, the id or an alias of ``tenant``, which the credential allows."""
         return claimed == tenant.slug or claimed in tenant.aliases or claimed == str(tenant.id)
 
     def redirect_url(self, scope: Scope, claimed: str, tenant: Tenant) -> str | None:
         """Return the URL to redirect to where ``claimed`` is a former slug of ``tenant``; None serves the request."""
         return None
+
+    def inner_path(self, path: str) -> str:
+        """Return what is left for the application's routes of a path, without the part that names the tenant."""
+        return path
 
 
 class HeaderResolver(TenantResolver):
@@ -176,6 +185,7 @@ class SubdomainResolver(TenantResolver):
     """
 
     name = "subdomain"
+    is_address = True
     headers = (b"host",)
 
     def __init__(
@@ -233,6 +243,7 @@ class PathPrefixResolver(TenantResolver):
     """
 
     name = "path"
+    is_address = True
 
     def __init__(self, template: str = "/t/{tenant}") -> None:
         prefix, placeholder, rest = template.partition("{tenant}")
@@ -247,6 +258,13 @@ class PathPrefixResolver(TenantResolver):
         if not path.startswith(self._prefix):
             return None
         return _check_name(path[len(self._prefix) :].partition("/")[0], "the path")
+
+    def inner_path(self, path: str) -> str:
+        """Return the path after the prefix and the tenant's name."""
+        if not path.startswith(self._prefix):
+            return path
+        _, slash, rest = path[len(self._prefix) :].partition("/")
+        return slash + rest
 
     def adapt_scope(self, scope: Scope) -> None:
         """Move the prefix into ``root_path``."""

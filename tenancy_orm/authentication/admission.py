@@ -7,7 +7,7 @@ an admission calls it through a ``Monitor``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +15,7 @@ from ..errors import AdmissionEndedError, TenancyError
 from ..keys.networks import Network, is_in_networks
 from ..registry.lifecycle import check_usable
 from ..tenant import Status, Tenant
-from .credential import ALL_SCOPES
+from .credential import ALL_SCOPES, Credential
 
 logger = logging.getLogger("tenancy_orm.directory")
 
@@ -25,7 +25,9 @@ class CredentialState:
     """What the control database said about a credential at ``read_at``.
 
     ``read_at`` (before the query was sent) and ``expires`` are times of the directory's clock. ``secret`` is the
-    digest's version and the digest.
+    digest's version and the digest. ``credential`` is a token, session or visitor as it was authenticated, None for a
+    key; ``tags`` are what else it is found by when something changes. ``credential_id`` is the key's id, or unique in
+    this process.
     """
 
     credential_id: str
@@ -36,6 +38,13 @@ class CredentialState:
     secret: tuple[str | None, bytes] = field(default=(None, b""), repr=False)
     revoked: bool = False
     expires: float | None = None
+    credential: Credential | None = None
+    tags: tuple[Hashable, ...] = ()
+
+    @property
+    def public_id(self) -> str:
+        """The id of the credential as people know it."""
+        return self.credential_id if self.credential is None else self.credential.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ class Admission:
     def __repr__(self) -> str:
         """Name its credential, and say whether it is valid."""
         state = "valid" if self.ended is None else f"ended: {self.ended.reason}"
-        return f"<Admission of {self.granted.credential_id} {state}>"
+        return f"<Admission of {self.granted.public_id} {state}>"
 
     def for_source(self, source: str | None) -> Admission:
         """Return an admission of the same credential for one source alone."""
@@ -151,7 +160,7 @@ class Admission:
     def _expired(self) -> AdmissionEnd | None:
         if self.expires is None or self._monitor.clock() < self.expires:
             return None
-        return _end_because("expired", self.granted.credential_id)
+        return _end_because("expired", self.granted.public_id)
 
     # --- watching: for connections that stay open -------------------------------------------------------------------
 
@@ -184,7 +193,7 @@ class Admission:
 
     def end_unverified(self) -> None:
         """End it because it could not be verified for too long."""
-        self.end(_end_because("unverified", self.granted.credential_id))
+        self.end(_end_because("unverified", self.granted.public_id))
 
     # --- verifying --------------------------------------------------------------------------------------------------
 
@@ -231,15 +240,15 @@ class Admission:
         elif not granted.scopes <= state.scopes and ALL_SCOPES not in state.scopes:
             reason = "scope"
         if state is None or reason is not None:
-            return _end_because(reason or "unknown", granted.credential_id)
+            return _end_because(reason or "unknown", granted.public_id)
         try:
             # whoever was admitted during maintenance is an operator
             check_usable(state.tenant, operator=granted.tenant.status is Status.MAINTENANCE)
         except TenancyError as error:
-            return AdmissionEnd(granted.credential_id, state.tenant.status.value, error.with_traceback(None))
+            return AdmissionEnd(granted.public_id, state.tenant.status.value, error.with_traceback(None))
         # the sources of a shared admission are not recorded
         if state.networks != granted.networks and not (state.networks == () or self._is_inside(state.networks)):
-            return _end_because("network", granted.credential_id)
+            return _end_because("network", granted.public_id)
         return None
 
     def _is_inside(self, networks: tuple[Network, ...]) -> bool:

@@ -11,9 +11,8 @@ import logging
 import random
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator
 from contextvars import Context
-from uuid import UUID
 
 from ..errors import ControlUnavailableError
 from .admission import Admission, CredentialState, Monitor
@@ -27,10 +26,9 @@ _RETRY_SECONDS = 1.0  # while the control database does not answer
 class _Ref(weakref.ref[Admission]):
     """A weak reference with the keys that it is stored under."""
 
-    __slots__ = ("credential_id", "tenant_id")
+    __slots__ = ("tags",)
 
-    credential_id: str
-    tenant_id: UUID
+    tags: tuple[Hashable, ...]
 
 
 class Admissions:
@@ -41,7 +39,7 @@ class Admissions:
     ``ttl + grace`` seconds ends, since new requests are refused from then on as well.
 
     Args:
-        look_up: Returns the current state of a credential, or None; raises ``ControlUnavailableError``.
+        look_up: Returns the current state of an admitted credential, or None; raises ``ControlUnavailableError``.
         is_listening: Whether notifications of changes arrive now. While they do not, watched admissions are verified
             every ``ttl`` seconds, and the others when they are used.
         ttl: Seconds, see ``TenancyConfig.directory.ttl``.
@@ -51,7 +49,7 @@ class Admissions:
 
     def __init__(
         self,
-        look_up: Callable[[str], Awaitable[CredentialState | None]],
+        look_up: Callable[[CredentialState], Awaitable[CredentialState | None]],
         *,
         is_listening: Callable[[], bool],
         ttl: float,
@@ -64,7 +62,8 @@ class Admissions:
         self._max_unverified_seconds = ttl + grace
         self._clock = clock
         self._monitor = Monitor(clock, self._register, self._verify_soon, self._watch, self._unwatch)
-        self._refs: dict[str | UUID, set[_Ref]] = {}
+        self._refs: dict[Hashable, set[_Ref]] = {}
+        self._number = 0
         # the garbage collector may run in any thread: the next registration removes what it found
         self._dead: deque[_Ref] = deque()
         self._watched: dict[Admission, asyncio.TimerHandle | None] = {}
@@ -103,7 +102,7 @@ class Admissions:
     def __len__(self) -> int:
         """How many admissions there are."""
         self._discard_dead()
-        return sum(len(refs) for tag, refs in self._refs.items() if isinstance(tag, str))
+        return self._number
 
     # --- registering ------------------------------------------------------------------------------------------------
 
@@ -119,21 +118,23 @@ class Admissions:
         self._discard_dead()
         granted = admission.granted
         ref = _Ref(admission, self._dead.append)
-        ref.credential_id, ref.tenant_id = granted.credential_id, granted.tenant.id
-        self._refs.setdefault(ref.credential_id, set()).add(ref)
-        self._refs.setdefault(ref.tenant_id, set()).add(ref)
+        ref.tags = (granted.credential_id, granted.tenant.id, *granted.tags)
+        for tag in ref.tags:
+            self._refs.setdefault(tag, set()).add(ref)
+        self._number += 1
 
     def _discard_dead(self) -> None:
         while self._dead:
             ref = self._dead.popleft()
-            for tag in (ref.credential_id, ref.tenant_id):
+            self._number -= 1
+            for tag in ref.tags:
                 siblings = self._refs.get(tag)
                 if siblings is not None:
                     siblings.discard(ref)
                     if not siblings:
                         del self._refs[tag]
 
-    def _active(self, tag: str | UUID) -> Iterator[Admission]:
+    def _active(self, tag: Hashable) -> Iterator[Admission]:
         for ref in tuple(self._refs.get(tag, ())):
             admission = ref()
             if admission is not None and admission.ended is None:
@@ -161,8 +162,8 @@ class Admissions:
 
     # --- verifying --------------------------------------------------------------------------------------------------
 
-    def verify(self, tag: str | UUID) -> None:
-        """Schedule the verification of a credential's admissions, or of a tenant's: something may have changed."""
+    def verify(self, tag: Hashable) -> None:
+        """Schedule the verification of the admissions of a credential, tenant or subject: that may have changed."""
         self._schedule(admission.granted.credential_id for admission in self._active(tag))
 
     def verify_all(self) -> None:
@@ -222,12 +223,16 @@ class Admissions:
 
     async def _verify_one(self, credential_id: str) -> bool:
         self._failed.discard(credential_id)
+        granted = next((admission.granted for admission in self._active(credential_id)), None)
+        if granted is None:
+            self._unverified.pop(credential_id, None)
+            return True
         try:
-            state = await self._look_up(credential_id)
+            state = await self._look_up(granted)
         except ControlUnavailableError:
             return False
         except Exception:
-            logger.exception("the admissions of credential %s could not be verified; trying again", credential_id)
+            logger.exception("the admissions of credential %s could not be verified; trying again", granted.public_id)
             return False
         self._unverified.pop(credential_id, None)
         for admission in self._active(credential_id):

@@ -21,11 +21,10 @@ from sqlalchemy import Row
 
 from ..audit.log import AuditLog
 from ..config import TenancyConfig
-from ..context import _current, as_reference, refuse_other_tenant, refuse_while_bound
+from ..context import _current, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
-from ..control.lookup import check_name
 from ..control.notifications import SCHEMA_CHANGED, SCHEMA_CHANGING, Change, ConnectionRequest, Listener
-from ..errors import ControlUnavailableError, InvalidCredentialError, TenantNotFoundError
+from ..errors import ControlUnavailableError, InvalidCredentialError
 from ..events import CredentialRejected, EventBus
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
@@ -38,14 +37,17 @@ from .directory_cache import DirectoryCache, KeyEntry
 from .intrusions import Intrusions
 from .journal import KeyJournal
 from .lockout import Lockout
-from .lookups import DirectoryLookups, credential_state
+from .lookups import EVERYTHING, DirectoryLookups, credential_state
+from .subjects import SubjectDirectory, subject_tag, token_tag
+from .tenant_directory import TenantDirectory
 
 logger = logging.getLogger("tenancy_orm.directory")
 
 _Arguments = TypeVarTuple("_Arguments")
 
 _INACTIVE = frozenset({Status.DELETED, Status.PURGED})
-_EVERYTHING = "*"  # the tag under which everything is invalidated
+# their signature was right: a browser that wakes up after a night must not lock its neighbours out
+_NO_GUESSES = frozenset({"missing", "expired", "not yet valid", "revoked"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,11 @@ class Directory:
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._request_callbacks: list[Callable[[ConnectionRequest], None]] = []
         self._schema_callbacks: list[Callable[[UUID | None, bool], None]] = []
-        self._before_use: Callable[[Tenant], Awaitable[None] | None] = lambda tenant: None
         self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
         self._find = self._cache.keys.entries.get
-        self._tenant_entry = self._cache.tenant_entry
         self._lookups = DirectoryLookups(control, config, events, clock=clock)
+        self._tenants = TenantDirectory(self._home, self._cache, self._lookups, clock=clock)
         self._lockout = Lockout(config, events, clock=clock)
         self._journal = KeyJournal(control, audit, self._digester, interval=config.keys.usage_interval, clock=clock)
         self._intrusions = Intrusions(events, self._journal, clock=clock)
@@ -122,6 +123,7 @@ class Directory:
             grace=config.directory.grace,
             clock=clock,
         )
+        self.subjects = SubjectDirectory(self._tenants, self._lookups, self.admissions, config, clock=clock)
 
     async def open(self) -> None:
         """Start to listen for invalidations, and to record which keys are used."""
@@ -293,21 +295,24 @@ class Directory:
                 )
             self._cache.invalidate_key(digest)
             self._cache.record_proven(digest, False)
-            if invalidated.isdisjoint((_EVERYTHING, parsed.key_id)):
+            if invalidated.isdisjoint((EVERYTHING, parsed.key_id)):
                 self._cache.store_unknown_key(digest, reason)
             raise InvalidCredentialError(reason, credential_id=parsed.key_id)
         return _Verified(row, read_at, invalidated)
 
     async def _enter(self, digest: bytes, parsed: ParsedKey, found: _Verified) -> KeyEntry:
         """Cache what was found, once its tenant may be used."""
-        if found.row.revoked_at is None and (waiting := self._before_use(tenant_from_row(found.row))) is not None:
+        if (
+            found.row.revoked_at is None
+            and (waiting := self._tenants.before_use(tenant_from_row(found.row))) is not None
+        ):
             await waiting
             # of what was invalidated in between, the key revoked for example, nobody has told this look-up
             found = await self._verified(digest, parsed)
         row, read_at, invalidated = found
         entry = self._build(row, read_at)
         self._cache.record_proven(digest, entry.refusal is None)
-        if invalidated.isdisjoint((_EVERYTHING, row.key_id, row.id)):
+        if invalidated.isdisjoint((EVERYTHING, row.key_id, row.id)):
             self._cache.store_key(digest, entry)
         else:
             # a change came while this was looked up: verify whatever is admitted with it
@@ -316,9 +321,11 @@ class Directory:
             self._journal.record_digest(parsed, row.digest_version)
         return entry
 
-    async def _credential_state(self, key_id: str) -> CredentialState | None:
-        """Return the current state of a key, for admissions that are verified."""
-        found, _ = await self._lookups.key(key_id)
+    async def _credential_state(self, granted: CredentialState) -> CredentialState | None:
+        """Return the current state of a credential, for admissions that are verified."""
+        if granted.credential is not None:
+            return await self.subjects.state(granted)
+        found, _ = await self._lookups.key(granted.credential_id)
         return found and credential_state(*found)
 
     def _build(self, row: Row[Any], read_at: float) -> KeyEntry:
@@ -340,6 +347,40 @@ class Directory:
         if tenant.status in _INACTIVE:
             refusal = refusal or f"tenant {tenant.status}"
         return KeyEntry(credential, refusal, read_at, state.expires, self._config)
+
+    async def attempt(
+        self, verify: Callable[[], Awaitable[Credential]], *, what: Hashable, source: str | None
+    ) -> Credential:
+        """Call ``verify``, within the lock-out of ``source``.
+
+        Args:
+            verify: Verifies a credential that is no key, and was not verified before.
+            what: The credential's fingerprint: the same one tried twice at a time is one attempt.
+            source: The peer's address.
+
+        Raises:
+            InvalidCredentialError: it is not valid, which is recorded.
+            TooManyAttemptsError: ``source`` presented too many invalid credentials.
+        """
+        try:
+            if source is None:
+                return await verify()
+            group = source_group(source)
+            self._lockout.check(group)
+            await self._lockout.attempts.begin(group, what)
+            try:
+                return await verify()
+            finally:
+                self._lockout.attempts.end(group, what)
+        except InvalidCredentialError as error:
+            await self.report_refused(error, source)
+            raise
+
+    async def report_refused(self, error: InvalidCredentialError, source: str | None) -> None:
+        """Record that a credential, no key, was refused, and count it unless it was valid at another time."""
+        self._report_refused(error, source, None)
+        if error.reason not in _NO_GUESSES:
+            await self._lockout.count(None, source)
 
     async def _refused(self, error: InvalidCredentialError, source: str | None, tenant: Tenant | None) -> None:
         """Report and count a refusal, and delay the answer where its key id was tried too often."""
@@ -375,19 +416,7 @@ class Directory:
         Raises:
             CrossTenantError: another tenant is bound.
         """
-        if get_ident() != self._home.thread:
-            self._home.check()
-        refuse_other_tenant(ref)
-        entry = self._tenant_entry(as_reference(ref))
-        if entry is None:
-            return None
-        now = self._clock()
-        if now >= entry.fresh_until:
-            return None
-        entry.used = now
-        # the name may belong to another tenant since the binding
-        refuse_other_tenant(entry.tenant)
-        return entry.tenant
+        return self._tenants.peek(ref)
 
     async def tenant(self, ref: str | UUID | Tenant) -> Tenant:
         """Return a tenant by slug, id or an older ``Tenant``, whatever its status, unless it is purged.
@@ -399,41 +428,7 @@ class Directory:
             ControlUnavailableError: it is not cached, and the control database does not answer.
             CrossTenantError: another tenant is bound.
         """
-        self._home.check()
-        found = self.peek_tenant(ref)
-        if found is not None:
-            return found
-        wanted = as_reference(ref)
-        if isinstance(wanted, str):
-            check_name(wanted)
-        if self._cache.is_unknown_tenant(wanted):
-            raise TenantNotFoundError(wanted)
-        try:
-            found = await self._look_up_tenant(wanted)
-        except ControlUnavailableError:
-            entry = self._tenant_entry(wanted)
-            if entry is None or self._clock() >= entry.stale_until:
-                raise
-            entry.used = self._clock()
-            found = entry.tenant
-        refuse_other_tenant(found)
-        return found
-
-    async def _look_up_tenant(self, wanted: UUID | str, *, wait: bool = True) -> Tenant:
-        found, invalidated = await self._lookups.tenant(wanted)
-        tenant, read_at = found or (None, 0.0)
-        if tenant is None or tenant.status is Status.PURGED:
-            self._cache.invalidate_name(wanted)
-            if not invalidated:
-                self._cache.store_unknown_tenant(wanted)
-            raise TenantNotFoundError(wanted)
-        if wait and (waiting := self._before_use(tenant)) is not None:
-            await waiting
-            # what was invalidated in between is not in ``invalidated``
-            return await self._look_up_tenant(wanted, wait=False)
-        if invalidated.isdisjoint((_EVERYTHING, tenant.id)):
-            self._cache.store_tenant(tenant, read_at)
-        return tenant
+        return await self._tenants.get(ref)
 
     # --- invalidation -----------------------------------------------------------------------------------------------
 
@@ -458,7 +453,7 @@ class Directory:
         It returns None where the tenant may be used at once. Otherwise what it returns is awaited, and the tenant is
         looked up again: its key may have been revoked, or its status changed, in the time that this takes.
         """
-        self._before_use = callback
+        self._tenants.before_use = callback
 
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
         """Remove a key from the cache, or a tenant and its keys, or everything where neither is given."""
@@ -470,13 +465,25 @@ class Directory:
         elif tenant_id is not None:
             self._lookups.invalidate(tenant_id)
             self._cache.invalidate_tenant(tenant_id)
+            self.subjects.invalidate(tenant_id)
             self.admissions.verify(tenant_id)
             self._call_back(tenant_id)
         else:
-            self._lookups.invalidate(_EVERYTHING)
+            self._lookups.invalidate(EVERYTHING)
             self._cache.clear()
+            self.subjects.clear()
             self.admissions.verify_all()
             self._call_back(None)
+
+    def invalidate_subject(self, subject: str | None = None, token_id: str | None = None) -> None:
+        """Remove what is cached of a person, or of one token or session: memberships changed, or it was revoked."""
+        self._home.check()
+        tags = [subject_tag(subject)] if subject is not None else []
+        tags += [token_tag(token_id)] if token_id is not None else []
+        for tag in tags:
+            self._lookups.invalidate(tag)
+            self.subjects.invalidate(tag)
+            self.admissions.verify(tag)
 
     def revalidate(self) -> None:
         """Mark everything as stale, so that it is looked up again before use: invalidations may have been missed.
@@ -485,8 +492,9 @@ class Directory:
         time counts from when they were looked up.
         """
         self._home.check()
-        self._lookups.invalidate(_EVERYTHING)
+        self._lookups.invalidate(EVERYTHING)
         self._cache.mark_stale()
+        self.subjects.mark_stale()
         self.admissions.verify_all()
         self._call_back(None)
 
@@ -496,7 +504,10 @@ class Directory:
                 # the cached tenant has the former revision; its engine and its admissions remain
                 self._lookups.invalidate(change.tenant_id)
                 self._cache.invalidate_tenant(change.tenant_id)
+                self.subjects.invalidate(change.tenant_id)
             self._call_back_for_schema(change.tenant_id, change.kind == SCHEMA_CHANGING)
+        elif change.subject is not None or change.token_id is not None:
+            self.invalidate_subject(change.subject, change.token_id)
         elif change.tenant_id is None and change.key_id is None:
             self.revalidate()
         else:

@@ -8,11 +8,12 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextvars import Context
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Any, Final, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import ARRAY, Executable, Row, Text, Uuid, any_, bindparam, func, select, union_all
+from sqlalchemy import ARRAY, Executable, Row, Text, Uuid, any_, bindparam, func, select, text, union_all
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..config import TenancyConfig
@@ -27,6 +28,9 @@ from .admission import CredentialState
 from .batch import BatchLoader
 
 logger = logging.getLogger("tenancy_orm.directory")
+
+EVERYTHING: Final = "*"
+"""The tag under which everything is invalidated."""
 
 _POOL_SIZE = 2
 _PROBE_SECONDS = 1.0
@@ -66,6 +70,32 @@ _TENANTS = union_all(
     .join(domains, domains.c.tenant_id == tenants.c.id)
     .where(domains.c.domain == any_(bindparam("names", type_=ARRAY(Text))), domains.c.verified_at.is_not(None)),
 )
+
+_SUBJECTS = text(
+    """
+    SELECT subject, tenant_id, roles, NULL::timestamptz AS revoked_at, NULL AS token
+    FROM tenancy.members WHERE subject = ANY(:subjects)
+    UNION ALL
+    SELECT value, NULL, NULL, revoked_at, NULL FROM tenancy.revocations
+    WHERE kind = 'subject' AND value = ANY(:subjects) AND (expires_at IS NULL OR expires_at > now())
+    UNION ALL
+    SELECT NULL, NULL, NULL, revoked_at, value FROM tenancy.revocations
+    WHERE kind = 'token' AND value = ANY(:tokens) AND (expires_at IS NULL OR expires_at > now())
+    """
+).bindparams(bindparam("subjects", type_=ARRAY(Text)), bindparam("tokens", type_=ARRAY(Text)))
+
+
+class SubjectRow(NamedTuple):
+    """What the control database says about a person, and about one token or session.
+
+    ``roles`` by tenant. What was issued to the person before ``revoked_at`` is refused, and where ``revoked`` is true
+    this token or session is.
+    """
+
+    roles: Mapping[UUID, frozenset[str]]
+    revoked_at: datetime | None
+    revoked: bool
+    read_at: float
 
 
 def credential_state(row: Row[Any], read_at: float) -> CredentialState:
@@ -111,6 +141,7 @@ class DirectoryLookups:
         # each value with the time when it was read
         self._keys: BatchLoader[str, tuple[Row[Any], float]] = BatchLoader(self._load_keys, timeout=timeout)
         self._tenants: BatchLoader[UUID | str, tuple[Tenant, float]] = BatchLoader(self._load_tenants, timeout=timeout)
+        self._subjects: BatchLoader[tuple[str, str], SubjectRow] = BatchLoader(self._load_subjects, timeout=timeout)
         self._probe: asyncio.Task[None] | None = None  # set while the control database does not answer
         self._closing = False
 
@@ -137,8 +168,19 @@ class DirectoryLookups:
         self._check()
         return await self._guarded(self._tenants.get(wanted))
 
+    async def subject(self, subject: str, token_id: str) -> tuple[SubjectRow, set[Hashable]]:
+        """Return a person's memberships and revocations, as ``key`` does; ``token_id`` is empty where there is none.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        self._check()
+        found, invalidated = await self._guarded(self._subjects.get((subject, token_id)))
+        return cast("SubjectRow", found), invalidated  # every subject has a row, if an empty one
+
     def invalidate(self, tag: Hashable) -> None:
         """Mark running look-ups: what they read may be older than the change of ``tag``."""
+        self._subjects.invalidate(tag)
         self._keys.invalidate(tag)
         self._tenants.invalidate(tag)
 
@@ -152,6 +194,7 @@ class DirectoryLookups:
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.gather(self._probe, return_exceptions=True)
+        await self._subjects.close()
         await self._keys.close()
         await self._tenants.close()
         await self._control.close()
@@ -235,3 +278,27 @@ class DirectoryLookups:
                     found.setdefault(name, tenant)
                 found[tenant.slug] = tenant
         return {key: (tenant, read_at) for key, tenant in found.items()}
+
+    async def _load_subjects(self, wanted: list[tuple[str, str]]) -> Mapping[tuple[str, str], SubjectRow]:
+        started = time.perf_counter()
+        parameters = {
+            "subjects": list({subject for subject, _ in wanted}),
+            "tokens": list({token for _, token in wanted if token}),
+        }
+        rows, read_at = await self._query(_SUBJECTS, parameters)
+        seconds = time.perf_counter() - started
+        self._events.emit(DirectoryMissed(keys=0, tenants=0, subjects=len(wanted), seconds=seconds))
+        roles: dict[str, dict[UUID, frozenset[str]]] = {}
+        revoked_at: dict[str, datetime] = {}
+        tokens: set[str] = set()
+        for row in rows:
+            if row.token is not None:
+                tokens.add(row.token)
+            elif row.tenant_id is not None:
+                roles.setdefault(row.subject, {})[row.tenant_id] = frozenset(row.roles)
+            else:
+                revoked_at[row.subject] = row.revoked_at
+        return {
+            (subject, token): SubjectRow(roles.get(subject, {}), revoked_at.get(subject), token in tokens, read_at)
+            for subject, token in wanted
+        }

@@ -1,4 +1,4 @@
-"""Request rates: a token bucket per tenant, in the process.
+"""Request rates: a token bucket per tenant, and per address of visitors, in the process.
 
 The generic cell rate algorithm (GCRA) stores a bucket as the time at which it will be full again, at the rate of its
 last use; a full bucket needs no entry. It is written out here, in a dozen lines, since it runs on every request: a
@@ -16,6 +16,7 @@ from uuid import UUID
 from ..config import Tier
 from ..context import _current
 from ..errors import CrossTenantError
+from ..keys.networks import source_group
 from ..loops import HomeLoop
 from ..tenant import Tenant
 from .overrides import REQUEST_RATE
@@ -62,7 +63,8 @@ class Rates:
 
     Args:
         tiers: The configured tiers. ``Tier.requests_per_second`` applies unless the tenant's own quotas override it.
-        processes: How many processes share each tenant's rate.
+        processes: How many processes share each rate.
+        address_rate: How many requests without a tenant's credential each address may make a second; None: no limit.
         burst_seconds: How many seconds' worth of requests may come at once.
         clock: Seconds, monotonic.
     """
@@ -72,6 +74,7 @@ class Rates:
         tiers: Mapping[str, Tier],
         *,
         processes: int = 1,
+        address_rate: float | None = None,
         burst_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,11 +83,12 @@ class Rates:
         self._tiers = tiers
         self._unlimited = frozenset(name for name, tier in tiers.items() if tier.requests_per_second is None)
         self._share = 1.0 / processes
+        self._address_rate = None if address_rate is None else address_rate * self._share
         self._burst_seconds = burst_seconds
         self._clock = clock
         self.home: HomeLoop | None = None  # of the open Tenancy that this belongs to
         # when each bucket is full again, and at which rate; an entry with a time in the past can be dropped at any time
-        self._buckets: dict[UUID, tuple[float, float]] = {}
+        self._buckets: dict[UUID | str, tuple[float, float]] = {}
         self._sweep_at = _SWEEP_AT
 
     def __len__(self) -> int:
@@ -114,13 +118,25 @@ class Rates:
         rate = self.rate(tenant)
         if rate is None:
             return UNLIMITED
+        return self._take(tenant.id, rate, cost)
+
+    def acquire_address(self, source: str | None) -> Allowed | Denied:
+        """Take a token from the bucket of the network that an address belongs to. Never waits.
+
+        Args:
+            source: The peer's address; those without one share a bucket.
+        """
+        rate = self._address_rate
+        return UNLIMITED if rate is None else self._take("" if source is None else source_group(source), rate, 1)
+
+    def _take(self, key: UUID | str, rate: float, cost: int) -> Allowed | Denied:
         if self.home is not None:
             self.home.check_thread()
         # even the smallest rate lets one request through at a time
         burst = max(int(rate * self._burst_seconds), 1)
         interval = 1.0 / rate
         now = self._clock()
-        full_at, before = self._buckets.get(tenant.id, (now, rate))
+        full_at, before = self._buckets.get(key, (now, rate))
         if full_at < now:
             full_at = now
         elif before != rate:
@@ -132,12 +148,12 @@ class Rates:
         if after > capacity + interval * 1e-6:
             remaining = int((capacity - (full_at - now)) * rate + 1e-6)
             return Denied(after - capacity, burst, max(remaining, 0), full_at - now)
-        self._buckets[tenant.id] = (now + after, rate)
+        self._buckets[key] = (now + after, rate)
         if len(self._buckets) > self._sweep_at:
             self._sweep(now)
         return Allowed(burst, int((capacity - after) * rate + 1e-6), after)
 
     def _sweep(self, now: float) -> None:
         """Drop full buckets. The next sweep comes at twice as many, so that the work per request stays small."""
-        self._buckets = {tenant_id: bucket for tenant_id, bucket in self._buckets.items() if bucket[0] > now}
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if bucket[0] > now}
         self._sweep_at = max(_SWEEP_AT, 2 * len(self._buckets))

@@ -62,6 +62,10 @@ EXCUSED = {
     "internals.directory.invalidate": "forgets what is looked up again",
     "internals.directory.on_invalidate": "registers a callback",
     "internals.directory.before_use": "registers a callback",
+    "internals.directory.attempt": "counts failures of an address",
+    "internals.directory.invalidate_subject": "forgets what is looked up again",
+    "internals.directory.report_refused": "reports, for the middleware",
+    "internals.rates.acquire_address": "counts requests of an address",
     "internals.directory.on_schema_change": "registers a callback",
     "internals.directory.is_key": "looks at a text alone",
     "internals.directory.on_connection_request": "registers a callback",
@@ -86,7 +90,10 @@ EXCUSED = {
     "tiers.in_force": "tiers are nobody's own, and tenants may know them",
 }
 
-HELD_EXCUSED = {"internals.directory.admissions": "ends what no longer holds, and names no tenant"}
+HELD_EXCUSED = {
+    "internals.directory.admissions": "ends what no longer holds, and names no tenant",
+    "internals.directory.subjects": "answers the middleware, about the credential that it is given",
+}
 
 TAKE_NO_SLUG = {"internals.router", "internals.provisioner", "internals.rates"}
 

@@ -70,7 +70,7 @@ class Tenants:
         self.events: list[AdmissionEnded] = []
         self.memory.events.subscribe(AdmissionEnded, self.events.append)
 
-    async def _look_up(self, credential_id: str) -> CredentialState | None:
+    async def _look_up(self, granted: CredentialState) -> CredentialState | None:
         return self.state
 
     def guard(self, app: ASGIApp, **options: Any) -> TenancyMiddleware:

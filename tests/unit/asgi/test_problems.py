@@ -175,5 +175,5 @@ async def test_a_websocket_is_refused_with_a_document_where_the_server_can() -> 
 async def test_a_websocket_is_closed_where_the_server_cannot(more: dict[str, Any]) -> None:
     """Before it is accepted, so the server answers the handshake with 403."""
     assert await messages(INVALID_CREDENTIAL, websocket_scope(**more)) == [
-        {"type": "websocket.close", "code": 1008, "reason": "API key not valid"}
+        {"type": "websocket.close", "code": 1008, "reason": "Credential not valid"}
     ]

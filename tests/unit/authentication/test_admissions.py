@@ -52,8 +52,9 @@ class Registry:
         self.listening = True
         self.contexts: list[object] = []
 
-    async def look_up(self, credential_id: str) -> CredentialState | None:
+    async def look_up(self, granted: CredentialState) -> CredentialState | None:
         """Return the state."""
+        credential_id = granted.credential_id
         self.asked.append(credential_id)
         self.contexts.append(_ambient.get())
         await asyncio.sleep(0)

@@ -1,0 +1,357 @@
+"""Subjects: which tenants the holder of a token or session may act for, without a query on the hot path.
+
+Two things are cached, each for at most ``directory.ttl`` seconds and dropped at once when PostgreSQL notifies a change:
+what the control database says about a person (memberships, revocations), and what a credential was admitted with, by
+the tenant that the request named.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Set
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, cast
+from uuid import UUID
+
+from ..config import TenancyConfig
+from ..context import as_reference
+from ..errors import ControlUnavailableError, InvalidCredentialError, TenantNotFoundError
+from ..tenant import Status, Tenant
+from .admission import CredentialState
+from .admissions import Admissions
+from .cache import SecondChance
+from .credential import ALL_SCOPES, Credential, Membership
+from .lookups import EVERYTHING, DirectoryLookups, SubjectRow
+from .tenant_directory import TenantDirectory
+
+_SUBJECT_LENGTH = 255
+_MAX_TENANTS = 1_000  # that one credential may name
+_GONE = frozenset({Status.DELETED, Status.PURGED})
+
+Named = tuple[str | None, ...]
+"""The tenants that a request names, one for each resolver."""
+
+
+def subject_tag(subject: str) -> Hashable:
+    """Return the tag under which everything about a person is invalidated."""
+    return ("subject", subject)
+
+
+def token_tag(token_id: str) -> Hashable:
+    """Return the tag under which everything about one token or session is invalidated."""
+    return ("token", token_id)
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedTenants:
+    """The tenants that a credential allows now, when that was read, and what was invalidated while it was."""
+
+    memberships: tuple[Membership, ...]
+    read_at: float
+    invalidated: Set[Hashable] = frozenset()
+
+
+class _Row:
+    """A ``SubjectRow`` in the cache."""
+
+    __slots__ = ("fresh_until", "placed_at", "row", "stale_until", "tags", "used")
+
+    def __init__(self, row: SubjectRow, config: TenancyConfig, tags: tuple[Hashable, ...]) -> None:
+        self.row = row
+        self.fresh_until = row.read_at + config.directory.ttl
+        self.stale_until = self.fresh_until + config.directory.grace
+        self.tags = tags
+        self.used = self.placed_at = row.read_at
+
+
+class _Admitted:
+    """A credential with its tenant; valid without a query until ``good_until``."""
+
+    __slots__ = ("credential", "good_until", "placed_at", "tags", "used")
+
+    def __init__(self, credential: Credential, good_until: float, now: float, tags: tuple[Hashable, ...]) -> None:
+        self.credential = credential
+        self.good_until = good_until
+        self.tags = tags
+        self.used = self.placed_at = now
+
+
+class SubjectDirectory:
+    """Finds the tenants of credentials that are no keys, and admits them; ``Directory.subjects``.
+
+    Args:
+        tenants: The directory's tenants.
+        lookups: Queries the control database.
+        admissions: Where what is admitted is registered.
+        config: Sizes and times, and the scopes of roles.
+        clock: The directory's.
+    """
+
+    def __init__(
+        self,
+        tenants: TenantDirectory,
+        lookups: DirectoryLookups,
+        admissions: Admissions,
+        config: TenancyConfig,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._tenants = tenants
+        self._lookups = lookups
+        self._admissions = admissions
+        self._config = config
+        self._clock = clock
+        size = config.directory.size
+        self._rows: SecondChance[Hashable, _Row] = SecondChance(
+            size, lambda key, entry: self._unlink(self._rows, key, entry)
+        )
+        self._admitted: SecondChance[Hashable, _Admitted] = SecondChance(
+            size, lambda key, entry: self._unlink(self._admitted, key, entry)
+        )
+        # bound here: peek reads nothing through more than one attribute
+        self._find = self._admitted.entries.get
+        self._by_tag: dict[Hashable, set[tuple[SecondChance[Any, Any], Hashable]]] = {}
+        self._numbers = itertools.count(1)
+
+    def __len__(self) -> int:
+        """How many credentials are cached, each with a tenant."""
+        return len(self._admitted)
+
+    # --- admitting --------------------------------------------------------------------------------------------------
+
+    def peek(self, credential: Credential, named: Named) -> Credential | None:
+        """Return the credential with its tenant if that is cached and fresh; on None ask ``allowed``. No I/O.
+
+        Args:
+            credential: As it was authenticated.
+            named: What the request names.
+        """
+        entry = self._find(_key(credential, named))
+        if entry is None:
+            return None
+        now = self._clock()
+        if now >= entry.good_until:
+            return None
+        entry.used = now
+        found = entry.credential
+        return found if found.claims is credential.claims else replace(found, claims=credential.claims)
+
+    async def allowed(self, credential: Credential) -> AllowedTenants:
+        """Return the tenants that a credential allows, in the order of their slugs; deleted ones are not among them.
+
+        Raises:
+            InvalidCredentialError: it has expired, was revoked, or is malformed.
+            ControlUnavailableError: it is not cached, and the control database does not answer.
+        """
+        if not 0 < len(credential.subject) <= _SUBJECT_LENGTH or "\x00" in credential.subject:
+            raise InvalidCredentialError("subject", kind=credential.kind)
+        if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
+            raise InvalidCredentialError("expired", kind=credential.kind, credential_id=credential.id)
+        row, invalidated = await self._row(credential)
+        if _is_revoked(credential, row):
+            raise InvalidCredentialError("revoked", kind=credential.kind, credential_id=credential.id)
+        if credential.tenants is None:
+            wanted: dict[UUID | str, frozenset[str]] = {key: row.roles[key] for key in row.roles}
+        else:
+            if len(credential.tenants) > _MAX_TENANTS:
+                raise InvalidCredentialError("too many tenants", kind=credential.kind, credential_id=credential.id)
+            wanted = dict.fromkeys((as_reference(name) for name in credential.tenants), frozenset())
+        found: dict[UUID, Membership] = {}
+        for reference, roles in wanted.items():
+            tenant = await self._tenant(reference)
+            if tenant is not None:
+                found[tenant.id] = Membership(tenant, roles)
+        memberships = sorted(found.values(), key=lambda one: one.tenant.slug)
+        return AllowedTenants(tuple(memberships), row.read_at, invalidated)
+
+    def admit(
+        self, credential: Credential, allowed: AllowedTenants, chosen: Membership | None, named: Named
+    ) -> Credential:
+        """Return the credential with its tenant, cached for the next request that names the same. Does not wait.
+
+        Args:
+            credential: As it was authenticated.
+            allowed: What ``allowed`` returned, at once before this.
+            chosen: One of those; None leaves the credential without a tenant, and is not cached.
+            named: What the request names.
+        """
+        if chosen is None:
+            # roles give scopes in a tenant, and nowhere else
+            scopes = frozenset() if credential.tenants is None else credential.scopes
+            return replace(credential, scopes=scopes, memberships=allowed.memberships)
+        now = self._clock()
+        scopes, expires = self._scopes(credential, chosen.roles), None
+        if credential.expires_at is not None:
+            expires = now + (credential.expires_at - datetime.now(UTC)).total_seconds()
+        tags = _tags(credential)
+        state = CredentialState(
+            credential_id=f"{credential.kind} {next(self._numbers)}",
+            tenant=chosen.tenant,
+            read_at=allowed.read_at,
+            scopes=scopes,
+            expires=expires,
+            credential=credential,
+            tags=tags,
+        )
+        admitted = replace(
+            credential,
+            scopes=scopes,
+            roles=chosen.roles,
+            memberships=allowed.memberships,
+            bound=replace(chosen.tenant, admission=self._admissions.admit(state)),
+        )
+        tags = (*tags, *(membership.tenant.id for membership in allowed.memberships))
+        if allowed.invalidated.isdisjoint((EVERYTHING, *tags)):
+            # the tenant may have been read before the row
+            good_until = min(allowed.read_at + self._config.directory.ttl, self._tenants.fresh_until(chosen.tenant.id))
+            entry = _Admitted(admitted, good_until if expires is None else min(good_until, expires), now, tags)
+            self._store(self._admitted, _key(credential, named), entry, tags)
+        else:
+            # a change came while this was looked up
+            self._admissions.verify(state.credential_id)
+        return admitted
+
+    async def anonymous(self, name: str) -> Credential:
+        """Return the credential of a visitor of the tenant with this slug, id or domain; it has no scopes.
+
+        Raises:
+            TenantNotFoundError: there is no such tenant.
+            ControlUnavailableError: it is not cached, and the control database does not answer.
+        """
+        tenant = self._tenants.peek(name) or await self._tenants.get(name)
+        credential = Credential("anonymous", "", tenants=(tenant.id,))
+        found = self.peek(credential, ())
+        if found is not None:
+            return found
+        # read now, at the latest: whatever changed since is notified, and found by the tenant's id
+        return self.admit(credential, AllowedTenants((Membership(tenant),), self._clock()), Membership(tenant), ())
+
+    async def state(self, granted: CredentialState) -> CredentialState | None:
+        """Return the current state of a credential that was admitted, for its admissions.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        credential = cast("Credential", granted.credential)  # the state of a key is read elsewhere
+        found, _ = await self._lookups.tenant(granted.tenant.id)
+        if found is None:
+            return None
+        tenant, read_at = found
+        if credential.kind == "anonymous":
+            return replace(granted, tenant=tenant, read_at=read_at)
+        row, _ = await self._lookups.subject(credential.subject, _token_id(credential))
+        roles = frozenset() if credential.tenants is not None else row.roles.get(tenant.id)
+        return replace(
+            granted,
+            tenant=tenant,
+            read_at=min(read_at, row.read_at),
+            scopes=self._scopes(credential, roles or frozenset()),
+            revoked=roles is None or _is_revoked(credential, row),
+        )
+
+    def _scopes(self, credential: Credential, roles: frozenset[str]) -> frozenset[str]:
+        if credential.tenants is not None:
+            return credential.scopes
+        given = self._config.members.scopes_of(roles)
+        if ALL_SCOPES in credential.scopes:
+            return given
+        return credential.scopes if ALL_SCOPES in given else credential.scopes & given
+
+    async def _row(self, credential: Credential) -> tuple[SubjectRow, Set[Hashable]]:
+        key = (credential.subject, _token_id(credential))
+        cached = self._rows.entries.get(key)
+        now = self._clock()
+        if cached is not None:
+            cached.used = now
+            if now < cached.fresh_until:
+                return cached.row, frozenset()
+        try:
+            row, invalidated = await self._lookups.subject(*key)
+        except ControlUnavailableError:
+            if cached is None or now >= cached.stale_until:
+                raise
+            return cached.row, frozenset()
+        tags = _tags(credential)
+        if invalidated.isdisjoint((EVERYTHING, *tags)):
+            self._store(self._rows, key, _Row(row, self._config, tags), tags)
+        return row, invalidated
+
+    async def _tenant(self, reference: UUID | str) -> Tenant | None:
+        try:
+            found = self._tenants.peek(reference) or await self._tenants.get(reference)
+        except TenantNotFoundError:
+            return None
+        return None if found.status in _GONE else found
+
+    # --- invalidation -----------------------------------------------------------------------------------------------
+
+    def invalidate(self, tag: Hashable) -> None:
+        """Remove what concerns a tenant's id, a person (``subject_tag``) or a token (``token_tag``)."""
+        for store, key in tuple(self._by_tag.get(tag, ())):
+            entry = store.entries.pop(key, None)
+            if entry is not None:
+                self._unlink(store, key, entry)
+
+    def clear(self) -> None:
+        """Remove everything."""
+        self._rows.entries.clear()
+        self._admitted.entries.clear()
+        self._by_tag.clear()
+
+    def mark_stale(self) -> None:
+        """Mark everything as stale: it is looked up again before use, and rows are kept for an outage."""
+        for entry in self._admitted.entries.values():
+            entry.good_until = 0.0
+        for cached in self._rows.entries.values():
+            cached.fresh_until = 0.0
+
+    def _store(
+        self, store: SecondChance[Any, Any], key: Hashable, entry: _Row | _Admitted, tags: Iterable[Hashable]
+    ) -> None:
+        former = store.entries.pop(key, None)
+        if former is not None:
+            self._unlink(store, key, former)
+        store.put(key, entry)
+        for tag in tags:
+            self._by_tag.setdefault(tag, set()).add((store, key))
+
+    def _unlink(self, store: SecondChance[Any, Any], key: Hashable, entry: _Row | _Admitted) -> None:
+        for tag in entry.tags:
+            linked = self._by_tag.get(tag)
+            if linked is not None:
+                linked.discard((store, key))
+                if not linked:
+                    del self._by_tag[tag]
+
+
+def _token_id(credential: Credential) -> str:
+    return "" if credential.id == credential.subject else credential.id
+
+
+def _tags(credential: Credential) -> tuple[Hashable, ...]:
+    token_id = _token_id(credential)
+    subject = (subject_tag(credential.subject),)
+    return (*subject, token_tag(token_id)) if token_id else subject
+
+
+def _key(credential: Credential, named: Named) -> Hashable:
+    """Everything of a credential that decides about its tenant and rights; written out, since hashing all is slow."""
+    return (
+        credential.kind,
+        credential.subject,
+        credential.id,
+        credential.tenants,
+        credential.scopes,
+        credential.expires_at,
+        credential.issued_at,
+        credential.sent_by_browser,
+        named,
+    )
+
+
+def _is_revoked(credential: Credential, row: SubjectRow) -> bool:
+    if row.revoked:
+        return True
+    # of what does not say when it was issued nobody knows that it was issued later
+    return row.revoked_at is not None and (credential.issued_at is None or credential.issued_at <= row.revoked_at)

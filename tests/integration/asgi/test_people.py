@@ -1,0 +1,374 @@
+"""People who log in: credentials of the application's own, members, and the choice of the tenant."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.sessions import SessionMiddleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.asgi import (
+    ApiKeyAuthenticator,
+    HeaderResolver,
+    PathPrefixResolver,
+    SubdomainResolver,
+    TenancyMiddleware,
+)
+from tenancy_orm.authentication.credential import Credential
+from tenancy_orm.context import current_tenant_or_none
+from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.events import CredentialRejected, CrossTenantRequest
+from tests.support.asgi import Answer, request
+from tests.support.waiting import until
+
+
+class LoginAs:
+    """Whoever the header says, as a login of the application would."""
+
+    def __init__(self, make: Callable[[str], Credential] = lambda who: Credential("session", who)) -> None:
+        self.make = make
+
+    async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+        who = connection.headers.get("x-login")
+        return None if who is None else self.make(who)
+
+
+async def whoami(incoming: Request) -> JSONResponse:
+    """What the application sees of its caller."""
+    credential: Credential | None = incoming.scope["tenancy"]
+    bound = current_tenant_or_none()
+    return JSONResponse(
+        {
+            "tenant": bound and bound.slug,
+            "kind": credential and credential.kind,
+            "subject": credential and credential.subject,
+            "scopes": sorted(credential.scopes) if credential else None,
+            "roles": sorted(credential.roles) if credential else None,
+            "memberships": [one.tenant.slug for one in credential.memberships] if credential else None,
+        }
+    )
+
+
+@pytest.fixture
+async def tenancy(tenancy_config: TenancyConfig) -> AsyncIterator[Tenancy]:
+    """An open one with two tenants, of which ada is a member of one, and bob of both."""
+    async with Tenancy(tenancy_config.replace(members={"roles": {"owner": ["*"], "clerk": ["orders:read"]}})) as opened:
+        for slug in ("acme", "globex"):
+            await opened.tenants.create(slug)
+        async with opened.internals.control.transaction() as connection:
+            for slug, subject, roles in (
+                ("acme", "ada", ["clerk"]),
+                ("acme", "bob", ["owner"]),
+                ("globex", "bob", ["clerk", "gone"]),
+            ):
+                await connection.execute(
+                    text(
+                        "INSERT INTO tenancy.members (tenant_id, subject, roles) "
+                        "SELECT id, :subject, :roles FROM tenancy.tenants WHERE slug = :slug"
+                    ),
+                    {"slug": slug, "subject": subject, "roles": roles},
+                )
+        yield opened
+
+
+def build(tenancy: Tenancy, **options: Any) -> TenancyMiddleware:
+    """The application below the middleware."""
+    options.setdefault("authenticators", [ApiKeyAuthenticator(), LoginAs()])
+    app = Starlette(routes=[Route("/{path:path}", whoami, methods=["GET", "POST"])])
+    return TenancyMiddleware(app, tenancy=tenancy, **options)
+
+
+def login(who: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
+    """Headers of a person."""
+    return [("X-Login", who), *more]
+
+
+async def test_a_member_of_one_tenant_needs_to_name_none(tenancy: Tenancy) -> None:
+    """The credential is bound to it, with the scopes of its roles."""
+    answer = await request(build(tenancy), headers=login("ada"))
+    assert answer.json() == {
+        "tenant": "acme",
+        "kind": "session",
+        "subject": "ada",
+        "scopes": ["orders:read"],
+        "roles": ["clerk"],
+        "memberships": ["acme"],
+    }
+
+
+async def test_a_member_of_several_names_one(tenancy: Tenancy) -> None:
+    """By host, path or header; without that the answer lists them."""
+    app = build(tenancy, resolvers=[SubdomainResolver("example.com"), PathPrefixResolver(), HeaderResolver()])
+    for path, named in (
+        ("/", ("Host", "globex.example.com")),
+        ("/t/globex/x", ("A", "b")),
+        ("/", ("X-Tenant", "globex")),
+    ):
+        found = (await request(app, path, login("bob", named))).json()
+        assert (found["tenant"], found["scopes"], found["memberships"]) == (
+            "globex",
+            ["orders:read"],
+            ["acme", "globex"],
+        )
+    found = (await request(app, headers=login("bob", ("X-Tenant", "acme")))).json()
+    assert (found["tenant"], found["scopes"]) == ("acme", ["*"])
+    answer = await request(app, headers=login("bob"))
+    assert (answer.status, answer.json()["type"]) == (409, "urn:tenancy:problem:tenant-not-named")
+    assert answer.json()["tenants"] == ["acme", "globex"]
+
+
+async def test_a_tenant_that_a_person_may_not_use_is_refused_and_recorded(tenancy: Tenancy) -> None:
+    """Alike whether or not it exists."""
+    seen: list[CrossTenantRequest] = []
+    tenancy.events.subscribe(CrossTenantRequest, seen.append)
+    app = build(tenancy, resolvers=[HeaderResolver()])
+    refused = [await request(app, headers=login("ada", ("X-Tenant", name))) for name in ("globex", "nobody")]
+    assert [(answer.status, answer.body) for answer in refused] == [(403, refused[0].body)] * 2
+    assert [(event.named, event.kind, event.subject, event.tenant_id) for event in seen] == [
+        ("globex", "session", "ada", None),
+        ("nobody", "session", "ada", None),
+    ]
+    await tenancy.internals.directory.flush()
+    entries = await tenancy.audit.events(action="request.cross_tenant")
+    assert sorted(str((entry.detail or {})["named"]) for entry in entries) == ["globex", "nobody"]
+    assert {(entry.actor.kind, entry.actor.id) for entry in entries} == {("session", "ada")}
+    nobody = await request(app, headers=login("eve"))
+    assert (nobody.status, nobody.json()["type"]) == (403, "urn:tenancy:problem:no-tenant")
+    # allowed by the first name, refused by the second
+    both = build(tenancy, resolvers=[HeaderResolver(), SubdomainResolver("example.com")])
+    mixed = await request(both, headers=login("bob", ("X-Tenant", "acme"), ("Host", "globex.example.com")))
+    assert (mixed.status, mixed.json()["type"]) == (403, "urn:tenancy:problem:cross-tenant")
+
+
+async def test_a_removed_member_is_refused_at_once(tenancy: Tenancy) -> None:
+    """And one with other roles has other scopes, in a process that did neither."""
+    app = build(tenancy)
+    assert (await request(app, headers=login("ada"))).status == 200
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.members SET roles = '{owner}' WHERE subject = 'ada'"))
+
+    async def scopes() -> Any:
+        return (await request(app, headers=login("ada"))).json()["scopes"]
+
+    async def has_all() -> bool:
+        return bool(await scopes() == ["*"])
+
+    await until(has_all)
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(text("DELETE FROM tenancy.members WHERE subject = 'ada'"))
+
+    async def is_refused() -> bool:
+        return (await request(app, headers=login("ada"))).status == 403
+
+    await until(is_refused)
+
+
+async def test_what_a_credential_says_itself_limits_it(tenancy: Tenancy) -> None:
+    """Its scopes limit those of the roles; tenants that it names need no membership, and have no scopes by default."""
+    limited = build(
+        tenancy, authenticators=[LoginAs(lambda who: Credential("token", who, scopes=frozenset({"orders:read", "x"})))]
+    )
+    assert (await request(limited, headers=login("ada"))).json()["scopes"] == ["orders:read"]
+    own = build(tenancy, authenticators=[LoginAs(lambda who: Credential("token", who, tenants=("globex", "nobody")))])
+    found = (await request(own, headers=login("ada"))).json()
+    assert (found["tenant"], found["scopes"], found["roles"]) == ("globex", [], [])
+
+
+async def test_it_ends_with_its_time_and_by_revocation(tenancy: Tenancy) -> None:
+    """Expired, revoked itself, or issued before its person was revoked."""
+    now = datetime.now(UTC)
+    past, future = now - timedelta(seconds=1), now + timedelta(hours=1)
+    seen: list[CredentialRejected] = []
+    tenancy.events.subscribe(CredentialRejected, seen.append)
+
+    async def ask(**about: Any) -> Answer:
+        app = build(tenancy, authenticators=[LoginAs(lambda who: Credential("session", who, **about))])
+        return await request(app, headers=login("ada"))
+
+    assert (await ask(expires_at=future, id="s1", issued_at=past)).status == 200
+    assert (await ask(expires_at=past)).status == 401
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(text("INSERT INTO tenancy.revocations (kind, value) VALUES ('token', 's1')"))
+    first = tenancy.internals.directory
+
+    async def refused(**about: Any) -> bool:
+        return (await ask(**about)).status == 401
+
+    await until(lambda: refused(expires_at=future, id="s1", issued_at=past))
+    assert (await ask(id="s2", issued_at=past)).status == 200
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(text("INSERT INTO tenancy.revocations (kind, value) VALUES ('subject', 'ada')"))
+    await until(lambda: refused(id="s2", issued_at=past))
+    assert (await ask()).status == 401
+    assert (await ask(issued_at=future)).status == 200
+    assert {event.reason for event in seen} == {"expired", "revoked"}
+    assert first.statistics.locked == 0
+
+
+async def test_paths_without_a_tenant_need_a_credential_alone(tenancy: Tenancy) -> None:
+    """Nothing is bound there, and no scope of a role holds."""
+    app = build(tenancy, without_tenant=["/me/*"], resolvers=[PathPrefixResolver()])
+    for path in ("/me/tenants", "/t/acme/me/tenants"):
+        found = (await request(app, path, login("bob"))).json()
+        assert (found["tenant"], found["scopes"], found["memberships"]) == (None, [], ["acme", "globex"])
+    assert (await request(app, "/t/globex/me/tenants", login("ada"))).status == 403
+    assert (await request(app, "/me/tenants", login("eve"))).json()["memberships"] == []
+    assert (await request(app, "/me/tenants")).status == 401
+    key = await tenancy.keys.issue("acme", scopes=["a"])
+    found = (await request(app, "/me/tenants", [("X-API-Key", key.text)])).json()
+    assert (found["tenant"], found["kind"], found["memberships"]) == (None, "key", ["acme"])
+    assert (await request(app, "/t/globex/me/tenants", [("X-API-Key", key.text)])).status == 403
+
+
+async def test_public_paths_bind_the_tenant_of_the_address(tenancy: Tenancy) -> None:
+    """To a visitor without scopes, whatever credential there is; and all that is no tenant to visit is the same."""
+    app = build(
+        tenancy, public=["/p/*"], resolvers=[SubdomainResolver("example.com"), PathPrefixResolver(), HeaderResolver()]
+    )
+    at_acme = ("Host", "acme.example.com")
+    for path, headers in (
+        ("/p/x", [at_acme]),
+        ("/t/acme/p/x", []),
+        ("/p/x", [at_acme, ("X-Login", "eve")]),
+        ("/p/x", [at_acme, ("X-API-Key", "no such key")]),
+    ):
+        found = (await request(app, path, headers)).json()
+        assert (found["tenant"], found["kind"], found["scopes"]) == ("acme", "anonymous", [])
+    assert (await request(app, "/q/x", [at_acme])).status == 401
+    await tenancy.tenants.create("idle")
+    await tenancy.tenants.suspend("idle")
+    refused = [
+        await request(app, path, headers)
+        for path, headers in (
+            ("/p/x", [("Host", "nobody.example.com")]),
+            ("/p/x", [("Host", "idle.example.com")]),
+            ("/p/x", [("Host", "example.com")]),
+            ("/t/acme/p/x", [("Host", "globex.example.com")]),
+            ("/p/x", [at_acme, ("X-Tenant", "globex")]),
+            ("/p/x", [("X-Tenant", "acme")]),
+        )
+    ]
+    assert {(answer.status, answer.body) for answer in refused} == {(404, refused[0].body)}
+
+
+async def test_visitors_are_rated_by_address(tenancy_config: TenancyConfig) -> None:
+    """Before their tenant is looked up; those of another address, and the tenant's own requests, are not concerned."""
+    async with Tenancy(tenancy_config.replace(quotas={"address_requests_per_second": 2})) as tenancy:
+        created = await tenancy.tenants.create("acme")
+        app = build(tenancy, public=["/p/*"], resolvers=[SubdomainResolver("example.com")])
+        headers = [("Host", "acme.example.com")]
+        statuses = [(await request(app, "/p/x", headers)).status for _ in range(4)]
+        assert statuses.count(200) >= 2 and statuses[-1] == 429
+        assert (await request(app, "/p/x", [("Host", "nobody.example.com")])).status == 429
+        assert (await request(app, "/p/x", headers, client=("198.51.100.1", 1))).status == 200
+        assert (await request(app, headers=[*headers, ("X-API-Key", created.api_key)])).status == 200
+
+
+async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None:
+    """Where the check is off it does; a page of the same origin, a program and a trusted origin may."""
+    app = build(tenancy, trusted_origins=["https://app.example.net"], resolvers=[SubdomainResolver("example.com")])
+    host = ("Host", "acme.example.com")
+
+    async def post(*headers: tuple[str, str], app: TenancyMiddleware = app, method: str = "POST") -> int:
+        return (await request(app, "/", login("ada", host, *headers), method=method)).status
+
+    attacks = (
+        [("Sec-Fetch-Site", "cross-site"), ("Origin", "https://evil.example")],
+        [("Sec-Fetch-Site", "same-site"), ("Origin", "https://globex.example.com")],
+        [("Origin", "https://globex.example.com")],
+        [("Origin", "null")],
+    )
+    for attack in attacks:
+        assert await post(*attack) == 403
+        assert await post(*attack, method="GET") == 200
+    for fair in (
+        [],
+        [("Sec-Fetch-Site", "same-origin"), ("Origin", "https://acme.example.com")],
+        [("Sec-Fetch-Site", "none")],
+        [("Origin", "https://acme.example.com")],
+        [("Sec-Fetch-Site", "cross-site"), ("Origin", "https://app.example.net")],
+    ):
+        assert await post(*fair) == 200
+    unprotected = build(
+        tenancy,
+        authenticators=[LoginAs(lambda who: Credential("session", who, sent_by_browser=False))],
+        resolvers=[SubdomainResolver("example.com")],
+    )
+    assert await post(*attacks[0], app=unprotected) == 200
+
+
+async def test_the_first_authenticator_with_a_credential_decides(tenancy: Tenancy) -> None:
+    """In their order; a key that is not valid is refused, whatever else there is."""
+    key = await tenancy.keys.issue("globex")
+    both = login("ada", ("X-API-Key", key.text))
+    first = build(tenancy, authenticators=[ApiKeyAuthenticator(), LoginAs()])
+    assert (await request(first, headers=both)).json()["tenant"] == "globex"
+    last = build(tenancy, authenticators=[LoginAs(), ApiKeyAuthenticator()])
+    assert (await request(last, headers=both)).json()["tenant"] == "acme"
+    assert (await request(last, headers=[("X-API-Key", key.text)])).json()["tenant"] == "globex"
+    wrong = login("ada", ("X-API-Key", key.text[:-1] + ("a" if key.text[-1] != "a" else "b")))
+    assert (await request(first, headers=wrong)).status == 401
+    # what is not a key is another's, or nobody's
+    assert (await request(first, headers=login("ada", ("Authorization", "Bearer a.b.c")))).json()["tenant"] == "acme"
+    nobodys = await request(first, headers=[("Authorization", "Bearer a.b.c")])
+    assert (nobodys.status, nobodys.json()["type"]) == (401, "urn:tenancy:problem:invalid-credential")
+    missing = await request(first)
+    assert (missing.status, missing.json()["type"]) == (401, "urn:tenancy:problem:missing-credential")
+
+
+async def test_starlettes_own_sessions(tenancy: Tenancy) -> None:
+    """A complete login on SessionMiddleware: it stands outside, and its signature makes the cookie."""
+
+    class Sessions:
+        async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+            user = connection.session.get("user")
+            if user is None:
+                return None
+            return Credential("session", user, issued_at=datetime.fromtimestamp(connection.session["at"], UTC))
+
+    async def log_in(incoming: Request) -> JSONResponse:
+        incoming.session.update(user="ada", at=datetime.now(UTC).timestamp())
+        return JSONResponse({})
+
+    app = Starlette(
+        routes=[Route("/login", log_in, methods=["POST"]), Route("/", whoami)],
+        middleware=[
+            Middleware(SessionMiddleware, secret_key="s" * 32),
+            Middleware(TenancyMiddleware, tenancy=tenancy, authenticators=[Sessions()], exempt=["/login"]),
+        ],
+    )
+    assert (await request(app)).status == 401
+    answer = await request(app, "/login", method="POST")
+    cookie = dict(answer.headers)[b"set-cookie"].decode().partition(";")[0]
+    assert (await request(app, headers=[("Cookie", cookie)])).json()["tenant"] == "acme"
+    assert (await request(app, headers=[("Cookie", cookie[:-3] + "abc")])).status == 401
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"authenticators": [object()]}, "no authenticator"),
+        ({"authenticators": [LoginAs]}, "no authenticator"),
+        ({"authenticators": [ApiKeyAuthenticator(), ApiKeyAuthenticator()]}, "one ApiKeyAuthenticator"),
+        ({"public": ["/p/*"]}, "need a resolver"),
+        ({"public": ["/*"], "resolvers": [PathPrefixResolver()]}, "public path"),
+        ({"without_tenant": ["me"]}, "without_tenant path"),
+        ({"trusted_origins": ["app.example.com"]}, "trusted origin"),
+        ({"trusted_origins": "https://app.example.com"}, "sequence of origins"),
+    ],
+)
+async def test_what_cannot_work_is_refused_when_the_middleware_is_built(
+    tenancy_config: TenancyConfig, options: dict[str, Any], message: str
+) -> None:
+    """With the argument that is wrong."""
+    with pytest.raises(ConfigurationError, match=message):
+        build(Tenancy(tenancy_config), **options)
