@@ -16,6 +16,7 @@ from .resolvers import (
     WebSocketKeyProtocol,
 )
 from .scopes import credential_of, demand_scopes, require_scope
+from .tokens import JwtAuthenticator
 
 __all__ = [
     "ApiKeyAuthenticator",
@@ -24,6 +25,7 @@ __all__ = [
     "BearerToken",
     "ExemptPaths",
     "HeaderResolver",
+    "JwtAuthenticator",
     "KeyResolver",
     "PathPrefixResolver",
     "Presented",

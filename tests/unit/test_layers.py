@@ -51,7 +51,8 @@ EXTRAS: dict[str, frozenset[str]] = {
     "pytest": frozenset({"testing"}),
     "fastapi": frozenset({"integrations"}),
     "stripe": frozenset({"integrations"}),
-    "httpx": frozenset({"integrations"}),
+    "httpx": frozenset({"integrations", "authentication"}),
+    "jwt": frozenset({"authentication"}),  # tokens of identity providers
     # stores of the encryption keys
     "hvac": frozenset({"secrets"}),
     "requests": frozenset({"secrets"}),  # what hvac is built on
