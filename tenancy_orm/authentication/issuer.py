@@ -113,7 +113,6 @@ class IssuerKeys(KeySource):
         self._refresh_seconds = refresh_seconds
         self._stale_seconds = stale_seconds
         self._timeout = timeout
-        self._clock = time.monotonic
         self.due = -math.inf
         self._aged_at = -math.inf  # from then on requests wait for the next fetch, unless the last one failed
         self._stale_at = -math.inf
@@ -124,7 +123,7 @@ class IssuerKeys(KeySource):
 
     async def current(self) -> KeySet:
         """Return the keys; where they are old, fetch them in the background, or first where they are very old."""
-        now = self._clock()
+        now = time.monotonic()
         if now >= self._stale_at:
             self.keys = None
         if now >= self.due:
@@ -135,7 +134,7 @@ class IssuerKeys(KeySource):
 
     async def refreshed(self) -> KeySet:
         """Return the keys; fetched again if the last attempt is ``refresh_seconds`` ago, or under way."""
-        if self._running() is not None or self._clock() - self._tried_at >= self._refresh_seconds:
+        if self._running() is not None or time.monotonic() - self._tried_at >= self._refresh_seconds:
             await asyncio.wait((self._fetch_once(),))
         return self._held()
 
@@ -161,7 +160,7 @@ class IssuerKeys(KeySource):
 
     async def _fetch(self) -> None:
         httpx = self._httpx
-        self._tried_at = self._clock()
+        self._tried_at = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
                 found, unusable, max_age = await self._read()
@@ -199,7 +198,7 @@ class IssuerKeys(KeySource):
             f"the keys of {self._issuer} cannot be fetched from {_shown(self._url or self._discovery)}: {reason}"
         )
         pause = min(self._refresh_seconds, 2.0 ** min(self._failures - 1, 30)) * random.uniform(0.75, 1)
-        now = self._clock()
+        now = time.monotonic()
         self.due = now + pause
         if self.keys is not None:
             # before the keys are dropped, so that none is used later

@@ -25,6 +25,7 @@ MAX_TOKEN_CHARS: Final = 16_384
 MAX_NAME_CHARS: Final = 255  # of a subject, an id, a tenant
 
 _COMPACT = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
+_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 _LAST_SECOND: Final = 253_402_300_799 - 86_400  # of the year 9999, less what a leeway may add
 
 # headers that change what the rest means: a reader that does not know them must refuse the token
@@ -94,12 +95,11 @@ class TokenVerifier:
         """
         header, claims = read_parts(text)
         algorithm, kind = header.get("alg"), header.get("typ")
-        if algorithm not in self.rules.algorithms:
+        if not isinstance(algorithm, str) or algorithm not in self.rules.algorithms:
             raise refused("algorithm")
         if any(name in header for name in _REFUSED_HEADERS):
             raise refused("header")
-        kid, content = header.get("kid"), header.get("cty")
-        if not (kid is None or isinstance(kid, str)) or (content is not None and str(content).upper() == "JWT"):
+        if not isinstance(header.get("kid", ""), str) or str(header.get("cty")).upper().endswith("JWT"):
             raise refused("header")
         if kind is not None and str(kind).lower().removeprefix("application/") not in self.rules.types:
             raise refused("type")
@@ -234,8 +234,8 @@ def _is_time(value: object) -> bool:
 
 
 def _decode(part: bytes) -> bytes:
-    # binascii.Error is a ValueError. What is not of the alphabet would be skipped: is_compact comes first
-    if not part.translate(None, b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_") == b"":
+    # Python would skip what is not of the alphabet; binascii.Error is a ValueError
+    if part.translate(None, _ALPHABET):
         raise ValueError("not base64url")
     return base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4))
 
