@@ -7,13 +7,13 @@ valid it refuses, and no further one is asked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..authentication.credential import Credential
+from ..authentication.directory import Directory
 from ..errors import ConfigurationError, InvalidCredentialError
 from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver
 
@@ -52,10 +52,10 @@ class ApiKeyAuthenticator:
         # with the header that each reads, where it reads one alone: most requests send the key in one of them only
         self._readers = tuple((r.headers[0] if len(r.headers) == 1 else None, r) for r in self.resolvers)
 
-    def read(self, scope: Scope, headers: Headers, is_key: Callable[[str], bool]) -> str | None:
+    def read(self, scope: Scope, headers: Headers, directory: Directory) -> str | None:
         """Return the text that was sent where keys are; None where nothing was.
 
-        Beside a key a proxy may send a token of another system: of two texts the one that ``is_key`` knows is returned.
+        Beside a key a proxy may send a token of another system: of two texts the one that is a key is returned.
 
         Raises:
             InvalidCredentialError: there is more than one key.
@@ -69,8 +69,8 @@ class ApiKeyAuthenticator:
                 continue
             if found is None:
                 found = text
-            elif is_key(text):
-                if is_key(found):
+            elif directory.is_key(text):
+                if directory.is_key(found):
                     raise InvalidCredentialError("ambiguous")
                 found = text
         return found
