@@ -13,7 +13,10 @@ from uuid import UUID
 from .audit.checkpoints import Signer
 from .audit.log import AuditLog
 from .authentication.directory import Directory
+from .authentication.invitation_text import InvitationSigner
 from .authentication.keys import KeyManager
+from .authentication.members import MemberManager
+from .authentication.revocations import RevocationManager
 from .config import TenancyConfig
 from .control.database import ControlDatabase
 from .control.names import Names
@@ -81,6 +84,8 @@ class Assembly:
     registry: Registry
     directory: Directory
     keys: KeyManager
+    members: MemberManager
+    revocations: RevocationManager
     quotas: QuotaManager
     metrics: TenantMetrics
     sampler: StorageSampler
@@ -205,6 +210,7 @@ class Assembly:
         self.sealed.on_read(self.directory.invalidate)
         self._build_provisioning()
         self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
+        self._build_members()
         self.quotas = QuotaManager(self.control, config, events, self.audit)
         self._opened.append(self.quotas.close)
         self.directory.on_invalidate(self.quotas.invalidate)
@@ -226,6 +232,8 @@ class Assembly:
             config=config,
             registry=self.registry,
             tenants=self.tenants,
+            members=self.members,
+            revocations=self.revocations,
             domains=DomainUpkeep(self.control, self.audit, records, config.domains, events),
             provisioner=self.provisioner,
             secrets=self.secrets,
@@ -344,6 +352,14 @@ class Assembly:
         self.catch_up = CatchUp(self.migrations, schema)
         self._opened.append(self.catch_up.close)
         self.directory.before_use(self.catch_up.before_use)
+
+    def _build_members(self) -> None:
+        signer = InvitationSigner(self.control.installation, self.config.sealing_keys)
+        if self._data_keys is not None:
+            self._data_keys.on_read(signer.add_keys)
+        self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
+        self._opened.append(self.members.close)
+        self.revocations = RevocationManager(self.control, self.audit, self.events)
 
     def _build_billing(self) -> None:
         self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)

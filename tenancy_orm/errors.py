@@ -42,6 +42,12 @@
     │   └── ApiKeyError
     │       ├── ApiKeyNotFoundError (LookupError)
     │       └── ApiKeyInactiveError          revoked, expired or already rotated: it cannot be changed
+    ├── MemberError
+    │   ├── InvalidSubjectError (ValueError)
+    │   ├── UnknownRoleError (ValueError)
+    │   ├── InvalidInvitationError (PermissionError)   unknown, expired, withdrawn, accepted: one answer
+    │   ├── InvitationNotFoundError (LookupError)
+    │   └── InvitationAcceptedError          it cannot be withdrawn any more
     ├── MalformedRequestError (ValueError)   a request names a tenant by a malformed name
     ├── SecretProviderError                  the provider of secrets does not answer, or refuses
     │   └── SecretNotFoundError (LookupError)
@@ -537,6 +543,64 @@ class MissingScopeError(CredentialError, PermissionError):
         """Name the missing ``scope``."""
         super().__init__(f"this credential lacks the scope {scope!r}")
         self.scope = scope
+
+
+class MemberError(TenancyError):
+    """Base of errors about members of tenants and invitations."""
+
+
+class InvalidSubjectError(MemberError, ValueError):
+    """A subject is empty, longer than 255 characters, or has characters that cannot be printed."""
+
+    def __init__(self, what: str = "a subject") -> None:
+        """Say ``what`` is malformed, without its text."""
+        super().__init__(f"{what} must be 1 to 255 printable characters")
+
+
+class UnknownRoleError(MemberError, ValueError):
+    """A role is not one of ``members.roles``. ``known`` are those that are."""
+
+    def __init__(self, roles: tuple[str, ...], known: tuple[str, ...]) -> None:
+        """Name the unknown ``roles``, and those that are ``known``."""
+        named = ", ".join(map(repr, roles))
+        super().__init__(f"unknown roles: {named}; members.roles has {', '.join(map(repr, known)) or 'none'}")
+        self.roles = roles
+        self.known = known
+
+
+class InvalidInvitationError(MemberError, PermissionError):
+    """An invitation cannot be accepted.
+
+    The message is the same for an unknown, forged, expired, withdrawn or accepted one; ``reason`` says which, for the
+    audit log, and must not reach the caller.
+    """
+
+    def __init__(self, reason: str = "unknown") -> None:
+        """Record the ``reason`` for the audit log."""
+        super().__init__("the invitation is not valid; ask for another one")
+        self.reason = reason
+
+
+class InvitationNotFoundError(MemberError, LookupError):
+    """There is no invitation with this id."""
+
+    def __init__(self, invitation_id: UUID | str) -> None:
+        """Name the ``invitation_id``."""
+        super().__init__(f"invitation {str(invitation_id)!r} does not exist")
+        self.invitation_id = str(invitation_id)
+
+
+class InvitationAcceptedError(MemberError):
+    """The invitation was accepted, so that it cannot be withdrawn.
+
+    Remedy: remove the member; ``subject`` says who it is.
+    """
+
+    def __init__(self, invitation_id: UUID, *, subject: str) -> None:
+        """Name the ``invitation_id``, and the ``subject`` that has accepted it."""
+        super().__init__(f"invitation {str(invitation_id)!r} was accepted by {subject!r}; remove that member instead")
+        self.invitation_id = str(invitation_id)
+        self.subject = subject
 
 
 class MalformedRequestError(TenancyError, ValueError):

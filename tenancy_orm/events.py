@@ -183,6 +183,54 @@ class KeyRevoked(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemberAdded(TenantEvent):
+    """A subject became a member of a tenant; ``invitation_id`` if it has accepted an invitation."""
+
+    subject: str
+    roles: tuple[str, ...]
+    invitation_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberChanged(TenantEvent):
+    """A member has other roles; ``before`` are the former ones."""
+
+    subject: str
+    roles: tuple[str, ...]
+    before: tuple[str, ...]
+    invitation_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRemoved(TenantEvent):
+    """A subject is no member of a tenant any more; every process refuses it there within a fraction of a second."""
+
+    subject: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InvitationRefused(Event):
+    """An invitation was not accepted. ``reason`` is for operators; the caller never learns it.
+
+    ``tenant_id``, ``slug`` and ``invitation_id`` are those of the invitation, where the text was that of one.
+    """
+
+    reason: str
+    subject: str
+    tenant_id: UUID | None = None
+    slug: str | None = None
+    invitation_id: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialRevoked(Event):
+    """What was issued to a ``subject`` before, or the one credential with this id, was revoked for every tenant."""
+
+    subject: str | None = None
+    credential_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionEnded(TenantEvent):
     """A connection was closed, since its credential is no longer valid: revoked, expired, tenant suspended, ...
 

@@ -18,6 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from .audit.actor import SYSTEM, Actor
 from .audit.checkpoints import Checkpoint
 from .audit.log import AuditLog
+from .authentication.members import MemberManager
+from .authentication.revocations import RevocationManager
 from .config import TenancyConfig
 from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .metering.metrics import StorageSampler, TenantMetrics
@@ -63,6 +65,8 @@ class Housekeeping:
     config: TenancyConfig
     registry: Registry
     tenants: TenantManager
+    members: MemberManager
+    revocations: RevocationManager
     domains: DomainUpkeep
     provisioner: Provisioner
     secrets: SecretManager
@@ -92,6 +96,8 @@ class Housekeeping:
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())
         await run.do("expire_claims", self.domains.expire_claims())
         await run.do("verify_domains", self.domains.verify_again())
+        await run.do("prune_invitations", self.members.prune_invitations())
+        await run.do("prune_revocations", self.revocations.prune())
         await run.do("finish_rotations", self.secrets.finish_rotations())
         await run.do("prepare_audit_partitions", self.audit.ensure_partitions())
         await run.do("prune_audit", self._prune_audit())

@@ -15,6 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from .audit.actor import SYSTEM, Actor
 from .audit.log import AuditLog
 from .authentication.keys import KeyManager
+from .authentication.members import MemberManager
+from .authentication.revocations import RevocationManager
 from .config import TenancyConfig
 from .context import bind, refuse_while_bound
 from .errors import ConfigurationError
@@ -245,6 +247,16 @@ class Tenancy:
     def keys(self) -> KeyManager:
         """Issue, rotate and revoke API keys."""
         return self._lifetime.parts.keys
+
+    @property
+    def members(self) -> MemberManager:
+        """Add, invite, list and remove the people who may act for a tenant."""
+        return self._lifetime.parts.members
+
+    @property
+    def revocations(self) -> RevocationManager:
+        """Revoke tokens and sessions before they expire: log somebody out everywhere."""
+        return self._lifetime.parts.revocations
 
     @property
     def tiers(self) -> TierRegistry:

@@ -18,7 +18,23 @@ from ..registry.lifecycle import check_transition
 from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
-from . import audit, config, dev, domains, keys, migrate, quotas, schedule, secrets, servers, template, tiers, usage
+from . import (
+    audit,
+    config,
+    dev,
+    domains,
+    keys,
+    members,
+    migrate,
+    quotas,
+    revocations,
+    schedule,
+    secrets,
+    servers,
+    template,
+    tiers,
+    usage,
+)
 from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
 from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
 from .runtime import Json, TenantArgument, Yes, confirm, days_from_now, exit_on_error, fail, operator, run
@@ -31,6 +47,8 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(keys.app, name="keys")
+app.add_typer(members.app, name="members")
+app.add_typer(revocations.app, name="revocations")
 app.add_typer(migrate.app, name="migrate")
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")

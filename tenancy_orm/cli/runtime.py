@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -38,8 +39,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", 
 TenantArgument = Annotated[str, typer.Argument(help="A slug or an id.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
+ExpiresIn = Annotated[str | None, typer.Option("--expires-in", help="For how long, such as 30m, 12h or 7d.")]
+
 EXIT_FAILED = 1
 _LONGEST_DAYS = 36_500
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def operator() -> Actor:
@@ -57,6 +61,18 @@ def days_from_now(days: float) -> datetime:
     if not 0 <= days <= _LONGEST_DAYS:
         fail(f"{days:g} days is not a time from now: give 0 to {_LONGEST_DAYS}")
     return datetime.now(UTC) + timedelta(days=days)
+
+
+def duration(text: str | None) -> timedelta | None:
+    """Read ``30m``, ``12h`` or ``7d``; None is None, and what is no time (none, over 100 years) exits with an error."""
+    if text is None:
+        return None
+    # at most six digits: no timedelta overflows
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([smhd])", text.strip())
+    given = timedelta(**{_UNITS[found[2]]: float(found[1])}) if found else timedelta(0)
+    if not timedelta(0) < given <= timedelta(days=_LONGEST_DAYS):
+        fail(f"{text!r} is not a time: write 90s, 30m, 12h or 7d, at most {_LONGEST_DAYS} days")
+    return given
 
 
 def extend_path() -> None:

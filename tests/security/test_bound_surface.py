@@ -21,6 +21,7 @@ import pytest
 import pytest_asyncio
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.authentication.invitation_rows import Invitation
 from tenancy_orm.config import MeteringConfig
 from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.control.notifications import ConnectionRequest
@@ -83,6 +84,7 @@ EXCUSED = {
     "internals.servers.items": "returns addresses of the configuration",
     "internals.servers.keys": "returns names of the configuration",
     "internals.servers.values": "returns addresses of the configuration",
+    "members.close": "writes what is counted already",
     "migrations.environment": "loads the migration directory",
     "quotas.close": "closes connections",
     "quotas.invalidate": "forgets what is looked up again",
@@ -110,13 +112,14 @@ class _Sender:
 
 @dataclass(frozen=True)
 class Plane:
-    """Two tenants; ``key`` and ``key_id`` are the second one's."""
+    """Two tenants; ``key``, ``key_id`` and ``invitation`` are the second one's."""
 
     tenancy: Tenancy
     acme: Tenant
     globex: Tenant
     key: str
     key_id: str
+    invitation: Invitation | None = None
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -138,7 +141,8 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
         acme, globex = await tenancy.tenants.create("acme"), await tenancy.tenants.create("globex")
         # known to the directory: an answer from memory must be refused like any other
         await tenancy.internals.directory.authenticate(globex.api_key)
-        yield Plane(tenancy, acme.tenant, globex.tenant, globex.api_key, globex.key_id)
+        invitation = await tenancy.members.invite("globex")
+        yield Plane(tenancy, acme.tenant, globex.tenant, globex.api_key, globex.key_id, invitation)
     finally:
         await tenancy.close()
         await postgres.drop_all(prefix)
@@ -192,6 +196,8 @@ def names(plane: Plane, parameter: str) -> tuple[Any, ...]:
         "tenant_id": (globex.id,),
         "listed": (globex,),
         "key_id": (plane.key_id,),
+        "invitation_id": (plane.invitation.id, str(plane.invitation.id)) if plane.invitation else (),
+        "text": (plane.invitation.text,) if plane.invitation else (),
         "key": (plane.key,),
         "values": ({globex.id: 1},),
         "tenants": ([globex.slug], None),
@@ -205,6 +211,7 @@ def others(plane: Plane) -> dict[str, Any]:
     """What methods need besides, by parameter."""
     tenant_id = uuid7()
     return {
+        "subject": "alice",
         "resource": "users",
         "overrides": {"users": 9},
         "value": 1,
@@ -314,12 +321,17 @@ def test_every_excuse_is_needed() -> None:
 
 @pytest.mark.parametrize(
     ("part", "name", "method"),
-    [param for param in TRIED if {"tenant", "key_id"} & set(inspect.signature(param.values[2]).parameters)],
+    [
+        param
+        for param in TRIED
+        if {"tenant", "key_id", "invitation_id"} & set(inspect.signature(param.values[2]).parameters)
+    ],
 )
 async def test_unbound_it_reaches_every_tenant(tenancy: Tenancy, part: str, name: str, method: Any) -> None:
     """So the calls above are refused because another tenant is bound, and not because they are wrong."""
     globex = await tenancy.tenants.create("globex")
-    other = Plane(tenancy, globex.tenant, globex.tenant, globex.api_key, globex.key_id)
+    invitation = await tenancy.members.invite("globex")
+    other = Plane(tenancy, globex.tenant, globex.tenant, globex.api_key, globex.key_id, invitation)
     arguments = calls(other, method)[0]
     if part == "audit" and name == "events":
         assert await tenancy.audit.events()

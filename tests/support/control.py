@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.authentication.batch import BatchLoader
 from tenancy_orm.authentication.directory import Directory
+from tenancy_orm.authentication.invitation_text import InvitationSigner
 from tenancy_orm.authentication.keys import IssuedKey, KeyManager
+from tenancy_orm.authentication.members import MemberManager
+from tenancy_orm.authentication.revocations import RevocationManager
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.grants import application_policy
@@ -49,6 +53,17 @@ class ControlPlane:
     keys: KeyManager
     seen: list[Event] = field(default_factory=list)
     heard: list[UUID | None] = field(default_factory=list)
+
+    @cached_property
+    def members(self) -> MemberManager:
+        """Members, with invitations that are signed under one key."""
+        signer = InvitationSigner(self.control.installation, {"1": b"k" * 32})
+        return MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
+
+    @cached_property
+    def revocations(self) -> RevocationManager:
+        """Revocations of tokens and sessions."""
+        return RevocationManager(self.control, self.audit, self.events)
 
     async def tenant(
         self, slug: str, *, status: Status = Status.ACTIVE, scopes: Sequence[str] = ()

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+from tenancy_orm.authentication.invitation_rows import Invitation
 from tenancy_orm.config import Tier
 from tenancy_orm.keys.format import KeyDigester, generate_key
 from tenancy_orm.postgres.errors import sqlstate_of
@@ -21,7 +22,10 @@ from tenancy_orm.tenants.tiers import TierRegistry
 from tests.support.control import ControlPlane, control_plane
 
 REFUSED = "TN099"
-TABLES = ("tenants", "former_slugs", "domains", "api_keys", "tiers", "usage", "usage_records", "audit_log")
+TABLES = (
+    *("tenants", "former_slugs", "domains", "api_keys", "tiers", "usage", "usage_records", "audit_log"),
+    *("members", "invitations", "revocations"),
+)
 
 
 class Published:
@@ -36,12 +40,24 @@ class Published:
 
 @dataclass
 class World:
-    """Tenants in the states that changes begin from; acme has a key, and a domain that it can verify."""
+    """Tenants in the states that changes begin from.
+
+    acme has a key, a domain that it can verify, a member and an invitation.
+    """
 
     plane: ControlPlane
     tenants: dict[str, Tenant]
     key_id: str
     published: Published
+    invitation: Invitation | None = None
+
+    async def accept(self) -> None:
+        assert self.invitation is not None and self.invitation.text is not None
+        await self.plane.members.accept(self.invitation.text, "bob")
+
+    async def withdraw(self) -> None:
+        assert self.invitation is not None
+        await self.plane.members.withdraw(self.invitation.id)
 
     @property
     def domains(self) -> DomainManager:
@@ -90,6 +106,9 @@ async def world(control_url: str) -> AsyncIterator[World]:
         await plane.registry.begin_purge(tenants["leaving"].id)
         made = World(plane, tenants, (await plane.key("acme")).key_id, Published())
         made.published.token = (await made.domains.claim("acme", "acme.example.com")).token
+        await plane.members.add("acme", "alice")
+        made.invitation = await plane.members.invite("acme")
+        await plane.revocations.add(subject="alice")
         yield made
 
 
@@ -145,6 +164,14 @@ CHANGES: dict[str, Callable[[World], Awaitable[Any]]] = {
     "claim a domain": lambda w: w.domains.claim("acme", "acme.example.org"),
     "verify a domain": lambda w: w.domains.verify("acme", "acme.example.com"),
     "release a domain": lambda w: w.domains.release("acme", "acme.example.com"),
+    "add a member": lambda w: w.plane.members.add("acme", "bob"),
+    "change a member": lambda w: w.plane.members.add("acme", "alice", ["owner"]),
+    "remove a member": lambda w: w.plane.members.remove("acme", "alice"),
+    "invite": lambda w: w.plane.members.invite("acme"),
+    "accept an invitation": lambda w: w.accept(),
+    "withdraw an invitation": lambda w: w.withdraw(),
+    "revoke a token": lambda w: w.plane.revocations.add(token_id="t-1"),
+    "take a revocation back": lambda w: w.plane.revocations.remove(subject="alice"),
     "set quotas": _set_quotas,
     "apply tiers": _apply_tiers,
 }

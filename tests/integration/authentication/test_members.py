@@ -1,0 +1,213 @@
+"""Members of tenants: added, changed, removed and listed, each change with its entry, event and notification."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from tenancy_orm import Tenancy
+from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication.credential import Membership
+from tenancy_orm.context import bind
+from tenancy_orm.control.notifications import Change, Listener
+from tenancy_orm.errors import (
+    ConfigurationError,
+    CrossTenantError,
+    InvalidSubjectError,
+    TenantNotFoundError,
+    UnknownRoleError,
+)
+from tenancy_orm.events import EventBus, MemberAdded, MemberChanged, MemberRemoved, TenantEvent
+from tenancy_orm.tenant import Status, Tenant
+from tests.support.control import ControlPlane, control_plane
+from tests.support.waiting import until
+
+ADA = Actor("operator", "ada")
+
+
+@pytest.fixture
+async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
+    async with control_plane(control_url, opened=False) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def acme(plane: ControlPlane) -> Tenant:
+    return (await plane.tenant("acme"))[0]
+
+
+async def entries(plane: ControlPlane) -> list[tuple[str, Any, Any]]:
+    """The entries about members, oldest first."""
+    found = await plane.audit.events(action=["member.add", "member.change", "member.remove"])
+    assert {(entry.slug, entry.actor) for entry in found} <= {("acme", ADA)}
+    return [(entry.action, entry.before, entry.after) for entry in reversed(found)]
+
+
+async def test_a_member_is_added_changed_and_removed(plane: ControlPlane, acme: Tenant) -> None:
+    """By any name of the tenant. What changes nothing leaves no entry, and removing twice says so."""
+    added = await plane.members.add("acme", "alice", actor=ADA)
+    assert added.roles == {"member"}
+    assert (added.tenant_id, added.subject) == (acme.id, "alice")
+    assert await plane.members.add(acme, "alice", actor=ADA) == added
+    changed = await plane.members.add(str(acme.id), "alice", ["owner", "member", "owner"], actor=ADA)
+    assert changed.roles == {"owner", "member"}
+    assert changed.created_at == added.created_at
+    assert await plane.members.list(acme.id) == [changed]
+    assert await plane.members.remove(acme, "alice", actor=ADA) is True
+    assert await plane.members.remove(acme, "alice", actor=ADA) is False
+    assert await plane.members.list("acme") == []
+    member, owner = ({"subject": "alice", "roles": roles} for roles in (["member"], ["member", "owner"]))
+    assert await entries(plane) == [
+        ("member.add", None, member),
+        ("member.change", member, owner),
+        ("member.remove", owner, None),
+    ]
+    common: dict[str, Any] = {"tenant_id": acme.id, "slug": "acme", "subject": "alice"}
+    assert [event for event in plane.seen if isinstance(event, TenantEvent)] == [
+        MemberAdded(**common, roles=("member",)),
+        MemberChanged(**common, roles=("member", "owner"), before=("member",)),
+        MemberRemoved(**common),
+    ]
+
+
+async def test_members_are_listed_by_age_and_tenants_by_slug(plane: ControlPlane, acme: Tenant) -> None:
+    """Of every status, with the subject's roles in each; a subject that nobody has added is in no tenant."""
+    globex, _ = await plane.tenant("globex")
+    for tenant, subject, roles in (
+        ("globex", "bob", ["member"]),
+        ("globex", "alice", ["member"]),
+        ("acme", "alice", ["owner", "admin"]),
+    ):
+        await plane.members.add(tenant, subject, roles)
+    assert [member.subject for member in await plane.members.list("globex")] == ["bob", "alice"]
+    await plane.registry.transition(globex.id, Status.SUSPENDED, action="tenant.suspend")
+    found = await plane.members.tenants_of("alice")
+    assert found == [
+        Membership(acme, frozenset({"owner", "admin"})),
+        Membership(await plane.registry.get(globex.id), frozenset({"member"})),
+    ]
+    assert found[1].tenant.status is Status.SUSPENDED
+    assert await plane.members.tenants_of("Alice") == []
+
+
+async def test_a_purged_tenant_has_no_members_and_gets_none(plane: ControlPlane, acme: Tenant) -> None:
+    await plane.members.add(acme, "alice")
+    await plane.registry.transition(acme.id, Status.DELETED, action="tenant.delete")
+    await plane.registry.begin_purge(acme.id)
+    await plane.registry.erase_secrets(acme.id)
+    assert await plane.members.tenants_of("alice") == []
+    await plane.registry.finish_purge(acme.id)
+    with pytest.raises(TenantNotFoundError):
+        await plane.members.add(acme, "alice")
+
+
+@pytest.mark.parametrize("subject", ["", "a" * 256, "a\x00b", "a\nb", "\ud800", "\u202ealice", None, 7, b"alice"])
+async def test_a_malformed_subject_is_refused_everywhere(plane: ControlPlane, acme: Tenant, subject: Any) -> None:
+    """A claim of a token may be anything; the error does not repeat it."""
+    members = plane.members
+    for call in (members.add(acme, subject), members.remove(acme, subject), members.tenants_of(subject)):
+        with pytest.raises(InvalidSubjectError, match="a subject must be 1 to 255 printable characters"):
+            await call
+    assert await members.list(acme) == []
+
+
+async def test_any_printable_subject_is_taken_as_it_is(plane: ControlPlane, acme: Tenant) -> None:
+    """Providers' subjects have bars, spaces, quotes and every script; they are compared exactly."""
+    subjects = ["auth0|5f7c", "'; DROP TABLE tenancy.members; --", " alice", "alice ", "Ünïcode 用户", "😀" * 255]
+    for subject in subjects:
+        await plane.members.add(acme, subject)
+    assert [member.subject for member in await plane.members.list(acme)] == subjects
+    assert len(await plane.members.tenants_of("alice ")) == 1
+    assert await plane.members.tenants_of("alice") == []
+
+
+async def test_an_unknown_role_is_refused_with_those_that_are_known(plane: ControlPlane, acme: Tenant) -> None:
+    with pytest.raises(
+        UnknownRoleError, match=r"unknown roles: 'boss', 'king'; .* 'owner', 'admin', 'member'"
+    ) as caught:
+        await plane.members.add(acme, "alice", ["boss", "owner", "king"])
+    assert (caught.value.roles, caught.value.known) == (("boss", "king"), ("owner", "admin", "member"))
+    for roles, message in (("owner", "not one string"), ((), "at least one role")):
+        with pytest.raises(ConfigurationError, match=message):
+            await plane.members.add(acme, "alice", roles)
+    assert await plane.members.list(acme) == []
+
+
+async def test_roles_are_the_configured_ones(control_url: str) -> None:
+    """A member with a role that is not configured any more stays one, and has no scopes of it."""
+    async with control_plane(control_url, opened=False) as before:
+        await before.tenant("acme")
+        await before.members.add("acme", "alice", ["owner"])
+    roles = {"editor": ["docs:write"]}
+    async with control_plane(control_url, initialise=False, opened=False, members={"roles": roles}) as after:
+        (member,) = await after.members.list("acme")
+        assert after.config.members.scopes_of(member.roles) == frozenset()
+        with pytest.raises(UnknownRoleError):
+            await after.members.add("acme", "bob", ["member"])
+        assert (await after.members.add("acme", "alice", ["editor"])).roles == {"editor"}
+
+
+async def test_the_same_member_added_at_once_is_one(plane: ControlPlane, acme: Tenant) -> None:
+    """Two calls insert, or one changes what the other has inserted; none fails, and none is lost."""
+    roles = [["owner"], ["admin"], ["member"], ["owner"]] * 3
+    outcomes = await asyncio.gather(*(plane.members.add(acme, "alice", each) for each in roles))
+    assert {frozenset(outcome.roles) for outcome in outcomes} == {frozenset(each) for each in roles}
+    (member,) = await plane.members.list(acme)
+    chain = await plane.audit.events(action=["member.add", "member.change"])
+    assert [entry.action for entry in chain][-1] == "member.add"
+    assert chain[0].after == {"subject": "alice", "roles": sorted(member.roles)}
+    for newer, older in itertools.pairwise(chain):
+        assert newer.before == older.after
+
+
+async def test_a_bound_tenant_manages_its_own_members_alone(plane: ControlPlane, acme: Tenant) -> None:
+    """A request of one tenant's owner cannot add, list or remove another's, nor ask where else somebody is."""
+    globex, _ = await plane.tenant("globex")
+    await plane.members.add(globex, "bob")
+    with bind(acme):
+        await plane.members.add("acme", "alice", ["owner"])
+        assert [member.subject for member in await plane.members.list(acme)] == ["alice"]
+        for call in (
+            plane.members.add(globex, "alice"),
+            plane.members.remove("globex", "bob"),
+            plane.members.list(globex.id),
+            plane.members.tenants_of("alice"),
+        ):
+            with pytest.raises(CrossTenantError):
+                await call
+        assert await plane.members.remove(acme.id, "alice")
+    assert [member.subject for member in await plane.members.list(globex)] == ["bob"]
+
+
+async def test_every_process_hears_of_every_change(plane: ControlPlane, acme: Tenant) -> None:
+    """With the tenant and the subject; a purge and a change by hand are heard as well."""
+    heard: list[Change] = []
+    listener = Listener(plane.control.dsn, on_change=heard.append, on_connected=lambda: None, events=EventBus())
+    await listener.open()
+    change = Change(acme.id, None, "member", subject="alice")
+    try:
+        await plane.members.add(acme, "alice")
+        await plane.members.add(acme, "alice", ["owner"])
+        await plane.members.remove(acme, "alice")
+        await until(lambda: len(heard) == 3)
+        assert heard == [change] * 3
+        await plane.members.add(acme, "alice")
+        async with plane.control.transaction() as connection:
+            await connection.exec_driver_sql("UPDATE tenancy.members SET subject = 'bob'")
+        await until(lambda: len(heard) == 6)
+        assert heard[3:] == [change, change, Change(acme.id, None, "member", subject="bob")]
+    finally:
+        await listener.close()
+
+
+async def test_an_open_tenancy_hands_them_out(tenancy: Tenancy) -> None:
+    created = await tenancy.tenants.create("acme")
+    await tenancy.members.add("acme", "alice", ["owner"])
+    (membership,) = await tenancy.members.tenants_of("alice")
+    assert membership.tenant.id == created.tenant.id
+    assert isinstance(created.tenant.id, UUID)

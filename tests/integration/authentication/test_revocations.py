@@ -1,0 +1,147 @@
+"""Revocations: log out everywhere, or one token; for all tenants, in every process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from tenancy_orm import Tenancy
+from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication.revocations import Revocation
+from tenancy_orm.context import bind
+from tenancy_orm.control.notifications import Change, Listener
+from tenancy_orm.errors import ConfigurationError, CrossTenantError, InvalidSubjectError
+from tenancy_orm.events import CredentialRevoked, EventBus
+from tests.support.control import ControlPlane, control_plane
+from tests.support.waiting import until
+
+ADA = Actor("operator", "ada")
+
+
+@pytest.fixture
+async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
+    async with control_plane(control_url, opened=False) as opened:
+        yield opened
+
+
+def soon(**delta: float) -> datetime:
+    return datetime.now(UTC) + timedelta(**delta)
+
+
+async def test_a_subject_and_a_token_are_revoked_and_restored(plane: ControlPlane) -> None:
+    """With a reason, an entry and an event each; taking back what is not there says so."""
+    end = soon(hours=1)
+    subject = await plane.revocations.add(subject="alice", reason="laptop\x00 lost", actor=ADA)
+    token = await plane.revocations.add(token_id="t-1", expires_at=end, actor=ADA)
+    assert (subject.kind, subject.value, subject.expires_at) == ("subject", "alice", None)
+    assert subject.reason == "laptop\N{REPLACEMENT CHARACTER} lost"
+    assert abs(subject.revoked_at - datetime.now(UTC)) < timedelta(minutes=1)
+    assert token == Revocation("token", "t-1", token.revoked_at, end)
+    assert await plane.revocations.list() == [token, subject]
+    assert await plane.revocations.list(limit=1) == [token]
+    assert await plane.revocations.remove(subject="t-1") is False
+    assert await plane.revocations.remove(token_id="t-1", actor=ADA) is True
+    assert await plane.revocations.remove(token_id="t-1") is False
+    assert await plane.revocations.list() == [subject]
+    entries = list(reversed(await plane.audit.events(action=["credential.revoke", "credential.restore"])))
+    assert [entry.action for entry in entries] == ["credential.revoke", "credential.revoke", "credential.restore"]
+    assert {(entry.actor, entry.tenant_id) for entry in entries} == {(ADA, None)}
+    assert entries[0].after is not None and entries[0].after["subject"] == "alice"
+    assert entries[2].before is not None and entries[2].before["token"] == "t-1"
+    assert plane.of(CredentialRevoked) == [
+        CredentialRevoked(subject="alice"),
+        CredentialRevoked(credential_id="t-1"),
+    ]
+
+
+async def test_revoking_again_moves_the_time_and_shortens_nothing(plane: ControlPlane) -> None:
+    """Whoever logs out everywhere a second time has logged in between."""
+    first = await plane.revocations.add(subject="alice", expires_at=soon(days=2))
+    second = await plane.revocations.add(subject="alice", expires_at=soon(hours=1), reason="again")
+    assert second.revoked_at > first.revoked_at
+    assert (second.expires_at, second.reason) == (first.expires_at, "again")
+    later = soon(days=9)
+    assert (await plane.revocations.add(subject="alice", expires_at=later)).expires_at == later
+    assert (await plane.revocations.add(subject="alice")).expires_at is None
+    assert (await plane.revocations.add(subject="alice", expires_at=later)).expires_at is None
+    assert len(await plane.revocations.list()) == 1
+    await asyncio.gather(*(plane.revocations.add(subject="bob") for _ in range(8)))
+    assert len(await plane.revocations.list()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ConfigurationError, "give either subject or token_id"),
+        ({"subject": "alice", "token_id": "t"}, ConfigurationError, "give either subject or token_id"),
+        ({"subject": ""}, InvalidSubjectError, "a subject must be 1 to 255"),
+        ({"token_id": "a\x00"}, InvalidSubjectError, "a token_id must be 1 to 255"),
+        ({"token_id": "t" * 256}, InvalidSubjectError, "a token_id must be 1 to 255"),
+        ({"subject": "a", "expires_at": soon(days=9).replace(tzinfo=None)}, ConfigurationError, "aware datetime"),
+        ({"subject": "a", "expires_at": datetime(2020, 1, 1, tzinfo=UTC)}, ConfigurationError, "in the past"),
+    ],
+)
+async def test_a_malformed_revocation_is_refused(
+    plane: ControlPlane, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        await plane.revocations.add(**arguments)
+    assert await plane.revocations.list() == []
+
+
+async def test_a_bound_tenant_revokes_nothing(plane: ControlPlane) -> None:
+    """A revocation reaches every tenant; a removal would undo another one's."""
+    acme, _ = await plane.tenant("acme")
+    await plane.revocations.add(subject="alice")
+    with bind(acme):
+        for call in (
+            plane.revocations.add(subject="bob"),
+            plane.revocations.remove(subject="alice"),
+            plane.revocations.list(),
+            plane.revocations.prune(),
+        ):
+            with pytest.raises(CrossTenantError):
+                await call
+    assert [each.value for each in await plane.revocations.list()] == ["alice"]
+
+
+async def test_every_process_hears_of_it(plane: ControlPlane) -> None:
+    """By the subject or the token; what is pruned has ended everywhere by itself, and nobody need hear of it."""
+    heard: list[Change] = []
+    listener = Listener(plane.control.dsn, on_change=heard.append, on_connected=lambda: None, events=EventBus())
+    await listener.open()
+    try:
+        await plane.revocations.add(token_id="short", expires_at=soon(hours=1))
+        async with plane.control.transaction() as connection:
+            await connection.exec_driver_sql("ALTER TABLE tenancy.revocations DISABLE TRIGGER revocations_notify")
+            await connection.exec_driver_sql("UPDATE tenancy.revocations SET expires_at = now() - interval '1 s'")
+            await connection.exec_driver_sql("ALTER TABLE tenancy.revocations ENABLE TRIGGER revocations_notify")
+        assert await plane.revocations.list() == []
+        assert (await plane.revocations.prune(), await plane.revocations.prune()) == (1, 0)
+        await plane.revocations.add(subject="alice")
+        await plane.revocations.remove(subject="alice")
+        await until(lambda: len(heard) == 3)
+        alice = Change(None, None, "revocation", subject="alice")
+        assert heard == [Change(None, None, "revocation", token_id="short"), alice, alice]
+    finally:
+        await listener.close()
+
+
+async def test_housekeeping_prunes_what_has_ended(tenancy: Tenancy) -> None:
+    """Revocations, and invitations that ended long ago."""
+    await tenancy.tenants.create("acme")
+    kept = await tenancy.revocations.add(subject="alice")
+    await tenancy.revocations.add(token_id="t", expires_at=soon(hours=1))
+    await tenancy.members.invite("acme", expires_in=1)
+    async with tenancy.internals.control.transaction() as connection:
+        for table in ("revocations", "invitations"):
+            await connection.exec_driver_sql(
+                f"UPDATE tenancy.{table} SET expires_at = now() - interval '31 days' WHERE expires_at IS NOT NULL"
+            )
+    chores = (await tenancy.run_housekeeping()).chores
+    assert (chores["prune_revocations"], chores["prune_invitations"]) == (1, 1)
+    assert await tenancy.revocations.list() == [kept]
