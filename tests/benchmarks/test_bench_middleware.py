@@ -13,17 +13,23 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from operator import sub, truediv
+from typing import Any
 
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tenancy_orm.asgi import HeaderResolver, SubdomainResolver, TenancyMiddleware
+from tenancy_orm.asgi import ApiKeyAuthenticator, HeaderResolver, SubdomainResolver, TenancyMiddleware
+from tenancy_orm.asgi.tokens import JwtAuthenticator
+from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import http_scope
@@ -130,6 +136,52 @@ async def test_the_middleware_alone(tenancy: Tenancy, acme: CreatedTenant, capsy
         medians = statistics.median(found.wall), statistics.median(found.cpu)
         lines.append(f"{name:28} {medians[0]:8.2f} {wall:7.2f} {medians[1]:8.2f} {cpu:7.2f}")
     report(capsys, "middleware over a bare ASGI application, known key", lines)
+
+
+async def test_other_credentials(tenancy: Tenancy, acme: CreatedTenant, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside a key, all of them known. The goal is at most 10 us more than a key."""
+    private = rsa.generate_private_key(public_exponent=65_537, key_size=2_048)
+    public = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    claims = {"iss": "https://issuer.example/", "aud": "api", "sub": "ada", "org": "acme", "exp": time.time() + 3_600}
+    token = jwt.encode({**claims, "jti": "1", "iat": time.time()}, private, algorithm="RS256")
+    options: dict[str, Any] = {"issuer": claims["iss"], "audience": "api", "keys": public}
+    await tenancy.members.add("acme", "ada")
+
+    class Login:
+        async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+            return Credential("session", "ada")
+
+    async def bare(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    def guarded(*authenticators: Any, **more: Any) -> TenancyMiddleware:
+        return TenancyMiddleware(bare, tenancy=tenancy, authenticators=authenticators, **more)
+
+    by_claim = guarded(ApiKeyAuthenticator(), JwtAuthenticator(**options, tenants_claim="org"))
+    by_member = guarded(ApiKeyAuthenticator(), JwtAuthenticator(**options, tenants_claim=None))
+    by_host = guarded(
+        JwtAuthenticator(**options, tenants_claim=None, cookie="__Host-token"),
+        resolvers=[SubdomainResolver("example.com")],
+    )
+    bearer = [*HEADERS, ("Authorization", f"Bearer {token}")]
+    calls = {
+        "key": calling(by_claim, "/", [*HEADERS, ("X-API-Key", acme.api_key)]),
+        "token, tenant in a claim": calling(by_claim, "/", bearer),
+        "token of a member": calling(by_member, "/", bearer),
+        "... in a cookie, by host": calling(by_host, "/", [*HEADERS, ("Cookie", f"a=b; __Host-token={token}; c=d")]),
+        "session, does nothing itself": calling(guarded(Login()), "/", HEADERS),
+    }
+    figures = await in_turns(calls, rounds=60, each=300)
+    lines = [f"{'':28} {'clock':>8} {'more':>7} {'cpu':>8} {'more':>7}   (us)"]
+    for name, found in figures.items():
+        wall, cpu = (
+            median_of(sub, of, base)
+            for of, base in [(found.wall, figures["key"].wall), (found.cpu, figures["key"].cpu)]
+        )
+        medians = statistics.median(found.wall), statistics.median(found.cpu)
+        lines.append(f"{name:28} {medians[0]:8.2f} {wall:7.2f} {medians[1]:8.2f} {cpu:7.2f}")
+    report(capsys, "middleware with each kind of credential, known", lines)
 
 
 async def test_a_one_row_request(
