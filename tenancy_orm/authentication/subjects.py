@@ -7,6 +7,7 @@ the tenant that the request named.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, replace
@@ -157,11 +158,12 @@ class SubjectDirectory:
             if len(credential.tenants) > _MAX_TENANTS:
                 raise InvalidCredentialError("too many tenants", kind=credential.kind, credential_id=credential.id)
             wanted = dict.fromkeys((as_reference(name) for name in credential.tenants), frozenset())
-        found: dict[UUID, Membership] = {}
-        for reference, roles in wanted.items():
-            tenant = await self._tenant(reference)
-            if tenant is not None:
-                found[tenant.id] = Membership(tenant, roles)
+        tenants = await asyncio.gather(*(self._tenant(reference) for reference in wanted))
+        found = {
+            tenant.id: Membership(tenant, roles)
+            for tenant, roles in zip(tenants, wanted.values(), strict=True)
+            if tenant is not None
+        }
         memberships = sorted(found.values(), key=lambda one: one.tenant.slug)
         return AllowedTenants(tuple(memberships), row.read_at, invalidated)
 
