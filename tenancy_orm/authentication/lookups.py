@@ -169,7 +169,7 @@ class DirectoryLookups:
         return await self._guarded(self._tenants.get(wanted))
 
     async def subject(self, subject: str, token_id: str) -> tuple[SubjectRow, set[Hashable]]:
-        """Return a person's memberships and revocations, as ``key`` does; ``token_id`` is empty where there is none.
+        """Return a person's memberships and revocations, as ``key`` does.
 
         Raises:
             ControlUnavailableError: the control database does not answer.

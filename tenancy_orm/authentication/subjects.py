@@ -242,7 +242,7 @@ class SubjectDirectory:
         tenant, read_at = found
         if credential.kind == "anonymous":
             return replace(granted, tenant=tenant, read_at=read_at)
-        row, _ = await self._lookups.subject(credential.subject, _token_id(credential))
+        row, _ = await self._lookups.subject(credential.subject, credential.id)
         roles = frozenset() if credential.tenants is not None else row.roles.get(tenant.id)
         return replace(
             granted,
@@ -261,7 +261,7 @@ class SubjectDirectory:
         return credential.scopes if ALL_SCOPES in given else credential.scopes & given
 
     async def _row(self, credential: Credential) -> tuple[SubjectRow, Set[Hashable]]:
-        key = (credential.subject, _token_id(credential))
+        key = (credential.subject, credential.id)
         cached = self._rows.entries.get(key)
         now = self._clock()
         if cached is not None:
@@ -327,14 +327,8 @@ class SubjectDirectory:
                     del self._by_tag[tag]
 
 
-def _token_id(credential: Credential) -> str:
-    return "" if credential.id == credential.subject else credential.id
-
-
 def _tags(credential: Credential) -> tuple[Hashable, ...]:
-    token_id = _token_id(credential)
-    subject = (subject_tag(credential.subject),)
-    return (*subject, token_tag(token_id)) if token_id else subject
+    return (subject_tag(credential.subject), token_tag(credential.id))
 
 
 def _key(credential: Credential, named: Named) -> Hashable:
