@@ -31,14 +31,14 @@ def credential_of(connection: HTTPConnection) -> Credential | None:
 
 
 def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
-    """Return the request's credential if its key has all ``scopes``. A key with the scope ``*`` has every scope.
+    """Return the request's credential if it has all ``scopes``. One with the scope ``*`` has every scope.
 
     Raises:
-        InvalidCredentialError: the request has no key.
-        MissingScopeError: its key lacks one of them.
+        InvalidCredentialError: the request has no credential, or is a visitor's.
+        MissingScopeError: its credential lacks one of them.
     """
     credential = credential_of(connection)
-    if credential is None:
+    if credential is None or credential.kind == "anonymous":
         raise InvalidCredentialError("missing")
     for scope in scopes:
         credential.require_scope(scope)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Set
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -44,15 +44,6 @@ def token_tag(token_id: str) -> Hashable:
     return ("token", token_id)
 
 
-@dataclass(frozen=True, slots=True)
-class AllowedTenants:
-    """The tenants that a credential allows now, when that was read, and what was invalidated while it was."""
-
-    memberships: tuple[Membership, ...]
-    read_at: float
-    invalidated: Set[Hashable] = frozenset()
-
-
 class _Row:
     """A ``SubjectRow`` in the cache."""
 
@@ -64,6 +55,14 @@ class _Row:
         self.stale_until = self.fresh_until + config.directory.grace
         self.tags = tags
         self.used = self.placed_at = row.read_at
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedTenants:
+    """The tenants that a credential allows, and the row that says so; None for a visitor."""
+
+    memberships: tuple[Membership, ...]
+    row: _Row | None = None
 
 
 class _Admitted:
@@ -149,7 +148,8 @@ class SubjectDirectory:
             raise InvalidCredentialError("subject", kind=credential.kind)
         if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
             raise InvalidCredentialError("expired", kind=credential.kind, credential_id=credential.id)
-        row, invalidated = await self._row(credential)
+        cached = await self._row(credential)
+        row = cached.row
         if _is_revoked(credential, row):
             raise InvalidCredentialError("revoked", kind=credential.kind, credential_id=credential.id)
         if credential.tenants is None:
@@ -165,7 +165,7 @@ class SubjectDirectory:
             if tenant is not None
         }
         memberships = sorted(found.values(), key=lambda one: one.tenant.slug)
-        return AllowedTenants(tuple(memberships), row.read_at, invalidated)
+        return AllowedTenants(tuple(memberships), cached)
 
     def admit(
         self, credential: Credential, allowed: AllowedTenants, chosen: Membership | None, named: Named
@@ -190,7 +190,7 @@ class SubjectDirectory:
         state = CredentialState(
             credential_id=f"{credential.kind} {next(self._numbers)}",
             tenant=chosen.tenant,
-            read_at=allowed.read_at,
+            read_at=now if allowed.row is None else allowed.row.row.read_at,
             scopes=scopes,
             expires=expires,
             credential=credential,
@@ -203,15 +203,14 @@ class SubjectDirectory:
             memberships=allowed.memberships,
             bound=replace(chosen.tenant, admission=self._admissions.admit(state)),
         )
-        tags = (*tags, *(membership.tenant.id for membership in allowed.memberships))
-        if allowed.invalidated.isdisjoint((EVERYTHING, *tags)):
-            # the tenant may have been read before the row
-            good_until = min(allowed.read_at + self._config.directory.ttl, self._tenants.fresh_until(chosen.tenant.id))
-            entry = _Admitted(admitted, good_until if expires is None else min(good_until, expires), now, tags)
-            self._store(self._admitted, _key(credential, named), entry, tags)
-        else:
-            # a change came while this was looked up
+        fresh_until = self._fresh_until(credential, allowed, chosen)
+        if fresh_until is None:
+            # a change came while it was looked up, of which nobody has told this admission
             self._admissions.verify(state.credential_id)
+        else:
+            tags = (*tags, *(membership.tenant.id for membership in allowed.memberships))
+            entry = _Admitted(admitted, fresh_until if expires is None else min(fresh_until, expires), now, tags)
+            self._store(self._admitted, _key(credential, named), entry, tags)
         return admitted
 
     async def anonymous(self, name: str) -> Credential:
@@ -226,8 +225,7 @@ class SubjectDirectory:
         found = self.peek(credential, ())
         if found is not None:
             return found
-        # read now, at the latest: whatever changed since is notified, and found by the tenant's id
-        return self.admit(credential, AllowedTenants((Membership(tenant),), self._clock()), Membership(tenant), ())
+        return self.admit(credential, AllowedTenants((Membership(tenant),)), Membership(tenant), ())
 
     async def state(self, granted: CredentialState) -> CredentialState | None:
         """Return the current state of a credential that was admitted, for its admissions.
@@ -260,24 +258,37 @@ class SubjectDirectory:
             return given
         return credential.scopes if ALL_SCOPES in given else credential.scopes & given
 
-    async def _row(self, credential: Credential) -> tuple[SubjectRow, Set[Hashable]]:
+    def _fresh_until(self, credential: Credential, allowed: AllowedTenants, chosen: Membership) -> float | None:
+        """Until when what was looked up is fresh; None where it changed since."""
+        until = self._tenants.fresh_until(chosen.tenant)
+        row = allowed.row
+        if row is None or until is None:
+            return until
+        # as long as it is cached, it was not invalidated
+        current = self._rows.entries.get((credential.subject, credential.id)) is row
+        return min(until, row.fresh_until) if current else None
+
+    async def _row(self, credential: Credential) -> _Row:
+        """Return the row of a credential; it is in the cache unless it was invalidated while it was looked up."""
         key = (credential.subject, credential.id)
         cached = self._rows.entries.get(key)
         now = self._clock()
         if cached is not None:
             cached.used = now
             if now < cached.fresh_until:
-                return cached.row, frozenset()
+                return cached
         try:
             row, invalidated = await self._lookups.subject(*key)
         except ControlUnavailableError:
+            cached = self._rows.entries.get(key)  # it may have been invalidated in between
             if cached is None or now >= cached.stale_until:
                 raise
-            return cached.row, frozenset()
+            return cached
         tags = _tags(credential)
+        found = _Row(row, self._config, tags)
         if invalidated.isdisjoint((EVERYTHING, *tags)):
-            self._store(self._rows, key, _Row(row, self._config, tags), tags)
-        return row, invalidated
+            self._store(self._rows, key, found, tags)
+        return found
 
     async def _tenant(self, reference: UUID | str) -> Tenant | None:
         try:

@@ -74,10 +74,10 @@ class TenantDirectory:
         refuse_other_tenant(found)
         return found
 
-    def fresh_until(self, tenant_id: UUID) -> float:
-        """Until when the cached tenant needs no look-up, by the directory's clock; 0 where it is not cached."""
-        entry = self._entry(tenant_id)
-        return 0.0 if entry is None else entry.fresh_until
+    def fresh_until(self, tenant: Tenant) -> float | None:
+        """Until when ``tenant`` needs no look-up, by the directory's clock; None where that is not what is cached."""
+        entry = self._entry(tenant.id)
+        return None if entry is None or entry.tenant is not tenant else entry.fresh_until
 
     async def _look_up(self, wanted: UUID | str, *, wait: bool = True) -> Tenant:
         found, invalidated = await self._lookups.tenant(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -170,6 +171,21 @@ async def test_a_removed_member_is_refused_at_once(tenancy: Tenancy) -> None:
         return (await request(app, headers=login("ada"))).status == 403
 
     await until(is_refused)
+
+
+async def test_a_removal_that_overtakes_the_look_up_counts(tenancy: Tenancy) -> None:
+    """It comes after the membership was read, and before the tenant was: what was read is not cached."""
+    app, directory = build(tenancy), tenancy.internals.directory
+    directory.invalidate()
+    async with tenancy.internals.control.transaction() as blocking:
+        await blocking.execute(text("LOCK TABLE tenancy.former_slugs IN ACCESS EXCLUSIVE MODE"))
+        asking = asyncio.create_task(request(app, headers=login("ada")))
+        await until(lambda: directory.subjects._rows.entries)
+        async with tenancy.internals.control.transaction() as connection:
+            await connection.execute(text("DELETE FROM tenancy.members WHERE subject = 'ada'"))
+        await until(lambda: not directory.subjects._rows.entries)
+    assert (await asking).status == 200
+    assert (await request(app, headers=login("ada"))).status == 403
 
 
 async def test_what_a_credential_says_itself_limits_it(tenancy: Tenancy) -> None:
