@@ -21,7 +21,6 @@ from ..authentication.issuer import IssuerKeys, KeySource
 from ..authentication.jwks import SECRET_ALGORITHMS, check_algorithms, import_jwt, read_keys, read_secret
 from ..authentication.tokens import (
     MAX_TOKEN_CHARS,
-    KeyNotFoundError,
     TokenRules,
     TokenVerifier,
     VerifiedEntry,
@@ -211,14 +210,12 @@ class JwtAuthenticator(TextAuthenticator):
         keys = await self._keys.current()
         if (known := self._known(presented, time.monotonic())) is not None:
             return known  # only the keys were due
-        try:
-            token = self._verifier.verify(text, header, keys)
-        except KeyNotFoundError:
-            refreshed = await self._keys.refreshed()
-            if refreshed is keys:
-                raise
+        token = self._verifier.verify(text, header, keys)
+        if token is None and (refreshed := await self._keys.refreshed()) is not keys:
             keys = refreshed
             token = self._verifier.verify(text, header, keys)
+        if token is None:
+            raise refused("signature" if keys.named(header.get("kid")) else "unknown key")
         try:
             tenants = await self._tenants(token.claims)
         except TenantNotFoundError:

@@ -31,10 +31,6 @@ _LAST_SECOND: Final = 253_402_300_799 - 86_400  # of the year 9999, less what a 
 _REFUSED_HEADERS: Final = ("crit", "b64", "enc", "zip")
 
 
-class KeyNotFoundError(InvalidCredentialError):
-    """No known key has signed the token; it may be one that the issuer has just begun to use."""
-
-
 @dataclass(frozen=True, slots=True)
 class TokenRules:
     """What a token must say. Times in seconds.
@@ -107,24 +103,23 @@ class TokenVerifier:
                 raise refused("malformed")
         return header
 
-    def verify(self, text: str, header: Mapping[str, Any], keys: KeySet) -> VerifiedToken:
+    def verify(self, text: str, header: Mapping[str, Any], keys: KeySet) -> VerifiedToken | None:
         """Verify a token of which ``check_form`` has returned the ``header``.
+
+        Returns None where none of the keys has signed it, and one that the issuer has just begun to use may have.
 
         Raises:
             InvalidCredentialError: it is not valid. Only where its signature is, the reason is "expired" or
                 "not yet valid", and the error has its id.
-            KeyNotFoundError: none of the keys has signed it, and others may have.
         """
         kid, algorithm = header.get("kid"), header["alg"]
         named = keys.named(kid)
-        if not named:
-            raise KeyNotFoundError("unknown key", kind="token")
         for key in named:
             # the key's own algorithms: those of the configuration that suit its type
             if algorithm in key.algorithms and (claims := self._signed_by(text, key, algorithm)) is not None:
                 return VerifiedToken(claims, key, self._end(claims))
-        if any(key.kid is None or kid is None for key in named):
-            raise KeyNotFoundError("signature", kind="token")
+        if kid is None or not any(key.kid == kid for key in named):
+            return None
         raise refused("signature" if any(algorithm in key.algorithms for key in named) else "algorithm")
 
     def _signed_by(self, text: str, key: VerifyingKey, algorithm: str) -> Mapping[str, Any] | None:
