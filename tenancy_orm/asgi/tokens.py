@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
+from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..authentication.cache import put_bounded
@@ -228,6 +229,17 @@ class JwtAuthenticator(TextAuthenticator):
             entry = VerifiedEntry(token, keys, by_program, replace(by_program, sent_by_browser=True))
             self._verified.put(digest, entry)
         return entry.by_browser if presented.sent_by_browser else entry.by_program
+
+    async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+        """Return the credential of a request, without the middleware, which reads the headers itself.
+
+        Raises:
+            InvalidCredentialError: as ``read`` and ``verify``; or the header is there twice.
+            CredentialsUnavailableError: as ``verify``.
+        """
+        if self._header and sum(name == b"authorization" for name, _ in connection.scope["headers"]) > 1:
+            raise InvalidCredentialError("ambiguous", kind="token")
+        return await super().authenticate(connection)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 

@@ -551,12 +551,13 @@ async def test_a_cookie_is_read_if_it_is_named() -> None:
 
 
 async def test_two_different_tokens_are_refused() -> None:
-    """In two cookies, of which another host of the domain may have set one; or in a header and a cookie."""
+    """In two cookies, of which another host of the domain may have set one, in two headers, or in one of each."""
     one, other = SIGNER.token(), SIGNER.token(sub="mallory")
     subject = authenticator(cookie="token")
     for headers in (
         [("Cookie", f"token={one}; token={other}")],
         [("Cookie", f"token={one}"), ("Cookie", f"token={other}")],
+        [("Authorization", f"Bearer {one}"), ("Authorization", f"Bearer {other}")],
         [("Authorization", f"Bearer {one}"), ("Cookie", f"token={other}")],
     ):
         with pytest.raises(InvalidCredentialError) as caught:
