@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,14 +13,15 @@ from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
+from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
+from ..authentication.cache import put_bounded
 from ..authentication.credential import ALL_SCOPES, Credential
 from ..authentication.issuer import IssuerKeys, KeySource
 from ..authentication.jwks import SECRET_ALGORITHMS, check_algorithms, import_jwt, read_keys, read_secret
 from ..authentication.tokens import (
     MAX_TOKEN_CHARS,
-    KeyNotFoundError,
     TokenRules,
     TokenVerifier,
     VerifiedEntry,
@@ -30,7 +32,7 @@ from ..authentication.tokens import (
     refused,
     unverified_issuer,
 )
-from ..errors import ConfigurationError, InvalidCredentialError
+from ..errors import ConfigurationError, InvalidCredentialError, TenantNotFoundError
 from .authenticators import Presented, TextAuthenticator
 from .resolvers import Headers
 
@@ -40,6 +42,7 @@ ScopesOf = Callable[[Claims], Iterable[str]]
 
 _COOKIE_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _MAX_LEEWAY = 300.0
+_FOREIGN = 1_000  # tokens of other issuers that are remembered as such
 
 
 class _Read(Presented):
@@ -71,8 +74,8 @@ class JwtAuthenticator(TextAuthenticator):
         secret: The secret of HMAC algorithms, in place of public keys.
         algorithms: The algorithms that tokens may be signed with. What a token says never adds one.
         tenants_claim: The claim with the tenant, or the list of tenants, by slug or id; a token without it allows
-            none. Or a function of the claims, which may be async, that returns them, or None. None: the memberships of
-            the subject decide.
+            none. Or a function of the claims, which may be async, that returns them, or None; where it raises
+            ``TenantNotFoundError``, the token allows none. None: the memberships of the subject decide.
         scopes_claim: The claim with the scopes: a text with spaces between them, as ``scope``, or a list, as
             ``permissions``; never ``*``. Or a function of the claims. None: no scopes where a claim gives the tenants;
             for memberships, no limit on what the roles give.
@@ -123,7 +126,7 @@ class JwtAuthenticator(TextAuthenticator):
     ) -> None:
         import_jwt()
         audiences = (audience,) if isinstance(audience, str) else tuple(audience)
-        _check_texts(issuer=issuer, subject_claim=subject_claim, audience=audiences[0] if audiences else "")
+        _check_texts(issuer=issuer, audience=min(audiences, default=""), subject_claim=subject_claim)
         _check_numbers(leeway=leeway, max_age=max_age, cache_size=cache_size)
         pinned = check_algorithms(algorithms)
         self.issuer = issuer
@@ -146,16 +149,8 @@ class JwtAuthenticator(TextAuthenticator):
                 types=frozenset(name.lower().removeprefix("application/") for name in types),
             )
         )
-        given = [
-            name for name, value in (("jwks_url", jwks_url), ("keys", keys), ("secret", secret)) if value is not None
-        ]
-        if len(given) > 1:
-            raise ConfigurationError(f"give one of {' and '.join(given)}")
-        if bool(pinned & SECRET_ALGORITHMS) != (secret is not None):
-            raise ConfigurationError(
-                "HMAC algorithms (HS256) need secret=..., and secret=... needs algorithms=('HS256',); "
-                "a public key is never used as a secret"
-            )
+        given = {"jwks_url": jwks_url, "keys": keys, "secret": secret}
+        _check_source({name for name, value in given.items() if value is not None}, pinned)
         self._keys: KeySource
         if secret is not None:
             self._keys = KeySource(read_secret(secret, pinned))
@@ -173,6 +168,7 @@ class JwtAuthenticator(TextAuthenticator):
             )
         self._verified = VerifiedTokens(cache_size)
         self._entries = self._verified.entries
+        self._foreign: OrderedDict[bytes, None] = OrderedDict()
 
     def __repr__(self) -> str:
         """Name the issuer and the audience."""
@@ -215,15 +211,18 @@ class JwtAuthenticator(TextAuthenticator):
         keys = await self._keys.current()
         if (known := self._known(presented, time.monotonic())) is not None:
             return known  # only the keys were due
-        try:
-            token = self._verifier.verify(text, header, keys)
-        except KeyNotFoundError:
-            refreshed = await self._keys.refreshed()
-            if refreshed is keys:
-                raise
+        token = self._verifier.verify(text, header, keys)
+        if token is None and (refreshed := await self._keys.refreshed()) is not keys:
             keys = refreshed
             token = self._verifier.verify(text, header, keys)
-        by_program = await self._credential(token)
+        if token is None:
+            raise refused("signature" if keys.named(header.get("kid")) else "unknown key")
+        try:
+            tenants = await self._tenants(token.claims)
+        except TenantNotFoundError:
+            # not remembered: it may be created before the token ends
+            return replace(self._credential(token, ()), sent_by_browser=presented.sent_by_browser)
+        by_program = self._credential(token, tenants)
         digest = self._digest(presented)
         entry = self._entries.get(digest)
         if entry is None or not entry.is_valid(keys, time.monotonic()):  # another request may have been quicker
@@ -231,22 +230,39 @@ class JwtAuthenticator(TextAuthenticator):
             self._verified.put(digest, entry)
         return entry.by_browser if presented.sent_by_browser else entry.by_program
 
+    async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+        """Return the credential of a request, without the middleware, which reads the headers itself.
+
+        Raises:
+            InvalidCredentialError: as ``read`` and ``verify``; or the header is there twice.
+            CredentialsUnavailableError: as ``verify``.
+        """
+        if self._header and sum(name == b"authorization" for name, _ in connection.scope["headers"]) > 1:
+            raise InvalidCredentialError("ambiguous", kind="token")
+        return await super().authenticate(connection)
+
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def _own(self, raw: bytes, *, sent_by_browser: bool) -> _Read | None:
         digest = self._verified.digest(raw)
-        if digest not in self._entries:
-            if not is_compact(raw):
-                return None
-            # of one that is too long nothing is read, and it is refused
-            if len(raw) <= MAX_TOKEN_CHARS:
-                issuer = unverified_issuer(raw)
-                # with a slash too many or too few it is meant for this one: the audit log then says what is wrong
-                if issuer is None or issuer.rstrip("/") != self.issuer.rstrip("/"):
-                    return None
+        if digest not in self._entries and (digest in self._foreign or not self._is_own(raw, digest)):
+            return None
         found = _Read(raw.decode("ascii"), sent_by_browser)
         found.digest = digest
         return found
+
+    def _is_own(self, raw: bytes, digest: bytes) -> bool:
+        if not is_compact(raw):
+            return False
+        if len(raw) > MAX_TOKEN_CHARS:
+            return True  # nothing is read of it, and it is refused
+        issuer = unverified_issuer(raw)
+        # with a slash too many or too few it is meant for this one: the audit log then says what is wrong
+        if issuer is not None and issuer.rstrip("/") == self.issuer.rstrip("/"):
+            return True
+        # remembered, since reading it takes longer than all else here: that of another authenticator comes often
+        put_bounded(self._foreign, digest, None, _FOREIGN)
+        return False
 
     def _read_cookie(self, scope: Scope) -> bytes | None:
         """The cookie's value. HTTP/2 may send cookies in several headers, so the scope is read."""
@@ -281,7 +297,7 @@ class JwtAuthenticator(TextAuthenticator):
 
     # --- the credential ---------------------------------------------------------------------------------------------
 
-    async def _credential(self, token: VerifiedToken) -> Credential:
+    def _credential(self, token: VerifiedToken, tenants: tuple[str | UUID, ...] | None) -> Credential:
         claims = MappingProxyType(dict(token.claims))
         named = claims.get(self._subject_claim)
         subject = f"{self._subject_prefix}{named}"
@@ -296,7 +312,7 @@ class JwtAuthenticator(TextAuthenticator):
         return Credential(
             kind="token",
             subject=subject,
-            tenants=await self._tenants(claims),
+            tenants=tenants,
             id=token.id or "",
             expires_at=datetime.fromtimestamp(token.ends_at, UTC),
             issued_at=None if issued_at is None else datetime.fromtimestamp(issued_at, UTC),
@@ -336,6 +352,16 @@ def _check_texts(**texts: object) -> None:
     for name, value in texts.items():
         if not isinstance(value, str) or not value:
             raise ConfigurationError(f"{name} must be given: tokens of other issuers or for others would be accepted")
+
+
+def _check_source(given: set[str], pinned: frozenset[str]) -> None:
+    if len(given) > 1:
+        raise ConfigurationError(f"give one of {' and '.join(sorted(given))}")
+    if bool(pinned & SECRET_ALGORITHMS) != ("secret" in given):
+        raise ConfigurationError(
+            "HMAC algorithms (HS256) need secret=..., and secret=... needs algorithms=('HS256',); "
+            "a public key is never used as a secret"
+        )
 
 
 def _check_numbers(*, leeway: float, max_age: float | None, cache_size: int) -> None:

@@ -22,7 +22,7 @@ from ..errors import ConfigurationError, MissingExtraError
 
 MIN_RSA_BITS: Final = 2_048
 MAX_RSA_BITS: Final = 8_192  # a larger one makes each verification slow
-MAX_KEYS: Final = 64  # of a provider; the further ones are not read
+MAX_KEYS: Final = 32  # of a provider; the further ones are not read
 
 # the type of key, and its curve, that each algorithm takes
 _SUITED: Final[Mapping[str, tuple[str, str | None]]] = {

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
@@ -110,10 +111,15 @@ class Issuer(Signer):
     ``counts`` has how often each path was asked for. Set ``lies`` to what the discovery document says besides or
     instead, ``published`` to what the keys' address answers, ``odd`` to the status, the body and the headers of every
     answer, ``headers`` to further headers; clear ``gate`` to keep every answer back until it is set.
+
+    Args:
+        audience: The ``aud`` of its tokens.
+        certificate: A file with a certificate and its key, to serve https.
     """
 
-    def __init__(self, audience: str = AUDIENCE) -> None:
+    def __init__(self, audience: str = AUDIENCE, *, certificate: Path | None = None) -> None:
         self._port = 0
+        self._certificate = certificate
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self.counts: Counter[str] = Counter()
@@ -124,7 +130,8 @@ class Issuer(Signer):
         self.gate = threading.Event()
         self.gate.set()
         self.start()
-        super().__init__(f"http://127.0.0.1:{self._port}/", audience)
+        scheme = "http" if certificate is None else "https"
+        super().__init__(f"{scheme}://127.0.0.1:{self._port}/", audience)
 
     def start(self) -> None:
         """Serve, at the same address as before."""
@@ -132,7 +139,14 @@ class Issuer(Signer):
         self._port = listening.getsockname()[1]
         routes = [Route("/.well-known/openid-configuration", self._discovery), Route("/jwks", self._jwks)]
         app = Starlette(routes=[*routes, Route("/{path:path}", self._jwks)])
-        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+            ssl_certfile=self._certificate,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
         self._thread.start()

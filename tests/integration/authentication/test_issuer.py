@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.authentication.issuer import IssuerKeys
 from tenancy_orm.errors import CredentialError, CredentialsUnavailableError, InvalidCredentialError
 from tests.support.issuer import Issuer, public_jwk, rsa_key
+from tests.support.tls import write_certificate
 from tests.support.waiting import until
 
 IDLE = 1e-9
@@ -89,7 +91,7 @@ async def fetched(subject: JwtAuthenticator) -> None:
 
 
 async def test_the_keys_are_discovered_once_for_all_who_wait(issuer: Issuer) -> None:
-    """A hundred requests before the answer, one of which goes away; the loop runs on meanwhile."""
+    """A hundred requests before the answer, one of which goes away; the loop runs on."""
     subject = authenticator(issuer)
     issuer.gate.clear()
     waiting = [asyncio.create_task(admit(subject, issuer.token(jti=str(number)))) for number in range(100)]
@@ -309,6 +311,18 @@ async def test_a_slow_issuer_is_not_waited_for(issuer: Issuer) -> None:
         await admit(subject, token)
     pass_time(other, 600)
     assert await admit(other, token) is first
+
+
+async def test_an_unknown_authority_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the environment names its certificate."""
+    certificate = tmp_path / "issuer.pem"
+    write_certificate(certificate)
+    with Issuer(certificate=certificate) as issuer:
+        token = issuer.token()
+        with pytest.raises(CredentialsUnavailableError, match="ConnectError"):
+            await admit(authenticator(issuer), token)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert (await admit(authenticator(issuer), token)).subject == "alice"
 
 
 async def test_the_requests_context_is_not_that_of_the_fetch(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,11 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from starlette.requests import HTTPConnection
 
 from tenancy_orm.asgi import JwtAuthenticator
+from tenancy_orm.asgi import tokens as asgi_tokens
 from tenancy_orm.asgi.authenticators import Presented
 from tenancy_orm.authentication import jwks, tokens
 from tenancy_orm.authentication.credential import Credential
-from tenancy_orm.errors import ConfigurationError, InvalidCredentialError, MissingExtraError
+from tenancy_orm.errors import ConfigurationError, InvalidCredentialError, MissingExtraError, TenantNotFoundError
 from tests.support.issuer import AUDIENCE, Signer, encode, public_jwk, public_pem, rsa_key
 
 ISSUER = "https://issuer.example/"
@@ -299,6 +300,7 @@ PRIVATE = STRANGER.private_bytes(
         ({"issuer": ""}, "issuer must be given"),
         ({"audience": ""}, "audience must be given"),
         ({"audience": []}, "audience must be given"),
+        ({"audience": [AUDIENCE, ""]}, "audience must be given"),
         ({"algorithms": ("none",)}, "algorithm 'none' is not supported"),
         ({"algorithms": "RS256"}, r"algorithms=\('RS256',\)"),
         ({"algorithms": ()}, "at least one algorithm"),
@@ -398,6 +400,24 @@ async def test_a_claim_gives_the_tenants(claim: Any, org_id: Any, tenants: Any) 
     assert found.scopes == ({"*"} if tenants is None else frozenset())
 
 
+async def test_a_tenant_that_is_created_later_is_found() -> None:
+    """Until then the token allows none; that is not remembered, as what was found is."""
+    asked = []
+
+    async def find(claims: Mapping[str, Any]) -> list[UUID]:
+        asked.append(claims["org_id"])
+        if len(asked) == 1:
+            raise TenantNotFoundError("org_1")
+        return [TENANT]
+
+    subject = authenticator(tenants_claim=find, cookie="token")
+    presented = Presented(SIGNER.token(org_id="org_1"), sent_by_browser=True)
+    for tenants in ((), (TENANT,), (TENANT,)):
+        found = await subject.verify(presented)
+        assert (found.tenants, found.sent_by_browser) == (tenants, True)
+    assert asked == ["org_1"] * 2
+
+
 @pytest.mark.parametrize(
     ("claim", "value", "scopes"),
     [
@@ -478,6 +498,24 @@ async def test_what_is_not_its_own_is_left_alone(headers: tuple[tuple[str, str],
     assert await authenticator(cookie="__Host-token").authenticate(connection(*headers)) is None
 
 
+async def test_a_token_of_another_issuer_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two issuers serve one application, each request of one comes by the authenticator of the other."""
+    read: list[bytes] = []
+
+    def record(raw: bytes) -> str | None:
+        read.append(raw)
+        return tokens.unverified_issuer(raw)
+
+    monkeypatch.setattr(asgi_tokens, "unverified_issuer", record)
+    monkeypatch.setattr(asgi_tokens, "_FOREIGN", 5)
+    subject = authenticator()
+    foreign = [bearer(Signer("https://other.example/").token(jti=str(number))) for number in range(10)]
+    for connection in [*foreign, *foreign[5:] * 3]:
+        assert await subject.authenticate(connection) is None
+    assert len(read) == 10
+    assert len(subject._foreign) == 5
+
+
 async def test_a_slash_that_is_missing_in_the_issuer_is_told() -> None:
     """The token is refused as that of another issuer, not left alone without a word."""
     with pytest.raises(InvalidCredentialError) as caught:
@@ -513,12 +551,13 @@ async def test_a_cookie_is_read_if_it_is_named() -> None:
 
 
 async def test_two_different_tokens_are_refused() -> None:
-    """In two cookies, of which another host of the domain may have set one; or in a header and a cookie."""
+    """In two cookies, of which another host of the domain may have set one, in two headers, or in one of each."""
     one, other = SIGNER.token(), SIGNER.token(sub="mallory")
     subject = authenticator(cookie="token")
     for headers in (
         [("Cookie", f"token={one}; token={other}")],
         [("Cookie", f"token={one}"), ("Cookie", f"token={other}")],
+        [("Authorization", f"Bearer {one}"), ("Authorization", f"Bearer {other}")],
         [("Authorization", f"Bearer {one}"), ("Cookie", f"token={other}")],
     ):
         with pytest.raises(InvalidCredentialError) as caught:
