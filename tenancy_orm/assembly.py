@@ -359,7 +359,7 @@ class Assembly:
             self._data_keys.on_read(signer.add_keys)
         self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
         self._opened.append(self.members.close)
-        self.revocations = RevocationManager(self.control, self.audit, self.events)
+        self.revocations = RevocationManager(self.control, self.directory, self.audit, self.events)
 
     def _build_billing(self) -> None:
         self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)

@@ -207,6 +207,7 @@ class InvitationManager:
                 after=snapshot(after),
                 detail={"invitation_id": str(found.id)},
             )
+        self._directory.invalidate_subject(subject)
         self._announce(slug, before, after, found.id)
         return after
 

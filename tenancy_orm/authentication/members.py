@@ -68,6 +68,7 @@ class MemberManager(InvitationManager):
                 before=snapshot(before),
                 after=snapshot(after),
             )
+        self._directory.invalidate_subject(subject)
         self._announce(slug, before, after)
         return after
 
@@ -97,6 +98,7 @@ class MemberManager(InvitationManager):
                 actor=actor,
                 before=snapshot(before),
             )
+        self._directory.invalidate_subject(subject)
         self._events.emit(MemberRemoved(tenant_id=owner.id, slug=slug, subject=subject))
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import ColumnElement, Row, case, delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
@@ -18,6 +18,9 @@ from ..control.models import revocations
 from ..errors import ConfigurationError
 from ..events import CredentialRevoked, EventBus
 from .member_rows import check_subject
+
+if TYPE_CHECKING:
+    from .directory import Directory
 
 RevocationKind = Literal["subject", "token"]
 
@@ -45,8 +48,9 @@ class RevocationManager:
     for logging out for example.
     """
 
-    def __init__(self, control: ControlDatabase, audit: AuditLog, events: EventBus) -> None:
+    def __init__(self, control: ControlDatabase, directory: Directory, audit: AuditLog, events: EventBus) -> None:
         self._control = control
+        self._directory = directory
         self._audit = audit
         self._events = events
 
@@ -96,6 +100,7 @@ class RevocationManager:
             row = (await connection.execute(statement.returning(revocations))).one()
             added = _from_row(row)
             await self._write_audit(connection, "credential.revoke", actor, after=_snapshot(added))
+        self._directory.invalidate_subject(subject, token_id)
         self._events.emit(CredentialRevoked(subject=subject, credential_id=token_id))
         return added
 
@@ -115,6 +120,7 @@ class RevocationManager:
             if row is None:
                 return False
             await self._write_audit(connection, "credential.restore", actor, before=_snapshot(_from_row(row)))
+        self._directory.invalidate_subject(subject, token_id)
         return True
 
     async def list(self, *, limit: int = 1_000) -> list[Revocation]:

@@ -63,7 +63,7 @@ class ControlPlane:
     @cached_property
     def revocations(self) -> RevocationManager:
         """Revocations of tokens and sessions."""
-        return RevocationManager(self.control, self.audit, self.events)
+        return RevocationManager(self.control, self.directory, self.audit, self.events)
 
     async def tenant(
         self, slug: str, *, status: Status = Status.ACTIVE, scopes: Sequence[str] = ()

@@ -6,13 +6,17 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import UUID
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from tenancy_orm import Tenancy
+from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.audit.actor import Actor
-from tenancy_orm.authentication.credential import Membership
+from tenancy_orm.authentication.credential import Credential, Membership
 from tenancy_orm.context import bind
 from tenancy_orm.control.notifications import Change, Listener
 from tenancy_orm.errors import (
@@ -24,6 +28,7 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import EventBus, MemberAdded, MemberChanged, MemberRemoved, TenantEvent
 from tenancy_orm.tenant import Status, Tenant
+from tests.support.asgi import request
 from tests.support.control import ControlPlane, control_plane
 from tests.support.waiting import until
 
@@ -205,9 +210,71 @@ async def test_every_process_hears_of_every_change(plane: ControlPlane, acme: Te
         await listener.close()
 
 
-async def test_an_open_tenancy_hands_them_out(tenancy: Tenancy) -> None:
-    created = await tenancy.tenants.create("acme")
-    await tenancy.members.add("acme", "alice", ["owner"])
-    (membership,) = await tenancy.members.tenants_of("alice")
-    assert membership.tenant.id == created.tenant.id
-    assert isinstance(created.tenant.id, UUID)
+async def test_a_change_takes_effect_here_without_hearing_of_it(plane: ControlPlane, acme: Tenant) -> None:
+    """The process that makes it does not wait for its own notification; that of an invitation is one of them."""
+    subjects = plane.directory.subjects
+
+    async def roles_of(subject: str) -> list[frozenset[str]]:
+        return [one.roles for one in (await subjects.allowed(Credential("session", subject))).memberships]
+
+    assert (await roles_of("alice"), await roles_of("bob")) == ([], [])
+    await plane.members.add(acme, "alice")
+    assert await roles_of("alice") == [{"member"}]
+    await plane.members.add(acme, "alice", ["owner"])
+    assert await roles_of("alice") == [{"owner"}]
+    await plane.members.remove(acme, "alice")
+    assert await roles_of("alice") == []
+    invitation = await plane.members.invite(acme, roles=["admin"])
+    await plane.members.accept(invitation.text or "", "bob")
+    assert await roles_of("bob") == [{"admin"}]
+
+
+class _Login:
+    """Whoever the header says, as a login of the application would."""
+
+    async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+        who = connection.headers.get("x-login")
+        return None if who is None else Credential("session", who)
+
+
+async def test_a_person_joins_works_and_leaves(tenancy: Tenancy) -> None:
+    """From the invitation to the end of it, by requests: each step takes effect with the next request."""
+    await tenancy.tenants.create("acme")
+    invitation = await tenancy.members.invite("acme", roles=["admin"])
+
+    async def join(incoming: Request) -> JSONResponse:
+        member = await tenancy.members.accept((await incoming.body()).decode(), incoming.scope["tenancy"].subject)
+        return JSONResponse(sorted(member.roles))
+
+    async def work(incoming: Request) -> JSONResponse:
+        credential = incoming.scope["tenancy"]
+        return JSONResponse([credential.tenant.slug, sorted(credential.roles), sorted(credential.scopes)])
+
+    async def leave(incoming: Request) -> JSONResponse:
+        await tenancy.revocations.add(subject=incoming.scope["tenancy"].subject)
+        return JSONResponse({})
+
+    routes = [Route(path, call, methods=["POST"]) for path, call in (("/join", join), ("/leave", leave), ("/", work))]
+    app = TenancyMiddleware(
+        Starlette(routes=routes),
+        tenancy=tenancy,
+        authenticators=[_Login()],
+        without_tenant=["/join", "/leave"],
+    )
+
+    async def post(path: str, who: str, body: str | None = "") -> tuple[int, Any]:
+        answer = await request(app, path, [("X-Login", who)], method="POST", body=(body or "").encode())
+        return answer.status, answer.json()
+
+    assert (await post("/", "bob"))[0] == 403
+    assert await post("/join", "bob", invitation.text) == (200, ["admin"])
+    assert await post("/", "bob") == (200, ["acme", ["admin"], ["*"]])
+    assert await tenancy.members.remove("acme", "bob")
+    assert (await post("/", "bob"))[0] == 403
+    await tenancy.members.add("acme", "bob")
+    assert await post("/", "bob") == (200, ["acme", ["member"], []])
+    assert await post("/leave", "bob") == (200, {})
+    # a session that does not say when it began is refused until the revocation is taken back
+    assert [(await post(path, "bob"))[0] for path in ("/", "/join")] == [401, 401]
+    await tenancy.revocations.remove(subject="bob")
+    assert (await post("/", "bob"))[0] == 200

@@ -11,10 +11,11 @@ import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.authentication.revocations import Revocation
 from tenancy_orm.context import bind
 from tenancy_orm.control.notifications import Change, Listener
-from tenancy_orm.errors import ConfigurationError, CrossTenantError, InvalidSubjectError
+from tenancy_orm.errors import ConfigurationError, CrossTenantError, InvalidCredentialError, InvalidSubjectError
 from tenancy_orm.events import CredentialRevoked, EventBus
 from tests.support.control import ControlPlane, control_plane
 from tests.support.waiting import until
@@ -129,6 +130,33 @@ async def test_every_process_hears_of_it(plane: ControlPlane) -> None:
         assert heard == [Change(None, None, "revocation", token_id="short"), alice, alice]
     finally:
         await listener.close()
+
+
+async def test_a_revocation_takes_effect_here_without_hearing_of_it(plane: ControlPlane) -> None:
+    """Of what was issued before, and of what does not say when; of a token, the one. Taking it back is the reverse."""
+    subjects = plane.directory.subjects
+    before = Credential("token", "alice", id="t-1", issued_at=soon(hours=-1))
+    undated = Credential("session", "alice", id="s-1")
+    later = Credential("token", "alice", id="t-2", issued_at=soon(hours=1))
+
+    async def refused(*credentials: Credential) -> bool:
+        outcomes = []
+        for credential in credentials:
+            try:
+                await subjects.allowed(credential)
+            except InvalidCredentialError as error:
+                outcomes.append(error.reason)
+        assert outcomes in ([], ["revoked"] * len(credentials)), outcomes
+        return bool(outcomes)
+
+    assert not await refused(before, undated, later)
+    await plane.revocations.add(subject="alice")
+    assert await refused(before, undated) and not await refused(later)
+    await plane.revocations.remove(subject="alice")
+    await plane.revocations.add(token_id="t-1")
+    assert await refused(before) and not await refused(undated, later)
+    await plane.revocations.remove(token_id="t-1")
+    assert not await refused(before, undated, later)
 
 
 async def test_housekeeping_prunes_what_has_ended(tenancy: Tenancy) -> None:
