@@ -23,6 +23,7 @@ import pytest
 from tenancy_orm import Tenancy, TenancyConfig
 from tests.support import models
 from tests.support.postgres import Postgres
+from tests.support.shell import python_path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -163,7 +164,7 @@ async def run_file(block: Block, directory: Path) -> None:
         sys.executable,
         str(path),
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(directory), str(ROOT)])},
+        env={**os.environ, "PYTHONPATH": python_path(directory, ROOT)},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -28,7 +28,7 @@ class Alembic:
 
     @property
     def environment(self) -> dict[str, str]:
-        return shell.environment(PYTHONPATH=str(shell.ROOT), **self.variables)
+        return shell.environment(PYTHONPATH=shell.python_path(shell.ROOT), **self.variables)
 
     async def start(self, *arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(

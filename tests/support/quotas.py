@@ -25,6 +25,7 @@ from tenancy_orm.registry.registry import Registry
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.registry import synchronise
+from tests.support.shell import python_path
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,7 @@ async def start_worker(*arguments: object) -> asyncio.subprocess.Process:
         "tests.support.quota_worker",
         *map(str, arguments),
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT)},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

@@ -25,7 +25,7 @@ from tenancy_orm.context import current_tenant_or_none, set_current
 from tenancy_orm.errors import NoTenantError
 from tenancy_orm.tenancy import Tenancy
 from tests.support.models import Base
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 
 _DEADLINE = 30.0
 _RUNNING = re.compile(rb"Uvicorn running on http://127\.0\.0\.1:(\d+)")
@@ -80,7 +80,7 @@ def variables(config: TenancyConfig) -> Mapping[str, str]:
         "TENANCY_DIRECTORY_TTL": str(config.directory.ttl),
         "TENANCY_DIRECTORY_GRACE": str(config.directory.grace),
         **({"TENANCY_CONTROL_LISTEN_URL": config.control.listen_url} if config.control.listen_url else {}),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": python_path(ROOT),
     }
 
 

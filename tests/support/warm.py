@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 
 # What programs import and what depends on neither their directory nor their environment; tenancy_orm.cli does.
 _IMPORTED = ("tenancy_orm", "alembic.command", "rich.console", "rich.table", "typer")
@@ -61,7 +61,7 @@ class _Forks:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.warm"],
             cwd=ROOT,
-            env=environment(PYTHONPATH=str(ROOT)),
+            env=environment(PYTHONPATH=python_path(ROOT)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
