@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import signal
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from tenancy_orm.errors import NoTenantError
 from tenancy_orm.tenancy import Tenancy
 from tests.support.models import Base
 from tests.support.shell import ROOT, environment, python_path
+from tests.support.warm import start_module
 
 _DEADLINE = 30.0
 _RUNNING = re.compile(rb"Uvicorn running on http://127\.0\.0\.1:(\d+)")
@@ -38,18 +38,17 @@ async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) ->
     The ``factory`` is one of this module, or "module:name".
     """
     factory = factory if ":" in factory else f"tests.support.served:{factory}"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "uvicorn", "--factory", factory),
+    process = await start_module(
+        *("uvicorn", "--factory", factory),
         *("--host", "127.0.0.1", "--port", "0", "--ws", "websockets-sansio", *options),
         cwd=ROOT,
         env=environment(**variables(config)),
+        after=["uvicorn.main", "uvicorn.protocols.websockets.websockets_sansio_impl", "tenancy_orm.asgi"],
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         # with --workers there are further processes, which a failed test must not leave
         start_new_session=True,
     )
-    assert process.stderr is not None
     log = b""
     try:
         async with asyncio.timeout(_DEADLINE):
