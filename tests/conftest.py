@@ -20,6 +20,7 @@ import asyncpg
 import pytest
 
 from tests.support.postgres import Postgres
+from tests.support.shell import python_path
 
 if TYPE_CHECKING:
     from tenancy_orm import Tenancy, TenancyConfig
@@ -49,6 +50,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Start the server in the first process; the workers of pytest-xdist are told where it is."""
     workerinput: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if workerinput is None:
+        # read by the workers too, and by the programs that tests start
+        os.environ["PYTHONPATH"] = python_path()
     if workerinput is not None:
         described = workerinput["postgres"]
         config.stash[_postgres_key] = Postgres(

@@ -269,7 +269,7 @@ SELECT d.datname, pg_database_size(d.oid) AS size_bytes, s.numbackends AS connec
     s.xact_commit + s.xact_rollback AS queries,
     s.deadlocks + s.conflicts + s.sessions_abandoned + s.sessions_fatal + s.sessions_killed AS errors
 FROM pg_database AS d JOIN pg_stat_database AS s ON s.datid = d.oid
-WHERE d.datname = ANY($1)
+WHERE d.datname = ANY($1::text[])
 """
 _STORE = text(
     "INSERT INTO tenancy.tenant_metrics (tenant_id, sampled_at, size_bytes, connections, queries, errors) "

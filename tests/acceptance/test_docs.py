@@ -6,7 +6,6 @@ How a page is run is described for its author in CONTRIBUTING.md.
 from __future__ import annotations
 
 import ast
-import asyncio
 import inspect
 import os
 import re
@@ -23,6 +22,8 @@ import pytest
 from tenancy_orm import Tenancy, TenancyConfig
 from tests.support import models
 from tests.support.postgres import Postgres
+from tests.support.shell import python_path
+from tests.support.warm import run_module
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -159,24 +160,13 @@ async def run_file(block: Block, directory: Path) -> None:
     path = directory / block.file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(block.code, "utf-8")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(path),
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(directory), str(ROOT)])},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    env = {**os.environ, "PYTHONPATH": python_path(directory, ROOT)}
     try:
-        async with asyncio.timeout(PROGRAM_SECONDS):
-            output, _ = await process.communicate()
+        done = await run_module(str(path), cwd=directory, env=env, timeout=PROGRAM_SECONDS)
     except TimeoutError:
-        process.kill()
-        await process.communicate()
         pytest.fail(f"{block.page}:{block.line}: {block.file} does not end within {PROGRAM_SECONDS:.0f} s")
-    if process.returncode != 0:
-        pytest.fail(f"{block.page}:{block.line}: {block.file} failed:\n{output.decode(errors='replace')}")
+    if done.status != 0:
+        pytest.fail(f"{block.page}:{block.line}: {block.file} failed:\n{done.out}{done.err}")
 
 
 # --- the runner itself ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from tests.support.postgres import Postgres
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 from tests.support.warm import run_module
 
 PAGE = ROOT / "docs" / "operations.md"
@@ -72,7 +72,7 @@ class Shop:
             TENANCY_ENCRYPTION_KEYS="1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
             TENANCY_NAME_PREFIX=prefix,
             TENANCY_PROVISIONING_GRANTS="shop_grants:grants",
-            PYTHONPATH=f"{directory}:{ROOT}",
+            PYTHONPATH=python_path(directory, ROOT),
             PGHOST=url.host or "",
             PGPORT=str(url.port or 5432),
             PGUSER=url.username or "",

@@ -6,11 +6,8 @@ import asyncio
 import json
 import random
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +16,12 @@ from tenancy_orm.provisioning import ReconcileReport, roles
 from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, names_of, open_workshop, placement
+from tests.support.shell import ROOT, environment
+from tests.support.warm import Program, start_module
 
 # what is left on the server is compared as a whole
 pytestmark = pytest.mark.new_installation
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
 
 
@@ -38,7 +36,7 @@ async def workshop(postgres: Postgres, control_url: str, name_prefix: str) -> As
 
 
 @asynccontextmanager
-async def process(workshop: Workshop, what: str, slug: str = "acme", at: str | None = None) -> AsyncIterator[Process]:
+async def process(workshop: Workshop, what: str, slug: str = "acme", at: str | None = None) -> AsyncIterator[Program]:
     """Another process on the same installation, which has begun when this yields; it is killed in the end."""
     assert workshop.config.servers is not None
     task = {
@@ -49,18 +47,17 @@ async def process(workshop: Workshop, what: str, slug: str = "acme", at: str | N
         "slug": slug,
         "at": at,
     }
-    command = [sys.executable, "-m", "tests.support.provisioning_process"]
-    child = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=PIPE, stdout=PIPE)
+    child = await start_module(
+        "tests.support.provisioning_process", cwd=ROOT, env=environment(), after=["tests.support.provisioning"]
+    )
     try:
-        assert child.stdin is not None and child.stdout is not None
         child.stdin.write(json.dumps(task).encode())
         child.stdin.close()
         async with asyncio.timeout(SECONDS):
             assert await child.stdout.readline() == b"ready\n"
         yield child
     finally:
-        if child.returncode is None:
-            child.kill()
+        child.kill()
         await child.wait()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tests.support import shell
 from tests.support.projects import Project
-from tests.support.warm import run_module
+from tests.support.warm import Program, run_module, start_module
 
 
 @dataclass
@@ -28,15 +27,9 @@ class Alembic:
 
     @property
     def environment(self) -> dict[str, str]:
-        return shell.environment(PYTHONPATH=str(shell.ROOT), **self.variables)
+        return shell.environment(PYTHONPATH=shell.python_path(shell.ROOT), **self.variables)
 
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            "alembic",
-            *arguments,
-            cwd=self.project.root,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+    async def start(self, *arguments: str) -> Program:
+        return await start_module(
+            "alembic", *arguments, cwd=self.project.root, env=self.environment, stderr=subprocess.PIPE
         )

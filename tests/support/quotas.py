@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
@@ -25,9 +23,10 @@ from tenancy_orm.registry.registry import Registry
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.registry import synchronise
+from tests.support.shell import ROOT
 from tests.support.waiting import until
+from tests.support.warm import Program, start_module
 
-ROOT = Path(__file__).parents[2]
 KEYS: Mapping[str, bytes] = {"1": b"k" * 32}
 
 
@@ -128,30 +127,25 @@ async def quota_plane(
         await events.drain()
 
 
-async def start_worker(*arguments: object) -> asyncio.subprocess.Process:
-    """Start ``tests.support.quota_worker`` in a process of its own, with a pipe to and from it."""
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
+async def start_worker(*arguments: object) -> Program:
+    """Run ``tests.support.quota_worker`` in a process of its own, with a pipe to and from it."""
+    return await start_module(
         "tests.support.quota_worker",
         *map(str, arguments),
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
+        env=dict(os.environ),
+        after=["tests.support.quotas"],
     )
 
 
-async def line(worker: asyncio.subprocess.Process, *, timeout: float = 30.0) -> str:
+async def line(worker: Program, *, timeout: float = 30.0) -> str:
     """The next line that a worker prints."""
-    assert worker.stdout is not None
     async with asyncio.timeout(timeout):
         return (await worker.stdout.readline()).decode().strip()
 
 
-async def say(worker: asyncio.subprocess.Process, message: str = "go") -> None:
+async def say(worker: Program, message: str = "go") -> None:
     """Send a worker one line."""
-    assert worker.stdin is not None
     worker.stdin.write(f"{message}\n".encode())
     await worker.stdin.drain()
 
@@ -170,6 +164,5 @@ async def race(count: int, *arguments: object) -> list[int]:
         return results
     finally:
         for worker in workers:
-            if worker.returncode is None:
-                worker.kill()
-                await worker.wait()
+            worker.kill()
+            await worker.wait()

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import signal
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,7 +24,8 @@ from tenancy_orm.context import current_tenant_or_none, set_current
 from tenancy_orm.errors import NoTenantError
 from tenancy_orm.tenancy import Tenancy
 from tests.support.models import Base
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
+from tests.support.warm import start_module
 
 _DEADLINE = 30.0
 _RUNNING = re.compile(rb"Uvicorn running on http://127\.0\.0\.1:(\d+)")
@@ -38,18 +38,17 @@ async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) ->
     The ``factory`` is one of this module, or "module:name".
     """
     factory = factory if ":" in factory else f"tests.support.served:{factory}"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "uvicorn", "--factory", factory),
+    process = await start_module(
+        *("uvicorn", "--factory", factory),
         *("--host", "127.0.0.1", "--port", "0", "--ws", "websockets-sansio", *options),
         cwd=ROOT,
         env=environment(**variables(config)),
+        after=["uvicorn.main", "uvicorn.protocols.websockets.websockets_sansio_impl", "tenancy_orm.asgi"],
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         # with --workers there are further processes, which a failed test must not leave
         start_new_session=True,
     )
-    assert process.stderr is not None
     log = b""
     try:
         async with asyncio.timeout(_DEADLINE):
@@ -80,7 +79,7 @@ def variables(config: TenancyConfig) -> Mapping[str, str]:
         "TENANCY_DIRECTORY_TTL": str(config.directory.ttl),
         "TENANCY_DIRECTORY_GRACE": str(config.directory.grace),
         **({"TENANCY_CONTROL_LISTEN_URL": config.control.listen_url} if config.control.listen_url else {}),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": python_path(ROOT),
     }
 
 

@@ -9,6 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 """The checkout."""
 
+PROGRAMS = ROOT / "tests" / "support" / "programs"
+"""Last in the PYTHONPATH of every program: what is imported from here lets it end sooner."""
+
+
+def python_path(*first: Path | str) -> str:
+    """A PYTHONPATH of ``first`` and what this process has in its own."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(filter(None, [*map(str, first), *inherited, str(PROGRAMS)])))
+
 
 def environment(**changes: str) -> dict[str, str]:
     """A user's environment: this interpreter's programs first in PATH, and no ``TENANCY_*`` variable."""

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
 import json
 import os
 import runpy
+import selectors
+import signal
+import socket
 import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 
 # What programs import and what depends on neither their directory nor their environment; tenancy_orm.cli does.
 _IMPORTED = ("tenancy_orm", "alembic.command", "rich.console", "rich.table", "typer")
+
+_ORDER_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,145 @@ class Finished:
     err: str
 
 
+class Program:
+    """A program that runs: what ``asyncio.subprocess.Process`` is for one that was started.
+
+    Both outputs are read as they come, where they are pipes; else they are at their end at once.
+    """
+
+    def __init__(self, pid: int, stdin: asyncio.StreamWriter, outputs: Sequence[_Output], ended: _Stream) -> None:
+        self.pid = pid
+        self.stdin = stdin
+        self.stdout = outputs[0].reader
+        self.stderr = outputs[-1].reader
+        self.returncode: int | None = None
+        self._outputs = outputs
+        self._waiting = asyncio.create_task(self._wait(*ended))
+
+    async def wait(self) -> int:
+        """Wait for its end, and return the exit status."""
+        return await asyncio.shield(self._waiting)
+
+    async def communicate(self, text: str = "") -> Finished:
+        """Write its standard input, and return what it left behind."""
+        self.stdin.write(text.encode())
+        self.stdin.close()
+        read = await asyncio.gather(*(output.reader.read() for output in self._outputs))
+        out, err = (stream.decode() for stream in read)
+        return Finished(await self.wait(), out, err)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    async def _wait(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+        self.returncode = int(await reader.readline())
+        writer.close()
+        self.stdin.close()
+        await asyncio.gather(*(output.closed for output in self._outputs))
+        return self.returncode
+
+
+_Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class _Output(asyncio.StreamReaderProtocol):
+    """One of a program's outputs."""
+
+    def __init__(self) -> None:
+        self.reader = asyncio.StreamReader()
+        self.closed = asyncio.get_running_loop().create_future()
+        super().__init__(self.reader)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.closed.set_result(None)
+
+
+async def start_module(
+    module: str,
+    *arguments: str,
+    cwd: Path,
+    env: Mapping[str, str],
+    after: Sequence[str] = (),
+    stdout: int = subprocess.PIPE,
+    stderr: int | None = None,
+    start_new_session: bool = False,
+) -> Program:
+    """Run ``python -m module`` with these arguments; or ``python module``, if that is the path of a file.
+
+    Args:
+        module: Its name or path.
+        arguments: The program's arguments.
+        cwd: Its working directory.
+        env: Its environment.
+        after: Modules that it imports, and that the process it is forked from may import for all.
+        stdout: ``PIPE`` or ``DEVNULL``.
+        stderr: The same, or None: its errors go where those of this process go.
+        start_new_session: Whether it leads a process group of its own.
+    """
+    loop = asyncio.get_running_loop()
+    order = {
+        "module": module,
+        "arguments": arguments,
+        "cwd": str(cwd),
+        "env": dict(env),
+        "after": after,
+        "session": start_new_session,
+    }
+    ours, theirs = socket.socketpair()
+    given, stdin = os.pipe()
+    kept, outputs = [given], []
+    for target in (stdout, stderr):
+        output, written = os.pipe()
+        outputs.append(output)
+        if target != subprocess.PIPE:
+            os.close(written)
+            written = os.dup(2) if target is None else os.open(os.devnull, os.O_WRONLY)
+        kept.append(written)
+    try:
+        _forks().order(order, [theirs.fileno(), *kept])
+    finally:
+        theirs.close()
+        for descriptor in kept:
+            os.close(descriptor)
+    ended = await asyncio.open_unix_connection(sock=ours)
+    writing, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, _opened(stdin, "wb"))
+    reading = [(await loop.connect_read_pipe(_Output, _opened(output, "rb")))[1] for output in outputs]
+    pid = int(await ended[0].readline())
+    return Program(pid, asyncio.StreamWriter(writing, protocol, None, loop), reading, ended)
+
+
 async def run_module(
-    module: str, *arguments: str, cwd: Path, env: Mapping[str, str], stdin: str = "", timeout: float = 90.0
+    module: str,
+    *arguments: str,
+    cwd: Path,
+    env: Mapping[str, str],
+    stdin: str = "",
+    timeout: float = 90.0,
+    after: Sequence[str] = (),
 ) -> Finished:
-    """Run ``python -m module`` with these arguments, to its end."""
-    async with asyncio.timeout(timeout):
-        return await asyncio.to_thread(_forks().run, module, arguments, cwd, env, stdin)
+    """Run ``python -m module`` with these arguments, to its end. See ``start_module``."""
+    program = await start_module(module, *arguments, cwd=cwd, env=env, after=after, stderr=subprocess.PIPE)
+    try:
+        async with asyncio.timeout(timeout):
+            return await program.communicate(stdin)
+    finally:
+        program.kill()
+        await program.wait()
+
+
+def _opened(descriptor: int, mode: str) -> IO[bytes]:
+    return os.fdopen(descriptor, mode, buffering=0)
 
 
 @functools.cache
@@ -51,77 +189,118 @@ def _forks() -> _Forks:
 
 
 class _Forks:
-    """The process that forks. It ends with this one, which holds the other end of its standard input.
-
-    Its orders and answers are lines, so it does one at a time.
-    """
+    """The process that forks. It ends with this one, which holds the other end of its standard input."""
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.warm"],
-            cwd=ROOT,
-            env=environment(PYTHONPATH=str(ROOT)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        atexit.register(self._process.communicate)
+        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.warm"],
+                cwd=ROOT,
+                env=environment(PYTHONPATH=python_path(ROOT)),
+                stdin=theirs.fileno(),
+            )
+        atexit.register(self._close)
 
-    def run(self, module: str, arguments: tuple[str, ...], cwd: Path, env: Mapping[str, str], stdin: str) -> Finished:
-        """Run a module to its end."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with tempfile.TemporaryDirectory(prefix="tenancy-warm-") as name:
-            streams = [Path(name, stream) for stream in ("stdin", "stdout", "stderr")]
-            streams[0].write_text(stdin, encoding="utf-8")
-            order = {
-                "module": module,
-                "arguments": arguments,
-                "cwd": str(cwd),
-                "env": dict(env),
-                "streams": list(map(str, streams)),
-            }
-            with self._mutex:
-                self._process.stdin.write(json.dumps(order) + "\n")
-                self._process.stdin.flush()
-                status = int(self._process.stdout.readline())
-            return Finished(status, *(stream.read_text(encoding="utf-8") for stream in streams[1:]))
+    def order(self, order: Mapping[str, object], descriptors: list[int]) -> None:
+        """Have a program forked, with these descriptors: for its pid and exit status, and its three streams."""
+        socket.send_fds(self._orders, [json.dumps(order).encode()], descriptors)
+
+    def _close(self) -> None:
+        self._orders.close()
+        self._process.wait()
 
 
 def main() -> None:
-    """Fork a program for every order on standard input, and print its exit status."""
+    """Fork a program for every order, and tell its pid and its exit status, each a line."""
     for name in _IMPORTED:
         importlib.import_module(name)
     gc.freeze()
-    # not the iterator of a file, whose buffer a fork would share
-    while line := sys.stdin.readline():
-        child = os.fork()
+    orders = socket.socket(fileno=0)
+    woken, wake = socket.socketpair()
+    for end in (woken, wake):
+        end.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    children: dict[int, int] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(orders, selectors.EVENT_READ)
+        selector.register(woken, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is woken:
+                    woken.recv(_ORDER_BYTES)
+                    _tell_ends(children)
+                    continue
+                message, descriptors, *_ = socket.recv_fds(orders, _ORDER_BYTES, 4)
+                if not message:
+                    return
+                order = json.loads(message)
+                for name in order.pop("after"):
+                    importlib.import_module(name)
+                gc.freeze()
+                child = os.fork()
+                if child == 0:
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    selector.close()
+                    for end in (woken, wake):
+                        end.close()
+                    # not closed: that would be the program's standard input
+                    orders.detach()
+                    for descriptor in (*children.values(), descriptors[0]):
+                        os.close(descriptor)
+                    _become(**order, streams=descriptors[1:])
+                    return
+                children[child] = descriptors[0]
+                _tell(descriptors[0], child)
+                for descriptor in descriptors[1:]:
+                    os.close(descriptor)
+
+
+def _tell_ends(children: dict[int, int]) -> None:
+    """Tell the exit status of each child that has ended."""
+    while children:
+        child, status = os.waitpid(-1, os.WNOHANG)
         if child == 0:
-            _become(**json.loads(line))
             return
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        descriptor = children.pop(child)
+        _tell(descriptor, os.waitstatus_to_exitcode(status))
+        os.close(descriptor)
 
 
-def _become(module: str, arguments: list[str], cwd: str, env: dict[str, str], streams: list[str]) -> None:
+def _tell(descriptor: int, number: int) -> None:
+    """Write a number, unless nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{number}\n".encode())
+
+
+def _become(
+    module: str, arguments: list[str], cwd: str, env: dict[str, str], session: bool, streams: Sequence[int]
+) -> None:
     """Be ``python -m module``, to the end of this process."""
+    if session:
+        os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     for descriptor, stream in enumerate(streams):
-        opened = os.open(stream, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(opened, descriptor)
-        os.close(opened)
+        os.dup2(stream, descriptor)
+        os.close(stream)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.argv = [module, *arguments]
+    is_file = module.endswith(".py")
     sys.path[:] = [
-        cwd,
+        str(Path(module).parent) if is_file else cwd,
         *env.get("PYTHONPATH", "").split(os.pathsep),
         *(p for p in sys.path if p not in {"", str(ROOT)}),
     ]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if is_file:
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import http_scope, messages, request, websocket_scope
 from tests.support.models import Note
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 
 ENDED: list[str] = []
 
@@ -249,7 +249,7 @@ def test_without_fastapi_the_extra_is_named() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
+        env=environment(PYTHONPATH=python_path(ROOT)),
         capture_output=True,
         text=True,
         timeout=60,

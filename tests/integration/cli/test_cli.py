@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.postgres import Postgres
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 from tests.support.warm import Finished, run_module
 
 
@@ -41,7 +41,7 @@ def cli(postgres: Postgres, name_prefix: str, empty_url: str, tmp_path: Path) ->
         TENANCY_SERVERS=f"default={postgres.admin_url}",
         TENANCY_ENCRYPTION_KEYS="1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
         TENANCY_NAME_PREFIX=name_prefix,
-        PYTHONPATH=str(ROOT),
+        PYTHONPATH=python_path(ROOT),
         COLUMNS="200",
         NO_COLOR="1",
     )

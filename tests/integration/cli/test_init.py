@@ -17,7 +17,7 @@ from alembic.config import Config
 from tenancy_orm.migrations.layout import init_directory
 from tests.support.env_files import COOKBOOK, PLAIN, add_revision, make_project
 from tests.support.postgres import Postgres
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 from tests.support.warm import Finished, run_module
 
 UNREACHABLE = "postgresql://admin:hunter2@127.0.0.1:1/control"
@@ -67,7 +67,7 @@ def shell(postgres: Postgres, name_prefix: str, empty_url: str, tmp_path: Path) 
         "TENANCY_ENCRYPTION_KEYS": "1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
         "TENANCY_NAME_PREFIX": name_prefix,
     }
-    return Shell(root, environment(**variables, PYTHONPATH=str(ROOT), COLUMNS="200", NO_COLOR="1"))
+    return Shell(root, environment(**variables, PYTHONPATH=python_path(ROOT), COLUMNS="200", NO_COLOR="1"))
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def nowhere(tmp_path: Path) -> Shell:
     """A project's directory, in which nothing is configured."""
     root = tmp_path / "shop"
     root.mkdir()
-    return Shell(root, environment(PYTHONPATH=str(ROOT), COLUMNS="200", NO_COLOR="1"))
+    return Shell(root, environment(PYTHONPATH=python_path(ROOT), COLUMNS="200", NO_COLOR="1"))
 
 
 def settings(root: Path) -> dict[str, Any]:

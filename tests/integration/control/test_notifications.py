@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
-from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import uuid4
@@ -25,6 +23,7 @@ from tests.support.proxy import Proxy, proxied
 from tests.support.registry import synchronise
 from tests.support.shell import ROOT, environment
 from tests.support.waiting import until
+from tests.support.warm import Program, start_module
 
 WITHIN = 0.25
 """Seconds within which a change must be known everywhere."""
@@ -50,27 +49,25 @@ async def terminate_listeners(plane: ControlPlane) -> int:
 @asynccontextmanager
 async def processes(
     count: int, url: str, key: str, *, ttl: float = 30.0, listen_url: str | None = None
-) -> AsyncIterator[list[Process]]:
+) -> AsyncIterator[list[Program]]:
     """Other processes, each with a directory of its own that knows ``key``."""
-    command = [sys.executable, "-m", "tests.support.directory_process", url, str(ttl), listen_url or url, key]
-    started: list[Process] = []
+    command = ["tests.support.directory_process", url, str(ttl), listen_url or url, key]
+    started: list[Program] = []
     try:
         while len(started) < count:
-            started.append(await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment(), stdout=PIPE))
+            started.append(await start_module(*command, cwd=ROOT, env=environment(), after=["tests.support.control"]))
         async with asyncio.timeout(60):
             for process in started:
                 assert await line(process) == "known"
         yield started
     finally:
         for process in started:
-            if process.returncode is None:
-                process.kill()
+            process.kill()
             await process.wait()
 
 
-async def line(process: Process) -> str:
+async def line(process: Program) -> str:
     """The next line that a process prints."""
-    assert process.stdout is not None
     return (await process.stdout.readline()).decode().strip()
 
 

@@ -225,7 +225,7 @@ async def test_the_settings_are_those_of_the_project_that_the_ini_file_is_in(
                 str(alembic.project.ini),
                 "current",
                 cwd=cwd,
-                env=shell.environment(PYTHONPATH=str(shell.ROOT)),
+                env=shell.environment(PYTHONPATH=shell.python_path(shell.ROOT)),
             )
             assert (done.status, done.out) == (0, "".join(f"{slug}: 0001 (head)\n" for slug in TENANTS)), done.err
 

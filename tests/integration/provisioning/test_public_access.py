@@ -23,7 +23,7 @@ from tenancy_orm.postgres.quoting import quote_literal
 from tenancy_orm.provisioning.preparation_plan import PreparationPlan
 from tests.support.models import Base
 from tests.support.postgres import Postgres
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 from tests.support.warm import Finished, run_module
 
 PASSWORD = "its-password"
@@ -49,7 +49,7 @@ class Place:
             TENANCY_SERVERS=f"default={server.admin_url}",
             TENANCY_ENCRYPTION_KEYS="1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
             TENANCY_NAME_PREFIX="shared",
-            PYTHONPATH=str(ROOT),
+            PYTHONPATH=python_path(ROOT),
             NO_COLOR="1",
         )
 

@@ -20,7 +20,7 @@ from tenancy_orm.events import SessionTerminated
 from tests.acceptance.test_docs import settings
 from tests.support.processes import opened
 from tests.support.proxy import proxied
-from tests.support.shell import ROOT, environment
+from tests.support.shell import ROOT, environment, python_path
 from tests.support.waiting import until
 
 
@@ -87,7 +87,7 @@ async def test_the_command_watches_until_it_is_stopped(tenancy: Tenancy, tenancy
     """``tenancy watch`` runs until it is stopped, ``--once`` runs once; both write to the audit log."""
     await tenancy.tenants.create("acme")
     variables = settings(tenancy_config, "tests.support.models:Base.metadata")
-    variables |= {"TENANCY_WATCHDOG_MAX_IDLE_TRANSACTION_SECONDS": "0.2", "PYTHONPATH": str(ROOT)}
+    variables |= {"TENANCY_WATCHDOG_MAX_IDLE_TRANSACTION_SECONDS": "0.2", "PYTHONPATH": python_path(ROOT)}
     command = (sys.executable, "-m", "tenancy_orm.cli", "watch")
     start = partial(
         asyncio.create_subprocess_exec,
