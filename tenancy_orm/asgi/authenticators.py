@@ -87,9 +87,13 @@ class TextAuthenticator(ABC):
     """An authenticator of texts that can be told apart before they are checked, and checked without the request.
 
     ``headers`` lists the headers that it reads, as lower-case bytes; a request with one of them twice is refused.
+    ``issuer`` names who issues what it reads, and ``subject_prefix`` is put before the subjects: two issuers may call
+    two people by the same one.
     """
 
     headers: tuple[bytes, ...] = ()
+    issuer = ""
+    subject_prefix = ""
 
     @abstractmethod
     def read(self, scope: Scope, headers: Headers) -> Presented | None:

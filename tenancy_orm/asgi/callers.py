@@ -277,6 +277,12 @@ def _authenticators(
         known = isinstance(one, ApiKeyAuthenticator) or callable(getattr(one, "authenticate", None))
         if not known or isinstance(one, type):
             raise ConfigurationError(f"{one!r} is no authenticator: it has no method authenticate")
+    issuers = {one.issuer for one in found if isinstance(one, TextAuthenticator) and not one.subject_prefix} - {""}
+    if len(issuers) > 1:
+        raise ConfigurationError(
+            f"the issuers {' and '.join(sorted(issuers))} may call two people by the same subject; give each "
+            "authenticator a subject_prefix (the same one where their subjects are the same people)"
+        )
     keys = [one for one in found if isinstance(one, ApiKeyAuthenticator)]
     if len(keys) > 1:
         raise ConfigurationError("give one ApiKeyAuthenticator, with all the resolvers of keys")

@@ -134,7 +134,7 @@ class JwtAuthenticator(TextAuthenticator):
         self._tenants_claim = tenants_claim
         self._scopes_claim = scopes_claim
         self._subject_claim = subject_claim
-        self._subject_prefix = subject_prefix
+        self.subject_prefix = subject_prefix
         self._header = header
         self._cookie = _check_cookie(cookie, header=header)
         self.headers = (b"authorization",) if header else ()
@@ -300,7 +300,7 @@ class JwtAuthenticator(TextAuthenticator):
     def _credential(self, token: VerifiedToken, tenants: tuple[str | UUID, ...] | None) -> Credential:
         claims = MappingProxyType(dict(token.claims))
         named = claims.get(self._subject_claim)
-        subject = f"{self._subject_prefix}{named}"
+        subject = f"{self.subject_prefix}{named}"
         if not is_name(named) or not is_name(subject):
             raise refused("subject", claims)
         if claims.get("jti") is not None and token.id is None:

@@ -24,6 +24,7 @@ from tenancy_orm.asgi import (
     SubdomainResolver,
     TenancyMiddleware,
 )
+from tenancy_orm.asgi.tokens import JwtAuthenticator
 from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.errors import ConfigurationError
@@ -41,6 +42,13 @@ class LoginAs:
     async def authenticate(self, connection: HTTPConnection) -> Credential | None:
         who = connection.headers.get("x-login")
         return None if who is None else self.make(who)
+
+
+def tokens_of(issuer: str, subject_prefix: str = "") -> JwtAuthenticator:
+    """An authenticator of an issuer's tokens."""
+    return JwtAuthenticator(
+        issuer=issuer, audience="api", secret="s" * 32, algorithms=["HS256"], subject_prefix=subject_prefix
+    )
 
 
 async def whoami(incoming: Request) -> JSONResponse:
@@ -375,6 +383,7 @@ async def test_starlettes_own_sessions(tenancy: Tenancy) -> None:
         ({"authenticators": [object()]}, "no authenticator"),
         ({"authenticators": [LoginAs]}, "no authenticator"),
         ({"authenticators": [ApiKeyAuthenticator(), ApiKeyAuthenticator()]}, "one ApiKeyAuthenticator"),
+        ({"authenticators": [tokens_of("https://a.example"), tokens_of("https://b.example")]}, "subject_prefix"),
         ({"public": ["/p/*"]}, "need a resolver"),
         ({"public": ["/*"], "resolvers": [PathPrefixResolver()]}, "public path"),
         ({"without_tenant": ["me"]}, "without_tenant path"),
@@ -386,5 +395,8 @@ async def test_what_cannot_work_is_refused_when_the_middleware_is_built(
     tenancy_config: TenancyConfig, options: dict[str, Any], message: str
 ) -> None:
     """With the argument that is wrong."""
+    build(
+        Tenancy(tenancy_config), authenticators=[tokens_of("https://a.example", "a:"), tokens_of("https://b.example")]
+    )
     with pytest.raises(ConfigurationError, match=message):
         build(Tenancy(tenancy_config), **options)
