@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 from uuid import UUID
 
+from ..audit.actor import Actor
 from ..errors import ConfigurationError, MissingScopeError, NoTenantError
 from ..keys.networks import Network
 from ..tenant import Tenant
@@ -115,6 +116,15 @@ class Credential:
         if self.bound is None:
             raise NoTenantError
         return self.bound
+
+    def actor(self, *, request_id: str | None = None, source: str | None = None) -> Actor:
+        """Return who acts, for the audit log: ``tenancy.members.add(..., actor=credential.actor())``.
+
+        Args:
+            request_id: The request's id in the application's own logs.
+            source: The address that the request came from.
+        """
+        return Actor(self.kind, self.subject or None, request_id=request_id, source=source)
 
     def has_scope(self, scope: str) -> bool:
         """Whether it may do ``scope``; with the scope ``*`` it may do everything."""

@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextvars import ContextVar
+from datetime import datetime
+from typing import Any
 
 import pytest
 
+from tenancy_orm.audit.actor import Actor
 from tenancy_orm.authentication.batch import BatchLoader
 from tenancy_orm.authentication.cache import SecondChance
 from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.authentication.refusals import MAX_CALLERS, MAX_KINDS, MAX_WRITTEN, Refusal, RefusalCounter
 from tenancy_orm.authentication.throttle import Attempts, Throttle
-from tenancy_orm.errors import ControlUnavailableError, MissingScopeError, TooManyAttemptsError
+from tenancy_orm.errors import (
+    ConfigurationError,
+    ControlUnavailableError,
+    MissingScopeError,
+    NoTenantError,
+    TooManyAttemptsError,
+)
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.waiting import until
@@ -542,3 +551,36 @@ def test_scopes_are_exact_and_a_star_is_all() -> None:
     assert every.has_scope("anything")
     with pytest.raises(MissingScopeError, match="notes:write"):
         some.require_scope("notes:write")
+
+
+def test_a_credentials_defaults_give_no_more_than_they_must() -> None:
+    """No scopes for tenants that it names itself; for memberships those of the roles, without a further limit."""
+    assert Credential("session", "ada").scopes == {"*"}
+    assert Credential("token", "ada", tenants=("acme",)).scopes == frozenset()
+    assert Credential("token", "ada", scopes=frozenset()).scopes == frozenset()
+    assert Credential("key", "k").scopes == Credential("anonymous", "").scopes == frozenset()
+    assert (Credential("session", "ada").sent_by_browser, Credential("token", "ada").sent_by_browser) == (True, False)
+    with pytest.raises(NoTenantError):
+        Credential("session", "ada").tenant  # noqa: B018
+    assert "secret" not in repr(Credential("token", "ada", claims={"email": "secret"}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kind": "cookie"}, "kind is one of"),
+        ({"tenants": "acme"}, "not one string"),
+        ({"scopes": "*"}, "not one string"),
+        ({"expires_at": datetime(2030, 1, 1)}, "aware"),  # noqa: DTZ001
+    ],
+)
+def test_a_malformed_credential_is_refused(wrong: dict[str, Any], message: str) -> None:
+    """Where it is made, with what is wrong."""
+    with pytest.raises(ConfigurationError, match=message):
+        Credential(**{"kind": "session", "subject": "ada", **wrong})
+
+
+def test_a_credential_names_itself_in_the_audit_log() -> None:
+    """By kind and subject; a visitor has none."""
+    assert Credential("session", "ada").actor(source="192.0.2.1") == Actor("session", "ada", source="192.0.2.1")
+    assert Credential("anonymous", "").actor() == Actor("anonymous")
