@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 from starlette.requests import HTTPConnection
@@ -200,8 +199,11 @@ class Callers:
                 if presented is not None:
                     found = authenticator.peek(presented)
                     if found is None:
-                        verify = partial(authenticator.verify, presented)
-                        found = await directory.attempt(verify, what=hash(presented.text), source=source)
+                        try:
+                            found = await authenticator.verify(presented)
+                        except InvalidCredentialError as error:
+                            await directory.report_refused(error, source)
+                            raise
                     return found
             else:
                 try:

@@ -348,39 +348,21 @@ class Directory:
             refusal = refusal or f"tenant {tenant.status}"
         return KeyEntry(credential, refusal, read_at, state.expires, self._config)
 
-    async def attempt(
-        self, verify: Callable[[], Awaitable[Credential]], *, what: Hashable, source: str | None
-    ) -> Credential:
-        """Call ``verify``, within the lock-out of ``source``.
+    async def report_refused(self, error: InvalidCredentialError, source: str | None) -> None:
+        """Record that a credential that is no key was refused, and count it unless it was valid at another time.
 
-        Args:
-            verify: Verifies a credential that is no key, and was not verified before.
-            what: The credential's fingerprint: the same one tried twice at a time is one attempt.
-            source: The peer's address.
+        A valid token or session passes whatever else its source has sent: nobody guesses a signature, and a changed
+        signing key must not lock an office out.
 
         Raises:
-            InvalidCredentialError: it is not valid, which is recorded.
             TooManyAttemptsError: ``source`` presented too many invalid credentials.
         """
-        try:
-            if source is None:
-                return await verify()
-            group = source_group(source)
-            self._lockout.check(group)
-            await self._lockout.attempts.begin(group, what)
-            try:
-                return await verify()
-            finally:
-                self._lockout.attempts.end(group, what)
-        except InvalidCredentialError as error:
-            await self.report_refused(error, source)
-            raise
-
-    async def report_refused(self, error: InvalidCredentialError, source: str | None) -> None:
-        """Record that a credential, no key, was refused, and count it unless it was valid at another time."""
         self._report_refused(error, source, None)
-        if error.reason not in _NO_GUESSES:
-            await self._lockout.count(None, source)
+        if error.reason in _NO_GUESSES:
+            return
+        if source is not None:
+            self._lockout.check(source_group(source))
+        await self._lockout.count(None, source)
 
     async def _refused(self, error: InvalidCredentialError, source: str | None, tenant: Tenant | None) -> None:
         """Report and count a refusal, and delay the answer where its key id was tried too often."""

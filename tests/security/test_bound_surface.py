@@ -63,7 +63,6 @@ EXCUSED = {
     "internals.directory.invalidate": "forgets what is looked up again",
     "internals.directory.on_invalidate": "registers a callback",
     "internals.directory.before_use": "registers a callback",
-    "internals.directory.attempt": "counts failures of an address",
     "internals.directory.invalidate_subject": "forgets what is looked up again",
     "internals.directory.report_refused": "reports, for the middleware",
     "internals.rates.acquire_address": "counts requests of an address",

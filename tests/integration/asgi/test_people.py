@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import jwt
 import pytest
 from sqlalchemy import text
 from starlette.applications import Starlette
@@ -236,6 +238,23 @@ async def test_it_ends_with_its_time_and_by_revocation(tenancy: Tenancy) -> None
     assert (await ask(issued_at=future)).status == 200
     assert {event.reason for event in seen} == {"expired", "revoked"}
     assert first.statistics.locked == 0
+
+
+async def test_invalid_tokens_slow_their_source_down_and_no_valid_one(tenancy: Tenancy) -> None:
+    """A signing key that has changed makes every browser of an office fail: whoever logs in again is served."""
+    app = build(tenancy, authenticators=[tokens_of("https://a.example")])
+
+    def signed(secret: str, **more: Any) -> list[tuple[str, str]]:
+        claims = {"iss": "https://a.example", "aud": "api", "sub": "ada", "exp": time.time() + 60, **more}
+        return [("Authorization", f"Bearer {jwt.encode(claims, secret * 32, algorithm='HS256')}")]
+
+    statuses = [(await request(app, headers=signed("t", jti=str(number)))).status for number in range(22)]
+    assert statuses[0] == 401 and statuses[-1] == 429
+    assert (await request(app, headers=signed("s"))).status == 200
+    # what was valid once is no guess
+    elsewhere: dict[str, Any] = {"client": ("198.51.100.9", 1)}
+    expired = [(await request(app, headers=signed("s", exp=time.time() - 60), **elsewhere)).status for _ in range(22)]
+    assert set(expired) == {401}
 
 
 async def test_paths_without_a_tenant_need_a_credential_alone(tenancy: Tenancy) -> None:
