@@ -1,8 +1,10 @@
 """ASGI middleware for web applications: binds each request to its tenant, and answers the requests that it refuses."""
 
+from ..authentication.credential import Credential, Membership
 from .authenticators import ApiKeyAuthenticator, Authenticator, Presented, TextAuthenticator
 from .exempt import ExemptPaths
 from .middleware import TenancyMiddleware
+from .origins import Origins
 from .problems import Problem, problem_for
 from .resolvers import (
     ApiKeyHeader,
@@ -23,10 +25,13 @@ __all__ = [
     "ApiKeyHeader",
     "Authenticator",
     "BearerToken",
+    "Credential",
     "ExemptPaths",
     "HeaderResolver",
     "JwtAuthenticator",
     "KeyResolver",
+    "Membership",
+    "Origins",
     "PathPrefixResolver",
     "Presented",
     "Problem",

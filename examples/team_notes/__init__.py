@@ -1,0 +1,1 @@
+"""Notes of teams, for people who log in with a browser: see README.md."""
