@@ -159,12 +159,15 @@ class InvitationManager:
     ) -> T:
         """Call ``use`` with what was read from ``text``; reports and records why it is refused, if it is."""
         parsed = parse_invitation(text)
-        try:
-            if parsed is None:
-                raise _Refused("malformed")
-            return await use(parsed)
-        except _Refused as refused:
-            refusal = refused
+        refusal = _Refused("malformed")
+        while parsed is not None:
+            try:
+                return await use(parsed)
+            except _Refused as refused:
+                refusal = refused
+            # one that is not forged may be signed by a key that another process has made; read with no row locked
+            if refusal.reason != "signature" or not await self._signer.has_new_keys():
+                break
         # outside of the handler: the reason must not reach whoever prints the error with its context
         tenant_id, slug = refusal.owner
         self._events.emit(
