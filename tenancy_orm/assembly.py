@@ -354,7 +354,8 @@ class Assembly:
         self.directory.before_use(self.catch_up.before_use)
 
     def _build_members(self) -> None:
-        signer = InvitationSigner(self.control.installation, self.config.sealing_keys)
+        read = None if self._data_keys is None else self._data_keys.open
+        signer = InvitationSigner(self.control.installation, self.config.sealing_keys, read=read)
         if self._data_keys is not None:
             self._data_keys.on_read(signer.add_keys)
         self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)

@@ -210,13 +210,14 @@ class MemberRemoved(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InvitationRefused(Event):
-    """An invitation was not accepted. ``reason`` is for operators; the caller never learns it.
+    """The text of an invitation was refused. ``reason`` is for operators; the caller never learns it.
 
     ``tenant_id``, ``slug`` and ``invitation_id`` are those of the invitation, where the text was that of one.
+    ``subject`` is who wanted to accept it; None where it was only read.
     """
 
     reason: str
-    subject: str
+    subject: str | None = None
     tenant_id: UUID | None = None
     slug: str | None = None
     invitation_id: UUID | None = None

@@ -25,6 +25,7 @@ from ..errors import (
     CrossOriginError,
     CrossTenantError,
     InvalidCredentialError,
+    InvalidInvitationError,
     MalformedRequestError,
     MissingScopeError,
     QuotaExceededError,
@@ -159,6 +160,9 @@ RATE_LIMITED = Problem(429, "rate-limited", "Too many requests", "this tenant se
 ADDRESS_LIMITED = Problem(
     429, "rate-limited", "Too many requests", "too many requests come from this address; slow down"
 )
+INVALID_INVITATION = Problem(
+    403, "invalid-invitation", "Invitation not valid", "this invitation is not valid, or not any more"
+)
 QUOTA_EXCEEDED = Problem(429, "quota-exceeded", "Quota exceeded", "the request would pass a limit")
 
 
@@ -252,6 +256,7 @@ _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], 
     InvalidCredentialError: _bad_credential,
     AdmissionEndedError: INVALID_CREDENTIAL,
     MalformedRequestError: _malformed,
+    InvalidInvitationError: INVALID_INVITATION,
     CrossTenantError: CROSS_TENANT,
     CrossOriginError: CROSS_ORIGIN,
     CredentialsUnavailableError: CONTROL_AWAY,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import base64
 import hmac
+import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -21,6 +22,10 @@ from uuid import UUID
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from ..errors import TenancyError
+
+logger = logging.getLogger("tenancy_orm.members")
 
 PREFIX: Final = "invite_"
 
@@ -79,10 +84,14 @@ class InvitationSigner:
         installation: The id of the installation; an invitation of another one does not verify.
         keys: The installation's 32-byte encryption keys by id, oldest first. Signing keys are derived from them by
             HKDF-SHA256, so that no key is used by two algorithms.
+        read: Reads the keys that other processes have made, and calls ``add_keys``; None where they make none.
     """
 
-    def __init__(self, installation: UUID, keys: Mapping[str, bytes]) -> None:
+    def __init__(
+        self, installation: UUID, keys: Mapping[str, bytes], *, read: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
         self._installation = installation
+        self._read = read
         self._keys: dict[str, bytes] = {}
         self._current = ""
         self._add(keys)
@@ -94,6 +103,17 @@ class InvitationSigner:
     async def add_keys(self, keys: Mapping[str, bytes]) -> None:
         """Also verify with these keys from now on, and sign with the last of them."""
         self._add(keys)
+
+    async def has_new_keys(self) -> bool:
+        """Read the keys that other processes have made; returns whether there are any."""
+        if self._read is None:
+            return False
+        known = len(self._keys)
+        try:
+            await self._read()
+        except TenancyError as exc:
+            logger.warning("the keys of invitations cannot be read (%s)", exc)
+        return len(self._keys) > known
 
     def _add(self, keys: Mapping[str, bytes]) -> None:
         self._keys.update((key_id, _derive(key)) for key_id, key in keys.items())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID, uuid4
 
 from sqlalchemy import Row, delete, func, insert, select, update
@@ -35,6 +35,8 @@ from .refusals import Refusal
 
 if TYPE_CHECKING:
     from .directory import Directory
+
+T = TypeVar("T")
 
 _LONGEST: Final = timedelta(days=3_660)
 _KEPT: Final = timedelta(days=30)  # one that has ended; with its email address
@@ -140,14 +142,32 @@ class InvitationManager:
             CrossTenantError: another tenant than the invitation's is bound.
         """
         check_subject(subject)
-        actor = actor or Actor("session", subject)
+        acting = actor or Actor("session", subject)
+        return await self._presented(text, lambda parsed: self._accept(parsed, subject, acting), acting, subject)
+
+    async def get_invitation(self, text: str) -> Invitation:
+        """Return the invitation that a text is for, to be shown to its bearer; it is not accepted by that.
+
+        Raises:
+            InvalidInvitationError: it could not be accepted now, as ``accept``.
+            CrossTenantError: another tenant than the invitation's is bound.
+        """
+        return await self._presented(text, self._get, Actor("anonymous"))
+
+    async def _presented(
+        self, text: str, use: Callable[[InvitationText], Awaitable[T]], actor: Actor, subject: str | None = None
+    ) -> T:
+        """Call ``use`` with what was read from ``text``; reports and records why it is refused, if it is."""
         parsed = parse_invitation(text)
-        try:
-            if parsed is None:
-                raise _Refused("malformed")
-            return await self._accept(parsed, subject, actor)
-        except _Refused as refused:
-            refusal = refused
+        refusal = _Refused("malformed")
+        while parsed is not None:
+            try:
+                return await use(parsed)
+            except _Refused as refused:
+                refusal = refused
+            # one that is not forged may be signed by a key that another process has made; read with no row locked
+            if refusal.reason != "signature" or not await self._signer.has_new_keys():
+                break
         # outside of the handler: the reason must not reach whoever prints the error with its context
         tenant_id, slug = refusal.owner
         self._events.emit(
@@ -157,16 +177,25 @@ class InvitationManager:
         )
         await self._refusals.add(
             Refusal(
-                "invitation.refuse",
-                actor.id or subject,
-                actor.source,
-                refusal.reason,
-                tenant_id,
-                slug,
-                kind=actor.kind,
+                "invitation.refuse", actor.id or subject, actor.source, refusal.reason, tenant_id, slug, kind=actor.kind
             )
         )
         raise InvalidInvitationError(refusal.reason)
+
+    async def _get(self, text: InvitationText) -> Invitation:
+        async with self._control.connect() as connection:
+            query = (
+                select(tenants.c.slug, tenants.c.status)
+                .join(invitations, invitations.c.tenant_id == tenants.c.id)
+                .where(invitations.c.id == text.id)
+            )
+            owner = (await connection.execute(query)).one_or_none()
+            row = await self._genuine(connection, text)
+        refuse_other_tenant(row.tenant_id)
+        if owner is None:
+            raise _Refused("unknown")
+        _refuse_ended(row, owner.slug, Status(owner.status))
+        return invitation_from_row(row)
 
     async def _accept(self, text: InvitationText, subject: str, actor: Actor) -> Member:
         async with self._control.transaction() as connection:
@@ -178,22 +207,14 @@ class InvitationManager:
                 slug, status = await lock_tenant_for_share(connection, tenant_id)
             except TenantNotFoundError:
                 raise _Refused("unknown") from None
-            row = await self._genuine(connection, text)
+            row = await self._genuine(connection, text, lock=True)
             refuse_other_tenant(row.tenant_id)
             found = invitation_from_row(row)
             if found.accepted_by == subject:
                 again = await find_member(connection, found.tenant_id, subject)
                 if again is not None:
                     return again
-            reason: str | None = "expired" if row.has_expired else None
-            if found.accepted_at is not None:
-                reason = "accepted"
-            elif found.withdrawn_at is not None:
-                reason = "withdrawn"
-            elif status in _REFUSING:
-                reason = f"tenant {status}"
-            if reason is not None:
-                raise _Refused(reason, (found.tenant_id, slug), found.id)
+            _refuse_ended(row, slug, status)
             accepted = {"accepted_at": func.now(), "accepted_by": subject}
             await connection.execute(update(invitations).where(invitations.c.id == found.id).values(accepted))
             before, after = await put_member(connection, found.tenant_id, subject, found.roles, keep=True)
@@ -211,14 +232,13 @@ class InvitationManager:
         self._announce(slug, before, after, found.id)
         return after
 
-    async def _genuine(self, connection: AsyncConnection, text: InvitationText) -> Row[*tuple[Any, ...]]:
-        """Lock the row of a text, and refuse a text that was not issued for exactly this row."""
-        query = (
-            select(invitations, (invitations.c.expires_at <= func.now()).label("has_expired"))
-            .where(invitations.c.id == text.id)
-            .with_for_update()
-        )
-        row = (await connection.execute(query)).one_or_none()
+    async def _genuine(
+        self, connection: AsyncConnection, text: InvitationText, *, lock: bool = False
+    ) -> Row[*tuple[Any, ...]]:
+        """Return the row of a text, and refuse a text that was not issued for exactly this row."""
+        has_expired = (invitations.c.expires_at <= func.now()).label("has_expired")
+        query = select(invitations, has_expired).where(invitations.c.id == text.id)
+        row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
         if row is None:
             raise _Refused("unknown")
         if row.digest != text.digest:
@@ -325,6 +345,21 @@ class _Refused(Exception):  # noqa: N818 - it never leaves this module
         self.reason = reason
         self.owner = owner
         self.id = id
+
+
+def _refuse_ended(row: Row[*tuple[Any, ...]], slug: str, status: Status) -> None:
+    """Refuse an invitation that is genuine and can no longer be accepted, or not now."""
+    if row.accepted_at is not None:
+        reason = "accepted"
+    elif row.withdrawn_at is not None:
+        reason = "withdrawn"
+    elif status in _REFUSING:
+        reason = f"tenant {status}"
+    elif row.has_expired:
+        reason = "expired"
+    else:
+        return
+    raise _Refused(reason, (row.tenant_id, slug), row.id)
 
 
 def _check_id(invitation_id: UUID | str) -> UUID:

@@ -372,7 +372,7 @@ async def test_viewers_of_two_tenants_at_once_do_not_mix(two: Two) -> None:
 
 @pytest.mark.parametrize("restricted", [False, True], ids=["owner", "application"])
 async def test_what_tenants_read_is_read_as_them(two: Two, application: ControlPlane, restricted: bool) -> None:
-    """Keys, domains, usage and one tenant's audit log come through the viewer, in one more statement each."""
+    """Keys, members, domains, usage and one tenant's audit log come through the viewer, in one more statement each."""
     plane = application if restricted else two.plane
     viewer = await two.viewer()
     quotas = QuotaManager(plane.control, plane.config, plane.events, plane.audit)
@@ -386,6 +386,8 @@ async def test_what_tenants_read_is_read_as_them(two: Two, application: ControlP
     event.listen(engine, "before_cursor_execute", lambda *args: statements.append((args[2], args[3])))
     reads: dict[str, Callable[[], Any]] = {
         "keys": lambda: plane.keys.list(two.acme),
+        "members": lambda: plane.members.list(two.acme),
+        "invitations": lambda: plane.members.invitations(two.acme),
         "domains": lambda: domains.list(two.acme),
         "usage": lambda: quotas.usage(two.acme),
         "usage by id": lambda: quotas.usage(two.acme.id),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
@@ -12,6 +13,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy_orm.audit.actor import Actor
 from tenancy_orm.authentication.invitation_rows import Invitation
@@ -63,8 +65,11 @@ async def sql(plane: ControlPlane, statement: str, **parameters: Any) -> None:
 async def refused(plane: ControlPlane, invitation: str, subject: str = "mallory") -> str:
     """Accept an invitation that must be refused; returns the reason, which the caller never learns."""
     before = await plane.members.tenants_of(subject)
+    with pytest.raises(InvalidInvitationError) as read:
+        await plane.members.get_invitation(invitation)
     with pytest.raises(InvalidInvitationError) as caught:
         await plane.members.accept(invitation, subject)
+    assert (read.value.reason, read.value.__context__) == (caught.value.reason, None)
     assert str(caught.value) == "the invitation is not valid; ask for another one"
     assert caught.value.__context__ is None
     assert await plane.members.tenants_of(subject) == before
@@ -137,6 +142,16 @@ async def test_accepting_again_answers_as_before(plane: ControlPlane, acme: Tena
     assert await refused(plane, secret, "bob") == "accepted"
 
 
+async def test_a_text_can_be_read_before_it_is_accepted(plane: ControlPlane, acme: Tenant) -> None:
+    """To show what it is for; that leaves it as it was, and needs no login."""
+    made, secret = await invite(plane, roles=["admin"], email="bob@example.com")
+    for _ in range(2):
+        read = await plane.members.get_invitation(secret)
+        assert read == replace(made, text=None)
+    await plane.members.accept(secret, "bob")
+    assert await refused(plane, secret) == "accepted"
+
+
 async def test_an_invitation_is_withdrawn(plane: ControlPlane, acme: Tenant) -> None:
     """Twice is once; one that was accepted names the member to remove instead."""
     made, secret = await invite(plane)
@@ -155,23 +170,18 @@ async def test_an_invitation_is_withdrawn(plane: ControlPlane, acme: Tenant) -> 
             await plane.members.withdraw(unknown)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
+async def test_a_malformed_invitation_is_not_made(plane: ControlPlane, acme: Tenant) -> None:
+    """Each argument has its bounds, and the error names it."""
+    mistakes: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"roles": ["boss"]}, UnknownRoleError, "unknown roles: 'boss'"),
         ({"roles": []}, ConfigurationError, "at least one role"),
-        ({"email": ""}, ConfigurationError, "email must be"),
-        ({"email": "a\x00@example.com"}, ConfigurationError, "email must be"),
-        ({"email": "a" * 321}, ConfigurationError, "email must be"),
+        *(({"email": bad}, ConfigurationError, "email must be") for bad in ("", "a\x00@example.com", "a" * 321)),
         *(({"expires_in": bad}, ConfigurationError, "expires_in must be") for bad in (0, -1, float("nan"), 1e12)),
         ({"expires_in": timedelta(days=3_661)}, ConfigurationError, "expires_in must be"),
-    ],
-)
-async def test_a_malformed_invitation_is_not_made(
-    plane: ControlPlane, acme: Tenant, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        await plane.members.invite(acme, **options)
+    ]
+    for options, error, message in mistakes:
+        with pytest.raises(error, match=message):
+            await plane.members.invite(acme, **options)
     assert await plane.members.invitations(acme) == []
 
 
@@ -197,7 +207,7 @@ async def test_what_is_no_longer_valid_is_refused_alike(plane: ControlPlane, acm
     assert {(e.detail or {})["reason"]: e.tenant_id for e in entries} == {
         reason: acme.id if reason in known else None for reason in texts
     }
-    assert {(e.actor.kind, e.actor.id) for e in entries} == {("session", "mallory")}
+    assert {(e.actor.kind, e.actor.id) for e in entries} == {("session", "mallory"), ("anonymous", None)}
     events = [event for event in plane.seen if isinstance(event, InvitationRefused)]
     assert {event.reason: event.slug for event in events} == {r: "acme" if r in known else None for r in texts}
 
@@ -228,17 +238,16 @@ async def test_a_flood_of_texts_is_counted(plane: ControlPlane, acme: Tenant) ->
     await plane.members.close()
     entries = await plane.audit.events(action="invitation.refuse")
     assert len(entries) < MAX_WRITTEN + 12
-    assert sum((entry.detail or {})["count"] for entry in entries) == 90
+    assert sum((entry.detail or {})["count"] for entry in entries) == 2 * 90
 
 
-@pytest.mark.parametrize(
-    "bad", ["", "invite_", "x" * 115, "invite_" + "é" * 108, "invite_" + "A" * 108, None, 7, "\x00"]
-)
-async def test_what_is_no_text_of_an_invitation_is_refused(plane: ControlPlane, acme: Tenant, bad: Any) -> None:
+async def test_what_is_no_text_of_an_invitation_is_refused(plane: ControlPlane, acme: Tenant) -> None:
     """Whatever a body of JSON may hold, without a query; and a malformed subject is a mistake of the application's."""
-    assert await refused(plane, bad) == "malformed"
-    with pytest.raises(InvalidSubjectError):
-        await plane.members.accept(bad, "")
+    texts: list[Any] = ["", "invite_", "x" * 115, "invite_" + "é" * 108, "invite_" + "A" * 108, None, 7, "\x00"]
+    for bad in texts:
+        assert await refused(plane, bad) == "malformed"
+        with pytest.raises(InvalidSubjectError):
+            await plane.members.accept(bad, "")
 
 
 async def test_while_another_tenant_is_bound_it_is_refused(plane: ControlPlane, acme: Tenant) -> None:
@@ -248,6 +257,7 @@ async def test_while_another_tenant_is_bound_it_is_refused(plane: ControlPlane, 
     with bind(globex):
         for call in (
             plane.members.accept(secret, "bob"),
+            plane.members.get_invitation(secret),
             plane.members.withdraw(made.id),
             plane.members.invitations(acme),
             plane.members.invite(acme),
@@ -265,6 +275,23 @@ async def test_while_another_tenant_is_bound_it_is_refused(plane: ControlPlane, 
 
 
 # --- single use -------------------------------------------------------------------------------------------------------
+
+
+async def test_without_its_lock_two_could_accept_one_invitation(
+    plane: ControlPlane, acme: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attack: both read it before either writes. The test below does the same with the lock."""
+    genuine, both = MemberManager._genuine, asyncio.Barrier(2)
+
+    async def unlocked(self: MemberManager, connection: AsyncConnection, text: InvitationText, **lock: bool) -> Any:
+        row = await genuine(self, connection, text)
+        await both.wait()
+        return row
+
+    monkeypatch.setattr(MemberManager, "_genuine", unlocked)
+    _, secret = await invite(plane)
+    await asyncio.gather(plane.members.accept(secret, "bob"), plane.members.accept(secret, "mallory"))
+    assert len(await plane.members.list(acme)) == 2
 
 
 async def test_two_processes_that_accept_at_once_make_one_member(control_url: str) -> None:

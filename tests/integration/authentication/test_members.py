@@ -111,13 +111,14 @@ async def test_a_purged_tenant_has_no_members_and_gets_none(plane: ControlPlane,
         await plane.members.add(acme, "alice")
 
 
-@pytest.mark.parametrize("subject", ["", "a" * 256, "a\x00b", "a\nb", "\ud800", "\u202ealice", None, 7, b"alice"])
-async def test_a_malformed_subject_is_refused_everywhere(plane: ControlPlane, acme: Tenant, subject: Any) -> None:
+async def test_a_malformed_subject_is_refused_everywhere(plane: ControlPlane, acme: Tenant) -> None:
     """A claim of a token may be anything; the error does not repeat it."""
     members = plane.members
-    for call in (members.add(acme, subject), members.remove(acme, subject), members.tenants_of(subject)):
-        with pytest.raises(InvalidSubjectError, match="a subject must be 1 to 255 printable characters"):
-            await call
+    bad: list[Any] = ["", "a" * 256, "a\x00b", "a\nb", "\ud800", "\u202ealice", None, 7, b"alice"]
+    for subject in bad:
+        for call in (members.add(acme, subject), members.remove(acme, subject), members.tenants_of(subject)):
+            with pytest.raises(InvalidSubjectError, match="a subject must be 1 to 255 printable characters"):
+                await call
     assert await members.list(acme) == []
 
 

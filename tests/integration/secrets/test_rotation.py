@@ -19,6 +19,7 @@ from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant, assembly
 from tenancy_orm.errors import (
     ConfigurationError,
     ControlUnavailableError,
+    InvalidInvitationError,
     InvalidTransitionError,
     LoginRefusedError,
     ProvisioningError,
@@ -642,6 +643,28 @@ async def data_keys(tenancy: Tenancy) -> list[str]:
     """The ids of the data keys, oldest first."""
     async with tenancy.internals.control.connect() as connection:
         return list(await connection.scalars(text("SELECT id FROM tenancy.data_keys ORDER BY number")))
+
+
+async def test_invitations_outlive_a_rotation_of_the_data_key(wrapped_config: TenancyConfig) -> None:
+    """Every process verifies those that were signed before and after, also one that has not heard of the new key.
+
+    Those of a key that is deleted end with it.
+    """
+    async with opened(wrapped_config, initialise=True) as tenancy, deaf(wrapped_config) as other:
+        await created(tenancy, "acme")
+        texts = [(await tenancy.members.invite("acme")).text or ""]
+        await tenancy.secrets.rotate_encryption_key()
+        texts += [(await tenancy.members.invite("acme")).text or "" for _ in range(2)]
+        left = await tenancy.members.invite("acme")
+        await tenancy.members.accept(texts[0], "before")
+        await tenancy.members.accept(texts[1], "after")
+
+        await other.members.accept(texts[2], "elsewhere")
+        await tenancy.secrets.rotate_encryption_key()
+        await tenancy.secrets.forget_unused_keys()
+    async with opened(wrapped_config) as later:
+        with pytest.raises(InvalidInvitationError):
+            await later.members.accept(left.text or "", "late")
 
 
 async def test_data_keys_seal_and_the_wrapper_opens_them(wrapped_config: TenancyConfig) -> None:
