@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
-from websockets.asyncio.client import connect
 
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.context import current_tenant_or_none, set_current
@@ -28,22 +28,25 @@ from tenancy_orm.errors import NoTenantError
 from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenant import Tenant
 from tests.support.asgi import Wire, serve
+from tests.support.callers import EVERYONE, KINDS, PUBLIC, Caller, Callers, believed, options
 from tests.support.models import Note
 
 SLUGS = ("acme", "globex", "initech")
-ROUNDS = 4
+ROUNDS = len(EVERYONE)
 DEADLINE = 30.0
+
+Everyone = dict[str, list[Caller]]
 
 
 @pytest.fixture
-async def keys(tenancy: Tenancy) -> dict[str, str]:
-    """Three tenants, each with a note that names it; their keys."""
-    made = {}
+async def everyone(tenancy: Tenancy) -> Everyone:
+    """Three tenants, each with a note that names it, and callers of each kind."""
     for slug in SLUGS:
-        made[slug] = (await tenancy.tenants.create(slug)).api_key
+        await tenancy.tenants.create(slug)
         async with tenancy.transaction(slug) as session:
             session.add(Note(body=slug))
-    return made
+    callers = Callers(tenancy)
+    return {slug: [await callers.make(kind, slug) for kind in EVERYONE] for slug in SLUGS}
 
 
 class Application:
@@ -134,7 +137,7 @@ class Application:
 
             return Route(path, endpoint)
 
-        return [
+        own = [
             route("/tasks", self.gather),
             route("/threads", self.threads),
             route("/foreign-threads", self.foreign_threads),
@@ -145,6 +148,7 @@ class Application:
             Route("/plain", self.plain),
             WebSocketRoute("/socket", self.socket),
         ]
+        return [*own, Mount(PUBLIC, routes=own)]
 
     async def stream(self, request: Request) -> Response:
         """From the generator of a streaming response, which runs after the endpoint has returned."""
@@ -176,37 +180,36 @@ class GlobalMiddleware:
 
     def __init__(self, app: ASGIApp, *, tenancy: Tenancy) -> None:
         self.app = app
-        self.tenancy = tenancy
-        self.current: list[Tenant] = []
+        self.guard = TenancyMiddleware(app, tenancy=tenancy, **options())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        key = dict(scope["headers"])[b"x-api-key"].decode()
-        self.current[:] = [(await self.tenancy.internals.directory.authenticate(key)).tenant]
-        GLOBAL[:] = self.current
+        GLOBAL[:] = [tenant for tenant in [await believed(self.guard, scope)] if tenant is not None]
         await self.app(scope, receive, send)
 
 
 GLOBAL: list[Tenant] = []
 
 
-async def ask_all(port: int, path: str, keys: dict[str, str]) -> dict[str, list[str]]:
-    """Ask as every tenant at once."""
+async def ask_all(port: int, path: str, everyone: Everyone, turn: int = 0) -> dict[str, list[str]]:
+    """Ask as every tenant at once, each with another kind of credential; in the next turn with the next kind."""
 
     async def ask(slug: str) -> list[str]:
+        caller = everyone[slug][(turn + SLUGS.index(slug)) % len(EVERYONE)]
         async with Wire.to(port) as wire:
-            answer = await wire.request(path, [("X-API-Key", keys[slug]), ("X-Slug", slug)])
+            answer = await wire.request(caller.path(path), [*caller.headers, ("X-Slug", slug)])
             assert answer.status == 200, answer
             return list(answer.json()) if path != "/stream" else answer.body.decode().split()
 
     return dict(zip(SLUGS, await asyncio.gather(*(ask(slug) for slug in SLUGS)), strict=True))
 
 
-def build(application: Application, middleware: Any) -> Starlette:
-    return Starlette(routes=application.routes(), middleware=[Middleware(middleware, tenancy=application.tenancy)])
+def build(application: Application, *middleware: Middleware) -> Starlette:
+    guard = Middleware(TenancyMiddleware, tenancy=application.tenancy, **options())
+    return Starlette(routes=application.routes(), middleware=middleware or [guard])
 
 
-async def test_a_global_variable_would_mix_tenants_up(tenancy: Tenancy, keys: dict[str, str]) -> None:
+async def test_a_global_variable_would_mix_tenants_up(tenancy: Tenancy, everyone: Everyone) -> None:
     """Under these very requests: the attack."""
     application = Application(tenancy)
 
@@ -214,55 +217,57 @@ async def test_a_global_variable_would_mix_tenants_up(tenancy: Tenancy, keys: di
         return str(await tenancy.fetch_value("SELECT string_agg(body, ',') FROM notes", tenant=GLOBAL[0]))
 
     application.canary = canary  # type: ignore[method-assign]
-    async with serve(build(application, GlobalMiddleware)) as port:
-        answers = await ask_all(port, "/tasks", keys)
-    assert any(set(seen) != {slug} for slug, seen in answers.items())
+    async with serve(build(application, Middleware(GlobalMiddleware, tenancy=tenancy))) as port:
+        answers = [await ask_all(port, "/tasks", everyone, turn) for turn in range(ROUNDS)]
+    assert all(any(set(seen) != {slug} for slug, seen in answer.items()) for answer in answers)
 
 
 @pytest.mark.parametrize("path", ["/tasks", "/threads", "/callbacks", "/generator", "/stream", "/plain"])
-async def test_what_a_request_starts_runs_for_its_tenant(tenancy: Tenancy, keys: dict[str, str], path: str) -> None:
+async def test_what_a_request_starts_runs_for_its_tenant(tenancy: Tenancy, everyone: Everyone, path: str) -> None:
     """With other tenants' requests in progress at the same time."""
-    async with serve(build(Application(tenancy), TenancyMiddleware)) as port:
-        for _ in range(ROUNDS):
-            for slug, seen in (await ask_all(port, path, keys)).items():
+    async with serve(build(Application(tenancy))) as port:
+        for turn in range(ROUNDS):
+            for slug, seen in (await ask_all(port, path, everyone, turn)).items():
                 assert seen and set(seen) == {slug}
 
 
-async def test_threads_without_a_context_have_no_tenant(tenancy: Tenancy, keys: dict[str, str]) -> None:
+async def test_threads_without_a_context_have_no_tenant(tenancy: Tenancy, everyone: Everyone) -> None:
     """They get an error, and not the tenant of whichever request came last."""
-    async with serve(build(Application(tenancy), TenancyMiddleware)) as port:
-        for seen in (await ask_all(port, "/foreign-threads", keys)).values():
-            assert seen == ["NoTenantError", "NoTenantError"]
+    async with serve(build(Application(tenancy))) as port:
+        for turn in (0, 3):
+            for seen in (await ask_all(port, "/foreign-threads", everyone, turn)).values():
+                assert seen == ["NoTenantError", "NoTenantError"]
 
 
-async def test_background_tasks_run_for_their_tenant(tenancy: Tenancy, keys: dict[str, str]) -> None:
+async def test_background_tasks_run_for_their_tenant(tenancy: Tenancy, everyone: Everyone) -> None:
     """Although the response has gone, and the connection may serve another already."""
     application = Application(tenancy)
-    async with serve(build(application, TenancyMiddleware)) as port:
-        for _ in range(ROUNDS):
-            await ask_all(port, "/background", keys)
+    async with serve(build(application)) as port:
+        for turn in range(ROUNDS):
+            await ask_all(port, "/background", everyone, turn)
         async with asyncio.timeout(DEADLINE):
             for _ in range(ROUNDS * len(SLUGS)):
                 slug, seen = await application.background.get()
                 assert seen == slug
 
 
-async def test_every_message_of_a_websocket_is_its_tenants(tenancy: Tenancy, keys: dict[str, str]) -> None:
+async def test_every_message_of_a_websocket_is_its_tenants(tenancy: Tenancy, everyone: Everyone) -> None:
     """With the other tenants' messages in between."""
-    async with serve(build(Application(tenancy), TenancyMiddleware)) as port:
+    async with serve(build(Application(tenancy))) as port:
 
-        async def talk(slug: str) -> list[str]:
-            headers = {"X-API-Key": keys[slug]}
-            async with connect(f"ws://127.0.0.1:{port}/socket", additional_headers=headers) as socket:
+        async def talk(slug: str, turn: int) -> list[str]:
+            caller = everyone[slug][(turn + SLUGS.index(slug)) % len(EVERYONE)]
+            async with caller.websocket(port, "/socket") as socket:
                 seen = []
-                for _ in range(ROUNDS):
+                for _ in range(2):
                     await socket.send("?")
                     seen.append(str(await socket.recv()))
                 return seen
 
-        async with asyncio.timeout(DEADLINE):
-            answers = await asyncio.gather(*(talk(slug) for slug in SLUGS))
-    assert answers == [[slug] * ROUNDS for slug in SLUGS]
+        for turn in range(ROUNDS):
+            async with asyncio.timeout(DEADLINE):
+                answers = await asyncio.gather(*(talk(slug, turn) for slug in SLUGS))
+            assert answers == [[slug] * 2 for slug in SLUGS]
 
 
 # --- abandoned generators -------------------------------------------------------------------------------------------
@@ -305,7 +310,7 @@ def no_collection() -> Any:
 
 
 async def test_an_abandoned_generator_ends_for_nobody(
-    tenancy: Tenancy, keys: dict[str, str], no_collection: None, monkeypatch: pytest.MonkeyPatch
+    tenancy: Tenancy, everyone: Everyone, no_collection: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Left to asyncio, what one tenant's generator does in its ``finally`` is done for another tenant."""
     acme, globex = [await tenancy.tenants.get(slug) for slug in ("acme", "globex")]
@@ -322,9 +327,9 @@ async def test_an_abandoned_generator_ends_for_nobody(
 
 
 async def test_a_request_that_runs_the_collector_does_no_strangers_work(
-    tenancy: Tenancy, keys: dict[str, str], no_collection: None, monkeypatch: pytest.MonkeyPatch
+    tenancy: Tenancy, everyone: Everyone, no_collection: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same through the middleware, which sees to it when it looks a key up."""
+    """The same through the middleware, which sees to it when it looks a credential up."""
     seen: list[Tenant | None] = []
 
     async def leave(request: Request) -> JSONResponse:
@@ -337,18 +342,21 @@ async def test_a_request_that_runs_the_collector_does_no_strangers_work(
 
     app = Starlette(
         routes=[Route("/leave", leave), Route("/collect", collecting)],
-        middleware=[Middleware(TenancyMiddleware, tenancy=tenancy)],
+        middleware=[Middleware(TenancyMiddleware, tenancy=tenancy, **options())],
     )
 
-    async def attack() -> list[str | None]:
+    async def attack(by: int) -> list[str | None]:
         seen.clear()
+        sys.set_asyncgen_hooks(*hooks)  # as in a process that has not served anyone
         tenancy.internals.directory.invalidate()
         async with serve(app) as port, Wire.to(port) as wire:
-            await wire.request("/leave", [("X-API-Key", keys["acme"])])
-            await wire.request("/collect", [("X-API-Key", keys["globex"])])
+            await wire.request("/leave", everyone["acme"][by].headers)
+            await wire.request("/collect", everyone["globex"][by].headers)
         return [None if tenant is None else tenant.slug for tenant in seen]
 
+    hooks, kinds = sys.get_asyncgen_hooks(), range(len(KINDS))
     with monkeypatch.context() as off:
-        off.setattr("tenancy_orm.asgi.middleware.close_generators_unbound", lambda: None)
-        assert await attack() == ["globex"], "the attack must work"
-    assert await attack() == [None]
+        for module in ("middleware", "callers"):
+            off.setattr(f"tenancy_orm.asgi.{module}.close_generators_unbound", lambda: None)
+        assert [await attack(by) for by in kinds] == [["globex"]] * len(kinds), "the attack must work"
+    assert [await attack(by) for by in kinds] == [[None]] * len(kinds)

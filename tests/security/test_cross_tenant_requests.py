@@ -1,9 +1,10 @@
-"""The key decides the tenant; a request that names another is refused, and recorded."""
+"""The credential decides the tenant, whatever its kind; a request that names another is refused, and recorded."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -13,7 +14,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tenancy_orm.asgi import HeaderResolver, PathPrefixResolver, SubdomainResolver, TenancyMiddleware
+from tenancy_orm.asgi import TenancyMiddleware
+from tenancy_orm.asgi.resolvers import TenantResolver
 from tenancy_orm.audit.entries import AuditEvent
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import set_current
@@ -21,11 +23,13 @@ from tenancy_orm.events import ConnectionOpened, CrossTenantRequest, IntrusionSu
 from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import PARSERS, Wire, serve
+from tests.support.callers import KINDS, Caller, Callers, authenticators, believed, options
 from tests.support.models import Note
 from tests.support.postgres import Postgres
 
 DEADLINE = 10.0
-RESOLVERS = [SubdomainResolver("example.com"), PathPrefixResolver("/t/{tenant}"), HeaderResolver("X-Tenant")]
+OPTIONS = options()
+RESOLVERS: list[TenantResolver] = OPTIONS["resolvers"]
 
 
 @dataclass
@@ -35,6 +39,8 @@ class Two:
     tenancy: Tenancy
     acme: CreatedTenant
     globex: CreatedTenant
+    callers: list[Caller]
+    """Of acme: one of each kind."""
 
     def names_of_globex(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """Requests that name globex: a path and headers."""
@@ -61,26 +67,27 @@ def tenancy_config(tenancy_config: TenancyConfig) -> TenancyConfig:
 @pytest.fixture
 async def two(tenancy: Tenancy) -> Two:
     """Each with a note of its own."""
-    made = Two(tenancy, await tenancy.tenants.create("acme"), await tenancy.tenants.create("globex"))
+    acme, globex = [await tenancy.tenants.create(slug) for slug in ("acme", "globex")]
     for slug in ("acme", "globex"):
         async with tenancy.transaction(slug) as session:
             session.add(Note(body=f"note of {slug}"))
-    return made
+    return Two(tenancy, acme, globex, [await Callers(tenancy).make(kind, "acme") for kind in KINDS])
 
 
 class TrustingMiddleware:
-    """Takes the tenant from whatever the request names, once it has a valid key: the hole itself (CWE-639)."""
+    """Takes the tenant from whatever the request names, once it has a valid credential: the hole itself (CWE-639)."""
 
     def __init__(self, app: ASGIApp, *, tenancy: Tenancy) -> None:
         self.app = app
         self.tenancy = tenancy
+        self.guard = TenancyMiddleware(app, tenancy=tenancy, authenticators=authenticators())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         headers = dict(scope["headers"])
-        credential = await self.tenancy.internals.directory.authenticate(headers[b"x-api-key"].decode())
+        own = await believed(self.guard, scope)
         named = [name for resolver in RESOLVERS if (name := resolver.claimed_tenant(scope, headers)) is not None]
-        wanted = next((name for name in named if name != "acme"), credential.tenant)
+        wanted: Any = next((name for name in named if name != "acme"), own)
         if scope["path"].startswith("/notes/of/"):
             wanted = scope["path"].removeprefix("/notes/of/")
         set_current(await self.tenancy.internals.directory.tenant(wanted))
@@ -98,7 +105,7 @@ def build(tenancy: Tenancy, middleware: Middleware) -> Starlette:
 
 
 def guarded(tenancy: Tenancy) -> Starlette:
-    return build(tenancy, Middleware(TenancyMiddleware, tenancy=tenancy, resolvers=RESOLVERS))
+    return build(tenancy, Middleware(TenancyMiddleware, tenancy=tenancy, **OPTIONS))
 
 
 async def audited(tenancy: Tenancy, count: int) -> list[AuditEvent]:
@@ -112,12 +119,13 @@ async def audited(tenancy: Tenancy, count: int) -> list[AuditEvent]:
 
 
 async def test_naming_another_tenant_works_where_the_request_is_trusted(two: Two) -> None:
-    """Acme's key reads globex's notes, by every way of naming it: the attack."""
+    """Acme's credential reads globex's notes, by every way of naming it: the attack."""
     app = build(two.tenancy, Middleware(TrustingMiddleware, tenancy=two.tenancy))
     async with serve(app) as port, Wire.to(port) as wire:
-        for path, headers in two.names_of_globex():
-            answer = await wire.request(path, [("X-API-Key", two.acme.api_key), *headers])
-            assert answer.json() == ["note of globex"], (path, headers)
+        for caller in two.callers:
+            for path, headers in two.names_of_globex():
+                answer = await wire.request(path, [*caller.headers, *headers])
+                assert answer.json() == ["note of globex"], (caller.kind, path, headers)
 
 
 @pytest.mark.parametrize("parser", PARSERS)
@@ -127,18 +135,19 @@ async def test_naming_another_tenant_is_refused(two: Two, postgres: Postgres, pa
     opened: list[ConnectionOpened] = []
     two.tenancy.events.subscribe(ConnectionOpened, opened.append)
     async with serve(guarded(two.tenancy), http=parser) as port, Wire.to(port) as wire:
-        for path, headers in two.names_of_globex():
-            answer = await wire.request(path, [("X-API-Key", two.acme.api_key), *headers])
-            assert answer.status == 403, (path, headers)
-            assert answer.json()["type"] == "urn:tenancy:problem:cross-tenant"
-            assert b"globex" not in answer.body and str(two.globex.id).encode() not in answer.body
-        own = await wire.request("/t/acme/notes", [("X-API-Key", two.acme.api_key), ("Host", "acme.example.com")])
-        assert own.json() == ["note of acme"]
+        for caller in two.callers:
+            for path, headers in two.names_of_globex():
+                answer = await wire.request(path, [*caller.headers, *headers])
+                assert answer.status == 403, (caller.kind, path, headers)
+                assert answer.json()["type"] == "urn:tenancy:problem:cross-tenant"
+                assert b"globex" not in answer.body and str(two.globex.id).encode() not in answer.body
+            own = await wire.request("/t/acme/notes", [*caller.headers, ("Host", "acme.example.com")])
+            assert own.json() == ["note of acme"]
     assert {event.slug for event in opened} <= {"acme"}
 
 
 async def test_a_tenant_that_does_not_exist_is_answered_alike(two: Two) -> None:
-    """So that one tenant's key cannot find out who the others are."""
+    """So that one tenant's callers cannot find out who the others are."""
     async with serve(guarded(two.tenancy), date_header=False) as port, Wire.to(port) as wire:
         answers = set()
         for name in ("globex", "nobody", "00000000-0000-7000-8000-000000000000"):
@@ -147,8 +156,11 @@ async def test_a_tenant_that_does_not_exist_is_answered_alike(two: Two) -> None:
                 (f"/t/{name}/notes", []),
                 (f"/notes/of/{name}", []),
             ):
-                answer = await wire.request(path, [("X-API-Key", two.acme.api_key), *headers])
-                answers.add((answer.status, tuple(answer.headers), answer.body))
+                for caller in two.callers:
+                    answer = await wire.request(path, [*caller.headers, *headers])
+                    # what is left of a rate tells the caller about its own tenant alone
+                    shown = tuple(header for header in answer.headers if not header[0].startswith(b"ratelimit"))
+                    answers.add((answer.status, shown, answer.body))
     assert len(answers) == 1
 
 
@@ -163,24 +175,42 @@ async def test_a_refusal_is_recorded(two: Two) -> None:
             ("/t/globex/notes", []),
             ("/notes/of/globex", []),
         ]
-        for path, headers in named:
-            await wire.request(path, [("X-API-Key", two.acme.api_key), *headers])
+        for caller in two.callers:
+            for path, headers in named:
+                await wire.request(path, [*caller.headers, *headers])
     resolvers = ["subdomain", "header", "path", "application"]
-    assert [(event.slug, event.named, event.resolver) for event in seen] == [("acme", "globex", r) for r in resolvers]
-    assert {(event.credential_id, event.source) for event in seen} == {(two.acme.key_id, "127.0.0.1")}
-    entries = await audited(two.tenancy, 4)
-    assert {entry.detail["resolver"] for entry in entries if entry.detail} == set(resolvers)
-    for entry in entries:
-        assert entry.detail is not None
-        assert (entry.slug, entry.tenant_id, entry.detail["named"]) == ("acme", two.acme.id, "globex")
-        assert (entry.actor.kind, entry.actor.id, entry.actor.source) == ("key", two.acme.key_id, "127.0.0.1")
+    # what is refused before its tenant is chosen has none
+    slugs = {caller.subject: "acme" if caller.kind == "key" else None for caller in two.callers}
+    assert [(event.subject, event.kind, event.slug, event.named, event.resolver, event.source) for event in seen] == [
+        (
+            caller.subject,
+            "token" if caller.kind in ("cookie", "member") else caller.kind,
+            "acme" if resolver == "application" else slugs[caller.subject],
+            "globex",
+            resolver,
+            "127.0.0.1",
+        )
+        for caller in two.callers
+        for resolver in resolvers
+    ]
+    assert {event.credential_id for event in seen} == {caller.id for caller in two.callers}
+    entries = await audited(two.tenancy, 4 * len(two.callers))
+    found = {
+        (entry.actor.id, entry.actor.source, entry.detail["resolver"], entry.detail["named"])
+        for entry in entries
+        if entry.detail
+    }
+    assert found == {(one.subject, "127.0.0.1", resolver, "globex") for one in two.callers for resolver in resolvers}
+    assert {(entry.slug, entry.tenant_id) for entry in entries if entry.actor.kind == "key"} == {("acme", two.acme.id)}
 
 
-async def test_one_key_that_names_many_tenants_raises_the_alarm(two: Two) -> None:
+async def test_one_caller_that_names_many_tenants_raises_the_alarm(two: Two) -> None:
     """It is no mistake any more."""
     seen: list[IntrusionSuspected] = []
     two.tenancy.events.subscribe(IntrusionSuspected, seen.append)
     async with serve(guarded(two.tenancy)) as port, Wire.to(port) as wire:
-        for name in ("globex", "initech", "umbrella"):
-            await wire.request("/notes", [("X-API-Key", two.acme.api_key), ("X-Tenant", name)])
-    assert [(event.slug, set(event.named)) for event in seen] == [("acme", {"globex", "initech", "umbrella"})]
+        for caller in two.callers:
+            for name in ("globex", "initech", "umbrella"):
+                await wire.request("/notes", [*caller.headers, ("X-Tenant", name)])
+    names = {"globex", "initech", "umbrella"}
+    assert [(event.subject, set(event.named)) for event in seen] == [(one.subject, names) for one in two.callers]

@@ -23,6 +23,7 @@ from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import current_tenant_or_none, set_current
 from tenancy_orm.errors import NoTenantError
 from tenancy_orm.tenancy import Tenancy
+from tests.support import callers
 from tests.support.models import Base
 from tests.support.shell import ROOT, environment, python_path
 from tests.support.warm import start_module
@@ -84,17 +85,16 @@ def variables(config: TenancyConfig) -> Mapping[str, str]:
 
 
 class NaiveMiddleware:
-    """Binds the tenant where there is a key, and does no more: what the real one must be better than."""
+    """Binds the tenant where there is a credential, and does no more: what the real one must be better than."""
 
     def __init__(self, app: ASGIApp, *, tenancy: Tenancy) -> None:
         self.app = app
-        self.tenancy = tenancy
+        self.guard = TenancyMiddleware(app, tenancy=tenancy, **callers.options())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        key = dict(scope.get("headers", ())).get(b"x-api-key")
-        if key is not None:
-            set_current((await self.tenancy.internals.directory.authenticate(key.decode())).tenant)
+        if scope["type"] == "http" and (tenant := await callers.believed(self.guard, scope)) is not None:
+            set_current(tenant)
         await self.app(scope, receive, send)
 
 
@@ -123,7 +123,7 @@ def create_naive() -> Starlette:
 
 def create_guarded() -> Starlette:
     """The application below the real middleware."""
-    return _create(TenancyMiddleware, exempt=["/open"])
+    return _create(TenancyMiddleware, **callers.options(exempt=["/open"]))
 
 
 def _create(middleware: Any, **options: object) -> Starlette:
@@ -139,7 +139,9 @@ def _create(middleware: Any, **options: object) -> Starlette:
         return JSONResponse({"tenant": bound and bound.slug, "notes": notes, "length": length})
 
     return Starlette(
-        routes=[Route("/open", answer, methods=["GET", "POST"]), Route("/notes", answer, methods=["GET", "POST"])],
+        routes=[
+            Route(path, answer, methods=["GET", "POST"]) for path in ("/open", "/notes", f"{callers.PUBLIC}/notes")
+        ],
         middleware=[Middleware(OutsideProbe), Middleware(middleware, tenancy=tenancy, **options)],
         lifespan=tenancy.lifespan,
     )

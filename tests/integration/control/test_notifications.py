@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -13,12 +14,15 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
+from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.control.notifications import Change, Listener
 from tenancy_orm.errors import InvalidCredentialError
 from tenancy_orm.events import Event, EventBus, ListenerLost, ListenerRestored
+from tenancy_orm.keys.format import parse_key
 from tenancy_orm.postgres.dsn import Dsn
 from tenancy_orm.tenant import Status
 from tests.support.control import ControlPlane, control_plane
+from tests.support.directory_process import described, use
 from tests.support.proxy import Proxy, proxied
 from tests.support.registry import synchronise
 from tests.support.shell import ROOT, environment
@@ -48,10 +52,10 @@ async def terminate_listeners(plane: ControlPlane) -> int:
 
 @asynccontextmanager
 async def processes(
-    count: int, url: str, key: str, *, ttl: float = 30.0, listen_url: str | None = None
+    count: int, url: str, *credentials: str | Credential, ttl: float = 30.0, listen_url: str | None = None
 ) -> AsyncIterator[list[Program]]:
-    """Other processes, each with a directory of its own that knows ``key``."""
-    command = ["tests.support.directory_process", url, str(ttl), listen_url or url, key]
+    """Other processes, each with a directory of its own that knows ``credentials``: keys, and those of other kinds."""
+    command = ["tests.support.directory_process", url, str(ttl), listen_url or url, described(credentials)]
     started: list[Program] = []
     try:
         while len(started) < count:
@@ -71,54 +75,97 @@ async def line(process: Program) -> str:
     return (await process.stdout.readline()).decode().strip()
 
 
+async def refusals(process: Program, count: int) -> tuple[list[str], float]:
+    """Why each of the credentials of a process was refused, and when the last one was."""
+    lines = [(await line(process)).split(" ", 2) for _ in range(count)]
+    return [reason for _, _, reason in sorted(lines)], max(float(at) for _, at, _ in lines)
+
+
 # --- every process --------------------------------------------------------------------------------------------------
 
 
-async def test_a_revoked_key_stops_working_in_every_process_within_a_quarter_of_a_second(
+async def everyone(plane: ControlPlane) -> list[str | Credential]:
+    """A key, and a token and a session for each way in which one can end."""
+    _, key = await plane.tenant("acme")
+    async with plane.control.transaction() as connection:
+        for subject in ("revoked-member", "removed-member", "revoked-session"):
+            await connection.execute(
+                text("INSERT INTO tenancy.members SELECT id, :subject, '{owner}' FROM tenancy.tenants"),
+                {"subject": subject},
+            )
+    return [
+        key,
+        Credential("token", "one", tenants=("acme",), id="revoked-token"),
+        Credential("token", "revoked-person", tenants=("acme",), id="another-token"),
+        Credential("token", "revoked-member", id="third-token"),
+        Credential("token", "removed-member", id="fourth-token"),
+        Credential("session", "revoked-session"),
+        Credential("session", "two", tenants=("acme",), id="session-id"),
+    ]
+
+
+ENDS = ["revoked", "revoked", "revoked", "revoked", "no member", "revoked", "revoked"]
+"""Why each of them is refused after ``end_all``."""
+
+
+async def end_all(plane: ControlPlane, key: str | Credential) -> float:
+    """End each; returns when."""
+    assert isinstance(key, str)
+    ids = [f"('token', '{value}')" for value in ("revoked-token", "session-id")]
+    people = [f"('subject', '{value}')" for value in ("revoked-person", "revoked-member", "revoked-session")]
+    async with plane.control.transaction() as connection:
+        values = ", ".join(ids + people)
+        await connection.execute(text(f"INSERT INTO tenancy.revocations (kind, value) VALUES {values}"))
+        await connection.execute(text("DELETE FROM tenancy.members WHERE subject = 'removed-member'"))
+        await connection.execute(
+            text("UPDATE tenancy.api_keys SET revoked_at = now() WHERE id = :id"),
+            {"id": parse_key(key, "ten_live").key_id},
+        )
+    return time.time()
+
+
+async def test_what_is_revoked_stops_working_in_every_process_within_a_quarter_of_a_second(
     plane: ControlPlane, control_url: str
 ) -> None:
-    """Although each of them has cached it for another half a minute."""
-    _, key = await plane.tenant("acme")
-    credential = await plane.directory.authenticate(key)
-    async with processes(3, control_url, key) as others:
-        await plane.keys.revoke(credential.id)
-        revoked = time.time()
+    """Credentials of every kind, although each process has cached them for another half a minute."""
+    credentials = await everyone(plane)
+    async with processes(3, control_url, *credentials) as others:
+        ended = await end_all(plane, credentials[0])
         async with asyncio.timeout(20):
-            answers = [(await line(process)).split() for process in others]
-    assert [reason for reason, _ in answers] == ["revoked"] * 3
-    assert max(float(at) for _, at in answers) - revoked < WITHIN
+            found = [await refusals(process, len(credentials)) for process in others]
+    assert [reasons for reasons, _ in found] == [ENDS] * 3
+    assert max(at for _, at in found) - ended < WITHIN
 
 
 async def test_a_deleted_tenants_key_stops_working_in_every_process(plane: ControlPlane, control_url: str) -> None:
-    """A change of status is notified as a change of a key is."""
+    """A change of status is notified as a change of a key is; no other credential allows the tenant any more."""
     tenant, key = await plane.tenant("acme")
-    async with processes(2, control_url, key) as others:
+    credentials = (key, Credential("token", "one", tenants=("acme",)))
+    async with processes(2, control_url, *credentials) as others:
         await plane.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
         deleted = time.time()
         async with asyncio.timeout(20):
-            answers = [(await line(process)).rsplit(" ", 1) for process in others]
-    assert [reason for reason, _ in answers] == ["tenant deleted"] * 2
-    assert max(float(at) for _, at in answers) - deleted < WITHIN
+            found = [await refusals(process, 2) for process in others]
+    assert [reasons for reasons, _ in found] == [["tenant deleted", "no member"]] * 2
+    assert max(at for _, at in found) - deleted < WITHIN
 
 
-async def test_without_a_listener_a_revoked_key_stops_working_within_the_ttl(
+async def test_without_a_listener_what_is_revoked_stops_working_within_the_ttl(
     plane: ControlPlane, control_url: str
 ) -> None:
     """The listener is cut off for good; the cache of another process relies on its TTL alone."""
     ttl = 2.0
-    _, key = await plane.tenant("acme")
-    credential = await plane.directory.authenticate(key)
+    credentials = await everyone(plane)
     async with (
         proxied(control_url) as proxy,
-        processes(1, control_url, key, ttl=ttl, listen_url=proxy.url(control_url)) as (other,),
+        processes(1, control_url, *credentials, ttl=ttl, listen_url=proxy.url(control_url)) as (other,),
     ):
         proxy.refuse()
-        await plane.keys.revoke(credential.id)
-        revoked = time.time()
+        ended = await end_all(plane, credentials[0])
         async with asyncio.timeout(20):
-            reason, at = (await line(other)).split()
-    assert reason == "revoked"
-    assert float(at) - revoked < ttl + WITHIN
+            reasons, at = await refusals(other, len(credentials))
+    assert reasons == ENDS
+    assert at - ended < ttl + WITHIN
 
 
 # --- one process ----------------------------------------------------------------------------------------------------
@@ -176,22 +223,25 @@ async def test_uses_and_progress_are_not_notified(plane: ControlPlane) -> None:
 
 
 async def test_what_was_missed_is_looked_up_again_when_the_listener_is_back(plane: ControlPlane) -> None:
-    """Its backend is killed and a key is revoked unnoticed; the loss and the return are emitted and logged."""
-    _, key = await plane.tenant("acme")
-    credential = await plane.directory.authenticate(key)
+    """Its backend is killed and credentials end unnoticed; the loss and the return are emitted and logged."""
+    credentials = await everyone(plane)
+    used = [one if isinstance(one, str) else json.loads(described([one]))[0] for one in credentials]
+    assert [await use(plane.directory, one) for one in used] == [None] * len(used)
+    tables = ("api_keys", "members", "revocations")
     async with plane.control.transaction() as connection:
         # nobody is notified of this
-        await connection.execute(text("ALTER TABLE tenancy.api_keys DISABLE TRIGGER api_keys_notify"))
-        query = text("UPDATE tenancy.api_keys SET revoked_at = now() WHERE id = :id")
-        await connection.execute(query, {"id": credential.id})
-        await connection.execute(text("ALTER TABLE tenancy.api_keys ENABLE TRIGGER api_keys_notify"))
-    assert plane.directory.peek(key) is not None
+        for table in tables:
+            await connection.execute(text(f"ALTER TABLE tenancy.{table} DISABLE TRIGGER USER"))
+    await end_all(plane, credentials[0])
+    async with plane.control.transaction() as connection:
+        for table in tables:
+            await connection.execute(text(f"ALTER TABLE tenancy.{table} ENABLE TRIGGER USER"))
+    assert [await use(plane.directory, one) for one in used] == [None] * len(used)
     assert await terminate_listeners(plane) == 1
     await until(lambda: plane.of(ListenerRestored))
     assert len(plane.of(ListenerLost)) == 1
     assert plane.directory.statistics.listening
-    with pytest.raises(InvalidCredentialError):
-        await plane.directory.authenticate(key)
+    assert [await use(plane.directory, one) for one in used] == ENDS
 
 
 async def test_the_directory_opens_without_a_listener(control_url: str, caplog: pytest.LogCaptureFixture) -> None:
