@@ -49,12 +49,13 @@ class Credential:
         kind: "key" (an API key), "token" (a signed token of an identity provider), "session" (the application's own
             login) or "anonymous" (nobody yet).
         subject: Who it is: the id of the key or of the person. It must be the same for one person at each login, and
-            never another person's: memberships are stored under it. At most 255 characters.
-        tenants: The slugs or ids of the tenants it may act for. None: those that ``subject`` is a member of.
+            never another person's: memberships are stored under it. 1 to 255 printable characters.
+        tenants: The slugs or ids of the tenants it may act for. None: those that ``subject`` is a member of. An id
+            always means the same tenant; a slug means whoever has it, after a former owner's ceased to redirect.
         scopes: What it may do. For tenants that it names itself the default is nothing. For memberships it is a limit
             on what the subject's roles give, and the default is no limit.
-        id: The public id of this one credential: of the key, the token (``jti``) or the session. ``subject`` where
-            there is none.
+        id: The public id of this one credential: of the key, the token (``jti``) or the session; 1 to 255 printable
+            characters. ``subject`` where there is none.
         expires_at: When it ends, an aware datetime; what it opened ends then.
         issued_at: When the person logged in, an aware datetime. ``tenancy.revocations.add(subject=...)`` refuses what
             was issued before; without a time, until the revocation is removed.

@@ -17,16 +17,16 @@ from uuid import UUID
 
 from ..config import TenancyConfig
 from ..context import as_reference
-from ..errors import ControlUnavailableError, InvalidCredentialError, TenantNotFoundError
+from ..errors import ControlUnavailableError, InvalidCredentialError, InvalidSubjectError, TenantNotFoundError
 from ..tenant import Status, Tenant
 from .admission import CredentialState
 from .admissions import Admissions
 from .cache import SecondChance
 from .credential import ALL_SCOPES, Credential, Membership
 from .lookups import EVERYTHING, DirectoryLookups, SubjectRow
+from .member_rows import check_subject
 from .tenant_directory import TenantDirectory
 
-_SUBJECT_LENGTH = 255
 _MAX_TENANTS = 1_000  # that one credential may name
 _GONE = frozenset({Status.DELETED, Status.PURGED})
 
@@ -144,8 +144,12 @@ class SubjectDirectory:
             InvalidCredentialError: it has expired, was revoked, or is malformed.
             ControlUnavailableError: it is not cached, and the control database does not answer.
         """
-        if not 0 < len(credential.subject) <= _SUBJECT_LENGTH or "\x00" in credential.subject:
-            raise InvalidCredentialError("subject", kind=credential.kind)
+        for what, given in (("subject", credential.subject), ("id", credential.id)):
+            try:
+                # what PostgreSQL cannot take would fail the look-ups of others in the same query
+                check_subject(given)
+            except InvalidSubjectError:
+                raise InvalidCredentialError(what, kind=credential.kind) from None
         if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
             raise InvalidCredentialError("expired", kind=credential.kind, credential_id=credential.id)
         cached = await self._row(credential)

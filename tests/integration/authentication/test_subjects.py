@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import text
 
 from tenancy_orm.authentication.admission import Admission
 from tenancy_orm.authentication.credential import Credential
+from tenancy_orm.errors import ControlUnavailableError, InvalidCredentialError
+from tenancy_orm.events import DirectoryMissed, DirectoryUnavailable
 from tests.support.control import ControlPlane, control_plane, follow
+from tests.support.proxy import proxied
 from tests.support.waiting import until
 
 ADA = Credential("token", "ada", id="t-1", issued_at=datetime.now(UTC) - timedelta(minutes=1))
@@ -108,3 +113,122 @@ async def test_a_visitor_whose_tenant_is_suspended_while_it_is_looked_up_is_not_
     visitor = await plane.directory.subjects.anonymous("acme")
     await until(lambda: admission_of(visitor).ended)
     assert (await plane.directory.subjects.anonymous("acme")).tenant.status == "suspended"
+
+
+# --- what cannot be looked up ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd", ["a\x00b", "\ud800", "x" * 256, "a\nb"])
+async def test_what_postgresql_cannot_store_is_refused_without_a_look_up(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """In one query with others it would fail theirs, and look like an outage of the control database to everyone."""
+    if odd == "a\x00b":
+        with monkeypatch.context() as off:
+            off.setattr("tenancy_orm.authentication.subjects.check_subject", lambda text: text)
+            with pytest.raises(ControlUnavailableError):
+                await plane.directory.subjects.allowed(Credential("session", "ada", id=odd))
+        with pytest.raises(ControlUnavailableError):
+            await plane.directory.subjects.allowed(ADA)
+        assert plane.of(DirectoryUnavailable), "the attack must work"
+        await until(lambda: plane.directory.statistics.control_available)
+        plane.seen.clear()
+    for credential in (Credential("session", odd), Credential("session", "ada", id=odd)):
+        with pytest.raises(InvalidCredentialError) as caught:
+            await plane.directory.subjects.allowed(credential)
+        await plane.directory.report_refused(caught.value, None)
+    assert (await plane.directory.subjects.allowed(Credential("token", "ada", tenants=(odd,)))).memberships == ()
+    assert plane.directory.statistics.control_available
+    assert plane.of(DirectoryUnavailable) == []
+    # what is recorded of it can be written
+    await plane.directory.flush()
+    assert await plane.audit.events(action="credential.reject")
+
+
+async def test_a_credential_with_thousands_of_tenants_is_refused(plane: ControlPlane) -> None:
+    """It would be as many look-ups. A person may be a member of that many."""
+    names = tuple(f"t{number}" for number in range(1_001))
+    with pytest.raises(InvalidCredentialError):
+        await plane.directory.subjects.allowed(Credential("token", "ada", tenants=names))
+    found = await plane.directory.subjects.allowed(Credential("token", "ada", tenants=(*names[:999], "acme")))
+    assert [one.tenant.slug for one in found.memberships] == ["acme"]
+    assert len(plane.of(DirectoryMissed)) < 10
+
+
+async def test_memory_is_bounded_whatever_credentials_come(control_url: str) -> None:
+    """Rows, what was admitted, the index over both, and admissions: of new people, new tokens, and new names."""
+    async with control_plane(control_url, opened=False, directory={"size": 5}) as plane:
+        await plane.tenant("acme")
+        for number in range(60):
+            await admit(plane, Credential("token", f"p{number % 20}", id=f"t{number}", tenants=("acme",)))
+            if number % 20 == 0:
+                await plane.directory.subjects.anonymous("acme")
+        subjects = plane.directory.subjects
+        assert len(subjects._rows) == len(subjects) == 5
+        # a person and a token of each row and of each that is admitted; and the tenant
+        assert len(subjects._by_tag) <= 2 * (5 + 5) + 1
+        assert len(plane.directory.admissions) <= 5 + 1
+        plane.directory.subjects.clear()
+        assert len(subjects._by_tag) == 0
+
+
+async def test_a_slug_in_a_credential_is_whoever_has_it_and_an_id_is_one_tenant(plane: ControlPlane) -> None:
+    """After a former slug has ceased to redirect, somebody else may take it."""
+    tenant = await plane.directory.tenant("acme")
+
+    async def slugs(*names: str | UUID) -> list[tuple[str, bool]]:
+        plane.directory.invalidate()
+        found = await plane.directory.subjects.allowed(Credential("session", "ada", tenants=names))
+        return [(one.tenant.slug, one.tenant == tenant) for one in found.memberships]
+
+    await plane.registry.rename(tenant.id, "acme-2", redirect_seconds=3_600)
+    assert await slugs("acme") == await slugs(tenant.id) == [("acme-2", True)]
+    await sql(plane, "UPDATE tenancy.former_slugs SET redirects_until = now()")
+    assert (await slugs("acme"), await slugs(str(tenant.id))) == ([], [("acme-2", True)])
+    await plane.tenant("acme")
+    assert (await slugs("acme"), await slugs(tenant.id)) == ([("acme", False)], [("acme-2", True)])
+
+
+# --- the control database away --------------------------------------------------------------------------------------
+
+
+async def test_people_who_are_known_keep_access_for_the_grace_time_alone(control_url: str) -> None:
+    """What is not known is not admitted, and what was refused does not come back; after that nobody is."""
+    async with proxied(control_url) as proxy:
+        options: dict[str, Any] = {"directory": {"ttl": 0.05, "grace": 0.6, "timeout": 0.5}}
+        async with control_plane(control_url, through=proxy.url(control_url), opened=False, **options) as plane:
+            await plane.tenant("acme")
+            await sql(plane, "INSERT INTO tenancy.members SELECT id, 'ada', '{owner}' FROM tenancy.tenants")
+            await sql(plane, "INSERT INTO tenancy.revocations (kind, value) VALUES ('subject', 'eve')")
+            eve = Credential("session", "eve", tenants=("acme",))
+            known = (ADA, BY_CLAIM)
+            for credential in known:
+                await admit(plane, credential)
+            visitor = await plane.directory.subjects.anonymous("acme")
+            with pytest.raises(InvalidCredentialError):
+                await admit(plane, eve)
+            proxy.refuse()
+            for credential in known:
+                await until(lambda: plane.directory.subjects.peek(credential, ()) is None)  # noqa: B023
+                assert (await admit(plane, credential)).tenant.slug == "acme"
+            assert (await plane.directory.subjects.anonymous("acme")).tenant == visitor.tenant
+            with pytest.raises(InvalidCredentialError):
+                await admit(plane, eve)
+            with pytest.raises(ControlUnavailableError):
+                await admit(plane, Credential("token", "new", tenants=("acme",)))
+
+            async def is_refused(credential: Credential) -> bool:
+                try:
+                    await admit(plane, credential)
+                except (ControlUnavailableError, InvalidCredentialError) as error:
+                    return isinstance(error, ControlUnavailableError)
+                return False
+
+            for credential in (*known, eve):
+                await until(lambda: is_refused(credential))  # noqa: B023
+            with pytest.raises(ControlUnavailableError):
+                await plane.directory.subjects.anonymous("acme")
+            proxy.restore()
+            await until(lambda: plane.directory.statistics.control_available)
+            for credential in known:
+                assert (await admit(plane, credential)).tenant.slug == "acme"
