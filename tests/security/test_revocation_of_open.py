@@ -1,4 +1,4 @@
-"""What a key has opened ends with the key: websockets, streaming responses, and the sessions of both, in every process.
+"""What a credential has opened ends with it: websockets, streaming responses, and the sessions of both, everywhere.
 
 The connections are opened in a uvicorn of its own; what ends them is done here, in another process.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tenancy_orm import Tenancy, TenancyConfig
@@ -24,6 +24,7 @@ from tenancy_orm.authentication.admission import Admission
 from tenancy_orm.context import bind
 from tenancy_orm.errors import AdmissionEndedError, TenantSuspendedError
 from tests.support.asgi import Wire
+from tests.support.callers import EVERYONE, KINDS, Caller, Callers
 from tests.support.models import Note
 from tests.support.proxy import proxied
 from tests.support.served import uvicorn_command
@@ -66,10 +67,11 @@ async def acme(tenancy: Tenancy, tenancy_config: TenancyConfig) -> Acme:
 
 
 @asynccontextmanager
-async def websocket(port: int, key: str, query: str = "", **headers: str) -> AsyncIterator[ClientConnection]:
-    """Open a websocket that has read once."""
-    headers = {"X-API-Key": key, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    async with connect(f"ws://127.0.0.1:{port}/ws{query}", additional_headers=headers, close_timeout=1) as opened:
+async def websocket(port: int, by: str | Caller, query: str = "", **headers: str) -> AsyncIterator[ClientConnection]:
+    """Open a websocket that has read once; by a key, or another caller."""
+    caller = Caller.with_key(by) if isinstance(by, str) else by
+    more = [(name.replace("_", "-"), value) for name, value in headers.items()]
+    async with caller.websocket(port, f"/ws{query}", *more) as opened:
         assert await read(opened) == NOTES
         yield opened
 
@@ -92,10 +94,11 @@ async def closed(opened: ClientConnection) -> tuple[int, str]:
 
 
 @asynccontextmanager
-async def stream(port: int, key: str, query: str = "") -> AsyncIterator[Wire]:
+async def stream(port: int, by: str | Caller, query: str = "") -> AsyncIterator[Wire]:
     """Open a streaming response, and read the beginning."""
+    caller = Caller.with_key(by) if isinstance(by, str) else by
     async with Wire.to(port) as wire:
-        wire.ask(f"/stream{query}", [("X-API-Key", key)])
+        wire.ask(caller.path(f"/stream{query}"), caller.headers)
         assert (await wire.head()).status == 200
         assert await chunk(wire) == [0, *NOTES]
         yield wire
@@ -222,6 +225,58 @@ async def test_what_is_open_ends(acme: Acme, end: Callable[[Acme], Awaitable[Non
     assert sorted(found["ended"]) == [[kind, reason, acme.key_id, "127.0.0.1"] for kind in kinds]
 
 
+WAYS = [
+    *((kind, Callers.revoke, "revoked") for kind in KINDS),
+    *((kind, Callers.revoke_subject, "revoked") for kind in ("token", "member", "session")),
+    ("member", Callers.remove, "revoked"),
+    ("member", Callers.demote, "scope"),
+    *((kind, Callers.wait, "expired") for kind in ("token", "cookie", "member", "session")),
+]
+"""By which kind of credential, how it ends, and the reason."""
+
+
+async def test_what_is_open_ends_whatever_opened_it(acme: Acme) -> None:
+    """Every way in which tokens, sessions and memberships end; and the tenant's suspension for all, visitors too."""
+    callers = Callers(acme.tenancy)
+    async with (
+        uvicorn_command("tests.support.lasting:create_unwatched", acme.config) as old,
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as new,
+        AsyncExitStack() as stack,
+    ):
+        opened = []
+        for kind, end, reason in WAYS:
+            caller = await callers.make(kind, "acme", expires=3.0 if end is Callers.wait else 600.0)
+            unwatched, watched = [await stack.enter_async_context(websocket(port, caller)) for port in (old, new)]
+            streaming = await stack.enter_async_context(stream(new, caller))
+            opened.append((caller, end, reason, unwatched, watched, streaming))
+        others = [await callers.make(kind, "acme") for kind in EVERYONE]
+        lasting = [
+            (
+                await stack.enter_async_context(websocket(new, caller)),
+                await stack.enter_async_context(stream(new, caller)),
+            )
+            for caller in others
+        ]
+        for caller, end, reason, unwatched, watched, streaming in opened:
+            await end(callers, caller)
+            assert await closed(watched) == (REVOKED, "credential no longer valid"), (caller.kind, reason)
+            await cut(streaming)
+            assert await read(unwatched) == NOTES, "the attack must work"
+        expected = [
+            [what, reason, caller.id, "127.0.0.1"]
+            for caller, _, reason, *_ in opened
+            for what in ("stream", "websocket")
+        ]
+        assert sorted((await state(new))["ended"]) == sorted(expected)
+        for socket, _ in lasting:
+            assert await read(socket) == NOTES, "what is not concerned goes on"
+        await suspend(acme)
+        for caller, (socket, streaming) in zip(others, lasting, strict=True):
+            assert await closed(socket) == (UNAVAILABLE, "tenant not available"), caller.kind
+            await cut(streaming)
+        await until(lambda: idle(new))
+
+
 async def idle(port: int) -> bool:
     """Whether nothing is left of what was open."""
     found = await state(port)
@@ -230,28 +285,42 @@ async def idle(port: int) -> bool:
 
 async def test_a_websocket_is_closed_within_a_quarter_of_a_second(acme: Acme) -> None:
     """The fastest of a few, since others use this machine too."""
-    taken = []
+    callers = Callers(acme.tenancy)
+    ways = [
+        ("key", Callers.revoke),
+        ("token", Callers.revoke),
+        ("session", Callers.revoke_subject),
+        ("member", Callers.remove),
+    ]
     async with uvicorn_command("tests.support.lasting:create_watched", acme.config) as port:
-        for _ in range(5):
-            issued = await acme.tenancy.keys.issue("acme")
-            async with websocket(port, issued.text) as opened:
-                await acme.tenancy.keys.revoke(issued.key_id)
-                revoked = asyncio.get_running_loop().time()
-                assert (await closed(opened))[0] == REVOKED
-                taken.append(asyncio.get_running_loop().time() - revoked)
-    assert min(taken) < WITHIN
+        for kind, end in ways:
+            taken = []
+            for _ in range(5):
+                caller = await callers.make(kind, "acme")
+                async with websocket(port, caller) as opened:
+                    await end(callers, caller)
+                    ended = asyncio.get_running_loop().time()
+                    assert (await closed(opened))[0] == REVOKED
+                    taken.append(asyncio.get_running_loop().time() - ended)
+            assert min(taken) < WITHIN, kind
 
 
 async def test_every_process_ends_what_it_has_open(acme: Acme) -> None:
-    """Those that serve it elsewhere too."""
+    """Those that serve it elsewhere too, and none admits it again."""
+    callers = Callers(acme.tenancy)
     async with (
         uvicorn_command("tests.support.lasting:create_watched", acme.config) as first,
         uvicorn_command("tests.support.lasting:create_watched", acme.config) as second,
-        websocket(first, acme.key) as one,
-        websocket(second, acme.key) as other,
     ):
-        await revoke(acme)
-        assert [await closed(one), await closed(other)] == [(REVOKED, "credential no longer valid")] * 2
+        for kind in KINDS:
+            caller = await callers.make(kind, "acme")
+            async with websocket(first, caller) as one, websocket(second, caller) as other:
+                await callers.revoke(caller)
+                assert [await closed(one), await closed(other)] == [(REVOKED, "credential no longer valid")] * 2
+                for port in (first, second):
+                    with pytest.raises(InvalidStatus, match="401"):
+                        async with websocket(port, caller):
+                            pass
 
 
 async def test_a_key_ends_at_its_time(acme: Acme) -> None:
@@ -268,17 +337,24 @@ async def test_a_key_ends_at_its_time(acme: Acme) -> None:
 
 async def test_without_a_listener_what_is_open_ends_within_the_ttl(acme: Acme, control_url: str) -> None:
     """The listener is cut off for good."""
+    callers = Callers(acme.tenancy)
+    token, member = [await callers.make(kind, "acme") for kind in ("token", "member")]
     async with proxied(control_url) as proxy:
         config = acme.config.replace(directory={"ttl": 1.0}, control={"listen_url": proxy.url(control_url)})
         async with (
             uvicorn_command("tests.support.lasting:create_watched", config) as port,
             websocket(port, acme.key, "?work=1") as opened,
             stream(port, acme.key, "?idle=1") as streaming,
+            websocket(port, token) as by_token,
+            websocket(port, member) as by_member,
         ):
             proxy.refuse()
             await until(lambda: deaf(port))
             await revoke(acme)
-            assert (await closed(opened))[0] == REVOKED
+            await callers.revoke(token)
+            await callers.remove(member)
+            for socket in (opened, by_token, by_member):
+                assert (await closed(socket))[0] == REVOKED
             await cut(streaming)
             await until(lambda: idle(port))
 
@@ -287,6 +363,8 @@ async def test_without_the_control_database_what_is_open_ends_after_the_grace_ti
     acme: Acme, control_url: str
 ) -> None:
     """One process alone has lost it, so the key is revoked elsewhere; a long grace time lets it read on."""
+    callers = Callers(acme.tenancy)
+    member = await callers.make("member", "acme")
     async with proxied(control_url) as proxy:
         config = acme.config.replace(control_url=proxy.url(control_url), directory={"ttl": 1.0})
         async with (
@@ -297,10 +375,13 @@ async def test_without_the_control_database_what_is_open_ends_after_the_grace_ti
             websocket(old, acme.key) as patient,
             websocket(new, acme.key) as watched,
             stream(new, acme.key, "?idle=1") as idle_stream,
+            websocket(new, member) as by_member,
         ):
             proxy.refuse()
             await revoke(acme)
-            assert await closed(watched) == (REVOKED, "credential no longer valid")
+            await callers.remove(member)
+            for socket in (watched, by_member):
+                assert await closed(socket) == (REVOKED, "credential no longer valid")
             await cut(idle_stream)
             assert await read(patient) == NOTES, "the attack must work"
             await until(lambda: idle(new))

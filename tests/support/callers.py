@@ -139,14 +139,19 @@ class Caller:
     id: str
     headers: tuple[tuple[str, str], ...]
 
+    @classmethod
+    def with_key(cls, key: str) -> Caller:
+        """Whoever has this key."""
+        return cls("key", "", "", "", (("X-API-Key", key),))
+
     def path(self, path: str) -> str:
         """Where it asks for ``path``: visitors are served below a path of their own."""
         return PUBLIC + path if self.kind == "anonymous" else path
 
     @asynccontextmanager
-    async def websocket(self, port: int, path: str) -> AsyncIterator[ClientConnection]:
-        """Open a websocket as it."""
-        headers = [(name, value) for name, value in self.headers if name != "Host"]
+    async def websocket(self, port: int, path: str, *more: tuple[str, str]) -> AsyncIterator[ClientConnection]:
+        """Open a websocket as it, with ``more`` headers."""
+        headers = [*((name, value) for name, value in self.headers if name != "Host"), *more]
         host = dict(self.headers).get("Host", "127.0.0.1")
         uri = f"ws://{host}:{port}{self.path(path)}"
         async with connect(uri, host="127.0.0.1", port=port, additional_headers=headers, close_timeout=1) as opened:

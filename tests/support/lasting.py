@@ -8,7 +8,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import text
@@ -17,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -27,6 +26,7 @@ from tenancy_orm.context import set_current
 from tenancy_orm.errors import TenancyError
 from tenancy_orm.events import AdmissionEnded
 from tenancy_orm.tenancy import Tenancy
+from tests.support import callers
 from tests.support.models import Base
 
 _TICK = 0.005
@@ -37,14 +37,12 @@ class UnwatchedMiddleware:
 
     def __init__(self, app: ASGIApp, *, tenancy: Tenancy) -> None:
         self.app = app
-        self.tenancy = tenancy
+        self.guard = TenancyMiddleware(app, tenancy=tenancy, **callers.options())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        key = dict(scope.get("headers", ())).get(b"x-api-key")
-        if key is not None:
-            credential = await self.tenancy.internals.directory.authenticate(key.decode())
-            set_current(replace(credential.tenant, admission=None))
+        if scope["type"] != "lifespan" and (tenant := await callers.believed(self.guard, scope)) is not None:
+            set_current(tenant)
         await self.app(scope, receive, send)
 
 
@@ -56,7 +54,7 @@ def create_unwatched() -> Starlette:
 def create_watched() -> Starlette:
     """The application below the real middleware."""
     tenancy = Tenancy(TenancyConfig.from_env(metadata=Base.metadata))
-    return create(tenancy, TenancyMiddleware, exempt=["/state"], operators=_is_operator)
+    return create(tenancy, TenancyMiddleware, **callers.options(exempt=["/state"], operators=_is_operator))
 
 
 def _is_operator(scope: Scope, credential: object) -> bool:
@@ -148,8 +146,9 @@ def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
             }
         )
 
+    lasting = [WebSocketRoute("/ws", websocket), Route("/stream", stream)]
     return Starlette(
-        routes=[WebSocketRoute("/ws", websocket), Route("/stream", stream), Route("/state", state)],
+        routes=[*lasting, Mount(callers.PUBLIC, routes=lasting), Route("/state", state)],
         middleware=[Middleware(middleware, tenancy=tenancy, **options)],
         lifespan=tenancy.lifespan,
     )
