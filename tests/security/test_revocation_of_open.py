@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import Context
@@ -166,17 +167,26 @@ async def forget(acme: Acme) -> None:
     await acme.sql("DELETE FROM tenancy.api_keys WHERE id = :id")
 
 
+async def activate(acme: Acme) -> None:
+    await acme.tenancy.tenants.activate("acme")
+
+
+async def end_maintenance(acme: Acme) -> None:
+    await acme.tenancy.tenants.end_maintenance("acme")
+
+
 ENDINGS = [
-    (revoke, REVOKED, "revoked"),
-    (suspend, UNAVAILABLE, "suspended"),
-    (delete, UNAVAILABLE, "deleted"),
-    (maintain, UNAVAILABLE, "maintenance"),
-    (expire, REVOKED, "expired"),
-    (end_rotated, REVOKED, "expired"),
-    (take_scope, REVOKED, "scope"),
-    (narrow, REVOKED, "network"),
-    (forget, REVOKED, "unknown"),
+    (revoke, REVOKED, "revoked", None),
+    (expire, REVOKED, "expired", None),
+    (end_rotated, REVOKED, "expired", None),
+    (take_scope, REVOKED, "scope", None),
+    (narrow, REVOKED, "network", None),
+    (forget, REVOKED, "unknown", None),
+    (suspend, UNAVAILABLE, "suspended", activate),
+    (maintain, UNAVAILABLE, "maintenance", end_maintenance),
+    (delete, UNAVAILABLE, "deleted", None),
 ]
+"""How a key ends, the code that websockets are closed with, the reason, and what undoes it for the next."""
 
 REFUSALS = {
     "suspended": "TenantSuspendedError",
@@ -185,12 +195,39 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize(("end", "code", "reason"), ENDINGS, ids=[f"{end.__name__}" for end, _, _ in ENDINGS])
-async def test_what_is_open_ends(acme: Acme, end: Callable[[Acme], Awaitable[None]], code: int, reason: str) -> None:
+async def test_what_is_open_ends(acme: Acme) -> None:
     """A middleware that never looks again lets all read on, where PostgreSQL does not refuse the tenant's role."""
     async with (
         uvicorn_command("tests.support.lasting:create_unwatched", acme.config) as old,
         uvicorn_command("tests.support.lasting:create_watched", acme.config) as new,
+    ):
+        for end, code, reason, undo in ENDINGS:
+            issued = await acme.tenancy.keys.issue("acme", scopes=["notes:read"])
+            before = await state(new)
+            await check_ending(replace(acme, key=issued.text, key_id=issued.key_id), end, code, old, new)
+            found = await state(new)
+            if undo is not None:
+                await undo(acme)
+
+            expected = REFUSALS.get(reason, "AdmissionEndedError")
+            now = Counter({(what, error): count for what, error, count in found["refused"]})
+            now.subtract({(what, error): count for what, error, count in before["refused"]})
+            refused = {what: error for (what, error), count in now.items() if count}
+            kinds = ["stream", "stream", "websocket"]
+            ended = found["ended"][len(before["ended"]) :]
+            first = refused.pop("open session")
+            if code == UNAVAILABLE:
+                # PostgreSQL, or the tenant's status, may have been the first to refuse the session and the stream
+                first, kinds = expected, sorted(kind for kind, *_ in ended)
+                assert set(kinds) == {"stream", "websocket"}
+            assert {first, *refused.values()} == {expected}, reason
+            assert set(refused) == {"new session", "named session", "scope", "manager"}
+            assert sorted(ended) == [[kind, reason, issued.key_id, "127.0.0.1"] for kind in kinds]
+
+
+async def check_ending(acme: Acme, end: Callable[[Acme], Awaitable[None]], code: int, old: int, new: int) -> None:
+    """Open connections with a key at the process that does not watch and at the one that does, and end the key."""
+    async with (
         websocket(old, acme.key) as unwatched,
         stream(old, acme.key) as unwatched_stream,
         websocket(new, acme.key, "?work=1") as watched,
@@ -205,24 +242,11 @@ async def test_what_is_open_ends(acme: Acme, end: Callable[[Acme], Awaitable[Non
         await cut(watched_stream)
         await cut(idle_stream)
         await until(lambda: idle(new))
-        found = await state(new)
         if code == REVOKED:
             # not because the tenant could not be read any more
             assert await read(unwatched) == NOTES, "the attack must work"
             for _ in range(3):
                 assert (await chunk(unwatched_stream))[1:] == NOTES
-
-    expected = REFUSALS.get(reason, "AdmissionEndedError")
-    refused = {what: error for what, error, _ in found["refused"]}
-    kinds = ["stream", "stream", "websocket"]
-    first = refused.pop("open session")
-    if code == UNAVAILABLE:
-        # PostgreSQL, or the tenant's status, may have been the first to refuse the session and the stream that reads
-        first, kinds = expected, sorted(kind for kind, *_ in found["ended"])
-        assert set(kinds) == {"stream", "websocket"}
-    assert {first, *refused.values()} == {expected}
-    assert set(refused) == {"new session", "named session", "scope", "manager"}
-    assert sorted(found["ended"]) == [[kind, reason, acme.key_id, "127.0.0.1"] for kind in kinds]
 
 
 WAYS = [
