@@ -1,9 +1,10 @@
-"""Without a valid key nothing that needs one is reached, and refusals tell nothing about keys."""
+"""Without a valid credential nothing that needs one is reached, and refusals tell nothing about credentials."""
 
 from __future__ import annotations
 
 import hmac
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from tenancy_orm.keys.format import KeyDigester, _checksum, generate_key
 from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import PARSERS, MemoryTenancy, Wire, messages, request, serve, websocket_scope
+from tests.support.callers import Callers, authenticators
 
 EXEMPT = ["/healthz", "/static/*"]
 
@@ -67,7 +69,7 @@ def filled(path: str) -> str:
     return re.sub(r"\{[^}]+\}", "1", path)
 
 
-def needs_key(found: Found) -> bool:
+def needs_credential(found: Found) -> bool:
     """Whether the list of exempt paths lacks it."""
     return found.path != "/healthz" and not found.path.startswith("/static/")
 
@@ -126,7 +128,8 @@ def fastapi_app(*middleware: Middleware) -> FastAPI:
 
 
 def guard() -> Middleware:
-    return Middleware(TenancyMiddleware, tenancy=MemoryTenancy().as_tenancy(), exempt=EXEMPT)
+    tenancy = MemoryTenancy().as_tenancy()
+    return Middleware(TenancyMiddleware, tenancy=tenancy, authenticators=authenticators(), exempt=EXEMPT)
 
 
 async def outcome(app: ASGIApp, found: Found, headers: list[tuple[str, str]]) -> Any:
@@ -143,12 +146,14 @@ CREDENTIALS: list[list[tuple[str, str]]] = [
     [("Authorization", "Bearer ten_live_nobody")],
     [("Authorization", "Basic YWRtaW46YWRtaW4=")],
     [("Cookie", "X-API-Key=ten_live_nobody")],
+    [("Authorization", "Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJhZGEifQ.")],
+    [("Cookie", "__Host-token=a.b.c; session=nobody")],
 ]
 
 
 @pytest.mark.parametrize("make", [starlette_app, fastapi_app])
-async def test_every_route_needs_a_key(make: Any) -> None:
-    """Each is reached with the middleware off, and none without a key."""
+async def test_every_route_needs_a_credential(make: Any) -> None:
+    """Each is reached with the middleware off, and none without a valid credential."""
     routes = list(walk(make().routes))
     assert len(routes) >= 5
     assert any(found.kind == "websocket" for found in routes)
@@ -156,26 +161,30 @@ async def test_every_route_needs_a_key(make: Any) -> None:
         assert await outcome(make(), found, [("host", "h")]) in (200, 422, "accepted"), found
         for credential in CREDENTIALS:
             refused = await outcome(make(guard()), found, [("host", "h"), *credential])
-            if needs_key(found):
+            if needs_credential(found):
                 assert refused == (401 if found.kind == "http" else "refused"), (found, credential)
             else:
                 assert refused == 200, (found, credential)
 
 
-async def test_what_is_no_route_needs_a_key_as_well() -> None:
+async def test_what_is_no_route_needs_a_credential_as_well() -> None:
     """So that nobody learns which routes there are."""
     for path in ("/nowhere", "/orders/1/2", "/docs/x", "/v1"):
         assert (await request(starlette_app(guard()), path)).status == 401
 
 
-async def test_every_route_of_the_example_needs_a_key(tenancy: Tenancy) -> None:
+async def test_every_route_of_the_example_needs_a_credential(tenancy: Tenancy) -> None:
     """The application that the documentation shows, as it is."""
     app = create_app(tenancy)
+    every = create_app(tenancy)
+    every.user_middleware[0].kwargs["authenticators"] = authenticators()
     routes = list(walk(app.routes))
     assert len(routes) > 10
     for found in routes:
         expected = 200 if found.path == "/healthz" else 401
         assert await outcome(app, found, [("host", "localhost")]) == expected, found
+        for credential in CREDENTIALS:
+            assert await outcome(every, found, [("host", "localhost"), *credential]) == expected, (found, credential)
 
 
 @pytest.mark.parametrize("parser", PARSERS)
@@ -236,22 +245,51 @@ def with_checksum(body: str) -> str:
     return body + _checksum(body)
 
 
+async def bad_credentials(callers: Callers) -> dict[str, list[tuple[str, str]]]:
+    """Headers with tokens and sessions that are not valid, by what is wrong with them."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for kind in ("token", "cookie", "member", "session"):
+        caller = await callers.make(kind, "acme")
+        found[f"{kind} forged"] = caller.forged()
+        found[f"{kind} revoked"] = [*caller.headers]
+        await callers.revoke(caller)
+        person = await callers.make(kind, "acme")
+        found[f"{kind} of a revoked person"] = [*person.headers]
+        await callers.revoke_subject(person)
+        found[f"{kind} expired"] = [*(await callers.make(kind, "acme", expires=-60.0)).headers]
+        found[f"{kind} of no person"] = [
+            *(await callers.make(kind, "acme", subject="a\nb" * 100, member=False)).headers
+        ]
+    for name, claims in (
+        ("for another", {"aud": "https://other.example.com"}),
+        ("not yet valid", {"nbf": time.time() + 600}),
+        ("without an end", {"exp": None}),
+        ("of too many tenants", {"org": [f"t{number}" for number in range(1_001)]}),
+        ("of no tenant's name", {"org": {"acme": 1}}),
+    ):
+        found[f"token {name}"] = [*(await callers.make("token", "acme", **claims)).headers]
+    return found
+
+
 @pytest.mark.parametrize("header", ["X-API-Key", "Authorization"])
-async def test_every_bad_key_gets_the_same_answer(tenancy: Tenancy, acme: CreatedTenant, header: str) -> None:
-    """To the byte, on the wire, whether the key's id is known, revoked or never was."""
+async def test_every_bad_credential_gets_the_same_answer(tenancy: Tenancy, acme: CreatedTenant, header: str) -> None:
+    """To the byte, on the wire, of whatever kind it is, and whether it is known, revoked, expired or never was."""
     revoked = await tenancy.keys.issue("acme", name="revoked")
     await tenancy.keys.revoke(revoked.key_id)
     gone = await tenancy.tenants.create("gone")
     await tenancy.tenants.delete("gone")
     keys = {**bad_keys(acme.api_key), "revoked": revoked.text, "deleted tenant": gone.api_key}
-    app = starlette_app(Middleware(TenancyMiddleware, tenancy=tenancy))
     scheme = "Bearer " if header == "Authorization" else ""
+    credentials = {name: [(header, scheme + key)] for name, key in keys.items()}
+    if header == "Authorization":
+        credentials |= await bad_credentials(Callers(tenancy))
+    app = starlette_app(Middleware(TenancyMiddleware, tenancy=tenancy, authenticators=authenticators()))
     answers = set()
     async with serve(app, date_header=False) as port, Wire.to(port) as wire:
-        for key in keys.values():
+        for name, headers in credentials.items():
             for _ in range(2):  # looked up, and remembered as unknown
-                answer = await wire.request("/", [(header, scheme + key)])
-                assert answer.status == 401
+                answer = await wire.request("/", headers)
+                assert answer.status == 401, name
                 answers.add((tuple(answer.headers), answer.body))
         assert (await wire.request("/", [(header, scheme + acme.api_key)])).status == 200
     assert len(answers) == 1

@@ -137,6 +137,9 @@ class MemoryDirectory:
             raise InvalidCredentialError("unknown")
         return self.keys[key]
 
+    async def report_refused(self, error: InvalidCredentialError, source: str | None) -> None:
+        """Keeps nothing."""
+
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
         """Keeps the report."""
         self.reports.append((credential.tenant.slug, named, resolver))

@@ -177,9 +177,20 @@ class Callers:
         subject: str | None = None,
         scopes: Iterable[str] = SCOPES,
         expires: float = 600.0,
+        member: bool = True,
         **more: Any,
     ) -> Caller:
-        """Make one for some tenants, of which ``slug`` is the first; ``more`` are claims of a token."""
+        """Make one for some tenants, of which ``slug`` is the first.
+
+        Args:
+            kind: One of ``EVERYONE``.
+            slugs: The tenants.
+            subject: Who it is.
+            scopes: What it may do; a member is an owner.
+            expires: After how many seconds it expires.
+            member: Whether a "member" is made one.
+            more: Further claims of a token, or None in place of one; further content of a session.
+        """
         slug = slugs[0]
         subject = subject or f"{kind}-{secrets.token_hex(4)}"
         credential_id = f"id-{secrets.token_hex(8)}"
@@ -214,10 +225,11 @@ class Callers:
                 **({} if kind == "member" else {"org": list(slugs), "scope": " ".join(scopes)}),
                 **more,
             }
+            claims = {name: value for name, value in claims.items() if value is not None}
             token = jwt.encode(claims, _SECRETS[issuer], "HS256")
             subject = _PREFIXES[issuer] + subject
             header = ("Cookie", f"{COOKIE}={token}") if kind == "cookie" else ("Authorization", f"Bearer {token}")
-            if kind == "member":
+            if kind == "member" and member:
                 for one in slugs:
                     await self.tenancy.members.add(one, subject, ["owner"])
         return Caller(kind, slug, subject, credential_id, (header,))
