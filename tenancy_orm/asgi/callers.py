@@ -235,19 +235,23 @@ class Callers:
     def find_named(
         self, credential: Credential, memberships: Sequence[Membership], named: Named, source: str | None
     ) -> Membership | None:
-        """Return the tenant that the request names, None where it names none; further names are checked later on.
+        """Return the tenant that the request names first, None where it names none.
+
+        Whether all names are of one tenant is checked later on, where one is bound.
 
         Raises:
-            TenantNotAllowedError: it is none of ``memberships``, which is recorded.
+            TenantNotAllowedError: one of the names is of none of ``memberships``, which is recorded.
         """
+        found = None
         for resolver, name in zip(self.tenant_resolvers, named, strict=True):
-            if name is not None:
-                for membership in memberships:
-                    if resolver.matches(name, membership.tenant):
-                        return membership
+            if name is None:
+                continue
+            match = next((one for one in memberships if resolver.matches(name, one.tenant)), None)
+            if match is None:
                 self._tenancy.internals.directory.report_cross_tenant(credential, name, resolver.name, source)
                 raise TenantNotAllowedError(name)
-        return None
+            found = found or match
+        return found
 
     async def admit_visitor(self, scope: Scope, headers: Headers) -> Credential:
         """Return the credential of a visitor of the tenant that the address names.

@@ -1,21 +1,26 @@
-"""No spelling of a request gets by without a key and reaches what needs one."""
+"""No spelling of a request gets by without a credential and reaches what needs one."""
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tenancy_orm import Tenancy
 from tenancy_orm.asgi import TenancyMiddleware
-from tests.support.asgi import PARSERS, MemoryTenancy, Wire, serve
+from tenancy_orm.quotas.rates import Allowed
+from tests.support.asgi import PARSERS, MemoryTenancy, Wire, request, serve
+from tests.support.callers import Callers, options
 
 SECRET = b"secret"
 
@@ -209,3 +214,94 @@ async def test_a_path_that_was_mounted_is_matched_where_it_is_mounted() -> None:
         assert (await wire.request("/v1/healthz")).body == b"healthy"
         assert (await wire.request("/v1/v1/healthz")).status == 401
         assert (await wire.request("/v1/orders")).status == 401
+
+
+# --- public paths, and paths without a tenant -----------------------------------------------------------------------
+
+
+TRICKS = [
+    "{public}x",
+    "{public}../orders",
+    "{public}..%2forders",
+    "{public}%2e%2e/orders",
+    "{public}./../orders",
+    "{public}%2forders",
+    "{public}..%5corders",
+    "{public}%00",
+    "{public};/orders",
+    "/{public}orders",
+    "/orders/..{public}x",
+    "/orders{public}x",
+    "/orders%2f..{public}x",
+    "/%2e{public}x",
+    "{bare}",
+    "{bare}?/x",
+    "{upper}x",
+]
+"""Targets that are, or look like, paths below a public one or one without a tenant."""
+
+PREFIXES = [
+    "",
+    "/t/acme",
+    "/t/globex",
+    "/t/nobody",
+    "/t//",
+    "/t",
+    "/t/acme/t/globex",
+    "/t/acme%2f..%2fglobex",
+    "//t/acme",
+]
+
+
+async def spell(
+    app: ASGIApp, root_path: str, headers: Sequence[tuple[str, str]], below: str
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Ask for every spelling of a path below ``below``, and return what was answered with 200, by host and target."""
+    reached = {}
+    for host in ("acme.example.com", "globex.example.com", "nobody.example.com", "testserver"):
+        for prefix in PREFIXES:
+            for trick in TRICKS:
+                target = prefix + trick.format(public=f"{below}/", bare=below, upper=f"{below.upper()}/")
+                # as uvicorn does
+                path = root_path + unquote(target.partition("?")[0])
+                answer = await request(app, path, [("Host", host), *headers], root_path=root_path)
+                if answer.status == 200:
+                    reached[host, target] = answer.json()
+    return reached
+
+
+@pytest.mark.parametrize("root_path", ["", "/p", "/t/acme"])
+async def test_no_spelling_gets_around_the_public_paths(tenancy: Tenancy, root_path: str) -> None:
+    """A visitor reaches public routes of the tenant that the address names alone, and who is a person theirs alone."""
+    for slug in ("acme", "globex"):
+        await tenancy.tenants.create(slug)
+    person = await Callers(tenancy).make("member", "acme")
+
+    def route(path: str, name: str) -> Route:
+        async def tell(request: Request) -> JSONResponse:
+            credential = request.scope["tenancy"]
+            bound = credential.bound and credential.bound.slug
+            return JSONResponse({"route": name, "kind": credential.kind, "tenant": bound})
+
+        return Route(path, tell)
+
+    app = Starlette(
+        routes=[route("/p/{path:path}", "public"), route("/me/{path:path}", "me"), route("/{path:path}", "other")],
+        middleware=[Middleware(TenancyMiddleware, tenancy=tenancy, **options(without_tenant=["/me/*"]))],
+    )
+    tenancy.internals.rates.acquire_address = lambda source: Allowed(None, None, 0.0)  # type: ignore[method-assign]
+    visited = await spell(app, root_path, (), "/p")
+    listed = await spell(app, root_path, person.headers, "/me")
+    below = await spell(app, root_path, person.headers, "/p")
+    assert {(found["route"], found["kind"]) for found in visited.values()} == {("public", "anonymous")}
+    for (host, target), found in visited.items():
+        named = {host.partition(".")[0], *re.findall("^/+t/([a-z]+)", target)} - {"testserver"}
+        assert named == {found["tenant"]}, (host, target)
+    for (host, target), found in (listed | below).items():
+        if found["kind"] == "anonymous":
+            assert found["route"] == "public", (host, target)
+        else:
+            # what is ambiguous is no such path, and binds the person's own tenant
+            assert found["tenant"] == "acme" or (found["tenant"], found["route"]) == (None, "me"), (host, target)
+            assert host != "globex.example.com" and not re.match("/+t/globex", target), (host, target)
+    assert None in {found["tenant"] for found in listed.values()}
