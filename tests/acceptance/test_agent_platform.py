@@ -7,6 +7,7 @@ import base64
 import math
 import secrets
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ from examples.agent_platform.models import EMBEDDING_DIMENSIONS, Base
 from examples.agent_platform.routes import RESOURCES
 from examples.agent_platform.settings import create_config
 from tenancy_orm import Tenancy
+from tenancy_orm.events import ConnectionOpened
 from tenancy_orm.testing.embedded import EmbeddedServer
+from tests.support.callers import KINDS, Callers, authenticators
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
 
@@ -363,6 +366,55 @@ async def test_every_route_but_health_needs_a_key(platform: Platform) -> None:
             assert answer.status_code == 401, (method, route.path)
             asked += 1
     assert asked > 3 * len(RESOURCES)
+
+
+async def test_no_route_reaches_another_tenant_with_any_kind_of_credential(platform: Platform) -> None:
+    """Each route and method with the other tenant's ids and bodies: 403, 404 or 422, and no connection to its database.
+
+    With the application's own middleware, and authenticators for every kind besides.
+    """
+    theirs = {name: await platform.globex.make(name) for name in NAMES}
+    owned = {"agents": {"owner_id": theirs["users"]["id"]}}
+    for name in ("executions", "memories"):
+        owned[name] = {"agent_id": theirs["agents"]["id"]}
+    bodies = {name: await platform.acme.body(name, **owned.get(name, {})) for name in NAMES}
+    secret = [str(row["id"]) for name, row in theirs.items() if name not in ("executions", "memories")]
+    secret += [theirs["memories"]["content"], theirs["executions"]["input"]["question"]]
+    app = create_app(platform.tenancy)
+    app.user_middleware[0].kwargs["authenticators"] = authenticators()
+    callers = Callers(platform.tenancy)
+    globex = await platform.tenancy.tenants.get("globex")
+    platform.tenancy.internals.router.retire(globex.id)
+    opened: list[ConnectionOpened] = []
+    platform.tenancy.events.subscribe(ConnectionOpened, opened.append)
+    asked: Counter[int] = Counter()
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as http:
+        for kind in KINDS:
+            headers = dict((await callers.make(kind, "acme")).headers)
+            for route in app.routes:
+                assert isinstance(route, Route)
+                name = route.path.split("/")[1]
+                if name == "healthz":
+                    continue
+                path = route.path.replace("{id}", str(theirs[name]["id"]))
+                for method in route.methods or ():
+                    content: dict[str, Any] = {"json": bodies[name]} if method == "POST" else {}
+                    named = await http.request(
+                        method, path, headers={**headers, "Host": "globex.example.test"}, **content
+                    )
+                    assert named.status_code == 403, (kind, method, path)
+                    answer = await http.request(method, path, headers=headers, **content)
+                    asked[answer.status_code] += 1
+                    assert not any(text in answer.text for text in secret), (kind, method, path)
+                    if "{id}" in route.path and name not in ("executions", "memories"):
+                        assert answer.status_code == 404, (kind, method, path)
+                    if method == "POST" and name in owned:
+                        # a search has another body, which this is not
+                        assert answer.status_code == 422, (kind, path)
+    assert asked[404] >= 4 * len(KINDS) and asked[200] >= len(KINDS), asked
+    assert {event.slug for event in opened} <= {"acme"}
+    for name, row in theirs.items():
+        assert (await platform.globex.get(f"/{name}/{row['id']}")).json() == row
 
 
 @pytest.mark.parametrize("domain", ["example.test", "localhost"])
