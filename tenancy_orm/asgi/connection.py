@@ -42,7 +42,7 @@ class WatchedConnection:
     """The server's ``receive`` and ``send``, called with no tenant bound, and ended together with the admission.
 
     ``started`` tells whether anything was answered. ``headers`` are added to the answer. ``admitted`` holds the tenant
-    that the middleware admitted and the connection's scope.
+    that the middleware admitted, None where it binds none, and the connection's scope.
 
     The admission is watched (``watched``) for as long as the connection can stay open: of a websocket from accept on;
     of a request from the second ``receive``, or from the first part of its body that is not the last, until its
@@ -55,7 +55,7 @@ class WatchedConnection:
     # defaults on the class: most requests never set these
     started = False
     headers: Sequence[tuple[bytes, bytes]] = ()
-    admitted: tuple[Tenant, Scope, Tenancy] | None = None
+    admitted: tuple[Tenant | None, Scope, Tenancy] | None = None
     watched = False
     ended: AdmissionEnd | None = None
 
@@ -203,7 +203,13 @@ class WatchedConnection:
 
     def _watch(self) -> AdmissionEnd | None:
         """End the connection when its admission ends, if it has one. Returns the reason if it has ended already."""
-        admission = None if self.admitted is None else self.admitted[0].admission
+        if self.admitted is None:
+            return None
+        tenant, scope, tenancy = self.admitted
+        if tenant is None:
+            admission: object = tenancy.internals.directory.subjects.admit_without_tenant(scope["tenancy"])
+        else:
+            admission = tenant.admission
         if not isinstance(admission, Admission):
             return None
         ended = admission.watch(self.end)
@@ -251,9 +257,12 @@ class WatchedConnection:
             "the connection was ended: the credential that it was opened with is no longer valid"
         )
 
-    def _report(self, ended: AdmissionEnd, tenant: Tenant, scope: Scope, tenancy: Tenancy) -> None:
+    def _report(self, ended: AdmissionEnd, tenant: Tenant | None, scope: Scope, tenancy: Tenancy) -> None:
         kind = "websocket" if self._is_websocket else "stream"
         client = scope.get("client")
+        if tenant is None:
+            logger.info("ended a %s without a tenant, opened with %s: %s", kind, ended.credential_id, ended.reason)
+            return
         logger.info("ended a %s of tenant %s, opened with %s: %s", kind, tenant.slug, ended.credential_id, ended.reason)
         tenancy.events.emit(
             AdmissionEnded(

@@ -183,6 +183,7 @@ class TenancyMiddleware:
                     for adapting in self._adapting:
                         adapting.adapt_scope(scope)
                     scope[CREDENTIAL] = credential
+                    connection.admitted = (None, scope, self.tenancy)
                 else:
                     if self._needs_check or (tenant.status is not _ACTIVE and tenant.status is not _TRIAL):
                         redirect = self._check(scope, headers, credential, tenant)

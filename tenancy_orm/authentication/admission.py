@@ -25,13 +25,13 @@ class CredentialState:
     """What the control database said about a credential at ``read_at``.
 
     ``read_at`` (before the query was sent) and ``expires`` are times of the directory's clock. ``secret`` is the
-    digest's version and the digest. ``credential`` is a token, session or visitor as it was authenticated, None for a
-    key; ``tags`` are what else it is found by when something changes. ``credential_id`` is the key's id, or unique in
-    this process.
+    digest's version and the digest. ``tenant`` is None where the request is bound to none. ``credential`` is a token,
+    session or visitor as it was authenticated, None for a key; ``tags`` are what else it is found by when something
+    changes. ``credential_id`` is the key's id, or unique in this process.
     """
 
     credential_id: str
-    tenant: Tenant
+    tenant: Tenant | None
     read_at: float
     scopes: frozenset[str] = frozenset()
     networks: tuple[Network, ...] = ()
@@ -230,7 +230,7 @@ class Admission:
             reason = "unknown"
         elif state.revoked:
             reason = "revoked"
-        elif state.tenant.id != granted.tenant.id:
+        elif state.tenant != granted.tenant:
             reason = "tenant"
         elif state.expires is not None and self._monitor.clock() >= state.expires:
             reason = "expired"
@@ -241,11 +241,12 @@ class Admission:
             reason = "scope"
         if state is None or reason is not None:
             return _end_because(reason or "unknown", granted.public_id)
-        try:
-            # whoever was admitted during maintenance is an operator
-            check_usable(state.tenant, operator=granted.tenant.status is Status.MAINTENANCE)
-        except TenancyError as error:
-            return AdmissionEnd(granted.public_id, state.tenant.status.value, error.with_traceback(None))
+        if state.tenant is not None and granted.tenant is not None:
+            try:
+                # whoever was admitted during maintenance is an operator
+                check_usable(state.tenant, operator=granted.tenant.status is Status.MAINTENANCE)
+            except TenancyError as error:
+                return AdmissionEnd(granted.public_id, state.tenant.status.value, error.with_traceback(None))
         # the sources of a shared admission are not recorded
         if state.networks != granted.networks and not (state.networks == () or self._is_inside(state.networks)):
             return _end_because("network", granted.public_id)

@@ -118,7 +118,8 @@ class Admissions:
         self._discard_dead()
         granted = admission.granted
         ref = _Ref(admission, self._dead.append)
-        ref.tags = (granted.credential_id, granted.tenant.id, *granted.tags)
+        tenant = () if granted.tenant is None else (granted.tenant.id,)
+        ref.tags = (granted.credential_id, *tenant, *granted.tags)
         for tag in ref.tags:
             self._refs.setdefault(tag, set()).add(ref)
         self._number += 1

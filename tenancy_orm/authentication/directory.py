@@ -330,6 +330,7 @@ class Directory:
 
     def _build(self, row: Row[Any], read_at: float) -> KeyEntry:
         state = credential_state(row, read_at)
+        assert state.tenant is not None  # noqa: S101 - a key has one
         tenant = replace(state.tenant, admission=self.admissions.admit(state))
         credential = Credential(
             "key",

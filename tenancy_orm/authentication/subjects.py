@@ -19,7 +19,7 @@ from ..config import TenancyConfig
 from ..context import as_reference
 from ..errors import ControlUnavailableError, InvalidCredentialError, InvalidSubjectError, TenantNotFoundError
 from ..tenant import Status, Tenant
-from .admission import CredentialState
+from .admission import Admission, CredentialState
 from .admissions import Admissions
 from .cache import SecondChance
 from .credential import ALL_SCOPES, Credential, Membership
@@ -187,9 +187,7 @@ class SubjectDirectory:
             scopes = frozenset() if credential.tenants is None else credential.scopes
             return replace(credential, scopes=scopes, memberships=allowed.memberships)
         now = self._clock()
-        scopes, expires = self._scopes(credential, chosen.roles), None
-        if credential.expires_at is not None:
-            expires = now + (credential.expires_at - datetime.now(UTC)).total_seconds()
+        scopes, expires = self._scopes(credential, chosen.roles), _expiry(credential, now)
         tags = _tags(credential)
         state = CredentialState(
             credential_id=f"{credential.kind} {next(self._numbers)}",
@@ -217,6 +215,26 @@ class SubjectDirectory:
             self._store(self._admitted, _key(credential, named), entry, tags)
         return admitted
 
+    def admit_without_tenant(self, credential: Credential) -> Admission:
+        """Return an admission for what a credential has open where no tenant is bound; it is verified at once.
+
+        A key's is that of its tenant, although that is not bound.
+        """
+        if credential.kind == "key":
+            admission = credential.memberships[0].tenant.admission
+            return cast("Admission", admission)
+        state = CredentialState(
+            credential_id=f"{credential.kind} {next(self._numbers)}",
+            tenant=None,
+            read_at=0.0,  # the request may have been authenticated a while ago
+            expires=_expiry(credential, self._clock()),
+            credential=credential,
+            tags=_tags(credential),
+        )
+        admitted = self._admissions.admit(state)
+        self._admissions.verify(state.credential_id)
+        return admitted
+
     async def anonymous(self, name: str) -> Credential:
         """Return the credential of a visitor of the tenant with this slug, id or domain; it has no scopes.
 
@@ -238,6 +256,9 @@ class SubjectDirectory:
             ControlUnavailableError: the control database does not answer.
         """
         credential = cast("Credential", granted.credential)  # the state of a key is read elsewhere
+        if granted.tenant is None:
+            row, _ = await self._lookups.subject(credential.subject, credential.id)
+            return replace(granted, read_at=row.read_at, revoked=_is_revoked(credential, row))
         found, _ = await self._lookups.tenant(granted.tenant.id)
         if found is None:
             return None
@@ -344,6 +365,13 @@ class SubjectDirectory:
 
 def _tags(credential: Credential) -> tuple[Hashable, ...]:
     return (subject_tag(credential.subject), token_tag(credential.id))
+
+
+def _expiry(credential: Credential, now: float) -> float | None:
+    """When it ends, by the directory's clock, on which it is ``now``."""
+    if credential.expires_at is None:
+        return None
+    return now + (credential.expires_at - datetime.now(UTC)).total_seconds()
 
 
 def _key(credential: Credential, named: Named) -> Hashable:

@@ -26,6 +26,7 @@ from tenancy_orm.context import bind
 from tenancy_orm.errors import AdmissionEndedError, TenantSuspendedError
 from tests.support.asgi import Wire
 from tests.support.callers import EVERYONE, KINDS, Caller, Callers
+from tests.support.lasting import ALONE
 from tests.support.models import Note
 from tests.support.proxy import proxied
 from tests.support.served import uvicorn_command
@@ -299,6 +300,42 @@ async def test_what_is_open_ends_whatever_opened_it(acme: Acme) -> None:
             assert await closed(socket) == (UNAVAILABLE, "tenant not available"), caller.kind
             await cut(streaming)
         await until(lambda: idle(new))
+
+
+async def test_what_is_open_without_a_tenant_ends_too(acme: Acme) -> None:
+    """On a path that binds none: with its token, its person, its time, or the key and its tenant; no membership."""
+    callers = Callers(acme.tenancy)
+    ways = [
+        *((kind, Callers.revoke) for kind in KINDS),
+        *((kind, Callers.revoke_subject) for kind in ("token", "member", "session")),
+        *((kind, Callers.wait) for kind in ("token", "session")),
+    ]
+    async with (
+        uvicorn_command("tests.support.lasting:create_watched", acme.config) as port,
+        AsyncExitStack() as stack,
+    ):
+        person = await callers.make("member", "acme")
+        lasting = await stack.enter_async_context(person.websocket(port, f"{ALONE}/ws"))
+        await callers.remove(person)
+        opened = []
+        for kind, end in ways:
+            caller = await callers.make(kind, "acme", expires=3.0 if end is Callers.wait else 600.0)
+            socket = await stack.enter_async_context(caller.websocket(port, f"{ALONE}/ws"))
+            await socket.send("1")
+            assert await socket.recv() == "1"
+            wire = await stack.enter_async_context(Wire.to(port))
+            wire.ask(caller.path(f"{ALONE}/stream"), caller.headers)
+            assert (await wire.head()).status == 200
+            assert await chunk(wire) == 0
+            opened.append((caller, end, socket, wire))
+        for caller, end, socket, wire in opened:
+            await end(callers, caller)
+            assert await closed(socket) == (REVOKED, "credential no longer valid"), caller.kind
+            await cut(wire)
+        await lasting.send("2")
+        assert await lasting.recv() == "2"
+        await lasting.close()
+        await until(lambda: idle(port))
 
 
 async def idle(port: int) -> bool:

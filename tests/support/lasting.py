@@ -31,6 +31,9 @@ from tests.support.models import Base
 
 _TICK = 0.005
 
+ALONE = "/alone"
+"""What is below has no tenant."""
+
 
 class UnwatchedMiddleware:
     """Authenticates and binds, as the real one does, and never looks again."""
@@ -54,7 +57,11 @@ def create_unwatched() -> Starlette:
 def create_watched() -> Starlette:
     """The application below the real middleware."""
     tenancy = Tenancy(TenancyConfig.from_env(metadata=Base.metadata))
-    return create(tenancy, TenancyMiddleware, **callers.options(exempt=["/state"], operators=_is_operator))
+    return create(
+        tenancy,
+        TenancyMiddleware,
+        **callers.options(exempt=["/state"], without_tenant=[f"{ALONE}/*"], operators=_is_operator),
+    )
 
 
 def _is_operator(scope: Scope, credential: object) -> bool:
@@ -121,6 +128,23 @@ def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
                 await websocket.receive_text()
                 await websocket.send_text(json.dumps(await read()))
 
+    async def echo(websocket: WebSocket) -> None:
+        """Without a tenant."""
+        await websocket.accept()
+        with contextlib.suppress(WebSocketDisconnect):
+            async for sent in websocket.iter_text():
+                await websocket.send_text(sent)
+
+    async def ticks(request: Request) -> StreamingResponse:
+        """Without a tenant."""
+
+        async def lines() -> AsyncIterator[bytes]:
+            while True:
+                yield b"0\n"
+                await asyncio.sleep(_TICK)
+
+        return StreamingResponse(lines())
+
     async def stream(request: Request) -> StreamingResponse:
         async def lines() -> AsyncIterator[bytes]:
             if request.query_params.get("silent"):
@@ -148,7 +172,12 @@ def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
 
     lasting = [WebSocketRoute("/ws", websocket), Route("/stream", stream)]
     return Starlette(
-        routes=[*lasting, Mount(callers.PUBLIC, routes=lasting), Route("/state", state)],
+        routes=[
+            *lasting,
+            Mount(callers.PUBLIC, routes=lasting),
+            Mount(ALONE, routes=[WebSocketRoute("/ws", echo), Route("/stream", ticks)]),
+            Route("/state", state),
+        ],
         middleware=[Middleware(middleware, tenancy=tenancy, **options)],
         lifespan=tenancy.lifespan,
     )
