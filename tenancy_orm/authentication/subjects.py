@@ -206,8 +206,8 @@ class SubjectDirectory:
             bound=replace(chosen.tenant, admission=self._admissions.admit(state)),
         )
         fresh_until = self._fresh_until(credential, allowed, chosen)
-        if fresh_until is None:
-            # a change came while it was looked up, of which nobody has told this admission
+        if not fresh_until:
+            # a change came while it was looked up, or may have (0), of which nobody has told this admission
             self._admissions.verify(state.credential_id)
         else:
             tags = (*tags, *(membership.tenant.id for membership in allowed.memberships))

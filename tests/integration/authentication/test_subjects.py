@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -94,6 +95,17 @@ async def test_a_change_while_a_request_is_admitted_is_not_overlooked(
     follow(monkeypatch, plane.directory._lookups._tenants, make)
     admitted = await admit(plane, credential)
     assert plane.directory.subjects.peek(credential, ()) is None
+    await until(lambda: admission_of(admitted).ended)
+
+
+async def test_a_listener_that_comes_back_while_a_request_is_admitted_is_not_overlooked(plane: ControlPlane) -> None:
+    """All that is needed is cached and stale by then: of a member who was removed unnoticed, what is open ends."""
+    await admit(plane, ADA)
+    plane.directory.subjects._admitted.entries.clear()
+    await sql(plane, "DELETE FROM tenancy.members")
+    asyncio.get_running_loop().call_soon(plane.directory.revalidate)
+    admitted = await admit(plane, ADA)
+    assert plane.directory.subjects.peek(ADA, ()) is None
     await until(lambda: admission_of(admitted).ended)
 
 
