@@ -475,6 +475,7 @@ async def test_every_route_needs_a_credential_unless_it_is_said_to_need_none(sit
     _, slug = await site.owner()
     eve, evil = await site.owner()
     nobody = Browser(site.http)
+    key = {"X-API-Key": (await site.tenancy.keys.issue(evil)).text}
     free = {"/healthz", "/signup", "/login", "/webhooks/payments", "/p/board"}
     asked = 0
     for route in app.routes:
@@ -486,6 +487,8 @@ async def test_every_route_needs_a_credential_unless_it_is_said_to_need_none(sit
                 assert answer.status_code == 401, (method, path)
             other = await eve.call(method, f"/t/{slug}{route.path.replace('{subject}', 'x')}")
             assert other.status_code == 403, (method, route.path)
+            by_key = await site.http.request(method, f"/t/{slug}{route.path.replace('{subject}', 'x')}", headers=key)
+            assert by_key.status_code == 403, (method, route.path)
             asked += 1
     assert asked > 10
     assert [team["slug"] for team in (await eve.get("/me/tenants")).json()] == [evil]
