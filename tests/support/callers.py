@@ -34,8 +34,8 @@ from tenancy_orm.errors import InvalidCredentialError
 from tenancy_orm.tenant import Tenant
 
 KINDS = ("key", "token", "cookie", "member", "session")
-"""An API key; a token with the tenant in a claim, as a header and as a cookie; a token for whose subject memberships
-decide; and a signed cookie of the application's own, with the tenant and the scopes in it."""
+"""An API key; a token with the tenant in a claim, as a header and as a cookie; a token without, so that the memberships
+of its subject decide; and a signed cookie of the application's own, with the tenant and the scopes in it."""
 
 EVERYONE = (*KINDS, "anonymous")
 """And a visitor of a public path."""
