@@ -11,6 +11,7 @@ import secrets
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -180,6 +181,8 @@ def test_the_product_gets_a_database_for_each_organisation(
         # the old version serves and writes beside the new one
         moving = blocks(PAGE, heading="Move the rows")
         for block in moving[:-1]:
+            if block.text == "python move.py acme\n":
+                asyncio.run(interrupt_a_move(walk, globex))
             reader.do(block)
         assert acme.post("/tickets", json={"title": "too late"}).status_code == 500
         asyncio.run(execute(variables, "UPDATE organisations SET tenant_id = NULL"))
@@ -215,6 +218,27 @@ def test_the_product_gets_a_database_for_each_organisation(
         assert "'acme': 0, 'globex': 0, 'initech': 0" in reader.type("python worker.py")
 
     assert_same(user_directory, EXAMPLE / "after")
+
+
+async def interrupt_a_move(walk: Walkthrough, other: Client) -> None:
+    """Kill the move of acme after it has copied some rows; another organisation's writes do not wait for it."""
+    connection = await asyncpg.connect(walk.variables["DATABASE_URL"].replace("+asyncpg", ""))
+    try:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE comments")
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "move.py", "acme"),
+                cwd=walk.directory,
+                env={**walk.variables, "PYTHONUNBUFFERED": "1"},
+                stdout=asyncio.subprocess.PIPE,
+            )
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"organisation 1: 2 tickets\n"
+            assert other.post("/tickets", json={"title": "No milk"}).status_code == 201
+            process.kill()
+            await process.communicate()
+    finally:
+        await connection.close()
 
 
 async def execute(variables: dict[str, str], statement: str) -> list[asyncpg.Record]:
