@@ -285,7 +285,8 @@ def show_env(setup: Setup, owner: str) -> None:
         errors.print(f"[bold yellow]warning:[/] {escape(env.problem)}", highlight=False, soft_wrap=True)
     if env is None or (env.is_ours and not setup.made):
         return
-    _say(f"the project's own migrations are used: {setup.found or project.shown(env.path.parent)}")
+    found = setup.found if setup.found is not None and setup.found.migrations == env.path.parent else None
+    _say(f"the project's own migrations are used: {found or project.shown(env.path.parent)}")
     if env.is_ours:
         return
     _say(

@@ -51,5 +51,6 @@ def test_its_history_stays_beside_the_tenants(tmp_path: Path, variables: dict[st
     before = [(root / name).read_bytes() for name in ("alembic.ini", "alembic/env.py")]
     with walkthrough(root, **variables) as walk:
         walk.follow(blocks(PAGE, heading="A history of the tenants' own"))
+        assert "the project's own migrations are used: tenants\n" in walk.terminals[0].said
         assert walk.terminals[0].run("tenancy create acme; alembic -c tenants.ini current").count("(head)") == 1
     assert [(root / name).read_bytes() for name in ("alembic.ini", "alembic/env.py")] == before
