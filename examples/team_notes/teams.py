@@ -71,7 +71,7 @@ async def invite(request: Request) -> Response:
     role = fields["role"]
     if role not in ROLES:
         raise HTTPException(422, f"role must be one of {', '.join(ROLES)}")
-    # nobody can give more than they have
+    # nobody gives more than they have
     demand_scopes(request, *ROLES[role])
     invitation = await tenancy_of(request).members.invite(
         current_tenant(), roles=[role], email=fields["email"], actor=actor_of(request)
@@ -85,7 +85,12 @@ async def remove_member(request: Request) -> Response:
     subject = request.path_params["subject"]
     if subject == person_of(request).subject:
         raise HTTPException(409, "you cannot remove yourself: a team needs an owner")
-    await tenancy_of(request).members.remove(current_tenant(), subject, actor=actor_of(request))
+    tenancy = tenancy_of(request)
+    for member in await tenancy.members.list(current_tenant()):
+        if member.subject == subject:
+            # nobody removes those who have more
+            demand_scopes(request, *tenancy.config.members.scopes_of(member.roles))
+    await tenancy.members.remove(current_tenant(), subject, actor=actor_of(request))
     return Response(status_code=204)
 
 

@@ -325,26 +325,27 @@ async def test_one_login_serves_several_teams(site: Site) -> None:
 async def test_roles_give_scopes(site: Site) -> None:
     """A reader reads, an editor writes, an owner does everything; nobody gives more than they have."""
     ada, slug = await site.owner()
-    editor, reader = [await site.member(ada, slug, role) for role in ("editor", "reader")]
-    calls: list[tuple[str, str, Any, int, int, int]] = [
-        ("GET", "notes", None, 200, 200, 200),
-        ("POST", "notes", {"text": "x"}, 201, 201, 403),
-        ("GET", "members", None, 200, 403, 403),
-        ("POST", "invitations", {"email": "a@b.test", "role": "owner"}, 201, 403, 403),
-        ("POST", "invitations", {"email": "a@b.test", "role": "emperor"}, 422, 403, 403),
-        ("POST", "keys", {"name": "x"}, 201, 403, 403),
-        ("DELETE", "members/x", None, 204, 403, 403),
-    ]
-    for method, path, body, *expected in calls:
-        found = [(await who.call(method, f"/t/{slug}/{path}", body)).status_code for who in (ada, editor, reader)]
-        assert found == expected, (method, path)
+    people = [ada, *[await site.member(ada, slug, role) for role in ("manager", "editor", "reader")]]
     members = (await ada.get(f"/t/{slug}/members")).json()
     assert [(one["email"], one["roles"]) for one in members] == [
-        (ada.email, ["owner"]),
-        (editor.email, ["editor"]),
-        (reader.email, ["reader"]),
+        (who.email, [role]) for who, role in zip(people, ("owner", "manager", "editor", "reader"), strict=True)
     ]
-    assert (await ada.call("DELETE", f"/t/{slug}/members/{members[0]['id']}")).status_code == 409
+    owner = members[0]["id"]
+    calls: list[tuple[str, str, Any, int, int, int, int]] = [
+        ("GET", "notes", None, 200, 200, 200, 200),
+        ("POST", "notes", {"text": "x"}, 201, 201, 201, 403),
+        ("GET", "members", None, 200, 200, 403, 403),
+        ("POST", "invitations", {"email": "a@b.test", "role": "editor"}, 201, 201, 403, 403),
+        ("POST", "invitations", {"email": "a@b.test", "role": "owner"}, 201, 403, 403, 403),
+        ("POST", "invitations", {"email": "a@b.test", "role": "emperor"}, 422, 422, 403, 403),
+        ("POST", "keys", {"name": "x"}, 201, 403, 403, 403),
+        ("DELETE", f"members/{owner}", None, 409, 403, 403, 403),
+        ("DELETE", "members/x", None, 204, 204, 403, 403),
+    ]
+    for method, path, body, *expected in calls:
+        found = [(await who.call(method, f"/t/{slug}/{path}", body)).status_code for who in people]
+        assert found == expected, (method, path)
+    assert (await people[1].call("DELETE", f"/t/{slug}/members/{members[2]['id']}")).status_code == 204
 
 
 async def test_an_invitation_is_accepted_once_by_whoever_is_logged_in(site: Site) -> None:
