@@ -19,7 +19,7 @@ from .requests import actor_of, person_of, read_fields
 if TYPE_CHECKING:
     from tenancy_orm import Tenancy
 
-    from .people import People
+    from .people import People, Person
 
 SESSION_LIFETIME = timedelta(hours=12)
 SHORTEST_PASSWORD, LONGEST_PASSWORD = 12, 256
@@ -52,6 +52,7 @@ async def sign_up(request: Request) -> Response:
     person = await people_of(request).sign_up(fields["email"], fields["password"])
     if person is None:
         raise HTTPException(409, "this address is taken")
+    begin_session(request, person)
     return JSONResponse({"id": person.id}, 201)
 
 
@@ -65,10 +66,14 @@ async def log_in(request: Request) -> Response:
         return JSONResponse({"detail": str(error)}, 429, {"Retry-After": str(error.seconds)})
     if person is None:
         raise HTTPException(401, "the address or the password is wrong")
-    # a new session, with nothing of the one before: a session that somebody else has planted gains nothing
+    begin_session(request, person)
+    return JSONResponse({"id": person.id})
+
+
+def begin_session(request: Request, person: Person) -> None:
+    """Begin a new session, with nothing of the one before: one that somebody else has planted gains nothing."""
     request.session.clear()
     request.session.update(person=person.id, id=secrets.token_urlsafe(16), at=datetime.now(UTC).timestamp())
-    return JSONResponse({"id": person.id})
 
 
 async def log_out(request: Request) -> Response:

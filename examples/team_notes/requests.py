@@ -49,11 +49,8 @@ def person_of(request: Request) -> Credential:
 
 
 def actor_of(request: Request) -> Actor:
-    """Who calls, for the audit log."""
+    """Who calls, for the audit log; on paths that need a credential."""
     credential = credential_of(request)
-    source = request.client.host if request.client else None
-    return (
-        Actor("anonymous", source=source)
-        if credential is None
-        else Actor(credential.kind, credential.subject, source=source)
-    )
+    if credential is None:
+        raise HTTPException(403, "log in first")
+    return credential.actor(source=request.client.host if request.client else None)

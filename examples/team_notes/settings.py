@@ -10,7 +10,12 @@ from tenancy_orm import TenancyConfig
 
 from .models import Base
 
-ROLES = {"owner": ["*"], "editor": ["notes:read", "notes:write"], "reader": ["notes:read"]}
+ROLES = {
+    "owner": ["*"],
+    "manager": ["members:read", "members:write", "notes:read", "notes:write"],
+    "editor": ["notes:read", "notes:write"],
+    "reader": ["notes:read"],
+}
 """The scopes that each role of a member gives."""
 
 SHORTEST_SECRET = 32

@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from tenancy_orm import current_tenant
 from tenancy_orm.asgi import demand_scopes, require_scope
-from tenancy_orm.errors import InvalidInvitationError, InvalidSlugError, TenantExistsError
+from tenancy_orm.errors import InvalidSlugError, TenantExistsError
 
 from .login import people_of, tenancy_of
 from .requests import actor_of, person_of, read_fields
@@ -47,10 +47,8 @@ async def accept(request: Request) -> Response:
     person = person_of(request)
     text = (await read_fields(request, "invitation"))["invitation"]
     tenancy = tenancy_of(request)
-    try:
-        member = await tenancy.members.accept(text, person.subject, actor=actor_of(request))
-    except InvalidInvitationError as error:
-        raise HTTPException(422, str(error)) from None
+    # one that is not valid raises InvalidInvitationError, which the middleware answers by 403
+    member = await tenancy.members.accept(text, person.subject, actor=actor_of(request))
     team = await tenancy.tenants.get(member.tenant_id)
     return JSONResponse({"slug": team.slug, "roles": sorted(member.roles)})
 
@@ -73,7 +71,7 @@ async def invite(request: Request) -> Response:
     role = fields["role"]
     if role not in ROLES:
         raise HTTPException(422, f"role must be one of {', '.join(ROLES)}")
-    # nobody can give more than they have
+    # nobody gives more than they have
     demand_scopes(request, *ROLES[role])
     invitation = await tenancy_of(request).members.invite(
         current_tenant(), roles=[role], email=fields["email"], actor=actor_of(request)
@@ -87,7 +85,12 @@ async def remove_member(request: Request) -> Response:
     subject = request.path_params["subject"]
     if subject == person_of(request).subject:
         raise HTTPException(409, "you cannot remove yourself: a team needs an owner")
-    await tenancy_of(request).members.remove(current_tenant(), subject, actor=actor_of(request))
+    tenancy = tenancy_of(request)
+    for member in await tenancy.members.list(current_tenant()):
+        if member.subject == subject:
+            # nobody removes those who have more
+            demand_scopes(request, *tenancy.config.members.scopes_of(member.roles))
+    await tenancy.members.remove(current_tenant(), subject, actor=actor_of(request))
     return Response(status_code=204)
 
 

@@ -78,7 +78,8 @@ class TenancyMiddleware:
             accepted only if ``ApiKeyAuthenticator`` is among them.
         resolvers: Where tenants are named besides the credential (``SubdomainResolver`` and others); and where keys are
             sent, for an ``ApiKeyAuthenticator`` that is given no resolvers of its own.
-        exempt: Paths that need no credential: ``/healthz``, ``/static/*``. No tenant is bound there, even with a key.
+        exempt: Paths that need no credential: ``/healthz``, ``/static/*``. No tenant is bound there, whatever the
+            request carries.
         public: Paths that visitors use, and webhooks: ``/p/*``. The tenant that host or path names is bound to a
             credential of kind "anonymous", without scopes; what credential the request has is not read. Rated by
             address. A tenant that does not exist, or is suspended, is answered by 404 alike.
@@ -87,7 +88,7 @@ class TenancyMiddleware:
             where the application itself is at another host.
         operators: Called with the scope and the credential of a request to a tenant in maintenance; returns whether it
             is an operator's. An operator's request and its sessions are served, and ``OperatorAdmitted`` is emitted.
-            Without it nobody is served during maintenance: no scope of a tenant's key makes a request an operator's.
+            Without it nobody is served during maintenance: no scope of a credential makes a request an operator's.
         map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
             answered by a problem document, where there is one for it. Other errors pass unchanged.
 

@@ -1,4 +1,4 @@
-"""CORS preflights: requests of browsers that carry no key, and ask whether they may send one that does."""
+"""CORS preflights: requests of browsers that carry no credential, and ask whether they may send one that does."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Preflights:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "a CORS preflight is refused, since it has no key; %s"
+                "a CORS preflight is refused, since it has no credential; %s"
                 if cors is None
                 else "browsers cannot read refusals such as 401, which have no CORS headers; %s",
                 _ORDER,

@@ -1,7 +1,7 @@
 """The answers to refused requests: problem documents (RFC 9457).
 
 They say what the caller can do, and nothing about the inside: no database, no server, no other tenant, and not why a
-key is invalid. Only this room knows HTTP status codes.
+credential is invalid. Only this room knows HTTP status codes.
 """
 
 from __future__ import annotations

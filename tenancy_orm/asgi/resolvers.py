@@ -1,6 +1,6 @@
 """Resolvers: read the API key from a request, and any tenant that the request names besides its credential.
 
-A ``KeyResolver`` finds the API key, which decides the tenant. A ``TenantResolver`` finds the tenant that the request
+A ``KeyResolver`` finds the API key, one kind of credential. A ``TenantResolver`` finds the tenant that the request
 claims by sub-domain, path or header. The claimed tenant is only compared with those that the credential allows: it
 gives no access, and does not reveal which tenants exist. It is looked up on public paths alone.
 

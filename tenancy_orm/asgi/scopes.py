@@ -1,4 +1,4 @@
-"""Scopes of API keys: rights of the key that a route can demand."""
+"""Scopes of credentials: rights that a route can demand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
 
 
 def require_scope(*scopes: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a Starlette endpoint so that it demands all ``scopes`` of the request's key.
+    """Decorate a Starlette endpoint so that it demands all ``scopes`` of the request's credential.
 
     The endpoint is a function or method with a parameter ``request`` or ``websocket``. A request without one of the
     scopes gets 403; a websocket is refused before it is accepted.

@@ -1,4 +1,4 @@
-"""The directory: finds the tenant of a key, and a tenant by name, without a query on the hot path.
+"""The directory: finds the tenants of a credential, and a tenant by name, without a query on the hot path.
 
 An entry is cached for at most ``directory.ttl`` seconds, and invalidated at once when PostgreSQL notifies a change.
 After that time it is looked up again. While the control database does not answer, cached entries stay valid for
@@ -77,7 +77,7 @@ class Directory:
         control: The control database.
         config: Sizes and times, see ``TenancyConfig``.
         events: Where refusals, lock-outs and the listener's loss are reported.
-        audit: Where refused keys and cross-tenant requests are recorded, in the background.
+        audit: Where refused credentials and cross-tenant requests are recorded, in the background.
         clock: Seconds, monotonic.
     """
 
@@ -377,10 +377,10 @@ class Directory:
         self._journal.record_refusal(error, source, tenant)
 
     def report_cross_tenant(self, credential: Credential, named: str, resolver: str, source: str | None = None) -> None:
-        """Report a request that named another tenant than its key's.
+        """Report a request that named a tenant that its credential does not allow.
 
-        A key that names three other tenants within an hour emits ``IntrusionSuspected``, and again each time that the
-        number has doubled.
+        A key or a person that names three other tenants within an hour emits ``IntrusionSuspected``, and again each
+        time that the number has doubled.
 
         Args:
             credential: The request's credential.
@@ -434,7 +434,7 @@ class Directory:
         """Call ``callback`` with each tenant that was looked up, before it is cached.
 
         It returns None where the tenant may be used at once. Otherwise what it returns is awaited, and the tenant is
-        looked up again: its key may have been revoked, or its status changed, in the time that this takes.
+        looked up again: the credential may have been revoked, or its status changed, in the time that this takes.
         """
         self._tenants.before_use = callback
 

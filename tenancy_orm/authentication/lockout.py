@@ -19,7 +19,7 @@ _MAX_DELAYED = 256  # refusals delayed at one time
 
 
 class Lockout:
-    """Counts invalid keys by source and by key id, and slows further attempts down.
+    """Counts invalid credentials by source and by key id, and slows further attempts down.
 
     Args:
         config: Limits and times, see ``TenancyConfig``.
@@ -44,13 +44,13 @@ class Lockout:
         """Refuse a group of sources that must wait.
 
         Raises:
-            TooManyAttemptsError: the group presented too many invalid keys.
+            TooManyAttemptsError: the group presented too many invalid credentials.
         """
         if pause := self._sources.pause(group, self._clock()):
             raise TooManyAttemptsError(pause)
 
     async def count(self, key_id: str | None, source: str | None) -> None:
-        """Count an invalid key, and delay the answer where its key id was tried too often."""
+        """Count an invalid credential, and delay the answer where its key id was tried too often."""
         now = self._clock()
         if source is not None:
             group = source_group(source)

@@ -154,12 +154,12 @@ class SessionConfig(Section, frozen=True):
 
 
 class DirectoryConfig(Section, frozen=True):
-    """The directory: the cached look-up of keys and tenants."""
+    """The directory: the cached look-up of credentials and tenants."""
 
     size: Count = 100_000
-    """How many looked-up keys and tenants are remembered."""
+    """How many looked-up keys, tenants and people are remembered, of each."""
     ttl: Seconds = 30.0
-    """How long a looked-up key or tenant is believed, in seconds."""
+    """How long a looked-up key, tenant or membership is believed, in seconds."""
     negative_ttl: SecondsOrZero = 5.0
     """How long an unknown key is remembered as unknown, in seconds."""
     timeout: Seconds = 2.0
@@ -224,11 +224,11 @@ class MembersConfig(Section, frozen=True):
 
 
 class LockoutConfig(Section, frozen=True):
-    """The lock-out of those who guess API keys."""
+    """The lock-out of those who guess credentials."""
 
     failures: AtLeastZero = 20
-    """How many invalid keys a source, or one key id, may present within ``seconds`` before it is slowed down; 0 means
-    no limit."""
+    """How many invalid credentials a source, or one key id, may present within ``seconds`` before it is slowed down; 0
+    means no limit."""
     seconds: Seconds = 60.0
     """The longest time between two attempts of a source that is slowed down, in seconds."""
 

@@ -96,13 +96,13 @@ class TenancyConfig(_Checked, BaseSettings):
     sessions: SessionConfig = Field(default_factory=SessionConfig)
     """What tenants' sessions start with."""
     directory: DirectoryConfig = Field(default_factory=DirectoryConfig)
-    """The cached look-up of keys and tenants."""
+    """The cached look-up of credentials and tenants."""
     keys: KeyConfig = Field(default_factory=KeyConfig)
     """API keys."""
     members: MembersConfig = Field(default_factory=MembersConfig)
     """Members of tenants."""
     lockout: LockoutConfig = Field(default_factory=LockoutConfig)
-    """The lock-out of those who guess API keys."""
+    """The lock-out of those who guess credentials."""
     secrets: SecretsConfig = Field(default_factory=SecretsConfig)
     """Where encryption keys and peppers come from, if not from the configuration itself."""
     provisioning: ProvisioningConfig = Field(default_factory=ProvisioningConfig)

@@ -1,4 +1,4 @@
-"""FastAPI dependencies: the tenant, its session, and its key's scopes (extra ``fastapi``).
+"""FastAPI dependencies: the tenant, its session, and the scopes of the credential (extra ``fastapi``).
 
 ```python
 app = FastAPI(lifespan=tenancy.lifespan)
@@ -11,12 +11,14 @@ async def orders(session: TenantSession, tenant: CurrentTenant) -> list[Order]: 
 
 Sessions are closed, and transactions committed, after the path operation has returned and before the response is sent:
 a commit that fails is an error of the request, and no connection is in use while a slow client reads. A streaming body
-opens its own session. Every route that uses one of these dependencies shows the API key in the OpenAPI document.
+opens its own session. Every route that uses one of these dependencies shows the API key in the OpenAPI document, or
+what ``set_security_schemes`` names in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from copy import deepcopy
 from typing import Annotated, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -31,7 +33,7 @@ from ..tenancy import Tenancy
 from ..tenant import Tenant
 
 try:
-    from fastapi import Depends, Security
+    from fastapi import Depends, FastAPI, Security
     from fastapi.openapi.models import APIKey, HTTPBearer
     from fastapi.security import SecurityScopes
     from fastapi.security.base import SecurityBase
@@ -40,7 +42,7 @@ except ImportError as exc:
 
 
 class _KeyScheme(SecurityBase):
-    """Documents one way to send the key. The middleware has checked the key already."""
+    """Documents one way to send a key. The middleware has checked the credential already."""
 
     def __init__(self, model: APIKey | HTTPBearer, scheme_name: str) -> None:
         self.model = model
@@ -55,10 +57,12 @@ api_key_header = _KeyScheme(
     APIKey.model_validate({"in": "header", "name": "X-API-Key", "description": "The tenant's API key"}),
     "ApiKey",
 )
-"""The security scheme of ``X-API-Key``."""
+"""The security scheme of an API key in ``X-API-Key``."""
 
 bearer_token = _KeyScheme(HTTPBearer(description="The tenant's API key"), "ApiKeyBearer")
-"""The security scheme of ``Authorization: Bearer``."""
+"""The security scheme of an API key in ``Authorization: Bearer``."""
+
+_SHOWN_BY_DEFAULT = frozenset({api_key_header.scheme_name, bearer_token.scheme_name})
 
 
 async def _credential(
@@ -107,13 +111,13 @@ async def _scopes(
 
 
 CurrentCredential = Annotated[Credential, Depends(_credential)]
-"""The credential that the request was admitted with: its tenant, its key's id and scopes."""
+"""The credential that the request was admitted with: its kind, subject, tenant, roles and scopes."""
 
 CurrentTenant = Annotated[Tenant, Depends(_tenant)]
 """The tenant of the request."""
 
 CurrentTenancy = Annotated[Tenancy, Depends(_tenancy)]
-"""The ``Tenancy`` that serves the application; needs no key."""
+"""The ``Tenancy`` that serves the application; needs no credential."""
 
 TenantSession = Annotated[AsyncSession, Depends(_session, scope="function")]
 """A session on the tenant's database, as ``tenancy.session()``. Changes that are not committed are rolled back."""
@@ -123,7 +127,7 @@ TenantTransaction = Annotated[AsyncSession, Depends(_transaction, scope="functio
 
 
 def RequireScope(*scopes: str) -> Any:  # noqa: N802 - capitalised like FastAPI's Depends and Security
-    """Demand all ``scopes`` of the request's key; the dependency's value is the ``Credential``.
+    """Demand all ``scopes`` of the request's credential; the dependency's value is the ``Credential``.
 
     For ``dependencies=[RequireScope("orders:read")]``, and for ``Annotated[Credential, RequireScope("orders:read")]``.
 
@@ -135,6 +139,56 @@ def RequireScope(*scopes: str) -> Any:  # noqa: N802 - capitalised like FastAPI'
     return Security(_scopes, scopes=list(scopes))
 
 
+def set_security_schemes(app: FastAPI, *schemes: SecurityBase) -> None:
+    """Show ``schemes`` in the OpenAPI document where a route uses a dependency from here, in place of API keys.
+
+    The document then says what the middleware's authenticators accept. The schemes are FastAPI's own, which only
+    describe here: ``APIKeyCookie(name="__Host-session")``, ``HTTPBearer(bearerFormat="JWT")``, ``OpenIdConnect(...)``.
+    Name ``api_key_header`` and ``bearer_token`` among them where keys are accepted as well.
+
+    Args:
+        app: The application; its routes may be added before or after.
+        schemes: One or more; a request needs one of them.
+
+    Raises:
+        ConfigurationError: there is none, one is no security scheme, or two have one name.
+    """
+    given: tuple[object, ...] = schemes
+    if unknown := [scheme for scheme in given if not isinstance(scheme, SecurityBase)]:
+        raise ConfigurationError(f"{unknown[0]!r} is no security scheme of FastAPI")
+    by_name = {scheme.scheme_name: scheme for scheme in schemes}
+    if not schemes or len(by_name) < len(schemes):
+        raise ConfigurationError("set_security_schemes needs one or more schemes, each with a scheme_name of its own")
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        return _with_schemes(generate(), by_name)
+
+    # the way to extend the document that FastAPI describes
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _with_schemes(document: dict[str, Any], schemes: Mapping[str, SecurityBase]) -> dict[str, Any]:
+    """Return a copy of an OpenAPI document that shows ``schemes`` in place of API keys."""
+    shown = deepcopy(document)
+    paths = [*shown.get("paths", {}).values(), *shown.get("webhooks", {}).values()]
+    replaced = False
+    for operation in (operation for path in paths for operation in path.values() if isinstance(operation, dict)):
+        needed: list[dict[str, list[str]]] = operation.get("security", [])
+        scopes = next((entry[name] for entry in needed for name in entry if name in _SHOWN_BY_DEFAULT), None)
+        if scopes is not None:
+            replaced = True
+            others = [entry for entry in needed if _SHOWN_BY_DEFAULT.isdisjoint(entry)]
+            operation["security"] = [*({name: scopes} for name in schemes), *others]
+    if replaced:
+        described: dict[str, Any] = shown["components"]["securitySchemes"]
+        for name in _SHOWN_BY_DEFAULT:
+            described.pop(name, None)
+        for name, scheme in schemes.items():
+            described[name] = scheme.model.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return shown
+
+
 __all__ = [
     "CurrentCredential",
     "CurrentTenancy",
@@ -144,4 +198,5 @@ __all__ = [
     "TenantTransaction",
     "api_key_header",
     "bearer_token",
+    "set_security_schemes",
 ]

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, WebSocket
+from fastapi import Depends, FastAPI, Security, WebSocket
 from fastapi.responses import StreamingResponse
+from fastapi.security import APIKeyCookie, APIKeyHeader, HTTPBearer
 from sqlalchemy import select
 from starlette.types import Message
 
@@ -24,6 +25,8 @@ from tenancy_orm.integrations.fastapi import (
     RequireScope,
     TenantSession,
     TenantTransaction,
+    api_key_header,
+    set_security_schemes,
 )
 from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenants.manager import CreatedTenant
@@ -226,6 +229,52 @@ async def test_the_openapi_document_shows_the_key(app: FastAPI) -> None:
     names = [{name for entry in operations[path]["security"] for name in entry} for path in ("/notes", "/plain")]
     assert names == [{"ApiKey", "ApiKeyBearer"}] * 2
     assert "security" not in operations["/open"]
+
+
+async def test_the_openapi_document_shows_what_the_application_accepts(app: FastAPI) -> None:
+    """In place of the keys, with the scopes; what a route demands besides stays."""
+    set_security_schemes(
+        app,
+        APIKeyCookie(name="__Host-session", scheme_name="Session"),
+        HTTPBearer(bearerFormat="JWT", scheme_name="Token"),
+    )
+    own = APIKeyHeader(name="X-Admin", auto_error=False)
+
+    @app.get("/later", dependencies=[RequireScope("notes:read"), Security(own)])
+    async def later() -> None: ...
+
+    for _ in range(2):
+        document = (await request(app, "/openapi.json")).json()
+        assert document["components"]["securitySchemes"] == {
+            "Session": {"type": "apiKey", "in": "cookie", "name": "__Host-session"},
+            "Token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+            "APIKeyHeader": {"type": "apiKey", "in": "header", "name": "X-Admin"},
+        }
+        operations = {path: next(iter(item.values())) for path, item in document["paths"].items()}
+        assert operations["/notes"]["security"] == [{"Session": []}, {"Token": []}]
+        scopes = ["notes:read"]
+        assert operations["/later"]["security"] == [{"Session": scopes}, {"Token": scopes}, {"APIKeyHeader": []}]
+        assert "security" not in operations["/open"]
+
+
+async def test_keys_are_shown_beside_other_credentials(app: FastAPI) -> None:
+    """Where they are named; an application that uses no dependency from here is left alone."""
+    set_security_schemes(app, api_key_header, APIKeyCookie(name="__Host-session"))
+    document = (await request(app, "/openapi.json")).json()
+    assert set(document["components"]["securitySchemes"]) == {"ApiKey", "APIKeyCookie"}
+    bare = FastAPI()
+    before = bare.openapi()
+    set_security_schemes(bare, api_key_header)
+    assert bare.openapi() == before
+
+
+@pytest.mark.parametrize(
+    "schemes", [(), (object(),), (APIKeyCookie,), (APIKeyCookie(name="a"), APIKeyCookie(name="b"))]
+)
+def test_what_is_no_scheme_is_refused(schemes: tuple[Any, ...]) -> None:
+    """And two of one name, of which the document could show one alone."""
+    with pytest.raises(ConfigurationError):
+        set_security_schemes(FastAPI(), *schemes)
 
 
 async def test_an_application_without_the_middleware_is_told(tenancy: Tenancy) -> None:

@@ -14,9 +14,10 @@ from sqlalchemy import text
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.sessions import SessionMiddleware
-from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.asgi import (
@@ -28,10 +29,11 @@ from tenancy_orm.asgi import (
 )
 from tenancy_orm.asgi.tokens import JwtAuthenticator
 from tenancy_orm.authentication.credential import Credential
-from tenancy_orm.context import current_tenant_or_none
+from tenancy_orm.context import current_tenant, current_tenant_or_none
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.events import CredentialRejected, CrossTenantRequest
-from tests.support.asgi import Answer, request
+from tests.support.asgi import Answer, http_scope, request, websocket_scope
+from tests.support.connections import Server
 from tests.support.waiting import until
 
 
@@ -301,6 +303,49 @@ async def test_public_paths_bind_the_tenant_of_the_address(tenancy: Tenancy) -> 
         )
     ]
     assert {(answer.status, answer.body) for answer in refused} == {(404, refused[0].body)}
+
+
+async def test_what_a_visitor_has_open_ends_with_the_tenants_status(tenancy: Tenancy) -> None:
+    """A websocket and a stream; one to another tenant goes on."""
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        async for _ in websocket.iter_text():
+            await websocket.send_text(current_tenant().slug)
+
+    async def parts() -> AsyncIterator[bytes]:
+        while True:
+            yield current_tenant().slug.encode()
+            await asyncio.sleep(0.01)
+
+    async def stream(incoming: Request) -> StreamingResponse:
+        return StreamingResponse(parts())
+
+    inner = Starlette(routes=[WebSocketRoute("/p/talk", talk), Route("/p/stream", stream)])
+    app = TenancyMiddleware(inner, tenancy=tenancy, public=["/p/*"], resolvers=[PathPrefixResolver()])
+    servers = {
+        (kind, slug): Server(make(f"/t/{slug}/p/{kind}"))
+        for kind, make in (("talk", websocket_scope), ("stream", http_scope))
+        for slug in ("acme", "globex")
+    }
+    for (kind, _), server in servers.items():
+        first = {"type": "websocket.connect"} if kind == "talk" else {"type": "http.request", "body": b""}
+        server.incoming.put_nowait(first)
+    tasks = {key: server.serve(app) for key, server in servers.items()}
+    await until(lambda: all(server.sent for server in servers.values()))
+    await tenancy.tenants.suspend("acme")
+    await asyncio.wait_for(tasks["talk", "acme"], 10)
+    assert servers["talk", "acme"].sent[-1]["code"] == 4403
+    with pytest.raises(ClientDisconnect):  # what Starlette makes of it: the server cuts the answer short
+        await asyncio.wait_for(tasks["stream", "acme"], 10)
+    assert servers["stream", "acme"].sent[-1]["more_body"]
+    servers["talk", "globex"].incoming.put_nowait({"type": "websocket.receive", "text": "still there?"})
+    await until(lambda: servers["talk", "globex"].sent[-1].get("text") == "globex")
+    assert not tasks["stream", "globex"].done()
+    servers["talk", "globex"].incoming.put_nowait({"type": "websocket.disconnect", "code": 1000})
+    await asyncio.wait_for(tasks["talk", "globex"], 10)
+    tasks["stream", "globex"].cancel()
+    await asyncio.wait([tasks["stream", "globex"]])
 
 
 async def test_visitors_are_rated_by_address(tenancy_config: TenancyConfig) -> None:
