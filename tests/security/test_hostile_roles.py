@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import pytest_asyncio
 
 from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ProvisioningError
@@ -23,7 +24,7 @@ from tenancy_orm.provisioning.rotation import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
-from tests.support.arena import PURGE_SECONDS, Arena, hostile, open_arena
+from tests.support.arena import PURGE_SECONDS, Arena, Arenas, hostile, open_arenas
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,
@@ -35,6 +36,8 @@ from tests.support.waiting import until
 
 LOCKED = "55P03"
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
 def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postgres]:
@@ -43,10 +46,17 @@ def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postg
         yield running
 
 
-@pytest.fixture(params=["superuser", "plain"])
-async def arena(request: pytest.FixtureRequest, server: Postgres) -> AsyncIterator[Arena]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def arenas(server: Postgres) -> AsyncIterator[Arenas]:
+    """The arenas of that server."""
+    async with open_arenas(server) as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture(params=["superuser", "plain"], loop_scope="module")
+async def arena(request: pytest.FixtureRequest, arenas: Arenas) -> AsyncIterator[Arena]:
     """Two tenants, with either kind of administrator."""
-    async with open_arena(server, request.param) as opened:
+    async with arenas.arena(request.param) as opened:
         yield opened
 
 

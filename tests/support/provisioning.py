@@ -196,10 +196,15 @@ class Workshop:
         expected = {f"{kind} {name}" for name in found for kind in ("database", "role")}
         return await self.present() == expected and "provisioning" not in found.values()
 
+    async def close_others(self) -> None:
+        """Close the other processes' provisioners."""
+        while self.others:
+            await self.others.pop().close()
+
     async def close(self) -> None:
         """Close everything."""
-        for provisioner in (self.provisioner, *self.others):
-            await provisioner.close()
+        await self.close_others()
+        await self.provisioner.close()
         await self.servers.close()
         await self.control.close()
 
