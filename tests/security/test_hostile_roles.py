@@ -24,11 +24,13 @@ from tenancy_orm.provisioning.rotation import SecretManager
 from tenancy_orm.provisioning.scram import scram_verifier
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
-from tests.support.arena import PURGE_SECONDS, Arena, Arenas, hostile, open_arenas
+from tests.support.arena import PURGE_SECONDS, Arena, hostile, open_arena
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,
+    Workshops,
     names_of,
+    open_workshops,
     placement,
     running_server,
 )
@@ -47,16 +49,16 @@ def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postg
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def arenas(server: Postgres) -> AsyncIterator[Arenas]:
-    """The arenas of that server."""
-    async with open_arenas(server) as opened:
+async def workshops(server: Postgres) -> AsyncIterator[Workshops]:
+    """The workshops of that server."""
+    async with open_workshops(server) as opened:
         yield opened
 
 
 @pytest_asyncio.fixture(params=["superuser", "plain"], loop_scope="module")
-async def arena(request: pytest.FixtureRequest, arenas: Arenas) -> AsyncIterator[Arena]:
+async def arena(request: pytest.FixtureRequest, workshops: Workshops) -> AsyncIterator[Arena]:
     """Two tenants, with either kind of administrator."""
-    async with arenas.arena(request.param) as opened:
+    async with open_arena(workshops, request.param) as opened:
         yield opened
 
 

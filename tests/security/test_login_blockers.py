@@ -22,9 +22,9 @@ from tenancy_orm.migrations.services import FleetServices
 from tenancy_orm.postgres.failures import SERVER_FAILURES
 from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.tenant import Status
-from tests.support.arena import Arena, Arenas, hostile, open_arenas
+from tests.support.arena import Arena, hostile, open_arena
 from tests.support.postgres import Postgres
-from tests.support.provisioning import VERSIONS, placement, running_server
+from tests.support.provisioning import VERSIONS, Workshops, open_workshops, placement, running_server
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -38,16 +38,16 @@ def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postg
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def arenas(server: Postgres) -> AsyncIterator[Arenas]:
-    """The arenas of that server."""
-    async with open_arenas(server) as opened:
+async def workshops(server: Postgres) -> AsyncIterator[Workshops]:
+    """The workshops of that server."""
+    async with open_workshops(server) as opened:
         yield opened
 
 
 @pytest_asyncio.fixture(params=["superuser", "plain"], loop_scope="module")
-async def arena(request: pytest.FixtureRequest, arenas: Arenas) -> AsyncIterator[Arena]:
+async def arena(request: pytest.FixtureRequest, workshops: Workshops) -> AsyncIterator[Arena]:
     """Two tenants, with either kind of administrator."""
-    async with arenas.arena(request.param) as opened:
+    async with open_arena(workshops, request.param) as opened:
         yield opened
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,14 +14,8 @@ from tenancy_orm.postgres.errors import sqlstate_of
 from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.provisioning import roles
 from tenancy_orm.tenant import Status, Tenant
-from tests.support.control_databases import create_control_database, forget_tenants
 from tests.support.postgres import Postgres
-from tests.support.provisioning import (
-    Workshop,
-    open_workshop,
-    placement,
-    plain_administrator,
-)
+from tests.support.provisioning import Workshop, Workshops, placement
 
 PURGE_SECONDS = 30.0
 
@@ -103,58 +96,12 @@ async def hostile(workshop: Workshop, tenant: Tenant) -> AsyncIterator[Any]:
         connection.terminate()
 
 
-class Arenas:
-    """The arenas of a server, one after the other, in one event loop.
-
-    All with one kind of administrator share an installation and what has opened it: of each second that a new one would
-    take, the tenants are a tenth. An installation that a test leaves otherwise than it was is not used again.
-    """
-
-    def __init__(self, server: Postgres) -> None:
-        self._server = server
-        self._numbers = itertools.count(1)
-        self._workshops: dict[str, Workshop] = {}
-
-    @asynccontextmanager
-    async def arena(self, administrator: str) -> AsyncIterator[Arena]:
-        """Two tenants; the administrator is a "superuser" or a "plain" one. Nothing stays prepared after them."""
-        # not in the dictionary while it is used: whatever fails, the next arena has another installation
-        workshop = self._workshops.pop(administrator, None) or await self._open(administrator)
-        try:
-            async with AsyncExitStack() as stack:
-                mallory, acme = await workshop.create("mallory"), await workshop.create("acme")
-                yield Arena(self._server, workshop, mallory, acme, stack)
-            async with self._server.connect() as connection:
-                assert await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts") == 0
-            await workshop.close_others()
-            await self._server.drop_all(workshop.config.name_prefix, but=workshop.names)
-            await forget_tenants(self._server, workshop.config.control_url)
-        except BaseException:
-            await workshop.close()
-            raise
-        self._workshops[administrator] = workshop
-
-    async def _open(self, administrator: str) -> Workshop:
-        admin_url = self._server.admin_url
-        if administrator == "plain":
-            async with plain_administrator(self._server) as admin_url:
-                pass
-        control_url = await create_control_database(self._server, self._server.new_name("hostile"))
-        return await open_workshop(
-            control_url=control_url, admin_url=admin_url, name_prefix=f"h{next(self._numbers)}{administrator}"
-        )
-
-    async def close(self) -> None:
-        """Close what is open."""
-        while self._workshops:
-            await self._workshops.popitem()[1].close()
-
-
 @asynccontextmanager
-async def open_arenas(server: Postgres) -> AsyncIterator[Arenas]:
-    """Arenas for the body, which must not change event loops."""
-    arenas = Arenas(server)
-    try:
-        yield arenas
-    finally:
-        await arenas.close()
+async def open_arena(workshops: Workshops, administrator: str) -> AsyncIterator[Arena]:
+    """Two tenants; the administrator is a "superuser" or a "plain" one. Nothing stays prepared after them."""
+    async with workshops.workshop(administrator) as workshop:
+        async with AsyncExitStack() as stack:
+            mallory, acme = await workshop.create("mallory"), await workshop.create("acme")
+            yield Arena(workshops.server, workshop, mallory, acme, stack)
+        async with workshops.server.connect() as connection:
+            assert await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts") == 0
