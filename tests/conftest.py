@@ -139,10 +139,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         server.stop()
 
 
+def pytest_collection() -> None:
+    """Collect no garbage while tests are collected, which makes objects by the thousand and drops few."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Spare the garbage collector the tests themselves: thousands of objects that live as long as the process."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

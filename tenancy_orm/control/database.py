@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -214,7 +215,7 @@ class ControlDatabase:
             PoolerError: no DSN leads to PostgreSQL itself, or the one that should does not.
         """
         await self._check_direct()
-        expected = _script_directory().get_current_head()
+        expected = _head()
         async with self.connect() as connection:
             found = await connection.scalar(text("SELECT to_regclass('tenancy.alembic_version')::text"))
             if found is None:
@@ -381,8 +382,10 @@ class ControlDatabase:
                     raise ConfigurationError(foreign_schema(self.database))
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 await connection.commit()
-                async with one_migration():
-                    await connection.run_sync(_migrate, revision)
+                # Alembic reads every revision and runs an environment, even where there is nothing to do
+                if revision not in ("head", "heads") or await self._revisions(connection) != [_head()]:
+                    async with one_migration():
+                        await connection.run_sync(_migrate, revision)
                 await connection.commit()
                 if revision == "head":
                     await self._prepare_viewer(connection, administrator)
@@ -390,6 +393,13 @@ class ControlDatabase:
                 await connection.rollback()
                 await connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _MIGRATION_LOCK})
                 await connection.commit()
+
+    @staticmethod
+    async def _revisions(connection: AsyncConnection) -> list[str]:
+        """The revisions that a control database is at; none if nothing was ever migrated."""
+        if not await connection.scalar(text("SELECT to_regclass('tenancy.alembic_version') IS NOT NULL")):
+            return []
+        return list(await connection.scalars(text("SELECT version_num FROM tenancy.alembic_version")))
 
     async def _prepare_viewer(self, connection: AsyncConnection, administrator: asyncpg.Connection[Any] | None) -> None:
         # it is refused twice at most: one statement creates the role, and another grants it
@@ -492,6 +502,12 @@ def _alembic_config(connection: Connection | None = None) -> Config:
 
 def _script_directory() -> ScriptDirectory:
     return ScriptDirectory.from_config(_alembic_config())
+
+
+@functools.cache
+def _head() -> str | None:
+    """The newest revision, read once: this package's own files."""
+    return _script_directory().get_current_head()
 
 
 def _migrate(connection: Connection, revision: str) -> None:

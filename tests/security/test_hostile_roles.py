@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import pytest_asyncio
 
 from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ProvisioningError
@@ -27,13 +28,17 @@ from tests.support.arena import PURGE_SECONDS, Arena, hostile, open_arena
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,
+    Workshops,
     names_of,
+    open_workshops,
     placement,
     running_server,
 )
 from tests.support.waiting import until
 
 LOCKED = "55P03"
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
@@ -43,10 +48,17 @@ def server(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[Postg
         yield running
 
 
-@pytest.fixture(params=["superuser", "plain"])
-async def arena(request: pytest.FixtureRequest, server: Postgres) -> AsyncIterator[Arena]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def workshops(server: Postgres) -> AsyncIterator[Workshops]:
+    """The workshops of that server."""
+    async with open_workshops(server) as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture(params=["superuser", "plain"], loop_scope="module")
+async def arena(request: pytest.FixtureRequest, workshops: Workshops) -> AsyncIterator[Arena]:
     """Two tenants, with either kind of administrator."""
-    async with open_arena(server, request.param) as opened:
+    async with open_arena(workshops, request.param) as opened:
         yield opened
 
 

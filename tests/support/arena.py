@@ -14,15 +14,8 @@ from tenancy_orm.postgres.errors import sqlstate_of
 from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.provisioning import roles
 from tenancy_orm.tenant import Status, Tenant
-from tests.support.control_databases import create_control_database
 from tests.support.postgres import Postgres
-from tests.support.provisioning import (
-    Workshop,
-    lasting_control_database,
-    open_workshop,
-    placement,
-    plain_administrator,
-)
+from tests.support.provisioning import Workshop, Workshops, placement
 
 PURGE_SECONDS = 30.0
 
@@ -104,18 +97,11 @@ async def hostile(workshop: Workshop, tenant: Tenant) -> AsyncIterator[Any]:
 
 
 @asynccontextmanager
-async def open_arena(server: Postgres, administrator: str) -> AsyncIterator[Arena]:
+async def open_arena(workshops: Workshops, administrator: str) -> AsyncIterator[Arena]:
     """Two tenants; the administrator is a "superuser" or a "plain" one. Nothing stays prepared after them."""
-    async with AsyncExitStack() as stack:
-        admin_url = server.admin_url
-        if administrator == "plain":
-            admin_url = await stack.enter_async_context(plain_administrator(server))
-            control_url = await create_control_database(server, server.new_name("hostile"))
-        else:
-            control_url = await stack.enter_async_context(lasting_control_database(server, "h"))
-        workshop = await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix="h")
-        stack.push_async_callback(workshop.close)
-        yield Arena(server, workshop, await workshop.create("mallory"), await workshop.create("acme"), stack)
-        await stack.aclose()
-    async with server.connect() as connection:
-        assert await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts") == 0
+    async with workshops.workshop(administrator) as workshop:
+        async with AsyncExitStack() as stack:
+            mallory, acme = await workshop.create("mallory"), await workshop.create("acme")
+            yield Arena(workshops.server, workshop, mallory, acme, stack)
+        async with workshops.server.connect() as connection:
+            assert await connection.fetchval("SELECT count(*) FROM pg_prepared_xacts") == 0

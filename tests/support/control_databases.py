@@ -15,6 +15,11 @@ _known_templates: dict[UUID, str] = {}
 _READ_TEMPLATES = "SELECT coalesce(json_agg(t), '[]')::text FROM tenancy.templates AS t WHERE name = ANY($1)"
 _WRITE_TEMPLATES = "INSERT INTO tenancy.templates SELECT * FROM json_populate_recordset(NULL::tenancy.templates, $1)"
 
+_TABLES_OF_TENANTS = """
+SELECT array_agg(quote_ident(c.relname)) FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+WHERE a.attname = 'tenant_id' AND c.relnamespace = 'tenancy'::regnamespace AND c.relkind = 'r' AND NOT c.relispartition
+"""
+
 # The template of a server and an owner, by the server's URL and the owner's name. Each worker has its own: a clone
 # needs a template without connections.
 _templates: dict[tuple[str, str | None], str] = {}
@@ -61,6 +66,15 @@ async def drop_tenants(postgres: Postgres, control_url: str, prefix: str, names:
             _known_templates[names.installation] = await connection.fetchval(_READ_TEMPLATES, kept)
     except asyncpg.PostgresError:  # the test has dropped it, or its tables
         _known_templates.pop(names.installation, None)
+
+
+async def forget_tenants(postgres: Postgres, control_url: str) -> None:
+    """Delete every tenant from a control database, and what it knows of it but for the audit log."""
+    async with postgres.connect(postgres.database_of(control_url)) as connection:
+        names = await connection.fetchval(_TABLES_OF_TENANTS)
+        deletions = "".join(f"DELETE FROM tenancy.{name};" for name in (*names, "tenants"))
+        # no trigger refuses it, and no foreign key prescribes an order
+        await connection.execute(f"SET session_replication_role = replica; {deletions}")
 
 
 async def _create_template(postgres: Postgres, user: str | None, password: str | None) -> str:

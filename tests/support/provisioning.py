@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -32,7 +33,7 @@ from tenancy_orm.routing.servers import Servers
 from tenancy_orm.secrets.keyring import Keyring, new_password
 from tenancy_orm.tenant import Placement, Status, Tenant
 from tenancy_orm.testing import _programs, embedded
-from tests.support.control_databases import create_control_database, drop_tenants
+from tests.support.control_databases import create_control_database, drop_tenants, forget_tenants
 from tests.support.postgres import Postgres
 from tests.support.registry import synchronise
 
@@ -196,10 +197,15 @@ class Workshop:
         expected = {f"{kind} {name}" for name in found for kind in ("database", "role")}
         return await self.present() == expected and "provisioning" not in found.values()
 
+    async def close_others(self) -> None:
+        """Close the other processes' provisioners."""
+        while self.others:
+            await self.others.pop().close()
+
     async def close(self) -> None:
         """Close everything."""
-        for provisioner in (self.provisioner, *self.others):
-            await provisioner.close()
+        await self.close_others()
+        await self.provisioner.close()
         await self.servers.close()
         await self.control.close()
 
@@ -344,6 +350,66 @@ async def lasting_control_database(versioned: Postgres, prefix: str) -> AsyncIte
         await versioned.drop_all(prefix, but=names)
 
 
+class Workshops:
+    """The workshops of a server that tests use in turn, in one event loop: one with each kind of administrator.
+
+    What a workshop takes to open and to prepare the server is ten times what a tenant takes. One that a test leaves
+    otherwise than it was is not used again.
+
+    Args:
+        server: Where.
+        registry: Whether the control database is a plain user's, where the administrator is a plain one.
+        options: For ``open_workshop``.
+    """
+
+    def __init__(self, server: Postgres, *, registry: bool = False, **options: Any) -> None:
+        self.server = server
+        self._registry = registry
+        self._options = options
+        self._numbers = itertools.count(1)
+        self._idle: dict[str, Workshop] = {}
+
+    @asynccontextmanager
+    async def workshop(self, administrator: str) -> AsyncIterator[Workshop]:
+        """A workshop without tenants; the administrator is a "superuser" or a "plain" one."""
+        # not idle while it is used: whatever fails, the next test has another installation
+        workshop = self._idle.pop(administrator, None) or await self._open(administrator)
+        try:
+            yield workshop
+            await workshop.close_others()
+            await self.server.drop_all(workshop.config.name_prefix, but=workshop.names)
+            await forget_tenants(self.server, workshop.config.control_url)
+        except BaseException:
+            await workshop.close()
+            raise
+        self._idle[administrator] = workshop
+
+    async def _open(self, administrator: str) -> Workshop:
+        admin_url, owner = self.server.admin_url, None
+        if administrator == "plain":
+            owner = await registry_user(self.server) if self._registry else None
+            async with plain_administrator(self.server) as admin_url:
+                pass
+        control_url = await create_control_database(self.server, self.server.new_name(), owner=owner)
+        prefix = f"t{next(self._numbers)}{administrator}"
+        return await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix=prefix, **self._options)
+
+    async def close(self) -> None:
+        """Close those that are idle."""
+        while self._idle:
+            await self._idle.popitem()[1].close()
+
+
+@asynccontextmanager
+async def open_workshops(server: Postgres, **options: Any) -> AsyncIterator[Workshops]:
+    """Workshops for the body, which must not change event loops; ``options`` as for ``Workshops``."""
+    workshops = Workshops(server, **options)
+    try:
+        yield workshops
+    finally:
+        await workshops.close()
+
+
 # by server's URL and prefix
 _installations: dict[tuple[str, str], Names] = {}
 
@@ -364,20 +430,23 @@ async def superuser_workshop(versioned: Postgres, **config: Any) -> AsyncIterato
 @asynccontextmanager
 async def plain_workshop(versioned: Postgres, **config: Any) -> AsyncIterator[Workshop]:
     """A provisioner whose administrator has CREATEDB and CREATEROLE, and whose registry has a user of its own."""
-    if versioned.admin_url not in _registry_users:
-        user, password = versioned.new_name("registry"), new_password()
-        async with versioned.connect() as connection:
-            await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
-        _registry_users[versioned.admin_url] = user, password
-    control_url = await create_control_database(
-        versioned, versioned.new_name(), owner=_registry_users[versioned.admin_url]
-    )
+    control_url = await create_control_database(versioned, versioned.new_name(), owner=await registry_user(versioned))
     async with plain_administrator(versioned) as admin_url:
         opened = await open_workshop(control_url=control_url, admin_url=admin_url, name_prefix="plain", **config)
         try:
             yield opened
         finally:
             await opened.close()
+
+
+async def registry_user(server: Postgres) -> tuple[str, str]:
+    """Name and password of a plain user of that server."""
+    if server.admin_url not in _registry_users:
+        user, password = server.new_name("registry"), new_password()
+        async with server.connect() as connection:
+            await connection.execute(f"CREATE ROLE \"{user}\" LOGIN PASSWORD '{password}'")
+        _registry_users[server.admin_url] = user, password
+    return _registry_users[server.admin_url]
 
 
 # name and password, by the server's URL

@@ -20,7 +20,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -250,8 +251,7 @@ def main() -> None:
                     orders.detach()
                     for descriptor in (*children.values(), descriptors[0]):
                         os.close(descriptor)
-                    _become(**order, streams=descriptors[1:])
-                    return
+                    os._exit(_end_of(functools.partial(_become, **order, streams=descriptors[1:])))
                 children[child] = descriptors[0]
                 _tell(descriptors[0], child)
                 for descriptor in descriptors[1:]:
@@ -273,6 +273,30 @@ def _tell(descriptor: int, number: int) -> None:
     """Write a number, unless nobody reads it any more."""
     with contextlib.suppress(OSError):
         os.write(descriptor, f"{number}\n".encode())
+
+
+def _end_of(program: Callable[[], None]) -> int:
+    """Run a program, end it as Python does, and return its exit status.
+
+    All that Python does is done, but for taking its modules apart: these are another process's memory, and each page of
+    it that is written to is copied first.
+    """
+    status = 0
+    try:
+        program()
+    except SystemExit as exc:
+        if exc.code is not None and not isinstance(exc.code, int):
+            print(exc.code, file=sys.stderr)
+        status = exc.code if isinstance(exc.code, int) else exc.code is not None
+    except BaseException:  # noqa: BLE001 - what nobody caught
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    return status & 0xFF
 
 
 def _become(

@@ -9,6 +9,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import pytest_asyncio
 
 from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ConfigurationError, ProvisioningError
@@ -19,15 +20,32 @@ from tenancy_orm.provisioning.rotation import SecretManager
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
-from tests.support.provisioning import Workshop, mended, placement, plain_workshop, superuser_workshop
+from tests.support.provisioning import (
+    Workshop,
+    Workshops,
+    mended,
+    open_workshops,
+    placement,
+    plain_workshop,
+    superuser_workshop,
+)
 
 NOTHING = ReconcileReport()
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture(params=[superuser_workshop, plain_workshop], ids=["superuser", "plain"])
-async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> AsyncIterator[Workshop]:
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def workshops(versioned: Postgres) -> AsyncIterator[Workshops]:
+    """The workshops of that server."""
+    async with open_workshops(versioned, registry=True) as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture(params=["superuser", "plain"], loop_scope="module")
+async def workshop(request: pytest.FixtureRequest, workshops: Workshops) -> AsyncIterator[Workshop]:
     """A provisioner with either kind of administrator, on every version."""
-    async with request.param(versioned) as opened:
+    async with workshops.workshop(request.param) as opened:
         yield opened
 
 

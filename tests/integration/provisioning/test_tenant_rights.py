@@ -10,6 +10,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import pytest_asyncio
 
 from tenancy_orm.config import ProvisioningConfig
 from tenancy_orm.errors import ConfigurationError, ProvisioningError, SettingError
@@ -22,14 +23,17 @@ from tests.support.provisioning import (
     TABLES,
     ScriptSchema,
     Workshop,
+    Workshops,
     mended,
+    open_workshops,
     placement,
-    plain_workshop,
     superuser_workshop,
 )
 from tests.support.waiting import until
 
 NOTHING = ReconcileReport()
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 PAGE = Path(__file__).parents[3] / "docs" / "provisioning.md"
 
 # the refreshing function is the one of the page, for servers that have no MAINTAIN
@@ -47,10 +51,17 @@ CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1';
 ROWS = re.findall(r"^\| `([^|]+)` \| (yes|no|by [^|]+?) *\|$", PAGE.read_text("utf-8"), re.MULTILINE)
 
 
-@pytest.fixture(params=[superuser_workshop, plain_workshop], ids=["superuser", "plain"])
-async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> AsyncIterator[Workshop]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def workshops(versioned: Postgres) -> AsyncIterator[Workshops]:
+    """The workshops of that server."""
+    async with open_workshops(versioned, registry=True, schema=ScriptSchema(SCHEMA)) as opened:
+        yield opened
+
+
+@pytest_asyncio.fixture(params=["superuser", "plain"], loop_scope="module")
+async def workshop(request: pytest.FixtureRequest, workshops: Workshops) -> AsyncIterator[Workshop]:
     """A provisioner with either kind of administrator, on every version."""
-    async with request.param(versioned, schema=ScriptSchema(SCHEMA)) as opened:
+    async with workshops.workshop(request.param) as opened:
         yield opened
 
 
