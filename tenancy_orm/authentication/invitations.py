@@ -175,7 +175,7 @@ class InvitationManager:
                 reason=refusal.reason, subject=subject, tenant_id=tenant_id, slug=slug, invitation_id=refusal.id
             )
         )
-        await self._refusals.add(
+        self._refusals.add(
             Refusal(
                 "invitation.refuse", actor.id or subject, actor.source, refusal.reason, tenant_id, slug, kind=actor.kind
             )

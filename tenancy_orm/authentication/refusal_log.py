@@ -8,13 +8,9 @@ import time
 from contextvars import Context
 from typing import Final
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ..audit.actor import Actor
 from ..audit.log import AuditLog
-from ..context import run_unbound
 from ..control.database import ControlDatabase
-from ..errors import TenancyError
 from .refusals import Refusal, RefusalCounter
 
 logger = logging.getLogger("tenancy_orm.members")
@@ -25,7 +21,8 @@ _WRITE_SECONDS: Final = 10.0
 class RefusalLog:
     """Writes refused invitations to the audit log: at once, and those of the next seconds together.
 
-    Anybody who has logged in can try texts, and every entry takes the lock of the log.
+    Anybody who has logged in can try texts, and every entry takes the lock of the log. A task of its own writes: a
+    caller that disconnects cancels its request, and must not cancel the entry with it.
     """
 
     def __init__(self, control: ControlDatabase, audit: AuditLog) -> None:
@@ -34,28 +31,27 @@ class RefusalLog:
         self._counter = RefusalCounter()
         self._written_at = -_WRITE_SECONDS
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
-    async def add(self, refusal: Refusal) -> None:
+    def add(self, refusal: Refusal) -> None:
         """Count a refusal, and see that it is written."""
         self._counter.add(refusal)
-        wait = self._written_at + _WRITE_SECONDS - time.monotonic()
-        if wait <= 0:
-            # unbound: some of them may be of other tenants
-            await run_unbound(self._write())
-        elif self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._write_later(wait), context=Context())
+        if not self._closed and (self._task is None or self._task.done()):
+            # in a context without a tenant: some of them may be of other tenants than the bound one
+            self._task = asyncio.get_running_loop().create_task(self._write_repeatedly(), context=Context())
 
     async def close(self) -> None:
         """Write what is left."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         await self._write()
 
-    async def _write_later(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        await self._write()
+    async def _write_repeatedly(self) -> None:
+        while self._counter:
+            await asyncio.sleep(max(self._written_at + _WRITE_SECONDS - time.monotonic(), 0.0))
+            await self._write()
 
     async def _write(self) -> None:
         counted, self._counter = self._counter, RefusalCounter()
@@ -73,6 +69,8 @@ class RefusalLog:
                         actor=Actor(refusal.kind, refusal.actor_id, source=refusal.source),
                         detail=detail,
                     )
-        except (TenancyError, SQLAlchemyError) as exc:
-            logger.warning("refused invitations could not be written (%s); they are kept", type(exc).__name__)
+        except BaseException as exc:
             self._counter.add_all(counted)
+            if not isinstance(exc, Exception):
+                raise
+            logger.warning("refused invitations could not be written (%s); they are kept", type(exc).__name__)

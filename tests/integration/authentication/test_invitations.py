@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import pytest
@@ -16,6 +17,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication import refusal_log
 from tenancy_orm.authentication.invitation_rows import Invitation
 from tenancy_orm.authentication.invitation_text import InvitationSigner, InvitationText, Signed, parse_invitation
 from tenancy_orm.authentication.members import MemberManager
@@ -23,6 +25,7 @@ from tenancy_orm.authentication.refusals import MAX_WRITTEN
 from tenancy_orm.context import bind
 from tenancy_orm.errors import (
     ConfigurationError,
+    ControlUnavailableError,
     CrossTenantError,
     InvalidInvitationError,
     InvalidSubjectError,
@@ -34,6 +37,7 @@ from tenancy_orm.errors import (
 from tenancy_orm.events import InvitationRefused, MemberAdded, MemberChanged
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.control import ControlPlane, control_plane
+from tests.support.waiting import until
 
 ADA = Actor("operator", "ada")
 
@@ -239,6 +243,46 @@ async def test_a_flood_of_texts_is_counted(plane: ControlPlane, acme: Tenant) ->
     entries = await plane.audit.events(action="invitation.refuse")
     assert len(entries) < MAX_WRITTEN + 12
     assert sum((entry.detail or {})["count"] for entry in entries) == 2 * 90
+
+
+async def test_a_refusal_is_recorded_whoever_stops_waiting(plane: ControlPlane, acme: Tenant) -> None:
+    """Its caller gets the answer without waiting for the log, and closing interrupts what is being written."""
+
+    async def waiting() -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        async with plane.control.connect() as connection:
+            return int(await connection.scalar(text(query))) == 1
+
+    async with plane.control.transaction() as connection:
+        await connection.exec_driver_sql("SELECT FROM tenancy.audit_head FOR UPDATE")
+        async with asyncio.timeout(5):
+            with pytest.raises(InvalidInvitationError):
+                await plane.members.accept("forged", "mallory")
+        await until(waiting)
+        closing = asyncio.create_task(plane.members.close())
+        await asyncio.sleep(0)
+    await closing
+    (entry,) = await plane.audit.events(action="invitation.refuse")
+    assert (entry.actor.id, entry.detail) == ("mallory", {"reason": "malformed", "count": 1})
+
+
+async def test_a_refusal_is_written_when_the_log_can_be_again(
+    plane: ControlPlane, acme: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is refused any more."""
+    monkeypatch.setattr(refusal_log, "_WRITE_SECONDS", 0.05)
+    with monkeypatch.context() as away:
+        away.setattr(plane.audit, "append", AsyncMock(side_effect=ControlUnavailableError("away")))
+        with pytest.raises(InvalidInvitationError):
+            await plane.members.accept("forged", "mallory")
+        await until(lambda: plane.audit.append.await_count == 2)  # type: ignore[attr-defined]
+
+    async def written() -> bool:
+        return len(await plane.audit.events(action="invitation.refuse")) == 1
+
+    await until(written)
+    await plane.members.close()
+    assert await written()
 
 
 async def test_what_is_no_text_of_an_invitation_is_refused(plane: ControlPlane, acme: Tenant) -> None:
