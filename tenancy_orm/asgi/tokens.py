@@ -17,7 +17,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from ..authentication.cache import put_bounded
-from ..authentication.credential import ALL_SCOPES, Credential
+from ..authentication.credential import ALL_SCOPES, Credential, is_name
 from ..authentication.issuer import IssuerKeys, KeySource
 from ..authentication.jwks import SECRET_ALGORITHMS, check_algorithms, import_jwt, read_keys, read_secret
 from ..authentication.tokens import (
@@ -28,7 +28,6 @@ from ..authentication.tokens import (
     VerifiedToken,
     VerifiedTokens,
     is_compact,
-    is_name,
     refused,
     unverified_issuer,
 )

@@ -18,6 +18,7 @@ CredentialKind = Literal["key", "token", "session", "anonymous"]
 
 CREDENTIAL_KINDS: Final[tuple[CredentialKind, ...]] = ("key", "token", "session", "anonymous")
 
+MAX_NAME_CHARS: Final = 255  # of a subject, an id, a tenant
 ALL_SCOPES: Final = "*"
 """The scope that includes every other one."""
 
@@ -28,6 +29,11 @@ _NO_CLAIMS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 def _no_claims() -> Mapping[str, Any]:
     return _NO_CLAIMS
+
+
+def is_name(value: object) -> bool:
+    """Whether this is a text that may be a subject, an id or a tenant: neither empty, nor long, nor unprintable."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and value.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,9 @@ class Credential:
         """Settle the defaults that depend on other fields."""
         if self.kind not in CREDENTIAL_KINDS:
             raise ConfigurationError(f"a credential's kind is one of {', '.join(CREDENTIAL_KINDS)}, not {self.kind!r}")
+        # an application's number of a user, for example
+        if any(not isinstance(given, str) for given in (self.subject, self.id)):
+            raise ConfigurationError("a credential's subject and id are texts: pass str(user.id), not a number or UUID")
         _refuse_text(self.tenants, self.scopes)
         for name in ("expires_at", "issued_at"):
             moment: datetime | None = getattr(self, name)

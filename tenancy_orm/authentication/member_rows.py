@@ -15,8 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..config import MembersConfig
 from ..control.models import members
 from ..errors import ConfigurationError, InvalidSubjectError, UnknownRoleError
-
-_SUBJECT_LENGTH = 255
+from .credential import is_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,7 @@ def check_subject(subject: str, what: str = "a subject") -> str:
     Raises:
         InvalidSubjectError: it is empty, too long, or has characters that cannot be printed.
     """
-    given: object = subject  # a claim of a token may be anything
-    if not isinstance(given, str) or not 1 <= len(given) <= _SUBJECT_LENGTH or not given.isprintable():
+    if not is_name(subject):
         raise InvalidSubjectError(what)
     return subject
 

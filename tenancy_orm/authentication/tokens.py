@@ -18,11 +18,10 @@ from typing import Any, Final
 
 from ..errors import InvalidCredentialError
 from .cache import SecondChance
-from .credential import Credential
+from .credential import Credential, is_name
 from .jwks import KeySet, VerifyingKey, import_jwt, load_json
 
 MAX_TOKEN_CHARS: Final = 16_384
-MAX_NAME_CHARS: Final = 255  # of a subject, an id, a tenant
 
 _COMPACT = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _LAST_SECOND: Final = 253_402_300_799 - 86_400  # of the year 9999, less what a leeway may add
@@ -206,11 +205,6 @@ def refused(reason: str, verified: Mapping[str, Any] | None = None) -> InvalidCr
     return InvalidCredentialError(
         reason, kind="token", credential_id=None if verified is None else _text_or_none(verified.get("jti"))
     )
-
-
-def is_name(value: object) -> bool:
-    """Whether this is a text that may be a subject, an id or a tenant: neither empty, nor long, nor unprintable."""
-    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and value.isprintable()
 
 
 def _text_or_none(value: object) -> str | None:

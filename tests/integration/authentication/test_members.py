@@ -22,6 +22,7 @@ from tenancy_orm.control.notifications import Change, Listener
 from tenancy_orm.errors import (
     ConfigurationError,
     CrossTenantError,
+    InvalidCredentialError,
     InvalidSubjectError,
     TenantNotFoundError,
     UnknownRoleError,
@@ -120,6 +121,27 @@ async def test_a_malformed_subject_is_refused_everywhere(plane: ControlPlane, ac
             with pytest.raises(InvalidSubjectError, match="a subject must be 1 to 255 printable characters"):
                 await call
     assert await members.list(acme) == []
+
+
+async def test_a_malformed_credential_takes_nobody_else_with_it(plane: ControlPlane, acme: Tenant) -> None:
+    """PostgreSQL refuses some texts, with all look-ups of one query, which would count as an outage."""
+    await plane.members.add(acme, "alice")
+    subjects = plane.directory.subjects
+    malformed = [Credential("session", text) for text in ("", "\ud800", "a" * 256, "a\nb")]
+    malformed += [Credential("session", "bob", id=text) for text in ("a\x00", "\ud800", "a" * 256)]
+    alice, *refused = await asyncio.gather(
+        *(subjects.allowed(each) for each in (Credential("session", "alice"), *malformed)), return_exceptions=True
+    )
+    assert [str(one.reason) for one in refused if isinstance(one, InvalidCredentialError)] == [
+        *["subject"] * 4,
+        *["id"] * 3,
+    ]
+    assert not isinstance(alice, BaseException) and [one.tenant for one in alice.memberships] == [acme]
+    assert plane.directory.statistics.control_available
+    number: Any = 7
+    for wrong in ({"subject": number}, {"subject": "bob", "id": number}):
+        with pytest.raises(ConfigurationError, match=r"pass str\(user.id\)"):
+            Credential("session", **wrong)
 
 
 async def test_any_printable_subject_is_taken_as_it_is(plane: ControlPlane, acme: Tenant) -> None:
