@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -37,9 +38,11 @@ from ..postgres import connections, login
 from ..postgres.connections import Connection as DriverConnection
 from ..postgres.dsn import Dsn
 from ..postgres.errors import (
+    DEADLOCK_DETECTED,
     INSUFFICIENT_PRIVILEGE,
     INVALID_CATALOG_NAME,
     INVALID_PARAMETER_VALUE,
+    LOCK_NOT_AVAILABLE,
     NO_ACTIVE_TRANSACTION,
     sqlstate_of,
 )
@@ -58,6 +61,13 @@ logger = logging.getLogger("tenancy_orm.control")
 # The advisory lock key of the control database's migrations: one process at a time runs them.
 _MIGRATION_LOCK = 0x74656E616E637900
 
+# Who comes after an ALTER TABLE that waits for a lock waits behind it, so a migration waits for a moment at a time.
+_LOCK_TIMEOUT = "2s"
+_LOCK_PAUSE = 1.0
+_LOCK_SECONDS = 60.0
+_SET_LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :timeout, true)")
+_BUSY = (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED)
+
 _NOTIFY = text("SELECT pg_notify(:channel, payload) FROM unnest(CAST(:payloads AS text[])) AS payload")
 
 _CONTROL_POOLER = (
@@ -68,6 +78,8 @@ _LISTEN_POOLER = (
     "control.listen_url must be the database's own address, and a connection pooler answers at {address}: {reason}"
 )
 # Tables in a schema of the same name that no migration of this package has made: its first one makes "installation".
+_HAS_REVISION = text("SELECT to_regclass('tenancy.alembic_version') IS NOT NULL")
+_REVISION = text("SELECT version_num FROM tenancy.alembic_version")
 _OTHERS_SCHEMA = text(
     "SELECT to_regclass('tenancy.installation') IS NULL AND EXISTS (SELECT FROM pg_class c WHERE c.relkind IN "
     "('r', 'p', 'v', 'm', 'f') AND c.relnamespace = to_regnamespace('tenancy') AND c.relname <> 'alembic_version')"
@@ -217,11 +229,11 @@ class ControlDatabase:
         await self._check_direct()
         expected = _head()
         async with self.connect() as connection:
-            found = await connection.scalar(text("SELECT to_regclass('tenancy.alembic_version')::text"))
-            if found is None:
+            if not await connection.scalar(_HAS_REVISION):
                 raise ControlSchemaError("the control database is not initialised; run: tenancy init")
-            revision = await connection.scalar(text("SELECT version_num FROM tenancy.alembic_version"))
+            revision = await connection.scalar(_REVISION)
             if revision != expected:
+                _refuse_later([revision])
                 raise ControlSchemaError(
                     f"the control database is at revision {revision}, this version needs {expected}; run: tenancy init"
                 )
@@ -348,6 +360,9 @@ class ControlDatabase:
     async def upgrade(self, revision: str = "head", *, administrator: asyncpg.Connection[Any] | None = None) -> None:
         """Upgrade the schema to ``revision``; one process does so at a time, and the others wait for it.
 
+        Where another session holds a lock that it needs, a backup for example, it tries again for a minute, and lets
+        the application's work through in between.
+
         At the head it also creates the viewer role that ``viewing`` uses, and grants its rights.
 
         Args:
@@ -356,7 +371,8 @@ class ControlDatabase:
                 this one may not. The caller closes it.
 
         Raises:
-            ControlUnavailableError: the server does not answer.
+            ControlUnavailableError: the server does not answer, or another session holds a lock for too long.
+            ControlSchemaError: a later version of this package has upgraded the schema.
             ConfigurationError: the schema ``tenancy`` is another application's.
             AdministratorNeededError: this role may not create the viewer role, and there is no administrator.
             PoolerError: no DSN leads to PostgreSQL itself.
@@ -381,12 +397,13 @@ class ControlDatabase:
                 if await connection.scalar(_OTHERS_SCHEMA):
                     raise ConfigurationError(foreign_schema(self.database))
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+                revisions = await self._revisions(connection)
                 await connection.commit()
-                # Alembic reads every revision and runs an environment, even where there is nothing to do
-                if revision not in ("head", "heads") or await self._revisions(connection) != [_head()]:
+                if revision not in ("head", "heads") or revisions != [_head()]:
+                    _refuse_later(revisions)
+                    # Alembic reads every revision and runs an environment, even where there is nothing to do
                     async with one_migration():
-                        await connection.run_sync(_migrate, revision)
-                await connection.commit()
+                        await self._migrate(connection, revision)
                 if revision == "head":
                     await self._prepare_viewer(connection, administrator)
             finally:
@@ -397,9 +414,29 @@ class ControlDatabase:
     @staticmethod
     async def _revisions(connection: AsyncConnection) -> list[str]:
         """The revisions that a control database is at; none if nothing was ever migrated."""
-        if not await connection.scalar(text("SELECT to_regclass('tenancy.alembic_version') IS NOT NULL")):
-            return []
-        return list(await connection.scalars(text("SELECT version_num FROM tenancy.alembic_version")))
+        return list(await connection.scalars(_REVISION)) if await connection.scalar(_HAS_REVISION) else []
+
+    async def _migrate(self, connection: AsyncConnection, revision: str) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                # for this transaction, which Alembic joins
+                await connection.execute(_SET_LOCK_TIMEOUT, {"timeout": _LOCK_TIMEOUT})
+                await connection.run_sync(_migrate, revision)
+                await connection.commit()
+                return
+            except (DBAPIError, asyncpg.PostgresError) as exc:
+                if sqlstate_of(exc) not in _BUSY:
+                    raise
+                await connection.rollback()
+                if time.monotonic() >= deadline:
+                    raise ControlUnavailableError(
+                        f"the control database {self.dsn} cannot be upgraded: another session, a backup or a long "
+                        "query for example, keeps a table locked; end it, or try again when it has ended; nothing was "
+                        "changed"
+                    ) from exc
+            logger.info("the control database is not upgraded yet: another session keeps a table locked; trying again")
+            await asyncio.sleep(_LOCK_PAUSE)
 
     async def _prepare_viewer(self, connection: AsyncConnection, administrator: asyncpg.Connection[Any] | None) -> None:
         # it is refused twice at most: one statement creates the role, and another grants it
@@ -508,6 +545,16 @@ def _script_directory() -> ScriptDirectory:
 def _head() -> str | None:
     """The newest revision, read once: this package's own files."""
     return _script_directory().get_current_head()
+
+
+def _refuse_later(revisions: Sequence[str | None]) -> None:
+    """Refuse a schema at a revision of a later version of this package."""
+    own = {script.revision for script in _script_directory().walk_revisions()}
+    if later := [revision for revision in revisions if revision is not None and revision not in own]:
+        raise ControlSchemaError(
+            f"the control database is at revision {later[0]}, which this version of tenancy_orm does not have: a later "
+            "one has upgraded it; install that version"
+        )
 
 
 def _migrate(connection: Connection, revision: str) -> None:

@@ -470,6 +470,12 @@ async def test_an_upgrade_keeps_an_application_that_was_granted_before(two: Two,
         assert await seen(connection, "api_keys", "tenant_id") == {two.acme.id, two.globex.id}
     async with application.control.viewing(two.acme.id) as connection:
         assert await seen(connection, "api_keys", "tenant_id") == {two.acme.id}
+    # what later revisions added is granted as well, and a partition of next year takes the check of the former ones
+    await application.members.add("acme", "carol", actor=Actor("session", "carol"))
+    await application.revocations.add(subject="carol", actor=Actor("token", "carol"))
+    assert [member.subject for member in await application.members.list("acme")] == ["carol"]
+    assert await application.audit.ensure_partitions(12) > 0
+    assert (await two.plane.audit.verify()).ok
 
 
 @pytest.fixture

@@ -19,7 +19,9 @@ from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from tenancy_orm.control import database as control_database
 from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.errors import ControlSchemaError, ControlUnavailableError
 from tenancy_orm.migrations import local
 from tests.support.alembic_proxies import assert_nothing_is_active, run_plain_alembic, uninstall
 from tests.support.postgres import Postgres
@@ -74,6 +76,44 @@ async def test_an_environment_that_is_active_stays_active(proxies: str, empty_ur
         alembic.op.drop_table("own")
     assert buffer.getvalue() == "DROP TABLE own;\n\n"
     assert_nothing_is_active()
+
+
+async def test_an_upgrade_lets_others_through_while_it_waits_for_a_lock(
+    empty_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backup holds a lock on every table, and whoever comes after a waiting ALTER TABLE waits behind it."""
+    monkeypatch.setattr(control_database, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(control_database, "_LOCK_PAUSE", 0.05)
+    async with control(empty_url) as database, contextlib.AsyncExitStack() as stack:
+        await database.upgrade("0012_key_checks")
+        backup, application = [await asyncpg.connect(empty_url) for _ in range(2)]
+        for connection in (backup, application):
+            stack.push_async_callback(connection.close)
+        async with backup.transaction():
+            await backup.fetchval("SELECT count(*) FROM tenancy.audit_log")
+            with monkeypatch.context() as impatient:
+                impatient.setattr(control_database, "_LOCK_SECONDS", 0.0)
+                with pytest.raises(ControlUnavailableError, match="a backup or a long query"):
+                    await database.upgrade()
+            upgrading = asyncio.create_task(database.upgrade())
+            for _ in range(5):
+                for statement in ("UPDATE tenancy.tenants SET reason = ''", "SELECT FROM tenancy.audit_log"):
+                    await application.execute(statement, timeout=5)
+                await asyncio.sleep(0.05)
+            assert not upgrading.done()
+        await upgrading
+        await database.open()
+
+
+async def test_a_schema_of_a_later_version_is_left_alone(empty_url: str) -> None:
+    """During a rolling deploy a process of the former version may start after the upgrade; it says what to install."""
+    async with control(empty_url) as database:
+        await database.upgrade()
+        async with database.transaction() as connection:
+            await connection.exec_driver_sql("UPDATE tenancy.alembic_version SET version_num = '9999_later'")
+        for call in (database.open, database.upgrade):
+            with pytest.raises(ControlSchemaError, match=r"at revision 9999_later.*install that version"):
+                await call()
 
 
 async def test_two_control_databases_can_be_upgraded_at_once(proxies: str, postgres: Postgres) -> None:
