@@ -66,6 +66,9 @@ def _read_roles(value: object) -> object:
         pairs = [item.partition("=") for item in value.split(";") if item.strip()]
         if not all(separator for _, separator, _ in pairs):
             raise ValueError("must be role=scope scope, separated by semicolons")
+        named = [role.strip() for role, _, _ in pairs]
+        if len(set(named)) < len(named):
+            raise ValueError("must name each role once")
         value = {role.strip(): given.split() for role, _, given in pairs}
     if not isinstance(value, Mapping) or any(isinstance(scopes, str) for scopes in value.values()):
         raise ValueError("must be a table of lists of scopes, by role")

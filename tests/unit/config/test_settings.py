@@ -39,6 +39,7 @@ KEY = base64.b64encode(bytes(32)).decode()
         ({"keys": {"prefix": "Bad"}}, "keys.prefix: must be"),
         ({"keys": {"prefixes": ["Bad"]}}, "keys.prefixes: must be"),
         ({"members": {"roles": "owner"}}, "members.roles: must be role=scope scope"),
+        ({"members": {"roles": "owner=*;owner=a"}}, "members.roles: must name each role once"),
         ({"members": {"roles": {"owner": "*"}}}, "members.roles: must be a table of lists of scopes"),
         ({"members": {"roles": {"owner": 3}}}, "members.roles: must be a table of lists of scopes"),
         ({"members": {"roles": {"the owner": ["*"]}}}, "members.roles: 'the owner' is not the name of a role"),
