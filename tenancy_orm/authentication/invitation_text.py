@@ -104,16 +104,20 @@ class InvitationSigner:
         """Also verify with these keys from now on, and sign with the last of them."""
         self._add(keys)
 
-    async def has_new_keys(self) -> bool:
-        """Read the keys that other processes have made; returns whether there are any."""
-        if self._read is None:
-            return False
-        known = len(self._keys)
-        try:
-            await self._read()
-        except TenancyError as exc:
-            logger.warning("the keys of invitations cannot be read (%s)", exc)
-        return len(self._keys) > known
+    @property
+    def key_ids(self) -> frozenset[str]:
+        """The keys that ``verify`` tries."""
+        return frozenset(self._keys)
+
+    async def has_keys_besides(self, tried: frozenset[str]) -> bool:
+        """Whether there are keys besides those that were tried; reads those that other processes have made."""
+        # another caller may have read them since
+        if self._read is not None and self.key_ids <= tried:
+            try:
+                await self._read()
+            except TenancyError as exc:
+                logger.warning("the keys of invitations cannot be read (%s)", exc)
+        return not self.key_ids <= tried
 
     def _add(self, keys: Mapping[str, bytes]) -> None:
         self._keys.update((key_id, _derive(key)) for key_id, key in keys.items())

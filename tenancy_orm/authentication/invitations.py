@@ -127,8 +127,8 @@ class InvitationManager:
     async def accept(self, text: str, subject: str, *, actor: Actor | None = None) -> Member:
         """Make ``subject`` a member, once. A member keeps the roles that it has, and gets those of the invitation.
 
-        The same subject may accept it again for as long as it is a member, which changes nothing: the answer to the
-        first time may have been lost.
+        For thirty days the same subject may accept it again while it is a member, which changes nothing: the answer to
+        the first time may have been lost.
 
         Args:
             text: The text of the invitation.
@@ -161,12 +161,13 @@ class InvitationManager:
         parsed = parse_invitation(text)
         refusal = _Refused("malformed")
         while parsed is not None:
+            tried = self._signer.key_ids
             try:
                 return await use(parsed)
             except _Refused as refused:
                 refusal = refused
             # one that is not forged may be signed by a key that another process has made; read with no row locked
-            if refusal.reason != "signature" or not await self._signer.has_new_keys():
+            if refusal.reason != "signature" or not await self._signer.has_keys_besides(tried):
                 break
         # outside of the handler: the reason must not reach whoever prints the error with its context
         tenant_id, slug = refusal.owner
@@ -328,8 +329,10 @@ class InvitationManager:
         """
         refuse_while_bound("pruning invitations")
         async with self._control.transaction() as connection:
-            old = invitations.c.expires_at < func.now() - _KEPT
-            return (await connection.execute(delete(invitations).where(old))).rowcount
+            row = invitations.c
+            # of those that are set
+            ended_at = func.least(row.expires_at, row.accepted_at, row.withdrawn_at)
+            return (await connection.execute(delete(invitations).where(ended_at < func.now() - _KEPT))).rowcount
 
 
 class _Refused(Exception):  # noqa: N818 - it never leaves this module

@@ -455,7 +455,10 @@ async def test_keys_are_rotated_and_other_installations_are_strangers(plane: Con
     issued = signer.issue(signed)
     assert signer.verify(issued, signed)
     assert not InvitationSigner(UUID(int=2), old).verify(issued, signed)
+    tried = signer.key_ids
+    assert not await signer.has_keys_besides(tried)
     await signer.add_keys(new)
+    assert await signer.has_keys_besides(tried), "another caller has read them since"
     assert signer.verify(issued, signed) and signer.verify(signer.issue(signed), signed)
     assert not InvitationSigner(UUID(int=1), old).verify(signer.issue(signed), signed)
     assert "k" * 32 not in repr(signer) and issued.secret.hex() not in repr(issued)
@@ -469,6 +472,16 @@ async def test_old_invitations_are_removed_after_thirty_days(plane: ControlPlane
     for _ in range(2):
         await plane.members.invite(acme, expires_in=0.001, email="bob@example.com")
     pending, _ = await invite(plane)
+    for column in ("accepted_at", "withdrawn_at"):
+        made, secret = await invite(plane, expires_in=timedelta(days=3_000))
+        await (plane.members.accept(secret, "bob") if column == "accepted_at" else plane.members.withdraw(made.id))
+        assert await plane.members.prune_invitations() == 0
+        await sql(
+            plane,
+            f"UPDATE tenancy.invitations SET {column} = now() - interval '31 days' WHERE id = :id",
+            id=made.id,
+        )
+        assert await plane.members.prune_invitations() == 1
     assert await plane.members.prune_invitations() == 0
     assert [each.state for each in await plane.members.invitations(acme)] == ["expired", "expired", "pending"]
     async with plane.control.transaction() as connection:
