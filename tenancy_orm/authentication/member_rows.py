@@ -17,6 +17,10 @@ from ..control.models import members
 from ..errors import ConfigurationError, InvalidSubjectError, UnknownRoleError
 from .credential import is_name
 
+# of unknown roles in an error
+_MAX_NAMED = 10
+_ROLE_LENGTH = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -48,12 +52,14 @@ def check_roles(roles: Iterable[str], config: MembersConfig) -> list[str]:
     """
     if isinstance(roles, str):
         raise ConfigurationError("roles must be a sequence of roles, not one string")
-    found = list(dict.fromkeys(roles))
-    if unknown := tuple(str(role) for role in found if role not in config.roles):
-        raise UnknownRoleError(unknown, tuple(config.roles))
-    if not found:
+    given: list[object] = list(roles)  # of a JSON body, for example
+    unknown = [role for role in given if not isinstance(role, str) or role not in config.roles]
+    if unknown:
+        named = (role if isinstance(role, str) else repr(role) for role in unknown[:_MAX_NAMED])
+        raise UnknownRoleError(tuple(name[:_ROLE_LENGTH] for name in named), tuple(config.roles))
+    if not given:
         raise ConfigurationError("a member has at least one role; to end a membership, remove the member")
-    return sorted(found)
+    return sorted({role for role in given if isinstance(role, str)})
 
 
 async def put_member(

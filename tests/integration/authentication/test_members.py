@@ -160,6 +160,10 @@ async def test_an_unknown_role_is_refused_with_those_that_are_known(plane: Contr
     ) as caught:
         await plane.members.add(acme, "alice", ["boss", "owner", "king"])
     assert (caught.value.roles, caught.value.known) == (("boss", "king"), ("owner", "admin", "member"))
+    anything: list[Any] = [{"role": "owner"}, "x" * 10_000, *map(str, range(1_000))]
+    with pytest.raises(UnknownRoleError) as caught:
+        await plane.members.add(acme, "alice", anything)
+    assert caught.value.roles[:2] == ("{'role': 'owner'}", "x" * 64) and len(str(caught.value)) < 500
     for roles, message in (("owner", "not one string"), ((), "at least one role")):
         with pytest.raises(ConfigurationError, match=message):
             await plane.members.add(acme, "alice", roles)
