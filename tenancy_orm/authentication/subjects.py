@@ -28,6 +28,8 @@ from .member_rows import check_subject
 from .tenant_directory import TenantDirectory
 
 _MAX_TENANTS = 1_000  # that one credential may name
+# tenants looked up at one time: those of somebody who is a member everywhere must not fill the queue for everybody else
+_PAGE = 200
 _GONE = frozenset({Status.DELETED, Status.PURGED})
 
 Named = tuple[str | None, ...]
@@ -162,7 +164,10 @@ class SubjectDirectory:
             if len(credential.tenants) > _MAX_TENANTS:
                 raise InvalidCredentialError("too many tenants", kind=credential.kind, credential_id=credential.id)
             wanted = dict.fromkeys((as_reference(name) for name in credential.tenants), frozenset())
-        tenants = await asyncio.gather(*(self._tenant(reference) for reference in wanted))
+        references, tenants = list(wanted), []
+        for start in range(0, len(references), _PAGE):
+            page = references[start : start + _PAGE]
+            tenants += await asyncio.gather(*(self._tenant(reference) for reference in page))
         found = {
             tenant.id: Membership(tenant, roles)
             for tenant, roles in zip(tenants, wanted.values(), strict=True)

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from tenancy_orm import Tenancy
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication import subjects as subject_directory
 from tenancy_orm.authentication.credential import Credential, Membership
 from tenancy_orm.context import bind
 from tenancy_orm.control.notifications import Change, Listener
@@ -142,6 +143,28 @@ async def test_a_malformed_credential_takes_nobody_else_with_it(plane: ControlPl
     for wrong in ({"subject": number}, {"subject": "bob", "id": number}):
         with pytest.raises(ConfigurationError, match=r"pass str\(user.id\)"):
             Credential("session", **wrong)
+
+
+async def test_a_member_of_every_tenant_does_not_make_everybody_wait(
+    plane: ControlPlane, acme: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tenants are looked up some at a time, and others' look-ups in between."""
+    monkeypatch.setattr(subject_directory, "_PAGE", 2)
+    await plane.members.add(acme, "alice")
+    for number in range(5):
+        tenant, _ = await plane.tenant(f"t-{number}")
+        await plane.members.add(tenant, "staff")
+    plane.directory.invalidate()
+    batch, asked = plane.directory._lookups._tenants, []
+    load = batch._load
+
+    async def recorded(wanted: list[Any]) -> Any:
+        asked.append(len(wanted))
+        return await load(wanted)
+
+    monkeypatch.setattr(batch, "_load", recorded)
+    found = await plane.directory.subjects.allowed(Credential("session", "staff"))
+    assert (len(found.memberships), asked) == (5, [2, 2, 1])
 
 
 async def test_any_printable_subject_is_taken_as_it_is(plane: ControlPlane, acme: Tenant) -> None:
