@@ -30,6 +30,7 @@ from .tenant_directory import TenantDirectory
 _MAX_TENANTS = 1_000  # that one credential may name
 # tenants looked up at one time: those of somebody who is a member everywhere must not fill the queue for everybody else
 _PAGE = 200
+_MAX_TAGGED = 200  # tenants that one cached credential is found by
 _GONE = frozenset({Status.DELETED, Status.PURGED})
 
 Named = tuple[str | None, ...]
@@ -215,7 +216,9 @@ class SubjectDirectory:
             # a change came while it was looked up, or may have (0), of which nobody has told this admission
             self._admissions.verify(state.credential_id)
         else:
-            tags = (*tags, *(membership.tenant.id for membership in allowed.memberships))
+            # with more, a change of another tenant than the chosen one shows in the memberships after the TTL
+            shown = allowed.memberships if len(allowed.memberships) <= _MAX_TAGGED else (chosen,)
+            tags = (*tags, *(membership.tenant.id for membership in shown))
             entry = _Admitted(admitted, fresh_until if expires is None else min(fresh_until, expires), now, tags)
             self._store(self._admitted, _key(credential, named), entry, tags)
         return admitted

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import UUID
 
 import pytest
 from starlette.applications import Starlette
@@ -165,6 +166,19 @@ async def test_a_member_of_every_tenant_does_not_make_everybody_wait(
     monkeypatch.setattr(batch, "_load", recorded)
     found = await plane.directory.subjects.allowed(Credential("session", "staff"))
     assert (len(found.memberships), asked) == (5, [2, 2, 1])
+
+    # nor does what is cached of it grow with the number of its tenants, for each of them
+    subjects, credential = plane.directory.subjects, Credential("session", "staff")
+    for most, tagged in ((5, 5), (4, 1)):
+        monkeypatch.setattr(subject_directory, "_MAX_TAGGED", most)
+        subjects.clear()
+        allowed = await subjects.allowed(credential)
+        chosen = allowed.memberships[3]
+        assert subjects.admit(credential, allowed, chosen, ("t-3",)).memberships == allowed.memberships
+        assert len([tag for tag in subjects._by_tag if isinstance(tag, UUID)]) == tagged
+        assert subjects.peek(credential, ("t-3",)) is not None
+        plane.directory.invalidate(chosen.tenant.id)
+        assert subjects.peek(credential, ("t-3",)) is None
 
 
 async def test_any_printable_subject_is_taken_as_it_is(plane: ControlPlane, acme: Tenant) -> None:
