@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.audit.actor import Actor
+from tenancy_orm.authentication.admission import Admission, AdmissionEnd
 from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.authentication.revocations import Revocation
 from tenancy_orm.context import bind
@@ -169,3 +171,45 @@ async def test_housekeeping_prunes_what_has_ended(tenancy: Tenancy) -> None:
     chores = (await tenancy.run_housekeeping()).chores
     assert (chores["prune_revocations"], chores["prune_invitations"]) == (1, 1)
     assert await tenancy.revocations.list() == [kept]
+
+
+@pytest.mark.parametrize("listening", [True, False], ids=["notified", "listener lost"])
+async def test_what_is_open_in_another_process_ends(control_url: str, listening: bool) -> None:
+    """When a member is removed or gets fewer roles, and by revocation; also of what the listener has missed."""
+    async with (
+        control_plane(control_url) as here,
+        control_plane(control_url, initialise=False) as there,
+    ):
+        await here.tenant("acme")
+        ends: dict[str, Callable[[str], Awaitable[object]]] = {
+            "remove": lambda who: here.members.remove("acme", who),
+            "demote": lambda who: here.members.add("acme", who, ["member"]),
+            "revoke": lambda who: here.revocations.add(subject=who),
+            "revoke one": lambda who: here.revocations.add(token_id=f"{who}-id"),
+        }
+        subjects = there.directory.subjects
+        ended: dict[str, AdmissionEnd] = {}
+        people = [*ends, "stays"]
+        for who in people:
+            await here.members.add("acme", who, ["owner"])
+            credential = Credential("session", who, id=f"{who}-id", issued_at=soon(hours=-1))
+            allowed = await subjects.allowed(credential)
+            admission = subjects.admit(credential, allowed, allowed.memberships[0], ()).tenant.admission
+            assert isinstance(admission, Admission)
+            assert admission.watch(partial(ended.__setitem__, who)) is None
+        if not listening:
+            async with here.control.transaction() as connection:
+                lost = await connection.exec_driver_sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND application_name LIKE 'tenancy-listener%'"
+                )
+                assert lost.rowcount == 2
+        for who, end in ends.items():
+            await end(who)
+        await until(lambda: len(ended) == len(ends))
+        assert {who: end.reason for who, end in ended.items()} == {
+            "remove": "revoked",
+            "demote": "scope",
+            "revoke": "revoked",
+            "revoke one": "revoked",
+        }
