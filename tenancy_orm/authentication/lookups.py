@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from contextvars import Context
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -31,6 +31,9 @@ logger = logging.getLogger("tenancy_orm.directory")
 
 EVERYTHING: Final = "*"
 """The tag under which everything is invalidated."""
+
+REVOCATION_MARGIN: Final = timedelta(minutes=10)
+"""How long a revocation refuses after its end: a token is accepted for its leeway longer, and clocks differ."""
 
 _POOL_SIZE = 2
 _PROBE_SECONDS = 1.0
@@ -78,12 +81,16 @@ _SUBJECTS = text(
     FROM tenancy.members WHERE subject = ANY(:subjects)
     UNION ALL
     SELECT value, NULL, NULL, revoked_at, NULL FROM tenancy.revocations
-    WHERE kind = 'subject' AND value = ANY(:subjects) AND (expires_at IS NULL OR expires_at > now())
+    WHERE kind = 'subject' AND value = ANY(:subjects) AND (expires_at IS NULL OR expires_at > now() - :margin)
     UNION ALL
     SELECT NULL, NULL, NULL, revoked_at, value FROM tenancy.revocations
-    WHERE kind = 'token' AND value = ANY(:tokens) AND (expires_at IS NULL OR expires_at > now())
+    WHERE kind = 'token' AND value = ANY(:tokens) AND (expires_at IS NULL OR expires_at > now() - :margin)
     """
-).bindparams(bindparam("subjects", type_=ARRAY(Text)), bindparam("tokens", type_=ARRAY(Text)))
+).bindparams(
+    bindparam("subjects", type_=ARRAY(Text)),
+    bindparam("tokens", type_=ARRAY(Text)),
+    bindparam("margin", REVOCATION_MARGIN),
+)
 
 
 class SubjectRow(NamedTuple):

@@ -17,6 +17,7 @@ from ..control.database import ControlDatabase
 from ..control.models import revocations
 from ..errors import ConfigurationError
 from ..events import CredentialRevoked, EventBus
+from .lookups import REVOCATION_MARGIN
 from .member_rows import check_subject
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class Revocation:
     """A revocation. Times are aware datetimes in UTC.
 
     Of the kind "subject" it refuses what was issued to the subject ``value`` before ``revoked_at``; of the kind
-    "token", the one token or session with the id ``value``. It is forgotten at ``expires_at``; never where None.
+    "token", the one token or session with the id ``value``. It is forgotten ten minutes after ``expires_at``; never
+    where None.
     """
 
     kind: RevocationKind
@@ -70,8 +72,9 @@ class RevocationManager:
         Args:
             subject: The ``subject`` of the credentials.
             token_id: The ``id`` of the credential: a token's ``jti``, a session's id.
-            expires_at: When all that it refuses has expired by itself, an aware datetime: housekeeping removes it then.
-                It is kept until it is removed where None.
+            expires_at: When all that it refuses has expired by itself, an aware datetime. It refuses for ten minutes
+                more, since tokens have a leeway and clocks differ, and then housekeeping removes it. It is kept until
+                it is removed where None.
             reason: Why, for operators; the first 256 characters are kept.
             actor: Who does this, for the audit log.
 
@@ -162,7 +165,7 @@ class RevocationManager:
 
 
 def _has_expired() -> ColumnElement[bool]:
-    return func.coalesce(revocations.c.expires_at <= func.now(), False)
+    return func.coalesce(revocations.c.expires_at <= func.now() - REVOCATION_MARGIN, False)
 
 
 def _target(subject: str | None, token_id: str | None) -> tuple[RevocationKind, str]:

@@ -117,7 +117,7 @@ async def test_every_process_hears_of_it(plane: ControlPlane) -> None:
         await plane.revocations.add(token_id="short", expires_at=soon(hours=1))
         async with plane.control.transaction() as connection:
             await connection.exec_driver_sql("ALTER TABLE tenancy.revocations DISABLE TRIGGER revocations_notify")
-            await connection.exec_driver_sql("UPDATE tenancy.revocations SET expires_at = now() - interval '1 s'")
+            await connection.exec_driver_sql("UPDATE tenancy.revocations SET expires_at = now() - interval '1 hour'")
             await connection.exec_driver_sql("ALTER TABLE tenancy.revocations ENABLE TRIGGER revocations_notify")
         assert await plane.revocations.list() == []
         assert (await plane.revocations.prune(), await plane.revocations.prune()) == (1, 0)
@@ -155,6 +155,27 @@ async def test_a_revocation_takes_effect_here_without_hearing_of_it(plane: Contr
     assert await refused(before) and not await refused(undated, later)
     await plane.revocations.remove(token_id="t-1")
     assert not await refused(before, undated, later)
+
+
+async def test_a_token_is_refused_for_its_leeway_after_the_revocations_end(plane: ControlPlane) -> None:
+    """Its ``exp`` is the end that people give, and it is accepted for its leeway longer; the clocks may differ too."""
+    refused = []
+    for revoked in ({"token_id": "t-1"}, {"subject": "alice"}):
+        await plane.revocations.add(**revoked, expires_at=soon(hours=1))  # type: ignore[arg-type]
+        for ago in ("5 minutes", "11 minutes"):
+            async with plane.control.transaction() as connection:
+                await connection.exec_driver_sql(
+                    f"UPDATE tenancy.revocations SET expires_at = now() - interval '{ago}'"
+                )
+            plane.directory.invalidate()
+            listed = await plane.revocations.list()
+            try:
+                await plane.directory.subjects.allowed(Credential("token", "alice", id="t-1"))
+            except InvalidCredentialError as error:
+                refused.append((error.reason, len(listed), await plane.revocations.prune()))
+            else:
+                refused.append(("", len(listed), await plane.revocations.prune()))
+    assert refused == [("revoked", 1, 0), ("", 0, 1)] * 2
 
 
 async def test_housekeeping_prunes_what_has_ended(tenancy: Tenancy) -> None:
