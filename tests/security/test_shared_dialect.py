@@ -30,7 +30,13 @@ from tenancy_orm.routing.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, def
 from tenancy_orm.tenant import Tenant
 from tests.support.models import Base, Note
 from tests.support.postgres import Postgres
-from tests.support.provisioning import VERSIONS, placement, plain_administrator, running_server
+from tests.support.provisioning import (
+    VERSIONS,
+    lasting_control_database,
+    placement,
+    plain_administrator,
+    running_server,
+)
 from tests.support.waiting import until
 
 BACKSLASH = r"C:\new"
@@ -106,27 +112,24 @@ class Neighbours:
 @pytest.fixture
 async def two(server: Postgres) -> AsyncIterator[Neighbours]:
     """Two tenants; no ``Tenancy`` is open."""
-    prefix = f"dia{secrets.token_hex(4)}"
-    control = server.new_name()
-    config = TenancyConfig(
-        control_url=await server.create_database(control),
-        servers={"default": server.admin_url},
-        metadata=Base.metadata,
-        encryption_keys={"1": secrets.token_bytes(32)},
-        name_prefix=prefix,
-    )
-    tenancy = Tenancy(config)
-    await tenancy.open(initialise=True)
-    try:
-        made = [await tenancy.tenants.create(slug) for slug in ("mallory", "acme")]
-        tenants = [await tenancy.tenants.get(slug) for slug in ("mallory", "acme")]
-        assert len(made) == 2
-        passwords = {placement(tenant).role: tenancy.internals.provisioner.password(tenant) for tenant in tenants}
-    finally:
-        await tenancy.close()
-    yield Neighbours(server, config, tenants[0], tenants[1], passwords)
-    await server.drop_database(control)
-    await server.drop_all(prefix)
+    async with lasting_control_database(server, "dia") as control_url:
+        config = TenancyConfig(
+            control_url=control_url,
+            servers={"default": server.admin_url},
+            metadata=Base.metadata,
+            encryption_keys={"1": secrets.token_bytes(32)},
+            name_prefix="dia",
+        )
+        tenancy = Tenancy(config)
+        await tenancy.open(initialise=True)
+        try:
+            made = [await tenancy.tenants.create(slug) for slug in ("mallory", "acme")]
+            tenants = [await tenancy.tenants.get(slug) for slug in ("mallory", "acme")]
+            assert len(made) == 2
+            passwords = {placement(tenant).role: tenancy.internals.provisioner.password(tenant) for tenant in tenants}
+        finally:
+            await tenancy.close()
+        yield Neighbours(server, config, tenants[0], tenants[1], passwords)
 
 
 @asynccontextmanager
