@@ -19,6 +19,7 @@ import anyio.to_thread
 import asyncpg
 import httpx
 import pytest
+import pytest_asyncio
 from fastapi import FastAPI
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -30,8 +31,9 @@ from tenancy_orm.errors import NotOpenError, WrongEventLoopError
 from tenancy_orm.events import TenantUpdated
 from tenancy_orm.loops import HomeLoop
 from tenancy_orm.tenants.manager import CreatedTenant
-from tests.support.models import Note
+from tests.support.models import Base, Note
 from tests.support.postgres import Postgres
+from tests.support.provisioning import lasting_control_database
 from tests.support.served import variables
 from tests.support.shell import ROOT, environment
 
@@ -152,9 +154,29 @@ WAYS_IN: dict[str, Use] = {
 }
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(postgres: Postgres) -> AsyncIterator[Tenancy]:
+    """An open ``Tenancy`` with the tenant acme for all ways in, since each leaves it as it was."""
+    prefix = f"loops{postgres.worker}"
+    async with lasting_control_database(postgres, prefix) as control_url:
+        config = TenancyConfig(
+            control_url=control_url,
+            servers={"default": postgres.admin_url},
+            metadata=Base.metadata,
+            encryption_keys={"1": b"k" * 32},
+            name_prefix=prefix,
+        )
+        async with Tenancy(config) as opened:
+            await opened.tenants.create("acme")
+            yield opened
+    await postgres.drop_all(prefix)
+
+
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("name", WAYS_IN)
-async def test_every_way_in_is_refused_elsewhere(tenancy: Tenancy, acme: CreatedTenant, name: str) -> None:
+async def test_every_way_in_is_refused_elsewhere(refusing: Tenancy, name: str) -> None:
     """From another loop in another thread; the pooled connection is the same as before, and works."""
+    tenancy = refusing
     await tenancy.internals.provisioner.end_excessive_sessions()  # keeps its connection, like the pool
     before = await pid_of(tenancy)
     entries = await tenancy.audit.events()
