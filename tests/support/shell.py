@@ -20,8 +20,8 @@ def python_path(*first: Path | str) -> str:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """A user's environment: this interpreter's programs first in PATH, and no ``TENANCY_*`` variable."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TENANCY_", "PYTEST_"))}
+    """A user's environment: this interpreter's programs first in PATH, and no ``TENANCY_*`` or ``PG*`` variable."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TENANCY_", "PYTEST_", "PG"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', os.defpath)}"
     return {**kept, "PATH": path, **changes}
 
