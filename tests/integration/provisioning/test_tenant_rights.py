@@ -135,7 +135,7 @@ async def test_a_server_without_a_privilege_is_refused(versioned: Postgres) -> N
         assert "MAINTAIN needs PostgreSQL 17" in error
 
 
-def test_a_privilege_that_is_none_is_refused() -> None:
+async def test_a_privilege_that_is_none_is_refused() -> None:
     """The setting says which there are, and where others go."""
     with pytest.raises(SettingError, match=r"tenant_privileges: may hold TEMPORARY, TRUNCATE, MAINTAIN alone"):
         ProvisioningConfig(tenant_privileges=("TRIGGER",))
