@@ -26,9 +26,9 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m examples.agent_platform.demo
 
 # Where bytecode is not kept, each of the hundreds of programs that tests start would compile the package again.
-# Four workers keep two cores busy: two fifths of what tests do is waiting, for locks and deadlines above all.
+# Three workers keep two cores busy: a third of what tests do is waiting, for locks and deadlines above all.
 test: $(VENV)/.dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist worksteal --durations=10 tests \
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 tests \
 		--ignore=tests/benchmarks $(ARGS)
 
 check: $(CHECKS)
