@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.errors import ConfigurationError, SecretError
+from tenancy_orm.errors import ConfigurationError, InvalidCredentialError, SecretError
 from tenancy_orm.secrets.key_checks import check_keys
 
 
