@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
@@ -33,11 +35,15 @@ from .resolvers import Headers, KeyResolver, Resolver, TenantResolver, route_pat
 if TYPE_CHECKING:
     from ..tenancy import Tenancy
 
+logger = logging.getLogger("tenancy_orm.asgi")
+
 SpecialPath = Literal["public", "without tenant"]
 PUBLIC: Final = "public"
 WITHOUT_TENANT: Final = "without tenant"
 
 _VISITED = frozenset({Status.ACTIVE, Status.TRIAL, Status.MAINTENANCE})
+# what Starlette says of connection.session and connection.user
+_NOT_INSTALLED = re.compile(r"(\w+Middleware) must be installed")
 
 
 class Callers:
@@ -84,6 +90,10 @@ class Callers:
         """The resolvers that change the scope for the application."""
         self._credential_headers = frozenset(h for a in self.authenticators for h in getattr(a, "headers", ()))
         self._headers = self._credential_headers.union(*(resolver.headers for resolver in self.tenant_resolvers))
+        self._reads_tokens = any(
+            isinstance(a, TextAuthenticator) and b"authorization" in a.headers for a in self.authenticators
+        )
+        self._warned_of_unknown = False
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -155,6 +165,11 @@ class Callers:
         authenticated = await self._authenticate(scope, headers, source)
         if authenticated is None:
             key = text if text is not None or self.keys_first else self.read_key(scope, headers, directory)
+            if self._reads_tokens and not (key and directory.is_key(key)) and _has_bearer(headers):
+                # of an issuer that is not configured, or no JWT: "missing" or "malformed" would hide the cause
+                error = InvalidCredentialError("unrecognised", kind="token")
+                await directory.report_refused(error, source)
+                raise error
             if key is None:
                 raise self.rejected(scope, "missing")
             # nobody's own, and no key: it is refused, and recorded
@@ -177,6 +192,8 @@ class Callers:
         except InvalidCredentialError as error:
             await directory.report_refused(error, source)
             raise
+        if authenticated.tenants and not allowed.memberships:
+            self._warn_of_unknown(authenticated)
         # nothing is awaited from here on: what is chosen is what was allowed
         chosen = self._choose(authenticated, allowed.memberships, named, source) if with_tenant else None
         return subjects.admit(authenticated, allowed, chosen, named)
@@ -211,9 +228,29 @@ class Callers:
                 except InvalidCredentialError as error:
                     await directory.report_refused(error, source)
                     raise
+                except AssertionError as error:
+                    if (needed := _NOT_INSTALLED.match(str(error))) is None:
+                        raise
+                    raise ConfigurationError(
+                        f"{type(authenticator).__name__} needs {needed[1]}: put it outside TenancyMiddleware; with "
+                        "add_middleware, add it after"
+                    ) from None
                 if found is not None:
                     return _checked(found, authenticator)
         return None
+
+    def _warn_of_unknown(self, credential: Credential) -> None:
+        """Log, once, that no tenant has the name that a credential allows: most often it is the provider's own id."""
+        if self._warned_of_unknown:
+            return
+        self._warned_of_unknown = True
+        assert credential.tenants is not None  # noqa: S101 - the caller asks
+        logger.warning(
+            "a %s allows the tenant %r, and none has this slug or id, so it is refused as no-tenant; where it is an id "
+            "of the identity provider's, give tenants_claim a function that finds the tenant by it",
+            credential.kind,
+            str(credential.tenants[0])[:64],
+        )
 
     def _choose(
         self, credential: Credential, memberships: Sequence[Membership], named: Named, source: str | None
@@ -282,7 +319,8 @@ def _authenticators(
     for one in found:
         known = isinstance(one, ApiKeyAuthenticator) or callable(getattr(one, "authenticate", None))
         if not known or isinstance(one, type):
-            raise ConfigurationError(f"{one!r} is no authenticator: it has no method authenticate")
+            why = "give an instance of the class" if isinstance(one, type) else "it has no method authenticate"
+            raise ConfigurationError(f"{one!r} is no authenticator: {why}")
     issuers = {one.issuer for one in found if isinstance(one, TextAuthenticator) and not one.subject_prefix} - {""}
     if len(issuers) > 1:
         raise ConfigurationError(
@@ -301,8 +339,13 @@ def _authenticators(
     return found
 
 
+def _has_bearer(headers: Headers) -> bool:
+    return headers.get(b"authorization", b"")[:7].lower() == b"bearer "
+
+
 def _checked(credential: Credential, authenticator: Authenticator) -> Credential:
-    if credential.kind not in ("token", "session") or credential.bound is not None:
+    given: object = credential
+    if not isinstance(given, Credential) or credential.kind not in ("token", "session") or credential.bound is not None:
         raise ConfigurationError(
             f"{type(authenticator).__name__} must return a credential of kind token or session, without a tenant"
         )

@@ -47,7 +47,7 @@ _Arguments = TypeVarTuple("_Arguments")
 
 _INACTIVE = frozenset({Status.DELETED, Status.PURGED})
 # their signature was right: a browser that wakes up after a night must not lock its neighbours out
-_NO_GUESSES = frozenset({"missing", "expired", "not yet valid", "revoked"})
+_NO_GUESSES = frozenset({"missing", "expired", "not yet valid", "revoked", "unrecognised"})
 
 
 @dataclass(frozen=True, slots=True)

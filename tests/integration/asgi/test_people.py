@@ -441,11 +441,72 @@ async def test_starlettes_own_sessions(tenancy: Tenancy) -> None:
     assert (await request(app, headers=[("Cookie", cookie[:-3] + "abc")])).status == 401
 
 
+async def test_an_authenticator_outside_of_what_it_reads_is_told(tenancy: Tenancy) -> None:
+    """With the order, which ``add_middleware`` turns around; another failure of its own passes as it is."""
+
+    class Sessions:
+        async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+            user: str | None = connection.session.get("user")
+            return None if user is None else Credential("session", user)
+
+    class Broken:
+        async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+            raise AssertionError("its own")
+
+    inside = Starlette(routes=[Route("/", whoami)])
+    inside.add_middleware(SessionMiddleware, secret_key="s" * 32)
+    inside.add_middleware(TenancyMiddleware, tenancy=tenancy, authenticators=[Sessions()])
+    with pytest.raises(ConfigurationError, match="Sessions needs SessionMiddleware: put it outside TenancyMiddleware"):
+        await request(inside)
+    with pytest.raises(AssertionError, match="its own"):
+        await request(build(tenancy, authenticators=[Broken()]))
+
+
+async def test_what_an_authenticator_returns_is_a_credential(tenancy: Tenancy) -> None:
+    """Anything else is an error that names it, and reaches nothing."""
+    answers: list[Any] = ["ada", {"subject": "ada"}, Credential("key", "ada"), Credential("anonymous", "")]
+    app = build(tenancy, authenticators=[LoginAs(lambda who: answers[int(who)])])
+    for number in range(len(answers)):
+        with pytest.raises(ConfigurationError, match="LoginAs must return a credential"):
+            await request(app, headers=login(str(number)))
+
+
+@pytest.mark.parametrize("keys", [False, True])
+async def test_a_token_that_nobody_knows_is_not_missing(tenancy: Tenancy, keys: bool) -> None:
+    """The log says that no authenticator takes it: most often the issuer is not the one that is configured."""
+    refused: list[CredentialRejected] = []
+    tenancy.events.subscribe(CredentialRejected, refused.append)
+    authenticators = [*([ApiKeyAuthenticator()] if keys else []), tokens_of("https://a.example")]
+    app = build(tenancy, authenticators=authenticators)
+    foreign = jwt.encode({"iss": "https://b.example", "aud": "api", "exp": time.time() + 60}, "s" * 32, "HS256")
+    for text_ in (foreign, "opaque"):
+        for _ in range(30):  # no guess: its source is not slowed down
+            answer = await request(app, headers=[("Authorization", f"Bearer {text_}")])
+            assert (answer.status, answer.json()["type"]) == (401, "urn:tenancy:problem:invalid-credential")
+    assert {(one.kind, one.reason) for one in refused} == {("token", "unrecognised")}
+    for headers in ([], [("Authorization", "Basic YTpi")]):
+        assert (await request(app, headers=headers)).json()["type"] == "urn:tenancy:problem:missing-credential"
+
+
+async def test_a_claim_with_the_providers_own_id_is_logged(tenancy: Tenancy, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with the remedy: the answer alone, that the credential allows no tenant, would not tell the cause."""
+    app = build(tenancy, authenticators=[LoginAs(lambda who: Credential("token", who, tenants=("org_9ybsU1",)))])
+    for _ in range(2):
+        answer = await request(app, headers=login("ada"))
+        assert (answer.status, answer.json()["type"]) == (403, "urn:tenancy:problem:no-tenant")
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "tenancy_orm.asgi"]
+    assert "'org_9ybsU1'" in warning and "tenants_claim" in warning
+    member = build(tenancy, authenticators=[LoginAs()])
+    caplog.clear()
+    assert (await request(member, headers=login("nobody"))).status == 403
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"authenticators": [object()]}, "no authenticator"),
-        ({"authenticators": [LoginAs]}, "no authenticator"),
+        ({"authenticators": [LoginAs]}, "an instance"),
         ({"authenticators": [ApiKeyAuthenticator(), ApiKeyAuthenticator()]}, "one ApiKeyAuthenticator"),
         ({"authenticators": [tokens_of("https://a.example"), tokens_of("https://b.example")]}, "subject_prefix"),
         ({"public": ["/p/*"]}, "need a resolver"),
