@@ -213,6 +213,13 @@ def test_the_product_gets_a_database_for_each_organisation(
         assert "acme" not in reader.type("python move.py")
         assert acme.titles() == [*titles, "No paper"]
 
+        # a copy of the cookie is worth nothing after the logout, and another session of the person goes on
+        copied = dict(acme.headers)
+        acme.log_in("acme")
+        assert acme.post("/logout", headers=copied).is_success
+        assert acme.get("/tickets", headers=copied).status_code == 401
+        assert acme.titles() == [*titles, "No paper"]
+
         reader.follow("Later: without `org_id`")
         assert "6 passed" in reader.printed, reader.printed
         assert "'acme': 0, 'globex': 0, 'initech': 0" in reader.type("python worker.py")

@@ -8,15 +8,15 @@ from database import Database, tenancy
 from models import Comment, Organisation, Ticket, User
 from security import CurrentPerson, authenticator, hash_password, is_password, log_in
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.integrations.fastapi import TenantSession
+from tenancy_orm.integrations.fastapi import CurrentCredential, TenantSession
 
 app = FastAPI(lifespan=tenancy.lifespan)
 app.add_middleware(
     TenancyMiddleware,
     tenancy=tenancy,
     authenticators=[authenticator],
-    exempt=["/signup", "/login", "/logout"],
-    without_tenant=["/me"],
+    exempt=["/signup", "/login"],
+    without_tenant=["/logout", "/me"],
 )
 
 
@@ -61,7 +61,8 @@ async def login(form: Login, db: Database, response: Response) -> None:
 
 
 @app.post("/logout")
-async def logout(response: Response) -> None:
+async def logout(credential: CurrentCredential, response: Response) -> None:
+    await tenancy.revocations.add(token_id=credential.id, expires_at=credential.expires_at)
     response.delete_cookie("session")
 
 

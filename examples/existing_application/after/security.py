@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
+from uuid import uuid4
 
 import jwt
 from fastapi import Depends, Response
@@ -45,12 +46,15 @@ def _scrypt(password: str, salt: bytes) -> bytes:
 
 
 def log_in(response: Response, user: User, organisation: Organisation) -> None:
+    now = datetime.now(UTC)
     claims = {
         "iss": "helpdesk",
         "aud": "helpdesk",
         "sub": str(user.id),
         "org": str(organisation.tenant_id),
-        "exp": datetime.now(UTC) + timedelta(hours=12),
+        "jti": str(uuid4()),
+        "iat": now,
+        "exp": now + timedelta(hours=12),
     }
     token = jwt.encode(claims, SECRET, "HS256")
     response.set_cookie("session", token, max_age=12 * 3600, httponly=True, secure=True, samesite="lax")
