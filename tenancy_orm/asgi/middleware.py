@@ -18,6 +18,7 @@ from ..context import _current, close_generators_unbound, reset_current
 from ..errors import (
     CrossTenantError,
     TenancyError,
+    TooManyAttemptsError,
 )
 from ..events import OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
@@ -30,6 +31,7 @@ from .connection import WatchedConnection
 from .exempt import ExemptPaths
 from .preflight import Preflights
 from .problems import ADDRESS_LIMITED, RATE_LIMITED, problem_for, rate_headers
+from .proxies import ProxyWarning
 from .resolvers import Headers, Resolver
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ class TenancyMiddleware:
             trusted_origins=trusted_origins,
         )
         self.preflights = Preflights(app)
+        self.proxy_warning = ProxyWarning()
         self._tenant_resolvers = self.callers.tenant_resolvers
         self._adapting = self.callers.adapting
         self._needs_check = bool(self._tenant_resolvers or self._adapting)
@@ -271,6 +274,8 @@ class TenancyMiddleware:
             self.tenancy.events.emit(
                 QuotaRefused(resource=REQUEST_RATE, limit=rate.limit, used=rate.limit, **about)  # type: ignore[arg-type]
             )
+        else:
+            self.proxy_warning.check(scope)
         problem = RATE_LIMITED if tenant is not None else ADDRESS_LIMITED
         await problem(scope, connection.receive, connection.send)
         return True
@@ -284,6 +289,8 @@ class TenancyMiddleware:
             self.tenancy.internals.directory.report_cross_tenant(
                 credential, error.requested or "*", "application", source_of(scope)
             )
+        if isinstance(error, TooManyAttemptsError):
+            self.proxy_warning.check(scope)
         if connection.started:
             if scope["type"] == "websocket" and connection.ended and type(error) is type(connection.ended.error):
                 return  # it was closed for this reason already

@@ -361,6 +361,32 @@ async def test_visitors_are_rated_by_address(tenancy_config: TenancyConfig) -> N
         assert (await request(app, headers=[*headers, ("X-API-Key", created.api_key)])).status == 200
 
 
+async def test_a_limit_that_meets_a_proxy_is_logged(
+    tenancy_config: TenancyConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once: behind one that the server does not trust, all callers share the rate of visitors, and the lock-out."""
+    limits = {"quotas": {"address_requests_per_second": 1}, "lockout": {"failures": 2}}
+    async with Tenancy(tenancy_config.replace(**limits)) as tenancy:
+        created = await tenancy.tenants.create("acme")
+        wrong = created.api_key[:-1] + ("a" if created.api_key[-1] != "a" else "b")
+
+        async def logged(path: str, *headers: tuple[str, str], client: str) -> list[str]:
+            app = build(tenancy, public=["/p/*"], resolvers=[SubdomainResolver("example.com")])
+            caplog.clear()
+            sent = [("Host", "acme.example.com"), *headers]
+            statuses = [(await request(app, path, sent, client=(client, 0))).status for _ in range(6)]
+            assert statuses[-1] == 429
+            return [record.getMessage() for record in caplog.records if record.name == "tenancy_orm.asgi"]
+
+        forwarded = ("X-Forwarded-For", "198.51.100.1, 203.0.113.9:443")
+        [warning] = await logged("/p/x", forwarded, client="10.0.0.9")
+        assert "10.0.0.9" in warning and "--forwarded-allow-ips" in warning
+        assert len(await logged("/x", forwarded, ("X-API-Key", wrong), client="10.0.0.9")) == 1
+        # a server that trusts the proxy, and one without a proxy
+        assert await logged("/p/x", forwarded, client="203.0.113.9") == []
+        assert await logged("/p/x", client="10.0.0.10") == []
+
+
 async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None:
     """Where the check is off it does; a page of the same origin, a program and a trusted origin may."""
     app = build(tenancy, trusted_origins=["https://app.example.net"], resolvers=[SubdomainResolver("example.com")])
