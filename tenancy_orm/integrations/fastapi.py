@@ -17,7 +17,7 @@ what ``set_security_schemes`` names in its place.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from copy import deepcopy
 from typing import Annotated, Any
 
@@ -144,7 +144,8 @@ def set_security_schemes(app: FastAPI, *schemes: SecurityBase) -> None:
 
     The document then says what the middleware's authenticators accept. The schemes are FastAPI's own, which only
     describe here: ``APIKeyCookie(name="__Host-session")``, ``HTTPBearer(bearerFormat="JWT")``, ``OpenIdConnect(...)``.
-    Name ``api_key_header`` and ``bearer_token`` among them where keys are accepted as well.
+    Name ``api_key_header`` and ``bearer_token`` among them where keys are accepted as well. A second call replaces
+    what the first one has set.
 
     Args:
         app: The application; its routes may be added before or after.
@@ -159,13 +160,21 @@ def set_security_schemes(app: FastAPI, *schemes: SecurityBase) -> None:
     by_name = {scheme.scheme_name: scheme for scheme in schemes}
     if not schemes or len(by_name) < len(schemes):
         raise ConfigurationError("set_security_schemes needs one or more schemes, each with a scheme_name of its own")
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        return _with_schemes(generate(), by_name)
-
+    given_before: object = app.openapi
+    generate = given_before.generate if isinstance(given_before, _Document) else app.openapi
     # the way to extend the document that FastAPI describes
-    app.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = _Document(generate, by_name)  # type: ignore[method-assign]
+
+
+class _Document:
+    """What makes the OpenAPI document of an application, with its own schemes."""
+
+    def __init__(self, generate: Callable[[], dict[str, Any]], schemes: Mapping[str, SecurityBase]) -> None:
+        self.generate = generate
+        self._schemes = schemes
+
+    def __call__(self) -> dict[str, Any]:
+        return _with_schemes(self.generate(), self._schemes)
 
 
 def _with_schemes(document: dict[str, Any], schemes: Mapping[str, SecurityBase]) -> dict[str, Any]:

@@ -262,6 +262,9 @@ async def test_keys_are_shown_beside_other_credentials(app: FastAPI) -> None:
     set_security_schemes(app, api_key_header, APIKeyCookie(name="__Host-session"))
     document = (await request(app, "/openapi.json")).json()
     assert set(document["components"]["securitySchemes"]) == {"ApiKey", "APIKeyCookie"}
+    # a second call replaces the first
+    set_security_schemes(app, HTTPBearer())
+    assert set(app.openapi()["components"]["securitySchemes"]) == {"HTTPBearer"}
     bare = FastAPI()
     before = bare.openapi()
     set_security_schemes(bare, api_key_header)
