@@ -349,6 +349,11 @@ def _checked(credential: Credential, authenticator: Authenticator) -> Credential
         raise ConfigurationError(
             f"{type(authenticator).__name__} must return a credential of kind token or session, without a tenant"
         )
+    if credential.roles:
+        raise ConfigurationError(
+            f"{type(authenticator).__name__} must return a credential without roles: members have roles, and what it "
+            "says itself are scopes"
+        )
     return credential
 
 

@@ -102,11 +102,13 @@ class Credential:
         _refuse_text(self.tenants, self.scopes)
         for name in ("expires_at", "issued_at"):
             moment: datetime | None = getattr(self, name)
-            if moment is not None and moment.tzinfo is None:
+            if moment is not None and getattr(moment, "tzinfo", None) is None:
                 raise ConfigurationError(f"a credential's {name} must be an aware datetime")
         settle = object.__setattr__
         if self.tenants is not None:
             settle(self, "tenants", tuple(self.tenants))
+            if not all(isinstance(tenant, str | UUID) for tenant in self.tenants):
+                raise ConfigurationError("a credential's tenants are slugs or ids, as str or UUID")
         if self.scopes is _DEFAULT_SCOPES:
             settle(self, "scopes", _ALL if self.tenants is None and self.kind in ("token", "session") else frozenset())
         else:

@@ -491,6 +491,7 @@ async def test_an_authenticator_outside_of_what_it_reads_is_told(tenancy: Tenanc
 async def test_what_an_authenticator_returns_is_a_credential(tenancy: Tenancy) -> None:
     """Anything else is an error that names it, and reaches nothing."""
     answers: list[Any] = ["ada", {"subject": "ada"}, Credential("key", "ada"), Credential("anonymous", "")]
+    answers.append(Credential("session", "ada", roles=frozenset({"owner"})))  # which would give nothing
     app = build(tenancy, authenticators=[LoginAs(lambda who: answers[int(who)])])
     for number in range(len(answers)):
         with pytest.raises(ConfigurationError, match="LoginAs must return a credential"):

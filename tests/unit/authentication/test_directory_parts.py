@@ -572,10 +572,14 @@ def test_a_credentials_defaults_give_no_more_than_they_must() -> None:
         ({"tenants": "acme"}, "not one string"),
         ({"scopes": "*"}, "not one string"),
         ({"expires_at": datetime(2030, 1, 1)}, "aware"),  # noqa: DTZ001
+        ({"issued_at": 1893456000.0}, "aware"),
+        ({"subject": 7}, "pass str"),
+        ({"id": 7}, "pass str"),
+        ({"tenants": [7]}, "slugs or ids"),
     ],
 )
 def test_a_malformed_credential_is_refused(wrong: dict[str, Any], message: str) -> None:
-    """Where it is made, with what is wrong."""
+    """Where it is made, with what is wrong; as a refusal it would look like the caller's mistake."""
     with pytest.raises(ConfigurationError, match=message):
         Credential(**{"kind": "session", "subject": "ada", **wrong})
 
