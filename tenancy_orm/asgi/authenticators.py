@@ -22,7 +22,7 @@ from .resolvers import ApiKeyHeader, BearerToken, Headers, KeyResolver
 class Authenticator(Protocol):
     """Finds the credential of a request; for the application's own logins, a session cookie for example."""
 
-    async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+    async def authenticate(self, connection: HTTPConnection, /) -> Credential | None:
         """Return the request's credential, or None where it carries none of this kind.
 
         Called for every request that is not exempt, so it should be quick. The tenants that the credential allows are

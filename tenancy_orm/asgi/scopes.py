@@ -20,6 +20,8 @@ T = TypeVar("T")
 def credential_of(connection: HTTPConnection) -> Credential | None:
     """Return the credential that a request or websocket was admitted with; None on an exempt path.
 
+    Where there must be one, ``demand_scopes(connection)`` returns it, and never None.
+
     Raises:
         ConfigurationError: the request did not pass through ``TenancyMiddleware``.
     """
@@ -32,6 +34,8 @@ def credential_of(connection: HTTPConnection) -> Credential | None:
 
 def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
     """Return the request's credential if it has all ``scopes``. One with the scope ``*`` has every scope.
+
+    Without ``scopes`` any credential is enough, but a visitor's.
 
     Raises:
         InvalidCredentialError: the request has no credential, or is a visitor's.

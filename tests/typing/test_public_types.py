@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, assert_type
+from typing import TYPE_CHECKING, Annotated, Any, assert_type
+from uuid import UUID
 
+from fastapi import FastAPI
+from fastapi.security import APIKeyCookie
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
 
 from tenancy_orm import Limit, Tenancy, Tenant, Tier, current_tenant
+from tenancy_orm.asgi import (
+    ApiKeyAuthenticator,
+    Credential,
+    JwtAuthenticator,
+    TenancyMiddleware,
+    credential_of,
+    demand_scopes,
+    require_scope,
+)
+from tenancy_orm.integrations.fastapi import CurrentCredential, RequireScope, TenantSession, set_security_schemes
 
 if TYPE_CHECKING:
 
@@ -43,6 +60,61 @@ if TYPE_CHECKING:
         assert_type(created.api_key, str)
         assert_type(await tenancy.fetch_value("SELECT 1"), Any)
         yield current_tenant()
+
+    class Sessions:
+        """An authenticator of the application's own; what it calls its argument is its own affair."""
+
+        async def authenticate(self, request: HTTPConnection) -> Credential | None:
+            """Read the session."""
+            person = request.session.get("person")
+            return None if person is None else Credential("session", person, tenants=("acme",))
+
+    class Blocking:
+        """No authenticator: it is not async."""
+
+        def authenticate(self, connection: HTTPConnection) -> Credential | None:
+            """Block."""
+            return None
+
+    async def tenants_of(claims: Any) -> list[str]:
+        """Find the tenants of a token."""
+        return [claims["org"]]
+
+    def serving(tenancy: Tenancy) -> None:
+        """Every way to give the middleware its authenticators."""
+        tokens = JwtAuthenticator(
+            issuer="https://issuer.test", audience="api", tenants_claim=tenants_of, scopes_claim=lambda claims: {"*"}
+        )
+        app = Starlette(
+            middleware=[
+                Middleware(
+                    TenancyMiddleware, tenancy=tenancy, authenticators=[ApiKeyAuthenticator(), tokens, Sessions()]
+                )
+            ]
+        )
+        TenancyMiddleware(app, tenancy=tenancy, authenticators=[Sessions()])
+        TenancyMiddleware(app, tenancy=tenancy, authenticators=[Blocking()])  # type: ignore[list-item]
+        set_security_schemes(FastAPI(), APIKeyCookie(name="session"))
+
+    @require_scope("notes:read")
+    async def endpoint(request: Request) -> Response:
+        """What a request gives."""
+        assert_type(credential_of(request), Credential | None)
+        credential = demand_scopes(request)
+        assert_type(credential.tenant, Tenant)
+        assert_type(credential.tenants, tuple[str | UUID, ...] | None)
+        assert_type([one.tenant for one in credential.memberships], list[Tenant])
+        return Response()
+
+    async def path_operation(
+        credential: CurrentCredential,
+        session: TenantSession,
+        scoped: Annotated[Credential, RequireScope("notes:read")],
+    ) -> None:
+        """What FastAPI's dependencies give."""
+        assert_type(credential, Credential)
+        assert_type(session, AsyncSession)
+        assert_type(scoped, Credential)
 
 
 def test_numbers_are_limits() -> None:
