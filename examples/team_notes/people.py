@@ -85,22 +85,25 @@ class People:
         Raises:
             TooManyFailuresError: there were too many wrong passwords; not even the right one is tried.
         """
-        async with self._sessions() as session:
-            person = await session.scalar(select(Person).where(Person.email == _normalised(email)))
-        if person is not None and (wait := _pause(person)) > 0:
-            raise TooManyFailuresError(wait)
+        async with self._sessions.begin() as session:
+            query = select(Person).where(Person.email == _normalised(email)).with_for_update()
+            person = await session.scalar(query)
+            if person is not None:
+                if (wait := _pause(person)) > 0:
+                    raise TooManyFailuresError(wait)
+                # counted before it is tried: a hundred guesses that come at once must not all find the same count
+                person.failures += 1
+                person.failed_at = datetime.now(UTC)
         hashed = _NOBODY if person is None else person.password
         is_right = await self._in_thread(_verify, hashed, password)
-        if person is None:
+        if person is None or not is_right:
             return None
-        change: dict[str, object] = {"failures": Person.failures + 1, "failed_at": datetime.now(UTC)}
-        if is_right:
-            change = {"failures": 0, "failed_at": None}
-            if _hasher.check_needs_rehash(hashed):
-                change["password"] = await self._in_thread(_hasher.hash, password)
+        change: dict[str, object] = {"failures": 0, "failed_at": None}
+        if _hasher.check_needs_rehash(hashed):
+            change["password"] = await self._in_thread(_hasher.hash, password)
         async with self._sessions.begin() as session:
             await session.execute(update(Person).where(Person.id == person.id).values(change))
-        return person if is_right else None
+        return person
 
     async def emails(self, ids: list[str]) -> dict[str, str]:
         """The addresses of people, by id."""

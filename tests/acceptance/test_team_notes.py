@@ -265,6 +265,13 @@ async def test_a_wrong_password_is_refused_and_guessing_is_slow(site: Site) -> N
     # who is logged in is not concerned
     assert (await ada.get("/me/tenants")).status_code == 200
 
+    # guesses that come all at once are no more than those that come one by one
+    bob = await site.person()
+    guesses = [Browser(site.http).post("/login", {"email": bob.email, "password": "wrong"}) for _ in range(20)]
+    statuses = [answer.status_code for answer in await asyncio.gather(*guesses)]
+    # a second after the last free one there is another
+    assert FREE_FAILURES <= statuses.count(401) <= FREE_FAILURES + 2 and set(statuses) == {401, 429}, statuses
+
 
 async def test_a_forged_cookie_is_nobody(site: Site) -> None:
     """The signature makes the session."""
