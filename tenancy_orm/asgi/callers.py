@@ -221,6 +221,8 @@ class Callers:
                         except InvalidCredentialError as error:
                             await directory.report_refused(error, source)
                             raise
+                    if found.sent_by_browser is None:
+                        return replace(found, sent_by_browser=presented.sent_by_browser)
                     return found
             else:
                 try:
@@ -236,7 +238,7 @@ class Callers:
                         "add_middleware, add it after"
                     ) from None
                 if found is not None:
-                    return _checked(found, authenticator)
+                    return _settled(_checked(found, authenticator), scope)
         return None
 
     def _warn_of_unknown(self, credential: Credential) -> None:
@@ -341,6 +343,14 @@ def _authenticators(
 
 def _has_bearer(headers: Headers) -> bool:
     return headers.get(b"authorization", b"")[:7].lower() == b"bearer "
+
+
+def _settled(credential: Credential, scope: Scope) -> Credential:
+    """Return a credential that says whether the browser has sent it: where its authenticator does not, a token may."""
+    if credential.sent_by_browser is not None:
+        return credential
+    names = {name for name, _ in scope["headers"]}
+    return replace(credential, sent_by_browser=b"cookie" in names and b"authorization" not in names)
 
 
 def _checked(credential: Credential, authenticator: Authenticator) -> Credential:

@@ -66,7 +66,8 @@ class Credential:
         issued_at: When the person logged in, an aware datetime. ``tenancy.revocations.add(subject=...)`` refuses what
             was issued before; without a time, until the revocation is removed.
         sent_by_browser: Whether the browser sends it by itself, as it does cookies. Such a request is refused where
-            a page of another origin makes it (CSRF). None: true for sessions, false for the others.
+            a page of another origin makes it (CSRF). None: true for sessions, false for the others; for a token of an
+            authenticator of the application's own, true where the request has cookies and no ``Authorization``.
         claims: What else the token says, verified; not in the repr.
     """
 
@@ -113,7 +114,7 @@ class Credential:
             settle(self, "scopes", _ALL if self.tenants is None and self.kind in ("token", "session") else frozenset())
         else:
             settle(self, "scopes", frozenset(self.scopes))
-        if self.sent_by_browser is None:
+        if self.sent_by_browser is None and self.kind != "token":  # a token's is settled by the request that has it
             settle(self, "sent_by_browser", self.kind == "session")
         if not self.id:
             settle(self, "id", self.subject)

@@ -17,6 +17,7 @@ from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Scope
 from starlette.websockets import WebSocket
 
 from tenancy_orm import Tenancy, TenancyConfig
@@ -24,9 +25,12 @@ from tenancy_orm.asgi import (
     ApiKeyAuthenticator,
     HeaderResolver,
     PathPrefixResolver,
+    Presented,
     SubdomainResolver,
     TenancyMiddleware,
+    TextAuthenticator,
 )
+from tenancy_orm.asgi.resolvers import Headers
 from tenancy_orm.asgi.tokens import JwtAuthenticator
 from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.context import current_tenant, current_tenant_or_none
@@ -418,6 +422,38 @@ async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None
         resolvers=[SubdomainResolver("example.com")],
     )
     assert await post(*attacks[0], app=unprotected) == 200
+
+
+async def test_a_token_that_an_own_authenticator_reads_from_a_cookie_is_checked_too(tenancy: Tenancy) -> None:
+    """It need not say so; one in a header is not concerned, and what it says counts."""
+    says: dict[str, Any] = {}
+
+    class Tokens:
+        async def authenticate(self, connection: HTTPConnection) -> Credential | None:
+            return Credential("token", "ada", **says)
+
+    app = build(tenancy, authenticators=[Tokens()])
+    foreign = [("Host", "app.example.com"), ("Origin", "https://evil.example"), ("Sec-Fetch-Site", "cross-site")]
+    cookie, header = ("Cookie", "session=a.b.c"), ("Authorization", "Bearer a.b.c")
+    for sent, status in (([cookie], 403), ([header], 200), ([cookie, header], 200)):
+        assert (await request(app, headers=[*foreign, *sent], method="POST")).status == status
+
+    class Texts(TextAuthenticator):
+        def read(self, scope: Scope, headers: Headers) -> Presented | None:
+            return Presented("a.b.c", sent_by_browser=True)
+
+        def peek(self, presented: Presented) -> Credential | None:
+            return Credential("token", "ada")
+
+        async def verify(self, presented: Presented) -> Credential:
+            raise NotImplementedError
+
+    answer = await request(build(tenancy, authenticators=[Texts()]), headers=[*foreign, cookie], method="POST")
+    assert answer.json()["type"].endswith(":cross-origin")
+    says["sent_by_browser"] = False
+    assert (await request(app, headers=[*foreign, cookie], method="POST")).status == 200
+    says["sent_by_browser"] = True
+    assert (await request(app, headers=[*foreign, header], method="POST")).status == 403
 
 
 async def test_the_first_authenticator_with_a_credential_decides(tenancy: Tenancy) -> None:

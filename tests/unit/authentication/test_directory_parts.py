@@ -13,7 +13,7 @@ import pytest
 from tenancy_orm.audit.actor import Actor
 from tenancy_orm.authentication.batch import BatchLoader
 from tenancy_orm.authentication.cache import SecondChance
-from tenancy_orm.authentication.credential import Credential
+from tenancy_orm.authentication.credential import CREDENTIAL_KINDS, Credential
 from tenancy_orm.authentication.refusals import MAX_CALLERS, MAX_KINDS, MAX_WRITTEN, Refusal, RefusalCounter
 from tenancy_orm.authentication.throttle import Attempts, Throttle
 from tenancy_orm.errors import (
@@ -559,7 +559,13 @@ def test_a_credentials_defaults_give_no_more_than_they_must() -> None:
     assert Credential("token", "ada", tenants=("acme",)).scopes == frozenset()
     assert Credential("token", "ada", scopes=frozenset()).scopes == frozenset()
     assert Credential("key", "k").scopes == Credential("anonymous", "").scopes == frozenset()
-    assert (Credential("session", "ada").sent_by_browser, Credential("token", "ada").sent_by_browser) == (True, False)
+    sent = [Credential(kind, "a").sent_by_browser for kind in CREDENTIAL_KINDS]
+    assert dict(zip(CREDENTIAL_KINDS, sent, strict=True)) == {
+        "key": False,
+        "token": None,  # the request that has it decides
+        "session": True,
+        "anonymous": False,
+    }
     with pytest.raises(NoTenantError):
         Credential("session", "ada").tenant  # noqa: B018
     assert "secret" not in repr(Credential("token", "ada", claims={"email": "secret"}))
