@@ -259,6 +259,26 @@ async def test_invalid_tokens_slow_their_source_down_and_no_valid_one(tenancy: T
     assert set(expired) == {401}
 
 
+@pytest.mark.parametrize(("own", "others"), [("", "b|"), ("b", "b|")])
+async def test_an_issuer_cannot_name_another_issuers_people(tenancy: Tenancy, own: str, others: str) -> None:
+    """By a subject that begins with the other's prefix, also where its token is cached; alone, it may."""
+    seen: list[CredentialRejected] = []
+    tenancy.events.subscribe(CredentialRejected, seen.append)
+    await tenancy.members.add("acme", f"{others}ada", ["owner"])
+    first, second = tokens_of("https://a.example", own), tokens_of("https://b.example", others)
+
+    def signed(issuer: str, subject: str) -> list[tuple[str, str]]:
+        claims = {"iss": f"https://{issuer}.example", "aud": "api", "sub": subject, "jti": "1", "exp": 4_000_000_000}
+        return [("Authorization", f"Bearer {jwt.encode(claims, 's' * 32, algorithm='HS256')}")]
+
+    forged = signed("a", f"{others}ada".removeprefix(own))
+    assert (await request(build(tenancy, authenticators=[first]), headers=forged)).json()["subject"] == f"{others}ada"
+    app = build(tenancy, authenticators=[first, second])
+    assert (await request(app, headers=signed("b", "ada"))).json()["tenant"] == "acme"
+    assert [(await request(app, headers=forged)).status for _ in range(2)] == [401, 401]
+    assert [(event.reason, event.credential_id) for event in seen] == [("subject", "1")] * 2
+
+
 async def test_paths_without_a_tenant_need_a_credential_alone(tenancy: Tenancy) -> None:
     """Nothing is bound there, and no scope of a role holds."""
     app = build(tenancy, without_tenant=["/me/*"], resolvers=[PathPrefixResolver()])
