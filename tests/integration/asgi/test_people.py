@@ -383,7 +383,7 @@ async def test_visitors_are_rated_by_address(tenancy_config: TenancyConfig) -> N
 
 async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None:
     """Where the check is off it does; a page of the same origin, a program and a trusted origin may."""
-    app = build(tenancy, trusted_origins=["https://app.example.net"], resolvers=[SubdomainResolver("example.com")])
+    app = build(tenancy, trusted_origins=["https://APP.example.net:443"], resolvers=[SubdomainResolver("example.com")])
     host = ("Host", "acme.example.com")
 
     async def post(*headers: tuple[str, str], app: TenancyMiddleware = app, method: str = "POST") -> int:
@@ -394,6 +394,9 @@ async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None
         [("Sec-Fetch-Site", "same-site"), ("Origin", "https://globex.example.com")],
         [("Origin", "https://globex.example.com")],
         [("Origin", "null")],
+        [("Origin", "https://acme.example.com:8443")],
+        [("Origin", "https://[.]")],
+        [("Sec-Fetch-Site", "same-origin"), ("Sec-Fetch-Site", "cross-site")],
     )
     for attack in attacks:
         assert await post(*attack) == 403
