@@ -379,6 +379,11 @@ async def test_visitors_are_rated_by_address(tenancy_config: TenancyConfig) -> N
         assert (await request(app, "/p/x", [("Host", "nobody.example.com")])).status == 429
         assert (await request(app, "/p/x", headers, client=("198.51.100.1", 1))).status == 200
         assert (await request(app, headers=[*headers, ("X-API-Key", created.api_key)])).status == 200
+        # nor does a tenant's rate count a person who is a member of none
+        away: dict[str, Any] = {"client": ("203.0.113.1", 1)}
+        answers = [await request(app, headers=login("eve", *host), **away) for host in ([], headers) * 3]
+        assert answers[0].status == answers[1].status == 403 and answers[-1].status == 429
+        assert dict(answers[0].headers)[b"ratelimit-policy"].startswith(b'"address"')
 
 
 async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None:
