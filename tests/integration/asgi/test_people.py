@@ -235,6 +235,9 @@ async def test_it_ends_with_its_time_and_by_revocation(tenancy: Tenancy) -> None
 
     await until(lambda: refused(expires_at=soon))
     await until(lambda: refused(expires_at=future, id="s1", issued_at=past))
+    # another session that is the same but for its id is served, and does not bring the revoked one back
+    assert (await ask(expires_at=future, id="s2", issued_at=past)).status == 200
+    assert await refused(expires_at=future, id="s1", issued_at=past)
     assert (await ask(id="s2", issued_at=past)).status == 200
     async with tenancy.internals.control.transaction() as connection:
         await connection.execute(text("INSERT INTO tenancy.revocations (kind, value) VALUES ('subject', 'ada')"))
