@@ -447,6 +447,15 @@ async def test_the_first_authenticator_with_a_credential_decides(tenancy: Tenanc
     assert (missing.status, missing.json()["type"]) == (401, "urn:tenancy:problem:missing-credential")
 
 
+@pytest.mark.parametrize("made", [{"kind": "key"}, {"kind": "anonymous"}, {"kind": "session", "bound": ...}])
+async def test_a_login_of_the_application_cannot_make_other_credentials(tenancy: Tenancy, made: dict[str, Any]) -> None:
+    """No key, no visitor, and none with a tenant that nobody has looked up: a mistake of the application."""
+    bound = {"bound": await tenancy.tenants.get("globex")} if "bound" in made else {}
+    app = build(tenancy, authenticators=[LoginAs(lambda who: Credential(**{**made, **bound, "subject": who}))])
+    with pytest.raises(ConfigurationError, match="kind token or session, without a tenant"):
+        await request(app, headers=login("ada"))
+
+
 async def test_starlettes_own_sessions(tenancy: Tenancy) -> None:
     """A complete login on SessionMiddleware: it stands outside, and its signature makes the cookie."""
 
