@@ -88,7 +88,7 @@ class TextAuthenticator(ABC):
 
     ``headers`` lists the headers that it reads, as lower-case bytes; a request with one of them twice is refused.
     ``issuer`` names who issues what it reads, and ``subject_prefix`` is put before the subjects: two issuers may call
-    two people by the same one.
+    two people by the same one. The middleware refuses a subject that begins with the longer prefix of another.
     """
 
     headers: tuple[bytes, ...] = ()

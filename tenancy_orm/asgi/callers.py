@@ -76,6 +76,7 @@ class Callers:
                 "public paths need a resolver that reads the tenant from the address: SubdomainResolver or "
                 "PathPrefixResolver"
             )
+        self._foreign_subjects = {id(one): _foreign_prefixes(one, self.authenticators) for one in self.authenticators}
         self.has_special_paths = bool(self.public.patterns or self.without_tenant.patterns)
         self.origins = Origins(trusted_origins)
         self._keys = next((a for a in self.authenticators if isinstance(a, ApiKeyAuthenticator)), None)
@@ -215,9 +216,12 @@ class Callers:
                     raise self.rejected(scope, error.reason, kind=error.kind) from None
                 if presented is not None:
                     found = authenticator.peek(presented)
-                    if found is None:
+                    foreign = self._foreign_subjects[id(authenticator)]
+                    if found is None or (foreign and found.subject.startswith(foreign)):
                         try:
                             found = await authenticator.verify(presented)
+                            if foreign and found.subject.startswith(foreign):
+                                raise InvalidCredentialError("subject", kind=found.kind, credential_id=found.id)
                         except InvalidCredentialError as error:
                             await directory.report_refused(error, source)
                             raise
@@ -351,6 +355,20 @@ def _settled(credential: Credential, scope: Scope) -> Credential:
         return credential
     names = {name for name, _ in scope["headers"]}
     return replace(credential, sent_by_browser=b"cookie" in names and b"authorization" not in names)
+
+
+def _foreign_prefixes(
+    authenticator: Authenticator | ApiKeyAuthenticator, others: Iterable[Authenticator | ApiKeyAuthenticator]
+) -> tuple[str, ...]:
+    """Return what none of an authenticator's subjects may begin with: prefixes that make it a subject of another one.
+
+    With the prefixes "" and "b|", the first issuer's "b|ada" would be the second issuer's "ada".
+    """
+    if not isinstance(authenticator, TextAuthenticator):
+        return ()
+    own = authenticator.subject_prefix
+    prefixes = {one.subject_prefix for one in others if isinstance(one, TextAuthenticator)} - {own}
+    return tuple(prefix for prefix in prefixes if prefix.startswith(own))
 
 
 def _checked(credential: Credential, authenticator: Authenticator) -> Credential:

@@ -15,11 +15,7 @@ from starlette.websockets import WebSocketDisconnect
 from ..authentication.admission import tenant_for_source
 from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
-from ..errors import (
-    CrossTenantError,
-    TenancyError,
-    TooManyAttemptsError,
-)
+from ..errors import CrossTenantError, TenancyError, TenantNotAllowedError, TenantNotNamedError, TooManyAttemptsError
 from ..events import OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
 from ..quotas.rates import Allowed, Denied
@@ -297,6 +293,11 @@ class TenancyMiddleware:
             raise error
         if admitted and not self.map_errors and connection.ended is None:
             raise error
+        if not admitted and not connection.headers and isinstance(error, (TenantNotAllowedError, TenantNotNamedError)):
+            # the credential is valid, so no lock-out counts it; and it has no tenant with a rate that does
+            rate = self.tenancy.internals.rates.acquire_address(source_of(scope))
+            if await self._limited(rate, "address", scope, connection):
+                return
         problem = problem_for(error, tenant=None if credential is None else credential.bound)
         if problem is None:
             raise error

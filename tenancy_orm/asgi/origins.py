@@ -66,16 +66,19 @@ class Origins:
 def _normalised(origin: str) -> str:
     if not _ORIGIN.fullmatch(origin):
         raise ConfigurationError(f"trusted origin {origin!r} must look like https://app.example.com, without a path")
-    return origin.lower()
+    lower = origin.lower()
+    # browsers leave the default port out
+    return lower.removesuffix(f":{_DEFAULT_PORTS[lower.partition(':')[0]]}")
 
 
 def _is_of_host(origin: str, host: bytes) -> bool:
     """Whether an origin is that of the host; a proxy may end TLS, so that the scheme does not count."""
     if not _ORIGIN.fullmatch(origin):
         return False
-    parts = urlsplit(origin)
-    default = _DEFAULT_PORTS[parts.scheme]
     try:
+        # ValueError: an address in brackets, or a port, that is none
+        parts = urlsplit(origin)
+        default = _DEFAULT_PORTS[parts.scheme]
         own = urlsplit(f"//{host.decode('latin-1')}")
         return (parts.hostname, parts.port or default) == (own.hostname, own.port or default)
     except ValueError:

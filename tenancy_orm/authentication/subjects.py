@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -50,7 +50,7 @@ def token_tag(token_id: str) -> Hashable:
 class _Row:
     """A ``SubjectRow`` in the cache."""
 
-    __slots__ = ("fresh_until", "placed_at", "row", "stale_until", "tags", "used")
+    __slots__ = ("fresh_until", "memberships", "placed_at", "row", "stale_until", "tags", "used")
 
     def __init__(self, row: SubjectRow, config: TenancyConfig, tags: tuple[Hashable, ...]) -> None:
         self.row = row
@@ -58,6 +58,8 @@ class _Row:
         self.stale_until = self.fresh_until + config.directory.grace
         self.tags = tags
         self.used = self.placed_at = row.read_at
+        # the last that were found by it: what is admitted with the same ones shares them
+        self.memberships: tuple[Membership, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +167,21 @@ class SubjectDirectory:
             if len(credential.tenants) > _MAX_TENANTS:
                 raise InvalidCredentialError("too many tenants", kind=credential.kind, credential_id=credential.id)
             wanted = dict.fromkeys((as_reference(name) for name in credential.tenants), frozenset())
-        references, tenants = list(wanted), []
-        for start in range(0, len(references), _PAGE):
-            page = references[start : start + _PAGE]
-            tenants += await asyncio.gather(*(self._tenant(reference) for reference in page))
+        tenants = {reference: self._tenants.peek(reference) for reference in wanted}
+        # a task for each: of the many tenants of one person few are missing
+        missing = [reference for reference, tenant in tenants.items() if tenant is None]
+        for start in range(0, len(missing), _PAGE):
+            page = missing[start : start + _PAGE]
+            tenants.update(zip(page, await asyncio.gather(*map(self._tenant, page)), strict=True))
         found = {
-            tenant.id: Membership(tenant, roles)
-            for tenant, roles in zip(tenants, wanted.values(), strict=True)
-            if tenant is not None
+            tenant.id: Membership(tenant, wanted[reference])
+            for reference, tenant in tenants.items()
+            if tenant is not None and tenant.status not in _GONE
         }
-        memberships = sorted(found.values(), key=lambda one: one.tenant.slug)
-        return AllowedTenants(tuple(memberships), cached)
+        memberships = tuple(sorted(found.values(), key=lambda one: one.tenant.slug))
+        if not _are_same(memberships, cached.memberships):
+            cached.memberships = memberships
+        return AllowedTenants(cached.memberships, cached)
 
     def admit(
         self, credential: Credential, allowed: AllowedTenants, chosen: Membership | None, named: Named
@@ -325,10 +331,9 @@ class SubjectDirectory:
 
     async def _tenant(self, reference: UUID | str) -> Tenant | None:
         try:
-            found = self._tenants.peek(reference) or await self._tenants.get(reference)
+            return await self._tenants.get(reference)
         except TenantNotFoundError:
             return None
-        return None if found.status in _GONE else found
 
     # --- invalidation -----------------------------------------------------------------------------------------------
 
@@ -359,16 +364,25 @@ class SubjectDirectory:
         if former is not None:
             self._unlink(store, key, former)
         store.put(key, entry)
+        link = (store, key)
         for tag in tags:
-            self._by_tag.setdefault(tag, set()).add((store, key))
+            self._by_tag.setdefault(tag, set()).add(link)
 
     def _unlink(self, store: SecondChance[Any, Any], key: Hashable, entry: _Row | _Admitted) -> None:
+        link = (store, key)
         for tag in entry.tags:
             linked = self._by_tag.get(tag)
             if linked is not None:
-                linked.discard((store, key))
+                linked.discard(link)
                 if not linked:
                     del self._by_tag[tag]
+
+
+def _are_same(some: Sequence[Membership], others: Sequence[Membership]) -> bool:
+    """Whether both have the same roles in the same tenants, none of which was looked up again in between."""
+    return len(some) == len(others) and all(
+        one.tenant is other.tenant and one.roles == other.roles for one, other in zip(some, others, strict=True)
+    )
 
 
 def _tags(credential: Credential) -> tuple[Hashable, ...]:

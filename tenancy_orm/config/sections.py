@@ -342,8 +342,8 @@ class QuotaConfig(Section, frozen=True):
     rate_processes: Count = 1
     """How many processes share the request rate of each tenant: every one of them admits its part."""
     address_requests_per_second: Count = 20
-    """How many requests a second each address may make to paths where no tenant's credential counts them: public ones,
-    and those without a tenant."""
+    """How many requests a second each address may make where no tenant's credential counts them: to public paths and
+    those without a tenant, and with a token or session that does not allow the tenant."""
 
 
 class MeteringConfig(Section, frozen=True):

@@ -63,8 +63,9 @@ class Rates:
 
     Args:
         tiers: The configured tiers. ``Tier.requests_per_second`` applies unless the tenant's own quotas override it.
-        processes: How many processes share each rate.
+        processes: How many processes share each tenant's rate.
         address_rate: How many requests without a tenant's credential each address may make a second; None: no limit.
+            Not divided by ``processes``: a visitor's few connections may all be to one process.
         burst_seconds: How many seconds' worth of requests may come at once.
         clock: Seconds, monotonic.
     """
@@ -83,7 +84,7 @@ class Rates:
         self._tiers = tiers
         self._unlimited = frozenset(name for name, tier in tiers.items() if tier.requests_per_second is None)
         self._share = 1.0 / processes
-        self._address_rate = None if address_rate is None else address_rate * self._share
+        self._address_rate = address_rate
         self._burst_seconds = burst_seconds
         self._clock = clock
         self.home: HomeLoop | None = None  # of the open Tenancy that this belongs to

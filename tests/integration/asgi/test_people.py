@@ -228,6 +228,8 @@ async def test_it_ends_with_its_time_and_by_revocation(tenancy: Tenancy) -> None
 
     assert (await ask(expires_at=future, id="s1", issued_at=past)).status == 200
     assert (await ask(expires_at=past)).status == 401
+    soon = datetime.now(UTC) + timedelta(seconds=0.5)
+    assert (await ask(expires_at=soon)).status == 200  # and is cached from then on
     async with tenancy.internals.control.transaction() as connection:
         await connection.execute(text("INSERT INTO tenancy.revocations (kind, value) VALUES ('token', 's1')"))
     first = tenancy.internals.directory
@@ -235,7 +237,11 @@ async def test_it_ends_with_its_time_and_by_revocation(tenancy: Tenancy) -> None
     async def refused(**about: Any) -> bool:
         return (await ask(**about)).status == 401
 
+    await until(lambda: refused(expires_at=soon))
     await until(lambda: refused(expires_at=future, id="s1", issued_at=past))
+    # another session that is the same but for its id is served, and does not bring the revoked one back
+    assert (await ask(expires_at=future, id="s2", issued_at=past)).status == 200
+    assert await refused(expires_at=future, id="s1", issued_at=past)
     assert (await ask(id="s2", issued_at=past)).status == 200
     async with tenancy.internals.control.transaction() as connection:
         await connection.execute(text("INSERT INTO tenancy.revocations (kind, value) VALUES ('subject', 'ada')"))
@@ -261,6 +267,26 @@ async def test_invalid_tokens_slow_their_source_down_and_no_valid_one(tenancy: T
     elsewhere: dict[str, Any] = {"client": ("198.51.100.9", 1)}
     expired = [(await request(app, headers=signed("s", exp=time.time() - 60), **elsewhere)).status for _ in range(22)]
     assert set(expired) == {401}
+
+
+@pytest.mark.parametrize(("own", "others"), [("", "b|"), ("b", "b|")])
+async def test_an_issuer_cannot_name_another_issuers_people(tenancy: Tenancy, own: str, others: str) -> None:
+    """By a subject that begins with the other's prefix, also where its token is cached; alone, it may."""
+    seen: list[CredentialRejected] = []
+    tenancy.events.subscribe(CredentialRejected, seen.append)
+    await tenancy.members.add("acme", f"{others}ada", ["owner"])
+    first, second = tokens_of("https://a.example", own), tokens_of("https://b.example", others)
+
+    def signed(issuer: str, subject: str) -> list[tuple[str, str]]:
+        claims = {"iss": f"https://{issuer}.example", "aud": "api", "sub": subject, "jti": "1", "exp": 4_000_000_000}
+        return [("Authorization", f"Bearer {jwt.encode(claims, 's' * 32, algorithm='HS256')}")]
+
+    forged = signed("a", f"{others}ada".removeprefix(own))
+    assert (await request(build(tenancy, authenticators=[first]), headers=forged)).json()["subject"] == f"{others}ada"
+    app = build(tenancy, authenticators=[first, second])
+    assert (await request(app, headers=signed("b", "ada"))).json()["tenant"] == "acme"
+    assert [(await request(app, headers=forged)).status for _ in range(2)] == [401, 401]
+    assert [(event.reason, event.credential_id) for event in seen] == [("subject", "1")] * 2
 
 
 async def test_paths_without_a_tenant_need_a_credential_alone(tenancy: Tenancy) -> None:
@@ -363,6 +389,11 @@ async def test_visitors_are_rated_by_address(tenancy_config: TenancyConfig) -> N
         assert (await request(app, "/p/x", [("Host", "nobody.example.com")])).status == 429
         assert (await request(app, "/p/x", headers, client=("198.51.100.1", 1))).status == 200
         assert (await request(app, headers=[*headers, ("X-API-Key", created.api_key)])).status == 200
+        # nor does a tenant's rate count a person who is a member of none
+        away: dict[str, Any] = {"client": ("203.0.113.1", 1)}
+        answers = [await request(app, headers=login("eve", *host), **away) for host in ([], headers) * 3]
+        assert answers[0].status == answers[1].status == 403 and answers[-1].status == 429
+        assert dict(answers[0].headers)[b"ratelimit-policy"].startswith(b'"address"')
 
 
 async def test_a_limit_that_meets_a_proxy_is_logged(
@@ -393,7 +424,7 @@ async def test_a_limit_that_meets_a_proxy_is_logged(
 
 async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None:
     """Where the check is off it does; a page of the same origin, a program and a trusted origin may."""
-    app = build(tenancy, trusted_origins=["https://app.example.net"], resolvers=[SubdomainResolver("example.com")])
+    app = build(tenancy, trusted_origins=["https://APP.example.net:443"], resolvers=[SubdomainResolver("example.com")])
     host = ("Host", "acme.example.com")
 
     async def post(*headers: tuple[str, str], app: TenancyMiddleware = app, method: str = "POST") -> int:
@@ -404,6 +435,9 @@ async def test_another_origins_page_cannot_use_a_login(tenancy: Tenancy) -> None
         [("Sec-Fetch-Site", "same-site"), ("Origin", "https://globex.example.com")],
         [("Origin", "https://globex.example.com")],
         [("Origin", "null")],
+        [("Origin", "https://acme.example.com:8443")],
+        [("Origin", "https://[.]")],
+        [("Sec-Fetch-Site", "same-origin"), ("Sec-Fetch-Site", "cross-site")],
     )
     for attack in attacks:
         assert await post(*attack) == 403
@@ -473,6 +507,15 @@ async def test_the_first_authenticator_with_a_credential_decides(tenancy: Tenanc
     assert (nobodys.status, nobodys.json()["type"]) == (401, "urn:tenancy:problem:invalid-credential")
     missing = await request(first)
     assert (missing.status, missing.json()["type"]) == (401, "urn:tenancy:problem:missing-credential")
+
+
+@pytest.mark.parametrize("made", [{"kind": "key"}, {"kind": "anonymous"}, {"kind": "session", "bound": ...}])
+async def test_a_login_of_the_application_cannot_make_other_credentials(tenancy: Tenancy, made: dict[str, Any]) -> None:
+    """No key, no visitor, and none with a tenant that nobody has looked up: a mistake of the application."""
+    bound = {"bound": await tenancy.tenants.get("globex")} if "bound" in made else {}
+    app = build(tenancy, authenticators=[LoginAs(lambda who: Credential(**{**made, **bound, "subject": who}))])
+    with pytest.raises(ConfigurationError, match="kind token or session, without a tenant"):
+        await request(app, headers=login("ada"))
 
 
 async def test_starlettes_own_sessions(tenancy: Tenancy) -> None:

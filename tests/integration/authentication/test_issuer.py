@@ -228,6 +228,17 @@ async def test_known_keys_outlive_the_issuer_for_a_day(issuer: Issuer, caplog: p
     assert keys._failures == 0
 
 
+async def test_known_keys_are_not_used_past_their_day_while_the_next_fetch_waits(issuer: Issuer) -> None:
+    """After failures the next fetch waits for up to a minute, and what was verified needs none."""
+    subject = authenticator(issuer)
+    await admit(subject, issuer.token(exp=10**10))
+    keys = keys_of(subject)
+    pass_time(subject, 86_390)  # ten seconds before the end of the day
+    for _ in range(10):
+        keys._fail("no answer")
+    assert keys.due == keys._stale_at
+
+
 async def test_an_issuer_that_has_never_answered_is_asked_at_growing_intervals(issuer: Issuer) -> None:
     """Each request in between is answered at once, and none by 401."""
     subject = authenticator(issuer)

@@ -177,6 +177,7 @@ async def test_a_member_of_every_tenant_does_not_make_everybody_wait(
         assert subjects.admit(credential, allowed, chosen, ("t-3",)).memberships == allowed.memberships
         assert len([tag for tag in subjects._by_tag if isinstance(tag, UUID)]) == tagged
         assert subjects.peek(credential, ("t-3",)) is not None
+        assert (await subjects.allowed(credential)).memberships is allowed.memberships  # one list for all its tenants
         plane.directory.invalidate(chosen.tenant.id)
         assert subjects.peek(credential, ("t-3",)) is None
 

@@ -99,9 +99,14 @@ async def test_a_change_while_a_request_is_admitted_is_not_overlooked(
 
 
 async def test_a_listener_that_comes_back_while_a_request_is_admitted_is_not_overlooked(plane: ControlPlane) -> None:
-    """All that is needed is cached and stale by then: of a member who was removed unnoticed, what is open ends."""
+    """All but a tenant is cached, and stale by then: of a member who was removed unnoticed, what is open ends."""
+    another, _ = await plane.tenant("globex")
+    await sql(
+        plane, "INSERT INTO tenancy.members SELECT id, 'ada', '{owner}' FROM tenancy.tenants WHERE slug = 'globex'"
+    )
     await admit(plane, ADA)
     plane.directory.subjects._admitted.entries.clear()
+    plane.directory._cache.invalidate_tenant(another.id)
     await sql(plane, "DELETE FROM tenancy.members")
     asyncio.get_running_loop().call_soon(plane.directory.revalidate)
     admitted = await admit(plane, ADA)

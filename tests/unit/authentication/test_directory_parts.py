@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from tenancy_orm.authentication.batch import BatchLoader
 from tenancy_orm.authentication.cache import SecondChance
 from tenancy_orm.authentication.credential import CREDENTIAL_KINDS, Credential
 from tenancy_orm.authentication.refusals import MAX_CALLERS, MAX_KINDS, MAX_WRITTEN, Refusal, RefusalCounter
+from tenancy_orm.authentication.subjects import _key
 from tenancy_orm.authentication.throttle import Attempts, Throttle
 from tenancy_orm.errors import (
     ConfigurationError,
@@ -588,6 +589,24 @@ def test_a_malformed_credential_is_refused(wrong: dict[str, Any], message: str) 
     """Where it is made, with what is wrong; as a refusal it would look like the caller's mistake."""
     with pytest.raises(ConfigurationError, match=message):
         Credential(**{"kind": "session", "subject": "ada", **wrong})
+
+
+def test_what_is_cached_of_a_credential_is_no_other_ones() -> None:
+    """It is found by everything that decides about the tenant, the rights, the time and the revocations."""
+    now = datetime.now(UTC)
+    made: dict[str, Any] = {"kind": "session", "subject": "ada", "id": "1", "expires_at": now, "issued_at": now}
+    others: list[dict[str, Any]] = [
+        {"kind": "token", "sent_by_browser": True},
+        {"subject": "eve"},
+        {"id": "2"},
+        {"tenants": ("acme",), "scopes": ("*",)},
+        {"scopes": ()},
+        {"expires_at": now + timedelta(seconds=1)},
+        {"issued_at": None},
+        {"sent_by_browser": False},
+    ]
+    keys = {_key(Credential(**{**made, **other}), named) for other in [{}, *others] for named in ((), ("acme",))}
+    assert len(keys) == 2 * (1 + len(others))
 
 
 def test_a_credential_names_itself_in_the_audit_log() -> None:

@@ -319,8 +319,9 @@ def test_a_bucket_is_kept_in_tokens_when_the_rate_changes() -> None:
 
 
 def test_processes_share_a_rate() -> None:
-    """Each gets its part; a rate too small to divide still lets one through at a time."""
+    """Each gets its part, an address all of it; a rate too small to divide still lets one through at a time."""
     assert Rates(TIERS, processes=4).rate(tenant()) == 0.5
+    assert Rates(TIERS, processes=4, address_rate=20).acquire_address("192.0.2.1").limit == 20
     assert Rates(TIERS, processes=4, clock=Clock()).acquire(tenant()).limit == 1
     for options in ({"processes": 0}, {"burst_seconds": 0.0}):
         with pytest.raises(ValueError, match="at least 1"):
