@@ -7,6 +7,7 @@ valid it refuses, and no further one is asked.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from starlette.requests import HTTPConnection
@@ -114,6 +115,12 @@ class TextAuthenticator(ABC):
         Raises:
             InvalidCredentialError: it is not valid.
             CredentialsUnavailableError: it cannot be verified now.
+        """
+
+    def on_withdrawal(self, callback: Callable[[], None]) -> None:  # noqa: B027 - most have nothing to withdraw
+        """Call ``callback``, in the event loop, when credentials that it has verified may not hold any more.
+
+        What they have open is then verified: each is asked whether it ``holds``. Does nothing by default.
         """
 
     async def authenticate(self, connection: HTTPConnection) -> Credential | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal
 
 from starlette.requests import HTTPConnection
@@ -20,6 +22,7 @@ from ..errors import (
     CrossOriginError,
     InvalidCredentialError,
     MalformedRequestError,
+    NotOpenError,
     TenancyError,
     TenantNotAllowedError,
     TenantNotFoundError,
@@ -89,12 +92,19 @@ class Callers:
             r for r in (*key_resolvers, *self.tenant_resolvers) if type(r).adapt_scope is not Resolver.adapt_scope
         )
         """The resolvers that change the scope for the application."""
+        for one in self.authenticators:
+            if isinstance(one, TextAuthenticator):
+                one.on_withdrawal(partial(self._verify_opened, one.issuer))
         self._credential_headers = frozenset(h for a in self.authenticators for h in getattr(a, "headers", ()))
         self._headers = self._credential_headers.union(*(resolver.headers for resolver in self.tenant_resolvers))
         self._reads_tokens = any(
             isinstance(a, TextAuthenticator) and b"authorization" in a.headers for a in self.authenticators
         )
         self._warned_of_unknown = False
+
+    def _verify_opened(self, issuer: str) -> None:
+        with suppress(NotOpenError):
+            self._tenancy.internals.directory.verify_issuer(issuer)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -181,7 +191,7 @@ class Callers:
             try:
                 self.origins.check(scope)
             except CrossOriginError:
-                self.rejected(scope, "cross-origin", kind=authenticated.kind, credential_id=authenticated.id)
+                self.rejected(scope, "cross-origin", kind=authenticated.kind, credential_id=authenticated.public_id)
                 raise
         subjects = directory.subjects
         named = self.named(scope, headers)
@@ -295,6 +305,21 @@ class Callers:
                 raise TenantNotAllowedError(name)
             found = found or match
         return found
+
+    def refuse_named(self, credential: Credential, scope: Scope, headers: Headers, source: str | None) -> None:
+        """Refuse a request for a path without a tenant that names one which its credential does not allow.
+
+        The address does not count for people, where a key's must be right: whoever was removed from a tenant must be
+        able to log out at its host, and who is invited to accept.
+
+        Raises:
+            TenantNotAllowedError: it does, which is recorded.
+        """
+        named = self.named(scope, headers)
+        if credential.kind != "key":
+            pairs = zip(self.tenant_resolvers, named, strict=True)
+            named = tuple(None if resolver.is_address else name for resolver, name in pairs)
+        self.find_named(credential, credential.memberships, named, source)
 
     async def admit_visitor(self, scope: Scope, headers: Headers) -> Credential:
         """Return the credential of a visitor of the tenant that the address names.

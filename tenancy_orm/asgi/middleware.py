@@ -179,7 +179,7 @@ class TenancyMiddleware:
                             return
                 tenant = credential.bound
                 if tenant is None:
-                    callers.find_named(credential, credential.memberships, callers.named(scope, headers), source)
+                    callers.refuse_named(credential, scope, headers, source)
                     for adapting in self._adapting:
                         adapting.adapt_scope(scope)
                     scope[CREDENTIAL] = credential
@@ -224,7 +224,7 @@ class TenancyMiddleware:
         if tenant.status is not _ACTIVE and tenant.status is not _TRIAL:
             if tenant.status in _GONE:
                 raise self.callers.rejected(
-                    scope, tenant.status.value, kind=credential.kind, credential_id=credential.id
+                    scope, tenant.status.value, kind=credential.kind, credential_id=credential.public_id
                 )
             check_usable(tenant, operator=self._is_operator_request(scope, credential, tenant))
         for resolver in self._tenant_resolvers:
@@ -246,7 +246,7 @@ class TenancyMiddleware:
             return False
         self.tenancy.events.emit(
             OperatorAdmitted(
-                tenant_id=tenant.id, slug=tenant.slug, credential_id=credential.id, source=source_of(scope)
+                tenant_id=tenant.id, slug=tenant.slug, credential_id=credential.public_id, source=source_of(scope)
             )
         )
         return True

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 from uuid import UUID
@@ -19,7 +20,7 @@ from starlette.types import Scope
 from ..authentication.cache import put_bounded
 from ..authentication.credential import ALL_SCOPES, Credential, is_name
 from ..authentication.issuer import IssuerKeys, KeySource
-from ..authentication.jwks import SECRET_ALGORITHMS, check_algorithms, import_jwt, read_keys, read_secret
+from ..authentication.jwks import SECRET_ALGORITHMS, VerifyingKey, check_algorithms, import_jwt, read_keys, read_secret
 from ..authentication.tokens import (
     MAX_TOKEN_CHARS,
     TokenRules,
@@ -173,6 +174,10 @@ class JwtAuthenticator(TextAuthenticator):
         """Name the issuer and the audience."""
         return f"JwtAuthenticator(issuer={self.issuer!r}, audience={self.audiences!r})"
 
+    def on_withdrawal(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when the issuer's keys have changed."""
+        self._keys.on_change.append(callback)
+
     # --- the request ------------------------------------------------------------------------------------------------
 
     def read(self, scope: Scope, headers: Headers) -> Presented | None:
@@ -294,6 +299,10 @@ class JwtAuthenticator(TextAuthenticator):
         entry.used = now
         return entry.by_browser if presented[1] else entry.by_program
 
+    def _is_published(self, key: VerifyingKey) -> bool:
+        keys = self._keys.keys
+        return keys is not None and key in keys
+
     # --- the credential ---------------------------------------------------------------------------------------------
 
     def _credential(self, token: VerifiedToken, tenants: tuple[str | UUID, ...] | None) -> Credential:
@@ -317,6 +326,7 @@ class JwtAuthenticator(TextAuthenticator):
             issued_at=None if issued_at is None else datetime.fromtimestamp(issued_at, UTC),
             sent_by_browser=False,
             claims=claims,
+            holds=partial(self._is_published, token.key),
             **optional,
         )
 

@@ -44,7 +44,7 @@ class CredentialState:
     @property
     def public_id(self) -> str:
         """The id of the credential as people know it."""
-        return self.credential_id if self.credential is None else self.credential.id
+        return self.credential_id if self.credential is None else self.credential.public_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
@@ -61,7 +61,7 @@ class Credential:
         scopes: What it may do. For tenants that it names itself the default is nothing. For memberships it is a limit
             on what the subject's roles give, and the default is no limit.
         id: The public id of this one credential: of the key, the token (``jti``) or the session; 1 to 255 printable
-            characters. ``subject`` where there is none.
+            characters. Empty where it has none: it can be revoked by its subject alone.
         expires_at: When it ends, an aware datetime; what it opened ends then.
         issued_at: When the person logged in, an aware datetime. ``tenancy.revocations.add(subject=...)`` refuses what
             was issued before; without a time, until the revocation is removed.
@@ -69,6 +69,8 @@ class Credential:
             a page of another origin makes it (CSRF). None: true for sessions, false for the others; for a token of an
             authenticator of the application's own, true where the request has cookies and no ``Authorization``.
         claims: What else the token says, verified; not in the repr.
+        holds: Whether it still holds, where its authenticator can tell: a token does until its key is withdrawn. Asked
+            when what it has opened is verified; see ``TextAuthenticator.on_withdrawal``.
     """
 
     kind: CredentialKind
@@ -80,6 +82,7 @@ class Credential:
     issued_at: datetime | None = None
     sent_by_browser: bool | None = None
     claims: Mapping[str, Any] = field(default_factory=_no_claims, repr=False, compare=False, hash=False)
+    holds: Callable[[], bool] | None = field(default=None, repr=False, compare=False, hash=False)
     roles: frozenset[str] = frozenset()
     """The roles of its subject in ``tenant``; set by the middleware."""
     memberships: tuple[Membership, ...] = ()
@@ -116,8 +119,13 @@ class Credential:
             settle(self, "scopes", frozenset(self.scopes))
         if self.sent_by_browser is None and self.kind != "token":  # a token's is settled by the request that has it
             settle(self, "sent_by_browser", self.kind == "session")
-        if not self.id:
+        if self.kind == "key" and not self.id:
             settle(self, "id", self.subject)
+
+    @property
+    def public_id(self) -> str:
+        """What it is called in events and logs: its ``id``, or the subject where it has none."""
+        return self.id or self.subject
 
     @property
     def tenant(self) -> Tenant:

@@ -38,7 +38,7 @@ from .intrusions import Intrusions
 from .journal import KeyJournal
 from .lockout import Lockout
 from .lookups import EVERYTHING, DirectoryLookups, credential_state
-from .subjects import SubjectDirectory, subject_tag, token_tag
+from .subjects import SubjectDirectory, issuer_tag, subject_tag, token_tag
 from .tenant_directory import TenantDirectory
 
 logger = logging.getLogger("tenancy_orm.directory")
@@ -467,6 +467,10 @@ class Directory:
             self._lookups.invalidate(tag)
             self.subjects.invalidate(tag)
             self.admissions.verify(tag)
+
+    def verify_issuer(self, issuer: str) -> None:
+        """Verify what the tokens of an issuer have open: it has withdrawn a key."""
+        self.admissions.verify(issuer_tag(issuer))
 
     def revalidate(self) -> None:
         """Mark everything as stale, so that it is looked up again before use: invalidations may have been missed.

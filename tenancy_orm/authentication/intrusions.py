@@ -44,7 +44,7 @@ class Intrusions:
             "slug": tenant and tenant.slug,
             "kind": credential.kind,
             "subject": credential.subject,
-            "credential_id": credential.id,
+            "credential_id": credential.public_id,
             "source": source,
         }
         self._events.emit(CrossTenantRequest(named=named, resolver=resolver, **about))

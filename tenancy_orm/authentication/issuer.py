@@ -13,6 +13,7 @@ import math
 import random
 import re
 import time
+from collections.abc import Callable
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
@@ -41,6 +42,8 @@ class KeySource:
     def __init__(self, keys: KeySet | None = None) -> None:
         self.keys = keys
         self.due = math.inf
+        self.on_change: list[Callable[[], None]] = []
+        """Called when keys that were held have been replaced by others."""
 
     async def current(self) -> KeySet:
         """Return the keys to verify with.
@@ -183,7 +186,9 @@ class IssuerKeys(KeySource):
             )
         # the same object where nothing has changed: what was verified with it stays so
         if self.keys != found:
-            self.keys = found
+            former, self.keys = self.keys, found
+            for callback in self.on_change if former is not None else ():
+                callback()
         self._failures, self._failure = 0, ""
         seconds = self._keys_seconds
         if max_age is not None:

@@ -37,6 +37,11 @@ Named = tuple[str | None, ...]
 """The tenants that a request names, one for each resolver."""
 
 
+def issuer_tag(issuer: object) -> Hashable:
+    """Return the tag under which everything that an issuer's tokens have opened is verified."""
+    return ("issuer", issuer)
+
+
 def subject_tag(subject: str) -> Hashable:
     """Return the tag under which everything about a person is invalidated."""
     return ("subject", subject)
@@ -149,23 +154,25 @@ class SubjectDirectory:
             InvalidCredentialError: it has expired, was revoked, or is malformed.
             ControlUnavailableError: it is not cached, and the control database does not answer.
         """
-        for what, given in (("subject", credential.subject), ("id", credential.id)):
+        for what, given in (("subject", credential.subject), ("id", credential.id or credential.subject)):
             try:
                 # what PostgreSQL cannot take would fail the look-ups of others in the same query
                 check_subject(given)
             except InvalidSubjectError:
                 raise InvalidCredentialError(what, kind=credential.kind) from None
         if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
-            raise InvalidCredentialError("expired", kind=credential.kind, credential_id=credential.id)
+            raise InvalidCredentialError("expired", kind=credential.kind, credential_id=credential.public_id)
         cached = await self._row(credential)
         row = cached.row
         if _is_revoked(credential, row):
-            raise InvalidCredentialError("revoked", kind=credential.kind, credential_id=credential.id)
+            raise InvalidCredentialError("revoked", kind=credential.kind, credential_id=credential.public_id)
         if credential.tenants is None:
             wanted: dict[UUID | str, frozenset[str]] = {key: row.roles[key] for key in row.roles}
         else:
             if len(credential.tenants) > _MAX_TENANTS:
-                raise InvalidCredentialError("too many tenants", kind=credential.kind, credential_id=credential.id)
+                raise InvalidCredentialError(
+                    "too many tenants", kind=credential.kind, credential_id=credential.public_id
+                )
             wanted = dict.fromkeys((as_reference(name) for name in credential.tenants), frozenset())
         tenants = {reference: self._tenants.peek(reference) for reference in wanted}
         # a task for each: of the many tenants of one person few are missing
@@ -208,7 +215,7 @@ class SubjectDirectory:
             scopes=scopes,
             expires=expires,
             credential=credential,
-            tags=tags,
+            tags=_state_tags(credential),
         )
         admitted = replace(
             credential,
@@ -243,7 +250,7 @@ class SubjectDirectory:
             read_at=0.0,  # the request may have been authenticated a while ago
             expires=_expiry(credential, self._clock()),
             credential=credential,
-            tags=_tags(credential),
+            tags=_state_tags(credential),
         )
         admitted = self._admissions.admit(state)
         self._admissions.verify(state.credential_id)
@@ -272,7 +279,7 @@ class SubjectDirectory:
         credential = cast("Credential", granted.credential)  # the state of a key is read elsewhere
         if granted.tenant is None:
             row, _ = await self._lookups.subject(credential.subject, credential.id)
-            return replace(granted, read_at=row.read_at, revoked=_is_revoked(credential, row))
+            return replace(granted, read_at=row.read_at, revoked=_is_revoked(credential, row) or not _holds(credential))
         found, _ = await self._lookups.tenant(granted.tenant.id)
         if found is None:
             return None
@@ -286,7 +293,7 @@ class SubjectDirectory:
             tenant=tenant,
             read_at=min(read_at, row.read_at),
             scopes=self._scopes(credential, roles or frozenset()),
-            revoked=roles is None or _is_revoked(credential, row),
+            revoked=roles is None or _is_revoked(credential, row) or not _holds(credential),
         )
 
     def _scopes(self, credential: Credential, roles: frozenset[str]) -> frozenset[str]:
@@ -386,7 +393,17 @@ def _are_same(some: Sequence[Membership], others: Sequence[Membership]) -> bool:
 
 
 def _tags(credential: Credential) -> tuple[Hashable, ...]:
-    return (subject_tag(credential.subject), token_tag(credential.id))
+    subject = subject_tag(credential.subject)
+    return (subject, token_tag(credential.id)) if credential.id else (subject,)
+
+
+def _state_tags(credential: Credential) -> tuple[Hashable, ...]:
+    tags = _tags(credential)
+    return tags if credential.holds is None else (*tags, issuer_tag(credential.claims.get("iss")))
+
+
+def _holds(credential: Credential) -> bool:
+    return credential.holds is None or credential.holds()
 
 
 def _expiry(credential: Credential, now: float) -> float | None:

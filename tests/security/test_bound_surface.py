@@ -64,6 +64,7 @@ EXCUSED = {
     "internals.directory.on_invalidate": "registers a callback",
     "internals.directory.before_use": "registers a callback",
     "internals.directory.invalidate_subject": "forgets what is looked up again",
+    "internals.directory.verify_issuer": "verifies what is open",
     "internals.directory.report_refused": "reports, for the middleware",
     "internals.rates.acquire_address": "counts requests of an address",
     "internals.directory.on_schema_change": "registers a callback",

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import jwt
 import pytest
@@ -17,7 +17,7 @@ from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from tenancy_orm import Tenancy, TenancyConfig
@@ -32,12 +32,15 @@ from tenancy_orm.asgi import (
 )
 from tenancy_orm.asgi.resolvers import Headers
 from tenancy_orm.asgi.tokens import JwtAuthenticator
+from tenancy_orm.authentication.admission import Admission
 from tenancy_orm.authentication.credential import Credential
+from tenancy_orm.authentication.issuer import IssuerKeys
 from tenancy_orm.context import current_tenant, current_tenant_or_none
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.events import CredentialRejected, CrossTenantRequest
 from tests.support.asgi import Answer, http_scope, request, websocket_scope
 from tests.support.connections import Server
+from tests.support.issuer import Issuer
 from tests.support.waiting import until
 
 
@@ -291,11 +294,13 @@ async def test_an_issuer_cannot_name_another_issuers_people(tenancy: Tenancy, ow
 
 async def test_paths_without_a_tenant_need_a_credential_alone(tenancy: Tenancy) -> None:
     """Nothing is bound there, and no scope of a role holds."""
-    app = build(tenancy, without_tenant=["/me/*"], resolvers=[PathPrefixResolver()])
+    app = build(tenancy, without_tenant=["/me/*"], resolvers=[PathPrefixResolver(), HeaderResolver()])
     for path in ("/me/tenants", "/t/acme/me/tenants"):
         found = (await request(app, path, login("bob"))).json()
         assert (found["tenant"], found["scopes"], found["memberships"]) == (None, [], ["acme", "globex"])
-    assert (await request(app, "/t/globex/me/tenants", login("ada"))).status == 403
+    # who was removed from a tenant can log out at its address
+    assert (await request(app, "/t/globex/me/tenants", login("ada"))).json()["memberships"] == ["acme"]
+    assert (await request(app, "/me/tenants", login("ada", ("X-Tenant", "globex")))).status == 403
     assert (await request(app, "/me/tenants", login("eve"))).json()["memberships"] == []
     assert (await request(app, "/me/tenants")).status == 401
     key = await tenancy.keys.issue("acme", scopes=["a"])
@@ -516,6 +521,30 @@ async def test_a_login_of_the_application_cannot_make_other_credentials(tenancy:
     app = build(tenancy, authenticators=[LoginAs(lambda who: Credential(**{**made, **bound, "subject": who}))])
     with pytest.raises(ConfigurationError, match="kind token or session, without a tenant"):
         await request(app, headers=login("ada"))
+
+
+async def test_what_a_token_has_open_ends_when_its_key_is_withdrawn(tenancy: Tenancy) -> None:
+    """With the next fetch of the issuer's keys, which another one's token may cause; and its own key's tokens go on."""
+    opened: list[Admission] = []
+
+    async def keep(scope: Scope, receive: Receive, send: Send) -> None:
+        opened.append(scope["tenancy"].tenant.admission)
+        await JSONResponse({})(scope, receive, send)
+
+    with Issuer() as issuer:
+        tokens = JwtAuthenticator(issuer=issuer.url, audience=issuer.audience)
+        app = TenancyMiddleware(keep, tenancy=tenancy, authenticators=[tokens])
+
+        async def ask(**claims: Any) -> int:
+            headers = [("Authorization", f"Bearer {issuer.token(**claims)}")]
+            return (await request(app, headers=headers)).status
+
+        assert await ask(sub="ada") == 200
+        issuer.rotate(keep=False)
+        cast("IssuerKeys", tokens._keys)._tried_at -= 60
+        assert await ask(sub="ada", jti="new") == 200
+        await until(lambda: opened[0].ended)
+        assert (opened[0].ended and opened[0].ended.reason, opened[1].ended) == ("revoked", None)
 
 
 async def test_starlettes_own_sessions(tenancy: Tenancy) -> None:
