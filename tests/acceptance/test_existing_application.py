@@ -180,29 +180,39 @@ def test_the_product_gets_a_database_for_each_organisation(
 
         # the old version serves and writes beside the new one
         moving = blocks(PAGE, heading="Move the rows")
-        for block in moving[:-1]:
+        for block in moving[:-2]:
             if block.text == "python move.py acme\n":
                 asyncio.run(interrupt_a_move(walk, globex))
             reader.do(block)
         assert acme.post("/tickets", json={"title": "too late"}).status_code == 500
+        early = browsers.enter_context(Client(base_url=f"http://127.0.0.1:{walk.port}", limits=once))
+        early.log_in("initech")
+        assert early.get("/me").status_code == 200
+        assert early.get("/tickets").json()["type"] == "urn:tenancy:problem:no-tenant"
         asyncio.run(execute(variables, "UPDATE organisations SET tenant_id = NULL"))
         assert acme.post("/tickets", json={"title": "still here"}).status_code == 201
         assert "1: 3 tickets" in reader.type("python move.py acme")
         with ThreadPoolExecutor(1) as threads:
             writing = threads.submit(write_until_refused, initech)
-            reader.do(moving[-1])
+            reader.do(moving[-2])
             written = writing.result(timeout=60)
+        late, last = (browsers.enter_context(Client(base_url=url, limits=once)) for _ in range(2))
+        late.log_in("umbrella", sign_up=True)
+        assert late.post("/tickets", json={"title": "No light"}).status_code == 201
+        reader.do(moving[-1])
+        assert "1 tickets" in reader.printed
         titles = ["Printer on fire", "No toner", "still here"]
         assert acme.titles() == titles
         assert asyncio.run(execute(variables, LOGINS)) == []
 
-        for client, slug in ((acme, "acme"), (globex, "globex"), (initech, "initech")):
+        for client, slug in ((acme, "acme"), (globex, "globex"), (initech, "initech"), (late, "umbrella")):
             client.base_url = httpx.URL(f"http://127.0.0.1:{walk.port}")
             assert client.get("/tickets").status_code == 401
             client.log_in(slug)
             assert client.get(f"{url}/tickets").status_code == 401
         assert acme.titles() == titles
         assert initech.titles() == written
+        assert late.titles() == ["No light"]
         assert acme.get(f"/tickets/{numbers[0]}").json()["comments"] == ["Again?"]
         assert globex.get(f"/tickets/{numbers[0]}").status_code == 404
         assert acme.get("/me").json() == {"email": "mara@acme.example", "organisation": "Acme"}
@@ -220,7 +230,17 @@ def test_the_product_gets_a_database_for_each_organisation(
         assert acme.get("/tickets", headers=copied).status_code == 401
         assert acme.titles() == [*titles, "No paper"]
 
-        reader.follow("Later: without `org_id`")
+        *later, dropping = blocks(PAGE, heading="Later: without `org_id`")
+        for block in later:
+            reader.do(block)
+        last.log_in("zenith", sign_up=True)  # at the old version, which should have been stopped
+        assert last.post("/tickets", json={"title": "No heat"}).status_code == 201
+        assert "not moved: zenith; stop the old version, and run python move.py" in reader.type(
+            "alembic upgrade head", ok=False
+        )
+        assert asyncio.run(execute(variables, "SELECT title FROM tickets WHERE title = 'No heat'")) != []
+        assert "1 tickets" in reader.type("python move.py")
+        reader.do(dropping)
         assert "6 passed" in reader.printed, reader.printed
         assert "'acme': 0, 'globex': 0, 'initech': 0" in reader.type("python worker.py")
 

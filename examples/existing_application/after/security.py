@@ -51,11 +51,12 @@ def log_in(response: Response, user: User, organisation: Organisation) -> None:
         "iss": "helpdesk",
         "aud": "helpdesk",
         "sub": str(user.id),
-        "org": str(organisation.tenant_id),
         "jti": str(uuid4()),
         "iat": now,
         "exp": now + timedelta(hours=12),
     }
+    if organisation.tenant_id is not None:  # until its move an organisation has no tenant
+        claims["org"] = str(organisation.tenant_id)
     token = jwt.encode(claims, SECRET, "HS256")
     response.set_cookie("session", token, max_age=12 * 3600, httponly=True, secure=True, samesite="lax")
 
