@@ -19,7 +19,7 @@ import typer
 
 from ..config import TenancyConfig, project, sources
 from ..config.values import parse_keys
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, MissingExtraError
 from ..postgres.dsn import Dsn
 from ..tenancy import Tenancy
 from . import preparation, setup
@@ -153,11 +153,11 @@ def dev(
     ] = None,
 ) -> None:
     """Run an embedded PostgreSQL for development, until Ctrl-C."""
-    from ..testing.embedded import EmbeddedProvider
-
     directory = exit_on_error(_data_directory) if directory is None else directory
 
     async def serve() -> None:
+        from ..testing.embedded import EmbeddedProvider
+
         provided = await EmbeddedProvider().open(f"embedded:{directory}")
         try:
             stop = asyncio.Event()
@@ -190,6 +190,7 @@ def psql(
         found = await tenancy.tenants.get(tenant)
         if found.placement is None:
             raise ConfigurationError(f"tenant {found.slug!r} has no database")
+        program = _find_psql()
         server = tenancy.internals.servers[found.placement.server]
         password = tenancy.internals.provisioner.password(found)
         environment = {
@@ -204,7 +205,7 @@ def psql(
             await tenancy.audit.append(
                 connection, action="tenant.psql", tenant_id=found.id, slug=found.slug, actor=operator()
             )
-        process = await asyncio.create_subprocess_exec(_find_psql(), *(arguments or []), env=environment)
+        process = await asyncio.create_subprocess_exec(program, *(arguments or []), env=environment)
         try:
             return await process.wait()
         finally:
@@ -223,8 +224,10 @@ def psql(
 def _find_psql() -> str:
     found = shutil.which("psql")
     if found is None:
-        from ..testing.embedded import find_binary
-
+        try:
+            from ..testing.embedded import find_binary
+        except MissingExtraError as exc:
+            raise ConfigurationError("there is no psql on PATH; install PostgreSQL's client programs") from exc
         found = str(find_binary("psql"))
     return found
 

