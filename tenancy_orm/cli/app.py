@@ -217,6 +217,11 @@ def update(
     """Change a tenant's tier, metadata, time zone or end of trial."""
     given = exit_on_error(lambda: parse_metadata(metadata))
     merge = exit_on_error(lambda: parse_merge(changed, removed))
+    if given is not None and merge is not None:
+        fail(
+            "give --metadata, which replaces all of it, or --set and --unset, which change a part",
+            kind="ConfigurationError",
+        )
     trial_ends_at = None if trial_days is None else days_from_now(trial_days)
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import typer
 from ..authentication.revocations import Revocation
 from ..tenancy import Tenancy
 from .output import Column, console, print_json, print_table, printable
-from .runtime import ExpiresIn, Json, duration, operator, run
+from .runtime import ExpiresIn, Json, duration, fail, operator, run
 
 app = typer.Typer(help="Revoke tokens and sessions before they expire.", no_args_is_help=True)
 
@@ -30,6 +30,7 @@ def add(
 
     With --expires-in, housekeeping removes the revocation after that time: give the longest life of what it refuses.
     """
+    _check_one(subject, token)
     lifetime = duration(expires_in)
 
     async def command(tenancy: Tenancy) -> Revocation:
@@ -48,6 +49,7 @@ def add(
 @app.command()
 def remove(subject: Subject = None, token: Token = None, as_json: Json = False) -> None:
     """Take a revocation back: what it refused is valid again."""
+    _check_one(subject, token)
 
     async def command(tenancy: Tenancy) -> bool:
         return await tenancy.revocations.remove(subject=subject, token_id=token, actor=operator())
@@ -82,3 +84,8 @@ def list_revocations(
         Column("reason", drop=3),
     )
     print_table("revocations", columns, [(x.kind, x.value, x.revoked_at, x.expires_at, x.reason) for x in found])
+
+
+def _check_one(subject: str | None, token: str | None) -> None:
+    if (subject is None) == (token is None):
+        fail("give either --subject or --token", kind="ConfigurationError")

@@ -222,6 +222,7 @@ async def test_psql_opens_the_tenants_database_as_its_role(cli: Cli, postgres: P
         (("create", "acme", "--metadata", "plan"), "is not NAME=TEXT, NAME:=JSON or a JSON object"),
         (("update", "acme", "--set", "plan:=pro"), "--set is not JSON"),
         (("update", "acme", "--set", "plan=pro", "--unset", "plan"), "'plan' is given to --set and to --unset"),
+        (("update", "acme", "--metadata", "a=b", "--set", "c=d"), "give --metadata, which replaces all of it"),
         (("list", "--slug", "AC*"), "slug 'AC*' must be of a-z"),
         (("create", "acme", "--tier", "gold"), "known tiers"),
         (("keys", "revoke", "nonsense"), "does not exist"),
