@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from ..audit.chain import VerifyReport
 from ..audit.checkpoints import Checkpoint, Verifier
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
-from .output import Column, console, print_json, print_table
+from .output import Column, cell, console, print_json, print_table
 from .runtime import EXIT_FAILED, Json, exit_on_error, run
 
 app = typer.Typer(help="Read the audit log and verify it.", no_args_is_help=True)
@@ -37,8 +37,19 @@ def list_events(
     if as_json:
         print_json([_fields(event) for event in events])
         return
-    rows = [(e.sequence, e.occurred_at, e.action, e.slug, e.actor.id or e.actor.kind, e.after) for e in events]
-    columns = ("number", "time", Column("action", keep=True), "tenant", "actor", Column("after", drop=1))
+    rows = [
+        (e.sequence, e.occurred_at, e.action, e.slug, e.actor.id or e.actor.kind, _pairs(e.detail), e.after)
+        for e in events
+    ]
+    columns = (
+        "number",
+        "time",
+        Column("action", keep=True),
+        "tenant",
+        "actor",
+        Column("detail", drop=1),
+        Column("after", drop=2),
+    )
     print_table("audit log", columns, rows)
 
 
@@ -87,6 +98,14 @@ def print_public_keys() -> None:
         return await tenancy.audit.verifier()
 
     print_json(run(command).public_keys)
+
+
+def _pairs(detail: Mapping[str, Any] | None) -> str:
+    """What is known besides, such as why something was refused: ``reason=issuer count=1``."""
+    known = [(name, value) for name, value in (detail or {}).items() if value is not None]
+    # a narrow terminal cuts the end off
+    known.sort(key=lambda pair: (pair[0] != "reason", pair[0] == "count"))
+    return " ".join(f"{name}={cell(value)}" for name, value in known)
 
 
 def _summary(report: VerifyReport) -> str:

@@ -14,6 +14,7 @@ import pytest
 from tenancy_orm import TenancyConfig
 from tenancy_orm.audit.checkpoints import Signer
 from tenancy_orm.audit.log import AuditLog
+from tenancy_orm.authentication.refusals import Refusal, RefusalCounter
 from tenancy_orm.control.database import ControlDatabase
 from tests.support.audit import age
 from tests.support.postgres import Postgres
@@ -92,6 +93,27 @@ async def test_verify_accepts_what_a_retired_key_signed(files: Path, cli: Cli) -
     assert json.loads(await cli("public-keys", keys=written(_1=RETIRED, _2=CURRENT))).keys() == {"1", "2"}
     assert "1 checkpoints confirmed" in await cli("verify", "--checkpoint", "4.json", keys=alone)
     assert json.loads(await cli("public-keys", keys=alone)) == json.loads((files / "keys.json").read_text())
+
+
+async def test_what_was_refused_and_why_is_in_the_table(tenancy_config: TenancyConfig, cli: Cli) -> None:
+    """The reason, the tenant that was named, and the count; not only in the JSON."""
+    control = ControlDatabase(tenancy_config.control_url, name_prefix=tenancy_config.name_prefix)
+    counter = RefusalCounter()
+    counter.add(Refusal.rejected("issuer", None, None, (None, None)))
+    counter.add(Refusal.cross_tenant_request("globex", "HeaderResolver", "k-1", None, (None, None)), 3)
+    try:
+        await control.upgrade()
+        await control.open()
+        audit = AuditLog(control, Signer({"1": CURRENT}))
+        for refusal, detail in counter.entries():
+            async with control.transaction() as connection:
+                await audit.append(connection, action=refusal.action, detail=detail)
+    finally:
+        await control.close()
+    listed = await cli("list", keys=written(_1=CURRENT))
+    assert "DETAIL" in listed
+    assert "reason=issuer count=1" in listed
+    assert "named=globex resolver=HeaderResolver count=3" in listed
 
 
 async def test_a_file_that_is_no_checkpoint_or_has_no_keys_is_named(files: Path, cli: Cli) -> None:
