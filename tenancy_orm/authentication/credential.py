@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 from uuid import UUID
 
 from ..audit.actor import Actor
@@ -31,7 +31,7 @@ def _no_claims() -> Mapping[str, Any]:
     return _NO_CLAIMS
 
 
-def is_name(value: object) -> bool:
+def is_name(value: object) -> TypeGuard[str]:
     """Whether this is a text that may be a subject, an id or a tenant: neither empty, nor long, nor unprintable."""
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME_CHARS and value.isprintable()
 

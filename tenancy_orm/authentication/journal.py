@@ -16,13 +16,14 @@ from typing import Protocol
 from sqlalchemy import ARRAY, Float, LargeBinary, Text, bindparam, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..audit.actor import Actor, ActorKind
+from ..audit.actor import ActorKind
 from ..audit.log import AuditLog
 from ..control.database import ControlDatabase
 from ..errors import InvalidCredentialError, TenancyError
 from ..keys.format import KeyDigester, ParsedKey
 from ..tenant import Tenant
 from .credential import CREDENTIAL_KINDS, Credential
+from .refusal_log import append_refusals
 from .refusals import Refusal, RefusalCounter
 
 logger = logging.getLogger("tenancy_orm.keys")
@@ -223,15 +224,8 @@ class KeyJournal:
             return
         try:
             async with self._control.transaction() as connection:
-                for refusal, detail in (*crossed.entries(), *refused.entries()):
-                    await self._audit.append(
-                        connection,
-                        action=refusal.action,
-                        tenant_id=refusal.tenant_id,
-                        slug=refusal.slug,
-                        actor=Actor(refusal.kind, refusal.actor_id, source=refusal.source),
-                        detail=detail,
-                    )
+                for counter in (crossed, refused):
+                    await append_refusals(self._audit, connection, counter)
         except BaseException:
             self._refused.add_all(refused)
             self._cross_tenant.add_all(crossed)

@@ -1,4 +1,4 @@
-"""Refused invitations in the audit log."""
+"""Refusals in the audit log, and a writer for those of invitations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from contextvars import Context
 from typing import Final
 
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from ..audit.actor import Actor
 from ..audit.log import AuditLog
 from ..control.database import ControlDatabase
@@ -16,6 +18,19 @@ from .refusals import Refusal, RefusalCounter
 logger = logging.getLogger("tenancy_orm.members")
 
 _WRITE_SECONDS: Final = 10.0
+
+
+async def append_refusals(audit: AuditLog, connection: AsyncConnection, counted: RefusalCounter) -> None:
+    """Append what was counted to the audit log, in the caller's transaction."""
+    for refusal, detail in counted.entries():
+        await audit.append(
+            connection,
+            action=refusal.action,
+            tenant_id=refusal.tenant_id,
+            slug=refusal.slug,
+            actor=Actor(refusal.kind, refusal.actor_id, source=refusal.source),
+            detail=detail,
+        )
 
 
 class RefusalLog:
@@ -60,15 +75,7 @@ class RefusalLog:
             return
         try:
             async with self._control.transaction() as connection:
-                for refusal, detail in counted.entries():
-                    await self._audit.append(
-                        connection,
-                        action=refusal.action,
-                        tenant_id=refusal.tenant_id,
-                        slug=refusal.slug,
-                        actor=Actor(refusal.kind, refusal.actor_id, source=refusal.source),
-                        detail=detail,
-                    )
+                await append_refusals(self._audit, connection, counted)
         except BaseException as exc:
             self._counter.add_all(counted)
             if not isinstance(exc, Exception):

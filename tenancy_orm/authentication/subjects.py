@@ -17,14 +17,13 @@ from uuid import UUID
 
 from ..config import TenancyConfig
 from ..context import as_reference
-from ..errors import ControlUnavailableError, InvalidCredentialError, InvalidSubjectError, TenantNotFoundError
+from ..errors import ControlUnavailableError, InvalidCredentialError, TenantNotFoundError
 from ..tenant import Status, Tenant
 from .admission import Admission, CredentialState
 from .admissions import Admissions
 from .cache import SecondChance
-from .credential import ALL_SCOPES, Credential, Membership
+from .credential import ALL_SCOPES, Credential, Membership, is_name
 from .lookups import EVERYTHING, DirectoryLookups, SubjectRow
-from .member_rows import check_subject
 from .tenant_directory import TenantDirectory
 
 _MAX_TENANTS = 1_000  # that one credential may name
@@ -155,11 +154,9 @@ class SubjectDirectory:
             ControlUnavailableError: it is not cached, and the control database does not answer.
         """
         for what, given in (("subject", credential.subject), ("id", credential.id or credential.subject)):
-            try:
-                # what PostgreSQL cannot take would fail the look-ups of others in the same query
-                check_subject(given)
-            except InvalidSubjectError:
-                raise InvalidCredentialError(what, kind=credential.kind) from None
+            # what PostgreSQL cannot take would fail the look-ups of others in the same query
+            if not is_name(given):
+                raise InvalidCredentialError(what, kind=credential.kind)
         if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
             raise InvalidCredentialError("expired", kind=credential.kind, credential_id=credential.public_id)
         cached = await self._row(credential)

@@ -208,7 +208,7 @@ def refused(reason: str, verified: Mapping[str, Any] | None = None) -> InvalidCr
 
 
 def _text_or_none(value: object) -> str | None:
-    return value if isinstance(value, str) and is_name(value) else None
+    return value if is_name(value) else None
 
 
 def _is_time(value: object) -> bool:
