@@ -33,9 +33,10 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"housekeeping", "internals"}),
     frozenset({"assembly", "scopes"}),
     frozenset({"lifetime"}),
+    frozenset({"sync"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
-    frozenset({"asgi", "environment"}),
+    frozenset({"asgi", "wsgi", "tasks", "environment"}),
     frozenset({"integrations", "telemetry", "testing"}),
     frozenset({"console"}),
     frozenset({"cli"}),
@@ -51,7 +52,18 @@ EXTRAS: dict[str, frozenset[str]] = {
     "pytest": frozenset({"testing"}),
     "fastapi": frozenset({"integrations"}),
     "stripe": frozenset({"integrations"}),
-    "httpx": frozenset({"integrations", "authentication"}),
+    "httpx": frozenset({"integrations", "authentication", "testing"}),
+    "psycopg": frozenset({"sync"}),
+    # one module per framework
+    "celery": frozenset({"integrations"}),
+    "kombu": frozenset({"integrations"}),  # what Celery sends its messages by
+    "taskiq": frozenset({"integrations"}),
+    "arq": frozenset({"integrations"}),
+    "procrastinate": frozenset({"integrations"}),
+    "structlog": frozenset({"integrations"}),
+    "redis": frozenset({"integrations"}),
+    "obstore": frozenset({"integrations"}),
+    "fsspec": frozenset({"integrations"}),
     "jwt": frozenset({"authentication"}),  # tokens of identity providers
     # stores of the encryption keys
     "hvac": frozenset({"secrets"}),
