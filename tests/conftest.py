@@ -19,7 +19,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from tests.support.postgres import Postgres
+from tests.support.postgres import Postgres, close_administrators
 from tests.support.shell import python_path
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Stop the embedded server."""
+    close_administrators()
     server = config.stash.get(_server_key, None)
     if server is not None:
         server.stop()
@@ -223,7 +224,9 @@ async def control_url(
     from tests.support.control_databases import create_control_database
 
     name = postgres.new_name()
-    yield await create_control_database(postgres, name, installation=installation.installation)
+    yield await create_control_database(
+        postgres, name, installation=installation.installation, lasts=installation is lasting_installation
+    )
     if not _keep(request, name):
         await postgres.drop_database(name, but=lasting_installation.stem)
 

@@ -18,9 +18,12 @@ async def try_lock(connection: Connection, key: int) -> bool:
     return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", key))
 
 
-async def unlock(connection: Connection, key: int) -> None:
-    """Release the lock ``key`` once; a session that took it several times must release it as often."""
-    await connection.execute(f"SELECT pg_advisory_unlock({key})")
+async def unlock(connection: Connection, key: int) -> bool:
+    """Release the lock ``key`` once, and return whether the session had it.
+
+    A session that took it several times must release it as often.
+    """
+    return bool(await connection.fetchval("SELECT pg_advisory_unlock($1)", key))
 
 
 async def lock(connection: Connection, key: int, *, timeout: float) -> None:

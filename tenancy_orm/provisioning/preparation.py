@@ -18,7 +18,7 @@ from ..postgres.connections import Connection
 from ..postgres.errors import sqlstate_of
 from ..routing.servers import Server
 from . import public_access, role_settings, roles
-from .blockers import Blockers
+from .admin_connections import AdminConnections
 from .public_access import RACES, Closing, SharedDatabases
 from .role_settings import RoleSettings
 from .tenant_rights import TenantRights
@@ -31,7 +31,7 @@ LOCK: Final = "prepare"
 
 async def prepare(
     server: Server,
-    blockers: Blockers,
+    admin_connections: AdminConnections,
     *,
     owner: str,
     shared: SharedDatabases,
@@ -58,10 +58,10 @@ async def prepare(
         asyncpg.InsufficientPrivilegeError: the administrator may not create roles.
         ServerUnavailableError: the server does not answer.
     """
-    connection = await blockers.connect()
+    key = locks.lock_key(LOCK)
+    connection = await admin_connections.acquire(server, key, timeout=timeout)
     try:
         rights.check_version(server.name, connections.version(connection))
-        await locks.lock(connection, locks.lock_key(LOCK), timeout=timeout)
         async with asyncio.timeout(timeout):
             closings = await shared.closings(connection, server.name)
             if revoke_public:
@@ -77,7 +77,7 @@ async def prepare(
             await role_settings.verify(connection, server.name, settings)
             return settings
     finally:
-        await run_to_completion(connections.close(connection))
+        await run_to_completion(admin_connections.release(server, connection, key))
 
 
 async def _prepare_owner(connection: Connection, owner: str) -> None:

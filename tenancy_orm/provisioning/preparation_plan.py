@@ -67,6 +67,7 @@ class PreparationPlan:
             for server in servers.values():
                 async with _administrator(server) as connection:
                     closings += await shared.closings(connection, server.name)
+                    await server.learn(connection)  # an opening asks next
         return cls(
             control_database=control.database,
             control_address=str(control.dsn),

@@ -133,7 +133,7 @@ class Provisioner:
             try:
                 self._prepared[name] = await prepare(
                     server,
-                    self._services.blockers(server),
+                    self._admin_connections,
                     owner=self.names.owner,
                     shared=SharedDatabases(config.name_prefix, await read_control(self._control, config)),
                     revoke_public=config.provisioning.revoke_public,
@@ -286,19 +286,19 @@ class Provisioner:
     async def _align(self, tenant: Tenant, timeout: float) -> None:
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
-        server = self._services.servers[tenant.placement.server]
+        server, key = self._services.servers[tenant.placement.server], tenant_key(tenant.id)
         deadline = asyncio.get_running_loop().time() + timeout
         try:
             async with asyncio.timeout_at(deadline):
-                connection = await self._services.blockers(server).connect()
+                connection = await self._admin_connections.connect(server)
                 try:
-                    if not await locks.try_lock(connection, tenant_key(tenant.id)):
+                    if not await locks.try_lock(connection, key):
                         await self._block(connection, server, tenant, deadline=deadline)
-                        await locks.lock(connection, tenant_key(tenant.id), timeout=timeout)
+                        await locks.lock(connection, key, timeout=timeout)
                     current = await self._services.registry.get(tenant.id)
                     await align_role(self._services, connection, current, deadline=deadline)
                 finally:
-                    await connections.close(connection)
+                    await run_to_completion(self._admin_connections.release(server, connection, key))
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"the role of tenant {tenant.slug!r} could not be aligned within {timeout:g} s ({describe(exc)}); "

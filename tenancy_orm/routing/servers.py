@@ -129,6 +129,7 @@ class Server:
         self._bounds = bounds
         self.session_settings: Mapping[str, str] = {}
         self._is_proved = False  # whether the administrator's address has been seen to lead to PostgreSQL itself
+        self._facts: ServerFacts | None = None
         self._found: Mapping[str, str] | None = None
         self._found_at = 0.0
         self._reading: asyncio.Task[None] | None = None
@@ -207,7 +208,7 @@ class Server:
             raise self.unavailable(exc, database=database) from exc
 
     async def inspect(self, *, timeout: float) -> ServerFacts:
-        """Log in as the administrator, and return what an opening needs to know of the server.
+        """Return what an opening needs to know of the server; log in as the administrator, unless it is known already.
 
         Args:
             timeout: Seconds that the login may take, if ``connect_timeout`` is longer, and the answer.
@@ -216,14 +217,29 @@ class Server:
             ServerUnavailableError, PoolerError, CrossTenantError: as ``connect_admin``.
             asyncpg.PostgresError: the server refuses.
         """
+        if self._facts is not None:
+            return self._facts
         connection = await self.connect_admin(timeout=min(timeout, self._admin_timeout))
         try:
             async with asyncio.timeout(timeout):
-                return ServerFacts(*await connection.fetchrow(_FACTS))
+                return await self.learn(connection)
         except OSError as exc:
             raise self.unavailable(exc) from clear_tracebacks(exc)
         finally:
             await connections.close(connection, timeout=CLOSE_SECONDS)
+
+    async def learn(self, connection: Connection) -> ServerFacts:
+        """Read what an opening, and a tenant's first login, need to know, over an administrative connection.
+
+        Raises:
+            asyncpg.PostgresError: the server refuses.
+        """
+        facts = ServerFacts(*await connection.fetchrow(_FACTS))
+        if self.traffic is self._direct:
+            await self.read_settings(connection)
+        if facts.database == self.dsn.database:  # where that does not exist yet, the caller is connected to another
+            self._facts = facts
+        return facts
 
     async def connect_tenant(
         self,

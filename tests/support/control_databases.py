@@ -10,8 +10,8 @@ from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.control.names import Names
 from tests.support.postgres import Postgres
 
-# What an installation's control database knows of its templates, for the next one; by the installation's id.
-_known_templates: dict[UUID, str] = {}
+# The names of an installation's templates, as its next control database knows them; by the installation's id.
+_known_templates: dict[UUID, list[str]] = {}
 _READ_TEMPLATES = "SELECT coalesce(json_agg(t), '[]')::text FROM tenancy.templates AS t WHERE name = ANY($1)"
 _WRITE_TEMPLATES = "INSERT INTO tenancy.templates SELECT * FROM json_populate_recordset(NULL::tenancy.templates, $1)"
 
@@ -20,13 +20,18 @@ SELECT array_agg(quote_ident(c.relname)) FROM pg_attribute a JOIN pg_class c ON 
 WHERE a.attname = 'tenant_id' AND c.relnamespace = 'tenancy'::regnamespace AND c.relkind = 'r' AND NOT c.relispartition
 """
 
-# The template of a server and an owner, by the server's URL and the owner's name. Each worker has its own: a clone
-# needs a template without connections.
-_templates: dict[tuple[str, str | None], str] = {}
+# The template of a server, an owner and a lasting installation, by the server's URL, the owner's name and the
+# installation's id. Each worker has its own: a clone needs a template without connections.
+_templates: dict[tuple[str, str | None, UUID | None], str] = {}
 
 
 async def create_control_database(
-    postgres: Postgres, name: str, *, installation: UUID | None = None, owner: tuple[str, str] | None = None
+    postgres: Postgres,
+    name: str,
+    *,
+    installation: UUID | None = None,
+    lasts: bool = False,
+    owner: tuple[str, str] | None = None,
 ) -> str:
     """Create a control database at the newest revision, which nothing has opened yet, and return its URL.
 
@@ -34,20 +39,22 @@ async def create_control_database(
         postgres: Its server.
         name: Its name.
         installation: The id of an installation whose owner role and templates are there already; a new one where None.
+        lasts: Whether further tests use that installation, so that a template of its own pays.
         owner: Name and password of the role that owns the database and its tables, and is in the URL; the superuser
             where None.
     """
     user, password = owner or (None, None)
-    template = _templates.get((postgres.admin_url, user))
-    if template is None:
-        template = _templates[postgres.admin_url, user] = await _create_template(postgres, user, password)
+    template = await _find_template(postgres, user, password)
+    if lasts and installation is not None:
+        key = postgres.admin_url, user, installation
+        if key not in _templates:
+            _templates[key] = postgres.new_name("template")
+            await postgres.create_database(_templates[key], template=template, owner=user)
+            await _name_installation(postgres, _templates[key], installation)
+        template = _templates[key]
     await postgres.create_database(name, template=template, owner=user)
-    async with postgres.connect(name) as connection:
-        await connection.execute(
-            "UPDATE tenancy.installation SET id = coalesce($1, gen_random_uuid()), created_at = now()", installation
-        )
-        if installation in _known_templates:
-            await connection.execute(_WRITE_TEMPLATES, _known_templates[installation])
+    if not lasts or installation is None:
+        await _name_installation(postgres, name, installation)
     return postgres.url(name, user=user, password=password)
 
 
@@ -60,12 +67,23 @@ async def drop_tenants(postgres: Postgres, control_url: str, prefix: str, names:
         prefix: What all names begin with, those of other installations of the test too.
         names: Of the installation that the next test goes on with.
     """
-    kept = await postgres.drop_all(prefix, but=names)
+    kept = sorted(await postgres.drop_all(prefix, but=names))
+    if kept == _known_templates.get(names.installation, []):
+        return
+    known = []
+    rows = "[]"
     try:
         async with postgres.connect(postgres.database_of(control_url)) as connection:
-            _known_templates[names.installation] = await connection.fetchval(_READ_TEMPLATES, kept)
+            rows = await connection.fetchval(_READ_TEMPLATES, kept)
+            known = kept
     except asyncpg.PostgresError:  # the test has dropped it, or its tables
-        _known_templates.pop(names.installation, None)
+        pass
+    _known_templates[names.installation] = known
+    for (url, _user, installation), template in _templates.items():
+        if (url, installation) == (postgres.admin_url, names.installation):
+            async with postgres.connect(template) as connection:
+                await connection.execute("DELETE FROM tenancy.templates")
+                await connection.execute(_WRITE_TEMPLATES, rows)
 
 
 async def forget_tenants(postgres: Postgres, control_url: str) -> None:
@@ -75,6 +93,20 @@ async def forget_tenants(postgres: Postgres, control_url: str) -> None:
         deletions = "".join(f"DELETE FROM tenancy.{name};" for name in (*names, "tenants"))
         # no trigger refuses it, and no foreign key prescribes an order
         await connection.execute(f"SET session_replication_role = replica; {deletions}")
+
+
+async def _find_template(postgres: Postgres, user: str | None, password: str | None) -> str:
+    key = postgres.admin_url, user, None
+    if key not in _templates:
+        _templates[key] = await _create_template(postgres, user, password)
+    return _templates[key]
+
+
+async def _name_installation(postgres: Postgres, database: str, installation: UUID | None) -> None:
+    async with postgres.connect(database) as connection:
+        await connection.execute(
+            "UPDATE tenancy.installation SET id = coalesce($1, gen_random_uuid()), created_at = now()", installation
+        )
 
 
 async def _create_template(postgres: Postgres, user: str | None, password: str | None) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, LiteralString, cast
 
 import asyncpg
+import psycopg
 from sqlalchemy.engine import make_url
 
 if TYPE_CHECKING:
@@ -21,8 +23,18 @@ KEPT_TEMPLATES = 12
 _numbers = itertools.count(1)
 _DEPENDENT_DATABASES = (
     "SELECT DISTINCT d.datname FROM pg_shdepend s JOIN pg_database d ON d.oid = s.dbid "
-    "JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND r.oid = s.refobjid WHERE r.rolname = $1"
+    "JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND r.oid = s.refobjid WHERE r.rolname = %s"
 )
+
+# One connection to each server for what every test makes and drops: a new one takes 5 ms of the server's processor, as
+# long as the work itself. Of psycopg, since it belongs to no event loop.
+_administrators: dict[str, psycopg.Connection[tuple[Any, ...]]] = {}
+
+
+def close_administrators() -> None:
+    """Close the kept connections."""
+    while _administrators:
+        _administrators.popitem()[1].close()
 
 
 @dataclass(frozen=True)
@@ -75,13 +87,30 @@ class Postgres:
         finally:
             await connection.close()
 
+    async def administer(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement in the database ``postgres``, over a connection that is kept, and return its rows."""
+        return await asyncio.to_thread(self._administer, statement, parameters)
+
+    def _administer(self, statement: str, parameters: Sequence[object]) -> list[tuple[Any, ...]]:
+        connection = _administrators.get(self.admin_url)
+        if connection is None or connection.closed:
+            connection = _administrators[self.admin_url] = psycopg.connect(self.url(), autocommit=True)
+        try:
+            cursor = connection.execute(cast("LiteralString", statement), parameters or None)
+        except psycopg.OperationalError:
+            if not connection.closed:
+                raise
+            # a test has restarted the server, or ended all its connections
+            connection = _administrators[self.admin_url] = psycopg.connect(self.url(), autocommit=True)
+            cursor = connection.execute(cast("LiteralString", statement), parameters or None)
+        return cursor.fetchall() if cursor.description else []
+
     async def create_database(self, name: str, *, template: str = "template1", owner: str | None = None) -> str:
         """Create a database and return its URL, the superuser's."""
-        async with self.connect() as connection:
-            # Copying the files is cheaper than copying through the write-ahead log, the default since PostgreSQL 15.
-            strategy = "STRATEGY file_copy" if connection.get_server_version() >= (15,) else ""
-            owned = f'OWNER "{owner}"' if owner else ""
-            await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {owned} {strategy}')
+        # Copying the files is cheaper than copying through the write-ahead log, the default since PostgreSQL 15.
+        strategy = "STRATEGY file_copy" if int(self.version.split(".")[0]) >= 15 else ""
+        owned = f'OWNER "{owner}"' if owner else ""
+        await self.administer(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {owned} {strategy}')
         return self.url(name)
 
     async def drop_database(self, name: str, *, but: str | None = None) -> None:
@@ -91,17 +120,16 @@ class Postgres:
             name: The database.
             but: What the name of a role that stays begins with.
         """
-        async with self.connect() as connection:
-            viewers = await connection.fetch(
-                "SELECT DISTINCT r.rolname FROM pg_shdepend s JOIN pg_database d ON d.oid = s.dbid "
-                "JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND r.oid = s.refobjid "
-                "WHERE d.datname = $1 AND r.rolname LIKE '%\\_viewer'",
-                name,
-            )
-            await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-            for (viewer,) in viewers:
-                if but is None or not viewer.startswith(but):
-                    await connection.execute(f'DROP ROLE IF EXISTS "{viewer}"')
+        viewers = await self.administer(
+            "SELECT DISTINCT r.rolname FROM pg_shdepend s JOIN pg_database d ON d.oid = s.dbid "
+            "JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND r.oid = s.refobjid "
+            "WHERE d.datname = %s AND r.rolname LIKE '%%\\_viewer'",
+            (name,),
+        )
+        await self.administer(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        for (viewer,) in viewers:
+            if but is None or not viewer.startswith(but):
+                await self.administer(f'DROP ROLE IF EXISTS "{viewer}"')
 
     @staticmethod
     def database_of(url: str) -> str:
@@ -119,29 +147,30 @@ class Postgres:
             The names of the templates that stay.
         """
         kept: list[str] = []
-        async with self.connect() as connection:
-            databases = await connection.fetch(
-                "SELECT datname, datistemplate FROM pg_database WHERE starts_with(datname, $1)", f"{prefix}_"
-            )
-            if but is not None:
-                prefix_of_templates = but.template("")
-                kept = [name for name, is_template in databases if is_template and name.startswith(prefix_of_templates)]
-                if len(kept) > KEPT_TEMPLATES:
-                    kept = []
-                databases = [database for database in databases if database["datname"] not in kept]
-            for database in databases:
-                if database["datistemplate"]:
-                    await connection.execute(f'ALTER DATABASE "{database["datname"]}" IS_TEMPLATE false')
-                await connection.execute(f'DROP DATABASE IF EXISTS "{database["datname"]}" WITH (FORCE)')
-            roles = await connection.fetch("SELECT rolname FROM pg_roles WHERE starts_with(rolname, $1)", f"{prefix}_")
-            for role in roles:
-                if but is not None and role["rolname"] in (but.owner, but.viewer):
-                    continue
-                # rights on shared objects, such as CONNECT on another database, keep a role from being dropped
-                await connection.execute(f'DROP OWNED BY "{role["rolname"]}"')
-                # and so do the viewer's in a control database that is dropped later
-                for database in await connection.fetch(_DEPENDENT_DATABASES, role["rolname"]):
-                    async with self.connect(database["datname"]) as inside:
-                        await inside.execute(f'DROP OWNED BY "{role["rolname"]}"')
-                await connection.execute(f'DROP ROLE "{role["rolname"]}"')
+        databases = await self.administer(
+            "SELECT datname, datistemplate FROM pg_database WHERE starts_with(datname, %s)", (f"{prefix}_",)
+        )
+        if but is not None:
+            prefix_of_templates = but.template("")
+            kept = [name for name, is_template in databases if is_template and name.startswith(prefix_of_templates)]
+            if len(kept) > KEPT_TEMPLATES:
+                kept = []
+        for name, is_template in databases:
+            if name in kept:
+                continue
+            if is_template:
+                await self.administer(f'ALTER DATABASE "{name}" IS_TEMPLATE false')
+            await self.administer(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        for (role,) in await self.administer(
+            "SELECT rolname FROM pg_roles WHERE starts_with(rolname, %s)", (f"{prefix}_",)
+        ):
+            if but is not None and role in (but.owner, but.viewer):
+                continue
+            # rights on shared objects, such as CONNECT on another database, keep a role from being dropped
+            await self.administer(f'DROP OWNED BY "{role}"')
+            # and so do the viewer's in a control database that is dropped later
+            for (database,) in await self.administer(_DEPENDENT_DATABASES, (role,)):
+                async with self.connect(database) as inside:
+                    await inside.execute(f'DROP OWNED BY "{role}"')
+            await self.administer(f'DROP ROLE "{role}"')
         return kept

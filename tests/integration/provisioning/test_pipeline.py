@@ -499,11 +499,15 @@ async def test_150_creations_at_once_all_succeed(workshop: Workshop) -> None:
 async def test_no_more_run_at_once_than_configured(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting creations have no connection and no row."""
     running = highest = 0
+    three = asyncio.Event()
 
     async def begin(creation: Creation) -> None:
         nonlocal running, highest
         running += 1
         highest = max(highest, running)
+        if running == 3:
+            three.set()
+        await three.wait()
 
     async def end(creation: Creation) -> None:
         nonlocal running
