@@ -176,20 +176,31 @@ class WrongEventLoopError(TenancyError, RuntimeError):
 
     Attributes:
         forked: Whether this process was forked from the one that opened it.
+        waiting: Whether synchronous code waited in the thread of the event loop, which would never answer.
     """
 
-    def __init__(self, *, forked: bool = False) -> None:
+    def __init__(self, *, forked: bool = False, waiting: bool = False) -> None:
         """State the remedy."""
         super().__init__(
             "this Tenancy was opened before the process was forked, and its connections belong to the parent; open a "
             "Tenancy in each process after the fork, for example in the application's lifespan"
             if forked
+            else _WAITS_FOR_ITSELF
+            if waiting
             else "a Tenancy can only be used in the event loop that opened it, and this is another loop or thread; "
             "make the function async def, or in a worker thread: "
             "asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result(); "
             "a loop of its own needs another Tenancy: async with Tenancy(config) as tenancy"
         )
         self.forked = forked
+        self.waiting = waiting
+
+
+_WAITS_FOR_ITSELF = (
+    "tenancy.sync waits for the event loop that the Tenancy is open in, and this is that loop's thread, or the loop "
+    "does not run: it would wait for ever; await the asynchronous methods here (async with tenancy.session() as "
+    "session), or call the function in a worker thread: await asyncio.to_thread(function)"
+)
 
 
 class ControlSchemaError(TenancyError):

@@ -65,6 +65,18 @@ class Lifetime:
             raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
         return home.loop
 
+    @property
+    def home(self) -> HomeLoop:
+        """The event loop that the parts belong to, and its thread.
+
+        Raises:
+            NotOpenError: they are not open.
+        """
+        home = self._home
+        if self.assembly is None or home is None:
+            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: with tenancy.sync: ...")
+        return home
+
     async def open(self, *, initialise: bool | None) -> None:
         """Open the parts, unless they are open.
 

@@ -12,6 +12,7 @@ import os
 import weakref
 from contextlib import suppress
 from threading import get_ident
+from typing import Protocol
 
 from .errors import WrongEventLoopError
 
@@ -73,6 +74,42 @@ class HomeLoop:
         self.loop = loop
 
 
+class OtherThreads:
+    """Every thread but that of an event loop: where synchronous code may use what waits for this loop.
+
+    Args:
+        home: The loop.
+    """
+
+    __slots__ = ("_home",)
+
+    def __init__(self, home: HomeLoop) -> None:
+        self._home = home
+
+    def check(self) -> None:
+        """Return in another thread than the loop's, which runs.
+
+        Raises:
+            WrongEventLoopError: this is the loop's thread, which would wait for itself; or a forked process.
+        """
+        home = self._home
+        if home.thread == _FORKED:
+            raise WrongEventLoopError(forked=True)
+        if home.thread == get_ident() or home.loop is None or not home.loop.is_running():
+            raise WrongEventLoopError(waiting=True)
+
+
+class Home(Protocol):
+    """Where something may be used."""
+
+    def check(self) -> None:
+        """Return where it may be.
+
+        Raises:
+            WrongEventLoopError: it may not be used here.
+        """
+
+
 _homes: weakref.WeakSet[HomeLoop] = weakref.WeakSet()
 
 
@@ -87,4 +124,4 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-__all__ = ["HomeLoop"]
+__all__ = ["Home", "HomeLoop", "OtherThreads"]

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from .authentication.directory import Directory
 from .context import current_tenant_or_none, refuse_while_bound, set_current
@@ -27,12 +28,42 @@ async def resolve(directory: Directory, ref: TenantRef | None) -> Tenant:
         CrossTenantError: another tenant is bound.
         TenantNotFoundError: there is no such tenant.
     """
+    return await directory.tenant(_named_or_bound(ref))
+
+
+def peek(directory: Directory, ref: TenantRef | None) -> Tenant | None:
+    """The tenant that ``resolve`` would return, if no look-up is needed.
+
+    Raises:
+        NoTenantError, CrossTenantError: as ``resolve``.
+    """
+    return directory.peek_tenant(_named_or_bound(ref))
+
+
+def _named_or_bound(ref: TenantRef | None) -> TenantRef:
     if ref is not None:
-        return await directory.tenant(ref)
+        return ref
     bound = current_tenant_or_none()
     if bound is None:
         raise NoTenantError
-    return await directory.tenant(bound.id)
+    return bound.id
+
+
+def check_session(tenant: Tenant, *, operator: bool) -> None:
+    """Check that a session may be opened on a tenant now.
+
+    Raises:
+        TenantUnavailableError: its status admits no session.
+    """
+    bound = current_tenant_or_none()
+    check_usable(tenant, operator=operator or (bound is not None and bound.operator))
+
+
+def admit(session: Session) -> None:
+    """Have a session check the admission of the request that opens it, whoever uses it later."""
+    bound = current_tenant_or_none()
+    if bound is not None and bound.admission is not None:
+        session.admission = bound.admission  # type: ignore[attr-defined]
 
 
 class ResolvedSession:
@@ -58,12 +89,10 @@ class ResolvedSession:
 
     async def __aenter__(self) -> AsyncSession:
         tenant = await resolve(self._directory, self._tenant)
-        bound = current_tenant_or_none()
-        check_usable(tenant, operator=self._operator or (bound is not None and bound.operator))
+        check_session(tenant, operator=self._operator)
         self._inner = self._router.session(tenant, **self._options)
         session = await self._inner.__aenter__()
-        if bound is not None and bound.admission is not None:
-            session.sync_session.admission = bound.admission  # type: ignore[attr-defined]
+        admit(session.sync_session)
         return session
 
     async def __aexit__(
@@ -74,7 +103,40 @@ class ResolvedSession:
         return await self._inner.__aexit__(kind, error, traceback)
 
 
-class BoundTenants:
+class TenantInTurn:
+    """The binding of a loop over tenants."""
+
+    def __init__(self) -> None:
+        self._bound: Tenant | None = None  # first: ``__del__`` reads it
+        refuse_while_bound("iterating over the fleet")
+
+    def bind_next(self, tenant: Tenant) -> Tenant:
+        """Bind the next tenant, in place of the one before it."""
+        set_current(tenant)
+        self._bound = tenant
+        return tenant
+
+    def release(self) -> None:
+        """End the binding of the tenant returned last, if it is in force here."""
+        if self._bound is not None and current_tenant_or_none() is self._bound:
+            set_current(None)
+        self._bound = None
+
+    def between(self) -> None:
+        """End the binding before the next tenant is fetched.
+
+        Raises:
+            CrossTenantError: the body has bound a tenant of its own, which the next would replace.
+        """
+        self.release()
+        refuse_while_bound("iterating over the fleet")
+
+    def __del__(self) -> None:
+        """End the binding when the loop is left."""
+        self.release()
+
+
+class BoundTenants(TenantInTurn):
     """An iterator over tenants that binds each in turn.
 
     An ``async for`` tells its iterator nothing when the loop is left early. This is a plain object, so that CPython
@@ -83,9 +145,8 @@ class BoundTenants:
     """
 
     def __init__(self, source: AsyncIterator[Tenant]) -> None:
-        refuse_while_bound("iterating over the fleet")
+        super().__init__()
         self._source = source
-        self._bound: Tenant | None = None
 
     def __aiter__(self) -> Self:
         """Return itself."""
@@ -97,22 +158,8 @@ class BoundTenants:
         Raises:
             CrossTenantError: the body has bound a tenant of its own, which this would replace.
         """
-        self.release()
-        refuse_while_bound("iterating over the fleet")
-        tenant = await anext(self._source)
-        set_current(tenant)
-        self._bound = tenant
-        return tenant
-
-    def release(self) -> None:
-        """End the binding of the tenant returned last, if it is in force here."""
-        if self._bound is not None and current_tenant_or_none() is self._bound:
-            set_current(None)
-        self._bound = None
-
-    def __del__(self) -> None:
-        """End the binding when the loop is left."""
-        self.release()
+        self.between()
+        return self.bind_next(await anext(self._source))
 
 
-__all__ = ["BoundTenants", "ResolvedSession", "resolve"]
+__all__ = ["BoundTenants", "ResolvedSession", "TenantInTurn", "admit", "check_session", "peek", "resolve"]

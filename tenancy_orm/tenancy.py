@@ -31,6 +31,7 @@ from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .scopes import BoundTenants, ResolvedSession, resolve
+from .sync import SyncTenancy
 from .tenant import Status, Tenant, TenantRef
 from .tenants.domains import DomainManager
 from .tenants.manager import TenantManager
@@ -63,6 +64,7 @@ class Tenancy:
             address_rate=self._configured.quotas.address_requests_per_second,
         )
         self._lifetime = Lifetime(self._configured, self.events, rates)
+        self._sync: SyncTenancy | None = None
 
     def __repr__(self) -> str:
         """Tell whether it is open; no configuration, which holds credentials."""
@@ -232,6 +234,17 @@ class Tenancy:
         """The configuration in force: once open, with the embedded server's addresses and keys filled in."""
         assembly = self._lifetime.assembly
         return self._configured if assembly is None else assembly.config
+
+    @property
+    def sync(self) -> SyncTenancy:
+        """This object for synchronous code: scripts, worker threads, Flask, Celery. It waits where this one awaits.
+
+        Raises:
+            MissingExtraError: psycopg is not installed.
+        """
+        if self._sync is None:
+            self._sync = SyncTenancy(self._lifetime)
+        return self._sync
 
     @property
     def tenants(self) -> TenantManager:

@@ -17,7 +17,7 @@ from . import parameters as known
 from .parameters import CLIENT_SIZES, ENVIRONMENT, KEEPALIVES
 
 DEFAULT_PORT: Final = 5432
-_SCHEME = re.compile(r"(?:postgresql|postgres)(?:\+asyncpg)?://", re.IGNORECASE)
+_SCHEME = re.compile(r"(?:postgresql|postgres)(?:\+(?:asyncpg|psycopg))?://", re.IGNORECASE)
 _FORM = "use postgresql://user:password@host/database"
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
 _PAIR = re.compile(
@@ -32,6 +32,10 @@ _IN_ASYNCPGS_DSN = (
 )
 _ARGUMENTS = {"sslmode": "ssl"} | {name: name for name in ("passfile", "target_session_attrs", "krbsrvname", "gsslib")}
 _FILES = re.compile(r"(?:(?<=[?&\s])|^)(sslrootcert|sslcert|sslkey|sslcrl|sslcrldir|passfile)=('?)([^&\s']+)")
+# asyncpg's and SQLAlchemy's own, and those that ``libpq_parameters`` sets itself or that not every libpq knows
+_NOT_LIBPQS = frozenset(
+    {*CLIENT_SIZES, "connect_timeout", "client_encoding", "min_protocol_version", "max_protocol_version", "replication"}
+)
 _ADDRESS = ("host", "hostaddr", "port", "user", "password", "dbname")
 
 
@@ -180,6 +184,34 @@ class Dsn:
         elif in_dsn:
             given["dsn"] = "postgresql://?" + "&".join(f"{name}={quote(v, safe='')}" for name, v in in_dsn.items())
         return given
+
+    def libpq_parameters(
+        self, *, user: str, database: str, settings: Mapping[str, str], keepalives: Mapping[str, int]
+    ) -> dict[str, str]:
+        """Return the parameters of a connection that libpq opens, all but password and ``connect_timeout``.
+
+        Args:
+            user: The role.
+            database: The database.
+            settings: Further settings that it starts with; they win over its own.
+            keepalives: The parameters for keep-alives where it has none.
+        """
+        found = {name: str(value) for name, value in keepalives.items()}
+        # as asyncpg: it has no encryption by GSSAPI, and reads and writes UTF-8
+        found |= {"gssencmode": "disable", "client_encoding": "utf8"}
+        found |= {name: value for name, value in self.parameters.items() if name not in _NOT_LIBPQS}
+        found |= {"user": user, "dbname": database}
+        if self.hosts:
+            found["host"] = ",".join(host for host, _ in self.hosts)
+            found["port"] = ",".join(str(port) for _, port in self.hosts)
+        given = {**self.settings, **settings}
+        if "application_name" in given:
+            found["application_name"] = given.pop("application_name")
+        # libpq has no other way to send a setting; what comes last wins
+        options = [*filter(None, [found.get("options")]), *(f"-c {name}={_escaped(v)}" for name, v in given.items())]
+        if options:
+            found["options"] = " ".join(options)
+        return found
 
     def environment(self, *, user: str, database: str, purpose: str) -> dict[str, str]:
         """Return libpq's variables for a program such as psql, without a password.

@@ -28,12 +28,13 @@ PEER_SECONDS: Final = 30
 # The kernel closes such a connection within about PEER_SECONDS. A long statement is not affected while the server's
 # machine acknowledges. Without this, the kernel repeats what was sent to a lost machine for some 15 minutes, and waits
 # for an answer of a lost machine for ever.
-_KEEPALIVES: Final = {
+PEER_KEEPALIVES: Final = {
     "keepalives_idle": PEER_SECONDS // 2,
     "keepalives_interval": PEER_SECONDS // 6,
     "keepalives_count": 3,
     "tcp_user_timeout": PEER_SECONDS * 1_000,
 }
+"""libpq's parameters for that."""
 
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 E = TypeVar("E", bound=BaseException)
@@ -85,7 +86,7 @@ async def connect(
         if isinstance(exc, OSError) and (name := _unreadable(dsn)):
             raise ConfigurationError(f"the file of {name} for {dsn} cannot be read") from exc
         raise
-    set_keepalive(connection, {**_KEEPALIVES, **dsn.keepalives})
+    set_keepalive(connection, {**PEER_KEEPALIVES, **dsn.keepalives})
     return connection
 
 
@@ -167,4 +168,4 @@ def reason_of(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-__all__ = ["PEER_SECONDS", "clear_tracebacks", "connect", "reason_of", "set_keepalive"]
+__all__ = ["PEER_KEEPALIVES", "PEER_SECONDS", "clear_tracebacks", "connect", "reason_of", "set_keepalive"]

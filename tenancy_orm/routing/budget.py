@@ -39,17 +39,21 @@ class Waiter(Protocol[_T_contra]):
 
 
 class Account:
-    """The slots of one tenant, over all its pools: two while its engine is being replaced.
+    """The slots of one tenant, over all its pools.
 
-    ``open`` counts them, and ``limit`` is how many it may have. ``ceiling`` is how many it may have until the next
-    ``retry``: PostgreSQL refused one more, or another process asked for one. Where it is None, ``limit`` alone counts.
-    Until ``promised`` (seconds of the clock of ``put``) the next connection that is returned is for another process.
+    There are several while its engine is being replaced, and where asynchronous and synchronous code use it. ``open``
+    counts the slots, ``idle`` and ``closing`` those of idle connections and of those that are being closed, and
+    ``limit`` is how many it may have. ``ceiling`` is how many it may have until the next ``retry``: PostgreSQL refused
+    one more, or another process asked for one. Where it is None, ``limit`` alone counts. Until ``promised`` (seconds of
+    the clock of ``put``) the next connection that is returned is for another process.
     """
 
-    __slots__ = ("__weakref__", "ceiling", "limit", "open", "promised")
+    __slots__ = ("__weakref__", "ceiling", "closing", "idle", "limit", "open", "promised")
 
     def __init__(self, limit: int) -> None:
         self.open = 0
+        self.idle = 0
+        self.closing = 0
         self.limit = limit
         self.ceiling: int | None = None
         self.promised = -math.inf
@@ -82,7 +86,7 @@ class BudgetStatistics:
     """Connections to one server. ``limit`` and ``open`` count slots; ``open`` is the sum of the next four.
 
     ``waiting`` counts requests without a connection, and ``evictions`` the idle connections closed so far to make room
-    for another tenant's.
+    for another tenant's, or for the same tenant's synchronous code.
     """
 
     limit: int
@@ -177,6 +181,7 @@ class Budget(Generic[T]):
         if not share.idle:
             del self._idle_shares[share]
         self.idle -= 1
+        share.account.idle -= 1
         share.busy += 1
         return entry
 
@@ -265,6 +270,7 @@ class Budget(Generic[T]):
         share.idle.append((now, item))
         self._idle_shares[share] = None
         self.idle += 1
+        account.idle += 1
         if self._waiting:
             self._serve_waiters()
         return True
@@ -272,11 +278,13 @@ class Budget(Generic[T]):
     def discard(self, share: Share[T]) -> None:
         """Record that a connection in use is being closed. ``closed`` must follow."""
         share.busy -= 1
+        share.account.closing += 1
         self.closing += 1
 
     def closed(self, share: Share[T]) -> None:
         """Free the slot of a connection: its socket is closed."""
         self.closing -= 1
+        share.account.closing -= 1
         self._release(share)
 
     def take_idle(self, share: Share[T]) -> list[T]:
@@ -345,24 +353,51 @@ class Budget(Generic[T]):
             if waiter is not None:
                 self._reserve(share)
                 waiter.set_result(None)
+        for share in self._waiting:
+            if share.account.idle and not share.account.room:
+                self._make_room_of_own(share)
         wanted = sum(map(self._wanted, self._waiting)) - self.closing
         while wanted > 0 and self._idle_shares:
             self._make_room()
             wanted -= 1
+
+    def _make_room_of_own(self, share: Share[T]) -> None:
+        """Close idle connections in a tenant's other pools, since it may have no more slots for this one."""
+        account = share.account
+        wanted = len(self._waiting[share]) - account.closing
+        for other in [other for other in self._idle_shares if other.account is account and other is not share]:
+            while wanted > 0 and other.idle:
+                self.evictions += 1
+                self._evict(other, self._take_oldest(other))
+                wanted -= 1
 
     def _wanted(self, share: Share[T]) -> int:
         """How many slots a waiting share could use."""
         return min(len(self._waiting[share]), share.account.room)
 
     def _fairest(self, *, returning: Share[T] | None = None) -> Share[T] | None:
-        """The waiting share to serve next. The share that is ``returning`` a connection needs no further slot."""
-        able = (s for s in self._waiting if s is returning or s.account.room)
-        return min(able, key=lambda share: share.busy, default=None)
+        """The waiting share to serve next.
+
+        The share that is ``returning`` a connection needs no further slot, and neither does another one of its tenant,
+        which gets the slot. That costs a login, so it does not happen again and again between two that have some.
+        """
+        if returning is None:
+            return min((s for s in self._waiting if s.account.room), key=lambda share: share.busy, default=None)
+        own = returning.account
+        able = (s for s in self._waiting if s.account is own or s.account.room)
+        return min(
+            able,
+            key=lambda share: (share.busy, share.account is own and share is not returning and share.busy > 0),
+            default=None,
+        )
 
     def _serves_own(self, share: Share[T]) -> bool:
         """Whether a connection that this share returns serves its own waiter, or is closed to serve another's."""
-        if self._fairest(returning=share) is share:
+        fairest = self._fairest(returning=share)
+        if fairest is share or fairest is None:
             return True
+        if fairest.account is share.account:
+            return share.account.closing > 0
         # or the slots that are being freed are enough for the others
         return sum(self._wanted(other) for other in self._waiting if other is not share) <= self.closing
 
@@ -382,6 +417,7 @@ class Budget(Generic[T]):
         if not share.idle:
             del self._idle_shares[share]
         self.idle -= 1
+        share.account.idle -= 1
         share.busy += 1
         return item
 

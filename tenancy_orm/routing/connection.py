@@ -8,7 +8,7 @@ import select
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 from asyncpg import prepared_stmt
@@ -27,7 +27,7 @@ from .route import TenantRoute
 logger = logging.getLogger("tenancy_orm.routing")
 
 # DISCARD ALL without DEALLOCATE ALL: the driver and SQLAlchemy go on to use their prepared statements.
-_RESET = (
+RESET: Final = (
     "CLOSE ALL; RESET ROLE; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; "
     "SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES"
 )
@@ -50,7 +50,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     def get_reset_query(self) -> str:
         """The statements that ``reset`` runs."""
-        return _RESET
+        return RESET
 
     def _check_open(self) -> None:
         """Refuse an operation on a closed connection, as asyncpg does before each one, or where ``check_use`` does."""
@@ -276,6 +276,16 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
         self._invalidate_schema_cache_asof = now
 
     @property
+    def ending(self) -> DriverConnection:
+        """What closes its socket."""
+        return self._connection
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its socket is closed, as far as is known."""
+        return bool(self._connection.is_closed())
+
+    @property
     def usable(self) -> bool:
         """Whether the connection can be reused, as far as is known: its socket and no transaction are open."""
         driver_connection = self._connection
@@ -319,7 +329,7 @@ class _CoreConnection(Connection):
 
     def _check_loop(self) -> None:
         pool: Any = self.engine.pool
-        pool.connector.home.check()
+        pool.route.home.check()
 
 
 class TenantEngine(Engine):
@@ -364,4 +374,4 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
         return getattr(self.root_connection.engine.pool, "route", None)
 
 
-__all__ = ["DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]
+__all__ = ["RESET", "DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]

@@ -36,6 +36,7 @@ from ..errors import (
     ServerUnavailableError,
 )
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus
+from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_PASSWORD, PROTOCOL_VIOLATION, TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
@@ -45,6 +46,7 @@ from ..secrets.sealed import SealedPasswords
 from .budget import Budget, Share
 from .connection import DriverConnection, TenantConnection
 from .dialect import SharedDialect
+from .held import Ending, HeldConnection
 from .marker import verify
 from .route import TenantRoute
 from .servers import CLOSE_SECONDS, Server
@@ -109,9 +111,9 @@ class Connector:
         self.on_connect = self._shared.on_connect
         self._keyring = keyring
         self._passwords = passwords
-        self._installation = installation
+        self.installation = installation
         self._closed = False
-        self._driver_connections: set[Connection] = set()
+        self._endings: set[Ending] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._all_closed = asyncio.Event()
@@ -119,6 +121,13 @@ class Connector:
     def __repr__(self) -> str:
         """Return the server's name."""
         return f"Connector({self.server.name!r})"
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop in which slots are counted and sockets closed."""
+        loop = self.home.loop
+        assert loop is not None  # noqa: S101 - for the type checker: it was made in one
+        return loop
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run ``work`` in a task of its own, with no tenant bound; a cancellation of the caller does not end it."""
@@ -145,6 +154,27 @@ class Connector:
             SecretError: the tenant's password does not open under any key.
         """
         started = time.monotonic()
+        driver_connection = await self._open(route)
+        return self._adapt(route, driver_connection, time.monotonic() - started)
+
+    async def probe(self, route: TenantRoute) -> None:
+        """Open a connection as ``connect`` does and close it again, for a thread that will open one in the same slot.
+
+        Afterwards ``route.placement`` has the password that works, and the server's settings, what its address takes
+        and the dialect are known.
+
+        Raises:
+            TenancyError: as ``connect``. The slot is free then.
+        """
+        driver_connection = await self._open(route)
+        try:
+            await connections.close(driver_connection, timeout=CLOSE_SECONDS)
+        except BaseException:
+            driver_connection.terminate()
+            self.release_slot(route.share)
+            raise
+
+    async def _open(self, route: TenantRoute) -> Connection:
         driver_connection: Connection | None = None
         try:
             if self._closed:
@@ -153,11 +183,11 @@ class Connector:
                 if not self._shared.ready:
                     await self._prepare(self._shared.begin, route)
                 driver_connection = await self._log_in(route)
-                await verify(driver_connection, self._installation, route.tenant_id, tenant=route.slug)
+                await verify(driver_connection, self.installation, route.tenant_id, tenant=route.slug)
                 if not self._shared.ready:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
-            self._release_slot(route.share, driver_connection)
+            self.release_slot(route.share, driver_connection)
             raise self.server.unavailable(
                 exc, tenant=route.slug, database=route.placement.database
             ) from clear_tracebacks(exc)
@@ -165,17 +195,17 @@ class Connector:
             # only when the connector shuts down: there is no time left for a regular close
             if driver_connection is not None:
                 driver_connection.terminate()
-            self._release_slot(route.share, None)
+            self.release_slot(route.share)
             raise
         except BaseException as exc:
             refused = isinstance(exc, ServerUnavailableError) and exc.sqlstate == TOO_MANY_CONNECTIONS
-            self._release_slot(route.share, driver_connection, refused=refused)
+            self.release_slot(route.share, driver_connection, refused=refused)
             if refused:
                 self.shortages.refused(route)
             if isinstance(exc, MarkerMismatchError):
                 route.report_incident(exc)
             raise
-        return self._adapt(route, driver_connection, time.monotonic() - started)
+        return driver_connection
 
     async def _log_in(self, route: TenantRoute) -> Connection:
         # read before the login, during which another login of the same tenant may replace it
@@ -231,6 +261,14 @@ class Connector:
             connection_class=DriverConnection,
         )
 
+    def open_password(self, route: TenantRoute) -> str:
+        """Return the password that a tenant's role logs in by, as far as is known. In any thread.
+
+        Raises:
+            SecretError: it does not open under any key.
+        """
+        return self._keyring.open_password(route.tenant_id, route.placement.sealed_password)
+
     async def _prepare(self, phase: Callable[[], Awaitable[None]], route: TenantRoute) -> None:
         """Await a phase of the shared dialect's initialisation; an error names the tenant that waits for it."""
         try:
@@ -257,11 +295,27 @@ class Connector:
         driver_connection.check_use = route.check_bound
         connection.poller = select.poll()
         connection.poller.register(driver_connection._transport.get_extra_info("socket").fileno(), select.POLLIN)
-        connection.finalizer = weakref.finalize(
-            connection, _in_loop, asyncio.get_running_loop(), self._begin_close, route.share, driver_connection
+        self.watch(connection)
+        self.opened(route, driver_connection, seconds)
+        return connection
+
+    def watch(self, connection: HeldConnection) -> None:
+        """Have the garbage collector free the slot of a connection that nobody has closed. In any thread."""
+        finalizer = weakref.finalize(
+            connection, _in_loop, self.loop, self._begin_close, connection.route.share, connection.ending
         )
-        connection.finalizer.atexit = False
-        self._driver_connections.add(driver_connection)
+        finalizer.atexit = False
+        connection.finalizer = finalizer
+
+    def opened(self, route: TenantRoute, ending: Ending, seconds: float) -> None:
+        """Record that a connection was opened in a reserved slot; it is in use.
+
+        Args:
+            route: The tenant's.
+            ending: What closes its socket.
+            seconds: How long that took.
+        """
+        self._endings.add(ending)
         self.budget.opened()
         if route.share.account.ceiling is not None:
             self.shortages.accepted(route)
@@ -269,54 +323,51 @@ class Connector:
             self.events.emit(
                 ConnectionOpened(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name, seconds=seconds)
             )
-        return connection
 
-    def _release_slot(
-        self, share: Share[Record], driver_connection: Connection | None, *, refused: bool = False
-    ) -> None:
+    def release_slot(self, share: Share[Record], ending: Ending | None = None, *, refused: bool = False) -> None:
         """Free the slot of a connection that was not completed, once its socket is closed."""
-        if driver_connection is None:
+        if ending is None:
             self.budget.failed(share, refused=refused)
             self._check_all_closed()
         else:
             self.budget.opened()
-            self._begin_close(share, driver_connection)
+            self._begin_close(share, ending)
 
     # --- closing ----------------------------------------------------------------------------------------------------
 
-    def close(self, connection: TenantConnection) -> None:
+    def close(self, connection: HeldConnection) -> None:
         """Begin to close a connection that is in use. Call it in the loop's thread; a second call does nothing."""
         if connection.finalizer.detach() is not None:
-            self._begin_close(connection.route.share, connection._connection)
+            self._begin_close(connection.route.share, connection.ending)
 
     def discard(self, record: Record) -> None:
         """Close a connection that counts as in use, and empty its record."""
-        self.close(cast("TenantConnection", record.dbapi_connection))
+        self.close(cast("HeldConnection", record.dbapi_connection))
         record.close()
 
-    def close_soon(self, connection: TenantConnection) -> None:
+    def close_soon(self, connection: HeldConnection) -> None:
         """Let the loop call ``close``. The garbage collector may call this in any thread, at any point."""
         if connection.finalizer.alive:
-            _in_loop(connection._connection._loop, self.close, connection)
+            _in_loop(self.loop, self.close, connection)
 
-    def _begin_close(self, share: Share[Record], driver_connection: Connection) -> None:
+    def _begin_close(self, share: Share[Record], ending: Ending) -> None:
         self.budget.discard(share)
-        self.spawn(self._close_socket(share, driver_connection))
+        self.spawn(self._close_socket(share, ending))
 
-    async def _close_socket(self, share: Share[Record], driver_connection: Connection) -> None:
+    async def _close_socket(self, share: Share[Record], ending: Ending) -> None:
         """Close a socket, then free its slot. The server ends the session first, so it never has too many."""
         try:
-            await driver_connection.close(timeout=CLOSE_SECONDS)
+            await ending.close(timeout=CLOSE_SECONDS)
         except SERVER_FAILURES as exc:
             logger.debug("a connection to server %s was terminated: %s", self.server.name, type(exc).__name__)
-            driver_connection.terminate()
+            ending.terminate()
         finally:
-            self._driver_connections.discard(driver_connection)
+            self._endings.discard(ending)
             self.budget.closed(share)
             self._check_all_closed()
 
     def _evict(self, record: Record) -> None:
-        route = cast("TenantConnection", record.dbapi_connection).route
+        route = cast("HeldConnection", record.dbapi_connection).route
         self.discard(record)
         if self.events.has_subscribers(ConnectionEvicted):
             self.events.emit(ConnectionEvicted(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name))
@@ -357,13 +408,11 @@ class Connector:
             async with asyncio.timeout(timeout):
                 await self._all_closed.wait()
         except TimeoutError:
-            logger.warning(
-                "%d connections to server %s were still in use", len(self._driver_connections), self.server.name
-            )
+            logger.warning("%d connections to server %s were still in use", len(self._endings), self.server.name)
         self._closed = True
         self.shortages.close()
-        for driver_connection in list(self._driver_connections):
-            driver_connection.terminate()
+        for ending in list(self._endings):
+            ending.terminate()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -6,8 +6,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from threading import get_ident
 from types import TracebackType
+from typing import Protocol
 from uuid import UUID
 
+from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..errors import CrossTenantError, NotOpenError, RoutingError
@@ -19,21 +21,33 @@ from .connection import TenantEngine
 from .connector import Connector
 from .guard import Owner
 from .pool import TenantPool
+from .routed_pool import RoutedPool
+
+
+class MakeThreadEngine(Protocol):
+    """Makes an engine for synchronous code: its pool is a ``RoutedPool``."""
+
+    def __call__(self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement) -> Engine:
+        """Make one for a tenant."""
 
 
 class Entry:
     """One tenant's engine, and how many leases it has.
 
-    A ``retired`` engine gets no new lease, but serves those that it has.
+    A ``retired`` engine gets no new lease, but serves those that it has. ``threads`` is the engine of synchronous code,
+    where some has used this tenant.
     """
 
-    __slots__ = ("engine", "leases", "owner", "placement", "retired")
+    __slots__ = ("_tier", "connector", "engine", "leases", "owner", "placement", "retired", "threads")
 
     def __init__(self, tenant: Tenant, placement: Placement, connector: Connector) -> None:
         self.owner: Owner = (tenant.id, tenant.slug)
         self.placement = placement
+        self.connector = connector
         self.leases = 0
         self.retired = False
+        self.threads: Engine | None = None
+        self._tier = tenant.tier
         pool = TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, tier=tenant.tier, placement=placement)
         # no compiled cache of its own and no listeners: they would be most of an engine's memory
         self.engine = AsyncEngine(
@@ -51,6 +65,29 @@ class Entry:
         """The engine's pool; ``engine.dispose()`` replaces it."""
         pool = self.engine.sync_engine.pool
         assert isinstance(pool, TenantPool)  # noqa: S101 - for the type checker: nothing else makes pools here
+        return pool
+
+    def for_threads(self, make: MakeThreadEngine) -> Engine:
+        """Return the engine of synchronous code, which the first call makes. Both are retired together."""
+        if self.threads is None:
+            tenant_id, slug = self.owner
+            self.threads = make(
+                self.connector, tenant_id=tenant_id, slug=slug, tier=self._tier, placement=self.placement
+            )
+            if self.retired:
+                self._thread_pool(self.threads).retire()
+        return self.threads
+
+    def retire(self) -> None:
+        """Close idle connections now, and busy ones when they are returned."""
+        self.retired = True
+        self.pool.retire()
+        if self.threads is not None:
+            self._thread_pool(self.threads).retire()
+
+    def _thread_pool(self, engine: Engine) -> RoutedPool:
+        pool = engine.pool
+        assert isinstance(pool, RoutedPool)  # noqa: S101 - for the type checker: nothing else makes pools here
         return pool
 
     def report_refusal(self, error: CrossTenantError) -> None:
@@ -135,8 +172,7 @@ class EngineCache:
         entry = self._entries.pop(tenant_id, None)
         if entry is not None:
             self._unleased.pop(tenant_id, None)
-            entry.retired = True
-            entry.pool.retire()
+            entry.retire()
 
     def schema_changed(self, tenant_id: UUID | None, *, changing_seconds: float = 0.0) -> None:
         """Have a tenant's connections, or all, prepare their statements again; see ``TenantRoute.schema_changed``.
@@ -205,4 +241,4 @@ class Lease:
             self._cache.release(entry)
 
 
-__all__ = ["EngineCache", "Entry", "Lease"]
+__all__ = ["EngineCache", "Entry", "Lease", "MakeThreadEngine"]

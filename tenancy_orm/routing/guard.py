@@ -24,7 +24,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from ..errors import CrossTenantError, NotOpenError
 from ..protocols import Admission
-from .pool import TenantPool
+from .routed_pool import RoutedPool
 
 MARK = "tenancy_orm.tenant"
 """The key in ``InstanceState.info``; its value is the tenant's id and slug."""
@@ -122,7 +122,7 @@ class TenantSession(Session):
             raise NotOpenError("the block of this session has ended; open another: async with tenancy.session()")
         if bind is not self._home:
             pool = bind.engine.pool
-            if isinstance(pool, TenantPool) and pool.tenant_id != self.tenant[0]:
+            if isinstance(pool, RoutedPool) and pool.tenant_id != self.tenant[0]:
                 self._refuse("binding a session", pool.slug)
         return bind
 
@@ -160,8 +160,8 @@ class TenantSession(Session):
 
     def _check_loop(self) -> None:
         pool = self._home.engine.pool if self._home is not None else None
-        if isinstance(pool, TenantPool):
-            pool.connector.home.check()
+        if isinstance(pool, RoutedPool):
+            pool.route.home.check()
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ that connection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Final
 from uuid import UUID
 
 from ..errors import MarkerMismatchError
@@ -16,21 +18,40 @@ from ..postgres.quoting import quote_literal
 # All names are qualified: a role can set its own search_path. No parameter is bound: a statement without parameters
 # uses the simple protocol, one round trip instead of two, and its command tag has the number of rows.
 # 1262 is the fixed oid of pg_database itself; without looking it up, a new connection answers 0.3 ms sooner.
-_PROVE = (
+_PROVE: Final = (
     "SELECT FROM pg_catalog.pg_shdescription AS c WHERE c.classoid OPERATOR(pg_catalog.=) 1262 "
     "AND c.objoid OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d "
     "WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) "
     "AND c.description OPERATOR(pg_catalog.=) "
 )
-_FIND = (
+FIND: Final = (
     "SELECT d.datname AS name, pg_catalog.shobj_description(d.oid, 'pg_database') AS marker "
     "FROM pg_catalog.pg_database AS d WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()"
 )
+
+PROVED: Final = "SELECT 1"
 
 
 def marker_text(installation: UUID, tenant_id: UUID) -> str:
     """Return the marker of a tenant's database in this installation."""
     return f"tenancy:{installation}:{tenant_id}"
+
+
+def proof(marker: str) -> str:
+    """Return the statement that proves a marker: its command tag is ``SELECT 1`` where the database has it."""
+    return _PROVE + quote_literal(marker)
+
+
+def mismatch(expected: str, tenant: str, found: Sequence[Any] | None) -> MarkerMismatchError:
+    """Return the error for a database with another marker.
+
+    Args:
+        expected: The marker that it must have.
+        tenant: The tenant, for the message.
+        found: The row of ``FIND``: the database's name and its marker.
+    """
+    name, marker = ("", None) if found is None else (str(found[0]), found[1])
+    return MarkerMismatchError(tenant=tenant, database=name, expected=expected, found=marker)
 
 
 async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *, tenant: str | None = None) -> None:
@@ -46,15 +67,8 @@ async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *,
         MarkerMismatchError: the marker is missing or another one. The caller closes the connection.
     """
     expected = marker_text(installation, tenant_id)
-    if await connection.execute(_PROVE + quote_literal(expected)) == "SELECT 1":
-        return
-    found = await connection.fetchrow(_FIND)
-    raise MarkerMismatchError(
-        tenant=tenant or str(tenant_id),
-        database=found["name"] if found else "",
-        expected=expected,
-        found=found["marker"] if found else None,
-    )
+    if await connection.execute(proof(expected)) != PROVED:
+        raise mismatch(expected, tenant or str(tenant_id), await connection.fetchrow(FIND))
 
 
-__all__ = ["marker_text", "verify"]
+__all__ = ["FIND", "PROVED", "marker_text", "mismatch", "proof", "verify"]

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from typing import Any, cast
+from typing import cast
 from uuid import UUID
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import await_, greenlet_spawn
 
-from ..errors import CheckoutTimeoutError, ConnectionLimitError, ServerUnavailableError
-from ..events import CheckoutTimedOut
+from ..errors import ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Placement
-from .budget import Share
 from .connection import TenantConnection
 from .connector import Connector, Record
-from .route import TenantRoute
+from .routed_pool import RoutedPool
 
 logger = logging.getLogger("tenancy_orm.routing")
 
 
-class TenantPool(Pool):
-    """SQLAlchemy's pool for one tenant. It has no plain password, only the sealed one in ``placement``.
+class TenantPool(RoutedPool):
+    """SQLAlchemy's pool for one tenant, of asyncpg's connections.
 
     Args:
         connector: The connector of the tenant's server.
@@ -39,33 +36,15 @@ class TenantPool(Pool):
     _sqla_logger_namespace = "sqlalchemy.pool.TenantPool"
 
     def __init__(self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement) -> None:
-        super().__init__(self._no_creator, dialect=connector.dialect)
-        self.connector = connector
-        self.share: Share[Record] = connector.share(tenant_id, tier)
-        self.route = TenantRoute(
+        super().__init__(
+            connector,
+            connector.dialect,
+            home=connector.home,
             tenant_id=tenant_id,
             slug=slug,
             tier=tier,
             placement=placement,
-            share=self.share,
-            home=connector.home,
-            events=connector.events,
         )
-        self.retired = False
-
-    # Storing a bound method of the pool as its creator would be a reference cycle, so the creator is a property.
-
-    @staticmethod
-    def _no_creator() -> DBAPIConnection:
-        raise AssertionError("a tenant's pool connects through its connector")
-
-    @property
-    def _creator(self) -> Any:
-        return self._no_creator
-
-    @_creator.setter
-    def _creator(self, creator: object) -> None:
-        pass
 
     def _invoke_creator(self, rec: ConnectionPoolEntry) -> DBAPIConnection:
         connection = await_(self.connector.connect(self.route))
@@ -77,16 +56,6 @@ class TenantPool(Pool):
             self.connector.close(connection)
             raise
         return adapted
-
-    @property
-    def tenant_id(self) -> UUID:
-        """The tenant."""
-        return self.route.tenant_id
-
-    @property
-    def slug(self) -> str:
-        """Its slug."""
-        return self.route.slug
 
     # --- checkout ---------------------------------------------------------------------------------------------------
 
@@ -105,19 +74,6 @@ class TenantPool(Pool):
                 return record
             self.discard(record)
         return await_(self._acquire())
-
-    def _take(self) -> Record | None:
-        """Take an idle connection that is neither too old nor known to be closed."""
-        while (entry := self.connector.budget.take(self.share)) is not None:
-            since, record = entry
-            if (
-                time.monotonic() - since <= self.connector.idle_timeout
-                and not cast("TenantConnection", record.dbapi_connection)._connection.is_closed()
-                and not record._is_hard_or_soft_invalidated()
-            ):
-                return record
-            self.discard(record)
-        return None
 
     def _still_alive(self, record: Record) -> bool:
         """Read the pending data, and return whether the server has not ended the connection with it."""
@@ -187,33 +143,6 @@ class TenantPool(Pool):
         else:
             budget.failed(self.share)
 
-    async def _timeout_error(self) -> CheckoutTimeoutError | ConnectionLimitError:
-        connector, budget = self.connector, self.connector.budget
-        account = self.share.account
-        if connector.events.has_subscribers(CheckoutTimedOut):
-            connector.events.emit(
-                CheckoutTimedOut(
-                    tenant_id=self.tenant_id,
-                    slug=self.slug,
-                    server=connector.server.name,
-                    seconds=connector.checkout_timeout,
-                )
-            )
-        if account.ceiling is not None:
-            return await connector.shortages.error(self.route)
-        limit, setting = budget.limit, "pool.max_connections"
-        if account.open >= account.limit:
-            limit, setting = account.limit, "pool.max_connections_per_tenant"
-            if limit < budget.per_tenant:
-                setting = f"connection_limit of tier {self.route.tier!r}"
-        return CheckoutTimeoutError(
-            server=connector.server.name,
-            tenant=self.slug,
-            timeout=connector.checkout_timeout,
-            limit=limit,
-            setting=setting,
-        )
-
     async def _open(self) -> Record:
         task = self.connector.spawn(greenlet_spawn(self._create_connection))
         try:
@@ -258,31 +187,7 @@ class TenantPool(Pool):
             else:
                 self._return_idle(record)
 
-    def _return_idle(self, record: Record) -> None:
-        if self.connector.budget.put(self.share, record, time.monotonic()):
-            self.connector.schedule_sweep()
-        else:
-            self.discard(record)
-            self.connector.shortages.gave_up(self.route)
-
-    def _reusable(self, record: Record) -> bool:
-        connection = cast("TenantConnection", record.dbapi_connection)
-        return connection.usable and not record._is_hard_or_soft_invalidated()
-
     # --- closing ----------------------------------------------------------------------------------------------------
-
-    def discard(self, record: Record) -> None:
-        """Close a connection that counts as in use."""
-        self.connector.discard(record)
-
-    def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
-        self.connector.close_soon(cast("TenantConnection", connection))
-
-    def retire(self) -> None:
-        """Close idle connections now, and busy ones when they are returned."""
-        self.retired = True
-        for record in self.connector.budget.take_idle(self.share):
-            self.discard(record)
 
     def dispose(self) -> None:
         """Retire this pool.
@@ -299,11 +204,6 @@ class TenantPool(Pool):
         return TenantPool(
             self.connector, tenant_id=route.tenant_id, slug=route.slug, tier=route.tier, placement=route.placement
         )
-
-    def status(self) -> str:
-        """Return a line of text about the pool."""
-        share = self.share
-        return f"tenant {self.slug!r}: {share.busy} connections in use or being opened, {len(share.idle)} idle"
 
 
 __all__ = ["TenantPool"]

@@ -11,7 +11,7 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from ..context import current_tenant_or_none
 from ..errors import CrossTenantError
 from ..events import EventBus, IsolationIncident
-from ..loops import HomeLoop
+from ..loops import Home
 from ..tenant import Placement
 from .budget import Share
 
@@ -27,7 +27,7 @@ class TenantRoute:
         tier: The name of its tier, for errors.
         placement: Where its database is; the sealed password in it is replaced after a rotation.
         share: Its part of the server's budget.
-        home: The event loop that its connections belong to.
+        home: The event loop, or the threads, that its connections belong to.
         events: Receives incidents.
     """
 
@@ -51,7 +51,7 @@ class TenantRoute:
         tier: str,
         placement: Placement,
         share: Share[_ConnectionRecord],
-        home: HomeLoop,
+        home: Home,
         events: EventBus,
     ) -> None:
         self.tenant_id = tenant_id

@@ -241,6 +241,19 @@ class Server:
             self._facts = facts
         return facts
 
+    def tenant_startup(self) -> Mapping[str, str]:
+        """Return the settings that a tenant's login sends, once an asynchronous one has found out what is taken.
+
+        In any thread. Have ``read_again_if_old`` called as well.
+        """
+        assert self._found is not None  # noqa: S101 - for the type checker: read by that login
+        return self.traffic.startup(self._found)
+
+    @property
+    def answer_seconds(self) -> float | None:
+        """How long to wait for the answer to a tenant's statement; None is for ever."""
+        return self._command_timeout
+
     async def connect_tenant(
         self,
         placement: Placement,
@@ -324,11 +337,15 @@ class Server:
     async def _found_settings(self) -> Mapping[str, str]:
         if self._found is None:
             await self._read_settings()
-        elif time.monotonic() - self._found_at > SETTINGS_SECONDS and self._reading is None:
-            # the server's configuration may have changed; this connection may still use settings some minutes old
-            self._reading = asyncio.get_running_loop().create_task(self._renew_settings(), context=Context())
+        self.read_again_if_old()
         assert self._found is not None  # noqa: S101 - for the type checker
         return self._found
+
+    def read_again_if_old(self) -> None:
+        """Have the settings that tenants' connections start with read again, in the background, once they are old."""
+        if time.monotonic() - self._found_at > SETTINGS_SECONDS and self._reading is None:
+            # the server's configuration may have changed; this connection may still use settings some minutes old
+            self._reading = asyncio.get_running_loop().create_task(self._renew_settings(), context=Context())
 
     async def _read_settings(self) -> None:
         try:

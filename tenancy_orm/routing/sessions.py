@@ -123,6 +123,19 @@ class Router:
         refuse_other_tenant(tenant)
         return self._cache.lease(tenant)
 
+    def acquire(self, tenant: Tenant) -> Entry:
+        """Return a tenant's engines with one more lease, which ``release`` must end: for synchronous code.
+
+        Raises:
+            RoutingError: the tenant has no database, or its server is not configured.
+        """
+        refuse_other_tenant(tenant)
+        return self._cache.acquire(tenant)
+
+    def release(self, entry: Entry) -> None:
+        """End a lease of ``acquire``."""
+        self._cache.release(entry)
+
     def retire(self, tenant_id: UUID) -> None:
         """Drop a tenant's engine from the cache, since its status, placement or password may have changed.
 
@@ -254,20 +267,32 @@ def _open_plain_session(entry: Entry) -> AsyncSession:
 
 
 def _open_session(entry: Entry, options: dict[str, Any]) -> AsyncSession:
-    session_class = options.pop("sync_session_class", TenantSession)
+    session_class = session_class_in(options, "sync_session_class")
+    return AsyncSession(entry.engine, sync_session_class=session_class, **checked_options(entry, options))
+
+
+def session_class_in(options: dict[str, Any], name: str) -> type[TenantSession]:
+    """Take the class of the session out of the caller's options.
+
+    Raises:
+        ConfigurationError: it would bypass the guard.
+    """
+    session_class = options.pop(name, TenantSession)
     if not (isinstance(session_class, type) and issubclass(session_class, TenantSession)):
-        raise ConfigurationError("sync_session_class must be a subclass of tenancy_orm.routing.TenantSession")
+        raise ConfigurationError(f"{name} must be a subclass of tenancy_orm.routing.TenantSession")
+    return session_class
+
+
+def checked_options(entry: Entry, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the further arguments of a tenant's session.
+
+    Raises:
+        ConfigurationError: one would bypass the tenant's engine.
+    """
     for name in ("bind", "tenant", "on_refusal"):
         if name in options:
             raise ConfigurationError(f"a tenant's session takes no {name!r}: it always uses the tenant's own engine")
-    options.setdefault("expire_on_commit", False)
-    return AsyncSession(
-        entry.engine,
-        sync_session_class=session_class,
-        tenant=entry.owner,
-        on_refusal=entry.report_refusal,
-        **options,
-    )
+    return {"expire_on_commit": False, **options, "tenant": entry.owner, "on_refusal": entry.report_refusal}
 
 
 class ConnectionContext:
@@ -305,4 +330,12 @@ class ConnectionContext:
             self._cache.release(entry)
 
 
-__all__ = ["CLOSE_SECONDS", "ConnectionContext", "Router", "RoutingStatistics", "SessionContext"]
+__all__ = [
+    "CLOSE_SECONDS",
+    "ConnectionContext",
+    "Router",
+    "RoutingStatistics",
+    "SessionContext",
+    "checked_options",
+    "session_class_in",
+]

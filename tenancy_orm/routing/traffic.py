@@ -65,6 +65,14 @@ class TenantAddress:
         size = self.dsn.client_size("prepared_statement_cache_size")
         return 0 if self._is_pooled else 100 if size is None else size
 
+    def startup(self, found: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the settings that a login sends, as far as it is known by now what answers here.
+
+        Args:
+            found: The server's own values of the pinned settings.
+        """
+        return self._startup(found, self._pins)
+
     async def connect(self, found: Mapping[str, str], login: Callable[..., Awaitable[C]]) -> C:
         """Log in with as many settings as what answers here takes.
 

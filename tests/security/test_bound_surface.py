@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -77,6 +77,7 @@ EXCUSED = {
     "internals.provisioner.watchdog.close": "closes connections",
     "internals.rates.rate": "computes from the Tenant that it is given",
     "internals.router.close": "closes connections",
+    "internals.router.release": "ends a lease",
     "internals.router.retire": "closes idle connections, which are opened again",
     "internals.router.statistics": "counts this process's own connections",
     "internals.servers.close": "closes nothing",
@@ -89,6 +90,9 @@ EXCUSED = {
     "quotas.close": "closes connections",
     "quotas.invalidate": "forgets what is looked up again",
     "secrets.close": "closes connections",
+    "sync.call": "awaits a function of the caller's; the package's own refuse by themselves",
+    "sync.close": "closes connections",
+    "sync.open": "opens nothing where it is open",
     "tiers.in_force": "tiers are nobody's own, and tenants may know them",
 }
 
@@ -248,11 +252,15 @@ def others(plane: Plane) -> dict[str, Any]:
         "every": 60.0,
         "addresses": {},
         "names": ("vector",),
+        "func": print,
+        "sql": "SELECT 1",
     }
 
 
 async def call(tenancy: Tenancy, part: str, name: str, arguments: dict[str, Any]) -> Any:
     """Call a method and carry out whatever it returns."""
+    if part == "sync":
+        return await asyncio.to_thread(call_in_thread, tenancy, name, arguments)
     outcome = attrgetter(f"{part}.{name}")(tenancy)(**arguments)
     if isinstance(outcome, AbstractAsyncContextManager):
         async with outcome:
@@ -262,10 +270,22 @@ async def call(tenancy: Tenancy, part: str, name: str, arguments: dict[str, Any]
     return await outcome if inspect.isawaitable(outcome) else outcome
 
 
+def call_in_thread(tenancy: Tenancy, name: str, arguments: dict[str, Any]) -> Any:
+    """Call a method of ``tenancy.sync`` in another thread than the loop's, and carry out whatever it returns."""
+    positional = [arguments.pop(name) for name in ("tenant", "func") if name in arguments and "func" in arguments]
+    outcome = getattr(tenancy.sync, name)(*positional, **arguments)
+    if isinstance(outcome, AbstractContextManager):
+        with outcome:
+            return None
+    return list(outcome) if isinstance(outcome, Iterator) else outcome
+
+
 def calls(plane: Plane, method: Any) -> list[dict[str, Any]]:
     """Arguments for a method: one call for each way to name the other tenant, and one that names none where it can."""
     given = [
-        p for p in inspect.signature(method).parameters.values() if p.name != "self" and p.kind is not p.VAR_KEYWORD
+        p
+        for p in inspect.signature(method).parameters.values()
+        if p.name != "self" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
     naming = [p for p in given if names(plane, p.name) and not (p.name == "key" and p.default is not p.empty)]
     rest = {p.name: others(plane)[p.name] for p in given if p.default is p.empty and p not in naming}

@@ -1,0 +1,43 @@
+"""What the budget and the pools ask of a tenant's connection, whichever driver opened it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+from .route import TenantRoute
+
+
+class Ending(Protocol):
+    """Closes the socket of a connection. It does not refer to the connection, which may be garbage-collected."""
+
+    async def close(self, *, timeout: float) -> None:
+        """End the session, and wait until the server has ended it."""
+
+    def terminate(self) -> None:
+        """Cut the socket, also while another thread uses it."""
+
+
+class HeldConnection(Protocol):
+    """A tenant's DBAPI connection in a slot.
+
+    ``finalizer`` represents the slot: the code that detaches it closes the connection and frees the slot.
+    """
+
+    route: TenantRoute
+    finalizer: weakref.finalize[Any, Any]
+
+    @property
+    def ending(self) -> Ending:
+        """What closes its socket."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its socket is closed, as far as is known."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be reused, as far as is known: its socket and no transaction are open."""
+
+
+__all__ = ["Ending", "HeldConnection"]

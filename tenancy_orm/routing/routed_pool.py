@@ -1,0 +1,167 @@
+"""What the pools of a tenant's connections share, whichever driver opens them: the slots of its server's budget."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from typing import Any, Self, cast
+from uuid import UUID
+
+from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
+from sqlalchemy.pool import Pool
+
+from ..errors import CheckoutTimeoutError, ConnectionLimitError
+from ..events import CheckoutTimedOut
+from ..loops import Home
+from ..tenant import Placement
+from .budget import Share
+from .connector import Connector, Record
+from .held import HeldConnection
+from .route import TenantRoute
+
+
+class RoutedPool(Pool):
+    """A pool of one tenant's connections. It has no plain password, only the sealed one in ``placement``.
+
+    Its slots are counted in the event loop that ``connector`` belongs to: what is not said to run elsewhere runs there.
+
+    Args:
+        connector: The connector of the tenant's server.
+        dialect: The dialect of the driver.
+        home: Where the connections may be used.
+        tenant_id: The tenant.
+        slug: Its slug, for errors and events.
+        tier: The name of its tier, which bounds its connections.
+        placement: Where its database is.
+    """
+
+    def __init__(
+        self,
+        connector: Connector,
+        dialect: Dialect,
+        *,
+        home: Home,
+        tenant_id: UUID,
+        slug: str,
+        tier: str,
+        placement: Placement,
+    ) -> None:
+        super().__init__(self._no_creator, dialect=dialect)
+        self.connector = connector
+        self.share: Share[Record] = connector.share(tenant_id, tier)
+        self.route = TenantRoute(
+            tenant_id=tenant_id,
+            slug=slug,
+            tier=tier,
+            placement=placement,
+            share=self.share,
+            home=home,
+            events=connector.events,
+        )
+        self.retired = False
+
+    # Storing a bound method of the pool as its creator would be a reference cycle, so the creator is a property.
+
+    @staticmethod
+    def _no_creator() -> DBAPIConnection:
+        raise AssertionError("a tenant's pool connects through its connector")
+
+    @property
+    def _creator(self) -> Any:
+        return self._no_creator
+
+    @_creator.setter
+    def _creator(self, creator: object) -> None:
+        pass
+
+    @property
+    def tenant_id(self) -> UUID:
+        """The tenant."""
+        return self.route.tenant_id
+
+    @property
+    def slug(self) -> str:
+        """Its slug."""
+        return self.route.slug
+
+    # --- checkout ---------------------------------------------------------------------------------------------------
+
+    def _take(self) -> Record | None:
+        """Take an idle connection that is neither too old nor known to be closed."""
+        while (entry := self.connector.budget.take(self.share)) is not None:
+            since, record = entry
+            if (
+                time.monotonic() - since <= self.connector.idle_timeout
+                and not cast("HeldConnection", record.dbapi_connection).is_closed
+                and not record._is_hard_or_soft_invalidated()
+            ):
+                return record
+            self.discard(record)
+        return None
+
+    async def _timeout_error(self) -> CheckoutTimeoutError | ConnectionLimitError:
+        connector, budget = self.connector, self.connector.budget
+        account = self.share.account
+        if connector.events.has_subscribers(CheckoutTimedOut):
+            connector.events.emit(
+                CheckoutTimedOut(
+                    tenant_id=self.tenant_id,
+                    slug=self.slug,
+                    server=connector.server.name,
+                    seconds=connector.checkout_timeout,
+                )
+            )
+        if account.ceiling is not None:
+            return await connector.shortages.error(self.route)
+        limit, setting = budget.limit, "pool.max_connections"
+        if account.open >= account.limit:
+            limit, setting = account.limit, "pool.max_connections_per_tenant"
+            if limit < budget.per_tenant:
+                setting = f"connection_limit of tier {self.route.tier!r}"
+        return CheckoutTimeoutError(
+            server=connector.server.name,
+            tenant=self.slug,
+            timeout=connector.checkout_timeout,
+            limit=limit,
+            setting=setting,
+        )
+
+    # --- return -----------------------------------------------------------------------------------------------------
+
+    def _return_idle(self, record: Record) -> None:
+        if self.connector.budget.put(self.share, record, time.monotonic()):
+            self.connector.schedule_sweep()
+        else:
+            self.discard(record)
+            self.connector.shortages.gave_up(self.route)
+
+    def _reusable(self, record: Record) -> bool:
+        connection = cast("HeldConnection", record.dbapi_connection)
+        return connection.usable and not record._is_hard_or_soft_invalidated()
+
+    # --- closing ----------------------------------------------------------------------------------------------------
+
+    def discard(self, record: Record) -> None:
+        """Close a connection that counts as in use."""
+        self.connector.discard(record)
+
+    def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
+        self.connector.close_soon(cast("HeldConnection", connection))
+
+    def retire(self) -> None:
+        """Close idle connections now, and busy ones when they are returned."""
+        self.retired = True
+        for record in self.connector.budget.take_idle(self.share):
+            self.discard(record)
+
+    @abstractmethod
+    def recreate(self) -> Self:
+        """Return a new pool for the same tenant; ``Engine.dispose`` calls this."""
+
+    def status(self) -> str:
+        """Return a line of text about the pool."""
+        share = self.share
+        return f"tenant {self.slug!r}: {share.busy} connections in use or being opened, {len(share.idle)} idle"
+
+
+__all__ = ["RoutedPool"]

@@ -1,0 +1,158 @@
+"""A tenant's connection of psycopg's, and what closes its socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import weakref
+from typing import Any
+
+import psycopg
+from psycopg.pq import ConnStatus, TransactionStatus
+from psycopg.pq.abc import PGconn
+
+from ..routing.connection import RESET
+from ..routing.route import TenantRoute
+
+_READS = 6  # how often ``is_alive`` reads what the server has sent: its last message and the end come separately
+
+
+class SocketEnding:
+    """Closes the socket of a connection of psycopg's, in the event loop.
+
+    Args:
+        pgconn: libpq's connection.
+    """
+
+    __slots__ = ("_pgconn",)
+
+    def __init__(self, pgconn: PGconn) -> None:
+        self._pgconn = pgconn
+
+    async def close(self, *, timeout: float) -> None:
+        """End the session, and wait until the server has ended it. No thread may be using the connection.
+
+        libpq closes its socket right after its last message. This waits on another descriptor of the same socket, since
+        a slot is free only when the server has one connection less.
+        """
+        peer = self._duplicate()
+        self._pgconn.finish()
+        if peer is None:
+            return
+        with peer:
+            peer.setblocking(False)
+            async with asyncio.timeout(timeout):
+                while await asyncio.get_running_loop().sock_recv(peer, 65_536):
+                    pass
+
+    def terminate(self) -> None:
+        """Cut the socket, also while another thread uses it: that one gets an error, and libpq's memory stays."""
+        peer = self._duplicate()
+        if peer is not None:
+            with peer:
+                try:
+                    peer.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    return  # the other side has closed it already
+
+    def _duplicate(self) -> socket.socket | None:
+        if self._pgconn.status != ConnStatus.OK:
+            return None
+        return socket.socket(fileno=os.dup(self._pgconn.socket))
+
+
+class ThreadConnection(psycopg.Connection[Any]):
+    """A tenant's connection.
+
+    Each operation checks the bound tenant and its admission, also one that an application starts on the connection
+    itself. ``finalizer`` represents the slot: the code that detaches it closes the connection and frees the slot.
+    """
+
+    route: TenantRoute
+    finalizer: weakref.finalize[Any, Any]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._ours = True  # while the pool itself uses it, or a transaction is being ended
+        self._poller = select.poll()
+        self._poller.register(self.pgconn.socket, select.POLLIN)
+        self.ending = SocketEnding(self.pgconn)
+
+    def hand_over(self, route: TenantRoute) -> None:
+        """Let the tenant's code use it from now on."""
+        self.route = route
+        self._ours = False
+
+    def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
+        """Wait for the server, as in psycopg: every operation comes by here.
+
+        Raises:
+            CrossTenantError, AdmissionEndedError, TenantUnavailableError, WrongEventLoopError: it may not be used here
+                and now. Nothing was sent.
+        """
+        if not self._ours:
+            self.route.check_bound()
+        return super().wait(gen, *args, **options)
+
+    def rollback(self) -> None:
+        """Roll back, whichever tenant is bound; refused in the event loop's thread and in a forked process."""
+        if self.closed:
+            # PostgreSQL has rolled back already, and the error that ended the connection must not be replaced
+            return
+        self.route.home.check()
+        self._ours = True
+        try:
+            super().rollback()
+        finally:
+            self._ours = False
+
+    def clean(self, *, full: bool) -> bool:
+        """Prepare it for its next use, and return whether there can be one.
+
+        Args:
+            full: Whether to discard what the session has set, as ``DISCARD ALL`` does.
+        """
+        if not self.usable:
+            return False
+        try:
+            if self.isolation_level or self.read_only is not None or self.deferrable is not None:
+                self.isolation_level = self.read_only = self.deferrable = None
+            if full:
+                self.autocommit = self._ours = True
+                self.execute(RESET)
+            if self.autocommit:
+                self.autocommit = False
+        except psycopg.Error:
+            return False
+        finally:
+            self._ours = False
+        return True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its socket is closed, as far as is known."""
+        return bool(self.closed)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be reused, as far as is known: its socket and no transaction are open."""
+        return self.pgconn.transaction_status == TransactionStatus.IDLE and self._pipeline is None
+
+    def is_alive(self) -> bool:
+        """Whether the server has not ended it while it was idle; reads what it has sent, without a round trip."""
+        try:
+            for _ in range(_READS):
+                if not self._poller.poll(0):
+                    break
+                self.pgconn.consume_input()
+        except psycopg.Error:
+            return False
+        return self.usable
+
+    def __del__(self, *_: Any) -> None:
+        """Do nothing: ``finalizer`` closes it."""
+
+
+__all__ = ["SocketEnding", "ThreadConnection"]

@@ -1,0 +1,277 @@
+"""The pool of one tenant's connections for synchronous code, within the budget that asynchronous code uses."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Self, cast
+from uuid import UUID
+
+import psycopg
+from psycopg import errors as pg_errors
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from ..errors import MarkerMismatchError, ServerUnavailableError
+from ..postgres.errors import TOO_MANY_CONNECTIONS
+from ..postgres.login import PEER_KEEPALIVES, clear_tracebacks
+from ..routing.connector import Connector, Record
+from ..routing.marker import FIND, PROVED, marker_text, mismatch, proof
+from ..routing.routed_pool import RoutedPool
+from ..tenant import Placement
+from .connection import SocketEnding, ThreadConnection
+from .hops import Answer, Hops
+from .server import ThreadServer
+
+logger = logging.getLogger("tenancy_orm.sync")
+
+_LEAST_SECONDS = 2  # libpq and psycopg wait at least as long for a login
+
+
+class ThreadPool(RoutedPool):
+    """SQLAlchemy's pool for one tenant, of psycopg's connections. They are opened and used in the calling thread.
+
+    Its slots are counted in the event loop: names of methods that run there end in ``_here``.
+
+    Args:
+        connector: The connector of the tenant's server.
+        server: What its tenants share.
+        hops: Puts calls into the event loop.
+        tenant_id: The tenant.
+        slug: Its slug, for errors and events.
+        tier: The name of its tier, which bounds its connections.
+        placement: Where its database is.
+    """
+
+    _sqla_logger_namespace = "sqlalchemy.pool.ThreadPool"
+
+    def __init__(
+        self,
+        connector: Connector,
+        server: ThreadServer,
+        hops: Hops,
+        *,
+        tenant_id: UUID,
+        slug: str,
+        tier: str,
+        placement: Placement,
+    ) -> None:
+        super().__init__(
+            connector,
+            server.dialect,
+            home=hops.threads,
+            tenant_id=tenant_id,
+            slug=slug,
+            tier=tier,
+            placement=placement,
+        )
+        self._server = server
+        self._hops = hops
+
+    # --- checkout ---------------------------------------------------------------------------------------------------
+
+    def _do_get(self) -> Record:
+        self.route.check_bound()
+        deadline = time.monotonic() + self.connector.checkout_timeout
+        first = False
+        while True:
+            record = self._get_slot(deadline, first=first)
+            if record is not None:
+                if cast("ThreadConnection", record.dbapi_connection).is_alive():
+                    return record
+                self._hops.post(self.discard, record)
+                continue
+            try:
+                return self._create_connection()  # type: ignore[return-value]
+            except ServerUnavailableError as exc:
+                if exc.sqlstate != TOO_MANY_CONNECTIONS:
+                    raise
+                if time.monotonic() >= deadline:
+                    raise self._hops.run_async(self._timeout_error, unbound=True) from exc
+                # other processes may have them: wait as the first in the queue
+                first = True
+
+    def _get_slot(self, deadline: float, *, first: bool) -> Record | None:
+        """Return an idle connection, or None: a slot is reserved, to open one in."""
+        answer: Answer[Record | None] = Answer(self._give_back_here)
+        self._hops.put(answer, self._begin_here, answer, first)
+        try:
+            return self._hops.wait(answer, deadline - time.monotonic())
+        except TimeoutError:
+            return self._hops.run_async(self._end_wait_here, answer, undo=self._give_back_here, unbound=True)
+
+    def _begin_here(self, answer: Answer[Record | None], first: bool) -> None:
+        budget = self.connector.budget
+        if not first:
+            budget.touch(self.share)
+        record = self._take()
+        if record is not None or budget.reserve(self.share):
+            answer.set_result(record)
+        else:
+            budget.wait(self.share, answer, first=first)
+
+    async def _end_wait_here(self, answer: Answer[Record | None]) -> Record | None:
+        if (served := answer.take()) is not None:
+            item, error = served
+            if error is not None:
+                raise error
+            return item
+        self.connector.budget.withdraw(self.share, answer)
+        raise await self._timeout_error()
+
+    def _give_back_here(self, record: Record | None) -> None:
+        if record is None:
+            self.connector.budget.failed(self.share)
+        else:
+            self._return_here(record, True)
+
+    # --- opening ----------------------------------------------------------------------------------------------------
+
+    def _invoke_creator(self, rec: ConnectionPoolEntry) -> DBAPIConnection:
+        """Open a connection in a reserved slot, and verify that it leads to the tenant's own database.
+
+        libpq does not tell why a login was refused. So an asynchronous one tells that, in the same slot, and finds the
+        password if it has been rotated; after that the login is tried once more.
+        """
+        started = time.monotonic()
+        try:
+            connection = self._open(probed=False)
+        except psycopg.Error as exc:
+            # the same error as of an asynchronous login, which did succeed; psycopg's own holds the password
+            self._hops.post(self._failed_here)
+            raise self.connector.server.unavailable(
+                _without_secret(exc), tenant=self.slug, database=self.route.placement.database
+            ) from None
+        connection.hand_over(self.route)
+        self.connector.watch(connection)
+        self._hops.post(self._opened_here, connection.ending, time.monotonic() - started)
+        adapted = cast("DBAPIConnection", connection)
+        if self._server.on_connect is not None:
+            self._server.on_connect(adapted)
+        return adapted
+
+    def _open(self, *, probed: bool) -> ThreadConnection:
+        if not self._server.ready:
+            self._probe()
+            probed = True
+        try:
+            connection = self._log_in()
+        except pg_errors.ConnectionTimeout:
+            raise
+        except psycopg.Error:
+            if probed:
+                raise
+            self._probe()
+            return self._open(probed=True)
+        except BaseException:
+            self._hops.post(self._failed_here)
+            raise
+        try:
+            self._verify(connection)
+        except BaseException as exc:
+            self._hops.post(self._not_completed_here, connection.ending, exc)
+            if isinstance(exc, psycopg.Error):
+                raise self.connector.server.unavailable(
+                    _without_secret(exc), tenant=self.slug, database=self.route.placement.database
+                ) from None
+            raise
+        return connection
+
+    def _probe(self) -> None:
+        self._hops.run_async(self.connector.probe, self.route, undo=lambda _: self._failed_here(), unbound=True)
+        self._server.prepare()
+
+    def _log_in(self) -> ThreadConnection:
+        server, placement = self.connector.server, self.route.placement
+        dsn = server.traffic.dsn
+        parameters = dsn.libpq_parameters(
+            user=placement.role,
+            database=placement.database,
+            settings=self._server.startup(),
+            keepalives=PEER_KEEPALIVES,
+        )
+        seconds = max(_LEAST_SECONDS, math.ceil(server.connect_timeout / max(1, len(dsn.hosts))))
+        try:
+            return ThreadConnection.connect(
+                **parameters,  # type: ignore[arg-type]
+                password=self.connector.open_password(self.route),
+                connect_timeout=seconds,
+                autocommit=True,
+                # a prepared statement that a migration outdates would fail, and a pooler knows none
+                prepare_threshold=None,
+                context=self._server.adapters,
+            )
+        except BaseException as exc:
+            clear_tracebacks(exc)
+            raise
+
+    def _verify(self, connection: ThreadConnection) -> None:
+        expected = marker_text(self.connector.installation, self.tenant_id)
+        if connection.execute(proof(expected)).statusmessage != PROVED:
+            raise mismatch(expected, self.slug, connection.execute(FIND).fetchone())
+        connection.autocommit = False
+
+    def _opened_here(self, ending: SocketEnding, seconds: float) -> None:
+        self.connector.opened(self.route, ending, seconds)
+        self.connector.server.read_again_if_old()
+
+    def _failed_here(self) -> None:
+        self.connector.release_slot(self.share)
+
+    def _not_completed_here(self, ending: SocketEnding, error: BaseException) -> None:
+        self.connector.release_slot(self.share, ending)
+        if isinstance(error, MarkerMismatchError):
+            self.route.report_incident(error)
+
+    # --- return -----------------------------------------------------------------------------------------------------
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        record = cast("Record", record)
+        connection = cast("ThreadConnection | None", record.dbapi_connection)
+        if connection is not None:  # otherwise it was invalidated or detached, and the connection has the slot
+            self._hops.post(self._return_here, record, connection.clean(full=self.connector.full_reset))
+
+    def _return_here(self, record: Record, usable: bool) -> None:
+        if record.dbapi_connection is None:
+            return
+        if self.retired or not usable:
+            self.discard(record)
+        else:
+            self._return_idle(record)
+
+    # --- closing ----------------------------------------------------------------------------------------------------
+
+    def dispose(self) -> None:
+        """Retire this pool.
+
+        Raises:
+            WrongEventLoopError: this is the event loop's thread, or a forked process.
+        """
+        self._hops.run(self.retire)
+
+    def recreate(self) -> Self:
+        """Return a new pool for the same tenant; ``Engine.dispose`` calls this."""
+        return self._hops.run(self._recreate_here)
+
+    def _recreate_here(self) -> Self:
+        route = self.route
+        return type(self)(
+            self.connector,
+            self._server,
+            self._hops,
+            tenant_id=route.tenant_id,
+            slug=route.slug,
+            tier=route.tier,
+            placement=route.placement,
+        )
+
+
+def _without_secret(error: psycopg.Error) -> Exception:
+    """An error with psycopg's message; its own has the parameters of the login in ``pgconn``."""
+    if isinstance(error, pg_errors.ConnectionTimeout):
+        return TimeoutError()
+    return ConnectionError(str(error).strip())
+
+
+__all__ = ["ThreadPool"]

@@ -1,0 +1,90 @@
+"""What synchronous code runs within: a session on a tenant, and a loop that binds each tenant in turn."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ..routing import TenantSession
+from ..routing.engines import Entry
+from ..routing.sessions import checked_options, session_class_in
+from ..scopes import TenantInTurn, admit
+from ..tenant import Tenant, TenantRef
+from .hops import Hops
+
+if TYPE_CHECKING:
+    from .side import ThreadSide
+
+
+class ThreadSession:
+    """``with tenancy.sync.session()``: a lease of the tenant's engine, and a ``Session`` on it."""
+
+    __slots__ = ("_entry", "_operator", "_options", "_session", "_side", "_tenant")
+
+    def __init__(self, side: ThreadSide, tenant: TenantRef | None, *, operator: bool, options: dict[str, Any]) -> None:
+        self._side = side
+        self._tenant = tenant
+        self._operator = operator
+        self._options = options
+        self._entry: Entry | None = None
+        self._session: TenantSession | None = None
+
+    def __enter__(self) -> TenantSession:
+        entry, engine = self._side.lease(self._tenant, operator=self._operator)
+        try:
+            session_class = session_class_in(self._options, "session_class")
+            session = session_class(engine, **checked_options(entry, self._options))
+            admit(session)
+        except BaseException:
+            self._side.release(entry)
+            raise
+        self._entry, self._session = entry, session
+        return session
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        session, entry = self._session, self._entry
+        if session is None or entry is None:
+            return
+        if session.in_transaction():
+            self._side.hops.threads.check()
+        self._session = self._entry = None
+        try:
+            session.close()
+        finally:
+            session.ended = True
+            self._side.release(entry)
+
+
+class EachTenant(TenantInTurn):
+    """An iterator over tenants that binds each in turn."""
+
+    def __init__(self, hops: Hops, source: AsyncIterator[Tenant]) -> None:
+        super().__init__()
+        self._hops = hops
+        self._source = source
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Tenant:
+        """Bind and return the next tenant.
+
+        Raises:
+            CrossTenantError: the body has bound a tenant of its own, which this would replace.
+        """
+        self.between()
+        tenant = self._hops.run_async(_next, self._source)
+        if tenant is None:
+            raise StopIteration
+        return self.bind_next(tenant)
+
+
+async def _next(source: AsyncIterator[Tenant]) -> Tenant | None:
+    return await anext(source, None)
+
+
+__all__ = ["EachTenant", "ThreadSession"]

@@ -1,0 +1,97 @@
+"""The part of an open ``Tenancy`` that belongs to its event loop, for other threads."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.engine import Engine
+
+from ..authentication.directory import Directory
+from ..routing import Router
+from ..routing.connection import TenantEngine
+from ..routing.connector import Connector
+from ..routing.engines import Entry
+from ..scopes import check_session, peek, resolve
+from ..tenant import Placement, Tenant, TenantRef
+from .hops import Hops
+from .pool import ThreadPool
+from .server import ThreadServer
+
+
+class ThreadSide:
+    """Looks tenants up and leases their engines in the event loop; names of methods that run there end in ``_here``.
+
+    Args:
+        hops: Puts them there.
+        directory: Looks tenants up.
+        router: Has the engines.
+    """
+
+    def __init__(self, hops: Hops, directory: Directory, router: Router) -> None:
+        self.hops = hops
+        self.directory = directory
+        self.router = router
+        self._servers: MutableMapping[Connector, ThreadServer] = WeakKeyDictionary()
+
+    def tenant(self, ref: TenantRef | None) -> Tenant:
+        """Return the tenant that is named, or the bound one.
+
+        Raises:
+            TenancyError: as ``scopes.resolve``.
+        """
+        found = self.hops.run(peek, self.directory, ref)
+        return self.hops.run_async(resolve, self.directory, ref) if found is None else found
+
+    def lease(self, ref: TenantRef | None, *, operator: bool) -> tuple[Entry, Engine]:
+        """Return a tenant's engine, with a lease that ``release`` must end.
+
+        Raises:
+            TenancyError: as ``Tenancy.session``, on entering it.
+        """
+        leased = self.hops.run(self._lease_cached_here, ref, operator, undo=self._undo_here)
+        return self.hops.run_async(self._lease_here, ref, operator, undo=self._undo_here) if leased is None else leased
+
+    def release(self, entry: Entry) -> None:
+        """End a lease."""
+        self.hops.post(self.router.release, entry)
+
+    def _lease_cached_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, Engine] | None:
+        tenant = peek(self.directory, ref)
+        return None if tenant is None else self._engine_here(tenant, operator)
+
+    async def _lease_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, Engine]:
+        return self._engine_here(await resolve(self.directory, ref), operator)
+
+    def _engine_here(self, tenant: Tenant, operator: bool) -> tuple[Entry, Engine]:
+        check_session(tenant, operator=operator)
+        entry = self.router.acquire(tenant)
+        try:
+            return entry, entry.for_threads(self._make_engine)
+        except BaseException:
+            self.router.release(entry)
+            raise
+
+    def _undo_here(self, leased: tuple[Entry, Engine] | None) -> None:
+        if leased is not None:
+            self.router.release(leased[0])
+
+    def _make_engine(
+        self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement
+    ) -> Engine:
+        server = self._servers.get(connector)
+        if server is None:
+            server = self._servers[connector] = ThreadServer(connector)
+        pool = ThreadPool(connector, server, self.hops, tenant_id=tenant_id, slug=slug, tier=tier, placement=placement)
+        return TenantEngine(
+            pool,
+            server.dialect,
+            connector.server.tenant_url(placement).set(drivername="postgresql+psycopg"),
+            query_cache_size=0,
+            # its keys have the dialect
+            execution_options={"compiled_cache": connector.compiled_cache},
+        )
+
+
+__all__ = ["ThreadSide"]

@@ -1,0 +1,301 @@
+"""``SyncTenancy``: what ``tenancy.sync`` is."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+
+from sqlalchemy import Row, text
+
+from ..context import bind
+from ..errors import MissingExtraError, NotOpenError
+from ..events import DRAIN_TIMEOUT
+from ..lifetime import Lifetime
+from ..routing import TenantSession
+from ..tenant import Status, Tenant, TenantRef
+from .hops import Hops
+from .runner import LoopThread
+from .sessions import EachTenant, ThreadSession
+
+if TYPE_CHECKING:
+    from .side import ThreadSide
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class SyncTenancy:
+    """A ``Tenancy`` for synchronous code; ``tenancy.sync`` makes it.
+
+    Where the ``Tenancy`` is open in an event loop of this process, all other threads may use this at once. Where it is
+    not, ``open`` (or ``with tenancy.sync``) opens it in an event loop that runs in a thread of its own.
+
+    Connections are psycopg's, opened and used in the thread that needs them. They count in the same slots as the
+    asynchronous ones (``pool.max_connections``, ``pool.max_connections_per_tenant``).
+
+    Args:
+        lifetime: The parts that this shares with the asynchronous object.
+
+    Raises:
+        MissingExtraError: psycopg is not installed.
+    """
+
+    def __init__(self, lifetime: Lifetime) -> None:
+        try:
+            from .side import ThreadSide
+        except ImportError as exc:  # also where psycopg finds no libpq
+            raise MissingExtraError("psycopg", "sync") from exc
+        self._make_side = ThreadSide
+        self._lifetime = lifetime
+        self._claiming = threading.RLock()  # it protects the next three
+        self._runner: LoopThread | None = None
+        self._side: ThreadSide | None = None
+        self._entered = 0
+
+    def __repr__(self) -> str:
+        """Tell whether it is open; no configuration, which holds credentials."""
+        return f"<SyncTenancy {'open' if self.is_open else 'closed'}>"
+
+    # --- sessions and scopes ----------------------------------------------------------------------------------------
+
+    def session(
+        self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
+    ) -> AbstractContextManager[TenantSession]:
+        """Open a session on a tenant's own database: ``with tenancy.sync.session() as session``.
+
+        Args:
+            tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
+            operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
+            options: Further arguments of ``sqlalchemy.orm.Session``, and ``session_class``: a subclass of
+                ``tenancy_orm.routing.TenantSession``.
+
+        Raises:
+            TenancyError: as ``Tenancy.session``.
+            WrongEventLoopError: this is the thread of the event loop that the ``Tenancy`` is open in.
+        """
+        return ThreadSession(self._opened(), tenant, operator=operator, options=options)
+
+    @contextmanager
+    def transaction(
+        self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
+    ) -> Iterator[TenantSession]:
+        """Open a session. Its work is committed when the body succeeds, and rolled back when it raises.
+
+        Raises:
+            TenancyError: as ``session``.
+        """
+        with self.session(tenant, operator=operator, **options) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def scope(self, tenant: TenantRef) -> Iterator[Tenant]:
+        """Bind ``tenant`` for the body: for jobs, scripts and tests. The binding is this thread's.
+
+        Raises:
+            CrossTenantError: another tenant is bound; a scope cannot be switched from inside.
+            TenantNotFoundError: there is no such tenant.
+        """
+        with bind(self._opened().tenant(tenant)) as found:
+            yield found
+
+    def each(
+        self,
+        *,
+        status: Iterable[Status | str] = (Status.TRIAL, Status.ACTIVE),
+        tier: str | Iterable[str] = (),
+    ) -> EachTenant:
+        """Iterate over the fleet, each tenant bound in turn: ``for tenant in tenancy.sync.each(): ...``.
+
+        Raises:
+            CrossTenantError: a tenant is bound already; work over the fleet is not a tenant's to do.
+        """
+        side = self._opened()
+        return EachTenant(side.hops, self._lifetime.parts.tenants.iterate(status=tuple(status), tier=tier))
+
+    def run(self, tenant: TenantRef, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call ``func(*args, **kwargs)`` with ``tenant`` bound, and return its result.
+
+        A plain function runs in this thread; a coroutine function is awaited in the event loop, with the tenant bound.
+
+        Raises:
+            TenancyError: as ``scope``; and whatever ``func`` raises.
+        """
+        with self.scope(tenant):
+            if inspect.iscoroutinefunction(func):
+                return self.call(func, *args, **kwargs)
+            outcome = func(*args, **kwargs)
+            return self.call(_awaited, outcome) if inspect.isawaitable(outcome) else outcome
+
+    def call(self, async_function: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Await ``async_function(*args, **kwargs)`` in the event loop, in this thread's context; return its result.
+
+        For what only the asynchronous object has: ``tenancy.sync.call(tenancy.tenants.create, "acme")``. Where this
+        thread is interrupted (Ctrl-C), the call is cancelled.
+
+        Raises:
+            NotOpenError: it is not open.
+            WrongEventLoopError: this is the loop's thread.
+            Exception: whatever ``async_function`` raises.
+        """
+        return self._opened().hops.run_async(partial(async_function, *args, **kwargs))
+
+    # --- textual SQL ------------------------------------------------------------------------------------------------
+
+    def fetch_all(
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
+    ) -> list[Row[*tuple[Any, ...]]]:
+        """Run textual SQL with ``:name`` parameters on a tenant and return all rows.
+
+        Raises:
+            TenancyError: as ``session``.
+        """
+        with self.session(tenant, operator=operator) as session:
+            return list(session.execute(text(sql), dict(parameters or {})).all())
+
+    def fetch_one(
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
+    ) -> Row[*tuple[Any, ...]] | None:
+        """Run textual SQL with ``:name`` parameters on a tenant and return the first row, or None.
+
+        Raises:
+            TenancyError: as ``session``.
+        """
+        with self.session(tenant, operator=operator) as session:
+            return session.execute(text(sql), dict(parameters or {})).first()
+
+    def fetch_value(
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
+    ) -> Any:
+        """Run textual SQL with ``:name`` parameters on a tenant and return the first column of the first row, or None.
+
+        Raises:
+            TenancyError: as ``session``.
+        """
+        with self.session(tenant, operator=operator) as session:
+            return session.scalar(text(sql), dict(parameters or {}))
+
+    def execute(
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenant: TenantRef | None = None,
+        operator: bool = False,
+    ) -> int:
+        """Run one textual statement with ``:name`` parameters on a tenant, commit, and return how many rows it touched.
+
+        Raises:
+            TenancyError: as ``session``.
+        """
+        with self.transaction(tenant, operator=operator) as session:
+            return session.connection().execute(text(sql), dict(parameters or {})).rowcount
+
+    # --- opening and closing ----------------------------------------------------------------------------------------
+
+    def open(self, *, initialise: bool | None = None) -> Self:
+        """Make this usable: open the ``Tenancy`` in a thread of its own, unless an event loop has it open already.
+
+        Open it after a fork, in each process: what was opened before one is refused. It is closed at the end of the
+        process if nobody has closed it.
+
+        Args:
+            initialise: As in ``Tenancy.open``.
+
+        Raises:
+            TenancyError: as ``Tenancy.open``.
+            WrongEventLoopError: it is open in this thread's event loop, or was opened before this process was forked.
+        """
+        with self._claiming:
+            if self.is_open:
+                self._opened().hops.threads.check()
+                return self
+            runner = LoopThread()
+            try:
+                runner.run(self._lifetime.open(initialise=initialise))
+            except BaseException:
+                runner.stop()
+                raise
+            self._runner = runner
+            atexit.register(self.close)
+        return self
+
+    def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:
+        """End what ``open`` has begun. Where an event loop had the ``Tenancy`` open before, it stays open there.
+
+        Args:
+            timeout: How long to wait for subscribers' coroutines, in seconds, before anything is closed.
+        """
+        with self._claiming:
+            runner, self._runner = self._runner, None
+            if runner is None:
+                return
+            atexit.unregister(self.close)
+            if not runner.is_ours:
+                return  # the parent process has it open
+            self._side = None
+            try:
+                runner.run(self._lifetime.close(timeout=timeout))
+            finally:
+                runner.stop()
+
+    def __enter__(self) -> Self:
+        """Open. Blocks may be nested; the outermost one closes."""
+        with self._claiming:
+            self.open()
+            self._entered += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close, if this is the outermost block."""
+        with self._claiming:
+            self._entered -= 1
+            if self._entered == 0:
+                self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the ``Tenancy`` is open: here, or in an event loop."""
+        return self._lifetime.assembly is not None
+
+    def _opened(self) -> ThreadSide:
+        try:
+            home, parts = self._lifetime.home, self._lifetime.parts
+        except NotOpenError:
+            raise NotOpenError(
+                "this Tenancy is not open; call tenancy.sync.open(), or: with tenancy.sync: ..."
+            ) from None
+        side = self._side
+        if side is None or side.router is not parts.router:
+            side = self._side = self._make_side(Hops(home), parts.directory, parts.router)
+        side.hops.threads.check()
+        return side
+
+
+async def _awaited(outcome: Awaitable[T]) -> T:
+    return await outcome
+
+
+__all__ = ["SyncTenancy"]
