@@ -1,11 +1,18 @@
 """A PostgreSQL database of its own for every tenant, as easy and as fast as having one."""
 
-from .audit.actor import Actor
-from .config import Limit, TenancyConfig, Tier, TierPolicy
-from .context import current_tenant, current_tenant_or_none
-from .errors import TenancyError
-from .tenancy import Tenancy
-from .tenant import Status, Tenant
+from __future__ import annotations
+
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+if _TYPE_CHECKING:
+    from .audit.actor import Actor
+    from .config import Limit, TenancyConfig, Tier, TierPolicy
+    from .context import current_tenant, current_tenant_or_none
+    from .errors import TenancyError
+    from .tenancy import Tenancy
+    from .tenant import Status, Tenant
 
 __all__ = [
     "Actor",
@@ -20,3 +27,33 @@ __all__ = [
     "current_tenant",
     "current_tenant_or_none",
 ]
+
+# Imported when they are asked for: every run of pytest where this package is installed imports its plugin, and so this
+# file, and most of these runs have nothing to do with tenants.
+_MODULES = {
+    "Actor": "audit.actor",
+    "Limit": "config",
+    "Status": "tenant",
+    "Tenancy": "tenancy",
+    "TenancyConfig": "config",
+    "TenancyError": "errors",
+    "Tenant": "tenant",
+    "Tier": "config",
+    "TierPolicy": "config",
+    "current_tenant": "context",
+    "current_tenant_or_none": "context",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    """Import a public name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

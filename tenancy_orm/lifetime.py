@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from .assembly import Assembly
 from .config import TenancyConfig
@@ -17,6 +19,42 @@ from .loops import HomeLoop
 from .quotas.rates import Rates
 
 logger = logging.getLogger("tenancy_orm")
+
+Builder: TypeAlias = Callable[[TenancyConfig, EventBus, Rates, bool | None], Awaitable[Assembly]]
+"""What opens the parts: of a configuration, and whether the control database is to be created or upgraded first."""
+
+
+async def build(config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None) -> Assembly:
+    """Open the parts as an application does."""
+    return await Assembly.build(config, events, rates, initialise=initialise)
+
+
+_builders: list[Builder] = [build]
+
+
+def push_builder(builder: Builder) -> None:
+    """Have ``builder`` open the parts of every ``Tenancy`` of this process, until ``pop_builder``.
+
+    For test runs: a suite must never reach the databases that the application's own settings name, whatever the
+    application does when it is imported.
+    """
+    _builders.append(builder)
+
+
+def pop_builder(builder: Builder) -> None:
+    """Undo ``push_builder``."""
+    if builder in _builders[1:]:
+        _builders.remove(builder)
+
+
+@dataclass(slots=True)
+class Parked:
+    """What ``Lifetime.park`` has taken out: the parts that are open in an event loop that does not run now."""
+
+    home: HomeLoop | None
+    assembly: Assembly | None
+    entered: int
+    opening: asyncio.Lock
 
 
 class Lifetime:
@@ -86,7 +124,7 @@ class Lifetime:
         with self._at_home():
             async with self._opening:
                 if self.assembly is None:
-                    self.assembly = await Assembly.build(self._config, self._events, self._rates, initialise=initialise)
+                    self.assembly = await _builders[-1](self._config, self._events, self._rates, initialise)
 
     async def close(self, *, timeout: float) -> None:
         """Let the subscribers finish for ``timeout`` seconds, then close the parts.
@@ -113,6 +151,26 @@ class Lifetime:
         self._entered -= 1
         if self._entered == 0:
             await self.close(timeout=timeout)
+
+    def park(self) -> Parked:
+        """Take the parts out, so that others can be opened in another event loop; ``resume`` puts them back.
+
+        For test runs, in which one event loop stops before the next one runs.
+        """
+        with self._claiming:
+            parked = Parked(self._home, self.assembly, self._entered, self._opening)
+            self._settle(Parked(None, None, 0, asyncio.Lock()))
+        return parked
+
+    def resume(self, parked: Parked) -> None:
+        """Put back what ``park`` has taken out, in place of what is open."""
+        with self._claiming:
+            self._settle(parked)
+
+    def _settle(self, parked: Parked) -> None:
+        self.assembly, self._entered, self._opening = parked.assembly, parked.entered, parked.opening
+        self._home = self._events.home = self._rates.home = parked.home
+        self._claims = 0
 
     @contextmanager
     def _at_home(self) -> Iterator[None]:
@@ -156,4 +214,4 @@ class Lifetime:
                 await asyncio.shield(loop.create_task(assembly.close(), context=Context()))
 
 
-__all__ = ["Lifetime"]
+__all__ = ["Builder", "Lifetime", "Parked", "build", "pop_builder", "push_builder"]

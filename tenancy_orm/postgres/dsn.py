@@ -156,10 +156,11 @@ class Dsn:
 
     def shares_host(self, other: Dsn) -> bool:
         """Whether a host of this one, with its port, is also one of ``other``: they lead to the same server."""
-        return not {*self._reached}.isdisjoint(other._reached)
+        return not {*self.reached}.isdisjoint(other.reached)
 
     @property
-    def _reached(self) -> tuple[tuple[str, int], ...]:
+    def reached(self) -> tuple[tuple[str, int], ...]:
+        """The hosts with their ports; the local machine's where none is named."""
         return self.hosts or (("localhost", DEFAULT_PORT),)
 
     def server_settings(self, **further: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.exceptions import ClientConfigurationError, TargetServerAttributeNotMatched
@@ -36,8 +36,26 @@ PEER_KEEPALIVES: Final = {
 }
 """libpq's parameters for that."""
 
+Check: TypeAlias = Callable[[Dsn], None]
+
+_checks: list[Check] = []
+
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 E = TypeVar("E", bound=BaseException)
+
+
+def add_check(check: Check) -> None:
+    """Call ``check`` before every connection of this process; it raises where there may be none.
+
+    For test runs, which may reach the server of the tests alone.
+    """
+    _checks.append(check)
+
+
+def remove_check(check: Check) -> None:
+    """Undo ``add_check``."""
+    if check in _checks:
+        _checks.remove(check)
 
 
 async def connect(
@@ -65,6 +83,8 @@ async def connect(
         ConfigurationError: the DSN names a file that cannot be read, or asyncpg refuses its parameters.
         asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the server refuses, or does not answer.
     """
+    for check in _checks:
+        check(dsn)
     given = {**dsn.arguments(), **options}
     given["server_settings"] = dsn.server_settings(**{"application_name": dsn.application_name(purpose), **settings})
     if password is None and dsn.password is not None:

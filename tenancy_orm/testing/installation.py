@@ -1,0 +1,130 @@
+"""The installation that a process of a test run has for itself: a control database, and tenants of its own.
+
+Each process takes the first place, 0, 1, 2 and so on, that no other process has. An advisory lock says which are taken,
+and PostgreSQL releases it with the connection: so the place of a process that was killed is free for the next one,
+which removes what was left there. All names of a place begin with the same prefix, in which the checkout is named. What
+makes a run start fast, the control database's tables and the templates, stays for the next run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+from sqlalchemy.engine import make_url
+
+from ..config import TenancyConfig
+from ..errors import ConfigurationError
+from ..postgres import connections, locks, login
+from ..postgres.dsn import Dsn
+from ..postgres.quoting import quote_identifier
+
+_PLACES = 100
+_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class Installation:
+    """A place on the server: its URLs and its key.
+
+    Args:
+        server_url: The administrator's URL of the server.
+        prefix: What all names of the place begin with; ``TenancyConfig.name_prefix``.
+        is_new: Whether its control database was created just now.
+        connection: Holds the lock; it belongs to the background loop.
+    """
+
+    server_url: str = field(repr=False)
+    prefix: str
+    is_new: bool
+    connection: asyncpg.Connection[Any] = field(repr=False)
+
+    @classmethod
+    async def claim(cls, server_url: str, project: str) -> Installation:
+        """Take the first free place, and create its control database where there is none.
+
+        Raises:
+            ConfigurationError: the server does not answer, or every place is taken.
+        """
+        try:
+            connection: asyncpg.Connection[Any] = await login.connect(
+                Dsn.parse(server_url), purpose="tenancy-tests", timeout=_SECONDS
+            )
+        except (OSError, asyncpg.PostgresError) as exc:
+            raise ConfigurationError(f"the server of the tests does not answer: {login.reason_of(exc)}") from exc
+        try:
+            for place in range(_PLACES):
+                prefix = f"t{project}x{place}"
+                if await connection.fetchval("SELECT pg_try_advisory_lock($1)", locks.lock_key(prefix)):
+                    made = cls(server_url, prefix, False, connection)
+                    made.is_new = await made._create_control()
+                    return made
+        except BaseException:
+            await connections.close(connection)
+            raise
+        raise ConfigurationError(f"{_PLACES} processes test this project on one server already")
+
+    @property
+    def database(self) -> str:
+        """The name of the control database."""
+        return f"{self.prefix}_control"
+
+    @property
+    def control_url(self) -> str:
+        """Its URL."""
+        return make_url(self.server_url).set(database=self.database).render_as_string(hide_password=False)
+
+    @property
+    def encryption_key(self) -> str:
+        """A key for tenants' passwords, the same in every run; it protects nothing but tests."""
+        return base64.b64encode(hashlib.sha256(f"tenancy-tests:{self.prefix}".encode()).digest()).decode()
+
+    def redirect(self, config: TenancyConfig) -> TenancyConfig:
+        """The same configuration with the addresses, the secrets and the names of this installation."""
+        return config.replace(
+            control_url=self.control_url,
+            servers=dict.fromkeys(config.server_names, self.server_url),
+            name_prefix=self.prefix,
+            encryption_keys={"1": self.encryption_key},
+            control={"listen_url": None},
+            secrets={"provider": None, "options": None, "key_wrapper": None},
+            keys={"peppers": None, "pepper_current": None},
+        )
+
+    async def recreate(self) -> None:
+        """Drop everything of this place, and create an empty control database."""
+        await self.drop()
+        await self._create_control()
+        self.is_new = True
+
+    async def drop(self) -> None:
+        """Drop every database and role of this place."""
+        connection = self.connection
+        for (name,) in await connection.fetch(
+            "SELECT datname FROM pg_database WHERE starts_with(datname::text, $1)", f"{self.prefix}_"
+        ):
+            quoted = quote_identifier(name)
+            await connection.execute(f"ALTER DATABASE {quoted} WITH IS_TEMPLATE false")
+            await connection.execute(f"DROP DATABASE IF EXISTS {quoted} WITH (FORCE)")
+        for (name,) in await connection.fetch(
+            "SELECT rolname FROM pg_roles WHERE starts_with(rolname::text, $1)", f"{self.prefix}_"
+        ):
+            quoted = quote_identifier(name)
+            await connection.execute(f"DROP OWNED BY {quoted}")
+            await connection.execute(f"DROP ROLE IF EXISTS {quoted}")
+
+    async def release(self) -> None:
+        """Give the place up."""
+        await connections.close(self.connection)
+
+    async def _create_control(self) -> bool:
+        found = await self.connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", self.database)
+        if found is None:
+            await self.connection.execute(f"CREATE DATABASE {quote_identifier(self.database)}")
+        return found is None
+
+
+__all__ = ["Installation"]
