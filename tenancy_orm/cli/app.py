@@ -31,6 +31,7 @@ from . import (
     schedule,
     secrets,
     servers,
+    sql,
     template,
     tiers,
     usage,
@@ -63,6 +64,7 @@ app.command("init")(dev.init)
 app.command("dev")(dev.dev)
 app.command("psql")(dev.psql)
 app.command("secret")(dev.secret)
+app.command("sql")(sql.sql)
 
 # at 80 columns: slug, status, tier and id
 _LISTED = (
