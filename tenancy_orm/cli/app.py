@@ -20,9 +20,11 @@ from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
 from . import (
     audit,
+    call,
     config,
     dev,
     domains,
+    each,
     keys,
     members,
     migrate,
@@ -65,6 +67,9 @@ app.command("dev")(dev.dev)
 app.command("psql")(dev.psql)
 app.command("secret")(dev.secret)
 app.command("sql")(sql.sql)
+app.command("each", cls=each.EachCommand)(each.each)
+app.command("url")(each.url)
+app.command("run")(call.call)
 
 # at 80 columns: slug, status, tier and id
 _LISTED = (

@@ -6,10 +6,16 @@ import asyncio
 import csv
 import io
 import json
+import signal
 import sys
 from pathlib import Path
 
+import asyncpg
+import pytest
+
 from tests.integration.cli.test_cli import COMMAND, Cli, cli
+from tests.support.shell import processes_in
+from tests.support.waiting import until
 
 __all__ = ["cli"]
 
@@ -152,3 +158,170 @@ async def test_a_reader_that_leaves_is_no_error_of_the_program(cli: Cli, tmp_pat
         errors = (await process.stderr.read()).decode()
         await process.wait()
     assert "Traceback" not in errors and "BrokenPipe" not in errors, errors
+
+
+PROGRAM = """
+import asyncio, os, sys
+import asyncpg
+
+async def main():
+    connection = await asyncpg.connect(os.environ["DATABASE_URL"])
+    print("one", sys.argv[1], await connection.fetchval("SELECT current_user = current_database()"))
+    print("two", sorted(n for n in os.environ if n.startswith("TENANCY_")), flush=True)
+    print("an error", file=sys.stderr)
+    sys.stdout.write("no newline")
+    await connection.close()
+    # libpq's variables lead to the same database
+    again = await asyncpg.connect()
+    assert await again.fetchval("SELECT session_user") == os.environ["PGUSER"]
+    await again.close()
+    if os.environ["TENANCY_TENANT_SLUG"] in sys.argv[2:]:
+        raise SystemExit(3)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_command_for_each_tenant(cli: Cli, tmp_path: Path) -> None:
+    """With a login of its own in the environment, which is gone afterwards; output by line; failures listed."""
+    await cli("init")
+    for slug in ("acme", "globex", "initech"):
+        await cli("create", slug)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = ("--", sys.executable, "program.py")
+    for wrong in (
+        ("each", "--all"),
+        ("each", *command),
+        ("each", "acme", "--all", *command),
+        ("each", "acme", "--", ""),
+    ):
+        assert (await cli(*wrong)).status == 1, wrong
+    assert "no program" in (await cli("each", "--all", "--", "no-such-program")).err
+    done = await cli("each", "acme", "-t", "globex", *command, "--all")
+    assert done.status == 0, done.err
+    for slug in ("acme", "globex"):
+        assert [line for line in done.out.splitlines() if line.startswith(slug)] == [
+            f"{slug}: one --all True",
+            f"{slug}: two ['TENANCY_TENANT_ID', 'TENANCY_TENANT_SLUG']",
+            f"{slug}: no newline",
+        ]
+        assert f"{slug}: an error" in done.err.splitlines()
+    failed = await cli("each", "--all", "--concurrency", "1", *command, "x", "acme")
+    assert failed.status == 1
+    assert "acme: exit status 3" in failed.err and "not started: globex, initech" in failed.err
+    going = await cli("each", "--all", "-k", *command, "x", "acme")
+    assert (going.status, going.out.count("one x True")) == (1, 3)
+    assert "failed for 1 of 3 tenants" in going.err
+
+    # nothing is left, and the log says who had which login, but no password
+    assert (await cli("reconcile", "--check", "--json")).json["orphans"] == []
+    entries = (await cli("audit", "list", "--action", "tenant.login", "--limit", "100", "--json")).json
+    assert {one["slug"] for one in entries} == {"acme", "globex", "initech"}
+    assert {one["detail"]["purpose"] for one in entries} == {"tenancy-each"}
+    assert {tuple(sorted(one["detail"])) for one in entries} == {("expires_at", "purpose", "role")}
+
+    made = await cli("url", "acme", "--ttl", "1m", "--json")
+    assert made.status == 0, made.err
+    connection = await asyncpg.connect(made.json["url"])
+    assert await connection.fetchval("SELECT session_user") == made.json["role"]
+    await connection.close()
+    plain = await cli("url", "acme")
+    assert plain.out.startswith("postgresql://") and plain.out.count("\n") == 1 and "valid until" in plain.err
+    assert (await cli("url", "acme", "--ttl", "30d")).status == 1
+    await cli("suspend", "acme")
+    with pytest.raises(asyncpg.PostgresError):
+        await asyncpg.connect(made.json["url"])
+
+
+def sleeping(directory: Path) -> list[str]:
+    """What the commands have started, and still runs."""
+    return [one for one in processes_in(directory) if one.endswith(": sleep 600")]
+
+
+async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: Path) -> None:
+    """What a command has started ends with it."""
+    await cli("init")
+    await cli("create", "acme")
+    await cli("create", "globex")
+    variables = tmp_path / "environment.json"
+    (tmp_path / "dump.py").write_text(f"import json, os\njson.dump(dict(os.environ), open({str(variables)!r}, 'w'))\n")
+    await cli(program=("dump.py",))
+    script = "echo begun; sleep 600 & wait"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *COMMAND,
+            *("each", "--all", "--", "sh", "-c", script),
+            cwd=tmp_path,
+            env=json.loads(variables.read_text()),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(60):
+                begun = [await process.stdout.readline() for _ in range(2)]
+                assert sorted(begun) == [b"acme: begun\n", b"globex: begun\n"]
+                assert len(sleeping(tmp_path)) == 2
+                process.send_signal(number)
+                await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        assert process.returncode != 0
+        await until(lambda: not sleeping(tmp_path))
+    assert (await cli("reconcile", "--check", "--json")).json["orphans"] == []
+
+
+FUNCTIONS = """
+from __future__ import annotations
+from dataclasses import dataclass
+import tenancy_orm
+from tenancy_orm import Tenancy, Tenant, current_tenant
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+def plain(tenant, greeting, times=1):
+    assert tenant.id == current_tenant().id
+    return f"{greeting} {tenant.slug}" * times
+
+async def counted(db: AsyncSession, it: Tenancy, who: Tenant):
+    assert isinstance(it, Tenancy) and who.slug == current_tenant().slug
+    await db.execute(text("SELECT lo_create(77)"))
+    if who.slug == "globex":
+        raise ValueError("not this one")
+    return {"n": (await db.execute(text("SELECT count(*) FROM pg_largeobject_metadata"))).scalar()}
+
+async def left(session):
+    return await session.scalar(text("SELECT count(*) FROM pg_largeobject_metadata"))
+"""
+
+
+async def test_a_function_for_each_tenant(cli: Cli, tmp_path: Path) -> None:
+    """Bound, with the objects that its signature asks for; committed where it succeeds; failures with a traceback."""
+    await cli("init")
+    await cli("create", "acme")
+    await cli("create", "globex", "--tier", "pro")
+    (tmp_path / "jobs.py").write_text(FUNCTIONS)
+    table = await cli("run", "jobs:plain", "--all", "--arg", "greeting=hi", "--arg", "times:=2")
+    assert table.status == 0, table.err
+    assert table.out.splitlines()[1:] == ["acme    hi acmehi acme", "globex  hi globexhi globex"]
+    found = await cli("run", "jobs:plain", "--tier", "pro", "--args", '{"greeting": "hi"}', "--json")
+    assert [(one["tenant"], one["result"]) for one in found.json] == [("globex", "hi globex")]
+    partial = await cli("run", "jobs:counted", "--all", "--json", "--concurrency", "2")
+    assert partial.status == 1
+    assert [one.get("result") for one in partial.json] == [{"n": 1}, None]
+    assert partial.json[1]["error"] == "ValueError: not this one"
+    assert "jobs.py" in partial.err and "failed for 1 of 2 tenants" in partial.err
+    assert [one["result"] for one in (await cli("run", "jobs:left", "--all", "--json")).json] == [1, 0]
+    for wrong in (
+        ("jobs:plain", "--all"),
+        ("jobs:plain", "acme", "--arg", "tenant=x"),
+        ("jobs:plain", "acme", "--args", "[1]"),
+        ("jobs:plain", "acme", "--args", "{"),
+        ("jobs:nothing", "acme"),
+        ("jobs:plain", "--arg", "greeting=hi"),
+    ):
+        assert (await cli("run", *wrong)).status == 1, wrong
+    entries = (await cli("audit", "list", "--action", "fleet.run", "--json")).json
+    assert {one["detail"]["function"] for one in entries} == {"jobs:plain", "jobs:counted", "jobs:left"}
