@@ -70,6 +70,8 @@
     │       └── ExtensionUnavailableError    a server does not have a configured extension
     ├── MigrationError
     │   └── FleetMigrationError
+    ├── QueryError                           a query over the fleet was refused in a tenant's database
+    ├── FleetQueryError                      a query failed for some tenants, and was answered by the others
     └── AuditError
         └── AuditChainError
 ```
@@ -82,6 +84,7 @@ can be pickled. No message, attribute or ``repr`` contains a secret. An applicat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -103,6 +106,23 @@ class TenancyError(DontWrapMixin, Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the state, since subclasses take keyword arguments that ``args`` does not contain."""
         return (_rebuild, (type(self), self.args, self.__dict__.copy()))
+
+
+@dataclass(frozen=True, slots=True)
+class QueryFailure:
+    """The failure of a query in one tenant's database.
+
+    Args:
+        tenant_id: The tenant.
+        slug: Its slug.
+        sqlstate: PostgreSQL's code; None where the failure is not PostgreSQL's.
+        message: One line, without the statement and its parameters.
+    """
+
+    tenant_id: UUID
+    slug: str
+    sqlstate: str | None
+    message: str
 
 
 class ConfigurationError(TenancyError, ValueError):
@@ -872,6 +892,26 @@ class FleetMigrationError(MigrationError):
         names = ", ".join(sorted(failures)[:5]) + (", ..." if len(failures) > 5 else "")
         super().__init__(f"{len(failures)} of {total} tenants failed to migrate: {names}")
         self.failures = dict(failures)
+        self.total = total
+
+
+class QueryError(TenancyError):
+    """A query over the fleet was refused in one tenant's database, before it was executed."""
+
+
+class FleetQueryError(TenancyError):
+    """A query failed for some tenants. Those that answered were yielded before.
+
+    Attributes:
+        failures (tuple[QueryFailure, ...]): The failed tenants, each with its SQLSTATE and PostgreSQL's message.
+        total (int): How many tenants were asked.
+    """
+
+    def __init__(self, failures: Sequence[QueryFailure], *, total: int) -> None:
+        """List the failures, in the order in which they happened."""
+        shown = "; ".join(f"{one.slug}: {one.message}" for one in failures[:3]) + ("; ..." if len(failures) > 3 else "")
+        super().__init__(f"the query failed for {len(failures)} of {total} tenants: {shown}")
+        self.failures = tuple(failures)
         self.total = total
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, overload
 
-from sqlalchemy import Row, text
+from sqlalchemy import Executable, Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .audit.actor import SYSTEM, Actor
@@ -28,6 +28,7 @@ from .metering.metrics import TenantMetrics
 from .migrations import FleetMigrator
 from .provisioning import TemplateManager
 from .provisioning.rotation import SecretManager
+from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .scopes import BoundTenants, ResolvedSession, resolve
@@ -226,6 +227,59 @@ class Tenancy:
         async with self.transaction(tenant, operator=operator) as session:
             result = await session.connection()
             return (await result.execute(text(sql), dict(parameters or {}))).rowcount
+
+    # --- every tenant -----------------------------------------------------------------------------------------------
+
+    def query_all(
+        self,
+        statement: str | Executable,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        tier: str | Iterable[str] = (),
+        status: Iterable[Status | str] | Status | str | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_rows: int = DEFAULT_MAX_ROWS,
+        write: bool = False,
+        yield_errors: bool = False,
+    ) -> FleetQuery:
+        """Run one statement on many tenants: ``async for tenant, rows in tenancy.query_all("SELECT ...")``.
+
+        Each tenant is asked as its own role, in a transaction of its own, which PostgreSQL keeps read-only and which is
+        rolled back. Answers come as they arrive, in no order. A tenant that fails does not end the others: at the end,
+        ``FleetQueryError`` lists those that failed. Leaving the loop early cancels the rest.
+
+        Args:
+            statement: One statement: text with ``:name`` parameters, or of SQLAlchemy Core or ORM.
+            parameters: Values by name.
+            tenants: The tenants. Where None, all in trial or active, or those of ``tier`` and ``status``.
+            tier: Only tenants of these tiers.
+            status: Only tenants of these statuses.
+            concurrency: How many tenants of one server are asked at once; never more than half of
+                ``pool.max_connections``, so that the requests of this process get connections as well.
+            timeout: Seconds that the statement may take in each database; PostgreSQL ends it.
+            max_rows: How many rows of each tenant are read; ``rows.truncated`` tells whether there were more.
+            write: Let the statement write, and commit it, tenant by tenant.
+            yield_errors: Yield failures as well, with the reason in ``rows.error``, and raise no error for them.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+            CrossTenantError: a tenant is bound; also while iterating.
+            FleetQueryError: (at the end) it failed for some tenants.
+            TenantNotFoundError, TenantProvisioningError: (at first) a named tenant does not exist, or is being created.
+            ControlUnavailableError: (at first) the control database does not answer.
+        """
+        parts = self._lifetime.parts
+        return FleetQuery(
+            Query(statement=statement, parameters=parameters, timeout=timeout, max_rows=max_rows, write=write),
+            Chosen.of(tenants, tier, status),
+            registry=parts.registry,
+            router=parts.router,
+            config=parts.config,
+            concurrency=concurrency,
+            yield_errors=yield_errors,
+        )
 
     # --- parts ------------------------------------------------------------------------------------------------------
 

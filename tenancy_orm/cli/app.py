@@ -20,9 +20,11 @@ from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
 from . import (
     audit,
+    call,
     config,
     dev,
     domains,
+    each,
     keys,
     members,
     migrate,
@@ -31,6 +33,7 @@ from . import (
     schedule,
     secrets,
     servers,
+    sql,
     template,
     tiers,
     usage,
@@ -63,6 +66,10 @@ app.command("init")(dev.init)
 app.command("dev")(dev.dev)
 app.command("psql")(dev.psql)
 app.command("secret")(dev.secret)
+app.command("sql")(sql.sql)
+app.command("each", cls=each.EachCommand)(each.each)
+app.command("url")(each.url)
+app.command("run")(call.call)
 
 # at 80 columns: slug, status, tier and id
 _LISTED = (

@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from uuid import UUID
 
-_ANY_INSTALLATION = re.compile(r".+_[0-9a-f]{8}_(t_[0-9a-f]{32}|r_[0-9a-f]{1,16}|owner|viewer)", re.DOTALL)
+_ANY_INSTALLATION = re.compile(
+    r".+_[0-9a-f]{8}_(t_[0-9a-f]{32}(_[a-z2-7]{6})?|r_[0-9a-f]{1,16}|owner|viewer)", re.DOTALL
+)
 
 
 def is_installations(role: str) -> bool:
     """Whether a role is named as an installation names its own, whichever its prefix; others are an operator's."""
     return _ANY_INSTALLATION.fullmatch(role) is not None
+
+
+def login_stem(role: str) -> str:
+    """The prefix of the names of the temporary logins for a tenant's role."""
+    return f"{role}_"
 
 
 class Names:
@@ -25,6 +32,7 @@ class Names:
         self.prefix = prefix
         self.stem = f"{prefix}_{installation.hex[-8:]}"
         self._tenant = re.compile(re.escape(self.stem) + r"_t_([0-9a-f]{32})")
+        self._tenants_login = re.compile(self._tenant.pattern + r"(?:_[a-z2-7]{6})?")
 
     @property
     def owner(self) -> str:
@@ -45,6 +53,10 @@ class Names:
         """The name of a tenant's database, and of its login role."""
         return f"{self.tenant_stem}{tenant_id.hex}"
 
+    def login(self, tenant_id: UUID, token: str) -> str:
+        """The name of a temporary login for a tenant; ``token`` is six characters of a-z and 2-7."""
+        return f"{login_stem(self.tenant(tenant_id))}{token}"
+
     def template(self, fingerprint: str) -> str:
         """The name of the template for the schema with this fingerprint (hexadecimal digits)."""
         return f"{self.stem}_m_{fingerprint[:12]}"
@@ -60,4 +72,9 @@ class Names:
     def parse(self, name: str) -> UUID | None:
         """The tenant's id in the name of one of this installation's databases or roles, or None."""
         match = self._tenant.fullmatch(name)
+        return UUID(hex=match[1]) if match else None
+
+    def tenant_of(self, role: str) -> UUID | None:
+        """The id of the tenant that a role logs in for: its own one, or a temporary login's. None for other roles."""
+        match = self._tenants_login.fullmatch(role)
         return UUID(hex=match[1]) if match else None

@@ -229,6 +229,25 @@ class Dsn:
             found["PGOPTIONS"] = " ".join([*filter(None, [found.get("PGOPTIONS")]), *settings])
         return found
 
+    def uri(self, *, user: str, password: str, database: str, purpose: str) -> str:
+        """Return a URL for a program that takes one, with the parameters that libpq knows."""
+        parameters = {name: value for name, value in self.parameters.items() if name in {*ENVIRONMENT, *KEEPALIVES}}
+        parameters["application_name"] = self.application_name(purpose)
+        settings = [f"-c {name}={_escaped(value)}" for name, value in self.settings.items()]
+        if settings:
+            parameters["options"] = " ".join([*filter(None, [parameters.get("options")]), *settings])
+        hosts = ""
+        if any(host.startswith("/") for host, _ in self.hosts):
+            # a directory of sockets cannot stand where a host does
+            parameters["host"] = ",".join(host for host, _ in self.hosts)
+            parameters["port"] = ",".join(str(port) for _, port in self.hosts)
+        else:
+            hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        query = "&".join(f"{name}={quote(value, safe='')}" for name, value in parameters.items())
+        return (
+            f"postgresql://{quote(user, safe='')}:{quote(password, safe='')}@{hosts}/{quote(database, safe='')}?{query}"
+        )
+
 
 def _escaped(value: str) -> str:
     """A value within ``options``, where a backslash keeps a space from ending it."""

@@ -8,10 +8,12 @@ succeed at once, its blockers are ended and it is repeated, until the deadline.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 
 import asyncpg
 
+from ..control.names import login_stem
 from ..errors import ProvisioningError
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
@@ -22,6 +24,8 @@ from .deadlines import timeout_before
 
 async def block(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
     """Block a role's logins, and end its connections. This works even if the database is already dropped.
+
+    Its temporary logins are ended with it, and do not work again once it is unblocked.
 
     Args:
         connection: An administrative one.
@@ -44,9 +48,19 @@ async def block(connection: Connection, blockers: Blockers, *, database: str, ro
             await roles.end_connections(connection, role)
             await blockers.run(connection, partial(roles.set_login, connection, role, False), role=role)
             left.remove("login")
+            await _end_temporary_logins(connection, blockers, role, deadline)
             await roles.terminate(connection, role, timeout=max(deadline - asyncio.get_running_loop().time(), 0))
     except TimeoutError as exc:
         raise TimeoutError(f"the role's {', '.join(left)} could not be ended in time") from exc
+
+
+async def _end_temporary_logins(connection: Connection, blockers: Blockers, role: str, deadline: float) -> None:
+    """End the temporary logins for a tenant's role for good, and their connections; ``reconcile`` drops the roles."""
+    for name in await roles.states(connection, login_stem(role)):
+        await roles.end_connections(connection, name)
+        with suppress(ProvisioningError):  # another process has dropped it
+            await blockers.run(connection, partial(roles.expire, connection, name), role=name)
+        await roles.terminate(connection, name, timeout=max(deadline - asyncio.get_running_loop().time(), 0))
 
 
 async def unblock(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:

@@ -44,6 +44,7 @@ from .role_settings import RoleSettings
 from .template_manager import TemplateManager
 from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
+from .temporary_logins import TemporaryLogins
 from .tenant_rights import TenantRights
 from .watchdog import Watchdog, WatchReport
 
@@ -85,6 +86,7 @@ class Provisioner:
             prepared=self._prepared_server,
             blockers=blockers,
         )
+        self.logins = TemporaryLogins(config, registry, servers, names, blockers)
         self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self._services = ProvisioningServices(
             config=config,

@@ -30,7 +30,7 @@ from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.reading import TenantFilter
 from ..registry.rows import Unfinished
 from ..tenant import Placement, Status, Tenant
-from . import databases, grants, removal, role_settings, roles, server_state
+from . import databases, grants, removal, role_settings, roles, server_state, temporary_logins
 from .alignment import align_role, role_deviations
 from .blockers import Blockers
 from .differences import Difference
@@ -52,8 +52,8 @@ class ReconcileReport:
         corrected: Tenants with a role that did not agree with the registry: it could log in although the tenant is
             suspended or deleted, or could not although it is neither; or it had another connection limit than its tier;
             or it had given itself settings or members.
-        orphans: Databases and roles that were dropped because the registry does not know them, and roles of purged
-            tenants that could not be dropped before.
+        orphans: Databases and roles that were dropped because the registry does not know them, roles of purged tenants
+            that could not be dropped before, and temporary logins that have expired.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
             hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
         differences: How tenants' databases and roles differed from what provisioning makes, mended or not.
@@ -190,6 +190,7 @@ class Reconciler:
             for one in unfinished:
                 await self._do(connection, one.tenant.slug, partial(self._resume, connection, one))
             await self._drop_orphans(server, connection)
+            await self._drop_logins(server, connection)
             await self._drop_retired(server, connection)
             await self._drop_leftovers(server, connection)
             await self._check_tenants(server, connection)
@@ -344,6 +345,18 @@ class Reconciler:
     async def _drop_retired_role(self, server: str, connection: Connection, name: str) -> None:
         if not self._check:
             await removal.drop_retired(connection, self._blockers(server), self._services.names, name)
+        self._findings.orphans.append(name)
+
+    async def _drop_logins(self, server: str, connection: Connection) -> None:
+        """Drop temporary logins that have expired, or were ended with their tenant's."""
+        async with asyncio.timeout(self._timeout):
+            found = await temporary_logins.find_over(connection, self._services.names)
+        for name in found:
+            await self._do(connection, name, partial(self._drop_login, server, connection, name))
+
+    async def _drop_login(self, server: str, connection: Connection, name: str) -> None:
+        if not self._check:
+            await temporary_logins.drop(connection, self._blockers(server), self._services.names, name)
         self._findings.orphans.append(name)
 
     async def _drop_leftovers(self, server: str, connection: Connection) -> None:

@@ -19,7 +19,7 @@ from uuid import UUID
 import asyncpg
 
 from ..audit.actor import Actor
-from ..control.names import Names
+from ..control.names import Names, login_stem
 from ..errors import ProvisioningError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
@@ -175,7 +175,9 @@ async def remove_role(connection: Connection, blockers: Blockers, names: Names, 
 
 
 async def _drop_or_retire(connection: Connection, blockers: Blockers, names: Names, role: str) -> str | None:
-    """Drop a tenant's role; if it has rights elsewhere, retire it and return its new name."""
+    """Drop a tenant's role and its temporary logins; if it has rights elsewhere, retire it and return its new name."""
+    for login in await roles.states(connection, login_stem(role)):
+        await remove_role(connection, blockers, names, login)
     try:
         await blockers.run(connection, partial(roles.drop, connection, role))
     except asyncpg.DependentObjectsStillExistError:

@@ -157,6 +157,15 @@ async def set_login(connection: Connection, name: str, allowed: bool) -> None:
     await _alter(connection, name, "LOGIN" if allowed else "NOLOGIN")
 
 
+async def expire(connection: Connection, name: str) -> None:
+    """End a temporary login: neither its password nor LOGIN is left. Its open connections stay.
+
+    Raises:
+        ProvisioningError: there is no such role.
+    """
+    await _alter(connection, name, "NOLOGIN PASSWORD NULL VALID UNTIL '-infinity'")
+
+
 async def set_password(connection: Connection, name: str, *, verifier: str) -> None:
     """Change a role's password. Its open connections stay.
 

@@ -14,6 +14,7 @@ from functools import partial
 import asyncpg
 
 from ..audit.actor import Actor
+from ..control.names import login_stem
 from ..events import IsolationIncident
 from ..postgres import connections
 from ..postgres.connections import Connection
@@ -177,7 +178,7 @@ class TenantCheck:
         """End the sessions that other tenants had opened while they could: a REVOKE does not end them."""
         found: dict[str, list[int]] = {}
         for role, pid in await connection.fetch(_OTHERS, placement.database, self._services.names.tenant_stem):
-            if role != placement.role:
+            if not (role == placement.role or role.startswith(login_stem(placement.role))):
                 found.setdefault(role, []).append(pid)
         for role, pids in found.items():
             logger.error("role %s was connected to database %s: it is ended", role, placement.database)

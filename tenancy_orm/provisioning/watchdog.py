@@ -334,7 +334,7 @@ class Watchdog:
         self._report(watched, session.role, reason, session.locks, session.open_seconds)
 
     def _report(self, watched: _WatchedServer, role: str, reason: str, locks: int, seconds: float | None) -> None:
-        tenant_id = self._services.names.parse(role)
+        tenant_id = self._services.names.tenant_of(role)
         logger.error(
             "a session of role %s on server %s was ended (%s): it held %d locks, and its transaction was open for %s s",
             role,

@@ -21,6 +21,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import (
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
 
+from ..errors import QueryError
 from ..loops import HomeLoop
 from .route import TenantRoute
 
@@ -94,6 +95,9 @@ class PreparedStatement(prepared_stmt.PreparedStatement):  # type: ignore[misc]
         self._connection._check_open()
 
 
+ROWS_ONLY = "tenancy_rows_only"
+"""An execution option of streamed statements: refuse one that returns no rows, before it is executed."""
+
 # how often ``drain`` lets the event loop run: twice for each message, and for the end of the stream
 _TURNS = 6
 
@@ -148,9 +152,26 @@ class TenantCursor(AsyncAdapt_asyncpg_cursor):
 
 
 class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor, TenantCursor):
-    """A server-side cursor; each fetch checks the bound tenant and its admission again."""
+    """A server-side cursor; each fetch checks the bound tenant and its admission again.
 
-    __slots__ = ()
+    With ``rows_only``, a statement that returns no rows is refused while it is only prepared: the first fetch executes.
+    """
+
+    __slots__ = ("rows_only",)
+
+    rows_only: bool
+
+    def __init__(self, adapt_connection: TenantConnection) -> None:
+        super().__init__(adapt_connection)  # type: ignore[no-untyped-call]
+        self.rows_only = False
+
+    async def _prepare_and_execute(self, operation: Any, parameters: Any) -> None:
+        await super()._prepare_and_execute(operation, parameters)
+        if self.rows_only and self._description is None:
+            raise QueryError(
+                f"tenant {self._adapt_connection.route.slug!r}: the statement returns no rows, so it is no query, and "
+                "was not executed"
+            )
 
     def fetchone(self) -> Any:
         self._adapt_connection.route.check_bound()
@@ -368,10 +389,17 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
             cursor: Any = self.cursor
             cursor._invalidate_schema_cache_asof = route.schema_changed_at
 
+    def create_server_side_cursor(self) -> Any:
+        """Return a server-side cursor, which the execution option ``ROWS_ONLY`` restricts to queries."""
+        cursor: Any = super().create_server_side_cursor()  # type: ignore[no-untyped-call]
+        if self.execution_options.get(ROWS_ONLY, False):
+            cursor.rows_only = True
+        return cursor
+
     @property
     def _route(self) -> TenantRoute | None:
         # of another class while the dialect is being initialised
         return getattr(self.root_connection.engine.pool, "route", None)
 
 
-__all__ = ["RESET", "DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]
+__all__ = ["RESET", "ROWS_ONLY", "DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]

@@ -31,6 +31,7 @@ from tenancy_orm.internals import Internals
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning import TemplateManager
 from tenancy_orm.provisioning.extensions import Extensions
+from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
 from tenancy_orm.quotas.holds import HoldManager
@@ -156,7 +157,12 @@ async def plane(postgres: Postgres) -> AsyncIterator[Plane]:
 def parts() -> dict[str, type]:
     """The classes of everything that an open ``Tenancy`` hands out, by dotted name."""
     below = {f"internals.{name}": kind for name, kind in handed_out(Internals).items()}
-    held: dict[str, type] = {"extensions": Extensions, "templates": TemplateManager, "watchdog": Watchdog}
+    held: dict[str, type] = {
+        "extensions": Extensions,
+        "logins": TemporaryLogins,
+        "templates": TemplateManager,
+        "watchdog": Watchdog,
+    }
     held = {f"internals.provisioner.{name}": kind for name, kind in held.items()}
     return {"events": EventBus, **held, **handed_out(Tenancy), **below}
 

@@ -31,7 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"migrations", "tenants", "operations"}),
     frozenset({"metering"}),
     frozenset({"housekeeping", "internals"}),
-    frozenset({"assembly", "scopes"}),
+    frozenset({"assembly", "scopes", "queries"}),
     frozenset({"lifetime"}),
     frozenset({"sync"}),
     frozenset({"tenancy"}),

@@ -7,14 +7,17 @@ import logging
 import re
 import subprocess
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import psycopg
 import pytest
 
-from tenancy_orm.errors import DatabaseExistsError
+from tenancy_orm.errors import ConfigurationError, DatabaseExistsError, TenantSuspendedError
 from tenancy_orm.provisioning import databases, roles
 from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.provisioning.temporary_logins import TemporaryLogin
+from tenancy_orm.provisioning.watchdog import WatchReport
 from tenancy_orm.secrets.keyring import new_password
 from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
@@ -88,6 +91,106 @@ async def workshop(request: pytest.FixtureRequest, versioned: Postgres) -> Async
     """A provisioner with either kind of administrator."""
     async with request.param(versioned) as opened:
         yield opened
+
+
+async def test_a_temporary_login_can_do_what_the_tenants_role_can_and_ends(workshop: Workshop) -> None:
+    """On its own database alone, until it expires, is dropped, or the tenant is suspended or purged."""
+    tenant, other = await workshop.create("acme"), await workshop.create("globex")
+    assert tenant.placement is not None and other.placement is not None
+    logins, role = workshop.provisioner.logins, tenant.placement.role
+
+    async def connect(login: TemporaryLogin, **changes: Any) -> Any:
+        return await asyncpg.connect(login.url, timeout=10, **changes)
+
+    def left() -> Any:
+        return workshop.provisioner.reconcile(check=True, thorough=False)
+
+    async with logins.open(tenant, purpose="test") as login:
+        assert login.password not in repr(login) and "//" not in repr(login)
+        connection = await connect(login)
+        assert await connection.fetchrow("SELECT current_user::text, session_user::text") == (role, login.role)
+        assert await connection.fetchval("SHOW application_name") == "test"
+        settings = "SELECT setting FROM pg_settings WHERE name = 'temp_file_limit'"
+        async with workshop.connect(tenant) as own:
+            assert await connection.fetchval(settings) == await own.fetchval(settings)
+        await connection.execute("INSERT INTO notes (body) VALUES ('x')")
+        assert await connection.fetchval("SELECT lomowner::regrole::text FROM pg_largeobject_metadata") is None
+        large = await connection.fetchval("SELECT lo_create(0)")
+        owner = "SELECT lomowner::regrole::text FROM pg_largeobject_metadata WHERE oid = $1"
+        assert (await connection.fetchval(owner, large)).strip('"') == role
+        for refused in (
+            "CREATE TABLE t (id int)",
+            "DROP TABLE notes",
+            "CREATE ROLE x",
+            f"ALTER ROLE \"{login.role}\" VALID UNTIL 'infinity'",
+            f'GRANT "{role}" TO "{other.placement.role}"',
+            f'SET ROLE "{other.placement.role}"',
+            f'SET ROLE "{workshop.names.owner}"',
+            "CREATE TRIGGER t BEFORE INSERT ON notes EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+            "CREATE RULE r AS ON SELECT TO pg_authid DO INSTEAD SELECT 1",
+        ):
+            with pytest.raises((asyncpg.InsufficientPrivilegeError, asyncpg.UndefinedObjectError)):
+                await connection.execute(refused)
+        # it is no other tenant's, and no difference
+        report = await left()
+        assert report.clean, report
+        assert await workshop.provisioner.end_excessive_sessions() == WatchReport()
+        await connection.execute("SET ROLE NONE")
+        # what it creates as itself goes to the tenant's role when it is dropped
+        large = await connection.fetchval("SELECT lo_create(0)")
+        assert (await connection.fetchval(owner, large)).strip('"') == login.role
+        for database in (other.placement.database, "postgres", "template1"):
+            with pytest.raises(asyncpg.PostgresError) as refused_login:
+                await connect(login, database=database)
+            assert refused_login.value.sqlstate == "42501"
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+        await connection.fetch("SELECT 1")
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await connect(login)
+    async with workshop.connect(tenant) as own:
+        assert (await own.fetchval(owner, large)).strip('"') == role
+    assert await workshop.present() == names_of(tenant) | names_of(other)
+    await logins.drop(tenant, login.role)
+
+    # a process that was killed: expired, with a session that is still open
+    dead = await logins.issue(tenant, seconds=60)
+    connection = await connect(dead)
+    assert (await left()).clean
+    async with workshop.admin() as admin:
+        await admin.execute(f"ALTER ROLE \"{dead.role}\" VALID UNTIL '2020-01-01'")
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await connect(dead)
+    assert (await left()).orphans == (dead.role,)
+    assert (await workshop.provisioner.reconcile(thorough=False)).orphans == (dead.role,)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+        await connection.fetch("SELECT 1")
+
+    # a suspended tenant's end, and do not come back with it
+    ended = await logins.issue(tenant)
+    connection = await connect(ended)
+    await workshop.set_login(tenant, False)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+        await connection.fetch("SELECT 1")
+    with pytest.raises(TenantSuspendedError):
+        await logins.issue(tenant)
+    await workshop.set_login(tenant, True)
+    with pytest.raises(asyncpg.PostgresError):
+        await connect(ended)
+    assert (await workshop.provisioner.reconcile(thorough=False)).orphans == (ended.role,)
+
+    # a purge drops them
+    last = await logins.issue(tenant)
+    connection = await connect(last)
+    await workshop.registry.transition(tenant.id, Status.DELETED, action="tenant.delete")
+    await workshop.provisioner.purge(tenant)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+        await connection.fetch("SELECT 1")
+    assert await workshop.present() == names_of(other)
+    for seconds in (0.0, 10_000_000.0, float("nan")):
+        with pytest.raises(ConfigurationError):
+            await logins.issue(other, seconds=seconds)
+    with pytest.raises(ConfigurationError):
+        await logins.drop(other, other.placement.role)
 
 
 @pytest.mark.parametrize("strategy", ["wal_log", "file_copy"])
