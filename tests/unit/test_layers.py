@@ -33,7 +33,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"housekeeping", "internals"}),
     frozenset({"assembly", "scopes"}),
     frozenset({"lifetime"}),
-    frozenset({"sync"}),
+    frozenset({"sync", "wrapping"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
     frozenset({"asgi", "wsgi", "tasks", "environment"}),
