@@ -3,6 +3,7 @@
 from .audit.actor import Actor
 from .config import Limit, TenancyConfig, Tier, TierPolicy
 from .context import current_tenant, current_tenant_or_none
+from .correlation import current_request_id
 from .errors import TenancyError
 from .tenancy import Tenancy
 from .tenant import Status, Tenant
@@ -17,6 +18,7 @@ __all__ = [
     "Tenant",
     "Tier",
     "TierPolicy",
+    "current_request_id",
     "current_tenant",
     "current_tenant_or_none",
 ]

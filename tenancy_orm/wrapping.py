@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 from .context import current_tenant, current_tenant_or_none, refuse_other_tenant, reset_current, set_current
+from .correlation import current_labels, reset_labels, set_labels
 from .errors import ConfigurationError, ControlUnavailableError, CrossTenantError, WrongEventLoopError
 from .lifetime import Lifetime
 from .registry.lifecycle import check_usable
@@ -33,7 +34,7 @@ class Binding:
         AdmissionEndedError, TenantUnavailableError: the request's admission is no longer valid.
     """
 
-    __slots__ = ("_captured", "_lifetime", "_named")
+    __slots__ = ("_captured", "_labels", "_lifetime", "_named")
 
     def __init__(self, lifetime: Lifetime, tenant: TenantRef | None) -> None:
         if tenant is not None:
@@ -42,6 +43,7 @@ class Binding:
         # a name adds nothing to what is bound, and would lose the request's admission
         self._captured = current_tenant() if tenant is None else current_tenant_or_none()
         self._named = tenant
+        self._labels = current_labels() if self._captured is not None else None
 
     async def find(self) -> Tenant:
         """Return the tenant, once it is certain that it may be used now.
@@ -83,7 +85,9 @@ class Binding:
 
     @contextmanager
     def bound(self, tenant: Tenant) -> Iterator[None]:
-        """Bind the tenant for the body. Where it is bound already, nothing that is refused here becomes possible.
+        """Bind the tenant for the body, with the id of its request.
+
+        Where the tenant is bound already, nothing that is refused here becomes possible.
 
         Raises:
             CrossTenantError: another one is bound here.
@@ -95,9 +99,11 @@ class Binding:
             admission = tenant.admission if here.admission is None else here.admission
             tenant = replace(tenant, admission=admission, operator=tenant.operator and here.operator)
         token = set_current(tenant)
+        labelled = set_labels(current_labels() or self._labels)
         try:
             yield
         finally:
+            reset_labels(labelled)
             reset_current(token)
 
     @staticmethod

@@ -22,6 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tenant", "events"}),
     frozenset({"postgres"}),
     frozenset({"context", "config"}),
+    frozenset({"correlation"}),
     frozenset({"control"}),
     frozenset({"audit"}),
     frozenset({"secrets", "keys"}),
