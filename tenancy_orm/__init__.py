@@ -10,6 +10,7 @@ if _TYPE_CHECKING:
     from .audit.actor import Actor
     from .config import Limit, TenancyConfig, Tier, TierPolicy
     from .context import current_tenant, current_tenant_or_none
+    from .correlation import current_request_id
     from .errors import TenancyError
     from .tenancy import Tenancy
     from .tenant import Status, Tenant
@@ -24,6 +25,7 @@ __all__ = [
     "Tenant",
     "Tier",
     "TierPolicy",
+    "current_request_id",
     "current_tenant",
     "current_tenant_or_none",
 ]
@@ -40,6 +42,7 @@ _MODULES = {
     "Tenant": "tenant",
     "Tier": "config",
     "TierPolicy": "config",
+    "current_request_id": "correlation",
     "current_tenant": "context",
     "current_tenant_or_none": "context",
 }

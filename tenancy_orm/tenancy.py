@@ -37,6 +37,7 @@ from .tenant import Status, Tenant, TenantRef
 from .tenants.domains import DomainManager
 from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry
+from .wrapping import Binding, wrap
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -160,6 +161,28 @@ class Tenancy:
                 return await func(*args, **kwargs)
             outcome = await asyncio.to_thread(func, *args, **kwargs)
             return await outcome if inspect.isawaitable(outcome) else outcome
+
+    def wrap(self, func: Callable[P, T], tenant: TenantRef | None = None) -> Callable[P, T]:
+        """Return ``func`` bound to a tenant, for where a binding does not follow: threads, executors, callbacks.
+
+        ``pool.submit(tenancy.wrap(func), 1)``, ``loop.run_in_executor(None, tenancy.wrap(func))``,
+        ``Thread(target=tenancy.wrap(func))``. The tenant is bound for each call alone, so a pool's thread keeps nothing
+        of it. Whatever admitted the request is checked again with every call, and by every statement inside.
+
+        Args:
+            func: A function, a coroutine function, or another callable.
+            tenant: Whose: a slug, an id or a ``Tenant``, looked up with every call; the tenant bound now where None.
+
+        Raises:
+            NoTenantError: no tenant is given and none is bound.
+            CrossTenantError: another tenant than ``tenant`` is bound; also at a call, where one is bound there.
+            ConfigurationError: ``func`` is no function, or a generator function; also where it is pickled.
+            AdmissionEndedError: (also at a call) what the request was let in with is no longer valid.
+            TenantNotFoundError, TenantUnavailableError: (at a call) ``tenant`` does not exist, or its status admits no
+                session.
+        """
+        wrapped: Callable[P, T] = wrap(func, Binding(self._lifetime, tenant))
+        return wrapped
 
     # --- textual SQL ------------------------------------------------------------------------------------------------
 

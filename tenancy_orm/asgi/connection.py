@@ -14,9 +14,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ..authentication.admission import Admission, AdmissionEnd
 from ..context import _current, reset_current
+from ..correlation import RequestLabels
 from ..errors import TenancyError
 from ..events import AdmissionEnded
 from ..tenant import Tenant
+from .request_ids import HEADER as REQUEST_ID
 
 if TYPE_CHECKING:
     from ..tenancy import Tenancy
@@ -42,7 +44,8 @@ class WatchedConnection:
     """The server's ``receive`` and ``send``, called with no tenant bound, and ended together with the admission.
 
     ``started`` tells whether anything was answered. ``headers`` are added to the answer. ``admitted`` holds the tenant
-    that the middleware admitted, None where it binds none, and the connection's scope.
+    that the middleware admitted, None where it binds none, and the connection's scope. ``labels`` hold the request's id
+    where it has one, which is added to the answer as well.
 
     The admission is watched (``watched``) for as long as the connection can stay open: of a websocket from accept on;
     of a request from the second ``receive``, or from the first part of its body that is not the last, until its
@@ -55,6 +58,7 @@ class WatchedConnection:
     # defaults on the class: most requests never set these
     started = False
     headers: Sequence[tuple[bytes, bytes]] = ()
+    labels: RequestLabels | None = None
     admitted: tuple[Tenant | None, Scope, Tenancy] | None = None
     watched = False
     ended: AdmissionEnd | None = None
@@ -131,8 +135,8 @@ class WatchedConnection:
             if self.ended is not None and kind == "http.response.start":
                 raise self.abort_error()
             self.started = True
-            if self.headers and "status" in message:
-                message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+            if (self.headers or self.labels) and "status" in message:
+                message = self._with_headers(message)
         token = _bind(None)
         try:
             await self._send(message)
@@ -147,9 +151,17 @@ class WatchedConnection:
         """Send an answer of the middleware itself, also where the application's answer would be refused."""
         if message["type"] in _STARTS:
             self.started = True
-            if self.headers and "status" in message:
-                message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
+            if (self.headers or self.labels) and "status" in message:
+                message = self._with_headers(message)
         await self._pass_on(message)
+
+    def _with_headers(self, message: Message) -> Message:
+        headers = [*message.get("headers", ()), *self.headers]
+        if self.labels is not None:
+            # one, and the one that the logs have, whatever else the application has set
+            headers = [header for header in headers if header[0].lower() != REQUEST_ID]
+            headers.append((REQUEST_ID, self.labels.request_id.encode()))
+        return {**message, "headers": headers}
 
     async def _pass_on(self, message: Message) -> None:
         token = _bind(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
@@ -15,6 +15,7 @@ from starlette.websockets import WebSocketDisconnect
 from ..authentication.admission import tenant_for_source
 from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
+from ..correlation import attach_labels, reset_labels, set_labels
 from ..errors import CrossTenantError, TenancyError, TenantNotAllowedError, TenantNotNamedError, TooManyAttemptsError
 from ..events import OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
@@ -28,6 +29,7 @@ from .exempt import ExemptPaths
 from .preflight import Preflights
 from .problems import ADDRESS_LIMITED, RATE_LIMITED, problem_for, rate_headers
 from .proxies import ProxyWarning
+from .request_ids import RequestIds
 from .resolvers import Headers, Resolver
 
 if TYPE_CHECKING:
@@ -89,9 +91,12 @@ class TenancyMiddleware:
             Without it nobody is served during maintenance: no scope of a credential makes a request an operator's.
         map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
             answered by a problem document, where there is one for it. Other errors pass unchanged.
+        request_id: Whether each request has an id: ``current_request_id()``, in logs, in the ``X-Request-ID`` of the
+            answer and in problem documents. True takes the ``X-Request-ID`` of the request where it is 1 to 128
+            letters, digits and ``._:@/+-``, else makes one; "new" always makes one.
 
     Raises:
-        ConfigurationError: a path, a resolver, an authenticator or an origin is malformed.
+        ConfigurationError: a path, a resolver, an authenticator, an origin or ``request_id`` is malformed.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class TenancyMiddleware:
         trusted_origins: Iterable[str] = (),
         operators: Callable[[Scope, Credential], bool] | None = None,
         map_errors: bool = True,
+        request_id: bool | Literal["new"] = False,
     ) -> None:
         self.app = app
         self.tenancy = tenancy
@@ -123,6 +129,7 @@ class TenancyMiddleware:
         )
         self.preflights = Preflights(app)
         self.proxy_warning = ProxyWarning()
+        self._request_ids = RequestIds(request_id) if request_id else None
         self._tenant_resolvers = self.callers.tenant_resolvers
         self._adapting = self.callers.adapting
         self._needs_check = bool(self._tenant_resolvers or self._adapting)
@@ -137,6 +144,10 @@ class TenancyMiddleware:
             return
         token = _bind(None)
         connection = WatchedConnection(receive, send)
+        labels = labelled = None
+        if self._request_ids is not None:
+            connection.labels = labels = self._request_ids.labels_of(scope)
+            labelled = set_labels(labels)
         admitted = False
         try:
             scope[TENANCY] = self.tenancy
@@ -197,6 +208,8 @@ class TenancyMiddleware:
                     scope[CREDENTIAL] = credential
                     connection.admitted = (tenant, scope, self.tenancy)
                     _bind(tenant)
+                    if labels is not None:
+                        labels.tenant = tenant
             admitted = True
             await self.app(scope, connection.receive, connection.send)
             if connection.ended is not None and (kind == "http" or not connection.started):
@@ -211,8 +224,14 @@ class TenancyMiddleware:
                 await self._answer(refusal, scope, connection, admitted=admitted)
             elif connection.ended is None or kind == "http":
                 raise
+        except BaseException as error:
+            if labels is not None:
+                attach_labels(labels, error)
+            raise
         finally:
             reset_current(token)
+            if labelled is not None:
+                reset_labels(labelled)
             if connection.watched:
                 await connection.release()
 
@@ -279,6 +298,8 @@ class TenancyMiddleware:
     async def _answer(
         self, error: TenancyError, scope: Scope, connection: WatchedConnection, *, admitted: bool
     ) -> None:
+        if connection.labels is not None:
+            attach_labels(connection.labels, error)
         credential: Credential | None = scope[CREDENTIAL]
         if credential is not None and isinstance(error, CrossTenantError):
             # something in the request that the application read itself named another tenant

@@ -17,6 +17,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from ..correlation import current_request_id
 from ..errors import (
     AdmissionEndedError,
     CheckoutTimeoutError,
@@ -66,12 +67,16 @@ class Problem:
     @cached_property
     def body(self) -> bytes:
         """The document."""
+        return self._body()
+
+    def _body(self, **more: str) -> bytes:
         document = {
             "type": f"urn:tenancy:problem:{self.code}",
             "title": self.title,
             "status": self.status,
             "detail": self.detail,
             **self.members,
+            **more,
         }
         return json.dumps(document, separators=(",", ":")).encode()
 
@@ -83,14 +88,16 @@ class Problem:
                 await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": self.title})
                 return
             prefix = "websocket."
+        request_id = current_request_id()
+        body = self.body if request_id is None else self._body(request_id=request_id)
         headers = [
             (b"content-type", b"application/problem+json"),
-            (b"content-length", str(len(self.body)).encode()),
+            (b"content-length", str(len(body)).encode()),
             (b"cache-control", b"no-store"),
             *self.headers,
         ]
         await send({"type": f"{prefix}http.response.start", "status": self.status, "headers": headers})
-        await send({"type": f"{prefix}http.response.body", "body": self.body})
+        await send({"type": f"{prefix}http.response.body", "body": body})
 
 
 def _retry_after(seconds: int) -> tuple[tuple[bytes, bytes], ...]:

@@ -118,12 +118,14 @@ async def test_the_middleware_alone(tenancy: Tenancy, acme: CreatedTenant, capsy
 
     plain = TenancyMiddleware(bare, tenancy=tenancy)
     named = TenancyMiddleware(bare, tenancy=tenancy, resolvers=[SubdomainResolver("example.com"), HeaderResolver()])
+    labelled = TenancyMiddleware(bare, tenancy=tenancy, request_id=True)
     headers = [*HEADERS, ("X-API-Key", acme.api_key)]
     figures = await in_turns(
         {
             "bare": calling(bare, "/", headers),
             "middleware": calling(plain, "/", headers),
             "with sub-domain and header": calling(named, "/", headers),
+            "with an id for each request": calling(labelled, "/", headers),
             "exempt path": calling(plain, "/healthz", headers),
         },
         rounds=100,

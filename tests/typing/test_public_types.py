@@ -53,6 +53,12 @@ if TYPE_CHECKING:
         assert_type(await tenancy.run("acme", triple, 1), int)
         await tenancy.run("acme", triple, "one")  # type: ignore[call-overload]
 
+    async def wrapping(tenancy: Tenancy) -> None:
+        """``wrap`` keeps the function's own arguments and result."""
+        assert_type(tenancy.wrap(triple)(1), int)
+        assert_type(await tenancy.wrap(double, "acme")(1), int)
+        tenancy.wrap(triple)("one")  # type: ignore[arg-type]
+
     async def managing(tenancy: Tenancy) -> AsyncIterator[Tenant]:
         """Managers return values."""
         created = await tenancy.tenants.create("acme", tier="pro")

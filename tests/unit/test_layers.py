@@ -22,6 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tenant", "events"}),
     frozenset({"postgres"}),
     frozenset({"context", "config"}),
+    frozenset({"correlation"}),
     frozenset({"control"}),
     frozenset({"audit"}),
     frozenset({"secrets", "keys"}),
@@ -33,7 +34,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"housekeeping", "internals"}),
     frozenset({"assembly", "scopes", "queries"}),
     frozenset({"lifetime"}),
-    frozenset({"sync"}),
+    frozenset({"sync", "wrapping"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
     frozenset({"asgi", "wsgi", "tasks", "environment"}),
