@@ -10,12 +10,13 @@ from uuid import UUID
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
-from sqlalchemy.util import await_, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from ..errors import CheckoutTimeoutError, ConnectionLimitError, ServerUnavailableError
 from ..events import CheckoutTimedOut
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.sqlalchemy_versions import await_
 from ..tenant import Placement
 from .budget import Share
 from .connection import TenantConnection
