@@ -6,21 +6,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 # more for pytest: make test ARGS='-k embedded'
 ARGS ?=
+# of make test-matrix: some of its combinations, and interpreters that are not on PATH
+ONLY ?=
+PYTHONS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 # What `make check` runs, the quickest first. Whatever else names a check (.pre-commit-config.yaml, tests) runs these targets.
 CHECKS := formatting lint types docs
 
-.PHONY: help demo test check $(CHECKS) format bench clean
+.PHONY: help demo test test-matrix check $(CHECKS) format bench clean
 
 help:
 	@echo "make demo    three tenants, an application over HTTP, a fleet migration; leaves nothing behind"
 	@echo "make test    the whole suite on an embedded PostgreSQL, or on TENANCY_TEST_DSN"
+	@echo "make test-matrix    the suite on each supported Python, SQLAlchemy and PostgreSQL that is here; ONLY='3.12-*'"
 	@echo "make check   formatting, lint, types, documentation; each is a target too: make $(CHECKS)"
 	@echo "make format  apply formatting and safe fixes"
 	@echo "make bench   the benchmarks, one at a time"
 	@echo "make docs    build the documentation into site/, without a warning"
-	@echo "make clean   remove .venv, caches and what was built"
+	@echo "make clean   remove .venv, those of the matrix, caches and what was built"
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.agent_platform.demo
@@ -30,6 +34,10 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 tests \
 		--ignore=tests/benchmarks $(ARGS)
+
+# Its virtual environments are its own: .venv-3.12-sa2.1 and others.
+test-matrix:
+	$(PYTHON) tests/matrix.py --only "$(ONLY)" --pythons "$(PYTHONS)" -- $(ARGS)
 
 check: $(CHECKS)
 
@@ -54,7 +62,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/benchmarks -s -p no:xdist $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-3.* build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Debian's python3 lacks ensurepip, without which `python3 -m venv` fails half-way and leaves a broken .venv.

@@ -27,6 +27,7 @@ from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations.catch_up import CatchUp
 from .postgres.failures import SERVER_FAILURES
+from .postgres.login import reason_of
 from .provisioning import Provisioner
 from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
@@ -125,6 +126,11 @@ class Housekeeping:
         return await self.audit.prune(before=datetime.now(UTC) - timedelta(seconds=kept)) if kept else None
 
 
+def _reason(error: BaseException) -> str:
+    # without DETAIL, which may quote a row
+    return reason_of(error) if isinstance(error, SQLAlchemyError) else str(error)
+
+
 class _Run:
     """What one run did, and how it ended."""
 
@@ -140,8 +146,8 @@ class _Run:
         try:
             result = self.chores[name] = await chore
         except _FAILURES as exc:
-            logger.error("housekeeping could not do %s: %s", name, exc)
-            self.errors.append(f"{name}: {exc}")
+            logger.error("housekeeping could not do %s: %s", name, _reason(exc))
+            self.errors.append(f"{name}: {_reason(exc)}")
         else:
             self.errors += [f"{name}: {error}" for error in getattr(result, "errors", ())]
 
@@ -153,8 +159,8 @@ class _Run:
                 # another run, or an operator, was faster
                 logger.debug("housekeeping does not %s tenant %s: %s", what, tenant.slug, exc)
             except _FAILURES as exc:
-                logger.error("housekeeping could not %s tenant %s: %s", what, tenant.slug, exc)
-                self.errors.append(f"{what} {tenant.slug}: {exc}")
+                logger.error("housekeeping could not %s tenant %s: %s", what, tenant.slug, _reason(exc))
+                self.errors.append(f"{what} {tenant.slug}: {_reason(exc)}")
 
     async def _end(self, tenant: Tenant, what: str, reason: str | None) -> None:
         if what == "suspend":

@@ -78,8 +78,15 @@ def _start(config: pytest.Config) -> Postgres:
         return Postgres(dsn, version, run, "main")
 
     from tenancy_orm.testing.embedded import EmbeddedServer
+    from tests.support.installed_versions import add_installed_versions
 
-    server = EmbeddedServer.for_tests(version=int(os.environ.get(EMBEDDED_VERSION_VARIABLE, "18")))
+    wanted, found = os.environ.get(EMBEDDED_VERSION_VARIABLE, "18"), add_installed_versions()
+    if wanted not in map(str, found):
+        raise pytest.UsageError(
+            f"{EMBEDDED_VERSION_VARIABLE}={wanted}: there are PostgreSQL {', '.join(map(str, found))} here; "
+            f"apt-get install postgresql-{wanted}, or name a server in {DSN_VARIABLE}"
+        )
+    server = EmbeddedServer.for_tests(version=int(wanted))
     server.ephemeral = not config.option.keep_databases
     server.start()
     # It has no TLS. To ask it for that takes a tenth of each connection; the programs that tests start do ask.

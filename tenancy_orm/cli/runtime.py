@@ -21,6 +21,7 @@ from ..audit.actor import Actor
 from ..config import TenancyConfig, project
 from ..config.values import load_object
 from ..errors import ConfigurationError, TenancyError
+from ..postgres.login import reason_of
 from ..tenancy import Tenancy
 from .output import errors, json_text, printable
 
@@ -124,8 +125,8 @@ def exit_on_error(action: Callable[[], T]) -> T:
     except TenancyError as exc:
         fail(str(exc), kind=type(exc).__name__)
     except SQLAlchemyError as exc:
-        # the driver's message, without the statement and its parameters that SQLAlchemy adds
-        fail(str(getattr(exc, "orig", None) or type(exc).__name__))
+        # without the statement and its parameters, which SQLAlchemy adds, and without a row, which DETAIL may quote
+        fail(reason_of(exc))
 
 
 def confirm(question: str) -> bool:

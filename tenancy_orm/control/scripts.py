@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from alembic import op
-from sqlalchemy.util import await_only
 
 from ..postgres.quoting import quote_literal
+from ..postgres.sqlalchemy_versions import await_
 
 
 def run_script(sql: str) -> None:
@@ -20,7 +20,7 @@ def run_script(sql: str) -> None:
     # SQLAlchemy's adapter sends BEGIN with its first statement
     connection.exec_driver_sql("SELECT 1")
     driver: Any = connection.connection.driver_connection
-    await_only(driver.execute(sql))
+    await_(driver.execute(sql))
 
 
 def for_applications(statement: str) -> str:

@@ -20,7 +20,6 @@ from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import NullPool
-from sqlalchemy.util import await_only
 
 from ..cancellation import run_to_completion
 from ..errors import MarkerMismatchError, MigrationError
@@ -28,6 +27,7 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_PARAMETER_VALUE, UNDEFINED_TABLE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.sqlalchemy_versions import await_
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
@@ -379,7 +379,7 @@ def make_version_table(
         migration_context._ensure_version_table()
         if tenant is not None and tenant.placement is not None:
             driver: Any = connection.connection.driver_connection
-            await_only(protect_version_table(driver, tenant.placement.role, environment.quoted_version_table))
+            await_(protect_version_table(driver, tenant.placement.role, environment.quoted_version_table))
 
 
 def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:

@@ -10,9 +10,9 @@ from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import RevisionStep
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import event
-from sqlalchemy.util import await_only
 
 from ..errors import MigrationError
+from ..postgres.sqlalchemy_versions import await_, has_begun
 from .logs import warn_once
 from .plan import MigrationStep
 from .scripts import Environment
@@ -59,12 +59,12 @@ def run_script(cursor: Any, text: str, found: Sequence[Statement]) -> None:
             )
     # PostgreSQL makes one transaction of a text, and a CREATE INDEX CONCURRENTLY cannot be in one
     parts = [text[one.start : one.end] for one in found] if adapted.autocommit else [text]
-    await_only(_execute(cursor, adapted, parts))
+    await_(_execute(cursor, adapted, parts))
 
 
 async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> None:
     async with adapted._execute_mutex:
-        if adapted._transaction is None:
+        if not has_begun(adapted):
             await adapted._start_transaction()
         driver = adapted._connection
         try:

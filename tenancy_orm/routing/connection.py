@@ -13,7 +13,6 @@ from typing import Any, Final
 import asyncpg
 from asyncpg import prepared_stmt
 from sqlalchemy.dialects.postgresql.asyncpg import (
-    AsyncAdapt_asyncpg_connection,
     AsyncAdapt_asyncpg_cursor,
     AsyncAdapt_asyncpg_ss_cursor,
     PGExecutionContext_asyncpg,
@@ -23,6 +22,7 @@ from sqlalchemy.engine.base import OptionEngine
 
 from ..errors import QueryError
 from ..loops import HomeLoop
+from ..postgres.sqlalchemy_versions import AdaptedConnection, forget_transaction, has_begun, roll_back
 from .route import TenantRoute
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -186,7 +186,7 @@ class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor, TenantCursor):
         return super().fetchall()  # type: ignore[no-untyped-call]
 
 
-class TenantConnection(AsyncAdapt_asyncpg_connection):
+class TenantConnection(AdaptedConnection):
     """A tenant's DBAPI connection, as SQLAlchemy uses it.
 
     ``finalizer`` represents the slot: the code that detaches it closes the connection and frees the slot. ``poller``
@@ -220,7 +220,7 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
         driver_connection = self._connection
         if driver_connection.is_closed():
             # PostgreSQL has rolled back already, and the error that ended the connection must not be replaced
-            self._transaction = None
+            forget_transaction(self)
             return
         driver_connection.rolling_back = True
         try:
@@ -233,7 +233,7 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
     @property
     def may_repeat(self) -> bool:
         """Whether the next statement is the first of its transaction."""
-        return self._transaction is None and not self._connection.is_in_transaction()
+        return not has_begun(self) and not self._connection.is_in_transaction()
 
     def has_prepared(self, operation: str) -> bool:
         """Whether a statement is prepared already."""
@@ -270,8 +270,8 @@ class TenantConnection(AsyncAdapt_asyncpg_connection):
         driver_connection = self._connection
         driver_connection.rolling_back = True
         try:
-            if self._transaction is not None:
-                await self._call_and_discard(self._transaction.rollback)
+            if has_begun(self):
+                await roll_back(self)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
             raise error from error.__cause__
         finally:

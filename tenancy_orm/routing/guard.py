@@ -23,6 +23,7 @@ from sqlalchemy.orm import InstanceState, Session, SessionTransaction, UOWTransa
 from sqlalchemy.orm.attributes import instance_state
 
 from ..errors import CrossTenantError, NotOpenError
+from ..postgres.sqlalchemy_versions import SQLALCHEMY_2_0
 from ..protocols import Admission
 from .routed_pool import RoutedPool
 
@@ -75,17 +76,19 @@ class TenantSession(Session):
         self._check(instance_state(instance), "merging")
         return super().merge(instance, **options)
 
-    def merge_all(self, instances: Iterable[Any], **options: Any) -> Any:
-        """Merge several, as in SQLAlchemy.
+    if not SQLALCHEMY_2_0:
 
-        Raises:
-            CrossTenantError: one of them, or a related object, is another tenant's. If it is one of them, nothing was
-                merged.
-        """
-        instances = list(instances)
-        for instance in instances:
-            self._check(instance_state(instance), "merging")
-        return super().merge_all(instances, **options)
+        def merge_all(self, instances: Iterable[Any], **options: Any) -> Any:
+            """Merge several, as in SQLAlchemy.
+
+            Raises:
+                CrossTenantError: one of them, or a related object, is another tenant's. If it is one of them, nothing
+                    was merged.
+            """
+            instances = list(instances)
+            for instance in instances:
+                self._check(instance_state(instance), "merging")
+            return super().merge_all(instances, **options)
 
     def _merge(self, state: InstanceState[Any], state_dict: Any, **options: Any) -> Any:
         """Every merge calls this, also for related objects and for ``merge_frozen_result``."""

@@ -9,11 +9,12 @@ from uuid import UUID
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util import await_, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from ..errors import ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.sqlalchemy_versions import await_
 from ..tenant import Placement
 from .connection import TenantConnection
 from .connector import Connector, Record

@@ -293,9 +293,7 @@ ATTACKS: list[Callable[[World, AsyncSession], Awaitable[object]]] = [
     add_rolled_back,
     add_expunged,
     delete,
-    delete_all,
     merge,
-    merge_all,
     merge_unpickled,
     merge_without_loading,
     merge_a_new_object_that_leads_to_one,
@@ -310,6 +308,8 @@ ATTACKS: list[Callable[[World, AsyncSession], Awaitable[object]]] = [
     smuggle,
     bind_to_its_engine,
     bind_a_class_to_its_engine,
+    # of SQLAlchemy 2.1
+    *((delete_all, merge_all) if hasattr(Session, "merge_all") else ()),
 ]
 
 

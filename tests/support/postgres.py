@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, LiteralString, cast
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import psycopg
@@ -96,13 +96,13 @@ class Postgres:
         if connection is None or connection.closed:
             connection = _administrators[self.admin_url] = psycopg.connect(self.url(), autocommit=True)
         try:
-            cursor = connection.execute(cast("LiteralString", statement), parameters or None)
+            cursor = connection.execute(statement.encode(), parameters or None)
         except psycopg.OperationalError:
             if not connection.closed:
                 raise
             # a test has restarted the server, or ended all its connections
             connection = _administrators[self.admin_url] = psycopg.connect(self.url(), autocommit=True)
-            cursor = connection.execute(cast("LiteralString", statement), parameters or None)
+            cursor = connection.execute(statement.encode(), parameters or None)
         return cursor.fetchall() if cursor.description else []
 
     async def create_database(self, name: str, *, template: str = "template1", owner: str | None = None) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import asyncpg
 import psycopg
@@ -32,8 +30,9 @@ from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.routing.servers import Servers
 from tenancy_orm.secrets.keyring import Keyring, new_password
 from tenancy_orm.tenant import Placement, Status, Tenant
-from tenancy_orm.testing import _programs, embedded
+from tenancy_orm.testing import embedded
 from tests.support.control_databases import create_control_database, drop_tenants, forget_tenants
+from tests.support.installed_versions import add_installed_versions
 from tests.support.postgres import Postgres
 from tests.support.registry import synchronise
 
@@ -299,18 +298,7 @@ async def open_workshop(
 # --- servers of every version ---------------------------------------------------------------------------------------
 
 
-def _add_installed_versions() -> None:
-    """Let ``EmbeddedServer`` run the versions that Debian's packages have put on this machine as well."""
-    known = cast("dict[int, _programs.Installation]", _programs.installations())
-    for program in Path("/usr/lib/postgresql").glob("*/bin/postgres"):
-        output = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-        version = output.split()[2]
-        known.setdefault(int(version.split(".")[0]), _programs.Installation(version, program.parent))
-
-
-_add_installed_versions()
-
-VERSIONS = sorted(_programs.installations())
+VERSIONS = add_installed_versions()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,60 @@
+"""What differs between SQLAlchemy 2.0 and 2.1, as one interface: above all the state of the adapter of asyncpg.
+
+The types are those of 2.1, which the type checker sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
+
+# 2.1 has it as ``await_`` too, and deprecates this name in 2.2
+from sqlalchemy.util import await_only as await_
+
+SQLALCHEMY_2_0 = sqlalchemy.__version__.startswith("2.0.")
+
+
+class AdaptedConnection(AsyncAdapt_asyncpg_connection):
+    """SQLAlchemy's DBAPI connection over asyncpg; a subclass names the classes of its cursors."""
+
+    __slots__ = ()
+
+    _cursor_cls: Any
+    _ss_cursor_cls: Any
+
+    if SQLALCHEMY_2_0:
+
+        def cursor(self, server_side: bool = False) -> Any:
+            """Return a cursor of the class that this connection's class names."""
+            return (self._ss_cursor_cls if server_side else self._cursor_cls)(self)
+
+
+def has_begun(connection: Any) -> bool:
+    """Whether PostgreSQL has begun a transaction for this connection of the adapter."""
+    # 2.0 sets ``_transaction`` before it sends BEGIN
+    begun: bool = connection._started if SQLALCHEMY_2_0 else connection._transaction is not None
+    return begun
+
+
+def forget_transaction(connection: Any) -> None:
+    """Consider the transaction ended, as it is where the connection is closed."""
+    connection._transaction = None
+    if SQLALCHEMY_2_0:
+        connection._started = False
+
+
+async def roll_back(connection: Any) -> None:
+    """Roll back the transaction that has begun; it is over whether or not PostgreSQL answers.
+
+    Raises:
+        asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the connection cannot be used any more.
+    """
+    if SQLALCHEMY_2_0:
+        await connection._rollback_and_discard()
+    else:
+        await connection._call_and_discard(connection._transaction.rollback)
+
+
+__all__ = ["SQLALCHEMY_2_0", "AdaptedConnection", "await_", "forget_transaction", "has_begun", "roll_back"]
