@@ -359,9 +359,14 @@ class FleetQuery:
     def _stop(self) -> None:
         self._left = 0
         for worker in getattr(self, "_workers", None) or ():
+            loop = worker.get_loop()
             # a second cancellation would interrupt the clean-up that the first one has started
-            if not worker.done() and not worker.cancelling() and not worker.get_loop().is_closed():
+            if worker.done() or worker.cancelling() or loop.is_closed():
+                continue
+            if asyncio._get_running_loop() is loop:
                 worker.cancel()
+            else:  # the garbage collector runs in any thread
+                loop.call_soon_threadsafe(worker.cancel)
 
     def _warn(self) -> None:
         if self._truncated:
@@ -386,7 +391,7 @@ async def _work(
         while queue:
             tenant = queue.popleft()
             await answers.put(TenantRows(tenant, await _answer(tenant, server, ask, health)))
-    except Exception as exc:  # noqa: BLE001 - a mistake in the statement, which the caller is told
+    except Exception as exc:  # noqa: BLE001 - a mistake in the statement: the caller's
         await answers.put(exc)
 
 
