@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, overload
 
 import asyncpg
 from sqlalchemy import Executable, Row, text
@@ -33,6 +33,11 @@ from .routing import Router
 from .routing.connection import ROWS_ONLY
 from .tenant import Status, Tenant, TenantRef
 
+if TYPE_CHECKING:
+    _Row: TypeAlias = Row[*tuple[Any, ...]]
+else:
+    _Row = Row  # SQLAlchemy 2.0's takes one argument
+
 logger = logging.getLogger("tenancy_orm.queries")
 
 DEFAULT_CONCURRENCY = 8
@@ -54,7 +59,7 @@ _BOUND = "SELECT pg_catalog.set_config('statement_timeout', :timeout, true)"
 _READ_ONLY = ", pg_catalog.set_config('transaction_read_only', 'on', true)"
 
 
-class Rows(Sequence[Row[*tuple[Any, ...]]]):
+class Rows(Sequence[_Row]):
     """The rows of one tenant.
 
     Attributes:
@@ -69,7 +74,7 @@ class Rows(Sequence[Row[*tuple[Any, ...]]]):
 
     def __init__(
         self,
-        rows: Sequence[Row[*tuple[Any, ...]]] = (),
+        rows: Sequence[_Row] = (),
         *,
         columns: Iterable[str] = (),
         types: Iterable[int] = (),
@@ -85,10 +90,10 @@ class Rows(Sequence[Row[*tuple[Any, ...]]]):
         self.error = error
 
     @overload
-    def __getitem__(self, index: int) -> Row[*tuple[Any, ...]]: ...
+    def __getitem__(self, index: int) -> _Row: ...
 
     @overload
-    def __getitem__(self, index: slice) -> tuple[Row[*tuple[Any, ...]], ...]: ...
+    def __getitem__(self, index: slice) -> tuple[_Row, ...]: ...
 
     def __getitem__(self, index: int | slice) -> Any:
         """Return a row, or several."""
