@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, overload
 
 import asyncpg
 from sqlalchemy import Executable, Row, text
@@ -33,6 +33,11 @@ from .routing import Router
 from .routing.connection import ROWS_ONLY
 from .tenant import Status, Tenant, TenantRef
 
+if TYPE_CHECKING:
+    _Row: TypeAlias = Row[*tuple[Any, ...]]
+else:
+    _Row = Row  # SQLAlchemy 2.0's takes one argument
+
 logger = logging.getLogger("tenancy_orm.queries")
 
 DEFAULT_CONCURRENCY = 8
@@ -54,7 +59,7 @@ _BOUND = "SELECT pg_catalog.set_config('statement_timeout', :timeout, true)"
 _READ_ONLY = ", pg_catalog.set_config('transaction_read_only', 'on', true)"
 
 
-class Rows(Sequence[Row[*tuple[Any, ...]]]):
+class Rows(Sequence[_Row]):
     """The rows of one tenant.
 
     Attributes:
@@ -69,7 +74,7 @@ class Rows(Sequence[Row[*tuple[Any, ...]]]):
 
     def __init__(
         self,
-        rows: Sequence[Row[*tuple[Any, ...]]] = (),
+        rows: Sequence[_Row] = (),
         *,
         columns: Iterable[str] = (),
         types: Iterable[int] = (),
@@ -85,10 +90,10 @@ class Rows(Sequence[Row[*tuple[Any, ...]]]):
         self.error = error
 
     @overload
-    def __getitem__(self, index: int) -> Row[*tuple[Any, ...]]: ...
+    def __getitem__(self, index: int) -> _Row: ...
 
     @overload
-    def __getitem__(self, index: slice) -> tuple[Row[*tuple[Any, ...]], ...]: ...
+    def __getitem__(self, index: slice) -> tuple[_Row, ...]: ...
 
     def __getitem__(self, index: int | slice) -> Any:
         """Return a row, or several."""
@@ -359,9 +364,14 @@ class FleetQuery:
     def _stop(self) -> None:
         self._left = 0
         for worker in getattr(self, "_workers", None) or ():
+            loop = worker.get_loop()
             # a second cancellation would interrupt the clean-up that the first one has started
-            if not worker.done() and not worker.cancelling() and not worker.get_loop().is_closed():
+            if worker.done() or worker.cancelling() or loop.is_closed():
+                continue
+            if asyncio._get_running_loop() is loop:
                 worker.cancel()
+            else:  # the garbage collector runs in any thread
+                loop.call_soon_threadsafe(worker.cancel)
 
     def _warn(self) -> None:
         if self._truncated:
@@ -386,7 +396,7 @@ async def _work(
         while queue:
             tenant = queue.popleft()
             await answers.put(TenantRows(tenant, await _answer(tenant, server, ask, health)))
-    except Exception as exc:  # noqa: BLE001 - a mistake in the statement, which the caller is told
+    except Exception as exc:  # noqa: BLE001 - a mistake in the statement: the caller's
         await answers.put(exc)
 
 

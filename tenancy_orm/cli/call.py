@@ -170,7 +170,7 @@ async def _call_for_all(
             number, tenant = waiting.popleft()
             try:
                 results[number] = Result(tenant, await function.call(tenancy, tenant, arguments))
-            except Exception as exc:  # noqa: BLE001 - the application's own, which is told
+            except Exception as exc:  # noqa: BLE001 - the application's own, which is shown
                 text = "".join(traceback.format_exception(exc.with_traceback(_own(exc))))
                 results[number] = Result(tenant, error=f"{type(exc).__name__}: {exc}", traceback=text)
 

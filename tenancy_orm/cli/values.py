@@ -73,10 +73,11 @@ def csv_lines(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[
     A text that a spreadsheet would calculate gets an apostrophe first: a tenant may have written it.
     """
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
+    # with both in the line's end, both are quoted in a field
+    writer = csv.writer(buffer, lineterminator="\r\n")
     for row in (header, *rows):
         writer.writerow([_harmless(value) for value in row])
-        yield buffer.getvalue()
+        yield buffer.getvalue().removesuffix("\r\n") + "\n"
         buffer.seek(0)
         buffer.truncate()
 

@@ -167,7 +167,7 @@ class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor, TenantCursor):
 
     async def _prepare_and_execute(self, operation: Any, parameters: Any) -> None:
         await super()._prepare_and_execute(operation, parameters)
-        if self.rows_only and self._description is None:
+        if self.rows_only and self.description is None:
             raise QueryError(
                 f"tenant {self._adapt_connection.route.slug!r}: the statement returns no rows, so it is no query, and "
                 "was not executed"

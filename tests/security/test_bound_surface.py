@@ -102,7 +102,7 @@ HELD_EXCUSED = {
     "internals.directory.subjects": "answers the middleware, about the credential that it is given",
 }
 
-TAKE_NO_SLUG = {"internals.router", "internals.provisioner", "internals.rates"}
+TAKE_NO_SLUG = {"internals.router", "internals.provisioner", "internals.provisioner.logins", "internals.rates"}
 
 
 class _Sender:

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from fastapi import FastAPI
 from fastapi.security import APIKeyCookie
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -24,7 +25,9 @@ from tenancy_orm.asgi import (
     demand_scopes,
     require_scope,
 )
+from tenancy_orm.errors import QueryFailure
 from tenancy_orm.integrations.fastapi import CurrentCredential, RequireScope, TenantSession, set_security_schemes
+from tenancy_orm.queries import Rows
 
 if TYPE_CHECKING:
 
@@ -38,6 +41,17 @@ if TYPE_CHECKING:
             assert_type(tenant, Tenant)
         async for tenant in tenancy.each():
             assert_type(tenant, Tenant)
+
+    async def asking(tenancy: Tenancy) -> None:
+        """An answer is a pair, and an object with names."""
+        async for tenant, rows in tenancy.query_all(select(1)):
+            assert_type(tenant, Tenant)
+            assert_type(rows, Rows)
+            assert_type(rows.truncated, bool)
+        async with tenancy.query_all("SELECT 1", yield_errors=True) as answers:
+            async for answer in answers:
+                assert_type(answer.rows.error, QueryFailure | None)
+        tenancy.query_all(1)  # type: ignore[arg-type]
 
     async def double(number: int) -> int:
         """A coroutine function."""

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import asyncpg
 import pytest
 
 from tests.integration.cli.test_cli import COMMAND, Cli, cli
+from tests.support.postgres import Postgres
 from tests.support.shell import processes_in
 from tests.support.waiting import until
 
@@ -29,7 +31,7 @@ SELECT '0b1f4f5e-3f2c-4d7e-9a55-0d6f0f0f0f0f'::uuid AS id, '2026-01-02 03:04:05+
 """
 
 
-async def test_one_statement_on_many_tenants(cli: Cli, tmp_path: Path) -> None:
+async def test_one_statement_on_many_tenants(cli: Cli, tmp_path: Path, postgres: Postgres) -> None:
     """One table with a tenant column; JSON typed; CSV that a spreadsheet does not calculate; audited; bounded."""
     await cli("init")
     for slug, tier in (("acme", "free"), ("globex", "pro"), ("initech", "free")):
@@ -104,6 +106,15 @@ async def test_one_statement_on_many_tenants(cli: Cli, tmp_path: Path) -> None:
     assert [bool(one.get("error")) for one in partial.json] == [False, True, False]
     assert partial.json[1]["error"]["sqlstate"] == "22012"
     assert "globex: 22012 division by zero" in partial.err and "failed for 1 of 3 tenants" in partial.err
+
+    # databases that have drifted apart
+    for slug, made in (("acme", "a, 2 AS b"), ("globex", "c, 'x' AS a"), ("initech", "a WHERE false")):
+        database = (await cli("show", slug, "--json")).json["database"]
+        async with postgres.connect(database) as connection:
+            await connection.execute(f"CREATE TABLE public.drifted AS SELECT 1 AS {made}")
+            await connection.execute("GRANT SELECT ON public.drifted TO PUBLIC")
+    drifted = await cli("sql", "SELECT * FROM public.drifted", "--all", "--csv")
+    assert drifted.out.splitlines() == ["tenant,a,b,c", "acme,1,2,", "globex,x,,1"]
 
     more = await cli("sql", "SELECT n FROM generate_series(1, 9) AS n", "acme", "--max-rows", "2", "--csv")
     assert (more.out.split(), "there are more" in more.err) == (["tenant,n", "acme,1", "acme,2"], True)
@@ -270,6 +281,32 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
                 process.kill()
         assert process.returncode != 0
         await until(lambda: not sleeping(tmp_path))
+    assert (await cli("reconcile", "--check", "--json")).json["orphans"] == []
+
+    # killed, it can end nothing: its logins expire, and reconcile drops them
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *COMMAND,
+        *("each", "--all", "--ttl", "2s", "--", "sh", "-c", script),
+        cwd=tmp_path,
+        env=json.loads(variables.read_text()),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        for _ in range(2):
+            await process.stdout.readline()
+    process.kill()
+    await process.wait()
+    for one in sleeping(tmp_path):
+        os.killpg(os.getpgid(int(one.partition(":")[0])), signal.SIGKILL)
+
+    async def expired() -> bool:
+        return len((await cli("reconcile", "--check", "--json")).json["orphans"]) == 2
+
+    await until(expired, seconds=60)
+    assert len((await cli("housekeeping", "--json")).json["chores"]["reconcile"]["orphans"]) == 2
     assert (await cli("reconcile", "--check", "--json")).json["orphans"] == []
 
 
