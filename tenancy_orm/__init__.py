@@ -5,6 +5,7 @@ from .config import Limit, TenancyConfig, Tier, TierPolicy
 from .context import current_tenant, current_tenant_or_none
 from .correlation import current_request_id
 from .errors import TenancyError
+from .prefixes import tenant_prefix
 from .tenancy import Tenancy
 from .tenant import Status, Tenant
 
@@ -21,4 +22,5 @@ __all__ = [
     "current_request_id",
     "current_tenant",
     "current_tenant_or_none",
+    "tenant_prefix",
 ]
