@@ -8,6 +8,7 @@ specially.
 from __future__ import annotations
 
 from typing import overload
+from urllib.parse import unquote
 from uuid import UUID
 
 from .context import as_reference, current_tenant, refuse_other_tenant
@@ -15,6 +16,7 @@ from .errors import ConfigurationError, InvalidNameError
 from .tenant import Tenant
 
 _SEPARATORS = "/:."
+_STEPS = frozenset({"", ".", ".."})
 
 
 def tenant_prefix(tenant: Tenant | UUID | str | None = None, *, separator: str = "/") -> str:
@@ -72,8 +74,10 @@ def checked_path(path: str, *, directory: bool = False) -> str:
         raise InvalidNameError(path, "is absolute")
     if "\\" in path or not path.isprintable():
         raise InvalidNameError(path, "has a backslash or a control character")
-    if wrong := {"", ".", ".."}.intersection(path.split("/")):
-        raise InvalidNameError(path, f"has the part {min(wrong)!r}")
+    for part in path.split("/"):
+        # %2e too: a store is reached by URLs, and not everything in between decodes them once
+        if part in _STEPS or unquote(part) in _STEPS:
+            raise InvalidNameError(path, f"has the part {part!r}")
     return path
 
 
