@@ -51,7 +51,7 @@ class TenantStore:
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
-        """Make a store of its own, so that no other one is at hand: ``obstore.store.from_url``."""
+        """Make a store of its own, which nothing else has: ``obstore.store.from_url``."""
         return cls(from_url(url, **options))
 
     def __repr__(self) -> str:

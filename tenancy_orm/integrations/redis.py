@@ -12,16 +12,17 @@ removed. Everything else is refused: scripts, ``FLUSHDB``, administration, and w
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 from uuid import UUID
 
 from ..context import current_tenant_or_none
-from ..errors import ConfigurationError, CrossTenantError, InvalidNameError, MissingExtraError, UnprefixedError
+from ..errors import ConfigurationError, CrossTenantError, MissingExtraError, UnprefixedError
 from ..prefixes import tenant_prefix, without_prefix
 from ..tenant import Tenant
+from ._redis_keys import NOT_IN_PIPELINES, POPPING, SHAPES, Shape, prefixed_key
 
 try:
     import redis
@@ -31,126 +32,7 @@ try:
 except ImportError as exc:
     raise MissingExtraError("redis", "redis") from exc
 
-Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
-
 _BATCH = 1_000
-
-# the first argument is a key, and the command reads or writes no other
-# fmt: off
-_FIRST = (
-    "append", "bitcount", "bitpos", "decr", "decrby", "expire", "expireat", "expiretime", "get", "getbit", "getdel",
-    "getex", "getrange", "getset", "incr", "incrby", "incrbyfloat", "persist", "pexpire", "pexpireat", "pexpiretime",
-    "psetex", "pttl", "set", "setbit", "setex", "setnx", "setrange", "strlen", "substr", "ttl", "type", "hdel",
-    "hexists", "hexpire", "hexpireat", "hexpiretime", "hget", "hgetall", "hincrby", "hincrbyfloat", "hkeys", "hlen",
-    "hmget", "hpersist", "hpexpire", "hpexpireat", "hpexpiretime", "hpttl", "hrandfield", "hscan", "hset",
-    "hsetnx", "hstrlen", "httl", "hvals", "lindex", "linsert", "llen", "lpop", "lpos", "lpush", "lpushx", "lrange",
-    "lrem", "lset", "ltrim", "rpop", "rpush", "rpushx", "pfadd", "sadd", "scard", "sismember", "smembers",
-    "smismember", "spop", "srandmember", "srem", "sscan", "geoadd", "geodist", "geohash", "geopos", "geosearch",
-    "xack", "xadd", "xautoclaim", "xclaim", "xdel", "xgroup_create", "xgroup_createconsumer", "xgroup_delconsumer",
-    "xgroup_destroy", "xgroup_setid", "xinfo_consumers", "xinfo_groups", "xinfo_stream", "xlen", "xpending",
-    "xpending_range", "xrange", "xrevrange", "xtrim", "zadd", "zcard", "zcount", "zincrby", "zlexcount", "zmscore",
-    "zpopmax", "zpopmin", "zrandmember", "zrange", "zrangebylex", "zrangebyscore", "zrank", "zrem", "zremrangebylex",
-    "zremrangebyrank", "zremrangebyscore", "zrevrange", "zrevrangebylex", "zrevrangebyscore", "zrevrank", "zscan",
-    "zscore",
-)
-# fmt: on
-_ITERATING = ("hscan_iter", "sscan_iter", "zscan_iter")  # of a client; a pipeline sends nothing yet
-
-
-def _key(prefix: str, key: Any) -> str | bytes:
-    if isinstance(key, str):
-        return prefix + key
-    if isinstance(key, (bytes, bytearray, memoryview)):
-        return prefix.encode() + bytes(key)
-    if isinstance(key, int) and not isinstance(key, bool):
-        return f"{prefix}{key}"
-    raise InvalidNameError(repr(key), "is no key: pass a text, bytes or an integer")
-
-
-def _keys(prefix: str, keys: Any) -> list[str | bytes]:
-    """Of one key, or several in a collection, as redis-py reads it."""
-    if isinstance(keys, (str, bytes, bytearray, memoryview, int)):
-        return [_key(prefix, keys)]
-    return [_key(prefix, key) for key in keys]
-
-
-@cache
-def _first_parameter(method: str) -> str:
-    return list(inspect.signature(getattr(redis.Redis, method)).parameters)[1]
-
-
-def _first(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    if args:
-        return (_key(prefix, args[0]), *args[1:]), kwargs
-    name = _first_parameter(method)
-    if name not in kwargs:
-        raise TypeError(f"{method}() needs a key")
-    return (), {**kwargs, name: _key(prefix, kwargs[name])}
-
-
-def _leading(count: int, *allowed: str, more: int = 0) -> Callable[..., Arguments]:
-    """Of a command with that many keys in front, then ``more`` arguments, and options by these names."""
-
-    def shape(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        _by_position(method, kwargs, allowed)
-        if not count <= len(args) <= count + more:
-            raise TypeError(f"{method}() takes {count} keys, and then {more} arguments by position")
-        return (*(_key(prefix, key) for key in args[:count]), *args[count:]), kwargs
-
-    return shape
-
-
-def _every(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    _by_position(method, kwargs, ())
-    return tuple(_key(prefix, key) for key in args), kwargs
-
-
-def _collections(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """Of one where each argument is a key or a collection of keys."""
-    _by_position(method, kwargs, ())
-    return tuple(key for keys in args for key in _keys(prefix, keys)), kwargs
-
-
-def _stored(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    _by_position(method, kwargs, ())
-    first, *rest = args
-    return (_key(prefix, first), [key for keys in rest for key in _keys(prefix, keys)]), kwargs
-
-
-def _mapping(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    _by_position(method, kwargs, ())
-    (given,) = args
-    return ({_key(prefix, key): value for key, value in given.items()},), kwargs
-
-
-def _popped(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    _by_position(method, kwargs, ("timeout",))
-    keys, *rest = args
-    return (_keys(prefix, keys), *rest), kwargs
-
-
-def _by_position(method: str, kwargs: dict[str, Any], allowed: Iterable[str]) -> None:
-    if unknown := kwargs.keys() - set(allowed):
-        raise TypeError(f"{method}(): pass {', '.join(sorted(unknown))} by position; it may be a key")
-
-
-_SHAPES: Mapping[str, Callable[..., Arguments]] = {
-    **dict.fromkeys((*_FIRST, *_ITERATING), _first),
-    **dict.fromkeys(("delete", "exists", "unlink", "touch", "pfcount", "pfmerge"), _every),
-    **dict.fromkeys(("mget", "sinter", "sunion", "sdiff"), _collections),
-    **dict.fromkeys(("sinterstore", "sunionstore", "sdiffstore"), _stored),
-    **dict.fromkeys(("mset", "msetnx"), _mapping),
-    **dict.fromkeys(("rename", "renamenx", "rpoplpush"), _leading(2)),
-    "smove": _leading(2, more=1),
-    "brpoplpush": _leading(2, "timeout", more=1),
-    "copy": _leading(2, "replace"),  # the third is another database
-    "lmove": _leading(2, "src", "dest", more=2),
-    "blmove": _leading(2, "timeout", "src", "dest", more=3),
-    "publish": _leading(1, "message", more=1),
-    **dict.fromkeys(("blpop", "brpop"), _popped),
-}
-_POPPING = frozenset({"blpop", "brpop"})
-_NOT_IN_PIPELINES = frozenset({*_ITERATING, *_POPPING, "brpoplpush", "blmove"})
 
 
 class _Commands:
@@ -171,7 +53,7 @@ class _Commands:
         Raises:
             UnprefixedError: it is not known to stay within them.
         """
-        shape = _SHAPES.get(name)
+        shape = SHAPES.get(name)
         if shape is None or name in self._excluded:
             raise UnprefixedError(type(self).__name__, name)
         return partial(self._call, name, shape)
@@ -179,13 +61,13 @@ class _Commands:
     def _prefix(self) -> str:
         raise NotImplementedError
 
-    def _call(self, name: str, shape: Callable[..., Arguments], /, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, name: str, shape: Shape, /, *args: Any, **kwargs: Any) -> Any:
         prefix = self._prefix()
         args, kwargs = shape(name, prefix, args, kwargs)
         outcome = getattr(self._raw, name)(*args, **kwargs)
         if outcome is self._raw:
             return self  # a pipeline, for the next command
-        if name in _POPPING:
+        if name in POPPING:
             return _then(outcome, lambda found: found and (without_prefix(found[0], prefix), *found[1:]))
         return outcome
 
@@ -221,7 +103,7 @@ class TenantRedis(_Commands):
 
     @classmethod
     def from_url(cls, url: str, **options: Any) -> Self:
-        """Make an asynchronous client of its own, so that no other one is at hand: ``redis.asyncio.from_url``."""
+        """Make an asynchronous client of its own, which nothing else has: ``redis.asyncio.from_url``."""
         return cls(redis.asyncio.Redis.from_url(url, **options))
 
     def _prefix(self) -> str:
@@ -232,19 +114,19 @@ class TenantRedis(_Commands):
     def keys(self, pattern: str | bytes = "*") -> Any:
         """Return the tenant's keys that match, without the prefix; a coroutine where the client is asynchronous."""
         prefix = self._prefix()
-        found = self._raw.keys(_key(prefix, pattern))
+        found = self._raw.keys(prefixed_key(prefix, pattern))
         return _then(found, lambda names: [without_prefix(name, prefix) for name in names])
 
     def scan(self, cursor: int = 0, match: str | bytes | None = None, count: int | None = None) -> Any:
         """Return the next cursor and some of the tenant's keys, without the prefix."""
         prefix = self._prefix()
-        found = self._raw.scan(cursor, match=_key(prefix, "*" if match is None else match), count=count)
+        found = self._raw.scan(cursor, match=prefixed_key(prefix, "*" if match is None else match), count=count)
         return _then(found, lambda step: (step[0], [without_prefix(name, prefix) for name in step[1]]))
 
     def scan_iter(self, match: str | bytes | None = None, count: int | None = None) -> Any:
         """Iterate over the tenant's keys that match, without the prefix."""
         prefix = self._prefix()
-        found = self._raw.scan_iter(match=_key(prefix, "*" if match is None else match), count=count)
+        found = self._raw.scan_iter(match=prefixed_key(prefix, "*" if match is None else match), count=count)
         if self._is_async:
             return _each_async(found, prefix)
         return (without_prefix(name, prefix) for name in found)
@@ -295,7 +177,7 @@ class TenantRedis(_Commands):
         thread_local: bool = True,
     ) -> TenantLock:
         """Return a lock with a key of the tenant's; see redis-py for the arguments."""
-        key = _key(self._prefix(), name)
+        key = prefixed_key(self._prefix(), name)
         return TenantLock(
             self._raw.lock(
                 key,
@@ -370,7 +252,7 @@ class _OfOneTenant:
 class TenantPipeline(_OfOneTenant, _Commands):
     """Several commands of one tenant, sent together: ``TenantRedis.pipeline``."""
 
-    _excluded = _NOT_IN_PIPELINES
+    _excluded = NOT_IN_PIPELINES
 
     def __init__(self, raw: Any, prefix: str) -> None:
         super().__init__(raw)
@@ -391,7 +273,7 @@ class TenantPipeline(_OfOneTenant, _Commands):
     def watch(self, *names: str | bytes) -> Any:
         """Have ``execute`` fail if one of these keys is changed; commands run at once until ``multi``."""
         prefix = self._check()
-        return self._raw.watch(*(_key(prefix, name) for name in names))
+        return self._raw.watch(*(prefixed_key(prefix, name) for name in names))
 
     def unwatch(self) -> Any:
         """Forget the keys that were watched."""
@@ -532,7 +414,7 @@ class TenantPubSub(_OfOneTenant):
 
     def _named(self, names: tuple[str | bytes, ...]) -> list[str | bytes]:
         prefix = self._check()
-        return [_key(prefix, name) for name in names]
+        return [prefixed_key(prefix, name) for name in names]
 
     def _without_prefix(self, message: dict[str, Any] | None) -> dict[str, Any] | None:
         if message is None:

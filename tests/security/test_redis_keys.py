@@ -26,6 +26,7 @@ from tenancy_orm.errors import (
     UnprefixedError,
 )
 from tenancy_orm.integrations import redis as module
+from tenancy_orm.integrations._redis_keys import FIRST, SHAPES
 from tenancy_orm.integrations.redis import TenantRedis
 from tests.support.redis_server import redis_server
 
@@ -326,7 +327,7 @@ async def test_every_method_is_prefixed_or_refused(cache: TenantRedis, raw: redi
                 await outcome
             keys = [part for args in sent for part in args if isinstance(part, str) and part.endswith("KEY")]
             assert keys and all(key == f"{A}KEY" for key in keys), (name, sent)
-    assert passed == set(module._SHAPES)
+    assert passed == set(SHAPES)
     assert {"eval", "flushdb", "execute_command", "sort", "migrate", "xread", "randomkey", "transaction"} <= (
         commands() - passed
     )
@@ -349,16 +350,16 @@ def arguments(name: str) -> list[Any]:
         "max": 1,
         "values": [1, 1, "x"],
     }
-    if name in module._FIRST:
+    if name in FIRST:
         values["keys"] = ["field"]
     if name in ("lmove", "blmove"):
         values |= {"src": "LEFT", "dest": "LEFT"}
     found: list[Any] = []
     for position, parameter in enumerate(list(inspect.signature(getattr(redis.Redis, name)).parameters.values())[1:]):
-        if position == 0 and name in module._SHAPES and parameter.name in ("name", "key"):
+        if position == 0 and name in SHAPES and parameter.name in ("name", "key"):
             found.append("KEY")
         elif parameter.kind is parameter.VAR_POSITIONAL:
-            found.append("KEY" if name not in module._FIRST else 1)
+            found.append("KEY" if name not in FIRST else 1)
         elif parameter.kind is not parameter.VAR_KEYWORD and parameter.default is parameter.empty:
             found.append(values.get(parameter.name, 1))
     return found + MORE.get(name, [])
