@@ -12,6 +12,7 @@ if _TYPE_CHECKING:
     from .context import current_tenant, current_tenant_or_none
     from .correlation import current_request_id
     from .errors import TenancyError
+    from .prefixes import tenant_prefix
     from .tenancy import Tenancy
     from .tenant import Status, Tenant
 
@@ -28,6 +29,7 @@ __all__ = [
     "current_request_id",
     "current_tenant",
     "current_tenant_or_none",
+    "tenant_prefix",
 ]
 
 # Imported when they are asked for: every run of pytest where this package is installed imports its plugin, and so this
@@ -45,6 +47,7 @@ _MODULES = {
     "current_request_id": "correlation",
     "current_tenant": "context",
     "current_tenant_or_none": "context",
+    "tenant_prefix": "prefixes",
 }
 
 

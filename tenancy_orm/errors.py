@@ -14,7 +14,9 @@
     ├── ContextError
     │   ├── NoTenantError (LookupError)      no tenant is bound
     │   ├── AdmissionEndedError (PermissionError)   the request's credential was revoked, has expired or changed
-    │   └── CrossTenantError (PermissionError)   code bound to one tenant used another
+    │   ├── CrossTenantError (PermissionError)   code bound to one tenant used another
+    │   ├── InvalidNameError (ValueError)    a key or a path would lead outside a tenant's own names
+    │   └── UnprefixedError (AttributeError)   a wrapped client's method that knows no tenants
     ├── TenantError
     │   ├── TenantNotFoundError (LookupError)
     │   ├── SeveralTenantsError (LookupError)   one tenant was looked for, and several match
@@ -290,6 +292,32 @@ class AdmissionEndedError(ContextError, PermissionError):
         )
         self.reason = reason
         self.credential_id = credential_id
+
+
+class InvalidNameError(ContextError, ValueError):
+    """A key, a path or a channel is not a name of the bound tenant's own, or might not be.
+
+    Remedy: use plain relative names; the tenant's prefix is added by itself.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        """Say what is wrong with the ``name``."""
+        super().__init__(f"{name[:200]!r} {reason}; use a plain relative name")
+        self.name = name
+        self.reason = reason
+
+
+class UnprefixedError(ContextError, AttributeError):
+    """A method of a wrapped client that would reach names of other tenants, or that is not known to reach none.
+
+    Remedy: use one that works on single keys or paths, or a client of your own that never holds a tenant's data.
+    """
+
+    def __init__(self, client: str, method: str) -> None:
+        """Name the wrapped ``client`` and its ``method``."""
+        super().__init__(f"{client}.{method} is refused: it is not known to stay within one tenant's names")
+        self.client = client
+        self.method = method
 
 
 # --- tenants --------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tenant", "events"}),
     frozenset({"postgres"}),
     frozenset({"context", "config"}),
-    frozenset({"correlation"}),
+    frozenset({"correlation", "prefixes"}),
     frozenset({"control"}),
     frozenset({"audit"}),
     frozenset({"secrets", "keys"}),
@@ -64,6 +64,7 @@ EXTRAS: dict[str, frozenset[str]] = {
     "procrastinate": frozenset({"integrations"}),
     "structlog": frozenset({"integrations"}),
     "redis": frozenset({"integrations"}),
+    "cashews": frozenset({"integrations"}),
     "obstore": frozenset({"integrations"}),
     "fsspec": frozenset({"integrations"}),
     "jwt": frozenset({"authentication"}),  # tokens of identity providers

@@ -1,0 +1,107 @@
+"""Names outside PostgreSQL that are a tenant's own: keys of caches, paths of objects and files, channels.
+
+Every such name begins with ``t/<id>/``. All ids are equally long, so no tenant's prefix begins with another's. An id is
+never used again, and stays the same when the slug changes. It has no character that a pattern or a protocol treats
+specially.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+from urllib.parse import unquote
+from uuid import UUID
+
+from .context import as_reference, current_tenant, refuse_other_tenant
+from .errors import ConfigurationError, InvalidNameError
+from .tenant import Tenant
+
+_SEPARATORS = "/:."
+_STEPS = frozenset({"", ".", ".."})
+
+
+def tenant_prefix(tenant: Tenant | UUID | str | None = None, *, separator: str = "/") -> str:
+    """Return what all names of a tenant begin with: ``t/<id>/``, 39 characters of a-z, 0-9, hyphen and separator.
+
+    Where a client is wrapped, as in ``tenancy_orm.integrations``, nothing needs to call this. With another client,
+    write it in front of the name; names that end up in paths need ``checked_path`` as well.
+
+    Args:
+        tenant: Whose: the bound one where None; else a ``Tenant`` or an id.
+        separator: ``"/"``, ``":"`` or ``"."``: NATS separates the parts of a subject by ``"."``.
+
+    Raises:
+        NoTenantError: none is given and none is bound.
+        CrossTenantError: another one is bound.
+        AdmissionEndedError, TenantUnavailableError: the request's admission is no longer valid.
+        ConfigurationError: the separator is another one, or ``tenant`` is a slug, which can change.
+    """
+    if len(separator) != 1 or separator not in _SEPARATORS:
+        raise ConfigurationError(f"a tenant's names are separated by one of {' '.join(_SEPARATORS)}, not {separator!r}")
+    return f"t{separator}{_id_of(tenant)}{separator}"
+
+
+def _id_of(tenant: Tenant | UUID | str | None) -> UUID:
+    if tenant is None:
+        bound = current_tenant()
+        if bound.admission is not None:
+            bound.admission.check()
+        return bound.id
+    found = as_reference(tenant)
+    if not isinstance(found, UUID):
+        raise ConfigurationError(f"names are of a tenant's id, since a slug can change: pass the Tenant, not {found!r}")
+    refuse_other_tenant(found)
+    return found
+
+
+def checked_path(path: str, *, directory: bool = False) -> str:
+    """Return a path below a tenant's prefix, once it is certain that nothing can make it lead elsewhere.
+
+    Args:
+        path: Names with ``/`` between them.
+        directory: Whether it may be empty, for the whole of a tenant's names, and end with ``/``, which is removed.
+
+    Raises:
+        InvalidNameError: it is absolute or empty, a part of it is empty, ``.`` or ``..``, or it has a backslash or a
+            control character.
+    """
+    if not isinstance(path, str):
+        raise InvalidNameError(repr(path), "is no text")
+    if directory:
+        path = path.removesuffix("/")
+        if not path:
+            return path
+    if path.startswith("/"):
+        raise InvalidNameError(path, "is absolute")
+    if "\\" in path or not path.isprintable():
+        raise InvalidNameError(path, "has a backslash or a control character")
+    for part in path.split("/"):
+        # %2e too: a store is reached by URLs, and not everything in between decodes them once
+        if part in _STEPS or unquote(part) in _STEPS:
+            raise InvalidNameError(path, f"has the part {part!r}")
+    return path
+
+
+@overload
+def without_prefix(name: str, prefix: str) -> str: ...
+
+
+@overload
+def without_prefix(name: bytes, prefix: str) -> bytes: ...
+
+
+def without_prefix(name: str | bytes, prefix: str) -> str | bytes:
+    """Return a name as its tenant knows it.
+
+    Raises:
+        InvalidNameError: it does not begin with ``prefix``: a client answers for another one's names.
+    """
+    if isinstance(name, str):
+        rest: str | bytes = name.removeprefix(prefix)
+    else:
+        rest = name.removeprefix(prefix.encode())
+    if len(rest) == len(name):
+        raise InvalidNameError("a name", f"that was answered does not begin with {prefix}")
+    return rest
+
+
+__all__ = ["checked_path", "tenant_prefix", "without_prefix"]
