@@ -21,6 +21,8 @@ from ..errors import ConfigurationError
 from ..postgres import connections, locks, login
 from ..postgres.dsn import Dsn
 from ..postgres.quoting import quote_identifier
+from ..provisioning import databases
+from .cloning import SNAPSHOTS
 
 _PLACES = 100
 _SECONDS = 30.0
@@ -60,6 +62,7 @@ class Installation:
                 prefix = f"t{project}x{place}"
                 if await connection.fetchval("SELECT pg_try_advisory_lock($1)", locks.lock_key(prefix)):
                     made = cls(server_url, prefix, False, connection)
+                    await made._drop_snapshots()
                     made.is_new = await made._create_control()
                     return made
         except BaseException:
@@ -103,12 +106,8 @@ class Installation:
     async def drop(self) -> None:
         """Drop every database and role of this place."""
         connection = self.connection
-        for (name,) in await connection.fetch(
-            "SELECT datname FROM pg_database WHERE starts_with(datname::text, $1)", f"{self.prefix}_"
-        ):
-            quoted = quote_identifier(name)
-            await connection.execute(f"ALTER DATABASE {quoted} WITH IS_TEMPLATE false")
-            await connection.execute(f"DROP DATABASE IF EXISTS {quoted} WITH (FORCE)")
+        for name in await self._databases("_"):
+            await databases.drop(connection, name)
         for (name,) in await connection.fetch(
             "SELECT rolname FROM pg_roles WHERE starts_with(rolname::text, $1)", f"{self.prefix}_"
         ):
@@ -119,6 +118,17 @@ class Installation:
     async def release(self) -> None:
         """Give the place up."""
         await connections.close(self.connection)
+
+    async def _drop_snapshots(self) -> None:
+        """Drop what a run that was killed has kept of its tenants' databases."""
+        for name in await self._databases(SNAPSHOTS):
+            await databases.drop(self.connection, name)
+
+    async def _databases(self, beginning: str) -> list[str]:
+        rows = await self.connection.fetch(
+            "SELECT datname FROM pg_database WHERE starts_with(datname::text, $1)", f"{self.prefix}{beginning}"
+        )
+        return [name for (name,) in rows]
 
     async def _create_control(self) -> bool:
         found = await self.connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", self.database)

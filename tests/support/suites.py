@@ -89,6 +89,10 @@ class Suite:
         """Write ``name=text`` as name.py, and the configuration."""
         for name, text in {"shop": APPLICATION, **files}.items():
             (self.directory / f"{name}.py").write_text(dedent(text), "utf-8")
+        self.write_configuration()
+
+    def write_configuration(self) -> None:
+        """Write the settings alone."""
         settings = {
             "pythonpath": '["."]',
             "asyncio_default_fixture_loop_scope": '"function"',
