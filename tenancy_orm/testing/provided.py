@@ -96,6 +96,9 @@ async def provide(run: TestRun, wanted: Wanted) -> AsyncIterator[Provided]:
         if wanted.loop_ends:
             stack.push_async_callback(run.openings.leave)
         tenancy = run.application.tenancy
+        # of the tests before, which used the same tenant, from the same address
+        tenancy.internals.rates.forget()
+        tenancy.internals.directory.forget_failures()
         watch = Watch(tenancy)
         tenants = TestTenants(run, watch, clone=wanted.mode == "clone")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import threading
 from dataclasses import dataclass, field
@@ -43,7 +42,7 @@ class Options:
         dsn: ``TENANCY_TEST_DSN``, or ``tenancy_test_dsn``.
         mode: ``tenancy_mode``.
         directory: Where the embedded server is.
-        project: Eight hexadecimal digits of this checkout, which the names on the server begin with.
+        project: The directory of the checkout, a digest of which is in the names on the server.
     """
 
     app: str
@@ -74,7 +73,6 @@ class TestRun:
     @classmethod
     def of(cls, config: pytest.Config) -> TestRun:
         """The run that the pytest configuration describes."""
-        root = config.rootpath
         return cls(
             Options(
                 app=config.getini("tenancy_app"),
@@ -82,7 +80,7 @@ class TestRun:
                 dsn=os.environ.get("TENANCY_TEST_DSN") or config.getini("tenancy_test_dsn"),
                 mode=config.getini("tenancy_mode") or "rollback",
                 directory=_cache_directory(config) / "tenancy",
-                project=hashlib.sha256(str(root).encode()).hexdigest()[:8],
+                project=str(config.rootpath),
             )
         )
 

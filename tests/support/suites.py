@@ -126,7 +126,8 @@ class Suite:
 
     def prefix(self, place: int = 0) -> str:
         """What the names of its databases and roles begin with."""
-        return f"t{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}x{place}"
+        database = self.postgres.database_of(self.postgres.admin_url)
+        return f"t{hashlib.sha256(f'{self.directory}/{database}'.encode()).hexdigest()[:8]}x{place}"
 
     async def remove(self) -> None:
         """Drop what its runs keep for the next one."""

@@ -172,6 +172,13 @@ async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
                 with pytest.raises(CrossTenantError):
                     session.add(note)
 
+        async def test_guesses_are_slowed_down(tenant_client):
+            answers = [await tenant_client.get("/notes", headers={"X-API-Key": f"ten_live_{n}"}) for n in range(30)]
+            assert answers[-1].status_code == 429
+
+        async def test_who_guessed_in_another_test_is_let_in(tenant_client):
+            assert (await tenant_client.get("/notes")).status_code == 200
+
         async def test_a_tenant_that_was_changed_is_no_other_tests(tenancy, tenant, tenant_client):
             await tenancy.tenants.suspend(tenant.id)
             assert (await tenant_client.get("/notes")).status_code == 403
@@ -181,7 +188,7 @@ async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
         """
     )
     outcome = await suite.run()
-    assert outcome.counts == {"passed": 11}, outcome.text
+    assert outcome.counts == {"passed": 13}, outcome.text
 
 
 async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite) -> None:
