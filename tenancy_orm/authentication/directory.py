@@ -152,6 +152,16 @@ class Directory:
         self._home.check()
         await self._journal.flush()
 
+    def forget_failures(self) -> None:
+        """Let those in again who have guessed credentials: for tests, which all come from one address.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("forgetting who has guessed credentials")
+        self._home.check()
+        self._lockout.forget()
+
     @property
     def listening(self) -> bool:
         """Whether notifications of the control database arrive now."""

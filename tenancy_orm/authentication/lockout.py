@@ -31,14 +31,20 @@ class Lockout:
         self._seconds = config.lockout.seconds
         self._events = events
         self._clock = clock
-        self._sources = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
-        self._key_ids = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
-        self.attempts = Attempts(self._sources, timeout=2 * config.directory.timeout, clock=clock)
+        self._config = config
         self._delayed = 0
+        self.forget()
 
     def __len__(self) -> int:
         """How many sources and key ids are counted."""
         return len(self._sources) + len(self._key_ids)
+
+    def forget(self) -> None:
+        """Begin to count again, as in a new process."""
+        config = self._config
+        self._sources = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
+        self._key_ids = Throttle(limit=config.lockout.failures, window=config.lockout.seconds)
+        self.attempts = Attempts(self._sources, timeout=2 * config.directory.timeout, clock=self._clock)
 
     def check(self, group: str) -> None:
         """Refuse a group of sources that must wait.

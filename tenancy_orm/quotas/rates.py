@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 from ..config import Tier
-from ..context import _current
+from ..context import _current, refuse_while_bound
 from ..errors import CrossTenantError
 from ..keys.networks import source_group
 from ..loops import HomeLoop
@@ -129,6 +129,15 @@ class Rates:
         """
         rate = self._address_rate
         return UNLIMITED if rate is None else self._take("" if source is None else source_group(source), rate, 1)
+
+    def forget(self) -> None:
+        """Fill every bucket: for tests, which share a process and a tenant.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("forgetting the requests of all tenants")
+        self._buckets.clear()
 
     def _take(self, key: UUID | str, rate: float, cost: int) -> Allowed | Denied:
         if self.home is not None:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from threading import get_ident
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 from uuid import UUID
 
 from sqlalchemy.engine import Engine
@@ -30,6 +30,13 @@ class MakeThreadEngine(Protocol):
     def __call__(self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement) -> Engine:
         """Make one for a tenant."""
 
+MakePool: TypeAlias = Callable[[Connector, Tenant, Placement], TenantPool]
+
+
+def make_tenant_pool(connector: Connector, tenant: Tenant, placement: Placement) -> TenantPool:
+    """Make a tenant's pool."""
+    return TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, tier=tenant.tier, placement=placement)
+
 
 class Entry:
     """One tenant's engine, and how many leases it has.
@@ -40,7 +47,9 @@ class Entry:
 
     __slots__ = ("_tier", "connector", "engine", "leases", "owner", "placement", "retired", "threads")
 
-    def __init__(self, tenant: Tenant, placement: Placement, connector: Connector) -> None:
+    def __init__(
+        self, tenant: Tenant, placement: Placement, connector: Connector, make_pool: MakePool = make_tenant_pool
+    ) -> None:
         self.owner: Owner = (tenant.id, tenant.slug)
         self.placement = placement
         self.connector = connector
@@ -48,7 +57,7 @@ class Entry:
         self.retired = False
         self.threads: Engine | None = None
         self._tier = tenant.tier
-        pool = TenantPool(connector, tenant_id=tenant.id, slug=tenant.slug, tier=tenant.tier, placement=placement)
+        pool = make_pool(connector, tenant, placement)
         # no compiled cache of its own and no listeners: they would be most of an engine's memory
         self.engine = AsyncEngine(
             TenantEngine(
@@ -116,6 +125,7 @@ class EngineCache:
         self._entries: dict[UUID, Entry] = {}
         self._unleased: OrderedDict[UUID, Entry] = OrderedDict()  # the most recently used last
         self._closed = False
+        self._make_pool: dict[UUID, MakePool] = {}
         self.home = HomeLoop()
 
     def __len__(self) -> int:
@@ -174,6 +184,18 @@ class EngineCache:
             self._unleased.pop(tenant_id, None)
             entry.retire()
 
+    def use_pool(self, tenant_id: UUID, make_pool: MakePool | None) -> None:
+        """Make a tenant's pools by another function from now on; by the usual one where it is None.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread.
+        """
+        self.retire(tenant_id)
+        if make_pool is None:
+            self._make_pool.pop(tenant_id, None)
+        else:
+            self._make_pool[tenant_id] = make_pool
+
     def schema_changed(self, tenant_id: UUID | None, *, changing_seconds: float = 0.0) -> None:
         """Have a tenant's connections, or all, prepare their statements again; see ``TenantRoute.schema_changed``.
 
@@ -201,7 +223,8 @@ class EngineCache:
         if tenant.placement is None:
             check_usable(tenant)
             raise RoutingError(f"tenant {tenant.slug!r} has no database")
-        entry = Entry(tenant, tenant.placement, self._connector(tenant.placement.server))
+        make_pool = self._make_pool.get(tenant.id, make_tenant_pool)
+        entry = Entry(tenant, tenant.placement, self._connector(tenant.placement.server), make_pool)
         # the placement, the password or the slug has changed
         self.retire(tenant.id)
         self._entries[tenant.id] = entry
@@ -241,4 +264,4 @@ class Lease:
             self._cache.release(entry)
 
 
-__all__ = ["EngineCache", "Entry", "Lease", "MakeThreadEngine"]
+__all__ = ["EngineCache", "Entry", "Lease", "MakePool", "MakeThreadEngine", "make_tenant_pool"]

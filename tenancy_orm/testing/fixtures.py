@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,13 +55,15 @@ async def _tenancy_in_anyio(request: pytest.FixtureRequest) -> AsyncIterator[Pro
 
 @pytest.fixture
 def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]:
-    from .provided import provide
+    from .provided import provide, synchronous_session
 
-    run = request.config.stash[run_key]
-    context = provide(run, wanted(request, asynchronous=False, loop_ends=False))
+    run, asked = request.config.stash[run_key], wanted(request, asynchronous=False, loop_ends=False)
+    context = provide(run, asked)
     provided = run.background.run(context.__aenter__())
     try:
-        yield provided
+        with synchronous_session(provided) if "tenant_session" in asked.names else nullcontext() as session:
+            provided.tenant_session = session
+            yield provided
     finally:
         run.background.run(context.__aexit__(None, None, None))
 

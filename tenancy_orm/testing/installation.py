@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import asyncpg
 from sqlalchemy.engine import make_url
@@ -19,9 +18,17 @@ from sqlalchemy.engine import make_url
 from ..config import TenancyConfig
 from ..errors import ConfigurationError
 from ..postgres import connections, locks, login
+from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
+from ..postgres.poolers import connect_directly
 from ..postgres.quoting import quote_identifier
+from ..provisioning import databases
+from .cloning import SNAPSHOTS
 
+_POOLER = (
+    "the server of the tests must be PostgreSQL itself, and a connection pooler answers at {address}: {reason}; "
+    "name the server's own address in tenancy_test_dsn"
+)
 _PLACES = 100
 _SECONDS = 30.0
 
@@ -40,26 +47,35 @@ class Installation:
     server_url: str = field(repr=False)
     prefix: str
     is_new: bool
-    connection: asyncpg.Connection[Any] = field(repr=False)
+    connection: Connection = field(repr=False)
 
     @classmethod
     async def claim(cls, server_url: str, project: str) -> Installation:
         """Take the first free place, and create its control database where there is none.
 
+        Args:
+            server_url: The administrator's URL of the server.
+            project: What the run tests, the directory of the checkout.
+
         Raises:
+            PoolerError: the URL leads to a connection pooler.
             ConfigurationError: the server does not answer, or every place is taken.
         """
         try:
-            connection: asyncpg.Connection[Any] = await login.connect(
-                Dsn.parse(server_url), purpose="tenancy-tests", timeout=_SECONDS
+            connection = await connect_directly(
+                Dsn.parse(server_url), refusal=_POOLER, purpose="tenancy-tests", timeout=_SECONDS
             )
         except (OSError, asyncpg.PostgresError) as exc:
             raise ConfigurationError(f"the server of the tests does not answer: {login.reason_of(exc)}") from exc
         try:
+            # locks of different databases do not meet, so the names must not either
+            database = await connection.fetchval("SELECT current_database()")
+            digits = hashlib.sha256(f"{project}/{database}".encode()).hexdigest()[:8]
             for place in range(_PLACES):
-                prefix = f"t{project}x{place}"
+                prefix = f"t{digits}x{place}"
                 if await connection.fetchval("SELECT pg_try_advisory_lock($1)", locks.lock_key(prefix)):
                     made = cls(server_url, prefix, False, connection)
+                    await made._drop_snapshots()
                     made.is_new = await made._create_control()
                     return made
         except BaseException:
@@ -103,22 +119,31 @@ class Installation:
     async def drop(self) -> None:
         """Drop every database and role of this place."""
         connection = self.connection
-        for (name,) in await connection.fetch(
-            "SELECT datname FROM pg_database WHERE starts_with(datname::text, $1)", f"{self.prefix}_"
-        ):
-            quoted = quote_identifier(name)
-            await connection.execute(f"ALTER DATABASE {quoted} WITH IS_TEMPLATE false")
-            await connection.execute(f"DROP DATABASE IF EXISTS {quoted} WITH (FORCE)")
+        for name in await self._databases("_"):
+            await databases.drop(connection, name)
         for (name,) in await connection.fetch(
             "SELECT rolname FROM pg_roles WHERE starts_with(rolname::text, $1)", f"{self.prefix}_"
         ):
             quoted = quote_identifier(name)
-            await connection.execute(f"DROP OWNED BY {quoted}")
-            await connection.execute(f"DROP ROLE IF EXISTS {quoted}")
+            try:
+                await connection.execute(f"DROP ROLE IF EXISTS {quoted}")
+            except asyncpg.DependentObjectsStillExistError:  # it has rights on a database that stays
+                await connection.execute(f"DROP OWNED BY {quoted}; DROP ROLE {quoted}")
 
     async def release(self) -> None:
         """Give the place up."""
         await connections.close(self.connection)
+
+    async def _drop_snapshots(self) -> None:
+        """Drop what a run that was killed has kept of its tenants' databases."""
+        for name in await self._databases(SNAPSHOTS):
+            await databases.drop(self.connection, name)
+
+    async def _databases(self, beginning: str) -> list[str]:
+        rows = await self.connection.fetch(
+            "SELECT datname FROM pg_database WHERE starts_with(datname::text, $1)", f"{self.prefix}{beginning}"
+        )
+        return [name for (name,) in rows]
 
     async def _create_control(self) -> bool:
         found = await self.connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", self.database)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, MissingExtraError, TenantNotFoundError
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
 from . import clients
+from .leftovers import Watch, report
+from .lending import Lent, remove
 from .run import TestRun
 from .wanted import Wanted
 
@@ -27,43 +29,88 @@ class Provided:
     tenant_client: Any = None
 
 
-@dataclass(slots=True)
-class _Tenants:
-    """The tenants of one test."""
+class TestTenants:
+    """The tenants of one test: borrowed where any will do, else created for it."""
 
-    tenancy: Tenancy
-    created: list[CreatedTenant] = field(default_factory=list)
+    __test__ = False
+
+    def __init__(self, run: TestRun, watch: Watch, *, clone: bool) -> None:
+        self._run = run
+        self._watch = watch
+        self._tenancy = run.application.tenancy
+        self._clone = clone
+        self._borrowed: list[Lent] = []
+        self._created: list[CreatedTenant] = []
 
     async def create(self, slug: str | None = None, **options: Any) -> CreatedTenant:
-        """Create a tenant; the arguments are those of ``tenancy.tenants.create``."""
-        made = await self.tenancy.tenants.create(slug or f"test-{secrets.token_hex(6)}", **options)
-        self.created.append(made)
-        return made
+        """Return another tenant with an empty database.
 
-    async def remove(self) -> None:
-        """Remove them all."""
-        for tenant in self.created:
-            await self.tenancy.tenants.delete(tenant.id)
-            await self.tenancy.tenants.purge(tenant.id)
+        Args:
+            slug: Its slug; where None, one that no other has.
+            options: Further arguments of ``tenancy.tenants.create``.
+        """
+        if slug is not None or options:
+            made = await self._tenancy.tenants.create(slug or f"test-{secrets.token_hex(6)}", **options)
+            self._created.append(made)
+            self._watch.ignore(made.id)
+            return made
+        lent = await self._run.lending.borrow(self._tenancy, clone=self._clone)
+        self._borrowed.append(lent)
+        self._watch.ignore(lent.created.id)
+        if not self._clone:
+            await self._run.openings.pinned(lent.created.tenant).begin()
+        return lent.created
+
+    async def release(self) -> list[str]:
+        """Give back what was borrowed, and remove what was created; returns what the test has left open."""
+        left: list[str] = []
+        for created in self._created:
+            with suppress(TenantNotFoundError):
+                await remove(self._tenancy, created.id)
+        for lent in self._borrowed:
+            if not self._clone:
+                left += await self._run.openings.pinned(lent.created.tenant).end()
+            await self._run.lending.give_back(self._tenancy, lent)
+        return left
+
+
+@contextmanager
+def synchronous_session(provided: Provided) -> Iterator[Any]:
+    """A session for a plain function, by ``tenancy.sync``.
+
+    Raises:
+        MissingExtraError: psycopg is not installed.
+    """
+    side: Any = getattr(provided.tenancy, "sync", None)
+    if side is None or provided.tenant is None:
+        raise MissingExtraError("psycopg", "sync")
+    with side.session(provided.tenant.slug) as session:
+        yield session
 
 
 @asynccontextmanager
 async def provide(run: TestRun, wanted: Wanted) -> AsyncIterator[Provided]:
     """Prepare what a test asks for in the running event loop, and remove it afterwards."""
     async with AsyncExitStack() as stack:
-        await run.openings.enter()
+        await run.openings.enter(brief=wanted.loop_ends)
         if wanted.loop_ends:
             stack.push_async_callback(run.openings.leave)
         tenancy = run.application.tenancy
-        tenants = _Tenants(tenancy)
-        stack.push_async_callback(tenants.remove)
+        # of the tests before, which used the same tenant, from the same address
+        tenancy.internals.rates.forget()
+        tenancy.internals.directory.forget_failures()
+        watch = Watch(tenancy)
+        tenants = TestTenants(run, watch, clone=wanted.mode == "clone")
+
+        async def release() -> None:
+            report([*watch.leased(), *await tenants.release(), *await watch.remove_tenants()])
+
+        stack.push_async_callback(release)
         given = Provided(tenancy)
         given.tenant_factory = tenants.create if wanted.asynchronous else _blocking(run, tenants.create)
         if wanted.names & {"tenant", "tenant_session", "tenant_client"}:
             given.tenant = await tenants.create()
-        if "tenant_session" in wanted.names and given.tenant:
-            if not wanted.asynchronous:
-                raise ConfigurationError("the fixture tenant_session needs an asynchronous test")
+        if "tenant_session" in wanted.names and given.tenant and wanted.asynchronous:
             given.tenant_session = await stack.enter_async_context(tenancy.session(given.tenant.tenant))
         if "tenant_client" in wanted.names and given.tenant:
             given.tenant_client = await stack.enter_async_context(_client(run, wanted, given.tenant))
@@ -97,4 +144,4 @@ async def _client(run: TestRun, wanted: Wanted, tenant: CreatedTenant) -> AsyncI
                 yield sync_client
 
 
-__all__ = ["Provided", "provide"]
+__all__ = ["Provided", "provide", "synchronous_session"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import threading
 from dataclasses import dataclass, field
@@ -18,11 +17,15 @@ from ..events import EventBus
 from ..lifetime import build, pop_builder, push_builder
 from ..postgres import login
 from ..quotas.rates import Rates
+from ..tenant import Status
 from . import application
 from .application import Application
 from .background import BackgroundLoop
+from .cloning import Cloner
 from .installation import Installation
+from .lending import Lending
 from .openings import Openings
+from .reopening import ReopenedAssembly
 from .server import TestServer
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ class Options:
         dsn: ``TENANCY_TEST_DSN``, or ``tenancy_test_dsn``.
         mode: ``tenancy_mode``.
         directory: Where the embedded server is.
-        project: Eight hexadecimal digits of this checkout, which the names on the server begin with.
+        project: The directory of the checkout, a digest of which is in the names on the server.
     """
 
     app: str
@@ -59,16 +62,17 @@ class TestRun:
         self.options = options
         self.background = BackgroundLoop()
         self.server = TestServer(options.dsn, options.directory)
+        self.lending = Lending(self.background)
         self._claiming = threading.Lock()  # protects the next one
         self._installation: Installation | None = None
         self._prepared = False
+        self._known: dict[EventBus, Assembly] = {}
         push_builder(self._build)
         login.add_check(self.server.check)
 
     @classmethod
     def of(cls, config: pytest.Config) -> TestRun:
         """The run that the pytest configuration describes."""
-        root = config.rootpath
         return cls(
             Options(
                 app=config.getini("tenancy_app"),
@@ -76,7 +80,7 @@ class TestRun:
                 dsn=os.environ.get("TENANCY_TEST_DSN") or config.getini("tenancy_test_dsn"),
                 mode=config.getini("tenancy_mode") or "rollback",
                 directory=_cache_directory(config) / "tenancy",
-                project=hashlib.sha256(str(root).encode()).hexdigest()[:8],
+                project=str(config.rootpath),
             )
         )
 
@@ -100,11 +104,14 @@ class TestRun:
             if self._installation is None:
                 self.server.start()
                 self._installation = self.background.run(Installation.claim(self.server.url, self.options.project))
+                self.lending.cloner = Cloner(self.server.url)
             return self._installation
 
     async def _build(self, config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None) -> Assembly:
         """Open the parts of a ``Tenancy``, this application's or any other, on the installation of the tests."""
         installation = await asyncio.to_thread(self.installation)
+        if not initialise and (known := self._known.get(events)) is not None and self.openings.is_brief(events):
+            return await ReopenedAssembly.of(known, events, rates)
         redirected = installation.redirect(config)
         if self._prepared:
             return await build(redirected, events, rates, initialise)
@@ -116,19 +123,45 @@ class TestRun:
             # of another version of the package, or with other keys: nothing in it is worth keeping
             await self.background.call(installation.recreate())
             assembly = await build(redirected, events, rates, True)
+        if not installation.is_new:
+            await _remove_leftovers(assembly)
         self._prepared = True
+        self._known[events] = assembly
         return assembly
 
     def close(self) -> None:
         """Remove what was made, and stop what was started."""
-        pop_builder(self._build)
-        login.remove_check(self.server.check)
         try:
             if self._installation is not None:
-                self.background.run(self._installation.release())
+                self.background.run(self._remove_tenants(self._installation))
         finally:
             self.background.stop()
             self.server.stop()
+            pop_builder(self._build)
+            login.remove_check(self.server.check)
+
+    async def _remove_tenants(self, installation: Installation) -> None:
+        try:
+            if self._prepared:
+                await self.openings.enter()
+                await self.lending.remove_all(self.application.tenancy)
+                await self.openings.leave()
+        finally:
+            if self.lending.cloner is not None:
+                await self.lending.cloner.close()
+            await installation.release()
+
+
+async def _remove_leftovers(assembly: Assembly) -> None:
+    """Remove the tenants of a run that was killed."""
+    left = [tenant async for tenant in assembly.tenants.iterate(status=[one for one in Status if one != "purged"])]
+    if not left:
+        return
+    for tenant in left:
+        if tenant.status is not Status.PROVISIONING:
+            await assembly.tenants.delete(tenant.id)
+            await assembly.tenants.purge(tenant.id)
+    await assembly.provisioner.reconcile(drop_unknown=True, thorough=False)
 
 
 def _cache_directory(config: pytest.Config) -> Path:

@@ -41,7 +41,21 @@ def wanted(request: pytest.FixtureRequest, *, asynchronous: bool, loop_ends: boo
         for name in NAMES & {*item.fixturenames}
         if any(definition.func.__module__ == _FIXTURES for definition in definitions.get(name, ()))
     }
-    return Wanted(frozenset(ours), mode_of(item), asynchronous, loop_ends)
+    mode = mode_of(item)
+    if "tenant_session" in ours and not asynchronous:
+        mode = _for_synchronous_session(item)
+    return Wanted(frozenset(ours), mode, asynchronous, loop_ends)
+
+
+def _for_synchronous_session(item: pytest.Item) -> str:
+    """Clone: the session's connection is psycopg's, and the application's is another one."""
+    marker = item.get_closest_marker("tenancy")
+    if marker is not None and marker.kwargs.get("mode") == "rollback":
+        raise pytest.UsageError(
+            f"{item.nodeid}: tenant_session of a plain function has a connection of its own, and cannot share that "
+            'of mode rollback; use @pytest.mark.tenancy(mode="clone"), or make the test a coroutine function'
+        )
+    return "clone"
 
 
 def mode_of(item: pytest.Item) -> str:

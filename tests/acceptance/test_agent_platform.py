@@ -29,6 +29,7 @@ from tenancy_orm.testing.embedded import EmbeddedServer
 from tests.support.callers import KINDS, Callers, authenticators
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
+from tests.support.suites import Suite
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -521,3 +522,13 @@ async def test_alembic_shows_every_tenant_at_head(platform: Platform) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for slug in ("acme", "globex"):
         assert any(slug in line and "0001" in line for line in done.stdout.splitlines()), done.stdout
+
+
+async def test_the_platforms_own_tests_pass(postgres: Postgres) -> None:
+    """Those that stand beside the application: they use the pytest plugin, and need no fixture of their own for it."""
+    suite = Suite(ROOT / "examples" / "agent_platform", postgres)
+    try:
+        outcome = await suite.run()
+        assert outcome.counts == {"passed": 5}, outcome.text
+    finally:
+        await suite.remove()

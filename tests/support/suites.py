@@ -89,6 +89,10 @@ class Suite:
         """Write ``name=text`` as name.py, and the configuration."""
         for name, text in {"shop": APPLICATION, **files}.items():
             (self.directory / f"{name}.py").write_text(dedent(text), "utf-8")
+        self.write_configuration()
+
+    def write_configuration(self) -> None:
+        """Write the settings alone."""
         settings = {
             "pythonpath": '["."]',
             "asyncio_default_fixture_loop_scope": '"function"',
@@ -122,7 +126,8 @@ class Suite:
 
     def prefix(self, place: int = 0) -> str:
         """What the names of its databases and roles begin with."""
-        return f"t{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}x{place}"
+        database = self.postgres.database_of(self.postgres.admin_url)
+        return f"t{hashlib.sha256(f'{self.directory}/{database}'.encode()).hexdigest()[:8]}x{place}"
 
     async def remove(self) -> None:
         """Drop what its runs keep for the next one."""

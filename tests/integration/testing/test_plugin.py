@@ -66,3 +66,323 @@ async def test_fixtures_work_in_every_event_loop_and_without_one(suite: Suite) -
     )
     first = await suite.run()
     assert first.counts == {"passed": 7}, first.text
+
+
+async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
+    """The application commits and fails as ever, sessions may be open at once, and the next test finds nothing."""
+    suite.settings["asyncio_default_test_loop_scope"] = '"module"'
+    suite.write(
+        test_shop="""
+        import asyncio
+        import pytest
+        from sqlalchemy import func, select, text
+        from sqlalchemy.exc import DBAPIError, IntegrityError
+        from shop import Note
+        from tenancy_orm.errors import CrossTenantError, NoTenantError
+        from tenancy_orm.testing.savepoints import RollbackModeError
+
+        async def count(session):
+            return await session.scalar(select(func.count()).select_from(Note))
+
+        seen = []
+
+        @pytest.mark.parametrize("n", range(3))
+        async def test_commits_are_seen_and_undone(tenant_session, tenant_client, tenant, n):
+            assert await count(tenant_session) == 0
+            assert (await tenant_client.post("/notes", json={"text": "a"})).json() == ["a"]
+            tenant_session.add(Note(text="b"))
+            await tenant_session.commit()
+            assert (await tenant_client.get("/notes")).json() == ["a", "b"]
+            seen.append(tenant.id)
+            assert len(set(seen)) == 1  # one tenant for the worker
+
+        async def test_an_error_undoes_its_own_transaction_alone(tenancy, tenant):
+            async with tenancy.transaction(tenant.slug) as session:
+                session.add(Note(id=1, text="kept"))
+            with pytest.raises(IntegrityError):
+                async with tenancy.transaction(tenant.slug) as session:
+                    session.add(Note(id=1, text="twice"))
+            async with tenancy.session(tenant.slug) as session:
+                assert (await session.scalars(select(Note.text))).all() == ["kept"]
+                session.add(Note(text="forgotten"))
+                await session.flush()
+            async with tenancy.session(tenant.slug) as session:
+                assert await count(session) == 1
+                with pytest.raises(IntegrityError):
+                    async with session.begin_nested():
+                        session.add(Note(id=1, text="again"))
+                assert await count(session) == 1
+
+        async def test_requests_at_once_are_served_one_statement_at_a_time(tenant_client, tenant_session):
+            assert await count(tenant_session) == 0
+            texts = [str(n) for n in range(8)]
+            answers = await asyncio.gather(*(tenant_client.post("/notes", json={"text": t}) for t in texts))
+            assert [answer.status_code for answer in answers] == [200] * 8
+            assert sorted((await tenant_client.get("/notes")).json()) == texts
+
+        async def test_what_one_transaction_cannot_do_is_refused(tenancy, tenant, tenant_session):
+            with pytest.raises(DBAPIError) as caught:
+                async with tenancy.session(tenant.slug) as session:
+                    connection = await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+                    await connection.execute(text("VACUUM notes"))
+            assert 'mode="clone"' in str(caught.value.orig.__cause__.__notes__)
+            with pytest.raises(RollbackModeError, match="LISTEN"):
+                await tenant_session.execute(text("LISTEN news"))
+            raw = await (await tenant_session.connection()).get_raw_connection()
+            with pytest.raises(RollbackModeError, match="LISTEN"):
+                await raw.driver_connection.add_listener("news", print)
+            with pytest.raises(RollbackModeError, match="isolation level"):
+                async with tenancy.session(tenant.slug) as session:
+                    await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+                    await count(session)
+
+        async def test_a_rollback_that_would_undo_another_is_refused(tenancy, tenant):
+            async with tenancy.session(tenant.slug) as first, tenancy.session(tenant.slug) as second:
+                first.add(Note(text="1"))
+                await first.flush()
+                second.add(Note(text="2"))
+                await second.flush()
+                with pytest.raises(RollbackModeError, match="would lose its work"):
+                    await first.rollback()
+                await second.rollback()
+
+        async def test_autocommit_and_its_errors_stay_in_the_test(tenancy, tenant):
+            async with tenancy.session(tenant.slug) as session:
+                connection = await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+                await connection.execute(text("INSERT INTO notes VALUES (1, 'a')"))
+                with pytest.raises(IntegrityError):
+                    await connection.execute(text("INSERT INTO notes VALUES (1, 'b')"))
+                assert (await connection.execute(text("SELECT text FROM notes"))).scalars().all() == ["a"]
+
+        async def test_another_tenant_stays_another(tenancy, tenant, tenant_client, tenant_factory):
+            other = await tenant_factory()
+            await tenant_client.post("/notes", json={"text": "secret"})
+            theirs = await tenant_client.get("/notes", headers={"X-API-Key": other.api_key})
+            assert theirs.json() == []
+            with pytest.raises(NoTenantError):
+                async with tenancy.session():
+                    pass
+            async with tenancy.scope(other.slug):
+                with pytest.raises(CrossTenantError):
+                    async with tenancy.session(tenant.slug):
+                        pass
+            async with tenancy.session(tenant.slug) as mine, tenancy.session(other.slug) as session:
+                note = (await mine.scalars(select(Note))).one()
+                mine.expunge(note)
+                with pytest.raises(CrossTenantError):
+                    session.add(note)
+
+        async def test_guesses_are_slowed_down(tenant_client):
+            answers = [await tenant_client.get("/notes", headers={"X-API-Key": f"ten_live_{n}"}) for n in range(30)]
+            assert answers[-1].status_code == 429
+
+        async def test_who_guessed_in_another_test_is_let_in(tenant_client):
+            assert (await tenant_client.get("/notes")).status_code == 200
+
+        async def test_a_tenant_that_was_changed_is_no_other_tests(tenancy, tenant, tenant_client):
+            await tenancy.tenants.suspend(tenant.id)
+            assert (await tenant_client.get("/notes")).status_code == 403
+
+        async def test_the_next_one_is_as_new(tenant, tenant_client):
+            assert (await tenant_client.get("/notes")).json() == []
+        """
+    )
+    outcome = await suite.run()
+    assert outcome.counts == {"passed": 13}, outcome.text
+
+
+async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite) -> None:
+    """Two connections, LISTEN and DDL work as in production; what one test has done no other finds."""
+    suite.write(
+        test_shop="""
+        import asyncio
+        import pytest
+        from sqlalchemy import text
+        from shop import Note
+
+        clone = pytest.mark.tenancy(mode="clone")
+
+        @clone
+        @pytest.mark.parametrize("n", range(5))
+        async def test_alone(tenant_client, tenancy, tenant, n):
+            assert (await tenant_client.post("/notes", json={"text": "a"})).json() == ["a"]
+            async with tenancy.session(tenant.slug) as session:
+                assert await session.scalar(text("SELECT last_value FROM notes_id_seq")) == 1
+
+        @clone
+        async def test_two_connections(tenancy, tenant):
+            async with tenancy.session(tenant.slug) as session, tenancy.session(tenant.slug) as other:
+                pids = {await one.scalar(text("SELECT pg_backend_pid()")) for one in (session, other)}
+                assert len(pids) == 2
+                heard = asyncio.Queue()
+                raw = await (await session.connection()).get_raw_connection()
+                await raw.driver_connection.add_listener("news", lambda *given: heard.put_nowait(given[-1]))
+                await session.commit()
+                await other.execute(text("NOTIFY news, 'x'"))
+                await other.commit()
+                assert await heard.get() == "x"
+                await session.invalidate()
+
+        def test_rolled_back(tenant_client):
+            assert tenant_client.post("/notes", json={"text": "a"}).json() == ["a"]
+
+        @clone
+        def test_cloned_without_a_loop(tenant_client, tenant_factory):
+            assert tenant_client.post("/notes", json={"text": "a"}).json() == ["a"]
+            other = tenant_factory()
+            assert tenant_client.get("/notes", headers={"X-API-Key": other.api_key}).json() == []
+
+        def test_rolled_back_again(tenant_client):
+            assert tenant_client.get("/notes").json() == []
+
+        @pytest.mark.tenancy(mode="copy")
+        def test_no_such_mode(tenant):
+            pass
+        """
+    )
+    outcome = await suite.run()
+    assert outcome.counts == {"passed": 9, "error": 1}, outcome.text
+    assert '@pytest.mark.tenancy(mode="rollback") or mode="clone"' in outcome.text
+
+
+async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
+    """Tenants, sessions and transactions, each with the remedy; the next test is not concerned."""
+    suite.settings["filterwarnings"] = '["default"]'
+    suite.write(
+        test_shop="""
+        import pytest
+        from shop import Note
+
+        kept = []
+
+        async def test_leaves_much(tenancy, tenant):
+            await tenancy.tenants.create("stray")
+            context = tenancy.session(tenant.slug)
+            session = await context.__aenter__()
+            session.add(Note(text="x"))
+            await session.flush()
+            kept.append((context, session))
+
+        async def test_next(tenancy, tenant_client):
+            assert (await tenant_client.get("/notes")).json() == []
+            assert [one.slug for one in (await tenancy.tenants.list(slug="str*")).items] == []
+        """
+    )
+    outcome = await suite.run()
+    assert outcome.counts["passed"] == 2, outcome.text
+    assert "the test has left tenants stray: create them by the fixture tenant_factory" in outcome.text
+    assert "the test has left open sessions of a tenant: leave the block" in outcome.text
+    assert "the test has left 1 open transaction of tenant" in outcome.text
+
+
+async def test_no_test_reaches_production(suite: Suite, postgres: Postgres) -> None:
+    """Neither by the variables, nor by an explicit URL, nor by a Tenancy made aside; other servers are refused."""
+    production = postgres.url("production")
+    suite.write(
+        shop="""
+        import asyncio, os
+        from sqlalchemy import MetaData
+        from tenancy_orm import Tenancy, TenancyConfig
+
+        class Provider:
+            async def get(self, name): raise AssertionError("the secrets of production were read")
+            async def close(self): pass
+
+        at_import = dict(os.environ)
+        tenancy = Tenancy(TenancyConfig.from_env(metadata=MetaData()))
+        explicit = TenancyConfig(control_url=PRODUCTION, metadata=MetaData(), secrets={"provider": Provider()})
+
+        async def started_by_the_application():
+            async with Tenancy(explicit) as another:
+                assert "production" not in another.config.control_url
+        asyncio.run(started_by_the_application())
+        """.replace("PRODUCTION", repr(production)),
+        conftest="import shop",
+        test_shop="""
+        import asyncio
+        import pytest
+        import shop
+        from tenancy_orm.control.database import ControlDatabase
+        from tenancy_orm.errors import ConfigurationError, ControlUnavailableError
+
+        def test_the_variables_lead_nowhere():
+            assert "production" not in str(shop.at_import)
+            assert "TENANCY_SECRETS_PROVIDER" not in shop.at_import
+
+        async def test_a_tenancy_is_redirected(tenancy, tenant):
+            assert "production" not in tenancy.config.control_url
+
+        async def test_another_server_is_refused(tenancy):
+            control = ControlDatabase("postgresql://app:secret@db.example.com/control")
+            with pytest.raises(ConfigurationError, match="no other server"):
+                async with control.connect():
+                    pass
+        """,
+    )
+    suite.settings["tenancy_app"] = '"shop:tenancy"'
+    suite.write_configuration()
+    outcome = await suite.run(
+        TENANCY_CONTROL_URL=production,
+        TENANCY_SERVERS=f"eu={production}",
+        TENANCY_DEFAULT_SERVER="eu",
+        TENANCY_SECRETS_PROVIDER="shop:provider",
+    )
+    assert outcome.counts == {"passed": 3}, outcome.text
+
+
+async def test_workers_and_killed_runs_keep_out_of_each_others_way(suite: Suite, postgres: Postgres) -> None:
+    """Each worker has an installation of its own; what a killed one has left is removed by the next."""
+    suite.write(
+        test_shop="""
+        import os, signal
+        import pytest
+
+        @pytest.mark.parametrize("n", range(6))
+        async def test_alone(tenancy, tenant, n):
+            assert [one.slug for one in (await tenancy.tenants.list()).items] == [tenant.slug]
+            if os.environ.get("KILLED"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    killed = await suite.run(KILLED="1")
+    assert killed.status == -9
+    workers = await suite.run("-n", "2")
+    assert workers.counts == {"passed": 6}, workers.text
+    async with postgres.connect() as connection:
+        names = [name for (name,) in await connection.fetch("SELECT datname FROM pg_database ORDER BY 1")]
+    assert {f"{suite.prefix(0)}_control", f"{suite.prefix(1)}_control"} <= set(names)
+    assert [name for name in names if name.startswith((suite.prefix(0), suite.prefix(1))) and "_t_" in name] == []
+
+
+async def test_nothing_changes_where_it_is_not_asked_for(suite: Suite) -> None:
+    """Without tenancy_app there is no fixture, no marker and no change; with it, the project's own fixtures win."""
+    suite.settings = {}
+    suite.write(
+        conftest="""
+        import os, sys
+        assert os.environ["TENANCY_CONTROL_URL"] == "postgresql://u@h/production"
+        assert not {"sqlalchemy", "asyncpg", "starlette", "tenancy_orm.tenancy"} & set(sys.modules)
+        """,
+        test_shop="""
+        def test_tenant(tenant):
+            pass
+        """,
+    )
+    outcome = await suite.run(TENANCY_CONTROL_URL="postgresql://u@h/production")
+    assert "fixture 'tenant' not found" in outcome.text
+    suite.settings = {"tenancy_app": '"shop:app"'}
+    suite.write(
+        conftest="""
+        import pytest
+
+        @pytest.fixture
+        def tenant():
+            return "mine"
+        """,
+        test_shop="""
+        def test_tenant(tenant):
+            assert tenant == "mine"
+        """,
+    )
+    outcome = await suite.run(TENANCY_TEST_DSN="postgresql://nobody@127.0.0.1:1/none")
+    assert outcome.counts == {"passed": 1}, outcome.text

@@ -1,0 +1,82 @@
+"""What a test leaves behind, and how it should have ended that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from uuid import UUID
+
+from ..context import current_tenant_or_none, set_current
+from ..errors import TenantNotFoundError
+from ..events import TenantCreated, TenantPurged
+from ..tenancy import Tenancy
+from .lending import remove
+
+
+class LeftoverWarning(UserWarning):
+    """A test has left something behind that others could meet. It was removed."""
+
+
+class Watch:
+    """Looks after a ``Tenancy`` during one test.
+
+    Args:
+        tenancy: The one that the test uses.
+    """
+
+    def __init__(self, tenancy: Tenancy) -> None:
+        self._tenancy = tenancy
+        self._created: dict[UUID, str] = {}
+        self._leased = tenancy.internals.router.statistics().leased
+        self._ends = (
+            tenancy.events.subscribe(TenantCreated, self._note_created),
+            tenancy.events.subscribe(TenantPurged, self._note_purged),
+        )
+
+    def leased(self) -> list[str]:
+        """Say which sessions are open, and which tenant is bound."""
+        found = []
+        if (bound := current_tenant_or_none()) is not None:
+            set_current(None)
+            found.append(f"tenant {bound.slug!r} bound: bind it by `async with tenancy.scope(...)`, which ends")
+        open_now = self._tenancy.internals.router.statistics().leased - self._leased
+        if open_now > 0:
+            tenants = "a tenant" if open_now == 1 else f"{open_now} tenants"
+            found.append(
+                f"open sessions of {tenants}: leave the block of every `async with tenancy.session(...)`, and await or "
+                "cancel the tasks that are in one"
+            )
+        return found
+
+    async def remove_tenants(self) -> list[str]:
+        """Remove the tenants that the test has created by itself and not purged, and say which these were."""
+        for end in self._ends:
+            end()
+        left, self._created = self._created, {}
+        for tenant_id in left:
+            with suppress(TenantNotFoundError):
+                await remove(self._tenancy, tenant_id)
+        if not left:
+            return []
+        named = ", ".join(sorted(left.values()))
+        return [f"tenants {named}: create them by the fixture tenant_factory, or purge them"]
+
+    def ignore(self, tenant_id: UUID) -> None:
+        """Leave a tenant out: a fixture has created it."""
+        self._created.pop(tenant_id, None)
+
+    def _note_created(self, event: TenantCreated) -> None:
+        self._created[event.tenant_id] = event.slug
+
+    def _note_purged(self, event: TenantPurged) -> None:
+        self._created.pop(event.tenant_id, None)
+
+
+def report(left: Iterable[str]) -> None:
+    """Warn of what a test has left behind."""
+    for one in left:
+        warnings.warn(f"the test has left {one}", LeftoverWarning, stacklevel=2)
+
+
+__all__ = ["LeftoverWarning", "Watch", "report"]

@@ -1,0 +1,127 @@
+"""The tenants of a process, which its tests borrow one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+
+from ..tenancy import Tenancy
+from ..tenants.manager import CreatedTenant
+from .background import BackgroundLoop
+from .cloning import Cloner, Snapshot
+
+# What a test may change of a tenant outside of its database: where it did, no other test gets that tenant.
+_RECORDED = (
+    ("tenants", "id", "- 'last_error'"),
+    ("former_slugs", "tenant_id", ""),
+    ("domains", "tenant_id", ""),
+    ("api_keys", "tenant_id", "- 'last_used_at'"),
+    ("members", "tenant_id", ""),
+    ("invitations", "tenant_id", ""),
+    ("usage", "tenant_id", ""),
+    ("usage_keys", "tenant_id", ""),
+    ("quota_holds", "tenant_id", ""),
+    ("quota_blocks", "tenant_id", ""),
+)
+_ROWS = " UNION ALL ".join(
+    f"SELECT '{table}' || (to_jsonb(t) {without})::text AS row FROM tenancy.{table} AS t WHERE {column} = :tenant"  # noqa: S608 - constants
+    for table, column, without in _RECORDED
+)
+_STATE = text(f"SELECT md5(string_agg(row, '' ORDER BY row)) FROM ({_ROWS}) AS rows")  # noqa: S608 - constants
+
+_CLONED = 3  # tenants that tests in mode clone take in turn
+
+
+@dataclass(slots=True)
+class Lent:
+    """A tenant of the process."""
+
+    created: CreatedTenant
+    state: str
+    snapshot: Snapshot | None = None
+    replacing: Future[None] | None = None
+
+
+@dataclass(slots=True)
+class Lending:
+    """Creates the tenants of a process, and lends them to its tests.
+
+    Args:
+        background: Where databases are replaced while tests run.
+    """
+
+    background: BackgroundLoop
+    cloner: Cloner | None = None
+    _whole: list[Lent] = field(default_factory=list)  # for mode rollback
+    _cloned: list[Lent] = field(default_factory=list)  # for mode clone; those replaced longest ago first
+
+    async def borrow(self, tenancy: Tenancy, *, clone: bool) -> Lent:
+        """Lend a tenant that no test has now, with an empty database."""
+        free = self._cloned if clone else self._whole
+        if not clone:
+            return free.pop() if free else await self._create(tenancy)
+        ready = next((one for one in free if one.replacing is None or one.replacing.done()), None)
+        if ready is None and len(free) < _CLONED:
+            ready = await self._create(tenancy)
+            assert self.cloner is not None  # noqa: S101 - for the type checker: there is a server by now
+            ready.snapshot = await self.background.call(self.cloner.snapshot(tenancy, ready.created.tenant))
+            return ready
+        if ready is None:
+            ready = free[0]
+        free.remove(ready)
+        if ready.replacing is not None:
+            await asyncio.wrap_future(ready.replacing)
+        return ready
+
+    async def give_back(self, tenancy: Tenancy, lent: Lent) -> None:
+        """Take a tenant back; one that was changed is removed instead."""
+        if await _state(tenancy, lent.created.id) != lent.state:
+            await self.remove(tenancy, lent)
+            return
+        if lent.snapshot is None:
+            self._whole.append(lent)
+            return
+        tenancy.internals.router.retire(lent.created.id)
+        assert self.cloner is not None  # noqa: S101 - as above
+        lent.replacing = asyncio.run_coroutine_threadsafe(self.cloner.replace(lent.snapshot), self.background.loop)
+        self._cloned.append(lent)
+
+    async def remove(self, tenancy: Tenancy, lent: Lent) -> None:
+        """Purge a tenant."""
+        if lent.snapshot is not None and self.cloner is not None:
+            # first: its role has rights in it, and could not be dropped
+            await self.background.call(self.cloner.drop(lent.snapshot))
+        await remove(tenancy, lent.created.id)
+
+    async def remove_all(self, tenancy: Tenancy) -> None:
+        """Purge every tenant, at the end of the run."""
+        lent, self._whole, self._cloned = [*self._whole, *self._cloned], [], []
+        for one in lent:
+            if one.replacing is not None:
+                await asyncio.wait([asyncio.wrap_future(one.replacing)])
+            await self.remove(tenancy, one)
+
+    async def _create(self, tenancy: Tenancy) -> Lent:
+        created = await tenancy.tenants.create(f"test-{secrets.token_hex(6)}")
+        return Lent(created, await _state(tenancy, created.id))
+
+
+async def remove(tenancy: Tenancy, tenant_id: UUID) -> None:
+    """Purge a tenant, whatever its status."""
+    await tenancy.tenants.delete(tenant_id)
+    await tenancy.tenants.purge(tenant_id)
+
+
+async def _state(tenancy: Tenancy, tenant_id: UUID) -> str:
+    async with tenancy.internals.control.connect() as connection:
+        found: Any = await connection.scalar(_STATE, {"tenant": tenant_id})
+    return str(found)
+
+
+__all__ = ["Lending", "Lent", "remove"]
