@@ -158,7 +158,7 @@ class Client:
         if not task.cancelled() and (error := task.exception()) is not None:
             answer.error = error
             answer.status = answer.status or 500
-        answer.body = b"".join(body)
+        answer.body = b"" if call.method == "HEAD" else b"".join(body)  # a server does not send it
         answer.status = answer.status or 500
         return answer
 
