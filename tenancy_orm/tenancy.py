@@ -40,6 +40,7 @@ from .tenants.tiers import TierRegistry
 from .wrapping import Binding, wrap
 
 P = ParamSpec("P")
+S = TypeVar("S", bound=AsyncSession)
 T = TypeVar("T")
 
 
@@ -74,9 +75,19 @@ class Tenancy:
 
     # --- sessions and scopes ----------------------------------------------------------------------------------------
 
+    @overload
+    def session(
+        self, tenant: TenantRef | None = None, *, operator: bool = False, session_class: type[S], **options: Any
+    ) -> AbstractAsyncContextManager[S]: ...
+
+    @overload
     def session(
         self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
-    ) -> AbstractAsyncContextManager[AsyncSession]:
+    ) -> AbstractAsyncContextManager[AsyncSession]: ...
+
+    def session(
+        self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
+    ) -> AbstractAsyncContextManager[Any]:
         """Open a session on a tenant's own database: ``async with tenancy.session() as session``.
 
         What is not committed is rolled back at the end, as with any ``AsyncSession``.
@@ -84,7 +95,7 @@ class Tenancy:
         Args:
             tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
             operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
-            options: Further arguments of ``AsyncSession``.
+            options: Further arguments of ``AsyncSession``; as ``session_class`` a subclass of it to use instead.
 
         Raises:
             NoTenantError: no tenant is given and none is bound.
@@ -99,10 +110,20 @@ class Tenancy:
         parts = self._lifetime.parts
         return ResolvedSession(parts.directory, parts.router, tenant, operator=operator, options=options)
 
+    @overload
+    def transaction(
+        self, tenant: TenantRef | None = None, *, operator: bool = False, session_class: type[S], **options: Any
+    ) -> AbstractAsyncContextManager[S]: ...
+
+    @overload
+    def transaction(
+        self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
+    ) -> AbstractAsyncContextManager[AsyncSession]: ...
+
     @asynccontextmanager
     async def transaction(
         self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
-    ) -> AsyncIterator[AsyncSession]:
+    ) -> AsyncIterator[Any]:
         """Open a session. Its work is committed when the body succeeds, and rolled back when it raises.
 
         Raises:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
-
-from starlette.requests import HTTPConnection
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from ..authentication.credential import Credential
 from ..errors import ConfigurationError, InvalidCredentialError
@@ -17,7 +15,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def credential_of(connection: HTTPConnection) -> Credential | None:
+class Connection(Protocol):
+    """A request or websocket of Starlette, or of another framework on ASGI."""
+
+    @property
+    def scope(self) -> Any:
+        """The ASGI scope."""
+
+
+def credential_of(connection: Connection) -> Credential | None:
     """Return the credential that a request or websocket was admitted with; None on an exempt path.
 
     Where there must be one, ``demand_scopes(connection)`` returns it, and never None.
@@ -32,7 +38,7 @@ def credential_of(connection: HTTPConnection) -> Credential | None:
     return credential
 
 
-def demand_scopes(connection: HTTPConnection, *scopes: str) -> Credential:
+def demand_scopes(connection: Connection, *scopes: str) -> Credential:
     """Return the request's credential if it has all ``scopes``. One with the scope ``*`` has every scope.
 
     Without ``scopes`` any credential is enough, but a visitor's.

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import get_ident
 from types import TracebackType
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound
@@ -291,17 +293,23 @@ def _open_plain_session(entry: Entry) -> AsyncSession:
 
 
 def _open_session(entry: Entry, options: dict[str, Any]) -> AsyncSession:
-    session_class = session_class_in(options, "sync_session_class")
-    return AsyncSession(entry.engine, sync_session_class=session_class, **checked_options(entry, options))
+    asynchronous = options.pop("session_class", AsyncSession)
+    if not (isinstance(asynchronous, type) and issubclass(asynchronous, AsyncSession)):
+        raise ConfigurationError("session_class must be a subclass of sqlalchemy.ext.asyncio.AsyncSession")
+    own: Any = asynchronous.sync_session_class
+    session_class = session_class_in(options, "sync_session_class", default=_with_guard(own))
+    return asynchronous(entry.engine, sync_session_class=session_class, **checked_options(entry, options))
 
 
-def session_class_in(options: dict[str, Any], name: str) -> type[TenantSession]:
+def session_class_in(
+    options: dict[str, Any], name: str, *, default: type[TenantSession] = TenantSession
+) -> type[TenantSession]:
     """Take the class of the session out of the caller's options.
 
     Raises:
         ConfigurationError: it would bypass the guard.
     """
-    session_class = options.pop(name, TenantSession)
+    session_class = options.pop(name, default)
     if not (isinstance(session_class, type) and issubclass(session_class, TenantSession)):
         raise ConfigurationError(f"{name} must be a subclass of tenancy_orm.routing.TenantSession")
     return session_class
@@ -317,6 +325,16 @@ def checked_options(entry: Entry, options: dict[str, Any]) -> dict[str, Any]:
         if name in options:
             raise ConfigurationError(f"a tenant's session takes no {name!r}: it always uses the tenant's own engine")
     return {"expire_on_commit": False, **options, "tenant": entry.owner, "on_refusal": entry.report_refusal}
+
+
+@lru_cache(maxsize=64)
+def _with_guard(session_class: type[Any]) -> type[TenantSession]:
+    """Return the class with the guard in front of what it does itself."""
+    if issubclass(session_class, TenantSession):
+        return session_class
+    if session_class is Session:
+        return TenantSession
+    return type(f"Tenant{session_class.__name__}", (TenantSession, session_class), {"__module__": __name__})
 
 
 class ConnectionContext:

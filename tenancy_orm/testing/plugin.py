@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from . import matrix_plugin
+
 if TYPE_CHECKING:
     from .run import TestRun
 
@@ -36,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the settings."""
     for name, text in _SETTINGS.items():
         parser.addini(name, text, default="")
+    matrix_plugin.add_options(parser)
 
 
 def is_configured(config: pytest.Config) -> bool:
@@ -54,8 +57,11 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Offer the fixtures and the marker where they are asked for."""
     if not is_configured(config):
+        if config.getoption(matrix_plugin.OPTION):
+            raise pytest.UsageError(f"{matrix_plugin.OPTION} needs tenancy_app in the pytest configuration")
         return
     _hide_production(config)
+    matrix_plugin.register(config, config.stash[run_key])
     config.addinivalue_line("markers", _MARKER)
     if not config.option.help:
         config.pluginmanager.register(import_module(f"{__package__}.fixtures"), "tenancy-fixtures")

@@ -406,10 +406,22 @@ async def test_a_session_class_of_the_application_is_guarded_as_well(worlds: Cal
     class Own(TenantSession):
         pass
 
+    class OfOthers(Session):
+        pass
+
+    class OwnAsync(AsyncSession):
+        sync_session_class = OfOthers
+
     world = worlds(True)
-    async with world.router.session(world.globex, sync_session_class=Own) as session:
-        with pytest.raises(CrossTenantError):
-            session.add(await world.note())
+    for options in ({"sync_session_class": Own}, {"session_class": OwnAsync}):
+        async with world.router.session(world.globex, **options) as session:
+            with pytest.raises(CrossTenantError):
+                session.add(await world.note())
+            assert (
+                isinstance(session.sync_session, OfOthers)
+                is isinstance(session, OwnAsync)
+                is ("session_class" in options)
+            )
 
 
 async def test_an_object_still_in_another_s_session_is_refused_too(worlds: Callable[[bool], World]) -> None:

@@ -110,7 +110,16 @@ async def test_options_are_those_of_async_session(made: Databases, router: Route
         assert session.info == {"k": 1}
 
 
-@pytest.mark.parametrize("options", [{"bind": None}, {"on_refusal": None}, {"sync_session_class": Session}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bind": None},
+        {"on_refusal": None},
+        {"sync_session_class": Session},
+        {"session_class": Session},
+        {"session_class": AsyncSession, "sync_session_class": Session},
+    ],
+)
 async def test_options_that_would_take_the_guard_away_are_refused(
     made: Databases, router: Router, options: dict[str, Any]
 ) -> None:
