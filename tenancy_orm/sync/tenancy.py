@@ -280,6 +280,16 @@ class SyncTenancy:
         """Whether the ``Tenancy`` is open: here, or in an event loop."""
         return self._lifetime.assembly is not None
 
+    @property
+    def hops(self) -> Hops:
+        """Puts calls into the event loop: for the package's own adapters.
+
+        Raises:
+            NotOpenError: it is not open.
+            WrongEventLoopError: this is the loop's thread.
+        """
+        return self._opened().hops
+
     def _opened(self) -> ThreadSide:
         try:
             home, parts = self._lifetime.home, self._lifetime.parts

@@ -37,8 +37,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"sync", "wrapping"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
-    frozenset({"asgi", "wsgi", "tasks", "environment"}),
-    frozenset({"integrations", "telemetry", "testing"}),
+    frozenset({"asgi", "tasks", "environment"}),
+    frozenset({"integrations", "telemetry", "testing", "wsgi"}),
     frozenset({"console"}),
     frozenset({"cli"}),
 )

@@ -1,0 +1,298 @@
+"""Flask behind ``TenancyWSGIMiddleware``: the credential decides, and nothing of a request is left for the next."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.handlers import SimpleHandler as ServerHandler
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import pytest
+from flask import Flask, Response, jsonify, request
+from sqlalchemy import text
+
+from tenancy_orm import Tenancy, TenancyConfig, TenancyError, current_tenant, current_tenant_or_none
+from tenancy_orm.context import set_current
+from tenancy_orm.errors import TooManyAttemptsError
+from tenancy_orm.events import ConnectionOpened, CrossTenantRequest
+from tenancy_orm.wsgi import TenancyWSGIMiddleware, answer_with, credential_of, demand_scopes
+from tests.support.asgi import Answer, Wire
+from tests.support.callers import EVERYONE, KINDS, Caller, Callers, options
+from tests.support.models import Note
+from tests.support.waiting import until
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection."""
+
+
+class _KeepAlive(WSGIRequestHandler):
+    """Serves all requests of a connection in its thread."""
+
+    def handle(self) -> None:
+        while line := self.rfile.readline(65_537):
+            self.raw_requestline = line
+            if not self.parse_request():
+                return
+            handler = ServerHandler(
+                self.rfile,
+                self.wfile,  # type: ignore[arg-type]
+                self.get_stderr(),
+                self.get_environ(),
+            )
+            handler.http_version = "1.1"
+            handler.run(self.server.get_app())  # type: ignore[attr-defined]
+            if self.path.startswith("/stream"):
+                return  # its answer ends with the connection
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@asynccontextmanager
+async def serve(app: Any) -> AsyncIterator[int]:
+    """Serve an application on a free port."""
+    server = make_server("127.0.0.1", 0, app, _Server, _KeepAlive)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(server.server_close)
+
+
+def build(tenancy: Tenancy) -> Flask:
+    """An application with notes."""
+    app = Flask(__name__)
+    sync = tenancy.sync
+
+    @app.errorhandler(TenancyError)
+    def refused(error: TenancyError) -> tuple[str, int]:
+        return answer_with(request.environ, error)
+
+    def notes(tenant: str | None = None) -> Response:
+        rows = sync.fetch_all("SELECT body FROM notes", tenant=tenant)
+        return jsonify([row.body for row in rows])
+
+    def who() -> Response:
+        tenant = current_tenant_or_none()
+        credential = credential_of(request.environ)
+        return jsonify([tenant and tenant.slug, credential and credential.kind, request.script_root, request.path])
+
+    def write() -> Response:
+        demand_scopes(request.environ, "notes:write")
+        raise AssertionError("it may not")
+
+    def stream() -> Response:
+        def parts() -> Iterator[str]:
+            for _ in range(int(request.args["parts"])):
+                yield f"{current_tenant().slug} {sync.fetch_value('SELECT count(*) FROM notes')}\n"
+
+        from flask import stream_with_context
+
+        return Response(stream_with_context(parts()))
+
+    def leak() -> Response:
+        # careless code: it binds and never ends it
+        set_current(current_tenant())
+        return jsonify(None)
+
+    app.add_url_rule("/notes", view_func=notes)
+    app.add_url_rule("/p/notes", "visitors", notes)
+    app.add_url_rule("/notes/of/<tenant>", view_func=notes)
+    for path in ("/who", "/open", "/p/who"):
+        app.add_url_rule(path, path, who)
+    app.add_url_rule("/write", view_func=write, methods=["POST"])
+    app.add_url_rule("/stream", view_func=stream)
+    app.add_url_rule("/leak", view_func=leak)
+    return app
+
+
+def guarded(tenancy: Tenancy, **more: Any) -> Any:
+    app: Any = build(tenancy)
+    app.wsgi_app = TenancyWSGIMiddleware(app.wsgi_app, tenancy=tenancy, **options(exempt=["/open"], **more))
+    return app
+
+
+def naive(tenancy: Tenancy) -> Any:
+    """Binds a request's tenant and leaves it, as in the thread of a server."""
+    app: Any = build(tenancy)
+    inner: Callable[..., Any] = app.wsgi_app
+
+    def middleware(environ: dict[str, Any], start_response: Any) -> Any:
+        key = environ.get("HTTP_X_API_KEY")
+        directory = tenancy.internals.directory
+        environ["tenancy.credential"] = None
+        if key is not None:
+            environ["tenancy.credential"] = found = tenancy.sync.call(directory.authenticate, key)
+            named = environ.get("HTTP_X_TENANT")
+            set_current(tenancy.sync.call(directory.tenant, named) if named else found.tenant)
+        return inner(environ, start_response)
+
+    app.wsgi_app = middleware
+    return app
+
+
+@pytest.fixture
+def tenancy_config(tenancy_config: TenancyConfig) -> TenancyConfig:
+    """Refusals are written soon, and visitors are rated."""
+    return tenancy_config.replace(keys={"usage_interval": 0.1}, quotas={"address_requests_per_second": 500})
+
+
+@pytest.fixture
+async def two(tenancy: Tenancy) -> dict[tuple[str, str], Caller]:
+    """Callers of two tenants with a note each, by kind and tenant."""
+    for slug in ("acme", "globex"):
+        await tenancy.tenants.create(slug)
+        async with tenancy.transaction(slug) as session:
+            session.add(Note(body=f"note of {slug}"))
+    callers = Callers(tenancy)
+    return {(kind, slug): await callers.make(kind, slug) for kind in EVERYONE for slug in ("acme", "globex")}
+
+
+async def test_naming_another_tenant_is_refused_and_recorded(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller]
+) -> None:
+    """By host, header, path and argument, whatever the credential; the attack works where the request is trusted."""
+    acme = two["key", "acme"]
+    async with serve(naive(tenancy)) as port, Wire.to(port) as wire:
+        answer = await wire.request("/notes", [*acme.headers, ("X-Tenant", "globex")])
+        assert answer.json() == ["note of globex"]
+    seen: list[CrossTenantRequest] = []
+    opened: list[ConnectionOpened] = []
+    tenancy.internals.router.retire((await tenancy.tenants.get("globex")).id)
+    tenancy.events.subscribe(CrossTenantRequest, seen.append)
+    tenancy.events.subscribe(ConnectionOpened, opened.append)
+    named: list[tuple[str, list[tuple[str, str]], str]] = [
+        ("/notes", [("Host", "globex.example.com")], "subdomain"),
+        ("/notes", [("X-Tenant", "globex")], "header"),
+        ("/t/globex/notes", [], "path"),
+        ("/t/acme/notes", [("Host", "acme.example.com"), ("X-Tenant", "globex")], "header"),
+        ("/notes/of/globex", [], "application"),
+    ]
+    async with serve(guarded(tenancy)) as port, Wire.to(port) as wire:
+        for kind in KINDS:
+            caller = two[kind, "acme"]
+            for path, headers, _ in named:
+                answer = await wire.request(path, [*caller.headers, *headers])
+                assert answer.status == 403, (kind, path, headers)
+                assert answer.json()["type"] == "urn:tenancy:problem:cross-tenant"
+                assert b"globex" not in answer.body
+            own = await wire.request("/t/acme/notes", [*caller.headers, ("Host", "acme.example.com")])
+            assert own.json() == ["note of acme"]
+    assert [(event.resolver, event.named, event.source) for event in seen] == [
+        (resolver, "globex", "127.0.0.1") for _ in KINDS for _, _, resolver in named
+    ]
+    assert {event.slug for event in opened} <= {"acme"}
+
+    async def recorded() -> bool:
+        return len(await tenancy.audit.events(action="request.cross_tenant", limit=100)) == len(seen)
+
+    await until(recorded)
+
+
+async def test_a_request_does_not_inherit_the_tenant_of_the_one_before(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller]
+) -> None:
+    """On one connection, in one thread: also after careless code, and after a response that nobody read to its end."""
+    async with serve(naive(tenancy)) as port, Wire.to(port) as wire:
+        await wire.request("/notes", two["key", "acme"].headers)
+        assert (await wire.request("/open")).json()[0] == "acme", "the attack must work"
+    async with serve(guarded(tenancy)) as port, Wire.to(port) as wire:
+        for kind in EVERYONE:
+            for slug in ("acme", "globex", "acme"):
+                caller = two[kind, slug]
+                found = await wire.request(caller.path("/who"), caller.headers)
+                assert found.json()[0] == slug
+                assert (await wire.request(caller.path("/notes"), caller.headers)).json() == [f"note of {slug}"]
+                assert (await wire.request("/open")).json()[:2] == [None, None]
+        caller = two["key", "acme"]
+        for path in ("/leak", "/notes"):
+            await wire.request(path, caller.headers)
+            assert (await wire.request("/open")).json()[:2] == [None, None]
+        assert (await wire.request("/t/acme/who", caller.headers)).json() == ["acme", "key", "/t/acme", "/who"]
+
+
+async def test_what_a_server_does_not_read_or_close_leaves_nothing(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller]
+) -> None:
+    """The application's steps run in a context of their own, and the connection of the request is given back."""
+    app = guarded(tenancy)
+    caller = two["key", "acme"]
+
+    def abandoned() -> None:
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": "/stream",
+            "QUERY_STRING": "parts=5",
+            "SERVER_NAME": "testserver",
+            "SERVER_PORT": "80",
+            "wsgi.url_scheme": "http",
+            "HTTP_X_API_KEY": caller.headers[0][1],
+        }
+        response = iter(app.wsgi_app(environ, lambda *_: lambda _: None))
+        assert next(response) == b"acme 1\n"
+        assert current_tenant_or_none() is None
+        del response
+        assert current_tenant_or_none() is None
+
+    await asyncio.to_thread(abandoned)
+    statistics = tenancy.internals.router.statistics
+    await until(lambda: statistics().servers["default"].in_use == 0)
+
+
+async def test_it_refuses_as_the_asgi_middleware_does(tenancy: Tenancy, two: dict[tuple[str, str], Caller]) -> None:
+    """Missing, forged and repeated keys, missing scopes, suspended tenants; a lock-out; a stream that is cut."""
+    caller = two["key", "acme"]
+    async with serve(guarded(tenancy)) as port, Wire.to(port) as wire:
+
+        async def problem(path: str, headers: Any = (), method: str = "GET") -> tuple[int, str]:
+            answer: Answer = await wire.request(path, headers, method=method)
+            return answer.status, str(answer.json()["type"]).rpartition(":")[2]
+
+        assert await problem("/notes") == (401, "missing-credential")
+        assert await problem("/notes", caller.forged()) == (401, "invalid-credential")
+        assert (await problem("/notes", [*caller.headers, *two["key", "globex"].headers]))[0] == 401
+        assert await problem("/write", caller.headers, "POST") == (403, "missing-scope")
+        answer = await wire.request("/p/who", two["anonymous", "acme"].headers)
+        assert answer.json()[:2] == ["acme", "anonymous"]
+        assert answer.header("ratelimit")
+        assert answer.header("ratelimit-policy")
+        await tenancy.tenants.suspend("globex", reason="x")
+        assert await problem("/notes", two["key", "globex"].headers) == (403, "tenant-suspended")
+        wire.ask("/stream?parts=100000", caller.headers)
+        assert (await wire.head()).status == 200
+        await tenancy.keys.revoke(caller.id)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            async with asyncio.timeout(10):
+                await wire._reader.readuntil(b"\r\n0\r\n\r\n")
+    async with serve(guarded(tenancy)) as port, Wire.to(port) as wire:
+        for _ in range(200):
+            answer = await wire.request("/notes", [("X-API-Key", "ten_live_" + "0" * 16 + "_" + "x" * 40)])
+            if answer.status == 429:
+                break
+        assert answer.status == 429, TooManyAttemptsError
+        assert answer.header("retry-after")
+
+
+def test_an_unusable_thread_is_told_so(tenancy_config: TenancyConfig) -> None:
+    """Where no event loop has it open, the first request opens it; ``close`` ends it."""
+    tenancy = Tenancy(tenancy_config)
+    tenancy.sync.open(initialise=True)
+    key = tenancy.sync.call(tenancy.tenants.create, "acme").api_key
+    tenancy.sync.close()
+    client = guarded(tenancy).test_client()
+    try:
+        assert client.get("/who", headers={"X-API-Key": key}).json[0] == "acme"
+        assert tenancy.is_open
+        with tenancy.sync.session("acme") as session:
+            assert session.scalar(text("SELECT 1")) == 1
+    finally:
+        tenancy.sync.close()
+    assert not tenancy.is_open
