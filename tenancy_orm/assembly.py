@@ -45,6 +45,7 @@ from .secrets.key_checks import check_keys, report_unknown_keys
 from .secrets.keyring import Keyring
 from .secrets.providers import read_secrets
 from .secrets.sealed import SealedPasswords
+from .secrets.signing import TenantSigner
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
@@ -255,6 +256,7 @@ class Assembly:
             sampler=self.sampler,
             rates=self.rates,
             tier_policies=self.tier_policies,
+            task_signer=self._build_task_signer(),
             _usage_exporter=self.usage_exporter,
         )
 
@@ -361,6 +363,13 @@ class Assembly:
         self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
         self._opened.append(self.members.close)
         self.revocations = RevocationManager(self.control, self.directory, self.audit, self.events)
+
+    def _build_task_signer(self) -> TenantSigner:
+        read = None if self._data_keys is None else self._data_keys.open
+        signer = TenantSigner(self.control.installation, self.config.sealing_keys, purpose="task", read=read)
+        if self._data_keys is not None:
+            self._data_keys.on_read(signer.add_keys)
+        return signer
 
     def _build_billing(self) -> None:
         self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)
