@@ -40,6 +40,7 @@ from .quotas.rates import Rates
 from .registry.registry import Registry
 from .routing import Router, Servers
 from .routing.servers import inspect_servers
+from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys
 from .secrets.keyring import Keyring
@@ -89,6 +90,7 @@ class Assembly:
     revocations: RevocationManager
     quotas: QuotaManager
     metrics: TenantMetrics
+    schedules: ScheduleManager
     sampler: StorageSampler
     servers: Servers
     router: Router
@@ -216,6 +218,7 @@ class Assembly:
         self._opened.append(self.quotas.close)
         self.directory.on_invalidate(self.quotas.invalidate)
         self.metrics = TenantMetrics(self.control)
+        self.schedules = ScheduleManager(self.control, self.audit)
         self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
         self.tenants = TenantManager(
             config=config,

@@ -77,7 +77,6 @@ class TenancyArq:
         tenancy: The application's.
         policy: What is done with a job for a tenant that cannot be used. A job that is tried again counts in arq's
             ``max_tries``.
-        request_id: Returns the id of the request that enqueues a job; ``tasks.gate.task_request_id`` has it in the job.
     """
 
     def __init__(
@@ -85,9 +84,8 @@ class TenancyArq:
         tenancy: Tenancy,
         *,
         policy: ArrivalPolicy | None = None,
-        request_id: Callable[[], str | None] | None = None,
     ) -> None:
-        self.gate = TaskGate(tenancy, queue="arq", policy=policy, request_id=request_id)
+        self.gate = TaskGate(tenancy, queue="arq", policy=policy)
         self._functions: dict[str, object] = {}
 
     async def create_pool(self, settings: RedisSettings | None = None, **options: Any) -> TenancyArqRedis:

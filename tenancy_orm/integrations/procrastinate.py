@@ -49,7 +49,6 @@ class TenancyProcrastinate:
         tenancy: The application's. The worker opens it, unless the application has.
         policy: What is done with a job for a tenant that cannot be used. A job that is dropped ends as "aborted", one
             that is rejected as "failed".
-        request_id: Returns the id of the request that defers a job; ``tasks.gate.task_request_id`` has it in the job.
     """
 
     def __init__(
@@ -57,9 +56,8 @@ class TenancyProcrastinate:
         tenancy: Tenancy,
         *,
         policy: ArrivalPolicy | None = None,
-        request_id: Callable[[], str | None] | None = None,
     ) -> None:
-        self.gate = TaskGate(tenancy, queue="procrastinate", policy=policy, request_id=request_id)
+        self.gate = TaskGate(tenancy, queue="procrastinate", policy=policy)
 
     def install(self, app: App) -> None:
         """Make an application's jobs the tenants': once, before jobs are deferred and the worker runs.

@@ -67,7 +67,6 @@ class TenancyTaskiqMiddleware(TaskiqMiddleware):
             ``retry_source``, the task is rejected.
         retry_source: Where a task waits to be tried again, a ``ListRedisScheduleSource`` for example, which a
             ``TaskiqScheduler`` of this broker reads.
-        request_id: Returns the id of the request that sends a task; ``tasks.gate.task_request_id`` has it in the task.
     """
 
     def __init__(
@@ -76,10 +75,9 @@ class TenancyTaskiqMiddleware(TaskiqMiddleware):
         *,
         policy: ArrivalPolicy | None = None,
         retry_source: ScheduleSource | None = None,
-        request_id: Callable[[], str | None] | None = None,
     ) -> None:
         super().__init__()
-        self.gate = TaskGate(tenancy, queue="taskiq", policy=policy, request_id=request_id)
+        self.gate = TaskGate(tenancy, queue="taskiq", policy=policy)
         self._retry_source = retry_source
 
     async def startup(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from uuid import UUID
 
 from ..context import bind, current_tenant_or_none
+from ..correlation import RequestLabels, current_request_id, reset_labels, set_labels
 from ..errors import (
     ConfigurationError,
     ControlUnavailableError,
@@ -30,8 +30,6 @@ from .needs import needs_of
 from .policy import ArrivalPolicy, Outcome, Reason
 
 logger = logging.getLogger("tenancy_orm.tasks")
-
-_request_id: ContextVar[str | None] = ContextVar("tenancy_orm.task_request_id", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +58,15 @@ class Arrival:
 
     @contextmanager
     def bound(self) -> Iterator[None]:
-        """Run the body with the tenant bound.
+        """Run the body with the tenant bound, and the id of the request that sent the task.
 
         Raises:
             CrossTenantError: another tenant is bound.
         """
-        token = _request_id.set(self.request_id)
+        labels = None if self.request_id is None else RequestLabels(self.request_id)
+        if labels is not None:
+            labels.tenant = self.tenant
+        token = set_labels(labels)
         try:
             if self.tenant is None:
                 yield
@@ -73,7 +74,7 @@ class Arrival:
                 with bind(self.tenant):
                     yield
         finally:
-            _request_id.reset(token)
+            reset_labels(token)
 
 
 class TaskGate:
@@ -83,24 +84,14 @@ class TaskGate:
         tenancy: The application's; it must be open where a task is sent for a tenant, and where one arrives.
         queue: The name of the task queue, for the events and the signature.
         policy: What is done with a task for a tenant that cannot be used.
-        request_id: Returns the id of the request that sends a task, which then travels with it; None where there is
-            none. ``task_request_id`` has it where the task runs.
     """
 
-    def __init__(
-        self,
-        tenancy: Tenancy,
-        *,
-        queue: str,
-        policy: ArrivalPolicy | None = None,
-        request_id: Callable[[], str | None] | None = None,
-    ) -> None:
+    def __init__(self, tenancy: Tenancy, *, queue: str, policy: ArrivalPolicy | None = None) -> None:
         if not isinstance(tenancy, Tenancy):
             raise ConfigurationError(f"pass the application's Tenancy, not {type(tenancy).__name__}")
         self.tenancy = tenancy
         self.queue = queue
         self.policy = policy or ArrivalPolicy()
-        self._read_request_id = request_id or (lambda: None)
         self._opened = False
         self._openings = 0
 
@@ -125,8 +116,8 @@ class TaskGate:
     def send(self, message: Message) -> str | None:
         """Return the header of a message that is about to be sent: None where no tenant is bound.
 
-        The tenant's id travels, not the admission of the request that sends: a task runs although the key that sent
-        it was revoked since, and its own check on arrival is of the tenant alone.
+        The tenant's id travels, and the request's. The admission of the request does not: a task runs although the key
+        that sent it was revoked since, and what is checked on arrival is the tenant alone.
 
         Raises:
             NoTenantError: no tenant is bound, and the task needs one.
@@ -147,7 +138,7 @@ class TaskGate:
         except CrossTenantError:
             self._report(message, Reason.CROSS_TENANT, Outcome.REJECT, tenant)
             raise
-        request_id = clean_request_id(self._read_request_id() or _request_id.get())
+        request_id = clean_request_id(current_request_id())
         return str(self._sign(tenant.id, self._which(message), now(), request_id))
 
     def _sign(self, tenant_id: UUID, which: Sequence[str], sent_at: float, request_id: str | None) -> Envelope:
@@ -279,9 +270,4 @@ class TaskGate:
         )
 
 
-def task_request_id() -> str | None:
-    """The id of the request that sent the task which runs here; None where there is none."""
-    return _request_id.get()
-
-
-__all__ = ["Arrival", "Message", "TaskGate", "task_request_id"]
+__all__ = ["Arrival", "Message", "TaskGate"]

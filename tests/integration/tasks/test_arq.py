@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,6 +11,7 @@ import pytest_asyncio
 from arq.constants import job_key_prefix
 from arq.jobs import Job
 
+from tenancy_orm.correlation import RequestLabels, reset_labels, set_labels
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, NoTenantError, TaskRefusedError
 from tenancy_orm.integrations.arq import ARGUMENT, TenancyArqRedis
 from tests.support.models import Note
@@ -75,9 +75,9 @@ async def test_each_job_runs_for_the_tenant_that_sent_it(app: App) -> None:
     async with tenancy.scope("acme"):
         assert await app.result(await app.send("escape", "globex")) == "refused"
         await app.result(await app.send("send_another", "sent by a job"))
-        os.environ["QUEUE_REQUEST_ID"] = "req-1"
+        token = set_labels(RequestLabels("req-1"))
         with_request = await app.send("request_id")
-        del os.environ["QUEUE_REQUEST_ID"]
+        reset_labels(token)
         assert await app.result(with_request) == "req-1"
         assert isinstance(await app.result(await app.send("sleep")), TimeoutError)
         assert await app.result(await app.send("bound", _defer_by=0.05)) == "acme"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
@@ -12,6 +11,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
+from tenancy_orm.correlation import RequestLabels, reset_labels, set_labels
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, NoTenantError
 from tenancy_orm.integrations.procrastinate import ARGUMENT
 from tests.support.models import Note
@@ -100,9 +100,9 @@ async def test_each_job_runs_for_the_tenant_that_deferred_it(app: App) -> None:
         for large_or_small in numbers:
             assert await app.answer(tasks.bound, number=large_or_small, list=[{"n": large_or_small}]) == "acme ['list']"
         await app.ended(await tasks.send_another.defer_async(body="sent by a job"))
-        os.environ["QUEUE_REQUEST_ID"] = "req-1"
+        token = set_labels(RequestLabels("req-1"))
         assert await app.answer(tasks.request_id) == "req-1"
-        del os.environ["QUEUE_REQUEST_ID"]
+        reset_labels(token)
     await until(lambda: app.plane.notes(app.plane.acme))
     assert await app.plane.notes(app.plane.acme) == ["sent by a job"]
     await app.plane.clear()

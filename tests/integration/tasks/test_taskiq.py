@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,6 +12,7 @@ import pytest_asyncio
 from taskiq import AsyncTaskiqTask, InMemoryBroker, TaskiqScheduler
 from taskiq.kicker import AsyncKicker
 
+from tenancy_orm.correlation import RequestLabels, reset_labels, set_labels
 from tenancy_orm.errors import CrossTenantError, NoTenantError, TaskRefusedError
 from tenancy_orm.events import TaskRefused
 from tenancy_orm.integrations.taskiq import TenancyScheduleSource, TenancyTaskiqMiddleware
@@ -73,9 +73,9 @@ async def test_each_task_runs_for_the_tenant_that_sent_it(app: App) -> None:
         assert await app.result(await app.tasks.escape.kiq("globex")) == "refused"
         assert await app.result(await app.tasks.escape.kiq(str(app.plane.globex.id))) == "refused"
         await app.result(await app.tasks.send_another.kiq("sent by a task"))
-        os.environ["QUEUE_REQUEST_ID"] = "req-1"
+        token = set_labels(RequestLabels("req-1"))
         with_request = await app.tasks.request_id.kiq()
-        del os.environ["QUEUE_REQUEST_ID"]
+        reset_labels(token)
         assert await app.result(with_request) == "req-1"
     await until(lambda: app.plane.notes(app.plane.acme))
     assert await app.plane.notes(app.plane.acme) == ["sent by a task"]

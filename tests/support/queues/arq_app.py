@@ -9,9 +9,9 @@ from arq import Retry, cron
 from arq.connections import RedisSettings
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.correlation import current_request_id
 from tenancy_orm.integrations.arq import TenancyArq
 from tenancy_orm.tasks import ArrivalPolicy, needs_no_tenant, needs_tenant
-from tenancy_orm.tasks.gate import task_request_id
 from tests.support.queues import tasks
 
 SETTINGS = RedisSettings(unix_socket_path=os.environ["QUEUE_REDIS"])
@@ -20,7 +20,6 @@ tenancy = Tenancy(TenancyConfig.from_env())
 queue = TenancyArq(
     tenancy,
     policy=ArrivalPolicy(retry_seconds=0.2),
-    request_id=lambda: os.environ.get("QUEUE_REQUEST_ID"),
 )
 
 
@@ -53,7 +52,7 @@ async def bound(ctx: dict[str, Any]) -> str | None:
 
 
 async def request_id(ctx: dict[str, Any]) -> str | None:
-    return task_request_id()
+    return current_request_id()
 
 
 @needs_no_tenant

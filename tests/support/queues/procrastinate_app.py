@@ -8,9 +8,9 @@ from pathlib import Path
 import procrastinate
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.correlation import current_request_id
 from tenancy_orm.integrations.procrastinate import TenancyProcrastinate
 from tenancy_orm.tasks import ArrivalPolicy, needs_no_tenant, needs_tenant
-from tenancy_orm.tasks.gate import task_request_id
 from tests.support.queues import tasks
 
 tenancy = Tenancy(TenancyConfig.from_env())
@@ -26,7 +26,6 @@ app = procrastinate.App(
 queues = TenancyProcrastinate(
     tenancy,
     policy=ArrivalPolicy(retry_seconds=1, suspended="drop"),
-    request_id=lambda: os.environ.get("QUEUE_REQUEST_ID"),
 )
 queues.install(app)
 
@@ -77,7 +76,7 @@ def bound_in_thread(out: str) -> None:
 
 @app.task(name="request_id")
 async def request_id(out: str) -> None:
-    write_down(out, task_request_id())
+    write_down(out, current_request_id())
 
 
 @app.task(name="operate")

@@ -9,9 +9,9 @@ from taskiq import BrokerMessage, SimpleRetryMiddleware, TaskiqFormatter, Taskiq
 from taskiq_redis import ListRedisScheduleSource, RedisAsyncResultBackend, RedisStreamBroker
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.correlation import current_request_id
 from tenancy_orm.integrations.taskiq import TenancyScheduleSource, TenancyTaskiqMiddleware
 from tenancy_orm.tasks import ArrivalPolicy, needs_no_tenant, needs_tenant
-from tenancy_orm.tasks.gate import task_request_id
 from tests.support.queues import tasks
 
 URL = f"unix://{os.environ['QUEUE_REDIS']}"
@@ -39,7 +39,6 @@ middleware = TenancyTaskiqMiddleware(
     tenancy,
     policy=ArrivalPolicy(retry_seconds=0.2),
     retry_source=source,
-    request_id=lambda: os.environ.get("QUEUE_REQUEST_ID"),
 )
 broker = (
     RedisStreamBroker(URL, consumer_id="0", xread_block=100, idle_timeout=5_000)
@@ -90,7 +89,7 @@ def bound_in_thread() -> str | None:
 
 @broker.task
 async def request_id() -> str | None:
-    return task_request_id()
+    return current_request_id()
 
 
 @broker.task
