@@ -40,11 +40,13 @@ from .quotas.rates import Rates
 from .registry.registry import Registry
 from .routing import Router, Servers
 from .routing.servers import inspect_servers
+from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys
 from .secrets.keyring import Keyring
 from .secrets.providers import read_secrets
 from .secrets.sealed import SealedPasswords
+from .secrets.signing import TenantSigner
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
@@ -88,6 +90,7 @@ class Assembly:
     revocations: RevocationManager
     quotas: QuotaManager
     metrics: TenantMetrics
+    schedules: ScheduleManager
     sampler: StorageSampler
     servers: Servers
     router: Router
@@ -215,6 +218,7 @@ class Assembly:
         self._opened.append(self.quotas.close)
         self.directory.on_invalidate(self.quotas.invalidate)
         self.metrics = TenantMetrics(self.control)
+        self.schedules = ScheduleManager(self.control, self.audit)
         self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
         self.tenants = TenantManager(
             config=config,
@@ -255,6 +259,7 @@ class Assembly:
             sampler=self.sampler,
             rates=self.rates,
             tier_policies=self.tier_policies,
+            task_signer=self._build_task_signer(),
             _usage_exporter=self.usage_exporter,
         )
 
@@ -361,6 +366,13 @@ class Assembly:
         self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
         self._opened.append(self.members.close)
         self.revocations = RevocationManager(self.control, self.directory, self.audit, self.events)
+
+    def _build_task_signer(self) -> TenantSigner:
+        read = None if self._data_keys is None else self._data_keys.open
+        signer = TenantSigner(self.control.installation, self.config.sealing_keys, purpose="task", read=read)
+        if self._data_keys is not None:
+            self._data_keys.on_read(signer.add_keys)
+        return signer
 
     def _build_billing(self) -> None:
         self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)

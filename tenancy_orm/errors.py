@@ -74,6 +74,7 @@
     │   └── FleetMigrationError
     ├── QueryError                           a query over the fleet was refused in a tenant's database
     ├── FleetQueryError                      a query failed for some tenants, and was answered by the others
+    ├── TaskRefusedError                     a task that has arrived must not run
     └── AuditError
         └── AuditChainError
 ```
@@ -941,6 +942,54 @@ class FleetQueryError(TenancyError):
         super().__init__(f"the query failed for {len(failures)} of {total} tenants: {shown}")
         self.failures = tuple(failures)
         self.total = total
+
+
+class TaskRefusedError(TenancyError):
+    """A task that has arrived from a queue must not run, now or ever.
+
+    Attributes:
+        task: The task's name.
+        reason: "suspended", "purged", "forged", ...; the values of ``tasks.Reason``.
+        outcome: What is done with it: "retry", "reject" or "drop".
+        tenant: The tenant's slug, where it is known.
+        retry_seconds: When it is tried again; None where it is not.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        reason: str,
+        outcome: str = "reject",
+        tenant: str | None = None,
+        retry_seconds: float | None = None,
+    ) -> None:
+        """Name the ``task``, the ``reason``, the ``outcome`` and the ``tenant`` (slug)."""
+        # result backends keep an error as its class and ``args``
+        super().__init__(task, reason, outcome, tenant, retry_seconds)
+        self.task = task
+        self.reason = reason
+        self.outcome = outcome
+        self.tenant = tenant
+        self.retry_seconds = retry_seconds
+
+    def __str__(self) -> str:
+        """Say why, for which tenant."""
+        named = f" for tenant {self.tenant!r}" if self.tenant else ""
+        return f"task {self.task!r}{named} must not run: {_TASK_REASONS.get(self.reason, self.reason)}"
+
+
+_TASK_REASONS = {
+    "provisioning": "the tenant is being provisioned",
+    "maintenance": "the tenant is in maintenance",
+    "suspended": "the tenant is suspended",
+    "deleted": "the tenant is deleted",
+    "purged": "the tenant does not exist any more",
+    "unavailable": "the control database does not answer",
+    "forged": "its header was not signed for this message by this installation",
+    "cross-tenant": "it carries what is another tenant's",
+    "no-tenant": "it needs a tenant, and was sent with none bound",
+    "tenant-bound": "it is an operator's task, and a tenant is bound",
+}
 
 
 class AuditError(TenancyError):

@@ -276,6 +276,25 @@ class ListenerRestored(Event):
     seconds: float
 
 
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRefused(Event):
+    """A task did not run, or was not sent. ``reason`` is "suspended", "forged", "cross-tenant", ...
+
+    ``queue`` is "celery", "taskiq", "arq" or "procrastinate"; ``outcome`` is "retry", "reject" or "drop". ``tenant_id``
+    and ``slug`` are None where the header is not genuine.
+    """
+
+    queue: str
+    task: str
+    reason: str
+    outcome: str
+    tenant_id: UUID | None = None
+    slug: str | None = None
+
+
 # --- quotas ---------------------------------------------------------------------------------------------------------
 
 

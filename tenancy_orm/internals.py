@@ -14,6 +14,7 @@ from .provisioning import Provisioner
 from .quotas.rates import Rates
 from .registry.registry import Registry
 from .routing import Router, Servers
+from .secrets.signing import TenantSigner
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -33,6 +34,7 @@ class Internals:
         sampler (StorageSampler): Samples tenants' databases now; ``run_housekeeping`` does it from time to time.
         rates (Rates): How many requests a second each tenant may make of this process.
         tier_policies (TierPolicies): Evaluates ``TenancyConfig.metering.tier_policies``, as ``run_housekeeping`` does.
+        task_signer (TenantSigner): Signs the headers of task queues' messages.
     """
 
     control: ControlDatabase
@@ -44,6 +46,7 @@ class Internals:
     sampler: StorageSampler
     rates: Rates
     tier_policies: TierPolicies
+    task_signer: TenantSigner
     _usage_exporter: UsageExporter | None
 
     @property

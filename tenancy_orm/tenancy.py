@@ -31,6 +31,7 @@ from .provisioning.rotation import SecretManager
 from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
+from .schedules import ScheduleManager
 from .scopes import BoundTenants, ResolvedSession, resolve
 from .sync import SyncTenancy
 from .tenant import Status, Tenant, TenantRef
@@ -383,6 +384,11 @@ class Tenancy:
     def metrics(self) -> TenantMetrics:
         """What was sampled of the tenants' databases, and sums over the registry."""
         return self._lifetime.parts.metrics
+
+    @property
+    def schedules(self) -> ScheduleManager:
+        """Whose time has come, in each tenant's own time zone."""
+        return self._lifetime.parts.schedules
 
     @property
     def audit(self) -> AuditLog:

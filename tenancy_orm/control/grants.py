@@ -54,6 +54,8 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "quota_pressure": "SELECT, INSERT, UPDATE, DELETE",
     "usage_records": "SELECT, INSERT, UPDATE, DELETE",
     "tenant_metrics": "SELECT, INSERT, DELETE",
+    "schedules": "SELECT, INSERT, UPDATE, DELETE",
+    "schedule_runs": "SELECT, INSERT, UPDATE, DELETE",
     "active_tenants": "SELECT",
     "tier_distribution": "SELECT",
 }

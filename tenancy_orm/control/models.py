@@ -438,4 +438,34 @@ tenant_metrics = Table(
     Column("errors", BigInteger, nullable=False),
 )
 
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("name", Text, primary_key=True),
+    # nothing is due before
+    Column("first_seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("seen_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    CheckConstraint("length(name) BETWEEN 1 AND 100", name="name"),
+)
+
+schedule_runs = Table(
+    "schedule_runs",
+    metadata,
+    Column("schedule", Text, ForeignKey("schedules.name", ondelete="CASCADE"), nullable=False),
+    _tenant_id_column(),
+    # the time that was sent last
+    Column("sent_for", DateTime(timezone=True), nullable=True),
+    Column("sent_at", DateTime(timezone=True), nullable=True),
+    # the time that somebody is sending now, until when nobody else does, and who
+    Column("claimed_for", DateTime(timezone=True), nullable=True),
+    Column("claimed_until", DateTime(timezone=True), nullable=True),
+    Column("claim", Uuid, nullable=True),
+    # how often sending it was begun
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    PrimaryKeyConstraint("schedule", "tenant_id"),
+    Index("schedule_runs_tenant_id_idx", "tenant_id"),
+)
+
 __all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

@@ -82,6 +82,7 @@ VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "quota_blocks": ("tenant_id", "resource", "period", "period_start", "unspent", "expires_at"),
     "quota_pressure": ("tenant_id", "resource", "tier", "since"),
     "tenant_metrics": ("tenant_id", "sampled_at", "size_bytes", "connections", "queries", "errors"),
+    "schedule_runs": ("schedule", "tenant_id", "sent_for", "sent_at", "attempts"),
     "audit_log": (
         "sequence",
         "occurred_at",

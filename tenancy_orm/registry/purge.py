@@ -10,7 +10,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
 from ..context import refuse_other_tenant
 from ..control.database import ControlDatabase
-from ..control.models import api_keys, domains, former_slugs, invitations, members, tenants
+from ..control.models import api_keys, domains, former_slugs, invitations, members, schedule_runs, tenants
 from ..errors import InvalidTransitionError
 from ..tenant import Status, Tenant
 from .table import TenantTable, check_unchanged
@@ -104,7 +104,7 @@ class Purge(TenantTable):
             before, _ = await self._lock(connection, tenant_id)
             if before.status is Status.PURGED:
                 return
-            for table in (*_ACCESS, former_slugs, domains):
+            for table in (*_ACCESS, former_slugs, domains, schedule_runs):
                 await connection.execute(delete(table).where(table.c.tenant_id == tenant_id))
             await connection.execute(_CLOSE_USAGE, {"id": tenant_id, "billed": self._usage_billed})
             for statement in _DELETE_USAGE:

@@ -86,6 +86,7 @@ EXCUSED = {
     "internals.servers.items": "returns addresses of the configuration",
     "internals.servers.keys": "returns names of the configuration",
     "internals.servers.values": "returns addresses of the configuration",
+    "internals.task_signer.add_keys": "keys of the installation",
     "members.close": "writes what is counted already",
     "migrations.environment": "loads the migration directory",
     "quotas.close": "closes connections",
@@ -258,6 +259,8 @@ def others(plane: Plane) -> dict[str, Any]:
         "every": 60.0,
         "addresses": {},
         "names": ("vector",),
+        "parts": ("taskiq", "report", "1"),
+        "signature": "A" * 43,
         "func": print,
         "sql": "SELECT 1",
     }

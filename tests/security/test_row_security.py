@@ -58,7 +58,9 @@ INSERT INTO tenancy.quota_blocks VALUES (gen_random_uuid(), {id}, 'users', 'life
 INSERT INTO tenancy.quota_pressure VALUES ({id}, 'users:0.8', 'users', 'free', now());
 INSERT INTO tenancy.usage_records (tenant_id, resource, period, period_start, period_end, quantity, idempotency_key)
     VALUES ({id}, 'users', 'month', 'epoch', now(), 3, {id});
-INSERT INTO tenancy.tenant_metrics VALUES ({id}, now(), 1, 1, 1, 1)
+INSERT INTO tenancy.tenant_metrics VALUES ({id}, now(), 1, 1, 1, 1);
+INSERT INTO tenancy.schedules (name) VALUES ('daily') ON CONFLICT DO NOTHING;
+INSERT INTO tenancy.schedule_runs (schedule, tenant_id) VALUES ('daily', {id})
 """
 
 
