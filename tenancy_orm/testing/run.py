@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..events import EventBus
 from ..lifetime import build, pop_builder, push_builder
 from ..postgres import login
 from ..quotas.rates import Rates
+from ..seeds import Seed
 from . import application
 from .application import Application
 from .background import BackgroundLoop
@@ -102,20 +104,22 @@ class TestRun:
                 self._installation = self.background.run(Installation.claim(self.server.url, self.options.project))
             return self._installation
 
-    async def _build(self, config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None) -> Assembly:
+    async def _build(
+        self, config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None, seeds: Sequence[Seed]
+    ) -> Assembly:
         """Open the parts of a ``Tenancy``, this application's or any other, on the installation of the tests."""
         installation = await asyncio.to_thread(self.installation)
         redirected = installation.redirect(config)
         if self._prepared:
-            return await build(redirected, events, rates, initialise)
+            return await build(redirected, events, rates, initialise, seeds)
         try:
-            assembly = await build(redirected, events, rates, True)
+            assembly = await build(redirected, events, rates, True, seeds)
         except TenancyError:
             if installation.is_new:
                 raise
             # of another version of the package, or with other keys: nothing in it is worth keeping
             await self.background.call(installation.recreate())
-            assembly = await build(redirected, events, rates, True)
+            assembly = await build(redirected, events, rates, True, seeds)
         self._prepared = True
         return assembly
 
