@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from ..context import bind
-from ..errors import SeedError
+from ..errors import ConfigurationError, SeedError
 from ..migrations.failures import describe
 from ..routing import Router
 from ..tenant import Tenant
@@ -68,8 +70,28 @@ async def _run(session: AsyncSession, seed: Seed, tenant: Tenant | None, *, forc
             await connection.exec_driver_sql(statement)
         return True
     offered = {"tenant": tenant, "previous": previous}
-    await _call(session, seed.function, {name: offered[name] for name in seed.asks})
+    begun = session.sync_session.get_transaction()
+    with _uncommitted(session):
+        await _call(session, seed.function, {name: offered[name] for name in seed.asks})
+    if session.sync_session.get_transaction() is not begun:
+        raise ConfigurationError("a seed must not end its transaction; raise an error to undo what it did")
     return True
+
+
+@contextmanager
+def _uncommitted(session: AsyncSession) -> Iterator[None]:
+    """Refuse a commit in the body: the seed would count as applied, whatever it does afterwards."""
+
+    def refuse(inner: Session) -> None:
+        # a savepoint is committed as well
+        if not inner.in_nested_transaction():
+            raise ConfigurationError("a seed must not commit: what it did is committed when it returns")
+
+    event.listen(session.sync_session, "before_commit", refuse)
+    try:
+        yield
+    finally:
+        event.remove(session.sync_session, "before_commit", refuse)
 
 
 async def _call(session: AsyncSession, function: Any, arguments: dict[str, Any]) -> None:

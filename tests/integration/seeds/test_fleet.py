@@ -137,6 +137,40 @@ async def test_a_failure_in_the_template_touches_no_tenant(opened: Opened) -> No
         assert await roles(fleet, "acme") == {}
 
 
+@pytest.mark.parametrize("template", [False, True])
+async def test_a_seed_cannot_end_its_transaction(opened: Opened, template: bool) -> None:
+    """Else it would count as applied although it failed afterwards. A savepoint is its own affair."""
+
+    async def committing(session: AsyncSession) -> None:
+        await session.execute(insert(ROLES).values(name="half"))
+        await session.commit()
+        raise LookupError("the other half")
+
+    async def rolling_back(session: AsyncSession) -> None:
+        await session.execute(insert(ROLES).values(name="half"))
+        await session.rollback()
+
+    async def nested(session: AsyncSession) -> None:
+        async with session.begin_nested():
+            await session.execute(insert(ROLES).values(name="nested"))
+
+    async with opened() as fleet:
+        await fleet.create("acme")
+    for function, reason in ((committing, "must not commit"), (rolling_back, "must not end its transaction")):
+        async with opened([seed(template=template)(function)]) as fleet:
+            if template:
+                with pytest.raises(SeedError, match=reason):
+                    await fleet.tenancy.seeds.apply()
+            else:
+                [outcome] = (await fleet.tenancy.seeds.apply()).outcomes
+                assert reason in (outcome.error or "")
+                assert outcome.applied == {}
+            assert await roles(fleet, "acme") == {}
+    async with opened([seed(template=template)(nested)]) as fleet:
+        assert (await fleet.tenancy.seeds.apply()).ok
+        assert set(await roles(fleet, "acme")) == {"nested"}
+
+
 async def test_two_runs_at_once_apply_each_seed_once(opened: Opened, configure: Configure) -> None:
     """The second one waits for the first one's transaction, and finds the version that it has left."""
     async with opened() as fleet:
