@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import Context
 from importlib.metadata import entry_points
 from typing import Any, Protocol
@@ -47,6 +47,10 @@ from .secrets.keyring import Keyring
 from .secrets.providers import read_secrets
 from .secrets.sealed import SealedPasswords
 from .secrets.signing import TenantSigner
+from .seeds import Seed, SeedManager
+from .seeds.creation import NewTenantSeeds
+from .seeds.loading import SeedSet
+from .seeds.schema import SeededSchema
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
@@ -76,6 +80,7 @@ class Assembly:
         events: Where the parts announce what happens.
         rates: The request rates of this process, which outlive what is opened here.
         provided: The embedded server that was started for them, if any.
+        seeds: What ``Tenancy.on_create`` has made, and will make.
     """
 
     config: TenancyConfig
@@ -96,6 +101,7 @@ class Assembly:
     router: Router
     provisioner: Provisioner
     migrations: FleetMigrator
+    seeds: SeedManager
     catch_up: CatchUp
     tenants: TenantManager
     domains: DomainManager
@@ -107,17 +113,33 @@ class Assembly:
     usage_exporter: UsageExporter | None
     internals: Internals
 
-    def __init__(self, config: TenancyConfig, events: EventBus, rates: Rates, provided: _ProvidedServer | None) -> None:
+    def __init__(
+        self,
+        config: TenancyConfig,
+        events: EventBus,
+        rates: Rates,
+        provided: _ProvidedServer | None,
+        seeds: Sequence[Seed] = (),
+    ) -> None:
         self.config = config
         self.events = events
         self.rates = rates
         self._provided = provided
+        self._registered_seeds = seeds
         self._opened: list[Callable[[], Awaitable[None]]] = []
         self._data_keys: DataKeys | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
-    async def build(cls, config: TenancyConfig, events: EventBus, rates: Rates, *, initialise: bool | None) -> Assembly:
+    async def build(
+        cls,
+        config: TenancyConfig,
+        events: EventBus,
+        rates: Rates,
+        *,
+        initialise: bool | None,
+        seeds: Sequence[Seed] = (),
+    ) -> Assembly:
         """Build the parts and open them. Where one fails, those that are open already are closed.
 
         Raises:
@@ -131,7 +153,7 @@ class Assembly:
                 servers=config.servers or {"default": provided.server_url},
                 encryption_keys=config.encryption_keys or {"1": provided.encryption_key},
             )
-        parts = cls(config, events, rates, provided)
+        parts = cls(config, events, rates, provided, seeds)
         try:
             await parts._open(provided is not None if initialise is None else initialise)
         except BaseException:
@@ -324,6 +346,8 @@ class Assembly:
             schema = MetadataSchema(config.metadata)
         else:
             raise ConfigurationError("give TenancyConfig a migrations directory, or metadata to create tables from")
+        seeds, timeout = SeedSet(config, self._registered_seeds), config.provisioning.seed_timeout
+        seeds.check()
         self.provisioner = Provisioner(
             config=config,
             control=self.control,
@@ -331,8 +355,9 @@ class Assembly:
             servers=self.servers,
             names=self.names,
             keyring=self.keyring,
-            schema=schema,
+            schema=SeededSchema(schema, seeds, timeout=timeout),
             events=self.events,
+            seeds=NewTenantSeeds(seeds, self.router, timeout=timeout),
         )
         self._opened.append(self.provisioner.close)
         self.secrets = SecretManager(
@@ -354,6 +379,7 @@ class Assembly:
             events=self.events,
         )
         self.migrations = FleetMigrator(services)
+        self.seeds = SeedManager(services, seeds, self.router)
         self.catch_up = CatchUp(self.migrations, schema)
         self._opened.append(self.catch_up.close)
         self.directory.before_use(self.catch_up.before_use)

@@ -38,7 +38,7 @@ from .config import TenancyConfig, project
 from .config.values import load_object
 from .errors import ConfigurationError, FleetMigrationError, TenancyError
 from .migrations import AlembicSchema, FleetMigrator, local, logs
-from .migrations.autogenerate import with_imports
+from .migrations.autogenerate import with_imports, without_records
 from .migrations.commands import CommandResult
 from .migrations.configuration import alembic_config, leads_to, name_of, with_x
 from .migrations.execution import printing_sql
@@ -278,7 +278,7 @@ class _Command:
         """Autogenerate against a clone of the template: it is at head, as new tenants are, and has no data."""
         services = migrator.services
         server = next(iter(services.servers))
-        options = with_imports(self.environment.options)
+        options = without_records(with_imports(self.environment.options))
         if options["target_metadata"] is None:
             options["target_metadata"] = services.config.metadata
 

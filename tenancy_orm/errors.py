@@ -68,6 +68,9 @@
     │       └── LoginRefusedError            the server answers, but refuses the login of the tenant's role
     ├── ProvisioningError
     │   ├── DatabaseExistsError
+    │   ├── SeedError                        a seed failed, or took too long
+    │   ├── ReferenceDataError               the rows of a reference table could not be written
+    │   ├── FleetSeedError                   some tenants failed in a run over the fleet
     │   └── TemplateError
     │       └── ExtensionUnavailableError    a server does not have a configured extension
     ├── MigrationError
@@ -884,6 +887,35 @@ class ProvisioningError(TenancyError):
 
 class DatabaseExistsError(ProvisioningError):
     """A database or role of that name already exists, and is never taken over."""
+
+
+class SeedError(ProvisioningError):
+    """A seed failed, or took too long. Nothing of it remains; a creation that it was part of is undone."""
+
+    def __init__(self, message: str, *, seed: str, tenant: str | None = None, step: str | None = None) -> None:
+        """Attach the name of the ``seed``."""
+        super().__init__(message, tenant=tenant, step=step)
+        self.seed = seed
+
+
+class ReferenceDataError(ProvisioningError):
+    """The rows of a reference table could not be written to a database. Nothing was changed there."""
+
+    def __init__(self, message: str, *, reference: str, tenant: str | None = None, step: str | None = None) -> None:
+        """Attach the name of the ``reference`` table."""
+        super().__init__(message, tenant=tenant, step=step)
+        self.reference = reference
+
+
+class FleetSeedError(ProvisioningError):
+    """Some tenants did not get all seeds and reference data; the others did."""
+
+    def __init__(self, failures: Mapping[str, str], *, total: int) -> None:
+        """Give the reason by the slug of each tenant that failed; ``total`` is how many the run was for."""
+        names = ", ".join(sorted(failures)[:5]) + (", ..." if len(failures) > 5 else "")
+        super().__init__(f"{len(failures)} of {total} tenants failed to be seeded: {names}")
+        self.failures = dict(failures)
+        self.total = total
 
 
 class TemplateError(ProvisioningError):

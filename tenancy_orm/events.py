@@ -428,6 +428,20 @@ class TenantMigrationFailed(TenantEvent):
     error: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantSeeded(TenantEvent):
+    """An existing tenant got the seeds and reference data of these ``names``. Creations do not emit it."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantSeedingFailed(TenantEvent):
+    """Seeds or reference data could not be applied to an existing tenant; ``error`` is the message, without secrets."""
+
+    error: str
+
+
 E = TypeVar("E", bound=Event)
 Callback = Callable[[E], Awaitable[None] | None]
 

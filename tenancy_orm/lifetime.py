@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass
@@ -17,16 +17,20 @@ from .errors import NotOpenError
 from .events import EventBus
 from .loops import HomeLoop
 from .quotas.rates import Rates
+from .seeds import Seed
 
 logger = logging.getLogger("tenancy_orm")
 
-Builder: TypeAlias = Callable[[TenancyConfig, EventBus, Rates, bool | None], Awaitable[Assembly]]
-"""What opens the parts: of a configuration, and whether the control database is to be created or upgraded first."""
+Builder: TypeAlias = Callable[[TenancyConfig, EventBus, Rates, bool | None, Sequence[Seed]], Awaitable[Assembly]]
+"""What opens the parts: of a configuration, whether the control database is to be created or upgraded first, and what
+``Tenancy.on_create`` has made."""
 
 
-async def build(config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None) -> Assembly:
+async def build(
+    config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None, seeds: Sequence[Seed]
+) -> Assembly:
     """Open the parts as an application does."""
-    return await Assembly.build(config, events, rates, initialise=initialise)
+    return await Assembly.build(config, events, rates, initialise=initialise, seeds=seeds)
 
 
 _builders: list[Builder] = [build]
@@ -67,10 +71,12 @@ class Lifetime:
 
     Attributes:
         assembly (Assembly | None): The parts, while they are open.
+        seeds (list[Seed]): What ``Tenancy.on_create`` has made. They outlive the parts.
     """
 
     def __init__(self, config: TenancyConfig, events: EventBus, rates: Rates) -> None:
         self.assembly: Assembly | None = None
+        self.seeds: list[Seed] = []
         self._config = config
         self._events = events
         self._rates = rates
@@ -124,7 +130,7 @@ class Lifetime:
         with self._at_home():
             async with self._opening:
                 if self.assembly is None:
-                    self.assembly = await _builders[-1](self._config, self._events, self._rates, initialise)
+                    self.assembly = await _builders[-1](self._config, self._events, self._rates, initialise, self.seeds)
 
     async def close(self, *, timeout: float) -> None:
         """Let the subscribers finish for ``timeout`` seconds, then close the parts.

@@ -33,6 +33,7 @@ from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .schedules import ScheduleManager
 from .scopes import BoundTenants, ResolvedSession, resolve
+from .seeds import Seed, SeedManager, seed
 from .sync import SyncTenancy
 from .tenant import Status, Tenant, TenantRef
 from .tenants.domains import DomainManager
@@ -406,6 +407,11 @@ class Tenancy:
         return self._lifetime.parts.migrations
 
     @property
+    def seeds(self) -> SeedManager:
+        """Bring seeds and reference data to existing tenants, and see which tenants lack some."""
+        return self._lifetime.parts.seeds
+
+    @property
     def templates(self) -> TemplateManager:
         """The templates that new tenants are cloned from: list them, build them again, drop those that nobody uses."""
         return self._lifetime.parts.provisioner.templates
@@ -420,6 +426,42 @@ class Tenancy:
         assembly = self._lifetime.assembly
         # not through ``parts`` where it need not be: every request comes through here
         return self._lifetime.parts.internals if assembly is None else assembly.internals
+
+    # --- seeds ------------------------------------------------------------------------------------------------------
+
+    @overload
+    def on_create(self, function: Callable[..., Any], /) -> Seed: ...
+
+    @overload
+    def on_create(
+        self, /, *, name: str | None = None, version: int = 1, template: bool = False
+    ) -> Callable[[Callable[..., Any]], Seed]: ...
+
+    def on_create(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        template: bool = False,
+    ) -> Seed | Callable[[Callable[..., Any]], Seed]:
+        """Make a seed of a function, which runs for new tenants from then on; the arguments are those of ``seed``.
+
+        Where several programs create tenants, name the function in the setting ``provisioning.seeds`` instead: this
+        registers it in the processes that run this line.
+
+        Raises:
+            ConfigurationError: as ``seed``.
+        """
+        make = seed(name=name, version=version, template=template)
+
+        def register(given: Callable[..., Any]) -> Seed:
+            made = make(given)
+            self._lifetime.seeds.append(made)
+            return made
+
+        return register if function is None else register(function)
 
     # --- housekeeping -----------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from . import (
     revocations,
     schedule,
     secrets,
+    seed,
     servers,
     sql,
     template,
@@ -70,6 +71,7 @@ app.command("sql")(sql.sql)
 app.command("each", cls=each.EachCommand)(each.each)
 app.command("url")(each.url)
 app.command("run")(call.call)
+app.command("seed")(seed.seed)
 
 # at 80 columns: slug, status, tier and id
 _LISTED = (
@@ -129,6 +131,9 @@ def create(
     server: Annotated[
         str | None, typer.Option(help="The server to place it on; what default_server says if not given.")
     ] = None,
+    seeded: Annotated[
+        bool, typer.Option("--seed/--no-seed", help="Whether the seeds run that are not in the template.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Create a tenant with its database, and print its API key. The key is not shown again."""
@@ -143,6 +148,7 @@ def create(
             status="trial" if trial or trial_ends_at else "active",
             trial_ends_at=trial_ends_at,
             server=server,
+            seed=seeded,
             actor=operator(),
         )
         return {"api_key": created.api_key, "key_id": created.key_id, **tenant_fields(created.tenant)}
@@ -202,10 +208,13 @@ def list_tenants(
 
 @app.command()
 def show(tenant: TenantArgument, as_json: Json = False) -> None:
-    """Show one tenant."""
+    """Show one tenant; where seeds are configured, also the versions that its database has, and those it lacks."""
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
-        return tenant_fields(await tenancy.tenants.get(tenant))
+        found = await tenancy.tenants.get(tenant)
+        has_database = found.placement is not None and found.status is not Status.PROVISIONING
+        seeds = await seed.read_status(tenancy, [str(found.id)]) if has_database else {}
+        return {**tenant_fields(found), **seed.status_fields(seeds.get(found.slug))}
 
     show_tenant(run(command), as_json)
 

@@ -11,6 +11,7 @@ from sqlalchemy import MetaData
 
 from ..config import TenancyConfig, project, schema, sources
 from ..config.validation import settings_of
+from ..config.values import named
 from .output import Column, console, print_json, print_table
 from .runtime import Json, exit_on_error, extend_path, load_tenancy
 
@@ -74,8 +75,10 @@ def _shown(config: TenancyConfig, name: str) -> str | None:
         return None
     if name in _SECRETS:
         return "(set)"
-    if name == "tiers":
+    if name in ("tiers", "reference"):
         return ", ".join(value)
+    if name == "provisioning.seeds":
+        return ", ".join(map(named, value))
     if isinstance(value, MetaData):
         return f"{len(value.tables)} tables"
     if isinstance(value, (tuple, list)):

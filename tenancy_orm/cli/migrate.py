@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from rich.progress import Progress as ProgressBar
 from ..migrations import FleetReport, Progress, TenantOutcome
 from ..migrations.report import NO_TENANTS
 from ..tenancy import Tenancy
+from . import seed
 from .output import console, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, run
 
@@ -84,14 +86,18 @@ def extensions(tenant: Only = None, concurrency: Concurrency = 8, as_json: Json 
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show each tenant's revision and extensions; exit status 1 where one is not at head, or lacks an extension."""
+    """Show each tenant's revision and extensions; exit status 1 where one is not at head, or lacks an extension.
+
+    Where seeds are configured, it shows those that are outstanding as well.
+    """
 
     async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.migrations.status()
+        return await tenancy.migrations.status(), await seed.read_status(tenancy)
 
-    revisions = run(command)
+    revisions, seeds = run(command)
     if as_json:
-        print_json(list(revisions))
+        fields = ((asdict(x), seed.status_fields(seeds.get(x.slug))) for x in revisions)
+        print_json([{**found, **more} for found, more in fields])
     elif not revisions:
         console.print(NO_TENANTS, highlight=False)
     else:
@@ -101,6 +107,10 @@ def status(as_json: Json = False) -> None:
             for x in revisions
         ]
         columns = ("tenant", "revision", "at head", "lacks extensions", "not in the setting", "error")
+        if seeds:
+            lacking = [", ".join(seeds[x.slug].outstanding) if x.slug in seeds else None for x in revisions]
+            columns = (*columns[:-1], "lacks seeds", "error")  # type: ignore[assignment]
+            rows = [(*row[:-1], lacks, row[-1]) for row, lacks in zip(rows, lacking, strict=True)]
         print_table("schema revisions", columns, rows)
     if not all(x.is_complete for x in revisions):
         raise typer.Exit(EXIT_FAILED)

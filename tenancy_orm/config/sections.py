@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from types import MappingProxyType
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
+from pydantic_core import from_json
 
 from ..errors import SettingError
 from .tiers import TierPolicyList
@@ -29,8 +30,10 @@ from .values import (
     Pairs,
     PostgresUrl,
     RoleScopes,
+    RowSource,
     Seconds,
     SecondsOrZero,
+    SeedList,
     decode_keys,
 )
 
@@ -276,6 +279,12 @@ class ProvisioningConfig(Section, frozen=True):
     grants: LoadedHook | None = Field(default=None, exclude=True)
     """A function that returns further SQL for each tenant's database, given a ``GrantTarget``. It runs as the owner of
     the database, at creation, after an upgrade of the tenant and in a reconcile. As text ``module:attribute``."""
+    seeds: SeedList = ()
+    """What new tenants' databases are filled with, in this order: functions (as text ``module:function``), SQL files
+    and directories of SQL files. As text: separated by commas."""
+    seed_timeout: Seconds = 30.0
+    """How long one seed, or the rows of one reference table, may take in one database, in seconds. At a creation,
+    ``timeout`` bounds them all together as well."""
 
     @field_validator("tenant_privileges", mode="after")
     @classmethod
@@ -294,6 +303,70 @@ class ProvisioningConfig(Section, frozen=True):
             if value is not None and (type(value) is not str or "\x00" in value):
                 raise ValueError(f"the value of {name!r} must be text")
         return settings
+
+
+_TABLE_NAME = re.compile(r"([^.\x00]{1,63}\.)?[^.\x00]{1,63}")
+
+
+class ReferenceTable(Section, frozen=True):
+    """A table with rows that are the same for all tenants."""
+
+    table: str
+    """The table, ``countries`` or ``schema.countries``; without a schema it is in ``public``. It is not quoted."""
+    key: Names
+    """The columns that tell the rows apart. The table must have a unique constraint on them."""
+    source: RowSource
+    """Where the rows come from: a file that ends in ``.csv``, ``.json``, ``.jsonl`` or ``.sql`` (one query), or a
+    function that yields mappings, as text ``module:function``. In a settings file, relative to that file."""
+    protected: bool = True
+    """Whether tenants' roles may only read the table."""
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The schema and the name of the table, unquoted."""
+        schema, _, table = self.table.rpartition(".")
+        return schema or "public", table
+
+    @field_validator("table", mode="after")
+    @classmethod
+    def _check_table(cls, table: str) -> str:
+        if not _TABLE_NAME.fullmatch(table):
+            raise ValueError("must be table, or schema.table")
+        return table
+
+    @field_validator("key", mode="after")
+    @classmethod
+    def _check_key(cls, key: tuple[str, ...]) -> tuple[str, ...]:
+        if not key or len(set(key)) < len(key):
+            raise ValueError("must name one column or more, each once")
+        return key
+
+
+def _read_references(value: object) -> Mapping[str, ReferenceTable]:
+    if isinstance(value, str):
+        try:
+            value = from_json(value)
+        except ValueError as exc:
+            raise ValueError(f"is not JSON: {exc}") from None
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a table of reference tables by name")
+    return MappingProxyType({str(name): _read_reference(str(name), given) for name, given in value.items()})
+
+
+def _read_reference(name: str, given: object) -> ReferenceTable:
+    if isinstance(given, ReferenceTable):
+        return given
+    if not isinstance(given, Mapping):
+        raise SettingError({name: "must be a table with table, key and source"})
+    try:
+        return ReferenceTable(**given)
+    except SettingError as exc:
+        raise SettingError({f"{name}.{inner}": reason for inner, reason in exc.problems.items()}) from None
+
+
+References = Annotated[
+    Mapping[str, ReferenceTable], PlainValidator(_read_references, json_schema_input_type=dict[str, ReferenceTable])
+]
 
 
 class MigrationConfig(Section, frozen=True):

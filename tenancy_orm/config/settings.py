@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +26,7 @@ from .sections import (
     PoolConfig,
     ProvisioningConfig,
     QuotaConfig,
+    References,
     RetentionConfig,
     SecretsConfig,
     SessionConfig,
@@ -88,6 +90,9 @@ class TenancyConfig(_Checked, BaseSettings):
     """Tiers by name, in ascending order. As text: JSON of what a settings file holds."""
     default_tier: str = "free"
     """The tier of a tenant created without one; one of ``tiers``."""
+    reference: References = Field(default_factory=lambda: MappingProxyType({}), exclude=True)
+    """Tables with rows that are the same for all tenants, each a ``ReferenceTable`` by name. As text: JSON of what a
+    settings file holds."""
 
     control: ControlConfig = Field(default_factory=ControlConfig)
     """Connections to the control database."""

@@ -6,11 +6,12 @@ say it; a variable or key that is no setting is an error; and relative paths are
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -321,7 +322,8 @@ def _table_of_tool(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 def _absolute(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Make the relative paths in settings absolute: they are relative to the project's directory.
 
-    These are ``migrations``, the directory of an embedded server, and the files that a URL names.
+    These are ``migrations``, the directory of an embedded server, seeds, the sources of reference data, and the files
+    that a URL names.
     """
     values = dict(values)
     if isinstance(migrations := values.get("migrations"), str):
@@ -329,6 +331,16 @@ def _absolute(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     migration = values.get("migration")
     if isinstance(migration, dict) and isinstance(file := migration.get("alembic_config"), str):
         values["migration"] = {**migration, "alembic_config": str(directory / file)}
+    provisioning = values.get("provisioning")
+    if isinstance(provisioning, dict) and isinstance(seeds := provisioning.get("seeds"), (str, list)):
+        listed = [seed.strip() for seed in seeds.split(",")] if isinstance(seeds, str) else seeds
+        values["provisioning"] = {**provisioning, "seeds": [_absolute_file(directory, seed) for seed in listed]}
+    reference = values.get("reference")
+    if isinstance(reference, str):
+        with suppress(ValueError):  # it is refused where it is checked
+            reference = json.loads(reference)
+    if isinstance(reference, dict):
+        values["reference"] = {name: _absolute_reference(directory, table) for name, table in reference.items()}
     if "control_url" in values:
         values["control_url"] = _absolute_url(directory, values["control_url"])
     if isinstance(servers := values.get("servers"), Mapping):
@@ -338,6 +350,17 @@ def _absolute(directory: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(control := values.get("control"), Mapping) and "listen_url" in control:
         values["control"] = {**control, "listen_url": _absolute_url(directory, control["listen_url"])}
     return values
+
+
+def _absolute_reference(directory: Path, table: Any) -> Any:
+    if not isinstance(table, Mapping) or "source" not in table:
+        return table
+    return {**table, "source": _absolute_file(directory, table["source"])}
+
+
+def _absolute_file(directory: Path, given: Any) -> Any:
+    # what has a colon is module:function
+    return str(directory / given) if isinstance(given, str) and given and ":" not in given else given
 
 
 def _absolute_server(directory: Path, given: Any) -> Any:

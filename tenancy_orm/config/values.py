@@ -170,6 +170,34 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
+def _read_seeds(value: object) -> object:
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(item, (str, os.PathLike)) or callable(item) for item in value
+    ):
+        raise ValueError("must be a list of functions, module:function, SQL files and directories of these")
+    return tuple(item.strip() if isinstance(item, str) else item for item in value if item != "")
+
+
+def _read_source(value: object) -> object:
+    if not (isinstance(value, (str, os.PathLike)) and os.fspath(value)) and not callable(value):
+        raise ValueError("must be a file, or a function as module:function")
+    return value
+
+
+def named(value: object) -> str:
+    """Name what a setting holds, a path or a function, as text."""
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    found = getattr(value, "function", None) or value
+    return f"{getattr(found, '__module__', '')}:{getattr(found, '__qualname__', type(found).__qualname__)}"
+
+
+def _all_named(values: tuple[object, ...]) -> list[str]:
+    return [named(value) for value in values]
+
+
 def _read_metadata(value: object) -> object:
     found = _read_object(value)
     if found is not None and not isinstance(found, MetaData):
@@ -205,6 +233,13 @@ RoleScopes = Annotated[
     _DUMPED,
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}}),
 ]
+SeedList = Annotated[
+    tuple[Any, ...],
+    PlainValidator(_read_seeds),
+    PlainSerializer(_all_named),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+]
+RowSource = Annotated[Any, PlainValidator(_read_source), PlainSerializer(named), WithJsonSchema({"type": "string"})]
 PostgresUrl = Annotated[str, PlainValidator(_read_url), WithJsonSchema({"type": "string"})]
 DirectoryPath = Annotated[str | Path, PlainValidator(_read_path), WithJsonSchema({"type": "string"})]
 AlembicFile = Annotated[str | Path | Config, PlainValidator(_read_alembic_file), WithJsonSchema({"type": "string"})]

@@ -1,10 +1,11 @@
 """The creation of one tenant, step by step, so that either all or nothing of it remains.
 
-The steps are registered, role, database, grants, proved; after them the tenant becomes active. The name of a step is in
-the registry before the step begins, except for the role: it follows "registered" at once, and takes less time than
-writing its name. The administrative connection holds an advisory lock on the tenant's id, from before the row is
-written until the end. When a process dies, the kernel closes its connections and PostgreSQL releases their locks. So
-``reconcile`` can tell a creation under way from a dead one exactly, and without a clock.
+The steps are registered, role, database, grants, proved, and seeds where there are any that run for each tenant; after
+them the tenant becomes active. The name of a step is in the registry before the step begins, except for the role: it
+follows "registered" at once, and takes less time than writing its name. The administrative connection holds an advisory
+lock on the tenant's id, from before the row is written until the end. When a process dies, the kernel closes its
+connections and PostgreSQL releases their locks. So ``reconcile`` can tell a creation under way from a dead one exactly,
+and without a clock.
 
 A failure or a cancellation undoes the steps that were started, in reverse. Becoming active is one commit in the
 registry, and the point of no return: where it is in doubt, the registry is read again, and an active tenant is never
@@ -18,6 +19,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 from uuid import UUID
 
 from ..audit.actor import Actor
@@ -53,6 +55,19 @@ UNDOING = "undoing"
 _PATIENCE_SECONDS = 1.0
 
 
+class TenantSeeds(Protocol):
+    """What runs in a new tenant's database, as the tenant, before the tenant becomes active."""
+
+    def wanted(self) -> bool:
+        """Whether there is anything to run. Called by every creation: be fast."""
+
+    async def run(self, tenant: Tenant) -> None:
+        """Run it. It is undone by dropping the database."""
+
+    def forget(self, tenant_id: UUID) -> None:
+        """Give up what is kept for a tenant: its database will be dropped."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProvisioningServices:
     """The objects that provisioning uses."""
@@ -67,6 +82,7 @@ class ProvisioningServices:
     templates: Templates
     events: EventBus
     blockers: Callable[[Server], Blockers]
+    seeds: TenantSeeds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +114,7 @@ class Creation:
         key_name: str,
         scopes: Sequence[str],
         strategy: Strategy,
+        seed: bool = True,
         actor: Actor,
     ) -> None:
         self._services = services
@@ -110,6 +127,7 @@ class Creation:
         self._key_name = key_name
         self._scopes = scopes
         self._strategy = strategy
+        self._seeds = services.seeds if seed and services.seeds is not None and services.seeds.wanted() else None
         self._actor = actor
         self._timeout = services.config.provisioning.timeout
         self._connection: Connection | None = None
@@ -128,6 +146,7 @@ class Creation:
             Step("database", self._create_database, self._drop_database),
             Step("grants", self._grant, _nothing),
             Step("proved", self._prove, self._end_connections),
+            *(() if self._seeds is None else (Step("seeds", self._seed, self._forget_seeds),)),
         )
 
     async def run(self) -> Tenant:
@@ -237,7 +256,7 @@ class Creation:
                     connection,
                     draft.database,
                     role=draft.role,
-                    rights=TenantRights.of(self._services.config.provisioning, self._services.names.owner),
+                    rights=TenantRights.of(self._services.config, self._services.names.owner),
                     what=await self._services.templates.contents(connection, self._template),
                     marker=marker.marker_text(self._services.installation, draft.id),
                 )
@@ -248,6 +267,10 @@ class Creation:
         draft = self._draft
         placement = Placement(draft.server, draft.database, draft.role, draft.sealed_password)
         self._close_later(await prove(self._services, draft.id, draft.slug, placement))
+
+    async def _seed(self) -> None:
+        if self._seeds is not None:
+            await self._seeds.run(await self._services.registry.get(self._draft.id))
 
     def _close_later(self, connection: Connection) -> None:
         """Close a connection during the next step: the server takes 2 ms to end a session."""
@@ -260,6 +283,10 @@ class Creation:
             await self._services.admin_connections.release(self._server, self._connection, tenant_key(self._draft.id))
 
     # --- back -------------------------------------------------------------------------------------------------------
+
+    async def _forget_seeds(self) -> None:
+        if self._seeds is not None:
+            self._seeds.forget(self._draft.id)
 
     async def _end_connections(self) -> None:
         if await roles.exists(self._admin, self._draft.role):

@@ -36,7 +36,7 @@ from .alignment import align_role
 from .blockers import Blockers
 from .databases import Strategy
 from .extensions import Extensions
-from .pipeline import Creation, ProvisioningServices, describe, tenant_key
+from .pipeline import Creation, ProvisioningServices, TenantSeeds, describe, tenant_key
 from .preparation import prepare
 from .public_access import SharedDatabases, read_control
 from .reconcile import Reconciler, ReconcileReport
@@ -69,6 +69,7 @@ class Provisioner:
         keyring: Keyring,
         schema: SchemaSource,
         events: EventBus,
+        seeds: TenantSeeds | None = None,
     ) -> None:
         self.names = names
         self._control = control
@@ -99,6 +100,7 @@ class Provisioner:
             templates=self._templates,
             events=events,
             blockers=blockers,
+            seeds=seeds,
         )
         self.watchdog = Watchdog(self._services)
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
@@ -140,7 +142,7 @@ class Provisioner:
                     shared=SharedDatabases(config.name_prefix, await read_control(self._control, config)),
                     revoke_public=config.provisioning.revoke_public,
                     configured=config.provisioning.role_settings,
-                    rights=TenantRights.of(config.provisioning, self.names.owner),
+                    rights=TenantRights.of(config, self.names.owner),
                     timeout=self._timeout,
                 )
             except TenancyError:
@@ -217,9 +219,12 @@ class Provisioner:
         key_name: str = "default",
         scopes: Sequence[str] = (),
         strategy: Strategy = "wal_log",
+        seed: bool = True,
         actor: Actor = SYSTEM,
     ) -> Tenant:
         """Create a tenant, all or nothing: its row, role, database, rights and marker, then a login that proves them.
+
+        Seeds that run for each tenant follow.
 
         Args:
             draft: The tenant's values.
@@ -227,12 +232,14 @@ class Provisioner:
             key_name: The key's name.
             scopes: The key's scopes.
             strategy: "wal_log" if a caller waits, "file_copy" for thousands in a row.
+            seed: Whether the seeds run that are not in the template.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantExistsError: the slug is taken.
             DatabaseExistsError: a database or role of the tenant's name exists; it is not adopted.
             TemplateError: the template could not be built or cloned.
+            SeedError: a seed failed, or took too long; what was made has been undone.
             ProvisioningError: a step failed, or did not finish within ``provisioning.timeout``. What was made has been
                 undone, or ``reconcile`` will remove it; the message says which.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
@@ -251,6 +258,7 @@ class Provisioner:
                 key_name=key_name,
                 scopes=scopes,
                 strategy=strategy,
+                seed=seed,
                 actor=actor,
             )
             return await creation.run()
@@ -416,7 +424,7 @@ class Provisioner:
             ServerUnavailableError: the server does not answer.
         """
         refuse_other_tenant(tenant)
-        rights = TenantRights.of(self._services.config.provisioning, self.names.owner)
+        rights = TenantRights.of(self._services.config, self.names.owner)
         if rights.hook is None or tenant.placement is None:
             return
         place = tenant.placement

@@ -62,7 +62,7 @@ class TenantCheck:
         self._services = services
         self._server = server
         self._blockers = services.blockers(services.servers[server])
-        self._rights = TenantRights.of(services.config.provisioning, services.names.owner)
+        self._rights = TenantRights.of(services.config, services.names.owner)
         self._mend = mend
         self._spare_others = spare_others
         self._adopt = frozenset(adopt)

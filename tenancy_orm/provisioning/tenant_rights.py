@@ -2,7 +2,8 @@
 
 The rights are the role's own and not a group's, so another tenant's role has none here even if it could connect. On a
 table the role gets SELECT, INSERT, UPDATE and DELETE, but not TRUNCATE, REFERENCES and TRIGGER. On a sequence it gets
-all rights, since loading rows sets it. It may read Alembic's version table, and not write it.
+all rights, since loading rows sets it. It may read Alembic's version table and protected reference tables, and not
+write them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-from ..config.sections import ProvisioningConfig
+from ..config import TenancyConfig
 from ..errors import ConfigurationError, ProvisioningError
 from ..postgres.connections import Connection, version
 from ..postgres.quoting import quote_identifier
@@ -30,6 +31,13 @@ _CONTROL = re.compile(
     r"(\s|--[^\n]*(\n|$)|/\*.*?\*/)*(BEGIN|START|COMMIT|END|ROLLBACK|ABORT|SAVEPOINT|RELEASE|PREPARE)\b",
     re.IGNORECASE | re.DOTALL,
 )
+
+RECORD_SCHEMA = "tenancy_orm"
+"""The schema, in a tenant's database, of the records of seeds and reference data."""
+
+REFERENCE_RECORD = (RECORD_SCHEMA, "reference_data")
+
+_PART = re.compile(r'"((?:[^"]|"")+)"|([^."]+)')
 
 DEFAULTS = {"SCHEMAS": "n", "TABLES": "r", "SEQUENCES": "S"}
 """Kinds of objects with default privileges, as GRANT names them and as ``pg_default_acl`` does."""
@@ -62,17 +70,21 @@ class TenantRights:
         privileges: ``provisioning.tenant_privileges``.
         advisory_locks: ``provisioning.tenant_advisory_locks``.
         hook: ``provisioning.grants``.
+        read_only: Schemas and names of the tables that the role may only read, unquoted.
     """
 
     owner: str
     privileges: tuple[str, ...] = ()
     advisory_locks: bool = False
     hook: GrantHook | None = None
+    read_only: frozenset[tuple[str, str]] = frozenset()
 
     @classmethod
-    def of(cls, config: ProvisioningConfig, owner: str) -> TenantRights:
+    def of(cls, config: TenancyConfig, owner: str) -> TenantRights:
         """The rights that this configuration gives."""
-        return cls(owner, config.tenant_privileges, config.tenant_advisory_locks, config.grants)
+        given = config.provisioning
+        read_only = (table.place for table in config.reference.values() if table.protected)
+        return cls(owner, given.tenant_privileges, given.tenant_advisory_locks, given.grants, frozenset(read_only))
 
     def check_version(self, server: str, server_version: int) -> None:
         """Refuse a privilege that the server does not have.
@@ -101,11 +113,19 @@ class TenantRights:
         yield from _each("TABLES", ("",), tables)
         yield from _each("SEQUENCES", ("",), _COUNTERS)
         yield from _each("SCHEMA", what.schemas, ("USAGE",))
-        yield from _each("TABLE", what.tables, tables)
+        read_only = [table for table in what.tables if self._is_read_only(table)]
+        yield from _each("TABLE", [table for table in what.tables if table not in read_only], tables)
+        yield from _each("TABLE", read_only, ("SELECT",))
         yield from _each("SEQUENCE", what.sequences, _COUNTERS)
         yield from _each("TABLE", what.version_tables, ("SELECT",))
         if self.advisory_locks:
             yield from _each("FUNCTION", advisory_locks.FUNCTIONS, ("EXECUTE",))
+
+    def _is_read_only(self, quoted: str) -> bool:
+        if not self.read_only and not quoted.startswith(RECORD_SCHEMA):
+            return False
+        schema, table = ((part[0] or part[1]).replace('""', '"') for part in _PART.findall(quoted))
+        return (schema, table) == REFERENCE_RECORD or (schema, table) in self.read_only
 
     async def run_hook(self, connection: Connection, database: str, role: str) -> None:
         """Run the statements of the grant hook, if there is one, in the open transaction of ``connection``.

@@ -30,6 +30,7 @@ class MakeThreadEngine(Protocol):
     def __call__(self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement) -> Engine:
         """Make one for a tenant."""
 
+
 MakePool: TypeAlias = Callable[[Connector, Tenant, Placement], TenantPool]
 
 

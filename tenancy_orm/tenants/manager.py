@@ -133,6 +133,7 @@ class TenantManager(TenantLifecycle):
         server: str | None = None,
         key_name: str = "default",
         scopes: Sequence[str] = (),
+        seed: bool = True,
         actor: Actor = SYSTEM,
     ) -> CreatedTenant:
         """Create a tenant: its registry row, database, role and first API key.
@@ -149,13 +150,14 @@ class TenantManager(TenantLifecycle):
             server: Name of the server to place it on; the one that ``TenancyConfig.default_server`` says where None.
             key_name: Name of the first API key.
             scopes: Its scopes.
+            seed: Whether the seeds run that are not in the template; ``tenancy.seeds.apply`` runs them later.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantExistsError: the slug is taken.
             InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed, or
                 it has no ``server`` and ``default_server`` does not say which of several.
-            ProvisioningError: a step failed; the steps before it have been undone.
+            ProvisioningError: a step failed; the steps before it have been undone. A ``SeedError`` names the seed.
             ControlUnavailableError, ServerUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
@@ -173,7 +175,9 @@ class TenantManager(TenantLifecycle):
         key = generate_key(
             self._config.keys.prefix, KeyDigester(self._config.keys.decoded_peppers, self._config.keys.pepper_current)
         )
-        tenant = await self._provisioner.create(draft, key=key, key_name=key_name, scopes=scopes, actor=actor)
+        tenant = await self._provisioner.create(
+            draft, key=key, key_name=key_name, scopes=scopes, seed=seed, actor=actor
+        )
         self._directory.invalidate(tenant_id=tenant.id)
         seconds = time.perf_counter() - started
         self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..events import EventBus
 from ..lifetime import build, pop_builder, push_builder
 from ..postgres import login
 from ..quotas.rates import Rates
+from ..seeds import Seed
 from ..tenant import Status
 from . import application
 from .application import Application
@@ -107,22 +109,24 @@ class TestRun:
                 self.lending.cloner = Cloner(self.server.url)
             return self._installation
 
-    async def _build(self, config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None) -> Assembly:
+    async def _build(
+        self, config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None, seeds: Sequence[Seed]
+    ) -> Assembly:
         """Open the parts of a ``Tenancy``, this application's or any other, on the installation of the tests."""
         installation = await asyncio.to_thread(self.installation)
         if not initialise and (known := self._known.get(events)) is not None and self.openings.is_brief(events):
             return await ReopenedAssembly.of(known, events, rates)
         redirected = installation.redirect(config)
         if self._prepared:
-            return await build(redirected, events, rates, initialise)
+            return await build(redirected, events, rates, initialise, seeds)
         try:
-            assembly = await build(redirected, events, rates, True)
+            assembly = await build(redirected, events, rates, True, seeds)
         except TenancyError:
             if installation.is_new:
                 raise
             # of another version of the package, or with other keys: nothing in it is worth keeping
             await self.background.call(installation.recreate())
-            assembly = await build(redirected, events, rates, True)
+            assembly = await build(redirected, events, rates, True, seeds)
         if not installation.is_new:
             await _remove_leftovers(assembly)
         self._prepared = True

@@ -92,6 +92,7 @@ EXCUSED = {
     "quotas.close": "closes connections",
     "quotas.invalidate": "forgets what is looked up again",
     "secrets.close": "closes connections",
+    "seeds.configured": "loads what the configuration names",
     "sync.call": "awaits a function of the caller's; the package's own refuse by themselves",
     "sync.close": "closes connections",
     "sync.open": "opens nothing where it is open",

@@ -30,7 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"authentication", "quotas", "routing"}),
     frozenset({"provisioning"}),
     frozenset({"migrations", "tenants", "operations", "schedules"}),
-    frozenset({"metering"}),
+    frozenset({"metering", "seeds"}),
     frozenset({"housekeeping", "internals"}),
     frozenset({"assembly", "scopes", "queries"}),
     frozenset({"lifetime"}),

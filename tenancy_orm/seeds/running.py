@@ -1,0 +1,118 @@
+"""Running one seed in one database: in a transaction, within a time-out, and once for each version."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
+
+from ..context import bind
+from ..errors import ConfigurationError, SeedError
+from ..migrations.failures import describe
+from ..routing import Router
+from ..tenant import Tenant
+from . import records
+from .definition import Seed
+
+
+async def run_for_tenant(router: Router, tenant: Tenant, seed: Seed, *, timeout: float, force: bool = False) -> bool:
+    """Run a seed as the tenant's role, with the tenant bound; return whether it ran, and not before.
+
+    Args:
+        router: Gives the session.
+        tenant: Whose database.
+        seed: The seed.
+        timeout: Seconds that it may take.
+        force: Run it even if its version was applied.
+
+    Raises:
+        SeedError: it failed, or took too long; nothing of it remains.
+    """
+    async with _bounded(seed.name, timeout, tenant.slug):
+        with bind(tenant):
+            async with router.session(tenant) as session, session.begin():
+                return await _run(session, seed, tenant, force=force)
+
+
+async def run_as_owner(
+    connection: AsyncConnection, seed: Seed, *, timeout: float, force: bool = False, tenant: str | None = None
+) -> bool:
+    """Run a seed that does not depend on the tenant, as the owner of the tables; return whether it ran.
+
+    Args:
+        connection: To the template, or to a tenant's database.
+        seed: The seed.
+        timeout: Seconds that it may take.
+        force: Run it even if its version was applied.
+        tenant: The slug of the tenant, for an error.
+
+    Raises:
+        SeedError: as ``run_for_tenant``.
+    """
+    bounded = _bounded(seed.name, timeout, tenant)
+    async with bounded, AsyncSession(connection, expire_on_commit=False) as session, session.begin():
+        return await _run(session, seed, None, force=force)
+
+
+async def _run(session: AsyncSession, seed: Seed, tenant: Tenant | None, *, force: bool) -> bool:
+    claimed, previous = await records.claim(session, seed, force=force)
+    if not claimed:
+        return False
+    if seed.function is None:
+        connection = await session.connection()
+        for statement in seed.statements:
+            await connection.exec_driver_sql(statement)
+        return True
+    offered = {"tenant": tenant, "previous": previous}
+    begun = session.sync_session.get_transaction()
+    with _uncommitted(session):
+        await _call(session, seed.function, {name: offered[name] for name in seed.asks})
+    if session.sync_session.get_transaction() is not begun:
+        raise ConfigurationError("a seed must not end its transaction; raise an error to undo what it did")
+    return True
+
+
+@contextmanager
+def _uncommitted(session: AsyncSession) -> Iterator[None]:
+    """Refuse a commit in the body: the seed would count as applied, whatever it does afterwards."""
+
+    def refuse(inner: Session) -> None:
+        # a savepoint is committed as well
+        if not inner.in_nested_transaction():
+            raise ConfigurationError("a seed must not commit: what it did is committed when it returns")
+
+    event.listen(session.sync_session, "before_commit", refuse)
+    try:
+        yield
+    finally:
+        event.remove(session.sync_session, "before_commit", refuse)
+
+
+async def _call(session: AsyncSession, function: Any, arguments: dict[str, Any]) -> None:
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+        await function(session, **arguments)
+        return
+    outcome = await session.run_sync(lambda synchronous: function(synchronous, **arguments))
+    if inspect.isawaitable(outcome):
+        outcome.close() if inspect.iscoroutine(outcome) else None
+        raise TypeError("the function returned an awaitable: write it as async def")
+
+
+@asynccontextmanager
+async def _bounded(name: str, timeout: float, tenant: str | None) -> AsyncIterator[None]:
+    """Bound the body, and have its errors name the seed."""
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit:
+            yield
+    except Exception as exc:
+        late = isinstance(exc, TimeoutError) and limit.expired()
+        reason = f"did not end within {timeout:g} s (provisioning.seed_timeout)" if late else f"failed: {describe(exc)}"
+        place = "" if tenant is None else f" for tenant {tenant!r}"
+        raise SeedError(f"seed {name!r} {reason}{place}", seed=name, tenant=tenant) from exc
