@@ -35,7 +35,7 @@ class ReopenedAssembly(Assembly):
     """
 
     def __init__(self, first: Assembly, config: TenancyConfig, events: EventBus, rates: Rates) -> None:
-        super().__init__(config, events, rates, None)
+        super().__init__(config, events, rates, None, first._registered_seeds)
         self._first = first
 
     @classmethod
