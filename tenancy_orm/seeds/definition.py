@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType
 from typing import Any, overload
 
 from ..errors import ConfigurationError
@@ -41,6 +42,8 @@ class Seed:
     function: Callable[..., Any] | None = field(default=None, repr=False)
     statements: tuple[str, ...] = field(default=(), repr=False)
     origin: str = field(default="", repr=False)
+    digest: str = field(init=False, repr=False)
+    """64 hexadecimal digits that change with the name and the version, and with the text of one for the template."""
 
     def __post_init__(self) -> None:
         """Refuse a malformed name or version, and a function that asks for what it cannot get.
@@ -55,6 +58,10 @@ class Seed:
             raise ConfigurationError(f"{what}: the version must be a whole number from 1, not {self.version!r}")
         if self.function is not None:
             _check_signature(self.function, what, template=self.template)
+        parts = [self.name, str(self.version), *self.statements]
+        if self.function is not None and self.template:
+            parts.append(_source_of(self.function))
+        object.__setattr__(self, "digest", hashlib.sha256("\0".join(parts).encode()).hexdigest())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function as it was written, for its tests."""
@@ -68,14 +75,6 @@ class Seed:
         if self.function is None:
             return ()
         return tuple(name for name in _OFFERED if name in inspect.signature(self.function).parameters)
-
-    @property
-    def digest(self) -> str:
-        """64 hexadecimal digits that change with the seed: with its text, as far as that can be read."""
-        parts = [self.name, str(self.version), *self.statements]
-        if self.function is not None:
-            parts.append(_source_of(self.function))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 @overload
@@ -192,4 +191,10 @@ def _source_of(function: Callable[..., Any]) -> str:
         return inspect.getsource(inner)
     except (OSError, TypeError):
         code = getattr(inner, "__code__", None)
-        return "" if code is None else code.co_code.hex()
+        return "" if code is None else _text_of(code)
+
+
+def _text_of(code: CodeType) -> str:
+    # the repr of an inner function's code has an address
+    constants = (_text_of(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts)
+    return " ".join((code.co_code.hex(), *code.co_names, *constants))
