@@ -22,7 +22,7 @@ from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import cell, json_text, note, print_json, print_table
 from .runtime import EXIT_FAILED, Json, exit_on_error, extend_path, fail, operator, run
-from .selection import All, Also, Concurrency, Named, Selection, Statuses, Tiers
+from .selection import All, Also, Named, Selection, Statuses, Tiers
 from .values import plain
 
 _GIVEN: Mapping[str, type] = {"tenancy": Tenancy, "tenant": Tenant, "session": AsyncSession}
@@ -42,7 +42,7 @@ def call(
         list[str] | None,
         typer.Option("--arg", metavar="NAME=TEXT|NAME:=JSON", help="One argument; repeatable."),
     ] = None,
-    concurrency: Concurrency = 1,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="How many tenants at once.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Call a function for each tenant, which is bound while it runs. Exit status 1 if it failed for any. Audited.

@@ -28,7 +28,7 @@ def sql(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[STATEMENT] [TENANT]...", help="One SQL statement, without --file; then slugs or ids of tenants."
+            metavar="STATEMENT TENANT", help="One SQL statement, without --file; then slugs or ids of tenants."
         ),
     ] = None,
     file: Annotated[
