@@ -80,7 +80,8 @@ def _offered(package: griffe.Object) -> Iterator[griffe.Object]:
         for room in rooms
         if room.name in ROOMS_OF_EXTRAS
         for module in room.modules.values()
-        if not module.name.startswith("_")
+        # of a plugin of pytest's, pytest alone uses the names
+        if not module.name.startswith("_") and not module.name.endswith("plugin")
     ]
     for module in (package, *(room for room in rooms if room.exports), *extras):
         yield from _exported(module)

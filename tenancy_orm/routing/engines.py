@@ -80,6 +80,7 @@ class Entry:
     def for_threads(self, make: MakeThreadEngine) -> Engine:
         """Return the engine of synchronous code, which the first call makes. Both are retired together."""
         if self.threads is None:
+            self.pool.admit_threads()
             tenant_id, slug = self.owner
             self.threads = make(
                 self.connector, tenant_id=tenant_id, slug=slug, tier=self._tier, placement=self.placement

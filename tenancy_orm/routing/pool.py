@@ -199,6 +199,9 @@ class TenantPool(RoutedPool):
         self.connector.home.check()
         self.retire()
 
+    def admit_threads(self) -> None:
+        """Raise where synchronous code may have no connections beside those of this pool: for tests."""
+
     def recreate(self) -> TenantPool:
         """Return a new pool for the same tenant; ``Engine.dispose`` calls this."""
         route = self.route

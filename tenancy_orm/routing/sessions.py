@@ -18,16 +18,15 @@ from sqlalchemy.orm import Session
 from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.notifications import ConnectionRequest
-from ..errors import ConfigurationError, RoutingError, UnknownServerError
+from ..errors import ConfigurationError, UnknownServerError
 from ..events import EventBus
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from ..tenant import Tenant
 from .budget import BudgetStatistics
 from .connector import Connector
-from .engines import EngineCache, Entry, Lease, MakePool, make_tenant_pool
+from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
-from .pool import TenantPool
 from .servers import Server
 from .shortage import Ask
 
@@ -156,18 +155,6 @@ class Router:
         """
         refuse_while_bound("changing how a tenant's pool is made")
         self._cache.use_pool(tenant_id, make_pool)
-
-    def make_usual_pool(self, tenant: Tenant) -> TenantPool:
-        """Make a pool of the usual kind, beside that of the tenant's engine; for tests.
-
-        Raises:
-            RoutingError: the tenant has no database, or its server is not configured.
-            CrossTenantError: a tenant is bound.
-        """
-        refuse_while_bound("making another pool")
-        if tenant.placement is None:
-            raise RoutingError(f"tenant {tenant.slug!r} has no database")
-        return make_tenant_pool(self._connector(tenant.placement.server), tenant, tenant.placement)
 
     def schema_changed(self, tenant_id: UUID | None, changing: bool = False) -> None:
         """Have the open connections of a tenant prepare their statements again; those of all tenants where it is None.

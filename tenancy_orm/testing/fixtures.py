@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ._wanted import loop_scope_of, wanted
 from .plugin import run_key
-from .wanted import loop_scope_of, wanted
 
 if TYPE_CHECKING:
-    from .provided import Provided
+    from ._provided import Provided
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def tenant_client(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 async def _tenancy_in_anyio(request: pytest.FixtureRequest) -> AsyncIterator[Provided]:
-    from .provided import provide
+    from ._provided import provide
 
     async with provide(request.config.stash[run_key], wanted(request, asynchronous=True, loop_ends=True)) as provided:
         yield provided
@@ -55,7 +55,7 @@ async def _tenancy_in_anyio(request: pytest.FixtureRequest) -> AsyncIterator[Pro
 
 @pytest.fixture
 def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]:
-    from .provided import provide, synchronous_session
+    from ._provided import provide, synchronous_session
 
     run, asked = request.config.stash[run_key], wanted(request, asynchronous=False, loop_ends=False)
     context = provide(run, asked)

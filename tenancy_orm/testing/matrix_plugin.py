@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from ._run import TestRun
     from .matrix import Report
-    from .run import TestRun
 
 OPTION = "--tenancy-matrix"
 NAME = "tenancy_matrix"

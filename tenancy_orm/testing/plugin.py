@@ -15,7 +15,7 @@ import pytest
 from . import matrix_plugin
 
 if TYPE_CHECKING:
-    from .run import TestRun
+    from ._run import TestRun
 
 run_key: pytest.StashKey[TestRun] = pytest.StashKey()
 _environment_key: pytest.StashKey[dict[str, str | None]] = pytest.StashKey()
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.option.help:
         config.pluginmanager.register(import_module(f"{__package__}.fixtures"), "tenancy-fixtures")
         if config.pluginmanager.has_plugin("asyncio"):
-            config.pluginmanager.register(import_module(f"{__package__}.asyncio_fixtures"), "tenancy-asyncio-fixtures")
+            config.pluginmanager.register(import_module(f"{__package__}._asyncio_fixtures"), "tenancy-asyncio-fixtures")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -86,8 +86,8 @@ def _hide_production(config: pytest.Config) -> None:
     """Have nothing of this process reach the databases that the application's own settings name."""
     if run_key in config.stash:
         return
-    from .run import TestRun
-    from .variables import hide_production
+    from ._run import TestRun
+    from ._variables import hide_production
 
     config.stash[_environment_key] = hide_production()
     config.stash[run_key] = TestRun.of(config)

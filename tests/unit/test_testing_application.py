@@ -15,7 +15,7 @@ from starlette.routing import Mount
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.errors import ConfigurationError
-from tenancy_orm.testing.application import find
+from tenancy_orm.testing._application import find
 
 CONFIG = TenancyConfig(control_url="postgresql://u@h/control", metadata=MetaData())
 TENANCY = Tenancy(CONFIG)

@@ -79,7 +79,7 @@ async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
         from sqlalchemy.exc import DBAPIError, IntegrityError
         from shop import Note
         from tenancy_orm.errors import CrossTenantError, NoTenantError
-        from tenancy_orm.testing.savepoints import RollbackModeError
+        from tenancy_orm.testing.errors import RollbackModeError
 
         async def count(session):
             return await session.scalar(select(func.count()).select_from(Note))
@@ -131,6 +131,11 @@ async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
             raw = await (await tenant_session.connection()).get_raw_connection()
             with pytest.raises(RollbackModeError, match="LISTEN"):
                 await raw.driver_connection.add_listener("news", print)
+            def work():
+                with tenancy.sync.session(tenant.slug) as session:
+                    session.execute(text("SELECT 1"))
+            with pytest.raises(RollbackModeError, match="tenancy.sync"):
+                await asyncio.to_thread(work)
             with pytest.raises(RollbackModeError, match="isolation level"):
                 async with tenancy.session(tenant.slug) as session:
                     await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
@@ -232,6 +237,11 @@ async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite)
             other = tenant_factory()
             assert tenant_client.get("/notes", headers={"X-API-Key": other.api_key}).json() == []
 
+        def test_a_session_without_a_loop(tenant_client, tenant_session):
+            tenant_session.add(Note(text="a"))
+            tenant_session.commit()
+            assert tenant_client.get("/notes").json() == ["a"]
+
         def test_rolled_back_again(tenant_client):
             assert tenant_client.get("/notes").json() == []
 
@@ -241,7 +251,7 @@ async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite)
         """
     )
     outcome = await suite.run()
-    assert outcome.counts == {"passed": 9, "error": 1}, outcome.text
+    assert outcome.counts == {"passed": 10, "error": 1}, outcome.text
     assert '@pytest.mark.tenancy(mode="rollback") or mode="clone"' in outcome.text
 
 

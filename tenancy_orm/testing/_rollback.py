@@ -19,9 +19,11 @@ from ..postgres.errors import sqlstate_of
 from ..routing import Router
 from ..routing.connection import TenantConnection, TenantCursor
 from ..routing.connector import Connector, Record
+from ..routing.engines import make_tenant_pool
 from ..routing.pool import TenantPool
 from ..tenant import Placement, Tenant
-from .savepoints import REMEDY, RollbackDriverConnection, RollbackModeError, Savepoint, Savepoints
+from ._savepoints import RollbackDriverConnection, Savepoint, Savepoints
+from .errors import REMEDY, RollbackModeError
 
 _READS = re.compile(r"\s*(select|show|values|fetch|table)\b", re.IGNORECASE)
 _LISTENS = re.compile(r"\s*listen\b", re.IGNORECASE)
@@ -139,6 +141,14 @@ class RollbackPool(TenantPool):
         """Forget what a session saw of the connection."""
         record.dbapi_connection = None
 
+    def admit_threads(self) -> None:
+        """Refuse: a connection of psycopg's would be another one.
+
+        Raises:
+            RollbackModeError: always.
+        """
+        raise RollbackModeError("tenancy.sync needs a connection of its own")
+
     def recreate(self) -> RollbackPool:
         """Return this one: ``Engine.dispose`` in a test must not open another connection."""
         return self
@@ -151,7 +161,9 @@ class Pinned:
         self.nested: WeakSet[NestedConnection] = WeakSet()
         self._router = router
         self._tenant = tenant
-        self._pool = router.make_usual_pool(tenant)
+        place = tenant.placement
+        assert place is not None  # noqa: S101 - for the type checker: it was created for tests
+        self._pool = make_tenant_pool(router._connector(place.server), tenant, place)
         self._record: Record | None = None
         self._savepoints: Savepoints | None = None
         router.use_pool(tenant.id, self._make_pool)

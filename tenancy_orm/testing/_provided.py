@@ -11,11 +11,11 @@ from typing import Any
 from ..errors import ConfigurationError, MissingExtraError, TenantNotFoundError
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
-from . import clients
-from .leftovers import Watch, report
-from .lending import Lent, remove
-from .run import TestRun
-from .wanted import Wanted
+from . import _clients as clients
+from ._leftovers import Watch, report
+from ._lending import Lent, remove
+from ._run import TestRun
+from ._wanted import Wanted
 
 
 @dataclass(slots=True)

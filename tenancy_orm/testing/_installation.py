@@ -23,7 +23,7 @@ from ..postgres.dsn import Dsn
 from ..postgres.poolers import connect_directly
 from ..postgres.quoting import quote_identifier
 from ..provisioning import databases
-from .cloning import SNAPSHOTS
+from ._cloning import SNAPSHOTS
 
 _POOLER = (
     "the server of the tests must be PostgreSQL itself, and a connection pooler answers at {address}: {reason}; "

@@ -20,15 +20,15 @@ from ..postgres import login
 from ..quotas.rates import Rates
 from ..seeds import Seed
 from ..tenant import Status
-from . import application
-from .application import Application
-from .background import BackgroundLoop
-from .cloning import Cloner
-from .installation import Installation
-from .lending import Lending
-from .openings import Openings
-from .reopening import ReopenedAssembly
-from .server import TestServer
+from . import _application as application
+from ._application import Application
+from ._background import BackgroundLoop
+from ._cloning import Cloner
+from ._installation import Installation
+from ._lending import Lending
+from ._openings import Openings
+from ._reopening import ReopenedAssembly
+from ._server import TestServer
 
 if TYPE_CHECKING:
     import pytest

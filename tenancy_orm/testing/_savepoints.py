@@ -8,26 +8,8 @@ from typing import Any
 
 import asyncpg
 
-from ..errors import TenancyError
 from ..routing.connection import DriverConnection
-
-REMEDY = 'mark the test with @pytest.mark.tenancy(mode="clone"), which gives it a database of its own'
-
-
-class RollbackModeError(TenancyError):
-    """A test does what one transaction cannot do.
-
-    Remedy: ``@pytest.mark.tenancy(mode="clone")``.
-    """
-
-    def __init__(self, what: str) -> None:
-        """Say ``what`` it cannot do."""
-        super().__init__(f"{what}: in mode rollback all sessions of a tenant are on one connection; {REMEDY}")
-        self.what = what
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the argument."""
-        return type(self), (self.what,)
+from .errors import RollbackModeError
 
 
 class RollbackDriverConnection(DriverConnection):
@@ -170,4 +152,4 @@ class Savepoints:
             self.driver.rolling_back = False
 
 
-__all__ = ["RollbackDriverConnection", "RollbackModeError", "Savepoint", "Savepoints"]
+__all__ = ["RollbackDriverConnection", "Savepoint", "Savepoints"]

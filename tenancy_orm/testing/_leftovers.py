@@ -11,11 +11,8 @@ from ..context import current_tenant_or_none, set_current
 from ..errors import TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
 from ..tenancy import Tenancy
-from .lending import remove
-
-
-class LeftoverWarning(UserWarning):
-    """A test has left something behind that others could meet. It was removed."""
+from ._lending import remove
+from .errors import LeftoverWarning
 
 
 class Watch:
@@ -79,4 +76,4 @@ def report(left: Iterable[str]) -> None:
         warnings.warn(f"the test has left {one}", LeftoverWarning, stacklevel=2)
 
 
-__all__ = ["LeftoverWarning", "Watch", "report"]
+__all__ = ["Watch", "report"]

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .background import BackgroundLoop
+from ._background import BackgroundLoop
 
 BASE_URL = "http://testserver"
 _SECONDS = 30.0

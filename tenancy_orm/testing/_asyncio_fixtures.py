@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import pytest_asyncio
 
+from ._wanted import wanted
 from .plugin import run_key
-from .wanted import wanted
 
 if TYPE_CHECKING:
-    from .provided import Provided
+    from ._provided import Provided
 
 Scope = Literal["class", "module", "package", "session"]
 
 
 @pytest_asyncio.fixture(loop_scope="function")
 async def _tenancy_in_function_loop(request: pytest.FixtureRequest) -> AsyncIterator[Provided]:
-    from .provided import provide
+    from ._provided import provide
 
     async with provide(request.config.stash[run_key], wanted(request, asynchronous=True, loop_ends=True)) as provided:
         yield provided
@@ -36,7 +36,7 @@ def _for_loops_of(scope: Scope) -> tuple[Callable[..., Any], Callable[..., Any]]
 
     @pytest_asyncio.fixture(loop_scope=scope, name=f"_tenancy_in_{scope}_loop")
     async def prepare(request: pytest.FixtureRequest) -> AsyncIterator[Provided]:
-        from .provided import provide
+        from ._provided import provide
 
         run = request.config.stash[run_key]
         async with provide(run, wanted(request, asynchronous=True, loop_ends=False)) as provided:

@@ -13,8 +13,8 @@ from sqlalchemy import text
 
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
-from .background import BackgroundLoop
-from .cloning import Cloner, Snapshot
+from ._background import BackgroundLoop
+from ._cloning import Cloner, Snapshot
 
 # What a test may change of a tenant outside of its database: where it did, no other test gets that tenant.
 _RECORDED = (

@@ -14,7 +14,7 @@ from ..events import EventBus
 from ..lifetime import Parked
 from ..tenancy import Tenancy
 from ..tenant import Tenant
-from .rollback import Pinned
+from ._rollback import Pinned
 
 
 class Openings:
