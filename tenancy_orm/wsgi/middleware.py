@@ -49,8 +49,14 @@ class TenancyWSGIMiddleware:
         app: The application.
         tenancy: The ``Tenancy`` that serves the requests.
         authenticators: As in ``TenancyMiddleware``. The environ is ``connection.scope["wsgi.environ"]``.
-        resolvers, exempt, public, without_tenant, trusted_origins, operators, map_errors, request_id: As in
-            ``TenancyMiddleware``.
+        resolvers: As in ``TenancyMiddleware``; so are all that follow.
+        exempt: Paths that need no credential.
+        public: Paths of visitors.
+        without_tenant: Paths that bind no tenant.
+        trusted_origins: Further origins that may use a cookie.
+        operators: Whether a request is an operator's.
+        map_errors: Whether errors are answered by problem documents.
+        request_id: Whether each request has an id.
 
     Raises:
         ConfigurationError: a path, a resolver, an authenticator, an origin or ``request_id`` is malformed.
