@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from ..errors import InvalidNameError, MissingExtraError
+from ..prefixes import without_prefix
 
 try:
     from redis import Redis
@@ -112,6 +113,21 @@ def _popped(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, A
     return (_keys(prefix, keys), *rest), kwargs
 
 
+def _streams(position: int) -> Shape:
+    """Of a command with a mapping of streams as that argument."""
+
+    def shape(method: str, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        given = args[position] if len(args) > position else kwargs.get("streams")
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{method}() needs a dictionary of streams and ids")
+        streams = {prefixed_key(prefix, name): after for name, after in given.items()}
+        if len(args) > position:
+            return (*args[:position], streams, *args[position + 1 :]), kwargs
+        return args, {**kwargs, "streams": streams}
+
+    return shape
+
+
 def _by_position(method: str, kwargs: dict[str, Any], allowed: Iterable[str]) -> None:
     if unknown := kwargs.keys() - set(allowed):
         raise TypeError(f"{method}(): pass {', '.join(sorted(unknown))} by position; it may be a key")
@@ -131,9 +147,28 @@ SHAPES: Mapping[str, Shape] = {
     "blmove": _leading(2, "timeout", "src", "dest", more=3),
     "publish": _leading(1, "message", more=1),
     **dict.fromkeys(("blpop", "brpop"), _popped),
+    "xread": _streams(0),
+    "xreadgroup": _streams(2),
 }
-POPPING = frozenset({"blpop", "brpop"})
-NOT_IN_PIPELINES = frozenset({*ITERATING, *POPPING, "brpoplpush", "blmove"})
 
 
-__all__ = ["FIRST", "NOT_IN_PIPELINES", "POPPING", "SHAPES", "Shape", "prefixed_key"]
+def _popped_without(found: Any, prefix: str) -> Any:
+    return found and (without_prefix(found[0], prefix), *found[1:])
+
+
+def _streams_without(found: Any, prefix: str) -> Any:
+    if isinstance(found, dict):  # with version 3 of the protocol
+        return {without_prefix(name, prefix): entries for name, entries in found.items()}
+    return found and [[without_prefix(name, prefix), entries] for name, entries in found]
+
+
+RESULTS: Mapping[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("blpop", "brpop"), _popped_without),
+    **dict.fromkeys(("xread", "xreadgroup"), _streams_without),
+}
+"""What removes the prefix from the result of a command that answers with keys."""
+
+NOT_IN_PIPELINES = frozenset({*ITERATING, *RESULTS, "brpoplpush", "blmove"})
+
+
+__all__ = ["FIRST", "NOT_IN_PIPELINES", "RESULTS", "SHAPES", "Shape", "prefixed_key"]

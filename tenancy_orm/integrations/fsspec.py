@@ -22,6 +22,8 @@ try:
 except ImportError as exc:
     raise MissingExtraError("fsspec", "fsspec") from exc
 
+_PATTERN = "*?["
+
 
 class TenantFileSystem:
     """A file system for the files of the tenant that is bound. Paths are relative, and so are those in results.
@@ -35,7 +37,7 @@ class TenantFileSystem:
         root: The directory, or bucket, with all tenants' files in it.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: it is none, it is an asynchronous one, or ``root`` is a pattern.
         NoTenantError: (at each method) no tenant is bound.
         InvalidNameError: (at each method) the path is absolute, has a part ``..``, or might lead elsewhere.
     """
@@ -44,9 +46,13 @@ class TenantFileSystem:
         given: object = fs
         if not isinstance(given, AbstractFileSystem):
             raise ConfigurationError(f"TenantFileSystem takes a file system of fsspec's, not {type(given).__name__}")
+        if getattr(given, "asynchronous", False):
+            raise ConfigurationError("TenantFileSystem takes a file system that was made without asynchronous=True")
+        if any(character in root for character in _PATTERN):
+            raise ConfigurationError(f"root is a directory, and {root!r} is a pattern")
         self._raw: Any = fs
         stripped = str(self._raw._strip_protocol(root)).rstrip("/")
-        self._root = f"{stripped}/" if root else ""
+        self._root = f"{stripped}/" if stripped else ""
 
     def __repr__(self) -> str:
         """Tell what it wraps, without an address or a credential."""
@@ -105,7 +111,7 @@ class TenantFileSystem:
     def rm(self, path: str, recursive: bool = False) -> None:
         """Delete a file, or with ``recursive`` a directory."""
         full = self._path(path)
-        if any(character in path for character in "*?["):
+        if any(character in path for character in _PATTERN):
             raise InvalidNameError(path, "is a pattern; delete what glob returns")
         self._raw.rm(full, recursive=recursive)
 

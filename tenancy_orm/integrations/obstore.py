@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
+_BATCH = 1_000  # what S3 deletes at once
+
 
 class TenantStore:
     """An object store for the objects of the tenant that is bound. Paths are relative, and so are those in results.
@@ -172,18 +174,19 @@ class TenantStore:
         Raises:
             CrossTenantError: another tenant is bound. Operators call this with none bound.
         """
-        found = [meta["path"] for chunk in self._raw.list(tenant_prefix(tenant), chunk_size=1_000) for meta in chunk]
-        if found:
-            self._raw.delete(found)
-        return len(found)
+        deleted = 0
+        for chunk in self._raw.list(tenant_prefix(tenant), chunk_size=_BATCH):
+            self._raw.delete([meta["path"] for meta in chunk])
+            deleted += len(chunk)
+        return deleted
 
     async def delete_all_async(self, tenant: Tenant | UUID | str) -> int:
         """Delete every object of a tenant, as ``delete_all``."""
-        listing = self._raw.list_async(tenant_prefix(tenant), chunk_size=1_000)
-        found = [meta["path"] async for chunk in listing for meta in chunk]
-        if found:
-            await self._raw.delete_async(found)
-        return len(found)
+        deleted = 0
+        async for chunk in self._raw.list_async(tenant_prefix(tenant), chunk_size=_BATCH):
+            await self._raw.delete_async([meta["path"] for meta in chunk])
+            deleted += len(chunk)
+        return deleted
 
 
 class TenantObject:

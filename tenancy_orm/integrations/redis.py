@@ -22,7 +22,7 @@ from ..context import current_tenant_or_none
 from ..errors import ConfigurationError, CrossTenantError, MissingExtraError, UnprefixedError
 from ..prefixes import tenant_prefix, without_prefix
 from ..tenant import Tenant
-from ._redis_keys import NOT_IN_PIPELINES, POPPING, SHAPES, Shape, prefixed_key
+from ._redis_keys import NOT_IN_PIPELINES, RESULTS, SHAPES, Shape, prefixed_key
 
 try:
     import redis
@@ -67,8 +67,9 @@ class _Commands:
         outcome = getattr(self._raw, name)(*args, **kwargs)
         if outcome is self._raw:
             return self  # a pipeline, for the next command
-        if name in POPPING:
-            return _then(outcome, lambda found: found and (without_prefix(found[0], prefix), *found[1:]))
+        without = RESULTS.get(name)
+        if without is not None:
+            return _then(outcome, lambda found: without(found, prefix))
         return outcome
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..context import current_tenant_or_none
+from ..correlation import RequestLabels, current_labels
 from ..sync.hops import Answer
 from ..tenant import Tenant
 
@@ -28,6 +29,7 @@ class Admitted:
     """The application may serve the request."""
 
     tenant: Tenant | None
+    labels: RequestLabels | None = None
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Exchange:
 
     async def admit(self, send: Send) -> None:
         """Report that the request is admitted, and carry out what the thread orders."""
-        self._reply(Admitted(current_tenant_or_none()))
+        self._reply(Admitted(current_tenant_or_none(), current_labels()))
         while True:
             answer, order = await self._orders.get()
             if order is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context, copy_context
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from starlette.types import Scope
 
@@ -14,6 +14,7 @@ from ..asgi.middleware import CREDENTIAL, TenancyMiddleware
 from ..asgi.resolvers import Resolver
 from ..authentication.credential import Credential
 from ..context import set_current
+from ..correlation import current_labels, set_labels
 from ..errors import ConfigurationError, InvalidCredentialError, TenancyError
 from ..sync.hops import Answer, Hops
 from .environ import adapt, scope_of
@@ -48,10 +49,17 @@ class TenancyWSGIMiddleware:
         app: The application.
         tenancy: The ``Tenancy`` that serves the requests.
         authenticators: As in ``TenancyMiddleware``. The environ is ``connection.scope["wsgi.environ"]``.
-        resolvers, exempt, public, without_tenant, trusted_origins, operators, map_errors: As in ``TenancyMiddleware``.
+        resolvers: As in ``TenancyMiddleware``; so are all that follow.
+        exempt: Paths that need no credential.
+        public: Paths of visitors.
+        without_tenant: Paths that bind no tenant.
+        trusted_origins: Further origins that may use a cookie.
+        operators: Whether a request is an operator's.
+        map_errors: Whether errors are answered by problem documents.
+        request_id: Whether each request has an id.
 
     Raises:
-        ConfigurationError: a path, a resolver, an authenticator or an origin is malformed.
+        ConfigurationError: a path, a resolver, an authenticator, an origin or ``request_id`` is malformed.
         MissingExtraError: psycopg is not installed.
     """
 
@@ -68,6 +76,7 @@ class TenancyWSGIMiddleware:
         trusted_origins: Iterable[str] = (),
         operators: Callable[[Scope, Credential], bool] | None = None,
         map_errors: bool = True,
+        request_id: bool | Literal["new"] = False,
     ) -> None:
         self.app = app
         self.tenancy = tenancy
@@ -83,6 +92,7 @@ class TenancyWSGIMiddleware:
             trusted_origins=trusted_origins,
             operators=operators,
             map_errors=map_errors,
+            request_id=request_id,
         )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -102,6 +112,7 @@ class TenancyWSGIMiddleware:
         adapt(environ, scope)
         context = copy_context()
         context.run(set_current, decision.tenant)
+        context.run(set_labels, decision.labels)
         return _Serving(hops, exchange, context, environ, start_response).serve(self.app)
 
 
@@ -207,6 +218,9 @@ class _Serving:
         if self._given is None:
             raise AssertionError("the application has not called start_response")
         status, headers = self._given
+        if self._context.run(current_labels) is not None:
+            # the middleware replaces it by its own
+            headers = [(name, value) for name, value in headers if name.lower() != "x-request-id"]
         answer: Answer[Response] = Answer()
         encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
         self._hops.put(answer, self._exchange.start, answer, int(status.split()[0]), encoded)

@@ -29,6 +29,7 @@ from tenancy_orm.integrations import redis as module
 from tenancy_orm.integrations._redis_keys import FIRST, SHAPES
 from tenancy_orm.integrations.redis import TenantRedis
 from tests.support.redis_server import redis_server
+from tests.support.waiting import until
 
 ACME = Tenant(id=UUID(int=1), slug="acme", status=Status.ACTIVE, tier="free")
 GLOBEX = Tenant(id=UUID(int=2), slug="globex", status=Status.ACTIVE, tier="free")
@@ -152,7 +153,13 @@ async def test_several_keys_are_the_tenant_s_each(cache: TenantRedis, raw: redis
         assert await cache.blpop("none", timeout=0.01) is None
         assert await cache.hset("h", key="field", value="x") == 1 and await cache.hset(name="h", mapping={"y": 1}) == 1
         assert [item async for item in cache.hscan_iter("h")] == [("field", "x"), ("y", "1")]
-        assert await cache.xadd("stream", {"a": "b"}) and await cache.xlen("stream") == 1
+        first = await cache.xadd("stream", {"a": "b"})
+        assert await cache.xread({"stream": 0}) == await cache.xread(streams={"stream": 0}, count=5)
+        assert await cache.xread({"stream": 0}) == [["stream", [(first, {"a": "b"})]]]
+        assert await cache.xgroup_create("stream", "group", id=0)
+        read = await cache.xreadgroup("group", "me", {"stream": ">"}, count=1)
+        assert read == [["stream", [(first, {"a": "b"})]]] and await cache.xack("stream", "group", first) == 1
+        assert not await cache.xread({f"../{GLOBEX.id}/stream": 0})
         assert await cache.incr(name="n") == 1
         wrong_calls: list[Callable[[], Any]] = [
             cache.get,
@@ -161,6 +168,7 @@ async def test_several_keys_are_the_tenant_s_each(cache: TenantRedis, raw: redis
             partial(cache.blpop, keys=["q"]),
             partial(cache.mget, keys=["q"]),
             partial(cache.rename, "a"),
+            partial(cache.xread, ["stream"]),
         ]
         for wrong in wrong_calls:
             with pytest.raises(TypeError):
@@ -169,6 +177,30 @@ async def test_several_keys_are_the_tenant_s_each(cache: TenantRedis, raw: redis
             with pytest.raises(InvalidNameError):
                 cache.get(no_key)
     assert {name for name in await raw.keys() if not name.startswith(A)} == {f"{G}who"}
+
+
+async def test_results_have_no_prefix_with_the_newer_protocol_either(cache: TenantRedis, url: str) -> None:
+    """It answers with other types."""
+    async with TenantRedis.from_url(url, decode_responses=True, protocol=3) as newer:
+        with bind(ACME):
+            await newer.xadd("stream", {"a": "b"}, id="1-1")
+            assert set(await newer.keys()) == set((await newer.scan(count=100))[1]) == {"who", "stream"}
+            assert list(await newer.xread({"stream": 0})) == ["stream"]
+            await newer.rpush("q", "1")
+            assert tuple(await newer.brpop("q", 1)) == ("q", "1")
+            async with newer.pubsub(ignore_subscribe_messages=True) as heard:
+                await heard.subscribe("news")
+                await until(partial(cache.publish, "news", "x"))
+                found: list[Any] = []
+                await until(partial(receive, heard, found))
+                assert found[0]["channel"] == "news"
+
+
+async def receive(heard: Any, found: list[Any]) -> list[Any]:
+    """Take the next message, if there is one."""
+    message = await heard.get_message(timeout=0.1)
+    found += [message] if message else []
+    return found
 
 
 async def test_a_pipeline_is_one_tenant_s(cache: TenantRedis, raw: redis.asyncio.Redis) -> None:
@@ -194,7 +226,7 @@ async def test_a_pipeline_is_one_tenant_s(cache: TenantRedis, raw: redis.asyncio
     with pytest.raises(NoTenantError):
         other.execute()
     await other.reset()
-    for name in ("execute_command", "scan_iter", "keys", "blpop", "register_script", "hscan_iter"):
+    for name in ("execute_command", "scan_iter", "keys", "blpop", "xread", "register_script", "hscan_iter"):
         with pytest.raises(UnprefixedError):
             getattr(other, name)
 
@@ -328,7 +360,7 @@ async def test_every_method_is_prefixed_or_refused(cache: TenantRedis, raw: redi
             keys = [part for args in sent for part in args if isinstance(part, str) and part.endswith("KEY")]
             assert keys and all(key == f"{A}KEY" for key in keys), (name, sent)
     assert passed == set(SHAPES)
-    assert {"eval", "flushdb", "execute_command", "sort", "migrate", "xread", "randomkey", "transaction"} <= (
+    assert {"eval", "flushdb", "execute_command", "sort", "migrate", "randomkey", "transaction"} <= (
         commands() - passed
     )
 
@@ -340,6 +372,7 @@ def arguments(name: str) -> list[Any]:
     if name == "zmscore":
         return ["KEY", ["member"]]
     values: dict[str, Any] = {
+        "streams": {"KEY": 0},
         **dict.fromkeys(("first_list", "second_list", "channel", "src", "dst", "dest", "source", "destination"), "KEY"),
         "keys": ["KEY"],
         "fields": {"a": 1},

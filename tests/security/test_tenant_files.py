@@ -14,6 +14,7 @@ from uuid import UUID
 import fsspec
 import obstore
 import pytest
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.spec import AbstractFileSystem
 from obstore.store import LocalStore, MemoryStore, ObjectStore, ObjectStoreMethods
 
@@ -26,6 +27,7 @@ from tenancy_orm.errors import (
     InvalidNameError,
     NoTenantError,
 )
+from tenancy_orm.integrations import obstore as module
 from tenancy_orm.integrations.fsspec import TenantFileSystem
 from tenancy_orm.integrations.obstore import TenantStore
 
@@ -38,7 +40,7 @@ BAD = [
     *("a/%2e%2e/b", "%2E%2E/x", "a\\..\\b", "a\x00b", "a\nb", "\u202ea", ""),
 ]
 STORE_KINDS = ("memory", "local")
-FILE_KINDS = ("memory", "local")
+FILE_KINDS = ("memory", "local", "working directory")
 
 
 # --- what goes wrong without it -------------------------------------------------------------------------------------
@@ -167,8 +169,11 @@ async def test_a_signed_url_is_for_one_object_of_the_tenant_s() -> None:
         assert [f"/files/signed/{A}" in one for one in several] == [True, True]
 
 
-async def test_every_object_of_a_tenant_is_deleted(store: TenantStore, raw: ObjectStore) -> None:
-    """By an operator, by id, and none of another's."""
+async def test_every_object_of_a_tenant_is_deleted(
+    store: TenantStore, raw: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an operator, by id, in batches, and none of another's."""
+    monkeypatch.setattr(module, "_BATCH", 2)
     with bind(ACME):
         for number in range(5):
             store.put(f"{number}/x", b"")
@@ -209,6 +214,10 @@ def test_a_tenant_s_store_is_the_only_way_in(tmp_path: Path) -> None:
             TenantStore(wrong)  # type: ignore[arg-type]
         with pytest.raises(ConfigurationError):
             TenantFileSystem(wrong)
+    with pytest.raises(ConfigurationError, match="pattern"):
+        TenantFileSystem(fsspec.filesystem("memory"), "tenants-*")
+    with pytest.raises(ConfigurationError, match="asynchronous"):
+        TenantFileSystem(AsyncFileSystemWrapper(fsspec.filesystem("memory"), asynchronous=True))
     assert "/" not in repr(TenantStore(LocalStore(tmp_path))) and "/" not in repr(files)
 
 
@@ -230,9 +239,12 @@ def public(kind: type) -> set[str]:
 
 
 @pytest.fixture(params=FILE_KINDS)
-def files(request: pytest.FixtureRequest, tmp_path: Path) -> TenantFileSystem:
+def files(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TenantFileSystem:
     """A file system of each kind, with a file of each tenant's."""
-    if request.param == "local":
+    monkeypatch.chdir(tmp_path)
+    if request.param == "working directory":
+        made = TenantFileSystem(fsspec.filesystem("file", auto_mkdir=True))
+    elif request.param == "local":
         made = TenantFileSystem(fsspec.filesystem("file", auto_mkdir=True), str(tmp_path))
     else:
         made = TenantFileSystem(fsspec.filesystem("memory", skip_instance_cache=True), f"memory://{tmp_path.name}")

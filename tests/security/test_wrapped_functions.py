@@ -295,6 +295,30 @@ async def revoke_then_count(opened: Tenancy, admission: Ended) -> int:
     return await count(opened)
 
 
+async def test_synchronous_sessions_of_a_wrapped_function_are_the_tenant_s(
+    opened: Tenancy, pool: ThreadPoolExecutor
+) -> None:
+    """Captured and named; and they end with the request's admission as well."""
+    admission = Ended()
+    acme = await opened.tenants.get("acme")
+
+    def counting() -> int:
+        return int(opened.sync.fetch_value(COUNT))
+
+    def counting_after_the_end() -> int:
+        admission.ended = True
+        return counting()
+
+    with bind(replace(acme, admission=admission)):
+        captured, ending = opened.wrap(counting), opened.wrap(counting_after_the_end)
+    assert await in_pool(pool, captured) == 1
+    assert await in_pool(pool, opened.wrap(counting, "globex")) == 0
+    with pytest.raises(NoTenantError):
+        await in_pool(pool, counting)
+    with pytest.raises(AdmissionEndedError):
+        await in_pool(pool, ending)
+
+
 async def test_nothing_is_gained_where_the_tenant_is_bound_already(opened: Tenancy) -> None:
     """The request's admission stays, and an operator's right does not come from elsewhere."""
     acme = await opened.tenants.get("acme")

@@ -15,8 +15,9 @@ import pytest
 from flask import Flask, Response, jsonify, request
 from sqlalchemy import text
 
-from tenancy_orm import Tenancy, TenancyConfig, TenancyError, current_tenant, current_tenant_or_none
+from tenancy_orm import Tenancy, TenancyConfig, TenancyError, current_request_id, current_tenant, current_tenant_or_none
 from tenancy_orm.context import set_current
+from tenancy_orm.correlation import log_fields
 from tenancy_orm.errors import TooManyAttemptsError
 from tenancy_orm.events import ConnectionOpened, CrossTenantRequest
 from tenancy_orm.wsgi import TenancyWSGIMiddleware, answer_with, credential_of, demand_scopes
@@ -296,3 +297,32 @@ def test_an_unusable_thread_is_told_so(tenancy_config: TenancyConfig) -> None:
     finally:
         tenancy.sync.close()
     assert not tenancy.is_open
+
+
+async def test_a_request_has_its_id_in_the_application_s_thread(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller]
+) -> None:
+    """As with ASGI: taken, sent back once, in refusals, and not left in the thread for the next request."""
+    acme = two["key", "acme"]
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        body = f"{current_request_id()} {log_fields().tenant}".encode()
+        headers = [("X-Request-ID", "of the application"), ("Content-Length", str(len(body)))]
+        start_response("200 OK", [*headers, ("Content-Type", "text/plain")])
+        return [body]
+
+    labelled = TenancyWSGIMiddleware(app, tenancy=tenancy, request_id=True)
+    async with serve(labelled) as port, Wire.to(port) as wire:
+        for request_id in ("edge-1", "edge-2"):
+            answer = await wire.request("/", [*acme.headers, ("X-Request-ID", request_id)])
+            assert (answer.header("x-request-id"), answer.body) == (request_id, f"{request_id} acme".encode())
+            assert answer.header("content-type") == "text/plain"
+        refused = await wire.request("/", [("X-Request-ID", "edge-3")])
+        assert (refused.status, refused.header("x-request-id"), refused.json()["request_id"]) == (
+            401,
+            "edge-3",
+            "edge-3",
+        )
+    async with serve(TenancyWSGIMiddleware(app, tenancy=tenancy)) as port, Wire.to(port) as wire:
+        without = await wire.request("/", [*acme.headers, ("X-Request-ID", "edge-4")])
+        assert (without.header("x-request-id"), without.body) == ("of the application", b"None acme")

@@ -30,13 +30,18 @@ def redis_server(*, on_port: bool = False) -> Iterator[str]:
             process = subprocess.Popen([program, *arguments], stdout=output, stderr=output)
         try:
             deadline = time.monotonic() + 30
-            while not socket.exists():
+            while not _answers(socket):
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text("utf-8")
                 time.sleep(0.01)
             yield f"redis://127.0.0.1:{port}/0" if on_port else f"unix://{socket}"
         finally:
             process.kill()
             process.wait()
+
+
+def _answers(path: Path) -> bool:
+    with sockets.socket(sockets.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 def _free_port() -> int:
