@@ -13,6 +13,7 @@ ASYNCHRONOUS_ALONE = {
     "lifespan": "of an ASGI application",
     "run_housekeeping": "tenancy.sync.call(tenancy.run_housekeeping)",
     "sync": "the way here",
+    "wrap": "takes plain functions as well",
     "loop": "for run_coroutine_threadsafe, which sync.call does",
     "config": "the configuration is that of the Tenancy",
     "events": "of the Tenancy: subscribers are called in its event loop",
