@@ -233,7 +233,7 @@ class SyncTenancy:
         Raises:
             TenancyError: as ``Tenancy.query_all``.
         """
-        hops, parts = self.hops, self._lifetime.parts
+        hops, parts = self._opened().hops, self._lifetime.parts
         query = FleetQuery(
             Query(statement=statement, parameters=parameters, timeout=timeout, max_rows=max_rows, write=write),
             Chosen.of(tenants, tier, status),
@@ -314,16 +314,6 @@ class SyncTenancy:
         """Whether the ``Tenancy`` is open: here, or in an event loop."""
         return self._lifetime.assembly is not None
 
-    @property
-    def hops(self) -> Hops:
-        """Puts calls into the event loop: for the package's own adapters.
-
-        Raises:
-            NotOpenError: it is not open.
-            WrongEventLoopError: this is the loop's thread.
-        """
-        return self._opened().hops
-
     def _opened(self) -> ThreadSide:
         try:
             home, parts = self._lifetime.home, self._lifetime.parts
@@ -338,8 +328,18 @@ class SyncTenancy:
         return side
 
 
+def hops_of(sync: SyncTenancy) -> Hops:
+    """Return what puts calls into the event loop: for the package's own adapters.
+
+    Raises:
+        NotOpenError: it is not open.
+        WrongEventLoopError: this is the loop's thread.
+    """
+    return sync._opened().hops
+
+
 async def _awaited(outcome: Awaitable[T]) -> T:
     return await outcome
 
 
-__all__ = ["SyncTenancy"]
+__all__ = ["SyncTenancy", "hops_of"]

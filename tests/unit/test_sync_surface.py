@@ -25,7 +25,7 @@ ASYNCHRONOUS_ALONE = {
         "a part of the Tenancy; sync.call awaits its methods",
     ),
 }
-SYNCHRONOUS_ALONE = {"call": "awaits what only the asynchronous one has", "hops": "for the package's own adapters"}
+SYNCHRONOUS_ALONE = {"call": "awaits what only the asynchronous one has"}
 
 
 def public(kind: type) -> dict[str, object]:

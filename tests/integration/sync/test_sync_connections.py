@@ -21,6 +21,7 @@ from tenancy_orm import Tenancy, TenancyConfig, TenancyError
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import NotOpenError
 from tenancy_orm.sync.hops import Answer
+from tenancy_orm.sync.tenancy import hops_of
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
 from tests.support.shell import python_path
@@ -148,7 +149,7 @@ async def test_behind_a_pooler(tenancy_config: TenancyConfig, postgres: Postgres
 async def test_an_interrupted_thread_keeps_no_slot(tenancy: Tenancy) -> None:
     """What is answered after nobody waits any more is undone: a connection goes back, a look-up is cancelled."""
     returned: list[int] = []
-    hops = await asyncio.to_thread(lambda: tenancy.sync.hops)
+    hops = await asyncio.to_thread(lambda: hops_of(tenancy.sync))
     answer: Answer[int] = Answer(returned.append)
     answer.abandon()
     answer.set_result(1)
