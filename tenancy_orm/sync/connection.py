@@ -100,7 +100,7 @@ class ThreadConnection(psycopg.Connection[Any]):
         if self.answer_seconds is None or "timeout" in options:  # ``notifies`` has one of its own
             return super().wait(gen, *args, **options)
         try:
-            return super().wait(gen, *args, timeout=self.answer_seconds, **options)
+            return super().wait(gen, *args, **{**options, "timeout": self.answer_seconds})
         except psycopg.errors._WaitTimeout:
             # nobody reads its answer any more
             self.pgconn.finish()
