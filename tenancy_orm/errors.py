@@ -197,8 +197,9 @@ class WrongEventLoopError(TenancyError, RuntimeError):
     Remedy: make the endpoint or the job ``async def``. In a worker thread use ``tenancy.sync``, which has sessions for
     it, or run the coroutine in the loop and wait for it:
     ``asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()``; in a thread that anyio or Starlette started,
-    ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as well. A loop that has nothing to do with the first one opens a ``Tenancy`` of its own, and so does each process
-    after a fork.
+    ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as well. A
+    loop that has nothing to do with the first one opens a ``Tenancy`` of its own, and so does each process after a
+    fork.
 
     Attributes:
         forked: Whether this process was forked from the one that opened it.
