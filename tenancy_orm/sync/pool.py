@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 from typing import Self, cast
 from uuid import UUID
 
@@ -89,7 +90,8 @@ class ThreadPool(RoutedPool):
                 if exc.sqlstate != TOO_MANY_CONNECTIONS:
                     raise
                 if time.monotonic() >= deadline:
-                    raise self._hops.run_async(self._timeout_error, unbound=True) from exc
+                    # by now the budget may have forgotten the refusal, since nobody waits
+                    raise self._hops.run_async(partial(self._timeout_error, refused=True), unbound=True) from exc
                 # other processes may have them: wait as the first in the queue
                 first = True
 

@@ -263,6 +263,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "signature": "A" * 43,
         "func": print,
         "sql": "SELECT 1",
+        "statement": "SELECT 1",
     }
 
 
