@@ -194,11 +194,12 @@ class NotOpenError(TenancyError, RuntimeError):
 class WrongEventLoopError(TenancyError, RuntimeError):
     """A ``Tenancy``, or an object that came from it, was used from another event loop or thread. Nothing was changed.
 
-    Remedy: make the endpoint or the job ``async def``. In a worker thread, run the coroutine in the loop and wait for
-    it: ``asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()``; in a thread that anyio or Starlette
-    started, ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as
-    well. A loop that has nothing to do with the first one opens a ``Tenancy`` of its own, and so does each process
-    after a fork.
+    Remedy: make the endpoint or the job ``async def``. In a worker thread use ``tenancy.sync``, which has sessions for
+    it, or run the coroutine in the loop and wait for it:
+    ``asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result()``; in a thread that anyio or Starlette started,
+    ``anyio.from_thread.run(function)`` does the same. The tenant that is bound in the thread is bound there as well. A
+    loop that has nothing to do with the first one opens a ``Tenancy`` of its own, and so does each process after a
+    fork.
 
     Attributes:
         forked: Whether this process was forked from the one that opened it.
@@ -214,7 +215,7 @@ class WrongEventLoopError(TenancyError, RuntimeError):
             else _WAITS_FOR_ITSELF
             if waiting
             else "a Tenancy can only be used in the event loop that opened it, and this is another loop or thread; "
-            "make the function async def, or in a worker thread: "
+            "make the function async def, or use tenancy.sync in a worker thread, or there: "
             "asyncio.run_coroutine_threadsafe(coroutine, tenancy.loop).result(); "
             "a loop of its own needs another Tenancy: async with Tenancy(config) as tenancy"
         )

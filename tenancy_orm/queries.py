@@ -318,7 +318,7 @@ class FleetQuery:
                 self._truncated += answer.rows.truncated
                 return answer
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         self._warn()
         if self._failures and not self._yield_errors:
@@ -338,13 +338,13 @@ class FleetQuery:
 
     async def aclose(self) -> None:
         """Cancel the queries under way, and wait until their connections are returned."""
-        self._stop()
+        self.stop()
         if self._workers:
             await run_to_completion(asyncio.wait(self._workers))
 
     def __del__(self) -> None:
         """Cancel the queries under way when the loop is left."""
-        self._stop()
+        self.stop()
 
     async def _start(self) -> None:
         tenants = await self._chosen.find(self._registry)
@@ -361,7 +361,8 @@ class FleetQuery:
             for _ in range(min(self._concurrency, len(queue)))
         ]
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Cancel the queries under way; ``aclose`` waits for that as well."""
         self._left = 0
         for worker in getattr(self, "_workers", None) or ():
             loop = worker.get_loop()

@@ -99,7 +99,7 @@ class RoutedPool(Pool):
             self.discard(record)
         return None
 
-    async def _timeout_error(self) -> CheckoutTimeoutError | ConnectionLimitError:
+    async def _timeout_error(self, *, refused: bool = False) -> CheckoutTimeoutError | ConnectionLimitError:
         connector, budget = self.connector, self.connector.budget
         account = self.share.account
         if connector.events.has_subscribers(CheckoutTimedOut):
@@ -111,7 +111,7 @@ class RoutedPool(Pool):
                     seconds=connector.checkout_timeout,
                 )
             )
-        if account.ceiling is not None:
+        if refused or account.ceiling is not None:
             return await connector.shortages.error(self.route)
         limit, setting = budget.limit, "pool.max_connections"
         if account.open >= account.limit:

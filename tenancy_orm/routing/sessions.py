@@ -125,19 +125,6 @@ class Router:
         refuse_other_tenant(tenant)
         return self._cache.lease(tenant)
 
-    def acquire(self, tenant: Tenant) -> Entry:
-        """Return a tenant's engines with one more lease, which ``release`` must end: for synchronous code.
-
-        Raises:
-            RoutingError: the tenant has no database, or its server is not configured.
-        """
-        refuse_other_tenant(tenant)
-        return self._cache.acquire(tenant)
-
-    def release(self, entry: Entry) -> None:
-        """End a lease of ``acquire``."""
-        self._cache.release(entry)
-
     def retire(self, tenant_id: UUID) -> None:
         """Drop a tenant's engine from the cache, since its status, placement or password may have changed.
 
@@ -202,6 +189,22 @@ class Router:
             return self._connectors[server]
         except KeyError:
             raise UnknownServerError(server) from None
+
+
+def acquire(router: Router, tenant: Tenant) -> Entry:
+    """Return a tenant's engines with one more lease, which ``release`` must end: for synchronous code.
+
+    Raises:
+        RoutingError: the tenant has no database, or its server is not configured.
+        CrossTenantError: another tenant is bound.
+    """
+    refuse_other_tenant(tenant)
+    return router._cache.acquire(tenant)
+
+
+def release(router: Router, entry: Entry) -> None:
+    """End a lease of ``acquire``."""
+    router._cache.release(entry)
 
 
 def _contradictions(config: TenancyConfig) -> Iterator[str]:
@@ -365,6 +368,8 @@ __all__ = [
     "Router",
     "RoutingStatistics",
     "SessionContext",
+    "acquire",
     "checked_options",
+    "release",
     "session_class_in",
 ]

@@ -72,6 +72,8 @@ class ThreadConnection(psycopg.Connection[Any]):
 
     route: TenantRoute
     finalizer: weakref.finalize[Any, Any]
+    answer_seconds: float | None = None
+    """How long to wait for the answer to a statement; None is for ever."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -91,10 +93,18 @@ class ThreadConnection(psycopg.Connection[Any]):
         Raises:
             CrossTenantError, AdmissionEndedError, TenantUnavailableError, WrongEventLoopError: it may not be used here
                 and now. Nothing was sent.
+            psycopg.OperationalError: there was no answer within ``answer_seconds``. The connection is closed.
         """
         if not self._ours:
             self.route.check_bound()
-        return super().wait(gen, *args, **options)
+        if self.answer_seconds is None or "timeout" in options:  # ``notifies`` has one of its own
+            return super().wait(gen, *args, **options)
+        try:
+            return super().wait(gen, *args, **{**options, "timeout": self.answer_seconds})
+        except psycopg.errors._WaitTimeout:
+            # nobody reads its answer any more
+            self.pgconn.finish()
+            raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} seconds") from None
 
     def rollback(self) -> None:
         """Roll back, whichever tenant is bound; refused in the event loop's thread and in a forked process."""

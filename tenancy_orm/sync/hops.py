@@ -1,7 +1,7 @@
 """Calls into the event loop, from other threads.
 
 What counts slots and looks tenants up belongs to one event loop. A thread puts a call there and waits for the answer:
-that costs two switches of threads, some 50 us, so a checkout makes one. What needs no answer is put there alone.
+that costs two switches of threads, 20 to 50 us, so a checkout makes one. What needs no answer is put there alone.
 """
 
 from __future__ import annotations

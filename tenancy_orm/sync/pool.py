@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 from typing import Self, cast
 from uuid import UUID
 
@@ -16,6 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from ..errors import MarkerMismatchError, ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.login import PEER_KEEPALIVES, clear_tracebacks
+from ..postgres.quoting import quote_literal
 from ..routing.connector import Connector, Record
 from ..routing.marker import FIND, PROVED, marker_text, mismatch, proof
 from ..routing.routed_pool import RoutedPool
@@ -88,7 +90,8 @@ class ThreadPool(RoutedPool):
                 if exc.sqlstate != TOO_MANY_CONNECTIONS:
                     raise
                 if time.monotonic() >= deadline:
-                    raise self._hops.run_async(self._timeout_error, unbound=True) from exc
+                    # by now the budget may have forgotten the refusal, since nobody waits
+                    raise self._hops.run_async(partial(self._timeout_error, refused=True), unbound=True) from exc
                 # other processes may have them: wait as the first in the queue
                 first = True
 
@@ -185,15 +188,16 @@ class ThreadPool(RoutedPool):
     def _log_in(self) -> ThreadConnection:
         server, placement = self.connector.server, self.route.placement
         dsn = server.traffic.dsn
+        settings, later = self._server.startup()
         parameters = dsn.libpq_parameters(
             user=placement.role,
             database=placement.database,
-            settings=self._server.startup(),
+            settings=settings,
             keepalives=PEER_KEEPALIVES,
         )
         seconds = max(_LEAST_SECONDS, math.ceil(server.connect_timeout / max(1, len(dsn.hosts))))
         try:
-            return ThreadConnection.connect(
+            connection = ThreadConnection.connect(
                 **parameters,  # type: ignore[arg-type]
                 password=self.connector.open_password(self.route),
                 connect_timeout=seconds,
@@ -205,6 +209,14 @@ class ThreadPool(RoutedPool):
         except BaseException as exc:
             clear_tracebacks(exc)
             raise
+        connection.answer_seconds = server.answer_seconds
+        if later:
+            try:
+                connection.execute("; ".join(f"SET {name} TO {quote_literal(text)}" for name, text in later.items()))
+            except BaseException:
+                connection.close()
+                raise
+        return connection
 
     def _verify(self, connection: ThreadConnection) -> None:
         expected = marker_text(self.connector.installation, self.tenant_id)

@@ -10,6 +10,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from ..routing.connector import Connector
+from ..routing.settings import TRACKED, without
 
 # what a dialect reads from its first connection is of these types; what else it has belongs to its driver
 _FACTS = (bool, int, str, tuple)
@@ -42,13 +43,22 @@ class ThreadServer:
         known = vars(self._connector.dialect)
         unread = vars(create_async_engine("postgresql+asyncpg://").dialect)
         for name, value in known.items():
-            if isinstance(value, _FACTS) and unread.get(name) != value and hasattr(self.dialect, name):
+            if isinstance(value, _FACTS) and unread.get(name) != value:
                 setattr(self.dialect, name, value)
         self.ready = True
 
-    def startup(self) -> Mapping[str, str]:
-        """Return the settings that a login sends. In any thread."""
-        return self._connector.server.tenant_startup()
+    def startup(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return the settings that a login sends, and those to set after it. In any thread.
+
+        libpq sends settings in ``options``, which PgBouncer refuses before 1.20. It keeps those that it tracks for each
+        of its clients, so they can be set as well.
+        """
+        server = self._connector.server
+        settings = server.tenant_startup()
+        if not server.is_pooled:
+            return settings, {}
+        tracked = {name: value for name, value in settings.items() if name.lower() in TRACKED}
+        return without(settings, tracked), tracked
 
 
 __all__ = ["ThreadServer"]

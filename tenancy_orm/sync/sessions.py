@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from ..errors import QueryFailure
+from ..queries import FleetQuery, TenantRows
 from ..routing import TenantSession
 from ..routing.engines import Entry
 from ..routing.sessions import checked_options, session_class_in
@@ -15,6 +17,8 @@ from .hops import Hops
 
 if TYPE_CHECKING:
     from .side import ThreadSide
+
+T = TypeVar("T")
 
 
 class ThreadSession:
@@ -83,8 +87,51 @@ class EachTenant(TenantInTurn):
         return self.bind_next(tenant)
 
 
-async def _next(source: AsyncIterator[Tenant]) -> Tenant | None:
+class EachAnswer:
+    """An iterator over the answers of many tenants. Leaving the loop early cancels the queries under way."""
+
+    def __init__(self, hops: Hops, query: FleetQuery) -> None:
+        self._hops = hops
+        self._query = query
+
+    @property
+    def failures(self) -> tuple[QueryFailure, ...]:
+        """The failures so far."""
+        return self._query.failures
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> TenantRows:
+        """Return the next answer.
+
+        Raises:
+            FleetQueryError: all tenants have been asked, and some failed.
+            CrossTenantError: a tenant is bound.
+        """
+        answer: TenantRows | None = self._hops.run_async(_next, self._query)
+        if answer is None:
+            raise StopIteration
+        return answer
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Cancel the queries under way, and wait until their connections are returned."""
+        self._hops.run_async(self._query.aclose)
+
+    def __del__(self) -> None:
+        """Cancel the queries under way when the loop is left."""
+        self._hops.post(self._query.stop)
+
+
+async def _next(source: AsyncIterator[T]) -> T | None:
     return await anext(source, None)
 
 
-__all__ = ["EachTenant", "ThreadSession"]
+__all__ = ["EachAnswer", "EachTenant", "ThreadSession"]

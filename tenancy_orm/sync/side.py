@@ -13,6 +13,7 @@ from ..routing import Router
 from ..routing.connection import TenantEngine
 from ..routing.connector import Connector
 from ..routing.engines import Entry
+from ..routing.sessions import acquire, release
 from ..scopes import check_session, peek, resolve
 from ..tenant import Placement, Tenant, TenantRef
 from .hops import Hops
@@ -55,7 +56,7 @@ class ThreadSide:
 
     def release(self, entry: Entry) -> None:
         """End a lease."""
-        self.hops.post(self.router.release, entry)
+        self.hops.post(release, self.router, entry)
 
     def _lease_cached_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, Engine] | None:
         tenant = peek(self.directory, ref)
@@ -66,16 +67,16 @@ class ThreadSide:
 
     def _engine_here(self, tenant: Tenant, operator: bool) -> tuple[Entry, Engine]:
         check_session(tenant, operator=operator)
-        entry = self.router.acquire(tenant)
+        entry = acquire(self.router, tenant)
         try:
             return entry, entry.for_threads(self._make_engine)
         except BaseException:
-            self.router.release(entry)
+            release(self.router, entry)
             raise
 
     def _undo_here(self, leased: tuple[Entry, Engine] | None) -> None:
         if leased is not None:
-            self.router.release(leased[0])
+            release(self.router, leased[0])
 
     def _make_engine(
         self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement

@@ -11,17 +11,18 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
-from sqlalchemy import Row, text
+from sqlalchemy import Executable, Row, text
 
 from ..context import bind
 from ..errors import MissingExtraError, NotOpenError
 from ..events import DRAIN_TIMEOUT
 from ..lifetime import Lifetime
+from ..queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from ..routing import TenantSession
 from ..tenant import Status, Tenant, TenantRef
 from .hops import Hops
 from .runner import LoopThread
-from .sessions import EachTenant, ThreadSession
+from .sessions import EachAnswer, EachTenant, ThreadSession
 
 if TYPE_CHECKING:
     from .side import ThreadSide
@@ -211,6 +212,39 @@ class SyncTenancy:
         with self.transaction(tenant, operator=operator) as session:
             return session.connection().execute(text(sql), dict(parameters or {})).rowcount
 
+    def query_all(
+        self,
+        statement: str | Executable,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        tier: str | Iterable[str] = (),
+        status: Iterable[Status | str] | Status | str | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_rows: int = DEFAULT_MAX_ROWS,
+        write: bool = False,
+        yield_errors: bool = False,
+    ) -> EachAnswer:
+        """Run one statement on many tenants: ``for tenant, rows in tenancy.sync.query_all("SELECT ...")``.
+
+        The tenants are asked in the event loop, many at once. The arguments are those of ``Tenancy.query_all``.
+
+        Raises:
+            TenancyError: as ``Tenancy.query_all``.
+        """
+        hops, parts = self._opened().hops, self._lifetime.parts
+        query = FleetQuery(
+            Query(statement=statement, parameters=parameters, timeout=timeout, max_rows=max_rows, write=write),
+            Chosen.of(tenants, tier, status),
+            registry=parts.registry,
+            router=parts.router,
+            config=parts.config,
+            concurrency=concurrency,
+            yield_errors=yield_errors,
+        )
+        return EachAnswer(hops, query)
+
     # --- opening and closing ----------------------------------------------------------------------------------------
 
     def open(self, *, initialise: bool | None = None) -> Self:
@@ -280,16 +314,6 @@ class SyncTenancy:
         """Whether the ``Tenancy`` is open: here, or in an event loop."""
         return self._lifetime.assembly is not None
 
-    @property
-    def hops(self) -> Hops:
-        """Puts calls into the event loop: for the package's own adapters.
-
-        Raises:
-            NotOpenError: it is not open.
-            WrongEventLoopError: this is the loop's thread.
-        """
-        return self._opened().hops
-
     def _opened(self) -> ThreadSide:
         try:
             home, parts = self._lifetime.home, self._lifetime.parts
@@ -304,8 +328,18 @@ class SyncTenancy:
         return side
 
 
+def hops_of(sync: SyncTenancy) -> Hops:
+    """Return what puts calls into the event loop: for the package's own adapters.
+
+    Raises:
+        NotOpenError: it is not open.
+        WrongEventLoopError: this is the loop's thread.
+    """
+    return sync._opened().hops
+
+
 async def _awaited(outcome: Awaitable[T]) -> T:
     return await outcome
 
 
-__all__ = ["SyncTenancy"]
+__all__ = ["SyncTenancy", "hops_of"]

@@ -17,6 +17,7 @@ from ..context import set_current
 from ..correlation import current_labels, set_labels
 from ..errors import ConfigurationError, InvalidCredentialError, TenancyError
 from ..sync.hops import Answer, Hops
+from ..sync.tenancy import hops_of
 from .environ import adapt, scope_of
 from .exchange import Admitted, Exchange, HeaderList, Response, stand_in
 
@@ -99,7 +100,7 @@ class TenancyWSGIMiddleware:
         """Serve one request."""
         if not self._sync.is_open:
             self._sync.open()
-        hops = self._sync.hops
+        hops = hops_of(self._sync)
         scope = scope_of(environ)
         exchange = Exchange(self.middleware, scope)
         decided: Answer[Admitted | Response] = Answer()

@@ -78,7 +78,6 @@ EXCUSED = {
     "internals.provisioner.watchdog.close": "closes connections",
     "internals.rates.rate": "computes from the Tenant that it is given",
     "internals.router.close": "closes connections",
-    "internals.router.release": "ends a lease",
     "internals.router.retire": "closes idle connections, which are opened again",
     "internals.router.statistics": "counts this process's own connections",
     "internals.servers.close": "closes nothing",
@@ -264,6 +263,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "signature": "A" * 43,
         "func": print,
         "sql": "SELECT 1",
+        "statement": "SELECT 1",
     }
 
 

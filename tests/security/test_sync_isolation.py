@@ -307,6 +307,26 @@ async def test_a_statement_that_a_migration_outdates_is_run_all_the_same(side: S
         assert await side.rows("SELECT * FROM notes", tenant="acme") == []
 
 
+async def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(
+    tenancy_config: TenancyConfig, proxy: Proxy
+) -> None:
+    """``sessions.answer_timeout``: the connection is given up, and its slot is free again."""
+    tenancy = Tenancy(tenancy_config.replace(sessions={"answer_timeout": 0.5}))
+    await tenancy.open(initialise=True)
+    try:
+        await tenancy.tenants.create("acme")
+        for side in (Side(tenancy, False), Side(tenancy, True)):
+            async with side.session("acme") as work:
+                assert await work(value("SELECT 1")) == 1
+                proxy.swallow()
+                with pytest.raises((DBAPIError, TimeoutError)):
+                    await work(value("SELECT 1"))
+                proxy.restore()
+            assert await side.value("SELECT 1", tenant="acme") == 1
+    finally:
+        await tenancy.close()
+
+
 async def test_a_reset_leaves_nothing_of_a_session(tenancy_config: TenancyConfig) -> None:
     """``pool.full_reset``: settings, temporary tables and locks of a session end with it."""
     tenancy = Tenancy(tenancy_config.replace(pool={"full_reset": True, "max_connections_per_tenant": 1}))

@@ -193,7 +193,9 @@ async def test_naming_another_tenant_is_refused_and_recorded(
     assert {event.slug for event in opened} <= {"acme"}
 
     async def recorded() -> bool:
-        return len(await tenancy.audit.events(action="request.cross_tenant", limit=100)) == len(seen)
+        entries = await tenancy.audit.events(action="request.cross_tenant", limit=100)
+        found = {(entry.actor.id, entry.detail["resolver"]) for entry in entries if entry.detail}
+        return found == {(event.subject, event.resolver) for event in seen}
 
     await until(recorded)
 

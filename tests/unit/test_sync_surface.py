@@ -13,18 +13,20 @@ ASYNCHRONOUS_ALONE = {
     "lifespan": "of an ASGI application",
     "run_housekeeping": "tenancy.sync.call(tenancy.run_housekeeping)",
     "sync": "the way here",
+    "on_create": "registers a function with the Tenancy",
+    "wrap": "takes plain functions as well",
     "loop": "for run_coroutine_threadsafe, which sync.call does",
     "config": "the configuration is that of the Tenancy",
     "events": "of the Tenancy: subscribers are called in its event loop",
     **dict.fromkeys(
         (
             *("tenants", "domains", "keys", "members", "revocations", "tiers", "quotas", "metrics", "audit"),
-            *("secrets", "migrations", "templates", "internals"),
+            *("secrets", "migrations", "templates", "internals", "seeds", "schedules"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),
 }
-SYNCHRONOUS_ALONE = {"call": "awaits what only the asynchronous one has", "hops": "for the package's own adapters"}
+SYNCHRONOUS_ALONE = {"call": "awaits what only the asynchronous one has"}
 
 
 def public(kind: type) -> dict[str, object]:

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import select, text
 
 from tenancy_orm import Tenancy, TenancyConfig, current_tenant_or_none
-from tenancy_orm.errors import CrossTenantError, NoTenantError, NotOpenError, WrongEventLoopError
+from tenancy_orm.errors import CrossTenantError, FleetQueryError, NoTenantError, NotOpenError, WrongEventLoopError
 from tests.support.models import Note
 from tests.support.waiting import until
 
@@ -55,6 +55,10 @@ async def test_textual_sql_scopes_and_loops_are_as_on_the_asynchronous_side(tena
         assert sync.run("acme", lambda extra: (sync.fetch_all("SELECT body FROM notes"), extra), 1) == ([("acme",)], 1)
         assert sync.run("acme", tenancy.fetch_value, "SELECT body FROM notes") == "acme"
         assert sync.call(tenancy.tenants.get, "acme").slug == "acme"
+        answers = {tenant.slug: list(rows) for tenant, rows in sync.query_all("SELECT body FROM notes")}
+        assert answers == {"acme": [("acme",)], "globex": [("globex",)]}
+        with sync.query_all("SELECT nothing") as failing, pytest.raises(FleetQueryError):
+            next(failing)
 
     await asyncio.to_thread(work)
 
