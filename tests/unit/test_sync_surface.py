@@ -19,7 +19,7 @@ ASYNCHRONOUS_ALONE = {
     **dict.fromkeys(
         (
             *("tenants", "domains", "keys", "members", "revocations", "tiers", "quotas", "metrics", "audit"),
-            *("secrets", "migrations", "templates", "internals"),
+            *("secrets", "migrations", "templates", "internals", "schedules"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),
