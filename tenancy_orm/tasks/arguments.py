@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from functools import partial
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row
 from sqlalchemy.orm import InstanceState
 
 from ..errors import CrossTenantError
@@ -21,14 +18,15 @@ from ..tenant import Tenant
 
 _TEXTS = (str, bytes, bytearray, memoryview)
 _PLAIN = (*_TEXTS, int, float, complex, type(None), UUID, date, time, timedelta, Decimal, Enum, type)
-_OPAQUE = (FunctionType, ModuleType)
+_OPAQUE = (FunctionType, BuiltinFunctionType, ModuleType)
+_CONTAINERS = (list, tuple, set, frozenset)
 _STATE = "_sa_instance_state"
 
 
 def check_arguments(arguments: object, tenant: Tenant, what: str) -> None:
     """Refuse arguments in which there is an object of another tenant.
 
-    Containers, dataclasses and plain objects are looked into, however deep, and so is what a mapped object has loaded.
+    What ``pickle`` would send of an object is looked into, however deep, and so is what a mapped object has loaded.
     Texts and bytes are not: an object that the caller has pickled itself is checked by the session that it enters.
 
     Args:
@@ -59,39 +57,31 @@ def check_arguments(arguments: object, tenant: Tenant, what: str) -> None:
         waiting.extend(_inside(value))
 
 
-def _inside(value: Any) -> Iterator[object]:
-    if isinstance(value, Mapping):
-        yield from value.keys()
-        yield from value.values()
-    elif isinstance(value, (Collection, Row)):
-        # no iterator, which would be used up
-        yield from value
-    if isinstance(value, partial):
-        yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, MethodType):
-        yield value.__self__
-    elif isinstance(value, _OPAQUE):
-        return
-    # a container of a class of one's own may have attributes as well
-    for name, item in getattr(value, "__dict__", {}).items():
-        # SQLAlchemy's own, in mapped objects and their collections
-        if not name.startswith("_sa_"):
-            yield item
-    for name in _slots(value):
-        if hasattr(value, name):
-            yield getattr(value, name)
-
-
-def _slots(value: object) -> Iterable[str]:
-    if is_dataclass(value) and not isinstance(value, type):
-        return [field.name for field in fields(value)]
-    names: list[str] = []
-    for kind in type(value).__mro__:
-        declared = kind.__dict__.get("__slots__", ())
-        for name in (declared,) if isinstance(declared, str) else declared:
-            private = name.startswith("__") and not name.endswith("__")
-            names.append(f"_{kind.__name__.lstrip('_')}{name}" if private else name)
-    return [name for name in names if name not in ("__dict__", "__weakref__")]
+def _inside(value: Any) -> Iterable[object]:
+    if type(value) in _CONTAINERS:
+        return tuple(value)
+    if type(value) is dict:
+        return (*value.keys(), *value.values())
+    if hasattr(value, _STATE):
+        # SQLAlchemy's own is in attributes such as _sa_instance_state
+        return [item for name, item in vars(value).items() if not name.startswith("_sa_")]
+    if isinstance(value, _OPAQUE):
+        return []
+    if type(value).__module__.startswith("sqlalchemy."):
+        # a row, or a relationship's collection
+        if isinstance(value, Mapping):
+            return [*value.values()]
+        return [*value] if isinstance(value, (Sequence, Set)) else []
+    try:
+        reduced = value.__reduce_ex__(4)
+    except Exception:  # noqa: BLE001 - it cannot be pickled, so that it does not travel
+        return []
+    if isinstance(reduced, str):
+        return []
+    # a callable, its arguments, the state, the items of a list and those of a dictionary
+    _, arguments, *rest = reduced
+    state, items, pairs = (*rest, None, None, None)[:3]
+    return [arguments, state, *(items or ()), *(pairs or ())]
 
 
 __all__ = ["check_arguments"]
