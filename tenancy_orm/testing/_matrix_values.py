@@ -129,10 +129,10 @@ class Owned:
         Raises:
             LookupError: none is known.
         """
-        found = self.known.candidates("id", noun)
-        if not found:
-            raise LookupError(f"no id of {noun!r} is known")
-        return found[0]
+        found = self.known.ids()
+        if singular(noun) not in found:
+            raise LookupError(f"no id of {noun!r} is known, only of {', '.join(sorted(found)) or 'nothing'}")
+        return found[singular(noun)]
 
     # --- evidence -----------------------------------------------------------------------------------------------------
 

@@ -30,11 +30,12 @@ from ..errors import ConfigurationError, TenancyError
 from ..quotas.overrides import REQUEST_RATE
 from ..tenant import Tenant
 from ._matrix_client import Client, lifespan_of
+from ._matrix_learning import Side
 from ._matrix_report import Finding, Report
 from ._matrix_routes import inner_path, key_header_of, resolvers_of, routes_of
 from ._matrix_rows import Rows
 from ._matrix_values import Owned
-from ._matrix_walk import Side, Walk
+from ._matrix_walk import Walk
 
 if TYPE_CHECKING:
     from ..tenancy import Tenancy
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 THROW_AWAY: Final = "tenancy_matrix"
 """The key in a tenant's metadata that says that the walk may change and destroy all that the tenant has."""
 
-# what the walk calls in no time is no attack
 _REQUESTS_PER_SECOND: Final = 1_000_000.0
 
 Credentials = Callable[["Tenancy", Tenant], Awaitable[Mapping[str, str]]]
@@ -88,13 +88,13 @@ async def check(
                 "the walk changes and deletes what routes can reach, and this installation has tenants: run it on an "
                 "installation for tests, or with beside_others=True"
             )
-        tier = max(tenancy.config.tiers.values(), key=lambda tier: tier.requests_per_second or float("inf")).name
+        # what the walk calls is a lot, and a limit that it meets is no refusal
+        tier = max(tenancy.config.tiers.values(), key=lambda tier: tier.requests_per_second or float("inf"))
+        quotas: dict[str, Any] = {name: {"amount": None} for name in tier.limits} | {REQUEST_RATE: _REQUESTS_PER_SECOND}
         made = []
         for role in ("owner", "other"):
             slug = f"matrix-{role}-{secrets.token_hex(4)}"
-            created = await tenancy.tenants.create(
-                slug, tier=tier, metadata={THROW_AWAY: True}, quotas={REQUEST_RATE: _REQUESTS_PER_SECOND}
-            )
+            created = await tenancy.tenants.create(slug, tier=tier.name, metadata={THROW_AWAY: True}, quotas=quotas)
             stack.push_async_callback(_purge, tenancy, created.tenant)
             made.append(created.tenant)
         return await walk(

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ._run import TestRun
     from .matrix import Report
 
+__all__: list[str] = []  # pytest finds all of it
+
 OPTION = "--tenancy-matrix"
 NAME = "tenancy_matrix"
 
