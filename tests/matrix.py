@@ -35,7 +35,7 @@ class Combination:
 
     Args:
         python: A minor version, ``3.12``.
-        sqlalchemy: A minor version, of which the latest is installed, ``2.0``; or one release, ``2.0.38``.
+        sqlalchemy: A minor version, of which the latest is installed, ``2.0``; or one release, ``2.0.53``.
         postgres: PostgreSQL's major version.
     """
 
@@ -63,7 +63,7 @@ class Combination:
 # Each Python, each SQLAlchemy with the oldest that pyproject.toml allows, each PostgreSQL: twice, beside others.
 COMBINATIONS = (
     Combination("3.11", "2.1", 18),
-    Combination("3.11", "2.0.38", 16),
+    Combination("3.11", "2.0.53", 16),
     Combination("3.12", "2.1", 16),
     Combination("3.13", "2.1", 18),
     Combination("3.13", "2.0", 15),

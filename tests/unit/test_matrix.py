@@ -39,7 +39,7 @@ def test_it_has_each_version_that_is_supported() -> None:
 
 def test_a_release_or_the_latest_is_installed() -> None:
     """A minor version leaves the release to pip."""
-    assert Combination("3.11", "2.0.38", 16).requirement == "sqlalchemy==2.0.38"
+    assert Combination("3.11", "2.0.53", 16).requirement == "sqlalchemy==2.0.53"
     assert Combination("3.13", "2.0", 15).requirement == "sqlalchemy~=2.0.0"
     assert Combination("3.13", "2.0", 15).environment.name == ".venv-3.13-sa2.0"
 
