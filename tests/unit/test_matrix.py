@@ -194,6 +194,23 @@ def test_a_run_ends_as_pytest_does(
     assert printed in capsys.readouterr().out
 
 
+def test_without_pgvector_its_tests_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Debian's PostgreSQL, where that has no such package; the table names it."""
+    monkeypatch.setattr(matrix, "DEBIAN", tmp_path)
+    monkeypatch.setattr(matrix, "PYTEST", ("-c", "import sys; print(sys.argv[1:], 'in 1.0s')"))
+    assert all((ROOT / test.partition("::")[0]).is_file() for test in matrix.OF_PGVECTOR)
+    outcome = Outcome(Combination("3.13", "2.0", 15))
+    matrix.run_tests(outcome, Path(sys.executable), [])
+    assert all(f"--deselect={test}" in outcome.reason for test in matrix.OF_PGVECTOR)
+    assert outcome.reason.endswith("; without tests of pgvector: apt-get install postgresql-15-pgvector")
+
+    control = tmp_path / "share/postgresql/15/extension/vector.control"
+    control.parent.mkdir(parents=True)
+    control.touch()
+    matrix.run_tests(outcome, Path(sys.executable), [])
+    assert outcome.reason == "['tests'] in 1.0s"
+
+
 def test_make_passes_its_variables_on() -> None:
     """As they are written."""
     command = subprocess.run(
