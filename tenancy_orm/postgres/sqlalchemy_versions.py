@@ -45,6 +45,13 @@ def forget_transaction(connection: Any) -> None:
         connection._started = False
 
 
+def hold_transaction(connection: Any, transaction: Any) -> None:
+    """Consider ``transaction`` begun; it need not be asyncpg's, but have its ``commit`` and ``rollback``."""
+    connection._transaction = transaction
+    if SQLALCHEMY_2_0:
+        connection._started = True
+
+
 async def roll_back(connection: Any) -> None:
     """Roll back the transaction that has begun; it is over whether or not PostgreSQL answers.
 
@@ -57,4 +64,12 @@ async def roll_back(connection: Any) -> None:
         await connection._call_and_discard(connection._transaction.rollback)
 
 
-__all__ = ["SQLALCHEMY_2_0", "AdaptedConnection", "await_", "forget_transaction", "has_begun", "roll_back"]
+__all__ = [
+    "SQLALCHEMY_2_0",
+    "AdaptedConnection",
+    "await_",
+    "forget_transaction",
+    "has_begun",
+    "hold_transaction",
+    "roll_back",
+]

@@ -13,9 +13,10 @@ from weakref import WeakSet
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util import await_, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from ..postgres.errors import sqlstate_of
+from ..postgres.sqlalchemy_versions import await_, hold_transaction
 from ..routing import Router
 from ..routing.connection import TenantConnection, TenantCursor
 from ..routing.connector import Connector, Record
@@ -96,8 +97,7 @@ class NestedConnection(TenantConnection):
             return
         if self.isolation_level is not None:
             raise RollbackModeError(f"isolation level {self.isolation_level} cannot be set for one session")
-        transaction: Any = await self.savepoints.begin(readonly=bool(self.readonly))
-        self._transaction = transaction
+        hold_transaction(self, await self.savepoints.begin(readonly=bool(self.readonly)))
 
     def _handle_exception(self, error: Exception) -> Any:
         if sqlstate_of(error) == _IN_TRANSACTION:

@@ -39,7 +39,7 @@ def test_it_has_each_version_that_is_supported() -> None:
 
 def test_a_release_or_the_latest_is_installed() -> None:
     """A minor version leaves the release to pip."""
-    assert Combination("3.11", "2.0.38", 16).requirement == "sqlalchemy==2.0.38"
+    assert Combination("3.11", "2.0.53", 16).requirement == "sqlalchemy==2.0.53"
     assert Combination("3.13", "2.0", 15).requirement == "sqlalchemy~=2.0.0"
     assert Combination("3.13", "2.0", 15).environment.name == ".venv-3.13-sa2.0"
 
@@ -192,6 +192,23 @@ def test_a_run_ends_as_pytest_does(
     assert (outcome.state, outcome.reason) == (state, reason)
     assert outcome.versions["postgres"] == "18.4" and outcome.versions["sqlalchemy"].startswith("2.")
     assert printed in capsys.readouterr().out
+
+
+def test_without_pgvector_its_tests_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Debian's PostgreSQL, where that has no such package; the table names it."""
+    monkeypatch.setattr(matrix, "DEBIAN", tmp_path)
+    monkeypatch.setattr(matrix, "PYTEST", ("-c", "import sys; print(sys.argv[1:], 'in 1.0s')"))
+    assert all((ROOT / test.partition("::")[0]).is_file() for test in matrix.OF_PGVECTOR)
+    outcome = Outcome(Combination("3.13", "2.0", 15))
+    matrix.run_tests(outcome, Path(sys.executable), [])
+    assert all(f"--deselect={test}" in outcome.reason for test in matrix.OF_PGVECTOR)
+    assert outcome.reason.endswith("; without tests of pgvector: apt-get install postgresql-15-pgvector")
+
+    control = tmp_path / "share/postgresql/15/extension/vector.control"
+    control.parent.mkdir(parents=True)
+    control.touch()
+    matrix.run_tests(outcome, Path(sys.executable), [])
+    assert outcome.reason == "['tests'] in 1.0s"
 
 
 def test_make_passes_its_variables_on() -> None:
