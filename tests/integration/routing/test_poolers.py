@@ -76,7 +76,7 @@ async def test_a_pooler_for_administration_is_refused_and_leaves_nothing(
         assert "'default'" in message and "ServerAddresses" in message
     # a pooler that came later is found by the first login
     servers = Tenancy(tenancy_config)
-    await servers.open(initialise=True)
+    await servers.open(initialise=False)
     try:
         server = servers.internals.servers["default"]
         server.dsn, server._is_proved = Dsn.parse(bouncer.url(postgres.admin_url)), False
