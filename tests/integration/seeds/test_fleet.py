@@ -150,13 +150,25 @@ async def test_a_seed_cannot_end_its_transaction(opened: Opened, template: bool)
         await session.execute(insert(ROLES).values(name="half"))
         await session.rollback()
 
+    async def sending(session: AsyncSession) -> None:
+        await session.execute(insert(ROLES).values(name="half"))
+        await session.execute(text("/* at once */ COMMIT"))
+        raise LookupError("the other half")
+
     async def nested(session: AsyncSession) -> None:
         async with session.begin_nested():
             await session.execute(insert(ROLES).values(name="nested"))
+        async with session.begin_nested() as savepoint:
+            await session.execute(text("INSERT INTO roles VALUES ('END; COMMIT')"))
+            await savepoint.rollback()
 
     async with opened() as fleet:
         await fleet.create("acme")
-    for function, reason in ((committing, "must not commit"), (rolling_back, "must not end its transaction")):
+    for function, reason in (
+        (committing, "must not commit"),
+        (rolling_back, "must not end its transaction; raise an error"),
+        (sending, "must not end its transaction: leave COMMIT out"),
+    ):
         async with opened([seed(template=template)(function)]) as fleet:
             if template:
                 with pytest.raises(SeedError, match=reason):
