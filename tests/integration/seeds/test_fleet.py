@@ -362,6 +362,29 @@ async def test_a_tenant_may_read_a_protected_table_only(opened: Opened, countrie
         assert may is protected
 
 
+async def test_reconcile_takes_the_right_to_write_a_protected_table(opened: Opened, countries: Path) -> None:
+    """Whoever has given it, also for a column; and to the record, with which a tenant could hide what it lacks."""
+    async with opened(reference=table(countries)) as fleet:
+        await fleet.create("acme")
+        owner, tenant = fleet.provisioner.names.owner, fleet.database("acme")
+        await fleet.execute(
+            "acme",
+            f'SET ROLE "{owner}"; GRANT INSERT, UPDATE (name) ON countries TO "{tenant}"; '
+            f'GRANT DELETE ON tenancy_orm.reference_data TO "{tenant}"; GRANT TRUNCATE ON roles TO "{tenant}"',
+        )
+        found = await fleet.provisioner.reconcile(check=True)
+        assert [(one.kind, one.dangerous, one.mended) for one in found.differences] == [
+            ("right.read_only", False, False)
+        ]
+        [mended] = (await fleet.provisioner.reconcile()).differences
+        assert mended.mended
+        assert "UPDATE on TABLE public.countries (name)" in mended.detail
+        rights = "SELECT has_any_column_privilege('{0}', 'countries', 'INSERT, UPDATE'), "
+        rights += "has_table_privilege('{0}', 'tenancy_orm.reference_data', 'DELETE')"
+        assert await fleet.fetch("acme", rights.format(tenant)) == [(False, False)]
+        assert (await fleet.provisioner.reconcile()).clean
+
+
 @pytest.mark.parametrize(
     ("text_", "reason"),
     [
