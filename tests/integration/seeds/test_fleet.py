@@ -17,7 +17,9 @@ from tenancy_orm.audit.actor import Actor
 from tenancy_orm.config import ReferenceTable
 from tenancy_orm.errors import ConfigurationError, FleetSeedError, SeedError
 from tenancy_orm.events import TenantSeeded, TenantSeedingFailed
-from tenancy_orm.seeds import Seed, seed
+from tenancy_orm.seeds import Seed, records, reference, seed
+from tenancy_orm.seeds.reference import ReferenceChange
+from tenancy_orm.seeds.source import Reference
 from tests.integration.seeds.conftest import ROLES, Configure, Opened
 from tests.support.fleet import Fleet, count_queries, until
 
@@ -256,6 +258,22 @@ async def test_reference_data_is_brought_changed_and_removed(
         assert [len([x for x in found if not x.startswith(("SET ", "RESET"))]) for found in asked] == [1, 1]
 
 
+async def test_a_renamed_key_and_json_in_a_csv(opened: Opened, countries: Path) -> None:
+    """A new row may have what is unique in one that goes; a text of JSON becomes JSON, and not a string in it."""
+    async with opened() as fleet:
+        await fleet.create("acme")
+        await fleet.execute("acme", "ALTER TABLE countries ADD j jsonb, ADD k json, ADD UNIQUE (name)")
+        kinds = "SELECT code, jsonb_typeof(j), json_typeof(k) FROM countries ORDER BY name DESC"
+        for eu in ("Eu", "EU"):
+            write(countries, f'code,name,j,k\n{eu},Europe,"{{""a"": 1}}",\nAT,Austria,,[1]\n')
+            [source] = [Reference(name, ReferenceTable(**one)) for name, one in table(countries).items()]
+            async with fleet.connect("acme") as connection:
+                await records.create_tables(connection)
+                change = await reference.bring(connection, await source.load(), timeout=10)
+            assert change == ReferenceChange(*((2, 0) if eu == "Eu" else (1, 1)))
+            assert await fleet.fetch("acme", kinds) == [(eu, "object", None), ("AT", None, "array")]
+
+
 async def test_a_table_that_was_made_again_gets_its_rows_again(opened: Opened, countries: Path) -> None:
     """A migration down and up again, for example: the record is of another table."""
     async with opened(reference=table(countries)) as fleet:
@@ -392,6 +410,8 @@ async def test_reconcile_takes_the_right_to_write_a_protected_table(opened: Open
         ("code,name\n,Austria\n", "row 1 has no code, which is its key"),
         ("code,name\nAT\n", "line 2 has another number of cells"),
         ("name\nAustria\n", "row 1 has no code"),
+        ('code,name\nAT,"Austria\n', "cannot be read: unexpected end of data"),
+        ("code,name,name\nAT,Austria,Austria\n", "two columns are named 'name'"),
     ],
 )
 async def test_a_malformed_source_is_refused_before_any_tenant(
