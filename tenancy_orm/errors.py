@@ -958,7 +958,7 @@ class FleetMigrationError(MigrationError):
 
 
 class QueryError(TenancyError):
-    """A query over the fleet was refused in one tenant's database, before it was executed."""
+    """A query over the fleet was refused in one tenant's database before it was executed, or its commit is in doubt."""
 
 
 class FleetQueryError(TenancyError):

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from .cancellation import run_to_completion
 from .config import TenancyConfig
 from .context import refuse_while_bound
-from .errors import ConfigurationError, FleetQueryError, QueryFailure, TenancyError
+from .errors import ConfigurationError, FleetQueryError, QueryError, QueryFailure, TenancyError
 from .migrations.connections import Health, is_down, placement_of
 from .migrations.failures import describe
 from .migrations.selection import Selection
@@ -152,7 +152,7 @@ class Query:
 
         Raises:
             TenancyError, DBAPIError: as a session of the tenant.
-            QueryError: it returns no rows and may not write, so it was not executed.
+            QueryError: it returns no rows and may not write, so it was not executed; or the commit took too long.
             TimeoutError: PostgreSQL did not end it in time.
         """
         check_usable(tenant, operator=True)
@@ -171,8 +171,18 @@ class Query:
             async with asyncio.timeout(self.timeout + _GRACE_SECONDS):
                 rows = await self._execute(session)
             if self.write:
-                await session.commit()
+                await self._commit(session, tenant)
             return rows
+
+    async def _commit(self, session: AsyncSession, tenant: Tenant) -> None:
+        # deferred constraints and triggers run here, and one may have lifted PostgreSQL's own bound
+        try:
+            async with asyncio.timeout(self.timeout + _GRACE_SECONDS):
+                await session.commit()
+        except TimeoutError as exc:
+            raise QueryError(
+                f"tenant {tenant.slug!r}: the COMMIT was not answered in time; what the statement wrote may be there"
+            ) from exc
 
     async def _execute(self, session: AsyncSession) -> Rows:
         milliseconds = max(1, round(self.timeout * 1000))

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import TenancyError
+from ..postgres.parameters import ENVIRONMENT
 from ..provisioning.temporary_logins import DEFAULT_CONNECTIONS, TemporaryLogin
 from ..tenancy import Tenancy
 from ..tenant import Tenant
@@ -27,6 +28,7 @@ from .selection import All, Also, Named, Selection, Statuses, Tiers
 _LONGEST_LINE = 1 << 20  # bytes of a line that are kept until its end is known
 _END_SECONDS = 5.0  # how long a command may take to end once it was told to
 _COMMAND = "tenancy_command"
+_OF_THE_SERVER = frozenset({*ENVIRONMENT.values(), "PGHOST", "PGPORT"}) - {"PGPASSFILE", "PGSERVICE", "PGOPTIONS"}
 
 Ttl = Annotated[str, typer.Option(help="How long the login is valid, such as 10m.")]
 
@@ -152,6 +154,7 @@ class Runs:
                 # a group of its own: it is ended with what it has started, and before its login is dropped
                 start_new_session=True,
             )
+            ended = False
             try:
                 assert process.stdout is not None and process.stderr is not None  # noqa: S101 - for the type checker
                 prefix = f"{tenant.slug}: ".encode()
@@ -159,14 +162,22 @@ class Runs:
                     _pass_on(process.stdout, sys.stdout.buffer, prefix),
                     _pass_on(process.stderr, sys.stderr.buffer, prefix),
                 )
-                return await process.wait()
+                status = await process.wait()
+                ended = True
+                return status
             finally:
-                await _end(process)
+                if not ended:
+                    await _end(process)
 
 
 def environment_for(inherited: Mapping[str, str], login: TemporaryLogin) -> dict[str, str]:
     """Return the environment of a tenant's command: with its login, and without this program's own credentials."""
-    kept = {name: value for name, value in inherited.items() if not name.startswith(("TENANCY_", "PG"))}
+    kept = {
+        name: value
+        for name, value in inherited.items()
+        # where a server's URL does not say how to reach it, these do
+        if name in _OF_THE_SERVER or not name.startswith(("TENANCY_", "PG"))
+    }
     own = {"TENANCY_TENANT_ID": str(login.tenant.id), "TENANCY_TENANT_SLUG": login.tenant.slug}
     return {**kept, **login.environment(), **own}
 
@@ -179,17 +190,19 @@ async def _pass_on(source: asyncio.StreamReader, sink: BinaryIO, prefix: bytes) 
         if len(rest) > _LONGEST_LINE:
             lines, rest = [*lines, rest], b""
         if lines:
-            sink.write(b"".join(prefix + line + b"\n" for line in lines))
-            sink.flush()
+            await asyncio.to_thread(_write, sink, b"".join(prefix + line + b"\n" for line in lines))
     if rest:
-        sink.write(prefix + rest + b"\n")
-        sink.flush()
+        await asyncio.to_thread(_write, sink, prefix + rest + b"\n")
+
+
+def _write(sink: BinaryIO, data: bytes) -> None:
+    """Write in a thread: whoever reads it may take long, and logins must be prolonged."""
+    sink.write(data)
+    sink.flush()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a command that still runs, and what it has started."""
-    if process.returncode is not None:
-        return
+    """End a command, and what it has started, which may have outlived it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:

@@ -5,9 +5,11 @@ One reader for every connection: to the control database, to the servers, for in
 
 from __future__ import annotations
 
+import configparser
+import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote, unquote
@@ -214,11 +216,45 @@ class Dsn:
             found["options"] = " ".join(options)
         return found
 
+    def without_service(self) -> Dsn:
+        """Return the same with what the service's file says of the server, and no service and credentials.
+
+        libpq prefers what the file says to variables: a program with ``PGSERVICE`` would log in as the file's user.
+
+        Raises:
+            ConfigurationError: the file cannot be read, or has no such service.
+        """
+        given = {name: value for name, value in self.parameters.items() if name not in ("service", "passfile")}
+        service = self.parameters.get("service")
+        if service is None:
+            return replace(self, parameters=given)
+        # where asyncpg looks
+        path = Path(os.environ.get("PGSERVICEFILE") or Path.home() / ".pg_service.conf")
+        file = configparser.ConfigParser(interpolation=None)
+        try:
+            file.read_string(path.read_text("utf-8"))
+            entries = dict(file[service])
+        except (OSError, ValueError, KeyError, configparser.Error) as exc:
+            raise ConfigurationError(f"service {service!r} cannot be read from {str(path)!r}") from exc
+        credentials = {"user", "password", "dbname", "service", "passfile", "sslpassword"}
+        found = Dsn._from_pairs([pair for pair in entries.items() if known.canonical(*pair)[0] not in credentials])
+        return replace(
+            self,
+            hosts=self.hosts or found.hosts,
+            parameters={**found.parameters, **given},
+            settings={**found.settings, **self.settings},
+        )
+
     def environment(self, *, user: str, database: str, purpose: str) -> dict[str, str]:
         """Return libpq's variables for a program such as psql, without a password.
 
         Keep-alives are left out: libpq has no variables for them.
+
+        Raises:
+            ConfigurationError: as ``without_service``.
         """
+        if "service" in self.parameters:
+            return self.without_service().environment(user=user, database=database, purpose=purpose)
         found = {ENVIRONMENT[name]: value for name, value in self.parameters.items() if name in ENVIRONMENT}
         found |= {"PGUSER": user, "PGDATABASE": database, "PGAPPNAME": self.application_name(purpose)}
         if self.hosts:

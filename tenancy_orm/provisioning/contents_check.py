@@ -2,8 +2,8 @@
 
 Everything in the database belongs to the owner role, nobody but the tenant's role has rights, and the tenant's role has
 those of ``TenantRights``. Objects of extensions are left alone. Further rights that a migration has given to the
-tenant's own role stay, and are not reported. The grant hook has the last word on grants: what it gives, or takes, is
-right.
+tenant's own role stay, and are not reported, but for those to write what it may only read. The grant hook has the last
+word on grants: what it gives, or takes, is right.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ _DEFAULT_KINDS = frozenset({*DEFAULTS, "ROUTINES", "TYPES", "LARGE OBJECTS"})
 _PUBLICS_OWN = frozenset(
     {("ROUTINE", "EXECUTE"), ("TYPE", "USAGE"), ("ROUTINES", "EXECUTE"), ("TYPES", "USAGE"), ("SCHEMA public", "USAGE")}
 )
+_WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "TRUNCATE"})
 _HAS_FUNCTIONS = "SELECT f FROM unnest($1::text[]) f WHERE NOT has_function_privilege($2::name, f, 'EXECUTE')"
 _ROUTINES = """
 SELECT p.oid::text || md5(concat(prosrc, prosecdef, proconfig, proretset, prorettype)) FROM pg_proc p
@@ -345,7 +346,7 @@ class ContentsCheck:
         return quote_identifier(self._role if one.kind == "LARGE OBJECT" else self._owner)
 
     def _foreign(self, found: Snapshot) -> Iterator[Deviation]:
-        """Rights of PUBLIC and of other roles, and more than SELECT on the version table."""
+        """Rights of PUBLIC and of other roles, and too many of the tenant's own role."""
         versions = frozenset(found.contents.version_tables)
         grouped: dict[tuple[str, str], list[Held]] = {}
         for one in sorted(found.held):
@@ -358,12 +359,15 @@ class ContentsCheck:
             detail = f"{who} may grant {what} to others" if kind == "right.grantable" else f"{who} has {what}"
             spared = self._spare_others and kind == "right.other" and not is_installations(grantee)
             statements = tuple(_revocations(rights, option=kind == "right.grantable"))
-            yield Deviation(kind, detail, True, statements, spared=spared)
+            # a tenant that writes its own copy of reference data harms no other one
+            yield Deviation(kind, detail, kind != "right.read_only", statements, spared=spared)
 
     def _kind_of(self, one: Held, versions: frozenset[str]) -> str | None:
         if one.grantee == self._role:
             if one.kind == "TABLE" and one.name in versions and one.privilege != "SELECT":
                 return "right.version_table"
+            if one.kind == "TABLE" and one.privilege in _WRITES and self._rights.is_read_only(one.name):
+                return "right.read_only"
             return "right.grantable" if one.grantable else None
         if one.kind == "DATABASE" and (one.grantee == PUBLIC or one.grantee.startswith(self._names.stem)):
             return None  # the shared catalogues have told it, see ``server_state``

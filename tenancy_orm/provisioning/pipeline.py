@@ -1,11 +1,11 @@
 """The creation of one tenant, step by step, so that either all or nothing of it remains.
 
-The steps are registered, role, database, grants, proved, and seeds where there are any that run for each tenant; after
-them the tenant becomes active. The name of a step is in the registry before the step begins, except for the role: it
-follows "registered" at once, and takes less time than writing its name. The administrative connection holds an advisory
-lock on the tenant's id, from before the row is written until the end. When a process dies, the kernel closes its
-connections and PostgreSQL releases their locks. So ``reconcile`` can tell a creation under way from a dead one exactly,
-and without a clock.
+The steps are registered, role, database, grants and proved. Where there are seeds that run for each tenant, the last
+one is called unseeded instead, and seeds follows it. After them the tenant becomes active. The name of a step is in the
+registry before the step begins, except for the role: it follows "registered" at once, and takes less time than writing
+its name. The administrative connection holds an advisory lock on the tenant's id, from before the row is written until
+the end. When a process dies, the kernel closes its connections and PostgreSQL releases their locks. So ``reconcile``
+can tell a creation under way from a dead one exactly, and without a clock.
 
 A failure or a cancellation undoes the steps that were started, in reverse. Becoming active is one commit in the
 registry, and the point of no return: where it is in doubt, the registry is read again, and an active tenant is never
@@ -145,7 +145,8 @@ class Creation:
             Step("role", self._create_role, self._drop_role),
             Step("database", self._create_database, self._drop_database),
             Step("grants", self._grant, _nothing),
-            Step("proved", self._prove, self._end_connections),
+            # of another name where seeds follow: a process that does not know them must not finish the creation
+            Step("proved" if self._seeds is None else "unseeded", self._prove, self._end_connections),
             *(() if self._seeds is None else (Step("seeds", self._seed, self._forget_seeds),)),
         )
 

@@ -223,7 +223,7 @@ class Reconciler:
                 await self._foresee(one, one.tenant.placement)
             elif one.kind == "purging":
                 await self._finish_purge(connection, one.tenant, one.tenant.placement)
-            elif await self._is_complete(one, one.tenant.placement):
+            elif one.step == "proved" and await self._proves_itself(one.tenant, one.tenant.placement):
                 await self._finish_creation(one.tenant, one.tenant.placement)
             else:
                 await self._remove_creation(connection, one, one.tenant.placement)
@@ -232,17 +232,10 @@ class Reconciler:
         """Note what would be done."""
         if one.kind == "purging":
             self._findings.purged.append(one.tenant.slug)
-        elif await self._is_complete(one, placement):
+        elif one.step == "proved" and await self._proves_itself(one.tenant, placement):
             self._findings.finished.append(one.tenant.slug)
         else:
             self._findings.removed.append(one.tenant.slug)
-
-    async def _is_complete(self, one: Unfinished, placement: Placement) -> bool:
-        """Whether nothing but becoming active is left. With seeds to run, no: they may have run in part."""
-        seeds = self._services.seeds
-        if one.step != "proved" or (seeds is not None and seeds.wanted()):
-            return False
-        return await self._proves_itself(one.tenant, placement)
 
     async def _proves_itself(self, tenant: Tenant, placement: Placement) -> bool:
         """Whether the last step succeeds now: it was started, but its result is not known."""

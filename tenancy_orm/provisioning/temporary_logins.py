@@ -157,6 +157,8 @@ class TemporaryLogins:
         if current.placement is None:
             raise TenantNotFoundError(tenant.slug)
         place, password = current.placement, new_password()
+        # the login's programs get none of the administrator's credentials
+        dsn = self._servers[place.server].dsn.without_service()
         verifier = scram_verifier(password)
         async with self._connected(current) as (connection, blockers):
             statements = partial(_statements, connection, place.role, verifier, connection_limit)
@@ -170,7 +172,7 @@ class TemporaryLogins:
             database=place.database,
             server=place.server,
             expires_at=expires_at,
-            _dsn=self._servers[place.server].dsn,
+            _dsn=dsn,
             _purpose=purpose,
         )
         try:

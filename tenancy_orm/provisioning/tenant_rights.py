@@ -113,7 +113,7 @@ class TenantRights:
         yield from _each("TABLES", ("",), tables)
         yield from _each("SEQUENCES", ("",), _COUNTERS)
         yield from _each("SCHEMA", what.schemas, ("USAGE",))
-        read_only = [table for table in what.tables if self._is_read_only(table)]
+        read_only = [table for table in what.tables if self.is_read_only(table)]
         yield from _each("TABLE", [table for table in what.tables if table not in read_only], tables)
         yield from _each("TABLE", read_only, ("SELECT",))
         yield from _each("SEQUENCE", what.sequences, _COUNTERS)
@@ -121,7 +121,8 @@ class TenantRights:
         if self.advisory_locks:
             yield from _each("FUNCTION", advisory_locks.FUNCTIONS, ("EXECUTE",))
 
-    def _is_read_only(self, quoted: str) -> bool:
+    def is_read_only(self, quoted: str) -> bool:
+        """Whether the role may only read this table, which is given as ``schema.table``, both quoted."""
         if not self.read_only and not quoted.startswith(RECORD_SCHEMA):
             return False
         schema, table = ((part[0] or part[1]).replace('""', '"') for part in _PART.findall(quoted))

@@ -41,6 +41,10 @@ SELECT conrelid::regclass::text AS child,
           JOIN pg_attribute ON attrelid = confrelid AND attnum = n) AS referred
   FROM pg_constraint WHERE contype = 'f' AND confrelid = $1::text::regclass AND conparentid = 0
 """
+_JSON_COLUMNS = """
+SELECT attname::text FROM pg_attribute
+ WHERE attrelid = $1::text::regclass AND attnum > 0 AND atttypid IN ('json'::regtype, 'jsonb'::regtype)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +105,19 @@ async def _bring(
     if record["digest"] == source.digest and record["same"] and not force:
         return None
     rows = source.rows if source.query is None else await _rows_of(connection, source)
-    written = await _write(connection, source, rows)
     keys = [{name: row[name] for name in source.key} for row in rows]
     brought: list[dict[str, Any]] = json.loads(record["keys"])
-    removed, kept = await _remove(connection, source, brought, keys)
+    # first, since a new row may have what is unique in one that goes; and again, when no written row refers to one
+    removed, _ = await _remove(connection, source, brought, keys)
+    written = await _write(connection, source, rows)
+    later, kept = await _remove(connection, source, brought, keys)
     brought_now = json_of([*keys, *kept])
     await connection.execute(_CLOSE, source.name, source.digest, source.protected, brought_now, source.table)
     if role is not None and (source.protected or record["protected"]):
         verb, who = ("REVOKE", "FROM") if source.protected else ("GRANT", "TO")
         privileges = "INSERT, UPDATE, DELETE" + (", TRUNCATE" if source.protected else "")
         await connection.execute(f"{verb} {privileges} ON {source.table} {who} {quote_identifier(role)}")
-    return ReferenceChange(written, removed, tuple(map(json_of, kept)))
+    return ReferenceChange(written, removed + later, tuple(map(json_of, kept)))
 
 
 async def _rows_of(connection: Connection, source: ReferenceRows) -> Sequence[Row]:
@@ -124,7 +130,7 @@ async def _rows_of(connection: Connection, source: ReferenceRows) -> Sequence[Ro
 async def _write(connection: Connection, source: ReferenceRows, rows: Sequence[Row]) -> int:
     if not rows:
         return 0
-    columns = [quote_identifier(name) for name in rows[0]]
+    columns = {name: quote_identifier(name) for name in rows[0]}
     others = [quote_identifier(name) for name in rows[0] if name not in source.key]
     update = "NOTHING"
     if others:
@@ -132,8 +138,11 @@ async def _write(connection: Connection, source: ReferenceRows, rows: Sequence[R
         changes = ", ".join(f"{name} = excluded.{name}" for name in others)
         # as jsonb: not every type can be compared
         update = f"UPDATE SET {changes} WHERE to_jsonb(ROW({current})) IS DISTINCT FROM to_jsonb(ROW({given}))"
+    # in a JSON value a text is a string, which json_populate_recordset leaves one
+    json_columns = [row[0] for row in await connection.fetch(_JSON_COLUMNS, source.table)] if source.as_text else []
+    values = [f"({column} #>> '{{}}')::json" if name in json_columns else column for name, column in columns.items()]
     statement = (
-        f"INSERT INTO {source.table} AS t ({', '.join(columns)}) SELECT {', '.join(columns)} "  # noqa: S608 - quoted
+        f"INSERT INTO {source.table} AS t ({', '.join(columns.values())}) SELECT {', '.join(values)} "  # noqa: S608
         f"FROM json_populate_recordset(NULL::{source.table}, $1::text::json) "
         f"ON CONFLICT ({', '.join(map(quote_identifier, source.key))}) DO {update}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -15,10 +16,14 @@ from sqlalchemy.orm import Session
 from ..context import bind
 from ..errors import ConfigurationError, SeedError
 from ..migrations.failures import describe
+from ..migrations.statements import statements
 from ..routing import Router
 from ..tenant import Tenant
 from . import records
 from .definition import Seed
+
+# only a text with one of these words is taken apart
+_TRANSACTION_CONTROL = re.compile(r"\b(BEGIN|START|COMMIT|END|ROLLBACK|ABORT|PREPARE)\b", re.IGNORECASE)
 
 
 async def run_for_tenant(router: Router, tenant: Tenant, seed: Seed, *, timeout: float, force: bool = False) -> bool:
@@ -71,7 +76,7 @@ async def _run(session: AsyncSession, seed: Seed, tenant: Tenant | None, *, forc
         return True
     offered = {"tenant": tenant, "previous": previous}
     begun = session.sync_session.get_transaction()
-    with _uncommitted(session):
+    with _uncommitted(session), _without_transaction_control(await session.connection()):
         await _call(session, seed.function, {name: offered[name] for name in seed.asks})
     if session.sync_session.get_transaction() is not begun:
         raise ConfigurationError("a seed must not end its transaction; raise an error to undo what it did")
@@ -92,6 +97,23 @@ def _uncommitted(session: AsyncSession) -> Iterator[None]:
         yield
     finally:
         event.remove(session.sync_session, "before_commit", refuse)
+
+
+@contextmanager
+def _without_transaction_control(connection: AsyncConnection) -> Iterator[None]:
+    """Refuse a COMMIT or ROLLBACK that the body sends as text: SQLAlchemy would not know that the transaction ended."""
+
+    def refuse(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if _TRANSACTION_CONTROL.search(statement):
+            for one in statements(statement):
+                if one.controls_transaction:
+                    raise ConfigurationError(f"a seed must not end its transaction: leave {one.words[0]} out")
+
+    event.listen(connection.sync_connection, "before_cursor_execute", refuse)
+    try:
+        yield
+    finally:
+        event.remove(connection.sync_connection, "before_cursor_execute", refuse)
 
 
 async def _call(session: AsyncSession, function: Any, arguments: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ Row = Mapping[str, Any]
 class ReferenceRows:
     """What a source has: its rows, or the query that finds them in each database.
 
-    ``digest`` is 64 hexadecimal digits that change with the rows, the key, the table and its protection.
+    ``digest`` is 64 hexadecimal digits that change with the rows, the key, the table and its protection. Where
+    ``as_text``, all values are texts, as PostgreSQL reads them.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ReferenceRows:
     digest: str
     rows: tuple[Row, ...] = field(default=(), repr=False)
     query: str | None = field(default=None, repr=False)
+    as_text: bool = False
 
     @property
     def version(self) -> str:
@@ -127,6 +130,7 @@ class Reference:
             digest=digest,
             rows=rows,
             query=query,
+            as_text=not self.is_function and self._path().suffix.lower() == ".csv",
         )
         return self.loaded
 
@@ -167,24 +171,31 @@ class Reference:
                 raise ConfigurationError(f"{self._where}: the function must yield mappings, not {type(row).__name__}")
         return tuple(dict(row) for row in rows)
 
-    def _parse(self, path: Path) -> tuple[Row, ...]:
+    def _text(self, path: Path) -> str:
         try:
-            text = self._read(path).decode("utf-8-sig")
+            return self._read(path).decode("utf-8-sig")
+        except UnicodeDecodeError as exc:
+            raise ConfigurationError(f"{self._where}: {str(path)!r} is not UTF-8: {exc}") from exc
+
+    def _parse(self, path: Path) -> tuple[Row, ...]:
+        text = self._text(path)
+        try:
             match path.suffix.lower():
                 case ".csv":
                     return _csv_rows(text)
                 case ".json":
                     found = json.loads(text)
                 case _:
-                    found = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except ValueError as exc:
+                    # a text in JSON may have the other characters that splitlines takes for the end of a line
+                    found = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except (ValueError, csv.Error) as exc:
             raise ConfigurationError(f"{self._where}: {str(path)!r} cannot be read: {exc}") from exc
         if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
             raise ConfigurationError(f"{self._where}: {str(path)!r} must be a list of objects")
         return tuple(found)
 
     def _query(self, path: Path) -> str:
-        text = self._read(path).decode("utf-8-sig")
+        text = self._text(path)
         found = statements(text)
         if len(found) != 1 or found[0].changes:
             raise ConfigurationError(f"{self._where}: {str(path)!r} must be one query (SELECT or VALUES)")
@@ -194,6 +205,9 @@ class Reference:
 def _csv_rows(text: str) -> tuple[Row, ...]:
     """The rows of a CSV with a header line; an empty cell is NULL."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = reader.fieldnames or ()
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"two columns are named {repeated[0]!r}")
     rows = []
     for row in reader:
         if None in row or None in row.values():
@@ -234,5 +248,7 @@ def _plain(value: Any) -> Any:
         return f"\\x{bytes(value).hex()}"
     if isinstance(value, (set, frozenset)):
         return sorted(value)
+    if isinstance(value, Enum):
+        return value.value
     # dates, decimals, UUIDs: PostgreSQL reads what Python writes
     return str(value)

@@ -211,6 +211,21 @@ async def test_time_and_rows_are_bounded(fleet: Fleet, caplog: pytest.LogCapture
         assert (list(rows), rows.columns, rows.types) == ([], ("one", "two"), (23, 23))
 
 
+async def test_a_commit_is_bounded_too(fleet: Fleet) -> None:
+    """A deferred trigger runs in it, and may have lifted PostgreSQL's own bound."""
+    await fleet.as_owner(
+        "acme",
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN PERFORM set_config('statement_timeout', '0', true); PERFORM pg_sleep(60); RETURN NULL; END $$",
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON notes DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION slow()",
+    )
+    async with asyncio.timeout(30):
+        found = await answers(fleet.tenancy, "INSERT INTO notes (body) VALUES ('x')", write=True, timeout=0.1)
+    assert found.pop("acme").message.endswith("may be there")
+    assert list(found.values()) == [[], []]
+
+
 async def test_a_tenant_that_fails_does_not_end_the_others(fleet: Fleet) -> None:
     """The error at the end lists it, once all others were yielded."""
     tenancy = fleet.tenancy

@@ -258,11 +258,12 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
     (tmp_path / "dump.py").write_text(f"import json, os\njson.dump(dict(os.environ), open({str(variables)!r}, 'w'))\n")
     await cli(program=("dump.py",))
     script = "echo begun; sleep 600 & wait"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # the second one has ended when the signal comes, and what it has started has not
+    for number, ending in ((signal.SIGINT, " wait"), (signal.SIGTERM, "")):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *COMMAND,
-            *("each", "--all", "--", "sh", "-c", script),
+            *("each", "--all", "--", "sh", "-c", script.removesuffix(" wait") + ending),
             cwd=tmp_path,
             env=json.loads(variables.read_text()),
             stdout=asyncio.subprocess.PIPE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import nullcontext
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from sqlalchemy import insert, select, text
@@ -14,6 +15,7 @@ from sqlalchemy.orm import Session
 from tenancy_orm import Tenancy, Tenant
 from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, SeedError, TenantNotFoundError
+from tenancy_orm.provisioning.pipeline import Creation
 from tenancy_orm.seeds import running, seed
 from tests.integration.seeds.conftest import COUNTRIES, ROLES, Configure, Opened
 
@@ -126,6 +128,33 @@ async def test_a_failing_seed_undoes_the_creation(opened: Opened) -> None:
         fails = False
         await fleet.create("acme")
         assert await fleet.fetch("acme", "SELECT name FROM roles") == [("owner",)]
+
+
+async def test_a_process_without_the_seeds_does_not_finish_a_creation(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``Tenancy.on_create`` is known to processes that import it; the name of the last step may be lost in a crash."""
+
+    async def killed(session: AsyncSession) -> None:
+        raise LookupError
+
+    async def leave(self: Creation, error: BaseException) -> bool:
+        return False
+
+    async with opened([killed]) as fleet:
+        registry = fleet.services.registry
+        record = registry.record_step
+
+        async def lose_the_last(tenant_id: UUID, step: str) -> None:
+            if step != "seeds":
+                await record(tenant_id, step)
+
+        monkeypatch.setattr(registry, "record_step", lose_the_last)
+        monkeypatch.setattr(Creation, "_undo_started", leave)
+        with pytest.raises(SeedError):
+            await fleet.tenancy.tenants.create("acme")
+    async with opened() as fleet:
+        assert (await fleet.provisioner.reconcile()).removed == ("acme",)
 
 
 @pytest.mark.parametrize("template", [False, True])

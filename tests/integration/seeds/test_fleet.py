@@ -17,7 +17,9 @@ from tenancy_orm.audit.actor import Actor
 from tenancy_orm.config import ReferenceTable
 from tenancy_orm.errors import ConfigurationError, FleetSeedError, SeedError
 from tenancy_orm.events import TenantSeeded, TenantSeedingFailed
-from tenancy_orm.seeds import Seed, seed
+from tenancy_orm.seeds import Seed, records, reference, seed
+from tenancy_orm.seeds.reference import ReferenceChange
+from tenancy_orm.seeds.source import Reference
 from tests.integration.seeds.conftest import ROLES, Configure, Opened
 from tests.support.fleet import Fleet, count_queries, until
 
@@ -150,13 +152,25 @@ async def test_a_seed_cannot_end_its_transaction(opened: Opened, template: bool)
         await session.execute(insert(ROLES).values(name="half"))
         await session.rollback()
 
+    async def sending(session: AsyncSession) -> None:
+        await session.execute(insert(ROLES).values(name="half"))
+        await session.execute(text("/* at once */ COMMIT"))
+        raise LookupError("the other half")
+
     async def nested(session: AsyncSession) -> None:
         async with session.begin_nested():
             await session.execute(insert(ROLES).values(name="nested"))
+        async with session.begin_nested() as savepoint:
+            await session.execute(text("INSERT INTO roles VALUES ('END; COMMIT')"))
+            await savepoint.rollback()
 
     async with opened() as fleet:
         await fleet.create("acme")
-    for function, reason in ((committing, "must not commit"), (rolling_back, "must not end its transaction")):
+    for function, reason in (
+        (committing, "must not commit"),
+        (rolling_back, "must not end its transaction; raise an error"),
+        (sending, "must not end its transaction: leave COMMIT out"),
+    ):
         async with opened([seed(template=template)(function)]) as fleet:
             if template:
                 with pytest.raises(SeedError, match=reason):
@@ -242,6 +256,22 @@ async def test_reference_data_is_brought_changed_and_removed(
         assert (await fleet.tenancy.seeds.apply()).changed == ()
         asked = [found for database, found in queries.items() if database is not None]
         assert [len([x for x in found if not x.startswith(("SET ", "RESET"))]) for found in asked] == [1, 1]
+
+
+async def test_a_renamed_key_and_json_in_a_csv(opened: Opened, countries: Path) -> None:
+    """A new row may have what is unique in one that goes; a text of JSON becomes JSON, and not a string in it."""
+    async with opened() as fleet:
+        await fleet.create("acme")
+        await fleet.execute("acme", "ALTER TABLE countries ADD j jsonb, ADD k json, ADD UNIQUE (name)")
+        kinds = "SELECT code, jsonb_typeof(j), json_typeof(k) FROM countries ORDER BY name DESC"
+        for eu in ("Eu", "EU"):
+            write(countries, f'code,name,j,k\n{eu},Europe,"{{""a"": 1}}",\nAT,Austria,,[1]\n')
+            [source] = [Reference(name, ReferenceTable(**one)) for name, one in table(countries).items()]
+            async with fleet.connect("acme") as connection:
+                await records.create_tables(connection)
+                change = await reference.bring(connection, await source.load(), timeout=10)
+            assert change == ReferenceChange(*((2, 0) if eu == "Eu" else (1, 1)))
+            assert await fleet.fetch("acme", kinds) == [(eu, "object", None), ("AT", None, "array")]
 
 
 async def test_a_table_that_was_made_again_gets_its_rows_again(opened: Opened, countries: Path) -> None:
@@ -350,6 +380,29 @@ async def test_a_tenant_may_read_a_protected_table_only(opened: Opened, countrie
         assert may is protected
 
 
+async def test_reconcile_takes_the_right_to_write_a_protected_table(opened: Opened, countries: Path) -> None:
+    """Whoever has given it, also for a column; and to the record, with which a tenant could hide what it lacks."""
+    async with opened(reference=table(countries)) as fleet:
+        await fleet.create("acme")
+        owner, tenant = fleet.provisioner.names.owner, fleet.database("acme")
+        await fleet.execute(
+            "acme",
+            f'SET ROLE "{owner}"; GRANT INSERT, UPDATE (name) ON countries TO "{tenant}"; '
+            f'GRANT DELETE ON tenancy_orm.reference_data TO "{tenant}"; GRANT TRUNCATE ON roles TO "{tenant}"',
+        )
+        found = await fleet.provisioner.reconcile(check=True)
+        assert [(one.kind, one.dangerous, one.mended) for one in found.differences] == [
+            ("right.read_only", False, False)
+        ]
+        [mended] = (await fleet.provisioner.reconcile()).differences
+        assert mended.mended
+        assert "UPDATE on TABLE public.countries (name)" in mended.detail
+        rights = "SELECT has_any_column_privilege('{0}', 'countries', 'INSERT, UPDATE'), "
+        rights += "has_table_privilege('{0}', 'tenancy_orm.reference_data', 'DELETE')"
+        assert await fleet.fetch("acme", rights.format(tenant)) == [(False, False)]
+        assert (await fleet.provisioner.reconcile()).clean
+
+
 @pytest.mark.parametrize(
     ("text_", "reason"),
     [
@@ -357,6 +410,8 @@ async def test_a_tenant_may_read_a_protected_table_only(opened: Opened, countrie
         ("code,name\n,Austria\n", "row 1 has no code, which is its key"),
         ("code,name\nAT\n", "line 2 has another number of cells"),
         ("name\nAustria\n", "row 1 has no code"),
+        ('code,name\nAT,"Austria\n', "cannot be read: unexpected end of data"),
+        ("code,name,name\nAT,Austria,Austria\n", "two columns are named 'name'"),
     ],
 )
 async def test_a_malformed_source_is_refused_before_any_tenant(
