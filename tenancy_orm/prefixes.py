@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from uuid import UUID
 
 from .context import as_reference, current_tenant, refuse_other_tenant
-from .errors import ConfigurationError, InvalidNameError
+from .errors import ConfigurationError, CrossTenantError, InvalidNameError
 from .tenant import Tenant
 
 _SEPARATORS = "/:."
@@ -51,6 +51,24 @@ def _id_of(tenant: Tenant | UUID | str | None) -> UUID:
         raise ConfigurationError(f"names are of a tenant's id, since a slug can change: pass the Tenant, not {found!r}")
     refuse_other_tenant(found)
     return found
+
+
+def check_prefix(prefix: str, using: str) -> None:
+    """Refuse to go on with what was made for a tenant, where that one is not bound any more.
+
+    A listing, an iterator or an object that was read can be kept, and used by code that runs for another tenant.
+
+    Args:
+        prefix: The ``tenant_prefix`` that it was made with.
+        using: What it is, for the error: "a listing".
+
+    Raises:
+        CrossTenantError: another tenant is bound by now.
+        NoTenantError: none is.
+        AdmissionEndedError, TenantUnavailableError: the request's admission is no longer valid.
+    """
+    if tenant_prefix() != prefix:
+        raise CrossTenantError(f"using {using}", bound=current_tenant().slug, requested=prefix[2:-1])
 
 
 def checked_path(path: str, *, directory: bool = False) -> str:
@@ -104,4 +122,4 @@ def without_prefix(name: str | bytes, prefix: str) -> str | bytes:
     return rest
 
 
-__all__ = ["checked_path", "tenant_prefix", "without_prefix"]
+__all__ = ["check_prefix", "checked_path", "tenant_prefix", "without_prefix"]

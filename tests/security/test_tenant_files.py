@@ -188,6 +188,30 @@ async def test_every_object_of_a_tenant_is_deleted(
     assert names(raw) == set()
 
 
+async def test_what_was_kept_gives_nothing_to_another_tenant() -> None:
+    """An object that was read, its parts, a listing, a walk: made for one tenant, used while another is bound."""
+    raw = MemoryStore()
+    store = TenantStore(raw)
+    files = TenantFileSystem(fsspec.filesystem("memory", skip_instance_cache=True), "kept")
+    with bind(ACME):
+        store.put("who", b"acme")
+        files.write_text("who", "acme")
+        read, walk = store.get("who"), files.walk()
+        uses: list[Callable[[], Any]] = [
+            *(partial(getattr, read, name) for name in ("bytes", "bytes_async", "meta")),
+            read.stream,
+            *(partial(next, iter(store.get("who"))), partial(anext, aiter(store.get("who")))),
+            *(store.list().collect, store.list().collect_async),
+            *(partial(next, iter(store.list())), partial(anext, aiter(store.list()))),
+            partial(next, walk),
+        ]
+    assert bytes(raw.get(f"{A}who").bytes()) == b"acme"  # what a raw one gives to everyone
+    for tenant, error in ((GLOBEX, CrossTenantError), (None, NoTenantError)):
+        for use in uses if tenant else uses[:4]:  # an iterator has ended by then
+            with pytest.raises(error):
+                await carry_out(use, tenant)
+
+
 class Ended:
     """An admission that has ended."""
 
