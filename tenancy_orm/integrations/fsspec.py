@@ -51,8 +51,9 @@ class TenantFileSystem:
         if any(character in root for character in _PATTERN):
             raise ConfigurationError(f"root is a directory, and {root!r} is a pattern")
         self._raw: Any = fs
-        stripped = str(self._raw._strip_protocol(root)).rstrip("/")
-        self._root = f"{stripped}/" if stripped else ""
+        stripped = str(self._raw._strip_protocol(root))
+        # "/" stays: without it a local path would be below the working directory
+        self._root = f"{stripped.rstrip('/')}/" if stripped else ""
 
     def __repr__(self) -> str:
         """Tell what it wraps, without an address or a credential."""
