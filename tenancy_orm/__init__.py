@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib as _importlib
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+import typing as _typing
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from .audit.actor import Actor
     from .config import Limit, TenancyConfig, Tier, TierPolicy
     from .context import current_tenant, current_tenant_or_none
@@ -50,16 +49,18 @@ _MODULES = {
     "tenant_prefix": "prefixes",
 }
 
+if not _typing.TYPE_CHECKING:  # a checker that saw it would take every misspelt name for one
 
-def __getattr__(name: str) -> _Any:
-    """Import a public name."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> _typing.Any:
+        """Import a public name, or a module that has some: ``tenancy_orm.errors``, as type checkers know it."""
+        if name in {module.partition(".")[0] for module in _MODULES.values()}:
+            return _importlib.import_module(f"{__name__}.{name}")
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
 
-
-def __dir__() -> list[str]:
-    """The public names, imported or not."""
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        """The public names, imported or not."""
+        return sorted({*globals(), *__all__})

@@ -71,14 +71,17 @@ def reset_labels(token: Token[RequestLabels | None]) -> None:
         pass
 
 
-def log_fields(labels: RequestLabels | None = None) -> LogFields:
+def log_fields(error: object = None) -> LogFields:
     """Return the fields for a record that is written now: of the bound tenant, else of the request's.
 
     Args:
-        labels: The request's, where another than the running one is meant.
+        error: The exception that the record is about. Where no request runs, the one that it ended is meant.
     """
-    labels = labels or _request.get()
     tenant = current_tenant_or_none()
+    labels = _request.get()
+    if labels is None and tenant is None:
+        # not before: one exception may end several requests, as one that is kept and raised again does
+        labels = getattr(error, _LABELS, None)
     if labels is None:
         return _NOTHING if tenant is None else LogFields(str(tenant.id), tenant.slug, None)
     tenant = tenant or labels.tenant
@@ -87,21 +90,19 @@ def log_fields(labels: RequestLabels | None = None) -> LogFields:
     return LogFields(str(tenant.id), tenant.slug, labels.request_id)
 
 
-LABELS = "__tenancy_labels__"
-"""Attribute of an exception: the labels of the request that it ended, for the server's log, which is written later."""
+# attribute of an exception: the labels of the request that it ended, for the server's log, which is written later
+_LABELS = "__tenancy_labels__"
 
 
 def attach_labels(labels: RequestLabels, error: BaseException) -> None:
-    """Leave the labels on an exception that leaves the application, unless it has some."""
+    """Leave the labels on an exception that leaves the application, in place of those of an earlier request."""
     with suppress(AttributeError, TypeError):  # of a class with __slots__
-        if not hasattr(error, LABELS):
-            setattr(error, LABELS, labels)
+        setattr(error, _LABELS, labels)
 
 
 _NOTHING = LogFields(None, None, None)
 
 __all__ = [
-    "LABELS",
     "LogFields",
     "RequestLabels",
     "attach_labels",

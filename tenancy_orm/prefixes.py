@@ -7,16 +7,22 @@ specially.
 
 from __future__ import annotations
 
+import re
 from typing import overload
 from urllib.parse import unquote
 from uuid import UUID
 
 from .context import as_reference, current_tenant, refuse_other_tenant
-from .errors import ConfigurationError, InvalidNameError
+from .errors import ConfigurationError, CrossTenantError, InvalidNameError
 from .tenant import Tenant
 
 _SEPARATORS = "/:."
-_STEPS = frozenset({"", ".", ".."})
+_STEPS = frozenset({".", ".."})
+_DECODINGS = 3  # a name that is still encoded after so many is none that anyone gives a file
+
+# control characters, backslash, ends of lines, what turns the direction of text around, halves of characters. Not all
+# that is not printable: the names of macOS's screenshots have a U+202F, and emoji a U+200D
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def tenant_prefix(tenant: Tenant | UUID | str | None = None, *, separator: str = "/") -> str:
@@ -53,6 +59,24 @@ def _id_of(tenant: Tenant | UUID | str | None) -> UUID:
     return found
 
 
+def check_prefix(prefix: str, using: str) -> None:
+    """Refuse to go on with what was made for a tenant, where that one is not bound any more.
+
+    A listing, an iterator or an object that was read can be kept, and used by code that runs for another tenant.
+
+    Args:
+        prefix: The ``tenant_prefix`` that it was made with.
+        using: What it is, for the error: "a listing".
+
+    Raises:
+        CrossTenantError: another tenant is bound by now.
+        NoTenantError: none is.
+        AdmissionEndedError, TenantUnavailableError: the request's admission is no longer valid.
+    """
+    if tenant_prefix() != prefix:
+        raise CrossTenantError(f"using {using}", bound=current_tenant().slug, requested=prefix[2:-1])
+
+
 def checked_path(path: str, *, directory: bool = False) -> str:
     """Return a path below a tenant's prefix, once it is certain that nothing can make it lead elsewhere.
 
@@ -61,8 +85,8 @@ def checked_path(path: str, *, directory: bool = False) -> str:
         directory: Whether it may be empty, for the whole of a tenant's names, and end with ``/``, which is removed.
 
     Raises:
-        InvalidNameError: it is absolute or empty, a part of it is empty, ``.`` or ``..``, or it has a backslash or a
-            control character.
+        InvalidNameError: it is absolute or empty, a part of it is empty, ``.`` or ``..``, also once it is decoded
+            (``%2e%2e%2f``), or it has a backslash or a control character.
     """
     if not isinstance(path, str):
         raise InvalidNameError(repr(path), "is no text")
@@ -72,13 +96,24 @@ def checked_path(path: str, *, directory: bool = False) -> str:
             return path
     if path.startswith("/"):
         raise InvalidNameError(path, "is absolute")
-    if "\\" in path or not path.isprintable():
+    if "" in path.split("/"):
+        raise InvalidNameError(path, "has the part ''")
+    decoded = path
+    # decoded too: a store is reached by URLs, and not everything in between decodes them once
+    for _ in range(_DECODINGS):
+        _check_parts(path, decoded)
+        encoded, decoded = decoded, unquote(decoded)
+        if decoded == encoded:
+            return path
+    raise InvalidNameError(path, "is encoded several times")
+
+
+def _check_parts(path: str, decoded: str) -> None:
+    if _FORBIDDEN.search(decoded):
         raise InvalidNameError(path, "has a backslash or a control character")
-    for part in path.split("/"):
-        # %2e too: a store is reached by URLs, and not everything in between decodes them once
-        if part in _STEPS or unquote(part) in _STEPS:
+    for part in decoded.split("/"):
+        if part in _STEPS:
             raise InvalidNameError(path, f"has the part {part!r}")
-    return path
 
 
 @overload
@@ -104,4 +139,4 @@ def without_prefix(name: str | bytes, prefix: str) -> str | bytes:
     return rest
 
 
-__all__ = ["checked_path", "tenant_prefix", "without_prefix"]
+__all__ = ["check_prefix", "checked_path", "tenant_prefix", "without_prefix"]

@@ -28,7 +28,6 @@ from .runtime import Json, TenantArgument, Yes, exit_on_error, extend_path, oper
 
 _MIGRATIONS = "migrations"
 _VARIABLE = "TENANCY_CONTROL_URL"
-_EMBEDDED = "embedded:.tenancy"
 _SETTINGS = """\
 # Settings of tenancy_orm. TENANCY_* environment variables override this file; put credentials there.
 {control_url}
@@ -133,7 +132,7 @@ def _settings(configured: sources.Found, control_url: str | None, migrations: st
     found = configured.values.get("control_url")
     origin = configured.origins.get("control_url", "")
     # a path as it was written, and not as it was read, so that the project can be moved
-    written = control_url or (os.environ.get(_VARIABLE) if found else None) or _EMBEDDED
+    written = control_url or (os.environ.get(_VARIABLE) if found else None) or setup.EMBEDDED
     if found and control_url is None and origin != _VARIABLE:
         url_line = f"# control_url comes from {origin.removeprefix('in ')}"
     elif not written.startswith("embedded") and Dsn.parse(written).has_secret:

@@ -25,6 +25,8 @@ from ..migrations.layout import init_directory, template_directory
 from ..migrations.scripts import load
 from .output import console, errors
 
+EMBEDDED = "embedded:.tenancy"
+"""The control database where nothing names one: a server in the project's directory."""
 _MIGRATIONS = "migrations"
 _BY_HAND = """\
 from tenancy_orm import environment
@@ -194,7 +196,8 @@ def prepare(
     setup.makes_migrations = chosen is not None and not _has_env(chosen)
     _plan_settings(setup, configured, file, settings)
     if "control_url" not in configured.values:
-        os.environ["TENANCY_CONTROL_URL"] = "embedded:.tenancy"
+        os.environ["TENANCY_CONTROL_URL"] = EMBEDDED
+        _plan_embedded(setup, file)
     if chosen is not None and configured.values.get("migrations") != str(chosen):
         os.environ["TENANCY_MIGRATIONS"] = str(chosen)
     if setup.makes_migrations:
@@ -392,6 +395,19 @@ def _plan_settings(
             raise ConfigurationError(f"{place} has to say where the migrations are: migrations = {json.dumps(written)}")
         setup.texts[file] = text
         setup.changed.append(f"{place}: migrations = {json.dumps(written)}")
+
+
+def _plan_embedded(setup: Setup, file: Path) -> None:
+    """Plan the line of an existing settings file with which the next command finds the embedded server."""
+    if not file.exists() or os.environ.get("TENANCY_APP"):
+        return
+    before = setup.texts.get(file) or _read_text(file)
+    text = changed_setting(before, "control_url", EMBEDDED) if file.name != "pyproject.toml" else None
+    line = f"control_url = {json.dumps(EMBEDDED)}"
+    if text is None:
+        raise ConfigurationError(f"{project.shown(file)} has to say where the control database is: {line}, or a URL")
+    setup.texts[file] = text
+    setup.changed.append(f"{project.shown(file)}: {line}")
 
 
 def changed_setting(text: str, name: str, value: str) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from uuid import UUID
 
 from ..errors import ConfigurationError, MissingExtraError, UnprefixedError
-from ..prefixes import tenant_prefix, without_prefix
+from ..prefixes import check_prefix, tenant_prefix, without_prefix
 from ..tenant import Tenant
 
 try:
@@ -80,6 +80,7 @@ async def _prefix_keys(call: Callable[..., Any], command: Command, backend: Any,
 
 async def _each_without(found: AsyncIterator[Any], prefix: str) -> AsyncIterator[Any]:
     async for item in found:
+        check_prefix(prefix, "an iterator of a TenantCache")
         yield without_prefix(item, prefix) if isinstance(item, str) else (without_prefix(item[0], prefix), *item[1:])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from uuid import UUID
 
 from ..errors import ConfigurationError, InvalidNameError, MissingExtraError
-from ..prefixes import checked_path, tenant_prefix, without_prefix
+from ..prefixes import check_prefix, checked_path, tenant_prefix, without_prefix
 from ..tenant import Tenant
 
 try:
@@ -51,8 +51,9 @@ class TenantFileSystem:
         if any(character in root for character in _PATTERN):
             raise ConfigurationError(f"root is a directory, and {root!r} is a pattern")
         self._raw: Any = fs
-        stripped = str(self._raw._strip_protocol(root)).rstrip("/")
-        self._root = f"{stripped}/" if stripped else ""
+        stripped = str(self._raw._strip_protocol(root))
+        # "/" stays: without it a local path would be below the working directory
+        self._root = f"{stripped.rstrip('/')}/" if stripped else ""
 
     def __repr__(self) -> str:
         """Tell what it wraps, without an address or a credential."""
@@ -61,7 +62,7 @@ class TenantFileSystem:
     # --- reading and writing ----------------------------------------------------------------------------------------
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        """Open a file."""
+        """Open a file. What is open stays its tenant's: close it before the binding ends."""
         return self._raw.open(self._path(path), mode, **options)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -160,11 +161,18 @@ class TenantFileSystem:
         return [self._name(found) for found in self._raw.glob(self._path(pattern))]
 
     def walk(self, path: str = "") -> Iterator[tuple[str, list[str], list[str]]]:
-        """Iterate over directories: the path, and the names of directories and files in it."""
+        """Iterate over directories: the path, and the names of directories and files in it.
+
+        Each step needs the tenant to be bound.
+        """
         below = self._directory(path)
         own = tenant_prefix()
-        found = self._raw.walk(below)
-        return ((self._name(f"{directory}/", own).rstrip("/"), inner, files) for directory, inner, files in found)
+        return self._walk(self._raw.walk(below), own)
+
+    def _walk(self, found: Any, own: str) -> Iterator[tuple[str, list[str], list[str]]]:
+        for directory, inner, files in found:
+            check_prefix(own, "a walk of a TenantFileSystem")
+            yield self._name(f"{directory}/", own).rstrip("/"), inner, files
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a directory, and those that it is in."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from ..errors import ConfigurationError, MissingExtraError
-from ..prefixes import checked_path, tenant_prefix, without_prefix
+from ..prefixes import check_prefix, checked_path, tenant_prefix, without_prefix
 from ..tenant import Tenant
 
 try:
@@ -190,7 +190,10 @@ class TenantStore:
 
 
 class TenantObject:
-    """An object that was read: obstore's ``GetResult``, with the tenant's own path in ``meta``."""
+    """An object that was read: obstore's ``GetResult``, with the tenant's own path in ``meta``.
+
+    Each use needs the tenant to be bound, so that one that was kept gives nothing to another tenant.
+    """
 
     def __init__(self, raw: Any, prefix: str) -> None:
         self._raw = raw
@@ -199,25 +202,58 @@ class TenantObject:
     @property
     def meta(self) -> ObjectMeta:
         """What is known of the object."""
+        self._check()
         return _own(self._raw.meta, self._prefix)
 
     def __getattr__(self, name: str) -> Any:
         """Return what a ``GetResult`` has: it leads to this object alone."""
         if name.startswith("_"):
             raise AttributeError(name)
+        self._check()
         return getattr(self._raw, name)
+
+    def stream(self, *args: Any, **options: Any) -> TenantStream:
+        """Read it in parts, of at least ``min_chunk_size`` bytes."""
+        self._check()
+        return TenantStream(self._raw.stream(*args, **options), self._prefix)
 
     def __iter__(self) -> Iterator[Any]:
         """Read it in parts."""
-        return iter(self._raw)
+        return iter(self.stream())
 
     def __aiter__(self) -> AsyncIterator[Any]:
         """Read it in parts."""
-        return aiter(self._raw)
+        return aiter(self.stream())
+
+    def _check(self) -> None:
+        check_prefix(self._prefix, "a TenantObject")
+
+
+class TenantStream:
+    """The parts of an object that is read, one after the other."""
+
+    def __init__(self, raw: Any, prefix: str) -> None:
+        self._raw = raw
+        self._prefix = prefix
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the parts."""
+        for part in self._raw:
+            check_prefix(self._prefix, "a TenantStream")
+            yield part
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Iterate over the parts."""
+        async for part in self._raw:
+            check_prefix(self._prefix, "a TenantStream")
+            yield part
 
 
 class TenantListing:
-    """Lists of objects with the tenant's own paths, one after the other; ``collect`` returns them all in one."""
+    """Lists of objects with the tenant's own paths, one after the other; ``collect`` returns them all in one.
+
+    Each step needs the tenant to be bound.
+    """
 
     def __init__(self, raw: Any, prefix: str) -> None:
         self._raw = raw
@@ -241,6 +277,7 @@ class TenantListing:
         return self._own(await self._raw.collect_async())
 
     def _own(self, chunk: Sequence[ObjectMeta]) -> list[ObjectMeta]:
+        check_prefix(self._prefix, "a TenantListing")
         return [_own(meta, self._prefix) for meta in chunk]
 
 
@@ -269,4 +306,4 @@ def _own_listing(found: Any, prefix: str) -> dict[str, Any]:
     }
 
 
-__all__ = ["TenantListing", "TenantObject", "TenantStore"]
+__all__ = ["TenantListing", "TenantObject", "TenantStore", "TenantStream"]

@@ -18,11 +18,10 @@ from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
 
-from ..context import current_tenant_or_none
-from ..errors import ConfigurationError, CrossTenantError, MissingExtraError, UnprefixedError
-from ..prefixes import tenant_prefix, without_prefix
+from ..errors import ConfigurationError, MissingExtraError, UnprefixedError
+from ..prefixes import check_prefix, tenant_prefix, without_prefix
 from ..tenant import Tenant
-from ._redis_keys import NOT_IN_PIPELINES, RESULTS, SHAPES, Shape, prefixed_key
+from ._redis_keys import ITERATING, NOT_IN_PIPELINES, RESULTS, SHAPES, Shape, prefixed_key
 
 try:
     import redis
@@ -67,6 +66,8 @@ class _Commands:
         outcome = getattr(self._raw, name)(*args, **kwargs)
         if outcome is self._raw:
             return self  # a pipeline, for the next command
+        if name in ITERATING:
+            return _each(outcome, prefix, lambda item: item)
         without = RESULTS.get(name)
         if without is not None:
             return _then(outcome, lambda found: without(found, prefix))
@@ -125,12 +126,10 @@ class TenantRedis(_Commands):
         return _then(found, lambda step: (step[0], [without_prefix(name, prefix) for name in step[1]]))
 
     def scan_iter(self, match: str | bytes | None = None, count: int | None = None) -> Any:
-        """Iterate over the tenant's keys that match, without the prefix."""
+        """Iterate over the tenant's keys that match, without the prefix; each step needs the tenant to be bound."""
         prefix = self._prefix()
         found = self._raw.scan_iter(match=prefixed_key(prefix, "*" if match is None else match), count=count)
-        if self._is_async:
-            return _each_async(found, prefix)
-        return (without_prefix(name, prefix) for name in found)
+        return _each(found, prefix, lambda name: without_prefix(name, prefix))
 
     def delete_all(self, tenant: Tenant | UUID | str) -> Any:
         """Delete every key of a tenant, and return how many there were: for when it is purged.
@@ -178,16 +177,17 @@ class TenantRedis(_Commands):
         thread_local: bool = True,
     ) -> TenantLock:
         """Return a lock with a key of the tenant's; see redis-py for the arguments."""
-        key = prefixed_key(self._prefix(), name)
+        prefix = self._prefix()
         return TenantLock(
             self._raw.lock(
-                key,
+                prefixed_key(prefix, name),
                 timeout=timeout,
                 sleep=sleep,
                 blocking=blocking,
                 blocking_timeout=blocking_timeout,
                 thread_local=thread_local,
-            )
+            ),
+            prefix,
         )
 
     def pubsub(self, ignore_subscribe_messages: bool = False) -> TenantPubSub:
@@ -240,13 +240,7 @@ class _OfOneTenant:
             CrossTenantError: another tenant is bound by now.
             NoTenantError: none is.
         """
-        if tenant_prefix() != self._fixed:
-            bound = current_tenant_or_none()
-            raise CrossTenantError(
-                f"using a {type(self).__name__}",
-                bound=bound.slug if bound is not None else "",
-                requested=self._fixed.strip("t/"),
-            )
+        check_prefix(self._fixed, f"a {type(self).__name__}")
         return self._fixed
 
 
@@ -309,20 +303,27 @@ class TenantPipeline(_OfOneTenant, _Commands):
         self.reset()
 
 
-class TenantLock:
-    """A lock with a tenant's key, as redis-py's: ``TenantRedis.lock``. Its end needs no tenant, so it is never left."""
+class TenantLock(_OfOneTenant):
+    """A lock with a tenant's key, as redis-py's: ``TenantRedis.lock``.
 
-    def __init__(self, raw: Any) -> None:
+    The tenant must be bound where it is acquired. Its end needs none, so it is never left.
+    """
+
+    def __init__(self, raw: Any, prefix: str) -> None:
         self._raw = raw
+        self._fixed = prefix
 
     def __getattr__(self, name: str) -> Any:
         """Return a method of redis-py's lock that acts on its own key."""
         if name not in {"acquire", "extend", "locked", "owned", "reacquire", "release"}:
             raise UnprefixedError(type(self).__name__, name)
+        if name == "acquire":
+            self._check()
         return getattr(self._raw, name)
 
     async def __aenter__(self) -> Self:
         """Acquire."""
+        self._check()
         await self._raw.__aenter__()
         return self
 
@@ -334,6 +335,7 @@ class TenantLock:
 
     def __enter__(self) -> Self:
         """Acquire."""
+        self._check()
         self._raw.__enter__()
         return self
 
@@ -370,7 +372,8 @@ class TenantPubSub(_OfOneTenant):
     def get_message(self, ignore_subscribe_messages: bool = False, timeout: float | None = 0.0) -> Any:
         """Return the next message, or None where none arrives in ``timeout`` seconds (None: wait)."""
         self._check()
-        return _then(self._raw.get_message(ignore_subscribe_messages, timeout), self._without_prefix)
+        # checked again when it arrives: the request may have lost its admission since
+        return _then(self._raw.get_message(ignore_subscribe_messages, timeout), self._arrived)
 
     def listen(self) -> Any:
         """Iterate over messages; each one needs the tenant to be bound, and its request still to be admitted."""
@@ -379,13 +382,11 @@ class TenantPubSub(_OfOneTenant):
 
     def _listen(self) -> Iterator[Any]:
         for message in self._raw.listen():
-            self._check()
-            yield self._without_prefix(message)
+            yield self._arrived(message)
 
     async def _listen_async(self) -> AsyncIterator[Any]:
         async for message in self._raw.listen():
-            self._check()
-            yield self._without_prefix(message)
+            yield self._arrived(message)
 
     def close(self) -> Any:
         """End the subscriptions, and give the connection back; ``aclose`` of an asynchronous client."""
@@ -417,9 +418,10 @@ class TenantPubSub(_OfOneTenant):
         prefix = self._check()
         return [prefixed_key(prefix, name) for name in names]
 
-    def _without_prefix(self, message: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _arrived(self, message: dict[str, Any] | None) -> dict[str, Any] | None:
         if message is None:
             return None
+        self._check()
         names = {
             part: without_prefix(message[part], self._fixed)
             for part in ("channel", "pattern")
@@ -439,9 +441,21 @@ async def _then_async(outcome: Awaitable[Any], change: Callable[[Any], Any]) -> 
     return change(await outcome)
 
 
-async def _each_async(names: AsyncIterator[Any], prefix: str) -> AsyncIterator[Any]:
-    async for name in names:
-        yield without_prefix(name, prefix)
+def _each(found: Any, prefix: str, change: Callable[[Any], Any]) -> Any:
+    """Iterate over what a tenant's command finds, for as long as that tenant is bound."""
+    return _each_async(found, prefix, change) if hasattr(found, "__aiter__") else _each_sync(found, prefix, change)
+
+
+def _each_sync(found: Iterator[Any], prefix: str, change: Callable[[Any], Any]) -> Iterator[Any]:
+    for item in found:
+        check_prefix(prefix, "an iterator of a TenantRedis")
+        yield change(item)
+
+
+async def _each_async(found: AsyncIterator[Any], prefix: str, change: Callable[[Any], Any]) -> AsyncIterator[Any]:
+    async for item in found:
+        check_prefix(prefix, "an iterator of a TenantRedis")
+        yield change(item)
 
 
 __all__ = ["TenantLock", "TenantPipeline", "TenantPubSub", "TenantRedis"]

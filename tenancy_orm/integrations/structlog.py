@@ -22,7 +22,9 @@ def add_tenant(logger: WrappedLogger, method_name: str, event_dict: EventDict) -
     An event that has one of these keys already keeps it. For records of the standard library that structlog formats,
     put it in the ``foreign_pre_chain`` of ``ProcessorFormatter`` as well.
     """
-    fields = log_fields()
+    error = event_dict.get("exc_info")
+    # a server logs what an application has raised when the request is over
+    fields = log_fields(error[1] if isinstance(error, tuple) and len(error) == 3 else error)
     for name, value in zip(fields._fields, fields, strict=True):
         if value is not None:
             event_dict.setdefault(name, value)

@@ -24,10 +24,11 @@ from .source import ReferenceRows, Row, check_rows, json_of
 
 _BATCH = 5_000  # rows of one statement
 
+# an empty name is an error of to_regclass before PostgreSQL 16
 _OPEN = (
     f"INSERT INTO {records.REFERENCE} AS r (name, digest, protected, keys, relation) "  # noqa: S608 - a constant
     "VALUES ($1, '', false, '[]', '') ON CONFLICT (name) DO UPDATE SET name = excluded.name "
-    "RETURNING r.digest, r.protected, r.keys, to_regclass(r.relation)::oid = r.relation_oid AS same"
+    "RETURNING r.digest, r.protected, r.keys, to_regclass(nullif(r.relation, ''))::oid = r.relation_oid AS same"
 )
 _CLOSE = (
     f"UPDATE {records.REFERENCE} SET digest = $2, protected = $3, keys = $4::text::json, "  # noqa: S608 - a constant

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..correlation import LABELS, log_fields
+from ..correlation import log_fields
 
 
 class TenantLogFilter(logging.Filter):
@@ -27,9 +27,8 @@ class TenantLogFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the attributes; returns True."""
         attributes = record.__dict__
-        error = record.exc_info[1] if record.exc_info else None
         # a server logs what an application has raised when the request is over
-        fields = log_fields(getattr(error, LABELS, None))
+        fields = log_fields(record.exc_info[1] if record.exc_info else None)
         for name, value in zip(fields._fields, fields, strict=True):
             if name not in attributes:
                 attributes[name] = self.missing if value is None else value

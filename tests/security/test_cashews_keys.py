@@ -190,6 +190,16 @@ def bind_other(tenant: Tenant) -> Any:
     return bound()
 
 
+async def test_an_iterator_that_was_kept_gives_nothing_to_another_tenant(cache: TenantCache) -> None:
+    """Each step checks who is bound."""
+    with bind(ACME):
+        await cache.set_many({"a": 1, "b": 2})
+        for found in (cache.scan("*"), cache.get_match("*")):
+            await anext(found)
+            with bind_other(GLOBEX), pytest.raises(CrossTenantError):
+                await anext(found)
+
+
 async def test_tags_are_each_tenant_s(cache: TenantCache) -> None:
     """A tag deletes its own tenant's keys; a key that is deleted leaves its tags."""
     with bind(ACME):

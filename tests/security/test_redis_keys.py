@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
@@ -16,7 +17,7 @@ import redis.asyncio
 from redis.commands import CoreCommands
 
 from tenancy_orm import Status, Tenant, current_tenant, tenant_prefix
-from tenancy_orm.context import bind
+from tenancy_orm.context import bind, reset_current, set_current
 from tenancy_orm.errors import (
     AdmissionEndedError,
     ConfigurationError,
@@ -27,7 +28,7 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.integrations import redis as module
 from tenancy_orm.integrations._redis_keys import FIRST, SHAPES
-from tenancy_orm.integrations.redis import TenantRedis
+from tenancy_orm.integrations.redis import TenantLock, TenantRedis
 from tests.support.redis_server import redis_server
 from tests.support.waiting import until
 
@@ -244,6 +245,64 @@ async def test_a_lock_is_one_tenant_s(cache: TenantRedis, raw: redis.asyncio.Red
     await mine.release()
     with pytest.raises(UnprefixedError):
         _ = mine.redis
+
+
+async def test_what_was_kept_gives_nothing_to_another_tenant(cache: TenantRedis, url: str) -> None:
+    """An iterator over keys or fields goes on, and a lock is acquired, for the tenant that they were made for alone."""
+    with bind(ACME), TenantRedis(redis.Redis.from_url(url)) as blocking:
+        await cache.hset("h", "field", "x")
+        kept: list[Callable[[], Any]] = [
+            partial(anext, cache.scan_iter()),
+            partial(anext, cache.hscan_iter("h")),
+            partial(next, blocking.scan_iter()),
+            partial(next, blocking.hscan_iter("h")),
+            *(partial(enter, cache.lock("l")) for enter in (acquire, TenantLock.__aenter__)),
+            partial(TenantLock.__enter__, blocking.lock("l")),
+        ]
+        with bind_instead(GLOBEX):
+            for use in kept:
+                with pytest.raises(CrossTenantError):
+                    outcome = use()
+                    await outcome
+        assert not await cache.exists("l")
+
+
+def acquire(lock: TenantLock) -> Any:
+    """Acquire a lock that nobody has."""
+    return lock.acquire(blocking=False)
+
+
+async def test_a_message_is_not_given_to_a_request_that_ended_while_it_waited(cache: TenantRedis) -> None:
+    """The admission is checked when the message is there, and not only before."""
+
+    class Ending:
+        ended = False
+
+        def check(self) -> None:
+            if self.ended:
+                raise AdmissionEndedError("revoked", credential_id="key")
+
+    admission = Ending()
+    with bind(replace(ACME, admission=admission)):
+        async with cache.pubsub(ignore_subscribe_messages=True) as heard:
+            await heard.subscribe("news")
+            await heard.get_message(timeout=1)
+            waiting = asyncio.ensure_future(heard.get_message(timeout=30))
+            await asyncio.sleep(0)
+            await until(partial(cache.publish, "news", "x"))
+            admission.ended = True
+            with pytest.raises(AdmissionEndedError):
+                await waiting
+
+
+@contextmanager
+def bind_instead(tenant: Tenant) -> Iterator[None]:
+    """Another request's binding, amid this one's: what another task would have."""
+    token = set_current(tenant)
+    try:
+        yield
+    finally:
+        reset_current(token)
 
 
 async def test_channels_are_the_tenant_s(cache: TenantRedis) -> None:

@@ -37,7 +37,26 @@ A, G = f"t/{ACME.id}/", f"t/{GLOBEX.id}/"
 
 BAD = [
     *("../x", f"../{GLOBEX.id}/who", "a/../../x", "a/..", "..", ".", "./a", "a//b", "/a", "/", "//a", f"/{G}who"),
-    *("a/%2e%2e/b", "%2E%2E/x", "a\\..\\b", "a\x00b", "a\nb", "\u202ea", ""),
+    *("a/%2e%2e/b", "%2E%2E/x", "a\\..\\b", "a\x00b", "a\nb", "\u202ea", "\ud800", "a\u2028b", ""),
+    # decoded once, or twice, on the way to the store
+    *(
+        f"..%2f{GLOBEX.id}/who",
+        f"a%2F..%2f..%2F{GLOBEX.id}%2fwho",
+        "%252e%252e/x",
+        "..%5cx",
+        "a%00b",
+        "%25252e%25252e/x",
+    ),
+]
+# what files are called: a screenshot of macOS, a family, and a price with a percent sign
+GOOD = [
+    "Screenshot 3.00\u202fPM.png",
+    "\u3000",
+    "\U0001f468\u200d\U0001f469",
+    "50% off",
+    "a%20b/...",
+    "..a",
+    "caf\u0065\u0301",
 ]
 STORE_KINDS = ("memory", "local")
 FILE_KINDS = ("memory", "local", "working directory")
@@ -188,6 +207,30 @@ async def test_every_object_of_a_tenant_is_deleted(
     assert names(raw) == set()
 
 
+async def test_what_was_kept_gives_nothing_to_another_tenant() -> None:
+    """An object that was read, its parts, a listing, a walk: made for one tenant, used while another is bound."""
+    raw = MemoryStore()
+    store = TenantStore(raw)
+    files = TenantFileSystem(fsspec.filesystem("memory", skip_instance_cache=True), "kept")
+    with bind(ACME):
+        store.put("who", b"acme")
+        files.write_text("who", "acme")
+        read, walk = store.get("who"), files.walk()
+        uses: list[Callable[[], Any]] = [
+            *(partial(getattr, read, name) for name in ("bytes", "bytes_async", "meta")),
+            read.stream,
+            *(partial(next, iter(store.get("who"))), partial(anext, aiter(store.get("who")))),
+            *(store.list().collect, store.list().collect_async),
+            *(partial(next, iter(store.list())), partial(anext, aiter(store.list()))),
+            partial(next, walk),
+        ]
+    assert bytes(raw.get(f"{A}who").bytes()) == b"acme"  # what a raw one gives to everyone
+    for tenant, error in ((GLOBEX, CrossTenantError), (None, NoTenantError)):
+        for use in uses if tenant else uses[:4]:  # an iterator has ended by then
+            with pytest.raises(error):
+                await carry_out(use, tenant)
+
+
 class Ended:
     """An admission that has ended."""
 
@@ -295,6 +338,18 @@ def test_each_tenant_has_its_own_files(files: TenantFileSystem, tmp_path: Path) 
         assert files.ls() == [] and files.find() == []
 
 
+def test_the_root_directory_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a directory with a slash at its end another one."""
+    monkeypatch.chdir(tmp_path)
+    local = fsspec.filesystem("file", auto_mkdir=True)
+    monkeypatch.setattr(local, "pipe_file", lambda path, value: written.append(path))
+    written: list[str] = []
+    with bind(ACME):
+        for root in ("/", f"{tmp_path}/", ""):
+            TenantFileSystem(local, root).write_bytes("who", b"acme")
+    assert written == [f"/{A}who", f"{tmp_path}/{A}who", f"{tmp_path}/{A}who"]
+
+
 @pytest.mark.parametrize("path", BAD)
 def test_no_path_of_a_file_leads_elsewhere(files: TenantFileSystem, path: str, tmp_path: Path) -> None:
     """Whichever method is given it."""
@@ -319,6 +374,16 @@ def test_no_pattern_finds_another_tenant_s_files(files: TenantFileSystem, patter
     """They are the tenant's own."""
     with bind(ACME):
         assert set(files.glob(pattern)) <= {"who", ""}
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_names_of_people_s_files_are_kept(files: TenantFileSystem, store: TenantStore, path: str) -> None:
+    """None of them leads anywhere."""
+    with bind(ACME):
+        store.put(path, b"x")
+        files.write_text(path, "x")
+        assert store.head(path)["path"] == path
+        assert {meta["path"] for meta in store.list().collect()} == set(files.find()) == {"who", path}
 
 
 def test_every_file_of_a_tenant_is_deleted(files: TenantFileSystem) -> None:

@@ -30,6 +30,10 @@ from tenancy_orm.integrations.fastapi import CurrentCredential, RequireScope, Te
 from tenancy_orm.queries import Rows
 
 if TYPE_CHECKING:
+    import tenancy_orm
+    from tenancy_orm import Tenency  # type: ignore[attr-defined]  # noqa: F401 - names are imported lazily, and checked
+
+    assert_type(tenancy_orm.errors.NoTenantError(), tenancy_orm.errors.NoTenantError)
 
     async def sessions(tenancy: Tenancy) -> None:
         """Sessions are ordinary ones."""

@@ -18,7 +18,7 @@ import structlog
 
 from tenancy_orm import Status, Tenancy, TenancyConfig, Tenant, current_request_id
 from tenancy_orm.context import bind
-from tenancy_orm.correlation import RequestLabels, reset_labels, set_labels
+from tenancy_orm.correlation import RequestLabels, attach_labels, reset_labels, set_labels
 from tenancy_orm.integrations.structlog import add_tenant
 from tenancy_orm.telemetry import TenantLogFilter
 
@@ -143,3 +143,33 @@ def test_structlog_has_the_same_fields() -> None:
         {"event": "bound", "tenant_id": str(ACME.id), "tenant": "given"},
     ]
     assert foreign["tenant"] == "acme"
+    error = ZeroDivisionError()
+    attach_labels(labels("edge-2", ACME), error)
+    record = logging.makeLogRecord({"msg": "x", "exc_info": (type(error), error, None)})
+    assert json.loads(formatter.format(record))["request_id"] == "edge-2"
+    log.error("x", exc_info=error)
+    assert json.loads(written.getvalue().splitlines()[-1])["tenant"] == "acme"
+
+
+def test_an_exception_of_another_request_does_not_change_a_record(stream: io.StringIO) -> None:
+    """One that is raised again ends several requests: the running one, else the last that it ended, is named."""
+    globex = Tenant(id=UUID(int=2), slug="globex", status=Status.ACTIVE, tier="free")
+    log, error = logging.getLogger("tests.shared"), ZeroDivisionError()
+    attach_labels(labels("edge-1", ACME), error)
+    token = set_labels(labels("edge-2", globex))
+    log.error("unbound", exc_info=error)
+    with bind(globex):
+        log.error("bound", exc_info=error)
+    reset_labels(token)
+    with bind(globex):
+        log.error("without a request", exc_info=error)
+    log.error("of the first", exc_info=error)
+    attach_labels(labels("edge-2", globex), error)
+    log.error("of the second", exc_info=error)
+    assert [line for line in stream.getvalue().splitlines() if "|" in line] == [
+        f"{globex.id}|globex|edge-2|unbound",
+        f"{globex.id}|globex|edge-2|bound",
+        f"{globex.id}|globex||without a request",
+        f"{ACME.id}|acme|edge-1|of the first",
+        f"{globex.id}|globex|edge-2|of the second",
+    ]

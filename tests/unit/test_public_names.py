@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 import types
 
 import pytest
@@ -30,6 +32,25 @@ def test_all_names_exactly_what_the_package_offers() -> None:
     }
     assert set(tenancy_orm.__all__) == offered
     assert list(tenancy_orm.__all__) == sorted(tenancy_orm.__all__)
+
+
+_PROGRAM = """
+import importlib, pickle, sys
+import tenancy_orm
+assert not [name for name in sys.modules if name.startswith(("tenancy_orm.", "sqlalchemy"))]
+assert set(tenancy_orm.__all__) < set(dir(tenancy_orm)) and not hasattr(tenancy_orm, "Tenency")
+assert tenancy_orm.errors.TenancyError is tenancy_orm.TenancyError and tenancy_orm.config.Limit
+namespace = {}
+exec("from tenancy_orm import *", namespace)
+assert set(tenancy_orm.__all__) == namespace.keys() - {"__builtins__"}
+assert pickle.loads(pickle.dumps(tenancy_orm.Status.ACTIVE)) is namespace["Status"].ACTIVE
+assert importlib.reload(tenancy_orm).Tenancy is namespace["Tenancy"]
+"""
+
+
+def test_names_that_are_imported_lazily_are_as_others() -> None:
+    """By ``*``, in pickles, after a reload; and the modules that they are from are attributes, as checkers see them."""
+    subprocess.run([sys.executable, "-c", _PROGRAM], check=True)
 
 
 @pytest.mark.parametrize("name", tenancy_orm.__all__)

@@ -191,6 +191,13 @@ async def test_a_setting_is_added_where_the_settings_file_has_none(shell: Shell)
     assert settings(shell.root) == {"migrations": "alembic", "pool": {"max_engines": 7}}
 
 
+async def test_the_embedded_server_is_named_where_the_settings_file_names_none(nowhere: Shell) -> None:
+    """Or the next command would not find it."""
+    (nowhere.root / "tenancy.toml").write_text('migrations = "migrations"\n')
+    planned = await nowhere.tenancy("init", "--dry-run")
+    assert 'tenancy.toml: control_url = "embedded:.tenancy"' in planned.out + planned.err
+
+
 async def test_what_a_fleet_cannot_do_is_a_warning_with_the_lines(shell: Shell) -> None:
     """The project is set up otherwise; creating says the same."""
     directory = make_project(shell.root, "async")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +15,11 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from redis.asyncio import Redis
-
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
+from tests.support import redis_server as redis_server_module
 from tests.support.models import Base
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment, python_path
-from tests.support.waiting import until
 
 
 @dataclass(frozen=True)
@@ -80,21 +77,8 @@ async def queue_plane(postgres: Postgres, **env: str) -> AsyncIterator[QueuePlan
 @asynccontextmanager
 async def redis_server() -> AsyncIterator[Path]:
     """Run a Redis server for the body that listens on a Unix socket alone; the path of which is returned."""
-    with tempfile.TemporaryDirectory(prefix="redis") as directory:
-        path = Path(directory) / "redis.sock"
-        found = shutil.which("redis-server", path=f"/usr/bin{os.pathsep}{os.environ['PATH']}")
-        assert found, "install redis-server"
-        command = [found, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", directory]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220 - does not wait
-        try:
-            await until(path.exists, seconds=30)
-            client = Redis(unix_socket_path=str(path))
-            assert await client.ping()
-            await client.aclose()
-            yield path
-        finally:
-            process.terminate()
-            process.wait()
+    with redis_server_module.redis_server() as url:
+        yield Path(url.removeprefix("unix://"))
 
 
 @contextmanager
