@@ -15,6 +15,7 @@ from . import _clients as clients
 from ._leftovers import Watch, report
 from ._lending import Lent, remove
 from ._run import TestRun
+from ._savepoints import running_test
 from ._wanted import Wanted
 
 
@@ -23,6 +24,7 @@ class Provided:
     """The values of the fixtures, those that the test asks for."""
 
     tenancy: Tenancy
+    test: object
     tenant: CreatedTenant | None = None
     tenant_factory: Callable[..., Any] | None = None
     tenant_session: Any = None
@@ -34,8 +36,9 @@ class TestTenants:
 
     __test__ = False
 
-    def __init__(self, run: TestRun, watch: Watch, *, clone: bool) -> None:
+    def __init__(self, run: TestRun, watch: Watch, test: object, *, clone: bool) -> None:
         self._run = run
+        self._test = test
         self._watch = watch
         self._tenancy = run.application.tenancy
         self._clone = clone
@@ -58,7 +61,8 @@ class TestTenants:
         self._borrowed.append(lent)
         self._watch.ignore(lent.created.id)
         if not self._clone:
-            await self._run.openings.pinned(lent.created.tenant).begin()
+            await self._run.openings.pinned(lent.created.tenant).begin(self._test)
+            self._run.lending.keep_apart(lent)
         return lent.created
 
     async def release(self) -> list[str]:
@@ -69,8 +73,15 @@ class TestTenants:
                 await remove(self._tenancy, created.id)
         for lent in self._borrowed:
             if not self._clone:
-                left += await self._run.openings.pinned(lent.created.tenant).end()
-            await self._run.lending.give_back(self._tenancy, lent)
+                left += await self._end_transaction(lent)
+            if not await self._run.lending.give_back(self._tenancy, lent):
+                await self._run.openings.unpin(lent.created.tenant)
+        return left
+
+    async def _end_transaction(self, lent: Lent) -> list[str]:
+        self._run.lending.end_of_transaction(lent)
+        is_undone, left = await self._run.openings.pinned(lent.created.tenant).end()
+        lent.is_whole = lent.is_whole and is_undone
         return left
 
 
@@ -99,14 +110,17 @@ async def provide(run: TestRun, wanted: Wanted) -> AsyncIterator[Provided]:
         # of the tests before, which used the same tenant, from the same address
         tenancy.internals.rates.forget()
         tenancy.internals.directory.forget_failures()
-        watch = Watch(tenancy)
-        tenants = TestTenants(run, watch, clone=wanted.mode == "clone")
+        watch, test = Watch(tenancy), object()
+        running_test.set(test)
+        stack.callback(running_test.set, None)  # what the next fixtures start is for no test
+        tenants = TestTenants(run, watch, test, clone=wanted.mode == "clone")
 
         async def release() -> None:
             report([*watch.leased(), *await tenants.release(), *await watch.remove_tenants()])
 
+        run.watch = watch
         stack.push_async_callback(release)
-        given = Provided(tenancy)
+        given = Provided(tenancy, test)
         given.tenant_factory = tenants.create if wanted.asynchronous else _blocking(run, tenants.create)
         if wanted.names & {"tenant", "tenant_session", "tenant_client"}:
             given.tenant = await tenants.create()
