@@ -11,7 +11,6 @@ from typing import Any
 from ..errors import ConfigurationError, MissingExtraError, TenantNotFoundError
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
-from . import _clients as clients
 from ._leftovers import Watch, report
 from ._lending import Lent, remove
 from ._run import TestRun
@@ -148,6 +147,10 @@ async def _client(run: TestRun, wanted: Wanted, tenant: CreatedTenant) -> AsyncI
         raise ConfigurationError(
             "the fixture tenant_client needs an ASGI application: tenancy_app names a Tenancy; name the application"
         )
+    try:
+        from . import _clients as clients  # httpx takes a while, and most tests of a session need none
+    except ImportError as exc:
+        raise MissingExtraError(exc.name or "httpx", "testing") from exc
     headers = [("X-API-Key", tenant.api_key)]
     async with clients.lifespan(app) as started:
         if wanted.asynchronous:

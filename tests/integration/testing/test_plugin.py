@@ -515,6 +515,23 @@ async def test_workers_and_killed_runs_keep_out_of_each_others_way(suite: Suite,
     assert [name for name in names if name.startswith((suite.prefix(0), suite.prefix(1))) and "_t_" in name] == []
 
 
+async def test_only_the_client_needs_httpx(suite: Suite) -> None:
+    """A session imports none; without it, the client says how to install it."""
+    suite.write(
+        conftest="import sys; sys.modules['httpx'] = None",
+        test_shop="""
+        async def test_session(tenant_session):
+            pass
+
+        async def test_client(tenant_client):
+            pass
+        """,
+    )
+    outcome = await suite.run()
+    assert outcome.counts == {"passed": 1, "error": 1}, outcome.text
+    assert "pip install 'tenancy-orm[testing]'" in outcome.text
+
+
 async def test_nothing_changes_where_it_is_not_asked_for(suite: Suite) -> None:
     """Without tenancy_app there is no fixture, no marker and no change; with it, the project's own fixtures win."""
     suite.settings = {}
