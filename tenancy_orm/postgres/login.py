@@ -36,7 +36,8 @@ PEER_KEEPALIVES: Final = {
 }
 """libpq's parameters for that."""
 
-Check: TypeAlias = Callable[[Dsn], None]
+Check: TypeAlias = Callable[[Dsn, str | None, str | None], None]
+"""Gets where a connection leads, and the role and the database that it asks for."""
 
 _checks: list[Check] = []
 
@@ -44,18 +45,24 @@ C = TypeVar("C", bound="asyncpg.Connection[Any]")
 E = TypeVar("E", bound=BaseException)
 
 
-def add_check(check: Check) -> None:
-    """Call ``check`` before every connection of this process; it raises where there may be none.
+def add_check(added: Check) -> None:
+    """Call ``added`` before every connection of this process; it raises where there may be none.
 
     For test runs, which may reach the server of the tests alone.
     """
-    _checks.append(check)
+    _checks.append(added)
 
 
-def remove_check(check: Check) -> None:
+def check(dsn: Dsn, *, user: str | None, database: str | None) -> None:
+    """Call what ``add_check`` was given. A connection that ``connect`` does not open calls it before it is opened."""
+    for one in _checks:
+        one(dsn, user, database)
+
+
+def remove_check(added: Check) -> None:
     """Undo ``add_check``."""
-    if check in _checks:
-        _checks.remove(check)
+    if added in _checks:
+        _checks.remove(added)
 
 
 async def connect(
@@ -83,9 +90,8 @@ async def connect(
         ConfigurationError: the DSN names a file that cannot be read, or asyncpg refuses its parameters.
         asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the server refuses, or does not answer.
     """
-    for check in _checks:
-        check(dsn)
     given = {**dsn.arguments(), **options}
+    check(dsn, user=given.get("user"), database=given.get("database"))
     given["server_settings"] = dsn.server_settings(**{"application_name": dsn.application_name(purpose), **settings})
     if password is None and dsn.password is not None:
         password = dsn.secret
@@ -188,4 +194,14 @@ def reason_of(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-__all__ = ["PEER_KEEPALIVES", "PEER_SECONDS", "clear_tracebacks", "connect", "reason_of", "set_keepalive"]
+__all__ = [
+    "PEER_KEEPALIVES",
+    "PEER_SECONDS",
+    "add_check",
+    "check",
+    "clear_tracebacks",
+    "connect",
+    "reason_of",
+    "remove_check",
+    "set_keepalive",
+]

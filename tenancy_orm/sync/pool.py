@@ -16,7 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ..errors import MarkerMismatchError, ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
-from ..postgres.login import PEER_KEEPALIVES, clear_tracebacks
+from ..postgres.login import PEER_KEEPALIVES, check, clear_tracebacks
 from ..postgres.quoting import quote_literal
 from ..routing.connector import Connector, Record
 from ..routing.marker import FIND, PROVED, marker_text, mismatch, proof
@@ -189,6 +189,7 @@ class ThreadPool(RoutedPool):
         server, placement = self.connector.server, self.route.placement
         dsn = server.traffic.dsn
         settings, later = self._server.startup()
+        check(dsn, user=placement.role, database=placement.database)
         parameters = dsn.libpq_parameters(
             user=placement.role,
             database=placement.database,

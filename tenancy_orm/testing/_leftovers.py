@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from uuid import UUID
 
 from ..context import current_tenant_or_none, set_current
 from ..errors import TenantNotFoundError
-from ..events import TenantCreated, TenantPurged
+from ..events import EventBus, TenantCreated, TenantPurged
 from ..tenancy import Tenancy
 from ._lending import remove
 from .errors import LeftoverWarning
@@ -26,10 +26,17 @@ class Watch:
         self._tenancy = tenancy
         self._created: dict[UUID, str] = {}
         self._leased = tenancy.internals.router.statistics().leased
-        self._ends = (
-            tenancy.events.subscribe(TenantCreated, self._note_created),
-            tenancy.events.subscribe(TenantPurged, self._note_purged),
-        )
+        self._followed: dict[EventBus, list[Callable[[], None]]] = {}
+        self.is_over = False
+        self.follow(tenancy.events)
+
+    def follow(self, events: EventBus) -> None:
+        """See which tenants a ``Tenancy`` creates: the test's own, or another one that the test opens."""
+        if events not in self._followed and not self.is_over:
+            self._followed[events] = [
+                events.subscribe(TenantCreated, self._note_created),
+                events.subscribe(TenantPurged, self._note_purged),
+            ]
 
     def leased(self) -> list[str]:
         """Say which sessions are open, and which tenant is bound."""
@@ -48,7 +55,8 @@ class Watch:
 
     async def remove_tenants(self) -> list[str]:
         """Remove the tenants that the test has created by itself and not purged, and say which these were."""
-        for end in self._ends:
+        self.is_over = True
+        for end in (end for ends in self._followed.values() for end in ends):
             end()
         left, self._created = self._created, {}
         for tenant_id in left:

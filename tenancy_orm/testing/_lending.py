@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
 
+from ..errors import TenantNotFoundError
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
 from ._background import BackgroundLoop
 from ._cloning import Cloner, Snapshot
+from .errors import RollbackModeError
 
 # What a test may change of a tenant outside of its database: where it did, no other test gets that tenant.
 _RECORDED = (
@@ -46,6 +49,8 @@ class Lent:
     state: str
     snapshot: Snapshot | None = None
     replacing: Future[None] | None = None
+    is_whole: bool = True
+    """Whether what a test has done in the database is undone for the next one."""
 
 
 @dataclass(slots=True)
@@ -60,6 +65,7 @@ class Lending:
     cloner: Cloner | None = None
     _whole: list[Lent] = field(default_factory=list)  # for mode rollback
     _cloned: list[Lent] = field(default_factory=list)  # for mode clone; those replaced longest ago first
+    _in_transaction: dict[str, Lent] = field(default_factory=dict)  # by the database, in mode rollback
 
     async def borrow(self, tenancy: Tenancy, *, clone: bool) -> Lent:
         """Lend a tenant that no test has now, with an empty database."""
@@ -79,25 +85,54 @@ class Lending:
             await asyncio.wrap_future(ready.replacing)
         return ready
 
-    async def give_back(self, tenancy: Tenancy, lent: Lent) -> None:
-        """Take a tenant back; one that was changed is removed instead."""
-        if await _state(tenancy, lent.created.id) != lent.state:
-            await self.remove(tenancy, lent)
+    def keep_apart(self, lent: Lent) -> None:
+        """From now on the tenant has one connection, in a transaction; ``end_of_transaction`` ends this."""
+        self._in_transaction[_database_of(lent)] = lent
+
+    def end_of_transaction(self, lent: Lent) -> None:
+        """Let other connections reach the tenant's database again."""
+        self._in_transaction.pop(_database_of(lent), None)
+
+    def check(self, user: str | None, database: str | None) -> None:
+        """Look at another connection before it is opened: what it writes is not rolled back.
+
+        One of an administrator's, as for a migration, is let through, and no other test gets the tenant.
+
+        Raises:
+            RollbackModeError: it is for a session of a tenant that a test in mode rollback has.
+        """
+        lent = self._in_transaction.get(database or "")
+        if lent is None:
             return
+        place = lent.created.tenant.placement
+        if place is not None and user == place.role:
+            raise RollbackModeError(
+                f"tenancy.sync, or a Tenancy that is not the application's, needs a connection of its own to tenant "
+                f"{lent.created.slug!r}"
+            )
+        lent.is_whole = False
+
+    async def give_back(self, tenancy: Tenancy, lent: Lent) -> bool:
+        """Take a tenant back, and return True; one that was changed is removed instead."""
+        if not lent.is_whole or await _state(tenancy, lent.created.id) != lent.state:
+            await self.remove(tenancy, lent)
+            return False
         if lent.snapshot is None:
             self._whole.append(lent)
-            return
+            return True
         tenancy.internals.router.retire(lent.created.id)
         assert self.cloner is not None  # noqa: S101 - as above
         lent.replacing = asyncio.run_coroutine_threadsafe(self.cloner.replace(lent.snapshot), self.background.loop)
         self._cloned.append(lent)
+        return True
 
     async def remove(self, tenancy: Tenancy, lent: Lent) -> None:
         """Purge a tenant."""
         if lent.snapshot is not None and self.cloner is not None:
             # first: its role has rights in it, and could not be dropped
             await self.background.call(self.cloner.drop(lent.snapshot))
-        await remove(tenancy, lent.created.id)
+        with suppress(TenantNotFoundError):  # the test has purged it
+            await remove(tenancy, lent.created.id)
 
     async def remove_all(self, tenancy: Tenancy) -> None:
         """Purge every tenant, at the end of the run."""
@@ -110,6 +145,11 @@ class Lending:
     async def _create(self, tenancy: Tenancy) -> Lent:
         created = await tenancy.tenants.create(f"test-{secrets.token_hex(6)}")
         return Lent(created, await _state(tenancy, created.id))
+
+
+def _database_of(lent: Lent) -> str:
+    place = lent.created.tenant.placement
+    return place.database if place is not None else ""
 
 
 async def remove(tenancy: Tenancy, tenant_id: UUID) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from ..errors import ConfigurationError, MissingExtraError, TenantNotFoundError
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
-from . import _clients as clients
 from ._leftovers import Watch, report
 from ._lending import Lent, remove
 from ._run import TestRun
+from ._savepoints import running_test
 from ._wanted import Wanted
 
 
@@ -23,6 +23,7 @@ class Provided:
     """The values of the fixtures, those that the test asks for."""
 
     tenancy: Tenancy
+    test: object
     tenant: CreatedTenant | None = None
     tenant_factory: Callable[..., Any] | None = None
     tenant_session: Any = None
@@ -34,8 +35,9 @@ class TestTenants:
 
     __test__ = False
 
-    def __init__(self, run: TestRun, watch: Watch, *, clone: bool) -> None:
+    def __init__(self, run: TestRun, watch: Watch, test: object, *, clone: bool) -> None:
         self._run = run
+        self._test = test
         self._watch = watch
         self._tenancy = run.application.tenancy
         self._clone = clone
@@ -58,7 +60,8 @@ class TestTenants:
         self._borrowed.append(lent)
         self._watch.ignore(lent.created.id)
         if not self._clone:
-            await self._run.openings.pinned(lent.created.tenant).begin()
+            await self._run.openings.pinned(lent.created.tenant).begin(self._test)
+            self._run.lending.keep_apart(lent)
         return lent.created
 
     async def release(self) -> list[str]:
@@ -69,8 +72,15 @@ class TestTenants:
                 await remove(self._tenancy, created.id)
         for lent in self._borrowed:
             if not self._clone:
-                left += await self._run.openings.pinned(lent.created.tenant).end()
-            await self._run.lending.give_back(self._tenancy, lent)
+                left += await self._end_transaction(lent)
+            if not await self._run.lending.give_back(self._tenancy, lent):
+                await self._run.openings.unpin(lent.created.tenant)
+        return left
+
+    async def _end_transaction(self, lent: Lent) -> list[str]:
+        self._run.lending.end_of_transaction(lent)
+        is_undone, left = await self._run.openings.pinned(lent.created.tenant).end()
+        lent.is_whole = lent.is_whole and is_undone
         return left
 
 
@@ -99,14 +109,17 @@ async def provide(run: TestRun, wanted: Wanted) -> AsyncIterator[Provided]:
         # of the tests before, which used the same tenant, from the same address
         tenancy.internals.rates.forget()
         tenancy.internals.directory.forget_failures()
-        watch = Watch(tenancy)
-        tenants = TestTenants(run, watch, clone=wanted.mode == "clone")
+        watch, test = Watch(tenancy), object()
+        running_test.set(test)
+        stack.callback(running_test.set, None)  # what the next fixtures start is for no test
+        tenants = TestTenants(run, watch, test, clone=wanted.mode == "clone")
 
         async def release() -> None:
             report([*watch.leased(), *await tenants.release(), *await watch.remove_tenants()])
 
+        run.watch = watch
         stack.push_async_callback(release)
-        given = Provided(tenancy)
+        given = Provided(tenancy, test)
         given.tenant_factory = tenants.create if wanted.asynchronous else _blocking(run, tenants.create)
         if wanted.names & {"tenant", "tenant_session", "tenant_client"}:
             given.tenant = await tenants.create()
@@ -134,6 +147,10 @@ async def _client(run: TestRun, wanted: Wanted, tenant: CreatedTenant) -> AsyncI
         raise ConfigurationError(
             "the fixture tenant_client needs an ASGI application: tenancy_app names a Tenancy; name the application"
         )
+    try:
+        from . import _clients as clients  # httpx takes a while, and most tests of a session need none
+    except ImportError as exc:
+        raise MissingExtraError(exc.name or "httpx", "testing") from exc
     headers = [("X-API-Key", tenant.api_key)]
     async with clients.lifespan(app) as started:
         if wanted.asynchronous:

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import re
 from typing import Any, cast
-from weakref import WeakSet
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.util import greenlet_spawn
 
 from ..postgres.errors import sqlstate_of
-from ..postgres.sqlalchemy_versions import await_, hold_transaction
+from ..postgres.sqlalchemy_versions import await_, forget_transaction, hold_transaction
 from ..routing import Router
-from ..routing.connection import TenantConnection, TenantCursor
+from ..routing.connection import TenantConnection, TenantCursor, _StreamCursor
 from ..routing.connector import Connector, Record
 from ..routing.engines import make_tenant_pool
 from ..routing.pool import TenantPool
 from ..tenant import Placement, Tenant
-from ._savepoints import RollbackDriverConnection, Savepoint, Savepoints
+from ._savepoints import RollbackDriverConnection, Savepoint, Savepoints, running_test
 from .errors import REMEDY, RollbackModeError
 
 _READS = re.compile(r"\s*(select|show|values|fetch|table)\b", re.IGNORECASE)
@@ -42,9 +41,13 @@ class NestedCursor(TenantCursor):
         connection = self._adapt_connection
         if _LISTENS.match(operation):
             raise RollbackModeError("LISTEN never hears anything")
+        savepoints = connection.savepoints
+        if savepoints.has_abandoned:
+            async with savepoints.mutex:
+                await savepoints.undo_abandoned()
         if connection.autocommit:
-            async with connection._execute_mutex:
-                savepoint = await connection.savepoints.begin()
+            async with savepoints.mutex:
+                savepoint = await savepoints.begin()
             try:
                 await super()._prepare_and_execute(operation, parameters)
             except BaseException:
@@ -52,29 +55,42 @@ class NestedCursor(TenantCursor):
                 raise
             await savepoint.commit()
             return
-        await super()._prepare_and_execute(operation, parameters)
+        try:
+            await super()._prepare_and_execute(operation, parameters)
+        except BaseException:
+            connection.note_writing(True)  # it may have, and its transaction must be rolled back
+            raise
         connection.note_writing(_READS.match(operation) is None)
 
     async def _executemany(self, operation: Any, seq_of_parameters: Any) -> Any:
-        result = await super()._executemany(operation, seq_of_parameters)
-        self._adapt_connection.note_writing(True)
-        return result
+        try:
+            return await super()._executemany(operation, seq_of_parameters)
+        finally:
+            self._adapt_connection.note_writing(True)
+
+
+class _NestedStreamCursor(_StreamCursor, NestedCursor):
+    """A server-side cursor on it."""
+
+    __slots__ = ()
 
 
 class NestedConnection(TenantConnection):
     """What one session sees of the connection that all share."""
 
-    __slots__ = ("savepoints",)
+    __slots__ = ("savepoints", "test")
 
     _cursor_cls = NestedCursor
+    _ss_cursor_cls = _NestedStreamCursor
 
     savepoints: Savepoints
+    test: object
 
     @classmethod
     def on(cls, root: TenantConnection, savepoints: Savepoints, pool: TenantPool) -> NestedConnection:
         """Make one for a session."""
         made: NestedConnection = cls(root.dbapi, root._connection)
-        made.savepoints = savepoints
+        made.savepoints, made.test = savepoints, savepoints.test
         made.route = pool.route
         made._execute_mutex = savepoints.mutex
         made._prepared_statement_cache = root._prepared_statement_cache
@@ -85,6 +101,23 @@ class NestedConnection(TenantConnection):
     def may_repeat(self) -> bool:
         """Never: the first statement of a session's transaction is not the first of the test's."""
         return False
+
+    def cursor(self, server_side: bool = False) -> Any:
+        """Return a cursor.
+
+        Raises:
+            RollbackModeError: the test has ended, and the connection is another one's now.
+        """
+        if self.test is not self.savepoints.test:
+            raise RollbackModeError(f"a session on tenant {self.route.slug!r} is used after the test that it was for")
+        return super().cursor(server_side)
+
+    def abandon(self) -> None:
+        """Undo the transaction that is open: the session will not end it."""
+        transaction: Any = self._transaction
+        if isinstance(transaction, Savepoint):
+            forget_transaction(self)
+            transaction.abandon()
 
     def note_writing(self, has_written: bool) -> None:
         """Remember that the transaction has written."""
@@ -131,15 +164,16 @@ class RollbackPool(TenantPool):
         return cast("DBAPIConnection", nested)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._pinned.nested.discard(cast("NestedConnection", record.dbapi_connection))
-        cast("Record", record).dbapi_connection = None
+        self.discard(cast("Record", record))
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
-        self._pinned.nested.discard(cast("NestedConnection", connection))
+        cast("NestedConnection", connection).abandon()
 
     def discard(self, record: Record) -> None:
         """Forget what a session saw of the connection."""
-        record.dbapi_connection = None
+        connection, record.dbapi_connection = record.dbapi_connection, None
+        if connection is not None:  # None where it was invalidated, as where its task is cancelled
+            cast("NestedConnection", connection).abandon()
 
     def admit_threads(self) -> None:
         """Refuse: a connection of psycopg's would be another one.
@@ -158,7 +192,6 @@ class Pinned:
     """A tenant's one connection in one event loop, and the transaction of the test that has the tenant now."""
 
     def __init__(self, router: Router, tenant: Tenant) -> None:
-        self.nested: WeakSet[NestedConnection] = WeakSet()
         self._router = router
         self._tenant = tenant
         place = tenant.placement
@@ -168,7 +201,7 @@ class Pinned:
         self._savepoints: Savepoints | None = None
         router.use_pool(tenant.id, self._make_pool)
 
-    async def begin(self) -> None:
+    async def begin(self, test: object) -> None:
         """Begin the transaction of a test.
 
         Raises:
@@ -180,33 +213,41 @@ class Pinned:
             driver = cast("TenantConnection", record.dbapi_connection)._connection
             driver.__class__ = RollbackDriverConnection
             self._record, self._savepoints = record, Savepoints(driver)
-        await self._savepoints.begin_test()
+        await self._savepoints.begin_test(test)
 
-    async def end(self) -> list[str]:
-        """Roll the test's transaction back, and return what the test has left open."""
-        savepoints, self.nested = self._savepoints, WeakSet()
+    async def end(self) -> tuple[bool, list[str]]:
+        """Roll the test's transaction back.
+
+        Returns:
+            Whether nothing of it stays, so that another test may have the tenant; and what the test has left.
+        """
+        savepoints, left = self._savepoints, list[str]()
         if savepoints is None:
-            return []
-        unfinished = savepoints.unfinished
-        await savepoints.end_test()
-        if not unfinished:
-            return []
-        what = f"{unfinished} open transaction{'s' if unfinished > 1 else ''} of tenant {self._tenant.slug!r}"
-        return [
-            f"{what}: close every session, best by `async with tenancy.session(...)`, and await the tasks that use one"
-        ]
+            return True, left
+        if (unfinished := savepoints.unfinished) and not savepoints.driver.is_closed():
+            what = f"{unfinished} open transaction{'s' if unfinished > 1 else ''} of tenant {self._tenant.slug!r}"
+            left.append(
+                f"{what}: close every session, best by `async with tenancy.session(...)`, and await the tasks that use "
+                "one"
+            )
+        if stays := await savepoints.end_test():
+            left.append(f"in tenant {self._tenant.slug!r} {stays}")
+        return stays is None, left
 
     def connect(self, pool: RollbackPool) -> NestedConnection:
         """Return what a session of this test sees of the connection.
 
         Raises:
-            RollbackModeError: no test has this tenant now.
+            RollbackModeError: no test has this tenant now, or another one than that which the caller runs for.
         """
         if self._record is None or self._savepoints is None or not self._savepoints.is_active:
             raise RollbackModeError(f"a session on tenant {pool.slug!r} is opened after the test that it was for")
-        nested = NestedConnection.on(cast("TenantConnection", self._record.dbapi_connection), self._savepoints, pool)
-        self.nested.add(nested)
-        return nested
+        if (test := running_test.get()) is not None and test is not self._savepoints.test:
+            raise RollbackModeError(
+                f"a session on tenant {pool.slug!r} is opened by a task of a test that has ended; await the tasks that "
+                "a test starts, or cancel them"
+            )
+        return NestedConnection.on(cast("TenantConnection", self._record.dbapi_connection), self._savepoints, pool)
 
     async def close(self) -> None:
         """Close the connection."""

@@ -17,6 +17,7 @@ from ..errors import TenancyError
 from ..events import EventBus
 from ..lifetime import build, pop_builder, push_builder
 from ..postgres import login
+from ..postgres.dsn import Dsn
 from ..quotas.rates import Rates
 from ..seeds import Seed
 from ..tenant import Status
@@ -25,6 +26,7 @@ from ._application import Application
 from ._background import BackgroundLoop
 from ._cloning import Cloner
 from ._installation import Installation
+from ._leftovers import Watch
 from ._lending import Lending
 from ._openings import Openings
 from ._reopening import ReopenedAssembly
@@ -65,12 +67,13 @@ class TestRun:
         self.background = BackgroundLoop()
         self.server = TestServer(options.dsn, options.directory)
         self.lending = Lending(self.background)
+        self.watch: Watch | None = None
         self._claiming = threading.Lock()  # protects the next one
         self._installation: Installation | None = None
         self._prepared = False
         self._known: dict[EventBus, Assembly] = {}
         push_builder(self._build)
-        login.add_check(self.server.check)
+        login.add_check(self._check)
 
     @classmethod
     def of(cls, config: pytest.Config) -> TestRun:
@@ -114,6 +117,8 @@ class TestRun:
     ) -> Assembly:
         """Open the parts of a ``Tenancy``, this application's or any other, on the installation of the tests."""
         installation = await asyncio.to_thread(self.installation)
+        if self.watch is not None:
+            self.watch.follow(events)
         if not initialise and (known := self._known.get(events)) is not None and self.openings.is_brief(events):
             return await ReopenedAssembly.of(known, events, rates)
         redirected = installation.redirect(config)
@@ -133,6 +138,11 @@ class TestRun:
         self._known[events] = assembly
         return assembly
 
+    def _check(self, dsn: Dsn, user: str | None, database: str | None) -> None:
+        """Look at a connection of this process before it is opened."""
+        self.server.check(dsn)
+        self.lending.check(user, database)
+
     def close(self) -> None:
         """Remove what was made, and stop what was started."""
         try:
@@ -142,7 +152,7 @@ class TestRun:
             self.background.stop()
             self.server.stop()
             pop_builder(self._build)
-            login.remove_check(self.server.check)
+            login.remove_check(self._check)
 
     async def _remove_tenants(self, installation: Installation) -> None:
         try:

@@ -77,10 +77,16 @@ class TestServer:
         Raises:
             ConfigurationError: it leads elsewhere.
         """
-        if self._dsn is None or not {*dsn.reached} <= {*self._dsn.reached}:
+        own = self._dsn
+        # a service names its host in a file
+        if own is None or not {*dsn.reached} <= {*own.reached} or _service_of(dsn) not in (None, _service_of(own)):
             raise ConfigurationError(
                 f"a connection to {dsn} was refused: this test run uses no other server than that of its tests"
             )
+
+
+def _service_of(dsn: Dsn) -> str | None:
+    return dsn.parameters.get("service")
 
 
 __all__ = ["TestServer"]

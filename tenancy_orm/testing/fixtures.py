@@ -56,15 +56,18 @@ async def _tenancy_in_anyio(request: pytest.FixtureRequest) -> AsyncIterator[Pro
 @pytest.fixture
 def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]:
     from ._provided import provide, synchronous_session
+    from ._savepoints import running_test
 
     run, asked = request.config.stash[run_key], wanted(request, asynchronous=False, loop_ends=False)
     context = provide(run, asked)
     provided = run.background.run(context.__aenter__())
+    running_test.set(provided.test)  # for the tasks of the requests, which begin here
     try:
         with synchronous_session(provided) if "tenant_session" in asked.names else nullcontext() as session:
             provided.tenant_session = session
             yield provided
     finally:
+        running_test.set(None)
         run.background.run(context.__aexit__(None, None, None))
 
 

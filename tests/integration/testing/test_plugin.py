@@ -196,6 +196,157 @@ async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
     assert outcome.counts == {"passed": 13}, outcome.text
 
 
+async def test_rollback_stays_whole_whatever_a_test_does(suite: Suite) -> None:
+    """Statements that commit, tasks that are cancelled or outlive the test, connections that are lost."""
+    suite.settings |= {"asyncio_default_test_loop_scope": '"session"', "filterwarnings": '["default"]'}
+    suite.write(
+        test_shop="""
+        import asyncio
+        import pytest
+        from sqlalchemy import func, select, text
+        from sqlalchemy.exc import DBAPIError
+        from shop import Base, Note
+        from tenancy_orm import Tenancy, TenancyConfig
+        from tenancy_orm.postgres import login
+        from tenancy_orm.postgres.dsn import Dsn
+        from tenancy_orm.testing.errors import RollbackModeError
+
+        async def count(session):
+            return await session.scalar(select(func.count()).select_from(Note))
+
+        async def raw(session):
+            return (await (await session.connection()).get_raw_connection()).driver_connection
+
+        async def commits(session):
+            await session.execute(text("INSERT INTO notes (text) VALUES ('a')"))
+            await session.execute(text("COMMIT"))
+
+        async def begins_again(session):
+            await (await raw(session)).execute("INSERT INTO notes (text) VALUES ('a'); COMMIT; BEGIN")
+
+        async def loses_it(session):
+            await (await raw(session)).execute("INSERT INTO notes (text) VALUES ('a'); COMMIT")
+            (await raw(session)).terminate()
+
+        @pytest.mark.parametrize("change", [commits, begins_again, loses_it, count])
+        async def test_nothing_is_there(tenant_session, change):
+            assert await count(tenant_session) == 0
+            await change(tenant_session)
+
+        async def test_a_task_may_be_cancelled_at_any_point(tenancy, tenant, tenant_session):
+            tenant_session.add(Note(text="first"))
+            await tenant_session.flush()
+
+            async def work():
+                async with tenancy.transaction(tenant.slug) as session:
+                    session.add(Note(text="a"))
+
+            for turns in range(60):
+                task = asyncio.create_task(work())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled() or task.exception() is None
+                assert await count(tenant_session) >= 1
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1), tenancy.transaction(tenant.slug) as session:
+                    session.add(Note(text="never"))
+                    await session.flush()
+                    await session.execute(text("SELECT pg_sleep(60)"))
+            texts = set(await tenant_session.scalars(select(Note.text)))
+            assert "first" in texts and "never" not in texts
+
+        tasks = []
+
+        async def test_tasks_outlive_this_one(tenancy, tenant):
+            async def opens_later():
+                await asyncio.sleep(0)
+                await next_test.wait()
+                async with tenancy.transaction(tenant.slug) as session:
+                    session.add(Note(text="late"))
+
+            async def goes_on():
+                async with tenancy.transaction(tenant.slug) as session:
+                    await count(session)
+                    opened.set()
+                    await next_test.wait()
+                    session.add(Note(text="late"))
+
+            next_test, opened = asyncio.Event(), asyncio.Event()
+            tasks.extend([next_test, asyncio.create_task(opens_later()), asyncio.create_task(goes_on())])
+            await opened.wait()
+
+        async def test_they_do_not_reach_this_one(tenancy, tenant):
+            next_test, *others = tasks
+            next_test.set()
+            for task in others:
+                with pytest.raises(RollbackModeError):
+                    await task
+            async with tenancy.session(tenant.slug) as session:
+                assert await count(session) == 0
+
+        async def test_a_statement_still_runs(tenancy, tenant):
+            async def sleeps():
+                async with tenancy.session(tenant.slug) as session:
+                    await session.execute(text("SELECT pg_sleep(60)"))
+
+            tasks[:] = [asyncio.create_task(sleeps())]
+            await asyncio.sleep(0.1)
+
+        async def test_the_next_one_does_not_wait(tenant_session):
+            assert await count(tenant_session) == 0
+            await asyncio.wait(tasks)
+            assert tasks[0].exception() is not None
+
+        PRODUCTION = TenancyConfig(control_url="postgresql://app:secret@db.example.com/control", metadata=Base.metadata)
+
+        async def test_another_tenancy_has_no_session_beside_it(tenancy, tenant):
+            async with Tenancy(PRODUCTION) as other:
+                with pytest.raises(RollbackModeError, match="not the application's"):
+                    async with other.session(tenant.slug) as session:
+                        await count(session)
+
+                def work():
+                    with other.sync.session(tenant.slug) as session:
+                        session.execute(text("SELECT 1"))
+
+                with pytest.raises(RollbackModeError, match="not the application's"):
+                    await asyncio.to_thread(work)
+                await other.tenants.create("stray")
+
+        async def test_administrators_are_let_through(tenancy, tenant):
+            assert await tenancy.tenants.count() == 1
+            server = Dsn.parse(tenancy.config.servers["default"])
+            connection = await login.connect(server, purpose="x", timeout=9, database=tenant.tenant.placement.database)
+            await connection.execute("INSERT INTO notes (text) VALUES ('a')")
+            await connection.close()
+
+        async def test_what_they_write_is_no_other_tests(tenant_session):
+            assert await count(tenant_session) == 0
+
+        async def test_a_tenant_may_be_purged(tenancy, tenant):
+            await tenancy.tenants.delete(tenant.id)
+            await tenancy.tenants.purge(tenant.id)
+
+        async def test_a_failure_that_takes_another_session_with_it_is_an_error(tenancy, tenant):
+            async with tenancy.session(tenant.slug) as first, tenancy.session(tenant.slug) as second:
+                await count(first)
+                await count(second)
+                with pytest.raises(DBAPIError, match="division by zero"):
+                    await first.execute(text("SELECT 1 / 0"))
+                with pytest.raises(RollbackModeError, match="would lose"):
+                    await first.rollback()
+        """
+    )
+    outcome = await suite.run()
+    assert outcome.counts["passed"] == 14, outcome.text
+    assert "the test has left tenants stray" in outcome.text
+    assert not {"failed", "error"} & {*outcome.counts}, outcome.text
+    assert outcome.text.count("what it has committed by a statement, COMMIT or ROLLBACK: call the methods") == 2
+    assert "a statement that still runs: await or cancel the tasks" in outcome.text
+
+
 async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite) -> None:
     """Two connections, LISTEN and DDL work as in production; what one test has done no other finds."""
     suite.write(
@@ -362,6 +513,23 @@ async def test_workers_and_killed_runs_keep_out_of_each_others_way(suite: Suite,
         names = [name for (name,) in await connection.fetch("SELECT datname FROM pg_database ORDER BY 1")]
     assert {f"{suite.prefix(0)}_control", f"{suite.prefix(1)}_control"} <= set(names)
     assert [name for name in names if name.startswith((suite.prefix(0), suite.prefix(1))) and "_t_" in name] == []
+
+
+async def test_only_the_client_needs_httpx(suite: Suite) -> None:
+    """A session imports none; without it, the client says how to install it."""
+    suite.write(
+        conftest="import sys; sys.modules['httpx'] = None",
+        test_shop="""
+        async def test_session(tenant_session):
+            pass
+
+        async def test_client(tenant_client):
+            pass
+        """,
+    )
+    outcome = await suite.run()
+    assert outcome.counts == {"passed": 1, "error": 1}, outcome.text
+    assert "pip install 'tenancy-orm[testing]'" in outcome.text
 
 
 async def test_nothing_changes_where_it_is_not_asked_for(suite: Suite) -> None:
