@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -20,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig, TenancyError
 from tenancy_orm.config import ServerAddresses
-from tenancy_orm.errors import EventLoopBlockedError, NotOpenError
+from tenancy_orm.errors import EventLoopBlockedError, NotOpenError, SecretError
 from tenancy_orm.sync import hops
 from tenancy_orm.sync.hops import Answer
 from tenancy_orm.sync.tenancy import hops_of
@@ -205,6 +206,36 @@ async def test_a_loop_that_waits_for_a_thread_is_not_waited_for_for_ever(
         await asyncio.wrap_future(pool.submit(opened.__exit__, None, None, None))
     await until(lambda: statistics().servers["default"].idle == statistics().servers["default"].open == 1)
     assert statistics().leased == 0
+
+
+async def test_a_password_under_a_key_that_came_later_is_found(
+    tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the asynchronous side finds it: another process has made the key. And where there is none, no slot is lost."""
+    created = await tenancy.tenants.create("acme")
+    assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+    router = tenancy.internals.router
+    (connector,) = router._connectors.values()
+    inner = connector._keyring.open_password
+    unknown = 1
+
+    def open_password(*args: Any) -> str:
+        nonlocal unknown
+        unknown -= 1
+        if unknown >= 0:
+            raise SecretError("sealed with key 'x', which is not configured")
+        return inner(*args)
+
+    monkeypatch.setattr(connector._keyring, "open_password", open_password)
+    for times, found in ((1, True), (100, False)):
+        unknown = times
+        router.retire(created.tenant.id)
+        if found:
+            assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+        else:
+            with pytest.raises(SecretError, match="sealed with key"):
+                await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme")
+    await until(lambda: router.statistics().servers["default"].open == 0)
 
 
 async def test_closing_does_not_wait_for_a_thread_for_ever(tenancy_config: TenancyConfig) -> None:
