@@ -250,6 +250,26 @@ async def test_what_a_server_does_not_read_or_close_leaves_nothing(
     await until(lambda: statistics().servers["default"].in_use == 0)
 
 
+async def test_a_path_reaches_the_application_as_the_server_had_it(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller]
+) -> None:
+    """Byte for byte, also one that is no UTF-8; only a prefix with the tenant is moved."""
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Length", "2")])
+        seen.append((environ["SCRIPT_NAME"], environ["PATH_INFO"]))
+        return [b"ok"]
+
+    seen: list[tuple[str, str]] = []
+    async with (
+        serve(TenancyWSGIMiddleware(app, tenancy=tenancy, **options())) as port,
+        Wire.to(port) as wire,
+    ):
+        for path in ("/caf%E9", "/caf%C3%A9", "/t/acme/caf%C3%A9"):
+            assert (await wire.request(path, two["key", "acme"].headers)).status == 200
+    assert seen == [("", "/caf\xe9"), ("", "/caf\xc3\xa9"), ("/t/acme", "/caf\xc3\xa9")]
+
+
 async def test_it_refuses_as_the_asgi_middleware_does(tenancy: Tenancy, two: dict[tuple[str, str], Caller]) -> None:
     """Missing, forged and repeated keys, missing scopes, suspended tenants; a lock-out; a stream that is cut."""
     caller = two["key", "acme"]
