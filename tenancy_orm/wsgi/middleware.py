@@ -103,7 +103,7 @@ class TenancyWSGIMiddleware:
         hops = hops_of(self._sync)
         scope = scope_of(environ)
         exchange = Exchange(self.middleware, scope)
-        decided: Answer[Admitted | Response] = Answer()
+        decided: Answer[Admitted | Response] = Answer(lambda _: exchange.finish())
         hops.put(decided, exchange.begin, decided)
         decision = hops.wait(decided)
         if isinstance(decision, Response):

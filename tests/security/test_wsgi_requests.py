@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -18,8 +19,9 @@ from sqlalchemy import text
 from tenancy_orm import Tenancy, TenancyConfig, TenancyError, current_request_id, current_tenant, current_tenant_or_none
 from tenancy_orm.context import set_current
 from tenancy_orm.correlation import log_fields
-from tenancy_orm.errors import TooManyAttemptsError
+from tenancy_orm.errors import EventLoopBlockedError, TooManyAttemptsError
 from tenancy_orm.events import ConnectionOpened, CrossTenantRequest
+from tenancy_orm.sync import hops
 from tenancy_orm.wsgi import TenancyWSGIMiddleware, answer_with, credential_of, demand_scopes
 from tests.support.asgi import Answer, Wire
 from tests.support.callers import EVERYONE, KINDS, Caller, Callers, options
@@ -302,6 +304,26 @@ async def test_it_refuses_as_the_asgi_middleware_does(tenancy: Tenancy, two: dic
                 break
         assert answer.status == 429, TooManyAttemptsError
         assert answer.header("retry-after")
+
+
+async def test_a_request_that_its_thread_gave_up_is_ended(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the middleware decides about it later is for nobody, and no task waits for the thread."""
+    app = guarded(tenancy)
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/notes",
+        "SERVER_NAME": "testserver",
+        "SERVER_PORT": "80",
+        "HTTP_X_API_KEY": two["key", "acme"].headers[0][1],
+    }
+    monkeypatch.setattr(hops, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(hops, "_BLOCKED_LOOKS", 3)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(EventLoopBlockedError):
+        pool.submit(app.wsgi_app, environ, lambda *_: lambda _: None).result(10)
+    await asyncio.to_thread(tenancy.sync.call, asyncio.sleep, 0)  # by now the loop has begun with it
+    await until(lambda: not any("Exchange" in repr(task) for task in asyncio.all_tasks()))
 
 
 def test_an_unusable_thread_is_told_so(tenancy_config: TenancyConfig) -> None:
