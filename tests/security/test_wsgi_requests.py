@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.handlers import SimpleHandler as ServerHandler
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
 
 import pytest
 from flask import Flask, Response, jsonify, request
@@ -304,6 +307,65 @@ async def test_it_refuses_as_the_asgi_middleware_does(tenancy: Tenancy, two: dic
                 break
         assert answer.status == 429, TooManyAttemptsError
         assert answer.header("retry-after")
+
+
+async def test_what_pep_3333_allows_an_application_works(tenancy: Tenancy, two: dict[tuple[str, str], Caller]) -> None:
+    """``write``, a generator that starts late, an error in place of a response; a validator watches both sides."""
+    plain, closed = [("Content-Type", "text/plain")], []
+
+    class Body:
+        def __init__(self, *parts: bytes) -> None:
+            self.parts = iter(parts)
+
+        def __iter__(self) -> Iterator[bytes]:
+            return self.parts
+
+        def close(self) -> None:
+            closed.append(current_tenant().slug)
+
+    def writes(environ: Any, start_response: Any) -> Iterable[bytes]:
+        write = start_response("200 OK", plain)
+        write(b"1 ")
+        write(f"{current_tenant().slug} ".encode())
+        return Body(b"2")
+
+    def late(environ: Any, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [*plain, ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")])
+        yield current_tenant().slug.encode()
+
+    def fails(environ: Any, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", plain)
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            start_response("500 Sorry", plain, sys.exc_info())
+        return [b"sorry"]
+
+    def call(app: Any, method: str) -> tuple[str, bytes, int]:
+        environ: dict[str, Any] = {"SCRIPT_NAME": "", "PATH_INFO": "/x", "QUERY_STRING": "", "REQUEST_METHOD": method}
+        setup_testing_defaults(environ)
+        environ["HTTP_X_API_KEY"] = two["key", "acme"].headers[0][1]
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        sent: list[bytes] = []
+
+        def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            started.append((status, headers))
+            return sent.append
+
+        response: Any = validator(TenancyWSGIMiddleware(validator(app), tenancy=tenancy))(environ, start_response)
+        sent += response
+        response.close()
+        ((status, headers),) = started
+        return status, b"".join(sent), len(headers)
+
+    for app, expected in (
+        (writes, ("200 OK", b"1 acme 2", 1)),
+        (late, ("200 OK", b"acme", 3)),
+        (fails, ("500 Sorry", b"sorry", 1)),
+    ):
+        for method in ("GET", "HEAD"):
+            assert await asyncio.to_thread(call, app, method) == expected
+    assert closed == ["acme", "acme"]
 
 
 async def test_a_request_that_its_thread_gave_up_is_ended(
