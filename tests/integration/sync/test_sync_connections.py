@@ -208,6 +208,16 @@ async def test_a_loop_that_waits_for_a_thread_is_not_waited_for_for_ever(
     assert statistics().leased == 0
 
 
+async def test_a_variable_of_libpqs_does_not_lead_to_another_server(
+    tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor to another address of it: threads connect where coroutines do."""
+    await tenancy.tenants.create("acme")
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.9")
+    assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
+    assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+
+
 async def test_a_password_under_a_key_that_came_later_is_found(
     tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
