@@ -9,6 +9,7 @@
     │   └── AdministratorNeededError         the control database's role lacks a right; it has the SQL to run
     ├── NotOpenError (RuntimeError)          the Tenancy object is not open, or already closed
     ├── WrongEventLoopError (RuntimeError)   used from another event loop or thread than the one that opened it
+    ├── EventLoopBlockedError (RuntimeError)   a thread waited for an event loop that ran nothing
     ├── ControlSchemaError                   the control database is not initialised, or at another revision
     ├── ControlUnavailableError              the control database does not answer
     ├── ContextError
@@ -228,6 +229,28 @@ _WAITS_FOR_ITSELF = (
     "does not run: it would wait for ever; await the asynchronous methods here (async with tenancy.session() as "
     "session), or call the function in a worker thread: await asyncio.to_thread(function)"
 )
+
+
+class EventLoopBlockedError(TenancyError, RuntimeError):
+    """Synchronous code waited for the event loop of its ``Tenancy``, which ran nothing for ``seconds``.
+
+    What the thread waited for is undone if the loop gets to it.
+
+    Remedy: find what blocks the loop. If a coroutine waits for this thread (``future.result()``, ``thread.join()``),
+    each waits for the other; await the thread instead: ``await asyncio.to_thread(function)``.
+
+    Attributes:
+        seconds: For how long it ran nothing.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """State the remedy."""
+        super().__init__(
+            f"the event loop of this Tenancy has run nothing for {seconds:g} seconds, and tenancy.sync waits for it: "
+            "something blocks the loop; where a coroutine waits for this thread, let it await the thread instead: "
+            "await asyncio.to_thread(function)"
+        )
+        self.seconds = seconds
 
 
 class ControlSchemaError(TenancyError):

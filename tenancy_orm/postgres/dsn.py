@@ -207,6 +207,7 @@ class Dsn:
         if self.hosts:
             found["host"] = ",".join(host for host, _ in self.hosts)
             found["port"] = ",".join(str(port) for _, port in self.hosts)
+            found["hostaddr"] = ""  # otherwise PGHOSTADDR, which asyncpg does not read, would lead elsewhere
         given = {**self.settings, **settings}
         if "application_name" in given:
             found["application_name"] = given.pop("application_name")

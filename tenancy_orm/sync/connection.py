@@ -7,6 +7,8 @@ import os
 import select
 import socket
 import weakref
+from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import psycopg
@@ -58,9 +60,12 @@ class SocketEnding:
                     return  # the other side has closed it already
 
     def _duplicate(self) -> socket.socket | None:
-        if self._pgconn.status != ConnStatus.OK:
-            return None
-        return socket.socket(fileno=os.dup(self._pgconn.socket))
+        try:
+            if self._pgconn.status != ConnStatus.OK:
+                return None
+            return socket.socket(fileno=os.dup(self._pgconn.socket))
+        except (psycopg.Error, OSError):
+            return None  # the thread that uses it has closed it in between
 
 
 class ThreadConnection(psycopg.Connection[Any]):
@@ -77,7 +82,9 @@ class ThreadConnection(psycopg.Connection[Any]):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._ours = True  # while the pool itself uses it, or a transaction is being ended
+        # the thread in which the pool itself uses it, or a transaction is being ended; in any other one a tenant's code
+        # may use it at the same time
+        self._ours: int | None = get_ident()
         self._poller = select.poll()
         self._poller.register(self.pgconn.socket, select.POLLIN)
         self.ending = SocketEnding(self.pgconn)
@@ -85,7 +92,7 @@ class ThreadConnection(psycopg.Connection[Any]):
     def hand_over(self, route: TenantRoute) -> None:
         """Let the tenant's code use it from now on."""
         self.route = route
-        self._ours = False
+        self._ours = None
 
     def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
         """Wait for the server, as in psycopg: every operation comes by here.
@@ -95,7 +102,7 @@ class ThreadConnection(psycopg.Connection[Any]):
                 and now. Nothing was sent.
             psycopg.OperationalError: there was no answer within ``answer_seconds``. The connection is closed.
         """
-        if not self._ours:
+        if self._ours != get_ident():
             self.route.check_bound()
         if self.answer_seconds is None or "timeout" in options:  # ``notifies`` has one of its own
             return super().wait(gen, *args, **options)
@@ -112,11 +119,25 @@ class ThreadConnection(psycopg.Connection[Any]):
             # PostgreSQL has rolled back already, and the error that ended the connection must not be replaced
             return
         self.route.home.check()
-        self._ours = True
-        try:
-            super().rollback()
-        finally:
-            self._ours = False
+        self._unchecked(super().rollback)
+
+    # SQLAlchemy sets these back when a connection is returned, whoever is bound by then. They send nothing.
+
+    def set_autocommit(self, value: bool) -> None:
+        """Set ``autocommit``, whichever tenant is bound."""
+        self._unchecked(super().set_autocommit, value)
+
+    def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
+        """Set ``isolation_level``, whichever tenant is bound."""
+        self._unchecked(super().set_isolation_level, value)
+
+    def set_read_only(self, value: bool | None) -> None:
+        """Set ``read_only``, whichever tenant is bound."""
+        self._unchecked(super().set_read_only, value)
+
+    def set_deferrable(self, value: bool | None) -> None:
+        """Set ``deferrable``, whichever tenant is bound."""
+        self._unchecked(super().set_deferrable, value)
 
     def clean(self, *, full: bool) -> bool:
         """Prepare it for its next use, and return whether there can be one.
@@ -130,15 +151,20 @@ class ThreadConnection(psycopg.Connection[Any]):
             if self.isolation_level or self.read_only is not None or self.deferrable is not None:
                 self.isolation_level = self.read_only = self.deferrable = None
             if full:
-                self.autocommit = self._ours = True
-                self.execute(RESET)
+                self.autocommit = True
+                self._unchecked(self.execute, RESET)
             if self.autocommit:
                 self.autocommit = False
         except psycopg.Error:
             return False
-        finally:
-            self._ours = False
         return True
+
+    def _unchecked(self, call: Callable[..., object], *args: object) -> None:
+        before, self._ours = self._ours, get_ident()
+        try:
+            call(*args)
+        finally:
+            self._ours = before
 
     @property
     def is_closed(self) -> bool:

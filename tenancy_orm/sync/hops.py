@@ -14,7 +14,7 @@ from contextvars import Context, copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
-from ..errors import NotOpenError
+from ..errors import EventLoopBlockedError, NotOpenError
 from ..loops import HomeLoop, OtherThreads
 
 logger = logging.getLogger("tenancy_orm.sync")
@@ -22,6 +22,7 @@ logger = logging.getLogger("tenancy_orm.sync")
 T = TypeVar("T")
 
 _LOOK_SECONDS = 1.0  # how often a thread that waits looks whether the loop still runs
+_BLOCKED_LOOKS = 30  # after how many of these in which the loop has run nothing the thread gives up
 
 
 class Answer(Generic[T]):
@@ -121,6 +122,7 @@ class Hops:
         Raises:
             WrongEventLoopError: this is the loop's thread, or a forked process.
             NotOpenError: the loop was closed.
+            EventLoopBlockedError: the loop runs nothing for half a minute.
         """
         answer: Answer[T] = Answer(undo)
         self._put(_answer_with, answer, call, args)
@@ -168,6 +170,7 @@ class Hops:
         Raises:
             TimeoutError: there is none in time; it may still come.
             NotOpenError: the loop has ended.
+            EventLoopBlockedError: the loop runs nothing for half a minute.
         """
         try:
             item, error = self._wait(answer, timeout)
@@ -183,6 +186,8 @@ class Hops:
 
     def _wait(self, answer: Answer[Any], timeout: float | None) -> tuple[Any, BaseException | None]:
         deadline = None if timeout is None else time.monotonic() + timeout
+        beats: SimpleQueue[None] = SimpleQueue()
+        looks = 0  # since the loop was last asked for a beat; looks, and not seconds: the whole process may be stopped
         while True:
             seconds = _LOOK_SECONDS if deadline is None else min(_LOOK_SECONDS, deadline - time.monotonic())
             try:
@@ -192,6 +197,14 @@ class Hops:
                     raise NotOpenError("the event loop of this Tenancy has ended; open it again") from None
                 if deadline is not None and time.monotonic() >= deadline:
                     raise TimeoutError from None
+                if not beats.empty():
+                    beats.get()
+                    looks = 0
+                if not looks:
+                    self.post(beats.put, None)
+                elif looks >= _BLOCKED_LOOKS:
+                    raise EventLoopBlockedError(looks * _LOOK_SECONDS) from None
+                looks += 1
 
     def _put(self, step: Callable[..., object], *args: object, context: Context | None = None) -> None:
         self.threads.check()

@@ -14,7 +14,7 @@ from psycopg import errors as pg_errors
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ..errors import MarkerMismatchError, ServerUnavailableError
+from ..errors import MarkerMismatchError, SecretError, ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.login import PEER_KEEPALIVES, check, clear_tracebacks
 from ..postgres.quoting import quote_literal
@@ -135,7 +135,7 @@ class ThreadPool(RoutedPool):
         """Open a connection in a reserved slot, and verify that it leads to the tenant's own database.
 
         libpq does not tell why a login was refused. So an asynchronous one tells that, in the same slot, and finds the
-        password if it has been rotated; after that the login is tried once more.
+        password if it has been rotated, or its key; after that the login is tried once more.
         """
         started = time.monotonic()
         try:
@@ -162,8 +162,10 @@ class ThreadPool(RoutedPool):
             connection = self._log_in()
         except pg_errors.ConnectionTimeout:
             raise
-        except psycopg.Error:
+        except (psycopg.Error, SecretError) as exc:
             if probed:
+                if isinstance(exc, SecretError):
+                    self._hops.post(self._failed_here)
                 raise
             self._probe()
             return self._open(probed=True)

@@ -39,6 +39,8 @@ def scope_of(environ: dict[str, Any]) -> Scope:
 def adapt(environ: dict[str, Any], scope: Scope) -> None:
     """Change ``environ`` as resolvers have changed ``scope``: a prefix with the tenant goes to ``SCRIPT_NAME``."""
     root = scope["root_path"]
+    if root == _decoded(environ.get("SCRIPT_NAME", "")):
+        return  # and a path that is no UTF-8 stays as the client sent it
     environ["SCRIPT_NAME"], environ["PATH_INFO"] = _encoded(root), _encoded(scope["path"][len(root) :])
 
 

@@ -14,7 +14,7 @@ from ..asgi.middleware import CREDENTIAL, TenancyMiddleware
 from ..asgi.resolvers import Resolver
 from ..authentication.credential import Credential
 from ..context import set_current
-from ..correlation import current_labels, set_labels
+from ..correlation import set_labels
 from ..errors import ConfigurationError, InvalidCredentialError, TenancyError
 from ..sync.hops import Answer, Hops
 from ..sync.tenancy import hops_of
@@ -103,7 +103,7 @@ class TenancyWSGIMiddleware:
         hops = hops_of(self._sync)
         scope = scope_of(environ)
         exchange = Exchange(self.middleware, scope)
-        decided: Answer[Admitted | Response] = Answer()
+        decided: Answer[Admitted | Response] = Answer(lambda _: exchange.finish())
         hops.put(decided, exchange.begin, decided)
         decision = hops.wait(decided)
         if isinstance(decision, Response):
@@ -114,7 +114,9 @@ class TenancyWSGIMiddleware:
         context = copy_context()
         context.run(set_current, decision.tenant)
         context.run(set_labels, decision.labels)
-        return _Serving(hops, exchange, context, environ, start_response).serve(self.app)
+        return _Serving(
+            hops, exchange, context, environ, start_response, has_request_id=decision.labels is not None
+        ).serve(self.app)
 
 
 class _Serving:
@@ -127,12 +129,15 @@ class _Serving:
         context: Context,
         environ: WSGIEnvironment,
         start_response: StartResponse,
+        *,
+        has_request_id: bool,
     ) -> None:
         self._hops = hops
         self._exchange = exchange
         self._context = context
         self._environ = environ
         self._start_response = start_response
+        self._has_request_id = has_request_id
         self._given: tuple[str, list[tuple[str, str]]] | None = None
         self._started = False
         self._write: Callable[[bytes], object] | None = None
@@ -219,7 +224,7 @@ class _Serving:
         if self._given is None:
             raise AssertionError("the application has not called start_response")
         status, headers = self._given
-        if self._context.run(current_labels) is not None:
+        if self._has_request_id:
             # the middleware replaces it by its own
             headers = [(name, value) for name, value in headers if name.lower() != "x-request-id"]
         answer: Answer[Response] = Answer()

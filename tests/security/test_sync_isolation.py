@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -177,6 +178,59 @@ async def test_a_revoked_key_ends_what_was_admitted_with_it(side: Side) -> None:
         with pytest.raises(AdmissionEndedError):
             await side.value("SELECT 1")
     assert await side.value("SELECT count(*) FROM notes", tenant="acme") == 0
+
+
+@pytest.mark.parametrize("autocommit", ["none", "driver", "option"])
+async def test_a_session_that_is_closed_under_another_binding_gives_its_slot_back(side: Side, autocommit: str) -> None:
+    """Whatever has to be put right on its connection first."""
+
+    def begin(session: Session) -> None:
+        options = {"isolation_level": "AUTOCOMMIT"} if autocommit == "option" else {}
+        raw: Any = session.connection(execution_options=options).connection.dbapi_connection
+        if autocommit == "driver":
+            session.commit()
+            raw.autocommit = True
+        session.scalar(text("SELECT 1"))
+
+    async with side.session("globex") as globex:
+        await globex(begin)
+        async with side.tenancy.scope("acme"):
+            await globex(lambda session: session.close())
+    statistics = side.tenancy.internals.router.statistics
+    await until(lambda: statistics().servers["default"].open == statistics().servers["default"].idle)
+
+
+async def test_a_roll_back_lets_no_other_thread_use_the_connection(side: Side) -> None:
+    """While one thread ends the transaction, which any may do, another one that is bound elsewhere is refused."""
+    if not side.is_sync:
+        pytest.skip("coroutines are in one thread")
+    reached, go_on = threading.Event(), threading.Event()
+
+    def roll_back(session: Session) -> None:
+        raw: Any = session.connection().connection.dbapi_connection
+        inner = raw._rollback_gen
+
+        def slow() -> Any:
+            reached.set()
+            go_on.wait(10)
+            return inner()
+
+        raw._rollback_gen = slow
+        session.rollback()
+
+    def use(raw: Any) -> None:
+        with side.tenancy.sync.scope("acme"), pytest.raises(CrossTenantError):
+            raw.wait(iter(()))
+
+    async with side.session("globex") as globex:
+        raw = await globex(lambda session: session.connection().connection.dbapi_connection)
+        rolling = asyncio.create_task(globex(roll_back))
+        await asyncio.to_thread(reached.wait, 10)
+        try:
+            await asyncio.to_thread(use, raw)
+        finally:
+            go_on.set()
+            await rolling
 
 
 def _has_ended(tenant: Tenant) -> bool:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.handlers import SimpleHandler as ServerHandler
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
 
 import pytest
 from flask import Flask, Response, jsonify, request
@@ -18,8 +22,9 @@ from sqlalchemy import text
 from tenancy_orm import Tenancy, TenancyConfig, TenancyError, current_request_id, current_tenant, current_tenant_or_none
 from tenancy_orm.context import set_current
 from tenancy_orm.correlation import log_fields
-from tenancy_orm.errors import TooManyAttemptsError
+from tenancy_orm.errors import EventLoopBlockedError, TooManyAttemptsError
 from tenancy_orm.events import ConnectionOpened, CrossTenantRequest
+from tenancy_orm.sync import hops
 from tenancy_orm.wsgi import TenancyWSGIMiddleware, answer_with, credential_of, demand_scopes
 from tests.support.asgi import Answer, Wire
 from tests.support.callers import EVERYONE, KINDS, Caller, Callers, options
@@ -250,6 +255,26 @@ async def test_what_a_server_does_not_read_or_close_leaves_nothing(
     await until(lambda: statistics().servers["default"].in_use == 0)
 
 
+async def test_a_path_reaches_the_application_as_the_server_had_it(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller]
+) -> None:
+    """Byte for byte, also one that is no UTF-8; only a prefix with the tenant is moved."""
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Length", "2")])
+        seen.append((environ["SCRIPT_NAME"], environ["PATH_INFO"]))
+        return [b"ok"]
+
+    seen: list[tuple[str, str]] = []
+    async with (
+        serve(TenancyWSGIMiddleware(app, tenancy=tenancy, **options())) as port,
+        Wire.to(port) as wire,
+    ):
+        for path in ("/caf%E9", "/caf%C3%A9", "/t/acme/caf%C3%A9"):
+            assert (await wire.request(path, two["key", "acme"].headers)).status == 200
+    assert seen == [("", "/caf\xe9"), ("", "/caf\xc3\xa9"), ("/t/acme", "/caf\xc3\xa9")]
+
+
 async def test_it_refuses_as_the_asgi_middleware_does(tenancy: Tenancy, two: dict[tuple[str, str], Caller]) -> None:
     """Missing, forged and repeated keys, missing scopes, suspended tenants; a lock-out; a stream that is cut."""
     caller = two["key", "acme"]
@@ -282,6 +307,85 @@ async def test_it_refuses_as_the_asgi_middleware_does(tenancy: Tenancy, two: dic
                 break
         assert answer.status == 429, TooManyAttemptsError
         assert answer.header("retry-after")
+
+
+async def test_what_pep_3333_allows_an_application_works(tenancy: Tenancy, two: dict[tuple[str, str], Caller]) -> None:
+    """``write``, a generator that starts late, an error in place of a response; a validator watches both sides."""
+    plain, closed = [("Content-Type", "text/plain")], []
+
+    class Body:
+        def __init__(self, *parts: bytes) -> None:
+            self.parts = iter(parts)
+
+        def __iter__(self) -> Iterator[bytes]:
+            return self.parts
+
+        def close(self) -> None:
+            closed.append(current_tenant().slug)
+
+    def writes(environ: Any, start_response: Any) -> Iterable[bytes]:
+        write = start_response("200 OK", plain)
+        write(b"1 ")
+        write(f"{current_tenant().slug} ".encode())
+        return Body(b"2")
+
+    def late(environ: Any, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [*plain, ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")])
+        yield current_tenant().slug.encode()
+
+    def fails(environ: Any, start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", plain)
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            start_response("500 Sorry", plain, sys.exc_info())
+        return [b"sorry"]
+
+    def call(app: Any, method: str) -> tuple[str, bytes, int]:
+        environ: dict[str, Any] = {"SCRIPT_NAME": "", "PATH_INFO": "/x", "QUERY_STRING": "", "REQUEST_METHOD": method}
+        setup_testing_defaults(environ)
+        environ["HTTP_X_API_KEY"] = two["key", "acme"].headers[0][1]
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        sent: list[bytes] = []
+
+        def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            started.append((status, headers))
+            return sent.append
+
+        response: Any = validator(TenancyWSGIMiddleware(validator(app), tenancy=tenancy))(environ, start_response)
+        sent += response
+        response.close()
+        ((status, headers),) = started
+        return status, b"".join(sent), len(headers)
+
+    for app, expected in (
+        (writes, ("200 OK", b"1 acme 2", 1)),
+        (late, ("200 OK", b"acme", 3)),
+        (fails, ("500 Sorry", b"sorry", 1)),
+    ):
+        for method in ("GET", "HEAD"):
+            assert await asyncio.to_thread(call, app, method) == expected
+    assert closed == ["acme", "acme"]
+
+
+async def test_a_request_that_its_thread_gave_up_is_ended(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the middleware decides about it later is for nobody, and no task waits for the thread."""
+    app = guarded(tenancy)
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/notes",
+        "SERVER_NAME": "testserver",
+        "SERVER_PORT": "80",
+        "HTTP_X_API_KEY": two["key", "acme"].headers[0][1],
+    }
+    monkeypatch.setattr(hops, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(hops, "_BLOCKED_LOOKS", 3)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(EventLoopBlockedError):
+        pool.submit(app.wsgi_app, environ, lambda *_: lambda _: None).result(10)
+    await asyncio.to_thread(tenancy.sync.call, asyncio.sleep, 0)  # by now the loop has begun with it
+    await until(lambda: not any("Exchange" in repr(task) for task in asyncio.all_tasks()))
 
 
 def test_an_unusable_thread_is_told_so(tenancy_config: TenancyConfig) -> None:

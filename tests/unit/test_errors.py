@@ -15,6 +15,7 @@ ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubcla
 
 SAMPLES: list[TenancyError] = [
     errors.MissingExtraError("typer", "cli"),
+    errors.EventLoopBlockedError(30.0),
     errors.NoTenantError(),
     errors.CrossTenantError("adding a Note", bound="acme", requested="globex"),
     errors.TenantNotFoundError("acme"),

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -19,12 +21,14 @@ from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig, TenancyError
 from tenancy_orm.config import ServerAddresses
-from tenancy_orm.errors import NotOpenError
+from tenancy_orm.errors import EventLoopBlockedError, NotOpenError, SecretError
+from tenancy_orm.sync import hops
 from tenancy_orm.sync.hops import Answer
 from tenancy_orm.sync.tenancy import hops_of
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
 from tests.support.shell import python_path
+from tests.support.waiting import until
 
 
 @asynccontextmanager
@@ -149,7 +153,7 @@ async def test_behind_a_pooler(tenancy_config: TenancyConfig, postgres: Postgres
 async def test_an_interrupted_thread_keeps_no_slot(tenancy: Tenancy) -> None:
     """What is answered after nobody waits any more is undone: a connection goes back, a look-up is cancelled."""
     returned: list[int] = []
-    hops = await asyncio.to_thread(lambda: hops_of(tenancy.sync))
+    putting = await asyncio.to_thread(lambda: hops_of(tenancy.sync))
     answer: Answer[int] = Answer(returned.append)
     answer.abandon()
     answer.set_result(1)
@@ -168,13 +172,80 @@ async def test_an_interrupted_thread_keeps_no_slot(tenancy: Tenancy) -> None:
     pending: Answer[None] = Answer()
 
     def interrupted() -> None:
-        hops.put(pending, pending.start, forever)
+        putting.put(pending, pending.start, forever)
         with pytest.raises(TimeoutError):
-            hops.wait(pending, 0.05)
-        hops.post(pending.abandon)
+            putting.wait(pending, 0.05)
+        putting.post(pending.abandon)
 
     await asyncio.to_thread(interrupted)
     await asyncio.wait_for(cancelled.wait(), 10)
+
+
+async def test_a_loop_that_waits_for_a_thread_is_not_waited_for_for_ever(
+    tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would wait for the other. The thread gets an error that names the remedy, and keeps no lease and no slot."""
+    await tenancy.tenants.create("acme")
+    monkeypatch.setattr(hops, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(hops, "_BLOCKED_LOOKS", 4)
+    statistics = tenancy.internals.router.statistics
+    with ThreadPoolExecutor(1) as pool:
+        # a loop that is busy for a shorter time only delays the thread
+        for blocked in (True, False):
+            future = pool.submit(tenancy.sync.fetch_value, "SELECT 1", tenant="acme")
+            if blocked:
+                with pytest.raises(EventLoopBlockedError, match="to_thread"):
+                    future.result(10)
+            else:
+                wait([future], 0.1)
+                assert await asyncio.wrap_future(future) == 1
+        opened = await asyncio.wrap_future(pool.submit(tenancy.sync.session, "acme"))
+        session = await asyncio.wrap_future(pool.submit(opened.__enter__))
+        with pytest.raises(EventLoopBlockedError):
+            pool.submit(session.scalar, text("SELECT 1")).result(10)
+        await asyncio.wrap_future(pool.submit(opened.__exit__, None, None, None))
+    await until(lambda: statistics().servers["default"].idle == statistics().servers["default"].open == 1)
+    assert statistics().leased == 0
+
+
+async def test_a_variable_of_libpqs_does_not_lead_to_another_server(
+    tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor to another address of it: threads connect where coroutines do."""
+    await tenancy.tenants.create("acme")
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.9")
+    assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
+    assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+
+
+async def test_a_password_under_a_key_that_came_later_is_found(
+    tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the asynchronous side finds it: another process has made the key. And where there is none, no slot is lost."""
+    created = await tenancy.tenants.create("acme")
+    assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+    router = tenancy.internals.router
+    (connector,) = router._connectors.values()
+    inner = connector._keyring.open_password
+    unknown = 1
+
+    def open_password(*args: Any) -> str:
+        nonlocal unknown
+        unknown -= 1
+        if unknown >= 0:
+            raise SecretError("sealed with key 'x', which is not configured")
+        return inner(*args)
+
+    monkeypatch.setattr(connector._keyring, "open_password", open_password)
+    for times, found in ((1, True), (100, False)):
+        unknown = times
+        router.retire(created.tenant.id)
+        if found:
+            assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+        else:
+            with pytest.raises(SecretError, match="sealed with key"):
+                await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme")
+    await until(lambda: router.statistics().servers["default"].open == 0)
 
 
 async def test_closing_does_not_wait_for_a_thread_for_ever(tenancy_config: TenancyConfig) -> None:
