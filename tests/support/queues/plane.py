@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tests.support.models import Base
@@ -87,9 +88,16 @@ async def redis_server() -> AsyncIterator[Path]:
         command = [found, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", directory]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220 - does not wait
         try:
-            await until(path.exists, seconds=30)
             client = Redis(unix_socket_path=str(path))
-            assert await client.ping()
+
+            async def answers() -> bool:
+                # the socket's file is there before the server listens
+                try:
+                    return bool(await client.ping())
+                except RedisConnectionError:
+                    return False
+
+            await until(answers, seconds=30)
             await client.aclose()
             yield path
         finally:
