@@ -34,7 +34,9 @@ from ..tenancy import Tenancy
 
 try:
     from celery import Celery, Task, signals
+    from celery.app.registry import TaskRegistry
     from celery.exceptions import Ignore, Retry
+    from celery.utils.imports import symbol_by_name
 except ImportError as exc:
     raise MissingExtraError("celery", "celery") from exc
 
@@ -75,7 +77,8 @@ class TenancyCelery:
         if "Task" in vars(app):
             raise ConfigurationError("make TenancyCelery right after the Celery application, before anything uses it")
         app.__tenancy__ = self
-        app.task_cls = _tenant_task(self, app.task_cls)
+        app.task_cls = _tenant_task(self, symbol_by_name(app.task_cls))
+        app._tasks = _Tasks(self, app._tasks)
         self._send_task: Callable[..., Any] = app.send_task
         # every message that is not eager comes through here, also those of tasks that are known by name alone
         app.send_task = self.send_task
@@ -124,8 +127,6 @@ class TenancyCelery:
         found.pop(HEADER, None)
         header = self.gate.send(Message(name, task_id, [args, kwargs], getattr(task, "run", None)))
         if header is not None:
-            if task is not None and not isinstance(task, _TenantTask):
-                raise ConfigurationError(f"the base class of task {name!r} must be one of app.Task to run for a tenant")
             found[HEADER] = header
         return found
 
@@ -167,9 +168,10 @@ class TenancyCelery:
 
 
 def _finish(run: _Run) -> None:
+    # in this order: when a soft time limit comes in between, the next task finds the run, and ends its binding
+    run.binding.close()
     if run.token is not None:
         _running.reset(run.token)
-    run.binding.close()
 
 
 class _TenantTask:
@@ -177,16 +179,13 @@ class _TenantTask:
 
     __tenancy__: TenancyCelery
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        task: Any = self
-        if task.request.called_directly:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        run = _running.get()
-        if run is None or run.task_id != task.request.id:
-            raise NoTenantError
-        if run.refusal is not None:
-            _refuse(task, run.refusal, args, kwargs)
-        return task.run(*args, **kwargs)
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Guard the class's ``__call__``, also one of an application's own that calls ``run`` by itself."""
+        super().__init_subclass__(**options)
+        owner = next(one for one in cls.__mro__ if "__call__" in vars(one))
+        call = vars(owner)["__call__"]
+        if not hasattr(call, "__tenancy_guard__"):
+            cls.__call__ = _guarded(None if owner is Task else call)  # type: ignore[method-assign]
 
     def apply(
         self,
@@ -225,11 +224,43 @@ def _refuse(task: Any, refusal: Exception, args: Sequence[Any], kwargs: Mapping[
     raise Retry(str(refusal), exc=refusal, when=refusal.retry_seconds, is_eager=False, sig=later)
 
 
-def _tenant_task(tenancy: TenancyCelery, given: Any) -> type:
-    """The class of an application's tasks; ``given`` is what it would be otherwise."""
-    from celery.utils.imports import symbol_by_name
+def _guarded(call: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A ``__call__`` that does not run a task that was refused; ``call`` is None where it is Celery's own."""
 
-    return type("TenantTask", (_TenantTask, symbol_by_name(given)), {"__tenancy__": tenancy, "abstract": True})
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.request.called_directly:
+            run = _running.get()
+            if run is None or run.task_id != self.request.id:
+                raise NoTenantError
+            if run.refusal is not None:
+                _refuse(self, run.refusal, args, kwargs)
+            if call is None:
+                return self.run(*args, **kwargs)  # as Celery does it: its __call__ would push another request
+        return (call or Task.__call__)(self, *args, **kwargs)
+
+    guarded.__tenancy_guard__ = True  # type: ignore[attr-defined]
+    return guarded
+
+
+def _tenant_task(tenancy: TenancyCelery, base: type) -> type:
+    """A class of tasks, guarded."""
+    found = {"__tenancy__": tenancy, "abstract": True, "__module__": base.__module__}
+    return type("TenantTask", (_TenantTask, base), found)
+
+
+class _Tasks(TaskRegistry):  # type: ignore[misc]
+    """An application's tasks. One that has another base class than ``app.Task`` is guarded as well."""
+
+    def __init__(self, tenancy: TenancyCelery, tasks: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._tenancy = tenancy
+        for name, task in tasks.items():
+            self[name] = task
+
+    def __setitem__(self, name: str, task: Any) -> None:
+        if not isinstance(task, _TenantTask):
+            task.__class__ = _tenant_task(self._tenancy, type(task))
+        super().__setitem__(name, task)
 
 
 __all__ = ["TenancyCelery"]

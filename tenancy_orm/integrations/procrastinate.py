@@ -70,9 +70,20 @@ class TenancyProcrastinate:
         app.job_manager = _TenancyJobManager(app, self.gate)
         given = list(app.worker_defaults.get("worker_middleware") or [])
         app.worker_defaults = {**app.worker_defaults, "worker_middleware": [self.middleware, *given]}
+        run = app.run_worker_async
+
+        async def run_worker_async(**options: Any) -> None:
+            # ``worker_middleware`` takes the place of the defaults
+            if (others := options.get("worker_middleware", ...)) is not ...:
+                others = [one for one in others or () if one != self.middleware]
+                options["worker_middleware"] = [self.middleware, *others]
+            await run(**options)
+
+        # the command line and ``run_worker`` come through here
+        app.run_worker_async = run_worker_async  # type: ignore[method-assign]
 
     async def middleware(self, call_next: Callable[[], Awaitable[Any]], context: JobContext, worker: Worker) -> Any:
-        """Run a job for its tenant. ``install`` adds it; put it first where you give ``worker_middleware`` yourself."""
+        """Run a job for its tenant; ``install`` has every worker begin with it."""
         job, task = context.job, context.app.tasks.get(context.job.task_name)
         # the arguments are passed on to the task from here
         header = job.task_kwargs.pop(ARGUMENT, None)

@@ -289,7 +289,8 @@ class _Claims:
         names: list[str] = []
         moments: list[datetime] = []
         for name in zones:
-            for moment in question.times.between(oldest - question.spread, row.now, _zone(name, question.name)):
+            zone = _zone(name, question.name)
+            for moment in question.times.candidates(oldest - question.spread, row.now, zone, question.spread):
                 names.append(name)
                 moments.append(moment)
         if not names:

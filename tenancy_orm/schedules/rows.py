@@ -70,11 +70,16 @@ BEGIN = text(
     "claimed_until = clock_timestamp() + CAST(:lease AS interval) "
     "WHERE schedule = :name AND tenant_id = :tenant AND claim = :claim RETURNING claimed_for"
 ).bindparams(bindparam("claim", type_=Uuid), bindparam("tenant", type_=Uuid))
-SENT = text(
-    "UPDATE tenancy.schedule_runs SET sent_for = :due_at, sent_at = now(), claimed_for = NULL, claimed_until = NULL, "
-    "claim = NULL, attempts = 0 WHERE schedule = :name AND tenant_id = :tenant "
-    "AND (sent_for IS NULL OR sent_for < :due_at)"
-).bindparams(bindparam("due_at", type_=TIMESTAMP(timezone=True)), bindparam("tenant", type_=Uuid))
+# The claim of a later time stays: another process took it when this one was slow.
+SENT = text("""
+UPDATE tenancy.schedule_runs SET
+    sent_for = :due_at, sent_at = now(),
+    claimed_for = CASE WHEN claimed_for > :due_at THEN claimed_for END,
+    claimed_until = CASE WHEN claimed_for > :due_at THEN claimed_until END,
+    claim = CASE WHEN claimed_for > :due_at THEN claim END,
+    attempts = CASE WHEN claimed_for > :due_at THEN attempts ELSE 0 END
+WHERE schedule = :name AND tenant_id = :tenant AND (sent_for IS NULL OR sent_for < :due_at)
+""").bindparams(bindparam("due_at", type_=TIMESTAMP(timezone=True)), bindparam("tenant", type_=Uuid))
 LIST = text(
     "SELECT s.name, s.first_seen_at, s.seen_at, count(r.sent_for) AS sent, max(r.sent_at) AS last_sent_at, "
     "count(*) FILTER (WHERE r.claim IS NOT NULL) AS unfinished "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
@@ -12,6 +14,8 @@ from ..errors import ConfigurationError, MissingExtraError
 
 _DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _SHIFT = timedelta(hours=3)  # more than any clock is moved at once, but for islands that change the date
+_RANDOM = re.compile(r"(^|[\s,])r($|[\s,/(])", re.IGNORECASE)
+_ANY_DAY = datetime(2026, 1, 1)  # noqa: DTZ001 - on the wall
 _MOST = 10_000  # times of one look-back; a cron expression of minutes over a week
 
 
@@ -55,6 +59,11 @@ class Times:
             raise ConfigurationError("weekdays has no day")
         return cls(at=tuple(sorted({_time(one) for one in given})), weekdays=days)
 
+    def candidates(self, after: datetime, until: datetime, zone: ZoneInfo, spread: timedelta) -> list[datetime]:
+        """Those of ``between`` that can be the last one of a tenant, which comes less than ``spread`` later."""
+        found = self.between(after, until, zone)
+        return found[max(0, bisect_right(found, until - spread) - 1) :]
+
     def between(self, after: datetime, until: datetime, zone: ZoneInfo) -> list[datetime]:
         """The times after ``after`` and no later than ``until``, in UTC, in order.
 
@@ -81,9 +90,15 @@ class Times:
             day += timedelta(days=1)
 
     def _cron_times(self, start: datetime, end: datetime) -> Iterator[datetime]:
-        times = _croniter()(self.cron, start)
-        while (moment := times.get_next(datetime)) <= end:
-            yield moment
+        # croniter takes its time for each: it is asked for the days alone
+        assert self.cron is not None  # noqa: S101 - whoever calls this has looked
+        minutes, hours = _croniter().expand(self.cron)[0][:2]
+        midnight = datetime.combine(start.date(), time())
+        days = _croniter()(" ".join(["0", "0", *self.cron.split()[2:]]), midnight - timedelta(minutes=1))
+        while (day := days.get_next(datetime)) <= end:
+            for hour in range(24) if hours == ["*"] else hours:
+                for minute in range(60) if minutes == ["*"] else minutes:
+                    yield day + timedelta(hours=hour, minutes=minute)
 
 
 def _wall(moment: datetime, zone: ZoneInfo) -> datetime:
@@ -109,9 +124,13 @@ def _weekday(given: str | int) -> int:
 
 
 def _check_cron(cron: object) -> None:
-    # an expression of six fields has seconds
-    if not isinstance(cron, str) or len(cron.split()) != 5 or not _croniter().is_valid(cron):
+    # an expression of six fields has seconds; an R is another time whenever it is read
+    if not isinstance(cron, str) or len(cron.split()) != 5 or _RANDOM.search(cron) or not _croniter().is_valid(cron):
         raise ConfigurationError(f"{cron!r} is no cron expression of five fields, such as '0 6 * * mon'")
+    try:
+        _croniter()(cron, _ANY_DAY).get_next()
+    except ValueError:
+        raise ConfigurationError(f"no day is one of the cron expression {cron!r}") from None
 
 
 def _croniter() -> Any:

@@ -194,10 +194,30 @@ async def test_a_claim_that_has_run_out_is_another_s(tenancy: Tenancy) -> None:
     assert await asked(tenancy, six) == []
 
 
-async def in_scope_of_nobody(tenancy: Tenancy, now: datetime) -> list[str]:
+async def test_a_slow_body_leaves_the_claim_of_a_later_time(tenancy: Tenancy) -> None:
+    """It outlives its lease and the tenant's next time comes: that one goes to one process alone."""
+    await tenancy.tenants.create("acme")
+    await seen(tenancy)
+    twice, six = ["06:00", "06:05"], DAY + timedelta(hours=6)
+    slow = tenancy.schedules.due("daily", at=twice, now=six)
+    assert (await anext(slow)).slug == "acme"
+    await expire(tenancy)
+    later = six + timedelta(minutes=5)
+
+    async def others() -> None:
+        async for _ in tenancy.schedules.due("daily", at=twice, now=later):
+            await slow.done()
+            assert await in_scope_of_nobody(tenancy, later, at=twice) == []
+
     from tenancy_orm.context import run_unbound
 
-    return await run_unbound(asked(tenancy, now))
+    await asyncio.create_task(run_unbound(others()))
+
+
+async def in_scope_of_nobody(tenancy: Tenancy, now: datetime, **options: Any) -> list[str]:
+    from tenancy_orm.context import run_unbound
+
+    return await run_unbound(asked(tenancy, now, **options))
 
 
 async def test_leaving_the_loop(tenancy: Tenancy) -> None:

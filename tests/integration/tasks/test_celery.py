@@ -145,6 +145,20 @@ async def test_a_header_is_of_one_message(app: App) -> None:
     await app.plane.clear()
 
 
+async def test_a_task_with_a_call_of_its_own_is_guarded(app: App) -> None:
+    """Its ``__call__`` is called, and not where the message is refused; whatever the task's base class."""
+    for task in (app.tasks.write_foreign, app.tasks.write_derived):
+        async with app.plane.tenancy.scope("acme"):
+            assert await app.result(task.delay(task.name)) >= 1
+            assert task.apply(("eager",), throw=False).result != 0
+            header = app.tasks.queues._headers(task.name, "one", ("other",), {}, None)[HEADER]
+        for reason, headers in (("no-tenant", {}), ("forged", {HEADER: header})):
+            error = await app.result(await app.past(task.name, "forged", headers=headers))
+            assert isinstance(error, TaskRefusedError) and error.reason == reason
+    assert set(await app.plane.notes(app.plane.acme)) == {"write_foreign", "write_derived"}
+    await app.plane.clear()
+
+
 async def test_objects_of_another_tenant_do_not_travel(app: App) -> None:
     """They are refused on sending; and on arrival, where somebody has sent them past the application."""
     tenancy = app.plane.tenancy

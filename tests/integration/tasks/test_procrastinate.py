@@ -1,4 +1,4 @@
-"""procrastinate, with a worker of its own."""
+"""procrastinate, with two workers of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 import pytest_asyncio
+from procrastinate.testing import InMemoryConnector
 
 from tenancy_orm.correlation import RequestLabels, reset_labels, set_labels
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, NoTenantError
@@ -17,6 +18,7 @@ from tenancy_orm.integrations.procrastinate import ARGUMENT
 from tests.support.models import Note
 from tests.support.postgres import Postgres
 from tests.support.queues.plane import QueuePlane, both, queue_plane, worker_process
+from tests.support.queues.tasks import bound
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -61,7 +63,7 @@ class App:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def app(postgres: Postgres) -> AsyncIterator[App]:
-    """An application whose ``Tenancy`` is the plane's, and a worker."""
+    """An application whose ``Tenancy`` is the plane's, and two workers, of which a test kills one."""
     name = postgres.new_name()
     url = (await postgres.create_database(name)).replace("postgresql+asyncpg:", "postgresql:", 1)
     async with queue_plane(postgres, QUEUE_DATABASE=url) as plane:
@@ -73,13 +75,13 @@ async def app(postgres: Postgres) -> AsyncIterator[App]:
         async with module.app.open_async():
             await module.app.schema_manager.apply_schema_async()
             async with postgres.connect(name) as connection:
-                with worker_process(COMMAND, plane, "procrastinate.log"):
+                with worker_process(COMMAND, plane, "first.log"), worker_process(COMMAND, plane, "second.log"):
                     yield App(module, plane, connection)
     await postgres.drop_database(name)
 
 
 async def test_each_job_runs_for_the_tenant_that_deferred_it(app: App) -> None:
-    """Two tenants interleaved in one process; also in threads, from inside a job, and with the request's id."""
+    """Two tenants interleaved in two processes; also in threads, from inside a job, and with the request's id."""
     tenancy, tasks = app.plane.tenancy, app.tasks
     sent = []
     for tenant, number in await both(app.plane, times=10):
@@ -117,20 +119,17 @@ async def test_a_retried_and_a_redelivered_job_keep_the_tenant(app: App) -> None
     async with app.plane.tenancy.scope("globex"):
         assert await app.ended(await app.tasks.write_second_time.defer_async(body="retried")) == "succeeded"
         killing = await app.tasks.write_after_death.defer_async(body="redelivered")
-    await until((app.plane.directory / "once-kill-globex-redelivered").exists, seconds=60)
-    with worker_process(COMMAND, app.plane, "second.log"):
         assert await app.ended(killing) == "succeeded"
-        assert await app.plane.notes(app.plane.globex) == ["retried", "redelivered"]
-        assert await app.plane.notes(app.plane.acme) == []
-        await app.plane.clear()
-        await arrivals(app)
-        await headers(app)
+    assert (app.plane.directory / "once-kill-globex-redelivered").exists()
+    assert await app.plane.notes(app.plane.globex) == ["retried", "redelivered"]
+    assert await app.plane.notes(app.plane.acme) == []
+    await app.plane.clear()
 
 
-async def arrivals(app: App) -> None:
-    """A tenant that was suspended since, which this policy drops; and one in maintenance. This worker is the last."""
+async def test_a_suspended_tenant_gets_no_job(app: App) -> None:
+    """Suspended between deferring and running: dropped, by this policy. In maintenance: run when that has ended."""
     tenancy = app.plane.tenancy
-    later = {"seconds": 2}
+    later = {"seconds": 1}
     async with tenancy.scope("acme"):
         dropped = await app.tasks.write.configure(schedule_in=later).defer_async(body="suspended")
     await tenancy.tenants.suspend("acme")
@@ -147,7 +146,7 @@ async def arrivals(app: App) -> None:
     await app.plane.clear()
 
 
-async def headers(app: App) -> None:
+async def test_a_header_is_of_one_job(app: App) -> None:
     """A header that was written by hand, of a job with other arguments, or for another tenant; and none at all."""
     async with app.plane.tenancy.scope("acme"):
         genuine = await app.tasks.write.configure(schedule_in={"hours": 1}).defer_async(body="genuine")
@@ -186,3 +185,22 @@ async def test_deferring_checks_who_defers_and_what(app: App) -> None:
         with pytest.raises(CrossTenantError):
             await tasks.bound.defer_async(out="x", rest=[{"deep": note}])
     await app.plane.clear()
+
+
+async def test_a_worker_middleware_of_ones_own_comes_after(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In procrastinate it takes the place of the defaults. A worker that has it still runs jobs for their tenants."""
+    monkeypatch.setenv("QUEUE_DIRECTORY", str(app.plane.directory))
+    seen: list[str | None] = []
+
+    async def own(call_next: Any, *_: object) -> object:
+        seen.append(bound())
+        return await call_next()
+
+    options: Any = {"wait": False, "install_signal_handlers": False, "listen_notify": False}
+    with app.tasks.app.replace_connector(InMemoryConnector()):
+        for number, given in enumerate(([own], [own, app.tasks.queues.middleware], None)):
+            async with app.plane.tenancy.scope("acme"):
+                await app.tasks.bound.defer_async(out=f"own-{number}")
+            await app.tasks.app.run_worker_async(worker_middleware=given, **options)
+            assert (app.plane.directory / f"own-{number}").read_text("utf-8") == "acme []"
+    assert [tenant for tenant in seen if tenant] == ["acme", "acme"]  # without the periodic ones

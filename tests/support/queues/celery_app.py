@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-from celery import Celery, chord
+from celery import Celery, Task, chord
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.correlation import current_request_id
@@ -57,6 +57,38 @@ def write_after_death(body: str) -> str:
     if tasks.first_time(f"kill-{tasks.bound()}-{body}"):
         os.kill(os.getpid(), signal.SIGKILL)
     return str(write(body))
+
+
+class Calling:
+    """What an application adds to ``__call__``, as Flask's documentation has it."""
+
+    called = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        type(self).called += 1
+        return self.run(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+class Foreign(Calling, Task):  # type: ignore[misc]
+    """Has not the application's class of tasks."""
+
+
+class Derived(Calling, app.Task):  # type: ignore[misc, name-defined]
+    """Has it."""
+
+
+@app.task(name="write_foreign", base=Foreign, bind=True)
+@needs_tenant
+def write_foreign(self: Any, body: str) -> int:
+    write(body)
+    return int(self.called)
+
+
+@app.task(name="write_derived", base=Derived, bind=True)
+@needs_tenant
+def write_derived(self: Any, body: str) -> int:
+    write(body)
+    return int(self.called)
 
 
 @app.task(name="escape")

@@ -7,6 +7,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from croniter import croniter
 
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.schedules.times import Times
@@ -67,6 +68,9 @@ def test_times_days_and_bounds() -> None:
         {"cron": "0 0 6 * * *"},
         {"cron": "0 25 * * *"},
         {"cron": "0 6 * * *", "weekdays": ["mon"]},
+        {"cron": "0 0 30 2 *"},
+        {"cron": "R 6 * * *"},
+        {"cron": "0,r(1-5) 6 * * *"},
     ],
 )
 def test_what_is_malformed_is_refused(wrong: dict[str, Any]) -> None:
@@ -79,3 +83,27 @@ def test_too_many_times_are_refused() -> None:
     """Rather than computed for minutes."""
     with pytest.raises(ConfigurationError):
         between("2026-01-01", "2026-01-31", cron="* * * * *")
+
+
+@pytest.mark.parametrize(
+    "cron",
+    ["* * * * *", "*/7 2-5,22 * * *", "0 6 * * mon", "5 6 1,15 * fri", "0 0 l * *", "30 23 * * mon#2", "1 1 * mar thu"],
+)
+def test_cron_times_are_croniter_s(cron: str) -> None:
+    """Although it is asked for the days alone."""
+    start, end = at("2026-02-25 13:30"), at("2026-03-03 13:30") if cron[0] == "*" else at("2026-05-03 13:30")
+    expected = croniter(cron, start.replace(tzinfo=None))
+    found = Times.parse(None, cron, None).between(start, end, ZoneInfo("UTC"))
+    assert found
+    assert [moment.replace(tzinfo=None) for moment in found] == [expected.get_next(datetime) for _ in found]
+    assert expected.get_next(datetime) > end.replace(tzinfo=None)
+
+
+def test_only_what_can_be_the_last_time_is_asked_for() -> None:
+    """A cron expression of minutes gives hundreds of times, and the last before each tenant's delay counts."""
+    times = Times.parse(None, "*/5 * * * *", None)
+    whole = at("2026-01-01"), at("2026-01-01 06:02"), NEW_YORK
+    every = times.between(*whole)
+    for spread, count in ((0, 1), (1, 1), (2, 1), (3, 2), (60, 13), (10_000, 72)):
+        assert times.candidates(*whole, timedelta(minutes=spread)) == every[-count:]
+    assert times.candidates(at("2026-01-01"), at("2026-01-01 00:01"), NEW_YORK, DAY) == []
