@@ -388,7 +388,7 @@ class Tenancy:
 
     @property
     def schedules(self) -> ScheduleManager:
-        """Whose time has come, in each tenant's own time zone."""
+        """Which tenants are due, in each tenant's own time zone."""
         return self._lifetime.parts.schedules
 
     @property

@@ -1,4 +1,4 @@
-"""Schedules per tenant: whose time has come, in each tenant's own time zone."""
+"""Schedules per tenant: which tenants are due, in each tenant's own time zone."""
 
 from .manager import DueTenants, Schedule, ScheduleManager
 

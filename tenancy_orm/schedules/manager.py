@@ -1,4 +1,4 @@
-"""``ScheduleManager``: whose time has come."""
+"""``ScheduleManager``: which tenants are due."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Schedule:
     Attributes:
         name: Its name.
         first_seen_at: Nothing is due before.
-        seen_at: When somebody last asked whose time has come.
+        seen_at: When somebody last asked which tenants are due.
         sent: To how many tenants it was ever sent.
         last_sent_at: When it was last sent to one.
         unfinished: For how many it is being sent, or was begun and has failed.
@@ -54,7 +54,7 @@ class Schedule:
 
 
 class ScheduleManager:
-    """Says whose time has come, in each tenant's own time zone; ``tenancy.schedules``.
+    """Says which tenants are due, in each tenant's own time zone; ``tenancy.schedules``.
 
     Have a queue's scheduler ask once a minute. Several may ask at once, on several machines: each tenant that is due
     goes to one of them. What was sent is recorded in the control database.

@@ -1,4 +1,4 @@
-"""What is told about an application to logs: ``TenantLogFilter`` names the tenant and the request in each record."""
+"""What logs say about a request: ``TenantLogFilter`` names the tenant and the request in each record."""
 
 from .logs import TenantLogFilter
 

@@ -1,4 +1,4 @@
-"""Mode clone: a tenant of the run gets its database anew for each test, as a clone of what it was when it was created.
+"""Mode clone: a tenant of the run gets a new database for each test, as a clone of what it was when it was created.
 
 ``tenancy.tenants.create`` makes a tenant once: its row, its role, its key, its rights. Then its database is kept as a
 snapshot, and each test gets a clone of that: what one CREATE DATABASE costs, and one statement for what PostgreSQL does
