@@ -1,4 +1,4 @@
-"""Whose time has come: each tenant once, whoever asks, and by its own clock."""
+"""Which tenants are due: each tenant once, whoever asks, and by its own clock."""
 
 from __future__ import annotations
 
