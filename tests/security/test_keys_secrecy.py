@@ -120,7 +120,7 @@ async def test_no_issued_secret_is_anywhere_but_in_the_answer(
 ) -> None:
     """Not in the registry, the audit log, DEBUG logs, events, reprs or tracebacks."""
     caplog.set_level(logging.DEBUG)
-    logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
+    caplog.set_level(logging.INFO, logger="sqlalchemy.engine")
     tenant, key = await plane.tenant("acme")
     issued = await plane.key(tenant, scopes=["a"])
     rotated = await plane.keys.rotate(issued.key_id)

@@ -63,10 +63,21 @@ async def place(plane: QuotaPlane, tenant: Tenant, database: str, server: str = 
     )
 
 
+_made: list[Provisioner] = []
+
+
+@pytest.fixture(autouse=True)
+async def provisioners() -> AsyncIterator[None]:
+    """Close what ``provisioner_of`` has made: it keeps connections."""
+    yield
+    while _made:
+        await _made.pop().close()
+
+
 def provisioner_of(plane: QuotaPlane, kind: type[Provisioner] = Provisioner, **servers: str) -> Provisioner:
     """What connects to the server of the tests, and to further ``servers``."""
     config = plane.config.replace(servers={**(plane.config.servers or {}), **servers})
-    return kind(
+    made = kind(
         config=config,
         control=plane.control,
         registry=plane.registry,
@@ -76,6 +87,8 @@ def provisioner_of(plane: QuotaPlane, kind: type[Provisioner] = Provisioner, **s
         schema=ScriptSchema(),
         events=plane.events,
     )
+    _made.append(made)
+    return made
 
 
 def sampler_of(
