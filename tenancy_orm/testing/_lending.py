@@ -7,36 +7,15 @@ import secrets
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import UUID
-
-from sqlalchemy import text
 
 from ..errors import TenantNotFoundError
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
 from ._background import BackgroundLoop
 from ._cloning import Cloner, Snapshot
+from ._states import States
 from .errors import RollbackModeError
-
-# What a test may change of a tenant outside of its database: where it did, no other test gets that tenant.
-_RECORDED = (
-    ("tenants", "id", "- 'last_error'"),
-    ("former_slugs", "tenant_id", ""),
-    ("domains", "tenant_id", ""),
-    ("api_keys", "tenant_id", "- 'last_used_at'"),
-    ("members", "tenant_id", ""),
-    ("invitations", "tenant_id", ""),
-    ("usage", "tenant_id", ""),
-    ("usage_keys", "tenant_id", ""),
-    ("quota_holds", "tenant_id", ""),
-    ("quota_blocks", "tenant_id", ""),
-)
-_ROWS = " UNION ALL ".join(
-    f"SELECT '{table}' || (to_jsonb(t) {without})::text AS row FROM tenancy.{table} AS t WHERE {column} = :tenant"  # noqa: S608 - constants
-    for table, column, without in _RECORDED
-)
-_STATE = text(f"SELECT md5(string_agg(row, '' ORDER BY row)) FROM ({_ROWS}) AS rows")  # noqa: S608 - constants
 
 _CLONED = 3  # tenants that tests in mode clone take in turn
 
@@ -63,6 +42,7 @@ class Lending:
 
     background: BackgroundLoop
     cloner: Cloner | None = None
+    states: States = field(default_factory=States)
     _whole: list[Lent] = field(default_factory=list)  # for mode rollback
     _cloned: list[Lent] = field(default_factory=list)  # for mode clone; those replaced longest ago first
     _in_transaction: dict[str, Lent] = field(default_factory=dict)  # by the database, in mode rollback
@@ -114,7 +94,7 @@ class Lending:
 
     async def give_back(self, tenancy: Tenancy, lent: Lent) -> bool:
         """Take a tenant back, and return True; one that was changed is removed instead."""
-        if not lent.is_whole or await _state(tenancy, lent.created.id) != lent.state:
+        if not lent.is_whole or await self._state(tenancy, lent.created.id) != lent.state:
             await self.remove(tenancy, lent)
             return False
         if lent.snapshot is None:
@@ -144,7 +124,10 @@ class Lending:
 
     async def _create(self, tenancy: Tenancy) -> Lent:
         created = await tenancy.tenants.create(f"test-{secrets.token_hex(6)}")
-        return Lent(created, await _state(tenancy, created.id))
+        return Lent(created, await self._state(tenancy, created.id))
+
+    async def _state(self, tenancy: Tenancy, tenant_id: UUID) -> str:
+        return await self.background.call(self.states.read(tenancy.config.control_url, tenant_id))
 
 
 def _database_of(lent: Lent) -> str:
@@ -156,12 +139,6 @@ async def remove(tenancy: Tenancy, tenant_id: UUID) -> None:
     """Purge a tenant, whatever its status."""
     await tenancy.tenants.delete(tenant_id)
     await tenancy.tenants.purge(tenant_id)
-
-
-async def _state(tenancy: Tenancy, tenant_id: UUID) -> str:
-    async with tenancy.internals.control.connect() as connection:
-        found: Any = await connection.scalar(_STATE, {"tenant": tenant_id})
-    return str(found)
 
 
 __all__ = ["Lending", "Lent", "remove"]

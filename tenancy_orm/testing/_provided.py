@@ -57,6 +57,9 @@ class TestTenants:
             self._watch.ignore(made.id)
             return made
         lent = await self._run.lending.borrow(self._tenancy, clone=self._clone)
+        # it is as it was created: the first request need not look it up, over a connection of this event loop
+        cache = self._tenancy.internals.directory._cache
+        cache.store_tenant(lent.created.tenant, cache._clock())
         self._borrowed.append(lent)
         self._watch.ignore(lent.created.id)
         if not self._clone:

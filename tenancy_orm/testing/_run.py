@@ -116,7 +116,10 @@ class TestRun:
         self, config: TenancyConfig, events: EventBus, rates: Rates, initialise: bool | None, seeds: Sequence[Seed]
     ) -> Assembly:
         """Open the parts of a ``Tenancy``, this application's or any other, on the installation of the tests."""
-        installation = await asyncio.to_thread(self.installation)
+        # a thread only where it takes a while: each event loop would start one, and wait for it at its end
+        installation = self._installation
+        if installation is None:
+            installation = await asyncio.to_thread(self.installation)
         if self.watch is not None:
             self.watch.follow(events)
         if not initialise and (known := self._known.get(events)) is not None and self.openings.is_brief(events):
@@ -163,6 +166,7 @@ class TestRun:
         finally:
             if self.lending.cloner is not None:
                 await self.lending.cloner.close()
+            await self.lending.states.close()
             await installation.release()
 
 

@@ -184,12 +184,13 @@ AT = make_url(URL)
 
 @dataclass(frozen=True)
 class Way:
-    """A way to give each test a database: the file with its tests, and whether it uses the plugin."""
+    """A way to give each test a database: the file with its tests, whether it uses the plugin, and its event loops."""
 
     name: str
     test: str
     plugin: bool = False
     conftest: str = ""
+    loops: str = "session"
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,12 @@ def ways(tests: int, database: str) -> list[Way]:
         Way("CREATE DATABASE ... TEMPLATE, by hand", CLONED_BY_HAND + FIXTURE.format(tests=tests) + use),
         Way("tenancy, mode clone", SESSION.format(mode="clone", tests=tests) + use, plugin=True),
         Way("tenancy, mode rollback", SESSION.format(mode="rollback", tests=tests) + use, plugin=True),
+        Way(
+            "mode rollback, a loop for each test",
+            SESSION.format(mode="rollback", tests=tests) + use,
+            plugin=True,
+            loops="function",
+        ),
         Way(
             "pytest-postgresql, template database",
             "from pytest_postgresql import factories\n" + PYTEST_POSTGRESQL + FIXTURE.format(tests=tests) + use,
@@ -255,6 +262,8 @@ async def test_what_a_database_adds_to_a_test(
         if not way.plugin:
             del suite.settings["tenancy_app"]
         suite.settings["filterwarnings"] = "[]"
+        for what in ("fixture", "test"):
+            suite.settings[f"asyncio_default_{what}_loop_scope"] = f'"{way.loops}"'
         suite.write(
             tables=TABLES,
             shop=SHOP,
