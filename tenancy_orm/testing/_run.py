@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from ._application import Application
 from ._background import BackgroundLoop
 from ._cloning import Cloner
 from ._installation import Installation
-from ._leftovers import Watch
+from ._leftovers import Watch, unbind
 from ._lending import Lending
 from ._openings import Openings
 from ._reopening import ReopenedAssembly
@@ -147,22 +148,28 @@ class TestRun:
         self.lending.check(user, database)
 
     def close(self) -> None:
-        """Remove what was made, and stop what was started."""
-        try:
+        """Remove what was made, and stop what was started.
+
+        Raises:
+            Exception: something could not be removed, as where the server has stopped; the next run removes it.
+        """
+        with ExitStack() as stack:
+            stack.callback(login.remove_check, self._check)
+            stack.callback(pop_builder, self._build)
+            stack.callback(self.server.stop)
+            stack.callback(self.background.stop)
             if self._installation is not None:
+                unbind()  # what a test has bound that no fixture looks after
                 self.background.run(self._remove_tenants(self._installation))
-        finally:
-            self.background.stop()
-            self.server.stop()
-            pop_builder(self._build)
-            login.remove_check(self._check)
 
     async def _remove_tenants(self, installation: Installation) -> None:
         try:
             if self._prepared:
                 await self.openings.enter()
-                await self.lending.remove_all(self.application.tenancy)
-                await self.openings.leave()
+                try:
+                    await self.lending.remove_all(self.application.tenancy)
+                finally:
+                    await self.openings.leave()
         finally:
             if self.lending.cloner is not None:
                 await self.lending.cloner.close()

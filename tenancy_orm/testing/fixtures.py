@@ -55,10 +55,12 @@ async def _tenancy_in_anyio(request: pytest.FixtureRequest) -> AsyncIterator[Pro
 
 @pytest.fixture
 def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]:
+    from ._leftovers import unbind
     from ._provided import provide, synchronous_session
     from ._savepoints import running_test
 
     run, asked = request.config.stash[run_key], wanted(request, asynchronous=False, loop_ends=False)
+    unbind()  # what a fixture of the module, say, has bound would be refused all that is prepared here
     context = provide(run, asked)
     provided = run.background.run(context.__aenter__())
     running_test.set(provided.test)  # for the tasks of the requests, which begin here
@@ -68,7 +70,10 @@ def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]
             yield provided
     finally:
         running_test.set(None)
-        run.background.run(context.__aexit__(None, None, None))
+        try:
+            run.background.run(context.__aexit__(None, None, None))  # it sees what is bound here, in a copy
+        finally:
+            unbind()
 
 
 def _provided(request: pytest.FixtureRequest) -> Provided:

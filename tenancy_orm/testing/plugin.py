@@ -7,6 +7,7 @@ nothing unless ``tenancy_app`` is set.
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     try:
         if (run := config.stash.get(run_key, None)) is not None:
             run.close()
+    except Exception as exc:  # noqa: BLE001 - the run has ended, and its result is not this
+        print(  # noqa: T201
+            f"\ntenancy: what the tests have made could not be removed, and the next run removes it: "
+            f"{type(exc).__name__}: {exc}",
+            file=sys.stderr,
+        )
     finally:
         for name, value in config.stash.get(_environment_key, {}).items():
             if value is None:

@@ -436,6 +436,42 @@ async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
     assert "the test has left 1 open transaction of tenant" in outcome.text
 
 
+async def test_what_stays_bound_concerns_no_other_test(suite: Suite) -> None:
+    """It is reported and unbound after a plain function too, and the end of the run removes the tenants."""
+    suite.settings |= {"filterwarnings": '["default"]', "asyncio_default_test_loop_scope": '"session"'}
+    suite.write(
+        test_shop="""
+        import shop
+        from tenancy_orm import current_tenant_or_none
+
+        kept = []
+
+        def keep(tenant):
+            kept.append(shop.tenancy.sync.scope(tenant.slug))
+            kept[-1].__enter__()
+
+        def test_keeps(tenancy, tenant):
+            keep(tenant)
+
+        def test_next(tenant_client):
+            assert current_tenant_or_none() is None
+            assert tenant_client.get("/notes").json() == []
+
+        async def test_next_coroutine(tenant_client, tenant):
+            assert (await tenant_client.get("/notes")).json() == []
+            kept.append(tenant.tenant)
+
+        def test_keeps_without_fixtures():
+            from tenancy_orm.context import set_current
+            set_current(kept[-1])
+        """
+    )
+    outcome = await suite.run()
+    assert outcome.counts["passed"] == 4 and "error" not in outcome.counts, outcome.text
+    assert "bound: bind it by `async with tenancy.scope(...)`, or in a plain function by `with tenancy" in outcome.text
+    assert "Traceback" not in outcome.text and "could not be removed" not in outcome.text
+
+
 async def test_no_test_reaches_production(suite: Suite, postgres: Postgres) -> None:
     """Neither by the variables, nor by an explicit URL, nor by a Tenancy made aside; other servers are refused."""
     production = postgres.url("production")
