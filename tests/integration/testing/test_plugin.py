@@ -399,11 +399,16 @@ async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite)
         @pytest.mark.tenancy(mode="copy")
         def test_no_such_mode(tenant):
             pass
+
+        @pytest.mark.tenancy(mod="clone")
+        def test_misspelt_mode(tenant):
+            pass
         """
     )
     outcome = await suite.run()
-    assert outcome.counts == {"passed": 10, "error": 1}, outcome.text
-    assert '@pytest.mark.tenancy(mode="rollback") or mode="clone"' in outcome.text
+    assert outcome.counts == {"passed": 10, "error": 2}, outcome.text
+    for name in ("test_no_such_mode", "test_misspelt_mode"):
+        assert f'{name}: write @pytest.mark.tenancy(mode="rollback") or mode="clone"' in outcome.text
 
 
 async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
@@ -411,6 +416,7 @@ async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
     suite.settings["filterwarnings"] = '["default"]'
     suite.write(
         test_shop="""
+        import gc
         import pytest
         from shop import Note
 
@@ -424,13 +430,20 @@ async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
             await session.flush()
             kept.append((context, session))
 
+        async def test_leaves_it_to_the_garbage_collector(tenancy, tenant):
+            session = await tenancy.session(tenant.slug).__aenter__()
+            session.add(Note(text="x"))
+            await session.flush()
+
         async def test_next(tenancy, tenant_client):
+            gc.collect()
             assert (await tenant_client.get("/notes")).json() == []
             assert [one.slug for one in (await tenancy.tenants.list(slug="str*")).items] == []
         """
     )
     outcome = await suite.run()
-    assert outcome.counts["passed"] == 2, outcome.text
+    assert outcome.counts["passed"] == 3, outcome.text
+    assert "garbage collector" not in outcome.text
     assert "the test has left tenants stray: create them by the fixture tenant_factory" in outcome.text
     assert "the test has left open sessions of a tenant: leave the block" in outcome.text
     assert "the test has left 1 open transaction of tenant" in outcome.text
