@@ -153,7 +153,7 @@ async def _client(run: TestRun, wanted: Wanted, tenant: CreatedTenant) -> AsyncI
     try:
         from . import _clients as clients  # httpx takes a while, and most tests of a session need none
     except ImportError as exc:
-        raise MissingExtraError(exc.name or "httpx", "testing") from exc
+        raise MissingExtraError(f"the fixture tenant_client: {exc.name or 'httpx'}", "testing") from exc
     headers = [("X-API-Key", tenant.api_key)]
     async with clients.lifespan(app) as started:
         if wanted.asynchronous:

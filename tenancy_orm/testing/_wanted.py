@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from ._run import MODES
 from .plugin import run_key
 
 NAMES = frozenset({"tenancy", "tenant", "tenant_factory", "tenant_session", "tenant_client"})
-MODES = ("rollback", "clone")
 _FIXTURES = f"{__package__}.fixtures"
 
 

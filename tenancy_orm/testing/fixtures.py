@@ -77,8 +77,17 @@ def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]
 
 
 def _provided(request: pytest.FixtureRequest) -> Provided:
-    """What was prepared for the test, in its event loop."""
-    provided: Provided = request.getfixturevalue(_preparing_fixture(request))
+    """What was prepared for the test, in its event loop; what hinders it fails the test in one line."""
+    from ..errors import TenancyError
+
+    try:
+        provided: Provided = request.getfixturevalue(_preparing_fixture(request))
+    except (TenancyError, pytest.UsageError) as exc:
+        if request.config.getoption("fulltrace", False):
+            raise
+        # its frames are those of the package, and pytest shows them with each test
+        reason = "\n".join([str(exc), *getattr(exc, "__notes__", ())])
+        raise pytest.fail.Exception(f"{reason}\n(pytest --full-trace shows where)", pytrace=False) from None
     return provided
 
 

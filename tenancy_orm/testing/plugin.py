@@ -93,8 +93,12 @@ def _hide_production(config: pytest.Config) -> None:
     """Have nothing of this process reach the databases that the application's own settings name."""
     if run_key in config.stash:
         return
+    from ..errors import ConfigurationError
     from ._run import TestRun
     from ._variables import hide_production
 
     config.stash[_environment_key] = hide_production()
-    config.stash[run_key] = TestRun.of(config)
+    try:
+        config.stash[run_key] = TestRun.of(config)
+    except ConfigurationError as exc:
+        raise pytest.UsageError(str(exc)) from exc

@@ -564,6 +564,52 @@ async def test_workers_and_killed_runs_keep_out_of_each_others_way(suite: Suite,
     assert [name for name in names if name.startswith((suite.prefix(0), suite.prefix(1))) and "_t_" in name] == []
 
 
+async def test_what_hinders_all_tests_is_said_in_short(suite: Suite) -> None:
+    """At the start where a setting is malformed, else with each test; with the setting, and without frames."""
+    suite.settings["asyncio_default_test_loop_scope"] = '"session"'
+    suite.write(
+        broken="import os\nos.nothing\n",
+        test_shop="""
+        import pytest
+
+        def test_plain(tenant):
+            pass
+
+        async def test_coroutine(tenant):
+            pass
+
+        def test_without():
+            pass
+        """,
+    )
+    for setting, said in {
+        "tenancy_app=shop": "tenancy_app = 'shop' is not of the form \"module:attribute\"",
+        "tenancy_object=:tenancy": "tenancy_object = ':tenancy' is not of the form",
+        "tenancy_mode=clne": 'tenancy_mode = \'clne\' is no mode: write "rollback" or "clone"',
+    }.items():
+        outcome = await suite.run("-o", setting)
+        assert outcome.status == 4 and outcome.text.strip().startswith(f"ERROR: {said}"), outcome.text
+    outcome = await suite.run(TENANCY_TEST_DSN="db:secret@nowhere")
+    assert outcome.status == 4 and "ERROR: TENANCY_TEST_DSN, or tenancy_test_dsn" in outcome.text
+    assert "secret" not in outcome.text and "Traceback" not in outcome.text
+
+    for setting, said in {
+        "tenancy_app=shopp:app": "No module named 'shopp'; set pythonpath = [\".\"]",
+        "tenancy_app=broken:app": "broken.py, line 2)",
+        "tenancy_object=shop:app": "tenancy_object = 'shop:app' is a Starlette, not a Tenancy",
+    }.items():
+        outcome = await suite.run("-o", setting)
+        assert outcome.counts == {"passed": 1, "error": 2}, outcome.text
+        assert outcome.text.count(f"{setting.partition('=')[0]} = ") == 4, outcome.text  # and in the summary
+        assert said in outcome.text and len(outcome.text.splitlines()) < 20, outcome.text
+    outcome = await suite.run(TENANCY_TEST_DSN="postgresql://u:secret@127.0.0.1:1/none")
+    assert outcome.counts == {"passed": 1, "error": 2} and len(outcome.text.splitlines()) < 20, outcome.text
+    assert "the server of the tests at 127.0.0.1:1/none does not answer" in outcome.text
+    assert "; TENANCY_TEST_DSN, or tenancy_test_dsn" in outcome.text and "secret" not in outcome.text
+    frames = await suite.run("--full-trace", "-o", "tenancy_app=shopp:app")
+    assert "importlib" in frames.text
+
+
 async def test_only_the_client_needs_httpx(suite: Suite) -> None:
     """A session imports none; without it, the client says how to install it."""
     suite.write(
@@ -578,7 +624,7 @@ async def test_only_the_client_needs_httpx(suite: Suite) -> None:
     )
     outcome = await suite.run()
     assert outcome.counts == {"passed": 1, "error": 1}, outcome.text
-    assert "pip install 'tenancy-orm[testing]'" in outcome.text
+    assert "tenant_client: httpx is not installed; run: pip install 'tenancy-orm[testing]'" in outcome.text
 
 
 async def test_nothing_changes_where_it_is_not_asked_for(suite: Suite) -> None:
