@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.postgres import Postgres
-from tests.support.suites import Suite
+from tests.support.suites import APPLICATION, Suite
 
 
 @pytest.fixture
@@ -569,6 +569,7 @@ async def test_what_hinders_all_tests_is_said_in_short(suite: Suite) -> None:
     suite.settings["asyncio_default_test_loop_scope"] = '"session"'
     suite.write(
         broken="import os\nos.nothing\n",
+        bare=APPLICATION.replace(", metadata=Base.metadata", ""),
         test_shop="""
         import pytest
 
@@ -606,6 +607,9 @@ async def test_what_hinders_all_tests_is_said_in_short(suite: Suite) -> None:
     assert outcome.counts == {"passed": 1, "error": 2} and len(outcome.text.splitlines()) < 20, outcome.text
     assert "the server of the tests at 127.0.0.1:1/none does not answer" in outcome.text
     assert "; TENANCY_TEST_DSN, or tenancy_test_dsn" in outcome.text and "secret" not in outcome.text
+    bare = await suite.run("-o", "tenancy_app=bare:app")
+    assert bare.counts == {"passed": 1, "error": 2} and len(bare.text.splitlines()) < 20, bare.text
+    assert "neither migrations nor metadata is set" in bare.text and "TENANCY_METADATA" in bare.text
     frames = await suite.run("--full-trace", "-o", "tenancy_app=shopp:app")
     assert "importlib" in frames.text
 
