@@ -60,7 +60,7 @@ def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]
     from ._savepoints import running_test
 
     run, asked = request.config.stash[run_key], wanted(request, asynchronous=False, loop_ends=False)
-    unbind()  # what a fixture of the module, say, has bound would be refused all that is prepared here
+    unbind()  # for the test itself; what prepares it runs in a copy of this context
     context = provide(run, asked)
     provided = run.background.run(context.__aenter__())
     running_test.set(provided.test)  # for the tasks of the requests, which begin here

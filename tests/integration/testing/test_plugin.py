@@ -477,12 +477,34 @@ async def test_what_stays_bound_concerns_no_other_test(suite: Suite) -> None:
         def test_keeps_without_fixtures():
             from tenancy_orm.context import set_current
             set_current(kept[-1])
+
+        async def test_a_coroutine_after_it(tenant_client):
+            assert current_tenant_or_none() is None
+            assert (await tenant_client.get("/notes")).json() == []
+
+        def test_keeps_it_to_the_end():
+            assert current_tenant_or_none() is not None
         """
     )
     outcome = await suite.run()
-    assert outcome.counts["passed"] == 4 and "error" not in outcome.counts, outcome.text
+    assert outcome.counts["passed"] == 6 and "error" not in outcome.counts, outcome.text
     assert "bound: bind it by `async with tenancy.scope(...)`, or in a plain function by `with tenancy" in outcome.text
     assert "Traceback" not in outcome.text and "could not be removed" not in outcome.text
+
+    suite.write(
+        conftest="""
+        from tenancy_orm.testing._lending import Lending
+
+        async def remove_all(*_):
+            raise OSError("the server has stopped")
+
+        Lending.remove_all = remove_all
+        """,
+        test_shop="def test_passes(tenant): pass",
+    )
+    lost = await suite.run()
+    assert lost.status == 0 and "Traceback" not in lost.text, lost.text
+    assert "could not be removed, and the next run removes it: OSError: the server has stopped" in lost.text
 
 
 async def test_no_test_reaches_production(suite: Suite, postgres: Postgres) -> None:
