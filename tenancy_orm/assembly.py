@@ -345,7 +345,11 @@ class Assembly:
         elif config.metadata is not None:
             schema = MetadataSchema(config.metadata)
         else:
-            raise ConfigurationError("give TenancyConfig a migrations directory, or metadata to create tables from")
+            raise ConfigurationError(
+                "neither migrations nor metadata is set: name the directory of your migrations, or your models' "
+                'metadata, as metadata = "models:Base.metadata" in tenancy.toml, TENANCY_METADATA or '
+                "TenancyConfig(metadata=Base.metadata)"
+            )
         seeds, timeout = SeedSet(config, self._registered_seeds), config.provisioning.seed_timeout
         seeds.check()
         self.provisioner = Provisioner(

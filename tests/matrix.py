@@ -31,6 +31,7 @@ DEBIAN = Path("/usr")
 # Tests that need pgvector. Where it is missing they are left out, and the table says so.
 OF_PGVECTOR = (
     "tests/acceptance/test_agent_platform.py",
+    "tests/security/test_tenancy_matrix.py::test_the_agent_platform_leaks_nothing",
     "tests/integration/provisioning/test_templates.py::test_an_extension_comes_with_the_template",
     "tests/integration/migrations/test_autogenerate.py",
     "tests/integration/cli/test_cli.py::test_an_extension_that_is_configured_later_reaches_tenants_by_command",

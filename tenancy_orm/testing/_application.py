@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from traceback import extract_tb
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from ..config import TenancyConfig
+from ..config import TenancyConfig, values
 from ..config.values import load_object
 from ..errors import ConfigurationError
 from ..tenancy import Tenancy
@@ -36,8 +37,8 @@ def find(path: str, tenancy_path: str = "") -> Application:
     Raises:
         ConfigurationError: it cannot be imported, or its ``Tenancy`` is not found.
     """
-    named = _made(load_object(tenancy_path), tenancy_path) if tenancy_path else None
-    found = _made(load_object(path), path) if path else named
+    named = _made(_loaded(tenancy_path, "tenancy_object"), tenancy_path) if tenancy_path else None
+    found = _made(_loaded(path, "tenancy_app"), path) if path else named
     if isinstance(named, TenancyConfig):
         named = Tenancy(named)
     if named is not None and not isinstance(named, Tenancy):
@@ -52,6 +53,26 @@ def find(path: str, tenancy_path: str = "") -> Application:
             "one, or a Tenancy"
         )
     return Application(found, named or _only(path, found))
+
+
+def _loaded(path: str, setting: str) -> Any:
+    """What a setting names.
+
+    Raises:
+        ConfigurationError: it cannot be imported; the message says where, as the frames are not shown.
+    """
+    try:
+        return load_object(path)
+    except ConfigurationError as exc:
+        cause = exc.__cause__
+        module = path.partition(":")[0]
+        if isinstance(cause, ModuleNotFoundError) and cause.name and f"{module}.".startswith(f"{cause.name}."):
+            where = '; set pythonpath = ["."] in the pytest configuration, or install the project'
+        else:
+            frames = extract_tb(cause.__traceback__) if cause is not None else []
+            inner = next((one for one in reversed(frames) if "importlib" not in one.filename), None)
+            where = f" ({inner.filename}, line {inner.lineno})" if inner and inner.filename != values.__file__ else ""
+        raise ConfigurationError(f"{setting} = {exc}{where}") from exc
 
 
 def _made(found: Any, path: str) -> Any:

@@ -32,7 +32,7 @@ def _for_loops_of(scope: Scope) -> tuple[Callable[..., Any], Callable[..., Any]]
     @pytest_asyncio.fixture(scope=scope, loop_scope=scope, name=closing)
     async def close_with_loop(request: pytest.FixtureRequest) -> AsyncIterator[None]:
         yield
-        await request.config.stash[run_key].openings.leave()
+        await request.config.stash[run_key].leave()
 
     @pytest_asyncio.fixture(loop_scope=scope, name=f"_tenancy_in_{scope}_loop")
     async def prepare(request: pytest.FixtureRequest) -> AsyncIterator[Provided]:

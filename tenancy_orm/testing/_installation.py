@@ -24,6 +24,7 @@ from ..postgres.poolers import connect_directly
 from ..postgres.quoting import quote_identifier
 from ..provisioning import databases
 from ._cloning import SNAPSHOTS
+from ._server import DSN_SETTINGS
 
 _POOLER = (
     "the server of the tests must be PostgreSQL itself, and a connection pooler answers at {address}: {reason}; "
@@ -66,7 +67,10 @@ class Installation:
                 Dsn.parse(server_url), refusal=_POOLER, purpose="tenancy-tests", timeout=_SECONDS
             )
         except (OSError, asyncpg.PostgresError) as exc:
-            raise ConfigurationError(f"the server of the tests does not answer: {login.reason_of(exc)}") from exc
+            raise ConfigurationError(
+                f"the server of the tests at {Dsn.parse(server_url)} does not answer: {login.reason_of(exc)}; "
+                f"{DSN_SETTINGS} names the server: without either, the tests start one"
+            ) from exc
         try:
             # locks of different databases do not meet, so the names must not either
             database = await connection.fetchval("SELECT current_database()")

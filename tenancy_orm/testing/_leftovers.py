@@ -40,10 +40,7 @@ class Watch:
 
     def leased(self) -> list[str]:
         """Say which sessions are open, and which tenant is bound."""
-        found = []
-        if (bound := current_tenant_or_none()) is not None:
-            set_current(None)
-            found.append(f"tenant {bound.slug!r} bound: bind it by `async with tenancy.scope(...)`, which ends")
+        found = unbind()
         open_now = self._tenancy.internals.router.statistics().leased - self._leased
         if open_now > 0:
             tenants = "a tenant" if open_now == 1 else f"{open_now} tenants"
@@ -78,10 +75,20 @@ class Watch:
         self._created.pop(event.tenant_id, None)
 
 
+def unbind() -> list[str]:
+    """Have no tenant bound in the caller's context, and say which one was."""
+    bound = current_tenant_or_none()
+    if bound is None:
+        return []
+    set_current(None)
+    how = "by `async with tenancy.scope(...)`, or in a plain function by `with tenancy.sync.scope(...)`"
+    return [f"tenant {bound.slug!r} bound: bind it {how}, and leave the block"]
+
+
 def report(left: Iterable[str]) -> None:
     """Warn of what a test has left behind."""
     for one in left:
         warnings.warn(f"the test has left {one}", LeftoverWarning, stacklevel=2)
 
 
-__all__ = ["Watch", "report"]
+__all__ = ["Watch", "report", "unbind"]

@@ -18,7 +18,7 @@ AT_ONCE: Final = "nothing, at the same time as the owner"
 _WHAT: Final[Mapping[str, str]] = {
     "data": "shows the owner's data",
     "change": "changes the owner's data",
-    "answered": "is answered, without the owner's data",
+    "answered": "answers, without the owner's data",
 }
 
 
@@ -70,7 +70,8 @@ class Finding:
             )
         if self.named.startswith("path id"):
             return (
-                "look the object up by tenancy.session() without an argument: it is in the caller's database or nowhere"
+                "look the object up by tenancy.session() without an argument: it is in the caller's database or "
+                "nowhere; if it comes from a cache or a global, put the id of current_tenant() into the key"
             )
         return (
             "do not take the tenant from the request: tenancy.session() without an argument is the credential's tenant"
@@ -82,7 +83,7 @@ class Report:
     """The result of a walk; ``str`` of it is what ``pytest --tenancy-matrix`` prints.
 
     Attributes:
-        routes: How many routes were tried, each method and each websocket counted.
+        routes: How many routes of the application's own were tried, each method and each websocket counted.
         calls: How many requests it took.
         findings: What answered somebody else.
         unreached: Routes that did not even answer the owner, and how they answered it: nothing is proven of them.
@@ -116,7 +117,13 @@ class Report:
         leaking = {(one.method, one.path) for one in self.leaks}
         yield (
             f"{self.routes} routes, {self.calls} requests: "
-            + (f"{len(leaking)} routes leak" if leaking else "no route leaks")
+            + (
+                "no route leaks"
+                if not leaking
+                else "1 route leaks"
+                if len(leaking) == 1
+                else f"{len(leaking)} routes leak"
+            )
         )
         for kind in ("data", "change", "answered"):
             yield from self._section(kind)

@@ -43,6 +43,7 @@ class Route:
         body: The JSON schema of the body, where the document has one.
         media: The content type of the body.
         host: The host that it is served at, where it is served at one alone.
+        is_provided: Whether the framework has made it, as FastAPI its pages of documentation.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Route:
     body: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
     media: str = JSON
     host: str | None = None
+    is_provided: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.method} {self.path}"
@@ -193,12 +195,13 @@ def _expand(route: Any, prefix: str, host: str | None, operations: Mapping[Any, 
 def _methods(route: Any, prefix: str, path: str, host: str | None, operations: Mapping[Any, Any]) -> Iterator[Route]:
     plain = _plain(path)
     parameters = {one[1]: one[2] or "str" for one in _PARAMETER.finditer(path)}
+    is_provided = (getattr(getattr(route, "endpoint", None), "__module__", None) or "").startswith("fastapi.")
     for method in _methods_of(route):
         operation = operations.get((method, plain)) or (method == "HEAD" and operations.get(("GET", plain))) or None
         body, media = (None, JSON) if operation is None else operation.body
         query, headers = ({}, {}) if operation is None else (operation.query, operation.headers)
         full = prefix + plain or "/"
-        yield Route(method, full, parameters, query, headers, body, media, host)
+        yield Route(method, full, parameters, query, headers, body, media, host, is_provided)
 
 
 def _methods_of(route: Any) -> list[str]:

@@ -53,7 +53,8 @@ class Walk:
         self._other = other
         self._revoked = revoked
         self._revoked_headers: Mapping[str, str] | None = None
-        self.report = Report(routes=len(routes), public=[str(route) for route in routes if public(route)])
+        own = [route for route in routes if not route.is_provided]
+        self.report = Report(routes=len(own), public=[str(route) for route in routes if public(route)])
         self._routes = [route for route in routes if not public(route)]
         self._learner = Learner(self._as_self, self._routes, resolvers, (owner, other), examples)
         self._digest: Mapping[str, str] | None = None
@@ -295,6 +296,8 @@ class Walk:
         kind: Kind,
         shown: tuple[str, ...] = (),
     ) -> None:
+        if kind == "answered" and route.is_provided:
+            return  # documentation that everybody may read
         found = Finding(route.method, route.path, call.target, answer.status, caller, named, kind, shown)
         self.report.findings.append(found)
 

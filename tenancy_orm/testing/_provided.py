@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigurationError, MissingExtraError, TenantNotFoundError
 from ..tenancy import Tenancy
 from ..tenants.manager import CreatedTenant
-from ._leftovers import Watch, report
+from ._leftovers import Watch, report, unbind
 from ._lending import Lent, remove
 from ._run import TestRun
 from ._savepoints import running_test
@@ -104,6 +104,7 @@ def synchronous_session(provided: Provided) -> Iterator[Any]:
 @asynccontextmanager
 async def provide(run: TestRun, wanted: Wanted) -> AsyncIterator[Provided]:
     """Prepare what a test asks for in the running event loop, and remove it afterwards."""
+    unbind()  # what a test or a fixture outside of this has bound would be refused all that follows
     async with AsyncExitStack() as stack:
         await run.openings.enter(brief=wanted.loop_ends)
         if wanted.loop_ends:
@@ -153,7 +154,7 @@ async def _client(run: TestRun, wanted: Wanted, tenant: CreatedTenant) -> AsyncI
     try:
         from . import _clients as clients  # httpx takes a while, and most tests of a session need none
     except ImportError as exc:
-        raise MissingExtraError(exc.name or "httpx", "testing") from exc
+        raise MissingExtraError(f"the fixture tenant_client: {exc.name or 'httpx'}", "testing") from exc
     headers = [("X-API-Key", tenant.api_key)]
     async with clients.lifespan(app) as started:
         if wanted.asynchronous:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..assembly import Assembly
 from ..config import TenancyConfig
-from ..errors import TenancyError
+from ..errors import ConfigurationError, TenancyError
 from ..events import EventBus
 from ..lifetime import build, pop_builder, push_builder
 from ..postgres import login
@@ -26,14 +27,16 @@ from ._application import Application
 from ._background import BackgroundLoop
 from ._cloning import Cloner
 from ._installation import Installation
-from ._leftovers import Watch
+from ._leftovers import Watch, unbind
 from ._lending import Lending
 from ._openings import Openings
 from ._reopening import ReopenedAssembly
-from ._server import TestServer
+from ._server import DSN_SETTINGS, TestServer
 
 if TYPE_CHECKING:
     import pytest
+
+MODES = ("rollback", "clone")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,23 @@ class Options:
     directory: Path
     project: str
 
+    def check(self) -> None:
+        """Check what can be known before anything is imported or started.
+
+        Raises:
+            ConfigurationError: a setting is malformed; the message names it.
+        """
+        for name, path in (("tenancy_app", self.app), ("tenancy_object", self.tenancy)):
+            module, _, attribute = path.partition(":")
+            if path and not (module and attribute):
+                raise ConfigurationError(f'{name} = {path!r} is not of the form "module:attribute", as "app:app"')
+        if self.mode not in MODES:
+            raise ConfigurationError(f'tenancy_mode = {self.mode!r} is no mode: write "rollback" or "clone"')
+        try:
+            TestServer(self.dsn, self.directory)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"{DSN_SETTINGS} {exc} (or write embedded:<directory>)") from exc
+
 
 class TestRun:
     """One process of a test run. Everything is made when it is first needed."""
@@ -68,8 +88,10 @@ class TestRun:
         self.server = TestServer(options.dsn, options.directory)
         self.lending = Lending(self.background)
         self.watch: Watch | None = None
-        self._claiming = threading.Lock()  # protects the next one
+        self._claiming = threading.Lock()  # protects the next two
         self._installation: Installation | None = None
+        self._unclaimed: TenancyError | None = None
+        self._not_found: ConfigurationError | None = None
         self._prepared = False
         self._known: dict[EventBus, Assembly] = {}
         push_builder(self._build)
@@ -77,38 +99,62 @@ class TestRun:
 
     @classmethod
     def of(cls, config: pytest.Config) -> TestRun:
-        """The run that the pytest configuration describes."""
-        return cls(
-            Options(
-                app=config.getini("tenancy_app"),
-                tenancy=config.getini("tenancy_object"),
-                dsn=os.environ.get("TENANCY_TEST_DSN") or config.getini("tenancy_test_dsn"),
-                mode=config.getini("tenancy_mode") or "rollback",
-                directory=_cache_directory(config) / "tenancy",
-                project=str(config.rootpath),
-            )
+        """The run that the pytest configuration describes.
+
+        Raises:
+            ConfigurationError: a setting is malformed; the message names it.
+        """
+        options = Options(
+            app=config.getini("tenancy_app"),
+            tenancy=config.getini("tenancy_object"),
+            dsn=os.environ.get("TENANCY_TEST_DSN") or config.getini("tenancy_test_dsn"),
+            mode=config.getini("tenancy_mode") or "rollback",
+            directory=_cache_directory(config) / "tenancy",
+            project=str(config.rootpath),
         )
+        options.check()
+        return cls(options)
 
     @cached_property
     def application(self) -> Application:
-        """The application under test, imported at the first use."""
-        return application.find(self.options.app, self.options.tenancy)
+        """The application under test, imported at the first use.
+
+        Raises:
+            ConfigurationError: it is not found; it is not imported again with each test.
+        """
+        if self._not_found is None:
+            try:
+                return application.find(self.options.app, self.options.tenancy)
+            except ConfigurationError as exc:
+                self._not_found = exc
+        raise self._not_found.with_traceback(None)
 
     @cached_property
     def openings(self) -> Openings:
         """Its ``Tenancy`` in the event loops of the tests."""
         return Openings(self.application.tenancy)
 
+    async def leave(self) -> None:
+        """Close what is open in the running loop, which ends; nothing is where the application was not found."""
+        if "openings" in vars(self):
+            await self.openings.leave()
+
     def installation(self) -> Installation:
         """The installation of this process; the server is started and the control database created if need be.
 
         Raises:
-            TenancyError: there is no server.
+            TenancyError: there is no server; or there was none before, which is not tried again with each test.
         """
         with self._claiming:
+            if self._unclaimed is not None:
+                raise self._unclaimed.with_traceback(None)
             if self._installation is None:
-                self.server.start()
-                self._installation = self.background.run(Installation.claim(self.server.url, self.options.project))
+                try:
+                    self.server.start()
+                    self._installation = self.background.run(Installation.claim(self.server.url, self.options.project))
+                except TenancyError as exc:
+                    self._unclaimed = exc
+                    raise
                 self.lending.cloner = Cloner(self.server.url)
             return self._installation
 
@@ -147,22 +193,28 @@ class TestRun:
         self.lending.check(user, database)
 
     def close(self) -> None:
-        """Remove what was made, and stop what was started."""
-        try:
+        """Remove what was made, and stop what was started.
+
+        Raises:
+            Exception: something could not be removed, as where the server has stopped; the next run removes it.
+        """
+        with ExitStack() as stack:
+            stack.callback(login.remove_check, self._check)
+            stack.callback(pop_builder, self._build)
+            stack.callback(self.server.stop)
+            stack.callback(self.background.stop)
             if self._installation is not None:
+                unbind()  # what a test has bound that no fixture looks after
                 self.background.run(self._remove_tenants(self._installation))
-        finally:
-            self.background.stop()
-            self.server.stop()
-            pop_builder(self._build)
-            login.remove_check(self._check)
 
     async def _remove_tenants(self, installation: Installation) -> None:
         try:
             if self._prepared:
                 await self.openings.enter()
-                await self.lending.remove_all(self.application.tenancy)
-                await self.openings.leave()
+                try:
+                    await self.lending.remove_all(self.application.tenancy)
+                finally:
+                    await self.openings.leave()
         finally:
             if self.lending.cloner is not None:
                 await self.lending.cloner.close()
@@ -191,4 +243,4 @@ def _cache_directory(config: pytest.Config) -> Path:
     return config.rootpath / Path(os.path.expandvars(name)) / "d"
 
 
-__all__ = ["Options", "TestRun"]
+__all__ = ["MODES", "Options", "TestRun"]

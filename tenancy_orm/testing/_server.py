@@ -11,6 +11,8 @@ from ..postgres.dsn import Dsn
 if TYPE_CHECKING:
     from .embedded import EmbeddedServer
 
+DSN_SETTINGS = "TENANCY_TEST_DSN, or tenancy_test_dsn in the pytest configuration,"
+
 # The data is worth nothing after a crash of the machine. SCRAM and the rights are those of production.
 _SETTINGS = {
     "max_connections": "300",
@@ -89,4 +91,4 @@ def _service_of(dsn: Dsn) -> str | None:
     return dsn.parameters.get("service")
 
 
-__all__ = ["TestServer"]
+__all__ = ["DSN_SETTINGS", "TestServer"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from ._run import MODES
 from .plugin import run_key
 
 NAMES = frozenset({"tenancy", "tenant", "tenant_factory", "tenant_session", "tenant_client"})
-MODES = ("rollback", "clone")
 _FIXTURES = f"{__package__}.fixtures"
 
 
@@ -65,8 +65,9 @@ def mode_of(item: pytest.Item) -> str:
         pytest.UsageError: there is no such mode.
     """
     marker = item.get_closest_marker("tenancy")
-    mode = item.config.stash[run_key].options.mode if marker is None else marker.kwargs.get("mode", "rollback")
-    if mode not in MODES or (marker is not None and (marker.args or set(marker.kwargs) > {"mode"})):
+    configured = item.config.stash[run_key].options.mode
+    mode = configured if marker is None else marker.kwargs.get("mode", configured)
+    if mode not in MODES or (marker is not None and (marker.args or marker.kwargs.keys() - {"mode"})):
         raise pytest.UsageError(f'{item.nodeid}: write @pytest.mark.tenancy(mode="rollback") or mode="clone"')
     return str(mode)
 

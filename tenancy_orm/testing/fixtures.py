@@ -55,10 +55,12 @@ async def _tenancy_in_anyio(request: pytest.FixtureRequest) -> AsyncIterator[Pro
 
 @pytest.fixture
 def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]:
+    from ._leftovers import unbind
     from ._provided import provide, synchronous_session
     from ._savepoints import running_test
 
     run, asked = request.config.stash[run_key], wanted(request, asynchronous=False, loop_ends=False)
+    unbind()  # for the test itself; what prepares it runs in a copy of this context
     context = provide(run, asked)
     provided = run.background.run(context.__aenter__())
     running_test.set(provided.test)  # for the tasks of the requests, which begin here
@@ -68,12 +70,24 @@ def _tenancy_in_background(request: pytest.FixtureRequest) -> Iterator[Provided]
             yield provided
     finally:
         running_test.set(None)
-        run.background.run(context.__aexit__(None, None, None))
+        try:
+            run.background.run(context.__aexit__(None, None, None))  # it sees what is bound here, in a copy
+        finally:
+            unbind()
 
 
 def _provided(request: pytest.FixtureRequest) -> Provided:
-    """What was prepared for the test, in its event loop."""
-    provided: Provided = request.getfixturevalue(_preparing_fixture(request))
+    """What was prepared for the test, in its event loop; what hinders it fails the test in one line."""
+    from ..errors import TenancyError
+
+    try:
+        provided: Provided = request.getfixturevalue(_preparing_fixture(request))
+    except (TenancyError, pytest.UsageError) as exc:
+        if request.config.getoption("fulltrace", False):
+            raise
+        # its frames are those of the package, and pytest shows them with each test
+        reason = "\n".join([str(exc), *getattr(exc, "__notes__", ())])
+        raise pytest.fail.Exception(f"{reason}\n(pytest --full-trace shows where)", pytrace=False) from None
     return provided
 
 

@@ -62,7 +62,7 @@ class MatrixItem(pytest.Item):
         self.user_properties.append((NAME, str(report)))
         if report.leaks:
             leaking = {f"{one.method} {one.path}" for one in report.leaks}
-            raise LeakError(f"{len(leaking)} routes leak: {', '.join(sorted(leaking))}")
+            raise LeakError(f"{'routes leak' if len(leaking) > 1 else 'a route leaks'}: {', '.join(sorted(leaking))}")
 
     async def _walk(self) -> Report:
         from ..config.values import load_object

@@ -7,6 +7,7 @@ nothing unless ``tenancy_app`` is set.
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     try:
         if (run := config.stash.get(run_key, None)) is not None:
             run.close()
+    except Exception as exc:  # noqa: BLE001 - the run has ended, and its result is not this
+        print(  # noqa: T201
+            f"\ntenancy: what the tests have made could not be removed, and the next run removes it: "
+            f"{type(exc).__name__}: {exc}",
+            file=sys.stderr,
+        )
     finally:
         for name, value in config.stash.get(_environment_key, {}).items():
             if value is None:
@@ -86,8 +93,12 @@ def _hide_production(config: pytest.Config) -> None:
     """Have nothing of this process reach the databases that the application's own settings name."""
     if run_key in config.stash:
         return
+    from ..errors import ConfigurationError
     from ._run import TestRun
     from ._variables import hide_production
 
     config.stash[_environment_key] = hide_production()
-    config.stash[run_key] = TestRun.of(config)
+    try:
+        config.stash[run_key] = TestRun.of(config)
+    except ConfigurationError as exc:
+        raise pytest.UsageError(str(exc)) from exc

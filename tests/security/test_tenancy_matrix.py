@@ -31,6 +31,8 @@ async def test_every_leak_is_found_and_nothing_else(tenancy: Tenancy) -> None:
     for route, named in LEAKS.items():
         assert any(one.startswith(named) for one in found[route]), (route, found[route])
     assert not report.unreached
+    answered = {one.path for one in report.answered}
+    assert "/healthz" in answered and "/docs" not in answered
 
 
 async def prepare(tenancy: Tenancy) -> None:

@@ -65,7 +65,7 @@ def create_leaky(tenancy: Tenancy) -> FastAPI:
         TenancyMiddleware,
         tenancy=tenancy,
         resolvers=[HeaderResolver("X-Tenant")],
-        exempt=["/healthz", "/x/*", "/inner/x/*"],
+        exempt=["/healthz", "/docs", "/x/*", "/inner/x/*"],
     )
     _add_safe(app, tenancy)
     _add_named(app, tenancy)

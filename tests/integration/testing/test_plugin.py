@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.postgres import Postgres
-from tests.support.suites import Suite
+from tests.support.suites import APPLICATION, Suite
 
 
 @pytest.fixture
@@ -399,11 +399,16 @@ async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite)
         @pytest.mark.tenancy(mode="copy")
         def test_no_such_mode(tenant):
             pass
+
+        @pytest.mark.tenancy(mod="clone")
+        def test_misspelt_mode(tenant):
+            pass
         """
     )
     outcome = await suite.run()
-    assert outcome.counts == {"passed": 10, "error": 1}, outcome.text
-    assert '@pytest.mark.tenancy(mode="rollback") or mode="clone"' in outcome.text
+    assert outcome.counts == {"passed": 10, "error": 2}, outcome.text
+    for name in ("test_no_such_mode", "test_misspelt_mode"):
+        assert f'{name}: write @pytest.mark.tenancy(mode="rollback") or mode="clone"' in outcome.text
 
 
 async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
@@ -411,6 +416,7 @@ async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
     suite.settings["filterwarnings"] = '["default"]'
     suite.write(
         test_shop="""
+        import gc
         import pytest
         from shop import Note
 
@@ -424,16 +430,81 @@ async def test_what_a_test_leaves_is_reported_and_removed(suite: Suite) -> None:
             await session.flush()
             kept.append((context, session))
 
+        async def test_leaves_it_to_the_garbage_collector(tenancy, tenant):
+            session = await tenancy.session(tenant.slug).__aenter__()
+            session.add(Note(text="x"))
+            await session.flush()
+
         async def test_next(tenancy, tenant_client):
+            gc.collect()
             assert (await tenant_client.get("/notes")).json() == []
             assert [one.slug for one in (await tenancy.tenants.list(slug="str*")).items] == []
         """
     )
     outcome = await suite.run()
-    assert outcome.counts["passed"] == 2, outcome.text
+    assert outcome.counts["passed"] == 3, outcome.text
+    assert "garbage collector" not in outcome.text
     assert "the test has left tenants stray: create them by the fixture tenant_factory" in outcome.text
     assert "the test has left open sessions of a tenant: leave the block" in outcome.text
     assert "the test has left 1 open transaction of tenant" in outcome.text
+
+
+async def test_what_stays_bound_concerns_no_other_test(suite: Suite) -> None:
+    """It is reported and unbound after a plain function too, and the end of the run removes the tenants."""
+    suite.settings |= {"filterwarnings": '["default"]', "asyncio_default_test_loop_scope": '"session"'}
+    suite.write(
+        test_shop="""
+        import shop
+        from tenancy_orm import current_tenant_or_none
+
+        kept = []
+
+        def keep(tenant):
+            kept.append(shop.tenancy.sync.scope(tenant.slug))
+            kept[-1].__enter__()
+
+        def test_keeps(tenancy, tenant):
+            keep(tenant)
+
+        def test_next(tenant_client):
+            assert current_tenant_or_none() is None
+            assert tenant_client.get("/notes").json() == []
+
+        async def test_next_coroutine(tenant_client, tenant):
+            assert (await tenant_client.get("/notes")).json() == []
+            kept.append(tenant.tenant)
+
+        def test_keeps_without_fixtures():
+            from tenancy_orm.context import set_current
+            set_current(kept[-1])
+
+        async def test_a_coroutine_after_it(tenant_client):
+            assert current_tenant_or_none() is None
+            assert (await tenant_client.get("/notes")).json() == []
+
+        def test_keeps_it_to_the_end():
+            assert current_tenant_or_none() is not None
+        """
+    )
+    outcome = await suite.run()
+    assert outcome.counts["passed"] == 6 and "error" not in outcome.counts, outcome.text
+    assert "bound: bind it by `async with tenancy.scope(...)`, or in a plain function by `with tenancy" in outcome.text
+    assert "Traceback" not in outcome.text and "could not be removed" not in outcome.text
+
+    suite.write(
+        conftest="""
+        from tenancy_orm.testing._lending import Lending
+
+        async def remove_all(*_):
+            raise OSError("the server has stopped")
+
+        Lending.remove_all = remove_all
+        """,
+        test_shop="def test_passes(tenant): pass",
+    )
+    lost = await suite.run()
+    assert lost.status == 0 and "Traceback" not in lost.text, lost.text
+    assert "could not be removed, and the next run removes it: OSError: the server has stopped" in lost.text
 
 
 async def test_no_test_reaches_production(suite: Suite, postgres: Postgres) -> None:
@@ -515,6 +586,56 @@ async def test_workers_and_killed_runs_keep_out_of_each_others_way(suite: Suite,
     assert [name for name in names if name.startswith((suite.prefix(0), suite.prefix(1))) and "_t_" in name] == []
 
 
+async def test_what_hinders_all_tests_is_said_in_short(suite: Suite) -> None:
+    """At the start where a setting is malformed, else with each test; with the setting, and without frames."""
+    suite.settings["asyncio_default_test_loop_scope"] = '"session"'
+    suite.write(
+        broken="import os\nos.nothing\n",
+        bare=APPLICATION.replace(", metadata=Base.metadata", ""),
+        test_shop="""
+        import pytest
+
+        def test_plain(tenant):
+            pass
+
+        async def test_coroutine(tenant):
+            pass
+
+        def test_without():
+            pass
+        """,
+    )
+    for setting, said in {
+        "tenancy_app=shop": "tenancy_app = 'shop' is not of the form \"module:attribute\"",
+        "tenancy_object=:tenancy": "tenancy_object = ':tenancy' is not of the form",
+        "tenancy_mode=clne": 'tenancy_mode = \'clne\' is no mode: write "rollback" or "clone"',
+    }.items():
+        outcome = await suite.run("-o", setting)
+        assert outcome.status == 4 and outcome.text.strip().startswith(f"ERROR: {said}"), outcome.text
+    outcome = await suite.run(TENANCY_TEST_DSN="db:secret@nowhere")
+    assert outcome.status == 4 and "ERROR: TENANCY_TEST_DSN, or tenancy_test_dsn" in outcome.text
+    assert "secret" not in outcome.text and "Traceback" not in outcome.text
+
+    for setting, said in {
+        "tenancy_app=shopp:app": "No module named 'shopp'; set pythonpath = [\".\"]",
+        "tenancy_app=broken:app": "broken.py, line 2)",
+        "tenancy_object=shop:app": "tenancy_object = 'shop:app' is a Starlette, not a Tenancy",
+    }.items():
+        outcome = await suite.run("-o", setting)
+        assert outcome.counts == {"passed": 1, "error": 2}, outcome.text
+        assert outcome.text.count(f"{setting.partition('=')[0]} = ") == 4, outcome.text  # and in the summary
+        assert said in outcome.text and len(outcome.text.splitlines()) < 20, outcome.text
+    outcome = await suite.run(TENANCY_TEST_DSN="postgresql://u:secret@127.0.0.1:1/none")
+    assert outcome.counts == {"passed": 1, "error": 2} and len(outcome.text.splitlines()) < 20, outcome.text
+    assert "the server of the tests at 127.0.0.1:1/none does not answer" in outcome.text
+    assert "; TENANCY_TEST_DSN, or tenancy_test_dsn" in outcome.text and "secret" not in outcome.text
+    bare = await suite.run("-o", "tenancy_app=bare:app")
+    assert bare.counts == {"passed": 1, "error": 2} and len(bare.text.splitlines()) < 20, bare.text
+    assert "neither migrations nor metadata is set" in bare.text and "TENANCY_METADATA" in bare.text
+    frames = await suite.run("--full-trace", "-o", "tenancy_app=shopp:app")
+    assert "importlib" in frames.text
+
+
 async def test_only_the_client_needs_httpx(suite: Suite) -> None:
     """A session imports none; without it, the client says how to install it."""
     suite.write(
@@ -529,7 +650,7 @@ async def test_only_the_client_needs_httpx(suite: Suite) -> None:
     )
     outcome = await suite.run()
     assert outcome.counts == {"passed": 1, "error": 1}, outcome.text
-    assert "pip install 'tenancy-orm[testing]'" in outcome.text
+    assert "tenant_client: httpx is not installed; run: pip install 'tenancy-orm[testing]'" in outcome.text
 
 
 async def test_nothing_changes_where_it_is_not_asked_for(suite: Suite) -> None:

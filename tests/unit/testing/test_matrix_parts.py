@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -109,6 +110,14 @@ def test_fastapi_and_litestar_say_what_their_routes_take() -> None:
     assert next(route for route in routes_of(lite) if str(route) == "POST /notes").body
 
 
+def test_pages_of_documentation_are_not_the_applications_own() -> None:
+    """FastAPI's are walked, and neither counted nor reported where they answer everybody."""
+    app = FastAPI()
+    app.get("/notes")(endpoint)
+    assert {route.path for route in routes_of(app) if not route.is_provided} == {"/notes"}
+    assert {route.path for route in routes_of(app) if route.is_provided} >= {"/docs", "/redoc", "/openapi.json"}
+
+
 def test_an_answer_shows_what_the_caller_has_not_sent() -> None:
     """Neither what it repeats, nor what both tenants have, nor a number within a longer one is evidence."""
     owner, other = Owned("owner-1", uuid4()), Owned("other-1", uuid4())
@@ -152,8 +161,10 @@ def test_the_report_names_each_leak_once_with_its_remedy() -> None:
     answered = Finding("GET", "/b", "/b", 200, "no key", "nothing", "answered")
     report = Report(3, 9, [leak, again, answered], {"GET /c": "404"}, ["GET /p"], {"odd": "no value is known"})
     text = str(report)
+    assert "if it comes from a cache or a global" in replace(leak, named="path id {id}").remedy
+    assert "GET /b answers, without the owner's data: 200" in text
     assert (report.leaks, report.answered) == ([leak, again], [answered])
-    assert text.startswith("3 routes, 9 requests: 1 routes leak")
+    assert text.startswith("3 routes, 9 requests: 1 route leaks\n")
     assert text.count("GET /a shows the owner's data: 200") == 1
     assert "named query x; header X" in text
     assert "shown: notes.text, notes.id" in text
