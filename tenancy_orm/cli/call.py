@@ -17,7 +17,7 @@ import typer
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ..config.values import load_object
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, counted
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import cell, json_text, note, print_json, print_table
@@ -74,7 +74,7 @@ def call(
     for result in failed:
         note(f"{result.tenant.slug}: {result.traceback or result.error}".rstrip())
     if failed:
-        note(f"failed for {len(failed)} of {len(results)} tenants")
+        note(f"failed for {len(failed)} of {counted(len(results))}")
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 from typer.core import TyperCommand
 
-from ..errors import TenancyError
+from ..errors import TenancyError, counted
 from ..postgres.parameters import ENVIRONMENT
 from ..provisioning.temporary_logins import DEFAULT_CONNECTIONS, TemporaryLogin
 from ..tenancy import Tenancy
@@ -125,7 +125,7 @@ class Runs:
         if self.waiting:
             note(f"not started: {', '.join(tenant.slug for tenant in self.waiting)} (--keep-going starts them)")
         if self.failed:
-            note(f"failed for {len(self.failed)} of {self.total} tenants")
+            note(f"failed for {len(self.failed)} of {counted(self.total)}")
 
     async def _work(self) -> None:
         while self.waiting and (self.keep_going or not self.failed):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import counted
 from ..queries import TenantRows
 from ..tenancy import Tenancy
 from . import values
@@ -153,7 +154,7 @@ def _tell(found: Iterable[TenantRows], max_rows: int) -> None:
     for error in failed:
         note(f"{error.slug}: {error.sqlstate or '-'} {error.message}")
     if failed:
-        note(f"failed for {len(failed)} of {len(answers)} tenants")
+        note(f"failed for {len(failed)} of {counted(len(answers))}")
 
 
 def _read(name: str) -> str:

@@ -126,7 +126,10 @@ def test_what_cannot_be_found_is_refused(given: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("-- seed: version=x\nSELECT 1", "'version=x' is no option; write -- seed: version=2 template=false"),
+        (
+            "-- seed: version=x\nSELECT 1",
+            "'version=x' is not an option; write -- seed: version=2 template=false",
+        ),
         ("BEGIN; SELECT 1; COMMIT", "one transaction: leave BEGIN out"),
         ("COPY t FROM STDIN", "is for psql; write INSERT"),
         ("\\i other.sql", r"\\i is for psql"),
