@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ def sql(
         fail("give --csv or --json, not both", kind="ConfigurationError")
     selection = Selection.of([*named, *(tenant or ())], tier, status, everyone)
     parameters = _parameters(param or ())
-    limit = duration(timeout)
+    limit = duration(timeout, longest=timedelta(days=1))
     assert limit is not None  # noqa: S101 - for the type checker
 
     async def command(tenancy: Tenancy) -> list[TenantRows]:
