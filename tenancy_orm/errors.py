@@ -286,8 +286,8 @@ class NoTenantError(ContextError, LookupError):
         """Use the standard message unless ``message`` is given."""
         super().__init__(
             message
-            or "no tenant is bound; enter tenancy.scope(...), pass the tenant, or send a request with a credential, to "
-            "a path that is neither exempt nor without_tenant"
+            or "no tenant is bound; enter tenancy.scope(...), or tenancy.sync.scope(...) in synchronous code, or pass "
+            "the tenant; a request needs a credential, and a path that is neither exempt nor without_tenant"
         )
 
 
