@@ -191,7 +191,7 @@ def _parameters(given: Iterable[str]) -> dict[str, Any]:
     for text in given:
         name, sign, value = text.partition("=")
         if not sign or not _NAME.fullmatch(name):
-            fail(f"{text!r} is no parameter: write NAME=VALUE", kind="ConfigurationError")
+            fail(f"{text!r} is not a parameter: write NAME=VALUE", kind="ConfigurationError")
         found[name] = values.parameter(value)
     return found
 

@@ -152,4 +152,4 @@ async def test_failures_are_listed_with_an_exit_status(shop: Shop) -> None:
     shop.write("tenancy.toml", SETTINGS.replace('"seeds/"', '"sides/"'))
     refused = await shop.run("list")
     assert refused.status == 1
-    assert "sides' is no directory and no file" in refused.err
+    assert "sides' is neither a directory nor a file" in refused.err

@@ -112,9 +112,9 @@ def test_seeds_are_found_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("missing/", "'missing' is no directory and no file; a function is written module:function"),
+        ("missing/", "'missing' is neither a directory nor a file; a function is written module:function"),
         (f"{__name__}:missing", "cannot be loaded"),
-        (f"{__name__}:__doc__", "is no function, and no list of functions"),
+        (f"{__name__}:__doc__", "is neither a function nor a list of functions"),
     ],
 )
 def test_what_cannot_be_found_is_refused(given: str, reason: str) -> None:
