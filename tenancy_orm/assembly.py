@@ -360,6 +360,7 @@ class Assembly:
             names=self.names,
             keyring=self.keyring,
             schema=SeededSchema(schema, seeds, timeout=timeout),
+            unfilled=schema,
             events=self.events,
             seeds=NewTenantSeeds(seeds, self.router, timeout=timeout),
         )

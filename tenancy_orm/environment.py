@@ -10,7 +10,7 @@ environment.run(context, target_metadata=Base.metadata)
 ```
 
 ``upgrade``, ``downgrade`` and ``stamp`` run on every tenant, or on those of ``-x tenant=acme``; ``current`` reads each
-of them; ``check`` and ``revision --autogenerate`` compare with a clone of the template, which is at head; ``--sql``
+of them; ``check`` and ``revision --autogenerate`` compare with a database at head, without seeds; ``--sql``
 prints the statements once.
 """
 
@@ -38,7 +38,7 @@ from .config import TenancyConfig, project
 from .config.values import load_object
 from .errors import ConfigurationError, FleetMigrationError, TenancyError
 from .migrations import AlembicSchema, FleetMigrator, local, logs
-from .migrations.autogenerate import with_imports, without_records
+from .migrations.autogenerate import with_imports
 from .migrations.commands import CommandResult
 from .migrations.configuration import alembic_config, leads_to, name_of, with_x
 from .migrations.execution import printing_sql
@@ -275,10 +275,10 @@ class _Command:
         report.raise_for_failures()
 
     async def _compare(self, migrator: FleetMigrator) -> None:
-        """Autogenerate against a clone of the template: it is at head, as new tenants are, and has no data."""
+        """Autogenerate against a database at head, as new tenants are, without their seeds and reference data."""
         services = migrator.services
         server = next(iter(services.servers))
-        options = without_records(with_imports(self.environment.options))
+        options = with_imports(self.environment.options)
         if options["target_metadata"] is None:
             options["target_metadata"] = services.config.metadata
 

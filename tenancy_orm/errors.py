@@ -100,6 +100,11 @@ from sqlalchemy.exc import DontWrapMixin
 from sqlalchemy.exc import TimeoutError as SATimeoutError
 
 
+def counted(number: int) -> str:
+    """Return "1 tenant", "2 tenants"."""
+    return f"{number} tenant{'s' * (number != 1)}"
+
+
 def _rebuild(cls: type[TenancyError], args: tuple[Any, ...], state: dict[str, Any]) -> TenancyError:
     error = cls.__new__(cls, *args)
     error.args = args
@@ -281,8 +286,8 @@ class NoTenantError(ContextError, LookupError):
         """Use the standard message unless ``message`` is given."""
         super().__init__(
             message
-            or "no tenant is bound; enter tenancy.scope(...), pass the tenant, or send a request with a credential, to "
-            "a path that is neither exempt nor without_tenant"
+            or "no tenant is bound; enter tenancy.scope(...), or tenancy.sync.scope(...) in synchronous code, or pass "
+            "the tenant; a request needs a credential, and a path that is neither exempt nor without_tenant"
         )
 
 
@@ -937,7 +942,7 @@ class FleetSeedError(ProvisioningError):
     def __init__(self, failures: Mapping[str, str], *, total: int) -> None:
         """Give the reason by the slug of each tenant that failed; ``total`` is how many the run was for."""
         names = ", ".join(sorted(failures)[:5]) + (", ..." if len(failures) > 5 else "")
-        super().__init__(f"{len(failures)} of {total} tenants failed to be seeded: {names}")
+        super().__init__(f"{len(failures)} of {counted(total)} failed to be seeded: {names}")
         self.failures = dict(failures)
         self.total = total
 
@@ -975,7 +980,7 @@ class FleetMigrationError(MigrationError):
     def __init__(self, failures: Mapping[str, str], *, total: int) -> None:
         """Give the reason by the slug of each tenant that failed; ``total`` is how many were to be migrated."""
         names = ", ".join(sorted(failures)[:5]) + (", ..." if len(failures) > 5 else "")
-        super().__init__(f"{len(failures)} of {total} tenants failed to migrate: {names}")
+        super().__init__(f"{len(failures)} of {counted(total)} failed to migrate: {names}")
         self.failures = dict(failures)
         self.total = total
 
@@ -995,7 +1000,7 @@ class FleetQueryError(TenancyError):
     def __init__(self, failures: Sequence[QueryFailure], *, total: int) -> None:
         """List the failures, in the order in which they happened."""
         shown = "; ".join(f"{one.slug}: {one.message}" for one in failures[:3]) + ("; ..." if len(failures) > 3 else "")
-        super().__init__(f"the query failed for {len(failures)} of {total} tenants: {shown}")
+        super().__init__(f"the query failed for {len(failures)} of {counted(total)}: {shown}")
         self.failures = tuple(failures)
         self.total = total
 

@@ -427,7 +427,9 @@ async def _answer(tenant: Tenant, server: str, ask: Callable[[Tenant], Awaitable
 def failure_of(tenant: Tenant, error: BaseException) -> QueryFailure:
     """Return an error in one tenant's database as text, without the statement and its parameters."""
     sqlstate = getattr(error, "sqlstate", None) or sqlstate_of(error)
-    return QueryFailure(tenant.id, tenant.slug, sqlstate, describe(error).removesuffix(f" (SQLSTATE {sqlstate})"))
+    # the failure has the slug and the code beside the message
+    message = describe(error).removeprefix(f"tenant {tenant.slug!r}: ").removesuffix(f" (SQLSTATE {sqlstate})")
+    return QueryFailure(tenant.id, tenant.slug, sqlstate, message)
 
 
 def _is_outdated(error: DBAPIError) -> bool:

@@ -121,7 +121,7 @@ def show_tenant(fields: dict[str, Any], as_json: bool) -> None:
 
 @app.command()
 def create(
-    slug: Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter.")],
+    slug: Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9 and inner hyphens; a letter first.")],
     tier: Annotated[str | None, typer.Option(help="A configured tier; the default tier if not given.")] = None,
     metadata: Metadata = None,
     trial: Annotated[bool, typer.Option("--trial", help="Start as a trial.")] = False,

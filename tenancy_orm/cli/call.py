@@ -17,7 +17,7 @@ import typer
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ..config.values import load_object
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, counted
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import cell, json_text, note, print_json, print_table
@@ -74,7 +74,7 @@ def call(
     for result in failed:
         note(f"{result.tenant.slug}: {result.traceback or result.error}".rstrip())
     if failed:
-        note(f"failed for {len(failed)} of {len(results)} tenants")
+        note(f"failed for {len(failed)} of {counted(len(results))}")
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -109,7 +109,7 @@ class Function:
         """
         function = load_object(path)
         if not callable(function):
-            raise ConfigurationError(f"{path!r} is no function")
+            raise ConfigurationError(f"{path!r} is not a function")
         try:
             parameters = inspect.signature(function).parameters
         except ValueError as exc:
@@ -197,7 +197,7 @@ def _arguments(text: str | None, single: Iterable[str]) -> dict[str, Any]:
     for one in single:
         name, sign, value = one.partition("=")
         if not sign or not name.removesuffix(":").isidentifier():
-            fail(f"{one!r} is no argument: write NAME=TEXT or NAME:=JSON", kind="ConfigurationError")
+            fail(f"{one!r} is not an argument: write NAME=TEXT or NAME:=JSON", kind="ConfigurationError")
         found[name.removesuffix(":")] = _parsed(value, one) if name.endswith(":") else value
     return found
 

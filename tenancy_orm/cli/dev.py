@@ -82,8 +82,9 @@ def init(
     base = exit_on_error(setup.project_directory) if directory is None else here / directory
     named = None if migrations is None else (here if directory is None else base) / migrations
 
-    async def command(tenancy: Tenancy) -> tuple[str, str]:
-        return str(tenancy.internals.control.installation), tenancy.migrations.services.names.owner
+    async def command(tenancy: Tenancy) -> tuple[str, str, bool]:
+        has_metadata = tenancy.config.metadata is not None
+        return str(tenancy.internals.control.installation), tenancy.migrations.services.names.owner, has_metadata
 
     with exit_on_error(lambda: setup.entered(base)), project.looking_from(base, above=False):
         extend_path()
@@ -113,7 +114,7 @@ def init(
         if dry_run:
             raise typer.Exit  # which removes a directory that was made to look from
         with plan.undone_on_failure():
-            installation, owner = run(command, initialise=True)
+            installation, owner, has_metadata = run(command, initialise=True)
             exit_on_error(plan.write)
         if as_json:
             made = {"created": plan.made, "changed": plan.changed, "installation": installation}
@@ -124,7 +125,7 @@ def init(
         setup.show_done(plan)
         console.print(f"the control database is ready (installation {installation})", highlight=False)
         setup.show_env(plan, owner)
-        console.print("next: tenancy create acme --tier pro", highlight=False)
+        setup.show_next(plan, has_metadata=has_metadata)
 
 
 def _settings(configured: sources.Found, control_url: str | None, migrations: str | None) -> str:

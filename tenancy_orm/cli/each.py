@@ -11,14 +11,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Annotated, Any, BinaryIO
 
 import typer
 from typer.core import TyperCommand
 
-from ..errors import TenancyError
+from ..errors import TenancyError, counted
 from ..postgres.parameters import ENVIRONMENT
-from ..provisioning.temporary_logins import DEFAULT_CONNECTIONS, TemporaryLogin
+from ..provisioning.temporary_logins import DEFAULT_CONNECTIONS, LONGEST_SECONDS, TemporaryLogin
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import note, print_json
@@ -71,7 +72,7 @@ def each(
     if shutil.which(command[0]) is None:
         fail(f"there is no program {command[0]!r}", kind="ConfigurationError")
     selection = Selection.of([*(tenants or ()), *(tenant or ())], tier, status, everyone)
-    limit = duration(ttl)
+    limit = duration(ttl, longest=timedelta(seconds=LONGEST_SECONDS))
     assert limit is not None  # noqa: S101 - for the type checker
 
     async def work(tenancy: Tenancy) -> Runs:
@@ -125,7 +126,7 @@ class Runs:
         if self.waiting:
             note(f"not started: {', '.join(tenant.slug for tenant in self.waiting)} (--keep-going starts them)")
         if self.failed:
-            note(f"failed for {len(self.failed)} of {self.total} tenants")
+            note(f"failed for {len(self.failed)} of {counted(self.total)}")
 
     async def _work(self) -> None:
         while self.waiting and (self.keep_going or not self.failed):
@@ -221,7 +222,7 @@ def url(
     as_json: Json = False,
 ) -> None:
     """Print the URL of a short-lived login to a tenant's database, with its password. Audited."""
-    limit = duration(ttl)
+    limit = duration(ttl, longest=timedelta(seconds=LONGEST_SECONDS))
     assert limit is not None  # noqa: S101 - for the type checker
 
     async def command(tenancy: Tenancy) -> TemporaryLogin:

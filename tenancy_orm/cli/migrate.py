@@ -13,7 +13,7 @@ from ..migrations import FleetReport, Progress, TenantOutcome
 from ..migrations.report import NO_TENANTS
 from ..tenancy import Tenancy
 from . import seed
-from .output import console, print_json, print_table, progress_bar
+from .output import console, failures_listed, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, run
 
 app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
@@ -132,7 +132,7 @@ class _Bar:
 
 
 def _run(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
-    with progress_bar(shown=not as_json) as bar:
+    with failures_listed(), progress_bar(shown=not as_json) as bar:
         report = run(lambda tenancy: migrate(tenancy, _Bar(bar, verb)))
     _show(report, as_json)
     if not report.ok:

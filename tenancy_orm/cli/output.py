@@ -8,8 +8,10 @@ two spaces or more.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -21,6 +23,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..migrations.logs import TENANT_FAILED
 from ..tenant import Tenant
 
 # soft_wrap: a long line is the terminal's to wrap, so that an id can be selected, and searched for
@@ -44,6 +47,24 @@ class Column:
     name: str
     keep: bool = False
     drop: int = 0
+
+
+@contextmanager
+def failures_listed() -> Iterator[None]:
+    """Print no log line for a tenant that fails in the body, since the command lists it. Handlers still get it."""
+
+    def unlisted(record: logging.LogRecord) -> bool:
+        # without a handler, Python prints errors on standard error
+        return record.msg != TENANT_FAILED or logging.getLogger(record.name).hasHandlers()
+
+    loggers = [logging.getLogger(f"tenancy_orm.{name}") for name in ("migrations", "seeds")]
+    for logger in loggers:
+        logger.addFilter(unlisted)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(unlisted)
 
 
 def tenant_fields(tenant: Tenant) -> dict[str, Any]:

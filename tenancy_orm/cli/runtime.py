@@ -64,15 +64,17 @@ def days_from_now(days: float) -> datetime:
     return datetime.now(UTC) + timedelta(days=days)
 
 
-def duration(text: str | None) -> timedelta | None:
-    """Read ``30m``, ``12h`` or ``7d``; None is None, and what is no time (none, over 100 years) exits with an error."""
+def duration(text: str | None, *, longest: timedelta = timedelta(days=_LONGEST_DAYS)) -> timedelta | None:
+    """Read ``30m``, ``12h`` or ``7d``; None is None, and what is no time, or over ``longest``, exits with an error."""
     if text is None:
         return None
     # at most six digits: no timedelta overflows
     found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([smhd])", text.strip())
     given = timedelta(**{_UNITS[found[2]]: float(found[1])}) if found else timedelta(0)
-    if not timedelta(0) < given <= timedelta(days=_LONGEST_DAYS):
-        fail(f"{text!r} is not a time: write 90s, 30m, 12h or 7d, at most {_LONGEST_DAYS} days")
+    if not timedelta(0) < given <= longest:
+        examples = "90s, 30m, 12h or 7d" if longest >= timedelta(days=7) else "90s, 30m or 12h"
+        most = f"at most {longest.days} day{'s' * (longest.days != 1)}"
+        fail(f"{text!r} is {'too long' if given > longest else 'not a time'}: write {examples}, {most}")
     return given
 
 

@@ -11,7 +11,7 @@ from rich.progress import Progress as ProgressBar
 from ..seeds import SeedOutcome, SeedReport, SeedStatus
 from ..tenancy import Tenancy
 from ..tenant import Status
-from .output import console, note, print_json, print_table, progress_bar
+from .output import console, failures_listed, note, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, fail, operator, run
 from .selection import Named, Selection, Tiers
 
@@ -49,7 +49,7 @@ def seed(
 
     if force and not only:
         fail("--force needs --only", kind="ConfigurationError")
-    with progress_bar(shown=not as_json) as bar:
+    with failures_listed(), progress_bar(shown=not as_json) as bar:
         report = run(lambda tenancy: command(tenancy, bar))
     if as_json:
         print_json(report)

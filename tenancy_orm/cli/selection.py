@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UnknownTierError
+from ..errors import UnknownTierError, counted
 from ..queries import USABLE, Chosen
 from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
@@ -78,8 +78,7 @@ class Selection:
     def ask(self, what: str, tenants: Sequence[Tenant], *, yes: bool) -> None:
         """Ask before something is changed; exits where the answer is no."""
         who = ", ".join(tenant.slug for tenant in tenants[:5]) + (", ..." if len(tenants) > 5 else "")
-        number = f"{len(tenants)} tenant{'s' * (len(tenants) != 1)}"
-        if tenants and not yes and not confirm(f"{what} {number} ({who})?"):
+        if tenants and not yes and not confirm(f"{what} {counted(len(tenants))} ({who})?"):
             fail("nothing was changed")
 
 

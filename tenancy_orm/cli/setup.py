@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
 from rich.markup import escape
 
 from ..config import TenancyConfig, project, sources
@@ -307,6 +309,25 @@ def show_env(setup: Setup, owner: str) -> None:
         if env.proposal.unused:
             _say(f"no longer called, so you can delete them: {', '.join(env.proposal.unused)}")
         _say("tenancy init --write-env makes this change")
+
+
+def show_next(setup: Setup, *, has_metadata: bool) -> None:
+    """Print what is left to do until there is a tenant: what the project has not got yet."""
+    steps = []
+    if setup.migrations is not None and not _has_revisions(setup.migrations):
+        if not has_metadata and (setup.env is None or setup.env.is_ours):
+            steps.append('name your models in tenancy.toml, such as: metadata = "models:Base.metadata"')
+        steps.append('alembic revision --autogenerate -m "first tables"')
+    steps.append("tenancy create acme --tier pro")
+    for number, step in enumerate(steps):
+        _say(f"{'then' if number else 'next'}: {step}")
+
+
+def _has_revisions(migrations: Path) -> bool:
+    try:
+        return bool(ScriptDirectory.from_config(alembic_config(migrations)).get_heads())
+    except (TenancyError, CommandError):
+        return True  # what is wrong with them was said before
 
 
 def _say(text: str) -> None:

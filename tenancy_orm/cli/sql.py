@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import counted
 from ..queries import TenantRows
 from ..tenancy import Tenancy
 from . import values
@@ -22,6 +24,7 @@ _AUDITED_CHARACTERS = 10_000
 # what SQLAlchemy takes for a parameter
 _PARAMETER = re.compile(r"(?<![:\w\\]):(\w+)(?!:)")
 _NAME = re.compile(r"[A-Za-z_]\w*")
+_KINDS = {int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
 def sql(
@@ -61,7 +64,7 @@ def sql(
         fail("give --csv or --json, not both", kind="ConfigurationError")
     selection = Selection.of([*named, *(tenant or ())], tier, status, everyone)
     parameters = _parameters(param or ())
-    limit = duration(timeout)
+    limit = duration(timeout, longest=timedelta(days=1))
     assert limit is not None  # noqa: S101 - for the type checker
 
     async def command(tenancy: Tenancy) -> list[TenantRows]:
@@ -97,7 +100,7 @@ def sql(
         print_json([_document(answer) for answer in found])
     else:
         _print(found, as_csv=as_csv, write=write)
-    _tell(found, max_rows)
+    _tell(found, max_rows, _unbound(statement, parameters), parameters)
     if any(answer.rows.error for answer in found):
         raise typer.Exit(EXIT_FAILED)
 
@@ -144,16 +147,33 @@ def _print(found: Iterable[TenantRows], *, as_csv: bool, write: bool) -> None:
         print_table("rows", headings, rows)
 
 
-def _tell(found: Iterable[TenantRows], max_rows: int) -> None:
+def _tell(found: Iterable[TenantRows], max_rows: int, unbound: Sequence[str], parameters: Mapping[str, Any]) -> None:
     """Say on standard error what is missing, and why."""
     answers = list(found)
     if shortened := [answer.tenant.slug for answer in answers if answer.rows.truncated]:
         note(f"only the first {max_rows} rows of {', '.join(shortened)}: there are more (--max-rows)")
     failed = [answer.rows.error for answer in answers if answer.rows.error is not None]
+    alike: dict[tuple[str, ...], list[str]] = {}
     for error in failed:
-        note(f"{error.slug}: {error.sqlstate or '-'} {error.message}")
+        reason = (*([error.sqlstate] if error.sqlstate else []), error.message)
+        alike.setdefault(reason, []).append(error.slug)
+    for reason, slugs in alike.items():
+        note(f"{', '.join(slugs)}: {' '.join(reason)}")
     if failed:
-        note(f"failed for {len(failed)} of {len(answers)} tenants")
+        note(f"failed for {len(failed)} of {counted(len(answers))}")
+    for remedy in _remedies((error.message for error in failed), unbound, parameters):
+        note(remedy)
+
+
+def _remedies(messages: Iterable[str], unbound: Sequence[str], parameters: Mapping[str, Any]) -> Iterator[str]:
+    """What may help against errors that come of parameters."""
+    texts = list(messages)
+    if unbound and any(text.startswith('syntax error at or near ":"') for text in texts):
+        given = " ".join(f"--param {name}=..." for name in unbound)
+        yield f"no value was given for {', '.join(f':{name}' for name in unbound)}; give {given}"
+    if any(text.startswith("invalid input for query argument") for text in texts):
+        names = ", ".join(f":{name} is {_KINDS.get(type(value), 'text')}" for name, value in parameters.items())
+        yield f"{names}; for a text where another type is needed, write CAST(CAST(:name AS text) AS date)"
 
 
 def _read(name: str) -> str:
@@ -171,9 +191,14 @@ def _parameters(given: Iterable[str]) -> dict[str, Any]:
     for text in given:
         name, sign, value = text.partition("=")
         if not sign or not _NAME.fullmatch(name):
-            fail(f"{text!r} is no parameter: write NAME=VALUE", kind="ConfigurationError")
+            fail(f"{text!r} is not a parameter: write NAME=VALUE", kind="ConfigurationError")
         found[name] = values.parameter(value)
     return found
+
+
+def _unbound(statement: str, parameters: Mapping[str, Any]) -> list[str]:
+    """What looks like a parameter and has no value, once each."""
+    return [name for name in dict.fromkeys(_PARAMETER.findall(statement)) if name not in parameters]
 
 
 def _escaped(statement: str, parameters: Mapping[str, Any]) -> str:

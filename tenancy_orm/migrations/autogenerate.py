@@ -14,8 +14,6 @@ from alembic.operations.ops import CreateTableOp, OpContainer
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from ..provisioning.tenant_rights import RECORD_SCHEMA
-
 RenderItem = Callable[[str, Any, AutogenContext], str | Literal[False]]
 
 
@@ -42,18 +40,6 @@ def with_imports(options: Mapping[str, Any]) -> dict[str, Any]:
                 _keep_constants(container)
 
     return {**options, "render_item": render_item, "process_revision_directives": process}
-
-
-def without_records(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return env.py's options with an ``include_name`` that leaves out the records of seeds, which are no model's."""
-    own = options.get("include_name")
-
-    def include_name(name: str | None, kind: str, parents: Any) -> bool:
-        if kind == "schema" and name == RECORD_SCHEMA:
-            return False
-        return own is None or bool(own(name, kind, parents))
-
-    return {**options, "include_name": include_name}
 
 
 def _keep_constants(container: OpContainer) -> None:

@@ -17,6 +17,9 @@ from .substitution import Substitution
 
 logger = logging.getLogger("tenancy_orm.migrations")
 
+TENANT_FAILED = "tenant %s: %s"
+"""The message for a tenant that a run failed for; its arguments are the slug and the reason."""
+
 _label: ContextVar[str | None] = ContextVar("tenancy_orm.migrations.label", default=None)
 # the warnings of the running fleet run, which its tasks share
 _warned: ContextVar[set[str] | None] = ContextVar("tenancy_orm.migrations.warned", default=None)

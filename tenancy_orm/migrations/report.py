@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from ..errors import FleetMigrationError
+from ..errors import FleetMigrationError, counted
 
 NO_TENANTS = "there are no tenants in this installation: tenancy config show says which settings are in force"
 
@@ -94,7 +94,7 @@ class FleetReport:
         counts = [f"{migrated} migrated", f"{len(done) - migrated} unchanged", f"{len(self.failures)} failed"]
         if self.skipped:
             counts.append(f"{len(self.skipped)} not started")
-        return f"{self.command} {self.target}: {self.total} tenants, {', '.join(counts)}, {self.seconds:.1f} s"
+        return f"{self.command} {self.target}: {counted(self.total)}, {', '.join(counts)}, {self.seconds:.1f} s"
 
 
 class Progress(Protocol):

@@ -23,7 +23,7 @@ from .concurrency import interleave, map_concurrently
 from .connections import Connections, Health, is_down, placement_of
 from .database import DatabaseMigration, close
 from .failures import describe
-from .logs import logger, warning_once
+from .logs import TENANT_FAILED, logger, warning_once
 from .plan import Plan, format_revision
 from .report import FleetReport, Progress, TenantOutcome
 from .selection import Selection
@@ -215,7 +215,7 @@ class Run:
                 )
             )
         else:
-            logger.error("tenant %s: %s", tenant.slug, outcome.error)
+            logger.error(TENANT_FAILED, tenant.slug, outcome.error)
             events.emit(TenantMigrationFailed(tenant_id=tenant.id, slug=tenant.slug, error=outcome.error))
             self.stopped = self.stopped or self.stop_on_failure
         if self.progress is not None:

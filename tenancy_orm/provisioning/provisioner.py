@@ -70,13 +70,17 @@ class Provisioner:
         schema: SchemaSource,
         events: EventBus,
         seeds: TenantSeeds | None = None,
+        unfilled: SchemaSource | None = None,
     ) -> None:
         self.names = names
         self._control = control
         self._home = HomeLoop()
         blockers = partial(Blockers, names=names, registry=registry)
         records = TemplateRecords(control)
-        self._templates = Templates(config=config, names=names, schema=schema, blockers=blockers, records=records)
+        make_templates = partial(Templates, config=config, names=names, blockers=blockers, records=records)
+        self._templates = make_templates(schema=schema)
+        # a template of their own: seeds may need tables that only the next revision makes
+        self._unfilled = self._templates if unfilled is None else make_templates(schema=unfilled)
         self.extensions = Extensions(config, servers, blockers)
         self.templates = TemplateManager(
             config=config,
@@ -165,15 +169,16 @@ class Provisioner:
         return await self._templates.ensure(await self._prepared_server(server))
 
     def scratch(self, server: str) -> AbstractAsyncContextManager[str]:
-        """Clone the template to a short-lived database: ``async with provisioner.scratch("default") as name``.
+        """Make a short-lived database with the current schema: ``async with provisioner.scratch("default") as name``.
 
-        Connect to it as the owner. It is dropped at the end, also after a cancellation.
+        It has neither seeds nor reference data. Connect to it as the owner. It is dropped at the end, also after a
+        cancellation.
 
         Raises:
             TemplateError: the template could not be built or cloned.
         """
         refuse_while_bound("cloning a template")
-        return self._templates.scratch(lambda: self._prepared_server(server))
+        return self._unfilled.scratch(lambda: self._prepared_server(server))
 
     async def connect_admin(
         self,
@@ -463,5 +468,6 @@ class Provisioner:
     async def close(self) -> None:
         """Close the administrative connections that are kept open between creations, and the watchdog's."""
         await self._templates.close()
+        await self._unfilled.close()
         await self._admin_connections.close()
         await self.watchdog.close()

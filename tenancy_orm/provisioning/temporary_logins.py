@@ -149,7 +149,7 @@ class TemporaryLogins:
         refuse_other_tenant(tenant)
         self._home.check()
         if not 1 <= seconds <= LONGEST_SECONDS:
-            raise ConfigurationError(f"a temporary login is valid for 1 to {LONGEST_SECONDS:g} seconds")
+            raise ConfigurationError(f"a temporary login is valid for 1 second to {LONGEST_SECONDS / 86_400:g} days")
         if not 1 <= connection_limit <= 1_000:
             raise ConfigurationError("connection_limit must be 1 to 1000")
         current = await self._registry.get(tenant.id)

@@ -169,8 +169,8 @@ class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor, TenantCursor):
         await super()._prepare_and_execute(operation, parameters)
         if self.rows_only and self.description is None:
             raise QueryError(
-                f"tenant {self._adapt_connection.route.slug!r}: the statement returns no rows, so it is no query, and "
-                "was not executed"
+                f"tenant {self._adapt_connection.route.slug!r}: the statement returns no rows, so it was not executed; "
+                "to let it write, give write=True (in a shell: --write)"
             )
 
     def fetchone(self) -> Any:

@@ -25,7 +25,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from ..control.database import ControlDatabase
 from ..control.models import key_checks
-from ..errors import ConfigurationError, SecretError
+from ..errors import ConfigurationError, SecretError, counted
 from .keyring import Keyring
 
 logger = logging.getLogger("tenancy_orm.secrets")
@@ -106,9 +106,9 @@ async def report_unknown_keys(control: ControlDatabase, known: Iterable[str]) ->
         rows = (await connection.execute(_UNKNOWN_KEYS, parameters)).all()
     for key_id, count in rows:
         logger.error(
-            "the passwords of %s tenants are sealed under key %r, which is not configured: they cannot be reached; "
+            "the passwords of %s are sealed under key %r, which is not configured: they cannot be reached; "
             "configure it again, or, if it is lost, run: tenancy secrets rotate-passwords",
-            count,
+            counted(count),
             key_id.decode(errors="replace"),
         )
 

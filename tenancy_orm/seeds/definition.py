@@ -34,6 +34,7 @@ class Seed:
         function: What is called with a session.
         statements: What is run where there is no function.
         origin: Where it was found, for messages.
+        lines: The line of the file that each of them begins at, for messages.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Seed:
     function: Callable[..., Any] | None = field(default=None, repr=False)
     statements: tuple[str, ...] = field(default=(), repr=False)
     origin: str = field(default="", repr=False)
+    lines: tuple[int, ...] = field(default=(), repr=False)
     digest: str = field(init=False, repr=False)
     """64 hexadecimal digits that change with the name and the version, and with the text of one for the template."""
 
@@ -144,7 +146,8 @@ def read_sql(path: Path) -> Seed:
             what = statement.psql_command or "COPY ... FROM STDIN"
             raise ConfigurationError(f"seed {str(path)!r}: {what} is for psql; write INSERT")
     texts = tuple(text[statement.start : statement.end] for statement in found)
-    return Seed(path.stem, statements=texts, origin=str(path), **options)
+    lines = tuple(text.count("\n", 0, statement.start) + 1 for statement in found)
+    return Seed(path.stem, statements=texts, origin=str(path), lines=lines, **options)
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def _header(path: Path, text: str) -> dict[str, Any]:
                 options["template"] = value == "true"
             else:
                 raise ConfigurationError(
-                    f"seed {str(path)!r}: {option!r} is no option; write -- seed: version=2 template=false"
+                    f"seed {str(path)!r}: {option!r} is not an option; write -- seed: version=2 template=false"
                 )
     return options
 

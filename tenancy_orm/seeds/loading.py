@@ -87,7 +87,8 @@ class SeedSet:
             files = [path]
         else:
             raise ConfigurationError(
-                f"provisioning.seeds: {str(path)!r} is no directory and no file; a function is written module:function"
+                f"provisioning.seeds: {str(path)!r} is neither a directory nor a file; "
+                "a function is written module:function"
             )
         return [self._read_file(file) for file in files]
 
@@ -111,7 +112,7 @@ def _made_of(found: Any, origin: str) -> Iterable[Seed]:
         return [made for one in found for made in _made_of(one, origin)]
     if callable(found):
         return [seed(found)]
-    raise ConfigurationError(f"provisioning.seeds: {origin or found!r} is no function, and no list of functions")
+    raise ConfigurationError(f"provisioning.seeds: {origin or found!r} is neither a function nor a list of functions")
 
 
 def _check_names(named: Iterable[tuple[str, str]]) -> None:

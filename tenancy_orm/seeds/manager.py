@@ -17,6 +17,7 @@ from ..migrations.concurrency import interleave, map_concurrently
 from ..migrations.connections import Connections, Health, placement_of
 from ..migrations.database import close
 from ..migrations.failures import describe
+from ..migrations.logs import TENANT_FAILED
 from ..migrations.run import is_gone, prepare_servers
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
@@ -28,6 +29,7 @@ from ..routing.marker import marker_text
 from ..tenant import Status, Tenant, TenantRef
 from . import records, reference, running
 from .definition import Seed
+from .failures import describe_without
 from .loading import SeedSet
 from .records import Applied
 from .report import SeedOutcome, SeedProgress, SeedReport, SeedStatus
@@ -275,7 +277,7 @@ class SeedManager:
             applied=work.applied,
             kept=work.kept,
             skipped=work.skipped,
-            error=None if error is None else describe(error),
+            error=None if error is None else describe_without(error, tenant.slug),
             sqlstate=None if error is None else sqlstate_of(error),
         )
         self._announce(outcome, dry_run=dry_run)
@@ -343,7 +345,7 @@ class SeedManager:
 
     def _announce(self, outcome: SeedOutcome, *, dry_run: bool) -> None:
         if outcome.error is not None:
-            logger.error("tenant %s: %s", outcome.slug, outcome.error)
+            logger.error(TENANT_FAILED, outcome.slug, outcome.error)
         if dry_run:
             return
         names = {"tenant_id": outcome.tenant_id, "slug": outcome.slug}

@@ -16,10 +16,10 @@ from typing import Any
 import asyncpg
 
 from ..errors import ReferenceDataError
-from ..migrations.failures import describe
 from ..postgres.connections import Connection, transaction
 from ..postgres.quoting import quote_identifier, quote_literal
 from . import records
+from .failures import place_of, reason_of
 from .source import ReferenceRows, Row, check_rows, json_of
 
 _BATCH = 5_000  # rows of one statement
@@ -85,16 +85,19 @@ async def bring(
             return await _bring(connection, source, role, force)
     except Exception as exc:
         late = isinstance(exc, TimeoutError) and limit.expired()
-        reason = f"was not written within {timeout:g} s (provisioning.seed_timeout)" if late else _failure(exc, source)
-        place = "" if tenant is None else f" of tenant {tenant!r}"
-        message = f"reference data {source.name!r}{place} {reason}"
+        reason = (
+            f"was not written within {timeout:g} s (provisioning.seed_timeout)"
+            if late
+            else _failure(exc, source, tenant)
+        )
+        message = f"reference data {source.name!r} {reason}{place_of(tenant)}"
         raise ReferenceDataError(message, reference=source.name, tenant=tenant) from exc
 
 
-def _failure(error: Exception, source: ReferenceRows) -> str:
+def _failure(error: Exception, source: ReferenceRows, tenant: str | None) -> str:
     if isinstance(error, asyncpg.InvalidColumnReferenceError):
         return f"failed: table {source.table} has no unique constraint on its key ({', '.join(source.key)})"
-    return f"failed: {describe(error)}"
+    return reason_of(error, tenant)
 
 
 async def _bring(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import UUID
 
-from ..errors import FleetSeedError
+from ..errors import FleetSeedError, counted
 from ..migrations.report import NO_TENANTS
 
 
@@ -85,7 +85,7 @@ class SeedReport:
         changed = sum(bool(outcome.applied) for outcome in done)
         verb = "to be seeded" if self.dry_run else "seeded"
         counts = [f"{changed} {verb}", f"{len(done) - changed} unchanged", f"{len(self.failures)} failed"]
-        return f"seed: {len(self.outcomes)} tenants, {', '.join(counts)}, {self.seconds:.1f} s"
+        return f"seed: {counted(len(self.outcomes))}, {', '.join(counts)}, {self.seconds:.1f} s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

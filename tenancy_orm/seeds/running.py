@@ -7,20 +7,24 @@ import inspect
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
+from ..config import project
 from ..context import bind
 from ..errors import ConfigurationError, SeedError
-from ..migrations.failures import describe
 from ..migrations.statements import statements
+from ..postgres.errors import postgres_error
 from ..routing import Router
 from ..tenant import Tenant
 from . import records
 from .definition import Seed
+from .failures import place_of, reason_of
 
 # only a text with one of these words is taken apart
 _TRANSACTION_CONTROL = re.compile(r"\b(BEGIN|START|COMMIT|END|ROLLBACK|ABORT|PREPARE)\b", re.IGNORECASE)
@@ -39,10 +43,10 @@ async def run_for_tenant(router: Router, tenant: Tenant, seed: Seed, *, timeout:
     Raises:
         SeedError: it failed, or took too long; nothing of it remains.
     """
-    async with _bounded(seed.name, timeout, tenant.slug):
+    async with _bounded(seed, timeout, tenant.slug) as progress:
         with bind(tenant):
             async with router.session(tenant) as session, session.begin():
-                return await _run(session, seed, tenant, force=force)
+                return await _run(session, seed, tenant, progress, force=force)
 
 
 async def run_as_owner(
@@ -60,19 +64,40 @@ async def run_as_owner(
     Raises:
         SeedError: as ``run_for_tenant``.
     """
-    bounded = _bounded(seed.name, timeout, tenant)
-    async with bounded, AsyncSession(connection, expire_on_commit=False) as session, session.begin():
-        return await _run(session, seed, None, force=force)
+    async with (
+        _bounded(seed, timeout, tenant) as progress,
+        AsyncSession(connection, expire_on_commit=False) as session,
+        session.begin(),
+    ):
+        return await _run(session, seed, None, progress, force=force)
 
 
-async def _run(session: AsyncSession, seed: Seed, tenant: Tenant | None, *, force: bool) -> bool:
+@dataclass(slots=True)
+class _Progress:
+    """Which statement of a SQL file runs; None before and after."""
+
+    statement: int | None = None
+
+    def place(self, seed: Seed, error: Exception) -> str:
+        """Where in the file it failed, for the message."""
+        if self.statement is None:
+            return ""
+        found = postgres_error(error)
+        # where PostgreSQL points at, counted from 1 in this statement
+        position = int(getattr(found, "position", None) or 1)
+        line = seed.lines[self.statement] + seed.statements[self.statement].count("\n", 0, position - 1)
+        return f" ({project.shown(Path(seed.origin))}, line {line})"
+
+
+async def _run(session: AsyncSession, seed: Seed, tenant: Tenant | None, progress: _Progress, *, force: bool) -> bool:
     claimed, previous = await records.claim(session, seed, force=force)
     if not claimed:
         return False
     if seed.function is None:
         connection = await session.connection()
-        for statement in seed.statements:
+        for progress.statement, statement in enumerate(seed.statements):
             await connection.exec_driver_sql(statement)
+        progress.statement = None
         return True
     offered = {"tenant": tenant, "previous": previous}
     begun = session.sync_session.get_transaction()
@@ -127,14 +152,15 @@ async def _call(session: AsyncSession, function: Any, arguments: dict[str, Any])
 
 
 @asynccontextmanager
-async def _bounded(name: str, timeout: float, tenant: str | None) -> AsyncIterator[None]:
+async def _bounded(seed: Seed, timeout: float, tenant: str | None) -> AsyncIterator[_Progress]:
     """Bound the body, and have its errors name the seed."""
     limit = asyncio.timeout(timeout)
+    progress = _Progress()
     try:
         async with limit:
-            yield
+            yield progress
     except Exception as exc:
         late = isinstance(exc, TimeoutError) and limit.expired()
-        reason = f"did not end within {timeout:g} s (provisioning.seed_timeout)" if late else f"failed: {describe(exc)}"
-        place = "" if tenant is None else f" for tenant {tenant!r}"
-        raise SeedError(f"seed {name!r} {reason}{place}", seed=name, tenant=tenant) from exc
+        reason = f"did not end within {timeout:g} s (provisioning.seed_timeout)" if late else reason_of(exc, tenant)
+        message = f"seed {seed.name!r}{progress.place(seed, exc)} {reason}{place_of(tenant)}"
+        raise SeedError(message, seed=seed.name, tenant=tenant) from exc

@@ -158,7 +158,7 @@ class Reference:
         source = self.settings.source
         found = load_object(source) if isinstance(source, str) else source
         if not callable(found):
-            raise ConfigurationError(f"{self._where}: {source!r} is no function")
+            raise ConfigurationError(f"{self._where}: {source!r} is not a function")
         return found
 
     async def _call(self) -> tuple[Row, ...]:

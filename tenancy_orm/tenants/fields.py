@@ -18,7 +18,7 @@ _METADATA_BYTES = 64 * 1024
 
 
 def check_slug(slug: str) -> str:
-    """Return ``slug`` if it is valid: 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter, and no UUID.
+    """Return ``slug`` if it is valid: 1 to 63 of a-z, 0-9 and inner hyphens, a letter first, and not a UUID.
 
     The rule is that of a DNS label, since a slug may be a sub-domain.
 
@@ -28,7 +28,7 @@ def check_slug(slug: str) -> str:
     if not SLUG.fullmatch(slug) or _UUID.fullmatch(slug):
         # a slug that reads as an id would be looked up as one
         raise InvalidSlugError(
-            f"slug {slug!r} must be 1 to 63 of a-z, 0-9 and inner hyphens, beginning with a letter, and no UUID",
+            f"slug {slug!r} must be 1 to 63 of a-z, 0-9 and inner hyphens, start with a letter, and not be a UUID",
             tenant=slug,
         )
     return slug

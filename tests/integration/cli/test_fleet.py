@@ -107,6 +107,25 @@ async def test_one_statement_on_many_tenants(cli: Cli, tmp_path: Path, postgres:
     assert partial.json[1]["error"]["sqlstate"] == "22012"
     assert "globex: 22012 division by zero" in partial.err and "failed for 1 of 3 tenants" in partial.err
 
+    # the same error once, with its remedy
+    for arguments, code, message, remedy in (
+        (
+            ("SET search_path = public",),
+            "",
+            "the statement returns no rows, so it was not executed; to let it write",
+            "--write",
+        ),
+        (("SELECT :id",), "42601 ", 'syntax error at or near ":"', "no value was given for :id; give --param id=..."),
+        (("SELECT 1 WHERE 1 = :id", "-p", "id=x"), "22000 ", "invalid input for query argument", ":id is text; for"),
+    ):
+        failed = await cli("sql", *arguments, "--all")
+        lines = failed.err.splitlines()
+        assert (failed.status, lines[0].startswith(f"acme, globex, initech: {code}{message}")) == (1, True), failed.err
+        assert "failed for 3 of 3 tenants" in lines[1]
+        assert remedy in failed.err
+    dated = await cli("sql", "SELECT CAST(CAST(:on AS text) AS date) AS day", "acme", "-p", "on=2026-01-02", "--json")
+    assert dated.json[0]["rows"] == [{"day": "2026-01-02"}], dated.err
+
     # databases that have drifted apart
     for slug, made in (("acme", "a, 2 AS b"), ("globex", "c, 'x' AS a"), ("initech", "a WHERE false")):
         database = (await cli("show", slug, "--json")).json["database"]

@@ -137,6 +137,23 @@ async def test_an_existing_project_is_used_and_its_env_py_can_be_written(shell: 
     assert (await shell.init("--write-env"))["created"] == []
 
 
+async def test_the_next_steps_are_those_that_the_project_lacks(shell: Shell) -> None:
+    """A tenant that is made before there is a revision would have no tables."""
+    create, revision = "tenancy create acme --tier pro", 'alembic revision --autogenerate -m "first tables"'
+    name = 'name your models in tenancy.toml, such as: metadata = "models:Base.metadata"'
+
+    async def steps() -> list[str]:
+        return (await shell.tenancy("init")).out.split("\nnext: ")[1].strip().split("\nthen: ")
+
+    assert await steps() == [name, revision, create]
+    (shell.root / "models.py").write_text("from sqlalchemy import MetaData\nmetadata = MetaData()\n")
+    with (shell.root / "tenancy.toml").open("a") as file:
+        file.write('metadata = "models:metadata"\n')
+    assert await steps() == [revision, create]
+    await shell.run("alembic", "revision", "-m", "first")
+    assert await steps() == [create]
+
+
 async def test_alembic_says_that_there_are_no_tenants(shell: Shell) -> None:
     """A success for none would look like one for all."""
     await shell.init()

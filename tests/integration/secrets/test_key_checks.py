@@ -88,7 +88,7 @@ async def test_a_lost_key_loses_no_data(
     recovering = Tenancy(tenancy_config.replace(encryption_keys={"2": new_key()}))
     with caplog.at_level(logging.ERROR, "tenancy_orm.secrets"):
         await recovering.open()
-    assert "passwords of 1 tenants are sealed under key '1', which is not configured" in caplog.text
+    assert "passwords of 1 tenant are sealed under key '1', which is not configured" in caplog.text
     async with recovering:
         with pytest.raises(SecretError, match=r"sealed with key '1', which is not configured; .*rotate-passwords"):
             await recovering.fetch_value("SELECT body FROM notes", tenant="acme")

@@ -116,7 +116,28 @@ async def test_failures_are_listed_with_an_exit_status(shop: Shop) -> None:
     shop.write("tenancy.toml", SETTINGS.replace('"shop:owner_role"', '"shop:owner_role", "shop:broken"'))
     failed = await shop.run("seed", "--all")
     assert failed.status == 1
-    assert "seed 'broken' failed: LookupError: nothing there for tenant 'acme'" in failed.out
+    # once, in the table, which names the tenant
+    assert "acme    seed 'broken' failed: LookupError: nothing there\n" in failed.out
+    assert failed.err == ""
+    shop.write("tenancy.toml", SETTINGS)
+    for mistake, reason in (
+        (
+            "SELECT 1;\n\nINSERT INTO roles\nVALUE ('x');",
+            ', line 4) failed: syntax error at or near "VALUE" (SQLSTATE 42601)',
+        ),
+        (
+            "SELECT 1;\n\nINSERT INTO plans DEFAULT VALUES",
+            'plans" does not exist (SQLSTATE 42P01); seeds and reference',
+        ),
+    ):
+        shop.write("seeds/0002_bad.sql", mistake)
+        refused = await shop.run("create", "globex")
+        assert refused.status == 1
+        assert f"seed '0002_bad' ({shop.place / 'seeds/0002_bad.sql'}" in refused.err
+        assert reason in refused.err
+    shop.write("seeds/0002_bad.sql", "-- seed: template=false\nSELECT 1;\nSELECT 1 / 0")
+    failed = await shop.run("seed", "--all")
+    assert "line 3) failed: division by zero (SQLSTATE 22012)\n" in failed.out
     for arguments, message in (
         ((), "no tenants are named: give slugs or ids, --tier, --status or --all"),
         (("acme", "--all"), "not both"),
@@ -131,4 +152,4 @@ async def test_failures_are_listed_with_an_exit_status(shop: Shop) -> None:
     shop.write("tenancy.toml", SETTINGS.replace('"seeds/"', '"sides/"'))
     refused = await shop.run("list")
     assert refused.status == 1
-    assert "sides' is no directory and no file" in refused.err
+    assert "sides' is neither a directory nor a file" in refused.err

@@ -80,7 +80,7 @@ async def test_existing_tenants_get_new_and_raised_versions_once(opened: Opened)
         assert len(written) == 2
         assert all(dict(x.applied) in written for x in report.outcomes)
         again = await fleet.tenancy.seeds.apply("acme", only=["clerk"], force=True)
-        assert again.summary().startswith("seed: 1 tenants, 1 seeded, 0 unchanged, 0 failed")
+        assert again.summary().startswith("seed: 1 tenant, 1 seeded, 0 unchanged, 0 failed")
         assert (await roles(fleet, "acme"))["clerk"] == "1 1>1"
         with pytest.raises(ConfigurationError, match="by only"):
             await fleet.tenancy.seeds.apply(force=True)
@@ -433,7 +433,7 @@ async def test_a_table_that_does_not_fit_fails_for_its_tenant(opened: Opened, co
     async with opened(reference=table(countries)) as fleet:
         report = await fleet.tenancy.seeds.apply()
         errors = [x.error or "" for x in report.outcomes]
-        assert "reference data 'countries' of tenant 'acme' failed: relation" in errors[0]
+        assert "reference data 'countries' failed: relation" in errors[0]
         assert errors[1].endswith('failed: table "public"."countries" has no unique constraint on its key (code)')
         assert len(await fleet.fetch("initech", CODES)) == 3
 

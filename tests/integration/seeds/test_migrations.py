@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from tests.support.fleet import fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
 from tests.support.provisioning import plain_administrator
+from tests.support.shell import ROOT, environment, python_path
+from tests.support.walkthrough import blocks
+from tests.support.warm import run_module
 
 TABLES = """
 op.create_table(
@@ -72,6 +76,75 @@ async def test_tables_that_a_migration_makes_are_filled(
         "TENANCY_PROVISIONING_SEEDS": str(tmp_path / "roles.sql"),
     }
     assert "No new upgrade operations detected" in await Alembic(project, variables)("check")
+
+
+@pytest.mark.parametrize("seeds_first", [True, False])
+async def test_the_page_is_followed_in_an_empty_project(
+    postgres: Postgres, control_url: str, name_prefix: str, tmp_path: Path, seeds_first: bool
+) -> None:
+    """Seeds and reference data before the first revision, or after it; and later, with the table that they need."""
+    named = (re.match(r"(?:#|--) (\S+\.(?:py|sql|toml))\n", block.text) for block in blocks(ROOT / "docs/seeds.md"))
+    texts: dict[str, str] = {}
+    for block, match in zip(blocks(ROOT / "docs/seeds.md"), named, strict=True):
+        if match is not None:
+            texts[match[1]] = texts.get(match[1], "") + block.text
+    variables = environment(
+        TENANCY_CONTROL_URL=control_url,
+        TENANCY_SERVERS=f"default={postgres.admin_url}",
+        TENANCY_ENCRYPTION_KEYS="1:" + "a2V5" * 10 + "a2U=",
+        TENANCY_NAME_PREFIX=name_prefix,
+        PYTHONPATH=python_path(ROOT),
+        COLUMNS="200",
+        NO_COLOR="1",
+    )
+
+    async def run(module: str, *arguments: str) -> str:
+        done = await run_module(module, *arguments, cwd=tmp_path, env=variables, stdin="")
+        assert done.status == 0, done.out + done.err
+        return done.out
+
+    async def make_revision() -> None:
+        await run("alembic", "revision", "--autogenerate", "-m", "tables")
+        assert "No new upgrade operations detected" in await run("alembic", "check")
+
+    for place in ("seeds", "reference"):
+        (tmp_path / place).mkdir()
+    settings = texts.pop("tenancy.toml")
+    texts["reference/countries.csv"] = "code,name\nAT,Austria\nBE,Belgium\n"
+    for name, text_ in texts.items():
+        (tmp_path / name).write_text(text_, "utf-8")
+    await run("tenancy_orm.cli", "init")
+    toml = tmp_path / "tenancy.toml"
+    toml.write_text(toml.read_text("utf-8") + 'metadata = "models:Base.metadata"\n', "utf-8")
+    if not seeds_first:
+        await make_revision()
+        await run("tenancy_orm.cli", "create", "acme")
+    toml.write_text(toml.read_text("utf-8") + settings, "utf-8")
+    if seeds_first:
+        await run("tenancy_orm.cli", "template", "list")
+        await make_revision()
+        await run("tenancy_orm.cli", "create", "acme")
+
+    plan = """
+
+class Plan(Base):
+    __tablename__ = "plans"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+"""
+    (tmp_path / "models.py").write_text(texts["models.py"] + plan, "utf-8")
+    (tmp_path / "seeds/0004_plans.sql").write_text("INSERT INTO plans VALUES ('free')", "utf-8")
+    assert "0004_plans" in await run("tenancy_orm.cli", "migrate", "status")
+    await make_revision()
+    for arguments in (("migrate", "upgrade"), ("seed", "--all"), ("create", "globex")):
+        await run("tenancy_orm.cli", *arguments)
+    query = "SELECT (SELECT count(*) FROM roles), (SELECT count(*) FROM countries), (SELECT name FROM plans)"
+    assert (await run("tenancy_orm.cli", "sql", query, "--all", "--csv")).splitlines()[1:] == [
+        "acme,3,2,free",
+        "globex,3,2,free",
+    ]
+    revisions = [path.read_text("utf-8") for path in (tmp_path / "migrations/versions").glob("*.py")]
+    assert sorted(re.findall(r"create_table\(\s*['\"](\w+)", "".join(revisions))) == ["countries", "plans", "roles"]
 
 
 @pytest.mark.new_installation

@@ -29,4 +29,16 @@ def test_what_is_none_is_refused(text: str, capsys: pytest.CaptureFixture[str]) 
     """With the forms that there are."""
     with pytest.raises(typer.Exit):
         duration(text)
-    assert "write 90s, 30m, 12h or 7d" in " ".join(capsys.readouterr().err.split())
+    assert "write 90s, 30m, 12h or 7d, at most 36500 days" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_bound_of_the_option_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not a larger one that another check refuses."""
+    for text, days, expected in (
+        ("8d", 7, "'8d' is too long: write 90s, 30m, 12h or 7d, at most 7 days"),
+        ("10", 7, "'10' is not a time: write 90s, 30m, 12h or 7d, at most 7 days"),
+        ("2d", 1, "'2d' is too long: write 90s, 30m or 12h, at most 1 day"),
+    ):
+        with pytest.raises(typer.Exit):
+            duration(text, longest=timedelta(days=days))
+        assert expected in capsys.readouterr().err

@@ -112,9 +112,9 @@ def test_seeds_are_found_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ("missing/", "'missing' is no directory and no file; a function is written module:function"),
+        ("missing/", "'missing' is neither a directory nor a file; a function is written module:function"),
         (f"{__name__}:missing", "cannot be loaded"),
-        (f"{__name__}:__doc__", "is no function, and no list of functions"),
+        (f"{__name__}:__doc__", "is neither a function nor a list of functions"),
     ],
 )
 def test_what_cannot_be_found_is_refused(given: str, reason: str) -> None:
@@ -126,7 +126,10 @@ def test_what_cannot_be_found_is_refused(given: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("-- seed: version=x\nSELECT 1", "'version=x' is no option; write -- seed: version=2 template=false"),
+        (
+            "-- seed: version=x\nSELECT 1",
+            "'version=x' is not an option; write -- seed: version=2 template=false",
+        ),
         ("BEGIN; SELECT 1; COMMIT", "one transaction: leave BEGIN out"),
         ("COPY t FROM STDIN", "is for psql; write INSERT"),
         ("\\i other.sql", r"\\i is for psql"),
