@@ -87,6 +87,13 @@ class ResolvedSession:
         self._options = options
         self._inner: AbstractAsyncContextManager[AsyncSession] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"no session is open yet, so it has no {name!r}; use: async with tenancy.session() as session: ...",
+            name=name,
+            obj=self,
+        )
+
     async def __aenter__(self) -> AsyncSession:
         tenant = await resolve(self._directory, self._tenant)
         check_session(tenant, operator=self._operator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import select
 import time
 import weakref
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 import asyncpg
 from asyncpg import prepared_stmt
+from asyncpg.protocol import Protocol
 from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_cursor,
     AsyncAdapt_asyncpg_ss_cursor,
@@ -34,6 +36,26 @@ RESET: Final = (
 )
 
 
+# The beginning of an ErrorResponse after which the server ends the connection. Its severity is the first field, and the
+# second one too, not translated.
+_LAST_MESSAGE = re.compile(rb"E.{4}S(?:(?:FATAL|PANIC)\0|[^\0]*\0V(?:FATAL|PANIC)\0)", re.DOTALL)
+
+
+class _DriverProtocol(Protocol):  # type: ignore[misc]
+    """asyncpg's protocol, which is closed as soon as the server's last message is read.
+
+    On an idle connection asyncpg keeps that message to itself, and the end of the stream may come later. A connection
+    that was checked out in between could not be used.
+    """
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if data[:1] == b"E" and _LAST_MESSAGE.match(data) is not None:
+            self.abort()
+
+
 class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
     """The connection class that asyncpg is given; its ``reset`` cleans as ``DISCARD ALL`` does.
 
@@ -45,6 +67,9 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._protocol.__class__ = _DriverProtocol
+        # uvloop's transports look the methods up only here
+        self._transport.set_protocol(self._protocol)
         self._home = HomeLoop()
         self.check_use: Callable[[], None] | None = None
         self.rolling_back = False

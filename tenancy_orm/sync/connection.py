@@ -178,14 +178,26 @@ class ThreadConnection(psycopg.Connection[Any]):
 
     def is_alive(self) -> bool:
         """Whether the server has not ended it while it was idle; reads what it has sent, without a round trip."""
+        if not self._poller.poll(0):
+            return self.usable
+        severities: list[str | None] = []
+
+        def note(message: psycopg.errors.Diagnostic) -> None:
+            severities.append(message.severity_nonlocalized or message.severity)
+
+        # libpq takes the server's last message for a notice where it is read before the end of the stream
+        self.add_notice_handler(note)
         try:
             for _ in range(_READS):
+                self.pgconn.consume_input()
+                self.pgconn.is_busy()  # has libpq parse what it has read
                 if not self._poller.poll(0):
                     break
-                self.pgconn.consume_input()
         except psycopg.Error:
             return False
-        return self.usable
+        finally:
+            self.remove_notice_handler(note)
+        return self.usable and not {"FATAL", "PANIC"}.intersection(severities)
 
     def __del__(self, *_: Any) -> None:
         """Do nothing: ``finalizer`` closes it."""

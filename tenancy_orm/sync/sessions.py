@@ -34,6 +34,13 @@ class ThreadSession:
         self._entry: Entry | None = None
         self._session: TenantSession | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"no session is open yet, so it has no {name!r}; use: with tenancy.sync.session() as session: ...",
+            name=name,
+            obj=self,
+        )
+
     def __enter__(self) -> TenantSession:
         entry, engine = self._side.lease(self._tenant, operator=self._operator)
         try:

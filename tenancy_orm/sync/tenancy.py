@@ -142,8 +142,16 @@ class SyncTenancy:
         Raises:
             NotOpenError: it is not open.
             WrongEventLoopError: this is the loop's thread.
+            TypeError: this is a coroutine, and no function.
             Exception: whatever ``async_function`` raises.
         """
+        given: object = async_function
+        if inspect.iscoroutine(given):
+            given.close()
+            raise TypeError(
+                "pass the function and its arguments, not what it returns: "
+                'tenancy.sync.call(tenancy.tenants.create, "acme")'
+            )
         return self._opened().hops.run_async(partial(async_function, *args, **kwargs))
 
     # --- textual SQL ------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class TaskGate:
         try:
             check_arguments(message.arguments, tenant, "sending")
         except CrossTenantError:
-            self._report(message, Reason.CROSS_TENANT, Outcome.REJECT, tenant)
+            self._report(message, Reason.CROSS_TENANT, Outcome.REJECT, tenant, sending=True)
             raise
         request_id = clean_request_id(current_request_id())
         return str(self._sign(tenant.id, self._which(message), now(), request_id))
@@ -245,16 +245,19 @@ class TaskGate:
         outcome: Outcome,
         tenant: Tenant | None,
         tenant_id: UUID | None = None,
+        *,
+        sending: bool = False,
     ) -> None:
         tenant_id = tenant_id if tenant is None else tenant.id
         slug = None if tenant is None else tenant.slug
         level = logging.INFO if outcome is Outcome.RETRY else logging.WARNING
         logger.log(
             level,
-            "task %r (%s) of tenant %s does not run: %s; outcome: %s",
+            "task %r (%s) of tenant %s %s: %s; outcome: %s",
             message.task,
             self.queue,
             repr(slug) if slug else tenant_id,
+            "is not sent" if sending else "does not run",
             reason.value,
             outcome.value,
         )

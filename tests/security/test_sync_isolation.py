@@ -349,6 +349,27 @@ async def test_failures_of_the_server_cost_no_slot(side: Side, postgres: Postgre
     await until(lambda: statistics().servers["default"].open == statistics().servers["default"].idle)
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2, 20])
+async def test_a_connection_of_whose_end_only_the_message_came_is_not_used(
+    side: Side, postgres: Postgres, proxy: Proxy, turns: int
+) -> None:
+    """The server's last message and the end of the stream may come apart; in between it is no idle connection."""
+    statistics = side.tenancy.internals.router.statistics
+    pid = await side.value("SELECT pg_backend_pid()", tenant="acme")
+    await until(lambda: statistics().servers["default"].idle == 1)
+    proxy.hold_ends()
+    before = proxy.forwarded
+    async with postgres.connect() as admin:
+        await admin.execute(f"SELECT pg_terminate_backend({pid})")
+    while proxy.forwarded == before:  # noqa: ASYNC110 - turn by turn
+        await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    assert await side.value("SELECT pg_backend_pid()", tenant="acme") != pid
+    proxy.restore()
+    await until(lambda: statistics().servers["default"].open == statistics().servers["default"].idle == 1)
+
+
 async def test_a_statement_that_a_migration_outdates_is_run_all_the_same(side: Side, postgres: Postgres) -> None:
     """PostgreSQL refuses one that was prepared before ("cached plan must not change result type")."""
     acme = await side.tenancy.tenants.get("acme")

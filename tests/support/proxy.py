@@ -16,8 +16,8 @@ _BACKEND_KEY = re.compile(rb"(K\x00\x00\x00\x0c)....(?=....Z\x00\x00\x00\x05)", 
 class Proxy:
     """Forwards connections to a server, until told otherwise.
 
-    ``connections`` counts those that were ever accepted. With ``own_process_ids`` it tells clients another process id
-    than their backend's, as the proxies of managed servers do.
+    ``connections`` counts those that were ever accepted, and ``forwarded`` the pieces of data, either way. With
+    ``own_process_ids`` it tells clients another process id than their backend's, as the proxies of managed servers do.
     """
 
     def __init__(self, host: str, port: int, *, own_process_ids: bool = False) -> None:
@@ -28,9 +28,12 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._open = asyncio.Event()
         self._open.set()
+        self._ends = asyncio.Event()
+        self._ends.set()
         self._refusing = False
         self.port = 0
         self.connections = 0
+        self.forwarded = 0
 
     async def start(self) -> None:
         """Listen on a free port."""
@@ -64,10 +67,15 @@ class Proxy:
         """Forward nothing more, and close nothing: packets get lost."""
         self._open.clear()
 
+    def hold_ends(self) -> None:
+        """Forward what is sent, but not that a side has closed its connection."""
+        self._ends.clear()
+
     def restore(self) -> None:
         """Forward again."""
         self._refusing = False
         self._open.set()
+        self._ends.set()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -101,7 +109,9 @@ class Proxy:
             if self._own_process_ids:
                 data = _BACKEND_KEY.sub(lambda found: found[1] + b"\x7f\x00\x00\x01", data)
             writer.write(data)
+            self.forwarded += 1
             await writer.drain()
+        await self._ends.wait()
         raise ConnectionResetError
 
 

@@ -8,11 +8,13 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from tenancy_orm.errors import EventLoopBlockedError, NotOpenError, SecretError
 from tenancy_orm.sync import hops
 from tenancy_orm.sync.hops import Answer
 from tenancy_orm.sync.tenancy import hops_of
+from tenancy_orm.testing.embedded import fast_directory
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
 from tests.support.shell import python_path
@@ -300,6 +303,30 @@ def test_a_process_that_closes_nothing_ends(tenancy_config: TenancyConfig, how: 
     done = _run(tenancy_config, how)
     stdout, stderr = done.communicate(timeout=60)
     assert (done.returncode, stdout, stderr) == (status, out, "")
+
+
+def test_a_process_that_closes_nothing_stops_its_own_server(tmp_path: Path) -> None:
+    """What its closing would do in a thread is done although Python starts no more threads; without a warning."""
+    work = "tenancy.sync.call(tenancy.tenants.create, 'acme'); tenancy.sync.fetch_value('SELECT 1', tenant='acme')"
+    with tempfile.TemporaryDirectory(dir=fast_directory()) as data:
+        Path(data).chmod(0o711)  # the server may run as another account
+        done = subprocess.run(
+            [sys.executable, "-c", f"{_SCRIPT}\n{work}", "end"],
+            env={
+                **{name: value for name, value in os.environ.items() if not name.startswith("TENANCY_")},
+                "TENANCY_CONTROL_URL": f"embedded:{data}/server",
+                "TENANCY_METADATA": "tests.support.models:Base.metadata",
+                "PYTHONPATH": python_path(),
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "open\n", "")
+        assert list(Path(data).rglob("PG_VERSION"))
+        assert not list(Path(data).rglob("postmaster.pid"))
 
 
 def test_ctrl_c_ends_a_call(tenancy_config: TenancyConfig) -> None:

@@ -78,6 +78,21 @@ async def test_in_the_thread_of_the_event_loop_it_is_refused_at_once(tenancy: Te
     await asyncio.to_thread(opened.__exit__, None, None, None)
 
 
+async def test_what_is_left_out_is_named(tenancy: Tenancy) -> None:
+    """A session that is not entered, and a coroutine in place of its function; no coroutine is left over."""
+    await tenancy.tenants.create("acme")
+    with pytest.raises(AttributeError, match=r"'execute'; use: async with tenancy\.session"):
+        tenancy.session("acme").execute  # type: ignore[attr-defined]  # noqa: B018
+
+    def work() -> None:
+        with pytest.raises(AttributeError, match=r"'begin'; use: with tenancy\.sync\.session"):
+            tenancy.sync.session("acme").begin  # type: ignore[attr-defined]  # noqa: B018
+        with pytest.raises(TypeError, match=r"tenancy\.sync\.call\(tenancy\.tenants\.create"):
+            tenancy.sync.call(tenancy.tenants.get("acme"))  # type: ignore[arg-type]
+
+    await asyncio.to_thread(work)
+
+
 def test_a_script_opens_it_in_a_thread_of_its_own(tenancy_config: TenancyConfig) -> None:
     """The thread ends with the block; blocks may be nested, and it may be opened again."""
     tenancy = Tenancy(tenancy_config)
