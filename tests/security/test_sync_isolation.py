@@ -200,10 +200,9 @@ async def test_a_session_that_is_closed_under_another_binding_gives_its_slot_bac
     await until(lambda: statistics().servers["default"].open == statistics().servers["default"].idle)
 
 
+@pytest.mark.parametrize("side", ["synchronous"], indirect=True)
 async def test_a_roll_back_lets_no_other_thread_use_the_connection(side: Side) -> None:
     """While one thread ends the transaction, which any may do, another one that is bound elsewhere is refused."""
-    if not side.is_sync:
-        pytest.skip("coroutines are in one thread")
     reached, go_on = threading.Event(), threading.Event()
 
     def roll_back(session: Session) -> None:
