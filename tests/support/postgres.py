@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 # How many templates of past tests a worker keeps; they take memory, 8 MB each.
 KEPT_TEMPLATES = 12
 
+ENDED = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What asyncpg raises for a statement on a connection that the server has ended: the last one where it has read the
+server's last message, and not yet the end of the stream."""
+
 _numbers = itertools.count(1)
 _DEPENDENT_DATABASES = (
     "SELECT DISTINCT d.datname FROM pg_shdepend s JOIN pg_database d ON d.oid = s.dbid "
