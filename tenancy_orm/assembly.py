@@ -393,7 +393,7 @@ class Assembly:
         read = None if self._data_keys is None else self._data_keys.open
         signer = InvitationSigner(self.control.installation, self.config.sealing_keys, read=read)
         if self._data_keys is not None:
-            self._data_keys.on_read(signer.add_keys)
+            self._data_keys.on_read(signer.keys.add)
         self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
         self._opened.append(self.members.close)
         self.revocations = RevocationManager(self.control, self.directory, self.audit, self.events)

@@ -132,6 +132,44 @@ def refuse_while_bound(what: str) -> None:
         raise CrossTenantError(what, bound=bound.slug, requested=None)
 
 
+class TenantInTurn:
+    """The binding of a loop over tenants.
+
+    Args:
+        what: What the loop does, for the error where a tenant is bound already: "iterating over the fleet".
+    """
+
+    def __init__(self, what: str = "iterating over the fleet") -> None:
+        self._bound: Tenant | None = None  # first: ``__del__`` reads it
+        self._what = what
+        refuse_while_bound(what)
+
+    def bind_next(self, tenant: Tenant) -> Tenant:
+        """Bind the next tenant, in place of the one before it."""
+        set_current(tenant)
+        self._bound = tenant
+        return tenant
+
+    def release(self) -> None:
+        """End the binding of the tenant returned last, if it is in force here."""
+        if self._bound is not None and _current.get() is self._bound:
+            set_current(None)
+        self._bound = None
+
+    def between(self) -> None:
+        """End the binding before the next tenant is fetched.
+
+        Raises:
+            CrossTenantError: the body has bound a tenant of its own, which the next would replace.
+        """
+        self.release()
+        refuse_while_bound(self._what)
+
+    def __del__(self) -> None:
+        """End the binding when the loop is left."""
+        self.release()
+
+
 async def run_unbound(work: Coroutine[Any, Any, T]) -> T:
     """Run ``work`` with no tenant bound, and otherwise in the caller's context; cancelling the caller cancels it.
 

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .authentication.directory import Directory
-from .context import current_tenant_or_none, refuse_while_bound, set_current
+from .context import TenantInTurn, current_tenant_or_none
 from .errors import NoTenantError
 from .registry.lifecycle import check_usable
 from .routing import Router
@@ -110,39 +110,6 @@ class ResolvedSession:
         return await self._inner.__aexit__(kind, error, traceback)
 
 
-class TenantInTurn:
-    """The binding of a loop over tenants."""
-
-    def __init__(self) -> None:
-        self._bound: Tenant | None = None  # first: ``__del__`` reads it
-        refuse_while_bound("iterating over the fleet")
-
-    def bind_next(self, tenant: Tenant) -> Tenant:
-        """Bind the next tenant, in place of the one before it."""
-        set_current(tenant)
-        self._bound = tenant
-        return tenant
-
-    def release(self) -> None:
-        """End the binding of the tenant returned last, if it is in force here."""
-        if self._bound is not None and current_tenant_or_none() is self._bound:
-            set_current(None)
-        self._bound = None
-
-    def between(self) -> None:
-        """End the binding before the next tenant is fetched.
-
-        Raises:
-            CrossTenantError: the body has bound a tenant of its own, which the next would replace.
-        """
-        self.release()
-        refuse_while_bound("iterating over the fleet")
-
-    def __del__(self) -> None:
-        """End the binding when the loop is left."""
-        self.release()
-
-
 class BoundTenants(TenantInTurn):
     """An iterator over tenants that binds each in turn.
 
@@ -169,4 +136,4 @@ class BoundTenants(TenantInTurn):
         return self.bind_next(await anext(self._source))
 
 
-__all__ = ["BoundTenants", "ResolvedSession", "TenantInTurn", "admit", "check_session", "peek", "resolve"]
+__all__ = ["BoundTenants", "ResolvedSession", "admit", "check_session", "peek", "resolve"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -47,7 +47,15 @@ def demand_scopes(connection: Connection, *scopes: str) -> Credential:
         InvalidCredentialError: the request has no credential, or is a visitor's.
         MissingScopeError: its credential lacks one of them.
     """
-    credential = credential_of(connection)
+    return check_scopes(credential_of(connection), scopes)
+
+
+def check_scopes(credential: Credential | None, scopes: Iterable[str]) -> Credential:
+    """Return a request's credential if it has all ``scopes``; see ``demand_scopes``.
+
+    Raises:
+        InvalidCredentialError, MissingScopeError: as ``demand_scopes``.
+    """
     if credential is None or credential.kind == "anonymous":
         raise InvalidCredentialError("missing")
     for scope in scopes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hmac
-import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,12 +19,7 @@ from hashlib import sha256
 from typing import Final
 from uuid import UUID
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-
-from ..errors import TenancyError
-
-logger = logging.getLogger("tenancy_orm.members")
+from ..secrets.signing import SigningKeys
 
 PREFIX: Final = "invite_"
 
@@ -82,57 +76,29 @@ class InvitationSigner:
 
     Args:
         installation: The id of the installation; an invitation of another one does not verify.
-        keys: The installation's 32-byte encryption keys by id, oldest first. Signing keys are derived from them by
-            HKDF-SHA256, so that no key is used by two algorithms.
-        read: Reads the keys that other processes have made, and calls ``add_keys``; None where they make none.
+        keys: As in ``SigningKeys``.
+        read: As in ``SigningKeys``.
+
+    Attributes:
+        keys (SigningKeys): What it signs with.
     """
 
     def __init__(
         self, installation: UUID, keys: Mapping[str, bytes], *, read: Callable[[], Awaitable[object]] | None = None
     ) -> None:
         self._installation = installation
-        self._read = read
-        self._keys: dict[str, bytes] = {}
-        self._current = ""
-        self._add(keys)
-
-    def __repr__(self) -> str:
-        """Name the key ids only."""
-        return f"InvitationSigner({', '.join(self._keys)})"
-
-    async def add_keys(self, keys: Mapping[str, bytes]) -> None:
-        """Also verify with these keys from now on, and sign with the last of them."""
-        self._add(keys)
-
-    @property
-    def key_ids(self) -> frozenset[str]:
-        """The keys that ``verify`` tries."""
-        return frozenset(self._keys)
-
-    async def has_keys_besides(self, tried: frozenset[str]) -> bool:
-        """Whether there are keys besides those that were tried; reads those that other processes have made."""
-        # another caller may have read them since
-        if self._read is not None and self.key_ids <= tried:
-            try:
-                await self._read()
-            except TenancyError as exc:
-                logger.warning("the keys of invitations cannot be read (%s)", exc)
-        return not self.key_ids <= tried
-
-    def _add(self, keys: Mapping[str, bytes]) -> None:
-        self._keys.update((key_id, _derive(key)) for key_id, key in keys.items())
-        self._current = list(keys)[-1]
+        self.keys = SigningKeys(keys, purpose="invitation", read=read)
 
     def issue(self, signed: Signed) -> InvitationText:
         """Return a new text for an invitation."""
         secret = secrets.token_bytes(_SECRET_BYTES)
-        signature = self._mac(self._keys[self._current], signed, sha256(secret).digest())
+        signature = self._mac(self.keys.newest, signed, sha256(secret).digest())
         return InvitationText(signed.id, secret, signature)
 
     def verify(self, text: InvitationText, signed: Signed) -> bool:
         """Whether the text was issued for exactly this invitation."""
         digest = text.digest
-        return any(hmac.compare_digest(self._mac(key, signed, digest), text.signature) for key in self._keys.values())
+        return any(hmac.compare_digest(self._mac(key, signed, digest), text.signature) for key in self.keys)
 
     def _mac(self, key: bytes, signed: Signed, digest: bytes) -> bytes:
         microseconds = (signed.expires_at - _EPOCH) // timedelta(microseconds=1)
@@ -149,7 +115,3 @@ class InvitationSigner:
             )
         )
         return hmac.digest(key, message, "sha256")
-
-
-def _derive(key: bytes) -> bytes:
-    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=b"tenancy_orm invitation").derive(key)

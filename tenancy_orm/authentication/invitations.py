@@ -161,13 +161,13 @@ class InvitationManager:
         parsed = parse_invitation(text)
         refusal = _Refused("malformed")
         while parsed is not None:
-            tried = self._signer.key_ids
+            tried = self._signer.keys.ids
             try:
                 return await use(parsed)
             except _Refused as refused:
                 refusal = refused
             # one that is not forged may be signed by a key that another process has made; read with no row locked
-            if refusal.reason != "signature" or not await self._signer.has_keys_besides(tried):
+            if refusal.reason != "signature" or not await self._signer.keys.has_any_besides(tried):
                 break
         # outside of the handler: the reason must not reach whoever prints the error with its context
         tenant_id, slug = refusal.owner

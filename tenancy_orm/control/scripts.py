@@ -29,7 +29,8 @@ def for_applications(statement: str) -> str:
     A migration that adds a table grants it so to the roles of existing installations.
 
     Args:
-        statement: SQL with ``%I`` for the role's name, as for PostgreSQL's ``format``.
+        statement: SQL as for PostgreSQL's ``format``, with ``%1$I`` for the role's name, and ``%2$I`` for that of
+            its policy (``grants.application_policy``).
     """
     return f"""
     DO $$
@@ -42,7 +43,8 @@ def for_applications(statement: str) -> str:
             JOIN pg_roles AS r ON r.oid = a.grantee
             WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner
         LOOP
-            EXECUTE format({quote_literal(statement)}, v_role);
+            EXECUTE format({quote_literal(statement)}, v_role,
+                'application_' || left(encode(sha256(convert_to(v_role, 'UTF8')), 'hex'), 16));
         END LOOP;
     END $$;
     """  # noqa: S608 - quoted

@@ -74,7 +74,34 @@ class _Commands:
         return outcome
 
 
-class TenantRedis(_Commands):
+class _Block:
+    """Ends with a block, ``with`` or ``async with``, as redis-py's own objects do."""
+
+    def _leave(self) -> Any:
+        raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it, or give its connection back."""
+        await self._leave()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it, or give its connection back."""
+        self._leave()
+
+
+class TenantRedis(_Block, _Commands):
     """A client of Redis, asynchronous or synchronous, on the keys and channels of the tenant that is bound.
 
     Every command needs a bound tenant, and its key is prefixed where the command is called. Commands are redis-py's,
@@ -207,25 +234,8 @@ class TenantRedis(_Commands):
 
     aclose = close
 
-    async def __aenter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the connections."""
-        await self.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the connections."""
-        self.close()
+    def _leave(self) -> Any:
+        return self.close()
 
 
 class _OfOneTenant:
@@ -244,7 +254,7 @@ class _OfOneTenant:
         return self._fixed
 
 
-class TenantPipeline(_OfOneTenant, _Commands):
+class TenantPipeline(_Block, _OfOneTenant, _Commands):
     """Several commands of one tenant, sent together: ``TenantRedis.pipeline``."""
 
     _excluded = NOT_IN_PIPELINES
@@ -282,25 +292,8 @@ class TenantPipeline(_OfOneTenant, _Commands):
         """Forget the commands, and give the connection back."""
         return self._raw.reset()
 
-    async def __aenter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give the connection back."""
-        await self.reset()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Give the connection back."""
-        self.reset()
+    def _leave(self) -> Any:
+        return self.reset()
 
 
 class TenantLock(_OfOneTenant):
@@ -346,7 +339,7 @@ class TenantLock(_OfOneTenant):
         self._raw.__exit__(kind, error, traceback)
 
 
-class TenantPubSub(_OfOneTenant):
+class TenantPubSub(_Block, _OfOneTenant):
     """A subscriber to the channels of one tenant: ``TenantRedis.pubsub``. Messages have the tenant's own names."""
 
     def __init__(self, raw: Any, prefix: str) -> None:
@@ -394,25 +387,8 @@ class TenantPubSub(_OfOneTenant):
 
     aclose = close
 
-    async def __aenter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close."""
-        await self.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
+    def _leave(self) -> Any:
+        return self.close()
 
     def _named(self, names: tuple[str | bytes, ...]) -> list[str | bytes]:
         prefix = self._check()

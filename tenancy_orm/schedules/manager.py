@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
-from ..context import current_tenant_or_none, refuse_while_bound, set_current
+from ..context import TenantInTurn, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.models import tenants
 from ..errors import ConfigurationError
@@ -177,18 +177,18 @@ class _Question:
     now: datetime | None
 
 
-class DueTenants:
+class DueTenants(TenantInTurn):
     """An iterator over the tenants that are due, which binds each in turn; see ``ScheduleManager.due``.
 
     It is no async generator for the reason that ``scopes.BoundTenants`` is none: the binding ends with the loop.
     """
 
     def __init__(self, control: ControlDatabase, question: _Question) -> None:
+        super().__init__("asking who is due")
         self._control = control
         self._question = question
         self._source = _Claims(control, question).tenants()
         self._current: tuple[Tenant, datetime] | None = None
-        self._bound: Tenant | None = None
 
     @property
     def due_at(self) -> datetime:
@@ -216,14 +216,11 @@ class DueTenants:
         Raises:
             CrossTenantError: the body has bound a tenant of its own, or one is bound already.
         """
-        self._release()
-        refuse_while_bound("asking who is due")
+        self.between()
         if self._current is not None:
             await self.done()
         self._current = await anext(self._source)
-        self._bound = self._current[0]
-        set_current(self._bound)
-        return self._bound
+        return self.bind_next(self._current[0])
 
     async def done(self) -> None:
         """Record the tenant that was returned last as sent: before a ``break``, which asks for no further one."""
@@ -232,15 +229,6 @@ class DueTenants:
         async with self._control.transaction() as connection:
             await connection.execute(SENT, values)
         self._current = None
-
-    def _release(self) -> None:
-        if self._bound is not None and current_tenant_or_none() is self._bound:
-            set_current(None)
-        self._bound = None
-
-    def __del__(self) -> None:
-        """End the binding when the loop is left."""
-        self._release()
 
 
 class _Claims:

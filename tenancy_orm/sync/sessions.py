@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from ..context import TenantInTurn
 from ..errors import QueryFailure
 from ..queries import FleetQuery, TenantRows
 from ..routing import TenantSession
 from ..routing.engines import Entry
 from ..routing.sessions import checked_options, session_class_in
-from ..scopes import TenantInTurn, admit
+from ..scopes import admit
 from ..tenant import Tenant, TenantRef
 from .hops import Hops
 

@@ -12,10 +12,11 @@ from starlette.types import Scope
 from ..asgi.authenticators import ApiKeyAuthenticator, Authenticator
 from ..asgi.middleware import CREDENTIAL, TenancyMiddleware
 from ..asgi.resolvers import Resolver
+from ..asgi.scopes import check_scopes
 from ..authentication.credential import Credential
 from ..context import set_current
 from ..correlation import set_labels
-from ..errors import ConfigurationError, InvalidCredentialError, TenancyError
+from ..errors import ConfigurationError, TenancyError
 from ..sync.hops import Answer, Hops
 from ..sync.tenancy import hops_of
 from .environ import adapt, scope_of
@@ -290,12 +291,7 @@ def demand_scopes(environ: WSGIEnvironment, *scopes: str) -> Credential:
         InvalidCredentialError: the request has no credential, or is a visitor's.
         MissingScopeError: its credential lacks one of them.
     """
-    credential = credential_of(environ)
-    if credential is None or credential.kind == "anonymous":
-        raise InvalidCredentialError("missing")
-    for scope in scopes:
-        credential.require_scope(scope)
-    return credential
+    return check_scopes(credential_of(environ), scopes)
 
 
 def answer_with(environ: WSGIEnvironment, error: TenancyError) -> tuple[str, int]:

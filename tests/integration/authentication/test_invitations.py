@@ -455,10 +455,10 @@ async def test_keys_are_rotated_and_other_installations_are_strangers(plane: Con
     issued = signer.issue(signed)
     assert signer.verify(issued, signed)
     assert not InvitationSigner(UUID(int=2), old).verify(issued, signed)
-    tried = signer.key_ids
-    assert not await signer.has_keys_besides(tried)
-    await signer.add_keys(new)
-    assert await signer.has_keys_besides(tried), "another caller has read them since"
+    tried = signer.keys.ids
+    assert not await signer.keys.has_any_besides(tried)
+    await signer.keys.add(new)
+    assert await signer.keys.has_any_besides(tried), "another caller has read them since"
     assert signer.verify(issued, signed) and signer.verify(signer.issue(signed), signed)
     assert not InvitationSigner(UUID(int=1), old).verify(signer.issue(signed), signed)
     assert "k" * 32 not in repr(signer) and issued.secret.hex() not in repr(issued)

@@ -37,29 +37,14 @@ CREATE INDEX schedule_runs_tenant_id_idx ON tenancy.schedule_runs (tenant_id);
 
 PROTECTION = """
 SELECT tenancy.protect_rows('tenancy.schedule_runs', 'tenant_id');
-DO $$
-DECLARE
-    v_role name;
-BEGIN
-    FOR v_role IN
-        SELECT r.rolname FROM pg_class AS c
-        CROSS JOIN LATERAL aclexplode(c.relacl) AS a
-        JOIN pg_roles AS r ON r.oid = a.grantee
-        WHERE c.oid = 'tenancy.tenants'::regclass AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner
-    LOOP
-        -- grants.py names the policy in the same way
-        EXECUTE format(
-            'CREATE POLICY %I ON tenancy.schedule_runs FOR ALL TO %I USING (true) WITH CHECK (true)',
-            'application_' || left(encode(sha256(convert_to(v_role, 'UTF8')), 'hex'), 16), v_role);
-    END LOOP;
-END $$;
 """
 
 
 def upgrade() -> None:
     """Add the tables."""
-    grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.schedules, tenancy.schedule_runs TO %I"
-    run_script(TABLES + PROTECTION + for_applications(grant))
+    grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.schedules, tenancy.schedule_runs TO %1$I"
+    policy = "CREATE POLICY %2$I ON tenancy.schedule_runs FOR ALL TO %1$I USING (true) WITH CHECK (true)"
+    run_script(TABLES + PROTECTION + for_applications(policy) + for_applications(grant))
 
 
 def downgrade() -> None:
