@@ -38,8 +38,7 @@ from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry
-from .routing import Router, Servers
-from .routing.servers import inspect_servers
+from .routing import Router
 from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys
@@ -51,6 +50,8 @@ from .seeds import Seed, SeedManager
 from .seeds.creation import NewTenantSeeds
 from .seeds.loading import SeedSet
 from .seeds.schema import SeededSchema
+from .servers import Servers
+from .servers.server import inspect_servers
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager

@@ -13,8 +13,9 @@ from .metering.usage import UsageExporter
 from .provisioning import Provisioner
 from .quotas.rates import Rates
 from .registry.registry import Registry
-from .routing import Router, Servers
+from .routing import Router
 from .secrets.signing import TenantSigner
+from .servers import Servers
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

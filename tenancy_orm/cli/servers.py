@@ -11,7 +11,7 @@ import typer
 from ..audit.log import AuditLog
 from ..control.database import ControlDatabase
 from ..errors import ConfigurationError
-from ..registry.servers import ServerRow, list_servers, set_maintenance_database
+from ..servers.rows import ServerRow, list_servers, set_maintenance_database
 from ..tenancy import Tenancy
 from .output import console, print_json, print_table
 from .runtime import Json, Yes, confirm, exit_on_error, fail, load_tenancy, operator, run

@@ -15,7 +15,7 @@ from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..routing.servers import Server
+from ..servers.server import Server
 from .blockers import Blockers
 
 IDLE_SECONDS = 60.0

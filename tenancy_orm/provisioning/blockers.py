@@ -32,7 +32,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.poolers import backend_pid
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.registry import Registry
-from ..routing.servers import Server
+from ..servers.server import Server
 from . import roles
 
 logger = logging.getLogger("tenancy_orm.provisioning")

@@ -18,7 +18,7 @@ from ..errors import ExtensionUnavailableError, ProvisioningError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
-from ..routing.servers import Server
+from ..servers.server import Server
 from .blockers import Blockers
 
 

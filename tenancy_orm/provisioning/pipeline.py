@@ -34,8 +34,8 @@ from ..postgres.connections import Connection
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..routing import marker
-from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
+from ..servers.server import Server, Servers
 from ..tenant import Placement, Status, Tenant
 from . import access, databases, grants, removal, roles
 from .admin_connections import AdminConnections

@@ -16,7 +16,7 @@ from ..errors import DatabaseExistsError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import sqlstate_of
-from ..routing.servers import Server
+from ..servers.server import Server
 from . import public_access, role_settings, roles
 from .admin_connections import AdminConnections
 from .public_access import RACES, Closing, SharedDatabases

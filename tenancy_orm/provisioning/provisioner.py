@@ -27,8 +27,8 @@ from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
-from ..routing.servers import Server, Servers
 from ..secrets.keyring import Keyring
+from ..servers.server import Server, Servers
 from ..tenant import Placement, Tenant
 from . import access, removal
 from .admin_connections import AdminConnections

@@ -18,10 +18,10 @@ from ..errors import ConfigurationError, ProvisioningError, TenancyError, Tenant
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
-from ..routing.servers import Servers
 from ..secrets.data_keys import DataKeys
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import ResealReport, SealedPasswords
+from ..servers.server import Servers
 from ..tenant import Placement, Status, Tenant
 from . import role_settings, roles
 from .admin_connections import AdminConnections

@@ -19,7 +19,7 @@ from ..errors import ServerUnavailableError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..routing.servers import Server
+from ..servers.server import Server
 from . import advisory_locks, databases, removal, templates
 from .blockers import Blockers
 from .databases import DatabaseState

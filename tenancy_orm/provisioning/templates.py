@@ -34,7 +34,7 @@ from ..errors import TemplateError, TenancyError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, sqlstate_of
-from ..routing.servers import Server
+from ..servers.server import Server
 from . import advisory_locks, databases, event_trigger, extensions, grants, removal
 from .blockers import Blockers
 from .databases import DatabaseState, Strategy

@@ -35,8 +35,8 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.lifecycle import check_usable
 from ..registry.registry import Registry
-from ..routing.servers import Server, Servers
 from ..secrets.keyring import new_password
+from ..servers.server import Server, Servers
 from ..tenant import Tenant
 from . import removal, role_settings, roles
 from .blockers import Blockers

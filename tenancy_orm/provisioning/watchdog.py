@@ -33,7 +33,7 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier
-from ..routing.servers import Server
+from ..servers.server import Server
 from . import roles
 from .blockers import Blockers, PreparedTransaction
 from .pipeline import ProvisioningServices, describe

@@ -1,10 +1,9 @@
-"""Tenant to engine to connection to session: placement, budget, pool, engines, sessions and their guard."""
+"""Tenant to engine to connection to session: budget, pool, engines, sessions and their guard."""
 
 from __future__ import annotations
 
 from .budget import BudgetStatistics
 from .guard import TenantSession
-from .servers import Server, Servers
 from .sessions import Router, RoutingStatistics
 
-__all__ = ["BudgetStatistics", "Router", "RoutingStatistics", "Server", "Servers", "TenantSession"]
+__all__ = ["BudgetStatistics", "Router", "RoutingStatistics", "TenantSession"]

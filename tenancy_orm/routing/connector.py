@@ -43,13 +43,13 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import clear_tracebacks
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
+from ..servers.server import CLOSE_SECONDS, Server
 from .budget import Budget, Share
 from .connection import DriverConnection, TenantConnection
 from .dialect import SharedDialect
 from .held import Ending, HeldConnection
 from .marker import verify
 from .route import TenantRoute
-from .servers import CLOSE_SECONDS, Server
 from .shortage import Ask, Shortages
 
 logger = logging.getLogger("tenancy_orm.routing")

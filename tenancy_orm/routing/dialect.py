@@ -17,9 +17,9 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import clear_tracebacks
+from ..servers.server import CLOSE_SECONDS, Server
+from ..servers.settings import default_schema
 from .connection import TenantExecutionContext
-from .servers import CLOSE_SECONDS, Server
-from .settings import default_schema
 
 Spawn: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]"
 

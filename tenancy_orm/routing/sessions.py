@@ -22,12 +22,12 @@ from ..errors import ConfigurationError, UnknownServerError
 from ..events import EventBus
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
+from ..servers.server import Server
 from ..tenant import Tenant
 from .budget import BudgetStatistics
 from .connector import Connector
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
-from .servers import Server
 from .shortage import Ask
 
 logger = logging.getLogger("tenancy_orm.routing")

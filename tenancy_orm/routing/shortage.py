@@ -27,9 +27,9 @@ from ..errors import ConnectionLimitError, ServerUnavailableError, TenancyError
 from ..postgres import connections
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
+from ..servers.server import Server
 from .budget import Account, Budget
 from .route import TenantRoute
-from .servers import Server
 
 logger = logging.getLogger("tenancy_orm.routing")
 

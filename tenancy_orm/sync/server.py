@@ -10,7 +10,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from ..routing.connector import Connector
-from ..routing.settings import TRACKED, without
+from ..servers.settings import TRACKED, without
 
 # what a dialect reads from its first connection is of these types; what else it has belongs to its driver
 _FACTS = (bool, int, str, tuple)

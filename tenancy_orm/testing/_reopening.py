@@ -19,8 +19,8 @@ from ..events import EventBus
 from ..loops import HomeLoop
 from ..postgres.dsn import Dsn
 from ..quotas.rates import Rates
-from ..routing import Servers
 from ..secrets.keyring import Keyring
+from ..servers import Servers
 from ..tenants.tiers import TierRegistry
 
 

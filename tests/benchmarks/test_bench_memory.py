@@ -15,8 +15,9 @@ from sqlalchemy import select
 
 from tenancy_orm.config import PoolConfig, TenancyConfig
 from tenancy_orm.events import EventBus
-from tenancy_orm.routing import Router, Servers
+from tenancy_orm.routing import Router
 from tenancy_orm.secrets.keyring import Keyring, new_password
+from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Placement, Status, Tenant
 from tests.support import databases as support
 from tests.support.models import Note, Tag

@@ -20,8 +20,8 @@ import pytest
 from tenancy_orm.keys.format import generate_key
 from tenancy_orm.provisioning import databases, grants, pipeline, roles
 from tenancy_orm.registry.rows import uuid7
-from tenancy_orm.routing.servers import Server
 from tenancy_orm.secrets.keyring import new_password
+from tenancy_orm.servers.server import Server
 from tests.support.postgres import Postgres
 from tests.support.provisioning import ScriptSchema, Workshop, open_workshop
 

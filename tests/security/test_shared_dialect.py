@@ -25,8 +25,8 @@ from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError
 from tenancy_orm.postgres.dsn import Dsn
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.routing import servers
-from tenancy_orm.routing.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, default_schema, named_in, read_settings
+from tenancy_orm.servers import server as servers
+from tenancy_orm.servers.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, default_schema, named_in, read_settings
 from tenancy_orm.tenant import Tenant
 from tests.support.models import Base, Note
 from tests.support.postgres import Postgres

@@ -30,7 +30,7 @@ from tenancy_orm.errors import (
     TenantSuspendedError,
 )
 from tenancy_orm.events import CheckoutTimedOut, ConnectionEvicted, IsolationIncident
-from tenancy_orm.routing.settings import PINNED
+from tenancy_orm.servers.settings import PINNED
 from tenancy_orm.tenant import Tenant
 from tests.support.models import Note
 from tests.support.postgres import Postgres

@@ -18,9 +18,10 @@ from tenancy_orm.config import PoolConfig, TenancyConfig
 from tenancy_orm.control.names import Names
 from tenancy_orm.events import EventBus
 from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
-from tenancy_orm.routing import Router, Servers
+from tenancy_orm.routing import Router
 from tenancy_orm.routing.marker import marker_text
 from tenancy_orm.secrets.keyring import Keyring, new_password
+from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Placement, Status, Tenant
 from tests.support.models import Base
 from tests.support.postgres import Postgres

@@ -16,7 +16,7 @@ from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.migrations import FleetMigrator, FleetServices
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.registry.registry import Registry
-from tenancy_orm.routing.servers import Server
+from tenancy_orm.servers.server import Server
 from tests.support import waiting
 from tests.support.postgres import Postgres
 from tests.support.projects import Project

@@ -26,6 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"control"}),
     frozenset({"audit"}),
     frozenset({"secrets", "keys"}),
+    frozenset({"servers"}),
     frozenset({"registry"}),
     frozenset({"authentication", "quotas", "routing"}),
     frozenset({"provisioning"}),

@@ -20,8 +20,8 @@ from tenancy_orm.events import QuotaThresholdReached, TierChangeProposed
 from tenancy_orm.metering.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
 from tenancy_orm.metering.policies import TierPolicies
 from tenancy_orm.provisioning import Provisioner
-from tenancy_orm.routing import Servers
 from tenancy_orm.secrets.keyring import Keyring
+from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Tenant, TenantRef
 from tenancy_orm.tenants.manager import TenantManager
 from tests.support.postgres import Postgres

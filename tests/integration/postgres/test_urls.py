@@ -25,7 +25,7 @@ from tenancy_orm.errors import (
 from tenancy_orm.postgres import login
 from tenancy_orm.postgres.connections import Connection
 from tenancy_orm.postgres.dsn import Dsn
-from tenancy_orm.routing.servers import Server
+from tenancy_orm.servers.server import Server
 from tests.support.postgres import Postgres
 from tests.support.tls import TlsProxy, tls_proxy, write_certificate
 from tests.support.waiting import until

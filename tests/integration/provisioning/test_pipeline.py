@@ -30,7 +30,7 @@ from tenancy_orm.keys.format import generate_key
 from tenancy_orm.postgres import locks
 from tenancy_orm.provisioning import Provisioner, databases
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
-from tenancy_orm.routing import Servers
+from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.provisioning import Workshop, intercept, names_of, placement, set_marker
 from tests.support.waiting import until

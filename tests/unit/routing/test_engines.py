@@ -15,8 +15,9 @@ import pytest
 from tenancy_orm.config import PoolConfig, TenancyConfig
 from tenancy_orm.errors import NotOpenError, UnknownServerError
 from tenancy_orm.events import EngineEvicted, EventBus
-from tenancy_orm.routing import Router, Servers
+from tenancy_orm.routing import Router
 from tenancy_orm.secrets.keyring import Keyring
+from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Placement, Status, Tenant
 
 KEYRING = Keyring({"1": bytes(32)})

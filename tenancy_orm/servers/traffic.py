@@ -13,7 +13,7 @@ from ..postgres.dsn import Dsn
 from ..postgres.poolers import is_direct
 from .settings import TRACKED, named_in, without
 
-logger = logging.getLogger("tenancy_orm.routing")
+logger = logging.getLogger("tenancy_orm.servers")
 
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 

@@ -12,7 +12,7 @@ import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.postgres.dsn import Dsn
-from tenancy_orm.routing.servers import PEER_SECONDS, Server
+from tenancy_orm.servers.server import PEER_SECONDS, Server
 
 URL = "postgresql://admin:hunter2@127.0.0.1:{port}/postgres"
 

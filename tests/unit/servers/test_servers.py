@@ -6,7 +6,7 @@ import pytest
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError, UnknownServerError
-from tenancy_orm.routing import Server, Servers
+from tenancy_orm.servers import Server, Servers
 from tenancy_orm.tenant import Placement
 
 URL = "postgresql://admin:hunter2@db.example:5433/registry?sslmode=verify-full&prepared_statement_cache_size=0"

@@ -15,8 +15,8 @@ from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import ConfigurationError, UnknownServerError
 from tenancy_orm.postgres import locks
 from tenancy_orm.postgres.dsn import Dsn
-from tenancy_orm.registry.servers import list_servers, set_maintenance_database
-from tenancy_orm.routing.servers import Server
+from tenancy_orm.servers.rows import list_servers, set_maintenance_database
+from tenancy_orm.servers.server import Server
 from tests.support.postgres import Postgres
 from tests.support.proxy import proxied
 

@@ -42,7 +42,7 @@ from ..tenant import Placement
 from .settings import BOUNDS, read_settings
 from .traffic import TenantAddress
 
-logger = logging.getLogger("tenancy_orm.routing")
+logger = logging.getLogger("tenancy_orm.servers")
 
 # the server works, but not for this role
 _REFUSED = frozenset({INVALID_AUTHORIZATION, INVALID_PASSWORD, INSUFFICIENT_PRIVILEGE, INVALID_CATALOG_NAME})
