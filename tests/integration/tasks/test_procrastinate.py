@@ -129,15 +129,18 @@ async def test_a_retried_and_a_redelivered_job_keep_the_tenant(app: App) -> None
 async def test_a_suspended_tenant_gets_no_job(app: App) -> None:
     """Suspended between deferring and running: dropped, by this policy. In maintenance: run when that has ended."""
     tenancy = app.plane.tenancy
-    later = {"seconds": 1}
+    later = {"hours": 1}
     async with tenancy.scope("acme"):
         dropped = await app.tasks.write.configure(schedule_in=later).defer_async(body="suspended")
     await tenancy.tenants.suspend("acme")
+    due = "UPDATE procrastinate_jobs SET scheduled_at = now() WHERE id = $1"
+    await app.run(due, dropped)
     assert await app.ended(dropped) == "aborted"
     await tenancy.tenants.activate("acme")
     async with tenancy.scope("acme"):
         waiting = await app.tasks.write.configure(schedule_in=later).defer_async(body="after maintenance")
     await tenancy.tenants.start_maintenance("acme")
+    await app.run(due, waiting)
     tried = "SELECT FROM procrastinate_jobs WHERE id = $1 AND attempts > 0"
     await until(lambda: app.run(tried, waiting), seconds=30)
     await tenancy.tenants.end_maintenance("acme")
