@@ -81,7 +81,11 @@ async def whoami(incoming: Request) -> JSONResponse:
 @pytest.fixture
 async def tenancy(tenancy_config: TenancyConfig) -> AsyncIterator[Tenancy]:
     """An open one with two tenants, of which ada is a member of one, and bob of both."""
-    async with Tenancy(tenancy_config.replace(members={"roles": {"owner": ["*"], "clerk": ["orders:read"]}})) as opened:
+    # a look-up that waits for a lock of the test must not end before it, however slow the machine is
+    config = tenancy_config.replace(
+        members={"roles": {"owner": ["*"], "clerk": ["orders:read"]}}, directory={"timeout": 60.0}
+    )
+    async with Tenancy(config) as opened:
         for slug in ("acme", "globex"):
             await opened.tenants.create(slug)
         async with opened.internals.control.transaction() as connection:
