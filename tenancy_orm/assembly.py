@@ -230,6 +230,7 @@ class Assembly:
             hears=lambda: self.directory.listening,
         )
         self._opened.append(self.router.close)
+        self.servers.on_change(self.router.server_changed)
         self.directory.on_connection_request(self.router.give_up)
         self.directory.on_invalidate(self._forget)
         self.directory.on_schema_change(self.router.schema_changed)

@@ -1,11 +1,11 @@
-"""The addresses of the PostgreSQL servers that hold tenants: one for administration, one for tenants' traffic."""
+"""The addresses of the PostgreSQL servers that hold tenants: for administration, for tenants' traffic, replicas."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
@@ -16,7 +16,7 @@ from .values import PostgresUrl, check_url
 
 _SERVER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 _DEFAULT = "default"
-_URLS = ("admin", "tenants")
+_URLS = ("admin", "tenants", "replicas")
 _FORM = 'write a URL, or admin = "..." and tenants = "..."'
 # A comma ends a URL where another name and URL follow; passwords and lists of hosts have commas as well.
 _SEPARATOR = re.compile(r",?\s+|,(?=[a-z][a-z0-9_-]*(?:\.[a-z]+)?=postgres(?:ql)?(?:\+\w+)?://)")
@@ -42,24 +42,22 @@ class ServerAddresses(Section, frozen=True):
     tenants: str | None = Field(default=None, repr=False)
     """Where tenants' sessions connect to, a connection pooler for example; the host of ``admin`` where None. It names
     no user, password or database: those are the tenant's. Its parameters are its own, none come from ``admin``."""
+    replicas: Sequence[str] = Field(default=(), repr=False)
+    """The standbys that follow this server, each written like ``tenants``. Roles and passwords are the same there."""
 
     @field_validator("tenants", mode="after")
     @classmethod
     def _check_tenants(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        try:
-            dsn = Dsn.parse(url)
-        except ConfigurationError as exc:
-            raise ValueError(str(exc)) from None
-        if not dsn.hosts:
-            raise ValueError("names no host")
-        given = (("a user", dsn.user), ("a password", dsn.password), ("a database", dsn.database))
-        named = [what for what, value in given if value is not None]
-        named += [f"the parameter {name}" for name in ("passfile", "service") if name in dsn.parameters]
-        if named:
-            raise ValueError(f"names {' and '.join(named)}; those are the tenant's own: write host and port alone")
-        return url
+        return None if url is None else _without_login(url)
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _check_replicas(cls, urls: object) -> tuple[str, ...]:
+        if isinstance(urls, str):
+            urls = (urls,)
+        if not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
+            raise ValueError("must be URLs")
+        return tuple(_without_login(url) for url in urls)
 
     @property
     def admin_dsn(self) -> Dsn:
@@ -71,6 +69,27 @@ class ServerAddresses(Section, frozen=True):
         """``tenants``, read; None where there is none."""
         return None if self.tenants is None else Dsn.parse(self.tenants)
 
+    @property
+    def replica_dsns(self) -> tuple[Dsn, ...]:
+        """``replicas``, read."""
+        return tuple(Dsn.parse(url) for url in self.replicas)
+
+
+def _without_login(url: str) -> str:
+    """Return a URL that leads to a server and logs nobody in."""
+    try:
+        dsn = Dsn.parse(url)
+    except ConfigurationError as exc:
+        raise ValueError(str(exc)) from None
+    if not dsn.hosts:
+        raise ValueError("names no host")
+    given = (("a user", dsn.user), ("a password", dsn.password), ("a database", dsn.database))
+    named = [what for what, value in given if value is not None]
+    named += [f"the parameter {name}" for name in ("passfile", "service") if name in dsn.parameters]
+    if named:
+        raise ValueError(f"names {' and '.join(named)}; those are the tenant's own: write host and port alone")
+    return url
+
 
 def _read_servers(value: object) -> object:
     if isinstance(value, str):
@@ -81,14 +100,18 @@ def _read_servers(value: object) -> object:
 
 
 def _read_text(text: str) -> dict[str, object]:
-    """Read ``eu=url eu.tenants=url us=url``."""
+    """Read ``eu=url eu.tenants=url eu.replicas=url us=url``; a replica more is one more ``eu.replicas=url``."""
     pairs = [item.partition("=") for item in _SEPARATOR.split(text.strip()) if item]
     if not all(separator and "://" not in name for name, separator, _ in pairs):
         raise ValueError("must be name=url, separated by spaces or commas")
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, _, url in pairs:
         server, dot, kind = name.partition(".")
-        found.setdefault(server, {})[kind if dot else "admin"] = url
+        urls = found.setdefault(server, {})
+        if kind == "replicas":
+            urls.setdefault(kind, []).append(url)
+        else:
+            urls[kind if dot else "admin"] = url
     return {name: urls["admin"] if list(urls) == ["admin"] else urls for name, urls in found.items()}
 
 
@@ -126,7 +149,10 @@ ServerUrls = Annotated[
                     {"type": "string"},
                     {
                         "type": "object",
-                        "properties": {kind: {"type": "string"} for kind in _URLS},
+                        "properties": {
+                            **{kind: {"type": "string"} for kind in _URLS},
+                            "replicas": {"type": "array", "items": {"type": "string"}},
+                        },
                         "required": ["admin"],
                         "additionalProperties": False,
                     },

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import StringIO
@@ -364,8 +364,10 @@ def _absolute_file(directory: Path, given: Any) -> Any:
 
 
 def _absolute_server(directory: Path, given: Any) -> Any:
-    if isinstance(given, Mapping):  # two addresses
-        return {name: _absolute_url(directory, url) for name, url in given.items()}
+    if isinstance(given, Mapping):  # several addresses
+        return {name: _absolute_server(directory, url) for name, url in given.items()}
+    if isinstance(given, Sequence) and not isinstance(given, str):  # replicas
+        return [_absolute_url(directory, url) for url in given]
     return _absolute_url(directory, given)
 
 

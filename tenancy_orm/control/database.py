@@ -17,7 +17,7 @@ import asyncpg
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, event, func, select, text
+from sqlalchemy import Connection, case, event, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
@@ -505,9 +505,11 @@ class ControlDatabase:
             for name, (host, port) in sorted(addresses.items()):
                 database = maintenance.get(name)
                 added = insert(servers).values(name=name, host=host, port=port, maintenance_database=database)
+                # the row of a server that has its addresses itself is changed by command alone
+                own = servers.c.sealed_addresses.is_not(None)
                 changes = {
-                    "host": added.excluded.host,
-                    "port": added.excluded.port,
+                    "host": case((own, servers.c.host), else_=added.excluded.host),
+                    "port": case((own, servers.c.port), else_=added.excluded.port),
                     "maintenance_database": func.coalesce(
                         servers.c.maintenance_database, added.excluded.maintenance_database
                     ),

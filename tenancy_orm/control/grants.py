@@ -29,7 +29,7 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "installation": "SELECT",
     "status_transitions": "SELECT",
     "fleet_revision": "SELECT, UPDATE",
-    "servers": "SELECT, INSERT, UPDATE",
+    "servers": "SELECT, INSERT, UPDATE, DELETE",
     "tiers": "SELECT, INSERT, UPDATE",
     "tenants": "SELECT, INSERT, UPDATE, DELETE",
     "api_keys": "SELECT, INSERT, UPDATE, DELETE",

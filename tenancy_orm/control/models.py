@@ -76,6 +76,29 @@ servers = Table(
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     # where advisory locks are taken: those in another database do not exclude them
     Column("maintenance_database", Text, nullable=True),
+    Column("region", Text, nullable=True),
+    Column("labels", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
+    # how many tenants it may hold
+    Column("capacity", Integer, nullable=True),
+    Column("weight", Double, nullable=False, server_default="1"),
+    # accepts_tenants says the same, for processes of the former version
+    Column("state", Text, nullable=False, server_default="active"),
+    # for all processes together; None: as many as the server has
+    Column("max_connections", Integer, nullable=True),
+    # logins at once
+    Column("max_opening", Integer, nullable=True),
+    # None: each process has them from its settings
+    Column("sealed_addresses", LargeBinary, nullable=True),
+    # which cluster it is
+    Column("identity", Text, nullable=True),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    CheckConstraint("region ~ '^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$'", name="region"),
+    CheckConstraint("jsonb_typeof(labels) = 'object'", name="labels"),
+    CheckConstraint("capacity >= 0", name="capacity"),
+    CheckConstraint("weight > 0 AND weight < 'Infinity'", name="weight"),
+    CheckConstraint("state IN ('active', 'drain')", name="state"),
+    CheckConstraint("max_connections > 0", name="max_connections"),
+    CheckConstraint("max_opening > 0", name="max_opening"),
 )
 
 tiers = Table(
@@ -124,6 +147,9 @@ tenants = Table(
     Column("purge_at", DateTime(timezone=True), nullable=True),
     # when a migration last changed the revision; None: the tenant was created with it
     Column("migrated_at", DateTime(timezone=True), nullable=True),
+    # where the tenant's data has to stay; None: anywhere
+    Column("region", Text, nullable=True),
+    CheckConstraint("region ~ '^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$'", name="region"),
     CheckConstraint(r"slug ~ '^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$'", name="slug"),
     CheckConstraint(
         "status IN ('provisioning', 'trial', 'active', 'suspended', 'maintenance', 'deleted', 'purged')", name="status"
@@ -142,6 +168,8 @@ tenants = Table(
     # keyset pages are ordered by id, which is time-ordered
     Index("tenants_status_id_idx", "status", "id"),
     Index("tenants_tier_id_idx", "tier", "id"),
+    Index("tenants_region_id_idx", "region", "id", postgresql_where=text("region IS NOT NULL")),
+    Index("tenants_server_idx", "server", postgresql_where=text("status <> 'purged'")),
     Index(
         "tenants_metadata_idx",
         "metadata",

@@ -9,7 +9,7 @@ from ..control.names import Names
 from ..events import EventBus
 from ..provisioning import Provisioner
 from ..registry.registry import Registry
-from ..servers.server import Servers
+from ..servers import Servers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

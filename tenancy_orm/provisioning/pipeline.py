@@ -35,7 +35,7 @@ from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..routing import marker
 from ..secrets.keyring import Keyring
-from ..servers.server import Server, Servers
+from ..servers import Server, Servers
 from ..tenant import Placement, Status, Tenant
 from . import access, databases, grants, removal, roles
 from .admin_connections import AdminConnections

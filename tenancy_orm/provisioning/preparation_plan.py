@@ -18,7 +18,7 @@ from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, s
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.quoting import quote_identifier
-from ..servers.server import Server, Servers
+from ..servers import Server, Servers
 from . import databases, public_access
 from .preparation import LOCK
 from .public_access import Closing, ControlFacts, SharedDatabases

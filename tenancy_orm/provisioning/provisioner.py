@@ -28,7 +28,7 @@ from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..secrets.keyring import Keyring
-from ..servers.server import Server, Servers
+from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import access, removal
 from .admin_connections import AdminConnections

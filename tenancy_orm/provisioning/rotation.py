@@ -21,7 +21,7 @@ from ..registry.registry import Registry
 from ..secrets.data_keys import DataKeys
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import ResealReport, SealedPasswords
-from ..servers.server import Servers
+from ..servers import Servers
 from ..tenant import Placement, Status, Tenant
 from . import role_settings, roles
 from .admin_connections import AdminConnections

@@ -36,7 +36,7 @@ from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.lifecycle import check_usable
 from ..registry.registry import Registry
 from ..secrets.keyring import new_password
-from ..servers.server import Server, Servers
+from ..servers import Server, Servers
 from ..tenant import Tenant
 from . import removal, role_settings, roles
 from .blockers import Blockers

@@ -186,6 +186,16 @@ class EngineCache:
             self._unleased.pop(tenant_id, None)
             entry.retire()
 
+    def retire_server(self, connector: Connector) -> None:
+        """Drop the engines of all tenants of a server, as ``retire`` does.
+
+        Raises:
+            WrongEventLoopError: this is another event loop or thread.
+        """
+        self.home.check()
+        for tenant_id in [tenant_id for tenant_id, entry in self._entries.items() if entry.connector is connector]:
+            self.retire(tenant_id)
+
     def use_pool(self, tenant_id: UUID, make_pool: MakePool | None) -> None:
         """Make a tenant's pools by another function from now on; by the usual one where it is None.
 

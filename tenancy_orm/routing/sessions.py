@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import get_ident
 from types import TracebackType
 from typing import Any
 from uuid import UUID
+from weakref import WeakSet
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
@@ -18,7 +19,7 @@ from sqlalchemy.orm import Session
 from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.notifications import ConnectionRequest
-from ..errors import ConfigurationError, UnknownServerError
+from ..errors import ConfigurationError
 from ..events import EventBus
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
@@ -50,7 +51,7 @@ class Router:
 
     Args:
         config: Limits and timeouts.
-        servers: The servers by name.
+        servers: The servers by name; ``server_changed`` has to be called when one is replaced or removed.
         keyring: Opens the tenants' sealed passwords.
         installation: The id of this installation.
         events: Receives openings, evictions and incidents.
@@ -71,19 +72,21 @@ class Router:
         ask: Ask | None = None,
         hears: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._connectors = {
-            name: Connector(
-                server,
-                config=config,
-                keyring=keyring,
-                installation=installation,
-                events=events,
-                passwords=passwords,
-                ask=ask,
-                hears=hears,
-            )
-            for name, server in servers.items()
-        }
+        self._servers = servers
+        self._connectors: dict[str, Connector] = {}
+        # those of servers that were replaced, as long as somebody uses them
+        self._retired: WeakSet[Connector] = WeakSet()
+        self._connect_to = partial(
+            Connector,
+            config=config,
+            keyring=keyring,
+            installation=installation,
+            events=events,
+            passwords=passwords,
+            ask=ask,
+            hears=hears,
+        )
+        self._unused = BudgetStatistics(config.pool.max_connections, *(0,) * 7)
         if contradictions := list(_contradictions(config)):
             logger.warning("%s", "; ".join(contradictions))
         self._migration_timeout = config.migration.timeout
@@ -176,19 +179,34 @@ class Router:
         return RoutingStatistics(
             engines=len(self._cache),
             leased=self._cache.leased,
-            servers={name: connector.budget.statistics() for name, connector in self._connectors.items()},
+            servers={
+                name: self._unused if (known := self._connectors.get(name)) is None else known.budget.statistics()
+                for name in self._servers
+            },
         )
 
     async def close(self, *, timeout: float = CLOSE_SECONDS) -> None:
         """Close every connection: idle ones now, busy ones when returned, the rest after ``timeout`` seconds."""
         self._cache.close()
-        await asyncio.gather(*(connector.shut_down(timeout) for connector in self._connectors.values()))
+        connectors = [*self._connectors.values(), *self._retired]
+        await asyncio.gather(*(connector.shut_down(timeout) for connector in connectors))
 
-    def _connector(self, server: str) -> Connector:
-        try:
-            return self._connectors[server]
-        except KeyError:
-            raise UnknownServerError(server) from None
+    def server_changed(self, name: str) -> None:
+        """Use another connector from now on if the server of this name was replaced or removed.
+
+        Open sessions keep theirs; its connections are closed when they are returned.
+        """
+        connector = self._connectors.get(name)
+        if connector is not None and connector.server is not self._servers.get(name):
+            del self._connectors[name]
+            self._retired.add(connector)
+            self._cache.retire_server(connector)
+
+    def _connector(self, name: str) -> Connector:
+        connector = self._connectors.get(name)
+        if connector is None:
+            connector = self._connectors[name] = self._connect_to(self._servers[name])
+        return connector
 
 
 def acquire(router: Router, tenant: Tenant) -> Entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .server import Server, Servers
+from .live import Servers
+from .server import Server
 
 __all__ = ["Server", "Servers"]

@@ -1,8 +1,10 @@
-"""The rows of the servers: whether they accept tenants, and which database holds their administrators' locks."""
+"""The rows of the servers: where they are, how much they hold, and which database has their administrators' locks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from sqlalchemy import func, select, update
 
@@ -14,30 +16,70 @@ from ..control.models import servers, tenants
 from ..errors import UnknownServerError
 from ..tenant import Status
 
+ServerState = Literal["active", "drain"]
+"""Whether a server takes new tenants; one in ``drain`` takes none, and serves those that it has."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerRow:
     """A server as the control database knows it.
 
     Attributes:
-        name: Its name in the configuration.
+        name: Its name.
         host: The first host of its administrative URL.
         port: That host's port.
         maintenance_database: The database of its administrative URL, in which advisory locks are taken.
-        accepts_tenants: Whether a tenant that names no server may be placed on it.
-        tenants: How many tenants it holds.
+        region: Where it is, as tenants name it; None: nowhere in particular.
+        labels: What else is known of it, for placement.
+        capacity: How many tenants it may hold; None: any number.
+        weight: Its share of the tenants, in proportion to the weights of the others.
+        state: Whether it takes new tenants.
+        max_connections: How many connections all processes together may have; None: as many as the server offers.
+        max_opening: How many connections may be opened at once; None: the setting's value.
+        identity: Which cluster it is, as far as it was seen.
+        sealed_addresses: Its addresses, sealed; None where each process has them from its settings.
+        tenants: How many tenants it holds, without purged ones; None where that was not counted.
     """
 
     name: str
     host: str
     port: int
-    maintenance_database: str | None
-    accepts_tenants: bool
-    tenants: int
+    maintenance_database: str | None = None
+    region: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    capacity: int | None = None
+    weight: float = 1.0
+    state: ServerState = "active"
+    max_connections: int | None = None
+    max_opening: int | None = None
+    identity: str | None = None
+    sealed_addresses: bytes | None = field(default=None, repr=False)
+    tenants: int | None = None
+
+    @property
+    def accepts_tenants(self) -> bool:
+        """Whether it takes new tenants, if it has room."""
+        return self.state == "active"
+
+
+_COLUMNS = tuple(servers.c[item.name] for item in fields(ServerRow) if item.name != "tenants")
+
+
+async def read_rows(control: ControlDatabase) -> list[ServerRow]:
+    """Return the rows of all servers, by name; tenants are not counted.
+
+    Raises:
+        ControlUnavailableError: the control database does not answer.
+        CrossTenantError: a tenant is bound.
+    """
+    refuse_while_bound("listing servers")
+    async with control.connect() as connection:
+        rows = await connection.execute(select(*_COLUMNS).order_by(servers.c.name))
+        return [ServerRow(**row) for row in rows.mappings()]
 
 
 async def list_servers(control: ControlDatabase) -> list[ServerRow]:
-    """Return every server that was ever configured, by name.
+    """Return the rows of all servers, by name, with how many tenants each holds.
 
     Raises:
         ControlUnavailableError: the control database does not answer.
@@ -51,15 +93,12 @@ async def list_servers(control: ControlDatabase) -> list[ServerRow]:
         .subquery()
     )
     query = (
-        select(servers, func.coalesce(counted.c.held, 0).label("held"))
+        select(*_COLUMNS, func.coalesce(counted.c.held, 0).label("tenants"))
         .outerjoin(counted, counted.c.server == servers.c.name)
         .order_by(servers.c.name)
     )
     async with control.connect() as connection:
-        return [
-            ServerRow(row.name, row.host, row.port, row.maintenance_database, row.accepts_tenants, row.held)
-            for row in await connection.execute(query)
-        ]
+        return [ServerRow(**row) for row in (await connection.execute(query)).mappings()]
 
 
 async def set_maintenance_database(
@@ -101,4 +140,4 @@ async def set_maintenance_database(
     return former
 
 
-__all__ = ["ServerRow", "list_servers", "set_maintenance_database"]
+__all__ = ["ServerRow", "ServerState", "list_servers", "read_rows", "set_maintenance_database"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 import asyncpg
 from sqlalchemy.engine import URL
 
-from ..config import TenancyConfig
-from ..config.sections import ROLE_SETTINGS
 from ..context import refuse_while_bound
 from ..errors import (
     ConfigurationError,
@@ -23,7 +21,6 @@ from ..errors import (
     PoolerError,
     ServerUnavailableError,
     TenancyError,
-    UnknownServerError,
 )
 from ..loops import HomeLoop
 from ..postgres import connections, login
@@ -39,7 +36,8 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import PEER_SECONDS, clear_tracebacks, reason_of
 from ..postgres.poolers import connect_directly
 from ..tenant import Placement
-from .settings import BOUNDS, read_settings
+from .rows import ServerRow
+from .settings import read_settings
 from .traffic import TenantAddress
 
 logger = logging.getLogger("tenancy_orm.servers")
@@ -95,6 +93,7 @@ class Server:
         answer_timeout: Seconds to wait for the answer to a tenant's statement where that is 0; 0 is for ever.
         session_settings: Further settings for tenants' connections; a value in the URL overrides one here.
         bounds: Values of ``settings.BOUNDS`` in tenants' roles.
+        replicas: The standbys that follow it, without a user, a password or a database.
     """
 
     def __init__(
@@ -108,9 +107,13 @@ class Server:
         answer_timeout: float = 0.0,
         session_settings: Mapping[str, str] = MappingProxyType({}),
         bounds: Mapping[str, str] = MappingProxyType({}),
+        replicas: Sequence[Dsn] = (),
     ) -> None:
         self.name = name
         self.dsn = dsn
+        self.replicas = tuple(replicas)
+        self.row: ServerRow | None = None
+        """Its row in the control database; another one where that was changed. None before the rows are read."""
         self.home = HomeLoop()
         self._admin_timeout = dsn.connect_timeout or connect_timeout
         self.connect_timeout = (tenants or dsn).connect_timeout or connect_timeout
@@ -426,61 +429,7 @@ def _first_host(dsn: Dsn) -> tuple[str, int]:
     return dsn.hosts[0] if dsn.hosts else ("localhost", DEFAULT_PORT)
 
 
-class Servers(Mapping[str, Server]):
-    """The configured servers by name.
-
-    Args:
-        config: ``server_addresses`` and the timeouts are read from it.
-    """
-
-    def __init__(self, config: TenancyConfig) -> None:
-        given = {name.lower(): value for name, value in {**ROLE_SETTINGS, **config.provisioning.role_settings}.items()}
-        bounds = {name: value for name in BOUNDS if (value := given.get(name))}
-        self._servers = {
-            name: Server(
-                name,
-                addresses.admin_dsn,
-                tenants=addresses.tenants_dsn,
-                connect_timeout=config.pool.connect_timeout,
-                statement_timeout=config.sessions.statement_timeout,
-                answer_timeout=config.sessions.answer_timeout,
-                session_settings=config.sessions.settings,
-                bounds=bounds,
-            )
-            for name, addresses in config.server_addresses.items()
-        }
-
-    def __getitem__(self, name: str) -> Server:
-        """The server of that name.
-
-        Raises:
-            UnknownServerError: there is none.
-        """
-        try:
-            return self._servers[name]
-        except KeyError:
-            raise UnknownServerError(name) from None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._servers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._servers)
-
-    def __len__(self) -> int:
-        return len(self._servers)
-
-    def __repr__(self) -> str:
-        """Return the servers' names."""
-        return f"Servers({', '.join(self._servers)})"
-
-    async def close(self) -> None:
-        """Cancel the servers' background work. Their connections are closed by the code that opened them."""
-        for server in self._servers.values():
-            await server.close()
-
-
-async def inspect_servers(servers: Servers, *, timeout: float) -> dict[str, ServerFacts]:
+async def inspect_servers(servers: Mapping[str, Server], *, timeout: float) -> dict[str, ServerFacts]:
     """Ask all servers at once what they are; those that do not answer in time are left out, which is logged.
 
     Args:
@@ -505,4 +454,4 @@ async def inspect_servers(servers: Servers, *, timeout: float) -> dict[str, Serv
     return found
 
 
-__all__ = ["PEER_SECONDS", "Server", "ServerFacts", "Servers", "inspect_servers"]
+__all__ = ["PEER_SECONDS", "Server", "ServerFacts", "inspect_servers"]

@@ -74,8 +74,8 @@ class ReopenedAssembly(Assembly):
         self.directory.admissions.open()
 
     def _share_what_is_known(self, first: Assembly) -> None:
-        for name, connector in self.router._connectors.items():
-            known = first.router._connectors[name]
+        for name, known in first.router._connectors.items():
+            connector = self.router._connector(name)
             if known._shared.ready:
                 connector._shared, connector.dialect, connector.on_connect = (
                     known._shared,

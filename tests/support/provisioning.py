@@ -28,7 +28,7 @@ from tenancy_orm.provisioning.pipeline import Creation, Step
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.secrets.keyring import Keyring, new_password
-from tenancy_orm.servers.server import Servers
+from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Placement, Status, Tenant
 from tenancy_orm.testing import embedded
 from tests.support.control_databases import create_control_database, drop_tenants, forget_tenants
