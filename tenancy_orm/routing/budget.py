@@ -1,8 +1,8 @@
 """How many connections one process may open to one server, and which waiter gets the next one.
 
 State only: no I/O, no clock, no event loop. A *slot* is taken before a connection is opened, and freed when its socket
-is really closed, so the server never sees more connections than the limit. Methods never wait, and all run in one
-thread, so there is no lock.
+is really closed, so the server never sees more connections than the limit. The limit may change at any time. Methods
+never wait, and all run in one thread, so there is no lock.
 
 The next slot goes to the waiting tenant with the fewest connections in use; equals take turns, and within a tenant
 waiters are served in order. To make room, the idle connection of the tenant with the fewest recent checkouts per open
@@ -107,11 +107,15 @@ class Budget(Generic[T]):
         per_tenant: How many of them one tenant may hold.
         evict: Called with a share and one of its connections, to close that connection and make room. It must call
             ``discard`` at once, and ``closed`` later.
+        max_opening: In how many slots connections may be opened at once; None is in all.
     """
 
-    def __init__(self, limit: int, per_tenant: int, evict: Callable[[Share[T], T], None]) -> None:
+    def __init__(
+        self, limit: int, per_tenant: int, evict: Callable[[Share[T], T], None], *, max_opening: int | None = None
+    ) -> None:
         self.limit = limit
         self.per_tenant = per_tenant
+        self.max_opening = max_opening
         self.open = 0
         self.idle = 0
         self.opening = 0
@@ -122,8 +126,7 @@ class Budget(Generic[T]):
         # in the order of their turns: a share joins at the end, and moves there again when it was served
         self._waiting: dict[Share[T], deque[Waiter[T | None]]] = {}
         self._idle_shares: dict[Share[T], None] = {}  # the shares that have idle connections
-        self._clock = 0
-        self._half_life = HALF_LIFE * limit
+        self._clock = 0.0  # in half-lives
 
     def share(self, tenant_id: UUID, *, limit: int | None = None) -> Share[T]:
         """Return a share for a new pool of this tenant.
@@ -156,6 +159,27 @@ class Budget(Generic[T]):
             evictions=self.evictions,
         )
 
+    # --- the limit --------------------------------------------------------------------------------------------------
+
+    def resize(self, limit: int, *, max_opening: int | None = None) -> None:
+        """Change how many slots there are, and in how many connections may be opened at once.
+
+        If there are more than before, waiters get them at once. If there are fewer, idle connections above the new
+        limit are closed at once, the least valuable ones first, and busy ones when they are returned.
+
+        Args:
+            limit: How many slots there are from now on; 0 or more.
+            max_opening: In how many of them connections may be opened at once; None is in all.
+        """
+        self.limit = limit
+        self.max_opening = max_opening
+        self._serve_waiters()
+
+    @property
+    def excess(self) -> int:
+        """How many connections above the limit are still open and are not being closed."""
+        return max(0, self.open - self.closing - self.limit)
+
     # --- getting a connection ---------------------------------------------------------------------------------------
 
     def touch(self, share: Share[T]) -> None:
@@ -164,8 +188,7 @@ class Budget(Generic[T]):
         The weight of new checkouts doubles every half-life, instead of halving that of all older ones; logarithms keep
         it from overflowing.
         """
-        self._clock += 1
-        now = self._clock / self._half_life
+        self._clock = now = self._clock + 1 / (HALF_LIFE * max(1, self.limit))
         score = share.score
         if score == -math.inf:
             share.score = now
@@ -188,9 +211,9 @@ class Budget(Generic[T]):
     def reserve(self, share: Share[T]) -> bool:
         """Reserve a slot to open a connection in, if one is free. ``opened`` or ``failed`` must follow.
 
-        No waiter is overtaken: while a slot is free, only tenants at their own limit are waiting.
+        No waiter is overtaken: while a slot may be reserved, only tenants at their own limit are waiting.
         """
-        if self.open >= self.limit or not share.account.room:
+        if not self._can_open or not share.account.room:
             return False
         self._reserve(share)
         return True
@@ -221,6 +244,8 @@ class Budget(Generic[T]):
     def opened(self) -> None:
         """Record that a connection was opened in a reserved slot; it is in use."""
         self.opening -= 1
+        if self._waiting and self.max_opening is not None:
+            self._serve_waiters()
 
     def failed(self, share: Share[T], *, refused: bool = False) -> None:
         """Free a reserved slot: opening failed, and no socket is left.
@@ -254,6 +279,8 @@ class Budget(Generic[T]):
     def put(self, share: Share[T], item: T, now: float) -> bool:
         """Return a usable connection: give it to a waiter, or keep it idle from ``now`` on (seconds of any clock).
 
+        It is closed if the limit has become smaller than the number of open connections.
+
         False: it is promised to another process. It still counts as in use, and the caller must ``discard`` it; its
         slot stays free until ``retry``.
         """
@@ -262,6 +289,10 @@ class Budget(Generic[T]):
             account.promised = -math.inf
             account.ceiling = account.open - 1
             return False
+        if self.excess:
+            self.evictions += 1
+            self._evict(share, item)
+            return True
         share.busy -= 1
         if share in self._waiting and self._serves_own(share) and (waiter := self._next(share)) is not None:
             share.busy += 1
@@ -334,6 +365,11 @@ class Budget(Generic[T]):
 
     # --- inner ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _can_open(self) -> bool:
+        """Whether one more connection may be opened now."""
+        return self.open < self.limit and (self.max_opening is None or self.opening < self.max_opening)
+
     def _reserve(self, share: Share[T]) -> None:
         self.open += 1
         self.opening += 1
@@ -348,7 +384,7 @@ class Budget(Generic[T]):
 
     def _serve_waiters(self) -> None:
         """Give free slots to waiters, and begin to close idle connections for the remaining ones."""
-        while self.open < self.limit and (share := self._fairest()) is not None:
+        while self._can_open and (share := self._fairest()) is not None:
             waiter = self._next(share)
             if waiter is not None:
                 self._reserve(share)
@@ -356,7 +392,7 @@ class Budget(Generic[T]):
         for share in self._waiting:
             if share.account.idle and not share.account.room:
                 self._make_room_of_own(share)
-        wanted = sum(map(self._wanted, self._waiting)) - self.closing
+        wanted = sum(map(self._wanted, self._waiting)) - self._coming_free
         while wanted > 0 and self._idle_shares:
             self._make_room()
             wanted -= 1
@@ -370,6 +406,11 @@ class Budget(Generic[T]):
                 self.evictions += 1
                 self._evict(other, self._take_oldest(other))
                 wanted -= 1
+
+    @property
+    def _coming_free(self) -> int:
+        """How many slots are free, or will be once connections are closed; below 0 where the limit is exceeded."""
+        return self.limit - self.open + self.closing
 
     def _wanted(self, share: Share[T]) -> int:
         """How many slots a waiting share could use."""
@@ -398,8 +439,8 @@ class Budget(Generic[T]):
             return True
         if fairest.account is share.account:
             return share.account.closing > 0
-        # or the slots that are being freed are enough for the others
-        return sum(self._wanted(other) for other in self._waiting if other is not share) <= self.closing
+        # or the slots that are free or being freed are enough for the others
+        return sum(self._wanted(other) for other in self._waiting if other is not share) <= self._coming_free
 
     def _next(self, share: Share[T]) -> Waiter[T | None] | None:
         """Take the first waiter of a share that still waits: a cancelled one may still be in the queue."""

@@ -322,6 +322,58 @@ def test_a_promise_ends() -> None:
     assert budget.statistics().idle == 1
 
 
+def test_a_larger_limit_serves_waiters_at_once() -> None:
+    """Waiters get the slots that a larger limit adds."""
+    budget, _ = make(limit=1)
+    a = share_of(budget, 1)
+    connect(budget, a)
+    first, second = seat(budget, a), seat(budget, share_of(budget, 2))
+    budget.resize(2)
+    assert (first.served, second.served) == ([], [None])
+    budget.resize(3)
+    assert first.served == [None]
+
+
+def test_a_smaller_limit_closes_idle_connections_now_and_busy_ones_when_they_are_returned() -> None:
+    """The least valuable idle connections are closed at once; a busy one above the limit serves no further waiter."""
+    budget, evicted = make(limit=4, per_tenant=4)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    for share in (a, a, b, b):
+        connect(budget, share)
+    budget.touch(a)
+    budget.put(a, "a1", 1.0)
+    budget.put(b, "b1", 1.0)
+    budget.resize(3)
+    assert (evicted, budget.excess) == (["b1"], 0)
+    budget.resize(1)
+    assert (evicted, budget.excess) == (["b1", "a1"], 1)
+    waiter = seat(budget, b)
+    budget.put(b, "b2", 2.0)
+    assert (evicted, budget.excess, waiter.served) == (["b1", "a1", "b2"], 0, [])
+    for share in (b, a, b):
+        budget.closed(share)
+    assert waiter.served == [], "the one slot is in use"
+    budget.put(a, "a2", 3.0)
+    budget.closed(a)
+    assert waiter.served == [None]
+
+
+def test_no_more_connections_are_opened_at_once_than_allowed() -> None:
+    """Waiters get free slots one after the other, as openings end, and no idle connection is closed for them."""
+    budget, evicted = make(limit=5)
+    a, b = share_of(budget, 1), share_of(budget, 2)
+    connect(budget, a)
+    budget.put(a, "idle", 1.0)
+    budget.resize(5, max_opening=1)
+    assert budget.reserve(b)
+    waiters = [seat(budget, share_of(budget, number)) for number in (3, 4)]
+    budget.opened()
+    assert [waiter.served for waiter in waiters] == [[None], []]
+    budget.failed(share_of(budget, 3))
+    assert [waiter.served for waiter in waiters] == [[None], [None]]
+    assert evicted == []
+
+
 class BudgetMachine(RuleBasedStateMachine):
     """After any sequence of events all counts are correct, and no waiter waits while a slot or connection is free."""
 
@@ -331,6 +383,8 @@ class BudgetMachine(RuleBasedStateMachine):
         super().__init__()
         self.closing: list[Share[str]] = []
         self.budget: Budget[str] = Budget(self.LIMIT, self.PER_TENANT, self._evict)
+        self.limit, self.max_opening = self.LIMIT, self.LIMIT
+        self.open_before = self.opening_before = 0
         self.shares = [share_of(self.budget, number) for number in range(self.TENANTS)]
         self.opening: list[Share[str]] = []
         self.used: list[tuple[Share[str], str]] = []
@@ -392,6 +446,12 @@ class BudgetMachine(RuleBasedStateMachine):
             self.closing.append(share)
         self._collect()
 
+    @rule(limit=st.integers(0, LIMIT + 2), max_opening=st.none() | st.integers(1, 3))
+    def resize(self, limit: int, max_opening: int | None) -> None:
+        self.limit, self.max_opening = limit, limit if max_opening is None else max_opening
+        self.budget.resize(limit, max_opening=max_opening)
+        self._collect()
+
     @rule(number=st.integers(0, TENANTS - 1))
     def retry(self, number: int) -> None:
         self.budget.retry(self.shares[number].account)
@@ -429,7 +489,10 @@ class BudgetMachine(RuleBasedStateMachine):
     @invariant()
     def the_counts_are_true(self) -> None:
         counted = self.budget.statistics()
-        assert counted.open <= self.LIMIT
+        assert counted.open <= max(self.limit, self.open_before), "a connection was opened above the limit"
+        assert not self.budget.excess or not counted.idle, "an idle connection above the limit"
+        assert counted.opening <= max(self.max_opening, self.opening_before)
+        self.open_before, self.opening_before = counted.open, counted.opening
         assert counted.opening == len(self.opening)
         assert counted.in_use == len(self.used)
         assert counted.closing == len(self.closing)
@@ -444,8 +507,9 @@ class BudgetMachine(RuleBasedStateMachine):
         able = {share for share, _ in self.waiting if share.account.room}
         assert all(not share.idle for share, _ in self.waiting)
         if able:
-            assert counted.open == self.LIMIT, "a free slot, and someone who may take it"
-            assert counted.idle == 0 or counted.closing > 0, "an idle connection, and nobody to make room"
+            assert counted.open >= self.limit or counted.opening >= self.max_opening, "a slot, and someone to take it"
+            if counted.open >= self.limit:
+                assert counted.idle == 0 or counted.closing > 0, "an idle connection, and nobody to make room"
 
 
 BudgetMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
