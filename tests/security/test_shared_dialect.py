@@ -25,6 +25,7 @@ from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import ConfigurationError, ServerUnavailableError
 from tenancy_orm.postgres.dsn import Dsn
 from tenancy_orm.postgres.quoting import quote_identifier
+from tenancy_orm.servers import Servers
 from tenancy_orm.servers import server as servers
 from tenancy_orm.servers.settings import BOUNDS, PINNED, PINNED_WHERE_KNOWN, default_schema, named_in, read_settings
 from tenancy_orm.tenant import Tenant
@@ -273,7 +274,7 @@ async def test_what_a_session_sets_reaches_no_other_tenant(two: Neighbours) -> N
 async def test_the_proof_at_creation_starts_from_the_server_s_settings(two: Neighbours) -> None:
     """``connect_tenant`` pins for whoever calls it, without a router."""
     await two.set(**SETTINGS)
-    found = servers.Servers(two.config)["default"]
+    found = Servers(two.config)["default"]
     connection: Any = await found.connect_tenant(
         placement(two.hostile), two.passwords[placement(two.hostile).role], tenant="mallory"
     )
