@@ -76,6 +76,7 @@
     │       └── ExtensionUnavailableError    a server does not have a configured extension
     ├── MigrationError
     │   └── FleetMigrationError
+    ├── ReadOnlyError                        a read-only session was to write, or to end its transaction by SQL
     ├── QueryError                           a query over the fleet was refused in a tenant's database
     ├── FleetQueryError                      a query failed for some tenants, and was answered by the others
     ├── TaskRefusedError                     a task that has arrived must not run
@@ -983,6 +984,13 @@ class FleetMigrationError(MigrationError):
         super().__init__(f"{len(failures)} of {counted(total)} failed to migrate: {names}")
         self.failures = dict(failures)
         self.total = total
+
+
+class ReadOnlyError(TenancyError):
+    """A read-only session was to flush changes, or to begin or end a transaction by a statement. Nothing was sent.
+
+    What PostgreSQL refuses in such a session is SQLAlchemy's ``DBAPIError``, with SQLSTATE 25006.
+    """
 
 
 class QueryError(TenancyError):

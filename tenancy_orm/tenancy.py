@@ -79,24 +79,50 @@ class Tenancy:
 
     @overload
     def session(
-        self, tenant: TenantRef | None = None, *, operator: bool = False, session_class: type[S], **options: Any
+        self,
+        tenant: TenantRef | None = None,
+        *,
+        operator: bool = False,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        session_class: type[S],
+        **options: Any,
     ) -> AbstractAsyncContextManager[S]: ...
 
     @overload
     def session(
-        self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
+        self,
+        tenant: TenantRef | None = None,
+        *,
+        operator: bool = False,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        **options: Any,
     ) -> AbstractAsyncContextManager[AsyncSession]: ...
 
     def session(
-        self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
+        self,
+        tenant: TenantRef | None = None,
+        *,
+        operator: bool = False,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        **options: Any,
     ) -> AbstractAsyncContextManager[Any]:
         """Open a session on a tenant's own database: ``async with tenancy.session() as session``.
 
         What is not committed is rolled back at the end, as with any ``AsyncSession``.
 
+        With ``read_only``, PostgreSQL refuses what writes (25006). A query is then one round trip, since there is no
+        transaction around it: each sees what is committed when it begins, as in any transaction that is
+        ``READ COMMITTED``. For one snapshot for all of them, give ``isolation_level="REPEATABLE READ"`` as well.
+
         Args:
             tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
             operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
+            read_only: Whether it only reads.
+            isolation_level: ``READ COMMITTED``, ``REPEATABLE READ``, ``SERIALIZABLE`` or ``AUTOCOMMIT``; the server's
+                default where None.
             options: Further arguments of ``AsyncSession``; as ``session_class`` a subclass of it to use instead.
 
         Raises:
@@ -108,8 +134,12 @@ class Tenancy:
             CheckoutTimeoutError: (at the first statement) no connection became free in time.
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
+            ReadOnlyError: (later) with ``read_only``, changed objects are to be flushed, or a statement is to begin or
+                end a transaction.
         """
         parts = self._lifetime.parts
+        if read_only or isolation_level is not None:
+            options.update(read_only=read_only, isolation_level=isolation_level)
         return ResolvedSession(parts.directory, parts.router, tenant, operator=operator, options=options)
 
     @overload

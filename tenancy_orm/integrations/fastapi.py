@@ -95,6 +95,13 @@ async def _session(
         yield session
 
 
+async def _read_session(
+    tenancy: Annotated[Tenancy, Depends(_tenancy)], tenant: Annotated[Tenant, Depends(_tenant)]
+) -> AsyncIterator[AsyncSession]:
+    async with tenancy.session(tenant, read_only=True) as session:
+        yield session
+
+
 async def _transaction(
     tenancy: Annotated[Tenancy, Depends(_tenancy)], tenant: Annotated[Tenant, Depends(_tenant)]
 ) -> AsyncIterator[AsyncSession]:
@@ -121,6 +128,9 @@ CurrentTenancy = Annotated[Tenancy, Depends(_tenancy)]
 
 TenantSession = Annotated[AsyncSession, Depends(_session, scope="function")]
 """A session on the tenant's database, as ``tenancy.session()``. Changes that are not committed are rolled back."""
+
+TenantReadSession = Annotated[AsyncSession, Depends(_read_session, scope="function")]
+"""A session that only reads, as ``tenancy.session(read_only=True)``: one round trip for a query, and no write."""
 
 TenantTransaction = Annotated[AsyncSession, Depends(_transaction, scope="function")]
 """A session on the tenant's database, committed when the path operation returns, as ``tenancy.transaction()``."""
@@ -203,6 +213,7 @@ __all__ = [
     "CurrentTenancy",
     "CurrentTenant",
     "RequireScope",
+    "TenantReadSession",
     "TenantSession",
     "TenantTransaction",
     "api_key_header",

@@ -196,11 +196,19 @@ class Budget(Generic[T]):
             high, low = (score, now) if score > now else (now, score)
             share.score = high + math.log2(1.0 + 2.0 ** (low - high))
 
-    def take(self, share: Share[T]) -> tuple[float, T] | None:
-        """Take the idle connection that was returned last, or None; it counts as in use from now on."""
+    def take(self, share: Share[T], prefer: Callable[[T], bool] | None = None) -> tuple[float, T] | None:
+        """Take the idle connection that was returned last, or None; it counts as in use from now on.
+
+        Args:
+            share: The tenant's.
+            prefer: Tells which ones to take rather than a later one, where there are several.
+        """
         if not share.idle:
             return None
-        entry = share.idle.pop()
+        last = len(share.idle) - 1
+        if last and prefer is not None:
+            last = next((index for index in range(last, -1, -1) if prefer(share.idle[index][1])), last)
+        entry = share.idle.pop(last)
         if not share.idle:
             del self._idle_shares[share]
         self.idle -= 1

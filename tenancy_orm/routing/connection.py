@@ -21,10 +21,12 @@ from sqlalchemy.dialects.postgresql.asyncpg import (
 )
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import QueryError
+from ..errors import ConfigurationError, QueryError
 from ..loops import HomeLoop
 from ..postgres.sqlalchemy_versions import AdaptedConnection, forget_transaction, has_begun, roll_back
+from .reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
 from .route import TenantRoute
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -39,6 +41,9 @@ RESET: Final = (
 # The beginning of an ErrorResponse after which the server ends the connection. Its severity is the first field, and the
 # second one too, not translated.
 _LAST_MESSAGE = re.compile(rb"E.{4}S(?:(?:FATAL|PANIC)\0|[^\0]*\0V(?:FATAL|PANIC)\0)", re.DOTALL)
+
+# what asyncpg's ``Transaction`` begins with
+_BEGIN = re.compile(r"BEGIN(?: ISOLATION LEVEL [A-Z ]+?)?(?P<mode> READ ONLY)?(?P<deferrable> DEFERRABLE)?;")
 
 
 class _DriverProtocol(Protocol):  # type: ignore[misc]
@@ -61,9 +66,14 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     An application can reach it by ``get_raw_connection``. So it calls ``check_use``, which the connector sets, before
     each operation, except for those that end a transaction.
+
+    Attributes:
+        reading (bool): Whether a read-only session uses it.
+        native_mode (str | None): The value of ``default_transaction_read_only`` that it has started with; None where a
+            session's settings do not stay with it, as behind a pooler.
     """
 
-    __slots__ = ("_home", "check_use", "rolling_back")
+    __slots__ = ("_home", "check_use", "native_mode", "reading", "rolling_back")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -73,10 +83,82 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         self._home = HomeLoop()
         self.check_use: Callable[[], None] | None = None
         self.rolling_back = False
+        self.reading = False
+        self.native_mode: str | None = None
 
     def get_reset_query(self) -> str:
         """The statements that ``reset`` runs."""
-        return RESET
+        # the next read then needs no round trip for it
+        return f"{RESET}; {SET_MODE['on']}" if self.reading and self.native_mode is not None else RESET
+
+    # --- whether the transactions that PostgreSQL begins by itself are read-only --------------------------------------
+
+    # PostgreSQL reports each change of ``default_transaction_read_only`` (since 14), whoever has made it: a function,
+    # ALTER ROLE with a new login, RESET ALL, a transaction that is rolled back. So what is compared is never a guess.
+
+    @property
+    def mode(self) -> str | None:
+        """The value of ``default_transaction_read_only``, as PostgreSQL has reported it; None where it is closed."""
+        protocol = self._protocol
+        mode: str | None = None if protocol is None else getattr(protocol.get_settings(), MODE, None)
+        return mode
+
+    @property
+    def has_other_mode(self) -> bool:
+        """Whether the next statement, outside a transaction, would be run with the mode of another session."""
+        native, protocol = self.native_mode, self._protocol
+        if native is None or protocol is None:
+            return False
+        return self.mode != ("on" if self.reading else native) and not protocol.is_in_transaction()
+
+    async def set_mode(self) -> None:
+        """Give the connection the mode of the session that uses it."""
+        wanted = "on" if self.reading else self.native_mode
+        if wanted is None:
+            return
+        await super().execute(SET_MODE[wanted])
+        if self.mode != wanted:
+            # what answers is not PostgreSQL itself, so leave nothing behind
+            self.native_mode = None
+            await super().execute(f"RESET {MODE}")
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        """Execute one command, or several where there are no ``args``, as in asyncpg."""
+        if self.reading or self.has_other_mode:
+            begin = None if args else _BEGIN.fullmatch(query)
+            if begin is not None:
+                query = self._begin(begin)
+            elif self.has_other_mode:
+                await self.set_mode()
+        status: str = await super().execute(query, *args, timeout=timeout)
+        return status
+
+    def _begin(self, begin: re.Match[str]) -> str:
+        """The statement that begins a transaction in the mode of the session, in no more round trips."""
+        end = begin.start("deferrable") if begin["deferrable"] else begin.end() - 1
+        if self.reading:
+            mode = "" if begin["mode"] else " READ ONLY"
+            return f"{begin.string[:end]}{mode}{begin.string[end:]} {FIX_SNAPSHOT};"
+        if begin["mode"]:
+            return begin.string
+        return f"{begin.string[:end]} READ {'ONLY' if self.native_mode == 'on' else 'WRITE'}{begin.string[end:]}"
+
+    async def _get_statement(self, *args: Any, **options: Any) -> Any:
+        if self.has_other_mode:
+            await self.set_mode()
+        return await super()._get_statement(*args, **options)
+
+    async def _copy_in(self, *args: Any, **options: Any) -> Any:
+        if self.has_other_mode:
+            await self.set_mode()
+        return await super()._copy_in(*args, **options)
+
+    async def _copy_out(self, *args: Any, **options: Any) -> Any:
+        if self.has_other_mode:
+            await self.set_mode()
+        return await super()._copy_out(*args, **options)
+
+    # --- checks -------------------------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
         """Refuse an operation on a closed connection, as asyncpg does before each one, or where ``check_use`` does."""
@@ -144,6 +226,10 @@ class TenantCursor(AsyncAdapt_asyncpg_cursor):
 
     async def _prepare_and_execute(self, operation: Any, parameters: Any) -> None:
         connection = self._adapt_connection
+        if connection._connection.reading:
+            await connection.begin_reading(operation, alone=not self.server_side)
+        else:
+            await connection.leave_reading()
         if not connection.may_repeat:
             await super()._prepare_and_execute(operation, parameters)  # type: ignore[no-untyped-call]
             return
@@ -161,6 +247,10 @@ class TenantCursor(AsyncAdapt_asyncpg_cursor):
 
     async def _executemany(self, operation: Any, seq_of_parameters: Any) -> Any:
         connection = self._adapt_connection
+        if connection._connection.reading:
+            await connection.begin_reading(operation, alone=False)
+        else:
+            await connection.leave_reading()
         if not connection.may_repeat:
             return await super()._executemany(operation, seq_of_parameters)  # type: ignore[no-untyped-call]
         try:
@@ -222,8 +312,10 @@ class TenantConnection(AdaptedConnection):
     _ss_cursor_cls = _StreamCursor
     _connection: DriverConnection
 
-    __slots__ = ("__weakref__", "finalizer", "poller", "route")
+    __slots__ = ("__weakref__", "alone", "finalizer", "poller", "route", "stable_snapshot")
 
+    alone: bool  # whether the next statement of a read-only session is sent without a transaction
+    stable_snapshot: bool  # whether PostgreSQL's default isolation level keeps the snapshot of the first statement
     route: TenantRoute
     poller: select.poll
     finalizer: weakref.finalize[Any, TenantConnection]
@@ -253,6 +345,86 @@ class TenantConnection(AdaptedConnection):
         finally:
             driver_connection.rolling_back = False
 
+    # --- read-only sessions -------------------------------------------------------------------------------------------
+
+    def use(self, *, reading: bool) -> None:
+        """Begin the use by another session."""
+        self._connection.reading = reading
+        self.alone = False
+
+    def has_mode_of(self, *, reading: bool) -> bool:
+        """Whether a session, read-only or not, can use it without changing its mode."""
+        return (self._connection.mode == "on") == reading
+
+    async def begin_reading(self, operation: str, *, alone: bool) -> None:
+        """Prepare for a statement of a read-only session: within a read-only transaction, or alone where that will do.
+
+        A query needs no transaction of its own: PostgreSQL runs it in one that is read-only by the session's default.
+        Any other statement gets one that begins with a snapshot, after which PostgreSQL lets nothing make it writable.
+
+        Args:
+            operation: The statement.
+            alone: Whether it may be sent alone.
+
+        Raises:
+            ReadOnlyError: it begins or ends a transaction, which is the session's to do.
+        """
+        self.alone = False
+        if has_begun(self):
+            if not is_plain(operation):
+                self._refuse_control(operation)
+            return
+        driver_connection = self._connection
+        if (
+            alone
+            and driver_connection.native_mode is not None
+            and self._sees_each_commit
+            and not self.route.is_changing
+            and not driver_connection.is_in_transaction()
+            and is_plain(operation)
+        ):
+            if driver_connection.has_other_mode:
+                await self._set_mode()
+            if driver_connection.native_mode is not None:
+                self.alone = True
+                return
+        self._refuse_control(operation)
+        if self.isolation_level == "autocommit":
+            self.isolation_level = None
+
+    async def leave_reading(self) -> None:
+        """Prepare for a statement of a session that may write, if its transaction was ended by a statement of its own.
+
+        Otherwise the connection has the right mode, or the beginning of a transaction sees to that.
+        """
+        if self._connection.has_other_mode and has_begun(self):
+            await self._set_mode()
+
+    @property
+    def _sees_each_commit(self) -> bool:
+        """Whether each statement has a snapshot of its own in a transaction as well."""
+        level = self.isolation_level
+        return level == "read_committed" or (level in (None, "autocommit") and not self.stable_snapshot)
+
+    def _refuse_control(self, operation: str) -> None:
+        if controls_transaction(operation):
+            raise control_refused(self.route.slug)
+
+    async def _set_mode(self) -> None:
+        try:
+            await self._connection.set_mode()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            self._handle_exception(error)
+
+    async def _start_transaction(self) -> None:
+        if self.alone:
+            return
+        if self.isolation_level == "autocommit":
+            if self._connection.has_other_mode:
+                await self._set_mode()
+            return
+        await super()._start_transaction()  # type: ignore[no-untyped-call]
+
     # --- statements that were prepared before a change of the schema -------------------------------------------------
 
     @property
@@ -271,7 +443,7 @@ class TenantConnection(AdaptedConnection):
         ``was_prepared`` tells whether it had been prepared for an earlier one.
         """
         cause = error.__cause__
-        if self.isolation_level == "autocommit":
+        if self.isolation_level == "autocommit" and not self.alone:
             # with a context it comes from within a procedure, which may have committed
             return isinstance(cause, asyncpg.exceptions.InvalidCachedStatementError) and cause.context is None
         if isinstance(
@@ -378,10 +550,33 @@ class _CoreConnection(Connection):
         pool.route.home.check()
 
 
+_LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT")
+
+
 class TenantEngine(Engine):
     """A tenant's engine; its connections are refused in another event loop."""
 
     _connection_cls = _CoreConnection
+    _variants: dict[tuple[bool, str | None], Engine] | None = None
+
+    def variant(self, *, reading: bool, isolation_level: str | None) -> Engine:
+        """Return an engine on the same pool: for read-only sessions, or with another isolation level.
+
+        Raises:
+            ConfigurationError: there is no such isolation level.
+        """
+        if not reading and isolation_level is None:
+            return self
+        if self._variants is None:
+            self._variants = {}
+        found = self._variants.get((reading, isolation_level))
+        if found is None:
+            if isolation_level is not None and isolation_level not in _LEVELS:
+                raise ConfigurationError(f"{isolation_level!r} is no isolation level; they are {', '.join(_LEVELS)}")
+            found = self._variants[reading, isolation_level] = _Variant(
+                self, reading=reading, isolation_level=isolation_level
+            )
+        return found
 
 
 class _TenantOptionEngine(OptionEngine):
@@ -391,6 +586,53 @@ class _TenantOptionEngine(OptionEngine):
 
 
 TenantEngine._option_cls = _TenantOptionEngine
+
+
+class _VariantConnection(_CoreConnection):
+    """A connection of a ``_Variant``."""
+
+    def __init__(self, engine: Engine, *args: Any, **options: Any) -> None:
+        super().__init__(engine, *args, **options)
+        level = getattr(engine, "isolation_level", None)
+        if level is not None:
+            try:
+                self.execution_options(isolation_level=level)
+            except BaseException:
+                self.close()
+                raise
+
+
+class _VariantOptionEngine(_TenantOptionEngine):
+    """What ``_Variant.execution_options`` returns."""
+
+    _connection_cls = _VariantConnection
+
+    @property
+    def isolation_level(self) -> str | None:
+        level: str | None = getattr(self._proxied, "isolation_level", None)
+        return level
+
+    def raw_connection(self) -> PoolProxiedConnection:
+        return self._proxied.raw_connection()
+
+
+class _Variant(OptionEngine):
+    """The engine of a tenant, for sessions of one kind."""
+
+    _connection_cls = _VariantConnection
+    _option_cls = _VariantOptionEngine
+
+    def __init__(self, engine: Engine, *, reading: bool, isolation_level: str | None) -> None:
+        super().__init__(engine, {})
+        self.reading = reading
+        self.isolation_level = isolation_level
+
+    def raw_connection(self) -> PoolProxiedConnection:
+        if not self.reading:
+            return super().raw_connection()
+        pool: Any = self.pool
+        connection: PoolProxiedConnection = pool.connect_for_reading()
+        return connection
 
 
 class TenantExecutionContext(PGExecutionContext_asyncpg):

@@ -292,6 +292,10 @@ class Connector:
             prepared_statement_name_func=_no_name if self.server.is_pooled else None,
         )
         connection.route = route
+        connection.use(reading=False)
+        connection.stable_snapshot = self.server.has_stable_snapshots
+        # a pooler gives each transaction another server connection, so a session's settings do not stay with it
+        driver_connection.native_mode = None if self.server.is_pooled else driver_connection.mode
         driver_connection.check_use = route.check_bound
         connection.poller = select.poll()
         connection.poller.register(driver_connection._transport.get_extra_info("socket").fileno(), select.POLLIN)

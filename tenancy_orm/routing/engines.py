@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from threading import get_ident
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, cast
 from uuid import UUID
 
 from sqlalchemy.engine import Engine
@@ -27,7 +27,9 @@ from .routed_pool import RoutedPool
 class MakeThreadEngine(Protocol):
     """Makes an engine for synchronous code: its pool is a ``RoutedPool``."""
 
-    def __call__(self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement) -> Engine:
+    def __call__(
+        self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement
+    ) -> TenantEngine:
         """Make one for a tenant."""
 
 
@@ -46,7 +48,7 @@ class Entry:
     where some has used this tenant.
     """
 
-    __slots__ = ("_tier", "connector", "engine", "leases", "owner", "placement", "retired", "threads")
+    __slots__ = ("_tier", "_variants", "connector", "engine", "leases", "owner", "placement", "retired", "threads")
 
     def __init__(
         self, tenant: Tenant, placement: Placement, connector: Connector, make_pool: MakePool = make_tenant_pool
@@ -56,8 +58,9 @@ class Entry:
         self.connector = connector
         self.leases = 0
         self.retired = False
-        self.threads: Engine | None = None
+        self.threads: TenantEngine | None = None
         self._tier = tenant.tier
+        self._variants: dict[tuple[bool, str | None], AsyncEngine] | None = None
         pool = make_pool(connector, tenant, placement)
         # no compiled cache of its own and no listeners: they would be most of an engine's memory
         self.engine = AsyncEngine(
@@ -77,7 +80,25 @@ class Entry:
         assert isinstance(pool, TenantPool)  # noqa: S101 - for the type checker: nothing else makes pools here
         return pool
 
-    def for_threads(self, make: MakeThreadEngine) -> Engine:
+    def variant(self, *, reading: bool, isolation_level: str | None) -> AsyncEngine:
+        """Return the engine for read-only sessions, or for an isolation level; on the same pool.
+
+        Raises:
+            ConfigurationError: there is no such isolation level.
+        """
+        if not reading and isolation_level is None:
+            return self.engine
+        if self._variants is None:
+            self._variants = {}
+        found = self._variants.get((reading, isolation_level))
+        if found is None:
+            inner = cast("TenantEngine", self.engine.sync_engine)
+            found = self._variants[reading, isolation_level] = AsyncEngine(
+                inner.variant(reading=reading, isolation_level=isolation_level)
+            )
+        return found
+
+    def for_threads(self, make: MakeThreadEngine) -> TenantEngine:
         """Return the engine of synchronous code, which the first call makes. Both are retired together."""
         if self.threads is None:
             self.pool.admit_threads()

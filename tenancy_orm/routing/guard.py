@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, UOWTransaction
 from sqlalchemy.orm.attributes import instance_state
 
-from ..errors import CrossTenantError, NotOpenError
+from ..errors import CrossTenantError, NotOpenError, ReadOnlyError
 from ..postgres.sqlalchemy_versions import SQLALCHEMY_2_0
 from ..protocols import Admission
 from .routed_pool import RoutedPool
@@ -45,6 +45,7 @@ class TenantSession(Session):
         bind: The tenant's engine, or one of its connections.
         tenant: The tenant's id and slug.
         on_refusal: Called with each error that the guard is going to raise.
+        read_only: Whether a flush is refused; that nothing else writes, PostgreSQL sees to.
         options: As ``sqlalchemy.orm.Session``.
     """
 
@@ -54,9 +55,11 @@ class TenantSession(Session):
         *,
         tenant: Owner,
         on_refusal: Callable[[CrossTenantError], None] | None = None,
+        read_only: bool = False,
         **options: Any,
     ) -> None:
         self.tenant = tenant
+        self.read_only = read_only
         self.ended = False
         # of the request that opened the session: checked whoever uses the session later
         self.admission: Admission | None = None
@@ -200,10 +203,23 @@ def _before_attach(session: TenantSession, state: InstanceState[Any]) -> None:
     session._check(state, "adding")
 
 
+def _is_changed(session: TenantSession, instance: object) -> bool:
+    return instance in session.new or instance in session.deleted or session.is_modified(instance)
+
+
 def _before_flush(session: TenantSession, context: UOWTransaction, instances: object) -> None:
     session._check_transaction()
     for instance in (*session.new, *session.dirty, *session.deleted):
         session._check(instance_state(instance), "flushing")
+    if session.read_only:
+        changed = next(
+            (one for one in (*session.new, *session.deleted, *session.dirty) if _is_changed(session, one)), None
+        )
+        if changed is not None:
+            raise ReadOnlyError(
+                f"tenant {session.tenant[1]!r}: a {type(changed).__name__} is to be written, but the session is "
+                "read-only; use tenancy.session() or tenancy.transaction() to write"
+            )
 
 
 event.listen(TenantSession, "loaded_as_persistent", _mark, raw=True)

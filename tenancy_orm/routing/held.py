@@ -35,6 +35,9 @@ class HeldConnection(Protocol):
     def is_closed(self) -> bool:
         """Whether its socket is closed, as far as is known."""
 
+    def has_mode_of(self, *, reading: bool) -> bool:
+        """Whether a session, read-only or not, can use it without changing its mode."""
+
     @property
     def usable(self) -> bool:
         """Whether it can be reused, as far as is known: its socket and no transaction are open."""

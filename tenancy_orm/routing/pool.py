@@ -8,7 +8,7 @@ from typing import cast
 from uuid import UUID
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
 from ..errors import ServerUnavailableError
@@ -46,6 +46,7 @@ class TenantPool(RoutedPool):
             tier=tier,
             placement=placement,
         )
+        self._reading = False
 
     def _invoke_creator(self, rec: ConnectionPoolEntry) -> DBAPIConnection:
         connection = await_(self.connector.connect(self.route))
@@ -60,12 +61,23 @@ class TenantPool(RoutedPool):
 
     # --- checkout ---------------------------------------------------------------------------------------------------
 
+    def connect_for_reading(self) -> PoolProxiedConnection:
+        """Return a connection like ``connect``, for a read-only session."""
+        self._reading = True  # until ``_do_get`` takes note of it, before anything is awaited
+        return self.connect()
+
     def _do_get(self) -> Record:
+        reading, self._reading = self._reading, False
+        record = self._get(reading)
+        cast("TenantConnection", record.dbapi_connection).use(reading=reading)
+        return record
+
+    def _get(self, reading: bool) -> Record:
         self.route.check_bound()
         share = self.share
         self.connector.budget.touch(share)
         while share.idle:
-            record = self._take()
+            record = self._take(reading=reading)
             if record is None:
                 break
             connection = cast("TenantConnection", record.dbapi_connection)

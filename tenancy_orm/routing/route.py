@@ -92,6 +92,11 @@ class TenantRoute:
                 return now
         return self.schema_changed_at
 
+    @property
+    def is_changing(self) -> bool:
+        """Whether a migration may be changing the schema now."""
+        return bool(self._changing_until) and time.time() < self._changing_until
+
     def check_bound(self) -> None:
         """Check that the running code may use this tenant's connections.
 

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 from uuid import UUID
 
 from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
-from sqlalchemy.pool import Pool
+from sqlalchemy.pool import Pool, PoolProxiedConnection
 
 from ..errors import CheckoutTimeoutError, ConnectionLimitError
 from ..events import CheckoutTimedOut
@@ -86,9 +86,17 @@ class RoutedPool(Pool):
 
     # --- checkout ---------------------------------------------------------------------------------------------------
 
-    def _take(self) -> Record | None:
-        """Take an idle connection that is neither too old nor known to be closed."""
-        while (entry := self.connector.budget.take(self.share)) is not None:
+    @abstractmethod
+    def connect_for_reading(self) -> PoolProxiedConnection:
+        """Return a connection like ``connect``, for a read-only session."""
+
+    def _take(self, *, reading: bool = False) -> Record | None:
+        """Take an idle connection that is neither too old nor known to be closed; one in the right mode if there is."""
+
+        def suits(record: Record) -> bool:
+            return cast("HeldConnection", record.dbapi_connection).has_mode_of(reading=reading)
+
+        while (entry := self.connector.budget.take(self.share, suits)) is not None:
             since, record = entry
             if (
                 time.monotonic() - since <= self.connector.idle_timeout

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 from weakref import WeakSet
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from ..config import TenancyConfig
@@ -92,23 +92,29 @@ class Router:
         self._migration_timeout = config.migration.timeout
         self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
 
-    def session(self, tenant: Tenant, **options: Any) -> SessionContext:
+    def session(
+        self, tenant: Tenant, *, read_only: bool = False, isolation_level: str | None = None, **options: Any
+    ) -> SessionContext:
         """Open a session on a tenant's database: ``async with router.session(tenant) as session``.
 
         Args:
             tenant: The tenant.
+            read_only: Whether PostgreSQL refuses what writes. Then a query is sent without a transaction around it.
+            isolation_level: As SQLAlchemy names it; the server's default where None.
             options: As ``AsyncSession``; ``expire_on_commit`` is False by default. ``sync_session_class`` must be a
                 subclass of ``TenantSession``.
 
         Raises:
             RoutingError: (on entering) the tenant has no database, or its server is not configured.
-            ConfigurationError: (on entering) ``options`` would bypass the tenant's engine or the guard.
+            ConfigurationError: (on entering) ``options`` would bypass the tenant's engine or the guard, or there is no
+                such isolation level.
+            ReadOnlyError: (later) a read-only session is to flush changes.
             CheckoutTimeoutError: (at the first statement) no connection became free in time.
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
         refuse_other_tenant(tenant)
-        return SessionContext(self._cache, tenant, options)
+        return SessionContext(self._cache, tenant, options, read_only=read_only, isolation_level=isolation_level)
 
     def connection(self, tenant: Tenant) -> ConnectionContext:
         """Check out a connection, without a session: ``async with router.connection(tenant) as connection``.
@@ -247,19 +253,33 @@ def _contradictions(config: TenancyConfig) -> Iterator[str]:
 class SessionContext:
     """``async with router.session(tenant)``: a lease of the engine, and an ``AsyncSession`` on it."""
 
-    __slots__ = ("_cache", "_entry", "_options", "_session", "_tenant")
+    __slots__ = ("_cache", "_entry", "_isolation_level", "_options", "_read_only", "_session", "_tenant")
 
-    def __init__(self, cache: EngineCache, tenant: Tenant, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        cache: EngineCache,
+        tenant: Tenant,
+        options: dict[str, Any],
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+    ) -> None:
         self._cache = cache
         self._tenant = tenant
         self._options = options
+        self._read_only = read_only
+        self._isolation_level = isolation_level
         self._entry: Entry | None = None
         self._session: AsyncSession | None = None
 
     async def __aenter__(self) -> AsyncSession:
         entry = self._cache.acquire(self._tenant)
         try:
-            self._session = _open_session(entry, self._options) if self._options else _open_plain_session(entry)
+            engine = entry.variant(reading=self._read_only, isolation_level=self._isolation_level)
+            if self._options:
+                self._session = _open_session(entry, engine, self._options, read_only=self._read_only)
+            else:
+                self._session = _open_plain_session(entry, engine, read_only=self._read_only)
         except BaseException:
             self._cache.release(entry)
             raise
@@ -290,23 +310,26 @@ class SessionContext:
             self._cache.release(entry)
 
 
-def _open_plain_session(entry: Entry) -> AsyncSession:
+def _open_plain_session(entry: Entry, engine: AsyncEngine, *, read_only: bool) -> AsyncSession:
     return AsyncSession(
-        entry.engine,
+        engine,
         sync_session_class=TenantSession,
         expire_on_commit=False,
         tenant=entry.owner,
         on_refusal=entry.report_refusal,
+        read_only=read_only,
     )
 
 
-def _open_session(entry: Entry, options: dict[str, Any]) -> AsyncSession:
+def _open_session(entry: Entry, engine: AsyncEngine, options: dict[str, Any], *, read_only: bool) -> AsyncSession:
     asynchronous = options.pop("session_class", AsyncSession)
     if not (isinstance(asynchronous, type) and issubclass(asynchronous, AsyncSession)):
         raise ConfigurationError("session_class must be a subclass of sqlalchemy.ext.asyncio.AsyncSession")
     own: Any = asynchronous.sync_session_class
     session_class = session_class_in(options, "sync_session_class", default=_with_guard(own))
-    return asynchronous(entry.engine, sync_session_class=session_class, **checked_options(entry, options))
+    return asynchronous(
+        engine, sync_session_class=session_class, **checked_options(entry, options, read_only=read_only)
+    )
 
 
 def session_class_in(
@@ -323,7 +346,7 @@ def session_class_in(
     return session_class
 
 
-def checked_options(entry: Entry, options: dict[str, Any]) -> dict[str, Any]:
+def checked_options(entry: Entry, options: dict[str, Any], *, read_only: bool = False) -> dict[str, Any]:
     """Return the further arguments of a tenant's session.
 
     Raises:
@@ -332,7 +355,13 @@ def checked_options(entry: Entry, options: dict[str, Any]) -> dict[str, Any]:
     for name in ("bind", "tenant", "on_refusal"):
         if name in options:
             raise ConfigurationError(f"a tenant's session takes no {name!r}: it always uses the tenant's own engine")
-    return {"expire_on_commit": False, **options, "tenant": entry.owner, "on_refusal": entry.report_refusal}
+    return {
+        "expire_on_commit": False,
+        **options,
+        "tenant": entry.owner,
+        "on_refusal": entry.report_refusal,
+        "read_only": read_only,
+    }
 
 
 @lru_cache(maxsize=64)

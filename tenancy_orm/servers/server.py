@@ -161,6 +161,11 @@ class Server:
         """How many prepared statements SQLAlchemy keeps for each connection of a tenant."""
         return self.traffic.prepared_statement_cache_size
 
+    @property
+    def has_stable_snapshots(self) -> bool:
+        """Whether transactions keep the snapshot of their first statement unless told otherwise."""
+        return self.session_settings.get("default_transaction_isolation") in ("repeatable read", "serializable")
+
     def tenant_url(self, placement: Placement) -> URL:
         """The URL of a tenant's database in SQLAlchemy's form, without the password; it is not used to connect."""
         return self._tenant_base._replace(username=placement.role, database=placement.database)

@@ -12,11 +12,14 @@ from threading import get_ident
 from typing import Any
 
 import psycopg
-from psycopg.pq import ConnStatus, TransactionStatus
+from psycopg import generators
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
 from ..routing.connection import RESET
+from ..routing.reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
 from ..routing.route import TenantRoute
+from ..servers.server import Server
 
 _READS = 6  # how often ``is_alive`` reads what the server has sent: its last message and the end come separately
 
@@ -68,6 +71,33 @@ class SocketEnding:
             return None  # the thread that uses it has closed it in between
 
 
+class _ModeCursor:
+    """What the cursors of a ``ThreadConnection`` do before a statement of a read-only session."""
+
+    _conn: ThreadConnection
+
+    def _start_query(self, query: Any = None) -> Any:
+        if self._conn.reading:
+            self._conn.begin_reading(query, alone=isinstance(self, psycopg.Cursor))
+        yield from super()._start_query(query)  # type: ignore[misc]
+
+    def _execute_send(self, query: Any, *, force_extended: bool = False, **options: Any) -> None:
+        # of several statements in one text, a later one might end the transaction
+        super()._execute_send(query, force_extended=force_extended or self._conn.reading, **options)  # type: ignore[misc]
+
+
+class _ThreadCursor(_ModeCursor, psycopg.Cursor[Any]):  # type: ignore[misc]
+    """A cursor of a ``ThreadConnection``."""
+
+    __slots__ = ()
+
+
+class _ThreadServerCursor(_ModeCursor, psycopg.ServerCursor[Any]):  # type: ignore[misc]
+    """A server-side cursor of a ``ThreadConnection``."""
+
+    __slots__ = ()
+
+
 class ThreadConnection(psycopg.Connection[Any]):
     """A tenant's connection.
 
@@ -77,6 +107,12 @@ class ThreadConnection(psycopg.Connection[Any]):
 
     route: TenantRoute
     finalizer: weakref.finalize[Any, Any]
+    reading: bool = False
+    """Whether a read-only session uses it."""
+    native_mode: str | None = None
+    """The mode that it has started with; None where a session's settings do not stay with it."""
+    _alone: bool = False
+    _stable_snapshot: bool = False
     answer_seconds: float | None = None
     """How long to wait for the answer to a statement; None is for ever."""
 
@@ -88,11 +124,103 @@ class ThreadConnection(psycopg.Connection[Any]):
         self._poller = select.poll()
         self._poller.register(self.pgconn.socket, select.POLLIN)
         self.ending = SocketEnding(self.pgconn)
+        self.cursor_factory = _ThreadCursor
+        self.server_cursor_factory = _ThreadServerCursor
 
-    def hand_over(self, route: TenantRoute) -> None:
+    def hand_over(self, route: TenantRoute, server: Server) -> None:
         """Let the tenant's code use it from now on."""
         self.route = route
+        # a pooler gives each transaction another server connection, so a session's settings do not stay with it
+        self.native_mode = None if server.is_pooled else self.mode
+        self._stable_snapshot = server.has_stable_snapshots
         self._ours = None
+
+    # --- read-only sessions: see ``DriverConnection`` and ``TenantConnection``, which do the same ---------------------
+
+    def use(self, *, reading: bool) -> None:
+        """Begin the use by another session."""
+        self.reading = reading
+        self._alone = False
+
+    @property
+    def mode(self) -> str | None:
+        """The value of ``default_transaction_read_only``, as PostgreSQL has reported it."""
+        mode = self.pgconn.parameter_status(MODE.encode())
+        return None if mode is None else mode.decode()
+
+    def has_mode_of(self, *, reading: bool) -> bool:
+        """Whether a session, read-only or not, can use it without changing its mode."""
+        return self.is_closed or (self.mode == "on") == reading
+
+    @property
+    def _has_other_mode(self) -> bool:
+        native = self.native_mode
+        return native is not None and self.mode != ("on" if self.reading else native)
+
+    def begin_reading(self, query: Any, *, alone: bool) -> None:
+        """Prepare for a statement of a read-only session: within a read-only transaction, or alone where that will do.
+
+        Raises:
+            ReadOnlyError: it begins or ends a transaction, which is the session's to do.
+        """
+        if isinstance(query, bytes):
+            query = query.decode(errors="replace")
+        elif query is not None and not isinstance(query, str):
+            query = query.as_string(self)
+        plain = query is not None and is_plain(query)
+        self._alone = (
+            alone
+            and plain
+            and self.native_mode is not None
+            and self._pipeline is None
+            and self._sees_each_commit
+            and self.pgconn.transaction_status == TransactionStatus.IDLE
+        )
+        if query is not None and not plain and controls_transaction(query):
+            raise control_refused(self.route.slug)
+
+    @property
+    def _sees_each_commit(self) -> bool:
+        level = self.isolation_level
+        return level == psycopg.IsolationLevel.READ_COMMITTED or (level is None and not self._stable_snapshot)
+
+    def _start_query(self) -> Any:
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            return
+        if self._alone or (self._autocommit and not self.reading):
+            if self._has_other_mode:
+                yield from self._set_mode()
+            if not self.reading or self.native_mode is not None:
+                return
+        if not self.reading or self._pipeline is not None:
+            yield from self._exec_command(self._get_tx_start_command())
+            return
+        self.pgconn.send_query(self._get_tx_start_command() + f"; {FIX_SNAPSHOT}".encode())
+        for result in (yield from generators.execute(self.pgconn)):
+            if result.status == ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+
+    def _set_mode(self) -> Any:
+        wanted = "on" if self.reading else self.native_mode
+        assert wanted is not None  # noqa: S101 - for the type checker: otherwise there is no other mode
+        yield from self._exec_command(SET_MODE[wanted].encode())
+        if self.mode != wanted:
+            # what answers is not PostgreSQL itself, so leave nothing behind
+            self.native_mode = None
+            yield from self._exec_command(f"RESET {MODE}".encode())
+
+    def _get_tx_start_command(self) -> bytes:
+        command = super()._get_tx_start_command()
+        if self.reading:
+            if self.read_only is None:
+                command += b" READ ONLY"
+            # psycopg expects a command that returns no rows to be the last
+            return (
+                command.replace(b"READ WRITE", b"READ ONLY") + f"; {FIX_SNAPSHOT}; SET TRANSACTION READ ONLY".encode()
+            )
+        if self.read_only is None and self._has_other_mode:
+            command += b" READ ONLY" if self.native_mode == "on" else b" READ WRITE"
+        return command
 
     def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
         """Wait for the server, as in psycopg: every operation comes by here.
@@ -152,12 +280,21 @@ class ThreadConnection(psycopg.Connection[Any]):
                 self.isolation_level = self.read_only = self.deferrable = None
             if full:
                 self.autocommit = True
-                self._unchecked(self.execute, RESET)
+                self._reset()
             if self.autocommit:
                 self.autocommit = False
         except psycopg.Error:
             return False
         return True
+
+    def _reset(self) -> None:
+        # the next read then needs no round trip for its mode
+        reset = f"{RESET}; {SET_MODE['on']}" if self.reading and self.native_mode is not None else RESET
+        native, self.native_mode, self.reading = self.native_mode, None, False
+        try:
+            self._unchecked(self.execute, reset)
+        finally:
+            self.native_mode = native
 
     def _unchecked(self, call: Callable[..., object], *args: object) -> None:
         before, self._ours = self._ours, get_ident()

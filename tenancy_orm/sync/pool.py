@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from functools import partial
 from typing import Self, cast
@@ -12,7 +13,7 @@ from uuid import UUID
 import psycopg
 from psycopg import errors as pg_errors
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from ..errors import MarkerMismatchError, SecretError, ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
@@ -28,6 +29,7 @@ from .server import ThreadServer
 
 logger = logging.getLogger("tenancy_orm.sync")
 
+_asked = threading.local()  # ``reading``: what kind of session the checkout that begins in this thread is for
 _LEAST_SECONDS = 2  # libpq and psycopg wait at least as long for a login
 
 
@@ -73,12 +75,24 @@ class ThreadPool(RoutedPool):
 
     # --- checkout ---------------------------------------------------------------------------------------------------
 
+    def connect_for_reading(self) -> PoolProxiedConnection:
+        """Return a connection like ``connect``, for a read-only session."""
+        _asked.reading = True  # until ``_do_get`` takes note of it, before anything else
+        return self.connect()
+
     def _do_get(self) -> Record:
+        reading: bool = getattr(_asked, "reading", False)
+        _asked.reading = False
+        record = self._get(reading)
+        cast("ThreadConnection", record.dbapi_connection).use(reading=reading)
+        return record
+
+    def _get(self, reading: bool) -> Record:
         self.route.check_bound()
         deadline = time.monotonic() + self.connector.checkout_timeout
         first = False
         while True:
-            record = self._get_slot(deadline, first=first)
+            record = self._get_slot(deadline, first=first, reading=reading)
             if record is not None:
                 if cast("ThreadConnection", record.dbapi_connection).is_alive():
                     return record
@@ -95,20 +109,20 @@ class ThreadPool(RoutedPool):
                 # other processes may have them: wait as the first in the queue
                 first = True
 
-    def _get_slot(self, deadline: float, *, first: bool) -> Record | None:
+    def _get_slot(self, deadline: float, *, first: bool, reading: bool) -> Record | None:
         """Return an idle connection, or None: a slot is reserved, to open one in."""
         answer: Answer[Record | None] = Answer(self._give_back_here)
-        self._hops.put(answer, self._begin_here, answer, first)
+        self._hops.put(answer, self._begin_here, answer, first, reading)
         try:
             return self._hops.wait(answer, deadline - time.monotonic())
         except TimeoutError:
             return self._hops.run_async(self._end_wait_here, answer, undo=self._give_back_here, unbound=True)
 
-    def _begin_here(self, answer: Answer[Record | None], first: bool) -> None:
+    def _begin_here(self, answer: Answer[Record | None], first: bool, reading: bool) -> None:
         budget = self.connector.budget
         if not first:
             budget.touch(self.share)
-        record = self._take()
+        record = self._take(reading=reading)
         if record is not None or budget.reserve(self.share):
             answer.set_result(record)
         else:
@@ -146,7 +160,7 @@ class ThreadPool(RoutedPool):
             raise self.connector.server.unavailable(
                 _without_secret(exc), tenant=self.slug, database=self.route.placement.database
             ) from None
-        connection.hand_over(self.route)
+        connection.hand_over(self.route, self.connector.server)
         self.connector.watch(connection)
         self._hops.post(self._opened_here, connection.ending, time.monotonic() - started)
         adapted = cast("DBAPIConnection", connection)

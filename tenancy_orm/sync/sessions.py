@@ -25,13 +25,24 @@ T = TypeVar("T")
 class ThreadSession:
     """``with tenancy.sync.session()``: a lease of the tenant's engine, and a ``Session`` on it."""
 
-    __slots__ = ("_entry", "_operator", "_options", "_session", "_side", "_tenant")
+    __slots__ = ("_entry", "_isolation_level", "_operator", "_options", "_read_only", "_session", "_side", "_tenant")
 
-    def __init__(self, side: ThreadSide, tenant: TenantRef | None, *, operator: bool, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        side: ThreadSide,
+        tenant: TenantRef | None,
+        *,
+        operator: bool,
+        options: dict[str, Any],
+        read_only: bool = False,
+        isolation_level: str | None = None,
+    ) -> None:
         self._side = side
         self._tenant = tenant
         self._operator = operator
         self._options = options
+        self._read_only = read_only
+        self._isolation_level = isolation_level
         self._entry: Entry | None = None
         self._session: TenantSession | None = None
 
@@ -46,7 +57,10 @@ class ThreadSession:
         entry, engine = self._side.lease(self._tenant, operator=self._operator)
         try:
             session_class = session_class_in(self._options, "session_class")
-            session = session_class(engine, **checked_options(entry, self._options))
+            session = session_class(
+                engine.variant(reading=self._read_only, isolation_level=self._isolation_level),
+                **checked_options(entry, self._options, read_only=self._read_only),
+            )
             admit(session)
         except BaseException:
             self._side.release(entry)

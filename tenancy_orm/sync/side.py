@@ -6,8 +6,6 @@ from collections.abc import MutableMapping
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy.engine import Engine
-
 from ..authentication.directory import Directory
 from ..routing import Router
 from ..routing.connection import TenantEngine
@@ -45,7 +43,7 @@ class ThreadSide:
         found = self.hops.run(peek, self.directory, ref)
         return self.hops.run_async(resolve, self.directory, ref) if found is None else found
 
-    def lease(self, ref: TenantRef | None, *, operator: bool) -> tuple[Entry, Engine]:
+    def lease(self, ref: TenantRef | None, *, operator: bool) -> tuple[Entry, TenantEngine]:
         """Return a tenant's engine, with a lease that ``release`` must end.
 
         Raises:
@@ -58,14 +56,14 @@ class ThreadSide:
         """End a lease."""
         self.hops.post(release, self.router, entry)
 
-    def _lease_cached_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, Engine] | None:
+    def _lease_cached_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, TenantEngine] | None:
         tenant = peek(self.directory, ref)
         return None if tenant is None else self._engine_here(tenant, operator)
 
-    async def _lease_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, Engine]:
+    async def _lease_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, TenantEngine]:
         return self._engine_here(await resolve(self.directory, ref), operator)
 
-    def _engine_here(self, tenant: Tenant, operator: bool) -> tuple[Entry, Engine]:
+    def _engine_here(self, tenant: Tenant, operator: bool) -> tuple[Entry, TenantEngine]:
         check_session(tenant, operator=operator)
         entry = acquire(self.router, tenant)
         try:
@@ -74,13 +72,13 @@ class ThreadSide:
             release(self.router, entry)
             raise
 
-    def _undo_here(self, leased: tuple[Entry, Engine] | None) -> None:
+    def _undo_here(self, leased: tuple[Entry, TenantEngine] | None) -> None:
         if leased is not None:
             release(self.router, leased[0])
 
     def _make_engine(
         self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement
-    ) -> Engine:
+    ) -> TenantEngine:
         server = self._servers.get(connector)
         if server is None:
             server = self._servers[connector] = ThreadServer(connector)

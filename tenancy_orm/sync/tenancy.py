@@ -66,13 +66,21 @@ class SyncTenancy:
     # --- sessions and scopes ----------------------------------------------------------------------------------------
 
     def session(
-        self, tenant: TenantRef | None = None, *, operator: bool = False, **options: Any
+        self,
+        tenant: TenantRef | None = None,
+        *,
+        operator: bool = False,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        **options: Any,
     ) -> AbstractContextManager[TenantSession]:
         """Open a session on a tenant's own database: ``with tenancy.sync.session() as session``.
 
         Args:
             tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
             operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
+            read_only: Whether it only reads, as in ``Tenancy.session``.
+            isolation_level: As in ``Tenancy.session``.
             options: Further arguments of ``sqlalchemy.orm.Session``, and ``session_class``: a subclass of
                 ``tenancy_orm.routing.TenantSession``.
 
@@ -80,7 +88,14 @@ class SyncTenancy:
             TenancyError: as ``Tenancy.session``.
             WrongEventLoopError: this is the thread of the event loop that the ``Tenancy`` is open in.
         """
-        return ThreadSession(self._opened(), tenant, operator=operator, options=options)
+        return ThreadSession(
+            self._opened(),
+            tenant,
+            operator=operator,
+            options=options,
+            read_only=read_only,
+            isolation_level=isolation_level,
+        )
 
     @contextmanager
     def transaction(

@@ -1,0 +1,54 @@
+"""What PostgreSQL needs to keep a session read-only, whichever driver has opened its connection."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from ..errors import ReadOnlyError
+
+MODE: Final = "default_transaction_read_only"
+"""PostgreSQL's setting for the transactions that begin without saying whether they may write."""
+
+SET_MODE: Final = {"on": f"SET {MODE} TO on", "off": f"SET {MODE} TO off"}
+"""What sets it, by value."""
+
+FIX_SNAPSHOT: Final = "SELECT"
+"""A query as the first of a read-only transaction: after it PostgreSQL refuses to make the transaction writable."""
+
+# Where a comment has another within it, no keyword is found, and the statement counts as none that is known.
+_SKIP = r"(?:[ \t\n\r\f\v]|--[^\n\r]*(?:[\n\r]|\Z)|/\*(?:[^*/]|\*(?!/)|/(?!\*))*\*/)"
+
+_PLAIN = re.compile(
+    rf"{_SKIP}*(?:\({_SKIP}*)*(?:SELECT|WITH|VALUES|TABLE|INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE | re.ASCII
+)
+_KEYWORD = re.compile(rf"{_SKIP}*[A-Z(]", re.IGNORECASE | re.ASCII)
+_CONTROL = re.compile(
+    rf"{_SKIP}*(?:(?:BEGIN|START|COMMIT|END|ABORT)\b|PREPARE{_SKIP}+TRANSACTION\b"
+    rf"|ROLLBACK\b(?!(?:{_SKIP}+(?:WORK|TRANSACTION))?{_SKIP}+TO\b))",
+    re.IGNORECASE | re.ASCII,
+)
+
+
+def is_plain(statement: str) -> bool:
+    """Whether a statement is one that PostgreSQL plans: a query, INSERT, UPDATE, DELETE or MERGE.
+
+    None of these can end its transaction, as procedures and DO can.
+    """
+    return _PLAIN.match(statement) is not None
+
+
+def controls_transaction(statement: str) -> bool:
+    """Whether a statement begins or ends a transaction, as far as is known; not where it concerns a savepoint."""
+    return _CONTROL.match(statement) is not None or _KEYWORD.match(statement) is None
+
+
+def control_refused(slug: str) -> ReadOnlyError:
+    """The error for a statement of a read-only session that begins or ends a transaction."""
+    return ReadOnlyError(
+        f"tenant {slug!r}: a read-only session begins and ends its transactions itself; use session.commit() or "
+        "session.rollback(), or a session that may write"
+    )
+
+
+__all__ = ["FIX_SNAPSHOT", "MODE", "SET_MODE", "control_refused", "controls_transaction", "is_plain"]
