@@ -13,8 +13,9 @@ from typing import TypeAlias
 
 from .assembly import Assembly
 from .config import TenancyConfig
-from .errors import NotOpenError
+from .errors import NotOpenError, WrongEventLoopError
 from .events import EventBus
+from .forks import leave
 from .loops import HomeLoop
 from .quotas.rates import Rates
 from .seeds import Seed
@@ -34,6 +35,7 @@ async def build(
 
 
 _builders: list[Builder] = [build]
+_parents: list[object] = []  # what the processes that this one was forked from have open
 
 
 def push_builder(builder: Builder) -> None:
@@ -85,6 +87,8 @@ class Lifetime:
         self._claiming = threading.Lock()  # it protects the two above against other threads
         self._opening = asyncio.Lock()
         self._entered = 0  # blocks, see ``enter``
+        self._is_forked = False  # whether a parent process has it open, and this one does not
+        leave(self)
 
     @property
     def parts(self) -> Assembly:
@@ -92,9 +96,10 @@ class Lifetime:
 
         Raises:
             NotOpenError: they are not open.
+            WrongEventLoopError: they are open in the process that this one was forked from.
         """
         if self.assembly is None:
-            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
+            raise self._not_open("async with tenancy: ...")
         return self.assembly
 
     @property
@@ -102,11 +107,11 @@ class Lifetime:
         """The event loop that the parts belong to.
 
         Raises:
-            NotOpenError: they are not open.
+            NotOpenError, WrongEventLoopError: as ``parts``.
         """
         home = self._home
         if self.assembly is None or home is None or home.loop is None:
-            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: async with tenancy: ...")
+            raise self._not_open("async with tenancy: ...")
         return home.loop
 
     @property
@@ -114,12 +119,17 @@ class Lifetime:
         """The event loop that the parts belong to, and its thread.
 
         Raises:
-            NotOpenError: they are not open.
+            NotOpenError, WrongEventLoopError: as ``parts``.
         """
         home = self._home
         if self.assembly is None or home is None:
-            raise NotOpenError("this Tenancy is not open; use it within its lifespan, or: with tenancy.sync: ...")
+            raise self._not_open("with tenancy.sync: ...")
         return home
+
+    def _not_open(self, remedy: str) -> Exception:
+        if self._is_forked:
+            return WrongEventLoopError(forked=True)
+        return NotOpenError(f"this Tenancy is not open; use it within its lifespan, or: {remedy}")
 
     async def open(self, *, initialise: bool | None) -> None:
         """Open the parts, unless they are open.
@@ -131,6 +141,7 @@ class Lifetime:
             async with self._opening:
                 if self.assembly is None:
                     self.assembly = await _builders[-1](self._config, self._events, self._rates, initialise, self.seeds)
+                    self._is_forked = False
 
     async def close(self, *, timeout: float) -> None:
         """Let the subscribers finish for ``timeout`` seconds, then close the parts.
@@ -154,6 +165,8 @@ class Lifetime:
 
     async def leave(self, *, timeout: float) -> None:
         """Close them, if this ends the outermost block."""
+        if self._entered == 0:
+            return  # it was entered by the process that this one was forked from
         self._entered -= 1
         if self._entered == 0:
             await self.close(timeout=timeout)
@@ -198,6 +211,19 @@ class Lifetime:
                     self._claims -= 1
                     if not self._claims and self.assembly is None:
                         self._home = self._events.home = self._rates.home = None
+
+    def leave_to_parent(self) -> None:
+        """In a forked process, give up what is open in the parent; it can be opened here as well."""
+        self._claiming = threading.Lock()  # another thread of the parent's may have held it
+        if self._home is None:
+            return
+        self._is_forked = self.assembly is not None
+        # never collected: that would report tasks and sockets which are the parent's to end
+        _parents.append((self.assembly, self._opening, self._home.loop))
+        self._home = self._events.home = self._rates.home = self.assembly = None
+        self._opening = asyncio.Lock()
+        self._claims = self._entered = 0
+        self._events.discard_tasks()
 
     def _forget(self) -> None:
         """Give up what belongs to an event loop that was closed first: nothing can be closed there any more."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import weakref
 from contextlib import suppress
 from threading import get_ident
-from typing import Protocol
+from typing import Any, Protocol
 
 from .errors import WrongEventLoopError
 
@@ -115,9 +116,25 @@ _homes: weakref.WeakSet[HomeLoop] = weakref.WeakSet()
 
 def _forget_threads() -> None:
     """Refuse what the parent process has opened: the child's main thread has the number of the thread that forked."""
-    for home in _homes:
+    loops = set()
+    for home in list(_homes):
         if home.loop is not None:
             home.thread = _FORKED
+            loops.add(home.loop)
+    for loop in loops:
+        _leave_selector(loop)
+
+
+def _leave_selector(loop: asyncio.AbstractEventLoop) -> None:
+    """Give the child's copy of a loop an epoll instance of its own.
+
+    The parent's is shared. A child that closes the loop, as ``asyncio.run`` does while ``sys.exit`` unwinds the stack,
+    would take the loop's own pipe out of it, and nothing would wake the parent's loop from another thread any more.
+    """
+    selector: Any = getattr(loop, "_selector", None)
+    if type(selector).__name__ == "EpollSelector" and not loop.is_closed():
+        with suppress(OSError), select.epoll() as fresh:
+            os.dup2(fresh.fileno(), selector.fileno(), inheritable=False)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar, overload
+from typing import Any, NoReturn, ParamSpec, Self, TypeVar, overload
 
 from sqlalchemy import Executable, Row, text
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -557,6 +557,13 @@ class Tenancy:
         """Open for as long as an application runs: ``Starlette(..., lifespan=tenancy.lifespan)``."""
         async with self:
             yield {"tenancy": self}
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or sent to another process, which would get connections that it cannot use."""
+        raise TypeError(
+            "a Tenancy cannot be pickled or copied, since it holds connections; make one in each process, at the "
+            "top of a module for example: tenancy = Tenancy(config)"
+        )
 
     @property
     def is_open(self) -> bool:

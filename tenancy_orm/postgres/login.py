@@ -15,6 +15,7 @@ from asyncpg.exceptions import ClientConfigurationError, TargetServerAttributeNo
 from sqlalchemy.exc import DBAPIError
 
 from ..errors import ConfigurationError
+from ..forks import leave_socket
 from .dsn import Dsn
 from .errors import postgres_error
 from .parameters import SSL_FILES
@@ -113,7 +114,14 @@ async def connect(
             raise ConfigurationError(f"the file of {name} for {dsn} cannot be read") from exc
         raise
     set_keepalive(connection, {**PEER_KEEPALIVES, **dsn.keepalives})
+    leave_socket(connection, _descriptor)
     return connection
+
+
+def _descriptor(connection: asyncpg.Connection[Any]) -> int:
+    # uvloop's object goes on to name the descriptor of a socket that is closed
+    peer = None if connection.is_closed() else connection._transport.get_extra_info("socket")
+    return -1 if peer is None else int(peer.fileno())
 
 
 async def _first_host(dsn: Dsn, attempt: Callable[..., Awaitable[C]], timeout: float) -> C:

@@ -16,6 +16,7 @@ from psycopg import generators
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
+from ..forks import leave_socket
 from ..routing.connection import RESET
 from ..routing.reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
 from ..routing.route import TenantRoute
@@ -126,6 +127,7 @@ class ThreadConnection(psycopg.Connection[Any]):
         self.ending = SocketEnding(self.pgconn)
         self.cursor_factory = _ThreadCursor
         self.server_cursor_factory = _ThreadServerCursor
+        leave_socket(self, _descriptor)
 
     def hand_over(self, route: TenantRoute, server: Server) -> None:
         """Let the tenant's code use it from now on."""
@@ -338,6 +340,10 @@ class ThreadConnection(psycopg.Connection[Any]):
 
     def __del__(self, *_: Any) -> None:
         """Do nothing: ``finalizer`` closes it."""
+
+
+def _descriptor(connection: ThreadConnection) -> int:
+    return connection.pgconn.socket if connection.pgconn.status == ConnStatus.OK else -1
 
 
 __all__ = ["SocketEnding", "ThreadConnection"]

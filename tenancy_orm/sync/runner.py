@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,17 +41,11 @@ class LoopThread:
     """
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
         self._started: Future[asyncio.AbstractEventLoop] = Future()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="tenancy", daemon=True)
         self._thread.start()
         self.loop = self._started.result()
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether this process started it: a forked one has no such thread."""
-        return self._pid == os.getpid()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop, in this thread's context, and wait for it; an interruption cancels it."""

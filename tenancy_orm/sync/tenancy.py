@@ -16,6 +16,7 @@ from sqlalchemy import Executable, Row, text
 from ..context import bind
 from ..errors import MissingExtraError, NotOpenError
 from ..events import DRAIN_TIMEOUT
+from ..forks import leave
 from ..lifetime import Lifetime
 from ..queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from ..routing import TenantSession
@@ -58,6 +59,7 @@ class SyncTenancy:
         self._runner: LoopThread | None = None
         self._side: ThreadSide | None = None
         self._entered = 0
+        leave(self)
 
     def __repr__(self) -> str:
         """Tell whether it is open; no configuration, which holds credentials."""
@@ -273,15 +275,15 @@ class SyncTenancy:
     def open(self, *, initialise: bool | None = None) -> Self:
         """Make this usable: open the ``Tenancy`` in a thread of its own, unless an event loop has it open already.
 
-        Open it after a fork, in each process: what was opened before one is refused. It is closed at the end of the
-        process if nobody has closed it.
+        Open it after a fork, in each process: what was opened before one stays the parent's. It is closed at the end of
+        the process if nobody has closed it.
 
         Args:
             initialise: As in ``Tenancy.open``.
 
         Raises:
             TenancyError: as ``Tenancy.open``.
-            WrongEventLoopError: it is open in this thread's event loop, or was opened before this process was forked.
+            WrongEventLoopError: it is open in this thread's event loop.
         """
         with self._claiming:
             if self.is_open:
@@ -308,8 +310,6 @@ class SyncTenancy:
             if runner is None:
                 return
             atexit.unregister(self.close)
-            if not runner.is_ours:
-                return  # the parent process has it open
             self._side = None
             try:
                 runner.run(self._lifetime.close(timeout=timeout))
@@ -328,9 +328,19 @@ class SyncTenancy:
     ) -> None:
         """Close, if this is the outermost block."""
         with self._claiming:
+            if self._entered == 0:
+                return  # it was entered by the process that this one was forked from
             self._entered -= 1
             if self._entered == 0:
                 self.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked process, which has no other thread, give up what is open in the parent."""
+        self._claiming = threading.RLock()
+        if self._runner is not None:
+            atexit.unregister(self.close)
+        self._runner = self._side = None
+        self._entered = 0
 
     @property
     def is_open(self) -> bool:

@@ -347,19 +347,30 @@ def test_another_loop_of_the_same_thread_is_refused(tenancy_config: TenancyConfi
 # --- after a fork ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_forked_process_is_refused_what_its_parent_has_opened(
-    tenancy: Tenancy, tenancy_config: TenancyConfig, postgres: Postgres
+@pytest.mark.parametrize("protected", [True, False])
+async def test_a_fork_leaves_the_parent_s_connections_alone(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, postgres: Postgres, protected: bool
 ) -> None:
-    """As under a server that loads the application, opens it and then forks. The parent goes on."""
+    """However the child ends. It may open the same object for itself, and it keeps no session of a parent that ended.
+
+    Without the protection the parent loses sessions, or nothing wakes its loop any more.
+    """
+    await tenancy.tenants.create("acme" if not protected else "globex")
+    urls = {
+        "TENANCY_CONTROL_URL": tenancy_config.control_url + "?application_name=tenancy-forks",
+        "TENANCY_SERVERS": f"default={postgres.admin_url}?application_name=tenancy-forks",
+    }
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "ignore::DeprecationWarning", "-m", "tests.support.forked", postgres.admin_url),
+        *([] if protected else ["off"]),
         cwd=ROOT,
-        env=environment(**variables(tenancy_config)),
+        env=environment(**{**variables(tenancy_config), **urls}),
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
-    printed, _ = await asyncio.wait_for(process.communicate(), 120)
-    assert process.returncode == 0, printed.decode()
+    wrong, log = await asyncio.wait_for(process.communicate(), 120)
+    assert (process.returncode, wrong) == (0, b"") if protected else wrong, (wrong + log).decode()
 
 
 # --- opening and closing --------------------------------------------------------------------------------------------

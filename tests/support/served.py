@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,13 +24,14 @@ from tenancy_orm.config import TenancyConfig
 from tenancy_orm.context import current_tenant_or_none, set_current
 from tenancy_orm.errors import NoTenantError
 from tenancy_orm.tenancy import Tenancy
+from tenancy_orm.wsgi import TenancyWSGIMiddleware
 from tests.support import callers
 from tests.support.models import Base
 from tests.support.shell import ROOT, environment, python_path
 from tests.support.warm import start_module
 
 _DEADLINE = 30.0
-_RUNNING = re.compile(rb"Uvicorn running on http://127\.0\.0\.1:(\d+)")
+_RUNNING = re.compile(rb"(?:Uvicorn running on|Listening at:) http://127\.0\.0\.1:(\d+)")
 
 
 @asynccontextmanager
@@ -39,12 +41,34 @@ async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) ->
     The ``factory`` is one of this module, or "module:name".
     """
     factory = factory if ":" in factory else f"tests.support.served:{factory}"
+    arguments = ("--factory", factory, "--host", "127.0.0.1", "--port", "0", "--ws", "websockets-sansio", *options)
+    after = ["uvicorn.main", "uvicorn.protocols.websockets.websockets_sansio_impl", "tenancy_orm.asgi"]
+    async with _served("uvicorn", arguments, config, after) as port:
+        yield port
+
+
+@asynccontextmanager
+async def gunicorn_command(call: str, config: TenancyConfig, *options: str) -> AsyncIterator[int]:
+    """Run ``gunicorn`` with two workers on the databases of ``config``; yields the port.
+
+    The ``call`` of a function of this module returns the application.
+    """
+    arguments = (f"tests.support.served:{call}", "--bind", "127.0.0.1:0", "--workers", "2", *options)
+    after = ["gunicorn.app.wsgiapp", "gunicorn.workers.gthread", "uvicorn_worker", "tenancy_orm.wsgi"]
+    async with _served("gunicorn", arguments, config, after) as port:
+        yield port
+
+
+@asynccontextmanager
+async def _served(
+    program: str, arguments: Sequence[str], config: TenancyConfig, after: list[str]
+) -> AsyncIterator[int]:
     process = await start_module(
-        *("uvicorn", "--factory", factory),
-        *("--host", "127.0.0.1", "--port", "0", "--ws", "websockets-sansio", *options),
+        program,
+        *arguments,
         cwd=ROOT,
         env=environment(**variables(config)),
-        after=["uvicorn.main", "uvicorn.protocols.websockets.websockets_sansio_impl", "tenancy_orm.asgi"],
+        after=after,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
         # with --workers there are further processes, which a failed test must not leave
@@ -55,7 +79,7 @@ async def uvicorn_command(factory: str, config: TenancyConfig, *options: str) ->
         async with asyncio.timeout(_DEADLINE):
             while (found := _RUNNING.search(log)) is None:
                 line = await process.stderr.readline()
-                assert line, f"uvicorn ended:\n{log.decode()}"
+                assert line, f"{program} ended:\n{log.decode()}"
                 log += line
         # what else it logs must not fill the pipe
         reading = asyncio.create_task(process.stderr.read())
@@ -145,3 +169,44 @@ def _create(middleware: Any, **options: object) -> Starlette:
         middleware=[Middleware(OutsideProbe), Middleware(middleware, tenancy=tenancy, **options)],
         lifespan=tenancy.lifespan,
     )
+
+
+PIDS = "SELECT pg_backend_pid()"
+
+
+def create_forking_asgi(opened: str | None = None) -> Starlette:
+    """An application that answers with the processes of its request: see ``_processes``."""
+    tenancy = Tenancy(TenancyConfig.from_env(metadata=Base.metadata))
+    before = None if opened is None else _open_before(tenancy, opened)
+
+    async def answer(request: Request) -> JSONResponse:
+        return JSONResponse(_processes(before, await tenancy.fetch_value(PIDS)))
+
+    return Starlette(
+        routes=[Route("/", answer)],
+        middleware=[Middleware(TenancyMiddleware, tenancy=tenancy)],
+        lifespan=tenancy.lifespan,
+    )
+
+
+def create_forking_wsgi(opened: str | None = None) -> Any:
+    """The same, for synchronous servers."""
+    tenancy = Tenancy(TenancyConfig.from_env(metadata=Base.metadata))
+    before = None if opened is None else _open_before(tenancy, opened)
+
+    def application(environ: Any, start_response: Any) -> Iterable[bytes]:
+        body = json.dumps(_processes(before, tenancy.sync.fetch_value(PIDS))).encode()
+        start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    return TenancyWSGIMiddleware(application, tenancy=tenancy)
+
+
+def _open_before(tenancy: Tenancy, slug: str) -> int:
+    # what an application should not do, and some do: it is open when the server forks
+    return int(tenancy.sync.open().fetch_value(PIDS, tenant=slug))
+
+
+def _processes(before: int | None, session: int) -> dict[str, int | None]:
+    """This process; that of its session on PostgreSQL; and that of a session of the server's first process."""
+    return {"worker": os.getpid(), "session": session, "before": before}

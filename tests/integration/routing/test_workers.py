@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
 import time
 from collections import Counter
 
@@ -11,7 +14,8 @@ import pytest
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.tenancy import Tenancy
 from tests.support.asgi import Wire
-from tests.support.served import uvicorn_command
+from tests.support.postgres import Postgres
+from tests.support.served import gunicorn_command, uvicorn_command
 from tests.support.waiting import until
 
 BURST = 40
@@ -55,3 +59,57 @@ async def test_the_defaults_serve_whatever_the_number_of_workers(
                 began = time.monotonic()
                 assert await ask(port, key) == 200
                 assert time.monotonic() - began < QUICK
+
+
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        ("create_forking_asgi", ["--worker-class", "uvicorn_worker.UvicornWorker"]),
+        ("create_forking_asgi", ["--worker-class", "uvicorn_worker.UvicornWorker", "--preload"]),
+        ("create_forking_wsgi", ["--worker-class", "gthread", "--threads", "4"]),
+        ("create_forking_wsgi", ["--worker-class", "gthread", "--threads", "4", "--preload"]),
+    ],
+    ids=["asgi", "asgi-preload", "wsgi", "wsgi-preload"],
+)
+async def test_gunicorn_with_and_without_preload(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, postgres: Postgres, factory: str, options: list[str]
+) -> None:
+    """Each worker opens its own, also where the application has opened it at import, before the fork.
+
+    The session of the first process outlives a worker, and a further worker works.
+    """
+    key = (await tenancy.tenants.create("acme", tier="enterprise")).api_key
+    preload = "--preload" in options
+    call = f"{factory}('acme')" if preload else f"{factory}()"
+
+    async def processes(port: int) -> dict[str, int]:
+        async with Wire.to(port) as wire:
+            answer = await wire.request("/", [("X-API-Key", key), ("Connection", "close")])
+        assert answer.status == 200, answer
+        return dict(json.loads(answer.body))
+
+    async with gunicorn_command(call, tenancy_config, *options) as port:
+        first = await processes(port)
+        workers, sessions = {first["worker"]}, {first["session"]}
+
+        async def two_workers() -> bool:
+            answers = await asyncio.gather(*(processes(port) for _ in range(8)))
+            workers.update(answer["worker"] for answer in answers)
+            sessions.update(answer["session"] for answer in answers)
+            return len(workers) >= 2
+
+        await until(two_workers, seconds=60)
+        assert (first["before"] is not None) is preload
+        assert first["before"] not in sessions
+        os.kill(first["worker"], signal.SIGTERM)
+
+        async def a_third() -> bool:
+            try:
+                return await two_workers() and len(workers) == 3
+            except (OSError, asyncio.IncompleteReadError):
+                return False  # of the worker that ends
+
+        await until(a_third, seconds=60)
+        if preload:
+            async with postgres.connect() as admin:
+                assert await admin.fetchval("SELECT true FROM pg_stat_activity WHERE pid = $1", first["before"])
