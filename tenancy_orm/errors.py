@@ -834,6 +834,8 @@ class ServerUnavailableError(RoutingError):
     """A PostgreSQL server refused a new connection or did not answer. ``tenant`` is None for an administrative one.
 
     ``address`` is ``host:port/database``; ``reason`` is PostgreSQL's message with its SQLSTATE, or the system's.
+    ``retry_after`` is the number of seconds after which another attempt makes sense, where the server's breaker is open
+    and nothing was sent to the server.
     """
 
     def __init__(
@@ -844,6 +846,7 @@ class ServerUnavailableError(RoutingError):
         sqlstate: str | None = None,
         address: str | None = None,
         reason: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
         """Name the ``server``, the ``tenant`` if there is one, and the ``sqlstate`` if PostgreSQL answered."""
         super().__init__(self._summary(server, tenant) + _details(address, reason, sqlstate))
@@ -852,6 +855,7 @@ class ServerUnavailableError(RoutingError):
         self.sqlstate = sqlstate
         self.address = address
         self.reason = reason
+        self.retry_after = retry_after
 
     @staticmethod
     def _summary(server: str, tenant: str | None) -> str:

@@ -393,6 +393,29 @@ class EngineEvicted(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerDown(Event):
+    """A server does not answer, for the ``reason`` that a probe has met: its tenants are refused until it does."""
+
+    server: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerUp(Event):
+    """A server answers again, after ``seconds`` without."""
+
+    server: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrimaryChanged(Event):
+    """A server refused a write, since it is a standby or read-only now: idle connections to it were closed."""
+
+    server: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionTerminated(Event):
     """The watchdog ended a session of a tenant's role that exceeded a bound and could block others on the server.
 

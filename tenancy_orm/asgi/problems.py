@@ -220,6 +220,12 @@ def _too_many_attempts(error: TooManyAttemptsError, tenant: Tenant | None) -> Pr
     return Problem(429, "too-many-attempts", "Too many attempts", "too many invalid credentials; wait", headers)
 
 
+def _server_away(error: ServerUnavailableError, tenant: Tenant | None) -> Problem:
+    if error.retry_after is None:
+        return DATABASE_AWAY
+    return replace(DATABASE_AWAY, headers=_retry_after(max(1, math.ceil(error.retry_after))))
+
+
 def _not_allowed(error: TenantNotAllowedError, tenant: Tenant | None) -> Problem:
     return NO_TENANT if error.requested is None else CROSS_TENANT
 
@@ -278,6 +284,6 @@ _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], 
     TenantUnavailableError: UNAVAILABLE,
     QuotaExceededError: _quota,
     CheckoutTimeoutError: BUSY,
-    ServerUnavailableError: DATABASE_AWAY,
+    ServerUnavailableError: _server_away,
     ControlUnavailableError: CONTROL_AWAY,
 }

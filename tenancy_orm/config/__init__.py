@@ -2,6 +2,7 @@
 
 from .addresses import ServerAddresses
 from .sections import (
+    BreakerConfig,
     ControlConfig,
     DirectoryConfig,
     DomainConfig,
@@ -23,6 +24,7 @@ from .settings import TenancyConfig
 from .tiers import Limit, Tier, TierPolicy
 
 __all__ = [
+    "BreakerConfig",
     "ControlConfig",
     "DirectoryConfig",
     "DomainConfig",

@@ -129,6 +129,21 @@ class PoolConfig(Section, frozen=True):
         return self
 
 
+class BreakerConfig(Section, frozen=True):
+    """The breaker of each server, which refuses its tenants at once while it does not answer."""
+
+    enabled: bool = True
+    """Whether there is one."""
+    timeout: Seconds = 3.0
+    """How long a server may answer nothing that is waited for, in seconds, before it is probed; and how long the answer
+    to a probe may take."""
+    longest_pause: Seconds = 5.0
+    """The longest time between two probes of a server that is down, in seconds."""
+    end_after: SecondsOrZero = 30.0
+    """How long a server may be down, in seconds, before the connections that wait for its answer are closed; 0 leaves
+    them to ``sessions.answer_timeout``."""
+
+
 class SessionConfig(Section, frozen=True):
     """What tenants' sessions start with."""
 

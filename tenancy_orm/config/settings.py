@@ -15,6 +15,7 @@ from ..postgres.dsn import Dsn
 from . import sources
 from .addresses import ServerAddresses, ServerUrls
 from .sections import (
+    BreakerConfig,
     ControlConfig,
     DirectoryConfig,
     DomainConfig,
@@ -98,6 +99,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Connections to the control database."""
     pool: PoolConfig = Field(default_factory=PoolConfig)
     """Connections of one process to the tenants' databases."""
+    breaker: BreakerConfig = Field(default_factory=BreakerConfig)
+    """The breaker of each server."""
     sessions: SessionConfig = Field(default_factory=SessionConfig)
     """What tenants' sessions start with."""
     directory: DirectoryConfig = Field(default_factory=DirectoryConfig)

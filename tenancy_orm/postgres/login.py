@@ -6,7 +6,10 @@ import asyncio
 import os
 import random
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import Context
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -19,6 +22,7 @@ from ..forks import leave_socket
 from .dsn import Dsn
 from .errors import postgres_error
 from .parameters import SSL_FILES
+from .ping import ping
 
 # the next host is tried, as libpq does: no answer, a server that starts or stops, one of another kind
 _NEXT = (OSError, asyncpg.CannotConnectNowError, TargetServerAttributeNotMatched)
@@ -42,6 +46,11 @@ Check: TypeAlias = Callable[[Dsn, str | None, str | None], None]
 
 _checks: list[Check] = []
 
+_SKIP_SECONDS: Final = 3.0
+_PING_SECONDS: Final = 2.0
+_skipped_until: dict[tuple[str, int], float] = {}
+_pings: set[asyncio.Task[None]] = set()
+
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 E = TypeVar("E", bound=BaseException)
 
@@ -64,6 +73,43 @@ def remove_check(added: Check) -> None:
     """Undo ``add_check``."""
     if added in _checks:
         _checks.remove(added)
+
+
+def hosts_to_try(dsn: Dsn) -> tuple[tuple[str, int], ...]:
+    """Return the hosts of a DSN in their order, without those that have not answered within the last seconds.
+
+    Otherwise each new connection would wait for a lost machine that the DSN names first. Now and then one connection
+    tries it again. Where no other host is left, all are returned. In any thread.
+    """
+    if len(dsn.hosts) <= 1:
+        return dsn.hosts
+    now = time.monotonic()
+    found = []
+    for host in dsn.hosts:
+        until = _skipped_until.get(host)
+        if until is None or now >= until:
+            found.append(host)
+            if until is not None:
+                _skipped_until[host] = now + _SKIP_SECONDS  # this one tries it, and the others need not wait for it
+    return tuple(found) or dsn.hosts
+
+
+def suspect_hosts(dsn: Dsn, *hosts: tuple[str, int]) -> None:
+    """Ask hosts, in the background, whether they answer; the next connections leave out one that does not.
+
+    A time-out alone does not show that: a login also waits for whoever locks its database.
+    """
+    for host in hosts:
+        task = asyncio.get_running_loop().create_task(_ask(replace(dsn, hosts=(host,))), context=Context())
+        _pings.add(task)
+        task.add_done_callback(_pings.discard)
+
+
+async def _ask(dsn: Dsn) -> None:
+    try:
+        await ping(dsn, timeout=_PING_SECONDS)
+    except OSError:
+        _skipped_until[dsn.hosts[0]] = time.monotonic() + _SKIP_SECONDS
 
 
 async def connect(
@@ -126,10 +172,10 @@ def _descriptor(connection: asyncpg.Connection[Any]) -> int:
 
 async def _first_host(dsn: Dsn, attempt: Callable[..., Awaitable[C]], timeout: float) -> C:
     """Try the hosts in turn. A host that does not answer does not take the time of the others."""
-    hosts = list(dsn.hosts)
+    hosts = list(hosts_to_try(dsn))
     if dsn.parameters.get("load_balance_hosts") == "random":
         random.shuffle(hosts)
-    if len(hosts) <= 1:
+    if len(dsn.hosts) <= 1:
         return await attempt(timeout)
     rounds: list[dict[str, Any]] = [{}]
     if dsn.parameters.get("target_session_attrs") == "prefer-standby":
@@ -138,12 +184,21 @@ async def _first_host(dsn: Dsn, attempt: Callable[..., Awaitable[C]], timeout: f
     ends = asyncio.get_running_loop().time() + timeout
     while True:
         seconds = (ends - asyncio.get_running_loop().time()) / len(attempts)
+        chosen = attempts.pop(0)
+        host = (chosen["host"], chosen["port"])
         try:
-            return await attempt(max(seconds, 0.001), **attempts.pop(0))
+            opened = await attempt(max(seconds, 0.001), **chosen)
         except _NEXT as exc:
+            if isinstance(exc, TimeoutError):
+                suspect_hosts(dsn, host)
+            else:
+                _skipped_until.pop(host, None)  # it costs nothing to ask it again
             if not attempts:
                 raise
             clear_tracebacks(exc)
+        else:
+            _skipped_until.pop(host, None)
+            return opened
 
 
 def _unreadable(dsn: Dsn) -> str | None:
@@ -181,6 +236,12 @@ def set_keepalive(connection: asyncpg.Connection[Any], values: Mapping[str, int]
             peer.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
+def peer_of(connection: asyncpg.Connection[Any]) -> tuple[str, int]:
+    """Return the host and the port that a connection leads to, as its DSN names them; a path for a local socket."""
+    address: Any = connection._addr
+    return (str(address[0]), int(address[1])) if isinstance(address, tuple) else (str(address), 0)
+
+
 def clear_tracebacks(error: E) -> E:
     """Drop the tracebacks of ``error`` and of its causes: asyncpg's frames hold the password in local variables."""
     cause: BaseException | None = error
@@ -209,7 +270,10 @@ __all__ = [
     "check",
     "clear_tracebacks",
     "connect",
+    "hosts_to_try",
+    "peer_of",
     "reason_of",
     "remove_check",
     "set_keepalive",
+    "suspect_hosts",
 ]

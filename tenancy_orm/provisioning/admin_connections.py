@@ -60,6 +60,7 @@ class AdminConnections:
             ServerUnavailableError, WrongEventLoopError: as ``acquire``.
         """
         self._home.check()
+        server.breaker.check()
         while idle := self._idle[server.name]:
             connection = idle.pop()
             self._timers.pop(connection).cancel()
@@ -99,7 +100,8 @@ class AdminConnections:
             works = await connections.is_alive(connection)
         finally:
             if not works:
-                await run_to_completion(connections.close(connection))
+                # it has not answered once already
+                connection.terminate()
         return works
 
     @staticmethod

@@ -182,6 +182,7 @@ class Blockers:
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
         purpose: str = "tenancy-admin",
+        always: bool = False,
     ) -> Connection:
         """Log in as ``Server.connect_admin`` does, and end login blockers.
 
@@ -190,7 +191,7 @@ class Blockers:
         """
         async with self.ending_login_blockers():
             return await self._server.connect_admin(
-                database, role=role, settings=settings, timeout=timeout, purpose=purpose
+                database, role=role, settings=settings, timeout=timeout, purpose=purpose, always=always
             )
 
     @asynccontextmanager
@@ -309,7 +310,9 @@ class Blockers:
                 (candidates[:_FIRST_DATABASES], _FIRST_SECONDS),
                 (candidates[_FIRST_DATABASES:], None),
             ):
-                begun = [asyncio.ensure_future(self._server.connect_admin(candidate)) for candidate in tried]
+                begun = [
+                    asyncio.ensure_future(self._server.connect_admin(candidate, always=True)) for candidate in tried
+                ]
                 attempts.extend(begun)
                 connected, waiting = await _first_connected(waiting.union(begun), seconds)
                 if connected is not None:

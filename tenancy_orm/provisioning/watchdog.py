@@ -387,7 +387,7 @@ async def _connected(watched: _WatchedServer) -> AsyncIterator[Connection]:
 async def _connect(blockers: Blockers) -> Connection:
     while True:
         try:
-            return await blockers.connect(settings=_SETTINGS, purpose="tenancy-watchdog")
+            return await blockers.connect(settings=_SETTINGS, purpose="tenancy-watchdog", always=True)
         except ServerUnavailableError as exc:
             if not (exc.sqlstate or "").startswith(_FULL):
                 raise

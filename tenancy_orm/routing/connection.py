@@ -25,6 +25,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from ..errors import ConfigurationError, QueryError
 from ..loops import HomeLoop
+from ..postgres.login import peer_of
 from ..postgres.sqlalchemy_versions import AdaptedConnection, forget_transaction, has_begun, roll_back
 from .reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
 from .route import TenantRoute
@@ -513,6 +514,20 @@ class TenantConnection(AdaptedConnection):
             and not driver_connection.is_in_transaction()
             and driver_connection._top_xact is None
         )
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether its transaction was asked to be read-only."""
+        return bool(self.readonly)
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """The host and the port that it leads to."""
+        return peer_of(self._connection)
+
+    def reported(self, setting: str) -> str | None:
+        """The value of a setting of which the server reports every change."""
+        return getattr(self._connection._protocol.get_settings(), setting, None)
 
     @property
     def has_unread_data(self) -> bool:

@@ -49,6 +49,7 @@ from .connection import DriverConnection, TenantConnection
 from .dialect import SharedDialect
 from .held import Ending, HeldConnection
 from .marker import verify
+from .outage import Outage
 from .route import TenantRoute
 from .shortage import Ask, Shortages
 
@@ -103,11 +104,21 @@ class Connector:
             config.pool.max_connections, config.pool.max_connections_per_tenant, lambda _, record: self._evict(record)
         )
         self.shortages = Shortages(server, self.budget, spawn=self.spawn, ask=ask, discard=self.discard)
+        self.outage = Outage(
+            server,
+            self.budget,
+            events,
+            endings=lambda: self._endings,
+            drop_idle=self._drop_idle,
+            spawn=self.spawn,
+            in_loop=lambda *call: _in_loop(self.loop, *call),
+        )
         self._tiers = config.tiers
         self._hears = hears
         self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
         self._shared = SharedDialect(server, self.spawn)
         self.dialect = self._shared.dialect
+        self.dialect.is_disconnect = self.outage.is_disconnect(self.dialect.is_disconnect)  # type: ignore[method-assign]
         self.on_connect = self._shared.on_connect
         self._keyring = keyring
         self._passwords = passwords
@@ -179,6 +190,7 @@ class Connector:
         try:
             if self._closed:
                 raise NotOpenError("the router is closed; open another Tenancy")
+            self.outage.check(route.slug)
             async with asyncio.timeout(self.server.connect_timeout):
                 if not self._shared.ready:
                     await self._prepare(self._shared.begin, route)
@@ -188,6 +200,7 @@ class Connector:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
             self.release_slot(route.share, driver_connection)
+            self.server.breaker.failed(exc)
             raise self.server.unavailable(
                 exc, tenant=route.slug, database=route.placement.database
             ) from clear_tracebacks(exc)
@@ -202,6 +215,8 @@ class Connector:
             self.release_slot(route.share, driver_connection, refused=refused)
             if refused:
                 self.shortages.refused(route)
+            elif isinstance(exc, ServerUnavailableError) and exc.retry_after is None:
+                self.server.breaker.failed(exc)
             if isinstance(exc, MarkerMismatchError):
                 route.report_incident(exc)
             raise
@@ -281,6 +296,7 @@ class Connector:
                 sqlstate=exc.sqlstate,
                 address=exc.address,
                 reason=exc.reason,
+                retry_after=exc.retry_after,
             ) from exc
 
     def _adapt(self, route: TenantRoute, driver_connection: Connection, seconds: float) -> TenantConnection:
@@ -320,6 +336,7 @@ class Connector:
             seconds: How long that took.
         """
         self._endings.add(ending)
+        self.outage.answers += 1
         self.budget.opened()
         if route.share.account.ceiling is not None:
             self.shortages.accepted(route)
@@ -376,6 +393,10 @@ class Connector:
         if self.events.has_subscribers(ConnectionEvicted):
             self.events.emit(ConnectionEvicted(tenant_id=route.tenant_id, slug=route.slug, server=self.server.name))
 
+    def _drop_idle(self) -> None:
+        for _, record in self.budget.take_expired(float("inf")):
+            self.discard(record)
+
     def schedule_sweep(self) -> None:
         """Schedule the next sweep, which closes connections that are idle for too long."""
         if self._sweeper is None:
@@ -415,6 +436,7 @@ class Connector:
             logger.warning("%d connections to server %s were still in use", len(self._endings), self.server.name)
         self._closed = True
         self.shortages.close()
+        self.outage.close()
         for ending in list(self._endings):
             ending.terminate()
         for task in self._tasks:

@@ -42,5 +42,16 @@ class HeldConnection(Protocol):
     def usable(self) -> bool:
         """Whether it can be reused, as far as is known: its socket and no transaction are open."""
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether its transaction was asked to be read-only."""
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """The host and the port that it leads to."""
+
+    def reported(self, setting: str) -> str | None:
+        """The value of a setting of which the server reports every change."""
+
 
 __all__ = ["Ending", "HeldConnection"]

@@ -74,6 +74,7 @@ class TenantPool(RoutedPool):
 
     def _get(self, reading: bool) -> Record:
         self.route.check_bound()
+        self.connector.outage.check(self.route.slug)
         share = self.share
         self.connector.budget.touch(share)
         while share.idle:

@@ -137,6 +137,7 @@ class RoutedPool(Pool):
     # --- return -----------------------------------------------------------------------------------------------------
 
     def _return_idle(self, record: Record) -> None:
+        self.connector.outage.answers += 1
         if self.connector.budget.put(self.share, record, time.monotonic()):
             self.connector.schedule_sweep()
         else:

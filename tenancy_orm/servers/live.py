@@ -130,6 +130,7 @@ class Servers(Mapping[str, Server]):
             session_settings=config.sessions.settings,
             bounds=self._bounds,
             replicas=addresses.replica_dsns,
+            breaker=config.breaker,
         )
 
     def _replace(self, name: str, server: Server | None) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import asyncpg
 from sqlalchemy.engine import URL
 
+from ..config.sections import BreakerConfig
 from ..context import refuse_while_bound
 from ..errors import (
     ConfigurationError,
@@ -34,8 +35,10 @@ from ..postgres.errors import (
 )
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import PEER_SECONDS, clear_tracebacks, reason_of
+from ..postgres.ping import ping
 from ..postgres.poolers import connect_directly
 from ..tenant import Placement
+from .breaker import Breaker
 from .rows import ServerRow
 from .settings import read_settings
 from .traffic import TenantAddress
@@ -94,6 +97,7 @@ class Server:
         session_settings: Further settings for tenants' connections; a value in the URL overrides one here.
         bounds: Values of ``settings.BOUNDS`` in tenants' roles.
         replicas: The standbys that follow it, without a user, a password or a database.
+        breaker: When its breaker opens.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Server:
         session_settings: Mapping[str, str] = MappingProxyType({}),
         bounds: Mapping[str, str] = MappingProxyType({}),
         replicas: Sequence[Dsn] = (),
+        breaker: BreakerConfig = BreakerConfig(),  # noqa: B008 - it is frozen
     ) -> None:
         self.name = name
         self.dsn = dsn
@@ -127,6 +132,8 @@ class Server:
         self._direct = TenantAddress(name, dsn, given, limits, direct=True)
         self.traffic = self._direct if tenants is None else TenantAddress(name, tenants, given, limits, direct=False)
         """Where tenants' sessions connect to."""
+        self.breaker = Breaker(name, breaker, self._ping, address=str(self.traffic.dsn))
+        """Whether it answers."""
         host, port = _first_host(self.traffic.dsn)
         self._tenant_base = URL.create("postgresql+asyncpg", host=host, port=port)
         self._bounds = bounds
@@ -178,6 +185,7 @@ class Server:
         settings: Mapping[str, str] = MappingProxyType({}),
         timeout: float | None = None,
         purpose: str = "tenancy-admin",
+        always: bool = False,
     ) -> Connection:
         """Log in as the administrator. These connections are not part of the budget; the caller closes them.
 
@@ -187,6 +195,7 @@ class Server:
             settings: Further server settings, in force from the start.
             timeout: Seconds this may take; ``connect_timeout`` where None.
             purpose: What it is for, as its application_name says.
+            always: Whether to try even while the server's breaker is open.
 
         Raises:
             ServerUnavailableError: the server does not answer, or accepts no connections now.
@@ -195,6 +204,8 @@ class Server:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("logging in as the administrator")
+        if not always:
+            self.breaker.check()
         startup = dict(settings)
         if role is not None:
             startup["role"] = role
@@ -211,6 +222,8 @@ class Server:
             return connection
         except SERVER_FAILURES as exc:
             clear_tracebacks(exc)
+            if self.traffic is self._direct:
+                self.breaker.failed(exc)
             if isinstance(exc, asyncpg.PostgresError) and not (exc.sqlstate or "").startswith(_AWAY):
                 raise
             raise self.unavailable(exc, database=database) from exc
@@ -377,12 +390,23 @@ class Server:
             self._reading = None
 
     async def close(self) -> None:
-        """Cancel the background read of the settings, if there is one."""
+        """Cancel the background read of the settings, if there is one, and the breaker's probes."""
+        await self.breaker.close()
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
 
     # --- errors -----------------------------------------------------------------------------------------------------
+
+    async def _ping(self) -> None:
+        """Ask whether the server answers, at each of its addresses.
+
+        Raises:
+            OSError: it does not.
+        """
+        addresses = {self.traffic.dsn.hosts: self.traffic.dsn, self.dsn.hosts: self.dsn}
+        for dsn in addresses.values():
+            await ping(dsn, timeout=self.breaker.config.timeout)
 
     def unavailable(
         self,

@@ -47,6 +47,9 @@ class TenantAddress:
         self.further_settings = without(settings, self.named)
         self._server = server
         self._own = {"application_name": dsn.application_name("tenancy"), **self.further_settings, **bounds}
+        # the driver judges a host by what it reports for this setting, so a value of ours must not hide the host's own
+        chooses = dsn.parameters.get("target_session_attrs") in ("read-write", "read-only")
+        self._telling = frozenset({"default_transaction_read_only"} if chooses else ())
         self._is_direct = direct
         self._is_pooled = dsn.client_size(_CACHE) == 0
         self._pins = _Pins.ALL
@@ -112,7 +115,7 @@ class TenantAddress:
     def _startup(self, found: Mapping[str, str], pins: _Pins) -> Mapping[str, str]:
         if pins is _Pins.NONE:
             return self._own
-        values = without(found, self.named)
+        values = without(found, self.named | self._telling)
         if pins is _Pins.TRACKED:
             values = {name: value for name, value in values.items() if name in TRACKED}
         return {**values, **self._own}

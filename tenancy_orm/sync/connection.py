@@ -315,6 +315,21 @@ class ThreadConnection(psycopg.Connection[Any]):
         """Whether it can be reused, as far as is known: its socket and no transaction are open."""
         return self.pgconn.transaction_status == TransactionStatus.IDLE and self._pipeline is None
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether its transaction was asked to be read-only."""
+        return bool(self.read_only)
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """The host and the port that it leads to."""
+        return (self.pgconn.host or b"").decode(), int(self.pgconn.port or 0)
+
+    def reported(self, setting: str) -> str | None:
+        """The value of a setting of which the server reports every change."""
+        value = self.pgconn.parameter_status(setting.encode())
+        return None if value is None else value.decode()
+
     def is_alive(self) -> bool:
         """Whether the server has not ended it while it was idle; reads what it has sent, without a round trip."""
         if not self._poller.poll(0):

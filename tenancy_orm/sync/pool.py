@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Self, cast
 from uuid import UUID
@@ -17,7 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from ..errors import MarkerMismatchError, SecretError, ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
-from ..postgres.login import PEER_KEEPALIVES, check, clear_tracebacks
+from ..postgres.login import PEER_KEEPALIVES, check, clear_tracebacks, hosts_to_try, suspect_hosts
 from ..postgres.quoting import quote_literal
 from ..routing.connector import Connector, Record
 from ..routing.marker import FIND, PROVED, marker_text, mismatch, proof
@@ -120,6 +121,7 @@ class ThreadPool(RoutedPool):
 
     def _begin_here(self, answer: Answer[Record | None], first: bool, reading: bool) -> None:
         budget = self.connector.budget
+        self.connector.outage.check(self.slug)
         if not first:
             budget.touch(self.share)
         record = self._take(reading=reading)
@@ -174,8 +176,9 @@ class ThreadPool(RoutedPool):
             probed = True
         try:
             connection = self._log_in()
-        except pg_errors.ConnectionTimeout:
-            raise
+        except pg_errors.ConnectionTimeout as exc:
+            self._hops.post(self._timed_out_here)
+            raise exc from None
         except (psycopg.Error, SecretError) as exc:
             if probed:
                 if isinstance(exc, SecretError):
@@ -203,7 +206,7 @@ class ThreadPool(RoutedPool):
 
     def _log_in(self) -> ThreadConnection:
         server, placement = self.connector.server, self.route.placement
-        dsn = server.traffic.dsn
+        dsn = replace(server.traffic.dsn, hosts=hosts_to_try(server.traffic.dsn))
         settings, later = self._server.startup()
         check(dsn, user=placement.role, database=placement.database)
         parameters = dsn.libpq_parameters(
@@ -244,6 +247,12 @@ class ThreadPool(RoutedPool):
     def _opened_here(self, ending: SocketEnding, seconds: float) -> None:
         self.connector.opened(self.route, ending, seconds)
         self.connector.server.read_again_if_old()
+
+    def _timed_out_here(self) -> None:
+        server = self.connector.server
+        server.breaker.suspect()
+        if len(hosts := server.traffic.dsn.hosts) > 1:
+            suspect_hosts(server.traffic.dsn, *hosts)
 
     def _failed_here(self) -> None:
         self.connector.release_slot(self.share)

@@ -29,6 +29,8 @@ class ThreadServer:
         engine = create_engine("postgresql+psycopg://", use_native_hstore=False)
         self.dialect: Dialect = engine.dialect
         self.dialect._has_native_hstore = False  # type: ignore[attr-defined]
+        is_disconnect = connector.outage.is_disconnect(self.dialect.is_disconnect)
+        self.dialect.is_disconnect = is_disconnect  # type: ignore[method-assign]
         self.on_connect = self.dialect.on_connect()
         self.adapters: Any = self.dialect._psycopg_adapters_map  # type: ignore[attr-defined]
         self.ready = False

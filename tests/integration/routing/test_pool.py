@@ -28,6 +28,7 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import CheckoutTimedOut, ConnectionEvicted, EventBus
 from tenancy_orm.routing import BudgetStatistics, Router
+from tenancy_orm.servers.breaker import Breaker
 from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases, moved
@@ -43,6 +44,10 @@ def counts(router: Router) -> BudgetStatistics:
 async def ask(router: Router, tenant: Tenant, sql: str = "SELECT 1") -> Any:
     async with router.session(tenant) as session:
         return await session.scalar(text(sql))
+
+
+def breaker_of(router: Router) -> Breaker:
+    return router._connectors["default"].server.breaker
 
 
 async def pid(router: Router, tenant: Tenant) -> int:
@@ -483,6 +488,7 @@ async def test_a_server_that_refuses_is_unavailable_until_it_is_back(
             assert (caught.value.server, caught.value.tenant) == ("default", a.slug)
         assert (await settled(router)).open == 0
         proxy.restore()
+        await until(lambda: not breaker_of(router).is_open)
         assert await ask(router, a) == 1
 
 
@@ -499,6 +505,7 @@ async def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(
                 await ask(router, a)
         assert (await settled(router)).open == 0
         proxy.restore()
+        await until(lambda: not breaker_of(router).is_open)
         assert await ask(router, a) == 1
 
 

@@ -1,0 +1,192 @@
+"""Servers that freeze, crash and start again: their tenants get an error at once, and other servers' tenants none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.asgi.problems import problem_for
+from tenancy_orm.errors import LoginRefusedError, ServerUnavailableError, TenancyError
+from tenancy_orm.events import Event, ServerDown, ServerUp
+from tenancy_orm.servers.breaker import Breaker, BreakerState
+from tests.support.outages import Writers, frozen, running
+from tests.support.postgres import Postgres
+from tests.support.replication import TestServer, primary_server
+from tests.support.waiting import until
+
+SECONDS = 30.0
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[TestServer]:
+    """The server that fails."""
+    with primary_server() as server:
+        yield server
+
+
+@pytest.fixture
+async def house(tenancy_config: TenancyConfig, other: TestServer, postgres: Postgres) -> AsyncIterator[Tenancy]:
+    """Two servers: acme is on the good one, eve and mallory on the other."""
+    config = tenancy_config.replace(
+        servers={"default": postgres.admin_url, "other": other.url()},
+        default_server="default",
+        pool={"connect_timeout": 2.0, "checkout_timeout": 3.0},
+        breaker={"timeout": 1.0, "longest_pause": 0.3, "end_after": 2.0},
+    )
+    tenancy = Tenancy(config)
+    await tenancy.open(initialise=True)
+    try:
+        await tenancy.tenants.create("acme", server="default")
+        await tenancy.tenants.create("eve", server="other")
+        await tenancy.tenants.create("mallory", server="other")
+        yield tenancy
+    finally:
+        await tenancy.close()
+        await other.as_postgres(postgres).drop_all(config.name_prefix)
+
+
+def breaker(tenancy: Tenancy) -> Breaker:
+    return tenancy.internals.servers["other"].breaker
+
+
+async def ask(tenancy: Tenancy, slug: str, sql: str = "SELECT 1") -> Any:
+    async with tenancy.session(slug) as session:
+        return await session.scalar(text(sql))
+
+
+def ask_sync(tenancy: Tenancy, slug: str) -> Any:
+    with tenancy.sync.session(slug) as session:
+        return session.scalar(text("SELECT 1"))
+
+
+async def answers(tenancy: Tenancy, slug: str) -> bool:
+    try:
+        return (await ask(tenancy, slug), await asyncio.to_thread(ask_sync, tenancy, slug)) == (1, 1)
+    except (TenancyError, DBAPIError, OSError):
+        return False
+
+
+async def test_a_frozen_server_is_an_error_at_once_for_its_tenants_and_nothing_for_others(
+    house: Tenancy, other: TestServer
+) -> None:
+    """What waits for it ends by its deadline, what comes later at once; when it runs again, so does everything."""
+    seen: list[Event] = []
+    house.events.subscribe(Event, seen.append)
+    assert await answers(house, "eve") and await answers(house, "mallory") and await answers(house, "acme")
+    neighbour = Writers(house, "acme")
+    refused: list[ServerUnavailableError] = []
+    async with running(neighbour.write), asyncio.timeout(SECONDS):
+        with frozen(other):
+            # on connections that are open already, and on new ones
+            waiting = [asyncio.create_task(ask(house, slug)) for slug in ("eve", "mallory") * 4]
+            threads = [asyncio.create_task(asyncio.to_thread(ask_sync, house, "eve")) for _ in range(2)]
+            await until(lambda: breaker(house).is_open, seconds=SECONDS)
+            for _ in range(200):
+                with pytest.raises(ServerUnavailableError) as caught:
+                    await ask(house, "eve")
+                refused.append(caught.value)
+                with pytest.raises(ServerUnavailableError):
+                    await asyncio.to_thread(ask_sync, house, "mallory")
+                with pytest.raises(ServerUnavailableError):
+                    await house.tenants.create("frank", server="other")
+                if all(task.done() for task in (*waiting, *threads)):
+                    break
+                await asyncio.sleep(0.05)
+            ended = await asyncio.gather(*waiting, *threads, return_exceptions=True)
+            assert all(isinstance(error, (TenancyError, DBAPIError, OSError)) for error in ended), ended
+        await until(lambda: not breaker(house).is_open, seconds=SECONDS)
+        await until(lambda: answers(house, "eve"), seconds=SECONDS)
+        await until(lambda: answers(house, "mallory"), seconds=SECONDS)
+    assert not neighbour.failures and neighbour.acknowledged
+    assert refused[0].retry_after is not None and (refused[0].server, refused[0].tenant) == ("other", "eve")
+    problem = problem_for(refused[0])
+    assert problem is not None and problem.status == 503 and dict(problem.headers)[b"retry-after"] >= b"1"
+    await until(lambda: [type(event) for event in seen if isinstance(event, (ServerDown, ServerUp))])
+    outages = [event for event in seen if isinstance(event, (ServerDown, ServerUp))]
+    assert [type(event) for event in outages] == [ServerDown, ServerUp] and {e.server for e in outages} == {"other"}
+    statistics = house.internals.router.statistics().servers["other"]
+    assert statistics.in_use == statistics.opening == statistics.waiting == 0
+
+
+@pytest.mark.parametrize("how", ["halt", "kill", "terminate"])
+async def test_writes_go_on_after_a_restart_and_none_is_made_twice(house: Tenancy, other: TestServer, how: str) -> None:
+    """A clean restart, a crash, and all backends ended at once, on both sides. The other server's tenant sees none."""
+    writers = [Writers(house, "eve"), Writers(house, "mallory"), Writers(house, "eve", sync=True)]
+    neighbour = Writers(house, "acme")
+    async with running(*(w.write for w in (*writers, *writers[:2], neighbour))), asyncio.timeout(SECONDS):
+        await until(lambda: all(len(writer.acknowledged) > 5 for writer in writers), seconds=SECONDS)
+        if how == "terminate":
+            for _ in range(3):
+                ending = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                await asyncio.to_thread(other.query, ending + " AND datid IS NOT NULL")
+                await asyncio.sleep(0.1)
+        else:
+            await asyncio.to_thread(getattr(other, how))
+            await asyncio.to_thread(other.start_again)
+        before = [len(writer.acknowledged) for writer in writers]
+        await until(
+            lambda: all(len(w.acknowledged) > count + 5 for w, count in zip(writers, before, strict=True)),
+            seconds=10,
+        )
+    for writer in (*writers, neighbour):
+        await writer.check()
+    assert not neighbour.failures
+    assert breaker(house).state is BreakerState.CLOSED
+
+
+async def test_no_tenant_can_open_the_breaker_of_its_server(
+    house: Tenancy, other: TestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow statements, a locked or dropped database, a lost password, too many connections: its neighbours go on."""
+    eve = (await house.tenants.get("eve")).placement
+    assert eve is not None
+
+    async def neighbour() -> None:
+        assert await ask(house, "mallory") == 1
+        assert not breaker(house).is_open
+
+    async def fails(slug: str, sql: str = "SELECT 1") -> BaseException:
+        with pytest.raises((TenancyError, DBAPIError, OSError)) as caught:
+            await ask(house, slug, sql)
+        return caught.value
+
+    async with running(neighbour), asyncio.timeout(SECONDS), AsyncExitStack() as stack:
+        # longer than the server may be silent, for one connection of hers
+        sleeps = asyncio.create_task(ask(house, "eve", "SELECT pg_sleep(2.5)"))
+        admin = await asyncpg.connect(other.url())
+        stack.push_async_callback(admin.close)
+        # a login that waits for a lock on its database
+        holder, dropper = await asyncpg.connect(other.url()), await asyncpg.connect(other.url())
+        await holder.execute(f'BEGIN; ALTER ROLE "{eve.role}" IN DATABASE "{eve.database}" SET a.b = \'1\'')
+        dropping = asyncio.create_task(dropper.execute(f'DROP DATABASE "{eve.database}"'))
+        await until(lambda: admin.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND objid > 0"))
+        house.internals.router.retire((await house.tenants.get("eve")).id)
+        await fails("eve")
+        for pid in (dropper.get_server_pid(), holder.get_server_pid()):
+            await admin.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
+        await asyncio.gather(dropping, return_exceptions=True)
+        await asyncio.gather(sleeps, return_exceptions=True)
+        await admin.execute(f'ALTER ROLE "{eve.role}" CONNECTION LIMIT 0')
+        await fails("eve")
+        await admin.execute(f"ALTER ROLE \"{eve.role}\" CONNECTION LIMIT -1 PASSWORD 'another'")
+        assert isinstance(await fails("eve"), LoginRefusedError)
+        await admin.execute(f'DROP DATABASE "{eve.database}" WITH (FORCE)')
+        assert isinstance(await fails("eve"), LoginRefusedError)
+        await until(lambda: breaker(house)._probing is None)
+
+    # what happens where the probe's answer is lost: these were reasons to ask
+    async def no_answer() -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(breaker(house), "_probe", no_answer)
+    breaker(house).suspect()
+    await until(lambda: breaker(house).is_open)
+    assert isinstance(await fails("mallory"), ServerUnavailableError)
