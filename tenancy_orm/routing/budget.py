@@ -1,84 +1,39 @@
 """How many connections one process may open to one server, and which waiter gets the next one.
 
-State only: no I/O, no clock, no event loop. A *slot* is taken before a connection is opened, and freed when its socket
+State only: no I/O, no event loop. A *slot* is taken before a connection is opened, and freed when its socket
 is really closed, so the server never sees more connections than the limit. The limit may change at any time. Methods
 never wait, and all run in one thread, so there is no lock.
 
-The next slot goes to the waiting tenant with the fewest connections in use; equals take turns, and within a tenant
-waiters are served in order. To make room, the idle connection of the tenant with the fewest recent checkouts per open
-connection is closed. A checkout loses half its weight every ``HALF_LIFE`` checkouts per slot. Least recently used is
-much worse: with 300 tenants of zipf(1.1) on 50 connections it misses 32 % of the time, this 23 %
-(see tests/benchmarks/test_bench_eviction.py).
+Which waiting tenant gets the next slot, and whether a tenant keeps one that it returns, is decided in ``queue``.
+
+To make room, the idle connection of the tenant with the fewest recent checkouts per open connection is closed. A
+checkout loses half its weight every ``HALF_LIFE`` checkouts per slot. Least recently used is much worse: with 300
+tenants of zipf(1.1) on 50 connections it misses 32 % of the time, this 23 % (see
+tests/benchmarks/test_bench_eviction.py). A tenant that has its part of the slots already, where tenants that have used
+theirs lately count as those that wait, does not make others log in again: for it, only what was idle for
+``KEEP_SECONDS`` is closed, and what is above another's part.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 from uuid import UUID
 from weakref import WeakValueDictionary
 
+from .queue import Entry, Queue, Refusal
+from .shares import Account, Share, Waiter
+
 T = TypeVar("T")
-_T_contra = TypeVar("_T_contra", contravariant=True)
 
 HALF_LIFE = 64
 """Checkouts per slot after which an old checkout counts half."""
 
-
-class Waiter(Protocol[_T_contra]):
-    """A request that waits for a connection: an ``asyncio.Future``, or an object with these methods."""
-
-    def done(self) -> bool:
-        """Whether the waiter is served, or no longer waits."""
-
-    def set_result(self, item: _T_contra, /) -> None:
-        """Serve the waiter: with a connection, or with None for a reserved slot to open one in."""
-
-
-class Account:
-    """The slots of one tenant, over all its pools.
-
-    There are several while its engine is being replaced, and where asynchronous and synchronous code use it. ``open``
-    counts the slots, ``idle`` and ``closing`` those of idle connections and of those that are being closed, and
-    ``limit`` is how many it may have. ``ceiling`` is how many it may have until the next ``retry``: PostgreSQL refused
-    one more, or another process asked for one. Where it is None, ``limit`` alone counts. Until ``promised`` (seconds of
-    the clock of ``put``) the next connection that is returned is for another process.
-    """
-
-    __slots__ = ("__weakref__", "ceiling", "closing", "idle", "limit", "open", "promised")
-
-    def __init__(self, limit: int) -> None:
-        self.open = 0
-        self.idle = 0
-        self.closing = 0
-        self.limit = limit
-        self.ceiling: int | None = None
-        self.promised = -math.inf
-
-    @property
-    def room(self) -> int:
-        """How many more slots it may have."""
-        limit = self.limit if self.ceiling is None else min(self.limit, self.ceiling)
-        return max(0, limit - self.open)
-
-
-class Share(Generic[T]):
-    """One pool's part of a budget. Only the budget changes it.
-
-    ``busy`` counts connections being opened, reset or in use; ``idle`` has the idle ones, each with the time it was
-    returned, the latest last; ``score`` is the binary logarithm of the aged count of checkouts.
-    """
-
-    __slots__ = ("account", "busy", "idle", "score")
-
-    def __init__(self, account: Account) -> None:
-        self.account = account
-        self.busy = 0
-        self.idle: list[tuple[float, T]] = []
-        self.score = -math.inf
+KEEP_SECONDS = 1.0
+"""For how long an idle connection is not closed for a tenant that has its part of the slots, or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +63,19 @@ class Budget(Generic[T]):
         evict: Called with a share and one of its connections, to close that connection and make room. It must call
             ``discard`` at once, and ``closed`` later.
         max_opening: In how many slots connections may be opened at once; None is in all.
+        max_waiting: How many requests of one tenant may wait; None is any number.
+        clock: Tells the time, in seconds.
     """
 
     def __init__(
-        self, limit: int, per_tenant: int, evict: Callable[[Share[T], T], None], *, max_opening: int | None = None
+        self,
+        limit: int,
+        per_tenant: int,
+        evict: Callable[[Share[T], T], None],
+        *,
+        max_opening: int | None = None,
+        max_waiting: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit = limit
         self.per_tenant = per_tenant
@@ -123,22 +87,27 @@ class Budget(Generic[T]):
         self.evictions = 0
         self._evict = evict
         self._accounts: WeakValueDictionary[UUID, Account] = WeakValueDictionary()
-        # in the order of their turns: a share joins at the end, and moves there again when it was served
-        self._waiting: dict[Share[T], deque[Waiter[T | None]]] = {}
+        self._now = clock
+        self._max_waiting = max_waiting
+        self._waiting: Queue[T] = Queue()
         self._idle_shares: dict[Share[T], None] = {}  # the shares that have idle connections
+        self._deprived: dict[Account, float] = {}  # since when tenants have none that others took them from
         self._clock = 0.0  # in half-lives
 
-    def share(self, tenant_id: UUID, *, limit: int | None = None) -> Share[T]:
+    def share(self, tenant_id: UUID, *, limit: int | None = None, weight: float = 1.0) -> Share[T]:
         """Return a share for a new pool of this tenant.
 
         Args:
             tenant_id: The tenant.
             limit: How many slots it may hold, if that is fewer than ``per_tenant``.
+            weight: How much of the slots it gets where there are too few, relative to others.
         """
         allowed = self.per_tenant if limit is None else min(limit, self.per_tenant)
         account = self._accounts.get(tenant_id)
         if account is None:
-            account = self._accounts[tenant_id] = Account(allowed)
+            account = self._accounts[tenant_id] = Account(tenant_id, allowed, weight)
+        elif account.weight != weight:
+            self._waiting.reweigh(account, weight, self._now())
         account.limit = allowed
         return Share(account)
 
@@ -155,7 +124,7 @@ class Budget(Generic[T]):
             in_use=self.open - self.idle - self.opening - self.closing,
             opening=self.opening,
             closing=self.closing,
-            waiting=sum(len(queue) for queue in self._waiting.values()),
+            waiting=len(self._waiting),
             evictions=self.evictions,
         )
 
@@ -196,11 +165,14 @@ class Budget(Generic[T]):
             high, low = (score, now) if score > now else (now, score)
             share.score = high + math.log2(1.0 + 2.0 ** (low - high))
 
-    def take(self, share: Share[T], prefer: Callable[[T], bool] | None = None) -> tuple[float, T] | None:
-        """Take the idle connection that was returned last, or None; it counts as in use from now on.
+    def take(
+        self, share: Share[T], now: float | None = None, *, prefer: Callable[[T], bool] | None = None
+    ) -> tuple[float, T] | None:
+        """Take the idle connection that was returned last, or None; it counts as in use from ``now`` on.
 
         Args:
             share: The tenant's.
+            now: The time, in seconds of any clock.
             prefer: Tells which ones to take rather than a later one, where there are several.
         """
         if not share.idle:
@@ -212,42 +184,64 @@ class Budget(Generic[T]):
         if not share.idle:
             del self._idle_shares[share]
         self.idle -= 1
-        share.account.idle -= 1
+        account = share.account
+        account.idle -= 1
+        account.seconds -= self._now() if now is None else now
         share.busy += 1
         return entry
 
     def reserve(self, share: Share[T]) -> bool:
         """Reserve a slot to open a connection in, if one is free. ``opened`` or ``failed`` must follow.
 
-        No waiter is overtaken: while a slot may be reserved, only tenants at their own limit are waiting.
+        No waiter is overtaken: while a slot may be reserved, only tenants at their own limit are waiting, and tenants
+        with their part of the slots while a few are kept for those that have lost their last connection.
         """
         if not self._can_open or not share.account.room:
+            return False
+        if self._deprived and self._is_kept_from(share.account, self._now()):
             return False
         self._reserve(share)
         return True
 
-    def wait(self, share: Share[T], waiter: Waiter[T | None], *, first: bool = False) -> None:
+    def wait(
+        self, share: Share[T], waiter: Waiter[T | None], *, deadline: float = math.inf, first: bool = False
+    ) -> Refusal | None:
         """Add a waiter to the queue, and close another tenant's idle connection if that makes room.
 
         Args:
             share: The tenant's.
             waiter: The waiter.
+            deadline: Until when it would wait (seconds of the budget's clock).
             first: Whether it is the next one of its tenant, since it had its turn and PostgreSQL refused it.
+
+        Returns:
+            None; or why it is not added: it could not be served before its deadline, or too many wait.
         """
-        queue = self._waiting.setdefault(share, deque())
-        if first:
-            queue.appendleft(waiter)
-        else:
-            queue.append(waiter)
+        now, account = self._now(), share.account
+        if not first:
+            if self._max_waiting is not None and account.queued >= self._max_waiting:
+                return Refusal("queue", 0.0, 1.0)
+            refusal = self._waiting.refusal(
+                account, ahead=account.queued, now=now, deadline=deadline, limit=self.limit, busy=self._busy
+            )
+            if refusal is not None:
+                return refusal
+        self._waiting.add(share, Entry(waiter, now, deadline), first=first)
         self._serve_waiters()
+        return None
 
     def withdraw(self, share: Share[T], waiter: Waiter[T | None]) -> None:
         """Remove a waiter from the queue. If it was served already, the caller must return what it got."""
-        queue = self._waiting.get(share)
-        if queue is not None and waiter in queue:
-            queue.remove(waiter)
-            if not queue:
-                del self._waiting[share]
+        self._waiting.remove(share, waiter)
+
+    def look(self) -> list[tuple[Share[T], Waiter[T | None], Refusal]]:
+        """Close what has been idle for ``KEEP_SECONDS`` for those that wait; to be called while some do.
+
+        Returns:
+            The waiters that cannot be served before their deadlines; they do not wait any more.
+        """
+        self._serve_waiters()
+        return self._waiting.hopeless(self._now(), limit=self.limit)
 
     def opened(self) -> None:
         """Record that a connection was opened in a reserved slot; it is in use."""
@@ -264,7 +258,7 @@ class Budget(Generic[T]):
                 until ``retry``, or until one of its connections is closed.
         """
         self.opening -= 1
-        share.busy -= 1
+        self._vacate(share)
         if refused:
             share.account.ceiling = share.account.open - 1
         self._release(share)
@@ -273,7 +267,7 @@ class Budget(Generic[T]):
         """Let one waiter of a refused tenant try to open a connection; the others follow once it is ``accepted``."""
         if account.ceiling is None:
             return
-        waits = any(share.account is account for share in self._waiting)
+        waits = account.queues > 0
         account.ceiling = account.open + 1 if waits else None
         self._serve_waiters()
 
@@ -301,14 +295,21 @@ class Budget(Generic[T]):
             self.evictions += 1
             self._evict(share, item)
             return True
+        if self._waiting:
+            self._waiting.settle(account, now)
+            if share in self._waiting:
+                if not self._serves_own(share, now):
+                    self.evictions += 1
+                    self._evict(share, item)
+                    return True
+                if (waiter := self._waiting.pop(share, now, busy=account.busy)) is not None:
+                    waiter.set_result(item)
+                    return True
         share.busy -= 1
-        if share in self._waiting and self._serves_own(share) and (waiter := self._next(share)) is not None:
-            share.busy += 1
-            waiter.set_result(item)
-            return True
         share.idle.append((now, item))
         self._idle_shares[share] = None
         self.idle += 1
+        account.seconds += now
         account.idle += 1
         if self._waiting:
             self._serve_waiters()
@@ -316,7 +317,7 @@ class Budget(Generic[T]):
 
     def discard(self, share: Share[T]) -> None:
         """Record that a connection in use is being closed. ``closed`` must follow."""
-        share.busy -= 1
+        self._vacate(share)
         share.account.closing += 1
         self.closing += 1
 
@@ -366,10 +367,7 @@ class Budget(Generic[T]):
 
     def make_room(self) -> bool:
         """Close the idle connection that is worth least, whichever tenant has it; False if none is idle."""
-        if not self._idle_shares:
-            return False
-        self._make_room()
-        return True
+        return self._make_room()
 
     # --- inner ------------------------------------------------------------------------------------------------------
 
@@ -378,11 +376,24 @@ class Budget(Generic[T]):
         """Whether one more connection may be opened now."""
         return self.open < self.limit and (self.max_opening is None or self.opening < self.max_opening)
 
+    @property
+    def _busy(self) -> int:
+        return self.open - self.idle - self.closing
+
     def _reserve(self, share: Share[T]) -> None:
         self.open += 1
         self.opening += 1
-        share.account.open += 1
+        account = share.account
+        account.open += 1
+        account.seconds -= self._now()
         share.busy += 1
+        if self._deprived:
+            self._deprived.pop(account, None)
+
+    def _vacate(self, share: Share[T]) -> None:
+        """End the use of a connection or slot that is not given back idle."""
+        share.busy -= 1
+        share.account.seconds += self._now()
 
     def _release(self, share: Share[T]) -> None:
         self.open -= 1
@@ -392,23 +403,88 @@ class Budget(Generic[T]):
 
     def _serve_waiters(self) -> None:
         """Give free slots to waiters, and begin to close idle connections for the remaining ones."""
-        while self._can_open and (share := self._fairest()) is not None:
-            waiter = self._next(share)
+        now = self._now()
+        waiting = self._waiting
+        while waiting and self._can_open:
+            turn = waiting.first(now, limit=self.limit, busy=self._busy)
+            if turn is None or (self._deprived and self._is_kept_from(turn.share.account, now)):
+                break
+            waiter = waiting.pop(turn.share, now, busy=turn.share.account.busy + 1)
             if waiter is not None:
-                self._reserve(share)
+                self._reserve(turn.share)
                 waiter.set_result(None)
-        for share in self._waiting:
+        if not self._idle_shares:
+            return
+        for share in list(waiting):
             if share.account.idle and not share.account.room:
                 self._make_room_of_own(share)
-        wanted = sum(map(self._wanted, self._waiting)) - self._coming_free
+        self._make_room_for_waiters(now)
+
+    def _make_room_for_waiters(self, now: float) -> None:
+        """Close idle connections: the least valuable one for a tenant with less than its part, else only old ones."""
+        wanted = self._coming_free_above(sum(map(self._wanted, self._waiting)))
+        if wanted <= 0:
+            return
+        unit = self._unit_with_idle(now)
+        due = min(wanted, self._coming_free_above(self._due(unit)))
         while wanted > 0 and self._idle_shares:
-            self._make_room()
+            if due > 0:
+                self._make_room()
+            elif not self._make_room(lambda share: self._is_spare(share, unit, now)):
+                return
+            due -= 1
             wanted -= 1
+
+    def _unit_with_idle(self, now: float) -> float:
+        """How many slots there are for weight 1, where tenants that have used theirs lately count as those that wait.
+
+        Those that wait have half of the slots in any case: idle connections are not worth more.
+        """
+        accounts = {share.account for share in self._waiting}
+        accounts |= {share.account for share in self._idle_shares if share.idle[-1][0] > now - KEEP_SECONDS}
+        accounts |= self._deprived.keys()
+        weight = sum(account.weight for account in accounts)
+        theirs = sum(account.busy for account in accounts)
+        unit = (self.limit - self._busy + theirs) / weight if weight else 0.0
+        return max(unit, self.limit / 2 / self._waiting.weight) if self._waiting.weight else unit
+
+    def _is_kept_from(self, account: Account, now: float) -> bool:
+        """Whether the free slots are kept for tenants that have lost their last connection, from one with its part.
+
+        A quarter of the slots at most is kept, and for ``KEEP_SECONDS``. Otherwise a tenant that saturates would get
+        one slot after the other, whenever a tenant for which one is made free is served in another way.
+        """
+        for one, since in list(self._deprived.items()):
+            if since <= now - KEEP_SECONDS:
+                del self._deprived[one]
+        if self.limit - self.open > min(len(self._deprived), self.limit // 4) or account in self._deprived:
+            return False
+        return account.busy + 1 > max(1.0, self._unit_with_idle(now) * account.weight)
+
+    def _due(self, unit: float) -> int:
+        """How many slots the waiters want within their parts."""
+        wanted: dict[Account, int] = {}
+        for share in self._waiting:
+            wanted[share.account] = wanted.get(share.account, 0) + self._wanted(share)
+        return sum(
+            min(number, max(0, int(max(1.0, unit * account.weight)) - account.busy))
+            for account, number in wanted.items()
+        )
+
+    def _is_spare(self, share: Share[T], unit: float, now: float) -> bool:
+        """Whether an idle connection may be closed for a tenant that has its part, or more."""
+        account = share.account
+        return share.idle[0][0] <= now - KEEP_SECONDS or account.open - account.closing > max(
+            1.0, unit * account.weight
+        )
+
+    def _coming_free_above(self, wanted: int) -> int:
+        return wanted - self._coming_free
 
     def _make_room_of_own(self, share: Share[T]) -> None:
         """Close idle connections in a tenant's other pools, since it may have no more slots for this one."""
         account = share.account
-        wanted = len(self._waiting[share]) - account.closing
+        wanted = self._waiting.length(share) - account.closing
         for other in [other for other in self._idle_shares if other.account is account and other is not share]:
             while wanted > 0 and other.idle:
                 self.evictions += 1
@@ -422,44 +498,30 @@ class Budget(Generic[T]):
 
     def _wanted(self, share: Share[T]) -> int:
         """How many slots a waiting share could use."""
-        return min(len(self._waiting[share]), share.account.room)
+        return min(self._waiting.length(share), share.account.room)
 
-    def _fairest(self, *, returning: Share[T] | None = None) -> Share[T] | None:
-        """The waiting share to serve next.
+    def _serves_own(self, share: Share[T], now: float) -> bool:
+        """Whether a connection that this share returns serves its own waiter, or is closed to serve another's.
 
-        The share that is ``returning`` a connection needs no further slot, and neither does another one of its tenant,
-        which gets the slot. That costs a login, so it does not happen again and again between two that have some.
+        Another pool of the same tenant needs no further slot. But it needs a login, so that does not happen again and
+        again between two that have some.
         """
-        if returning is None:
-            return min((s for s in self._waiting if s.account.room), key=lambda share: share.busy, default=None)
-        own = returning.account
-        able = (s for s in self._waiting if s.account is own or s.account.room)
-        return min(
-            able,
-            key=lambda share: (share.busy, share.account is own and share is not returning and share.busy > 0),
-            default=None,
-        )
-
-    def _serves_own(self, share: Share[T]) -> bool:
-        """Whether a connection that this share returns serves its own waiter, or is closed to serve another's."""
-        fairest = self._fairest(returning=share)
-        if fairest is share or fairest is None:
+        waiting, account = self._waiting, share.account
+        other = waiting.first(now, limit=self.limit, busy=self._busy, returning=account)
+        if other is not None and not waiting.keeps(account, other, now, limit=self.limit, busy=self._busy):
+            # or the slots that are free or being freed are enough for the others
+            return sum(self._wanted(one) for one in waiting if one is not share) <= self._coming_free
+        if other is None:
+            waiting.advance(account, now)
+        if account.queues == 1:
             return True
-        if fairest.account is share.account:
-            return share.account.closing > 0
-        # or the slots that are free or being freed are enough for the others
-        return sum(self._wanted(other) for other in self._waiting if other is not share) <= self._coming_free
 
-    def _next(self, share: Share[T]) -> Waiter[T | None] | None:
-        """Take the first waiter of a share that still waits: a cancelled one may still be in the queue."""
-        queue = self._waiting.pop(share)
-        found = None
-        while queue and found is None:
-            waiter = queue.popleft()
-            found = None if waiter.done() else waiter
-        if queue:
-            self._waiting[share] = queue
-        return found
+        def key(one: Share[T]) -> tuple[int, bool]:
+            held = one.busy - (one is share)
+            return (held, one is not share and held > 0)
+
+        fairest = min((one for one in waiting if one.account is account), key=key)
+        return fairest is share or account.closing > 0
 
     def _take_oldest(self, share: Share[T]) -> T:
         _, item = share.idle.pop(0)
@@ -467,13 +529,21 @@ class Budget(Generic[T]):
             del self._idle_shares[share]
         self.idle -= 1
         share.account.idle -= 1
+        share.account.seconds -= self._now()
         share.busy += 1
         return item
 
-    def _make_room(self) -> None:
-        share = min(self._idle_shares, key=lambda share: share.score - math.log2(len(share.idle) + share.busy))
+    def _make_room(self, admits: Callable[[Share[T]], bool] | None = None) -> bool:
+        """Close the least valuable connection, of the shares that ``admits`` admits; False if there is none."""
+        found = self._idle_shares if admits is None else filter(admits, self._idle_shares)
+        share = min(found, key=lambda share: share.score - math.log2(len(share.idle) + share.busy), default=None)
+        if share is None:
+            return False
         self.evictions += 1
+        if share.account.open - share.account.closing == 1:
+            self._deprived[share.account] = share.idle[0][0]
         self._evict(share, self._take_oldest(share))
+        return True
 
 
-__all__ = ["HALF_LIFE", "Account", "Budget", "BudgetStatistics", "Share", "Waiter"]
+__all__ = ["HALF_LIFE", "KEEP_SECONDS", "Account", "Budget", "BudgetStatistics", "Share", "Waiter"]

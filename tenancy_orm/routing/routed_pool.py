@@ -96,7 +96,7 @@ class RoutedPool(Pool):
         def suits(record: Record) -> bool:
             return cast("HeldConnection", record.dbapi_connection).has_mode_of(reading=reading)
 
-        while (entry := self.connector.budget.take(self.share, suits)) is not None:
+        while (entry := self.connector.budget.take(self.share, prefer=suits)) is not None:
             since, record = entry
             if (
                 time.monotonic() - since <= self.connector.idle_timeout

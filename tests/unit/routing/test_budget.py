@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tenancy_orm.routing.budget import Budget, Share
+from tenancy_orm.routing.budget import KEEP_SECONDS, Budget, Share
 
 
 class Seat:
@@ -29,14 +29,24 @@ class Seat:
         self.served.append(item)
 
 
-def make(limit: int = 3, per_tenant: int = 3) -> tuple[Budget[str], list[str]]:
+class Clock:
+    """Tells what it is set to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(limit: int = 3, per_tenant: int = 3, clock: Clock | None = None) -> tuple[Budget[str], list[str]]:
     evicted: list[str] = []
 
     def evict(share: Share[str], item: str) -> None:
         budget.discard(share)
         evicted.append(item)
 
-    budget: Budget[str] = Budget(limit, per_tenant, evict)
+    budget: Budget[str] = Budget(limit, per_tenant, evict, clock=clock or Clock())
     return budget, evicted
 
 
@@ -216,15 +226,17 @@ def test_tenants_with_equal_parts_keep_their_connections() -> None:
 
 
 def test_more_tenants_than_slots_take_turns() -> None:
-    """Ten tenants with one slot are served equally often."""
-    budget, evicted = make(limit=1)
+    """Ten tenants with one slot are served equally often, where each needs it for equally long."""
+    clock = Clock()
+    budget, evicted = make(limit=1, clock=clock)
     shares = [share_of(budget, number) for number in range(10)]
     connect(budget, shares[0])
     holder = shares[0]
     waiters = {share: [seat(budget, share) for _ in range(4)] for share in shares}
-    served: list[Share[str]] = []
+    served: list[Share[str]] = [holder]
     for _ in range(20):
-        budget.put(holder, "c", 1.0)
+        clock.now += 0.1
+        budget.put(holder, "c", clock.now)
         if evicted:
             evicted.clear()
             budget.closed(holder)
@@ -236,7 +248,7 @@ def test_more_tenants_than_slots_take_turns() -> None:
                 served.append(share)
                 holder = share
         assert len(served) == before + 1
-    assert set(Counter(served).values()) == {2}
+    assert set(Counter(served).values()) == {2, 3}
 
 
 def test_a_waiter_that_left_is_passed_over() -> None:
@@ -382,15 +394,17 @@ class BudgetMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.closing: list[Share[str]] = []
-        self.budget: Budget[str] = Budget(self.LIMIT, self.PER_TENANT, self._evict)
+        self.budget: Budget[str] = Budget(self.LIMIT, self.PER_TENANT, self._evict, clock=lambda: self.now)
         self.limit, self.max_opening = self.LIMIT, self.LIMIT
         self.open_before = self.opening_before = 0
-        self.shares = [share_of(self.budget, number) for number in range(self.TENANTS)]
+        self.now = 0.0
+        # two of them are of one tenant
+        tenants = (0, 0, *range(1, self.TENANTS - 1))
+        self.shares = [self.budget.share(UUID(int=number), weight=0.5 + number) for number in tenants]
         self.opening: list[Share[str]] = []
         self.used: list[tuple[Share[str], str]] = []
         self.waiting: list[tuple[Share[str], Seat]] = []
         self.names = iter(range(10**9))
-        self.now = 0.0
         self.promised = 0.0
 
     def _evict(self, share: Share[str], item: str) -> None:
@@ -436,7 +450,7 @@ class BudgetMachine(RuleBasedStateMachine):
     @rule(data=st.data(), broken=st.booleans())
     def give_back(self, data: st.DataObject, broken: bool) -> None:
         share, item = self.used.pop(data.draw(st.integers(0, len(self.used) - 1)))
-        self.now += 1
+        self.now += data.draw(st.sampled_from((0.01, 0.3, 2.0)))
         if broken:
             self.budget.discard(share)
             self.closing.append(share)
@@ -480,6 +494,13 @@ class BudgetMachine(RuleBasedStateMachine):
         waiter.left = True
         self.budget.withdraw(share, waiter)
 
+    @rule()
+    def look(self) -> None:
+        self.now += 2 * KEEP_SECONDS
+        assert self.budget.look() == [], "nobody has a deadline"
+        self._collect()
+        self._nobody_waits({share for share, _ in self.waiting if share.account.room})
+
     @rule(age=st.floats(0, 5))
     def expire(self, age: float) -> None:
         for share, _ in self.budget.take_expired(self.now - age):
@@ -501,11 +522,23 @@ class BudgetMachine(RuleBasedStateMachine):
         assert counted.open == counted.opening + counted.in_use + counted.closing + counted.idle
         assert all(share.account.open <= self.PER_TENANT for share in self.shares)
 
+        queues = Counter(share for share, _ in self.waiting)
+        for share in self.shares:
+            account = share.account
+            assert account.queues == sum(other.account is account for other in queues)
+            assert account.queued == sum(count for other, count in queues.items() if other.account is account)
+            assert account.busy == sum(other.busy for other in self.shares if other.account is account)
+        weight = sum({share.account: share.account.weight for share in queues}.values())
+        assert self.budget._waiting.weight == pytest.approx(weight)
+
     @invariant()
     def nobody_waits_in_vain(self) -> None:
-        counted = self.budget.statistics()
-        able = {share for share, _ in self.waiting if share.account.room}
         assert all(not share.idle for share, _ in self.waiting)
+        # who has a connection may have to wait for another until nobody else has used theirs lately
+        self._nobody_waits({share for share, _ in self.waiting if share.account.room and not share.account.busy})
+
+    def _nobody_waits(self, able: set[Share[str]]) -> None:
+        counted = self.budget.statistics()
         if able:
             assert counted.open >= self.limit or counted.opening >= self.max_opening, "a slot, and someone to take it"
             if counted.open >= self.limit:
