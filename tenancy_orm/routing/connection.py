@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import asyncpg
 from asyncpg import prepared_stmt
-from asyncpg.protocol import Protocol
 from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_cursor,
     AsyncAdapt_asyncpg_ss_cursor,
@@ -23,10 +22,11 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import ConfigurationError, QueryError
+from ..errors import ConfigurationError, MarkerMismatchError, QueryError
 from ..loops import HomeLoop
 from ..postgres.login import peer_of
 from ..postgres.sqlalchemy_versions import AdaptedConnection, forget_transaction, has_begun, roll_back
+from .protocol import BEGIN, Proof, Spawn, TenantProtocol
 from .reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
 from .route import TenantRoute
 
@@ -39,27 +39,8 @@ RESET: Final = (
 )
 
 
-# The beginning of an ErrorResponse after which the server ends the connection. Its severity is the first field, and the
-# second one too, not translated.
-_LAST_MESSAGE = re.compile(rb"E.{4}S(?:(?:FATAL|PANIC)\0|[^\0]*\0V(?:FATAL|PANIC)\0)", re.DOTALL)
-
 # what asyncpg's ``Transaction`` begins with
 _BEGIN = re.compile(r"BEGIN(?: ISOLATION LEVEL [A-Z ]+?)?(?P<mode> READ ONLY)?(?P<deferrable> DEFERRABLE)?;")
-
-
-class _DriverProtocol(Protocol):  # type: ignore[misc]
-    """asyncpg's protocol, which is closed as soon as the server's last message is read.
-
-    On an idle connection asyncpg keeps that message to itself, and the end of the stream may come later. A connection
-    that was checked out in between could not be used.
-    """
-
-    __slots__ = ()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if data[:1] == b"E" and _LAST_MESSAGE.match(data) is not None:
-            self.abort()
 
 
 class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
@@ -74,11 +55,11 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
             session's settings do not stay with it, as behind a pooler.
     """
 
-    __slots__ = ("_home", "check_use", "native_mode", "reading", "rolling_back")
+    __slots__ = ("_home", "check_use", "native_mode", "reading", "refused", "rolling_back")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._protocol.__class__ = _DriverProtocol
+        self._protocol.__class__ = TenantProtocol
         # uvloop's transports look the methods up only here
         self._transport.set_protocol(self._protocol)
         self._home = HomeLoop()
@@ -86,6 +67,23 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         self.rolling_back = False
         self.reading = False
         self.native_mode: str | None = None
+        self.refused: MarkerMismatchError | None = None
+        """Set where the connection was closed because its database is another tenant's."""
+
+    def prove(self, proof: Proof, spawn: Spawn) -> None:
+        """Begin to prove the marker; whatever is done with this connection waits for that, and fails where it fails."""
+        self._protocol.prove(proof, spawn)
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether the marker is proved. No statement has run before."""
+        return bool(self._protocol.is_proved)
+
+    def first_statement(self, *, reading: bool) -> str:
+        """What a session, read-only or not, most likely sends first on this new connection; empty if it is a query."""
+        if not reading:
+            return BEGIN
+        return SET_MODE["on"] if self.native_mode == "off" else ""
 
     def get_reset_query(self) -> str:
         """The statements that ``reset`` runs."""
@@ -163,7 +161,12 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     def _check_open(self) -> None:
         """Refuse an operation on a closed connection, as asyncpg does before each one, or where ``check_use`` does."""
-        super()._check_open()
+        try:
+            super()._check_open()
+        except asyncpg.InterfaceError as exc:
+            if self.refused is None:
+                raise
+            raise self.refused from exc
         if self.check_use is None or self.rolling_back:
             self._home.check()
         else:

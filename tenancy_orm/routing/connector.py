@@ -37,7 +37,6 @@ from ..errors import (
 )
 from ..events import ConnectionEvicted, ConnectionOpened, EventBus
 from ..postgres import connections
-from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_PASSWORD, PROTOCOL_VIOLATION, TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import clear_tracebacks
@@ -48,8 +47,9 @@ from .budget import Budget, Share
 from .connection import DriverConnection, TenantConnection
 from .dialect import SharedDialect
 from .held import Ending, HeldConnection
-from .marker import verify
+from .marker import marker_text, verify
 from .outage import Outage
+from .protocol import Proof
 from .route import TenantRoute
 from .shortage import Ask, Shortages
 
@@ -156,20 +156,30 @@ class Connector:
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
-    async def connect(self, route: TenantRoute) -> TenantConnection:
-        """Open a connection in a reserved slot, and verify that it leads to the tenant's own database.
+    async def connect(self, route: TenantRoute, *, reading: bool = False) -> TenantConnection:
+        """Open a connection in a reserved slot. Its first use waits for the proof that the database is the tenant's.
+
+        Args:
+            route: The tenant's.
+            reading: Whether a read-only session will use it first.
 
         Raises:
             LoginRefusedError, ServerUnavailableError: the server refuses, or does not answer in time.
-            MarkerMismatchError: the database is another tenant's. The connection is closed, the incident reported.
+            MarkerMismatchError: (at a pooler) the database is another tenant's. The connection is closed, the incident
+                reported. Elsewhere the first use raises this.
             SecretError: the tenant's password does not open under any key.
         """
         started = time.monotonic()
-        driver_connection = await self._open(route)
-        return self._adapt(route, driver_connection, time.monotonic() - started)
+        driver_connection, is_proved = await self._open(route)
+        connection = self._adapt(route, driver_connection, time.monotonic() - started)
+        if not is_proved:
+            self._begin_proof(route, driver_connection, driver_connection.first_statement(reading=reading))
+        return connection
 
     async def probe(self, route: TenantRoute) -> None:
         """Open a connection as ``connect`` does and close it again, for a thread that will open one in the same slot.
+
+        The thread's own connection proves the marker.
 
         Afterwards ``route.placement`` has the password that works, and the server's settings, what its address takes
         and the dialect are known.
@@ -177,7 +187,7 @@ class Connector:
         Raises:
             TenancyError: as ``connect``. The slot is free then.
         """
-        driver_connection = await self._open(route)
+        driver_connection, _ = await self._open(route)
         try:
             await connections.close(driver_connection, timeout=CLOSE_SECONDS)
         except BaseException:
@@ -185,8 +195,20 @@ class Connector:
             self.release_slot(route.share)
             raise
 
-    async def _open(self, route: TenantRoute) -> Connection:
-        driver_connection: Connection | None = None
+    def _begin_proof(self, route: TenantRoute, driver_connection: DriverConnection, then: str) -> None:
+        proof = Proof(
+            driver_connection,
+            marker_text(self.installation, route.tenant_id),
+            then=then,
+            tenant=route.slug,
+            timeout=self.server.connect_timeout,
+            report=route.report_incident,
+        )
+        driver_connection.prove(proof, self.spawn)
+
+    async def _open(self, route: TenantRoute) -> tuple[DriverConnection, bool]:
+        """Open a connection; returns it, and whether it has proved the marker."""
+        driver_connection: DriverConnection | None = None
         try:
             if self._closed:
                 raise NotOpenError("the router is closed; open another Tenancy")
@@ -195,7 +217,9 @@ class Connector:
                 if not self._shared.ready:
                     await self._prepare(self._shared.begin, route)
                 driver_connection = await self._log_in(route)
-                await verify(driver_connection, self.installation, route.tenant_id, tenant=route.slug)
+                # a pooler accepts logins for PostgreSQL, which may refuse them: a statement shows that
+                if is_proved := self.server.is_pooled:
+                    await verify(driver_connection, self.installation, route.tenant_id, tenant=route.slug)
                 if not self._shared.ready:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
@@ -220,9 +244,9 @@ class Connector:
             if isinstance(exc, MarkerMismatchError):
                 route.report_incident(exc)
             raise
-        return driver_connection
+        return driver_connection, is_proved
 
-    async def _log_in(self, route: TenantRoute) -> Connection:
+    async def _log_in(self, route: TenantRoute) -> DriverConnection:
         # read before the login, during which another login of the same tenant may replace it
         sealed = route.placement.sealed_password
         try:
@@ -234,7 +258,7 @@ class Connector:
 
     async def _log_in_again(
         self, route: TenantRoute, used: bytes, refused: ServerUnavailableError | SecretError
-    ) -> Connection:
+    ) -> DriverConnection:
         """Log in with the passwords that the registry has now: the password or its key may have been rotated.
 
         They are read again while they change, since a rotation may begin between a read and a login.
@@ -268,7 +292,7 @@ class Connector:
             logger.warning("the password of tenant %s cannot be read again: %s", route.slug, exc)
             raise refused from exc
 
-    async def _log_in_with(self, route: TenantRoute, sealed: bytes) -> Connection:
+    async def _log_in_with(self, route: TenantRoute, sealed: bytes) -> DriverConnection:
         return await self.server.connect_tenant(
             route.placement,
             partial(self._keyring.open_password, route.tenant_id, sealed),
@@ -299,7 +323,7 @@ class Connector:
                 retry_after=exc.retry_after,
             ) from exc
 
-    def _adapt(self, route: TenantRoute, driver_connection: Connection, seconds: float) -> TenantConnection:
+    def _adapt(self, route: TenantRoute, driver_connection: DriverConnection, seconds: float) -> TenantConnection:
         connection = TenantConnection(  # type: ignore[no-untyped-call]
             self.dialect.loaded_dbapi,
             driver_connection,

@@ -1,8 +1,8 @@
 """The marker, which names the tenant that a database belongs to.
 
 It is the database's comment (``COMMENT ON DATABASE``), set by the provisioner. No setting, no ``ALTER ROLE`` and
-nothing else that the tenant's role may do can change it. It is read on each new connection, before anything else uses
-that connection.
+nothing else that the tenant's role may do can change it. Each new connection proves it before anything else runs on it:
+see ``protocol``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..postgres.quoting import quote_literal
 # All names are qualified: a role can set its own search_path. No parameter is bound: a statement without parameters
 # uses the simple protocol, one round trip instead of two, and its command tag has the number of rows.
 # 1262 is the fixed oid of pg_database itself; without looking it up, a new connection answers 0.3 ms sooner.
-_PROVE: Final = (
-    "SELECT FROM pg_catalog.pg_shdescription AS c WHERE c.classoid OPERATOR(pg_catalog.=) 1262 "
+_WHERE: Final = (
+    " FROM pg_catalog.pg_shdescription AS c WHERE c.classoid OPERATOR(pg_catalog.=) 1262 "
     "AND c.objoid OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database AS d "
     "WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()) "
     "AND c.description OPERATOR(pg_catalog.=) "
@@ -39,7 +39,12 @@ def marker_text(installation: UUID, tenant_id: UUID) -> str:
 
 def proof(marker: str) -> str:
     """Return the statement that proves a marker: its command tag is ``SELECT 1`` where the database has it."""
-    return _PROVE + quote_literal(marker)
+    return f"SELECT{_WHERE}{quote_literal(marker)}"
+
+
+def refusal(marker: str) -> str:
+    """Return the statement that fails with a division by zero (22012) where the database does not have the marker."""
+    return f"SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*){_WHERE}{quote_literal(marker)}"
 
 
 def mismatch(expected: str, tenant: str, found: Sequence[Any] | None) -> MarkerMismatchError:
@@ -71,4 +76,4 @@ async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *,
         raise mismatch(expected, tenant or str(tenant_id), await connection.fetchrow(FIND))
 
 
-__all__ = ["FIND", "PROVED", "marker_text", "mismatch", "proof", "verify"]
+__all__ = ["FIND", "PROVED", "marker_text", "mismatch", "proof", "refusal", "verify"]

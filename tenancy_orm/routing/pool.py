@@ -11,7 +11,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
-from ..errors import ServerUnavailableError
+from ..errors import MarkerMismatchError, ServerUnavailableError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.sqlalchemy_versions import await_
@@ -47,9 +47,10 @@ class TenantPool(RoutedPool):
             placement=placement,
         )
         self._reading = False
+        self._opening_for_reading = False
 
     def _invoke_creator(self, rec: ConnectionPoolEntry) -> DBAPIConnection:
-        connection = await_(self.connector.connect(self.route))
+        connection = await_(self.connector.connect(self.route, reading=self._opening_for_reading))
         adapted = cast("DBAPIConnection", connection)
         try:
             if self.connector.on_connect is not None:
@@ -87,7 +88,7 @@ class TenantPool(RoutedPool):
                     await_(connection.prepare_again(self.route.schema_changed_at))
                 return record
             self.discard(record)
-        return await_(self._acquire())
+        return await_(self._acquire(reading))
 
     def _still_alive(self, record: Record) -> bool:
         """Read the pending data, and return whether the server has not ended the connection with it."""
@@ -99,7 +100,7 @@ class TenantPool(RoutedPool):
             raise
         return connection.usable
 
-    async def _acquire(self) -> Record:
+    async def _acquire(self, reading: bool) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.
 
         If the server or the tenant's role has too many connections (53300), other processes may have them: wait until
@@ -113,7 +114,7 @@ class TenantPool(RoutedPool):
             if record is not None:
                 return record
             try:
-                return await self._open()
+                return await self._open(reading)
             except ServerUnavailableError as exc:
                 if exc.sqlstate != TOO_MANY_CONNECTIONS:
                     raise
@@ -157,13 +158,17 @@ class TenantPool(RoutedPool):
         else:
             budget.failed(self.share)
 
-    async def _open(self) -> Record:
-        task = self.connector.spawn(greenlet_spawn(self._create_connection))
+    async def _open(self, reading: bool) -> Record:
+        task = self.connector.spawn(greenlet_spawn(self._create, reading))
         try:
             return cast("Record", await asyncio.shield(task))
         except asyncio.CancelledError:
             task.add_done_callback(self._return_unclaimed)
             raise
+
+    def _create(self, reading: bool) -> ConnectionPoolEntry:
+        self._opening_for_reading = reading  # until ``_invoke_creator`` takes note of it, before anything is awaited
+        return self._create_connection()
 
     def _return_unclaimed(self, task: asyncio.Task[Record]) -> None:
         """Return to the pool a connection that was opened for a cancelled caller."""
@@ -191,7 +196,7 @@ class TenantPool(RoutedPool):
         connection = cast("TenantConnection", record.dbapi_connection)
         try:
             await connection._connection.reset(timeout=self.connector.server.connect_timeout)
-        except (*SERVER_FAILURES, asyncio.CancelledError) as exc:
+        except (*SERVER_FAILURES, MarkerMismatchError, asyncio.CancelledError) as exc:
             self.discard(record)
             if isinstance(exc, asyncio.CancelledError):
                 raise

@@ -1,20 +1,22 @@
-"""The marker: a connection proves which tenant's database it is, before anything else uses it."""
+"""The marker: a connection proves which tenant's database it is, before anything else takes place on it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from uuid import uuid4
 
 import asyncpg
 import pytest
+from asyncpg.protocol.protocol import BaseProtocol
 from sqlalchemy import text
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import MarkerMismatchError
 from tenancy_orm.events import EventBus, IsolationIncident
-from tenancy_orm.routing import Router, connector, marker
+from tenancy_orm.routing import Router, connector, marker, protocol
 from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases, moved
@@ -69,11 +71,7 @@ async def test_without_the_check_swapped_rows_show_each_other_s_data(
     made: Databases, router: Router, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the check is for: the attack works where it is off."""
-
-    async def believe(*_: object, **__: object) -> None:
-        return None
-
-    monkeypatch.setattr(connector, "verify", believe)
+    monkeypatch.setattr(connector.Connector, "_begin_proof", lambda *_: None)
     for tenant in await swapped(made):
         assert tenant.placement is not None
         assert await read(router, tenant) == [f"secret of {tenant.placement.database}"]
@@ -100,6 +98,198 @@ async def test_two_tenants_with_swapped_rows_are_both_refused(
     ]
     await until(lambda: router.statistics().servers["default"].open == 0)
     assert await made.sessions() == 0
+
+
+WRITE = "INSERT INTO notes (body) VALUES ('written by another')"
+
+
+async def by_session(router: Router, tenant: Tenant) -> None:
+    async with router.session(tenant) as session:
+        await session.execute(text(WRITE))
+        await session.commit()
+
+
+async def read_only(router: Router, tenant: Tenant) -> None:
+    async with router.session(tenant, read_only=True) as session:
+        await session.execute(text("SELECT body FROM notes"))
+
+
+async def read_only_in_a_transaction(router: Router, tenant: Tenant) -> None:
+    async with router.session(tenant, read_only=True) as session:
+        await session.execute(text("LOCK TABLE notes IN ACCESS SHARE MODE"))
+
+
+async def in_autocommit(router: Router, tenant: Tenant) -> None:
+    async with router.connection(tenant) as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        await connection.execute(text(WRITE))
+
+
+async def serializable(router: Router, tenant: Tenant) -> None:
+    async with router.connection(tenant) as connection:
+        await connection.execution_options(isolation_level="SERIALIZABLE")
+        await connection.execute(text(WRITE))
+        await connection.commit()
+
+
+async def many(router: Router, tenant: Tenant) -> None:
+    async with router.connection(tenant) as connection:
+        await connection.execute(text("INSERT INTO notes (body) VALUES (:body)"), [{"body": "a"}, {"body": "b"}])
+        await connection.commit()
+
+
+async def streamed(router: Router, tenant: Tenant) -> None:
+    async with router.connection(tenant) as connection:
+        await connection.stream(text(f"{WRITE} RETURNING id"))
+
+
+DRIVER: dict[str, Callable[[Any], Awaitable[object]]] = {
+    "execute": lambda driver: driver.execute(WRITE),
+    "begin": lambda driver: driver.execute(f"BEGIN; {WRITE}; COMMIT;"),
+    "lower case": lambda driver: driver.execute(f"begin; {WRITE}; commit;"),
+    "arguments": lambda driver: driver.execute("INSERT INTO notes (body) VALUES ($1)", "a"),
+    "fetch": lambda driver: driver.fetch(f"{WRITE} RETURNING id"),
+    "prepare": lambda driver: driver.prepare(WRITE),
+    "executemany": lambda driver: driver.executemany("INSERT INTO notes (body) VALUES ($1)", [("a",)]),
+    "copy in": lambda driver: driver.copy_records_to_table("notes", records=[("a",)], columns=["body"]),
+    "copy out": lambda driver: driver.copy_from_query("SELECT body FROM notes", output=io.BytesIO()),
+    "transaction": lambda driver: driver.transaction().start(),
+    "listen": lambda driver: driver.add_listener("channel", print),
+    "reset": lambda driver: driver.reset(),
+}
+
+
+def by_driver(name: str) -> Callable[[Router, Tenant], Awaitable[None]]:
+    """A first operation on asyncpg's own connection."""
+
+    async def use(router: Router, tenant: Tenant) -> None:
+        async with router.connection(tenant) as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            await DRIVER[name](driver)
+
+    return use
+
+
+@pytest.mark.parametrize("after", [0.0, 2 * protocol._BEGUN_SECONDS], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(by_session, read_only, read_only_in_a_transaction, in_autocommit, serializable, many, streamed),
+        *map(by_driver, DRIVER),
+    ],
+)
+async def test_whatever_comes_first_is_refused_and_has_no_effect(
+    made: Databases, router: Router, use: Callable[[Router, Tenant], Awaitable[None]], after: float
+) -> None:
+    """However a connection is used first, before and after the proof has been answered."""
+    a, b = await swapped(made)
+    for tenant in (a, b):
+        with pytest.raises(MarkerMismatchError):
+            if after:
+                async with router.connection(tenant) as connection:
+                    driver: Any = (await connection.get_raw_connection()).driver_connection
+                    await until(driver.is_closed)
+                    await connection.execute(text(WRITE))
+            else:
+                await use(router, tenant)
+        assert tenant.placement is not None
+        async with made.postgres.connect(tenant.placement.database) as inside:
+            assert await inside.fetchval("SELECT count(*) FROM notes") == 1
+    await until(lambda: router.statistics().servers["default"].open == 0)
+    assert await made.sessions() == 0
+
+
+def test_all_that_asyncpg_sends_waits_for_the_proof() -> None:
+    """A later asyncpg may have a further operation."""
+    operations = {name for name, value in vars(BaseProtocol).items() if not name.startswith("_") and callable(value)}
+    sends_nothing = {
+        *("abort", "close", "connection_lost", "connection_made", "data_received", "eof_received", "get_record_class"),
+        *("get_server_pid", "get_settings", "is_closed", "is_connected", "pause_writing", "resume_writing"),
+        "set_connection",
+    }
+    assert operations - sends_nothing <= set(vars(protocol.UnprovedProtocol)) | {"is_ssl"}
+
+
+@pytest.mark.parametrize("full_reset", [False, True])
+async def test_a_connection_that_nobody_has_used_is_not_handed_out_as_proved(
+    postgres: Postgres, made: Databases, name_prefix: str, full_reset: bool
+) -> None:
+    """Nor is it in a transaction, for whoever uses it next."""
+    pool = {"max_connections": 1, "max_connections_per_tenant": 1, "full_reset": full_reset}
+    async with support.router(made, support.configuration(postgres, name_prefix, pool=pool)) as router:
+        a = await made.create()
+        async with router.connection(a) as connection:
+            first: Any = (await connection.get_raw_connection()).driver_connection
+        await until(lambda: router.statistics().servers["default"].idle == 1 and first.is_proved)
+        assert not first.is_in_transaction()
+        for tenant in await swapped(made):
+            async with router.connection(tenant):
+                pass
+            with pytest.raises(MarkerMismatchError):
+                await read(router, tenant)
+        await until(lambda: router.statistics().servers["default"].open == 0)
+
+
+async def test_a_connection_that_waits_for_its_first_statement_is_in_no_transaction(
+    made: Databases, router: Router
+) -> None:
+    """So now() is not in the past, and no time-out of idle transactions ends it."""
+    a = await made.create()
+    async with router.connection(a) as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await until(lambda: driver.is_proved)
+        assert not driver.is_in_transaction()
+        state = "SELECT state FROM pg_stat_activity WHERE pid = $1"
+        assert await made.admin.fetchval(state, driver.get_server_pid()) == "idle"
+        await connection.execute(text("SELECT 1"))
+        assert driver.is_in_transaction()
+
+
+async def test_the_first_transaction_is_the_application_s_own(made: Databases, router: Router) -> None:
+    """What must come before any query may still come."""
+    a = await made.create()
+    async with router.session(a) as session:
+        await session.execute(text("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE, READ ONLY"))
+        assert await session.scalar(text("SHOW transaction_isolation")) == "serializable"
+    router.retire(a.id)
+    async with router.connection(a) as connection:
+        await connection.execution_options(isolation_level="REPEATABLE READ")
+        assert await connection.scalar(text("SHOW transaction_isolation")) == "repeatable read"
+
+
+@pytest.mark.parametrize("reading", [False, True])
+async def test_the_check_costs_no_round_trip_of_its_own(
+    made: Databases, router: Router, monkeypatch: pytest.MonkeyPatch, reading: bool
+) -> None:
+    """BEGIN travels with it, or what makes a connection read-only."""
+    a = await made.create()
+    await read(router, await made.create())  # what the tenants of a server share is known
+    sent: list[str] = []
+
+    def count(name: str) -> None:
+        operation = getattr(protocol.TenantProtocol, name)
+
+        async def counted(self: Any, *args: Any, **options: Any) -> Any:
+            sent.append(name)
+            return await operation(self, *args, **options)
+
+        monkeypatch.setattr(protocol.TenantProtocol, name, counted)
+
+    for name in ("query", "prepare", "bind_execute"):
+        count(name)
+    async with router.session(a, read_only=reading) as session:
+        await session.execute(text("SELECT body FROM notes"))
+        assert sent == ["query", "prepare", "bind_execute"]
+
+
+async def test_a_second_operation_does_not_wait_beside_the_first(made: Databases, router: Router) -> None:
+    """As on every connection of asyncpg's: it would come into the first one's transaction."""
+    a = await made.create()
+    async with router.connection(a) as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        results = await asyncio.gather(driver.transaction().start(), driver.execute("SELECT 1"), return_exceptions=True)
+    assert results[0] is None
+    assert isinstance(results[1], asyncpg.InterfaceError)
 
 
 async def test_every_new_connection_is_checked(made: Databases, router: Router) -> None:
