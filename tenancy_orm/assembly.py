@@ -35,6 +35,7 @@ from .provisioning import Provisioner
 from .provisioning.preparation_plan import PreparationPlan
 from .provisioning.public_access import refuse_loss
 from .provisioning.rotation import SecretManager
+from .provisioning.server_manager import ServerManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry
@@ -51,7 +52,9 @@ from .seeds.creation import NewTenantSeeds
 from .seeds.loading import SeedSet
 from .seeds.schema import SeededSchema
 from .servers import Servers
-from .servers.server import inspect_servers
+from .servers.placement import Placer
+from .servers.sealed import SealedAddresses
+from .servers.server import check_rows, inspect_servers
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
@@ -60,6 +63,7 @@ from .tenants.tiers import TierRegistry, differing
 logger = logging.getLogger("tenancy_orm")
 
 _UPDATE_SECONDS = 300.0  # how often a process reads the data keys, in case it missed the notification of a new one
+_SERVERS_SECONDS = 60.0  # how often a process reads the servers' rows, in case it missed a notification
 
 
 _CHECK_SECONDS = 3.0  # how long opening waits for a server that does not answer
@@ -99,6 +103,7 @@ class Assembly:
     schedules: ScheduleManager
     sampler: StorageSampler
     servers: Servers
+    server_manager: ServerManager
     router: Router
     provisioner: Provisioner
     migrations: FleetMigrator
@@ -108,6 +113,7 @@ class Assembly:
     domains: DomainManager
     housekeeping: Housekeeping
     sealed: SealedPasswords
+    addresses: SealedAddresses
     secrets: SecretManager
     tiers: TierRegistry
     tier_policies: TierPolicies
@@ -172,8 +178,9 @@ class Assembly:
         self.tiers = TierRegistry(self.control, self.audit)
         await self._settle_tiers(initialise)
         if initialise:
-            for name in self.servers:
+            for name in list(self.servers):
                 await self.provisioner.prepare_server(name)
+        self._start(self._refresh_servers_repeatedly())
         # before it is open: an opening that is cancelled has begun to listen
         self._opened.append(self.directory.close)
         await self.directory.open()
@@ -209,6 +216,8 @@ class Assembly:
         self.names = Names(config.name_prefix, self.control.installation)
         self.control.check_names(self.names)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
+        self._follow_servers()
+        await self.servers.refresh(bootstrapping=True)
         await self.audit.vouch_for_keys()
         if self._data_keys is not None:
             self._data_keys.on_read(self.audit.add_keys)
@@ -234,6 +243,7 @@ class Assembly:
         self.directory.on_connection_request(self.router.give_up)
         self.directory.on_invalidate(self._forget)
         self.directory.on_schema_change(self.router.schema_changed)
+        self.directory.on_server_change(self.servers.refresh_soon)
         self.sealed.on_read(self.directory.invalidate)
         self._build_provisioning()
         self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
@@ -244,6 +254,17 @@ class Assembly:
         self.metrics = TenantMetrics(self.control)
         self.schedules = ScheduleManager(self.control, self.audit)
         self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
+        placer = Placer(config, self.control, self.servers)
+        self.server_manager = ServerManager(
+            config=config,
+            control=self.control,
+            audit=self.audit,
+            servers=self.servers,
+            addresses=self.addresses,
+            registry=self.registry,
+            provisioner=self.provisioner,
+            placer=placer,
+        )
         self.tenants = TenantManager(
             config=config,
             registry=self.registry,
@@ -252,6 +273,7 @@ class Assembly:
             names=self.names,
             keyring=self.keyring,
             events=events,
+            placer=placer,
         )
         records = ConfiguredTextRecords(config.domains)
         self.domains = DomainManager(self.control, self.audit, records, config.domains)
@@ -292,7 +314,14 @@ class Assembly:
 
         A server that does not answer now does not delay the opening for long: its first connection is checked.
         """
-        found = await inspect_servers(self.servers, timeout=_CHECK_SECONDS)
+        default = self.config.default_server
+        known = dict(self.servers)
+        if default is not None and default not in known:
+            raise ConfigurationError(
+                f"default_server is {default!r}, which is not among the servers: {', '.join(known)}; correct it, or "
+                f"unset it and run: tenancy servers add {default}"
+            )
+        found = await inspect_servers(known, timeout=_CHECK_SECONDS)
         processes, each = self.config.quotas.rate_processes, self.config.pool.max_connections
         for name, facts in found.items():
             if processes * each > facts.connections:
@@ -307,12 +336,14 @@ class Assembly:
                     processes,
                 )
         await self.control.save_servers(
-            {name: (server.host, server.port) for name, server in self.servers.items()},
+            {name: (server.host, server.port) for name, server in known.items()},
             maintenance={
-                name: found[name].database if name in found else server.dsn.database
-                for name, server in self.servers.items()
+                name: found[name].database if name in found else server.dsn.database for name, server in known.items()
             },
+            identities={name: facts.identity for name, facts in found.items()},
         )
+        await self.servers.refresh()
+        check_rows([server.row for server in self.servers.values() if server.row is not None], found)
 
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
@@ -338,6 +369,15 @@ class Assembly:
                 await self.control.upgrade(administrator=administrator)
             finally:
                 await administrator.close(timeout=5)
+
+    def _follow_servers(self) -> None:
+        self.addresses = SealedAddresses(self.control, self.keyring, self._data_keys)
+        self.servers.follow(self.addresses, self.names.owner)
+
+    async def _refresh_servers_repeatedly(self) -> None:
+        while True:
+            await asyncio.sleep(_SERVERS_SECONDS)
+            self.servers.refresh_soon()
 
     def _build_provisioning(self) -> None:
         config = self.config
@@ -375,6 +415,8 @@ class Assembly:
             names=self.names,
             keyring=self.keyring,
             data_keys=self._data_keys,
+            addresses=self.addresses,
+            audit=self.audit,
         )
         self._opened.append(self.secrets.close)
         services = FleetServices(

@@ -5,6 +5,7 @@
     ├── ConfigurationError (ValueError)
     │   ├── SettingError                     a setting is malformed, unknown or missing
     │   ├── MissingExtraError (ImportError)
+    │   ├── PlacementError                   no server takes a tenant
     │   ├── PoolerError                      an address must lead to PostgreSQL itself, and a pooler answers
     │   └── AdministratorNeededError         the control database's role lacks a right; it has the SQL to run
     ├── NotOpenError (RuntimeError)          the Tenancy object is not open, or already closed
@@ -65,6 +66,7 @@
     │   ├── UnknownServerError (LookupError)
     │   ├── CheckoutTimeoutError (sqlalchemy.exc.TimeoutError)
     │   └── ServerUnavailableError
+    │       ├── ServerIdentityError          its address leads to another cluster
     │       ├── ConnectionLimitError         the tenant's role, or the server, has all the connections it may have
     │       └── LoginRefusedError            the server answers, but refuses the login of the tenant's role
     ├── ProvisioningError
@@ -184,6 +186,18 @@ class AdministratorNeededError(ConfigurationError):
             "the control database's role lacks a right; run once as an administrator: " + "; ".join(statements)
         )
         self.statements = statements
+
+
+class PlacementError(ConfigurationError):
+    """No server takes the tenant, or the one that was named does not.
+
+    ``refused`` has the reason of each server, by name.
+    """
+
+    def __init__(self, message: str, refused: Mapping[str, str] | None = None) -> None:
+        """Say what was wanted in ``message``."""
+        super().__init__(message)
+        self.refused = dict(refused or {})
 
 
 class PoolerError(ConfigurationError):
@@ -804,11 +818,15 @@ class RoutingError(TenancyError):
 
 
 class UnknownServerError(RoutingError, LookupError):
-    """A placement names a server that the configuration does not have."""
+    """A server has no row, or its address is neither in its row nor in this process's settings."""
 
     def __init__(self, server: str) -> None:
         """Name the ``server``."""
-        super().__init__(f"server {server!r} is not configured; add it to TenancyConfig.servers")
+        super().__init__(
+            f"server {server!r} is not known here; add it with: tenancy servers add {server}, or to "
+            "TenancyConfig.servers; if another process has its address in its settings, put it into its row there: "
+            f"tenancy servers update {server} --from-settings"
+        )
         self.server = server
 
 
@@ -860,6 +878,14 @@ class ServerUnavailableError(RoutingError):
     @staticmethod
     def _summary(server: str, tenant: str | None) -> str:
         return f"server {server!r} is not available" + (f" for tenant {tenant!r}" if tenant else "")
+
+
+class ServerIdentityError(ServerUnavailableError):
+    """A server's address leads to another PostgreSQL cluster than the one that its tenants are on.
+
+    Remedy: correct the address. Where the server was moved to a new cluster on purpose (by dump and restore, or logical
+    replication), run ``tenancy servers update <name> --accept-identity``.
+    """
 
 
 class ConnectionLimitError(ServerUnavailableError):

@@ -28,6 +28,7 @@ from .metering.metrics import TenantMetrics
 from .migrations import FleetMigrator
 from .provisioning import TemplateManager
 from .provisioning.rotation import SecretManager
+from .provisioning.server_manager import ServerManager
 from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
@@ -440,6 +441,11 @@ class Tenancy:
     def seeds(self) -> SeedManager:
         """Bring seeds and reference data to existing tenants, and see which tenants lack some."""
         return self._lifetime.parts.seeds
+
+    @property
+    def servers(self) -> ServerManager:
+        """Add, change, drain and remove the servers that hold tenants, and explain where one is placed."""
+        return self._lifetime.parts.server_manager
 
     @property
     def templates(self) -> TemplateManager:

@@ -49,9 +49,9 @@ class Tenant:
     Times are aware datetimes in UTC. ``metadata`` and ``quotas`` (overrides of the tier's limits) are read-only
     mappings of JSON values. ``suspend_at`` and ``purge_at`` are when it is to be suspended or purged. ``reason`` is
     what the operator gave for the suspension. ``aliases`` are its former slugs that still redirect and its verified
-    domains. ``operator`` is True where it was bound for an operator, who may use a tenant in maintenance; the
-    middleware's ``operators`` decides that. ``admission`` is that of the request it was bound for, else None; it is not
-    pickled.
+    domains. ``region`` is where its data has to stay, None for anywhere. ``operator`` is True where it was bound for an
+    operator, who may use a tenant in maintenance; the middleware's ``operators`` decides that. ``admission`` is that of
+    the request it was bound for, else None; it is not pickled.
     """
 
     id: UUID
@@ -70,6 +70,7 @@ class Tenant:
     suspend_at: datetime | None = field(default=None, repr=False)
     purge_at: datetime | None = field(default=None, repr=False)
     timezone: str = field(default="UTC", repr=False)
+    region: str | None = field(default=None, repr=False)
     aliases: frozenset[str] = field(default=frozenset(), repr=False)
     operator: bool = field(default=False, repr=False)
     admission: Admission | None = field(default=None, repr=False)

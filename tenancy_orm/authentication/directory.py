@@ -23,7 +23,7 @@ from ..audit.log import AuditLog
 from ..config import TenancyConfig
 from ..context import _current, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
-from ..control.notifications import SCHEMA_CHANGED, SCHEMA_CHANGING, Change, ConnectionRequest, Listener
+from ..control.notifications import SCHEMA_CHANGED, SCHEMA_CHANGING, SERVER_CHANGED, Change, ConnectionRequest, Listener
 from ..errors import ControlUnavailableError, InvalidCredentialError
 from ..events import CredentialRejected, EventBus
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
@@ -101,6 +101,7 @@ class Directory:
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._request_callbacks: list[Callable[[ConnectionRequest], None]] = []
         self._schema_callbacks: list[Callable[[UUID | None, bool], None]] = []
+        self._server_callbacks: list[Callable[[], None]] = []
         self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
         self._find = self._cache.keys.entries.get
@@ -440,6 +441,10 @@ class Directory:
         """
         self._schema_callbacks.append(callback)
 
+    def on_server_change(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when the row of a server has changed, or such a notification may have been missed."""
+        self._server_callbacks.append(callback)
+
     def before_use(self, callback: Callable[[Tenant], Awaitable[None] | None]) -> None:
         """Call ``callback`` with each tenant that was looked up, before it is cached.
 
@@ -503,6 +508,8 @@ class Directory:
                 self._cache.invalidate_tenant(change.tenant_id)
                 self.subjects.invalidate(change.tenant_id)
             self._call_back_for_schema(change.tenant_id, change.kind == SCHEMA_CHANGING)
+        elif change.kind == SERVER_CHANGED:
+            _call_all(self._server_callbacks, "a change of a server")
         elif change.subject is not None or change.token_id is not None:
             self.invalidate_subject(change.subject, change.token_id)
         elif change.tenant_id is None and change.key_id is None:
@@ -513,6 +520,7 @@ class Directory:
     def _connected(self) -> None:
         self.revalidate()
         self._call_back_for_schema(None, False)
+        _call_all(self._server_callbacks, "a change of a server")
 
     def _call_back_for_schema(self, tenant_id: UUID | None, changing: bool) -> None:
         _call_all(self._schema_callbacks, "a change of a schema", tenant_id, changing)

@@ -129,7 +129,10 @@ def create(
         float | None, typer.Option(min=0, help="Start as a trial; housekeeping suspends it after this many days.")
     ] = None,
     server: Annotated[
-        str | None, typer.Option(help="The server to place it on; what default_server says if not given.")
+        str | None, typer.Option(help="The server to place it on; what placement or default_server says if not given.")
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(help="Where its data has to stay: it is only ever placed on a server of this region.")
     ] = None,
     seeded: Annotated[
         bool, typer.Option("--seed/--no-seed", help="Whether the seeds run that are not in the template.")
@@ -148,6 +151,7 @@ def create(
             status="trial" if trial or trial_ends_at else "active",
             trial_ends_at=trial_ends_at,
             server=server,
+            region=region,
             seed=seeded,
             actor=operator(),
         )
@@ -169,6 +173,7 @@ def list_tenants(
     status: Annotated[list[str] | None, typer.Option(help="Only these statuses; repeatable.")] = None,
     tier: Annotated[list[str] | None, typer.Option(help="Only these tiers; repeatable.")] = None,
     server: Annotated[str | None, typer.Option(help="Only tenants on this server.")] = None,
+    region: Annotated[str | None, typer.Option(help="Only tenants of this region.")] = None,
     slug: Annotated[
         str | None, typer.Option(help="Only slugs that match this pattern: * is any text, ? one character ('ac*').")
     ] = None,
@@ -183,6 +188,7 @@ def list_tenants(
 
     async def command(tenancy: Tenancy) -> tuple[TenantPage, int]:
         which: Any = {"status": status or (), "tier": tier or (), "server": server, "slug": slug, "metadata": given}
+        which["region"] = region
         if count:
             return TenantPage((), None), await tenancy.tenants.count(**which)
         page = await tenancy.tenants.list(**which, limit=limit, after=after)
@@ -228,9 +234,12 @@ def update(
     removed: UnsetMetadata = None,
     timezone: Annotated[str | None, typer.Option(help="IANA time zone of its daily and monthly quotas.")] = None,
     trial_days: Annotated[float | None, typer.Option(min=0, help="End its trial this many days from now.")] = None,
+    region: Annotated[
+        str | None, typer.Option(help="Where its data has to stay, which must be where it is; '' for anywhere.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Change a tenant's tier, metadata, time zone or end of trial."""
+    """Change a tenant's tier, metadata, time zone, end of trial or region."""
     given = exit_on_error(lambda: parse_metadata(metadata))
     merge = exit_on_error(lambda: parse_merge(changed, removed))
     if given is not None and merge is not None:
@@ -247,6 +256,7 @@ def update(
             metadata=given,
             merge_metadata=merge,
             timezone=timezone,
+            region=region,
             trial_ends_at=trial_ends_at,
             actor=operator(),
         )

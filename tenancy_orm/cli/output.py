@@ -75,6 +75,7 @@ def tenant_fields(tenant: Tenant) -> dict[str, Any]:
         "slug": tenant.slug,
         "status": tenant.status.value,
         "tier": tenant.tier,
+        "region": tenant.region,
         "server": placement.server if placement else None,
         "database": placement.database if placement else None,
         "schema_revision": tenant.schema_revision,

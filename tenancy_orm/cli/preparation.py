@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from ..config import TenancyConfig, sources
+from ..config import ServerAddresses, TenancyConfig, sources
 from ..provisioning.preparation_plan import PreparationPlan
 from ..provisioning.public_access import Closing
 from ..secrets.keyring import Keyring
@@ -100,6 +100,42 @@ def settle(
         _confirm(plan, kept, yes=yes, as_json=as_json)
         exit_on_error(lambda: asyncio.run(plan.apply(config, keep=kept)))
     return described
+
+
+def settle_server(
+    config: TenancyConfig,
+    name: str,
+    addresses: ServerAddresses,
+    *,
+    keep: Collection[str],
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Say what preparing a new server changes, ask where somebody would lose access, and revoke PUBLIC's rights.
+
+    Nothing has changed where this exits with status 1.
+
+    Args:
+        config: The configuration in force.
+        name: The server's name.
+        addresses: Its addresses.
+        keep: The values of ``--keep-access``.
+        yes: Do not ask.
+        as_json: Print nothing but an error, and ask nothing.
+    """
+    if exit_on_error(load_tenancy).config.is_embedded:
+        return  # its control database is stopped by now; the preparation refuses where somebody would lose access
+    config = config.replace(servers={name: addresses})
+
+    async def read() -> PreparationPlan:
+        return await PreparationPlan.read(config)
+
+    plan = exit_on_error(lambda: asyncio.run(read()))
+    kept = _roles_to_keep(plan, keep)
+    if not as_json:
+        _show(plan, kept)
+    _confirm(plan, kept, yes=yes, as_json=as_json)
+    exit_on_error(lambda: asyncio.run(plan.apply(config, keep=kept)))
 
 
 def _read_plan(config: TenancyConfig, *, shared: bool) -> PreparationPlan | None:
@@ -223,4 +259,4 @@ def _line(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["LEAVE_PUBLIC", "leave_public", "settle"]
+__all__ = ["LEAVE_PUBLIC", "leave_public", "settle", "settle_server"]

@@ -3,44 +3,304 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
-from typing import Annotated
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 import typer
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from ..audit.log import AuditLog
+from ..config import ServerAddresses, TenancyConfig
 from ..control.database import ControlDatabase
-from ..errors import ConfigurationError
-from ..servers.rows import ServerRow, list_servers, set_maintenance_database
+from ..errors import ConfigurationError, SettingError
+from ..provisioning.server_fields import UNSET, Unset
+from ..provisioning.server_manager import KnownServer
+from ..servers.placement import PlacementExplanation
+from ..servers.rows import ServerRow, set_maintenance_database
 from ..tenancy import Tenancy
-from .output import console, print_json, print_table
+from .output import console, errors, print_fields, print_json, print_table
+from .preparation import settle_server
 from .runtime import Json, Yes, confirm, exit_on_error, fail, load_tenancy, operator, run
 
-app = typer.Typer(help="Show the servers that hold tenants; change a maintenance database.", no_args_is_help=True)
+T = TypeVar("T")
+
+app = typer.Typer(help="The servers that hold tenants: add, change, drain and remove them.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="The server's name.")]
+Tenants = Annotated[
+    str | None,
+    typer.Option("--tenants", help="Where tenants' sessions connect to, host and port: a pooler, for example."),
+]
+Replicas = Annotated[
+    list[str] | None, typer.Option("--replica", help="A standby that follows it, host and port; repeatable.")
+]
+AskPassword = Annotated[
+    bool, typer.Option("--password", help="Ask for the administrator's password, which the URL does not have.")
+]
+PasswordStdin = Annotated[
+    bool, typer.Option("--password-stdin", help="Read the administrator's password from the standard input.")
+]
+PasswordVariable = Annotated[
+    str | None, typer.Option("--password-variable", help="Read the administrator's password from this variable.")
+]
+Region = Annotated[str | None, typer.Option(help="Where it is, as tenants name it; '' for no region.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="What placement may want to know, name=value; repeatable.")
+]
+Capacity = Annotated[
+    str | None, typer.Option(help="How many tenants it may hold, deleted ones too; 'none' for any number.")
+]
+Weight = Annotated[float | None, typer.Option(help="Its share of new tenants, in proportion to the other weights.")]
+MaxConnections = Annotated[
+    str | None,
+    typer.Option(help="Connections of all processes together; 'none' for as many as the server offers."),
+]
+MaxOpening = Annotated[str | None, typer.Option(help="Logins at once; 'none' for the default.")]
+
+
+@app.command()
+def add(
+    server: Name,
+    url: Annotated[
+        str,
+        typer.Argument(help="Its administrative URL; - reads it from the standard input, $NAME from a variable."),
+    ],
+    tenants: Tenants = None,
+    replica: Replicas = None,
+    ask_password: AskPassword = False,
+    password_stdin: PasswordStdin = False,
+    password_variable: PasswordVariable = None,
+    region: Region = None,
+    label: Labels = None,
+    capacity: Capacity = None,
+    weight: Weight = None,
+    max_connections: MaxConnections = None,
+    max_opening: MaxOpening = None,
+    drain: Annotated[bool, typer.Option("--drain", help="Add it in drain: it takes no tenants yet.")] = False,
+    same_cluster: Annotated[
+        bool, typer.Option("--same-cluster", help="Accept a cluster that is a server already, by another name.")
+    ] = False,
+    keep_access: Annotated[
+        list[str] | None,
+        typer.Option("--keep-access", help="A role, 'all' or 'connected': who would lose access keeps it; repeatable."),
+    ] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Add a server. It is verified, and prepared as tenancy init does; its addresses are sealed in its row."""
+    addresses = _addresses(url, tenants, replica, ask_password, password_stdin, password_variable)
+    options: dict[str, Any] = {
+        "region": region or None,
+        "labels": _labels(label) or {},
+        "capacity": _number(capacity),
+        "weight": 1.0 if weight is None else weight,
+        "max_connections": _number(max_connections),
+        "max_opening": _number(max_opening),
+    }
+
+    async def check(tenancy: Tenancy) -> tuple[TenancyConfig, bool]:
+        return tenancy.config, any(found.name == server for found in await tenancy.servers.list())
+
+    config, known = run(check)
+    if not known:
+        settle_server(config, server, addresses, keep=keep_access or (), yes=yes, as_json=as_json)
+
+    async def command(tenancy: Tenancy) -> ServerRow:
+        return await tenancy.servers.add(
+            server, addresses, drain=drain, same_cluster=same_cluster, actor=operator(), **options
+        )
+
+    row = run(command)
+    if as_json:
+        print_json(_row_fields(row))
+    else:
+        state = " in drain" if drain else ""
+        console.print(f"added server {row.name} at {row.host}:{row.port}{state}", highlight=False)
 
 
 @app.command("list")
-def show(as_json: Json = False) -> None:
-    """List the servers, where each is administered, and how many tenants it holds."""
+def list_servers(as_json: Json = False) -> None:
+    """List the servers, where their addresses come from, and how many tenants each holds."""
 
-    async def command(tenancy: Tenancy) -> list[ServerRow]:
-        return await list_servers(tenancy.internals.control)
+    async def command(tenancy: Tenancy) -> list[KnownServer]:
+        return await tenancy.servers.list()
 
     found = run(command)
     if as_json:
-        print_json([asdict(row) for row in found])
+        print_json([_known_fields(server) for server in found])
         return
-    columns = ("server", "address", "maintenance database", "accepts tenants", "tenants")
+    columns = ("server", "address", "from", "region", "state", "tenants", "capacity", "weight", "maintenance database")
     rows = [
-        (row.name, f"{row.host}:{row.port}", row.maintenance_database, row.accepts_tenants, row.tenants)
-        for row in found
+        (
+            known.name,
+            f"{known.row.host}:{known.row.port}",
+            known.source,
+            known.row.region,
+            known.row.state,
+            known.row.tenants,
+            known.row.capacity,
+            f"{known.row.weight:g}",
+            known.row.maintenance_database,
+        )
+        for known in found
     ]
     print_table("servers", columns, rows)
+    for known in found:
+        for warning in known.warnings:
+            errors.print(f"server {known.name}: {warning}", markup=False, highlight=False)
+
+
+@app.command()
+def show(server: Name, as_json: Json = False) -> None:
+    """Show one server."""
+
+    async def command(tenancy: Tenancy) -> KnownServer:
+        return await tenancy.servers.get(server)
+
+    fields = _known_fields(run(command))
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(server, fields)
+
+
+@app.command()
+def update(
+    server: Name,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--admin", help="Its new administrative URL; - reads it from the standard input, $NAME a variable."
+        ),
+    ] = None,
+    tenants: Tenants = None,
+    replica: Replicas = None,
+    ask_password: AskPassword = False,
+    password_stdin: PasswordStdin = False,
+    password_variable: PasswordVariable = None,
+    from_settings: Annotated[
+        bool, typer.Option("--from-settings", help="Put the addresses of this process's settings into its row.")
+    ] = False,
+    accept_identity: Annotated[
+        bool, typer.Option("--accept-identity", help="Accept another cluster: its tenants were moved there.")
+    ] = False,
+    region: Region = None,
+    label: Labels = None,
+    capacity: Capacity = None,
+    weight: Weight = None,
+    max_connections: MaxConnections = None,
+    max_opening: MaxOpening = None,
+    as_json: Json = False,
+) -> None:
+    """Change a server; what is not given stays. Every process follows without a restart."""
+    if url is None and (tenants or replica or ask_password or password_stdin or password_variable):
+        fail("give --admin as well: all of a server's addresses are changed at once", kind="ConfigurationError")
+    addresses = (
+        None if url is None else _addresses(url, tenants, replica, ask_password, password_stdin, password_variable)
+    )
+    options: dict[str, Any] = {
+        "region": UNSET if region is None else region or None,
+        "labels": UNSET if label is None else _labels(label) or {},
+        "capacity": _number_or_unset(capacity),
+        "weight": UNSET if weight is None else weight,
+        "max_connections": _number_or_unset(max_connections),
+        "max_opening": _number_or_unset(max_opening),
+    }
+
+    async def command(tenancy: Tenancy) -> ServerRow:
+        return await tenancy.servers.update(
+            server,
+            addresses=addresses,
+            from_settings=from_settings,
+            accept_identity=accept_identity,
+            actor=operator(),
+            **options,
+        )
+
+    _print_row(run(command), "changed", as_json)
+
+
+@app.command()
+def drain(server: Name, as_json: Json = False) -> None:
+    """Place no new tenants on a server; those that it has stay."""
+
+    async def command(tenancy: Tenancy) -> ServerRow:
+        return await tenancy.servers.drain(server, actor=operator())
+
+    _print_row(run(command), "in drain", as_json)
+
+
+@app.command()
+def activate(server: Name, as_json: Json = False) -> None:
+    """Let a server in drain take tenants again."""
+
+    async def command(tenancy: Tenancy) -> ServerRow:
+        return await tenancy.servers.activate(server, actor=operator())
+
+    _print_row(run(command), "active", as_json)
+
+
+@app.command()
+def remove(
+    server: Name,
+    drop_templates: Annotated[bool, typer.Option("--drop-templates", help="Drop its templates first.")] = False,
+    forget_templates: Annotated[
+        bool, typer.Option("--forget-templates", help="Leave its templates there: the server does not exist any more.")
+    ] = False,
+    yes: Yes = False,
+) -> None:
+    """Remove a server that holds no tenants any more."""
+    if drop_templates and forget_templates:
+        fail("give --drop-templates or --forget-templates, not both", kind="ConfigurationError")
+    if not yes and not confirm(f"Remove server {server}?"):
+        fail("nothing was changed")
+
+    async def command(tenancy: Tenancy) -> None:
+        await tenancy.servers.remove(
+            server,
+            templates="drop" if drop_templates else "forget" if forget_templates else "refuse",
+            actor=operator(),
+        )
+
+    run(command)
+    console.print(f"removed server {server}", highlight=False)
+
+
+@app.command()
+def explain(
+    tenant: Annotated[str | None, typer.Argument(help="A slug or an id; a new tenant if not given.")] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="The tier; the tenant's own, or the default tier, if not given.")
+    ] = None,
+    region: Annotated[str | None, typer.Option(help="The region; the tenant's own if not given.")] = None,
+    server: Annotated[str | None, typer.Option(help="The server that would be asked for.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say on which server a tenant would be placed now, and why not on the others."""
+
+    async def command(tenancy: Tenancy) -> PlacementExplanation:
+        return await tenancy.servers.explain(tenant, tier=tier, region=region, server=server)
+
+    found = run(command)
+    if as_json:
+        print_json(found)
+        return
+    columns = ("server", "region", "tenants", "capacity", "score", "verdict")
+    print_table("placement", columns, [_verdict(one, found.current) for one in found.servers])
+    subject = f"tenant {found.request.slug}" if found.request.slug else "a new tenant"
+    where = f"would be placed on {found.chosen}" if found.chosen else "would not be placed"
+    if found.current is not None:
+        where = f"is on {found.current}, and {where} now"
+    line = f"{subject} (tier {found.request.tier}, region {found.request.region or 'any'}) {where}: {found.rule}"
+    console.print(line, markup=False, highlight=False)
 
 
 @app.command("set-maintenance-database")
-def change(
-    server: Annotated[str, typer.Argument(help="The server's name.")],
+def set_database(
+    server: Name,
     database: Annotated[str, typer.Argument(help="The database that its administrative URL names from now on.")],
     yes: Yes = False,
 ) -> None:
@@ -62,3 +322,136 @@ def change(
 
     former = exit_on_error(lambda: asyncio.run(command()))
     console.print(f"the maintenance database of {server} was {former} and is {database}", highlight=False)
+
+
+# --- what was given ---------------------------------------------------------------------------------------------------
+
+
+def _addresses(
+    url: str,
+    tenants: str | None,
+    replicas: Sequence[str] | None,
+    ask_password: bool,
+    password_stdin: bool,
+    password_variable: str | None,
+) -> ServerAddresses:
+    if sum((ask_password, password_stdin, password_variable is not None)) > 1 or (url == "-" and password_stdin):
+        fail("the password can come from one place only", kind="ConfigurationError")
+    visible = url != "-" and not url.startswith("$")
+    if url == "-":
+        url = sys.stdin.readline().strip()
+    elif url.startswith("$"):
+        url = _variable(url[1:])
+    password = None
+    if ask_password:
+        password = typer.prompt("Password", hide_input=True, err=True)
+    elif password_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    elif password_variable is not None:
+        password = _variable(password_variable)
+    if password is not None:
+        url = _with_password(url, password)
+    elif visible and _has_password(url):
+        errors.print(
+            "the password is in the command, where other users of this machine can see it while it runs: use "
+            "--password, --password-stdin or --password-variable",
+            markup=False,
+        )
+    try:
+        return ServerAddresses(admin=url, tenants=tenants, replicas=tuple(replicas or ()))
+    except SettingError as exc:
+        fail("; ".join(f"{kind}: {reason}" for kind, reason in exc.problems.items()), kind="ConfigurationError")
+
+
+def _variable(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        fail(f"the variable {name} is not set", kind="ConfigurationError")
+    return value
+
+
+def _has_password(url: str) -> bool:
+    try:
+        found = make_url(url)
+    except ArgumentError:
+        return False
+    return found.password is not None or "password" in found.query
+
+
+def _with_password(url: str, password: str) -> str:
+    try:
+        found = make_url(url)
+    except ArgumentError:
+        fail("admin: is not a URL", kind="ConfigurationError")
+    if found.password is not None:
+        fail("the URL has a password already", kind="ConfigurationError")
+    if found.username is None:
+        fail("the URL names no user for the password", kind="ConfigurationError")
+    return found.set(password=password).render_as_string(hide_password=False)
+
+
+def _labels(given: Sequence[str] | None) -> dict[str, str]:
+    pairs = [label.partition("=") for label in given or () if label]
+    if not all(separator and name for name, separator, _ in pairs):
+        fail("a label is name=value", kind="ConfigurationError")
+    return {name: value for name, _, value in pairs}
+
+
+def _number(given: str | None) -> int | None:
+    if given is None or given.lower() == "none":
+        return None
+    if not given.isdecimal() or len(given) > 10:
+        fail(f"{given!r} is neither a whole number nor 'none'", kind="ConfigurationError")
+    return int(given)
+
+
+def _number_or_unset(given: str | None) -> int | Unset | None:
+    return UNSET if given is None else _number(given)
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def _print_row(row: ServerRow, what: str, as_json: bool) -> None:
+    if as_json:
+        print_json(_row_fields(row))
+    else:
+        console.print(f"server {row.name} is {what}", highlight=False)
+
+
+def _row_fields(row: ServerRow) -> dict[str, Any]:
+    """Return a row as JSON values, without what is sealed."""
+    return {
+        "name": row.name,
+        "host": row.host,
+        "port": row.port,
+        "maintenance_database": row.maintenance_database,
+        "region": row.region,
+        "labels": dict(row.labels),
+        "capacity": row.capacity,
+        "weight": row.weight,
+        "state": row.state,
+        "accepts_tenants": row.accepts_tenants,
+        "max_connections": row.max_connections,
+        "max_opening": row.max_opening,
+        "identity": row.identity,
+        "tenants": row.tenants,
+    }
+
+
+def _known_fields(known: KnownServer) -> dict[str, Any]:
+    more: Mapping[str, Any] = {
+        "addresses_from": known.source,
+        "tenants_address": known.tenants_address,
+        "replicas": list(known.replicas),
+        "warnings": list(known.warnings),
+    }
+    return {**_row_fields(known.row), **more}
+
+
+def _verdict(one: Any, current: str | None) -> tuple[Any, ...]:
+    score = None if one.score is None else " / ".join(f"{number:.4g}" for number in one.score)
+    verdict = "chosen" if one.chosen else one.refused or "not the lowest score"
+    if one.server == current:
+        verdict += " (it is there)"
+    return one.server, one.region, one.tenants, one.capacity, score, verdict

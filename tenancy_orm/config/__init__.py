@@ -1,6 +1,15 @@
 """Configuration: ``TenancyConfig``, its sections, tiers, and where settings are read from."""
 
 from .addresses import ServerAddresses
+from .placement import (
+    ByRegion,
+    ByTier,
+    FewestTenants,
+    LeastBytes,
+    PlacementCandidate,
+    PlacementPolicy,
+    PlacementRequest,
+)
 from .sections import (
     BreakerConfig,
     ControlConfig,
@@ -25,15 +34,22 @@ from .tiers import Limit, Tier, TierPolicy
 
 __all__ = [
     "BreakerConfig",
+    "ByRegion",
+    "ByTier",
     "ControlConfig",
     "DirectoryConfig",
     "DomainConfig",
+    "FewestTenants",
     "KeyConfig",
+    "LeastBytes",
     "Limit",
     "LockoutConfig",
     "MembersConfig",
     "MeteringConfig",
     "MigrationConfig",
+    "PlacementCandidate",
+    "PlacementPolicy",
+    "PlacementRequest",
     "PoolConfig",
     "ProvisioningConfig",
     "QuotaConfig",

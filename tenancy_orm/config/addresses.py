@@ -15,7 +15,6 @@ from .validation import Section
 from .values import PostgresUrl, check_url
 
 _SERVER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
-_DEFAULT = "default"
 _URLS = ("admin", "tenants", "replicas")
 _FORM = 'write a URL, or admin = "..." and tenants = "..."'
 # A comma ends a URL where another name and URL follow; passwords and lists of hosts have commas as well.
@@ -163,26 +162,4 @@ ServerUrls = Annotated[
 ]
 
 
-def choose_server(names: Sequence[str], default: str | None, server: str | None = None) -> str:
-    """Return the name of the server for a new tenant.
-
-    Args:
-        names: The configured servers.
-        default: ``TenancyConfig.default_server``.
-        server: The one that was asked for; it need not be configured.
-
-    Raises:
-        ConfigurationError: none was asked for, and ``default`` does not say which of several it is.
-    """
-    if chosen := server or default:
-        return chosen
-    if len(names) == 1:
-        return names[0]
-    if _DEFAULT in names:
-        return _DEFAULT
-    raise ConfigurationError(
-        f"there are several servers, {', '.join(names)}: set default_server, or name the tenant's server (--server)"
-    )
-
-
-__all__ = ["ServerAddresses", "ServerUrls", "choose_server"]
+__all__ = ["ServerAddresses", "ServerUrls"]

@@ -14,6 +14,7 @@ from ..errors import SettingError
 from ..postgres.dsn import Dsn
 from . import sources
 from .addresses import ServerAddresses, ServerUrls
+from .placement import Placement
 from .sections import (
     BreakerConfig,
     ControlConfig,
@@ -67,12 +68,17 @@ class TenancyConfig(_Checked, BaseSettings):
     for a private server, for development (extra ``embedded``)."""
     servers: ServerUrls | None = Field(default=None, repr=False, exclude=True)
     """Each PostgreSQL server that holds tenant databases, by name: its administrative URL, the role of which must be
-    able to create databases and roles; or a ``ServerAddresses``, which has another address for tenants' traffic. Where
-    None, ``{"default": <the server of control_url>}``. As text: ``name=url`` and ``name.tenants=url``, separated by
+    able to create databases and roles; or a ``ServerAddresses``, which has another address for tenants' traffic, and
+    replicas. Where None, ``{"default": <the server of control_url>}``, unless there are rows of other servers
+    (``tenancy servers add``). As text: ``name=url``, ``name.tenants=url`` and ``name.replicas=url``, separated by
     spaces or commas."""
     default_server: str | None = None
-    """The server of a tenant created without one, one of ``servers``. Where None, the only server there is, or the one
-    named "default"; otherwise a tenant is not created without naming its server."""
+    """The server of a tenant created without one. Where None, the only server there is, or the one named "default";
+    otherwise a tenant is not created without naming its server. It cannot be set together with ``placement``."""
+    placement: Placement = Field(default=None, repr=False, exclude=True)
+    """The policy that chooses the server of a tenant created without one, ``FewestTenants()`` for example, or a
+    function. As text: ``fewest_tenants``, ``least_bytes``, ``module:attribute``, or JSON of what a settings file
+    holds."""
     metadata: LoadedMetaData | None = Field(default=None, repr=False, exclude=True)
     """The application's tables, as text ``module:attribute``. Needed for autogenerate, and for templates where
     ``migrations`` is None."""
@@ -175,10 +181,10 @@ class TenancyConfig(_Checked, BaseSettings):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         problems = {}
+        if self.placement is not None and self.default_server is not None:
+            problems["default_server"] = "contradicts placement, which chooses the server: set one of them"
         if self.default_tier not in self.tiers:
             problems["default_tier"] = f"{self.default_tier!r} is not among tiers"
-        if self.default_server is not None and self.default_server not in self.server_names:
-            problems["default_server"] = f"{self.default_server!r} is not among servers: {', '.join(self.server_names)}"
         for policy in self.metering.tier_policies:
             if unknown := {*policy.next_tier, *policy.next_tier.values()} - set(self.tiers):
                 problems["metering.tier_policies"] = f"unknown tiers: {', '.join(sorted(unknown))}"

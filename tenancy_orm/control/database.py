@@ -489,12 +489,14 @@ class ControlDatabase:
         addresses: Mapping[str, tuple[str, int]],
         *,
         maintenance: Mapping[str, str | None] = MappingProxyType({}),
+        identities: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
-        """Insert or update the rows of the configured servers, which tenants refer to.
+        """Insert or update the rows of the known servers, which tenants refer to.
 
         Args:
             addresses: Host and port of each server, by name; credentials stay in the configuration.
             maintenance: The database in which each server's administrator takes advisory locks, where it is known.
+            identities: Which cluster each server is, where it is known; one that is recorded stays.
 
         Raises:
             ConfigurationError: another process takes a server's locks in another database. Nothing is changed.
@@ -504,7 +506,9 @@ class ControlDatabase:
             # in one order, so that two processes that open do not wait for each other
             for name, (host, port) in sorted(addresses.items()):
                 database = maintenance.get(name)
-                added = insert(servers).values(name=name, host=host, port=port, maintenance_database=database)
+                added = insert(servers).values(
+                    name=name, host=host, port=port, maintenance_database=database, identity=identities.get(name)
+                )
                 # the row of a server that has its addresses itself is changed by command alone
                 own = servers.c.sealed_addresses.is_not(None)
                 changes = {
@@ -513,6 +517,7 @@ class ControlDatabase:
                     "maintenance_database": func.coalesce(
                         servers.c.maintenance_database, added.excluded.maintenance_database
                     ),
+                    "identity": func.coalesce(servers.c.identity, added.excluded.identity),
                 }
                 saved = added.on_conflict_do_update(index_elements=["name"], set_=changes)
                 recorded = await connection.scalar(saved.returning(servers.c.maintenance_database))

@@ -118,7 +118,8 @@ tenants = Table(
     Column("slug", Text, nullable=False),
     Column("status", Text, nullable=False),
     Column("tier", Text, ForeignKey("tiers.name"), nullable=False),
-    Column("server", Text, ForeignKey("servers.name"), nullable=False),
+    # None: a tombstone, the server of which was removed
+    Column("server", Text, ForeignKey("servers.name", ondelete="SET NULL"), nullable=True),
     Column("database_name", Text, nullable=False),
     Column("role_name", Text, nullable=False),
     Column("sealed_password", LargeBinary, nullable=True),
@@ -159,6 +160,7 @@ tenants = Table(
     CheckConstraint("tier ~ '^[a-z][a-z0-9_-]{0,30}$'", name="tier"),
     CheckConstraint("jsonb_typeof(metadata) = 'object'", name="metadata"),
     CheckConstraint("jsonb_typeof(quotas) = 'object'", name="quotas"),
+    CheckConstraint("status = 'purged' OR server IS NOT NULL", name="server"),
     CheckConstraint("status = 'purged' OR sealed_password IS NOT NULL", name="sealed_password"),
     CheckConstraint("status <> 'purged' OR next_sealed_password IS NULL", name="next_sealed_password"),
     CheckConstraint("(status IN ('deleted', 'purged')) = (deleted_at IS NOT NULL)", name="deleted_at"),

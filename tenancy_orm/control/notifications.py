@@ -41,6 +41,9 @@ SCHEMA_CHANGING = "schema_changing"
 SCHEMA_CHANGED = "schema_changed"
 """The kind of a ``Change``: a migration of the tenant's schema has ended."""
 
+SERVER_CHANGED = "server"
+"""The kind of a ``Change``: a server's row was added, changed or removed."""
+
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 

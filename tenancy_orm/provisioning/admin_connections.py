@@ -38,8 +38,8 @@ class AdminConnections:
         self._keep = keep
         self._home = HomeLoop()
         self._idle_seconds = idle
-        # by server, the most recently used last
-        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
+        # by server, the most recently used last; a server with another address is another one
+        self._idle: defaultdict[Server, list[Connection]] = defaultdict(list)
         self._timers: dict[Connection, asyncio.TimerHandle] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -61,7 +61,7 @@ class AdminConnections:
         """
         self._home.check()
         server.breaker.check()
-        while idle := self._idle[server.name]:
+        while idle := self._idle.get(server):
             connection = idle.pop()
             self._timers.pop(connection).cancel()
             if await self._is_usable(connection):
@@ -74,21 +74,21 @@ class AdminConnections:
         A failure of the connection raises nothing: the work under the lock is done, and the lock ends with the
         connection. One that does not have the lock is closed.
         """
-        if len(self._idle[server.name]) >= self._keep or not await self._release_lock(connection, key):
+        if len(self._idle.get(server, ())) >= self._keep or not await self._release_lock(connection, key):
             await run_to_completion(connections.close(connection))
             return
-        self._idle[server.name].append(connection)
+        self._idle[server].append(connection)
         self._timers[connection] = asyncio.get_running_loop().call_later(
-            self._idle_seconds, self._expire, server.name, connection
+            self._idle_seconds, self._expire, server, connection
         )
 
     async def close(self) -> None:
         """Close the idle connections."""
         self._home.check()
-        for name, idle in self._idle.items():
+        for server, idle in tuple(self._idle.items()):
             for connection in tuple(idle):
                 self._timers[connection].cancel()
-                self._expire(name, connection)
+                self._expire(server, connection)
         if self._closing:
             await asyncio.wait(self._closing)
 
@@ -122,9 +122,11 @@ class AdminConnections:
         except SERVER_FAILURES:
             return False
 
-    def _expire(self, server: str, connection: Connection) -> None:
+    def _expire(self, server: Server, connection: Connection) -> None:
         self._timers.pop(connection)
         self._idle[server].remove(connection)
+        if not self._idle[server]:
+            del self._idle[server]
         task = asyncio.get_running_loop().create_task(connections.close(connection))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

@@ -16,6 +16,7 @@ from ..errors import DatabaseExistsError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import sqlstate_of
+from ..servers.identity import ensure_identity
 from ..servers.server import Server
 from . import public_access, role_settings, roles
 from .admin_connections import AdminConnections
@@ -67,6 +68,7 @@ async def prepare(
             if revoke_public:
                 public_access.refuse_loss(closings)
             await _prepare_owner(connection, owner)
+            await _retry(partial(ensure_identity, connection, owner))
             for closing in closings:
                 if revoke_public:
                     await public_access.close(connection, closing)

@@ -114,6 +114,7 @@ class Provisioner:
         self._prepared: dict[str, RoleSettings] = {}
         # by server: held while it is prepared
         self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        servers.on_change(self._server_changed)
 
     @property
     def _timeout(self) -> float:
@@ -136,27 +137,45 @@ class Provisioner:
         """
         refuse_while_bound("preparing a server")
         self._home.check()
-        config, server = self._services.config, self._services.servers[name]
+        server = self._services.servers[name]
         async with self._preparing[name]:
-            try:
-                self._prepared[name] = await prepare(
-                    server,
-                    self._admin_connections,
-                    owner=self.names.owner,
-                    shared=SharedDatabases(config.name_prefix, await read_control(self._control, config)),
-                    revoke_public=config.provisioning.revoke_public,
-                    configured=config.provisioning.role_settings,
-                    rights=TenantRights.of(config, self.names.owner),
-                    timeout=self._timeout,
-                )
-            except TenancyError:
-                raise
-            except SERVER_FAILURES as exc:
-                raise ProvisioningError(
-                    f"server {name!r} could not be prepared ({describe(exc)}); its administrator needs CREATEDB and "
-                    "CREATEROLE on PostgreSQL 16 and later, or must be a superuser",
-                    step="prepare",
-                ) from exc
+            settings = await self.prepare(server)
+            if self._services.servers.get(name) is server:
+                self._prepared[name] = settings
+
+    async def prepare(self, server: Server) -> RoleSettings:
+        """Prepare a server that need not be known yet, as ``prepare_server`` does; returns the settings of new roles.
+
+        Raises:
+            TenancyError: as ``prepare_server``.
+        """
+        refuse_while_bound("preparing a server")
+        config = self._services.config
+        try:
+            return await prepare(
+                server,
+                self._admin_connections,
+                owner=self.names.owner,
+                shared=SharedDatabases(config.name_prefix, await read_control(self._control, config)),
+                revoke_public=config.provisioning.revoke_public,
+                configured=config.provisioning.role_settings,
+                rights=TenantRights.of(config, self.names.owner),
+                timeout=self._timeout,
+            )
+        except TenancyError:
+            raise
+        except SERVER_FAILURES as exc:
+            raise ProvisioningError(
+                f"server {server.name!r} could not be prepared ({describe(exc)}); its administrator needs CREATEDB and "
+                "CREATEROLE on PostgreSQL 16 and later, or must be a superuser",
+                step="prepare",
+            ) from exc
+
+    def _server_changed(self, name: str) -> None:
+        """Prepare a server again, and look for its templates, before the next creation on it."""
+        self._prepared.pop(name, None)
+        self._templates.forget(name)
+        self._unfilled.forget(name)
 
     async def template(self, server: str) -> TemplateInfo:
         """Return the template of the current schema on a server; it is built if it is missing.
@@ -214,6 +233,12 @@ class Provisioner:
             await self.prepare_server(name)
         return self._services.servers[name]
 
+    async def _settings_of(self, name: str) -> RoleSettings:
+        # its row may have changed since it was prepared
+        while (settings := self._prepared.get(name)) is None:
+            await self.prepare_server(name)
+        return settings
+
     # --- tenants ----------------------------------------------------------------------------------------------------
 
     async def create(
@@ -258,7 +283,7 @@ class Provisioner:
                 server,
                 template,
                 draft,
-                settings=self._prepared[draft.server],
+                settings=await self._settings_of(draft.server),
                 key=key,
                 key_name=key_name,
                 scopes=scopes,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
+from ..audit.log import AuditLog
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound, run_unbound
@@ -22,6 +23,7 @@ from ..secrets.data_keys import DataKeys
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import ResealReport, SealedPasswords
 from ..servers import Servers
+from ..servers.sealed import SealedAddresses
 from ..tenant import Placement, Status, Tenant
 from . import role_settings, roles
 from .admin_connections import AdminConnections
@@ -61,7 +63,11 @@ class SecretManager:
         names: Names,
         keyring: Keyring,
         data_keys: DataKeys | None = None,
+        addresses: SealedAddresses | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
+        self._addresses = addresses
+        self._audit = audit
         self._timeout = config.provisioning.timeout
         self._role_settings = config.provisioning.role_settings
         self._registry = registry
@@ -183,7 +189,7 @@ class SecretManager:
     # --- keys -------------------------------------------------------------------------------------------------------
 
     async def rotate_encryption_key(self, *, actor: Actor = SYSTEM) -> ResealReport:
-        """Seal every tenant's password under the newest key.
+        """Seal every tenant's password, and the addresses in the rows of servers, under the newest key.
 
         With envelope encryption, a new data key is created first. Without it, the newest key is the last of
         ``encryption_keys``: every process must know that key before it becomes the last one.
@@ -199,10 +205,10 @@ class SecretManager:
         refuse_while_bound("rotating keys")
         if self._data_keys is not None:
             self._keyring.add_keys(await self._data_keys.rotate())
-        return await self._sealed.reseal(actor=actor)
+        return await self._reseal(actor)
 
     async def reseal(self, *, actor: Actor = SYSTEM) -> ResealReport:
-        """Seal every tenant's password under the newest existing key, to go on after an interruption.
+        """Seal every tenant's password, and servers' addresses, under the newest existing key: after an interruption.
 
         Raises:
             ControlUnavailableError: the control database does not answer; repeat the call to go on.
@@ -210,16 +216,31 @@ class SecretManager:
         refuse_while_bound("sealing passwords again")
         if self._data_keys is not None:
             await self._data_keys.update(self._keyring)
-        return await self._sealed.reseal(actor=actor)
+        return await self._reseal(actor)
+
+    async def _reseal(self, actor: Actor) -> ResealReport:
+        report = await self._sealed.reseal(actor=actor)
+        if self._addresses is None or self._audit is None:
+            return report
+        servers = await self._addresses.reseal(self._audit, actor=actor)
+        return replace(
+            report,
+            resealed=report.resealed + servers.resealed,
+            failed={**report.failed, **{f"server {name}": reason for name, reason in servers.failed.items()}},
+            keys_in_use=report.keys_in_use | await self._addresses.keys_in_use(),
+        )
 
     async def keys_in_use(self) -> frozenset[str]:
-        """Return the ids of the keys that tenants' passwords are sealed under; every other key can be removed.
+        """Return the ids of the keys that tenants' passwords and servers' addresses are sealed under.
+
+        Every other key can be removed.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("listing keys")
-        return await self._sealed.keys_in_use()
+        servers = frozenset[str]() if self._addresses is None else await self._addresses.keys_in_use()
+        return servers | await self._sealed.keys_in_use()
 
     async def forget_unused_keys(self) -> list[str]:
         """Delete the data keys that nothing is sealed under, except the newest; return their ids.

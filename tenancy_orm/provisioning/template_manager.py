@@ -210,6 +210,27 @@ class TemplateManager:
         finally:
             await run_to_completion(connections.close(connection))
 
+    async def drop_all(self, name: str, *, actor: Actor = SYSTEM) -> None:
+        """Drop every template on a server, also those in use: for a server that is removed.
+
+        Raises:
+            UnknownServerError: no such server is configured.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+        """
+        refuse_while_bound("dropping templates")
+        server = self._servers[name]
+        found = await self._survey(server)
+        connection = await self._blockers(server).connect()
+        try:
+            for template, record in found:
+                if record is not None:
+                    await self._records.remove(name, template.name, unused_for=0.0, actor=actor)
+                async with asyncio.timeout(self._config.provisioning.timeout):
+                    await removal.drop_database(connection, self._blockers(server), template.name)
+            await self._records.forget(name)
+        finally:
+            await run_to_completion(connections.close(connection))
+
     async def _remove(
         self, connection: Connection, server: Server, template: Template, unused: float, actor: Actor
     ) -> bool:

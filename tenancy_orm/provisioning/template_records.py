@@ -134,6 +134,11 @@ class TemplateRecords:
                 delete(templates).where(templates.c.server == server, templates.c.name.not_in(tuple(present)), old)
             )
 
+    async def forget(self, server: str) -> None:
+        """Delete the rows of all templates of a server."""
+        async with self._control.transaction() as connection:
+            await connection.execute(delete(templates).where(templates.c.server == server))
+
     async def remove(self, server: str, name: str, *, unused_for: float, actor: Actor) -> bool:
         """Delete the row of a template, unless a process has used it within ``unused_for`` seconds."""
         unused_since = func.now() - timedelta(seconds=unused_for)

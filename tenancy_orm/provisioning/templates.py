@@ -171,6 +171,10 @@ class Templates:
         """Look this template up again the next time: it may have been dropped."""
         self._ready = {name: found for name, found in self._ready.items() if found.info != template}
 
+    def forget(self, server: str) -> None:
+        """Look the template on this server up again the next time: its address may have changed."""
+        self._ready.pop(server, None)
+
     def is_current(self, record: TemplateRecord, base: str) -> bool:
         """Whether this process would use a recorded template now, if it is complete."""
         return record.base == base and not record.retired and self._schema.changed_input(record.inputs) is None

@@ -171,7 +171,7 @@ class Watchdog:
         self._services = services
         self._config = services.config
         self._home = HomeLoop()
-        self._watched = [_WatchedServer(server, services.blockers(server)) for server in services.servers.values()]
+        self._watched: dict[str, _WatchedServer] = {}
 
     async def run(self, *, actor: Actor = SYSTEM) -> WatchReport:
         """Check all servers once, at the same time. This works without the control database.
@@ -185,7 +185,7 @@ class Watchdog:
         """
         self._home.check()
         refuse_while_bound("ending sessions")
-        reports = await asyncio.gather(*(self._attempt(watched) for watched in self._watched))
+        reports = await asyncio.gather(*(self._attempt(watched) for watched in await self._watch_present()))
         ended = tuple(one for report in reports for one in report.ended)
         for one in ended:
             self._services.events.emit(
@@ -213,7 +213,20 @@ class Watchdog:
             WrongEventLoopError: as ``run``.
         """
         self._home.check()
-        await asyncio.gather(*(_disconnect(watched) for watched in self._watched))
+        await asyncio.gather(*(_disconnect(watched) for watched in self._watched.values()))
+
+    async def _watch_present(self) -> list[_WatchedServer]:
+        """Return the servers that there are now; the connections to those that were replaced or removed are closed."""
+        present = dict(self._services.servers)
+        for name, watched in list(self._watched.items()):
+            if present.get(name) is not watched.server:
+                async with watched.busy:
+                    self._watched.pop(name, None)
+                    await _disconnect(watched)
+        for name, server in present.items():
+            if name not in self._watched:
+                self._watched[name] = _WatchedServer(server, self._services.blockers(server))
+        return list(self._watched.values())
 
     async def _record(self, ended: Iterable[EndedSession], actor: Actor) -> None:
         for one in ended:

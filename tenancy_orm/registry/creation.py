@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from sqlalchemy import and_, delete, insert, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_other_tenant, refuse_while_bound
@@ -16,7 +16,7 @@ from ..keys.format import NewKey
 from ..keys.rows import insert_key
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantDraft, tenant_from_row
-from .table import TenantTable, constraint_error, snapshot
+from .table import TenantTable, constraint_error, placement_error, snapshot
 
 
 class Creation(TenantTable):
@@ -28,6 +28,7 @@ class Creation(TenantTable):
         Raises:
             TenantExistsError: the slug is taken.
             UnknownTierError: the tier is not in force.
+            PlacementError: the server is in another region, in drain or full.
         """
         refuse_while_bound("creating a tenant")
         values = {
@@ -42,6 +43,7 @@ class Creation(TenantTable):
             "metadata": dict(draft.metadata),
             "quotas": dict(draft.quotas),
             "timezone": draft.timezone,
+            "region": draft.region,
             "trial_ends_at": draft.trial_ends_at,
             "next_status": draft.target_status,
             "step": "registered",
@@ -53,6 +55,8 @@ class Creation(TenantTable):
                 await self._write_audit(connection, "tenant.create", tenant, actor, after=snapshot(tenant))
         except IntegrityError as exc:
             raise constraint_error(exc, values) from exc
+        except DBAPIError as exc:
+            raise (placement_error(exc, draft.server) or exc) from exc
         return tenant
 
     async def record_step(self, tenant_id: UUID, step: str) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, tru
 
 from ..context import as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.lookup import check_name, has_name
-from ..control.models import servers, tenants
+from ..control.models import tenants
 from ..errors import TenantNotFoundError
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
@@ -29,6 +29,7 @@ class TenantFilter:
         status: Only these; purged tenants are meant only where named here.
         tier: Only these.
         server: Only tenants on this server.
+        region: Only tenants of this region.
         slug: A pattern of slugs, as LIKE takes it.
         metadata: Only tenants with metadata that contains this.
     """
@@ -36,6 +37,7 @@ class TenantFilter:
     status: Sequence[Status] = ()
     tier: Sequence[str] = ()
     server: str | None = None
+    region: str | None = None
     slug: str | None = None
     metadata: Mapping[str, Any] | None = None
 
@@ -46,6 +48,8 @@ class TenantFilter:
             query = query.where(tenants.c.tier.in_(self.tier))
         if self.server is not None:
             query = query.where(tenants.c.server == self.server)
+        if self.region is not None:
+            query = query.where(tenants.c.region == self.region)
         if self.slug is not None:
             query = query.where(tenants.c.slug.like(self.slug))
         if self.metadata:
@@ -188,10 +192,3 @@ class Reading(TenantTable):
         query = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
-
-    async def accepts_tenants(self, server: str) -> bool:
-        """Whether a tenant that names no server may be placed on ``server``."""
-        refuse_while_bound("reading servers")
-        query = select(servers.c.accepts_tenants).where(servers.c.name == server)
-        async with self._control.connect() as connection:
-            return bool(await connection.scalar(query))

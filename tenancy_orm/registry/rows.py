@@ -36,6 +36,7 @@ TENANT_COLUMNS: tuple[ColumnElement[Any], ...] = (
     tenants.c.quotas,
     tenants.c.reason,
     tenants.c.timezone,
+    tenants.c.region,
     tenants.c.trial_ends_at,
     tenants.c.suspend_at,
     tenants.c.purge_at,
@@ -83,6 +84,7 @@ def tenant_from_row(row: Row[*tuple[Any, ...]]) -> Tenant:
         suspend_at=row.suspend_at,
         purge_at=row.purge_at,
         timezone=row.timezone,
+        region=row.region,
         aliases=frozenset(row.aliases),
     )
 
@@ -102,6 +104,7 @@ class TenantDraft:
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     quotas: Mapping[str, Any] = field(default_factory=dict, repr=False)
     timezone: str = "UTC"
+    region: str | None = None
     trial_ends_at: datetime | None = None
 
 

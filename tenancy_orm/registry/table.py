@@ -14,12 +14,18 @@ from ..audit.actor import Actor
 from ..audit.log import AuditLog
 from ..control.database import ControlDatabase
 from ..control.models import tenants
-from ..errors import InvalidTransitionError, TenantExistsError, TenantNotFoundError, UnknownTierError
+from ..errors import InvalidTransitionError, PlacementError, TenantExistsError, TenantNotFoundError, UnknownTierError
 from ..postgres.errors import constraint_of, sqlstate_of
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, tenant_from_row
 
 _ILLEGAL_TRANSITION = "TN001"  # raised by the trigger tenants_guard
+_ILLEGAL_PLACEMENT = "TN003"  # raised by the trigger tenants_placement
+_REFUSALS = {
+    "servers_state": "accepts no new tenants",
+    "servers_capacity": "is full",
+    "tenants_region": "is in another region than the tenant's",
+}
 
 
 def snapshot(tenant: Tenant) -> dict[str, Any]:
@@ -32,6 +38,7 @@ def snapshot(tenant: Tenant) -> dict[str, Any]:
         "quotas": dict(tenant.quotas),
         "reason": tenant.reason,
         "timezone": tenant.timezone,
+        "region": tenant.region,
         "trial_ends_at": tenant.trial_ends_at.isoformat() if tenant.trial_ends_at else None,
     }
 
@@ -51,6 +58,16 @@ def constraint_error(error: IntegrityError, values: Mapping[str, Any]) -> Except
     if constraint == "tenants_tier_fkey":
         return UnknownTierError(str(values["tier"]))
     return error
+
+
+def placement_error(error: DBAPIError, server: str) -> PlacementError | None:
+    """Return the error to raise where the control database refuses a placement; None for another error."""
+    if sqlstate_of(error) != _ILLEGAL_PLACEMENT:
+        return None
+    reason = _REFUSALS.get(constraint_of(error) or "", "does not take the tenant")
+    return PlacementError(
+        f"server {server!r} {reason}; set default_server to another one, or name one", {server: reason}
+    )
 
 
 def check_unchanged(found: Tenant, listed: Tenant, target: Status) -> None:
@@ -105,6 +122,8 @@ class TenantTable:
         except DBAPIError as exc:
             if sqlstate_of(exc) == _ILLEGAL_TRANSITION:
                 raise InvalidTransitionError(str(tenant_id), "its status", str(values.get("status"))) from exc
+            if (refused := placement_error(exc, str(values.get("server") or "of the tenant"))) is not None:
+                raise refused from exc
             raise
 
     async def _write_audit(

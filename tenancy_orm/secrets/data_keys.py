@@ -174,6 +174,10 @@ _DELETE_UNUSED = text("""
         WHERE substring(t.sealed_password from 3 for length(k.id)) = convert_to(k.id, 'UTF8')
            OR substring(t.next_sealed_password from 3 for length(k.id)) = convert_to(k.id, 'UTF8')
       )
+      AND NOT EXISTS (
+        SELECT FROM tenancy.servers s
+        WHERE substring(s.sealed_addresses from 3 for length(k.id)) = convert_to(k.id, 'UTF8')
+      )
     RETURNING k.id
 """)
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import Context
 from typing import TypeVar, overload
 from weakref import WeakSet
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from ..config import ServerAddresses, TenancyConfig
 from ..config.sections import ROLE_SETTINGS
-from ..errors import SecretError, UnknownServerError
+from ..errors import SecretError, TenancyError, UnknownServerError
+from ..postgres.failures import SERVER_FAILURES
 from .rows import ServerRow
+from .sealed import SealedAddresses
 from .server import Server
 from .settings import BOUNDS
 
@@ -37,10 +42,15 @@ class Servers(Mapping[str, Server]):
         self._bounds = {name: value for name in BOUNDS if (value := given.get(name))}
         self._config = config
         self._addresses = dict(config.server_addresses)
-        self._servers = {name: self._make(name, addresses) for name, addresses in self._addresses.items()}
         self._unusable: dict[str, Exception] = {}
         self._replaced: WeakSet[Server] = WeakSet()
         self._callbacks: list[Callable[[str], None]] = []
+        self._owner: str | None = None
+        self._source: SealedAddresses | None = None
+        self._lock = asyncio.Lock()
+        self._refreshing: asyncio.Task[None] | None = None
+        self._again = False
+        self._servers = {name: self.make(name, addresses) for name, addresses in self._addresses.items()}
 
     def __getitem__(self, name: str) -> Server:
         """The server of that name.
@@ -52,7 +62,12 @@ class Servers(Mapping[str, Server]):
         try:
             return self._servers[name]
         except KeyError:
-            raise self._unusable.get(name) or UnknownServerError(name) from None
+            if name in self._unusable:
+                raise self._unusable[name] from None
+            if self._source is not None and asyncio._get_running_loop() is not None:
+                # its row may be newer than what was read
+                self.refresh_soon()
+            raise UnknownServerError(name) from None
 
     @overload
     def get(self, name: str, /) -> Server | None: ...
@@ -79,12 +94,65 @@ class Servers(Mapping[str, Server]):
         """Call ``callback`` with a server's name, in the event loop, after it was added, changed or removed."""
         self._callbacks.append(callback)
 
-    def apply(self, rows: Sequence[ServerRow], open_addresses: Callable[[ServerRow], ServerAddresses]) -> None:
+    def follow(self, source: SealedAddresses, owner: str) -> None:
+        """Read the rows from ``source`` from now on, whenever ``refresh`` is called.
+
+        Args:
+            source: Reads the rows, and opens the addresses in them.
+            owner: The installation's owner role.
+        """
+        self._source, self._owner = source, owner
+        for server in self._servers.values():
+            server.owner = owner
+
+    async def refresh(self, *, bootstrapping: bool = False) -> None:
+        """Read the rows again, and call the callbacks for every server that differs.
+
+        Args:
+            bootstrapping: Keep servers of the settings that have no row yet.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer; everything stays as it is.
+            SecretProviderError: a new data key cannot be unwrapped.
+        """
+        assert self._source is not None  # noqa: S101 - for the type checker: an opening calls follow first
+        async with self._lock:  # a read that began earlier must not be applied later
+            self.apply(await self._source.read(), self._source.open, bootstrapping=bootstrapping)
+
+    def refresh_soon(self) -> None:
+        """Have the rows read again in the background: they have changed, or a change may have been missed."""
+        if self._refreshing is None:
+            # unbound: whoever happens to run now
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh_until_done(), context=Context())
+        else:
+            self._again = True
+
+    async def _refresh_until_done(self) -> None:
+        try:
+            while True:
+                self._again = False
+                try:
+                    await self.refresh()
+                except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+                    logger.warning("the rows of the servers cannot be read (%s); they are read again later", exc)
+                if not self._again:
+                    return
+        finally:
+            self._refreshing = None
+
+    def apply(
+        self,
+        rows: Sequence[ServerRow],
+        open_addresses: Callable[[ServerRow], ServerAddresses],
+        *,
+        bootstrapping: bool = False,
+    ) -> None:
         """Take over what the rows say, and call the callbacks for every server that differs.
 
         Args:
             rows: The rows of all servers.
             open_addresses: Returns the addresses in a row; it may raise ``SecretError``.
+            bootstrapping: Keep servers of the settings that have no row yet.
         """
         changed = []
         configured = self._config.server_addresses
@@ -100,13 +168,16 @@ class Servers(Mapping[str, Server]):
                 continue
             known = self._servers.get(row.name)
             if known is None or self._addresses[row.name] != addresses:
-                self._replace(row.name, self._make(row.name, addresses))
+                self._replace(row.name, self.make(row.name, addresses))
                 self._addresses[row.name] = addresses
             elif known.row == row:
                 continue
             self._servers[row.name].row = row
             changed.append(row.name)
         kept = {row.name for row in rows if row.name not in unusable}
+        if bootstrapping and not (rows and self._config.servers is None):
+            # the server of control_url is one where nothing else is said
+            kept.update(configured)
         for name in [name for name in self._servers if name not in kept]:
             self._replace(name, None)
             changed.append(name)
@@ -116,11 +187,16 @@ class Servers(Mapping[str, Server]):
 
     async def close(self) -> None:
         """Cancel the servers' background work. Their connections are closed by the code that opened them."""
+        self._source = None
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
         await asyncio.gather(*(server.close() for server in [*self._servers.values(), *self._replaced]))
 
-    def _make(self, name: str, addresses: ServerAddresses) -> Server:
+    def make(self, name: str, addresses: ServerAddresses) -> Server:
+        """Return a server with this process's settings; it is not among these."""
         config = self._config
-        return Server(
+        server = Server(
             name,
             addresses.admin_dsn,
             tenants=addresses.tenants_dsn,
@@ -132,6 +208,8 @@ class Servers(Mapping[str, Server]):
             replicas=addresses.replica_dsns,
             breaker=config.breaker,
         )
+        server.owner = self._owner
+        return server
 
     def _replace(self, name: str, server: Server | None) -> None:
         former = self._servers.pop(name, None)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import asyncpg
 from sqlalchemy.engine import URL
@@ -20,6 +20,7 @@ from ..errors import (
     ConfigurationError,
     LoginRefusedError,
     PoolerError,
+    ServerIdentityError,
     ServerUnavailableError,
     TenancyError,
 )
@@ -39,6 +40,7 @@ from ..postgres.ping import ping
 from ..postgres.poolers import connect_directly
 from ..tenant import Placement
 from .breaker import Breaker
+from .identity import differ, read_identity
 from .rows import ServerRow
 from .settings import read_settings
 from .traffic import TenantAddress
@@ -51,6 +53,9 @@ _REFUSED = frozenset({INVALID_AUTHORIZATION, INVALID_PASSWORD, INSUFFICIENT_PRIV
 _AWAY = ("08", "53", "57P")
 CLOSE_SECONDS = 2.0
 """How long closing a connection may take; then its socket is cut."""
+
+IDENTITY_SECONDS = 60.0
+"""Seconds after which a login as the administrator makes sure again which cluster answers."""
 
 SETTINGS_SECONDS = 300.0
 """Seconds after which a server's own settings are read again, in the background, when a connection is opened."""
@@ -77,10 +82,12 @@ class ServerFacts:
     Attributes:
         database: The database that the administrative URL leads to.
         connections: How many connections it accepts, without those that are reserved.
+        identity: Which cluster it is, as ``identity.read_identity`` says.
     """
 
     database: str
     connections: int
+    identity: str | None = None
 
 
 class Server:
@@ -119,6 +126,9 @@ class Server:
         self.replicas = tuple(replicas)
         self.row: ServerRow | None = None
         """Its row in the control database; another one where that was changed. None before the rows are read."""
+        self.owner: str | None = None
+        """The installation's owner role there; None before it is known."""
+        self._identified_at = 0.0  # when it was last seen which cluster answers
         self.home = HomeLoop()
         self._admin_timeout = dsn.connect_timeout or connect_timeout
         self.connect_timeout = (tenants or dsn).connect_timeout or connect_timeout
@@ -199,6 +209,7 @@ class Server:
 
         Raises:
             ServerUnavailableError: the server does not answer, or accepts no connections now.
+            ServerIdentityError: another cluster answers than the one in its row.
             asyncpg.PostgresError: the server refuses this one: no such database, for example.
             PoolerError: the address leads to a connection pooler.
             CrossTenantError: a tenant is bound.
@@ -213,13 +224,15 @@ class Server:
         seconds = self._admin_timeout if timeout is None else timeout
         try:
             if self._is_proved:
-                return await self._connect(login.connect, purpose, startup, timeout=seconds, **options)
-            refusal = _POOLER.format(server=self.name, address="{address}", reason="{reason}")
-            connection = await self._connect(
-                connect_directly, purpose, startup, timeout=seconds, refusal=refusal, **options
-            )
-            self._is_proved = True
-            return connection
+                connection = await self._connect(login.connect, purpose, startup, timeout=seconds, **options)
+            else:
+                refusal = _POOLER.format(server=self.name, address="{address}", reason="{reason}")
+                connection = await self._connect(
+                    connect_directly, purpose, startup, timeout=seconds, refusal=refusal, **options
+                )
+                self._is_proved = True
+            await self._check_identity(connection)
+            return cast("Connection", connection)
         except SERVER_FAILURES as exc:
             clear_tracebacks(exc)
             if self.traffic is self._direct:
@@ -255,12 +268,34 @@ class Server:
         Raises:
             asyncpg.PostgresError: the server refuses.
         """
-        facts = ServerFacts(*await connection.fetchrow(_FACTS))
+        identity = await read_identity(connection, self.owner)
+        database, accepted = await connection.fetchrow(_FACTS)
+        facts = ServerFacts(database, accepted, identity)
         if self.traffic is self._direct:
             await self.read_settings(connection)
         if facts.database == self.dsn.database:  # where that does not exist yet, the caller is connected to another
             self._facts = facts
         return facts
+
+    async def _check_identity(self, connection: Connection) -> None:
+        """Refuse another cluster than the one in the row; at times, since an address may lead elsewhere one day."""
+        known = None if self.row is None else self.row.identity
+        if known is None or time.monotonic() - self._identified_at < IDENTITY_SECONDS:
+            return
+        try:
+            found = await read_identity(connection, self.owner)
+            if differ(known, found):
+                raise ServerIdentityError(
+                    server=self.name,
+                    address=self.dsn.address(),
+                    reason=f"another cluster answers, {found}, than the one that holds its tenants, {known}; correct "
+                    "the address; if the server has moved to a new cluster on purpose, run: "
+                    f"tenancy servers update {self.name} --accept-identity",
+                )
+        except BaseException:
+            connection.terminate()
+            raise
+        self._identified_at = time.monotonic()
 
     def tenant_startup(self) -> Mapping[str, str]:
         """Return the settings that a tenant's login sends, once an asynchronous one has found out what is taken.
@@ -474,7 +509,9 @@ async def inspect_servers(servers: Mapping[str, Server], *, timeout: float) -> d
     answers = await asyncio.gather(*(servers[name].inspect(timeout=timeout) for name in names), return_exceptions=True)
     found = {}
     for name, answer in zip(names, answers, strict=True):
-        if isinstance(answer, (ServerUnavailableError, asyncpg.PostgresError)):
+        if isinstance(answer, ServerIdentityError):
+            logger.error("the address of server %s leads to another cluster, and is not used: %s", name, answer)
+        elif isinstance(answer, (ServerUnavailableError, asyncpg.PostgresError)):
             logger.warning("server %s cannot be checked now, and is checked by its first connection: %s", name, answer)
         elif isinstance(answer, BaseException):
             raise answer
@@ -483,4 +520,30 @@ async def inspect_servers(servers: Mapping[str, Server], *, timeout: float) -> d
     return found
 
 
-__all__ = ["PEER_SECONDS", "Server", "ServerFacts", "inspect_servers"]
+def check_rows(rows: Sequence[ServerRow], found: Mapping[str, ServerFacts]) -> None:
+    """Log what is wrong with the rows of the servers, and the facts of those that answered.
+
+    An address that leads to another cluster is an error: nothing is administered there, and the sessions of its tenants
+    are refused by the markers of their databases. The other servers work.
+    """
+    by_identity: dict[str, str] = {}
+    for row in rows:
+        facts = found.get(row.name)
+        if facts is not None and differ(row.identity, facts.identity):
+            logger.error(
+                "the address of server %s leads to another cluster, %s, than the one that holds its tenants, %s: it is "
+                "not used; if the server has moved on purpose, run: tenancy servers update %s --accept-identity",
+                row.name,
+                facts.identity,
+                row.identity,
+                row.name,
+            )
+        if row.identity is None:
+            continue
+        if (other := by_identity.setdefault(row.identity, row.name)) != row.name:
+            logger.warning(
+                "servers %s and %s are one cluster: its connections and its capacity are counted twice", other, row.name
+            )
+
+
+__all__ = ["PEER_SECONDS", "Server", "ServerFacts", "check_rows", "inspect_servers"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -14,12 +14,13 @@ from ..audit.actor import SYSTEM, Actor
 from ..authentication.directory import Directory
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
-from ..config.addresses import choose_server
+from ..config.placement import PlacementRequest, check_region
 from ..context import refuse_while_bound
 from ..control.names import Names
 from ..errors import (
     ConfigurationError,
     InvalidCredentialError,
+    PlacementError,
     SeveralTenantsError,
     TenantNotFoundError,
     UnknownTierError,
@@ -32,6 +33,7 @@ from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft, TenantPage, uuid7
 from ..secrets.keyring import Keyring, new_password
+from ..servers.placement import Placer
 from ..tenant import Status, Tenant, TenantRef
 from .fields import (
     SLUG,
@@ -45,6 +47,7 @@ from .fields import (
 )
 from .lifecycle import TenantLifecycle
 
+_PLACEMENTS = 5  # how often a server is chosen for one tenant, if those that were chosen have become full
 _NAMED = 3  # how many of the tenants that match a look-up an error names
 _LONGEST_REDIRECT = 100 * 366 * 86_400.0
 
@@ -83,6 +86,7 @@ def _filter(
     status: Status | str | Iterable[Status | str],
     tier: str | Iterable[str],
     server: str | None,
+    region: str | None,
     slug: str | None,
     metadata: Mapping[str, Any] | None,
 ) -> TenantFilter:
@@ -90,6 +94,7 @@ def _filter(
         status=_statuses(status),
         tier=_names(tier),
         server=server,
+        region=region,
         slug=check_pattern(slug),
         metadata=None if metadata is None else check_metadata(metadata),
     )
@@ -112,11 +117,13 @@ class TenantManager(TenantLifecycle):
         names: Names,
         keyring: Keyring,
         events: EventBus,
+        placer: Placer,
     ) -> None:
         super().__init__(registry=registry, directory=directory, provisioner=provisioner, events=events)
         self._config = config
         self._names = names
         self._keyring = keyring
+        self._placer = placer
 
     # --- creation ---------------------------------------------------------------------------------------------------
 
@@ -131,6 +138,7 @@ class TenantManager(TenantLifecycle):
         trial_ends_at: datetime | None = None,
         timezone: str = "UTC",
         server: str | None = None,
+        region: str | None = None,
         key_name: str = "default",
         scopes: Sequence[str] = (),
         seed: bool = True,
@@ -147,7 +155,9 @@ class TenantManager(TenantLifecycle):
             trial_ends_at: When a trial ends, an aware datetime; if it has passed, as in a webhook that comes late, the
                 next housekeeping suspends the tenant.
             timezone: IANA name of the time zone of its daily and monthly quotas.
-            server: Name of the server to place it on; the one that ``TenancyConfig.default_server`` says where None.
+            server: Name of the server to place it on; the one that ``TenancyConfig.placement`` chooses, or
+                ``default_server`` says, where None.
+            region: Where its data has to stay: it is only ever placed on a server of this region; anywhere where None.
             key_name: Name of the first API key.
             scopes: Its scopes.
             seed: Whether the seeds run that are not in the template; ``tenancy.seeds.apply`` runs them later.
@@ -155,50 +165,65 @@ class TenantManager(TenantLifecycle):
 
         Raises:
             TenantExistsError: the slug is taken.
-            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed, or
-                it has no ``server`` and ``default_server`` does not say which of several.
+            InvalidSlugError, InvalidMetadataError, UnknownTierError, ConfigurationError: an argument is malformed.
+            PlacementError: no server takes it, the one that was named does not, or nothing says which of several.
+            UnknownServerError: there is no server of that name.
             ProvisioningError: a step failed; the steps before it have been undone. A ``SeedError`` names the seed.
             ControlUnavailableError, ServerUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
         started = time.perf_counter()
-        draft = TenantDraft(
-            **await self._placement_values(server),
-            slug=check_slug(slug),
-            tier=self._check_tier(tier or self._config.default_tier),
-            metadata=check_metadata(metadata or {}),
-            quotas=check_overrides(quotas or {}),
-            target_status=self._check_initial(status),
-            timezone=check_timezone(timezone),
-            trial_ends_at=check_aware("trial_ends_at", trial_ends_at),
-        )
+        values: dict[str, Any] = {
+            "slug": check_slug(slug),
+            "tier": self._check_tier(tier or self._config.default_tier),
+            "metadata": check_metadata(metadata or {}),
+            "quotas": check_overrides(quotas or {}),
+            "target_status": self._check_initial(status),
+            "timezone": check_timezone(timezone),
+            "trial_ends_at": check_aware("trial_ends_at", trial_ends_at),
+            "region": None if region is None else check_region(region),
+        }
         key = generate_key(
             self._config.keys.prefix, KeyDigester(self._config.keys.decoded_peppers, self._config.keys.pepper_current)
         )
-        tenant = await self._provisioner.create(
-            draft, key=key, key_name=key_name, scopes=scopes, seed=seed, actor=actor
+        request = PlacementRequest(
+            tier=values["tier"], region=values["region"], slug=values["slug"], metadata=values["metadata"]
         )
+        create = partial(self._provisioner.create, key=key, key_name=key_name, scopes=scopes, seed=seed, actor=actor)
+        tenant = await self._create_placed(create, request, server, values)
         self._directory.invalidate(tenant_id=tenant.id)
         seconds = time.perf_counter() - started
         self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
         return CreatedTenant(tenant, key.text, key.key_id)
 
-    async def _placement_values(self, server: str | None) -> dict[str, Any]:
+    async def _create_placed(
+        self,
+        create: Callable[[TenantDraft], Awaitable[Tenant]],
+        request: PlacementRequest,
+        server: str | None,
+        values: Mapping[str, Any],
+    ) -> Tenant:
+        attempts = _PLACEMENTS if server is None and self._placer.decides_again else 1
+        while True:
+            chosen = await self._placer.choose(request, server=server)
+            try:
+                return await create(TenantDraft(**self._placement_values(chosen), **values))
+            except PlacementError:
+                # another creation took its last place, or its row was changed, since it was chosen
+                attempts -= 1
+                if not attempts:
+                    raise
+
+    def _placement_values(self, server: str) -> dict[str, Any]:
         tenant_id = uuid7()
         name = self._names.tenant(tenant_id)
         return {
             "id": tenant_id,
-            "server": await self._place(server),
+            "server": server,
             "database": name,
             "role": name,
             "sealed_password": self._keyring.seal_password(tenant_id, new_password()),
         }
-
-    async def _place(self, server: str | None) -> str:
-        chosen = choose_server(self._config.server_names, self._config.default_server, server)
-        if server is None and len(self._config.server_names) > 1 and not await self._registry.accepts_tenants(chosen):
-            raise ConfigurationError(f"server {chosen!r} accepts no new tenants; set default_server to another one")
-        return chosen
 
     def _check_tier(self, tier: str) -> str:
         if tier not in self._config.tiers:
@@ -279,6 +304,7 @@ class TenantManager(TenantLifecycle):
         status: Status | str | Iterable[Status | str] = (),
         tier: str | Iterable[str] = (),
         server: str | None = None,
+        region: str | None = None,
         slug: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         limit: int = 100,
@@ -290,6 +316,7 @@ class TenantManager(TenantLifecycle):
             status: Only these; purged tenants are listed only where named here.
             tier: Only these.
             server: Only tenants on this server.
+            region: Only tenants of this region.
             slug: Only slugs that match this pattern: ``*`` is any text, ``?`` one character (``"ac*"``).
             metadata: Only tenants with metadata that contains this (``{"plan": "annual"}``); indexed.
             limit: How many at most, 1 to 1,000.
@@ -303,7 +330,7 @@ class TenantManager(TenantLifecycle):
         refuse_while_bound("listing tenants")
         if not 1 <= limit <= 1_000:
             raise ConfigurationError(f"limit must be 1 to 1,000, not {limit}")
-        which = _filter(status, tier, server, slug, metadata)
+        which = _filter(status, tier, server, region, slug, metadata)
         return await self._registry.page(which, limit=limit, after=after)
 
     async def count(
@@ -312,6 +339,7 @@ class TenantManager(TenantLifecycle):
         status: Status | str | Iterable[Status | str] = (),
         tier: str | Iterable[str] = (),
         server: str | None = None,
+        region: str | None = None,
         slug: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> int:
@@ -323,7 +351,7 @@ class TenantManager(TenantLifecycle):
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("counting tenants")
-        return await self._registry.count(_filter(status, tier, server, slug, metadata))
+        return await self._registry.count(_filter(status, tier, server, region, slug, metadata))
 
     async def iterate(
         self,
@@ -331,11 +359,12 @@ class TenantManager(TenantLifecycle):
         status: Status | str | Iterable[Status | str] = (),
         tier: str | Iterable[str] = (),
         server: str | None = None,
+        region: str | None = None,
         slug: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[Tenant]:
         """Yield every tenant in order of creation, page by page; the arguments are those of ``list``."""
-        async for tenant in self._registry.iterate(_filter(status, tier, server, slug, metadata)):
+        async for tenant in self._registry.iterate(_filter(status, tier, server, region, slug, metadata)):
             yield tenant
             # the caller must have left this tenant's scope before it gets the next one
             refuse_while_bound("listing tenants")
@@ -351,6 +380,7 @@ class TenantManager(TenantLifecycle):
         merge_metadata: Mapping[str, Any] | None = None,
         timezone: str | None = None,
         trial_ends_at: datetime | None = None,
+        region: str | None = None,
         expected_tier: str | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
@@ -365,12 +395,14 @@ class TenantManager(TenantLifecycle):
             timezone: IANA name of a time zone.
             trial_ends_at: When its trial ends, an aware datetime; if it has passed, the next housekeeping suspends the
                 tenant, where it is in trial.
+            region: Where its data has to stay, which must be where it is; empty text: anywhere.
             expected_tier: Change nothing unless the tenant is still in this tier.
             actor: Who does this, for the audit log.
 
         Raises:
             TenantNotFoundError: no such tenant.
             TierChangedError: it is not in ``expected_tier``.
+            PlacementError: its server is in another region than ``region``.
             UnknownTierError, InvalidMetadataError, ConfigurationError: an argument is malformed, or metadata is given
                 in both ways; nothing changed.
         """
@@ -386,6 +418,8 @@ class TenantManager(TenantLifecycle):
             values["timezone"] = check_timezone(timezone)
         if trial_ends_at is not None:
             values["trial_ends_at"] = check_aware("trial_ends_at", trial_ends_at)
+        if region is not None:
+            values["region"] = check_region(region) if region else None
         found = await self._get_unpurged(tenant)
         if not values and not patch:
             return found

@@ -66,6 +66,7 @@ class ReopenedAssembly(Assembly):
         self.keyring = Keyring(config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
+        self._follow_servers()
         self._build_parts()
         self.tiers = TierRegistry(self.control, self.audit)
         self._share_what_is_known(first)
@@ -95,6 +96,7 @@ class ReopenedAssembly(Assembly):
 def _copied(servers: Servers, config: TenancyConfig) -> Servers:
     """The same servers, with what is known of them, for the running event loop."""
     made = Servers(config)
+    made._servers, made._addresses = {}, dict(servers._addresses)
     for name, server in servers.items():
         mine = copy.copy(server)
         mine.home, mine._reading = HomeLoop(), None

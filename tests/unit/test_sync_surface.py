@@ -21,7 +21,7 @@ ASYNCHRONOUS_ALONE = {
     **dict.fromkeys(
         (
             *("tenants", "domains", "keys", "members", "revocations", "tiers", "quotas", "metrics", "audit"),
-            *("secrets", "migrations", "templates", "internals", "seeds", "schedules"),
+            *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),

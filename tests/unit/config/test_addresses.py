@@ -9,8 +9,7 @@ import pytest
 
 from tenancy_orm import TenancyConfig
 from tenancy_orm.config import PoolConfig, ServerAddresses
-from tenancy_orm.config.addresses import choose_server
-from tenancy_orm.errors import ConfigurationError, SettingError
+from tenancy_orm.errors import SettingError
 
 URL = "postgresql://admin:hunter2@db.example/postgres"
 POOLER = "postgresql://pooler.example:6432?sslmode=require"
@@ -22,11 +21,6 @@ def hosts(config: TenancyConfig) -> dict[str, tuple[str, str | None]]:
         name: (str(found.admin_dsn), None if (dsn := found.tenants_dsn) is None else str(dsn))
         for name, found in config.server_addresses.items()
     }
-
-
-def placed_by(config: TenancyConfig, server: str | None = None) -> str:
-    """The server of a new tenant."""
-    return choose_server(config.server_names, config.default_server, server)
 
 
 BOTH = {"eu": ("db.example:5432/postgres", "pooler.example:6432/"), "us": ("db.example:5432/postgres", None)}
@@ -56,10 +50,10 @@ def test_a_settings_file_has_a_table_for_each_server(directory: Path) -> None:
         f'[servers.eu]\nadmin = "{URL}"\ntenants = "{POOLER}"\n'
     )
     config = TenancyConfig.from_env({})
-    assert (hosts(config), placed_by(config)) == (BOTH, "us")
+    assert (hosts(config), config.default_server) == (BOTH, "us")
     environ = {"TENANCY_SERVERS": f"a={URL} b={URL} b.tenants={POOLER}", "TENANCY_DEFAULT_SERVER": "b"}
     config = TenancyConfig.from_env(environ)
-    assert (list(hosts(config)), placed_by(config)) == (["a", "b"], "b")
+    assert (list(hosts(config)), config.default_server) == (["a", "b"], "b")
 
 
 @pytest.mark.parametrize(
@@ -91,34 +85,6 @@ def test_text_of_a_server_without_administration_is_refused() -> None:
     """The tenants' address alone is none."""
     with pytest.raises(SettingError, match="the address of server 'eu': admin is missing"):
         TenancyConfig(control_url=URL, servers=f"eu.tenants={POOLER}")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("servers", "default", "placed"),
-    [
-        (None, None, "default"),
-        ({"eu": URL}, None, "eu"),
-        ({"eu": URL, "default": URL}, None, "default"),
-        ({"eu": URL, "default": URL}, "eu", "eu"),
-        ({"eu": URL, "us": URL}, "us", "us"),
-    ],
-)
-def test_the_rule_of_placement(servers: Any, default: str | None, placed: str) -> None:
-    """``default_server``, or the only one, or the one named "default"; a name that was asked for wins."""
-    config = TenancyConfig(control_url=URL, servers=servers, default_server=default)
-    assert placed_by(config) == placed
-    assert placed_by(config, "other") == "other"
-
-
-def test_no_server_is_chosen_in_silence() -> None:
-    """Several, none of them the default: the error names the setting. A default that is none of them is one too."""
-    config = TenancyConfig(control_url=URL, servers={"eu": URL, "us": URL})
-    with pytest.raises(ConfigurationError, match="there are several servers, eu, us: set default_server"):
-        placed_by(config)
-    with pytest.raises(SettingError, match=r"default_server: 'asia' is not among servers: eu, us"):
-        config.replace(default_server="asia")
-    with pytest.raises(SettingError, match=r"default_server: 'eu' is not among servers: default"):
-        TenancyConfig(control_url="embedded", default_server="eu")
 
 
 def test_a_tenant_may_not_hold_more_connections_than_there_are() -> None:

@@ -30,6 +30,12 @@ UPDATE tenancy.servers SET state = 'drain' WHERE NOT accepts_tenants;
 
 ALTER TABLE tenancy.tenants
     ADD COLUMN region text CONSTRAINT tenants_region_check CHECK (region ~ '^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$');
+-- the tombstone of a purged tenant does not keep its server
+ALTER TABLE tenancy.tenants
+    ALTER COLUMN server DROP NOT NULL,
+    ADD CONSTRAINT tenants_server_check CHECK (status = 'purged' OR server IS NOT NULL),
+    DROP CONSTRAINT tenants_server_fkey,
+    ADD CONSTRAINT tenants_server_fkey FOREIGN KEY (server) REFERENCES tenancy.servers (name) ON DELETE SET NULL;
 CREATE INDEX tenants_region_id_idx ON tenancy.tenants (region, id) WHERE region IS NOT NULL;
 CREATE INDEX tenants_server_idx ON tenancy.tenants (server) WHERE status <> 'purged';
 """
@@ -132,23 +138,30 @@ def upgrade() -> None:
     run_script(COLUMNS + FUNCTIONS + for_applications("GRANT DELETE ON tenancy.servers TO %1$I"))
 
 
+DOWNGRADE = """
+DROP TRIGGER tenants_placement ON tenancy.tenants;
+DROP TRIGGER servers_guard ON tenancy.servers;
+DROP TRIGGER servers_region ON tenancy.servers;
+DROP TRIGGER servers_notify ON tenancy.servers;
+DROP TRIGGER servers_notify_update ON tenancy.servers;
+DROP FUNCTION tenancy.check_placement, tenancy.check_server_region, tenancy.notify_server,
+    tenancy.servers_guard;
+-- it has to be the server of some tombstones again
+INSERT INTO tenancy.servers (name, host, port, accepts_tenants)
+    SELECT 'removed', '', 0, false WHERE EXISTS (SELECT FROM tenancy.tenants WHERE server IS NULL);
+UPDATE tenancy.tenants SET server = 'removed' WHERE server IS NULL;
+ALTER TABLE tenancy.tenants
+    DROP COLUMN region, DROP CONSTRAINT tenants_server_check, ALTER COLUMN server SET NOT NULL,
+    DROP CONSTRAINT tenants_server_fkey,
+    ADD CONSTRAINT tenants_server_fkey FOREIGN KEY (server) REFERENCES tenancy.servers (name);
+DROP INDEX tenancy.tenants_server_idx;
+ALTER TABLE tenancy.servers
+    DROP COLUMN region, DROP COLUMN labels, DROP COLUMN capacity, DROP COLUMN weight, DROP COLUMN state,
+    DROP COLUMN max_connections, DROP COLUMN max_opening, DROP COLUMN sealed_addresses, DROP COLUMN identity,
+    DROP COLUMN updated_at;
+"""
+
+
 def downgrade() -> None:
     """Drop the columns. A server with its address in its row alone has to be in the settings again."""
-    run_script(
-        """
-        DROP TRIGGER tenants_placement ON tenancy.tenants;
-        DROP TRIGGER servers_guard ON tenancy.servers;
-        DROP TRIGGER servers_region ON tenancy.servers;
-        DROP TRIGGER servers_notify ON tenancy.servers;
-        DROP TRIGGER servers_notify_update ON tenancy.servers;
-        DROP FUNCTION tenancy.check_placement, tenancy.check_server_region, tenancy.notify_server,
-            tenancy.servers_guard;
-        ALTER TABLE tenancy.tenants DROP COLUMN region;
-        DROP INDEX tenancy.tenants_server_idx;
-        ALTER TABLE tenancy.servers
-            DROP COLUMN region, DROP COLUMN labels, DROP COLUMN capacity, DROP COLUMN weight, DROP COLUMN state,
-            DROP COLUMN max_connections, DROP COLUMN max_opening, DROP COLUMN sealed_addresses, DROP COLUMN identity,
-            DROP COLUMN updated_at;
-        """
-        + for_applications("REVOKE DELETE ON tenancy.servers FROM %1$I")
-    )
+    run_script(DOWNGRADE + for_applications("REVOKE DELETE ON tenancy.servers FROM %1$I"))

@@ -1,0 +1,577 @@
+"""``ServerManager``: add, change, drain and remove the servers that hold tenants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import asyncpg
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.log import AuditLog
+from ..config import ServerAddresses, TenancyConfig
+from ..config.placement import PlacementRequest, check_region
+from ..context import refuse_while_bound
+from ..control.database import ControlDatabase
+from ..control.models import servers as table
+from ..control.models import templates as template_table
+from ..control.models import tenants
+from ..errors import (
+    ConfigurationError,
+    PlacementError,
+    SecretError,
+    ServerIdentityError,
+    UnknownServerError,
+)
+from ..postgres import connections
+from ..postgres.errors import sqlstate_of
+from ..registry.registry import Registry
+from ..servers import Server, Servers
+from ..servers.identity import differ
+from ..servers.placement import PlacementExplanation, Placer
+from ..servers.rows import ServerRow, list_servers
+from ..servers.sealed import SealedAddresses
+from ..servers.server import ServerFacts
+from ..tenant import Status, Tenant
+from .provisioner import Provisioner
+from .server_fields import (
+    UNSET,
+    Unset,
+    audited,
+    check_labels,
+    check_name,
+    check_number,
+    check_weight,
+    read_addresses,
+)
+
+OLDEST_VERSION: Final = 14
+"""The oldest major version of PostgreSQL that can hold tenants."""
+
+_REFUSED_BY_TRIGGER = "TN003"
+_RIGHTS = (
+    "SELECT r.rolsuper OR (r.rolcreatedb AND r.rolcreaterole) FROM pg_catalog.pg_roles AS r "
+    "WHERE r.rolname = current_user"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownServer:
+    """A server: its row, and where this process has its addresses from.
+
+    Attributes:
+        row: Its row, with how many tenants it holds.
+        source: "row" or "settings"; None where neither has its addresses, so that this process cannot reach it.
+        tenants_address: ``host:port`` of tenants' sessions, where that is another address.
+        replicas: ``host:port`` of each replica.
+        warnings: What an operator should look at.
+    """
+
+    row: ServerRow
+    source: Literal["row", "settings"] | None
+    tenants_address: str | None = None
+    replicas: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.row.name
+
+
+class ServerManager:
+    """Adds, changes, drains and removes the servers that hold tenants; ``tenancy.servers``.
+
+    Every process follows by notification. Every change is audited in the same transaction, under ``actor``, and no
+    entry has a password.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TenancyConfig,
+        control: ControlDatabase,
+        audit: AuditLog,
+        servers: Servers,
+        addresses: SealedAddresses,
+        registry: Registry,
+        provisioner: Provisioner,
+        placer: Placer,
+    ) -> None:
+        self._config = config
+        self._control = control
+        self._audit = audit
+        self._servers = servers
+        self._addresses = addresses
+        self._registry = registry
+        self._provisioner = provisioner
+        self._placer = placer
+
+    # --- adding -----------------------------------------------------------------------------------------------------
+
+    async def add(
+        self,
+        name: str,
+        addresses: ServerAddresses | str,
+        *,
+        region: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        capacity: int | None = None,
+        weight: float = 1.0,
+        drain: bool = False,
+        max_connections: int | None = None,
+        max_opening: int | None = None,
+        same_cluster: bool = False,
+        actor: Actor = SYSTEM,
+    ) -> ServerRow:
+        """Add a server, once it was seen to answer and was prepared as ``tenancy init`` does.
+
+        Args:
+            name: Its name: 1 to 31 of a-z, 0-9, _ and -, from a letter. It cannot be changed.
+            addresses: Its administrative URL, or all of its addresses. They are sealed in its row.
+            region: Where it is, as tenants name it.
+            labels: What else a placement policy may want to know, text by name.
+            capacity: How many tenants it may hold, deleted ones too; None: any number.
+            weight: Its share of new tenants, in proportion to the weights of the others.
+            drain: Add it in drain: it takes no tenants until it is activated.
+            max_connections: How many connections all processes together may have; None: as many as the server offers.
+            max_opening: How many connections may be opened at once.
+            same_cluster: Accept a cluster that is a server already, by another name.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            ConfigurationError: there is a server of this name or of this cluster, an argument is malformed, PostgreSQL
+                is too old or its administrator lacks rights, or somebody would lose access to a database there. A
+                ``PoolerError`` where its administrative address leads to a connection pooler.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+            ProvisioningError: the server could not be prepared.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("adding a server")
+        check_name(name)
+        given = read_addresses(addresses)
+        values = {
+            "region": None if region is None else check_region(region),
+            "labels": check_labels(labels or {}),
+            "capacity": check_number("capacity", capacity, least=0),
+            "weight": check_weight(weight),
+            "state": "drain" if drain else "active",
+            "max_connections": check_number("max_connections", max_connections),
+            "max_opening": check_number("max_opening", max_opening),
+        }
+        rows = {row.name: row for row in await list_servers(self._control)}
+        if name in rows:
+            raise _exists(name)
+        server = self._servers.make(name, given)
+        try:
+            facts = await self._verify(server)
+            if not same_cluster:
+                _refuse_known_cluster(name, facts, rows.values())
+            await self._provisioner.prepare(server)
+            if facts.identity is None:
+                facts = await self._verify(server)  # the preparation has left a marker
+        finally:
+            await server.close()
+        values |= self._address_values(server, given, facts)
+        async with self._control.transaction() as connection:
+            statement = insert(table).values(name=name, **values).on_conflict_do_nothing()
+            if not (await connection.execute(statement)).rowcount:
+                raise _exists(name)
+            after = await self._lock(connection, name)
+            await self._write_audit(connection, "server.add", name, actor, None, after)
+        await self._servers.refresh()
+        return after
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    async def get(self, name: str) -> KnownServer:
+        """Return a server.
+
+        Raises:
+            UnknownServerError: there is none of this name.
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        for found in await self.list():
+            if found.name == name:
+                return found
+        raise UnknownServerError(name)
+
+    async def explain(
+        self,
+        tenant: str | Tenant | None = None,
+        *,
+        tier: str | None = None,
+        region: str | None = None,
+        server: str | None = None,
+    ) -> PlacementExplanation:
+        """Say on which server a tenant would be placed now, and why not on the others.
+
+        Args:
+            tenant: An existing tenant, with the tier and region that it has; a new one where None.
+            tier: The tier, in place of the tenant's own; ``default_tier`` for a new one where None.
+            region: The region, in place of the tenant's own.
+            server: The server that would be asked for.
+
+        Raises:
+            TenantNotFoundError: there is no such tenant.
+            ConfigurationError: an argument is malformed, or the policy returned what is no verdict.
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("explaining a placement")
+        found = None if tenant is None else await self._registry.find(tenant)
+        wanted = region if region is not None else None if found is None else found.region
+        request = PlacementRequest(
+            tier=tier or (self._config.default_tier if found is None else found.tier),
+            region=None if wanted is None else check_region(wanted),
+            slug=None if found is None else found.slug,
+            metadata={} if found is None else found.metadata,
+        )
+        current = None if found is None or found.placement is None else found.placement.server
+        return await self._placer.explain(request, server=server, current=current)
+
+    # --- changes ----------------------------------------------------------------------------------------------------
+
+    async def update(
+        self,
+        name: str,
+        *,
+        addresses: ServerAddresses | str | None = None,
+        from_settings: bool = False,
+        accept_identity: bool = False,
+        region: str | Unset | None = UNSET,
+        labels: Mapping[str, str] | Unset = UNSET,
+        capacity: int | Unset | None = UNSET,
+        weight: float | Unset = UNSET,
+        max_connections: int | Unset | None = UNSET,
+        max_opening: int | Unset | None = UNSET,
+        actor: Actor = SYSTEM,
+    ) -> ServerRow:
+        """Change a server; what is not given stays.
+
+        Where its addresses change, open connections to the former ones are closed as they are returned.
+
+        Args:
+            name: Its name.
+            addresses: Its new addresses, which are verified first. From now on they are in its row: no process looks
+                for them in its settings any more.
+            from_settings: Take the addresses from this process's settings.
+            accept_identity: Accept another cluster than the one that it was until now: the databases of its tenants
+                were moved there.
+            region: Where it is. Tenants of another region must not be there.
+            labels: All of its labels.
+            capacity: How many tenants it may hold; one that is below what it holds keeps further ones away.
+            weight: Its share of new tenants.
+            max_connections: How many connections all processes together may have.
+            max_opening: How many connections may be opened at once.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            UnknownServerError: there is none of this name.
+            ConfigurationError: an argument is malformed; the new address has another maintenance database; or it is
+                another server already. A ``PlacementError`` where tenants of another region are there.
+            ServerIdentityError: the new address leads to another cluster.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("changing a server")
+        values: dict[str, Any] = {}
+        if region is not UNSET:
+            values["region"] = None if region is None else check_region(region)
+        if labels is not UNSET:
+            values["labels"] = check_labels(labels)
+        if capacity is not UNSET:
+            values["capacity"] = check_number("capacity", capacity, least=0)
+        if weight is not UNSET:
+            values["weight"] = check_weight(weight)
+        if max_connections is not UNSET:
+            values["max_connections"] = check_number("max_connections", max_connections)
+        if max_opening is not UNSET:
+            values["max_opening"] = check_number("max_opening", max_opening)
+        rows = {row.name: row for row in await list_servers(self._control)}
+        if name not in rows:
+            raise UnknownServerError(name)
+        if from_settings:
+            if addresses is not None or name not in self._config.server_addresses:
+                raise ConfigurationError(
+                    f"give addresses, or take those of the settings, not both: server {name!r}"
+                    if addresses is not None
+                    else f"server {name!r} is not in the settings of this process"
+                )
+            addresses = self._config.server_addresses[name]
+        if addresses is not None or accept_identity:
+            values |= await self._new_addresses(rows, name, addresses, accept_identity=accept_identity)
+        return await self._change(name, "server.update", values, actor)
+
+    async def drain(self, name: str, *, actor: Actor = SYSTEM) -> ServerRow:
+        """Place no new tenants on a server. Those that it has stay and are served.
+
+        Raises:
+            UnknownServerError: there is none of this name.
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("draining a server")
+        return await self._change(name, "server.drain", {"state": "drain"}, actor)
+
+    async def activate(self, name: str, *, actor: Actor = SYSTEM) -> ServerRow:
+        """Let a server in drain take tenants again.
+
+        Raises:
+            UnknownServerError, ControlUnavailableError, CrossTenantError: as ``drain``.
+        """
+        refuse_while_bound("activating a server")
+        return await self._change(name, "server.activate", {"state": "active"}, actor)
+
+    async def remove(
+        self, name: str, *, templates: Literal["refuse", "drop", "forget"] = "refuse", actor: Actor = SYSTEM
+    ) -> None:
+        """Remove the row of a server that holds no tenants any more. Put it in drain before.
+
+        Args:
+            name: Its name.
+            templates: "drop" drops its templates first; "forget" leaves them there, for a server that does not exist
+                any more.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            UnknownServerError: there is none of this name.
+            ConfigurationError: it holds tenants, deleted ones count too until they are purged, or templates; or the
+                settings of this process have its address, which would add it again.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("removing a server")
+        if self._config.servers is not None and name in self._config.servers:
+            raise ConfigurationError(
+                f"server {name!r} is in servers, the setting, so that the next opening would add it again: take it out "
+                "of the settings of every process first"
+            )
+        async with self._control.transaction() as connection:
+            # no tenant is placed on it, and no template recorded, that this does not see
+            before = await self._lock(connection, name)
+            await self._refuse_tenants(connection, name)
+        if templates == "drop":
+            await self._provisioner.templates.drop_all(name, actor=actor)
+        async with self._control.transaction() as connection:
+            before = await self._lock(connection, name)
+            await self._refuse_tenants(connection, name)
+            recorded = template_table.c.server == name
+            if templates == "forget":
+                await connection.execute(delete(template_table).where(recorded))
+            elif held := await connection.scalar(select(func.count()).select_from(template_table).where(recorded)):
+                raise ConfigurationError(
+                    f"server {name!r} has {held} template{'s' * (held != 1)}; drop them as well: "
+                    f"tenancy servers remove {name} --drop-templates; if the server does not exist any more: "
+                    "--forget-templates"
+                )
+            await connection.execute(delete(table).where(table.c.name == name))
+            await self._write_audit(connection, "server.remove", name, actor, before, None)
+        await self._servers.refresh()
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    async def _verify(self, server: Server) -> ServerFacts:
+        """Log in as the administrator, and see that the server can hold tenants.
+
+        Raises:
+            PoolerError, ServerUnavailableError: as ``Server.connect_admin``.
+            ConfigurationError: it is too old, or the administrator lacks rights.
+        """
+        try:
+            connection = await server.connect_admin()
+        except asyncpg.PostgresError as exc:
+            raise server.unavailable(exc) from exc
+        try:
+            if (version := connections.version(connection)) < OLDEST_VERSION:
+                raise ConfigurationError(
+                    f"server {server.name!r} runs PostgreSQL {version}; {OLDEST_VERSION} or later can hold tenants"
+                )
+            if not await connection.fetchval(_RIGHTS):
+                raise ConfigurationError(
+                    f"the administrator of server {server.name!r}, {server.dsn.user}, needs CREATEDB and CREATEROLE: "
+                    "run there as a superuser: ALTER ROLE ... CREATEDB CREATEROLE"
+                )
+            return await server.learn(connection)
+        finally:
+            await connections.close(connection)
+
+    async def _new_addresses(
+        self,
+        rows: Mapping[str, ServerRow],
+        name: str,
+        addresses: ServerAddresses | str | None,
+        *,
+        accept_identity: bool,
+    ) -> dict[str, Any]:
+        """Verify the addresses of a server, the present ones where None, and return what changes in its row."""
+        row = rows[name]
+        if addresses is not None:
+            given = read_addresses(addresses)
+        elif row.sealed_addresses is not None:
+            given = self._addresses.open(row)
+        elif name in self._config.server_addresses:
+            given = self._config.server_addresses[name]
+        else:
+            raise UnknownServerError(name)
+        # without its row, by which it would refuse another cluster
+        server = self._servers.make(name, given)
+        try:
+            facts = await self._verify(server)
+        finally:
+            await server.close()
+        if row.maintenance_database not in (None, facts.database):
+            raise ConfigurationError(
+                f"the new address names the database {facts.database!r}, and locks on server {name!r} are taken in "
+                f"{row.maintenance_database!r}: name that one; to change it, stop every process and run: tenancy "
+                f"servers set-maintenance-database {name} {facts.database}"
+            )
+        if differ(row.identity, facts.identity) and not accept_identity:
+            raise ServerIdentityError(
+                server=name,
+                address=server.dsn.address(),
+                reason=f"another cluster answers, {facts.identity}, than the one that holds its tenants, "
+                f"{row.identity}; if they were moved there, repeat this with --accept-identity (accept_identity=True)",
+            )
+        if differ(row.identity, facts.identity):
+            _refuse_known_cluster(name, facts, rows.values())
+        if addresses is None:
+            return {"identity": facts.identity}
+        return self._address_values(server, given, facts)
+
+    def _address_values(self, server: Server, given: ServerAddresses, facts: ServerFacts) -> dict[str, Any]:
+        return {
+            "host": server.host,
+            "port": server.port,
+            "maintenance_database": facts.database,
+            "identity": facts.identity,
+            "sealed_addresses": self._addresses.seal(server.name, given),
+        }
+
+    async def _change(self, name: str, action: str, values: dict[str, Any], actor: Actor) -> ServerRow:
+        async with self._control.transaction() as connection:
+            before = await self._lock(connection, name)
+            if values:
+                try:
+                    await connection.execute(update(table).where(table.c.name == name).values(**values))
+                except DBAPIError as exc:
+                    if sqlstate_of(exc) != _REFUSED_BY_TRIGGER:
+                        raise
+                    raise PlacementError(
+                        f"server {name!r} holds tenants of region {before.region!r}: move or purge them first"
+                    ) from exc
+            after = await self._lock(connection, name)
+            if after != before:
+                await self._write_audit(connection, action, name, actor, before, after)
+        await self._servers.refresh()
+        return after
+
+    async def _lock(self, connection: AsyncConnection, name: str) -> ServerRow:
+        columns = [table.c[field] for field in ServerRow.__dataclass_fields__ if field != "tenants"]
+        query = select(*columns).where(table.c.name == name).with_for_update(key_share=True)
+        row = (await connection.execute(query)).mappings().one_or_none()
+        if row is None:
+            raise UnknownServerError(name)
+        return ServerRow(**row)
+
+    async def _refuse_tenants(self, connection: AsyncConnection, name: str) -> None:
+        query = select(func.count(), func.min(tenants.c.slug)).where(
+            tenants.c.server == name, tenants.c.status != Status.PURGED
+        )
+        count, slug = (await connection.execute(query)).one()
+        if count:
+            raise ConfigurationError(
+                f"server {name!r} holds {count} tenant{'s' * (count != 1)}, {slug!r} for example; deleted ones count "
+                "until they are purged"
+            )
+
+    async def _write_audit(
+        self,
+        connection: AsyncConnection,
+        action: str,
+        name: str,
+        actor: Actor,
+        before: ServerRow | None,
+        after: ServerRow | None,
+    ) -> None:
+        old, new = audited(before), audited(after)
+        moved = before is not None and after is not None and before.sealed_addresses != after.sealed_addresses
+        if before is not None and after is not None:
+            changed = [field for field in new if old[field] != new[field]]
+            old, new = {field: old[field] for field in changed}, {field: new[field] for field in changed}
+        await self._audit.append(
+            connection,
+            action=action,
+            actor=actor,
+            before=old or None,
+            after=new or None,
+            detail={"server": name, **({"addresses": "changed"} if moved else {})},
+        )
+
+    # the last method: in the class, the name hides the type from annotations below it
+    async def list(self) -> list[KnownServer]:
+        """Return all servers, by name.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("listing servers")
+        rows = await list_servers(self._control)
+        by_identity: dict[str, list[str]] = {}
+        for row in rows:
+            if row.identity is not None:
+                by_identity.setdefault(row.identity, []).append(row.name)
+        return [self._known(row, by_identity.get(row.identity or "", [])) for row in rows]
+
+    def _known(self, row: ServerRow, same: Sequence[str]) -> KnownServer:
+        setting = self._config.server_addresses.get(row.name) if self._config.servers is not None else None
+        warnings: list[str] = []
+        source: Literal["row", "settings"] | None = "settings"
+        if row.sealed_addresses is not None:
+            source = "row"
+            if setting is not None:
+                try:
+                    same_addresses = self._addresses.open(row) == setting
+                except SecretError:
+                    same_addresses = False
+                difference = "is ignored" if same_addresses else "differs, and is ignored"
+                warnings.append(f"its address is in its row; the one in the settings of this process {difference}")
+        elif row.name not in self._servers:
+            source = None
+            warnings.append("this process does not know its address")
+        if others := [name for name in same if name != row.name]:
+            warnings.append(f"it is the same cluster as {', '.join(others)}")
+        found = self._servers.get(row.name)
+        if found is None:
+            return KnownServer(row=row, source=source, warnings=tuple(warnings))
+        traffic = found.traffic.dsn
+        return KnownServer(
+            row=row,
+            source=source,
+            tenants_address=None if traffic == found.dsn else traffic.address().rstrip("/"),
+            replicas=tuple(dsn.address().rstrip("/") for dsn in found.replicas),
+            warnings=tuple(warnings),
+        )
+
+
+def _exists(name: str) -> ConfigurationError:
+    return ConfigurationError(f"there is a server {name!r} already; change it: tenancy servers update {name}")
+
+
+def _refuse_known_cluster(name: str, facts: ServerFacts, rows: Iterable[ServerRow]) -> None:
+    for row in rows:
+        if row.name != name and row.identity is not None and row.identity == facts.identity:
+            raise ConfigurationError(
+                f"the address of server {name!r} leads to the cluster of server {row.name!r}: its connections and its "
+                "capacity would be counted twice; to add it all the same: --same-cluster (same_cluster=True)"
+            )
+
+
+__all__ = ["OLDEST_VERSION", "KnownServer", "ServerManager"]
