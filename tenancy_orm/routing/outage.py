@@ -199,14 +199,15 @@ class Outage:
             self._finding = self._spawn(self._compare_with_primary(peer))
 
     async def _compare_with_primary(self, peer: tuple[str, int]) -> None:
-        """Close the idle connections if the administrator's login leads to another machine than ``peer``."""
+        """Close the idle connections unless the administrator's login leads to ``peer`` too."""
+        found = None
         try:
             connection = await self._server.connect_as_tenants_do()
         except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.debug("the primary of server %s is not found now: %s", self._server.name, type(exc).__name__)
-            return
-        found = peer_of(connection)
-        await connections.close(connection, timeout=CLOSE_SECONDS)
+            logger.warning("the primary of server %s is not found now: %s", self._server.name, exc)
+        else:
+            found = peer_of(connection)
+            await connections.close(connection, timeout=CLOSE_SECONDS)
         if found != peer:
             self._primary_changed(peer)
 

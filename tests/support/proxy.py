@@ -53,6 +53,10 @@ class Proxy:
         """``url``, by way of this proxy."""
         return make_url(url).set(host="127.0.0.1", port=self.port).render_as_string(hide_password=False)
 
+    def lead_to(self, host: str, port: int) -> None:
+        """Forward new connections to another server."""
+        self._target = (host, port)
+
     def cut(self) -> None:
         """Reset every connection."""
         for writer in tuple(self._writers):

@@ -1,0 +1,176 @@
+"""A standby is promoted while the old primary is still up: writes find it, without a restart of the application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.events import PrimaryChanged
+from tests.support.outages import Writers, running
+from tests.support.proxy import Proxy, proxied
+from tests.support.replication import Standby, TestServer, primary_server, standby_of
+from tests.support.waiting import until
+
+SECONDS = 30.0
+RECOVERED = 10.0
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[TestServer, Standby]]:
+    """A primary, and a standby that a test promotes."""
+    with primary_server() as primary, standby_of(primary) as standby:
+        yield primary, standby
+
+
+async def opened(config: TenancyConfig, url: str, *slugs: str) -> Tenancy:
+    tenancy = Tenancy(
+        config.replace(
+            servers={"pair": url},
+            default_server="pair",
+            pool={"connect_timeout": 3.0},
+            breaker={"longest_pause": 0.3},
+        )
+    )
+    await tenancy.open(initialise=True)
+    for slug in slugs:
+        await tenancy.tenants.create(slug)
+    return tenancy
+
+
+async def recover(writers: list[Writers]) -> None:
+    """Wait until each writes again."""
+    before = [len(writer.acknowledged) for writer in writers]
+    await until(
+        lambda: all(len(w.acknowledged) > n + 3 for w, n in zip(writers, before, strict=True)), seconds=RECOVERED
+    )
+
+
+async def test_writes_move_to_a_promoted_standby_while_the_old_primary_is_up(
+    tenancy_config: TenancyConfig, pair: tuple[TestServer, Standby]
+) -> None:
+    """On both sides. The old one is fenced: it takes logins, and answers reads, but takes no writes."""
+    old, new = pair
+    hosts = f"{old.url().rpartition('@')[0]}@127.0.0.1:{old.port},127.0.0.1:{new.port}/postgres"
+    tenancy = await opened(tenancy_config, f"{hosts}?target_session_attrs=read-write", "acme", "eve")
+    try:
+        seen: list[PrimaryChanged] = []
+        tenancy.events.subscribe(PrimaryChanged, seen.append)
+        writers = [Writers(tenancy, "acme"), Writers(tenancy, "acme", sync=True), Writers(tenancy, "eve")]
+        async with running(*(w.write for w in writers)), asyncio.timeout(SECONDS):
+            await until(lambda: all(len(writer.acknowledged) > 3 for writer in writers))
+            await asyncio.to_thread(old.query, "ALTER SYSTEM SET default_transaction_read_only = on")
+            await asyncio.to_thread(old.query, "SELECT pg_reload_conf()")
+            await until(lambda: all(writer.failures for writer in writers))
+            await asyncio.to_thread(new.catch_up)
+            await asyncio.to_thread(new.promote)
+            await recover(writers)
+        for writer in writers:
+            await writer.check()
+        assert old.is_running() and {event.server for event in seen} == {"pair"}
+        # a transaction that asked to be read-only keeps its error, and its connection
+        async with tenancy.internals.router.connection(await tenancy.tenants.get("acme")) as connection:
+            await connection.execution_options(postgresql_readonly=True)
+            with pytest.raises(DBAPIError) as caught:
+                await connection.execute(text("INSERT INTO notes (body) VALUES ('x')"))
+        assert not caught.value.connection_invalidated
+    finally:
+        await tenancy.close()
+
+
+@pytest.fixture
+async def address(pair: tuple[TestServer, Standby]) -> AsyncIterator[Proxy]:
+    """One address, of whichever server: a virtual address, a name, HAProxy."""
+    async with proxied(pair[0].url()) as proxy:
+        yield proxy
+
+
+async def test_writes_follow_an_address_that_moves(
+    tenancy_config: TenancyConfig, pair: tuple[TestServer, Standby], address: Proxy
+) -> None:
+    """It led to a standby for a moment, and connections to that one are open; one of them is not used again."""
+    old, new = pair
+    tenancy = await opened(tenancy_config, address.url(old.url()), "acme", "eve")
+    try:
+        writers = [Writers(tenancy, "acme"), Writers(tenancy, "acme", sync=True), Writers(tenancy, "eve")]
+        async with asyncio.timeout(SECONDS):
+            await asyncio.to_thread(new.catch_up)
+            address.lead_to("127.0.0.1", new.port)
+            address.cut()
+            # connections that only read, until the standby is promoted elsewhere and the address leads back
+            async with tenancy.session("eve") as session:
+                await until(lambda: reads(tenancy, "acme"))
+                assert await session.scalar(text("SELECT pg_is_in_recovery()"))
+            address.lead_to("127.0.0.1", old.port)
+            for writer in writers:
+                # the first finds a standby, and closes what leads there
+                await writer.write()
+            async with running(*(w.write for w in writers)):
+                await recover(writers)
+        assert sum(sum(writer.failures.values()) for writer in writers) <= 3
+        for writer in writers:
+            await writer.check()
+    finally:
+        await tenancy.close()
+
+
+async def reads(tenancy: Tenancy, slug: str) -> Any:
+    try:
+        async with tenancy.session(slug) as session:
+            return await session.scalar(text("SELECT pg_is_in_recovery()"))
+    except DBAPIError:
+        return None
+
+
+async def test_a_tenant_that_makes_its_own_sessions_read_only_costs_no_other_tenant_a_connection(
+    tenancy: Tenancy,
+) -> None:
+    """The server says what it is; the tenant's role cannot say that for it."""
+    seen: list[PrimaryChanged] = []
+    tenancy.events.subscribe(PrimaryChanged, seen.append)
+    for slug in ("eve", "acme"):
+        await tenancy.tenants.create(slug)
+    backend = text("SELECT pg_backend_pid()")
+    async with tenancy.session("acme") as session:
+        before = await session.scalar(backend)
+    async with tenancy.session("eve") as session:
+        await session.execute(text("SET default_transaction_read_only = on"))
+        await session.commit()
+        with pytest.raises(DBAPIError) as caught:
+            await session.execute(text("INSERT INTO notes (body) VALUES ('x')"))
+    assert caught.value.connection_invalidated
+    await until(lambda: not tenancy.internals.router._connectors["default"]._tasks)
+    async with tenancy.session("acme") as session:
+        assert await session.scalar(backend) == before
+    writer = Writers(tenancy, "eve")
+    assert await writer.write() and not seen
+
+
+async def test_a_dead_host_in_a_url_costs_one_connection_its_time(
+    tenancy_config: TenancyConfig, control_url: str
+) -> None:
+    """The first host swallows what is sent to it; what is connected later does not wait for it. psycopg's too."""
+    async with proxied(control_url) as dead:
+        dead.swallow()
+        user, _, where = control_url.rpartition("@")
+        host, _, _ = where.partition("/")
+        url = f"{user}@127.0.0.1:{dead.port},{host}/postgres"
+        tenancy = await opened(tenancy_config.replace(pool={"max_connections": 40}), url, "acme")
+        try:
+            await until(lambda: dead.connections > 1)
+            await tenancy.tenants.create("eve")
+            before = dead.connections
+            async with asyncio.timeout(SECONDS):
+                for _ in range(20):
+                    tenancy.internals.router.retire((await tenancy.tenants.get("acme")).id)
+                    writer = Writers(tenancy, "acme")
+                    assert await writer.write()
+                    assert await Writers(tenancy, "acme", sync=True).write()
+            assert dead.connections - before < 10
+        finally:
+            await tenancy.close()
