@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Self, TypeVar, overload
 
-from sqlalchemy import Executable, Row, text
+from sqlalchemy import Executable, Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from .audit.actor import SYSTEM, Actor
@@ -35,6 +35,7 @@ from .quotas.rates import Rates
 from .schedules import ScheduleManager
 from .scopes import BoundTenants, ResolvedSession, resolve
 from .seeds import Seed, SeedManager, seed
+from .statements import Statements
 from .sync import SyncTenancy
 from .tenant import Status, Tenant, TenantRef
 from .tenants.domains import DomainManager
@@ -70,6 +71,7 @@ class Tenancy:
             address_rate=self._configured.quotas.address_requests_per_second,
         )
         self._lifetime = Lifetime(self._configured, self.events, rates)
+        self._statements = Statements(self._lifetime)
         self._sync: SyncTenancy | None = None
 
     def __repr__(self) -> str:
@@ -242,68 +244,67 @@ class Tenancy:
 
     async def fetch_all(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> list[Row[*tuple[Any, ...]]]:
-        """Run textual SQL with ``:name`` parameters on a tenant and return all rows.
+        """Run a query on a tenant and return all rows: textual SQL with ``:name`` parameters, or SQLAlchemy's.
+
+        It only reads: PostgreSQL refuses what writes (25006).
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.session(tenant, operator=operator) as session:
-            return list((await session.execute(text(sql), dict(parameters or {}))).all())
+        return await self._statements.fetch_all(sql, parameters, tenant, operator)
 
     async def fetch_one(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> Row[*tuple[Any, ...]] | None:
-        """Run textual SQL with ``:name`` parameters on a tenant and return the first row, or None.
+        """Run a query as ``fetch_all`` does and return the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.session(tenant, operator=operator) as session:
-            return (await session.execute(text(sql), dict(parameters or {}))).first()
+        return await self._statements.fetch_one(sql, parameters, tenant, operator)
 
     async def fetch_value(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> Any:
-        """Run textual SQL with ``:name`` parameters on a tenant and return the first column of the first row, or None.
+        """Run a query as ``fetch_all`` does and return the first column of the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.session(tenant, operator=operator) as session:
-            return await session.scalar(text(sql), dict(parameters or {}))
+        return await self._statements.fetch_value(sql, parameters, tenant, operator)
 
     async def execute(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> int:
-        """Run one textual statement with ``:name`` parameters on a tenant, commit, and return how many rows it touched.
+        """Run one statement on a tenant, commit, and return how many rows it touched; -1 where PostgreSQL does not say.
+
+        Where the connection is lost before PostgreSQL has answered, the statement may be committed. It is not repeated.
 
         Raises:
             TenancyError: as ``session``.
         """
-        async with self.transaction(tenant, operator=operator) as session:
-            result = await session.connection()
-            return (await result.execute(text(sql), dict(parameters or {}))).rowcount
+        return await self._statements.execute(sql, parameters, tenant, operator)
 
     # --- every tenant -----------------------------------------------------------------------------------------------
 

@@ -230,7 +230,7 @@ class TenantCursor(AsyncAdapt_asyncpg_cursor):
 
     async def _prepare_and_execute(self, operation: Any, parameters: Any) -> None:
         connection = self._adapt_connection
-        if connection._connection.reading:
+        if connection.reading:
             await connection.begin_reading(operation, alone=not self.server_side)
         else:
             await connection.leave_reading()
@@ -251,7 +251,7 @@ class TenantCursor(AsyncAdapt_asyncpg_cursor):
 
     async def _executemany(self, operation: Any, seq_of_parameters: Any) -> Any:
         connection = self._adapt_connection
-        if connection._connection.reading:
+        if connection.reading:
             await connection.begin_reading(operation, alone=False)
         else:
             await connection.leave_reading()
@@ -355,6 +355,11 @@ class TenantConnection(AdaptedConnection):
         """Begin the use by another session."""
         self._connection.reading = reading
         self.alone = False
+
+    @property
+    def reading(self) -> bool:
+        """Whether a read-only session uses it."""
+        return self._connection.reading
 
     def has_mode_of(self, *, reading: bool) -> bool:
         """Whether a session, read-only or not, can use it without changing its mode."""
@@ -575,6 +580,16 @@ class TenantEngine(Engine):
     """A tenant's engine; its connections are refused in another event loop."""
 
     _connection_cls = _CoreConnection
+
+    @property
+    def has_listeners(self) -> bool:
+        """Whether the application listens to what SQLAlchemy does with the connections of this engine."""
+        dispatch: Any = self.pool.dispatch
+        # SQLAlchemy's own attributes for the listeners of an engine and of the class, and of the dialect
+        return bool(
+            self._has_events or self.dialect._has_events or dispatch.checkout or dispatch.checkin or dispatch.reset
+        )
+
     _variants: dict[tuple[bool, str | None], Engine] | None = None
 
     def variant(self, *, reading: bool, isolation_level: str | None) -> Engine:

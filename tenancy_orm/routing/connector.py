@@ -116,6 +116,7 @@ class Connector:
         self._tiers = config.tiers
         self._hears = hears
         self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
+        self.texts: LRUCache[str, Any] = LRUCache(COMPILED_STATEMENTS)  # textual statements, by their text
         self._shared = SharedDialect(server, self.spawn)
         self.dialect = self._shared.dialect
         self.dialect.is_disconnect = self.outage.is_disconnect(self.dialect.is_disconnect)  # type: ignore[method-assign]

@@ -36,6 +36,9 @@ class TenantPool(RoutedPool):
 
     _sqla_logger_namespace = "sqlalchemy.pool.TenantPool"
 
+    is_direct = True
+    """Whether its connections can be used without SQLAlchemy's ``Connection``."""
+
     def __init__(self, connector: Connector, *, tenant_id: UUID, slug: str, tier: str, placement: Placement) -> None:
         super().__init__(
             connector,
@@ -74,31 +77,62 @@ class TenantPool(RoutedPool):
         return record
 
     def _get(self, reading: bool) -> Record:
+        record = self._take_first(reading)
+        if record is None:
+            return await_(self._acquire(reading))
+        return record if self._is_ready(record) else await_(self._make_ready(record, reading))
+
+    async def get(self, *, reading: bool) -> Record:
+        """Return a connection without a connection of SQLAlchemy's around it; ``give_back`` must follow.
+
+        Raises:
+            TenancyError: as a session's first statement.
+        """
+        record = self._take_first(reading)
+        if record is None:
+            record = await self._acquire(reading)
+        elif not self._is_ready(record):
+            record = await self._make_ready(record, reading)
+        cast("TenantConnection", record.dbapi_connection).use(reading=reading)
+        return record
+
+    def give_back(self, record: Record, *, broken: bool) -> None:
+        """Return a connection to the pool, or close it if it is in the middle of something."""
+        if broken:
+            self.discard(record)
+        else:
+            self._do_return_conn(record)
+
+    def _take_first(self, reading: bool) -> Record | None:
         self.route.check_bound()
         self.connector.outage.check(self.route.slug)
-        share = self.share
-        self.connector.budget.touch(share)
-        while share.idle:
-            record = self._take(reading=reading)
-            if record is None:
-                break
-            connection = cast("TenantConnection", record.dbapi_connection)
-            if not connection.has_unread_data or self._still_alive(record):
-                if self.route.schema_changed_at > connection._invalidate_schema_cache_asof:
-                    await_(connection.prepare_again(self.route.schema_changed_at))
-                return record
-            self.discard(record)
-        return await_(self._acquire(reading))
+        self.connector.budget.touch(self.share)
+        return self._take(reading=reading) if self.share.idle else None
 
-    def _still_alive(self, record: Record) -> bool:
-        """Read the pending data, and return whether the server has not ended the connection with it."""
+    def _is_ready(self, record: Record) -> bool:
+        """Whether an idle connection can be used as it is: it has heard nothing, and knows the schema."""
         connection = cast("TenantConnection", record.dbapi_connection)
-        try:
-            await_(connection.drain())
-        except BaseException:
+        return (
+            not connection.has_unread_data and self.route.schema_changed_at <= connection._invalidate_schema_cache_asof
+        )
+
+    async def _make_ready(self, record: Record | None, reading: bool) -> Record:
+        """Read what the server has sent, and forget what it has prepared; or return another connection."""
+        while record is not None:
+            connection = cast("TenantConnection", record.dbapi_connection)
+            try:
+                if connection.has_unread_data:
+                    await connection.drain()
+                if connection.usable:
+                    if self.route.schema_changed_at > connection._invalidate_schema_cache_asof:
+                        await connection.prepare_again(self.route.schema_changed_at)
+                    return record
+            except BaseException:
+                self.discard(record)
+                raise
             self.discard(record)
-            raise
-        return connection.usable
+            record = self._take(reading=reading)
+        return await self._acquire(reading)
 
     async def _acquire(self, reading: bool) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.

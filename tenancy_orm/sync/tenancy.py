@@ -20,6 +20,7 @@ from ..forks import leave
 from ..lifetime import Lifetime
 from ..queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from ..routing import TenantSession
+from ..routing.reading import is_plain
 from ..tenant import Status, Tenant, TenantRef
 from .hops import Hops
 from .runner import LoopThread
@@ -175,67 +176,77 @@ class SyncTenancy:
 
     def fetch_all(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> list[Row[*tuple[Any, ...]]]:
-        """Run textual SQL with ``:name`` parameters on a tenant and return all rows.
+        """Run a query on a tenant and return all rows: textual SQL with ``:name`` parameters, or SQLAlchemy's.
+
+        It only reads: PostgreSQL refuses what writes (25006).
 
         Raises:
             TenancyError: as ``session``.
         """
-        with self.session(tenant, operator=operator) as session:
-            return list(session.execute(text(sql), dict(parameters or {})).all())
+        with self.session(tenant, operator=operator, read_only=True) as session:
+            return list(session.execute(_executable(sql), dict(parameters or {})).all())
 
     def fetch_one(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> Row[*tuple[Any, ...]] | None:
-        """Run textual SQL with ``:name`` parameters on a tenant and return the first row, or None.
+        """Run a query as ``fetch_all`` does and return the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        with self.session(tenant, operator=operator) as session:
-            return session.execute(text(sql), dict(parameters or {})).first()
+        with self.session(tenant, operator=operator, read_only=True) as session:
+            return session.execute(_executable(sql), dict(parameters or {})).first()
 
     def fetch_value(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> Any:
-        """Run textual SQL with ``:name`` parameters on a tenant and return the first column of the first row, or None.
+        """Run a query as ``fetch_all`` does and return the first column of the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        with self.session(tenant, operator=operator) as session:
-            return session.scalar(text(sql), dict(parameters or {}))
+        with self.session(tenant, operator=operator, read_only=True) as session:
+            return session.scalar(_executable(sql), dict(parameters or {}))
 
     def execute(
         self,
-        sql: str,
+        sql: str | Executable,
         parameters: Mapping[str, Any] | None = None,
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
     ) -> int:
-        """Run one textual statement with ``:name`` parameters on a tenant, commit, and return how many rows it touched.
+        """Run one statement on a tenant, commit, and return how many rows it touched; -1 where PostgreSQL does not say.
+
+        Where the connection is lost before PostgreSQL has answered, the statement may be committed. It is not repeated.
 
         Raises:
             TenancyError: as ``session``.
         """
-        with self.transaction(tenant, operator=operator) as session:
-            return session.connection().execute(text(sql), dict(parameters or {})).rowcount
+        # one that PostgreSQL plans is a transaction of its own; another may be several statements, or end one
+        alone = isinstance(sql, str) and is_plain(sql) and ";" not in sql
+        level = "AUTOCOMMIT" if alone else None
+        with self.session(tenant, operator=operator, isolation_level=level) as session, session.begin():
+            result: Any = session.connection().execute(
+                _executable(sql), dict(parameters or {}), execution_options={"preserve_rowcount": True}
+            )
+            return int(result.rowcount)
 
     def query_all(
         self,
@@ -369,6 +380,10 @@ def hops_of(sync: SyncTenancy) -> Hops:
         WrongEventLoopError: this is the loop's thread.
     """
     return sync._opened().hops
+
+
+def _executable(sql: str | Executable) -> Executable:
+    return text(sql) if isinstance(sql, str) else sql
 
 
 async def _awaited(outcome: Awaitable[T]) -> T:

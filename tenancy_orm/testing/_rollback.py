@@ -45,7 +45,7 @@ class NestedCursor(TenantCursor):
         if savepoints.has_abandoned:
             async with savepoints.mutex:
                 await savepoints.undo_abandoned()
-        if connection.autocommit:
+        if connection.autocommit and not connection.reading:
             async with savepoints.mutex:
                 savepoint = await savepoints.begin()
             try:
@@ -78,24 +78,38 @@ class _NestedStreamCursor(_StreamCursor, NestedCursor):
 class NestedConnection(TenantConnection):
     """What one session sees of the connection that all share."""
 
-    __slots__ = ("savepoints", "test")
+    __slots__ = ("read_only", "savepoints", "test")
 
     _cursor_cls = NestedCursor
     _ss_cursor_cls = _NestedStreamCursor
 
     savepoints: Savepoints
     test: object
+    read_only: bool
 
     @classmethod
-    def on(cls, root: TenantConnection, savepoints: Savepoints, pool: TenantPool) -> NestedConnection:
-        """Make one for a session."""
+    def on(cls, root: TenantConnection, savepoints: Savepoints, pool: TenantPool, *, reading: bool) -> NestedConnection:
+        """Make one for a session, which may be read-only."""
         made: NestedConnection = cls(root.dbapi, root._connection)
         made.savepoints, made.test = savepoints, savepoints.test
         made.route = pool.route
+        made.read_only, made.alone = reading, False
         made._execute_mutex = savepoints.mutex
         made._prepared_statement_cache = root._prepared_statement_cache
         made._prepared_statement_name_func = root._prepared_statement_name_func
         return made
+
+    @property
+    def reading(self) -> bool:
+        """Whether the session is read-only; others on the same connection may not be."""
+        return self.read_only
+
+    async def begin_reading(self, operation: str, *, alone: bool) -> None:
+        """Prepare for a statement of a read-only session, which is always in a savepoint."""
+        self._refuse_control(operation)
+
+    async def leave_reading(self) -> None:
+        """Do nothing: the connection has one mode."""
 
     @property
     def may_repeat(self) -> bool:
@@ -128,9 +142,9 @@ class NestedConnection(TenantConnection):
     async def _start_transaction(self) -> None:
         if self.isolation_level == "autocommit":
             return
-        if self.isolation_level is not None:
+        if self.isolation_level is not None and not self.read_only:
             raise RollbackModeError(f"isolation level {self.isolation_level} cannot be set for one session")
-        hold_transaction(self, await self.savepoints.begin(readonly=bool(self.readonly)))
+        hold_transaction(self, await self.savepoints.begin(readonly=bool(self.readonly or self.read_only)))
 
     def _handle_exception(self, error: Exception) -> Any:
         if sqlstate_of(error) == _IN_TRANSACTION:
@@ -149,6 +163,8 @@ class NestedConnection(TenantConnection):
 class RollbackPool(TenantPool):
     """Gives every session the same connection."""
 
+    is_direct = False
+
     def __init__(self, pinned: Pinned, connector: Connector, tenant: Tenant, placement: Placement) -> None:
         super().__init__(connector, tenant_id=tenant.id, slug=tenant.slug, tier=tenant.tier, placement=placement)
         self._pinned = pinned
@@ -160,7 +176,8 @@ class RollbackPool(TenantPool):
         return record
 
     def _invoke_creator(self, rec: ConnectionPoolEntry) -> DBAPIConnection:
-        nested = self._pinned.connect(self)
+        reading, self._reading = self._reading, False
+        nested = self._pinned.connect(self, reading=reading)
         if self.route.schema_changed_at > nested._invalidate_schema_cache_asof:
             await_(nested.prepare_again(self.route.schema_changed_at))
         return cast("DBAPIConnection", nested)
@@ -241,8 +258,8 @@ class Pinned:
             self.in_use.pop().fairy_ref = None
         return stays is None, left
 
-    def connect(self, pool: RollbackPool) -> NestedConnection:
-        """Return what a session of this test sees of the connection.
+    def connect(self, pool: RollbackPool, *, reading: bool) -> NestedConnection:
+        """Return what a session of this test, which may be read-only, sees of the connection.
 
         Raises:
             RollbackModeError: no test has this tenant now, or another one than that which the caller runs for.
@@ -254,7 +271,8 @@ class Pinned:
                 f"a session on tenant {pool.slug!r} is opened by a task of a test that has ended; await the tasks that "
                 "a test starts, or cancel them"
             )
-        return NestedConnection.on(cast("TenantConnection", self._record.dbapi_connection), self._savepoints, pool)
+        root = cast("TenantConnection", self._record.dbapi_connection)
+        return NestedConnection.on(root, self._savepoints, pool, reading=reading)
 
     async def close(self) -> None:
         """Close the connection."""

@@ -163,7 +163,8 @@ async def test_a_query_cannot_write_whatever_it_says(fleet: Fleet) -> None:
         assert error.sqlstate in {"25006", "25001", "2D000", "42601", None}, (name, error)
         assert (error.sqlstate is not None) or "was not executed" in error.message, (name, error)
     assert await fleet.notes() == before
-    assert await tenancy.fetch_value("SHOW default_transaction_read_only", tenant="acme") == "off"
+    async with tenancy.session("acme") as session:
+        assert await session.scalar(text("SHOW transaction_read_only")) == "off"
     # the role is the tenant's own
     assert await answers(tenancy, "SELECT current_user = session_user, current_user::text LIKE '%\\_t\\_%'") == {
         slug: [(True, True)] for slug in SLUGS

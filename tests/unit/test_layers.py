@@ -35,7 +35,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"housekeeping", "internals"}),
     frozenset({"assembly", "scopes", "queries"}),
     frozenset({"lifetime"}),
-    frozenset({"sync", "wrapping"}),
+    frozenset({"sync", "wrapping", "statements"}),
     frozenset({"tenancy"}),
     frozenset({"tenancy_orm"}),  # the package's own __init__
     frozenset({"asgi", "tasks", "environment"}),
