@@ -21,7 +21,7 @@ from .config import TenancyConfig
 from .control.database import ControlDatabase
 from .control.names import Names
 from .errors import AdministratorNeededError, ConfigurationError, TenancyError
-from .events import EventBus
+from .events import EventBus, ServerChanged
 from .housekeeping import Housekeeping
 from .internals import Internals
 from .metering.metrics import StorageSampler, TenantMetrics
@@ -52,9 +52,9 @@ from .seeds.creation import NewTenantSeeds
 from .seeds.loading import SeedSet
 from .seeds.schema import SeededSchema
 from .servers import Servers
+from .servers.inspection import check_rows, inspect_servers
 from .servers.placement import Placer
 from .servers.sealed import SealedAddresses
-from .servers.server import check_rows, inspect_servers
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
@@ -180,6 +180,7 @@ class Assembly:
         if initialise:
             for name in list(self.servers):
                 await self.provisioner.prepare_server(name)
+        self.servers.on_change(self._announce_server)
         self._start(self._refresh_servers_repeatedly())
         # before it is open: an opening that is cancelled has begun to listen
         self._opened.append(self.directory.close)
@@ -321,6 +322,7 @@ class Assembly:
                 f"default_server is {default!r}, which is not among the servers: {', '.join(known)}; correct it, or "
                 f"unset it and run: tenancy servers add {default}"
             )
+        new = [name for name, server in known.items() if server.row is None or server.row.identity is None]
         found = await inspect_servers(known, timeout=_CHECK_SECONDS)
         processes, each = self.config.quotas.rate_processes, self.config.pool.max_connections
         for name, facts in found.items():
@@ -343,7 +345,8 @@ class Assembly:
             identities={name: facts.identity for name, facts in found.items()},
         )
         await self.servers.refresh()
-        check_rows([server.row for server in self.servers.values() if server.row is not None], found)
+        rows = [server.row for server in self.servers.values() if server.row is not None]
+        check_rows(rows, found, new=new)
 
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
@@ -373,6 +376,11 @@ class Assembly:
     def _follow_servers(self) -> None:
         self.addresses = SealedAddresses(self.control, self.keyring, self._data_keys)
         self.servers.follow(self.addresses, self.names.owner)
+
+    def _announce_server(self, name: str) -> None:
+        server = self.servers.get(name)
+        row = None if server is None else server.row
+        self.events.emit(ServerChanged(server=name, state=None if row is None else row.state))
 
     async def _refresh_servers_repeatedly(self) -> None:
         while True:

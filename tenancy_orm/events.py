@@ -393,6 +393,14 @@ class EngineEvicted(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerChanged(Event):
+    """This process follows a change of a server: it was added or changed, or removed, and then ``state`` is None."""
+
+    server: str
+    state: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerDown(Event):
     """A server does not answer, for the ``reason`` that a probe has met: its tenants are refused until it does."""
 

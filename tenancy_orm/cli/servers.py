@@ -16,8 +16,8 @@ from ..audit.log import AuditLog
 from ..config import ServerAddresses, TenancyConfig
 from ..control.database import ControlDatabase
 from ..errors import ConfigurationError, SettingError
+from ..provisioning.known_servers import KnownServer
 from ..provisioning.server_fields import UNSET, Unset
-from ..provisioning.server_manager import KnownServer
 from ..servers.placement import PlacementExplanation
 from ..servers.rows import ServerRow, set_maintenance_database
 from ..tenancy import Tenancy

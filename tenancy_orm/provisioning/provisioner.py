@@ -139,17 +139,20 @@ class Provisioner:
         self._home.check()
         server = self._services.servers[name]
         async with self._preparing[name]:
-            settings = await self.prepare(server)
+            settings = await self._prepare(server)
             if self._services.servers.get(name) is server:
                 self._prepared[name] = settings
 
-    async def prepare(self, server: Server) -> RoleSettings:
-        """Prepare a server that need not be known yet, as ``prepare_server`` does; returns the settings of new roles.
+    async def prepare(self, server: Server) -> None:
+        """Prepare a server that has no row yet, as ``prepare_server`` does.
 
         Raises:
             TenancyError: as ``prepare_server``.
         """
         refuse_while_bound("preparing a server")
+        await self._prepare(server)
+
+    async def _prepare(self, server: Server) -> RoleSettings:
         config = self._services.config
         try:
             return await prepare(

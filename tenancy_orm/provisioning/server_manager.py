@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import asyncpg
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
@@ -24,11 +22,9 @@ from ..control.models import tenants
 from ..errors import (
     ConfigurationError,
     PlacementError,
-    SecretError,
     ServerIdentityError,
     UnknownServerError,
 )
-from ..postgres import connections
 from ..postgres.errors import sqlstate_of
 from ..registry.registry import Registry
 from ..servers import Server, Servers
@@ -38,7 +34,9 @@ from ..servers.rows import ServerRow, list_servers
 from ..servers.sealed import SealedAddresses
 from ..servers.server import ServerFacts
 from ..tenant import Status, Tenant
+from .known_servers import KnownServer, describe
 from .provisioner import Provisioner
+from .server_check import refuse_known_cluster, verify
 from .server_fields import (
     UNSET,
     Unset,
@@ -50,38 +48,7 @@ from .server_fields import (
     read_addresses,
 )
 
-OLDEST_VERSION: Final = 14
-"""The oldest major version of PostgreSQL that can hold tenants."""
-
 _REFUSED_BY_TRIGGER = "TN003"
-_RIGHTS = (
-    "SELECT r.rolsuper OR (r.rolcreatedb AND r.rolcreaterole) FROM pg_catalog.pg_roles AS r "
-    "WHERE r.rolname = current_user"
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownServer:
-    """A server: its row, and where this process has its addresses from.
-
-    Attributes:
-        row: Its row, with how many tenants it holds.
-        source: "row" or "settings"; None where neither has its addresses, so that this process cannot reach it.
-        tenants_address: ``host:port`` of tenants' sessions, where that is another address.
-        replicas: ``host:port`` of each replica.
-        warnings: What an operator should look at.
-    """
-
-    row: ServerRow
-    source: Literal["row", "settings"] | None
-    tenants_address: str | None = None
-    replicas: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.row.name
 
 
 class ServerManager:
@@ -169,12 +136,12 @@ class ServerManager:
             raise _exists(name)
         server = self._servers.make(name, given)
         try:
-            facts = await self._verify(server)
+            facts = await verify(server)
             if not same_cluster:
-                _refuse_known_cluster(name, facts, rows.values())
+                refuse_known_cluster(name, facts, rows.values())
             await self._provisioner.prepare(server)
             if facts.identity is None:
-                facts = await self._verify(server)  # the preparation has left a marker
+                facts = await verify(server)  # the preparation has left a marker
         finally:
             await server.close()
         values |= self._address_values(server, given, facts)
@@ -354,13 +321,13 @@ class ServerManager:
                 "of the settings of every process first"
             )
         async with self._control.transaction() as connection:
-            # no tenant is placed on it, and no template recorded, that this does not see
-            before = await self._lock(connection, name)
+            await self._lock(connection, name)
             await self._refuse_tenants(connection, name)
         if templates == "drop":
             await self._provisioner.templates.drop_all(name, actor=actor)
         async with self._control.transaction() as connection:
-            before = await self._lock(connection, name)
+            # no tenant is placed on it that this does not see
+            before = await self._lock(connection, name, removing=True)
             await self._refuse_tenants(connection, name)
             recorded = template_table.c.server == name
             if templates == "forget":
@@ -376,31 +343,6 @@ class ServerManager:
         await self._servers.refresh()
 
     # --- parts ------------------------------------------------------------------------------------------------------
-
-    async def _verify(self, server: Server) -> ServerFacts:
-        """Log in as the administrator, and see that the server can hold tenants.
-
-        Raises:
-            PoolerError, ServerUnavailableError: as ``Server.connect_admin``.
-            ConfigurationError: it is too old, or the administrator lacks rights.
-        """
-        try:
-            connection = await server.connect_admin()
-        except asyncpg.PostgresError as exc:
-            raise server.unavailable(exc) from exc
-        try:
-            if (version := connections.version(connection)) < OLDEST_VERSION:
-                raise ConfigurationError(
-                    f"server {server.name!r} runs PostgreSQL {version}; {OLDEST_VERSION} or later can hold tenants"
-                )
-            if not await connection.fetchval(_RIGHTS):
-                raise ConfigurationError(
-                    f"the administrator of server {server.name!r}, {server.dsn.user}, needs CREATEDB and CREATEROLE: "
-                    "run there as a superuser: ALTER ROLE ... CREATEDB CREATEROLE"
-                )
-            return await server.learn(connection)
-        finally:
-            await connections.close(connection)
 
     async def _new_addresses(
         self,
@@ -423,7 +365,7 @@ class ServerManager:
         # without its row, by which it would refuse another cluster
         server = self._servers.make(name, given)
         try:
-            facts = await self._verify(server)
+            facts = await verify(server)
         finally:
             await server.close()
         if row.maintenance_database not in (None, facts.database):
@@ -440,7 +382,7 @@ class ServerManager:
                 f"{row.identity}; if they were moved there, repeat this with --accept-identity (accept_identity=True)",
             )
         if differ(row.identity, facts.identity):
-            _refuse_known_cluster(name, facts, rows.values())
+            refuse_known_cluster(name, facts, rows.values())
         if addresses is None:
             return {"identity": facts.identity}
         return self._address_values(server, given, facts)
@@ -472,9 +414,9 @@ class ServerManager:
         await self._servers.refresh()
         return after
 
-    async def _lock(self, connection: AsyncConnection, name: str) -> ServerRow:
+    async def _lock(self, connection: AsyncConnection, name: str, *, removing: bool = False) -> ServerRow:
         columns = [table.c[field] for field in ServerRow.__dataclass_fields__ if field != "tenants"]
-        query = select(*columns).where(table.c.name == name).with_for_update(key_share=True)
+        query = select(*columns).where(table.c.name == name).with_for_update(key_share=not removing)
         row = (await connection.execute(query)).mappings().one_or_none()
         if row is None:
             raise UnknownServerError(name)
@@ -528,50 +470,20 @@ class ServerManager:
         for row in rows:
             if row.identity is not None:
                 by_identity.setdefault(row.identity, []).append(row.name)
-        return [self._known(row, by_identity.get(row.identity or "", [])) for row in rows]
-
-    def _known(self, row: ServerRow, same: Sequence[str]) -> KnownServer:
-        setting = self._config.server_addresses.get(row.name) if self._config.servers is not None else None
-        warnings: list[str] = []
-        source: Literal["row", "settings"] | None = "settings"
-        if row.sealed_addresses is not None:
-            source = "row"
-            if setting is not None:
-                try:
-                    same_addresses = self._addresses.open(row) == setting
-                except SecretError:
-                    same_addresses = False
-                difference = "is ignored" if same_addresses else "differs, and is ignored"
-                warnings.append(f"its address is in its row; the one in the settings of this process {difference}")
-        elif row.name not in self._servers:
-            source = None
-            warnings.append("this process does not know its address")
-        if others := [name for name in same if name != row.name]:
-            warnings.append(f"it is the same cluster as {', '.join(others)}")
-        found = self._servers.get(row.name)
-        if found is None:
-            return KnownServer(row=row, source=source, warnings=tuple(warnings))
-        traffic = found.traffic.dsn
-        return KnownServer(
-            row=row,
-            source=source,
-            tenants_address=None if traffic == found.dsn else traffic.address().rstrip("/"),
-            replicas=tuple(dsn.address().rstrip("/") for dsn in found.replicas),
-            warnings=tuple(warnings),
-        )
+        return [
+            describe(
+                row,
+                by_identity.get(row.identity or "", ()),
+                config=self._config,
+                servers=self._servers,
+                addresses=self._addresses,
+            )
+            for row in rows
+        ]
 
 
 def _exists(name: str) -> ConfigurationError:
     return ConfigurationError(f"there is a server {name!r} already; change it: tenancy servers update {name}")
 
 
-def _refuse_known_cluster(name: str, facts: ServerFacts, rows: Iterable[ServerRow]) -> None:
-    for row in rows:
-        if row.name != name and row.identity is not None and row.identity == facts.identity:
-            raise ConfigurationError(
-                f"the address of server {name!r} leads to the cluster of server {row.name!r}: its connections and its "
-                "capacity would be counted twice; to add it all the same: --same-cluster (same_cluster=True)"
-            )
-
-
-__all__ = ["OLDEST_VERSION", "KnownServer", "ServerManager"]
+__all__ = ["ServerManager"]

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from typing import TypeVar, overload
-from weakref import WeakSet
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -43,7 +42,7 @@ class Servers(Mapping[str, Server]):
         self._config = config
         self._addresses = dict(config.server_addresses)
         self._unusable: dict[str, Exception] = {}
-        self._replaced: WeakSet[Server] = WeakSet()
+        self._closing: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[str], None]] = []
         self._owner: str | None = None
         self._source: SealedAddresses | None = None
@@ -191,7 +190,7 @@ class Servers(Mapping[str, Server]):
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
-        await asyncio.gather(*(server.close() for server in [*self._servers.values(), *self._replaced]))
+        await asyncio.gather(*self._closing, *(server.close() for server in self._servers.values()))
 
     def make(self, name: str, addresses: ServerAddresses) -> Server:
         """Return a server with this process's settings; it is not among these."""
@@ -214,7 +213,10 @@ class Servers(Mapping[str, Server]):
     def _replace(self, name: str, server: Server | None) -> None:
         former = self._servers.pop(name, None)
         if former is not None:
-            self._replaced.add(former)
+            # what it does in the background; sessions that are open there go on
+            task = asyncio.get_running_loop().create_task(former.close(), context=Context())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
         if server is not None:
             self._servers[name] = server
 

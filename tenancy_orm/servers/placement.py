@@ -16,6 +16,13 @@ from .live import Servers
 from .rows import ServerRow, list_servers
 
 _DEFAULT: Final = "default"
+# as the setting has them
+_SETTINGS: Final = {
+    "FewestTenants": "fewest_tenants",
+    "LeastBytes": "least_bytes",
+    "ByRegion": "by_region",
+    "ByTier": "by_tier",
+}
 # the newest sample of each tenant
 _SIZES = text(
     "SELECT t.server, sum(m.size_bytes)::bigint AS size_bytes FROM tenancy.tenants AS t CROSS JOIN LATERAL ("
@@ -239,7 +246,8 @@ def _described(request: PlacementRequest) -> str:
 
 
 def _name_of(policy: object) -> str:
-    return getattr(policy, "__qualname__", None) or type(policy).__name__
+    name = getattr(policy, "__qualname__", None) or type(policy).__name__
+    return _SETTINGS.get(name, name)
 
 
 __all__ = ["PlacementExplanation", "Placer", "ServerVerdict"]

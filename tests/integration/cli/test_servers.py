@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import secrets
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import pytest
+from sqlalchemy.engine import make_url
 
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
 from tests.support.warm import Finished, run_module
 
+Cli = Callable[..., Awaitable[Finished]]
 
-async def test_servers_by_command(
-    postgres: Postgres, name_prefix: str, control_url: str, empty_url: str, tmp_path: Path
-) -> None:
-    """A second server gets tenants by name alone; a changed maintenance database is refused until it is recorded."""
+
+@pytest.fixture
+def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: Path) -> Cli:
+    """Runs a command of a project with one server in its settings."""
     (tmp_path / "models.py").write_text("from sqlalchemy import MetaData\nmetadata = MetaData()\n")
-    both = f"default={postgres.admin_url} eu={postgres.admin_url}"
     variables = environment(
         TENANCY_CONTROL_URL=control_url,
         TENANCY_SERVERS=f"default={postgres.admin_url}",
@@ -29,9 +34,92 @@ async def test_servers_by_command(
         NO_COLOR="1",
     )
 
-    async def cli(*arguments: str, stdin: str = "", **changes: str) -> Finished:
+    async def run(*arguments: str, stdin: str = "", **changes: str) -> Finished:
         return await run_module("tenancy_orm.cli", *arguments, cwd=tmp_path, env={**variables, **changes}, stdin=stdin)
 
+    return run
+
+
+async def test_a_server_is_added_and_removed_by_command(cli: Cli, postgres: Postgres) -> None:
+    """Its password comes from a URL, the standard input or a variable; tenants are placed by region, as explained."""
+    url = make_url(postgres.admin_url)
+    password = url.password or ""
+    bare = url._replace(password=None).render_as_string()
+    same = ("--same-cluster", "--yes")
+    refused = await cli("servers", "add", "eu", postgres.admin_url, "--json")
+    assert (
+        refused.status == 1
+        and "leads to the cluster of server 'default'" in json.loads(refused.err.splitlines()[-1])["message"]
+    )
+    assert "can see it while it runs" in refused.err and password not in refused.err + refused.out
+    wrong = await cli("servers", "add", "eu", bare, "--password-stdin", *same, stdin="wrong\n")
+    assert wrong.status == 1 and "28P01" in wrong.err and "wrong" not in wrong.err.replace("wrong password", "")
+    added = await cli(
+        *(
+            "servers",
+            "add",
+            "eu",
+            bare,
+            "--password-stdin",
+            "--region",
+            "eu",
+            "--label",
+            "disk=nvme",
+            "--capacity",
+            "3",
+        ),
+        *same,
+        stdin=f"{password}\n",
+    )
+    assert (added.status, added.out) == (0, f"added server eu at {url.host}:{url.port}\n"), added.err
+    added = await cli(
+        "servers", "add", "us", "$URL", "--region", "us", "--drain", *same, "--json", URL=postgres.admin_url
+    )
+    assert added.status == 0 and json.loads(added.out)["state"] == "drain" and not added.err
+    created = await cli("create", "acme", "--region", "eu", "--json")
+    assert (json.loads(created.out)["server"], json.loads(created.out)["region"]) == ("eu", "eu")
+    listed = json.loads((await cli("list", "--region", "eu", "--json")).out)
+    assert [tenant["slug"] for tenant in listed["items"]] == ["acme"]
+
+    explained = await cli("servers", "explain", "acme")
+    where = "(tier free, region eu) is on eu, and"
+    cells = [re.split(" {2,}", line) for line in explained.out.splitlines()[1:]]
+    assert cells == [
+        ["default", "-", "0", "-", "-", "is in no region, and the tenant belongs to region eu"],
+        ["eu", "eu", "1", "3", "-", "chosen (it is there)"],
+        ["us", "us", "0", "-", "-", "is in region us, and the tenant belongs to region eu"],
+        [f"tenant acme {where} would be placed on eu now: it is the only server in region eu"],
+    ]
+    found = await cli("servers", "explain", "--region", "us", "--json", TENANCY_PLACEMENT="fewest_tenants")
+    verdicts = {one["server"]: one["refused"] for one in json.loads(found.out)["servers"]}
+    assert json.loads(found.out)["chosen"] is None and verdicts["us"] == "accepts no new tenants"
+
+    shown = json.loads((await cli("servers", "show", "eu", "--json")).out)
+    assert (shown["addresses_from"], shown["labels"], shown["tenants"]) == ("row", {"disk": "nvme"}, 1)
+    changed = await cli("servers", "update", "eu", "--capacity", "none", "--weight", "2.5", "--json")
+    assert (json.loads(changed.out)["capacity"], json.loads(changed.out)["weight"]) == (None, 2.5)
+    assert (await cli("servers", "activate", "us")).out == "server us is active\n"
+    assert (await cli("servers", "drain", "us")).out == "server us is in drain\n"
+    assert (await cli("servers", "remove", "eu", "--yes")).status == 1
+    assert (await cli("servers", "remove", "us", stdin="n\n")).status == 1
+    removed = await cli("servers", "remove", "us", "--yes")
+    assert (removed.status, removed.out) == (0, "removed server us\n"), removed.err
+    for arguments, message in [
+        (("add", "x", bare, "--password-stdin", "--password"), "one place only"),
+        (("add", "x", "$NOWHERE"), "the variable NOWHERE is not set"),
+        (("add", "x", postgres.admin_url, "--password-variable", "PATH"), "has a password already"),
+        (("add", "x", bare, "--capacity", "many"), "neither a whole number"),
+        (("add", "x", bare, "--label", "disk"), "a label is name=value"),
+        (("update", "eu", "--tenants", "postgresql://h"), "give --admin as well"),
+        (("update", "asia", "--weight", "2"), "'asia' is not known here"),
+    ]:
+        refused = await cli("servers", *arguments)
+        assert refused.status == 1 and message in refused.err, refused.err
+
+
+async def test_servers_by_command(cli: Cli, postgres: Postgres, empty_url: str) -> None:
+    """A second server gets tenants by name alone; a changed maintenance database is refused until it is recorded."""
+    both = f"default={postgres.admin_url} eu={postgres.admin_url}"
     created = await cli("create", "acme", TENANCY_SERVERS=both)
     assert created.status == 0, created.err
     assert created.out.startswith("created acme (free) on server default as ")

@@ -15,8 +15,8 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import ConfigurationError, PlacementError, SecretError, ServerIdentityError, UnknownServerError
 from tenancy_orm.servers.rows import ServerRow
-from tenancy_orm.testing.embedded import EmbeddedServer
 from tests.support.postgres import Postgres
+from tests.support.provisioning import plain_administrator, running_server
 from tests.support.proxy import proxied
 from tests.support.waiting import until
 
@@ -261,8 +261,8 @@ async def test_an_address_that_leads_to_another_cluster_is_refused(
 ) -> None:
     """When it is given, when a process opens, and by a login later; unless an operator says that it has moved."""
     await tenancy.tenants.create("acme")
-    with EmbeddedServer.for_tests() as second:
-        url = second.url()
+    with running_server(18, "second") as second:
+        url = second.admin_url
         with pytest.raises(ServerIdentityError, match=r"another cluster answers.*--accept-identity"):
             await tenancy.servers.update("default", addresses=url)
         with pytest.raises(ConfigurationError, match="names the database"):
@@ -278,6 +278,20 @@ async def test_an_address_that_leads_to_another_cluster_is_refused(
         assert known.source == "row"
         await tenancy.servers.update("default", addresses=postgres.admin_url, accept_identity=True)
         assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
+        # where the identifier may not be read, as on a managed server, a marker of this installation's stands for it
+        async with (
+            plain_administrator(second) as plain,
+            second.connect(make_url(plain).database or "") as admin,
+        ):
+            await admin.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+            marked = (await tenancy.servers.add("marked", plain, same_cluster=True)).identity
+            assert str(marked).startswith("marker:")
+            assert (await tenancy.servers.update("marked", addresses=plain)).identity == marked
+            with pytest.raises(ConfigurationError, match="leads to the cluster of server 'marked'"):
+                await tenancy.servers.add("again", plain)
+            await admin.execute(f"COMMENT ON ROLE {tenancy.internals.provisioner.names.owner} IS 'tenancy server x'")
+            with pytest.raises(ServerIdentityError, match="another cluster answers, marker:x"):
+                await tenancy.servers.update("marked", addresses=plain)
 
 
 async def test_a_region_is_refused_by_code_and_by_the_database(tenancy: Tenancy, postgres: Postgres) -> None:
