@@ -10,6 +10,7 @@ if _typing.TYPE_CHECKING:
     from .config import Limit, TenancyConfig, Tier, TierPolicy
     from .context import current_tenant, current_tenant_or_none
     from .correlation import current_request_id
+    from .deadlines import deadline
     from .errors import TenancyError
     from .prefixes import tenant_prefix
     from .tenancy import Tenancy
@@ -28,6 +29,7 @@ __all__ = [
     "current_request_id",
     "current_tenant",
     "current_tenant_or_none",
+    "deadline",
     "tenant_prefix",
 ]
 
@@ -46,6 +48,7 @@ _MODULES = {
     "current_request_id": "correlation",
     "current_tenant": "context",
     "current_tenant_or_none": "context",
+    "deadline": "deadlines",
     "tenant_prefix": "prefixes",
 }
 

@@ -352,11 +352,18 @@ class Assembly:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
         if initialise or not (in_force := await self.tiers.in_force()):
             await self.tiers.apply(self.config.tiers)
-        elif names := differing(in_force, self.config.tiers):
+        elif names := differing(in_force, self.config.tiers, await self.tiers.weights()):
             logger.warning(
                 "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
                 ", ".join(names),
             )
+        self.router.reweigh(await self.tiers.weights())
+
+    async def _update_weights(self) -> None:
+        try:
+            self.router.reweigh(await self.tiers.weights())
+        except TenancyError as exc:
+            logger.warning("the weights of tiers could not be read again: %s", exc)
 
     async def _upgrade_control(self) -> None:
         """Upgrade the control database, as its server's administrator where its own role may not do everything."""
@@ -470,7 +477,9 @@ class Assembly:
     def _forget(self, tenant_id: UUID | None) -> None:
         if tenant_id is not None:
             self.router.retire(tenant_id)
-        elif self._data_keys is not None:
+            return
+        self._start(self._update_weights())
+        if self._data_keys is not None:
             # there may be a new one: what is sealed from now on should be sealed with it
             self._start(self._update_keys(self._data_keys))
 

@@ -65,6 +65,7 @@
     ├── RoutingError
     │   ├── UnknownServerError (LookupError)
     │   ├── CheckoutTimeoutError (sqlalchemy.exc.TimeoutError)
+    │   │   └── CheckoutRefusedError         it could not have had a connection before its deadline
     │   └── ServerUnavailableError
     │       ├── ServerIdentityError          its address leads to another cluster
     │       ├── ConnectionLimitError         the tenant's role, or the server, has all the connections it may have
@@ -831,7 +832,11 @@ class UnknownServerError(RoutingError, LookupError):
 
 
 class CheckoutTimeoutError(RoutingError, SATimeoutError):
-    """No connection became free within ``pool.checkout_timeout``."""
+    """No connection became free within ``pool.checkout_timeout``, or before a sooner ``deadline``.
+
+    Attributes:
+        retry_after: After how many seconds another attempt may succeed.
+    """
 
     def __init__(
         self, *, server: str, tenant: str, timeout: float, limit: int, setting: str = "pool.max_connections"
@@ -846,6 +851,52 @@ class CheckoutTimeoutError(RoutingError, SATimeoutError):
         self.timeout = timeout
         self.limit = limit
         self.setting = setting
+        self.retry_after = 1.0
+
+
+class CheckoutRefusedError(CheckoutTimeoutError):
+    """A request was refused a connection at once: it could not have one before its deadline, or too many wait already.
+
+    It is a ``CheckoutTimeoutError``, so what handles that handles this: the request has had no connection either way,
+    but it has not waited for nothing.
+
+    Attributes:
+        reason: "deadline", or "queue": as many requests of the tenant wait as ``pool.max_waiting_per_tenant`` allows.
+        timeout: How long it would have waited, in seconds.
+        expected: How long it would have had to wait, at least; 0 where that is not known.
+        waiting: How many requests of the tenant wait.
+        retry_after: After how many seconds another attempt may succeed.
+    """
+
+    def __init__(
+        self,
+        *,
+        server: str,
+        tenant: str,
+        timeout: float,
+        limit: int,
+        setting: str = "pool.max_connections",
+        reason: str = "deadline",
+        expected: float = 0.0,
+        waiting: int = 0,
+        retry_after: float = 1.0,
+    ) -> None:
+        """Give what ``CheckoutTimeoutError`` has, and the attributes."""
+        super().__init__(server=server, tenant=tenant, timeout=timeout, limit=limit, setting=setting)
+        if reason == "queue":
+            why = f"{waiting} of its requests wait already; raise pool.max_waiting_per_tenant, or slow the tenant down"
+        elif expected:
+            why = (
+                f"it would take {expected:.3g} s or longer, and its deadline is in {timeout:.3g} s: {waiting} of its "
+                f"requests wait, and all {limit} connections are in use; close sessions sooner, or raise {setting}"
+            )
+        else:
+            why = "its deadline has passed, and no connection is free"
+        self.args = (f"no connection to server {server!r} for tenant {tenant!r}: {why}",)
+        self.reason = reason
+        self.expected = expected
+        self.waiting = waiting
+        self.retry_after = retry_after
 
 
 class ServerUnavailableError(RoutingError):

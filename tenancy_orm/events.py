@@ -376,10 +376,47 @@ class ConnectionEvicted(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckoutTimedOut(TenantEvent):
-    """A session got no connection within ``seconds``, the ``pool.checkout_timeout``."""
+    """A session got no connection within ``seconds``: the ``pool.checkout_timeout``, or a sooner ``deadline``.
+
+    ``waiting_for`` is what it waited for: "server", a slot of the server; "tenant", a connection of its own tenant,
+    which has all that it may have; "login", that fewer connections are being opened; "postgresql", that PostgreSQL
+    accepts another one. Emitted for each tenant once a second at most; ``requests`` counts those since the last one.
+    """
 
     server: str
     seconds: float
+    waiting_for: str = "server"
+    requests: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckoutRefused(TenantEvent):
+    """A session was refused a connection at once. ``reason`` is "deadline" or "queue", as in ``CheckoutRefusedError``.
+
+    It would have waited for ``seconds`` at least; the other fields are those of ``CheckoutTimedOut``. Emitted for each
+    tenant once a second at most.
+    """
+
+    server: str
+    reason: str
+    seconds: float
+    retry_after: float
+    waiting_for: str
+    requests: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckoutDelayed(TenantEvent):
+    """A session waited for a connection for ``seconds``, 0.1 or more, and got it.
+
+    ``waiting_for`` is as in ``CheckoutTimedOut``. Emitted for each tenant once a second at most; ``requests`` counts
+    those since the last one.
+    """
+
+    server: str
+    seconds: float
+    waiting_for: str
+    requests: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from ..authentication.admission import tenant_for_source
 from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
 from ..correlation import attach_labels, reset_labels, set_labels
+from ..deadlines import check_deadline, reset_deadline, set_deadline
 from ..errors import CrossTenantError, TenancyError, TenantNotAllowedError, TenantNotNamedError, TooManyAttemptsError
 from ..events import OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
@@ -91,12 +92,14 @@ class TenancyMiddleware:
             Without it nobody is served during maintenance: no scope of a credential makes a request an operator's.
         map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
             answered by a problem document, where there is one for it. Other errors pass unchanged.
+        deadline: How long a request would wait for connections, in seconds from its start, if that is less than
+            ``pool.checkout_timeout``: give what its client waits for. None is no deadline. Websockets have none.
         request_id: Whether each request has an id: ``current_request_id()``, in logs, in the ``X-Request-ID`` of the
             answer and in problem documents. True takes the ``X-Request-ID`` of the request where it is 1 to 128
             letters, digits and ``._:@/+-``, else makes one; "new" always makes one.
 
     Raises:
-        ConfigurationError: a path, a resolver, an authenticator, an origin or ``request_id`` is malformed.
+        ConfigurationError: a path, a resolver, an authenticator, an origin, a deadline or ``request_id`` is malformed.
     """
 
     def __init__(
@@ -112,11 +115,13 @@ class TenancyMiddleware:
         trusted_origins: Iterable[str] = (),
         operators: Callable[[Scope, Credential], bool] | None = None,
         map_errors: bool = True,
+        deadline: float | None = None,
         request_id: bool | Literal["new"] = False,
     ) -> None:
         self.app = app
         self.tenancy = tenancy
         self.map_errors = map_errors
+        self.deadline = None if deadline is None else check_deadline(deadline)
         self.operators = operators
         self.exempt = ExemptPaths(exempt)
         self.callers = Callers(
@@ -149,6 +154,7 @@ class TenancyMiddleware:
             connection.labels = labels = self._request_ids.labels_of(scope)
             labelled = set_labels(labels)
         admitted = False
+        deadline = set_deadline(self.deadline) if self.deadline is not None and kind == "http" else None
         try:
             scope[TENANCY] = self.tenancy
             scope[CREDENTIAL] = None
@@ -230,6 +236,8 @@ class TenancyMiddleware:
             raise
         finally:
             reset_current(token)
+            if deadline is not None:
+                reset_deadline(deadline)
             if labelled is not None:
                 reset_labels(labelled)
             if connection.watched:

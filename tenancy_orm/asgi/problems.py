@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from ..correlation import current_request_id
 from ..errors import (
     AdmissionEndedError,
+    CheckoutRefusedError,
     CheckoutTimeoutError,
     ControlUnavailableError,
     CredentialsUnavailableError,
@@ -152,7 +153,7 @@ MAINTENANCE = Problem(
     "this tenant is in maintenance; try again later",
     _retry_after(60),
 )
-BUSY = Problem(503, "busy", "Too busy", "all connections to the database are in use; try again", _retry_after(1))
+BUSY = Problem(503, "busy", "Too busy", "all connections to the database are in use; try again")
 DATABASE_AWAY = Problem(
     503, "database-unavailable", "Database not available", "the database does not answer; try again", _retry_after(5)
 )
@@ -235,6 +236,20 @@ def _not_named(error: TenantNotNamedError, tenant: Tenant | None) -> Problem:
     return Problem(409, "tenant-not-named", "Which tenant?", detail, members={"tenants": list(error.slugs)})
 
 
+def _busy(error: CheckoutTimeoutError, tenant: Tenant | None) -> Problem:
+    reason = error.reason if isinstance(error, CheckoutRefusedError) else "timeout"
+    return replace(
+        BUSY, headers=_retry_after(max(1, math.ceil(error.retry_after))), members={"reason": _BUSY_REASONS[reason]}
+    )
+
+
+_BUSY_REASONS = {
+    "timeout": "timed-out",  # it has waited
+    "deadline": "cannot-be-served-in-time",
+    "queue": "too-many-waiting",
+}
+
+
 def _missing_scope(error: MissingScopeError, tenant: Tenant | None) -> Problem:
     challenge = 'Bearer error="insufficient_scope"'
     if _SCOPE_TOKEN.fullmatch(error.scope):
@@ -283,7 +298,7 @@ _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], 
     TenantSuspendedError: SUSPENDED,
     TenantUnavailableError: UNAVAILABLE,
     QuotaExceededError: _quota,
-    CheckoutTimeoutError: BUSY,
+    CheckoutTimeoutError: _busy,
     ServerUnavailableError: _server_away,
     ControlUnavailableError: CONTROL_AWAY,
 }

@@ -14,22 +14,27 @@ app = typer.Typer(help="Show the tiers in force, and put the configured ones in 
 
 @app.command("list")
 def list_tiers(as_json: Json = False) -> None:
-    """List the limits of the tiers in force, and the configured tiers that differ."""
+    """List the weights and limits of the tiers in force, and the configured tiers that differ."""
 
-    async def command(tenancy: Tenancy) -> tuple[dict[str, dict[str, dict[str, object]]], tuple[str, ...]]:
-        in_force = await tenancy.tiers.in_force()
-        return in_force, differing(in_force, tenancy.config.tiers)
+    async def command(
+        tenancy: Tenancy,
+    ) -> tuple[dict[str, dict[str, dict[str, object]]], dict[str, float], tuple[str, ...]]:
+        in_force, weights = await tenancy.tiers.in_force(), await tenancy.tiers.weights()
+        return in_force, weights, differing(in_force, tenancy.config.tiers, weights)
 
-    found, names = run(command)
+    found, weights, names = run(command)
     if as_json:
-        print_json({"in_force": found, "differing": names})
+        print_json({"in_force": found, "weights": weights, "differing": names})
         return
-    rows = [
-        (tier, resource, "unlimited" if limit["amount"] is None else limit["amount"], limit["period"])
-        for tier, limits in found.items()
-        for resource, limit in limits.items()
-    ]
-    print_table("tiers in force", ("tier", "resource", "amount", "period"), rows)
+    rows: list[tuple[object, ...]] = []
+    for tier, limits in found.items():
+        weight = f"{weights[tier]:g}"
+        if not limits:
+            rows.append((tier, weight, "-", "-", "-"))
+        for resource, limit in limits.items():
+            amount = "unlimited" if limit["amount"] is None else limit["amount"]
+            rows.append((tier, weight, resource, amount, limit["period"]))
+    print_table("tiers in force", ("tier", "weight", "resource", "amount", "period"), rows)
     if names:
         note(f"configured differently: {', '.join(names)}; to put them in force: tenancy tiers apply")
 

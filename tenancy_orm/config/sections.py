@@ -108,10 +108,13 @@ class PoolConfig(Section, frozen=True):
     """How many connections the process may hold open to one server."""
     max_connections_per_tenant: Count = 5
     """How many of those for one tenant."""
+    max_waiting_per_tenant: Count = 10_000
+    """How many requests of one tenant may wait for a connection; further ones are refused at once."""
     max_engines: Count = 1_000
     """How many tenants' engines are kept."""
     checkout_timeout: Seconds = 10.0
-    """How long a session waits for a connection, in seconds."""
+    """How long a session waits for a connection, in seconds. One that cannot have a connection until then is refused at
+    once."""
     connect_timeout: Seconds = 10.0
     """How long opening a connection may take, in seconds; one to the control database too."""
     idle_timeout: SecondsOrZero = 600.0

@@ -21,6 +21,8 @@ UNLIMITED = "unlimited"
 Period = Literal["lifetime", "day", "month", "concurrent"]
 
 RESOURCE_NAME: Final = re.compile(r"[a-z][a-z0-9_.-]{0,62}")
+LEAST_WEIGHT: Final = 0.01
+LARGEST_WEIGHT: Final = 1_000
 LARGEST_AMOUNT: Final = 10**15  # leaves room to add without leaving PostgreSQL's bigint
 
 
@@ -67,12 +69,15 @@ class Tier:
         limits: A ``Limit`` for each resource; a number is short for ``Limit(number)``, None for no limit.
         requests_per_second: Bounds the request rate of a tenant; None is unbounded.
         connection_limit: The CONNECTION LIMIT of a tenant's PostgreSQL role.
+        weight: How much connection time a tenant gets, relative to those of other tiers, where requests have to wait
+            for a connection: 0.01 to 1000.
     """
 
     name: str
     limits: Mapping[str, Limit]
     requests_per_second: float | None
     connection_limit: int
+    weight: float
 
     def __init__(
         self,
@@ -81,11 +86,16 @@ class Tier:
         *,
         requests_per_second: float | None = None,
         connection_limit: int = 20,
+        weight: float = 1.0,
     ) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", name):
             raise ConfigurationError(f"tier name {name!r} must be 1 to 31 of a-z, 0-9, _ and -, from a letter")
         if type(connection_limit) is not int or connection_limit < 1:
             raise ConfigurationError(f"connection_limit of tier {name!r} must be a whole number of at least 1")
+        if not _is_above_zero(weight, up_to=LARGEST_WEIGHT) or weight < LEAST_WEIGHT:
+            raise ConfigurationError(
+                f"weight of tier {name!r} must be a number from {LEAST_WEIGHT} to {LARGEST_WEIGHT}"
+            )
         if requests_per_second is not None and not _is_above_zero(requests_per_second, up_to=LARGEST_AMOUNT):
             raise ConfigurationError(f"requests_per_second of tier {name!r} must be a number above 0")
         for resource in limits or {}:
@@ -99,6 +109,7 @@ class Tier:
         object.__setattr__(self, "limits", MappingProxyType(given))
         object.__setattr__(self, "requests_per_second", requests_per_second)
         object.__setattr__(self, "connection_limit", connection_limit)
+        object.__setattr__(self, "weight", float(weight))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,10 +150,10 @@ def default_tiers() -> Mapping[str, Tier]:
     """free, starter, pro and enterprise."""
     gib = 1024**3
     table = {
-        "free": (3, 1_000, 1 * gib, 5),
-        "starter": (10, 10_000, 10 * gib, 10),
-        "pro": (50, 100_000, 100 * gib, 20),
-        "enterprise": (None, None, None, 50),
+        "free": (3, 1_000, 1 * gib, 5, 1),
+        "starter": (10, 10_000, 10 * gib, 10, 2),
+        "pro": (50, 100_000, 100 * gib, 20, 4),
+        "enterprise": (None, None, None, 50, 8),
     }
     return MappingProxyType(
         {
@@ -154,8 +165,9 @@ def default_tiers() -> Mapping[str, Tier]:
                     "storage_bytes": Limit(storage),
                 },
                 connection_limit=connections,
+                weight=weight,
             )
-            for name, (users, calls, storage, connections) in table.items()
+            for name, (users, calls, storage, connections, weight) in table.items()
         }
     )
 
@@ -191,6 +203,7 @@ class _TierTable(BaseModel):
     limits: dict[str, _LimitOrAmount] = {}
     requests_per_second: _Number | None = None
     connection_limit: Annotated[int, Strict()] = 20
+    weight: _Number = 1.0
 
 
 class _PolicyTable(BaseModel):
@@ -240,6 +253,7 @@ def _read_tier(name: str, given: object) -> Tier:
         {resource: _read_limit(limit) for resource, limit in table.limits.items()},
         requests_per_second=table.requests_per_second,
         connection_limit=table.connection_limit,
+        weight=table.weight,
     )
 
 

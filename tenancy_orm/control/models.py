@@ -108,6 +108,8 @@ tiers = Table(
     Column("rank", Integer, nullable=False, server_default="0"),
     Column("limits", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("weight", Double, nullable=False, server_default="1"),
+    CheckConstraint("weight > 0", name="weight"),
     CheckConstraint("name ~ '^[a-z][a-z0-9_-]{0,30}$'", name="name"),
 )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .budget import BudgetStatistics
+from .budget import BudgetStatistics, Waiting
 from .guard import TenantSession
 from .sessions import Router, RoutingStatistics
 
-__all__ = ["BudgetStatistics", "Router", "RoutingStatistics", "TenantSession"]
+__all__ = ["BudgetStatistics", "Router", "RoutingStatistics", "TenantSession", "Waiting"]

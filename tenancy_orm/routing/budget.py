@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar, get_args
 from uuid import UUID
 from weakref import WeakValueDictionary
 
@@ -36,12 +36,38 @@ KEEP_SECONDS = 1.0
 """For how long an idle connection is not closed for a tenant that has its part of the slots, or more."""
 
 
+WaitingFor = Literal["server", "tenant", "login", "postgresql"]
+"""What a request waits for: a slot of the server; a connection of its own tenant, which has all that it may have; that
+fewer connections are being opened at once; or PostgreSQL, which accepts no further connection (53300)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A tenant that waits now, for what, and how many of its requests; the first one since ``seconds`` ago.
+
+    ``busy`` counts its connections in use or being opened in this process.
+    """
+
+    tenant_id: UUID
+    slug: str
+    tier: str
+    weight: float
+    waiting_for: WaitingFor
+    requests: int
+    seconds: float
+    busy: int
+
+
 @dataclass(frozen=True, slots=True)
 class BudgetStatistics:
     """Connections to one server. ``limit`` and ``open`` count slots; ``open`` is the sum of the next four.
 
     ``waiting`` counts requests without a connection, and ``evictions`` the idle connections closed so far to make room
     for another tenant's, or for the same tenant's synchronous code.
+
+    ``waiting_for`` counts the requests that wait by what they wait for. ``waited`` is how many got a connection so far
+    after they had waited, ``waited_seconds`` for how long in total. ``refused`` counts those that were refused at once,
+    and ``timed_out`` those that waited in vain.
     """
 
     limit: int
@@ -52,6 +78,11 @@ class BudgetStatistics:
     closing: int
     waiting: int
     evictions: int
+    waiting_for: Mapping[WaitingFor, int] = field(default_factory=lambda: dict.fromkeys(get_args(WaitingFor), 0))
+    waited: int = 0
+    waited_seconds: float = 0.0
+    refused: int = 0
+    timed_out: int = 0
 
 
 class Budget(Generic[T]):
@@ -85,6 +116,8 @@ class Budget(Generic[T]):
         self.opening = 0
         self.closing = 0
         self.evictions = 0
+        self.refused = 0
+        self.timed_out = 0
         self._evict = evict
         self._accounts: WeakValueDictionary[UUID, Account] = WeakValueDictionary()
         self._now = clock
@@ -94,13 +127,17 @@ class Budget(Generic[T]):
         self._deprived: dict[Account, float] = {}  # since when tenants have none that others took them from
         self._clock = 0.0  # in half-lives
 
-    def share(self, tenant_id: UUID, *, limit: int | None = None, weight: float = 1.0) -> Share[T]:
+    def share(
+        self, tenant_id: UUID, *, limit: int | None = None, weight: float = 1.0, slug: str = "", tier: str = ""
+    ) -> Share[T]:
         """Return a share for a new pool of this tenant.
 
         Args:
             tenant_id: The tenant.
             limit: How many slots it may hold, if that is fewer than ``per_tenant``.
             weight: How much of the slots it gets where there are too few, relative to others.
+            slug: Its slug, for errors and figures.
+            tier: The name of its tier, also for ``reweigh``.
         """
         allowed = self.per_tenant if limit is None else min(limit, self.per_tenant)
         account = self._accounts.get(tenant_id)
@@ -109,6 +146,7 @@ class Budget(Generic[T]):
         elif account.weight != weight:
             self._waiting.reweigh(account, weight, self._now())
         account.limit = allowed
+        account.slug, account.tier = slug, tier
         return Share(account)
 
     def account(self, tenant_id: UUID) -> Account | None:
@@ -117,6 +155,9 @@ class Budget(Generic[T]):
 
     def statistics(self) -> BudgetStatistics:
         """Return the current counts."""
+        waiting_for: dict[WaitingFor, int] = dict.fromkeys(get_args(WaitingFor), 0)
+        for share in list(self._waiting):
+            waiting_for[self.reason(share.account)] += self._waiting.length(share)
         return BudgetStatistics(
             limit=self.limit,
             open=self.open,
@@ -126,7 +167,56 @@ class Budget(Generic[T]):
             closing=self.closing,
             waiting=len(self._waiting),
             evictions=self.evictions,
+            waiting_for=waiting_for,
+            waited=self._waiting.waited,
+            waited_seconds=self._waiting.waited_seconds,
+            refused=self.refused,
+            timed_out=self.timed_out,
         )
+
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Give the tenants of each tier another weight; 1.0 where the tier has none."""
+        now = self._now()
+        for account in list(self._accounts.values()):
+            weight = weights.get(account.tier, 1.0)
+            if account.weight != weight:
+                self._waiting.reweigh(account, weight, now)
+
+    def waiting(self) -> list[Waiting]:
+        """Return which tenants wait, the one that waits longest first."""
+        now = self._now()
+        found: dict[Account, float] = {}
+        for share in self._waiting:
+            since = self._waiting.since(share)
+            found[share.account] = min(since, found.get(share.account, since))
+        return [
+            Waiting(
+                tenant_id=account.tenant_id,
+                slug=account.slug,
+                tier=account.tier,
+                weight=account.weight,
+                waiting_for=self.reason(account),
+                requests=account.queued,
+                seconds=now - since,
+                busy=account.busy,
+            )
+            for account, since in sorted(found.items(), key=lambda item: item[1])
+        ]
+
+    @property
+    def has_waiters(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._waiting)
+
+    def reason(self, account: Account) -> WaitingFor:
+        """Return what a tenant without a free connection waits for."""
+        if account.ceiling is not None and account.ceiling <= account.open:
+            return "postgresql"
+        if account.open >= account.limit:
+            return "tenant"
+        if self.open < self.limit and not self._can_open:
+            return "login"
+        return "server"
 
     # --- the limit --------------------------------------------------------------------------------------------------
 
@@ -198,8 +288,10 @@ class Budget(Generic[T]):
         """
         if not self._can_open or not share.account.room:
             return False
-        if self._deprived and self._is_kept_from(share.account, self._now()):
-            return False
+        if self._deprived:
+            now, account = self._now(), share.account
+            if self._keeps_free_slots(now) and account.busy + 1 > max(1.0, self._unit_with_idle(now) * account.weight):
+                return False
         self._reserve(share)
         return True
 
@@ -219,12 +311,9 @@ class Budget(Generic[T]):
         """
         now, account = self._now(), share.account
         if not first:
-            if self._max_waiting is not None and account.queued >= self._max_waiting:
-                return Refusal("queue", 0.0, 1.0)
-            refusal = self._waiting.refusal(
-                account, ahead=account.queued, now=now, deadline=deadline, limit=self.limit, busy=self._busy
-            )
+            refusal = self._refusal(account, now, deadline)
             if refusal is not None:
+                self.refused += 1
                 return refusal
         self._waiting.add(share, Entry(waiter, now, deadline), first=first)
         self._serve_waiters()
@@ -241,11 +330,22 @@ class Budget(Generic[T]):
             The waiters that cannot be served before their deadlines; they do not wait any more.
         """
         self._serve_waiters()
-        return self._waiting.hopeless(self._now(), limit=self.limit)
+        found = self._waiting.hopeless(self._now(), limit=self.limit)
+        self.refused += len(found)
+        return found
 
-    def opened(self) -> None:
-        """Record that a connection was opened in a reserved slot; it is in use."""
+    def _refusal(self, account: Account, now: float, deadline: float) -> Refusal | None:
+        if self._max_waiting is not None and account.queued >= self._max_waiting:
+            return Refusal("queue", 0.0, 1.0)
+        return self._waiting.refusal(
+            account, ahead=account.queued, now=now, deadline=deadline, limit=self.limit, busy=self._busy
+        )
+
+    def opened(self, seconds: float | None = None) -> None:
+        """Record that a connection was opened in a reserved slot, in so many ``seconds``; it is in use."""
         self.opening -= 1
+        if seconds is not None:
+            self._waiting.measure_login(seconds)
         if self._waiting and self.max_opening is not None:
             self._serve_waiters()
 
@@ -296,9 +396,11 @@ class Budget(Generic[T]):
             self._evict(share, item)
             return True
         if self._waiting:
+            waits = share in self._waiting
+            serves_own = waits and self._serves_own(share, now)
             self._waiting.settle(account, now)
-            if share in self._waiting:
-                if not self._serves_own(share, now):
+            if waits:
+                if not serves_own:
                     self.evictions += 1
                     self._evict(share, item)
                     return True
@@ -406,8 +508,14 @@ class Budget(Generic[T]):
         now = self._now()
         waiting = self._waiting
         while waiting and self._can_open:
-            turn = waiting.first(now, limit=self.limit, busy=self._busy)
-            if turn is None or (self._deprived and self._is_kept_from(turn.share.account, now)):
+            kept = self._keeps_free_slots(now)
+            turn = waiting.first(
+                now,
+                limit=self.limit,
+                busy=self._busy,
+                most=self._unit_with_idle(now) if kept else None,
+            )
+            if turn is None:
                 break
             waiter = waiting.pop(turn.share, now, busy=turn.share.account.busy + 1)
             if waiter is not None:
@@ -448,18 +556,18 @@ class Budget(Generic[T]):
         unit = (self.limit - self._busy + theirs) / weight if weight else 0.0
         return max(unit, self.limit / 2 / self._waiting.weight) if self._waiting.weight else unit
 
-    def _is_kept_from(self, account: Account, now: float) -> bool:
-        """Whether the free slots are kept for tenants that have lost their last connection, from one with its part.
+    def _keeps_free_slots(self, now: float) -> bool:
+        """Whether what is free is kept for tenants that have lost their last connection, from those with their parts.
 
         A quarter of the slots at most is kept, and for ``KEEP_SECONDS``. Otherwise a tenant that saturates would get
         one slot after the other, whenever a tenant for which one is made free is served in another way.
         """
-        for one, since in list(self._deprived.items()):
-            if since <= now - KEEP_SECONDS:
-                del self._deprived[one]
-        if self.limit - self.open > min(len(self._deprived), self.limit // 4) or account in self._deprived:
+        if not self._deprived:
             return False
-        return account.busy + 1 > max(1.0, self._unit_with_idle(now) * account.weight)
+        for account, since in list(self._deprived.items()):
+            if since <= now - KEEP_SECONDS:
+                del self._deprived[account]
+        return self.limit - self.open <= min(len(self._deprived), self.limit // 4)
 
     def _due(self, unit: float) -> int:
         """How many slots the waiters want within their parts."""
@@ -508,11 +616,10 @@ class Budget(Generic[T]):
         """
         waiting, account = self._waiting, share.account
         other = waiting.first(now, limit=self.limit, busy=self._busy, returning=account)
+        waiting.advance(account, other, now)
         if other is not None and not waiting.keeps(account, other, now, limit=self.limit, busy=self._busy):
             # or the slots that are free or being freed are enough for the others
             return sum(self._wanted(one) for one in waiting if one is not share) <= self._coming_free
-        if other is None:
-            waiting.advance(account, now)
         if account.queues == 1:
             return True
 
@@ -546,4 +653,14 @@ class Budget(Generic[T]):
         return True
 
 
-__all__ = ["HALF_LIFE", "KEEP_SECONDS", "Account", "Budget", "BudgetStatistics", "Share", "Waiter"]
+__all__ = [
+    "HALF_LIFE",
+    "KEEP_SECONDS",
+    "Account",
+    "Budget",
+    "BudgetStatistics",
+    "Share",
+    "Waiter",
+    "Waiting",
+    "WaitingFor",
+]

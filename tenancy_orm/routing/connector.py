@@ -15,7 +15,7 @@ import logging
 import select
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
@@ -45,6 +45,7 @@ from ..secrets.sealed import SealedPasswords
 from ..servers.server import CLOSE_SECONDS, Server
 from .budget import Budget, Share
 from .connection import DriverConnection, TenantConnection
+from .contention import Contention
 from .dialect import SharedDialect
 from .held import Ending, HeldConnection
 from .marker import marker_text, verify
@@ -80,6 +81,7 @@ class Connector:
         passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
         ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
         hears: Whether such requests of other processes arrive here now.
+        weights: The weights of the tiers in force; those of the configuration where None.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Connector:
         passwords: SealedPasswords | None = None,
         ask: Ask | None = None,
         hears: Callable[[], bool] = lambda: True,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.server = server
         self.home = server.home
@@ -101,7 +104,10 @@ class Connector:
         self.checkout_timeout = config.pool.checkout_timeout
         self.idle_timeout = config.pool.idle_timeout
         self.budget: Budget[Record] = Budget(
-            config.pool.max_connections, config.pool.max_connections_per_tenant, lambda _, record: self._evict(record)
+            config.pool.max_connections,
+            config.pool.max_connections_per_tenant,
+            lambda _, record: self._evict(record),
+            max_waiting=config.pool.max_waiting_per_tenant,
         )
         self.shortages = Shortages(server, self.budget, spawn=self.spawn, ask=ask, discard=self.discard)
         self.outage = Outage(
@@ -113,7 +119,9 @@ class Connector:
             spawn=self.spawn,
             in_loop=lambda *call: _in_loop(self.loop, *call),
         )
+        self.contention = Contention(server.name, self.budget, events)
         self._tiers = config.tiers
+        self._weights = weights
         self._hears = hears
         self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
         self.texts: LRUCache[str, Any] = LRUCache(COMPILED_STATEMENTS)  # textual statements, by their text
@@ -150,10 +158,22 @@ class Connector:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def share(self, tenant_id: UUID, tier: str) -> Share[Record]:
-        """Return a share of the budget for a new pool of this tenant; its tier's limit bounds it as well."""
+    def share(self, tenant_id: UUID, tier: str, *, slug: str = "") -> Share[Record]:
+        """Return a share of the budget for a new pool of this tenant; its tier's limit and weight count as well."""
         found = self._tiers.get(tier)
-        return self.budget.share(tenant_id, limit=None if found is None else found.connection_limit)
+        weight = 1.0 if found is None else found.weight
+        return self.budget.share(
+            tenant_id,
+            limit=None if found is None else found.connection_limit,
+            weight=weight if self._weights is None else self._weights.get(tier, weight),
+            slug=slug,
+            tier=tier,
+        )
+
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Share the connections by other weights of the tiers from now on."""
+        self._weights = weights
+        self.budget.reweigh(weights)
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
@@ -362,7 +382,7 @@ class Connector:
         """
         self._endings.add(ending)
         self.outage.answers += 1
-        self.budget.opened()
+        self.budget.opened(seconds)
         if route.share.account.ceiling is not None:
             self.shortages.accepted(route)
         if self.events.has_subscribers(ConnectionOpened):
@@ -452,6 +472,7 @@ class Connector:
         """
         if self._sweeper is not None:
             self._sweeper.cancel()
+        self.contention.close()
         self._all_closed.clear()
         self._check_all_closed()
         try:

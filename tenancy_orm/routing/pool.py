@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import cast
 from uuid import UUID
 
@@ -18,6 +19,7 @@ from ..postgres.sqlalchemy_versions import await_
 from ..tenant import Placement
 from .connection import TenantConnection
 from .connector import Connector, Record
+from .contention import WaitRefusedError
 from .routed_pool import RoutedPool
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -140,11 +142,10 @@ class TenantPool(RoutedPool):
         If the server or the tenant's role has too many connections (53300), other processes may have them: wait until
         the deadline as the first in the queue, since a connection may be returned here or closed there.
         """
-        now = asyncio.get_running_loop().time
-        deadline = now() + self.connector.checkout_timeout
+        deadline, timeout = self._deadline()
         refused = False
         while True:
-            record = await self._wait_for_slot(deadline, first=refused)
+            record = await self._wait_for_slot(deadline, timeout, first=refused)
             if record is not None:
                 return record
             try:
@@ -152,40 +153,51 @@ class TenantPool(RoutedPool):
             except ServerUnavailableError as exc:
                 if exc.sqlstate != TOO_MANY_CONNECTIONS:
                     raise
-                if now() >= deadline:
-                    raise await self._timeout_error() from exc
+                if time.monotonic() >= deadline:
+                    raise await self._timeout_error(timeout) from exc
                 refused = True
 
-    async def _wait_for_slot(self, deadline: float, *, first: bool) -> Record | None:
+    async def _wait_for_slot(self, deadline: float, timeout: float, *, first: bool) -> Record | None:
         """Reserve a slot and return None, or return a connection that is returned to the pool before."""
         # one may have been returned while PostgreSQL refused another: whoever waits is served by later returns alone
         if first and (record := self._take()) is not None:
             return record
         while not self.connector.budget.reserve(self.share):
-            record = await self._wait(deadline, first=first)
+            record = await self._wait(deadline, timeout, first=first)
             if record is None or self._reusable(record):
                 return record
             self.discard(record)
         return None
 
-    async def _wait(self, deadline: float, *, first: bool) -> Record | None:
+    async def _wait(self, deadline: float, timeout: float, *, first: bool) -> Record | None:
         """Wait for a connection of this tenant (a record) or for a reserved slot (None)."""
+        connector, account = self.connector, self.share.account
         waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
-        self.connector.budget.wait(self.share, waiter, first=first)
+        refusal = connector.budget.wait(self.share, waiter, deadline=deadline, first=first)
+        if refusal is not None:
+            raise self._refused_error(refusal, timeout)
+        connector.contention.begin()
+        since, waiting_for = time.monotonic(), connector.budget.reason(account)
         try:
-            async with asyncio.timeout_at(deadline):
-                return await waiter
+            async with asyncio.timeout(deadline - since):
+                record = await waiter
         except TimeoutError:
             self._stop_waiting(waiter)
-            raise await self._timeout_error() from None
+            raise await self._timeout_error(timeout) from None
+        except WaitRefusedError as exc:
+            raise self._refused_error(exc.refusal, timeout) from None
         except BaseException:
             self._stop_waiting(waiter)
             raise
+        connector.contention.delayed(account, time.monotonic() - since, waiting_for)
+        return record
 
     def _stop_waiting(self, waiter: asyncio.Future[Record | None]) -> None:
         budget = self.connector.budget
         if not waiter.done() or waiter.cancelled():
             budget.withdraw(self.share, waiter)
+        elif waiter.exception() is not None:
+            pass  # it was refused in the same turn
         elif (record := waiter.result()) is not None:
             # the waiter was served in the same turn of the loop in which the caller was cancelled
             self._do_return_conn(record)

@@ -68,6 +68,8 @@ class Queue(Generic[T]):
         # in the order of their turns: a share joins at the end, and moves there again when it was served
         self._entries: dict[Share[T], deque[Entry[T]]] = {}
         self.weight = 0.0  # of the tenants that wait
+        self.waited = 0  # requests that were served so far
+        self.waited_seconds = 0.0  # for how long they had waited
         self.login_seconds = _LOGIN_SECONDS
         self._time = 0.0  # the virtual time of the server
         self._served: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)
@@ -76,7 +78,7 @@ class Queue(Generic[T]):
         return bool(self._entries)
 
     def __len__(self) -> int:
-        return sum(map(len, self._entries.values()))
+        return sum(map(len, list(self._entries.values())))  # any thread may ask
 
     def __iter__(self) -> Iterator[Share[T]]:
         return iter(self._entries)
@@ -131,9 +133,12 @@ class Queue(Generic[T]):
         account = share.account
         found = None
         while queue and found is None:
-            waiter = queue.popleft().waiter
+            waiter, since, _ = queue.popleft()
             account.queued -= 1
-            found = None if waiter.done() else waiter
+            if not waiter.done():
+                found = waiter
+                self.waited += 1
+                self.waited_seconds += now - since
         if found is not None:
             self._served.append((now, 0))
             if account.served is None:
@@ -159,9 +164,10 @@ class Queue(Generic[T]):
         if account.used(now) / account.weight > self._time + MOST_DEBT:
             self._set_time(account, self._time + MOST_DEBT, now)
 
-    def advance(self, account: Account, now: float) -> None:
-        """Record that this tenant is served, since no other waits: who comes next has no credit against it."""
-        self._time = max(self._time, account.used(now) / account.weight)
+    def advance(self, account: Account, other: Turn[T] | None, now: float) -> None:
+        """Record that one of two tenants is served, or the first one alone: who comes next has no credit against it."""
+        time = account.used(now) / account.weight
+        self._time = max(self._time, time if other is None else min(time, other.time))
 
     def _join(self, account: Account, now: float) -> None:
         account.queues += 1
@@ -186,13 +192,16 @@ class Queue(Generic[T]):
 
     # --- the order --------------------------------------------------------------------------------------------------
 
-    def first(self, now: float, *, limit: int, busy: int, returning: Account | None = None) -> Turn[T] | None:
+    def first(
+        self, now: float, *, limit: int, busy: int, most: float | None = None, returning: Account | None = None
+    ) -> Turn[T] | None:
         """Return who is served next, of those that may have a further slot.
 
         Args:
             now: The time.
             limit: How many slots there are.
             busy: How many of them are busy.
+            most: How many a tenant of weight 1 may have, beyond its first one; None is any number.
             returning: The tenant that returns a connection, which is left out: ``keeps`` compares it.
         """
         found: Turn[T] | None = None
@@ -214,6 +223,8 @@ class Queue(Generic[T]):
         unit = self._unit(limit, busy, held)
         for share, own in holders:
             account = share.account
+            if most is not None and own + 1 > max(1.0, most * account.weight):
+                continue
             turn = Turn(share, own + 1 > max(1.0, unit * account.weight), account.used(now) / account.weight)
             if found is None or (turn.is_over, turn.time) < (found.is_over, found.time):
                 found = turn
@@ -301,12 +312,17 @@ class Queue(Generic[T]):
             queue, account = self._entries[share], share.account
             while len(queue) > min(account.limit, limit):
                 waiter, _, deadline = queue[-1]
-                refusal = self.refusal(account, ahead=len(queue) - 1, now=now, deadline=deadline, limit=limit, busy=0)
-                if refusal is None or waiter.done():
-                    break
+                refusal = None
+                if not waiter.done() and now < deadline:  # else it is about to withdraw
+                    refusal = self.refusal(
+                        account, ahead=account.queued - 1, now=now, deadline=deadline, limit=limit, busy=limit
+                    )
+                    if refusal is None:
+                        break
                 queue.pop()
                 account.queued -= 1
-                found.append((share, waiter, refusal))
+                if refusal is not None:
+                    found.append((share, waiter, refusal))
         return found
 
 

@@ -10,13 +10,14 @@ from uuid import UUID
 from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 
-from ..errors import CheckoutTimeoutError, ConnectionLimitError
-from ..events import CheckoutTimedOut
+from ..deadlines import current_deadline
+from ..errors import TenancyError
 from ..loops import Home
 from ..tenant import Placement
 from .budget import Share
 from .connector import Connector, Record
 from .held import HeldConnection
+from .queue import Refusal
 from .route import TenantRoute
 
 
@@ -48,7 +49,7 @@ class RoutedPool(Pool):
     ) -> None:
         super().__init__(self._no_creator, dialect=dialect)
         self.connector = connector
-        self.share: Share[Record] = connector.share(tenant_id, tier)
+        self.share: Share[Record] = connector.share(tenant_id, tier, slug=slug)
         self.route = TenantRoute(
             tenant_id=tenant_id,
             slug=slug,
@@ -96,10 +97,11 @@ class RoutedPool(Pool):
         def suits(record: Record) -> bool:
             return cast("HeldConnection", record.dbapi_connection).has_mode_of(reading=reading)
 
-        while (entry := self.connector.budget.take(self.share, prefer=suits)) is not None:
+        now = time.monotonic()
+        while (entry := self.connector.budget.take(self.share, now, prefer=suits)) is not None:
             since, record = entry
             if (
-                time.monotonic() - since <= self.connector.idle_timeout
+                now - since <= self.connector.idle_timeout
                 and not cast("HeldConnection", record.dbapi_connection).is_closed
                 and not record._is_hard_or_soft_invalidated()
             ):
@@ -107,32 +109,24 @@ class RoutedPool(Pool):
             self.discard(record)
         return None
 
-    async def _timeout_error(self, *, refused: bool = False) -> CheckoutTimeoutError | ConnectionLimitError:
-        connector, budget = self.connector, self.connector.budget
+    def _deadline(self) -> tuple[float, float]:
+        """Until when a checkout that begins now waits (``time.monotonic()``), and how many seconds that is."""
+        now, timeout, sooner = time.monotonic(), self.connector.checkout_timeout, current_deadline()
+        return (now + timeout, timeout) if now + timeout <= sooner else (sooner, max(0.0, sooner - now))
+
+    async def _timeout_error(self, timeout: float, *, refused: bool = False) -> TenancyError:
+        """Return the error for a request that waited for ``timeout`` seconds and got no connection."""
         account = self.share.account
-        if connector.events.has_subscribers(CheckoutTimedOut):
-            connector.events.emit(
-                CheckoutTimedOut(
-                    tenant_id=self.tenant_id,
-                    slug=self.slug,
-                    server=connector.server.name,
-                    seconds=connector.checkout_timeout,
-                )
-            )
+        self.connector.contention.timed_out(account, timeout)
         if refused or account.ceiling is not None:
-            return await connector.shortages.error(self.route)
-        limit, setting = budget.limit, "pool.max_connections"
-        if account.open >= account.limit:
-            limit, setting = account.limit, "pool.max_connections_per_tenant"
-            if limit < budget.per_tenant:
-                setting = f"connection_limit of tier {self.route.tier!r}"
-        return CheckoutTimeoutError(
-            server=connector.server.name,
-            tenant=self.slug,
-            timeout=connector.checkout_timeout,
-            limit=limit,
-            setting=setting,
-        )
+            return await self.connector.shortages.error(self.route)
+        return self.connector.contention.timeout_error(account, timeout)
+
+    def _refused_error(self, refusal: Refusal, timeout: float) -> TenancyError:
+        """Return the error for a request that does not wait."""
+        account = self.share.account
+        self.connector.contention.refused(account, refusal)
+        return self.connector.contention.refused_error(account, refusal, timeout)
 
     # --- return -----------------------------------------------------------------------------------------------------
 

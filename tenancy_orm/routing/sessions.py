@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from threading import get_ident
@@ -25,7 +25,7 @@ from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from ..servers.server import Server
 from ..tenant import Tenant
-from .budget import BudgetStatistics
+from .budget import BudgetStatistics, Waiting
 from .connector import Connector
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
@@ -58,6 +58,8 @@ class Router:
         passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
         ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
         hears: Whether such requests of other processes arrive here now.
+
+    The weights of the tiers are those of the configuration until ``reweigh``.
     """
 
     def __init__(
@@ -167,6 +169,26 @@ class Router:
         else:
             refuse_other_tenant(tenant_id)
         self._cache.schema_changed(tenant_id, changing_seconds=self._migration_timeout if changing else 0.0)
+
+    def reweigh(self, weights: Mapping[str, float]) -> None:
+        """Share the connections by these weights of the tiers, which are in force, from now on.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("changing the weights of tiers")
+        self._connect_to.keywords["weights"] = weights
+        for connector in [*self._connectors.values(), *self._retired]:
+            connector.reweigh(weights)
+
+    def waiting(self) -> Mapping[str, Sequence[Waiting]]:
+        """Return which tenants wait for a connection in this process, by server; who waits longest first.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("listing the tenants that wait")
+        return {name: connector.budget.waiting() for name, connector in list(self._connectors.items())}
 
     def give_up(self, request: ConnectionRequest) -> None:
         """Close connections for another process that asks for them; its own requests are ignored.

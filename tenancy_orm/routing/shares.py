@@ -20,6 +20,9 @@ class Waiter(Protocol[_T_contra]):
     def set_result(self, item: _T_contra, /) -> None:
         """Serve the waiter: with a connection, or with None for a reserved slot to open one in."""
 
+    def set_exception(self, error: BaseException, /) -> None:
+        """End the wait by an error."""
+
 
 class Account:
     """The slots of one tenant, over all its pools.
@@ -30,9 +33,9 @@ class Account:
     one more, or another process asked for one. Where it is None, ``limit`` alone counts. Until ``promised`` (seconds of
     the clock of ``put``) the next connection that is returned is for another process.
 
-    ``weight`` is its tier's. ``seconds`` counts the time for which it has had connections, see ``used``. ``queues``
-    counts its pools that wait, and ``queued`` their requests; ``served`` has when requests that waited were served, and
-    how many connections it had then.
+    ``slug`` and ``tier`` are for errors, ``weight`` is the tier's. ``seconds`` counts the time for which it has had
+    connections, see ``used``. ``queues`` counts its pools that wait, and ``queued`` their requests; ``served`` has when
+    requests that waited were served, and how many connections it had then.
     """
 
     __slots__ = (
@@ -47,12 +50,15 @@ class Account:
         "queues",
         "seconds",
         "served",
+        "slug",
         "tenant_id",
+        "tier",
         "weight",
     )
 
     def __init__(self, tenant_id: UUID, limit: int, weight: float = 1.0) -> None:
         self.tenant_id = tenant_id
+        self.slug = self.tier = ""
         self.open = 0
         self.idle = 0
         self.closing = 0

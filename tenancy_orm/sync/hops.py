@@ -60,6 +60,10 @@ class Answer(Generic[T]):
         self._answered = True
         self._box.put((None, error))
 
+    def set_exception(self, error: BaseException, /) -> None:
+        """Have the thread raise an error, as a ``Waiter``."""
+        self.set_error(error)
+
     def take(self) -> tuple[T | None, BaseException | None] | None:
         """Return the answer if there is one, and otherwise take no later one."""
         try:

@@ -16,11 +16,12 @@ from psycopg import errors as pg_errors
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from ..errors import MarkerMismatchError, SecretError, ServerUnavailableError
+from ..errors import MarkerMismatchError, SecretError, ServerUnavailableError, TenancyError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.login import PEER_KEEPALIVES, check, clear_tracebacks, hosts_to_try, suspect_hosts
 from ..postgres.quoting import quote_literal
 from ..routing.connector import Connector, Record
+from ..routing.contention import WaitRefusedError
 from ..routing.marker import FIND, PROVED, marker_text, mismatch, proof
 from ..routing.routed_pool import RoutedPool
 from ..tenant import Placement
@@ -90,10 +91,10 @@ class ThreadPool(RoutedPool):
 
     def _get(self, reading: bool) -> Record:
         self.route.check_bound()
-        deadline = time.monotonic() + self.connector.checkout_timeout
+        deadline, timeout = self._deadline()
         first = False
         while True:
-            record = self._get_slot(deadline, first=first, reading=reading)
+            record = self._get_slot(deadline, timeout, first=first, reading=reading)
             if record is not None:
                 if cast("ThreadConnection", record.dbapi_connection).is_alive():
                     return record
@@ -106,20 +107,33 @@ class ThreadPool(RoutedPool):
                     raise
                 if time.monotonic() >= deadline:
                     # by now the budget may have forgotten the refusal, since nobody waits
-                    raise self._hops.run_async(partial(self._timeout_error, refused=True), unbound=True) from exc
+                    error = partial(self._timeout_error, timeout, refused=True)
+                    raise self._hops.run_async(error, unbound=True) from exc
                 # other processes may have them: wait as the first in the queue
                 first = True
 
-    def _get_slot(self, deadline: float, *, first: bool, reading: bool) -> Record | None:
+    def _get_slot(self, deadline: float, timeout: float, *, first: bool, reading: bool) -> Record | None:
         """Return an idle connection, or None: a slot is reserved, to open one in."""
         answer: Answer[Record | None] = Answer(self._give_back_here)
-        self._hops.put(answer, self._begin_here, answer, first, reading)
+        waiting_for: list[str] = []
+        since = time.monotonic()
+        self._hops.put(answer, partial(self._begin_here, answer, deadline, waiting_for, first=first, reading=reading))
         try:
-            return self._hops.wait(answer, deadline - time.monotonic())
+            record = self._hops.wait(answer, deadline - since)
         except TimeoutError:
-            return self._hops.run_async(self._end_wait_here, answer, undo=self._give_back_here, unbound=True)
+            end = partial(self._end_wait_here, answer, timeout)
+            return self._hops.run_async(end, undo=self._give_back_here, unbound=True)
+        except WaitRefusedError as exc:
+            error = partial(self._refused_error_here, exc, timeout)
+            raise self._hops.run_async(error, unbound=True) from None
+        if waiting_for:
+            seconds = time.monotonic() - since
+            self._hops.post(self.connector.contention.delayed, self.share.account, seconds, *waiting_for)
+        return record
 
-    def _begin_here(self, answer: Answer[Record | None], first: bool, reading: bool) -> None:
+    def _begin_here(
+        self, answer: Answer[Record | None], deadline: float, waiting_for: list[str], *, first: bool, reading: bool
+    ) -> None:
         budget = self.connector.budget
         self.connector.outage.check(self.slug)
         if not first:
@@ -127,17 +141,25 @@ class ThreadPool(RoutedPool):
         record = self._take(reading=reading)
         if record is not None or budget.reserve(self.share):
             answer.set_result(record)
+        elif (refusal := budget.wait(self.share, answer, deadline=deadline, first=first)) is not None:
+            raise WaitRefusedError(refusal)
         else:
-            budget.wait(self.share, answer, first=first)
+            waiting_for.append(budget.reason(self.share.account))
+            self.connector.contention.begin()
 
-    async def _end_wait_here(self, answer: Answer[Record | None]) -> Record | None:
+    async def _refused_error_here(self, refused: WaitRefusedError, timeout: float) -> TenancyError:
+        return self._refused_error(refused.refusal, timeout)
+
+    async def _end_wait_here(self, answer: Answer[Record | None], timeout: float) -> Record | None:
         if (served := answer.take()) is not None:
             item, error = served
+            if isinstance(error, WaitRefusedError):
+                raise self._refused_error(error.refusal, timeout)
             if error is not None:
                 raise error
             return item
         self.connector.budget.withdraw(self.share, answer)
-        raise await self._timeout_error()
+        raise await self._timeout_error(timeout)
 
     def _give_back_here(self, record: Record | None) -> None:
         if record is None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -49,6 +49,11 @@ class TierRegistry:
         async with self._control.connect() as connection:
             return await _read(connection)
 
+    async def weights(self) -> dict[str, float]:
+        """Return the weight of each tier, by which its tenants share connections."""
+        async with self._control.connect() as connection:
+            return await _read_weights(connection)
+
     async def apply(self, configured: Mapping[str, Tier], *, actor: Actor = SYSTEM) -> TierChanges:
         """Put the configured tiers in force, in every process at once.
 
@@ -62,19 +67,28 @@ class TierRegistry:
         async with self._control.transaction() as connection:
             # one call at a time: two configurations must not be mixed
             await connection.execute(select(tiers.c.name).order_by(tiers.c.name).with_for_update())
-            before = await _read(connection)
+            before, weights = await _read(connection), await _read_weights(connection)
             await write_tiers(connection, configured)
-            changes = await _drop_others(connection, before, configured)
+            changes = await _drop_others(connection, before, configured, weights)
             if changes:
+                after = _with_weights(await _read(connection), await _read_weights(connection))
                 await self._audit.append(
-                    connection, action="tiers.apply", actor=actor, before=before, after=await _read(connection)
+                    connection, action="tiers.apply", actor=actor, before=_with_weights(before, weights), after=after
                 )
         return changes
 
 
-def differing(in_force: Mapping[str, Mapping[str, Any]], configured: Mapping[str, Tier]) -> tuple[str, ...]:
-    """Return the names of configured tiers that differ from those in force."""
-    return tuple(name for name, tier in configured.items() if in_force.get(name) != limits_of(tier))
+def differing(
+    in_force: Mapping[str, Mapping[str, Any]],
+    configured: Mapping[str, Tier],
+    weights: Mapping[str, float] | None = None,
+) -> tuple[str, ...]:
+    """Return the names of configured tiers that differ from those in force, in limits or in their ``weights``."""
+    return tuple(
+        name
+        for name, tier in configured.items()
+        if in_force.get(name) != limits_of(tier) or (weights is not None and weights.get(name) != tier.weight)
+    )
 
 
 def limits_of(tier: Tier) -> dict[str, Any]:
@@ -88,13 +102,13 @@ def limits_of(tier: Tier) -> dict[str, Any]:
 async def write_tiers(connection: AsyncConnection, configured: Mapping[str, Tier]) -> None:
     """Insert or update the tiers that differ from the configuration."""
     for rank, tier in enumerate(configured.values()):
-        statement = insert(tiers).values(name=tier.name, rank=rank, limits=limits_of(tier))
-        changes = {"rank": statement.excluded.rank, "limits": statement.excluded.limits}
+        statement = insert(tiers).values(name=tier.name, rank=rank, limits=limits_of(tier), weight=tier.weight)
+        changes = {name: getattr(statement.excluded, name) for name in ("rank", "limits", "weight")}
         await connection.execute(
             statement.on_conflict_do_update(
                 index_elements=["name"],
                 set_=changes,
-                where=(tiers.c.rank != changes["rank"]) | (tiers.c.limits != changes["limits"]),
+                where=or_(*(tiers.c[name] != value for name, value in changes.items())),
             )
         )
 
@@ -104,8 +118,21 @@ async def _read(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
     return {row.name: dict(row.limits) for row in rows}
 
 
+async def _read_weights(connection: AsyncConnection) -> dict[str, float]:
+    rows = await connection.execute(select(tiers.c.name, tiers.c.weight).order_by(tiers.c.rank, tiers.c.name))
+    return {row.name: row.weight for row in rows}
+
+
+def _with_weights(limits: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    # no resource has a name with a space
+    return {name: {**found, "connection weight": weights[name]} for name, found in limits.items()}
+
+
 async def _drop_others(
-    connection: AsyncConnection, before: Mapping[str, Any], configured: Mapping[str, Tier]
+    connection: AsyncConnection,
+    before: Mapping[str, Any],
+    configured: Mapping[str, Tier],
+    weights: Mapping[str, float],
 ) -> TierChanges:
     unused = ~select(tenants.c.id).where(tenants.c.tier == tiers.c.name).exists()
     gone = delete(tiers).where(tiers.c.name.not_in(configured), unused).returning(tiers.c.name)
@@ -117,7 +144,7 @@ async def _drop_others(
         await connection.execute(update(tiers).where(tiers.c.name == name, tiers.c.rank != rank).values(rank=rank))
     return TierChanges(
         added=tuple(name for name in configured if name not in before),
-        changed=tuple(name for name in differing(before, configured) if name in before),
+        changed=tuple(name for name in differing(before, configured, weights) if name in before),
         removed=tuple(sorted(removed)),
         kept=tuple(kept),
     )

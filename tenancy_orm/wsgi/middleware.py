@@ -16,6 +16,7 @@ from ..asgi.scopes import check_scopes
 from ..authentication.credential import Credential
 from ..context import set_current
 from ..correlation import set_labels
+from ..deadlines import set_deadline
 from ..errors import ConfigurationError, TenancyError
 from ..sync.hops import Answer, Hops
 from ..sync.tenancy import hops_of
@@ -58,10 +59,12 @@ class TenancyWSGIMiddleware:
         trusted_origins: Further origins that may use a cookie.
         operators: Whether a request is an operator's.
         map_errors: Whether errors are answered by problem documents.
+        deadline: How long a request would wait for connections, in seconds.
         request_id: Whether each request has an id.
 
     Raises:
-        ConfigurationError: a path, a resolver, an authenticator, an origin or ``request_id`` is malformed.
+        ConfigurationError: a path, a resolver, an authenticator, an origin, a deadline or ``request_id`` is
+            malformed.
         MissingExtraError: psycopg is not installed.
     """
 
@@ -78,6 +81,7 @@ class TenancyWSGIMiddleware:
         trusted_origins: Iterable[str] = (),
         operators: Callable[[Scope, Credential], bool] | None = None,
         map_errors: bool = True,
+        deadline: float | None = None,
         request_id: bool | Literal["new"] = False,
     ) -> None:
         self.app = app
@@ -94,6 +98,7 @@ class TenancyWSGIMiddleware:
             trusted_origins=trusted_origins,
             operators=operators,
             map_errors=map_errors,
+            deadline=deadline,
             request_id=request_id,
         )
 
@@ -115,6 +120,8 @@ class TenancyWSGIMiddleware:
         context = copy_context()
         context.run(set_current, decision.tenant)
         context.run(set_labels, decision.labels)
+        if self.middleware.deadline is not None:
+            context.run(set_deadline, self.middleware.deadline)
         return _Serving(
             hops, exchange, context, environ, start_response, has_request_id=decision.labels is not None
         ).serve(self.app)

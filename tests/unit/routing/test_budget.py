@@ -535,7 +535,8 @@ class BudgetMachine(RuleBasedStateMachine):
     def nobody_waits_in_vain(self) -> None:
         assert all(not share.idle for share, _ in self.waiting)
         # who has a connection may have to wait for another until nobody else has used theirs lately
-        self._nobody_waits({share for share, _ in self.waiting if share.account.room and not share.account.busy})
+        accounts = {share: share.account for share, _ in self.waiting}
+        self._nobody_waits({one for one, its in accounts.items() if its.room and not its.busy and not its.closing})
 
     def _nobody_waits(self, able: set[Share[str]]) -> None:
         counted = self.budget.statistics()
