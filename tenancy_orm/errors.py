@@ -862,8 +862,9 @@ class CheckoutRefusedError(CheckoutTimeoutError):
 
     Attributes:
         reason: "deadline", or "queue": as many requests of the tenant wait as ``pool.max_waiting_per_tenant`` allows.
-        timeout: How long it would have waited, in seconds.
-        expected: How long it would have had to wait, at least; 0 where that is not known.
+        timeout: How long it would have waited in total, in seconds.
+        expected: How long it would have had to wait from then on, at least; 0 where that is not known.
+        left: How long it was until its deadline then, in seconds.
         waiting: How many requests of the tenant wait.
         retry_after: After how many seconds another attempt may succeed.
     """
@@ -878,6 +879,7 @@ class CheckoutRefusedError(CheckoutTimeoutError):
         setting: str = "pool.max_connections",
         reason: str = "deadline",
         expected: float = 0.0,
+        left: float = 0.0,
         waiting: int = 0,
         retry_after: float = 1.0,
     ) -> None:
@@ -887,14 +889,15 @@ class CheckoutRefusedError(CheckoutTimeoutError):
             why = f"{waiting} of its requests wait already; raise pool.max_waiting_per_tenant, or slow the tenant down"
         elif expected:
             why = (
-                f"it would take {expected:.3g} s or longer, and its deadline is in {timeout:.3g} s: {waiting} of its "
-                f"requests wait, and all {limit} connections are in use; close sessions sooner, or raise {setting}"
+                f"it would take {expected:.3g} s or longer, and {left:.3g} s are left: {waiting} of its requests wait, "
+                f"and all {limit} connections are in use; close sessions sooner, or raise {setting}"
             )
         else:
             why = "its deadline has passed, and no connection is free"
         self.args = (f"no connection to server {server!r} for tenant {tenant!r}: {why}",)
         self.reason = reason
         self.expected = expected
+        self.left = left
         self.waiting = waiting
         self.retry_after = retry_after
 

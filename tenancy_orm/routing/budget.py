@@ -336,7 +336,7 @@ class Budget(Generic[T]):
 
     def _refusal(self, account: Account, now: float, deadline: float) -> Refusal | None:
         if self._max_waiting is not None and account.queued >= self._max_waiting:
-            return Refusal("queue", 0.0, 1.0)
+            return Refusal("queue", 0.0, 1.0, max(0.0, deadline - now))
         return self._waiting.refusal(
             account, ahead=account.queued, now=now, deadline=deadline, limit=self.limit, busy=self._busy
         )
@@ -546,7 +546,7 @@ class Budget(Generic[T]):
     def _unit_with_idle(self, now: float) -> float:
         """How many slots there are for weight 1, where tenants that have used theirs lately count as those that wait.
 
-        Those that wait have half of the slots in any case: idle connections are not worth more.
+        Those that wait have a quarter of the slots in any case: idle connections are not worth all.
         """
         accounts = {share.account for share in self._waiting}
         accounts |= {share.account for share in self._idle_shares if share.idle[-1][0] > now - KEEP_SECONDS}
@@ -554,7 +554,7 @@ class Budget(Generic[T]):
         weight = sum(account.weight for account in accounts)
         theirs = sum(account.busy for account in accounts)
         unit = (self.limit - self._busy + theirs) / weight if weight else 0.0
-        return max(unit, self.limit / 2 / self._waiting.weight) if self._waiting.weight else unit
+        return max(unit, self.limit / 4 / self._waiting.weight) if self._waiting.weight else unit
 
     def _keeps_free_slots(self, now: float) -> bool:
         """Whether what is free is kept for tenants that have lost their last connection, from those with their parts.

@@ -155,6 +155,7 @@ class Contention:
             setting=setting,
             reason=refusal.reason,
             expected=refusal.seconds,
+            left=refusal.left,
             waiting=account.queued,
             retry_after=refusal.retry_after,
         )

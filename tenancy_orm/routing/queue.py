@@ -51,6 +51,7 @@ class Refusal:
     reason: Reason
     seconds: float
     retry_after: float
+    left: float  # seconds until its deadline
 
 
 class Turn(NamedTuple, Generic[T]):
@@ -272,14 +273,14 @@ class Queue(Generic[T]):
             busy: How many of them are busy.
         """
         if now >= deadline:
-            return Refusal("deadline", 0.0, _LEAST_RETRY_SECONDS)
+            return Refusal("deadline", 0.0, _LEAST_RETRY_SECONDS, 0.0)
         seconds = self._least_wait(account, ahead, limit)
         if seconds <= deadline - now and len(self._entries) > limit:
             seconds = max(seconds, self._least_wait_of_turn(account, now, limit, busy))
         if seconds <= deadline - now:
             return None
         retry_after = min(max(seconds - (deadline - now), _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS)
-        return Refusal("deadline", seconds, retry_after)
+        return Refusal("deadline", seconds, retry_after, deadline - now)
 
     def _least_wait(self, account: Account, ahead: int, limit: int) -> float:
         """How long a request waits for those of its own tenant at least, if that tenant gets all slots it may have."""

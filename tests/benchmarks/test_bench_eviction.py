@@ -36,6 +36,9 @@ class _Cancelled:
     def set_result(self, item: object, /) -> None:
         raise AssertionError
 
+    def set_exception(self, error: BaseException, /) -> None:
+        raise AssertionError
+
 
 def misses_of_the_budget(drawn: list[int]) -> float:
     closing: list[Share[str]] = []

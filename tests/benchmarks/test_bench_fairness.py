@@ -6,53 +6,23 @@ orders are compared with the same requests; the second is on PostgreSQL.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import random
 from collections.abc import Callable
+from typing import Any
 
+from sqlalchemy import text
+
+from tenancy_orm.routing import Router
 from tenancy_orm.routing.budget import Budget
-from tenancy_orm.routing.queue import Queue, Turn
-from tenancy_orm.routing.shares import Account
-from tests.support.contention import Load, Simulation
+from tenancy_orm.routing.queue import Queue
+from tenancy_orm.tenant import Tenant
+from tests.support import databases as support
+from tests.support.contention import FewestInUse, FirstCome, Load, Simulation, Unprotected
+from tests.support.postgres import Postgres
 
-
-class FewestInUse(Queue[str]):
-    """Serves the tenant with the fewest connections in use, whatever its weight, and for however long it had them."""
-
-    def first(
-        self, now: float, *, limit: int, busy: int, most: float | None = None, returning: Account | None = None
-    ) -> Turn[str] | None:
-        able = (share for share in self if share.account.room and share.account is not returning)
-        share = min(able, key=lambda share: share.busy, default=None)
-        return None if share is None else Turn(share, False, 0.0)
-
-    def keeps(self, account: Account, other: Turn[str], now: float, *, limit: int, busy: int) -> bool:
-        return account.busy - 1 < other.share.busy
-
-
-class FirstCome(Queue[str]):
-    """Serves who waits longest, whichever tenant's it is: no fairness."""
-
-    def first(
-        self, now: float, *, limit: int, busy: int, most: float | None = None, returning: Account | None = None
-    ) -> Turn[str] | None:
-        able = (share for share in self if share.account.room and share.account is not returning)
-        share = min(able, key=self.since, default=None)
-        return None if share is None else Turn(share, False, self.since(share))
-
-    def keeps(self, account: Account, other: Turn[str], now: float, *, limit: int, busy: int) -> bool:
-        return min(self.since(share) for share in self if share.account is account) <= other.time
-
-
-class Unprotected(Budget[str]):
-    """Closes any idle connection for any waiter."""
-
-    def _due(self, unit: float) -> int:
-        return sum(map(self._wanted, self._waiting))
-
-    def _keeps_free_slots(self, now: float) -> bool:
-        return False
-
-
-ORDERS: dict[str, tuple[type[Budget[str]], Callable[[], Queue[str]]]] = {
+ORDERS: dict[str, tuple[type[Budget[Any]], Callable[[], Queue[Any]]]] = {
     "first come": (Unprotected, FirstCome),
     "fewest in use": (Unprotected, FewestInUse),
     "fair": (Budget, Queue),
@@ -73,7 +43,7 @@ def test_bench_fairness_simulated() -> None:
         "200 clients of 1 s, any number": lambda: [Load(1.0, clients=200)],
         "5 with 50 clients of 50 ms, at most 5": lambda: [Load(0.050, clients=50, most=5) for _ in range(5)],
     }
-    for count, rate in ((10, 20.0), (30, 5.0)):
+    for count, rate in ((10, 20.0), (15, 10.0), (30, 5.0)):
         print(
             f"\nfairness, simulated: {count} neighbours with {rate:g} requests/s of 2 ms on 20 slots, beside tenants "
             "that saturate: p99 of the neighbours, requests/s of the others"
@@ -101,3 +71,76 @@ def test_bench_fairness_simulated() -> None:
             total = sum(load.used for load in loads)
             parts = " ".join(f"{load.used / total:.0%}" for load in loads)
             print(f"    {name:15} {parts} ({sum(len(load.waits) for load in loads) / 30:.0f}/s)")
+
+
+# --- on PostgreSQL --------------------------------------------------------------------------------------------------
+
+SLOTS, NEIGHBOURS, RATE, SECONDS = 12, 8, 15.0, float(os.environ.get("BENCH_SECONDS", "4"))
+
+
+async def _neighbour(router: Router, tenant: Tenant, seed: int, waits: list[float]) -> None:
+    """Send requests at random times, and measure each from when it was due."""
+    chance, loop = random.Random(seed), asyncio.get_running_loop()
+    due, end, tasks = loop.time(), loop.time() + SECONDS, []
+
+    async def request(due: float) -> None:
+        async with router.session(tenant) as session:
+            await session.scalar(text("SELECT 1"))
+        waits.append(loop.time() - due)
+
+    while (due := due + chance.expovariate(RATE)) < end:
+        await asyncio.sleep(max(0.0, due - loop.time()))
+        tasks.append(asyncio.create_task(request(due)))
+    await asyncio.gather(*tasks)
+
+
+async def _measure(router: Router, loud: Tenant, quiet: list[Tenant], clients: int) -> tuple[list[float], int]:
+    """The neighbours' waits, and how many requests the one that saturates has made."""
+    waits: list[float] = []
+    done = 0
+
+    async def client() -> None:
+        nonlocal done
+        while True:
+            async with router.session(loud) as session:
+                await session.execute(text("SELECT pg_sleep(0.05)"))
+            done += 1
+
+    for tenant in quiet:
+        async with router.session(tenant) as session:
+            await session.scalar(text("SELECT 1"))
+    crowd = [asyncio.create_task(client()) for _ in range(clients)]
+    await asyncio.gather(*(_neighbour(router, tenant, number, waits) for number, tenant in enumerate(quiet)))
+    for task in crowd:
+        task.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
+    return waits, done
+
+
+async def test_bench_fairness(postgres: Postgres, name_prefix: str) -> None:
+    """The neighbours' p99 alone, beside a tenant with 200 clients, and the same without fairness."""
+    config = support.configuration(postgres, name_prefix).replace(
+        pool={"max_connections": SLOTS, "max_connections_per_tenant": SLOTS, "checkout_timeout": 60.0}
+    )
+    print(
+        f"\nfairness on PostgreSQL, {SLOTS} connections, {NEIGHBOURS} neighbours with {RATE:g} requests/s each, beside "
+        "a tenant with requests of 50 ms and any number of connections:"
+    )
+    async with support.databases(postgres, config) as made:
+        loud, *quiet = await made.create_many(NEIGHBOURS + 1)
+        for what, clients, order in (
+            ("neighbours alone", 0, "fair"),
+            ("beside 200 clients", 200, "fair"),
+            ("... fewest in use", 200, "fewest in use"),
+            ("... first come, first served", 200, "first come"),
+        ):
+            async with support.router(made, config) as router:
+                await _measure(router, loud, quiet[:1], 0)
+                budget = router._connectors["default"].budget
+                kind, queue = ORDERS[order]
+                budget.__class__, budget._waiting = kind, queue()
+                waits, done = await _measure(router, loud, quiet, clients)
+                print(
+                    f"  {what:30} p50 {quantile(waits, 0.5):.1f} ms, p99 {quantile(waits, 0.99):.1f} ms; "
+                    f"its own {done / SECONDS:.0f}/s"
+                )

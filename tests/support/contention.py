@@ -12,8 +12,8 @@ from typing import Any
 from uuid import UUID
 
 from tenancy_orm.routing.budget import Budget
-from tenancy_orm.routing.queue import Queue, Refusal
-from tenancy_orm.routing.shares import Share
+from tenancy_orm.routing.queue import Queue, Refusal, Turn
+from tenancy_orm.routing.shares import Account, Share
 
 LOGIN_SECONDS, CLOSE_SECONDS = 0.004, 0.001
 
@@ -46,8 +46,8 @@ class Simulation:
         loads: list[Load],
         *,
         slots: int,
-        make: type[Budget[str]] = Budget,
-        queue: Callable[[], Queue[str]] = Queue,
+        make: type[Budget[Any]] = Budget,
+        queue: Callable[[], Queue[Any]] = Queue,
         begin: float = 0.0,
         seed: int = 1,
     ) -> None:
@@ -145,3 +145,44 @@ class _Request:
 
     def set_exception(self, error: BaseException, /) -> None:
         raise AssertionError(error)
+
+
+# --- without fairness -----------------------------------------------------------------------------------------------
+
+
+class FewestInUse(Queue[Any]):
+    """Serves the tenant with the fewest connections in use, whatever its weight, and for however long it had them."""
+
+    def first(
+        self, now: float, *, limit: int, busy: int, most: float | None = None, returning: Account | None = None
+    ) -> Turn[Any] | None:
+        able = (share for share in self if share.account.room and share.account is not returning)
+        share = min(able, key=lambda share: share.busy, default=None)
+        return None if share is None else Turn(share, False, 0.0)
+
+    def keeps(self, account: Account, other: Turn[Any], now: float, *, limit: int, busy: int) -> bool:
+        return account.busy - 1 < other.share.busy
+
+
+class FirstCome(Queue[Any]):
+    """Serves who waits longest, whichever tenant's it is: no fairness."""
+
+    def first(
+        self, now: float, *, limit: int, busy: int, most: float | None = None, returning: Account | None = None
+    ) -> Turn[Any] | None:
+        able = (share for share in self if share.account.room and share.account is not returning)
+        share = min(able, key=self.since, default=None)
+        return None if share is None else Turn(share, False, self.since(share))
+
+    def keeps(self, account: Account, other: Turn[Any], now: float, *, limit: int, busy: int) -> bool:
+        return min(self.since(share) for share in self if share.account is account) <= other.time
+
+
+class Unprotected(Budget[Any]):
+    """Closes any idle connection for any waiter."""
+
+    def _due(self, unit: float) -> int:
+        return sum(map(self._wanted, self._waiting))
+
+    def _keeps_free_slots(self, now: float) -> bool:
+        return False

@@ -38,6 +38,9 @@ SAMPLES: list[TenancyError] = [
     ),
     errors.MarkerMismatchError(tenant="acme", database="db", expected="a", found=None),
     errors.CheckoutTimeoutError(server="default", tenant="acme", timeout=1.5, limit=20),
+    errors.CheckoutRefusedError(
+        server="default", tenant="acme", timeout=1.5, limit=20, expected=9.0, left=1.5, waiting=70, retry_after=7.5
+    ),
     errors.ServerUnavailableError(server="default", tenant="acme", sqlstate="57P03"),
     errors.ProvisioningError("it failed", tenant="acme", step="role"),
     errors.FleetMigrationError({"acme": "it failed"}, total=3),

@@ -28,7 +28,7 @@ from tenancy_orm.asgi import (
     require_scope,
 )
 from tenancy_orm.config import TenancyConfig, Tier
-from tenancy_orm.errors import CheckoutTimeoutError
+from tenancy_orm.errors import CheckoutTimeoutError, ConfigurationError
 from tenancy_orm.tenancy import Tenancy
 from tenancy_orm.tenants.manager import CreatedTenant
 from tests.support.asgi import PARSERS, Wire, request, serve
@@ -202,6 +202,19 @@ async def test_a_tenants_connections_that_are_all_in_use_are_answered_503(
         answer = await request(build(small), "/notes", [("X-API-Key", acme.api_key)])
     assert (answer.status, answer.header("retry-after")) == (503, "1")
     assert answer.json()["type"] == "urn:tenancy:problem:busy"
+
+
+async def test_a_request_that_cannot_be_served_in_time_is_answered_503_at_once(
+    tenancy_config: TenancyConfig, acme: CreatedTenant
+) -> None:
+    """By the deadline of the middleware, and not after ``pool.checkout_timeout``."""
+    small = Tenancy(tenancy_config.replace(pool={"max_connections_per_tenant": 1, "checkout_timeout": 60.0}))
+    async with small, small.session("acme") as session:
+        await session.connection()
+        answer = await request(build(small, deadline=0.1), "/notes", [("X-API-Key", acme.api_key)])
+    assert (answer.status, answer.header("retry-after"), answer.json()["reason"]) == (503, "1", "timed-out")
+    with pytest.raises(ConfigurationError, match="above 0"):
+        TenancyMiddleware(build(small), tenancy=small, deadline=0.0)
 
 
 async def test_a_tier_bounds_its_tenants_request_rate(tenancy_config: TenancyConfig, acme: CreatedTenant) -> None:

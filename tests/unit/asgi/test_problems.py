@@ -12,6 +12,7 @@ import pytest
 from tenancy_orm.asgi import Problem, problem_for
 from tenancy_orm.asgi.problems import INVALID_CREDENTIAL
 from tenancy_orm.errors import (
+    CheckoutRefusedError,
     CheckoutTimeoutError,
     ControlUnavailableError,
     CredentialsUnavailableError,
@@ -65,6 +66,7 @@ def headers(problem: Problem) -> dict[str, str]:
         (TenantProvisioningError("acme"), 503, "tenant-provisioning"),
         (TenantMaintenanceError("acme", reason="moving to db7"), 503, "tenant-maintenance"),
         (CheckoutTimeoutError(server="db7", tenant="acme", timeout=1, limit=5), 503, "busy"),
+        (CheckoutRefusedError(server="db7", tenant="globex", timeout=1, limit=5, expected=9, left=1), 503, "busy"),
         (ServerUnavailableError(server="db7", tenant="acme", sqlstate="57P03"), 503, "database-unavailable"),
         (ControlUnavailableError("no answer from db7"), 503, "credentials-unavailable"),
         (TooManyAttemptsError(2.5), 429, "too-many-attempts"),
@@ -186,3 +188,27 @@ async def test_a_websocket_is_closed_where_the_server_cannot(more: dict[str, Any
     assert await messages(INVALID_CREDENTIAL, websocket_scope(**more)) == [
         {"type": "websocket.close", "code": 1008, "reason": "Credential not valid"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "seconds"),
+    [
+        (CheckoutTimeoutError(server="db7", tenant="acme", timeout=1, limit=5), "timed-out", b"1"),
+        (
+            CheckoutRefusedError(server="db7", tenant="acme", timeout=1, limit=5, expected=9, left=1, retry_after=7.2),
+            "cannot-be-served-in-time",
+            b"8",
+        ),
+        (
+            CheckoutRefusedError(server="db7", tenant="acme", timeout=1, limit=5, reason="queue"),
+            "too-many-waiting",
+            b"1",
+        ),
+    ],
+)
+def test_a_busy_database_says_why_and_when_to_try_again(error: TenancyError, reason: str, seconds: bytes) -> None:
+    """The reason is a word, and the time is rounded up."""
+    problem = problem_for(error, tenant=ACME)
+    assert problem is not None
+    assert json.loads(problem.body)["reason"] == reason
+    assert (b"retry-after", seconds) in problem.headers

@@ -89,8 +89,8 @@ def parts(loads: list[Load]) -> list[float]:
 
 def test_long_requests_get_no_more_time_than_short_ones() -> None:
     """Eight tenants on four slots: one has requests a hundred times as long, and an eighth of the time."""
-    loads = [Load(0.5, clients=20, exact=True)] + [Load(0.005, clients=20, exact=True) for _ in range(7)]
-    Simulation(loads, slots=4).run(60.0)
+    loads = [Load(0.5, clients=20, exact=True)] + [Load(0.01, clients=20, exact=True) for _ in range(7)]
+    Simulation(loads, slots=4).run(30.0)
     long, *short = parts(loads)
     assert 0.1 < long < 0.2 and all(0.1 < part < 0.15 for part in short)
 
@@ -107,10 +107,10 @@ def test_time_is_shared_by_weight() -> None:
     assert ordered[0] == pytest.approx(ordered[1], rel=0.1) and ordered[1] < ordered[2] < ordered[3]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     weights=st.lists(st.sampled_from((0.5, 1.0, 2.0, 5.0)), min_size=2, max_size=5),
-    seconds=st.lists(st.sampled_from((0.002, 0.02, 0.2)), min_size=5, max_size=5),
+    seconds=st.lists(st.sampled_from((0.01, 0.05, 0.2)), min_size=5, max_size=5),
     slots=st.integers(1, 6),
 )
 def test_nobody_who_saturates_gets_less_than_half_its_part(
@@ -121,7 +121,7 @@ def test_nobody_who_saturates_gets_less_than_half_its_part(
         Load(seconds=length, clients=12, weight=weight, exact=True)
         for weight, length in zip(weights, seconds, strict=False)
     ]
-    Simulation(loads, slots=slots).run(40.0)
+    Simulation(loads, slots=slots).run(20.0)
     unit = 1 / sum(weights)
     for load, part in zip(loads, parts(loads), strict=True):
         # a tenant may have one slot at least where others have less than one, and none can be divided
@@ -245,10 +245,10 @@ def test_who_has_its_part_closes_no_connection_that_was_used_just_now() -> None:
     assert seat.served == [None]
 
 
-def test_those_that_wait_get_half_of_the_slots_from_idle_ones() -> None:
+def test_those_that_wait_get_a_quarter_of_the_slots_from_idle_ones() -> None:
     """However many neighbours have used theirs just now."""
-    server = Server(6)
-    loud, *quiet = [server.tenant(number) for number in range(7)]
+    server = Server(12)
+    loud, *quiet = [server.tenant(number) for number in range(13)]
     for share in quiet:
         server.rest(share)
     server.wait(loud, 10)
@@ -306,7 +306,8 @@ def test_who_cannot_be_served_in_time_is_refused_at_once() -> None:
     server, share = busy_server(4, 1.0, rounds=6, waiting=40)
     refusal = server.budget.wait(share, Seat(), deadline=server.clock.now + 5.0)
     assert refusal is not None
-    assert (refusal.reason, refusal.seconds, refusal.retry_after) == ("deadline", pytest.approx(10.0), pytest.approx(5))
+    assert refusal.reason == "deadline"
+    assert (refusal.seconds, refusal.left, refusal.retry_after) == pytest.approx((10.0, 5.0, 5.0))
     assert server.budget.statistics().refused == 1
     assert server.budget.statistics().waiting == 40
     assert server.budget.wait(share, Seat(), deadline=server.clock.now + 10.5) is None
