@@ -420,6 +420,36 @@ class CheckoutDelayed(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPassedOver(TenantEvent):
+    """A read that asked for a replica went to the primary. ``reason`` is "stale", "written", "unavailable", ...
+
+    ``staleness`` is how stale the freshest replica may be, in seconds; None where that is not known.
+    """
+
+    server: str
+    reason: str
+    staleness: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLost(Event):
+    """Nothing is read from a replica: ``reason`` says that it does not answer, or why it is none of this server's."""
+
+    server: str
+    replica: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRestored(Event):
+    """A replica can be read from again, ``seconds`` after it was lost."""
+
+    server: str
+    replica: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEvicted(TenantEvent):
     """A tenant's engine was removed from the cache."""
 

@@ -42,7 +42,8 @@ class ServerAddresses(Section, frozen=True):
     """Where tenants' sessions connect to, a connection pooler for example; the host of ``admin`` where None. It names
     no user, password or database: those are the tenant's. Its parameters are its own, none come from ``admin``."""
     replicas: Sequence[str] = Field(default=(), repr=False)
-    """The standbys that follow this server, each written like ``tenants``. Roles and passwords are the same there."""
+    """The standbys that follow this server, each written like ``tenants``, with one host. They have the roles and the
+    passwords of this server, so the administrator logs in there as at ``admin``."""
 
     @field_validator("tenants", mode="after")
     @classmethod
@@ -56,7 +57,10 @@ class ServerAddresses(Section, frozen=True):
             urls = (urls,)
         if not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
             raise ValueError("must be URLs")
-        return tuple(_without_login(url) for url in urls)
+        for url in urls:
+            if len(Dsn.parse(_without_login(url)).hosts) > 1:
+                raise ValueError("names several hosts; write each replica as a URL of its own")
+        return tuple(urls)
 
     @property
     def admin_dsn(self) -> Dsn:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -65,6 +65,8 @@ _POOLER = (
     "server's own address as admin and the pooler's as tenants, in ServerAddresses or in [servers.{server}]"
 )
 
+_ISOLATION = "default_transaction_isolation"
+
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 
 
@@ -105,6 +107,7 @@ class Server:
         bounds: Values of ``settings.BOUNDS`` in tenants' roles.
         replicas: The standbys that follow it, without a user, a password or a database.
         breaker: When its breaker opens.
+        is_replica: Whether it is a standby.
     """
 
     def __init__(
@@ -120,10 +123,28 @@ class Server:
         bounds: Mapping[str, str] = MappingProxyType({}),
         replicas: Sequence[Dsn] = (),
         breaker: BreakerConfig = BreakerConfig(),  # noqa: B008 - it is frozen
+        is_replica: bool = False,
     ) -> None:
         self.name = name
         self.dsn = dsn
-        self.replicas = tuple(replicas)
+        self.is_replica = is_replica
+        self.instance: str | None = None
+        """Of a replica: which running server its address leads to, as far as it was seen to be a standby."""
+        self.replicas = tuple(
+            Server(
+                f"{name}/{number}",
+                _with_login_of(dsn, replica),
+                connect_timeout=connect_timeout,
+                statement_timeout=statement_timeout,
+                answer_timeout=answer_timeout,
+                session_settings=session_settings,
+                bounds=bounds,
+                breaker=breaker,
+                is_replica=True,
+            )
+            for number, replica in enumerate(replicas, 1)
+        )
+        """The standbys that follow it, named after it: ``eu/1``."""
         self.row: ServerRow | None = None
         """Its row in the control database; another one where that was changed. None before the rows are read."""
         self.owner: str | None = None
@@ -133,6 +154,8 @@ class Server:
         self._admin_timeout = dsn.connect_timeout or connect_timeout
         self.connect_timeout = (tenants or dsn).connect_timeout or connect_timeout
         given = {setting.lower(): value for setting, value in session_settings.items()}
+        if is_replica and _ISOLATION in given:
+            given[_ISOLATION] = _on_standby(given[_ISOLATION])
         # the server ends a statement that runs too long; the client stops waiting for a server that does not answer
         self._command_timeout: float | None = answer_timeout or None
         limits = {}
@@ -377,6 +400,8 @@ class Server:
         """
         separate = self.traffic is not self._direct
         found = await read_settings(connection, self._bounds, named=self.traffic.named if separate else None)
+        if self.is_replica:
+            found[_ISOLATION] = _on_standby(found[_ISOLATION])
         self._found = found
         self.session_settings = {**found, **self.traffic.further_settings}
         self._found_at = time.monotonic()
@@ -425,11 +450,13 @@ class Server:
             self._reading = None
 
     async def close(self) -> None:
-        """Cancel the background read of the settings, if there is one, and the breaker's probes."""
+        """Cancel the background read of the settings, if there is one, and the breaker's probes; its replicas' too."""
         await self.breaker.close()
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
+        for replica in self.replicas:
+            await replica.close()
 
     # --- errors -----------------------------------------------------------------------------------------------------
 
@@ -487,6 +514,23 @@ class Server:
             raise
         except ConfigurationError as exc:
             raise ConfigurationError(f"the URL of server {self.name!r} cannot be used: {exc}") from exc
+
+
+def _with_login_of(admin: Dsn, replica: Dsn) -> Dsn:
+    """The address of a replica for the administrator of its primary: roles and passwords are the same there."""
+    passfile = {name: value for name, value in admin.parameters.items() if name == "passfile"}
+    return replace(
+        replica,
+        user=admin.user,
+        password=admin.password,
+        database=admin.database,
+        parameters={**replica.parameters, **passfile},
+    )
+
+
+def _on_standby(isolation: str) -> str:
+    """The isolation that a standby has in place of the one that it refuses: the same for reads alone."""
+    return "repeatable read" if isolation == "serializable" else isolation
 
 
 def _first_host(dsn: Dsn) -> tuple[str, int]:

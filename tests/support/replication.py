@@ -92,7 +92,8 @@ class Standby(TestServer):
 
     def catch_up(self) -> None:
         """Wait until it has replayed all that the primary has written."""
-        target = self.primary.query("SELECT pg_current_wal_insert_lsn()")
+        # not the place of the next record, which may be behind a page's header
+        target = self.primary.query("SELECT pg_current_wal_flush_lsn()")
         reached = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
         _until(lambda: self.query(reached, (str(target),)), "the standby does not catch up")
 

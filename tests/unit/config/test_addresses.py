@@ -10,6 +10,7 @@ import pytest
 from tenancy_orm import TenancyConfig
 from tenancy_orm.config import PoolConfig, ServerAddresses
 from tenancy_orm.errors import SettingError
+from tenancy_orm.servers import Server
 
 URL = "postgresql://admin:hunter2@db.example/postgres"
 POOLER = "postgresql://pooler.example:6432?sslmode=require"
@@ -41,6 +42,43 @@ def test_a_server_has_two_addresses(servers: Any) -> None:
     config = TenancyConfig(control_url=URL, servers=servers)
     assert hosts(config) == BOTH
     assert "hunter2" not in f"{config!r} {config.model_dump()} {config.server_addresses!r}"
+
+
+@pytest.mark.parametrize(
+    "servers",
+    [
+        {"eu": ServerAddresses(admin=URL, replicas=["postgresql://db-2.example", "postgresql://db-3.example:5433"])},
+        {"eu": {"admin": URL, "replicas": ["postgresql://db-2.example", "postgresql://db-3.example:5433"]}},
+        f"eu={URL} eu.replicas=postgresql://db-2.example eu.replicas=postgresql://db-3.example:5433",
+    ],
+)
+def test_a_server_has_replicas(servers: Any) -> None:
+    """Each at an address of its own, at which the administrator logs in as on the server."""
+    [addresses] = TenancyConfig(control_url=URL, servers=servers).server_addresses.values()
+    assert [str(dsn) for dsn in addresses.replica_dsns] == ["db-2.example:5432/", "db-3.example:5433/"]
+    server = Server("eu", addresses.admin_dsn, connect_timeout=5, replicas=addresses.replica_dsns)
+    assert [(one.name, one.host, one.port) for one in server.replicas] == [
+        ("eu/1", "db-2.example", 5432),
+        ("eu/2", "db-3.example", 5433),
+    ]
+    assert {(one.dsn.user, one.dsn.secret(), one.dsn.database) for one in server.replicas} == {
+        ("admin", "hunter2", "postgres")
+    }
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql://db-2.example,db-3.example", "names several hosts; write each replica as a URL of its own"),
+        ("postgresql://admin:hunter2@db-2.example", "names a user and a password"),
+        ("postgresql://", "names no host"),
+    ],
+)
+def test_the_address_of_a_replica_is_one_host(url: str, reason: str) -> None:
+    """Positions of two servers would else be taken for those of one."""
+    with pytest.raises(SettingError) as caught:
+        ServerAddresses(admin=URL, replicas=[url])
+    assert reason in str(caught.value) and "hunter2" not in str(caught.value)
 
 
 def test_a_settings_file_has_a_table_for_each_server(directory: Path) -> None:
