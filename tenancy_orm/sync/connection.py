@@ -216,10 +216,7 @@ class ThreadConnection(psycopg.Connection[Any]):
         if self.reading:
             if self.read_only is None:
                 command += b" READ ONLY"
-            # psycopg expects a command that returns no rows to be the last
-            return (
-                command.replace(b"READ WRITE", b"READ ONLY") + f"; {FIX_SNAPSHOT}; SET TRANSACTION READ ONLY".encode()
-            )
+            return command.replace(b"READ WRITE", b"READ ONLY")
         if self.read_only is None and self._has_other_mode:
             command += b" READ ONLY" if self.native_mode == "on" else b" READ WRITE"
         return command

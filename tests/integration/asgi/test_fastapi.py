@@ -11,7 +11,8 @@ import pytest
 from fastapi import Depends, FastAPI, Security, WebSocket
 from fastapi.responses import StreamingResponse
 from fastapi.security import APIKeyCookie, APIKeyHeader, HTTPBearer
-from sqlalchemy import select
+from sqlalchemy import insert, select
+from sqlalchemy.exc import DBAPIError
 from starlette.types import Message
 
 from tenancy_orm.asgi import TenancyMiddleware
@@ -23,6 +24,7 @@ from tenancy_orm.integrations.fastapi import (
     CurrentTenancy,
     CurrentTenant,
     RequireScope,
+    TenantReadSession,
     TenantSession,
     TenantTransaction,
     api_key_header,
@@ -84,6 +86,13 @@ def add_routes(app: FastAPI) -> None:
     async def uncommitted(session: TenantSession) -> None:
         session.add(Note(body="never"))
         await session.flush()
+
+    @app.post("/reading")
+    async def reading(session: TenantReadSession) -> dict[str, Any]:
+        found = await bodies(session)
+        with pytest.raises(DBAPIError, match="read-only"):
+            await session.execute(insert(Note).values(body="never"))
+        return {"notes": found}
 
     @app.post("/invalid")
     async def invalid(session: TenantTransaction) -> str:
@@ -167,6 +176,11 @@ async def test_a_transaction_is_committed_before_the_response(
     assert seen == [2]
     assert (await ask(app, "/uncommitted", acme, "POST")).status == 200
     assert (await ask(app, "/notes", acme)).json()["notes"] == ["note of acme", "written"]
+
+
+async def test_a_read_session_reads(app: FastAPI, acme: CreatedTenant) -> None:
+    """PostgreSQL refuses what it would write."""
+    assert (await ask(app, "/reading", acme, "POST")).json() == {"notes": ["note of acme"]}
 
 
 async def test_a_commit_that_fails_fails_the_request(app: FastAPI, acme: CreatedTenant) -> None:

@@ -14,10 +14,18 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from tenancy_orm import Tenancy
-from tenancy_orm.errors import ReadOnlyError
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.config import ServerAddresses
+from tenancy_orm.errors import ConfigurationError, ReadOnlyError
+from tenancy_orm.postgres.sqlalchemy_versions import await_
+from tenancy_orm.routing import Router
+from tenancy_orm.routing.reading import controls_transaction, is_plain
+from tests.support.databases import Databases
 from tests.support.models import Note, Tag
+from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
+from tests.support.processes import opened
+from tests.support.waiting import until
 
 T = TypeVar("T")
 READ_ONLY = "25006"
@@ -73,11 +81,11 @@ def commit(session: Session, statement: str) -> None:
     session.commit()
 
 
-def refused(session: Session, statement: Any, sqlstate: str = READ_ONLY) -> None:
+def refused(session: Session, statement: Any, sqlstate: str | None = READ_ONLY) -> None:
     """A statement fails with an error of PostgreSQL's, and the session can be used again after a rollback."""
     with pytest.raises(DBAPIError) as caught:
         session.execute(text(statement) if isinstance(statement, str) else statement)
-    assert getattr(caught.value.orig, "sqlstate", None) == sqlstate
+    assert sqlstate is None or getattr(caught.value.orig, "sqlstate", None) == sqlstate
     session.rollback()
 
 
@@ -241,3 +249,202 @@ async def test_the_next_session_writes_whatever_the_one_before_did(side: Side, p
         await side.use(partial(commit, statement="SET default_transaction_read_only = on"), read_only=False)
         await side.use(body, read_only=False, **options)
     assert len(await side.bodies()) == 1 + written + 3
+
+
+async def test_changed_objects_are_refused_before_anything_is_sent(side: Side) -> None:
+    """At the flush, which a query begins too; an object that is only read, or added without a flush, is none."""
+
+    def body(session: Session) -> None:
+        note = session.scalars(select(Note)).one()
+        added = Note(body="added")
+        session.add(added)
+        with pytest.raises(ReadOnlyError, match="a Note is to be written"):
+            session.scalars(select(Note)).all()
+        session.expunge(added)
+        note.body = "kept"  # which it was
+        assert session.scalars(select(Note.body)).all() == ["kept"]
+        note.body = "changed"
+        with pytest.raises(ReadOnlyError, match="'acme'"):
+            session.commit()
+        session.rollback()
+        session.delete(session.scalars(select(Note)).one())
+        with pytest.raises(ReadOnlyError):
+            session.flush()
+        session.rollback()
+        with pytest.raises(DBAPIError, match="read-only"):
+            session.bulk_insert_mappings(Note, [{"body": "bulk"}])
+        session.rollback()
+        with pytest.raises(DBAPIError, match="read-only"):
+            session.execute(insert(Note), [{"body": "a"}, {"body": "b"}])
+
+    await side.use(body)
+    assert await side.bodies() == ["kept"]
+
+
+async def test_snapshots(side: Side) -> None:
+    """Each query sees what is committed by then; with an isolation level that keeps it, all see the same."""
+    loop = asyncio.get_running_loop()
+
+    def twice(session: Session) -> tuple[int, int]:
+        def count() -> int:
+            found: int = value(session, "SELECT count(*) FROM notes")
+            return found
+
+        first = count()
+        other = side.tenancy.execute("INSERT INTO notes (body) VALUES ('y')", tenant="acme")
+        if side.driver == "asyncpg":
+            await_(other)
+        else:
+            asyncio.run_coroutine_threadsafe(other, loop).result(30)
+        return first, count()
+
+    assert await side.use(twice) == (1, 2)
+    for level in ("REPEATABLE READ", "SERIALIZABLE"):
+        first, second = await side.use(twice, isolation_level=level)
+        assert first == second
+        await side.use(lambda session: refused(session, "INSERT INTO notes (body) VALUES ('x')"), isolation_level=level)
+    first, second = await side.use(twice, isolation_level="READ COMMITTED")
+    assert second == first + 1
+    with pytest.raises(ConfigurationError, match="'serialisable' is no isolation level; they are READ COMMITTED"):
+        await side.use(twice, isolation_level="serialisable")
+
+
+async def test_what_needs_a_transaction_has_one(side: Side) -> None:
+    """Streams, savepoints, settings and locks for a transaction: they last until the session's commit or rollback."""
+
+    def body(session: Session) -> None:
+        rows = session.execute(text("SELECT generate_series(1, 1000)"), execution_options={"yield_per": 100})
+        assert len(rows.scalars().all()) == 1000
+        session.commit()
+        session.execute(text("SET LOCAL work_mem = '1234kB'"))
+        assert value(session, "SHOW work_mem") == "1234kB"
+        with session.begin_nested():
+            assert value(session, "SELECT 1") == 1
+        nested = session.begin_nested()
+        nested.rollback()
+        assert value(session, "SELECT current_setting('work_mem')") == "1234kB"
+        refused(session, "INSERT INTO notes (body) VALUES ('x')")
+        assert value(session, "SHOW work_mem") != "1234kB"
+        session.execute(text("SET work_mem = '2345kB'"))
+        session.rollback()
+        assert value(session, "SELECT current_setting('work_mem')") != "2345kB"
+        refused(session, "CREATE TEMP TABLE t (a int)")
+        refused(session, "SELECT nextval('notes_id_seq')")
+        session.execute(text("LISTEN word"))
+        session.commit()
+        assert value(session, "SELECT pg_listening_channels()") == "word"
+        session.execute(text("UNLISTEN *"))
+        session.commit()
+        with session.begin_nested():
+            pass
+
+    await side.use(body)
+    if side.driver == "asyncpg":
+        async with side.tenancy.session("acme", read_only=True) as session:
+            found = [note.body async for note in await session.stream_scalars(select(Note))]
+            assert found == ["kept"]
+            assert [tag.name for tag in await (await session.scalars(select(Note))).one().awaitable_attrs.tags] == ["x"]
+
+
+async def test_a_connection_that_is_reset_is_ready_to_read(tenancy_config: TenancyConfig, postgres: Postgres) -> None:
+    """With ``pool.full_reset``, a read leaves it in the mode of a read, and a write in that of a write."""
+    config = tenancy_config.replace(pool={"full_reset": True})
+    async with opened(config, initialise=True) as tenancy:
+        await tenancy.tenants.create("acme")
+        for driver in ("asyncpg", "psycopg"):
+            side = Side(tenancy, driver)
+            for _ in range(2):
+                await side.use(partial(value, statement="SELECT 1"))
+                await side.use(lambda session: refused(session, "INSERT INTO notes (body) VALUES ('x')"))
+                await side.use(partial(commit, statement="INSERT INTO notes (body) VALUES ('w')"), read_only=False)
+                await tenancy.execute("INSERT INTO notes (body) VALUES ('w')", tenant="acme")
+        assert await tenancy.fetch_value("SELECT count(*) FROM notes", tenant="acme") == 8
+
+
+async def test_readers_prefer_a_connection_that_reads_already(tenancy: Tenancy) -> None:
+    """And writers one that does not: of two idle ones, each keeps its own."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    pid = text("SELECT pg_backend_pid()")
+    async with tenancy.session(acme) as writer, tenancy.session(acme, read_only=True) as reader:
+        writing, reading = await writer.scalar(pid), await reader.scalar(pid)
+    assert writing != reading
+    for _ in range(2):
+        assert await tenancy.fetch_value("SELECT pg_backend_pid()", tenant=acme) == reading
+        async with tenancy.session(acme) as session:
+            assert await session.scalar(pid) == writing
+
+
+async def is_off(postgres: Postgres) -> bool:
+    return await postgres.administer("SHOW default_transaction_read_only") == [("off",)]
+
+
+async def test_a_server_that_is_read_only_by_default_stays_so(made: Databases, router: Router) -> None:
+    """As a managed server with a full disk is: no transaction is made writable that PostgreSQL begins read-only."""
+    acme = await made.create()
+    await made.admin.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+    await made.admin.execute("SELECT pg_reload_conf()")
+    try:
+        for read_only, level in ((True, None), (False, None), (False, "AUTOCOMMIT"), (False, "SERIALIZABLE")):
+            async with router.session(acme, read_only=read_only, isolation_level=level) as session:
+                assert await session.scalar(text("SELECT 1")) == 1
+                await session.run_sync(refused, "INSERT INTO notes (body) VALUES ('x')")
+    finally:
+        await made.admin.execute("SET default_transaction_read_only = off")
+        await made.admin.execute("ALTER SYSTEM RESET default_transaction_read_only")
+        await made.admin.execute("SELECT pg_reload_conf()")
+        # a connection that the tests share hears of it a little later
+        await until(lambda: is_off(made.postgres))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_behind_a_pooler_each_session_is_a_transaction(
+    tenancy_config: TenancyConfig, postgres: Postgres, driver: str
+) -> None:
+    """Which gives a server connection to whoever comes next, so no setting may stay on it."""
+    with pgbouncer(postgres) as bouncer:
+        addresses = ServerAddresses(admin=postgres.admin_url, tenants=bouncer.address)
+        async with opened(tenancy_config.replace(servers={"default": addresses}), initialise=True) as tenancy:
+            await tenancy.tenants.create("acme")
+            side = Side(tenancy, driver)
+            for _ in range(3):
+                await side.use(partial(value, statement="SELECT 1"))
+                for statement in ("INSERT INTO notes (body) VALUES ('x')", "SET TRANSACTION READ WRITE"):
+                    await side.use(partial(refused, statement=statement, sqlstate=None))
+                await side.use(partial(commit, statement="INSERT INTO notes (body) VALUES ('w')"), read_only=False)
+                assert await tenancy.execute("INSERT INTO notes (body) VALUES ('w')", tenant="acme") == 1
+                with pytest.raises(DBAPIError, match="read-only"):
+                    await tenancy.fetch_value("DELETE FROM notes RETURNING 1", tenant="acme")
+            assert await tenancy.fetch_value("SHOW default_transaction_read_only", tenant="acme") == "off"
+            assert len(await side.bodies()) == 6
+
+
+def test_which_statements_are_sent_alone() -> None:
+    """Those that PostgreSQL plans. What cannot be told counts as one that ends a transaction."""
+    for statement in (
+        "SELECT 1",
+        " \n(select 1)",
+        "/* a */ -- b\n WITH x AS (SELECT 1) TABLE x",
+        "((VALUES (1)))",
+        "Delete from x",
+    ):
+        assert is_plain(statement) and not controls_transaction(statement), statement
+    for statement in (
+        "CALL x()",
+        "DO $$$$",
+        "EXPLAIN SELECT 1",
+        "SAVEPOINT a",
+        "ROLLBACK TO a",
+        "rollback work to savepoint a",
+    ):
+        assert not is_plain(statement) and not controls_transaction(statement), statement
+    for statement in (
+        "/* /* */ SELECT 1 */ COMMIT",
+        "-- SELECT\nCOMMIT",
+        "rollback",
+        "ROLLBACK WORK",
+        "PREPARE/**/TRANSACTION 'a'",
+        "",
+        ";",
+    ):
+        assert not is_plain(statement) and controls_transaction(statement), statement
+    assert not controls_transaction("PREPARE a AS SELECT 1")

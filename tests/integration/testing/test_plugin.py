@@ -159,6 +159,22 @@ async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
                     await connection.execute(text("INSERT INTO notes VALUES (1, 'b')"))
                 assert (await connection.execute(text("SELECT text FROM notes"))).scalars().all() == ["a"]
 
+        async def test_reading_sees_what_the_test_wrote_and_writes_nothing(tenancy, tenant, tenant_session):
+            tenant_session.add(Note(text="a"))
+            await tenant_session.commit()
+            insert = "INSERT INTO notes (text) VALUES ('b')"
+            async with tenancy.session(tenant.slug, read_only=True) as session:
+                assert await count(session) == 1
+                with pytest.raises(DBAPIError, match="read-only"):
+                    await session.execute(text(insert))
+                await session.rollback()
+                assert await count(session) == 1
+            with pytest.raises(DBAPIError, match="read-only"):
+                await tenancy.fetch_value(insert + " RETURNING 1", tenant=tenant.slug)
+            assert await tenancy.execute(insert, tenant=tenant.slug) == 1
+            assert await tenancy.fetch_value("SELECT count(*) FROM notes", tenant=tenant.slug) == 2
+            assert await count(tenant_session) == 2
+
         async def test_another_tenant_stays_another(tenancy, tenant, tenant_client, tenant_factory):
             other = await tenant_factory()
             await tenant_client.post("/notes", json={"text": "secret"})
@@ -193,7 +209,7 @@ async def test_rollback_leaves_nothing_and_hides_nothing(suite: Suite) -> None:
         """
     )
     outcome = await suite.run()
-    assert outcome.counts == {"passed": 13}, outcome.text
+    assert outcome.counts == {"passed": 14}, outcome.text
 
 
 async def test_rollback_stays_whole_whatever_a_test_does(suite: Suite) -> None:
