@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.events import PrimaryChanged
-from tests.support.outages import Writers, running
+from tests.support.outages import Writers, go_on, running
 from tests.support.proxy import Proxy, proxied
 from tests.support.replication import Standby, TestServer, primary_server, standby_of
 from tests.support.waiting import until
@@ -43,14 +43,6 @@ async def opened(config: TenancyConfig, url: str, *slugs: str) -> Tenancy:
     return tenancy
 
 
-async def recover(writers: list[Writers]) -> None:
-    """Wait until each writes again."""
-    before = [len(writer.acknowledged) for writer in writers]
-    await until(
-        lambda: all(len(w.acknowledged) > n + 3 for w, n in zip(writers, before, strict=True)), seconds=RECOVERED
-    )
-
-
 async def test_writes_move_to_a_promoted_standby_while_the_old_primary_is_up(
     tenancy_config: TenancyConfig, pair: tuple[TestServer, Standby]
 ) -> None:
@@ -69,7 +61,7 @@ async def test_writes_move_to_a_promoted_standby_while_the_old_primary_is_up(
             await until(lambda: all(writer.failures for writer in writers))
             await asyncio.to_thread(new.catch_up)
             await asyncio.to_thread(new.promote)
-            await recover(writers)
+            await go_on(writers, seconds=RECOVERED)
         for writer in writers:
             await writer.check()
         assert old.is_running() and {event.server for event in seen} == {"pair"}
@@ -111,7 +103,7 @@ async def test_writes_follow_an_address_that_moves(
                 # the first finds a standby, and closes what leads there
                 await writer.write()
             async with running(*(w.write for w in writers)):
-                await recover(writers)
+                await go_on(writers, seconds=RECOVERED)
         assert sum(sum(writer.failures.values()) for writer in writers) <= 3
         for writer in writers:
             await writer.check()

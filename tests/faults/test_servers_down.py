@@ -17,7 +17,7 @@ from tenancy_orm.asgi.problems import problem_for
 from tenancy_orm.errors import LoginRefusedError, ServerUnavailableError, TenancyError
 from tenancy_orm.events import Event, ServerDown, ServerUp
 from tenancy_orm.servers.breaker import Breaker, BreakerState
-from tests.support.outages import Writers, frozen, running
+from tests.support.outages import Writers, frozen, go_on, running
 from tests.support.postgres import Postgres
 from tests.support.replication import TestServer, primary_server
 from tests.support.waiting import until
@@ -131,11 +131,7 @@ async def test_writes_go_on_after_a_restart_and_none_is_made_twice(house: Tenanc
         else:
             await asyncio.to_thread(getattr(other, how))
             await asyncio.to_thread(other.start_again)
-        before = [len(writer.acknowledged) for writer in writers]
-        await until(
-            lambda: all(len(w.acknowledged) > count + 5 for w, count in zip(writers, before, strict=True)),
-            seconds=10,
-        )
+        await go_on(writers, seconds=10)
     for writer in (*writers, neighbour):
         await writer.check()
     assert not neighbour.failures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from tenancy_orm import Tenancy
 from tenancy_orm.errors import TenancyError
 from tenancy_orm.testing.embedded import EmbeddedServer
+from tests.support.waiting import until
 
 
 @contextmanager
@@ -79,6 +80,15 @@ class Writers:
     @property
     def _like(self) -> str:
         return f"{self.slug} {'sync' if self.sync else 'async'} %"
+
+
+async def go_on(writers: Sequence[Writers], *, seconds: float) -> None:
+    """Wait until each has written some more."""
+    before = [len(writer.acknowledged) for writer in writers]
+    await until(
+        lambda: all(len(writer.acknowledged) > count + 3 for writer, count in zip(writers, before, strict=True)),
+        seconds=seconds,
+    )
 
 
 @asynccontextmanager

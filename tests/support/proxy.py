@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import re
 from collections.abc import AsyncIterator
 
@@ -31,6 +32,9 @@ class Proxy:
         self._ends = asyncio.Event()
         self._ends.set()
         self._refusing = False
+        self._latency = 0.0
+        self._lost = 0.0
+        self._random = random.Random()
         self.port = 0
         self.connections = 0
         self.forwarded = 0
@@ -71,6 +75,10 @@ class Proxy:
         """Forward nothing more, and close nothing: packets get lost."""
         self._open.clear()
 
+    def slow_down(self, latency: float, *, lost: float = 0.0, seed: int = 0) -> None:
+        """Forward each piece after ``latency`` seconds; a share of them, as if lost at first, after ten times that."""
+        self._latency, self._lost, self._random = latency, lost, random.Random(seed)
+
     def hold_ends(self) -> None:
         """Forward what is sent, but not that a side has closed its connection."""
         self._ends.clear()
@@ -78,6 +86,7 @@ class Proxy:
     def restore(self) -> None:
         """Forward again."""
         self._refusing = False
+        self._latency = self._lost = 0.0
         self._open.set()
         self._ends.set()
 
@@ -90,6 +99,10 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        with contextlib.suppress(asyncio.CancelledError):  # by ``stop``
+            await self._forward(reader, writer)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
         outward: asyncio.StreamWriter | None = None
         try:
@@ -109,6 +122,8 @@ class Proxy:
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
+            if self._latency:
+                await asyncio.sleep(self._latency * (10 if self._random.random() < self._lost else 1))
             await self._open.wait()
             if self._own_process_ids:
                 data = _BACKEND_KEY.sub(lambda found: found[1] + b"\x7f\x00\x00\x01", data)
