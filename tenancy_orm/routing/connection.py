@@ -51,11 +51,12 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     Attributes:
         reading (bool): Whether a read-only session uses it.
+        follows_server (bool): Whether it must heed a server that becomes read-only, so that another one is found.
         native_mode (str | None): The value of ``default_transaction_read_only`` that it has started with; None where a
             session's settings do not stay with it, as behind a pooler.
     """
 
-    __slots__ = ("_home", "check_use", "native_mode", "reading", "refused", "rolling_back")
+    __slots__ = ("_home", "check_use", "follows_server", "native_mode", "reading", "refused", "rolling_back")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -66,6 +67,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         self.check_use: Callable[[], None] | None = None
         self.rolling_back = False
         self.reading = False
+        self.follows_server = False
         self.native_mode: str | None = None
         self.refused: MarkerMismatchError | None = None
         """Set where the connection was closed because its database is another tenant's."""
@@ -112,6 +114,10 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     async def set_mode(self) -> None:
         """Give the connection the mode of the session that uses it."""
+        if self.follows_server and not self.reading:
+            await super().execute(f"RESET {MODE}")
+            self.native_mode = self.mode  # the server's own, which an administrator may have changed to fence it
+            return
         wanted = "on" if self.reading else self.native_mode
         if wanted is None:
             return
@@ -125,7 +131,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         """Execute one command, or several where there are no ``args``, as in asyncpg."""
         if self.reading or self.has_other_mode:
             begin = None if args else _BEGIN.fullmatch(query)
-            if begin is not None:
+            if begin is not None and (self.reading or not self.follows_server):
                 query = self._begin(begin)
             elif self.has_other_mode:
                 await self.set_mode()
@@ -526,7 +532,7 @@ class TenantConnection(AdaptedConnection):
     @property
     def is_read_only(self) -> bool:
         """Whether its transaction was asked to be read-only."""
-        return bool(self.readonly)
+        return bool(self.readonly) or self._connection.reading
 
     @property
     def peer(self) -> tuple[str, int]:

@@ -356,6 +356,7 @@ class Connector:
         connection.use(reading=False)
         connection.stable_snapshot = self.server.has_stable_snapshots
         # a pooler gives each transaction another server connection, so a session's settings do not stay with it
+        driver_connection.follows_server = self.server.traffic.judges_hosts
         driver_connection.native_mode = None if self.server.is_pooled else driver_connection.mode
         driver_connection.check_use = route.check_bound
         connection.poller = select.poll()

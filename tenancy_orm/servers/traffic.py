@@ -47,9 +47,8 @@ class TenantAddress:
         self.further_settings = without(settings, self.named)
         self._server = server
         self._own = {"application_name": dsn.application_name("tenancy"), **self.further_settings, **bounds}
-        # the driver judges a host by what it reports for this setting, so a value of ours must not hide the host's own
-        chooses = dsn.parameters.get("target_session_attrs") in ("read-write", "read-only")
-        self._telling = frozenset({"default_transaction_read_only"} if chooses else ())
+        self.judges_hosts = dsn.parameters.get("target_session_attrs") in ("read-write", "read-only")
+        """Whether a host is chosen by its ``default_transaction_read_only``: a value of ours must not hide its own."""
         self._is_direct = direct
         self._is_pooled = dsn.client_size(_CACHE) == 0
         self._pins = _Pins.ALL
@@ -115,7 +114,7 @@ class TenantAddress:
     def _startup(self, found: Mapping[str, str], pins: _Pins) -> Mapping[str, str]:
         if pins is _Pins.NONE:
             return self._own
-        values = without(found, self.named | self._telling)
+        values = without(found, self.named | ({"default_transaction_read_only"} if self.judges_hosts else set()))
         if pins is _Pins.TRACKED:
             values = {name: value for name, value in values.items() if name in TRACKED}
         return {**values, **self._own}

@@ -112,6 +112,8 @@ class ThreadConnection(psycopg.Connection[Any]):
     """Whether a read-only session uses it."""
     native_mode: str | None = None
     """The mode that it has started with; None where a session's settings do not stay with it."""
+    follows_server: bool = False
+    """Whether it must heed a server that becomes read-only, so that another one is found."""
     _alone: bool = False
     _stable_snapshot: bool = False
     answer_seconds: float | None = None
@@ -134,6 +136,7 @@ class ThreadConnection(psycopg.Connection[Any]):
         self.route = route
         # a pooler gives each transaction another server connection, so a session's settings do not stay with it
         self.native_mode = None if server.is_pooled else self.mode
+        self.follows_server = server.traffic.judges_hosts
         self._stable_snapshot = server.has_stable_snapshots
         self._ours = None
 
@@ -189,6 +192,8 @@ class ThreadConnection(psycopg.Connection[Any]):
     def _start_query(self) -> Any:
         if self.pgconn.transaction_status != TransactionStatus.IDLE:
             return
+        if self.follows_server and not self.reading and self._has_other_mode:
+            yield from self._set_mode()
         if self._alone or (self._autocommit and not self.reading):
             if self._has_other_mode:
                 yield from self._set_mode()
@@ -203,6 +208,10 @@ class ThreadConnection(psycopg.Connection[Any]):
                 raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
 
     def _set_mode(self) -> Any:
+        if self.follows_server and not self.reading:
+            yield from self._exec_command(f"RESET {MODE}".encode())
+            self.native_mode = self.mode  # the server's own, which an administrator may have changed to fence it
+            return
         wanted = "on" if self.reading else self.native_mode
         assert wanted is not None  # noqa: S101 - for the type checker: otherwise there is no other mode
         yield from self._exec_command(SET_MODE[wanted].encode())
@@ -315,7 +324,7 @@ class ThreadConnection(psycopg.Connection[Any]):
     @property
     def is_read_only(self) -> bool:
         """Whether its transaction was asked to be read-only."""
-        return bool(self.read_only)
+        return bool(self.read_only) or self.reading
 
     @property
     def peer(self) -> tuple[str, int]:
