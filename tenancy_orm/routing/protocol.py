@@ -103,12 +103,12 @@ class Proof:
             )
             query._init_codecs()
             found = await TenantProtocol.bind_execute(protocol, query, (), "", 0, False, self._timeout)
+            connection.refused = error = mismatch(self._marker, self._tenant, found[0] if found else None)
+            self._report(error)
             # its slot is free once the server has one connection less
             await protocol.close(CLOSE_SECONDS)
         finally:
             protocol.abort()
-        connection.refused = error = mismatch(self._marker, self._tenant, found[0] if found else None)
-        self._report(error)
         return error
 
 
