@@ -14,15 +14,14 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Set
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import Any, NamedTuple, TypeVarTuple
+from typing import NamedTuple, TypeVarTuple
 from uuid import UUID
-
-from sqlalchemy import Row
 
 from ..audit.log import AuditLog
 from ..config import TenancyConfig
 from ..context import _current, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
+from ..control.direct import ControlRow
 from ..control.notifications import SCHEMA_CHANGED, SCHEMA_CHANGING, SERVER_CHANGED, Change, ConnectionRequest, Listener
 from ..errors import ControlUnavailableError, InvalidCredentialError
 from ..events import CredentialRejected, EventBus
@@ -65,7 +64,7 @@ class DirectoryStatistics:
 class _Verified(NamedTuple):
     """A row of a key with the right secret, when it was read, and what was invalidated while it was."""
 
-    row: Row[Any]
+    row: ControlRow
     read_at: float
     invalidated: Set[Hashable]
 
@@ -339,7 +338,7 @@ class Directory:
         found, _ = await self._lookups.key(granted.credential_id)
         return found and credential_state(*found)
 
-    def _build(self, row: Row[Any], read_at: float) -> KeyEntry:
+    def _build(self, row: ControlRow, read_at: float) -> KeyEntry:
         state = credential_state(row, read_at)
         assert state.tenant is not None  # noqa: S101 - a key has one
         tenant = replace(state.tenant, admission=self.admissions.admit(state))

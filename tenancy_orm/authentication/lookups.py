@@ -13,11 +13,13 @@ from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import ARRAY, Executable, Row, Text, Uuid, any_, bindparam, cast, func, select, text, union_all
+from sqlalchemy import ARRAY, SelectBase, Text, Uuid, any_, bindparam, cast, func, literal_column, select, union_all
+from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..config import TenancyConfig
 from ..control.database import ControlDatabase
+from ..control.direct import ControlRow
 from ..control.models import api_keys, domains, former_slugs, tenants
 from ..errors import ControlUnavailableError
 from ..events import DirectoryMissed, DirectoryUnavailable, EventBus
@@ -40,7 +42,16 @@ _PROBE_SECONDS = 1.0
 
 T = TypeVar("T")
 
-_KEYS = (
+
+def _sql(statement: SelectBase, *parameters: str) -> str:
+    """The text of a query for asyncpg, with these parameters as ``$1``, ``$2`` and so on."""
+    compiled = statement.compile(dialect=asyncpg_dialect())  # type: ignore[no-untyped-call]
+    if compiled.positiontup != list(parameters):
+        raise AssertionError(compiled.positiontup)
+    return str(compiled)
+
+
+_KEYS = _sql(
     select(
         api_keys.c.id.label("key_id"),
         api_keys.c.digest,
@@ -55,42 +66,42 @@ _KEYS = (
         *TENANT_COLUMNS,
     )
     .join(tenants, tenants.c.id == api_keys.c.tenant_id)
-    .where(api_keys.c.id == any_(bindparam("ids", type_=ARRAY(Text))))
+    .where(api_keys.c.id == any_(bindparam("ids", type_=ARRAY(Text)))),
+    "ids",
 )
 
-_TENANTS = union_all(
-    # asyncpg knows the type text[], and would ask the server for uuid[], which takes 10 ms
-    select(*TENANT_COLUMNS).where(tenants.c.id == any_(cast(bindparam("ids", type_=ARRAY(Text)), ARRAY(Uuid)))),
-    select(*TENANT_COLUMNS).where(
-        tenants.c.slug == any_(bindparam("names", type_=ARRAY(Text))), tenants.c.status != Status.PURGED
+_TENANTS = _sql(
+    union_all(
+        # asyncpg knows the type text[], and would ask the server for uuid[], which takes 10 ms
+        select(*TENANT_COLUMNS).where(tenants.c.id == any_(cast(bindparam("ids", type_=ARRAY(Text)), ARRAY(Uuid)))),
+        select(*TENANT_COLUMNS).where(
+            tenants.c.slug == any_(bindparam("names", type_=ARRAY(Text))),
+            tenants.c.status != literal_column("'purged'"),
+        ),
+        select(*TENANT_COLUMNS)
+        .join(former_slugs, former_slugs.c.tenant_id == tenants.c.id)
+        .where(
+            former_slugs.c.slug == any_(bindparam("names", type_=ARRAY(Text))),
+            former_slugs.c.redirects_until > func.now(),
+        ),
+        select(*TENANT_COLUMNS)
+        .join(domains, domains.c.tenant_id == tenants.c.id)
+        .where(domains.c.domain == any_(bindparam("names", type_=ARRAY(Text))), domains.c.verified_at.is_not(None)),
     ),
-    select(*TENANT_COLUMNS)
-    .join(former_slugs, former_slugs.c.tenant_id == tenants.c.id)
-    .where(
-        former_slugs.c.slug == any_(bindparam("names", type_=ARRAY(Text))),
-        former_slugs.c.redirects_until > func.now(),
-    ),
-    select(*TENANT_COLUMNS)
-    .join(domains, domains.c.tenant_id == tenants.c.id)
-    .where(domains.c.domain == any_(bindparam("names", type_=ARRAY(Text))), domains.c.verified_at.is_not(None)),
+    "ids",
+    "names",
 )
 
-_SUBJECTS = text(
-    """
+_SUBJECTS = """
     SELECT subject, tenant_id, roles, NULL::timestamptz AS revoked_at, NULL AS token
-    FROM tenancy.members WHERE subject = ANY(:subjects)
+    FROM tenancy.members WHERE subject = ANY($1::text[])
     UNION ALL
     SELECT value, NULL, NULL, revoked_at, NULL FROM tenancy.revocations
-    WHERE kind = 'subject' AND value = ANY(:subjects) AND (expires_at IS NULL OR expires_at > now() - :margin)
+    WHERE kind = 'subject' AND value = ANY($1::text[]) AND (expires_at IS NULL OR expires_at > now() - $3::interval)
     UNION ALL
     SELECT NULL, NULL, NULL, revoked_at, value FROM tenancy.revocations
-    WHERE kind = 'token' AND value = ANY(:tokens) AND (expires_at IS NULL OR expires_at > now() - :margin)
+    WHERE kind = 'token' AND value = ANY($2::text[]) AND (expires_at IS NULL OR expires_at > now() - $3::interval)
     """
-).bindparams(
-    bindparam("subjects", type_=ARRAY(Text)),
-    bindparam("tokens", type_=ARRAY(Text)),
-    bindparam("margin", REVOCATION_MARGIN),
-)
 
 
 class SubjectRow(NamedTuple):
@@ -106,7 +117,7 @@ class SubjectRow(NamedTuple):
     read_at: float
 
 
-def credential_state(row: Row[Any], read_at: float) -> CredentialState:
+def credential_state(row: ControlRow, read_at: float) -> CredentialState:
     """Return the state of a key from its row, read at this time."""
     return CredentialState(
         credential_id=row.key_id,
@@ -147,7 +158,7 @@ class DirectoryLookups:
         self._clock = clock
         timeout = config.directory.timeout
         # each value with the time when it was read
-        self._keys: BatchLoader[str, tuple[Row[Any], float]] = BatchLoader(self._load_keys, timeout=timeout)
+        self._keys: BatchLoader[str, tuple[ControlRow, float]] = BatchLoader(self._load_keys, timeout=timeout)
         self._tenants: BatchLoader[UUID | str, tuple[Tenant, float]] = BatchLoader(self._load_tenants, timeout=timeout)
         self._subjects: BatchLoader[tuple[str, str], SubjectRow] = BatchLoader(self._load_subjects, timeout=timeout)
         self._probe: asyncio.Task[None] | None = None  # set while the control database does not answer
@@ -158,7 +169,7 @@ class DirectoryLookups:
         """Whether the control database answers, as far as is known."""
         return self._probe is None
 
-    async def key(self, key_id: str) -> tuple[tuple[Row[Any], float] | None, set[Hashable]]:
+    async def key(self, key_id: str) -> tuple[tuple[ControlRow, float] | None, set[Hashable]]:
         """Return a key's row with the time it was read, and the tags invalidated while it was looked up.
 
         Raises:
@@ -234,8 +245,8 @@ class DirectoryLookups:
         while True:
             await asyncio.sleep(_PROBE_SECONDS * random.uniform(0.5, 1.0))
             try:
-                async with asyncio.timeout(self._config.directory.timeout), self._control.connect() as connection:
-                    await connection.execute(select(1))
+                async with asyncio.timeout(self._config.directory.timeout):
+                    await self._control.fetch("SELECT 1")
             except Exception as exc:  # noqa: BLE001 - ending here would leave the directory without its database for ever
                 logger.debug("the control database still does not answer: %s", type(exc).__name__)
                 continue
@@ -243,10 +254,10 @@ class DirectoryLookups:
             logger.info("the control database answers again")
             return
 
-    async def _query(self, statement: Executable, parameters: dict[str, Any]) -> tuple[Sequence[Row[Any]], float]:
+    async def _query(self, statement: str, *parameters: Any) -> tuple[Sequence[ControlRow], float]:
         """Run one SELECT, a second time where the first try met a connection that a restart had left dead.
 
-        Returns its rows and the time before it was sent: what they say may change from then on.
+        Returns its rows and a time before it was sent: what they say may change from then on.
 
         Raises:
             ControlUnavailableError: the database does not answer, or refuses: its password is being changed, or it is
@@ -254,20 +265,19 @@ class DirectoryLookups:
         """
         for attempt in range(2):
             try:
-                async with self._control.connect() as connection:
-                    read_at = self._clock()
-                    return (await connection.execute(statement, parameters)).all(), read_at
+                read_at = self._clock()
+                return await self._control.fetch(statement, *parameters), read_at
             except ControlUnavailableError:
                 if attempt:
                     raise
             except (SQLAlchemyError, asyncpg.PostgresError) as exc:
-                logger.error("the control database refused a look-up: %s", type(getattr(exc, "orig", exc)).__name__)
+                logger.error("the control database refused a look-up: %s", type(exc).__name__)
                 raise ControlUnavailableError("the control database refused a look-up") from exc
         raise AssertionError("unreachable")
 
-    async def _load_keys(self, key_ids: list[str]) -> Mapping[str, tuple[Row[Any], float]]:
+    async def _load_keys(self, key_ids: list[str]) -> Mapping[str, tuple[ControlRow, float]]:
         started = time.perf_counter()
-        rows, read_at = await self._query(_KEYS, {"ids": key_ids})
+        rows, read_at = await self._query(_KEYS, key_ids)
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=len(key_ids), tenants=0, seconds=seconds))
         return {row.key_id: (row, read_at) for row in rows}
@@ -276,7 +286,7 @@ class DirectoryLookups:
         started = time.perf_counter()
         ids = [str(x) for x in wanted if isinstance(x, UUID)]
         names = [x for x in wanted if isinstance(x, str)]
-        rows, read_at = await self._query(_TENANTS, {"ids": ids, "names": names})
+        rows, read_at = await self._query(_TENANTS, ids, names)
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=0, tenants=len(wanted), seconds=seconds))
         found: dict[UUID | str, Tenant] = {}
@@ -291,11 +301,9 @@ class DirectoryLookups:
 
     async def _load_subjects(self, wanted: list[tuple[str, str]]) -> Mapping[tuple[str, str], SubjectRow]:
         started = time.perf_counter()
-        parameters = {
-            "subjects": list({subject for subject, _ in wanted}),
-            "tokens": list({token for _, token in wanted if token}),
-        }
-        rows, read_at = await self._query(_SUBJECTS, parameters)
+        subjects = list({subject for subject, _ in wanted})
+        token_ids = list({token for _, token in wanted if token})
+        rows, read_at = await self._query(_SUBJECTS, subjects, token_ids, REVOCATION_MARGIN)
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=0, tenants=0, subjects=len(wanted), seconds=seconds))
         roles: dict[str, dict[UUID, frozenset[str]]] = {}

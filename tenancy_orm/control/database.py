@@ -49,6 +49,7 @@ from ..postgres.errors import (
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.poolers import connect_directly
+from .direct import ControlRow, check_out, give_back, rows_of
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .names import Names
@@ -284,6 +285,37 @@ class ControlDatabase:
         """
         async with self._translating_errors(), self._pooled() as connection, connection.begin():
             yield connection
+
+    async def fetch(self, query: str, *args: Any) -> list[ControlRow]:
+        """Run one statement on asyncpg's connection, outside a transaction, and return its rows.
+
+        It is prepared once for each connection of the pool and takes one round trip, without SQLAlchemy's own work for
+        each statement: for what requests wait for.
+
+        Args:
+            query: The statement, with ``$1`` and so on.
+            args: Its parameters, as asyncpg takes them.
+
+        Raises:
+            ControlUnavailableError: the server does not answer.
+            asyncpg.PostgresError: it refuses the statement.
+        """
+        self.home.check()
+        try:
+            if self.is_pooled is None:
+                await self._check_address()
+            pooled = await check_out(self.engine)
+        except (DBAPIError, *SERVER_FAILURES) as exc:
+            raise self._unavailable(exc) from exc
+        try:
+            rows = await rows_of(pooled, query, args)
+        except BaseException as exc:
+            give_back(self.engine, pooled, exc, lost=is_unavailable(exc))
+            if isinstance(exc, Exception) and is_unavailable(exc):
+                raise self._unavailable(exc) from exc
+            raise
+        pooled.close()
+        return rows
 
     def check_names(self, names: Names) -> None:
         """Refuse another ``name_prefix`` than the one that this installation's roles and databases are named with.

@@ -22,15 +22,15 @@ logger = logging.getLogger("tenancy_orm.quotas")
 HOLD_SECONDS: Final = 30.0  # a hold that is not renewed for this long expires
 _RENEW_SECONDS: Final = HOLD_SECONDS / 3
 
-_ACQUIRE = text(
-    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_hold(CAST(:tenant_id AS uuid), :resource, "
-    "CAST(:amount AS bigint), CAST(:id AS uuid), CAST(:seconds AS double precision))"
+_ACQUIRE = (
+    "SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity') AS resets_at, crossed "
+    "FROM tenancy.quota_hold($1::uuid, $2::text, $3::bigint, $4::uuid, $5::double precision)"
 )
 _RENEW = text(
     "UPDATE tenancy.quota_holds SET expires_at = clock_timestamp() + make_interval(secs => :seconds) "
     "WHERE id = ANY(CAST(:ids AS uuid[])) RETURNING id"
 )
-_RELEASE = text("DELETE FROM tenancy.quota_holds WHERE id = CAST(:id AS uuid)")
+_RELEASE = "DELETE FROM tenancy.quota_holds WHERE id = $1::uuid"
 
 
 class Hold:
@@ -67,16 +67,8 @@ class HoldManager:
 
     async def acquire(self, hold: Hold, tenant_id: UUID, resource: str, amount: int) -> Any:
         """Take ``hold``; returns the database's answer."""
-        parameters = {
-            "tenant_id": tenant_id,
-            "resource": resource,
-            "amount": amount,
-            "id": hold.id,
-            "seconds": HOLD_SECONDS,
-        }
         asked_at = time.monotonic()
-        async with self._control.connect() as connection:
-            row = (await connection.execute(_ACQUIRE, parameters)).one()
+        (row,) = await self._control.fetch(_ACQUIRE, tenant_id, resource, amount, hold.id, HOLD_SECONDS)
         if row.outcome == "counted":
             hold.mark_renewed(asked_at)
             # not before: a renewal in between would not find its row, and mark it as lost
@@ -100,8 +92,7 @@ class HoldManager:
     async def release(self, hold: Hold) -> None:
         """Release the place. Where the database does not answer, it is free when the hold expires."""
         try:
-            async with self._control.connect() as connection:
-                await connection.execute(_RELEASE, {"id": hold.id})
+            await self._control.fetch(_RELEASE, hold.id)
         except ControlUnavailableError:
             logger.warning("a hold could not be released: it expires within %g s", HOLD_SECONDS)
 

@@ -36,10 +36,46 @@ from .usage import Remaining, TenantUsage, Usage
 
 _LONGEST_KEY = 200
 
-_CONSUME = text(
-    "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_consume("
-    "CAST(:tenant_id AS uuid), :resource, CAST(:amount AS bigint), :key, CAST(:at AS timestamptz))"
+_CONSUME = (
+    "SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity') AS resets_at, crossed, in_blocks "
+    "FROM tenancy.quota_consume($1::uuid, $2::text, $3::bigint, $4::text, $5::timestamptz)"
 )
+# The same for the usual case: a use without a key, now, in a period that has begun, which passes neither the limit nor
+# a soft limit. It counts in one UPDATE, and calls the function only where that has found no row.
+_CONSUME_NOW = """
+    WITH counted AS (
+        UPDATE tenancy.usage AS u SET used = u.used + $3::bigint
+        FROM (
+            SELECT t.slug, m.merged, (m.merged ->> 'amount')::bigint AS amount_limit,
+                coalesce(m.merged ->> 'period', 'lifetime') AS period
+            FROM tenancy.tenants AS t
+            JOIN tenancy.tiers AS i ON i.name = t.tier
+            CROSS JOIN LATERAL (
+                SELECT tenancy.quota_merge(i.limits -> $2::text, t.quotas -> $2::text) AS merged OFFSET 0
+            ) AS m
+            WHERE t.id = $1::uuid AND t.status <> 'purged' AND m.merged IS NOT NULL AND $2 <> 'requests_per_second'
+        ) AS q
+        WHERE u.tenant_id = $1 AND u.resource = $2 AND u.period = q.period AND q.period <> 'concurrent'
+            AND u.period_start = (
+                SELECT v.period_start FROM tenancy.usage AS v
+                WHERE v.tenant_id = $1 AND v.resource = $2 AND v.period = q.period
+                    AND v.period_start <= statement_timestamp()
+                ORDER BY v.period_start DESC LIMIT 1)
+            AND u.period_end > statement_timestamp()
+            AND u.closed_at IS NULL
+            AND (q.amount_limit IS NULL OR u.used + $3 <= q.amount_limit AND NOT EXISTS (
+                SELECT FROM unnest(tenancy.quota_soft(q.merged)) AS f
+                WHERE u.used + $3 >= f * q.amount_limit
+                    AND (u.soft_limit IS DISTINCT FROM q.amount_limit OR f > u.soft_reached)))
+        RETURNING q.slug, q.amount_limit, u.period, u.used, u.period_end
+    )
+    SELECT 'counted' AS outcome, slug, amount_limit, period, used, nullif(period_end, 'infinity') AS resets_at,
+        NULL::double precision[] AS crossed, NULL::bigint AS in_blocks
+    FROM counted
+    UNION ALL
+    SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity'), crossed, in_blocks
+    FROM tenancy.quota_consume($1, $2, $3) WHERE NOT EXISTS (SELECT FROM counted)
+    """
 _RELEASE = text(
     "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_release("
     "CAST(:tenant_id AS uuid), :resource, CAST(:amount AS bigint), CAST(:at AS timestamptz))"
@@ -230,16 +266,16 @@ class QuotaManager:
         check_amount(amount)
         _check_key(key)
         _check_time(at)
-        async with self._control.connect() as connection:
-            tenant_id = await find_tenant_id(connection, tenant)
-            parameters = {"tenant_id": tenant_id, "resource": resource, "amount": amount, "key": key, "at": at}
-            row = (await connection.execute(_CONSUME, parameters)).one()
+        tenant_id = await resolve_tenant_id(self._control, tenant)
+        usual = key is None and at is None
+        rest = () if usual else (key, at)
+        statement = _CONSUME_NOW if usual else _CONSUME
+        (row,) = await self._control.fetch(statement, tenant_id, resource, amount, *rest)
         deadline = time.monotonic() + RECLAIM_SECONDS
         while row.outcome == "exceeded" and row.in_blocks and time.monotonic() < deadline:
             # processes with unspent blocks return them at their next heartbeat
             await asyncio.sleep(POLL_SECONDS)
-            async with self._control.connect() as connection:
-                row = (await connection.execute(_CONSUME, parameters)).one()
+            (row,) = await self._control.fetch(statement, tenant_id, resource, amount, *rest)
         return self._handle_outcome(tenant_id, resource, amount, row)
 
     def leased(self, tenant: UUID | Tenant, resource: str, *, block: int = 100) -> LeasedQuota:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from sqlalchemy import (
     literal_column,
 )
 
+from ..control.direct import ControlRow
 from ..control.models import tenants
 from ..tenant import Placement, Status, Tenant
 
@@ -62,7 +64,12 @@ def uuid7() -> UUID:
     return UUID(int=value)
 
 
-def tenant_from_row(row: Row[*tuple[Any, ...]]) -> Tenant:
+def _json_object(value: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    # SQLAlchemy's rows have it as a dictionary, those of ``ControlDatabase.fetch`` as text
+    return MappingProxyType(json.loads(value) if isinstance(value, str) else value)
+
+
+def tenant_from_row(row: Row[*tuple[Any, ...]] | ControlRow) -> Tenant:
     """Build the value object from a row of ``TENANT_COLUMNS``."""
     placement = None
     if row.sealed_password is not None:
@@ -74,8 +81,8 @@ def tenant_from_row(row: Row[*tuple[Any, ...]]) -> Tenant:
         tier=row.tier,
         placement=placement,
         schema_revision=row.schema_revision,
-        metadata=MappingProxyType(row.metadata),
-        quotas=MappingProxyType(row.quotas),
+        metadata=_json_object(row.metadata),
+        quotas=_json_object(row.quotas),
         reason=row.reason,
         created_at=row.created_at,
         updated_at=row.updated_at,

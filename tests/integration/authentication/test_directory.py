@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from sqlalchemy import event, make_url, text
+from sqlalchemy import make_url, text
 
 from tenancy_orm.errors import ControlUnavailableError, InvalidCredentialError, TenantNotFoundError
 from tenancy_orm.events import DirectoryMissed, DirectoryUnavailable
@@ -184,7 +184,9 @@ async def test_what_is_known_is_looked_up_again_after_its_ttl(control_url: str) 
             await plane.directory.authenticate(key)
 
 
-async def test_time_counts_from_when_the_control_database_was_asked(control_url: str) -> None:
+async def test_time_counts_from_when_the_control_database_was_asked(
+    control_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A slow answer does not make it true for longer: neither a key's expiry nor the TTL of anything."""
     clock = Clock()
     async with control_plane(control_url, opened=False, clock=clock, directory={"ttl": 100.0}) as plane:
@@ -193,8 +195,15 @@ async def test_time_counts_from_when_the_control_database_was_asked(control_url:
         # connects; from then on every query takes ten seconds
         await plane.directory.authenticate(key)
         plane.directory.invalidate()
-        engine = plane.directory._lookups._control.engine.sync_engine
-        event.listen(engine, "after_cursor_execute", lambda *_: setattr(clock, "now", clock.now + 10.0))
+        control = plane.directory._lookups._control
+        fetch = control.fetch
+
+        async def slow(*args: Any) -> Any:
+            rows = await fetch(*args)
+            clock.now += 10.0
+            return rows
+
+        monkeypatch.setattr(control, "fetch", slow)
         start = clock.now
         await plane.directory.authenticate(ending.text)
         assert plane.directory.peek(ending.text) is not None
@@ -555,16 +564,16 @@ async def test_whatever_asking_whether_it_is_back_raises_it_is_asked_again(
 ) -> None:
     """Otherwise the outage would last until the process is restarted."""
     monkeypatch.setattr("tenancy_orm.authentication.lookups._PROBE_SECONDS", 0.01)
-    connect, failures = plane.directory._lookups._control.connect, 3
+    fetch, failures = plane.directory._lookups._control.fetch, 3
 
-    def fail() -> Any:
+    async def fail(query: str) -> Any:
         nonlocal failures
         failures -= 1
         if failures >= 0:
             raise RuntimeError("unforeseen")
-        return connect()
+        return await fetch(query)
 
-    monkeypatch.setattr(plane.directory._lookups._control, "connect", fail)
+    monkeypatch.setattr(plane.directory._lookups._control, "fetch", fail)
     plane.directory._lookups._begin_probing()
     assert not plane.directory.statistics.control_available
     await until(lambda: plane.directory.statistics.control_available)

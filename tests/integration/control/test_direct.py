@@ -1,0 +1,73 @@
+"""``ControlDatabase.fetch``: one statement on asyncpg's connection, out of the same pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+
+from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.errors import ControlUnavailableError
+from tests.support.postgres import Postgres
+from tests.support.waiting import until
+
+
+@pytest.fixture
+async def control(empty_url: str) -> AsyncIterator[ControlDatabase]:
+    control = ControlDatabase(empty_url, pool_size=1, connect_timeout=5.0)
+    yield control
+    await control.close()
+
+
+async def pid(control: ControlDatabase) -> int:
+    (row,) = await control.fetch("SELECT pg_backend_pid() AS pid")
+    return int(row.pid)
+
+
+async def test_a_connection_is_used_again_whatever_a_statement_raises(control: ControlDatabase) -> None:
+    """PostgreSQL's refusal is the caller's, and harms no connection."""
+    first = await pid(control)
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await control.fetch("SELECT FROM nothing")
+    assert await pid(control) == first
+    async with control.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None and driver.get_server_pid() == first
+    (row,) = await control.fetch("SELECT $1::text AS a", "x")
+    assert row.a == "x" and row["a"] == "x"
+    with pytest.raises(AttributeError):
+        _ = row.b
+
+
+async def test_a_connection_that_the_server_has_ended_is_replaced(control: ControlDatabase, postgres: Postgres) -> None:
+    """One caller gets the error, the next one another connection."""
+    first = await pid(control)
+    async with postgres.connect() as admin:
+        await admin.execute("SELECT pg_terminate_backend($1)", first)
+    with pytest.raises(ControlUnavailableError):
+        await pid(control)
+    assert await pid(control) != first
+
+
+async def test_a_cancelled_statement_costs_its_connection_alone(control: ControlDatabase) -> None:
+    """Its answer may still come."""
+    first = await pid(control)
+    pool: Any = control.engine.sync_engine.pool
+    running = asyncio.create_task(control.fetch("SELECT pg_sleep(60)"))
+    await until(lambda: pool.checkedout() == 1)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await pid(control) != first
+    assert pool.checkedout() == 0
+
+
+async def test_a_server_that_does_not_answer_is_not_available() -> None:
+    """As for every other statement."""
+    control = ControlDatabase("postgresql://nobody@127.0.0.1:1/none", connect_timeout=1.0)
+    with pytest.raises(ControlUnavailableError, match="not available"):
+        await control.fetch("SELECT 1")
+    await control.close()
