@@ -9,6 +9,8 @@ from typing import Any
 
 import sqlalchemy
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
 
 # 2.1 has it as ``await_`` too, and deprecates this name in 2.2
 from sqlalchemy.util import await_only as await_
@@ -52,6 +54,16 @@ def hold_transaction(connection: Any, transaction: Any) -> None:
         connection._started = True
 
 
+def connections_in(session: Session) -> list[Connection] | None:
+    """The connections that a session has in its transaction; None where it has a savepoint."""
+    transaction: Any = session.get_transaction()
+    if transaction is None:
+        return []
+    if session.in_nested_transaction():
+        return None
+    return [entry[0] for entry in transaction._connections.values()]
+
+
 async def roll_back(connection: Any) -> None:
     """Roll back the transaction that has begun; it is over whether or not PostgreSQL answers.
 
@@ -68,6 +80,7 @@ __all__ = [
     "SQLALCHEMY_2_0",
     "AdaptedConnection",
     "await_",
+    "connections_in",
     "forget_transaction",
     "has_begun",
     "hold_transaction",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from threading import get_ident
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 from weakref import WeakSet
 
@@ -21,11 +21,13 @@ from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.notifications import ConnectionRequest
 from ..errors import ConfigurationError
 from ..events import EventBus
+from ..postgres.sqlalchemy_versions import connections_in, has_begun
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from ..servers.server import Server
 from ..tenant import Tenant
 from .budget import BudgetStatistics, Waiting
+from .connection import TenantConnection, TenantEngine
 from .connector import Connector
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
@@ -323,13 +325,29 @@ class SessionContext:
             # Without a transaction there is no I/O, so no greenlet is needed. AsyncSession's context manager closes in
             # a task of its own, to survive a cancellation; here it need not: if a roll-back is cancelled, the connector
             # closes the connection.
-            if busy:
+            if busy and not (self._read_only and _has_nothing_to_end(entry, inner)):
                 await session.close()
             else:
                 inner.close()
         finally:
             inner.ended = True  # type: ignore[attr-defined]
             self._cache.release(entry)
+
+
+def _has_nothing_to_end(entry: Entry, session: Session) -> bool:
+    """Whether closing a session sends nothing, as where a read-only one has sent its queries alone."""
+    if cast("TenantEngine", entry.engine.sync_engine).has_listeners:
+        return False
+    connections = connections_in(session)
+    if connections is None:
+        return False
+    for connection in connections:
+        if connection.closed or connection.invalidated:
+            return False
+        driver: object = connection.connection.dbapi_connection
+        if not isinstance(driver, TenantConnection) or has_begun(driver):
+            return False
+    return True
 
 
 def _open_plain_session(entry: Entry, engine: AsyncEngine, *, read_only: bool) -> AsyncSession:

@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
+from tenancy_orm import Tenancy
 from tenancy_orm.routing import Router
 from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
@@ -134,6 +135,58 @@ async def test_bench_session(sides: Sides) -> None:
     report(f"session, {ROWS} rows", *await turns(plain_rows, tenant_rows))
     report("session, opened and closed", *await turns(plain_nothing, tenant_nothing))
     print()
+
+
+async def test_bench_read_session(sides: Sides) -> None:
+    """One row by its key, in a read-only session."""
+    one = select(Note).where(Note.id == 1)
+
+    async def plain_row() -> None:
+        async with AsyncSession(sides.engine, expire_on_commit=False) as session:
+            assert (await session.scalars(one)).one().id == 1
+
+    async def tenant_row() -> None:
+        async with sides.router.session(sides.tenant, read_only=True) as session:
+            assert (await session.scalars(one)).one().id == 1
+
+    report("read-only session, one row by key (goal: at most 0.75)", *await turns(plain_row, tenant_row))
+    print()
+
+
+async def test_bench_fetch(tenancy: Tenancy, postgres: Postgres) -> None:
+    """One row by its key, textually; on a pool of asyncpg's, which cleans each connection that is returned."""
+    await tenancy.tenants.create("acme")
+    await tenancy.execute("INSERT INTO notes (body) SELECT 'note' FROM generate_series(1, 100)", tenant="acme")
+    placement = (await tenancy.tenants.get("acme")).placement
+    assert placement is not None
+    pool = await asyncpg.create_pool(postgres.url(placement.database), min_size=1, max_size=1)
+    query, named = "SELECT id, body FROM notes WHERE id = $1", "SELECT id, body FROM notes WHERE id = :id"
+    written, named_write = "UPDATE notes SET body = $2 WHERE id = $1", "UPDATE notes SET body = :body WHERE id = :id"
+
+    async def plain_row() -> None:
+        assert (await pool.fetchrow(query, 1))["id"] == 1
+
+    async def prepared_row() -> None:
+        async with pool.acquire() as connection:
+            for _ in range(10):
+                assert (await connection.fetchrow(query, 1))["id"] == 1
+
+    async def tenant_row() -> None:
+        row = await tenancy.fetch_one(named, {"id": 1}, tenant="acme")
+        assert row is not None and row.id == 1
+
+    async def plain_write() -> None:
+        assert await pool.execute(written, 1, "x") == "UPDATE 1"
+
+    async def tenant_write() -> None:
+        assert await tenancy.execute(named_write, {"id": 1, "body": "x"}, tenant="acme") == 1
+
+    report("fetch_one, one row by key, over asyncpg's pool (goal: at most 1.3)", *await turns(plain_row, tenant_row))
+    ten, row = await turns(prepared_row, tenant_row)
+    print(f"\nfetch_one over one query on a connection that asyncpg holds: {row.quiet / ten.quiet * 10:.3f}", end="")
+    report("execute, one row by key, over asyncpg's pool", *await turns(plain_write, tenant_write))
+    print()
+    await pool.close()
 
 
 async def test_bench_session_of_a_cold_tenant(sides: Sides) -> None:
