@@ -22,6 +22,7 @@ from ..servers.placement import PlacementExplanation
 from ..servers.rows import ServerRow, set_maintenance_database
 from ..tenancy import Tenancy
 from .output import console, errors, print_fields, print_json, print_table
+from .pgbouncer import pgbouncer
 from .preparation import settle_server
 from .runtime import Json, Yes, confirm, exit_on_error, fail, load_tenancy, operator, run
 
@@ -322,6 +323,9 @@ def set_database(
 
     former = exit_on_error(lambda: asyncio.run(command()))
     console.print(f"the maintenance database of {server} was {former} and is {database}", highlight=False)
+
+
+app.command("pgbouncer")(pgbouncer)
 
 
 # --- what was given ---------------------------------------------------------------------------------------------------

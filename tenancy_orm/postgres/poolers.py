@@ -23,6 +23,7 @@ from ..errors import PoolerError
 from . import login
 from .connections import Connection
 from .dsn import Dsn
+from .errors import PROTOCOL_VIOLATION
 from .login import clear_tracebacks, reason_of
 
 _PARAMETER = "tenancy.direct"
@@ -77,6 +78,26 @@ async def is_direct(connection: Connection) -> bool:
     return bool(await connection.execute(same) == "SELECT 1")
 
 
+async def check_transactions(connection: Connection, address: str) -> None:
+    """Check that a pooler lets a transaction go on over several statements. Two round trips; nothing is left behind.
+
+    Raises:
+        PoolerError: it does not: PgBouncer in statement mode. It has closed the connection.
+    """
+    try:
+        await connection.execute("BEGIN")
+        await connection.execute("ROLLBACK")
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as exc:
+        # it closes the connection after its error, which asyncpg then has as the cause of its own
+        if PROTOCOL_VIOLATION not in (getattr(exc, "sqlstate", None), getattr(exc.__cause__, "sqlstate", None)):
+            raise
+        connection.terminate()
+        reason = reason_of(exc.__cause__ or exc)
+        raise PoolerError(
+            f"the pooler at {address} refuses transactions: {reason}; set pool_mode = transaction in it"
+        ) from exc
+
+
 async def backend_pid(connection: Connection) -> int:
     """Return the process id of a direct connection's backend, also behind a proxy that tells clients another."""
     return int(await connection.fetchval("SELECT pg_catalog.pg_backend_pid()"))
@@ -86,4 +107,4 @@ def _refused(refusal: str, dsn: Dsn, reason: str) -> PoolerError:
     return PoolerError(refusal.format(address=dsn, reason=reason))
 
 
-__all__ = ["backend_pid", "connect_directly", "is_direct"]
+__all__ = ["backend_pid", "check_transactions", "connect_directly", "is_direct"]

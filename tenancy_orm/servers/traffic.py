@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import asyncpg
 
 from ..postgres.dsn import Dsn
-from ..postgres.poolers import is_direct
+from ..postgres.poolers import check_transactions, is_direct
 from .settings import TRACKED, named_in, without
 
 logger = logging.getLogger("tenancy_orm.servers")
@@ -50,6 +50,7 @@ class TenantAddress:
         self.judges_hosts = dsn.parameters.get("target_session_attrs") in ("read-write", "read-only")
         """Whether a host is chosen by its ``default_transaction_read_only``: a value of ours must not hide its own."""
         self._is_direct = direct
+        self._is_proved = direct
         self._is_pooled = dsn.client_size(_CACHE) == 0
         self._pins = _Pins.ALL
         if self._is_pooled:
@@ -81,6 +82,9 @@ class TenantAddress:
         Args:
             found: The server's own values of the pinned settings.
             login: Opens a connection with the settings that it is given, and further arguments of ``asyncpg.connect``.
+
+        Raises:
+            PoolerError: a pooler in statement mode answers, through which no transaction works.
         """
         for pins in _Pins:
             if pins < self._pins:
@@ -94,13 +98,24 @@ class TenantAddress:
                     raise
                 continue
             if pins <= self._pins and (self._is_pooled or await self._is_known_direct(connection)):
-                return connection
+                return await self._proved(connection)
             self._found_pooler(pins, "refuses startup parameters (08P01)" if pins else "has process ids of its own")
             if caches:
-                return connection
+                return await self._proved(connection)
             connection.terminate()
-            return await login(self._startup(found, pins), **{_CACHE: 0})
+            return await self._proved(await login(self._startup(found, pins), **{_CACHE: 0}))
         raise AssertionError("the last login returns or raises")
+
+    async def _proved(self, connection: C) -> C:
+        """Have the first login of each process at a pooler find out that it works by transactions."""
+        if self._is_pooled and not self._is_proved:
+            try:
+                await check_transactions(connection, str(self.dsn))
+            except BaseException:
+                connection.terminate()
+                raise
+            self._is_proved = True
+        return connection
 
     async def _is_known_direct(self, connection: asyncpg.Connection[Any]) -> bool:
         if not self._is_direct:

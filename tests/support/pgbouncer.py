@@ -73,15 +73,11 @@ def pgbouncer(postgres: Postgres, **options: str) -> Iterator[PgBouncer]:
     Raises:
         RuntimeError: it is not installed, or does not start.
     """
-    # Debian installs it where a user's PATH has nothing
-    program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if program is None:
-        raise RuntimeError(_MISSING)
     target = make_url(postgres.admin_url)
     directory = Path(tempfile.mkdtemp(prefix="tenancy-pgbouncer-"))
     try:
         (directory / "users.txt").write_text(f'"{target.username}" "{target.password}"\n')
-        listen = _free_port()
+        listen = free_port()
         (directory / "pgbouncer.ini").write_text(
             _CONFIGURATION.format(
                 host=target.host,
@@ -92,25 +88,55 @@ def pgbouncer(postgres: Postgres, **options: str) -> Iterator[PgBouncer]:
                 further="\n".join(f"{name} = {value}" for name, value in options.items()),
             )
         )
-        command = [program, "-q", str(directory / "pgbouncer.ini")]
-        if os.geteuid() == 0:
-            # it refuses to run as root
-            nobody = pwd.getpwnam("nobody")
-            for path in (directory, *directory.iterdir()):
-                os.chown(path, nobody.pw_uid, nobody.pw_gid)
-            command[1:1] = ["-u", "nobody"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            _wait_until_listening(process, listen)
-            yield PgBouncer(listen, directory)
-        finally:
-            process.kill()
-            process.communicate()
+        with running(directory, listen) as started:
+            yield started
     finally:
         shutil.rmtree(directory)
 
 
-def _free_port() -> int:
+@contextmanager
+def running(directory: Path, listen: int) -> Iterator[PgBouncer]:
+    """Run PgBouncer by the ``pgbouncer.ini`` of a directory, which has all its files.
+
+    Raises:
+        RuntimeError: it is not installed, or does not start.
+    """
+    command = [program(), "-q", str(directory / "pgbouncer.ini")]
+    if os.geteuid() == 0:
+        # it refuses to run as root
+        nobody = pwd.getpwnam("nobody")
+        for path in (directory, *directory.iterdir()):
+            os.chown(path, nobody.pw_uid, nobody.pw_gid)
+        command[1:1] = ["-u", "nobody"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_until_listening(process, listen)
+        yield PgBouncer(listen, directory)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def program() -> str:
+    """The path of PgBouncer.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    # Debian installs it where a user's PATH has nothing
+    found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise RuntimeError(_MISSING)
+    return found
+
+
+def installed_version() -> str:
+    """The version of PgBouncer that is installed, such as 1.18."""
+    printed = subprocess.run([program(), "--version"], capture_output=True, text=True, check=True).stdout
+    return ".".join(printed.split()[1].split(".")[:2])
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,0 +1,246 @@
+"""``tenancy servers pgbouncer``: what it generates runs, its check finds what is wrong, and tenants stay apart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.config import ServerAddresses
+from tenancy_orm.control.names import Names
+from tenancy_orm.errors import ConfigurationError, PoolerError
+from tenancy_orm.postgres.dsn import Dsn
+from tenancy_orm.servers.pgbouncer import auth_user, files, function_name, parse_version
+from tests.support.pgbouncer import PgBouncer, free_port, installed_version, pgbouncer, running
+from tests.support.postgres import Postgres
+from tests.support.processes import opened
+from tests.support.served import variables
+from tests.support.shell import environment
+from tests.support.warm import Finished, run_module
+
+Cli = Callable[..., Awaitable[Finished]]
+
+
+@pytest.fixture
+def names(tenancy: Tenancy) -> Names:
+    """The installation's names."""
+    return Names(tenancy.config.name_prefix, tenancy.internals.control.installation)
+
+
+@pytest.fixture
+async def cli(tenancy: Tenancy, postgres: Postgres, tmp_path: Path, names: Names) -> AsyncIterator[Cli]:
+    """The command, and afterwards no role of PgBouncer's on the server."""
+
+    async def command(*arguments: str, tenants: str | None = None) -> Finished:
+        env = environment(
+            **variables(tenancy.config), TENANCY_METADATA="tests.support.models:Base.metadata", COLUMNS="200"
+        )
+        if tenants is not None:
+            env["TENANCY_SERVERS"] = f"default={postgres.admin_url} default.tenants={tenants}"
+        return await run_module("tenancy_orm.cli", "servers", "pgbouncer", *arguments, cwd=tmp_path, env=env)
+
+    yield command
+    user = auth_user(names)
+    async with postgres.connect() as admin:
+        await admin.execute(f'DROP SCHEMA IF EXISTS "{user}" CASCADE')
+        if await admin.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", user):
+            await admin.execute(f'DROP OWNED BY "{user}"; DROP ROLE "{user}"')
+
+
+@contextmanager
+def started(directory: Path, **changes: str) -> Iterator[PgBouncer]:
+    """Run what was generated, on a port of its own and without a directory for its log."""
+    port, path = free_port(), directory / "pgbouncer.ini"
+    own = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": str(port),
+        "logfile": str(directory / "pgbouncer.log"),
+        "pidfile": "",
+        **changes,
+    }
+    ini = path.read_text()
+    for name, value in own.items():
+        ini, count = re.subn(rf"(?m)^{name} =.*$", f"{name} = {value}", ini)
+        assert count == 1, name
+    path.write_text(f"{ini}unix_socket_dir =\n")
+    with running(directory, port) as pooler:
+        yield pooler
+
+
+async def test_what_is_generated_serves_the_installation(cli: Cli, tenancy: Tenancy, postgres: Postgres) -> None:
+    """Tenants log in with their own secrets, and settings hold, also against a role's own.
+
+    The check agrees, and notices what is changed.
+    """
+    for slug in ("acme", "globex"):
+        await tenancy.tenants.create(slug)
+    with tempfile.TemporaryDirectory() as made:
+        await asyncio.to_thread(Path(made).chmod, 0o711)
+        directory = Path(made) / "pgbouncer"
+        version = installed_version()
+        done = await cli("--for", version, "--out", str(directory))
+        assert done.status == 0, done.err
+        assert (directory / "userlist.txt").stat().st_mode & 0o777 == 0o600
+        userlist = (directory / "userlist.txt").read_text()
+        again = await cli("--for", version, "--out", str(directory))
+        assert again.status == 0, again.err
+        assert (directory / "userlist.txt").read_text() == userlist  # the role has this password already
+        async with postgres.connect() as admin:
+            await admin.execute((directory / "auth_query.sql").read_text())
+        with started(directory) as pooler:
+            address = f"{pooler.address}?statement_cache_size=0"
+            pooled = tenancy.config.replace(
+                servers={"default": ServerAddresses(admin=postgres.admin_url, tenants=address)}
+            )
+            async with opened(pooled) as other:
+                for slug in ("acme", "globex"):
+                    async with other.session(slug) as session:
+                        await session.execute(text("ALTER ROLE CURRENT_USER SET search_path = nowhere"))
+                        await session.commit()
+                admin_connection = await other.internals.servers["default"].connect_admin()
+                await admin_connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename ~ '_t_[0-9a-f]{32}$'"
+                )
+                await admin_connection.close()
+                other.internals.router.retire((await other.tenants.get("acme")).id)
+                async with other.session("acme") as session:
+                    # a pooler without connect_query loses this
+                    assert await session.scalar(text("SHOW search_path")) == '"$user", public'
+                assert await asyncio.to_thread(other.sync.fetch_value, "SHOW search_path", tenant="acme")
+            user, password = json.loads("[" + userlist.strip().replace('" "', '", "') + "]")
+            console = f"postgresql://{user}:{password}@127.0.0.1:{pooler.port}/pgbouncer"
+            checked = await cli("--check", "--json", "--console", console, tenants=address)
+            assert checked.status == 0, checked.out + checked.err
+            found = [one["text"] for one in json.loads(checked.out)]
+            assert "it cannot reach another tenant's database" in found
+            assert "pool_mode = transaction" in found
+        with started(directory, pool_mode="statement", default_pool_size="50") as wrong:
+            console = f"postgresql://{user}:{password}@127.0.0.1:{wrong.port}/pgbouncer"
+            checked = await cli("--check", "--console", console, tenants=wrong.address)
+            assert checked.status == 1, checked.out
+            assert re.search(r"(?m)^no  .*refuses transactions.*; set pool_mode = transaction in it$", checked.out)
+            assert re.search(r"(?m)^no  default_pool_size = 50; a role may have \d+ at most$", checked.out)
+    direct = await cli("--check")
+    assert direct.status == 1
+    assert "connect to server 'default' directly" in direct.err
+
+
+async def test_the_function_tells_no_other_secret_and_no_other_role(
+    cli: Cli, tenancy: Tenancy, postgres: Postgres, names: Names
+) -> None:
+    """Its role reads tenants' secrets alone, and can change nothing.
+
+    A tenant that gets to the database (a layer is off) can neither call the function nor put another in its place.
+    """
+    acme = (await tenancy.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    done = await cli("--json", "--for", "1.25")
+    assert done.status == 0, done.err
+    user, function = auth_user(names), function_name(names)
+    async with postgres.connect() as admin:
+        await admin.execute(json.loads(done.out)["auth_query.sql"])
+        await admin.execute(f"ALTER ROLE \"{user}\" PASSWORD 'known to this test'")
+        secret = await admin.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", acme.placement.role)
+        await admin.execute(f'GRANT CONNECT ON DATABASE postgres TO "{acme.placement.role}"')
+        url = make_url(postgres.admin_url)
+
+        async def as_role(name: str, password: str) -> Any:
+            return await asyncpg.connect(
+                url.set(username=name, password=password).render_as_string(hide_password=False)
+            )
+
+        asking = await as_role(user, "known to this test")
+        try:
+            query = f"SELECT secret FROM {function}($1)"
+            assert await asking.fetchval(query, acme.placement.role) == secret
+            for other in (url.username, user, names.owner, f"{acme.placement.role}_abcdef", "x' OR true --"):
+                assert await asking.fetch(query, other) == []
+            for refused in (
+                "SELECT rolpassword FROM pg_authid",
+                f'CREATE TABLE "{user}".taken (id int)',
+                f"CREATE OR REPLACE FUNCTION {function}(username text) RETURNS text LANGUAGE sql AS 'SELECT 1::text'",
+                f'SET ROLE "{acme.placement.role}"',
+            ):
+                with pytest.raises(asyncpg.PostgresError):
+                    await asking.execute(refused)
+        finally:
+            await asking.close()
+        tenant = await as_role(acme.placement.role, tenancy.internals.provisioner.password(acme))
+        try:
+            for refused in (query.replace("$1", "'x'"), f'CREATE TABLE "{user}".mine (id int)'):
+                with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                    await tenant.execute(refused)
+        finally:
+            await tenant.close()
+            await admin.execute(f'REVOKE CONNECT ON DATABASE postgres FROM "{acme.placement.role}"')
+        # the check finds what an operator has opened
+        await admin.execute(f'GRANT EXECUTE ON FUNCTION {function}(text) TO "{acme.placement.role}"')
+    checked = await cli("--check", tenants="postgresql://127.0.0.1:1")
+    assert checked.status == 1
+    assert f"REVOKE ALL ON FUNCTION {function}(text) FROM {acme.placement.role}" in checked.out
+
+
+async def test_statement_mode_is_refused_by_the_first_session(
+    tenancy_config: TenancyConfig, postgres: Postgres
+) -> None:
+    """With the remedy, on both sides; without the check it is an error of each BEGIN. Session mode works."""
+    with pgbouncer(postgres, pool_mode="statement") as wrong, pgbouncer(postgres, pool_mode="session") as right:
+        client = await asyncpg.connect(wrong.url(postgres.admin_url), statement_cache_size=0)
+        with pytest.raises(asyncpg.PostgresError, match="transaction blocks not allowed"):
+            await client.execute("BEGIN")
+        client.terminate()
+        for pooler in (wrong, right):
+            addresses = ServerAddresses(admin=postgres.admin_url, tenants=pooler.address)
+            config = tenancy_config.replace(servers={"default": addresses})
+            async with opened(config, initialise=True) as tenancy:
+                if pooler is wrong:
+                    await tenancy.tenants.create("acme")
+                    with pytest.raises(PoolerError, match="set pool_mode = transaction"):
+                        await tenancy.fetch_value("SELECT 1", tenant="acme")
+                    with pytest.raises(PoolerError, match="set pool_mode = transaction"):
+                        await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme")
+                    assert tenancy.internals.router.statistics().servers["default"].open == 0
+                else:
+                    assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
+                    assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+
+
+def test_what_does_not_fit_is_refused_and_what_is_sent_is_set(tenancy_config: TenancyConfig) -> None:
+    """Several hosts, too many PgBouncers, a version without SCRAM; settings reach each connection, quoted."""
+    config = tenancy_config.replace(sessions={"statement_timeout": 2.5, "settings": {"lc_time": "it's"}})
+
+    def make(url: str = "postgresql://admin@db.example:5433/postgres?sslmode=verify-full", **options: Any) -> str:
+        given = {"version": (1, 25), "accepted": 97, "database": "postgres", "least_limit": 20, **options}
+        names, chosen = Names("shop", UUID(int=7)), given.pop("config", config)
+        return files("eu", Dsn.parse(url), names, chosen, verifier="v", password="p", **given).ini
+
+    ini = make(settings={"search_path": '"$user", public', "timezone": "UTC", "role": "none"}, poolers=3)
+    expected = "SET lc_time=E''it''''s'';SET statement_timeout=E''2500ms'';SET search_path=\"$user\", public;"
+    assert f"connect_query='{expected}'\n" in ini
+    assert "ignore_startup_parameters = lc_time, statement_timeout\n" in ini
+    assert "default_pool_size = 6\n" in ini and "server_tls_sslmode = verify-full\n" in ini
+    assert "auth_dbname = tenancy_auth\n" in ini and "host=db.example port=5433" in ini
+    assert "auth_dbname" not in make(version=(1, 18))
+    assert "max_prepared_statements" not in make(version=(1, 20))
+    many = make(settings={f"setting_{number}": "x" * 40 for number in range(20)})
+    assert "setting_19" in many and 1 < len(re.findall("SET setting_", many)) < 8
+    long = tenancy_config.replace(sessions={"settings": {"lc_time": "x" * 600}})
+    for refused in ({"url": "postgresql://a,b/postgres"}, {"poolers": 21}, {"config": long}):
+        with pytest.raises(ConfigurationError):
+            make(**refused)
+    for version in ("latest", "1.13.0"):
+        with pytest.raises(ConfigurationError):
+            parse_version(version)
+    assert parse_version("1.25.2") == (1, 25)
