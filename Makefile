@@ -6,6 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # more for pytest: make test ARGS='-k embedded'
 ARGS ?=
+# of make test-pooler: what every way in to a tenant's database relies on
+POOLED := $(addprefix tests/, security/test_cross_tenant_requests.py security/test_concurrency_contexts.py \
+	security/test_guard.py security/test_wsgi_requests.py security/test_revocation_of_open.py \
+	security/test_wrapped_functions.py integration/asgi/test_starlette.py integration/asgi/test_fastapi.py \
+	integration/sync/test_sync_sessions.py integration/tenants/test_lifecycle.py integration/test_tenants.py \
+	integration/test_queries.py integration/seeds/test_creation.py integration/metering/test_metrics.py)
 # of make test-matrix: some of its combinations, and interpreters that are not on PATH
 ONLY ?=
 PYTHONS ?=
@@ -14,11 +20,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # What `make check` runs, the quickest first. Whatever else names a check (.pre-commit-config.yaml, tests) runs these targets.
 CHECKS := formatting lint types docs
 
-.PHONY: help demo test test-matrix check $(CHECKS) format bench clean
+.PHONY: help demo test test-pooler test-matrix check $(CHECKS) format bench clean
 
 help:
 	@echo "make demo    three tenants, an application over HTTP, a fleet migration; leaves nothing behind"
 	@echo "make test    the whole suite on an embedded PostgreSQL, or on TENANCY_TEST_DSN"
+	@echo "make test-pooler    a part of the suite, with tenants' sessions through PgBouncer in transaction mode"
 	@echo "make test-matrix    the suite on each supported Python, SQLAlchemy and PostgreSQL that is here; ONLY='3.12-*'"
 	@echo "make check   formatting, lint, types, documentation; each is a target too: make $(CHECKS)"
 	@echo "make format  apply formatting and safe fixes"
@@ -34,6 +41,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal --durations=10 tests \
 		--ignore=tests/benchmarks $(ARGS)
+
+test-pooler: $(VENV)/.dev
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal --pooler $(POOLED) $(ARGS)
 
 # Its virtual environments are its own: .venv-3.12-sa2.1 and others.
 test-matrix:

@@ -12,21 +12,14 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakMethod
 
 T = TypeVar("T")
 
 
-class Inherited(Protocol):
-    """Something that a forked process must give up."""
-
-    def leave_to_parent(self) -> None:
-        """Give up what the parent process has. Runs in the child, right after the fork, and must not wait."""
-
-
 _sockets: WeakKeyDictionary[Any, Callable[[Any], int]] = WeakKeyDictionary()
-_inherited: WeakSet[Inherited] = WeakSet()
+_in_child: list[WeakMethod[Callable[[], None]]] = []
 # a socket with its other end closed, made before any fork: a child may have no descriptor to spare
 _nowhere: list[int] = []
 
@@ -45,9 +38,12 @@ def leave_socket(owner: T, descriptor: Callable[[T], int]) -> None:
     _sockets[owner] = descriptor
 
 
-def leave(inherited: Inherited) -> None:
-    """Call ``inherited.leave_to_parent()`` in processes that are forked from this one, while it exists."""
-    _inherited.add(inherited)
+def in_child(method: Callable[[], None]) -> None:
+    """Call a bound method in processes that are forked from this one, right after the fork, while its object exists.
+
+    It must not wait.
+    """
+    _in_child.append(WeakMethod(method, _in_child.remove))
 
 
 def _leave_all() -> None:
@@ -57,12 +53,14 @@ def _leave_all() -> None:
             if number >= 0:
                 os.dup2(_nowhere[0], number, inheritable=False)
     _sockets.clear()
-    for inherited in list(_inherited):
-        inherited.leave_to_parent()
+    for reference in _in_child.copy():
+        method = reference()
+        if method is not None:
+            method()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_leave_all)
 
 
-__all__ = ["Inherited", "leave", "leave_socket"]
+__all__ = ["in_child", "leave_socket"]

@@ -15,7 +15,7 @@ from .assembly import Assembly
 from .config import TenancyConfig
 from .errors import NotOpenError, WrongEventLoopError
 from .events import EventBus
-from .forks import leave
+from .forks import in_child
 from .loops import HomeLoop
 from .quotas.rates import Rates
 from .seeds import Seed
@@ -88,7 +88,7 @@ class Lifetime:
         self._opening = asyncio.Lock()
         self._entered = 0  # blocks, see ``enter``
         self._is_forked = False  # whether a parent process has it open, and this one does not
-        leave(self)
+        in_child(self._leave_to_parent)
 
     @property
     def parts(self) -> Assembly:
@@ -212,7 +212,7 @@ class Lifetime:
                     if not self._claims and self.assembly is None:
                         self._home = self._events.home = self._rates.home = None
 
-    def leave_to_parent(self) -> None:
+    def _leave_to_parent(self) -> None:
         """In a forked process, give up what is open in the parent; it can be opened here as well."""
         self._claiming = threading.Lock()  # another thread of the parent's may have held it
         if self._home is None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tenancy_orm import Tenancy, TenancyConfig
     from tenancy_orm.control.names import Names
     from tenancy_orm.testing.embedded import EmbeddedServer
+    from tests.support.pgbouncer import PgBouncer
 
 DSN_VARIABLE = "TENANCY_TEST_DSN"
 EMBEDDED_VERSION_VARIABLE = "TENANCY_TEST_POSTGRES"
@@ -39,7 +40,12 @@ _failed_key = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--keep-databases``."""
+    """Add ``--keep-databases`` and ``--pooler``."""
+    parser.addoption(
+        "--pooler",
+        action="store_true",
+        help="let tenants' sessions of the fixture tenancy go through PgBouncer in transaction mode",
+    )
     parser.addoption(
         "--keep-databases",
         action="store_true",
@@ -266,15 +272,31 @@ async def name_prefix(
         await postgres.drop_all(prefix, but=installation if lasts else None)
 
 
+@pytest.fixture(scope="session")
+def pooler(pytestconfig: pytest.Config, postgres: Postgres) -> Iterator[PgBouncer | None]:
+    """The PgBouncer in front of the server, with ``--pooler``; otherwise None."""
+    if not pytestconfig.getoption("pooler"):
+        yield None
+        return
+    from tests.support.pgbouncer import pgbouncer
+
+    with pgbouncer(postgres, default_pool_size="20") as running:
+        yield running
+
+
 @pytest.fixture
-def tenancy_config(postgres: Postgres, name_prefix: str, control_url: str) -> TenancyConfig:
+def tenancy_config(postgres: Postgres, name_prefix: str, control_url: str, pooler: PgBouncer | None) -> TenancyConfig:
     """The configuration of ``tenancy``: one server, the tables of ``tests.support.models``, a key of its own."""
     from tenancy_orm import TenancyConfig
+    from tenancy_orm.config import ServerAddresses
     from tests.support.models import Base
 
+    server: str | ServerAddresses = postgres.admin_url
+    if pooler is not None:
+        server = ServerAddresses(admin=postgres.admin_url, tenants=pooler.address)
     return TenancyConfig(
         control_url=control_url,
-        servers={"default": postgres.admin_url},
+        servers={"default": server},
         metadata=Base.metadata,
         encryption_keys={"1": base64.b64encode(secrets.token_bytes(32)).decode()},
         name_prefix=name_prefix,

@@ -26,6 +26,12 @@ from .dsn import Dsn
 from .errors import PROTOCOL_VIOLATION
 from .login import clear_tracebacks, reason_of
 
+LISTEN_NEEDS_A_SESSION = (
+    "a connection pooler answers tenants of this server, and LISTEN hears nothing through it; poll a table, or listen "
+    "on a connection to the server's own address"
+)
+"""Why a listener is refused."""
+
 _PARAMETER = "tenancy.direct"
 _DROPPED = (
     "a parameter of the login is not that of the session (a proxy that is no pooler must pass startup parameters on; "
@@ -107,4 +113,4 @@ def _refused(refusal: str, dsn: Dsn, reason: str) -> PoolerError:
     return PoolerError(refusal.format(address=dsn, reason=reason))
 
 
-__all__ = ["backend_pid", "check_transactions", "connect_directly", "is_direct"]
+__all__ = ["LISTEN_NEEDS_A_SESSION", "backend_pid", "check_transactions", "connect_directly", "is_direct"]

@@ -22,9 +22,10 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import ConfigurationError, MarkerMismatchError, QueryError
+from ..errors import ConfigurationError, MarkerMismatchError, PoolerError, QueryError
 from ..loops import HomeLoop
 from ..postgres.login import peer_of
+from ..postgres.poolers import LISTEN_NEEDS_A_SESSION, is_direct
 from ..postgres.sqlalchemy_versions import AdaptedConnection, forget_transaction, has_begun, roll_back
 from .protocol import BEGIN, Proof, Spawn, TenantProtocol
 from .reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
@@ -177,6 +178,16 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
             self._home.check()
         else:
             self.check_use()
+
+    async def add_listener(self, channel: str, callback: Any) -> None:
+        """Hear notifications, as in asyncpg.
+
+        Raises:
+            PoolerError: a pooler is in between, which would let nothing through. Nothing was sent.
+        """
+        if not await is_direct(self):
+            raise PoolerError(LISTEN_NEEDS_A_SESSION)
+        await super().add_listener(channel, callback)
 
     async def _prepare(self, *args: Any, **options: Any) -> Any:
         statement = await super()._prepare(*args, **options)

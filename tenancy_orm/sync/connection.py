@@ -7,7 +7,7 @@ import os
 import select
 import socket
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from threading import get_ident
 from typing import Any
 
@@ -16,7 +16,9 @@ from psycopg import generators
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
+from ..errors import PoolerError
 from ..forks import leave_socket
+from ..postgres.poolers import LISTEN_NEEDS_A_SESSION
 from ..routing.connection import RESET
 from ..routing.reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
 from ..routing.route import TenantRoute
@@ -248,6 +250,17 @@ class ThreadConnection(psycopg.Connection[Any]):
             # nobody reads its answer any more
             self.pgconn.finish()
             raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} seconds") from None
+
+    def notifies(self, **options: Any) -> Generator[psycopg.Notify, None, None]:
+        """Hear notifications, as in psycopg.
+
+        Raises:
+            PoolerError: a pooler is in between, which would let nothing through.
+        """
+        backend = self.execute("SELECT pg_catalog.pg_backend_pid()").fetchone()
+        if backend is None or backend[0] != self.info.backend_pid:
+            raise PoolerError(LISTEN_NEEDS_A_SESSION)
+        return super().notifies(**options)
 
     def rollback(self) -> None:
         """Roll back, whichever tenant is bound; refused in the event loop's thread and in a forked process."""

@@ -16,7 +16,7 @@ from sqlalchemy import Executable, Row, text
 from ..context import bind
 from ..errors import MissingExtraError, NotOpenError
 from ..events import DRAIN_TIMEOUT
-from ..forks import leave
+from ..forks import in_child
 from ..lifetime import Lifetime
 from ..queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from ..routing import TenantSession
@@ -60,7 +60,7 @@ class SyncTenancy:
         self._runner: LoopThread | None = None
         self._side: ThreadSide | None = None
         self._entered = 0
-        leave(self)
+        in_child(self._leave_to_parent)
 
     def __repr__(self) -> str:
         """Tell whether it is open; no configuration, which holds credentials."""
@@ -345,7 +345,7 @@ class SyncTenancy:
             if self._entered == 0:
                 self.close()
 
-    def leave_to_parent(self) -> None:
+    def _leave_to_parent(self) -> None:
         """In a forked process, which has no other thread, give up what is open in the parent."""
         self._claiming = threading.RLock()
         if self._runner is not None:

@@ -33,8 +33,7 @@ unix_socket_dir =
 pidfile =
 logfile = {directory}/pgbouncer.log
 pool_mode = transaction
-default_pool_size = 3
-auth_type = scram-sha-256
+{sizes}auth_type = scram-sha-256
 auth_file = {directory}/users.txt
 auth_user = {user}
 auth_query = SELECT usename, passwd FROM pg_shadow WHERE usename = $1
@@ -85,6 +84,7 @@ def pgbouncer(postgres: Postgres, **options: str) -> Iterator[PgBouncer]:
                 listen=listen,
                 directory=directory,
                 user=target.username,
+                sizes="" if "default_pool_size" in options else "default_pool_size = 3\n",
                 further="\n".join(f"{name} = {value}" for name, value in options.items()),
             )
         )

@@ -96,7 +96,10 @@ def variables(config: TenancyConfig) -> Mapping[str, str]:
     """``config`` as ``TENANCY_*`` variables."""
     return {
         "TENANCY_CONTROL_URL": config.control_url,
-        "TENANCY_SERVERS": " ".join(f"{name}={url}" for name, url in (config.servers or {}).items()),
+        "TENANCY_SERVERS": " ".join(
+            f"{name}={given}" if isinstance(given, str) else f"{name}={given.admin} {name}.tenants={given.tenants}"
+            for name, given in (config.servers or {}).items()
+        ),
         "TENANCY_ENCRYPTION_KEYS": ",".join(
             f"{key_id}:{key!s}" for key_id, key in (config.encryption_keys or {}).items()
         ),

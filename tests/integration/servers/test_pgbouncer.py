@@ -214,7 +214,25 @@ async def test_statement_mode_is_refused_by_the_first_session(
                     assert tenancy.internals.router.statistics().servers["default"].open == 0
                 else:
                     assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
+                    async with tenancy.session("acme") as session:
+                        raw = await (await session.connection()).get_raw_connection()
+                        with pytest.raises(PoolerError, match="LISTEN hears nothing"):
+                            await raw.driver_connection.add_listener("news", print)  # type: ignore[union-attr]
+
                     assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+
+                    def listen() -> None:
+                        with tenancy.sync.session("acme") as session:
+                            driver: Any = session.connection().connection.driver_connection
+                            with pytest.raises(PoolerError, match="LISTEN hears nothing"):
+                                next(driver.notifies(timeout=0))
+
+                    await asyncio.to_thread(listen)
+    async with opened(tenancy_config) as tenancy, tenancy.session("acme") as session:
+        raw = await (await session.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        await driver.add_listener("news", print)
+        await driver.remove_listener("news", print)
 
 
 def test_what_does_not_fit_is_refused_and_what_is_sent_is_set(tenancy_config: TenancyConfig) -> None:
