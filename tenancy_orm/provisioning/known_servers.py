@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..config import TenancyConfig
@@ -74,7 +74,7 @@ def describe(
         row=row,
         source=source,
         tenants_address=None if traffic == found.dsn else traffic.address().rstrip("/"),
-        replicas=tuple(dsn.address().rstrip("/") for dsn in found.replicas),
+        replicas=tuple(replace(replica.dsn, database=None).address().rstrip("/") for replica in found.replicas),
         warnings=tuple(warnings),
     )
 
