@@ -26,10 +26,7 @@ ASYNCHRONOUS_ALONE = {
         "a part of the Tenancy; sync.call awaits its methods",
     ),
 }
-SYNCHRONOUS_ALONE = {
-    "call": "awaits what only the asynchronous one has",
-    "leave_to_parent": "its thread and connections are the parent's; a fork calls it, not an application",
-}
+SYNCHRONOUS_ALONE = {"call": "awaits what only the asynchronous one has"}
 
 
 def public(kind: type) -> dict[str, object]:
