@@ -40,6 +40,7 @@ from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry
 from .routing import Router
+from .routing.consistency import ConsistencyTokens
 from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys
@@ -238,6 +239,7 @@ class Assembly:
             passwords=self.sealed,
             ask=self.control.ask_for_connections,
             hears=lambda: self.directory.listening,
+            tokens=self._build_consistency_tokens(),
         )
         self._opened.append(self.router.close)
         self.servers.on_change(self.router.server_changed)
@@ -463,6 +465,12 @@ class Assembly:
         if self._data_keys is not None:
             self._data_keys.on_read(signer.add_keys)
         return signer
+
+    def _build_consistency_tokens(self) -> ConsistencyTokens:
+        tokens = ConsistencyTokens(self.control.installation, self.config.sealing_keys)
+        if self._data_keys is not None:
+            self._data_keys.on_read(tokens.keys.add)
+        return tokens
 
     def _build_billing(self) -> None:
         self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)

@@ -32,6 +32,9 @@ from .provisioning.server_manager import ServerManager
 from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
+from .routing.consistency import noting_writes
+from .routing.replicas import ReplicaDemand
+from .routing.sessions import replica_demand
 from .schedules import ScheduleManager
 from .scopes import BoundTenants, ResolvedSession, resolve
 from .seeds import Seed, SeedManager, seed
@@ -87,6 +90,9 @@ class Tenancy:
         *,
         operator: bool = False,
         read_only: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
         isolation_level: str | None = None,
         session_class: type[S],
         **options: Any,
@@ -99,6 +105,9 @@ class Tenancy:
         *,
         operator: bool = False,
         read_only: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
         isolation_level: str | None = None,
         **options: Any,
     ) -> AbstractAsyncContextManager[AsyncSession]: ...
@@ -109,6 +118,9 @@ class Tenancy:
         *,
         operator: bool = False,
         read_only: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
         isolation_level: str | None = None,
         **options: Any,
     ) -> AbstractAsyncContextManager[Any]:
@@ -124,6 +136,10 @@ class Tenancy:
             tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
             operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
             read_only: Whether it only reads.
+            replica: Whether a replica may serve it. It needs ``read_only``; where no replica can serve it, the primary
+                does.
+            max_staleness: How old what it sees on a replica may be, in seconds; ``replicas.max_staleness`` where None.
+            after: A token of ``consistency_token``: what was committed before that is seen.
             isolation_level: ``READ COMMITTED``, ``REPEATABLE READ``, ``SERIALIZABLE`` or ``AUTOCOMMIT``; the server's
                 default where None.
             options: Further arguments of ``AsyncSession``; as ``session_class`` a subclass of it to use instead.
@@ -138,11 +154,21 @@ class Tenancy:
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
             ReadOnlyError: (later) with ``read_only``, changed objects are to be flushed, or a statement is to begin or
-                end a transaction.
+                end a transaction; with ``replica``, a statement of SQLAlchemy's is to write or to lock.
+            ConfigurationError: ``replica`` without ``read_only``, or with what no replica has.
         """
         parts = self._lifetime.parts
         if read_only or isolation_level is not None:
             options.update(read_only=read_only, isolation_level=isolation_level)
+        if replica:
+            options["replica"] = replica_demand(
+                parts.router,
+                replica=replica,
+                read_only=read_only,
+                max_staleness=max_staleness,
+                after=after,
+                isolation_level=isolation_level,
+            )
         return ResolvedSession(parts.directory, parts.router, tenant, operator=operator, options=options)
 
     @overload
@@ -176,7 +202,7 @@ class Tenancy:
             TenantNotFoundError: there is no such tenant.
         """
         found = await resolve(self._lifetime.parts.directory, tenant)
-        with bind(found):
+        with bind(found), noting_writes(found.id):
             yield found
 
     def each(
@@ -240,6 +266,19 @@ class Tenancy:
         wrapped: Callable[P, T] = wrap(func, Binding(self._lifetime, tenant))
         return wrapped
 
+    async def consistency_token(self, tenant: TenantRef | None = None) -> str:
+        """Return a token for ``session(..., replica=True, after=token)``, in this process or another one.
+
+        A read with it sees all that was committed for the tenant before this call. It takes one round trip to the
+        primary. The token is opaque, and of this tenant alone; where it is not genuine, the primary serves the read.
+
+        Raises:
+            NoTenantError, CrossTenantError, TenantNotFoundError: as ``session``.
+            ServerUnavailableError: the tenant's server does not answer.
+        """
+        parts = self._lifetime.parts
+        return await parts.router.consistency_token(await resolve(parts.directory, tenant))
+
     # --- textual SQL ------------------------------------------------------------------------------------------------
 
     async def fetch_all(
@@ -249,15 +288,20 @@ class Tenancy:
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
     ) -> list[Row[*tuple[Any, ...]]]:
         """Run a query on a tenant and return all rows: textual SQL with ``:name`` parameters, or SQLAlchemy's.
 
-        It only reads: PostgreSQL refuses what writes (25006).
+        It only reads: PostgreSQL refuses what writes (25006). With ``replica``, a replica may serve it, as in
+        ``session``; where one cancels it, the statement is repeated elsewhere.
 
         Raises:
             TenancyError: as ``session``.
         """
-        return await self._statements.fetch_all(sql, parameters, tenant, operator)
+        demand = self._demand(replica, max_staleness, after)
+        return await self._statements.fetch_all(sql, parameters, tenant, operator, demand)
 
     async def fetch_one(
         self,
@@ -266,13 +310,17 @@ class Tenancy:
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
     ) -> Row[*tuple[Any, ...]] | None:
         """Run a query as ``fetch_all`` does and return the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        return await self._statements.fetch_one(sql, parameters, tenant, operator)
+        demand = self._demand(replica, max_staleness, after)
+        return await self._statements.fetch_one(sql, parameters, tenant, operator, demand)
 
     async def fetch_value(
         self,
@@ -281,13 +329,17 @@ class Tenancy:
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
     ) -> Any:
         """Run a query as ``fetch_all`` does and return the first column of the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        return await self._statements.fetch_value(sql, parameters, tenant, operator)
+        demand = self._demand(replica, max_staleness, after)
+        return await self._statements.fetch_value(sql, parameters, tenant, operator, demand)
 
     async def execute(
         self,
@@ -305,6 +357,11 @@ class Tenancy:
             TenancyError: as ``session``.
         """
         return await self._statements.execute(sql, parameters, tenant, operator)
+
+    def _demand(self, replica: bool, max_staleness: float | None, after: str | None) -> ReplicaDemand | None:
+        if not replica:
+            return None
+        return replica_demand(self._lifetime.parts.router, replica=True, max_staleness=max_staleness, after=after)
 
     # --- every tenant -----------------------------------------------------------------------------------------------
 

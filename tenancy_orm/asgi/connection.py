@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from copy import copy
 from functools import cached_property
@@ -45,7 +45,8 @@ class WatchedConnection:
 
     ``started`` tells whether anything was answered. ``headers`` are added to the answer. ``admitted`` holds the tenant
     that the middleware admitted, None where it binds none, and the connection's scope. ``labels`` hold the request's id
-    where it has one, which is added to the answer as well.
+    where it has one, which is added to the answer as well. ``before_start`` is awaited before the answer starts, and
+    returns further headers.
 
     The admission is watched (``watched``) for as long as the connection can stay open: of a websocket from accept on;
     of a request from the second ``receive``, or from the first part of its body that is not the last, until its
@@ -59,6 +60,7 @@ class WatchedConnection:
     started = False
     headers: Sequence[tuple[bytes, bytes]] = ()
     labels: RequestLabels | None = None
+    before_start: Callable[[], Awaitable[Sequence[tuple[bytes, bytes]]]] | None = None
     admitted: tuple[Tenant | None, Scope, Tenancy] | None = None
     watched = False
     ended: AdmissionEnd | None = None
@@ -135,6 +137,8 @@ class WatchedConnection:
             if self.ended is not None and kind == "http.response.start":
                 raise self.abort_error()
             self.started = True
+            if self.before_start is not None:
+                await self._add_headers()
             if (self.headers or self.labels) and "status" in message:
                 message = self._with_headers(message)
         token = _bind(None)
@@ -151,9 +155,16 @@ class WatchedConnection:
         """Send an answer of the middleware itself, also where the application's answer would be refused."""
         if message["type"] in _STARTS:
             self.started = True
+            if self.before_start is not None:
+                await self._add_headers()
             if (self.headers or self.labels) and "status" in message:
                 message = self._with_headers(message)
         await self._pass_on(message)
+
+    async def _add_headers(self) -> None:
+        before_start, self.before_start = self.before_start, None
+        if before_start is not None:
+            self.headers = [*self.headers, *await before_start()]
 
     def _with_headers(self, message: Message) -> Message:
         headers = [*message.get("headers", ()), *self.headers]

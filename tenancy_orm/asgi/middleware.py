@@ -22,10 +22,12 @@ from ..events import OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
 from ..quotas.rates import Allowed, Denied
 from ..registry.lifecycle import check_usable
+from ..routing.consistency import Consistency, reset_consistency, set_consistency
 from ..tenant import Status, Tenant
 from .authenticators import ApiKeyAuthenticator, Authenticator
 from .callers import PUBLIC, Callers, source_of
 from .connection import WatchedConnection
+from .consistency import ConsistencyTransport
 from .exempt import ExemptPaths
 from .preflight import Preflights
 from .problems import ADDRESS_LIMITED, RATE_LIMITED, problem_for, rate_headers
@@ -97,9 +99,14 @@ class TenancyMiddleware:
         request_id: Whether each request has an id: ``current_request_id()``, in logs, in the ``X-Request-ID`` of the
             answer and in problem documents. True takes the ``X-Request-ID`` of the request where it is 1 to 128
             letters, digits and ``._:@/+-``, else makes one; "new" always makes one.
+        consistency_header: The name of a header that holds a consistency token: in the answer of each request that has
+            committed something, one more round trip; and in later requests, of which the reads on replicas then see
+            that. None for no header.
+        consistency_cookie: The name of a cookie that does the same for browsers.
 
     Raises:
-        ConfigurationError: a path, a resolver, an authenticator, an origin, a deadline or ``request_id`` is malformed.
+        ConfigurationError: a path, a resolver, an authenticator, an origin, a deadline, ``request_id`` or the name of a
+            header or cookie is malformed.
     """
 
     def __init__(
@@ -117,6 +124,8 @@ class TenancyMiddleware:
         map_errors: bool = True,
         deadline: float | None = None,
         request_id: bool | Literal["new"] = False,
+        consistency_header: str | None = None,
+        consistency_cookie: str | None = None,
     ) -> None:
         self.app = app
         self.tenancy = tenancy
@@ -135,6 +144,9 @@ class TenancyMiddleware:
         self.preflights = Preflights(app)
         self.proxy_warning = ProxyWarning()
         self._request_ids = RequestIds(request_id) if request_id else None
+        self._tokens: ConsistencyTransport | None = None
+        if consistency_header is not None or consistency_cookie is not None:
+            self._tokens = ConsistencyTransport(tenancy, header=consistency_header, cookie=consistency_cookie)
         self._tenant_resolvers = self.callers.tenant_resolvers
         self._adapting = self.callers.adapting
         self._needs_check = bool(self._tenant_resolvers or self._adapting)
@@ -149,7 +161,7 @@ class TenancyMiddleware:
             return
         token = _bind(None)
         connection = WatchedConnection(receive, send)
-        labels = labelled = None
+        labels = labelled = noted = None
         if self._request_ids is not None:
             connection.labels = labels = self._request_ids.labels_of(scope)
             labelled = set_labels(labels)
@@ -214,6 +226,12 @@ class TenancyMiddleware:
                     scope[CREDENTIAL] = credential
                     connection.admitted = (tenant, scope, self.tenancy)
                     _bind(tenant)
+                    if internals.router.reads_replicas:
+                        noted = set_consistency(
+                            Consistency(tenant.id)
+                            if self._tokens is None
+                            else self._tokens.begin(tenant, scope, connection)
+                        )
                     if labels is not None:
                         labels.tenant = tenant
             admitted = True
@@ -240,6 +258,8 @@ class TenancyMiddleware:
                 reset_deadline(deadline)
             if labelled is not None:
                 reset_labels(labelled)
+            if noted is not None:
+                reset_consistency(noted)
             if connection.watched:
                 await connection.release()
 

@@ -174,6 +174,13 @@ class SessionConfig(Section, frozen=True):
         return settings
 
 
+class ReplicaConfig(Section, frozen=True):
+    """Reads on replicas."""
+
+    max_staleness: Seconds = 5.0
+    """How old what a read on a replica sees may be, in seconds, where the read does not say."""
+
+
 class DirectoryConfig(Section, frozen=True):
     """The directory: the cached look-up of credentials and tenants."""
 

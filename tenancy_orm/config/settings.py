@@ -29,6 +29,7 @@ from .sections import (
     ProvisioningConfig,
     QuotaConfig,
     References,
+    ReplicaConfig,
     RetentionConfig,
     SecretsConfig,
     SessionConfig,
@@ -109,6 +110,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """The breaker of each server."""
     sessions: SessionConfig = Field(default_factory=SessionConfig)
     """What tenants' sessions start with."""
+    replicas: ReplicaConfig = Field(default_factory=ReplicaConfig)
+    """Reads on replicas."""
     directory: DirectoryConfig = Field(default_factory=DirectoryConfig)
     """The cached look-up of credentials and tenants."""
     keys: KeyConfig = Field(default_factory=KeyConfig)

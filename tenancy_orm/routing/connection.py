@@ -322,6 +322,30 @@ class _StreamCursor(AsyncAdapt_asyncpg_ss_cursor, TenantCursor):
         return super().fetchall()  # type: ignore[no-untyped-call]
 
 
+class _NotingCursor(TenantCursor):
+    """A cursor in AUTOCOMMIT, of a tenant that is read on replicas: each statement may have committed something."""
+
+    __slots__ = ()
+
+    def execute(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().execute(*args, **options)  # type: ignore[no-untyped-call]
+        finally:
+            self._adapt_connection.route.note_write()
+
+    def executemany(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().executemany(*args, **options)  # type: ignore[no-untyped-call]
+        finally:
+            self._adapt_connection.route.note_write()
+
+
+class _NotingStreamCursor(_StreamCursor, _NotingCursor):
+    """The same, of the server's."""
+
+    __slots__ = ()
+
+
 class TenantConnection(AdaptedConnection):
     """A tenant's DBAPI connection, as SQLAlchemy uses it.
 
@@ -345,13 +369,20 @@ class TenantConnection(AdaptedConnection):
         """Return a cursor; refused if another tenant is bound, the admission has ended, or the loop is another."""
         self.route.check_bound()
         cursor: Any = super().cursor(server_side)
+        if self.route.on_write is not None and self.isolation_level == "autocommit" and not self._connection.reading:
+            cursor.__class__ = _NotingStreamCursor if server_side else _NotingCursor
         cursor._invalidate_schema_cache_asof = self.route.schema_valid_since()
         return cursor
 
     def commit(self) -> None:
         """Commit; refused like ``cursor``, before anything is sent."""
         self.route.check_bound()
-        super().commit()  # type: ignore[no-untyped-call]
+        try:
+            super().commit()  # type: ignore[no-untyped-call]
+        finally:
+            # an error need not mean that nothing was committed
+            if self.route.on_write is not None and not self._connection.reading:
+                self.route.note_write()
 
     def rollback(self) -> None:
         """Roll back; refused in another event loop, before anything is sent."""
@@ -638,7 +669,7 @@ class _TenantOptionEngine(OptionEngine):
 TenantEngine._option_cls = _TenantOptionEngine
 
 
-class _VariantConnection(_CoreConnection):
+class VariantConnection(_CoreConnection):
     """A connection of a ``_Variant``."""
 
     def __init__(self, engine: Engine, *args: Any, **options: Any) -> None:
@@ -655,7 +686,7 @@ class _VariantConnection(_CoreConnection):
 class _VariantOptionEngine(_TenantOptionEngine):
     """What ``_Variant.execution_options`` returns."""
 
-    _connection_cls = _VariantConnection
+    _connection_cls = VariantConnection
 
     @property
     def isolation_level(self) -> str | None:
@@ -669,7 +700,7 @@ class _VariantOptionEngine(_TenantOptionEngine):
 class _Variant(OptionEngine):
     """The engine of a tenant, for sessions of one kind."""
 
-    _connection_cls = _VariantConnection
+    _connection_cls = VariantConnection
     _option_cls = _VariantOptionEngine
 
     def __init__(self, engine: Engine, *, reading: bool, isolation_level: str | None) -> None:
@@ -719,4 +750,12 @@ class TenantExecutionContext(PGExecutionContext_asyncpg):
         return getattr(self.root_connection.engine.pool, "route", None)
 
 
-__all__ = ["RESET", "ROWS_ONLY", "DriverConnection", "TenantConnection", "TenantEngine", "TenantExecutionContext"]
+__all__ = [
+    "RESET",
+    "ROWS_ONLY",
+    "DriverConnection",
+    "TenantConnection",
+    "TenantEngine",
+    "TenantExecutionContext",
+    "VariantConnection",
+]

@@ -42,6 +42,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import clear_tracebacks
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
+from ..servers.positions import PROVED
 from ..servers.server import CLOSE_SECONDS, Server
 from .budget import Budget, Share
 from .connection import DriverConnection, TenantConnection
@@ -132,6 +133,8 @@ class Connector:
         self._keyring = keyring
         self._passwords = passwords
         self.installation = installation
+        self.on_write: Callable[[UUID], None] | None = None
+        """Called with a tenant after something of it was committed; None where nobody wants to know."""
         self._closed = False
         self._endings: set[Ending] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -239,8 +242,9 @@ class Connector:
                     await self._prepare(self._shared.begin, route)
                 driver_connection = await self._log_in(route)
                 # a pooler accepts logins for PostgreSQL, which may refuse them: a statement shows that
-                if is_proved := self.server.is_pooled:
+                if is_proved := self.server.is_pooled or self.server.is_replica:
                     await verify(driver_connection, self.installation, route.tenant_id, tenant=route.slug)
+                    await self._verify_standby(driver_connection, route)
                 if not self._shared.ready:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
@@ -266,6 +270,11 @@ class Connector:
                 route.report_incident(exc)
             raise
         return driver_connection, is_proved
+
+    async def _verify_standby(self, driver_connection: DriverConnection, route: TenantRoute) -> None:
+        proof = self.server.standby_proof(route.slug)
+        if proof is not None and await driver_connection.execute(proof) != PROVED:
+            raise self.server.no_standby(route.slug)
 
     async def _log_in(self, route: TenantRoute) -> DriverConnection:
         # read before the login, during which another login of the same tenant may replace it

@@ -22,7 +22,8 @@ from ..tenant import Tenant
 from .connection import TenantConnection, TenantEngine
 from .engines import Entry
 from .reading import is_plain
-from .sessions import Router, acquire, release
+from .replicas import ELSEWHERE, ReplicaDemand
+from .sessions import Router, acquire, release, replica_reads
 
 if TYPE_CHECKING:
     AnyRow: TypeAlias = Row[*tuple[Any, ...]]
@@ -120,7 +121,14 @@ class Answer:
 
 
 async def run_alone(
-    router: Router, tenant: Tenant, sql: str, parameters: Mapping[str, Any], *, writing: bool, first_row: bool = False
+    router: Router,
+    tenant: Tenant,
+    sql: str,
+    parameters: Mapping[str, Any],
+    *,
+    writing: bool,
+    demand: ReplicaDemand | None = None,
+    first_row: bool = False,
 ) -> Answer | None:
     """Run one textual statement in one round trip.
 
@@ -130,6 +138,8 @@ async def run_alone(
         sql: The statement, with ``:name`` parameters.
         parameters: Their values.
         writing: Whether it may write: PostgreSQL commits it at its end.
+        demand: What a read asks of a replica; None for the primary. It is repeated elsewhere where a replica has ended
+            it, or is gone: nothing was returned yet.
         first_row: Whether its first row is enough.
 
     Returns:
@@ -140,24 +150,44 @@ async def run_alone(
         DBAPIError: as a session's. Then nothing was written, unless the connection was lost.
     """
     entry = acquire(router, tenant)
+    reads = None if demand is None else replica_reads(router, demand, entry)
     try:
-        pool, connector = entry.pool, entry.connector
-        if (
-            not pool.is_direct
-            or pool.route.is_changing
-            or cast("TenantEngine", entry.engine.sync_engine).has_listeners
-            or connector.server.is_pooled
-        ):
-            return None
-        statement = connector.texts.get(sql) if connector.texts else None
-        if statement is None:
-            statement = connector.texts[sql] = TextStatement(sql, connector.dialect)
-        values = statement.values(parameters)
-        if values is None or not statement.is_plain:
-            return None
-        return await _run(entry, statement, values, writing=writing, first_row=first_row)
+        if reads is None:
+            return await _run_on(entry, sql, parameters, writing=writing, first_row=first_row)
+        while True:
+            chosen = await reads.choose()
+            try:
+                return await _run_on(chosen, sql, parameters, writing=False, first_row=first_row)
+            except ELSEWHERE as exc:
+                if not reads.failed(exc):
+                    raise
+            except DBAPIError as exc:
+                if not reads.ended_by(exc):
+                    raise
     finally:
+        if reads is not None:
+            reads.close()
         release(router, entry)
+
+
+async def _run_on(
+    entry: Entry, sql: str, parameters: Mapping[str, Any], *, writing: bool, first_row: bool
+) -> Answer | None:
+    pool, connector = entry.pool, entry.connector
+    if (
+        not pool.is_direct
+        or pool.route.is_changing
+        or cast("TenantEngine", entry.engine.sync_engine).has_listeners
+        or connector.server.is_pooled
+    ):
+        return None
+    statement = connector.texts.get(sql) if connector.texts else None
+    if statement is None:
+        statement = connector.texts[sql] = TextStatement(sql, connector.dialect)
+    values = statement.values(parameters)
+    if values is None or not statement.is_plain:
+        return None
+    return await _run(entry, statement, values, writing=writing, first_row=first_row)
 
 
 async def _run(
@@ -192,6 +222,9 @@ async def _run(
         broken = False
         raise
     finally:
+        if writing:
+            # an error need not mean that nothing was committed
+            pool.route.note_write()
         pool.give_back(record, broken=broken)
 
 

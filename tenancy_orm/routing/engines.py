@@ -48,12 +48,24 @@ class Entry:
     where some has used this tenant.
     """
 
-    __slots__ = ("_tier", "_variants", "connector", "engine", "leases", "owner", "placement", "retired", "threads")
+    __slots__ = (
+        "_tier",
+        "_variants",
+        "connector",
+        "engine",
+        "leases",
+        "owner",
+        "placement",
+        "retired",
+        "tenant",
+        "threads",
+    )
 
     def __init__(
         self, tenant: Tenant, placement: Placement, connector: Connector, make_pool: MakePool = make_tenant_pool
     ) -> None:
         self.owner: Owner = (tenant.id, tenant.slug)
+        self.tenant = tenant
         self.placement = placement
         self.connector = connector
         self.leases = 0
@@ -228,6 +240,10 @@ class EngineCache:
             self._make_pool.pop(tenant_id, None)
         else:
             self._make_pool[tenant_id] = make_pool
+
+    def has_own_pool(self, tenant_id: UUID) -> bool:
+        """Whether a tenant's pools are made by another function."""
+        return tenant_id in self._make_pool
 
     def schema_changed(self, tenant_id: UUID | None, *, changing_seconds: float = 0.0) -> None:
         """Have a tenant's connections, or all, prepare their statements again; see ``TenantRoute.schema_changed``.

@@ -177,7 +177,7 @@ class Outage:
         The server reports what it is. A tenant's role cannot make it report that it is a standby. It can make its own
         sessions read-only; so that is a reason to close this tenant's connections, and to find out where others lead.
         """
-        if connection.is_read_only:
+        if connection.is_read_only or self._server.is_replica:
             return False
         is_standby = connection.reported("in_hot_standby") == "on"
         if not is_standby and connection.reported("default_transaction_read_only") != "on":

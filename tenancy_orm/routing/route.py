@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from uuid import UUID
 
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -35,6 +36,7 @@ class TenantRoute:
         "_changing_until",
         "_events",
         "home",
+        "on_write",
         "placement",
         "schema_changed_at",
         "share",
@@ -61,6 +63,8 @@ class TenantRoute:
         self.share = share
         self.home = home
         self._events = events
+        # called after something was committed, where there are replicas to read it from
+        self.on_write: Callable[[UUID], None] | None = None
         self.schema_changed_at = 0.0  # as time.time(), like the times that SQLAlchemy compares it with
         self._changing_until = 0.0
 
@@ -96,6 +100,11 @@ class TenantRoute:
     def is_changing(self) -> bool:
         """Whether a migration may be changing the schema now."""
         return bool(self._changing_until) and time.time() < self._changing_until
+
+    def note_write(self) -> None:
+        """Note that something was, or may have been, committed just now. In any thread."""
+        if self.on_write is not None:
+            self.on_write(self.tenant_id)
 
     def check_bound(self) -> None:
         """Check that the running code may use this tenant's connections.

@@ -59,6 +59,7 @@ class RoutedPool(Pool):
             home=home,
             events=connector.events,
         )
+        self.route.on_write = connector.on_write
         self.retired = False
 
     # Storing a bound method of the pool as its creator would be a reference cycle, so the creator is a property.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from threading import get_ident
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import Any, cast
 from uuid import UUID
 from weakref import WeakSet
 
+from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -21,7 +22,7 @@ from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.notifications import ConnectionRequest
 from ..errors import ConfigurationError
 from ..events import EventBus
-from ..postgres.sqlalchemy_versions import connections_in, has_begun
+from ..postgres.sqlalchemy_versions import await_, connections_in, has_begun
 from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from ..servers.server import Server
@@ -29,8 +30,10 @@ from ..tenant import Tenant
 from .budget import BudgetStatistics, Waiting
 from .connection import TenantConnection, TenantEngine
 from .connector import Connector
+from .consistency import ConsistencyTokens
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
+from .replicas import ReplicaDemand, ReplicaEngine, ReplicaReads, ReplicaStatistics, ServerReplicas, check_demand
 from .shortage import Ask
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -41,11 +44,21 @@ CLOSE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class RoutingStatistics:
-    """Counts of one process: ``engines`` in the cache, how many are ``leased``, and connections by server."""
+    """Counts of one process.
+
+    Attributes:
+        engines: How many are in the cache.
+        leased: How many of them are leased.
+        servers: Connections, by server.
+        replicas: Connections, reads and staleness, by replica (``eu/1``).
+        passed_over: How many reads that asked for a replica went to the primary, by server and reason.
+    """
 
     engines: int
     leased: int
     servers: Mapping[str, BudgetStatistics]
+    replicas: Mapping[str, ReplicaStatistics] = field(default_factory=dict)
+    passed_over: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class Router:
@@ -60,6 +73,7 @@ class Router:
         passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
         ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
         hears: Whether such requests of other processes arrive here now.
+        tokens: Reads the tokens by which a read asks to see earlier writes.
 
     The weights of the tiers are those of the configuration until ``reweigh``.
     """
@@ -75,8 +89,17 @@ class Router:
         *,
         ask: Ask | None = None,
         hears: Callable[[], bool] = lambda: True,
+        tokens: ConsistencyTokens | None = None,
     ) -> None:
         self._servers = servers
+        self._events = events
+        self._tokens = tokens
+        self._replicas: dict[str, ServerReplicas] = {}
+        self._retired_replicas: list[ServerReplicas] = []
+        self._max_engines = config.pool.max_engines
+        self._max_staleness = config.replicas.max_staleness
+        self.reads_replicas = any(server.replicas for server in servers.values())
+        """Whether any server has replicas, so that requests should note what they write."""
         self._connectors: dict[str, Connector] = {}
         # those of servers that were replaced, as long as somebody uses them
         self._retired: WeakSet[Connector] = WeakSet()
@@ -97,7 +120,13 @@ class Router:
         self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
 
     def session(
-        self, tenant: Tenant, *, read_only: bool = False, isolation_level: str | None = None, **options: Any
+        self,
+        tenant: Tenant,
+        *,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+        replica: ReplicaDemand | None = None,
+        **options: Any,
     ) -> SessionContext:
         """Open a session on a tenant's database: ``async with router.session(tenant) as session``.
 
@@ -105,6 +134,7 @@ class Router:
             tenant: The tenant.
             read_only: Whether PostgreSQL refuses what writes. Then a query is sent without a transaction around it.
             isolation_level: As SQLAlchemy names it; the server's default where None.
+            replica: What the session asks of a replica, where it may read on one: it is read-only then.
             options: As ``AsyncSession``; ``expire_on_commit`` is False by default. ``sync_session_class`` must be a
                 subclass of ``TenantSession``.
 
@@ -118,7 +148,37 @@ class Router:
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
         refuse_other_tenant(tenant)
-        return SessionContext(self._cache, tenant, options, read_only=read_only, isolation_level=isolation_level)
+        context = SessionContext(
+            self._cache,
+            tenant,
+            options,
+            read_only=read_only or replica is not None,
+            isolation_level=isolation_level,
+        )
+        if replica is not None:
+            context.reads = partial(replica_reads, self, replica)
+        return context
+
+    async def consistency_token(self, tenant: Tenant) -> str:
+        """Return a token with which later reads on replicas see what was committed before now; one round trip.
+
+        Raises:
+            ServerUnavailableError: the tenant's server does not answer.
+            RoutingError: the tenant has no database, or its server is not configured.
+            CrossTenantError: another tenant is bound.
+        """
+        refuse_other_tenant(tenant)
+        assert self._tokens is not None  # noqa: S101 - for the type checker: an open ``Tenancy`` has them
+        entry = self._cache.acquire(tenant)
+        try:
+            server = entry.connector.server
+            replicas = self._replicas.get(server.name)
+            if replicas is None:
+                # no replica of this process's configuration; others may have one
+                replicas = self._replicas[server.name] = self._replicas_of(server)
+            return self._tokens.make(tenant.id, await replicas.monitor.position())
+        finally:
+            self._cache.release(entry)
 
     def connection(self, tenant: Tenant) -> ConnectionContext:
         """Check out a connection, without a session: ``async with router.connection(tenant) as connection``.
@@ -144,6 +204,8 @@ class Router:
         Open sessions keep their engine; its connections are closed when they are returned.
         """
         self._cache.retire(tenant_id)
+        for replicas in self._replicas.values():
+            replicas.retire(tenant_id)
 
     def use_pool(self, tenant_id: UUID, make_pool: MakePool | None = None) -> None:
         """Make a tenant's pools by another function, for tests; by the usual one again where it is None.
@@ -170,7 +232,10 @@ class Router:
             refuse_while_bound("preparing all statements again")
         else:
             refuse_other_tenant(tenant_id)
-        self._cache.schema_changed(tenant_id, changing_seconds=self._migration_timeout if changing else 0.0)
+        changing_seconds = self._migration_timeout if changing else 0.0
+        self._cache.schema_changed(tenant_id, changing_seconds=changing_seconds)
+        for replicas in self._replicas.values():
+            replicas.schema_changed(tenant_id, changing_seconds=changing_seconds)
 
     def reweigh(self, weights: Mapping[str, float]) -> None:
         """Share the connections by these weights of the tiers, which are in force, from now on.
@@ -213,21 +278,34 @@ class Router:
                 name: self._unused if (known := self._connectors.get(name)) is None else known.budget.statistics()
                 for name in self._servers
             },
+            replicas={
+                name: found for replicas in self._replicas.values() for name, found in replicas.statistics().items()
+            },
+            passed_over={name: dict(replicas.passed_over) for name, replicas in self._replicas.items()},
         )
 
     async def close(self, *, timeout: float = CLOSE_SECONDS) -> None:
         """Close every connection: idle ones now, busy ones when returned, the rest after ``timeout`` seconds."""
         self._cache.close()
+        replicated = [*self._replicas.values(), *self._retired_replicas]
         connectors = [*self._connectors.values(), *self._retired]
-        await asyncio.gather(*(connector.shut_down(timeout) for connector in connectors))
+        connectors += [connector for replicas in replicated for connector in replicas.close()]
+        await asyncio.gather(
+            *(connector.shut_down(timeout) for connector in connectors),
+            *(replicas.monitor.close() for replicas in replicated),
+        )
 
     def server_changed(self, name: str) -> None:
         """Use another connector from now on if the server of this name was replaced or removed.
 
         Open sessions keep theirs; its connections are closed when they are returned.
         """
+        self.reads_replicas = any(server.replicas for server in self._servers.values())
         connector = self._connectors.get(name)
         if connector is not None and connector.server is not self._servers.get(name):
+            if (replicas := self._replicas.pop(name, None)) is not None:
+                replicas.close()
+                self._retired_replicas.append(replicas)
             del self._connectors[name]
             self._retired.add(connector)
             self._cache.retire_server(connector)
@@ -235,8 +313,21 @@ class Router:
     def _connector(self, name: str) -> Connector:
         connector = self._connectors.get(name)
         if connector is None:
-            connector = self._connectors[name] = self._connect_to(self._servers[name])
+            server = self._servers[name]
+            connector = self._connectors[name] = self._connect_to(server)
+            if server.replicas:
+                replicas = self._replicas[name] = self._replicas_of(server)
+                connector.on_write = replicas.note_write
         return connector
+
+    def _replicas_of(self, server: Server) -> ServerReplicas:
+        return ServerReplicas(
+            server,
+            self._connect_to,
+            max_engines=self._max_engines,
+            events=self._events,
+            tokens=self._tokens,
+        )
 
 
 def acquire(router: Router, tenant: Tenant) -> Entry:
@@ -253,6 +344,43 @@ def acquire(router: Router, tenant: Tenant) -> Entry:
 def release(router: Router, entry: Entry) -> None:
     """End a lease of ``acquire``."""
     router._cache.release(entry)
+
+
+def replica_demand(
+    router: Router,
+    *,
+    replica: bool,
+    read_only: bool = True,
+    max_staleness: float | None = None,
+    after: str | None = None,
+    isolation_level: str | None = None,
+) -> ReplicaDemand | None:
+    """Return what a read asks of a replica, with the configured bound where it has none; None without ``replica``.
+
+    Raises:
+        ConfigurationError: no replica can serve that.
+    """
+    if not replica:
+        return None
+    check_demand(read_only=read_only, max_staleness=max_staleness, isolation_level=isolation_level)
+    return ReplicaDemand(router._max_staleness if max_staleness is None else max_staleness, after)
+
+
+def replica_reads(router: Router, demand: ReplicaDemand, primary: Entry) -> ReplicaReads | None:
+    """Return what chooses replicas for a session or a statement; None where the tenant's server has none.
+
+    Args:
+        router: The router.
+        demand: What is asked of a replica.
+        primary: The tenant's engine on the primary, which the caller has leased.
+    """
+    server = primary.connector.server
+    if not server.replicas or router._cache.has_own_pool(primary.tenant.id):
+        return None
+    replicas = router._replicas.get(server.name)
+    if replicas is None or replicas.server is not server:
+        return None  # the server was replaced, and this session goes on with the former one
+    return ReplicaReads(replicas, primary, demand)
 
 
 def _contradictions(config: TenancyConfig) -> Iterator[str]:
@@ -277,7 +405,17 @@ def _contradictions(config: TenancyConfig) -> Iterator[str]:
 class SessionContext:
     """``async with router.session(tenant)``: a lease of the engine, and an ``AsyncSession`` on it."""
 
-    __slots__ = ("_cache", "_entry", "_isolation_level", "_options", "_read_only", "_session", "_tenant")
+    __slots__ = (
+        "_cache",
+        "_entry",
+        "_isolation_level",
+        "_options",
+        "_read_only",
+        "_reading",
+        "_session",
+        "_tenant",
+        "reads",
+    )
 
     def __init__(
         self,
@@ -295,11 +433,17 @@ class SessionContext:
         self._isolation_level = isolation_level
         self._entry: Entry | None = None
         self._session: AsyncSession | None = None
+        self._reading: ReplicaReads | None = None
+        self.reads: Callable[[Entry], ReplicaReads | None] | None = None
+        """Chooses replicas, where the session may read on one."""
 
     async def __aenter__(self) -> AsyncSession:
         entry = self._cache.acquire(self._tenant)
         try:
             engine = entry.variant(reading=self._read_only, isolation_level=self._isolation_level)
+            if self.reads is not None and (reading := self.reads(entry)) is not None:
+                self._reading = reading
+                engine = AsyncEngine(_replica_engine(reading, engine.sync_engine, self._isolation_level))
             if self._options:
                 self._session = _open_session(entry, engine, self._options, read_only=self._read_only)
             else:
@@ -331,6 +475,8 @@ class SessionContext:
                 inner.close()
         finally:
             inner.ended = True  # type: ignore[attr-defined]
+            if self._reading is not None:
+                self._reading.close()
             self._cache.release(entry)
 
 
@@ -348,6 +494,15 @@ def _has_nothing_to_end(entry: Entry, session: Session) -> bool:
         if not isinstance(driver, TenantConnection) or has_begun(driver):
             return False
     return True
+
+
+def _replica_engine(reads: ReplicaReads, primary: Engine, isolation_level: str | None) -> ReplicaEngine:
+    return ReplicaEngine(
+        primary,
+        reads,
+        choose=lambda: await_(reads.choose()).engine.sync_engine,
+        isolation_level=isolation_level,
+    )
 
 
 def _open_plain_session(entry: Entry, engine: AsyncEngine, *, read_only: bool) -> AsyncSession:
@@ -458,5 +613,7 @@ __all__ = [
     "acquire",
     "checked_options",
     "release",
+    "replica_demand",
+    "replica_reads",
     "session_class_in",
 ]

@@ -146,11 +146,32 @@ class ReplicaMonitor:
         """Read nothing from a replica for a moment: a connection to it could not be opened."""
         replica.avoided_until = time.monotonic() + self._interval
 
-    async def close(self) -> None:
-        """Stop asking, and close the connections."""
+    async def position(self) -> Position:
+        """Ask the primary for its position: it has all that was committed before this call.
+
+        Raises:
+            ServerUnavailableError: it does not answer.
+        """
+        now = time.monotonic()
+        self.started(math.inf)
+        # a question that is under way may have been asked before
+        for _ in range(2):
+            asked = self._primary.start(self._learn_primary, self._patience)
+            await asyncio.wait([asked])
+            if self._known is not None and self._times and self._times[-1] >= now:
+                return self._known
+        raise self.server.unavailable(TimeoutError("it did not tell how far it has written"))
+
+    def stop(self) -> None:
+        """Stop asking."""
         if self._following is not None:
             self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop asking, and close the connections."""
+        if (following := self._following) is not None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
     # --- asking -----------------------------------------------------------------------------------------------------
 

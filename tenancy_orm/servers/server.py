@@ -41,6 +41,7 @@ from ..postgres.poolers import connect_directly
 from ..tenant import Placement
 from .breaker import Breaker
 from .identity import differ, read_identity
+from .positions import standby_proof
 from .rows import ServerRow
 from .settings import read_settings
 from .traffic import TenantAddress
@@ -387,6 +388,33 @@ class Server:
             raise self.unavailable(
                 exc, tenant=label, database=placement.database, dsn=address.dsn
             ) from clear_tracebacks(exc)
+
+    def standby_proof(self, tenant: str) -> str | None:
+        """Return the statement with which a connection to a replica proves that it leads there; None of a primary.
+
+        Its command tag is ``positions.PROVED``.
+
+        Args:
+            tenant: The slug of the tenant that the connection is for, for the error.
+
+        Raises:
+            ServerUnavailableError: the replica was not seen to be a standby of its primary.
+        """
+        if not self.is_replica:
+            return None
+        if self.instance is None:
+            raise self.no_standby(tenant)
+        return standby_proof(self.instance)
+
+    def no_standby(self, tenant: str) -> ServerUnavailableError:
+        """Return the error for a connection that does not lead to the standby that was asked for its position."""
+        return ServerUnavailableError(
+            server=self.name,
+            tenant=tenant,
+            sqlstate=None,
+            address=self.dsn.address(),
+            reason="no standby of the primary answers there, or another one than before",
+        )
 
     # --- settings ---------------------------------------------------------------------------------------------------
 

@@ -242,6 +242,19 @@ class ThreadConnection(psycopg.Connection[Any]):
         """
         if self._ours != get_ident():
             self.route.check_bound()
+            if self.route.on_write is not None and not self.reading:
+                return self._wait_and_note(gen, *args, **options)
+        return self._wait(gen, *args, **options)
+
+    def _wait_and_note(self, gen: Any, *args: Any, **options: Any) -> Any:
+        """Wait, and note that something may have been committed where no transaction is open after that."""
+        try:
+            return self._wait(gen, *args, **options)
+        finally:
+            if self.pgconn.transaction_status not in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+                self.route.note_write()
+
+    def _wait(self, gen: Any, *args: Any, **options: Any) -> Any:
         if self.answer_seconds is None or "timeout" in options:  # ``notifies`` has one of its own
             return super().wait(gen, *args, **options)
         try:

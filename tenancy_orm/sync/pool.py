@@ -264,6 +264,9 @@ class ThreadPool(RoutedPool):
         expected = marker_text(self.connector.installation, self.tenant_id)
         if connection.execute(proof(expected)).statusmessage != PROVED:
             raise mismatch(expected, self.slug, connection.execute(FIND).fetchone())
+        standby = self.connector.server.standby_proof(self.slug)
+        if standby is not None and connection.execute(standby.encode()).statusmessage != PROVED:
+            raise self.connector.server.no_standby(self.slug)
         connection.autocommit = False
 
     def _opened_here(self, ending: SocketEnding, seconds: float) -> None:

@@ -11,6 +11,7 @@ from ..errors import QueryFailure
 from ..queries import FleetQuery, TenantRows
 from ..routing import TenantSession
 from ..routing.engines import Entry
+from ..routing.replicas import ReplicaDemand, ReplicaReads
 from ..routing.sessions import checked_options, session_class_in
 from ..scopes import admit
 from ..tenant import Tenant, TenantRef
@@ -25,7 +26,18 @@ T = TypeVar("T")
 class ThreadSession:
     """``with tenancy.sync.session()``: a lease of the tenant's engine, and a ``Session`` on it."""
 
-    __slots__ = ("_entry", "_isolation_level", "_operator", "_options", "_read_only", "_session", "_side", "_tenant")
+    __slots__ = (
+        "_demand",
+        "_entry",
+        "_isolation_level",
+        "_operator",
+        "_options",
+        "_read_only",
+        "_reads",
+        "_session",
+        "_side",
+        "_tenant",
+    )
 
     def __init__(
         self,
@@ -36,6 +48,7 @@ class ThreadSession:
         options: dict[str, Any],
         read_only: bool = False,
         isolation_level: str | None = None,
+        demand: ReplicaDemand | None = None,
     ) -> None:
         self._side = side
         self._tenant = tenant
@@ -43,6 +56,8 @@ class ThreadSession:
         self._options = options
         self._read_only = read_only
         self._isolation_level = isolation_level
+        self._demand = demand
+        self._reads: ReplicaReads | None = None
         self._entry: Entry | None = None
         self._session: TenantSession | None = None
 
@@ -57,8 +72,12 @@ class ThreadSession:
         entry, engine = self._side.lease(self._tenant, operator=self._operator)
         try:
             session_class = session_class_in(self._options, "session_class")
+            if self._demand is not None:
+                self._reads = self._side.replica_reads(entry, self._demand)
             session = session_class(
-                engine.variant(reading=self._read_only, isolation_level=self._isolation_level),
+                engine.variant(reading=self._read_only, isolation_level=self._isolation_level)
+                if self._reads is None
+                else self._side.replica_engine(self._reads, engine, self._isolation_level),
                 **checked_options(entry, self._options, read_only=self._read_only),
             )
             admit(session)
@@ -81,6 +100,8 @@ class ThreadSession:
             session.close()
         finally:
             session.ended = True
+            if self._reads is not None:
+                self._side.hops.post(self._reads.close)
             self._side.release(entry)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from functools import partial
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,8 @@ from ..routing import Router
 from ..routing.connection import TenantEngine
 from ..routing.connector import Connector
 from ..routing.engines import Entry
-from ..routing.sessions import acquire, release
+from ..routing.replicas import ReplicaDemand, ReplicaEngine, ReplicaReads
+from ..routing.sessions import acquire, release, replica_reads
 from ..scopes import check_session, peek, resolve
 from ..tenant import Placement, Tenant, TenantRef
 from .hops import Hops
@@ -55,6 +57,22 @@ class ThreadSide:
     def release(self, entry: Entry) -> None:
         """End a lease."""
         self.hops.post(release, self.router, entry)
+
+    def replica_reads(self, entry: Entry, demand: ReplicaDemand) -> ReplicaReads | None:
+        """Return what chooses replicas for a session; None where the tenant's server has none."""
+        return self.hops.run(replica_reads, self.router, demand, entry)
+
+    def replica_engine(self, reads: ReplicaReads, primary: TenantEngine, isolation_level: str | None) -> ReplicaEngine:
+        """Return the engine of a session that reads on replicas."""
+        return ReplicaEngine(
+            primary,
+            reads,
+            choose=partial(self.hops.run_async, self._choose_here, reads),
+            isolation_level=isolation_level,
+        )
+
+    async def _choose_here(self, reads: ReplicaReads) -> TenantEngine:
+        return (await reads.choose()).for_threads(self._make_engine)
 
     def _lease_cached_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, TenantEngine] | None:
         tenant = peek(self.directory, ref)

@@ -11,7 +11,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
-from sqlalchemy import Executable, Row, text
+from sqlalchemy import Executable, Result, Row, text
+from sqlalchemy.exc import DBAPIError
 
 from ..context import bind
 from ..errors import MissingExtraError, NotOpenError
@@ -20,7 +21,10 @@ from ..forks import in_child
 from ..lifetime import Lifetime
 from ..queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from ..routing import TenantSession
+from ..routing.consistency import noting_writes
 from ..routing.reading import is_plain
+from ..routing.replicas import can_repeat
+from ..routing.sessions import replica_demand
 from ..tenant import Status, Tenant, TenantRef
 from .hops import Hops
 from .runner import LoopThread
@@ -74,6 +78,9 @@ class SyncTenancy:
         *,
         operator: bool = False,
         read_only: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
         isolation_level: str | None = None,
         **options: Any,
     ) -> AbstractContextManager[TenantSession]:
@@ -83,6 +90,9 @@ class SyncTenancy:
             tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
             operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
             read_only: Whether it only reads, as in ``Tenancy.session``.
+            replica: Whether a replica may serve it, as in ``Tenancy.session``; so are the next two.
+            max_staleness: How old what it sees on a replica may be, in seconds.
+            after: A token of ``consistency_token``.
             isolation_level: As in ``Tenancy.session``.
             options: Further arguments of ``sqlalchemy.orm.Session``, and ``session_class``: a subclass of
                 ``tenancy_orm.routing.TenantSession``.
@@ -91,13 +101,23 @@ class SyncTenancy:
             TenancyError: as ``Tenancy.session``.
             WrongEventLoopError: this is the thread of the event loop that the ``Tenancy`` is open in.
         """
+        side = self._opened()
+        demand = replica_demand(
+            side.router,
+            replica=replica,
+            read_only=read_only,
+            max_staleness=max_staleness,
+            after=after,
+            isolation_level=isolation_level,
+        )
         return ThreadSession(
-            self._opened(),
+            side,
             tenant,
             operator=operator,
             options=options,
             read_only=read_only,
             isolation_level=isolation_level,
+            demand=demand,
         )
 
     @contextmanager
@@ -120,7 +140,7 @@ class SyncTenancy:
             CrossTenantError: another tenant is bound; a scope cannot be switched from inside.
             TenantNotFoundError: there is no such tenant.
         """
-        with bind(self._opened().tenant(tenant)) as found:
+        with bind(self._opened().tenant(tenant)) as found, noting_writes(found.id):
             yield found
 
     def each(
@@ -172,6 +192,15 @@ class SyncTenancy:
             )
         return self._opened().hops.run_async(partial(async_function, *args, **kwargs))
 
+    def consistency_token(self, tenant: TenantRef | None = None) -> str:
+        """Return a token for ``session(..., replica=True, after=token)``.
+
+        Raises:
+            TenancyError: as ``Tenancy.consistency_token``.
+        """
+        side = self._opened()
+        return side.hops.run_async(side.router.consistency_token, side.tenant(tenant))
+
     # --- textual SQL ------------------------------------------------------------------------------------------------
 
     def fetch_all(
@@ -181,16 +210,19 @@ class SyncTenancy:
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
     ) -> list[Row[*tuple[Any, ...]]]:
         """Run a query on a tenant and return all rows: textual SQL with ``:name`` parameters, or SQLAlchemy's.
 
-        It only reads: PostgreSQL refuses what writes (25006).
+        It only reads: PostgreSQL refuses what writes (25006). With ``replica``, a replica may serve it, as in
+        ``session``; where one cancels it, the statement is repeated elsewhere.
 
         Raises:
             TenancyError: as ``session``.
         """
-        with self.session(tenant, operator=operator, read_only=True) as session:
-            return list(session.execute(_executable(sql), dict(parameters or {})).all())
+        return list(self._fetch(sql, parameters, Result.all, tenant, operator, replica, max_staleness, after))
 
     def fetch_one(
         self,
@@ -199,14 +231,19 @@ class SyncTenancy:
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
     ) -> Row[*tuple[Any, ...]] | None:
         """Run a query as ``fetch_all`` does and return the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        with self.session(tenant, operator=operator, read_only=True) as session:
-            return session.execute(_executable(sql), dict(parameters or {})).first()
+        found: Row[*tuple[Any, ...]] | None = self._fetch(
+            sql, parameters, Result.first, tenant, operator, replica, max_staleness, after
+        )
+        return found
 
     def fetch_value(
         self,
@@ -215,14 +252,39 @@ class SyncTenancy:
         *,
         tenant: TenantRef | None = None,
         operator: bool = False,
+        replica: bool = False,
+        max_staleness: float | None = None,
+        after: str | None = None,
     ) -> Any:
         """Run a query as ``fetch_all`` does and return the first column of the first row, or None.
 
         Raises:
             TenancyError: as ``session``.
         """
-        with self.session(tenant, operator=operator, read_only=True) as session:
-            return session.scalar(_executable(sql), dict(parameters or {}))
+        return self._fetch(sql, parameters, Result.scalar, tenant, operator, replica, max_staleness, after)
+
+    def _fetch(
+        self,
+        sql: str | Executable,
+        parameters: Mapping[str, Any] | None,
+        take: Callable[[Result[Any]], Any],
+        tenant: TenantRef | None,
+        operator: bool,
+        replica: bool,
+        max_staleness: float | None,
+        after: str | None,
+    ) -> Any:
+        """Read in a session; again where a replica has ended the statement, or is gone."""
+        with self.session(
+            tenant, operator=operator, read_only=True, replica=replica, max_staleness=max_staleness, after=after
+        ) as session:
+            while True:
+                try:
+                    return take(session.execute(_executable(sql), dict(parameters or {})))
+                except DBAPIError as exc:
+                    if not can_repeat(session.bind, exc):
+                        raise
+                    session.rollback()
 
     def execute(
         self,

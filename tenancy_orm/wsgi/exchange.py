@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..context import current_tenant_or_none
 from ..correlation import RequestLabels, current_labels
+from ..routing.consistency import Consistency, current_consistency
 from ..sync.hops import Answer
 from ..tenant import Tenant
 
@@ -30,6 +31,7 @@ class Admitted:
 
     tenant: Tenant | None
     labels: RequestLabels | None = None
+    consistency: Consistency | None = None
 
 
 @dataclass
@@ -93,7 +95,9 @@ class Exchange:
 
     async def admit(self, send: Send) -> None:
         """Report that the request is admitted, and carry out what the thread orders."""
-        self._reply(Admitted(current_tenant_or_none(), current_labels()))
+        tenant = current_tenant_or_none()
+        consistency = None if tenant is None else current_consistency(tenant.id)
+        self._reply(Admitted(tenant, current_labels(), consistency))
         while True:
             answer, order = await self._orders.get()
             if order is None:

@@ -18,6 +18,7 @@ from ..context import set_current
 from ..correlation import set_labels
 from ..deadlines import set_deadline
 from ..errors import ConfigurationError, TenancyError
+from ..routing.consistency import set_consistency
 from ..sync.hops import Answer, Hops
 from ..sync.tenancy import hops_of
 from .environ import adapt, scope_of
@@ -61,6 +62,8 @@ class TenancyWSGIMiddleware:
         map_errors: Whether errors are answered by problem documents.
         deadline: How long a request would wait for connections, in seconds.
         request_id: Whether each request has an id.
+        consistency_header: The name of a header with a consistency token.
+        consistency_cookie: The name of a cookie with one.
 
     Raises:
         ConfigurationError: a path, a resolver, an authenticator, an origin, a deadline or ``request_id`` is
@@ -83,6 +86,8 @@ class TenancyWSGIMiddleware:
         map_errors: bool = True,
         deadline: float | None = None,
         request_id: bool | Literal["new"] = False,
+        consistency_header: str | None = None,
+        consistency_cookie: str | None = None,
     ) -> None:
         self.app = app
         self.tenancy = tenancy
@@ -100,6 +105,8 @@ class TenancyWSGIMiddleware:
             map_errors=map_errors,
             deadline=deadline,
             request_id=request_id,
+            consistency_header=consistency_header,
+            consistency_cookie=consistency_cookie,
         )
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -122,6 +129,7 @@ class TenancyWSGIMiddleware:
         context.run(set_labels, decision.labels)
         if self.middleware.deadline is not None:
             context.run(set_deadline, self.middleware.deadline)
+        context.run(set_consistency, decision.consistency)
         return _Serving(
             hops, exchange, context, environ, start_response, has_request_id=decision.labels is not None
         ).serve(self.app)

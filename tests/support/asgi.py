@@ -153,9 +153,16 @@ class MemoryTenancy:
         self.events = EventBus()
         self.rates = Rates({"slow": Tier("slow", requests_per_second=2.0)})
 
+    reads_replicas = False
+
     @property
     def internals(self) -> MemoryTenancy:
-        """Itself, which has the two parts that the middleware takes from there."""
+        """Itself, which has the parts that the middleware takes from there."""
+        return self
+
+    @property
+    def router(self) -> MemoryTenancy:
+        """Itself: no server has replicas."""
         return self
 
     def add(
