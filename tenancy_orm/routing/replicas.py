@@ -8,11 +8,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from uuid import UUID
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine, ExceptionContext
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.interfaces import DBAPICursor, ExecutionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import PoolProxiedConnection
@@ -345,19 +345,22 @@ class ReplicaReads:
         logger.info("tenant %s is not read on replica %s: %s", self._tenant.slug, chosen.server.name, error)
         return True
 
-    def ended(self, reason: str) -> None:
-        """Note that the chosen replica has ended a statement, or the connection: the next choice is another."""
-        if (chosen := self._chosen) is not None:
-            self._passed[chosen] = reason
-            if reason is AWAY:
-                self._replicas.monitor.avoid(chosen)
-
     def ended_by(self, error: DBAPIError) -> bool:
-        """Whether a replica has ended a statement, or is gone, so that it can be repeated elsewhere."""
-        reason = CONFLICT if getattr(error.orig, "sqlstate", None) in _CONFLICTS else AWAY
-        if self._chosen is None or (reason is AWAY and not error.connection_invalidated):
+        """Whether a replica has ended a statement, or is gone, so that it can be repeated: the next choice is another.
+
+        Args:
+            error: What the statement has raised.
+        """
+        chosen = self._chosen
+        if chosen is None:
             return False
-        self.ended(reason)
+        if getattr(error.orig, "sqlstate", None) in _CONFLICTS:
+            self._passed[chosen] = CONFLICT
+        elif error.connection_invalidated:
+            self._passed[chosen] = AWAY
+            self._replicas.monitor.avoid(chosen)
+        else:
+            return False
         return True
 
     def close(self) -> None:
@@ -365,6 +368,20 @@ class ReplicaReads:
         leased, self._leased = self._leased, {}
         for replica, entry in leased.items():
             self._replicas.release(replica, entry)
+
+
+class _ReplicaConnection(VariantConnection):
+    """A connection of a ``ReplicaEngine``."""
+
+    # not the event ``handle_error``, which all dialects share: each statement of every engine would look for listeners
+    def _handle_dbapi_exception(self, *args: Any, **options: Any) -> NoReturn:
+        try:
+            super()._handle_dbapi_exception(*args, **options)
+        except DBAPIError as exc:
+            engine = self.engine
+            if isinstance(engine, ReplicaEngine):
+                engine.reads.ended_by(exc)
+            raise
 
 
 class ReplicaEngine(TenantEngine):
@@ -377,7 +394,7 @@ class ReplicaEngine(TenantEngine):
         isolation_level: That of the session.
     """
 
-    _connection_cls = VariantConnection
+    _connection_cls = _ReplicaConnection
 
     def __init__(
         self,
@@ -438,16 +455,7 @@ def _refuse_writes(
         )
 
 
-def _note_end(context: ExceptionContext) -> None:
-    if isinstance(engine := context.engine, ReplicaEngine):
-        if getattr(context.original_exception, "sqlstate", None) in _CONFLICTS:
-            engine.reads.ended(CONFLICT)
-        elif context.is_disconnect:
-            engine.reads.ended(AWAY)
-
-
 event.listen(ReplicaEngine, "before_cursor_execute", _refuse_writes)
-event.listen(ReplicaEngine, "handle_error", _note_end)
 
 
 __all__ = [

@@ -386,6 +386,38 @@ async def test_a_killed_replica_is_replaced_by_the_primary(app: Application, sta
     assert kinds == [ReplicaLost, ReplicaRestored]
 
 
+async def test_replicas_come_and_go(tenancy_config: TenancyConfig, primary: TestServer, standby: Standby) -> None:
+    """By the server's row, without a restart; several take turns; an open session goes on."""
+    with standby_of(primary, name="second") as second:
+        async with opened(tenancy_config, primary) as tenancy:
+            await tenancy.tenants.create("acme")
+            app = Application(tenancy, "asyncpg")
+            assert not await app.on_replica() and app.reasons == []
+            urls = [f"postgresql://127.0.0.1:{server.port}" for server in (standby, second)]
+            await tenancy.servers.update("default", addresses=ServerAddresses(admin=primary.url(), replicas=urls))
+            await until(app.on_replica)
+            ports: set[int] = set()
+
+            async def both() -> bool:
+                ports.add(int(await app.use(lambda session: session.scalar(text("SHOW port")) or "")))
+                return {standby.port, second.port} <= ports
+
+            await until(both)
+            async with tenancy.session("acme", read_only=True, replica=True) as session:
+                assert await session.scalar(WHERE)
+                await tenancy.servers.update("default", addresses=ServerAddresses(admin=primary.url()))
+                await until(lambda: is_false(app.on_replica()))
+                assert await session.scalar(WHERE)
+                await session.rollback()
+                assert await session.scalar(WHERE) is False
+            await until(lambda: not tenancy.internals.router.statistics().replicas)
+            # nobody asks the former replicas any more
+            asks = (
+                "SELECT count(*) FROM pg_stat_activity WHERE usename = 'postgres' AND application_name LIKE 'tenancy%'"
+            )
+            await until(lambda: standby.query(asks) == 0)
+
+
 async def test_a_promoted_replica_is_not_read_from(tenancy_config: TenancyConfig, primary: TestServer) -> None:
     """Neither over new connections nor over those that were open: what it gets from now on is not the primary's."""
     async with AsyncExitStack() as stack:
