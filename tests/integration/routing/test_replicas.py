@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import random
+import time
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -254,6 +259,54 @@ async def test_what_was_written_is_read(app: Application) -> None:
     await app.write("unbound")
     assert await app.notes(max_staleness=60.0) == ["kept", "mine", "at once", "unbound"]
     assert set(app.reasons) == {"written"}
+
+
+async def test_no_read_is_staler_than_its_bound(
+    tenancy_config: TenancyConfig, primary: TestServer, standby: Standby
+) -> None:
+    """Whatever replay does: a reader counts what was committed before the bound, and a writer all of its own."""
+    bound = 0.3
+    committed: list[float] = []
+    seen: Counter[str] = Counter()
+
+    async with opened(tenancy_config, primary, standby) as tenancy:
+        await tenancy.tenants.create("acme")
+        app = Application(tenancy, "asyncpg")
+        await until(app.on_replica)
+        count = "SELECT pg_is_in_recovery(), (SELECT count(*) FROM notes)"
+
+        async def write(ends: float) -> None:
+            async with tenancy.scope("acme"):
+                while time.monotonic() < ends:
+                    await tenancy.execute("INSERT INTO notes (body) VALUES ('x')")
+                    committed.append(time.monotonic())
+                    row = await tenancy.fetch_one(count, replica=True, max_staleness=math.inf)
+                    assert row is not None and row[1] == len(committed)
+
+        async def read(ends: float, max_staleness: float, kind: str) -> None:
+            while time.monotonic() < ends:
+                asked = time.monotonic()
+                async with tenancy.scope("acme"):
+                    row = await tenancy.fetch_one(count, replica=True, max_staleness=max_staleness)
+                assert row is not None
+                stale = row[1] < bisect_right(committed, asked - bound)
+                seen[f"{kind} {'stale' if stale else 'fresh'} {'replica' if row[0] else 'primary'}"] += 1
+
+        async def disturb(ends: float) -> None:
+            while time.monotonic() < ends:
+                await asyncio.to_thread(standby.pause_replay)
+                await asyncio.sleep(random.uniform(0, 3 * bound))
+                await asyncio.to_thread(standby.resume_replay)
+                await asyncio.sleep(random.uniform(0, bound))
+
+        ends = time.monotonic() + 3.0
+        await asyncio.gather(
+            write(ends), read(ends, bound, "bounded"), read(ends, math.inf, "unbounded"), disturb(ends)
+        )
+    # why: without a bound there are reads that are staler
+    assert seen["unbounded stale replica"] > 0
+    assert seen["bounded fresh replica"] > 0 and seen["bounded fresh primary"] > 0
+    assert seen["bounded stale replica"] == seen["bounded stale primary"] == 0, seen
 
 
 async def test_a_token_is_its_tenants_alone(app: Application, standby: Standby) -> None:
