@@ -53,6 +53,9 @@ tenant's database may not have been replayed yet."""
 # what a standby raises where replay removes what a statement still sees, or locks what it has locked
 _CONFLICTS = frozenset({"40001", "40P01"})
 
+WAIT_SECONDS: Final = 0.25
+"""How long a read waits for a connection to a replica; then it is served elsewhere."""
+
 _FORGET_SECONDS = 600.0
 _NOTES = 10_000  # tenants with notes, after which old notes are dropped
 
@@ -253,6 +256,8 @@ class ServerReplicas:
         known = self._known.get(replica)
         if known is None:
             connector = self._connect_to(replica.server)
+            # the primary is there for those who would have to wait
+            connector.checkout_timeout = min(connector.checkout_timeout, WAIT_SECONDS)
             cache = EngineCache(lambda _: connector, max_engines=self._max_engines, events=self._events)
             known = self._known[replica] = _Known(connector, cache)
             if self._closed:
@@ -260,6 +265,10 @@ class ServerReplicas:
         entry = known.cache.acquire(tenant)
         known.reads += 1
         return entry
+
+    def connector(self, name: str) -> Connector | None:
+        """The connector of the replica of this name, if it has been read from."""
+        return next((known.connector for known in self._known.values() if known.connector.server.name == name), None)
 
     def release(self, replica: Replica, entry: Entry) -> None:
         """End a lease."""

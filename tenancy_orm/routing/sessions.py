@@ -265,7 +265,10 @@ class Router:
         """
         refuse_while_bound("closing connections")
         self._cache.home.check()
+        primary, _, _ = request.server.partition("/")
         connector = self._connectors.get(request.server)
+        if connector is None and (replicas := self._replicas.get(primary)) is not None:
+            connector = replicas.connector(request.server)
         if connector is not None:
             connector.shortages.give_up(request)
 

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.config import PoolConfig, ServerAddresses
+from tenancy_orm.config import PoolConfig, ServerAddresses, Tier
 from tenancy_orm.errors import ConfigurationError, LoginRefusedError, MarkerMismatchError, ReadOnlyError
 from tenancy_orm.events import Event, IsolationIncident, ReplicaLost, ReplicaPassedOver, ReplicaRestored
 from tenancy_orm.wsgi import TenancyWSGIMiddleware
@@ -403,11 +403,12 @@ async def test_each_tenant_is_alone_on_a_replica(app: Application, primary: Test
     assert len(incidents) == 2  # of the replica, and of the primary that was tried next
 
 
+@pytest.mark.parametrize("pool", [PoolConfig(max_connections=1), PoolConfig(max_connections_per_tenant=1)])
 async def test_a_busy_replica_lets_nobody_wait(
-    tenancy_config: TenancyConfig, primary: TestServer, standby: Standby
+    tenancy_config: TenancyConfig, primary: TestServer, standby: Standby, pool: PoolConfig
 ) -> None:
     """Its connections are its own budget; where all are in use, the primary serves."""
-    config = tenancy_config.replace(pool=PoolConfig(max_connections=1))
+    config = tenancy_config.replace(pool=pool)
     async with opened(config, primary, standby) as tenancy:
         await tenancy.tenants.create("acme")
         app = Application(tenancy, "asyncpg")
@@ -417,6 +418,19 @@ async def test_a_busy_replica_lets_nobody_wait(
             assert not await app.on_replica()
         assert await app.on_replica()
         assert app.reasons[-1] == "busy"
+
+
+async def test_processes_hand_connections_to_a_replica_over(
+    tenancy_config: TenancyConfig, primary: TestServer, standby: Standby
+) -> None:
+    """Where PostgreSQL accepts no more of a tenant there, as on the primary; until then the primary serves."""
+    config = tenancy_config.replace(tiers={"free": Tier("free", connection_limit=1)})
+    async with opened(config, primary, standby) as tenancy, opened(config, primary, standby) as elsewhere:
+        await tenancy.tenants.create("acme")
+        app, other = Application(tenancy, "asyncpg"), Application(elsewhere, "asyncpg")
+        for one in (app, other, app):
+            # the other process has an idle connection, the only one that there may be
+            await until(one.on_replica)
 
 
 async def test_a_killed_replica_is_replaced_by_the_primary(app: Application, standby: Standby) -> None:
