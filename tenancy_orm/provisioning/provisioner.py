@@ -41,6 +41,7 @@ from .preparation import prepare
 from .public_access import SharedDatabases, read_control
 from .reconcile import Reconciler, ReconcileReport
 from .role_settings import RoleSettings
+from .standbys import end_on_replicas
 from .template_manager import TemplateManager
 from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
@@ -340,6 +341,8 @@ class Provisioner:
                         await locks.lock(connection, key, timeout=timeout)
                     current = await self._services.registry.get(tenant.id)
                     await align_role(self._services, connection, current, deadline=deadline)
+                    if current.status in LOGIN_BLOCKED:
+                        await end_on_replicas(server, tenant.placement.role, deadline=deadline)
                 finally:
                     await run_to_completion(self._admin_connections.release(server, connection, key))
         except SERVER_FAILURES as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -56,8 +57,8 @@ _CONFLICTS = frozenset({"40001", "40P01"})
 WAIT_SECONDS: Final = 0.25
 """How long a read waits for a connection to a replica; then it is served elsewhere."""
 
-_FORGET_SECONDS = 600.0
-_NOTES = 10_000  # tenants with notes, after which old notes are dropped
+_FORGET_SECONDS = 3_600.0
+_NOTES = 10_000  # tenants with notes, from which on old notes are dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,8 @@ class ServerReplicas:
         self._tokens = tokens
         self._known: dict[Replica, _Known] = {}
         self._written: dict[UUID, float] = {}  # by code that runs in no request and no scope
+        self._most_notes = _NOTES
+        self._noting = threading.Lock()  # it protects these two
         self._closed = False
 
     # --- writes -----------------------------------------------------------------------------------------------------
@@ -160,9 +163,11 @@ class ServerReplicas:
         if found is not None:
             found.written_at = now
             return
-        self._written[tenant_id] = now
-        if len(self._written) > _NOTES:
-            self._written = {one: at for one, at in self._written.copy().items() if at > now - _FORGET_SECONDS}
+        with self._noting:
+            self._written[tenant_id] = now
+            if len(self._written) > self._most_notes:
+                self._written = {one: at for one, at in self._written.items() if at > now - _FORGET_SECONDS}
+                self._most_notes = max(_NOTES, 2 * len(self._written))
 
     def _written_at(self, tenant_id: UUID) -> float:
         found = current_consistency(tenant_id)

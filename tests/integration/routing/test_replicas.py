@@ -28,9 +28,11 @@ from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.config import PoolConfig, ServerAddresses, Tier
 from tenancy_orm.errors import ConfigurationError, LoginRefusedError, MarkerMismatchError, ReadOnlyError
 from tenancy_orm.events import Event, IsolationIncident, ReplicaLost, ReplicaPassedOver, ReplicaRestored
+from tenancy_orm.postgres.connections import Connection
 from tenancy_orm.wsgi import TenancyWSGIMiddleware
 from tests.support.asgi import request as asgi_request
 from tests.support.models import Note
+from tests.support.postgres import ENDED
 from tests.support.replication import Standby, TestServer, primary_server, standby_of
 from tests.support.waiting import until
 
@@ -401,6 +403,22 @@ async def test_each_tenant_is_alone_on_a_replica(app: Application, primary: Test
         await app.on_replica(tenant="beta")
     incidents = [event for event in app.emitted if isinstance(event, IsolationIncident)]
     assert len(incidents) == 2  # of the replica, and of the primary that was tried next
+
+
+async def test_a_suspended_tenant_leaves_the_replica(app: Application, standby: Standby) -> None:
+    """A connection that was open there ends, whoever has opened it: a standby does not replay that."""
+    acme = await app.tenancy.tenants.get("acme")
+    assert acme.placement is not None
+    server = app.tenancy.internals.servers["default"].replicas[0]
+    keyring = app.tenancy.internals.router._connector("default")._keyring
+    password = keyring.open_password(acme.id, acme.placement.sealed_password)
+    connection: Connection = await server.connect_tenant(acme.placement, password)
+    assert await connection.fetchval("SELECT count(*) FROM notes") == 1
+    await app.tenancy.tenants.suspend("acme", reason="unpaid")
+    with pytest.raises(ENDED):
+        await connection.fetchval("SELECT count(*) FROM notes")
+    with pytest.raises(LoginRefusedError):
+        await server.connect_tenant(acme.placement, password)
 
 
 @pytest.mark.parametrize("pool", [PoolConfig(max_connections=1), PoolConfig(max_connections_per_tenant=1)])

@@ -1,0 +1,62 @@
+"""Ending a tenant's connections to replicas: a standby replays that logins are blocked, and not that sessions end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from ..control.names import login_stem
+from ..errors import PoolerError, ServerUnavailableError
+from ..postgres import connections
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import reason_of
+from ..servers.server import CLOSE_SECONDS, Server
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+REPLAY_SECONDS: Final = 3.0
+"""How long a replica has for replaying that the logins are blocked; after that it is left as it is, which is logged."""
+
+_CAN_LOG_IN: Final = (
+    "SELECT count(*) FROM pg_roles WHERE (rolname = $1 OR starts_with(rolname::text, $2)) AND rolcanlogin"
+)
+_END: Final = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1 OR starts_with(usename::text, $2)"
+)
+
+
+async def end_on_replicas(server: Server, role: str, *, deadline: float) -> None:
+    """End the connections of a tenant's role, and of its temporary logins, to all replicas of a server.
+
+    Its logins were blocked on the primary before. A replica that does not answer is left out.
+
+    Args:
+        server: The primary.
+        role: The tenant's role.
+        deadline: When all must be done, by the clock of the event loop.
+    """
+    ends = min(deadline, asyncio.get_running_loop().time() + REPLAY_SECONDS)
+    await asyncio.gather(*(_end(replica, role, ends) for replica in server.replicas))
+
+
+async def _end(replica: Server, role: str, ends: float) -> None:
+    names = (role, login_stem(role))
+    try:
+        async with asyncio.timeout_at(ends):
+            connection = await replica.connect_admin()
+            try:
+                while True:
+                    blocked = not await connection.fetchval(_CAN_LOG_IN, *names)
+                    if not await connection.fetch(_END, *names) and blocked:
+                        return
+                    await asyncio.sleep(connections.POLL_SECONDS)
+            finally:
+                await connections.close(connection, timeout=CLOSE_SECONDS)
+    except (ServerUnavailableError, PoolerError, *SERVER_FAILURES) as exc:
+        logger.warning(
+            "open connections of role %s to replica %s were not ended: %s", role, replica.name, reason_of(exc)
+        )
+
+
+__all__ = ["end_on_replicas"]
