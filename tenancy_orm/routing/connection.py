@@ -102,7 +102,10 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
     def mode(self) -> str | None:
         """The value of ``default_transaction_read_only``, as PostgreSQL has reported it; None where it is closed."""
         protocol = self._protocol
-        mode: str | None = None if protocol is None else getattr(protocol.get_settings(), MODE, None)
+        if protocol is None:
+            return None
+        # what was sent with the proof is not answered yet, and another session may be the first to use the connection
+        mode: str | None = protocol.coming_mode or getattr(protocol.get_settings(), MODE, None)
         return mode
 
     @property

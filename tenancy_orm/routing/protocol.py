@@ -14,6 +14,7 @@ from asyncpg.protocol import Protocol as DriverProtocol
 from ..errors import MarkerMismatchError
 from ..servers.server import CLOSE_SECONDS
 from .marker import FIND, mismatch, refusal
+from .reading import SET_MODE
 
 # The beginning of an ErrorResponse after which the server ends the connection. Its severity is the first field, and the
 # second one too, not translated.
@@ -137,10 +138,15 @@ class TenantProtocol(DriverProtocol):  # type: ignore[misc]
         """Whether the marker is proved. No statement has run before."""
         return True
 
+    @property
+    def coming_mode(self) -> str | None:
+        """The value of ``default_transaction_read_only`` that was sent with the proof; None where none was."""
+        return None
+
 
 def _after_proof(operation: str) -> Any:
     async def perform(protocol: UnprovedProtocol, *args: Any, **options: Any) -> Any:
-        return await protocol._perform(operation, *args, **options)
+        return await UnprovedProtocol._perform(protocol, operation, *args, **options)
 
     return perform
 
@@ -158,6 +164,11 @@ class UnprovedProtocol(TenantProtocol):
     def is_proved(self) -> bool:
         """Return False."""
         return False
+
+    @property
+    def coming_mode(self) -> str | None:
+        """The value of ``default_transaction_read_only`` that was sent with the proof; None where none was."""
+        return "on" if self.proof.then == SET_MODE["on"] else None
 
     def is_in_transaction(self) -> bool:
         """Return False: no operation has taken place."""
@@ -194,10 +205,12 @@ class UnprovedProtocol(TenantProtocol):
 
     async def query(self, query: str, *args: Any, **options: Any) -> Any:
         """Run a query of the simple protocol, after the proof; or take what was sent with it."""
-        proof = self.proof
-        if query == proof.then and await self._wait(take=True):
-            return proof.tag
-        return await self._perform("query", query, *args, **options)
+        if self.__class__ is UnprovedProtocol:
+            proof = self.proof
+            if query == proof.then and await self._wait(take=True):
+                return proof.tag
+        # the class may be another one by now
+        return await UnprovedProtocol._perform(self, "query", query, *args, **options)
 
     prepare = _after_proof("prepare")
     bind = _after_proof("bind")
