@@ -186,3 +186,35 @@ async def test_no_tenant_can_open_the_breaker_of_its_server(
     breaker(house).suspect()
     await until(lambda: breaker(house).is_open)
     assert isinstance(await fails("mallory"), ServerUnavailableError)
+
+
+async def test_a_password_and_a_database_change_under_open_pools(house: Tenancy, other: TestServer) -> None:
+    """A rotation fails no write. A database that was renamed by hand is found once the registry has its name."""
+    eve = await house.tenants.get("eve")
+    assert eve.placement is not None
+    old, new = eve.placement.database, f"{eve.placement.database}_m"
+    writers = [Writers(house, "eve"), Writers(house, "eve", sync=True)]
+    async with running(*(writer.write for writer in writers)), asyncio.timeout(SECONDS):
+        await go_on(writers, seconds=SECONDS)
+        for _ in range(3):
+            await house.secrets.rotate_password("eve")
+            house.internals.router.retire(eve.id)  # so that new connections need the new one
+        await go_on(writers, seconds=SECONDS)
+        assert not any(writer.failures for writer in writers)
+        admin = await asyncpg.connect(other.url())
+        await admin.execute(f'ALTER DATABASE "{old}" ALLOW_CONNECTIONS false')
+        ending = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE datname = $1"
+        await admin.execute(f'ALTER DATABASE "{old}" CONNECTION LIMIT 0')
+        await admin.fetchval(ending, old)
+        await admin.execute(f'ALTER DATABASE "{old}" RENAME TO "{new}"')
+        await admin.execute(f'ALTER DATABASE "{new}" CONNECTION LIMIT -1')
+        await admin.execute(f'ALTER DATABASE "{new}" ALLOW_CONNECTIONS true')
+        await admin.close()
+        await until(lambda: all(writer.failures for writer in writers))
+        async with house.internals.control.transaction() as connection:
+            moving = text("UPDATE tenancy.tenants SET database_name = :new WHERE id = :id")
+            await connection.execute(moving, {"new": new, "id": eve.id})
+        await go_on(writers, seconds=10)
+    for writer in writers:
+        await writer.check()
+    assert breaker(house).opened_at == 0.0
