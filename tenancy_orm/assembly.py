@@ -359,7 +359,8 @@ class Assembly:
                 "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
                 ", ".join(names),
             )
-        self.router.reweigh(await self.tiers.weights())
+        # unbound: whoever opens it may be bound to a tenant of another one
+        Context().run(self.router.reweigh, await self.tiers.weights())
 
     async def _update_weights(self) -> None:
         try:

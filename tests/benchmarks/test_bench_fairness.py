@@ -75,7 +75,7 @@ def test_bench_fairness_simulated() -> None:
 
 # --- on PostgreSQL --------------------------------------------------------------------------------------------------
 
-SLOTS, NEIGHBOURS, RATE, SECONDS = 12, 8, 15.0, float(os.environ.get("BENCH_SECONDS", "4"))
+SLOTS, NEIGHBOURS, RATE, SECONDS = 12, 8, 5.0, float(os.environ.get("BENCH_SECONDS", "4"))
 
 
 async def _neighbour(router: Router, tenant: Tenant, seed: int, waits: list[float]) -> None:

@@ -103,6 +103,7 @@ EXCUSED = {
     "sync.close": "closes connections",
     "sync.open": "opens nothing where it is open",
     "tiers.in_force": "tiers are nobody's own, and tenants may know them",
+    "tiers.weights": "tiers are nobody's own, and tenants may know them",
 }
 
 HELD_EXCUSED = {
@@ -266,6 +267,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "every": 60.0,
         "addresses": {},
         "names": ("vector",),
+        "weights": {"free": 100.0},
         "parts": ("taskiq", "report", "1"),
         "signature": "A" * 43,
         "func": print,

@@ -126,6 +126,7 @@ WAYS_IN: dict[str, Use] = {
     "audit.events": lambda t: t.audit.events(),
     "audit.verify": lambda t: t.audit.verify(),
     "tiers.in_force": lambda t: t.tiers.in_force(),
+    "tiers.weights": lambda t: t.tiers.weights(),
     "metrics.history": lambda t: t.metrics.history("acme"),
     "sampler.run": lambda t: t.internals.sampler.run(),
     "registry.find": lambda t: t.internals.registry.find("acme"),
