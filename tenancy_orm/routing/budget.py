@@ -278,6 +278,8 @@ class Budget(Generic[T]):
         account.idle -= 1
         account.seconds -= self._now() if now is None else now
         share.busy += 1
+        if account.queues:
+            self._waiting.held += 1
         return entry
 
     def reserve(self, share: Share[T]) -> bool:
@@ -414,6 +416,7 @@ class Budget(Generic[T]):
         account.seconds += now
         account.idle += 1
         if self._waiting:
+            self._waiting.held -= account.queues > 0
             self._serve_waiters()
         return True
 
@@ -489,6 +492,8 @@ class Budget(Generic[T]):
         account.open += 1
         account.seconds -= self._now()
         share.busy += 1
+        if account.queues:
+            self._waiting.held += 1
         if self._deprived:
             self._deprived.pop(account, None)
 
@@ -496,6 +501,8 @@ class Budget(Generic[T]):
         """End the use of a connection or slot that is not given back idle."""
         share.busy -= 1
         share.account.seconds += self._now()
+        if share.account.queues:
+            self._waiting.held -= 1
 
     def _release(self, share: Share[T]) -> None:
         self.open -= 1
@@ -523,18 +530,19 @@ class Budget(Generic[T]):
                 waiter.set_result(None)
         if not self._idle_shares:
             return
-        for share in list(waiting):
-            if share.account.idle and not share.account.room:
+        for share in {other for idle in self._idle_shares if idle.account.queues for other in waiting.of(idle.account)}:
+            if not share.account.room:
                 self._make_room_of_own(share)
         self._make_room_for_waiters(now)
 
     def _make_room_for_waiters(self, now: float) -> None:
-        """Close idle connections: the least valuable one for a tenant with less than its part, else only old ones."""
-        wanted = self._coming_free_above(sum(map(self._wanted, self._waiting)))
+        """Close idle connections: the least valuable one for a tenant with less than its part, else only spare ones."""
+        most = self.idle + self._coming_free
+        wanted = self._wanted_in_all(most) - self._coming_free
         if wanted <= 0:
             return
         unit = self._unit_with_idle(now)
-        due = min(wanted, self._coming_free_above(self._due(unit)))
+        due = min(wanted, self._due(unit, most) - self._coming_free)
         while wanted > 0 and self._idle_shares:
             if due > 0:
                 self._make_room()
@@ -543,18 +551,40 @@ class Budget(Generic[T]):
             due -= 1
             wanted -= 1
 
+    def _wanted_in_all(self, most: int) -> int:
+        """How many slots the waiters could use, up to ``most``: counting hundreds of tenants takes time."""
+        wanted = 0
+        for share in self._waiting:
+            if wanted >= most:
+                break
+            wanted += self._wanted(share)
+        return wanted
+
     def _unit_with_idle(self, now: float) -> float:
         """How many slots there are for weight 1, where tenants that have used theirs lately count as those that wait.
 
         Those that wait have a quarter of the slots in any case: idle connections are not worth all.
         """
-        accounts = {share.account for share in self._waiting}
-        accounts |= {share.account for share in self._idle_shares if share.idle[-1][0] > now - KEEP_SECONDS}
-        accounts |= self._deprived.keys()
-        weight = sum(account.weight for account in accounts)
-        theirs = sum(account.busy for account in accounts)
-        unit = (self.limit - self._busy + theirs) / weight if weight else 0.0
-        return max(unit, self.limit / 4 / self._waiting.weight) if self._waiting.weight else unit
+        waiting = self._waiting
+        lately = {share.account for share in self._idle_shares if share.idle[-1][0] > now - KEEP_SECONDS}
+        lately |= self._deprived.keys()
+        weight, held = waiting.weight, waiting.held
+        for account in lately:
+            if not account.queues:
+                weight += account.weight
+                held += account.busy
+        unit = (self.limit - self._busy + held) / weight if weight else 0.0
+        return max(unit, self.limit / 4 / waiting.weight) if waiting.weight else unit
+
+    def _deprive(self, account: Account, *, since: float) -> None:
+        """Record that a tenant loses its last connection, which it has not used ``since`` then."""
+        now = self._now()
+        if since <= now - KEEP_SECONDS:
+            return
+        self._deprived.pop(account, None)
+        self._deprived[account] = now
+        if len(self._deprived) > self.limit:
+            del self._deprived[next(iter(self._deprived))]
 
     def _keeps_free_slots(self, now: float) -> bool:
         """Whether what is free is kept for tenants that have lost their last connection, from those with their parts.
@@ -562,22 +592,26 @@ class Budget(Generic[T]):
         A quarter of the slots at most is kept, and for ``KEEP_SECONDS``. Otherwise a tenant that saturates would get
         one slot after the other, whenever a tenant for which one is made free is served in another way.
         """
-        if not self._deprived:
-            return False
-        for account, since in list(self._deprived.items()):
-            if since <= now - KEEP_SECONDS:
-                del self._deprived[account]
-        return self.limit - self.open <= min(len(self._deprived), self.limit // 4)
+        while self._deprived:
+            account, since = next(iter(self._deprived.items()))
+            if since > now - KEEP_SECONDS:
+                break
+            del self._deprived[account]
+        return bool(self._deprived) and self.limit - self.open <= min(len(self._deprived), self.limit // 4)
 
-    def _due(self, unit: float) -> int:
-        """How many slots the waiters want within their parts."""
+    def _due(self, unit: float, most: int) -> int:
+        """How many slots the waiters want within their parts, up to ``most``."""
+        due = 0
         wanted: dict[Account, int] = {}
         for share in self._waiting:
-            wanted[share.account] = wanted.get(share.account, 0) + self._wanted(share)
-        return sum(
-            min(number, max(0, int(max(1.0, unit * account.weight)) - account.busy))
-            for account, number in wanted.items()
-        )
+            if due >= most:
+                break
+            account = share.account
+            before = wanted.get(account, 0)
+            after = wanted[account] = before + self._wanted(share)
+            part = max(0, int(max(1.0, unit * account.weight)) - account.busy)
+            due += min(after, part) - min(before, part)
+        return due
 
     def _is_spare(self, share: Share[T], unit: float, now: float) -> bool:
         """Whether an idle connection may be closed for a tenant that has its part, or more."""
@@ -585,9 +619,6 @@ class Budget(Generic[T]):
         return share.idle[0][0] <= now - KEEP_SECONDS or account.open - account.closing > max(
             1.0, unit * account.weight
         )
-
-    def _coming_free_above(self, wanted: int) -> int:
-        return wanted - self._coming_free
 
     def _make_room_of_own(self, share: Share[T]) -> None:
         """Close idle connections in a tenant's other pools, since it may have no more slots for this one."""
@@ -638,6 +669,8 @@ class Budget(Generic[T]):
         share.account.idle -= 1
         share.account.seconds -= self._now()
         share.busy += 1
+        if share.account.queues:
+            self._waiting.held += 1
         return item
 
     def _make_room(self, admits: Callable[[Share[T]], bool] | None = None) -> bool:
@@ -648,7 +681,7 @@ class Budget(Generic[T]):
             return False
         self.evictions += 1
         if share.account.open - share.account.closing == 1:
-            self._deprived[share.account] = share.idle[0][0]
+            self._deprive(share.account, since=share.idle[0][0])
         self._evict(share, self._take_oldest(share))
         return True
 

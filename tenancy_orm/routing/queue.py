@@ -69,6 +69,7 @@ class Queue(Generic[T]):
         # in the order of their turns: a share joins at the end, and moves there again when it was served
         self._entries: dict[Share[T], deque[Entry[T]]] = {}
         self.weight = 0.0  # of the tenants that wait
+        self.held = 0  # by them: the connections that are being opened, reset or in use
         self.waited = 0  # requests that were served so far
         self.waited_seconds = 0.0  # for how long they had waited
         self.login_seconds = _LOGIN_SECONDS
@@ -86,6 +87,10 @@ class Queue(Generic[T]):
 
     def __contains__(self, share: Share[T]) -> bool:
         return share in self._entries
+
+    def of(self, account: Account) -> list[Share[T]]:
+        """The shares of a tenant that wait."""
+        return [share for share in self._entries if share.account is account]
 
     def length(self, share: Share[T]) -> int:
         """How many requests of a share wait."""
@@ -174,6 +179,7 @@ class Queue(Generic[T]):
         account.queues += 1
         if account.queues == 1:
             self.weight += account.weight
+            self.held += account.busy
             time = account.used(now) / account.weight
             self._set_time(account, min(max(time, self._time), self._time + MOST_DEBT), now)
 
@@ -184,6 +190,7 @@ class Queue(Generic[T]):
         if not account.queues:
             account.served = None
             self.weight -= account.weight
+            self.held -= account.busy
         if not self._entries:
             self.weight = 0.0  # without what adding and subtracting has left
             self._served.clear()
@@ -207,21 +214,18 @@ class Queue(Generic[T]):
         """
         found: Turn[T] | None = None
         holders: list[tuple[Share[T], int]] = []
-        held = 0.0
         for share in self._entries:
             account = share.account
-            own = account.open - account.idle - account.closing
-            if own:
-                held += own / account.queues
             if account is returning or not account.room:
                 continue
+            own = account.open - account.idle - account.closing
             if own:
                 holders.append((share, own))
                 continue
             time = account.seconds / account.weight
             if found is None or time < found.time:
                 found = Turn(share, False, time)
-        unit = self._unit(limit, busy, held)
+        unit = self._unit(limit, busy)
         for share, own in holders:
             account = share.account
             if most is not None and own + 1 > max(1.0, most * account.weight):
@@ -239,8 +243,7 @@ class Queue(Generic[T]):
         It does as long as it has no more than its part. Where there are more tenants than slots they take turns; and
         since another tenant needs a login, it keeps the slot for as long as one takes.
         """
-        held = sum(one.account.busy / one.account.queues for one in self._entries)
-        part = self._unit(limit, busy, held) * account.weight
+        part = self._unit(limit, busy) * account.weight
         own = account.busy - 1
         if own + 1 <= part:
             return True
@@ -249,9 +252,9 @@ class Queue(Generic[T]):
             return False
         return account.used(now) / account.weight < other.time + self.login_seconds / account.weight
 
-    def _unit(self, limit: int, busy: int, held: float) -> float:
+    def _unit(self, limit: int, busy: int) -> float:
         """How many slots there are for weight 1, of those that tenants which do not wait leave."""
-        return (limit - busy + held) / self.weight if self.weight else 0.0
+        return (limit - busy + self.held) / self.weight if self.weight else 0.0
 
     def measure_login(self, seconds: float) -> None:
         """Record how long opening a connection took."""
@@ -276,7 +279,7 @@ class Queue(Generic[T]):
             return Refusal("deadline", 0.0, _LEAST_RETRY_SECONDS, 0.0)
         seconds = self._least_wait(account, ahead, limit)
         if seconds <= deadline - now and len(self._entries) > limit:
-            seconds = max(seconds, self._least_wait_of_turn(account, now, limit, busy))
+            seconds = max(seconds, self._least_wait_of_turn(account, now, limit, busy, deadline - now))
         if seconds <= deadline - now:
             return None
         retry_after = min(max(seconds - (deadline - now), _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS)
@@ -290,9 +293,15 @@ class Queue(Generic[T]):
         slots = min(busy for _, busy in account.served)
         return rounds * (_round_seconds(account.served, max(1, slots)) or 0.0)
 
-    def _least_wait_of_turn(self, account: Account, now: float, limit: int, busy: int) -> float:
-        """How long a tenant without a connection waits for its turn at least: one request of each tenant before it."""
+    def _least_wait_of_turn(self, account: Account, now: float, limit: int, busy: int, enough: float) -> float:
+        """How long a tenant without a connection waits for its turn at least: one request of each tenant before it.
+
+        Or 0, where that is ``enough`` or less.
+        """
         if account.busy:
+            return 0.0
+        seconds = _round_seconds(self._served, max(1, busy)) or 0.0
+        if seconds * (len(self._entries) // max(1, limit)) <= enough:
             return 0.0
         time = account.used(now) / account.weight
         before = 0
@@ -301,10 +310,7 @@ class Queue(Generic[T]):
             if other is account:
                 break
             before += not other.busy and other.seconds / other.weight <= time
-        rounds = before // max(1, limit)
-        if not rounds:
-            return 0.0
-        return rounds * (_round_seconds(self._served, max(1, busy)) or 0.0)
+        return before // max(1, limit) * seconds
 
     def hopeless(self, now: float, *, limit: int) -> list[tuple[Share[T], Waiter[T | None], Refusal]]:
         """Remove, and return, the last waiters of each tenant that cannot be served before their deadlines."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -22,6 +24,7 @@ from sqlalchemy import text
 from tenancy_orm import Tenancy, TenancyConfig, TenancyError, current_request_id, current_tenant, current_tenant_or_none
 from tenancy_orm.context import set_current
 from tenancy_orm.correlation import log_fields
+from tenancy_orm.deadlines import current_deadline
 from tenancy_orm.errors import EventLoopBlockedError, TooManyAttemptsError
 from tenancy_orm.events import ConnectionOpened, CrossTenantRequest
 from tenancy_orm.sync import hops
@@ -432,3 +435,23 @@ async def test_a_request_has_its_id_in_the_application_s_thread(
     async with serve(TenancyWSGIMiddleware(app, tenancy=tenancy)) as port, Wire.to(port) as wire:
         without = await wire.request("/", [*acme.headers, ("X-Request-ID", "edge-4")])
         assert (without.header("x-request-id"), without.body) == ("of the application", b"None acme")
+
+
+async def test_the_deadline_of_a_request_holds_in_the_application_s_thread(
+    tenancy: Tenancy, two: dict[tuple[str, str], Caller]
+) -> None:
+    """For its connections, and for none of the next request that has no deadline."""
+    left: list[float] = []
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        left.append(current_deadline() - time.monotonic())
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "0")])
+        return []
+
+    for middleware in (
+        TenancyWSGIMiddleware(app, tenancy=tenancy, deadline=30.0),
+        TenancyWSGIMiddleware(app, tenancy=tenancy),
+    ):
+        async with serve(middleware) as port, Wire.to(port) as wire:
+            assert (await wire.request("/", two["key", "acme"].headers)).status == 200
+    assert 0 < left[0] <= 30 and left[1] == math.inf

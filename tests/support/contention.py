@@ -181,7 +181,7 @@ class FirstCome(Queue[Any]):
 class Unprotected(Budget[Any]):
     """Closes any idle connection for any waiter."""
 
-    def _due(self, unit: float) -> int:
+    def _due(self, unit: float, most: int) -> int:
         return sum(map(self._wanted, self._waiting))
 
     def _keeps_free_slots(self, now: float) -> bool:

@@ -300,7 +300,8 @@ async def test_quotas_and_audit_by_command(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text((await cli("audit", "checkpoint")).out)
     listed = await cli("audit", "list", "--tenant", "acme", "--json")
     assert listed.json[0]["action"] == "quota.set"
-    assert (await cli("tiers", "list", "--json")).json["differing"] == []
+    tiers = (await cli("tiers", "list", "--json")).json
+    assert (tiers["differing"], tiers["weights"]["pro"]) == ([], 4)
     assert (await cli("tiers", "apply", "--json")).json["changed"] == []
     assert listed.json[0]["actor"]["id"].startswith("cli:")
     verified = await cli("audit", "verify", "--checkpoint", "checkpoint.json", "--json")

@@ -22,6 +22,9 @@ URL = "postgresql://admin@db.example/control"
         lambda: Limit(1, soft=(2.0,)),
         lambda: Tier("No!"),
         lambda: Tier("a", connection_limit=0),
+        lambda: Tier("a", weight=0.0),
+        lambda: Tier("a", weight=1_001),
+        lambda: Tier("a", weight="2"),  # type: ignore[arg-type]
         lambda: Tier("a", requests_per_second=0),
         lambda: Tier("a", {"requests_per_second": 1}),
         lambda: TierPolicy(resource="users", fraction=0),
@@ -73,3 +76,14 @@ def test_tiers_can_be_given_as_json() -> None:
     assert config.metering.tier_policies == (TierPolicy(resource="users"),)
     with pytest.raises(ConfigurationError, match=r"^tiers \(TENANCY_TIERS\): is not JSON: "):
         TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, "TENANCY_TIERS": "{"})
+
+
+def test_a_table_of_a_tier_may_have_a_weight() -> None:
+    """It is 1 without, and the default tiers weigh more, the more they may use."""
+    config = TenancyConfig(
+        control_url=URL,
+        tiers={"a": {"weight": 2}, "b": {}},  # type: ignore[dict-item]
+        default_tier="a",
+    )
+    assert [tier.weight for tier in config.tiers.values()] == [2.0, 1.0]
+    assert [tier.weight for tier in TenancyConfig(control_url=URL).tiers.values()] == [1.0, 2.0, 4.0, 8.0]

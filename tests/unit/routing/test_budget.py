@@ -533,6 +533,7 @@ class BudgetMachine(RuleBasedStateMachine):
             assert account.busy == sum(other.busy for other in self.shares if other.account is account)
         weight = sum({share.account: share.account.weight for share in queues}.values())
         assert self.budget._waiting.weight == pytest.approx(weight)
+        assert self.budget._waiting.held == sum({share.account: share.account.busy for share in queues}.values())
 
     @invariant()
     def nobody_waits_in_vain(self) -> None:
