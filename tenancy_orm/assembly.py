@@ -339,12 +339,19 @@ class Assembly:
                     processes * each,
                     processes,
                 )
+        # those with their addresses in their rows were verified by the command that put them there; one of them that is
+        # removed in this moment must not be added again
+        saved = {
+            name: server
+            for name, server in known.items()
+            if name in self.config.server_addresses and (server.row is None or server.row.sealed_addresses is None)
+        }
         await self.control.save_servers(
-            {name: (server.host, server.port) for name, server in known.items()},
+            {name: (server.host, server.port) for name, server in saved.items()},
             maintenance={
-                name: found[name].database if name in found else server.dsn.database for name, server in known.items()
+                name: found[name].database if name in found else server.dsn.database for name, server in saved.items()
             },
-            identities={name: facts.identity for name, facts in found.items()},
+            identities={name: facts.identity for name, facts in found.items() if name in saved},
         )
         await self.servers.refresh()
         rows = [server.row for server in self.servers.values() if server.row is not None]

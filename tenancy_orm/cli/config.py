@@ -79,6 +79,8 @@ def _shown(config: TenancyConfig, name: str) -> str | None:
         return ", ".join(value)
     if name == "provisioning.seeds":
         return ", ".join(map(named, value))
+    if name == "placement":
+        return getattr(value, "__qualname__", None) or repr(value)
     if isinstance(value, MetaData):
         return f"{len(value.tables)} tables"
     if isinstance(value, (tuple, list)):

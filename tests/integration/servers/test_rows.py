@@ -95,6 +95,7 @@ async def test_an_address_changes_under_open_sessions(tenancy: Tenancy, other: T
         await tenancy.servers.add("eu", first.url(postgres.admin_url), same_cluster=True)
         await tenancy.tenants.create("acme", server="eu")
         await until(lambda: "eu" in other.internals.servers)
+        assert await asyncio.to_thread(other.sync.fetch_value, "SELECT 0", tenant="acme") == 0
         async with other.session("acme") as held:
             await held.execute(text("SELECT 1"))
             before, connector = second.connections, other.internals.router._connectors["eu"]
@@ -112,6 +113,7 @@ async def test_an_address_changes_under_open_sessions(tenancy: Tenancy, other: T
         await tenancy.tenants.suspend("acme")
         await tenancy.tenants.activate("acme")
         assert await other.fetch_value("SELECT 4", tenant="acme") == 4
+        assert await asyncio.to_thread(other.sync.fetch_value, "SELECT 5", tenant="acme") == 5
         assert other.internals.router.statistics().servers["eu"].open >= 1
         # a change of anything else replaces nothing
         same = other.internals.servers["eu"]
