@@ -161,8 +161,10 @@ class Servers(Mapping[str, Server]):
                 addresses = configured.get(row.name) if row.sealed_addresses is None else open_addresses(row)
             except SecretError as exc:
                 logger.error("the addresses of server %s cannot be opened: %s", row.name, exc)
-                unusable[row.name] = exc
-                addresses = None
+                # a process that knows the server goes on with what it knows
+                addresses = self._addresses.get(row.name) if row.name in self._servers else None
+                if addresses is None:
+                    unusable[row.name] = exc
             if addresses is None:
                 continue
             known = self._servers.get(row.name)
