@@ -152,6 +152,7 @@ class DirectoryLookups:
             connect_timeout=config.directory.timeout,
             purpose="tenancy-directory",
             pooled=control.is_pooled,
+            hot=True,
         )
         self._config = config
         self._events = events

@@ -138,6 +138,7 @@ class ControlDatabase:
         purpose: What the connections are for, as their application_name says.
         direct: Another DSN of the database, which leads to PostgreSQL itself; needed if ``dsn`` leads to a pooler.
         pooled: Whether ``dsn`` leads to a pooler; the first connection finds out where None.
+        hot: Whether it is for a few statements that are run again and again: PostgreSQL plans each of them once.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class ControlDatabase:
         purpose: str = "tenancy-control",
         direct: Dsn | None = None,
         pooled: bool | None = None,
+        hot: bool = False,
     ) -> None:
         self.home = HomeLoop()
         self.dsn = dsn = dsn if isinstance(dsn, Dsn) else Dsn.parse(dsn)
@@ -162,6 +164,7 @@ class ControlDatabase:
             "timeout": self._connect_timeout,
             "command_timeout": command_timeout,
         }
+        self._hot = hot
         self._installation: UUID | None = None
         self._name_prefix = name_prefix
         self._viewer: str | None = None
@@ -192,7 +195,12 @@ class ControlDatabase:
         checked, self._checked = self._checked, None
         if checked is not None and not checked.is_closed():
             return checked
-        options: dict[str, Any] = {"statement_cache_size": 0} if self.is_pooled else {}
+        options: dict[str, Any] = {}
+        if self.is_pooled:
+            options["statement_cache_size"] = 0
+        elif self._hot:
+            # it would plan "= ANY" for the number of keys each time, which takes longer than the query
+            options["settings"] = {"plan_cache_mode": "force_generic_plan"}
         return await login.connect(self.dsn, **self._login, **options)
 
     def _keep_no_statements(self, dialect: object, record: object, arguments: object, options: dict[str, Any]) -> None:
