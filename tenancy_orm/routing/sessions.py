@@ -50,6 +50,7 @@ class RoutingStatistics:
         engines: How many are in the cache.
         leased: How many of them are leased.
         servers: Connections, by server.
+        down: Those with an open breaker.
         replicas: Connections, reads and staleness, by replica (``eu/1``).
         passed_over: How many reads that asked for a replica went to the primary, by server and reason.
     """
@@ -57,6 +58,7 @@ class RoutingStatistics:
     engines: int
     leased: int
     servers: Mapping[str, BudgetStatistics]
+    down: tuple[str, ...] = ()
     replicas: Mapping[str, ReplicaStatistics] = field(default_factory=dict)
     passed_over: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
@@ -285,6 +287,7 @@ class Router:
                 name: found for replicas in self._replicas.values() for name, found in replicas.statistics().items()
             },
             passed_over={name: dict(replicas.passed_over) for name, replicas in self._replicas.items()},
+            down=tuple(name for name, known in self._connectors.items() if known.server.breaker.is_open),
         )
 
     async def close(self, *, timeout: float = CLOSE_SECONDS) -> None:

@@ -88,7 +88,7 @@ async def test_a_frozen_server_is_an_error_at_once_for_its_tenants_and_nothing_f
             # on connections that are open already, and on new ones
             waiting = [asyncio.create_task(ask(house, slug)) for slug in ("eve", "mallory") * 4]
             threads = [asyncio.create_task(asyncio.to_thread(ask_sync, house, "eve")) for _ in range(2)]
-            await until(lambda: breaker(house).is_open, seconds=SECONDS)
+            await until(lambda: house.internals.router.statistics().down == ("other",), seconds=SECONDS)
             for _ in range(200):
                 with pytest.raises(ServerUnavailableError) as caught:
                     await ask(house, "eve")
