@@ -20,7 +20,13 @@ from sqlalchemy.exc import DBAPIError
 from ..errors import ConfigurationError
 from ..forks import leave_socket
 from .dsn import Dsn
-from .errors import postgres_error
+from .errors import (
+    INSUFFICIENT_PRIVILEGE,
+    INVALID_AUTHORIZATION,
+    INVALID_CATALOG_NAME,
+    INVALID_PASSWORD,
+    postgres_error,
+)
 from .parameters import SSL_FILES
 from .ping import ping
 
@@ -51,6 +57,12 @@ _PING_SECONDS: Final = 2.0
 _skipped_until: dict[tuple[str, int], float] = {}
 _pings: set[asyncio.Task[None]] = set()
 
+_ONE_PRIMARY: Final = ("read-write", "primary")
+_primaries: dict[tuple[tuple[str, int], ...], tuple[str, int]] = {}  # by the hosts of a DSN, the one that matched last
+# A standby may not have replayed yet that a database or role was made, a right was granted or a password changed. It
+# refuses such a login before the driver can see that it is a standby.
+_NOT_REPLAYED: Final = (INVALID_CATALOG_NAME, INVALID_AUTHORIZATION, INVALID_PASSWORD, INSUFFICIENT_PRIVILEGE)
+
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 E = TypeVar("E", bound=BaseException)
 
@@ -79,7 +91,8 @@ def hosts_to_try(dsn: Dsn) -> tuple[tuple[str, int], ...]:
     """Return the hosts of a DSN in their order, without those that have not answered within the last seconds.
 
     Otherwise each new connection would wait for a lost machine that the DSN names first. Now and then one connection
-    tries it again. Where no other host is left, all are returned. In any thread.
+    tries it again. Where no other host is left, all are returned. Where the primary is asked for, the host that was it
+    at the last connection comes first. In any thread.
     """
     if len(dsn.hosts) <= 1:
         return dsn.hosts
@@ -91,7 +104,14 @@ def hosts_to_try(dsn: Dsn) -> tuple[tuple[str, int], ...]:
             found.append(host)
             if until is not None:
                 _skipped_until[host] = now + _SKIP_SECONDS  # this one tries it, and the others need not wait for it
-    return tuple(found) or dsn.hosts
+    found = found or list(dsn.hosts)
+    if (primary := _primaries.get(dsn.hosts)) in found and _wants_primary(dsn):
+        found.sort(key=lambda host: host != primary)
+    return tuple(found)
+
+
+def _wants_primary(dsn: Dsn) -> bool:
+    return dsn.parameters.get("target_session_attrs") in _ONE_PRIMARY
 
 
 def suspect_hosts(dsn: Dsn, *hosts: tuple[str, int]) -> None:
@@ -182,6 +202,7 @@ async def _first_host(dsn: Dsn, attempt: Callable[..., Awaitable[C]], timeout: f
         rounds = [{"target_session_attrs": "standby"}, {"target_session_attrs": "any"}]
     attempts = [{"host": host, "port": port, **kind} for kind in rounds for host, port in hosts]
     ends = asyncio.get_running_loop().time() + timeout
+    refusal: asyncpg.PostgresError | None = None
     while True:
         seconds = (ends - asyncio.get_running_loop().time()) / len(attempts)
         chosen = attempts.pop(0)
@@ -194,10 +215,21 @@ async def _first_host(dsn: Dsn, attempt: Callable[..., Awaitable[C]], timeout: f
             else:
                 _skipped_until.pop(host, None)  # it costs nothing to ask it again
             if not attempts:
+                if refusal is not None and isinstance(exc, TargetServerAttributeNotMatched):
+                    raise refusal from exc
+                raise
+            clear_tracebacks(exc)
+        except asyncpg.PostgresError as exc:
+            if exc.sqlstate not in _NOT_REPLAYED or not _wants_primary(dsn):
+                raise
+            refusal = refusal or exc
+            if not attempts:
                 raise
             clear_tracebacks(exc)
         else:
             _skipped_until.pop(host, None)
+            if _wants_primary(dsn):
+                _primaries[dsn.hosts] = host
             return opened
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -15,6 +16,8 @@ from sqlalchemy.exc import DBAPIError
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import TenancyError
 from tenancy_orm.events import PrimaryChanged
+from tenancy_orm.postgres import login
+from tenancy_orm.postgres.dsn import Dsn
 from tests.support.outages import Writers, go_on, running
 from tests.support.proxy import Proxy, proxied
 from tests.support.replication import Standby, TestServer, primary_server, standby_of
@@ -187,3 +190,27 @@ async def test_a_dead_host_in_a_url_costs_one_connection_its_time(
             assert dead.connections - before < 10
         finally:
             await tenancy.close()
+
+
+async def test_a_standby_that_lags_refuses_no_login_to_what_the_primary_has(
+    tenancy_config: TenancyConfig, pair: tuple[TestServer, Standby]
+) -> None:
+    """The URL names the standby first, which has not heard of new databases and roles; on both sides."""
+    primary, standby = pair
+    user = primary.url().rpartition("@")[0]
+    url = f"{user}@127.0.0.1:{standby.port},127.0.0.1:{primary.port}/postgres?target_session_attrs=read-write"
+    await asyncio.to_thread(standby.pause_replay)
+    await asyncio.to_thread(primary.query, "CREATE DATABASE fresh")
+    fresh = Dsn.parse(url.replace("/postgres?", "/fresh?"))
+    connection: asyncpg.Connection[asyncpg.Record] = await login.connect(fresh, purpose="test", timeout=SECONDS)
+    assert await connection.fetchval("SELECT current_database()") == "fresh"
+    await connection.close()
+    assert login.hosts_to_try(fresh)[0] == ("127.0.0.1", primary.port)
+    with pytest.raises(asyncpg.InvalidPasswordError):
+        await login.connect(fresh, purpose="test", timeout=SECONDS, password="wrong")
+    tenancy = await opened(tenancy_config, url, "acme")
+    try:
+        for sync in (False, True):
+            assert await Writers(tenancy, "acme", sync=sync).write()
+    finally:
+        await tenancy.close()
