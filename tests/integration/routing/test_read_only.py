@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import asyncpg
 import pytest
 from sqlalchemy import insert, select, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -18,14 +19,11 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import ConfigurationError, ReadOnlyError
 from tenancy_orm.postgres.sqlalchemy_versions import await_
-from tenancy_orm.routing import Router
 from tenancy_orm.routing.reading import controls_transaction, is_plain
-from tests.support.databases import Databases
 from tests.support.models import Note, Tag
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
-from tests.support.waiting import until
 
 T = TypeVar("T")
 READ_ONLY = "25006"
@@ -361,6 +359,25 @@ async def test_a_connection_that_is_reset_is_ready_to_read(tenancy_config: Tenan
         assert await tenancy.fetch_value("SELECT count(*) FROM notes", tenant="acme") == 8
 
 
+async def test_the_schema_may_change_between_two_queries(tenancy: Tenancy, postgres: Postgres) -> None:
+    """A query that was prepared before is repeated. While a migration runs, each is prepared in a transaction."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    query = text("SELECT * FROM notes")
+    async with tenancy.session(acme, read_only=True) as session, postgres.connect(acme.placement.database) as admin:
+        driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        await session.execute(query)
+        await admin.execute("ALTER TABLE notes ADD more int")
+        assert len((await session.execute(query)).keys()) == 4
+        assert not driver.is_in_transaction()
+        tenancy.internals.router.schema_changed(acme.id, changing=True)
+        assert len((await session.execute(query)).keys()) == 4
+        assert driver.is_in_transaction()
+        await session.rollback()
+        tenancy.internals.router.schema_changed(acme.id)
+        assert await session.scalar(text("SHOW transaction_read_only")) == "on"
+
+
 async def test_readers_prefer_a_connection_that_reads_already(tenancy: Tenancy) -> None:
     """And writers one that does not: of two idle ones, each keeps its own."""
     acme = (await tenancy.tenants.create("acme")).tenant
@@ -374,26 +391,23 @@ async def test_readers_prefer_a_connection_that_reads_already(tenancy: Tenancy) 
             assert await session.scalar(pid) == writing
 
 
-async def is_off(postgres: Postgres) -> bool:
-    return await postgres.administer("SHOW default_transaction_read_only") == [("off",)]
-
-
-async def test_a_server_that_is_read_only_by_default_stays_so(made: Databases, router: Router) -> None:
+async def test_a_server_that_is_read_only_by_default_stays_so(
+    tenancy_config: TenancyConfig, postgres: Postgres
+) -> None:
     """As a managed server with a full disk is: no transaction is made writable that PostgreSQL begins read-only."""
-    acme = await made.create()
-    await made.admin.execute("ALTER SYSTEM SET default_transaction_read_only = on")
-    await made.admin.execute("SELECT pg_reload_conf()")
-    try:
-        for read_only, level in ((True, None), (False, None), (False, "AUTOCOMMIT"), (False, "SERIALIZABLE")):
-            async with router.session(acme, read_only=read_only, isolation_level=level) as session:
-                assert await session.scalar(text("SELECT 1")) == 1
-                await session.run_sync(refused, "INSERT INTO notes (body) VALUES ('x')")
-    finally:
-        await made.admin.execute("SET default_transaction_read_only = off")
-        await made.admin.execute("ALTER SYSTEM RESET default_transaction_read_only")
-        await made.admin.execute("SELECT pg_reload_conf()")
-        # a connection that the tests share hears of it a little later
-        await until(lambda: is_off(made.postgres))
+    admin = make_url(postgres.admin_url)
+    tenants = f"postgresql://{admin.host}:{admin.port}?default_transaction_read_only=on"
+    addresses = ServerAddresses(admin=postgres.admin_url, tenants=tenants)
+    async with opened(tenancy_config.replace(servers={"default": addresses}), initialise=True) as tenancy:
+        await tenancy.tenants.create("acme")
+        for driver in ("asyncpg", "psycopg"):
+            side = Side(tenancy, driver)
+            for read_only, level in ((True, None), (False, None), (False, "AUTOCOMMIT"), (False, "SERIALIZABLE")):
+                for statement in ("SELECT 1", "INSERT INTO notes (body) VALUES ('x')"):
+                    body = value if statement == "SELECT 1" else refused
+                    await side.use(partial(body, statement=statement), read_only=read_only, isolation_level=level)
+        with pytest.raises(DBAPIError, match="read-only"):
+            await tenancy.execute("INSERT INTO notes (body) VALUES ('x')", tenant="acme")
 
 
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
