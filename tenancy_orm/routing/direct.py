@@ -18,6 +18,7 @@ from sqlalchemy.engine import result_tuple
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
+from ..postgres.errors import READ_ONLY_SQL_TRANSACTION
 from ..tenant import Tenant
 from .connection import TenantConnection, TenantEngine
 from .engines import Entry
@@ -195,28 +196,23 @@ async def _run(
 ) -> Answer | None:
     pool = entry.pool
     record = await pool.get(reading=not writing)
+    connection = cast("TenantConnection", record.dbapi_connection)
     broken = True
     try:
-        connection = cast("TenantConnection", record.dbapi_connection)
-        driver = connection._connection
-        if driver.native_mode is None:
+        if connection._connection.native_mode is None:
             broken = False
             return None
         connection.alone = True
-        was_prepared = connection.has_prepared(statement.operation)
-        try:
-            answer = await _send(connection, statement, values, first_row)
-        except DBAPIError as exc:
-            broken = False
-            if not _is_outdated(connection, exc, was_prepared, writing):
-                raise
-            error: Any = exc.orig
-            await connection.begin_again(error)
-            broken = True
-            answer = await _send(connection, statement, values, first_row)
-            connection.has_repeated()
+        answer = await _send_again_if_outdated(connection, statement, values, writing=writing, first_row=first_row)
         broken = False
         return answer
+    except DBAPIError as exc:
+        # as the dialect's ``is_disconnect`` does: the connection may lead to what is not the primary any more
+        broken = getattr(
+            exc.orig, "sqlstate", None
+        ) == READ_ONLY_SQL_TRANSACTION and pool.connector.outage.write_refused(connection)
+        exc.connection_invalidated = exc.connection_invalidated or broken
+        raise
     except Exception:
         # an answer was read to its end, or the connection is closed: the pool sees which
         broken = False
@@ -226,6 +222,22 @@ async def _run(
             # an error need not mean that nothing was committed
             pool.route.note_write()
         pool.give_back(record, broken=broken)
+
+
+async def _send_again_if_outdated(
+    connection: TenantConnection, statement: TextStatement, values: list[Any], *, writing: bool, first_row: bool
+) -> Answer:
+    was_prepared = connection.has_prepared(statement.operation)
+    try:
+        return await _send(connection, statement, values, first_row)
+    except DBAPIError as exc:
+        if not _is_outdated(connection, exc, was_prepared, writing):
+            raise
+        error: Any = exc.orig
+    await connection.begin_again(error)
+    answer = await _send(connection, statement, values, first_row)
+    connection.has_repeated()
+    return answer
 
 
 async def _send(connection: TenantConnection, statement: TextStatement, values: list[Any], first_row: bool) -> Answer:
