@@ -208,9 +208,8 @@ async def _run(
         return answer
     except DBAPIError as exc:
         # as the dialect's ``is_disconnect`` does: the connection may lead to what is not the primary any more
-        broken = getattr(
-            exc.orig, "sqlstate", None
-        ) == READ_ONLY_SQL_TRANSACTION and pool.connector.outage.write_refused(connection)
+        sqlstate = getattr(exc.orig, "sqlstate", None)
+        broken = sqlstate == READ_ONLY_SQL_TRANSACTION and pool.connector.outage.write_refused(connection)
         exc.connection_invalidated = exc.connection_invalidated or broken
         raise
     except Exception:

@@ -55,12 +55,12 @@ async def test_writes_move_to_a_promoted_standby_while_the_old_primary_is_up(
     """On both sides. The old one is fenced: it takes logins, and answers reads, but takes no writes."""
     old, new = pair
     hosts = f"{old.url().rpartition('@')[0]}@127.0.0.1:{old.port},127.0.0.1:{new.port}/postgres"
-    tenancy = await opened(tenancy_config, f"{hosts}?target_session_attrs=read-write", "acme", "eve")
+    tenancy = await opened(tenancy_config, f"{hosts}?target_session_attrs=read-write", "acme", "eve", "sol")
     try:
         seen: list[PrimaryChanged] = []
         tenancy.events.subscribe(PrimaryChanged, seen.append)
-        writers = [Writers(tenancy, "acme"), Writers(tenancy, "eve", sync=True)]
-        places = [(await tenancy.tenants.get(slug)).placement for slug in ("acme", "eve")]
+        writers = [Writers(tenancy, "acme"), Writers(tenancy, "eve", sync=True), Writers(tenancy, "sol", alone=True)]
+        places = [(await tenancy.tenants.get(slug)).placement for slug in ("acme", "eve", "sol")]
 
         def rows(server: TestServer) -> list[int]:
             count = "SELECT count(*) FROM notes"

@@ -45,6 +45,8 @@ class Writers:
     tenancy: Tenancy
     slug: str
     sync: bool = False
+    alone: bool = False
+    """Whether each is one statement, without a transaction around it."""
     acknowledged: list[str] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
     tried: int = 0
@@ -62,6 +64,9 @@ class Writers:
         return True
 
     async def _write(self, body: str) -> None:
+        if self.alone:
+            await self.tenancy.execute("INSERT INTO notes (body) VALUES (:body)", {"body": body}, tenant=self.slug)
+            return
         async with self.tenancy.transaction(self.slug) as session:
             await session.execute(text("INSERT INTO notes (body) VALUES (:body)"), {"body": body})
 
