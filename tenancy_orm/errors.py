@@ -205,8 +205,8 @@ class PoolerError(ConfigurationError):
     """An address that must lead to PostgreSQL itself leads to a connection pooler; or what was asked cannot work there.
 
     Remedy: give the server's own address there; ``ServerAddresses`` has another one for tenants' traffic, and
-    ``control.listen_url`` is the control database's own. A pooler of tenants' traffic works by transactions or sessions,
-    not by statements, and lets no notification through.
+    ``control.listen_url`` is the control database's own. A pooler of tenants' traffic works by transactions or
+    sessions, not by statements, and lets no notification through.
     """
 
 
