@@ -225,8 +225,8 @@ async def test_the_first_tenant_shapes_no_other_s_connections(two: Neighbours) -
 
 async def test_what_a_role_sets_for_itself_does_not_count(two: Neighbours) -> None:
     """The hostile tenant's own sessions work as before, on the server's settings, also after RESET ALL."""
-    async with fresh(two) as tenancy:
-        before = await tenancy.fetch_all("SELECT lower(name), setting FROM pg_settings", tenant="mallory")
+    async with fresh(two) as tenancy, tenancy.session("mallory") as session:
+        before = (await session.execute(text("SELECT lower(name), setting FROM pg_settings"))).all()
     await two.set(**SETTINGS)
     async with fresh(two) as tenancy, tenancy.internals.router.lease(two.hostile) as engine:
         async with tenancy.session("mallory") as session:
@@ -506,7 +506,8 @@ async def test_a_change_of_the_server_s_configuration_is_followed(
 
             async def read_only() -> bool:
                 tenancy.internals.router.retire(two.other.id)
-                return bool(await tenancy.fetch_value("SHOW transaction_read_only", tenant="acme") == "on")
+                async with tenancy.session("acme") as session:
+                    return bool(await session.scalar(text("SHOW transaction_read_only")) == "on")
 
             await until(read_only)
         finally:
