@@ -18,6 +18,7 @@ from .authentication.keys import KeyManager
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
 from .config import TenancyConfig
+from .connections import ConnectionLeases
 from .control.database import ControlDatabase
 from .control.names import Names
 from .errors import AdministratorNeededError, ConfigurationError, TenancyError
@@ -230,6 +231,8 @@ class Assembly:
         self.registry = Registry(self.control, self.audit, usage_billed=config.metering.usage_sender is not None)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
         self.directory = Directory(self.control, config, events, audit=self.audit)
+        self.leases = ConnectionLeases(self.control, self.servers, events, at_most=config.pool.max_connections)
+        self._opened.append(self.leases.close)
         self.router = Router(
             config=config,
             servers=self.servers,
@@ -240,10 +243,12 @@ class Assembly:
             ask=self.control.ask_for_connections,
             hears=lambda: self.directory.listening,
             tokens=self._build_consistency_tokens(),
+            leases=self.leases,
         )
         self._opened.append(self.router.close)
         self.servers.on_change(self.router.server_changed)
         self.directory.on_connection_request(self.router.give_up)
+        self.directory.on_lease_call(self.leases.called)
         self.directory.on_invalidate(self._forget)
         self.directory.on_schema_change(self.router.schema_changed)
         self.directory.on_server_change(self.servers.refresh_soon)
@@ -304,6 +309,7 @@ class Assembly:
             directory=self.directory,
             servers=self.servers,
             router=self.router,
+            leases=self.leases,
             provisioner=self.provisioner,
             sampler=self.sampler,
             rates=self.rates,
@@ -326,19 +332,6 @@ class Assembly:
             )
         new = [name for name, server in known.items() if server.row is None or server.row.identity is None]
         found = await inspect_servers(known, timeout=_CHECK_SECONDS)
-        processes, each = self.config.quotas.rate_processes, self.config.pool.max_connections
-        for name, facts in found.items():
-            if processes * each > facts.connections:
-                logger.warning(
-                    "server %s accepts %d connections (its max_connections less those that are reserved), and "
-                    "pool.max_connections lets each process hold %d, %d in %d (quotas.rate_processes): lower "
-                    "pool.max_connections, or raise max_connections of the server",
-                    name,
-                    facts.connections,
-                    each,
-                    processes * each,
-                    processes,
-                )
         # those with their addresses in their rows were verified by the command that put them there; one of them that is
         # removed in this moment must not be added again
         saved = {
@@ -356,6 +349,7 @@ class Assembly:
         await self.servers.refresh()
         rows = [server.row for server in self.servers.values() if server.row is not None]
         check_rows(rows, found, new=new)
+        await self.leases.open({name: found[name].connections if name in found else None for name in self.servers})
 
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""

@@ -844,8 +844,9 @@ class CheckoutTimeoutError(RoutingError, SATimeoutError):
     ) -> None:
         """Name the ``server`` and ``tenant``, the ``timeout`` in seconds, the ``limit`` and the ``setting`` it is."""
         super().__init__(
-            f"no connection to server {server!r} for tenant {tenant!r} within {timeout:g} s: all {limit} are in use; "
-            f"close sessions sooner, or raise {setting}"
+            f"no connection to server {server!r} for tenant {tenant!r} within {timeout:g} s: "
+            + (f"all {limit} are in use; close sessions sooner, or" if limit else "this process may have none;")
+            + f" raise {setting}"
         )
         self.server = server
         self.tenant = tenant

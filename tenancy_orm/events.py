@@ -450,6 +450,38 @@ class ReplicaRestored(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLeaseLost(Event):
+    """This process cannot renew its lease of a server's connections, and keeps ``limit`` of them: its guaranteed part.
+
+    The control database does not answer, or the process was stopped for some seconds.
+    """
+
+    server: str
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLeaseRestored(Event):
+    """This process renews its lease of a server's connections again, and may have ``limit`` of them."""
+
+    server: str
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLeaseReclaimed(Event):
+    """Another process was lost; this one has ended its connections to a server, and ``connections`` are free again.
+
+    ``host`` and ``pid`` say which process it was.
+    """
+
+    server: str
+    host: str
+    pid: int
+    connections: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineEvicted(TenantEvent):
     """A tenant's engine was removed from the cache."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .authentication.directory import Directory
+from .connections import ConnectionLeases
 from .control.database import ControlDatabase
 from .errors import ConfigurationError
 from .metering.metrics import StorageSampler
@@ -31,6 +32,7 @@ class Internals:
         directory (Directory): Looks up keys and tenants, and caches them; ``invalidate`` makes it look again.
         servers (Servers): The PostgreSQL servers that hold tenants, by name, with connections as their administrator.
         router (Router): Engines and connections of tenants; ``statistics`` counts them.
+        leases (ConnectionLeases): This process's parts of the servers' connections; ``read`` shows those of all.
         provisioner (Provisioner): Databases, roles and templates; ``reconcile`` and the watchdog.
         sampler (StorageSampler): Samples tenants' databases now; ``run_housekeeping`` does it from time to time.
         rates (Rates): How many requests a second each tenant may make of this process.
@@ -43,6 +45,7 @@ class Internals:
     directory: Directory
     servers: Servers
     router: Router
+    leases: ConnectionLeases
     provisioner: Provisioner
     sampler: StorageSampler
     rates: Rates

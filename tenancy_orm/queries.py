@@ -18,7 +18,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .cancellation import run_to_completion
-from .config import TenancyConfig
 from .context import refuse_while_bound
 from .errors import ConfigurationError, FleetQueryError, QueryError, QueryFailure, TenancyError
 from .migrations.connections import Health, is_down, placement_of
@@ -275,7 +274,6 @@ class FleetQuery:
         *,
         registry: Registry,
         router: Router,
-        config: TenancyConfig,
         concurrency: int,
         yield_errors: bool,
     ) -> None:
@@ -287,7 +285,7 @@ class FleetQuery:
         self._registry = registry
         self._router = router
         # half of a server's connections are left to the process's own requests
-        self._concurrency = max(1, min(concurrency, config.pool.max_connections // 2))
+        self._concurrency = max(1, min(concurrency, router.capacity // 2))
         self._yield_errors = yield_errors
         self._failures: list[QueryFailure] = []
         self._answers: asyncio.Queue[_Answer] = asyncio.Queue()

@@ -392,7 +392,7 @@ class Tenancy:
             tier: Only tenants of these tiers.
             status: Only tenants of these statuses.
             concurrency: How many tenants of one server are asked at once; never more than half of
-                ``pool.max_connections``, so that the requests of this process get connections as well.
+                the connections that this process may have, so that its requests get connections as well.
             timeout: Seconds that the statement may take in each database; PostgreSQL ends it.
             max_rows: How many rows of each tenant are read; ``rows.truncated`` tells whether there were more.
             write: Let the statement write, and commit it, tenant by tenant.
@@ -411,7 +411,6 @@ class Tenancy:
             Chosen.of(tenants, tier, status),
             registry=parts.registry,
             router=parts.router,
-            config=parts.config,
             concurrency=concurrency,
             yield_errors=yield_errors,
         )

@@ -22,7 +22,15 @@ from ..config import TenancyConfig
 from ..context import _current, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.direct import ControlRow
-from ..control.notifications import SCHEMA_CHANGED, SCHEMA_CHANGING, SERVER_CHANGED, Change, ConnectionRequest, Listener
+from ..control.notifications import (
+    SCHEMA_CHANGED,
+    SCHEMA_CHANGING,
+    SERVER_CHANGED,
+    Change,
+    ConnectionRequest,
+    LeaseCall,
+    Listener,
+)
 from ..errors import ControlUnavailableError, InvalidCredentialError
 from ..events import CredentialRejected, EventBus
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
@@ -99,6 +107,7 @@ class Directory:
         self._beginnings = tuple(f"{prefix}_" for prefix in self._prefixes)
         self._callbacks: list[Callable[[UUID | None], None]] = []
         self._request_callbacks: list[Callable[[ConnectionRequest], None]] = []
+        self._lease_callbacks: list[Callable[[LeaseCall], None]] = []
         self._schema_callbacks: list[Callable[[UUID | None, bool], None]] = []
         self._server_callbacks: list[Callable[[], None]] = []
         self._cache = DirectoryCache(config, clock)
@@ -113,6 +122,7 @@ class Directory:
             config.listen_dsn or control.dsn,
             on_change=self._changed,
             on_request=self._requested,
+            on_call=self._called,
             on_connected=self._connected,
             events=events,
         )
@@ -433,6 +443,10 @@ class Directory:
         """Call ``callback`` with each request of a process for connections; the process's own are among them."""
         self._request_callbacks.append(callback)
 
+    def on_lease_call(self, callback: Callable[[LeaseCall], None]) -> None:
+        """Call ``callback`` with each call to look at the leases of connections."""
+        self._lease_callbacks.append(callback)
+
     def on_schema_change(self, callback: Callable[[UUID | None, bool], None]) -> None:
         """Call ``callback`` with the id of each tenant with a schema that is being migrated, or was, and which it is.
 
@@ -526,6 +540,9 @@ class Directory:
 
     def _requested(self, request: ConnectionRequest) -> None:
         _call_all(self._request_callbacks, "a request for connections", request)
+
+    def _called(self, call: LeaseCall) -> None:
+        _call_all(self._lease_callbacks, "a call to look at leases", call)
 
     def _call_back(self, tenant_id: UUID | None) -> None:
         _call_all(self._callbacks, "invalidations", tenant_id)

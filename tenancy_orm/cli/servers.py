@@ -6,6 +6,8 @@ import asyncio
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from math import isinf
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -14,6 +16,7 @@ from sqlalchemy.exc import ArgumentError
 
 from ..audit.log import AuditLog
 from ..config import ServerAddresses, TenancyConfig
+from ..connections.rows import ServerLeases
 from ..control.database import ControlDatabase
 from ..errors import ConfigurationError, SettingError
 from ..provisioning.known_servers import KnownServer
@@ -297,6 +300,48 @@ def explain(
         where = f"is on {found.current}, and {where} now"
     line = f"{subject} (tier {found.request.tier}, region {found.request.region or 'any'}) {where}: {found.rule}"
     console.print(line, markup=False, highlight=False)
+
+
+@app.command("connections")
+def show_connections(as_json: Json = False) -> None:
+    """Show which process has how many connections to which server, and the caps that they share."""
+
+    async def command(tenancy: Tenancy) -> list[ServerLeases]:
+        leases = tenancy.internals.leases
+        # without this command's own
+        return [
+            replace(found, leases=tuple(row for row in found.leases if row.process != leases.process))
+            for found in await leases.read()
+        ]
+
+    found = run(command)
+    if as_json:
+        print_json(
+            [
+                {
+                    **asdict(server),
+                    "counted_ago": None if isinf(server.counted_ago) else round(server.counted_ago, 1),
+                    "leases": [{**asdict(row), "borrowed": row.borrowed} for row in server.leases],
+                }
+                for server in found
+            ]
+        )
+        return
+    print_table(
+        "servers",
+        ("server", "cap", "given out", "accepted by the server", "used by others"),
+        [(one.server, one.cap, sum(row.granted for row in one.leases), one.accepted, one.others) for one in found],
+    )
+    columns = ("server", "host", "pid", "guaranteed", "borrowed", "connections", "in use", "state")
+    print_table(
+        "processes",
+        columns,
+        [
+            (one.server, row.host, row.pid, row.guaranteed, row.borrowed, row.granted, row.in_use, row.state)
+            for one in found
+            for row in one.leases
+        ],
+    )
 
 
 @app.command("set-maintenance-database")

@@ -104,10 +104,11 @@ class ControlConfig(Section, frozen=True):
 class PoolConfig(Section, frozen=True):
     """Connections of one process to the tenants' databases."""
 
-    max_connections: Count = 20
-    """How many connections the process may hold open to one server."""
+    max_connections: Count | None = None
+    """How many connections to one server the process may hold open at most. Unset, it may take all that the processes
+    together may hold."""
     max_connections_per_tenant: Count = 5
-    """How many of those for one tenant."""
+    """How many connections the process may hold open for one tenant."""
     max_waiting_per_tenant: Count = 10_000
     """How many requests of one tenant may wait for a connection; further ones are refused at once."""
     max_engines: Count = 1_000
@@ -126,8 +127,9 @@ class PoolConfig(Section, frozen=True):
     def _check_limits(self) -> Self:
         # a default is no contradiction: it is a bound above the bound
         per_tenant = self.max_connections_per_tenant
-        if "max_connections_per_tenant" in self.model_fields_set and per_tenant > self.max_connections:
-            reason = f"must be at most max_connections, which is {self.max_connections}; lower it, or raise that"
+        most = self.max_connections
+        if most is not None and "max_connections_per_tenant" in self.model_fields_set and per_tenant > most:
+            reason = f"must be at most max_connections, which is {most}; lower it, or raise that"
             raise SettingError({"max_connections_per_tenant": reason})
         return self
 

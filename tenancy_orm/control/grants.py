@@ -56,6 +56,8 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "tenant_metrics": "SELECT, INSERT, DELETE",
     "schedules": "SELECT, INSERT, UPDATE, DELETE",
     "schedule_runs": "SELECT, INSERT, UPDATE, DELETE",
+    "connection_caps": "SELECT, INSERT, UPDATE, DELETE",
+    "connection_leases": "SELECT, INSERT, UPDATE, DELETE",
     "active_tenants": "SELECT",
     "tier_distribution": "SELECT",
 }

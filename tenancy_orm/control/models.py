@@ -500,4 +500,38 @@ schedule_runs = Table(
     Index("schedule_runs_tenant_id_idx", "tenant_id"),
 )
 
+# --- connections ------------------------------------------------------------------------------------------------------
+
+connection_caps = Table(
+    "connection_caps",
+    metadata,
+    # a server's name, or a replica's
+    Column("server", Text, primary_key=True),
+    # what the server accepts, less what it reserves
+    Column("accepted", Integer, nullable=True),
+    # connections of others than the processes, as they were counted last
+    Column("others", Integer, nullable=True),
+    Column("counted_at", DateTime(timezone=True), nullable=True),
+)
+
+connection_leases = Table(
+    "connection_leases",
+    metadata,
+    Column("server", Text, ForeignKey("connection_caps.server", ondelete="CASCADE"), nullable=False),
+    Column("process", Uuid, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("granted", Integer, nullable=False),
+    # how many of them it keeps while it cannot reach this database
+    Column("guaranteed", Integer, nullable=False),
+    Column("wanted", Integer, nullable=False),
+    Column("in_use", Integer, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("expires_at", DateTime(timezone=True), nullable=False),
+    # set while its connections are being ended: it cannot be renewed any more
+    Column("ending_at", DateTime(timezone=True), nullable=True),
+    PrimaryKeyConstraint("server", "process"),
+    CheckConstraint("granted >= 0", name="granted"),
+)
+
 __all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

@@ -5,8 +5,9 @@ transaction commits; ``"s"`` is a subject with other memberships or with revoked
 a token that was revoked. While the connection is lost, cached entries rely on their TTL alone; once it is back,
 everything is looked up again, since notifications were missed.
 
-On the channel ``tenancy_connections`` processes ask each other to close connections of a tenant. One that is missed
-does no harm: the process that asked does so again.
+On the channel ``tenancy_connections`` processes ask each other to close connections of a tenant, and call each other
+to look at their leases of a server's connections. One that is missed does no harm: the process that asked does so
+again, and every process looks from time to time.
 """
 
 from __future__ import annotations
@@ -86,29 +87,54 @@ class ConnectionRequest:
         server: The server's name in the configuration.
         tenant_id: The tenant.
         has_none: Whether the process has no connection of this tenant.
-        server_full: Whether the server accepts no further connection of any tenant.
     """
 
     process: str
     server: str
     tenant_id: UUID
     has_none: bool
-    server_full: bool
 
     @property
     def payload(self) -> str:
         """What is sent."""
         fields = {"p": self.process, "s": self.server, "t": str(self.tenant_id)}
-        return json.dumps({**fields, "n": self.has_none, "f": self.server_full})
+        return json.dumps({**fields, "n": self.has_none})
 
     @classmethod
     def parse(cls, payload: str) -> ConnectionRequest | None:
         """Parse a payload; None if it is malformed, and then nothing has to be done."""
         try:
             fields = json.loads(payload)
-            return cls(str(fields["p"]), str(fields["s"]), UUID(fields["t"]), bool(fields["n"]), bool(fields["f"]))
+            return cls(str(fields["p"]), str(fields["s"]), UUID(fields["t"]), bool(fields["n"]))
         except (ValueError, KeyError, TypeError, AttributeError):
             logger.debug("a notification on channel %r is malformed", CONNECTIONS_CHANNEL)
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseCall:
+    """Some processes should look at their leases of a server's connections: to give some back, or to get some.
+
+    Args:
+        server: The server's name.
+        called: The first twelve digits of the ids of their leases.
+    """
+
+    server: str
+    called: frozenset[str]
+
+    @property
+    def payload(self) -> str:
+        """What is sent."""
+        return json.dumps({"s": self.server, "l": sorted(self.called)})
+
+    @classmethod
+    def parse(cls, payload: str) -> LeaseCall | None:
+        """Parse a payload; None if it is something else."""
+        try:
+            fields = json.loads(payload)
+            return cls(str(fields["s"]), frozenset(map(str, fields["l"])))
+        except (ValueError, KeyError, TypeError):
             return None
 
 
@@ -119,6 +145,7 @@ class Listener:
         dsn: The control database, reached directly: a pooler in transaction mode drops LISTEN.
         on_change: Called with every change, in the event loop.
         on_request: Called with every request for connections, in the event loop.
+        on_call: Called with every call to look at leases, in the event loop.
         on_connected: Called after each LISTEN on a new connection: what was missed before is unknown.
         events: Receives ``ListenerLost`` and ``ListenerRestored``.
         probe_interval: Seconds between probes of a silent connection.
@@ -133,12 +160,14 @@ class Listener:
         on_connected: Callable[[], None],
         events: EventBus,
         on_request: Callable[[ConnectionRequest], None] | None = None,
+        on_call: Callable[[LeaseCall], None] | None = None,
         probe_interval: float = 5.0,
         timeout: float = 5.0,
     ) -> None:
         self._dsn = dsn
         self._on_change = on_change
         self._on_request = on_request
+        self._on_call = on_call
         self._on_connected = on_connected
         self._events = events
         self._probe_interval = probe_interval
@@ -231,6 +260,11 @@ class Listener:
         self._on_change(Change.parse(str(payload)))
 
     def _requested(self, connection: object, pid: int, channel: str, payload: object) -> None:
+        call = LeaseCall.parse(str(payload))
+        if call is not None:
+            if self._on_call is not None:
+                self._on_call(call)
+            return
         request = ConnectionRequest.parse(str(payload))
         if request is not None and self._on_request is not None:
             self._on_request(request)

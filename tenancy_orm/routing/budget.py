@@ -62,6 +62,9 @@ class Waiting:
 class BudgetStatistics:
     """Connections to one server. ``limit`` and ``open`` count slots; ``open`` is the sum of the next four.
 
+    ``guaranteed`` is the part of the server's cap that the process keeps while it cannot reach the control database,
+    and ``borrowed`` how many it has beyond that now.
+
     ``waiting`` counts requests without a connection, and ``evictions`` the idle connections closed so far to make room
     for another tenant's, or for the same tenant's synchronous code.
 
@@ -83,6 +86,8 @@ class BudgetStatistics:
     waited_seconds: float = 0.0
     refused: int = 0
     timed_out: int = 0
+    guaranteed: int = 0
+    borrowed: int = 0
 
 
 class Budget(Generic[T]):
@@ -97,6 +102,12 @@ class Budget(Generic[T]):
         max_waiting: How many requests of one tenant may wait; None is any number.
         clock: Tells the time, in seconds.
     """
+
+    on_full: Callable[[], None] | None = None
+    """Called when somebody waits and every slot is taken."""
+
+    reachable: int = 0
+    """How many slots there may be in a moment: no request is refused that could be served with as many."""
 
     def __init__(
         self,
@@ -235,6 +246,11 @@ class Budget(Generic[T]):
         self._serve_waiters()
 
     @property
+    def wanted(self) -> int:
+        """How many slots its waiters could use, if there were as many."""
+        return sum(map(self._wanted, self._waiting))
+
+    @property
     def excess(self) -> int:
         """How many connections above the limit are still open and are not being closed."""
         return max(0, self.open - self.closing - self.limit)
@@ -319,6 +335,8 @@ class Budget(Generic[T]):
                 return refusal
         self._waiting.add(share, Entry(waiter, now, deadline), first=first)
         self._serve_waiters()
+        if self.on_full is not None and self.open >= self.limit:
+            self.on_full()
         return None
 
     def withdraw(self, share: Share[T], waiter: Waiter[T | None]) -> None:
@@ -332,7 +350,7 @@ class Budget(Generic[T]):
             The waiters that cannot be served before their deadlines; they do not wait any more.
         """
         self._serve_waiters()
-        found = self._waiting.hopeless(self._now(), limit=self.limit)
+        found = self._waiting.hopeless(self._now(), limit=self._soon)
         self.refused += len(found)
         return found
 
@@ -340,7 +358,7 @@ class Budget(Generic[T]):
         if self._max_waiting is not None and account.queued >= self._max_waiting:
             return Refusal("queue", 0.0, 1.0, max(0.0, deadline - now))
         return self._waiting.refusal(
-            account, ahead=account.queued, now=now, deadline=deadline, limit=self.limit, busy=self._busy
+            account, ahead=account.queued, now=now, deadline=deadline, limit=self._soon, busy=self._busy
         )
 
     def opened(self, seconds: float | None = None) -> None:
@@ -480,6 +498,10 @@ class Budget(Generic[T]):
     def _can_open(self) -> bool:
         """Whether one more connection may be opened now."""
         return self.open < self.limit and (self.max_opening is None or self.opening < self.max_opening)
+
+    @property
+    def _soon(self) -> int:
+        return max(self.limit, self.reachable)
 
     @property
     def _busy(self) -> int:

@@ -26,6 +26,8 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import LRUCache
 
 from ..config import TenancyConfig
+from ..connections.lease import Lease
+from ..connections.usage import tagged
 from ..context import set_current
 from ..errors import (
     ControlUnavailableError,
@@ -44,7 +46,7 @@ from ..secrets.keyring import Keyring
 from ..secrets.sealed import SealedPasswords
 from ..servers.positions import PROVED
 from ..servers.server import CLOSE_SECONDS, Server
-from .budget import Budget, Share
+from .budget import Budget, BudgetStatistics, Share
 from .connection import DriverConnection, TenantConnection
 from .contention import Contention
 from .dialect import SharedDialect
@@ -63,9 +65,13 @@ COMPILED_STATEMENTS = 1_000
 SURPLUS_SECONDS = 5.0
 """Seconds after which a tenant's idle connections, above one, are closed if other processes may need them."""
 
+ALONE = 20
+"""How many connections a process may have that shares a server with no other."""
+
 _PASSWORD_READS = 3  # how often one login reads the tenant's stored passwords again
 
 Record: TypeAlias = _ConnectionRecord
+Renewed: TypeAlias = Callable[..., Awaitable[bool]]
 
 
 class Connector:
@@ -83,6 +89,8 @@ class Connector:
         ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
         hears: Whether such requests of other processes arrive here now.
         weights: The weights of the tiers in force; those of the configuration where None.
+        lease: This process's part of the connections that all processes may have; None: there are no others.
+        renewed: Waits until connections may be opened, where the lease has expired.
     """
 
     def __init__(
@@ -97,20 +105,26 @@ class Connector:
         ask: Ask | None = None,
         hears: Callable[[], bool] = lambda: True,
         weights: Mapping[str, float] | None = None,
+        lease: Lease | None = None,
+        renewed: Renewed | None = None,
     ) -> None:
         self.server = server
+        self.lease = lease
+        self._renewed = renewed
         self.home = server.home
         self.events = events
         self.full_reset = config.pool.full_reset
         self.checkout_timeout = config.pool.checkout_timeout
         self.idle_timeout = config.pool.idle_timeout
         self.budget: Budget[Record] = Budget(
-            config.pool.max_connections,
+            (config.pool.max_connections or ALONE) if lease is None else 0,
             config.pool.max_connections_per_tenant,
             lambda _, record: self._evict(record),
             max_waiting=config.pool.max_waiting_per_tenant,
         )
-        self.shortages = Shortages(server, self.budget, spawn=self.spawn, ask=ask, discard=self.discard)
+        if lease is not None:
+            lease.attach(self.budget)
+        self.shortages = Shortages(server, self.budget, spawn=self.spawn, ask=ask, discard=self.discard, lease=lease)
         self.outage = Outage(
             server,
             self.budget,
@@ -120,7 +134,8 @@ class Connector:
             spawn=self.spawn,
             in_loop=lambda *call: _in_loop(self.loop, *call),
         )
-        self.contention = Contention(server.name, self.budget, events)
+        explain = {} if lease is None else {"explain": lease.explain}
+        self.contention = Contention(server.name, self.budget, events, **explain)
         self._tiers = config.tiers
         self._weights = weights
         self._hears = hears
@@ -238,6 +253,7 @@ class Connector:
                 raise NotOpenError("the router is closed; open another Tenancy")
             self.outage.check(route.slug)
             async with asyncio.timeout(self.server.connect_timeout):
+                tag = await self._leased()
                 if not self._shared.ready:
                     await self._prepare(self._shared.begin, route)
                 driver_connection = await self._log_in(route)
@@ -245,6 +261,7 @@ class Connector:
                 if is_proved := self.server.is_pooled or self.server.is_replica:
                     await verify(driver_connection, self.installation, route.tenant_id, tenant=route.slug)
                     await self._verify_standby(driver_connection, route)
+                self.check_lease(tag)
                 if not self._shared.ready:
                     await self._prepare(self._shared.finish, route)
         except SERVER_FAILURES as exc:
@@ -275,6 +292,45 @@ class Connector:
         proof = self.server.standby_proof(route.slug)
         if proof is not None and await driver_connection.execute(proof) != PROVED:
             raise self.server.no_standby(route.slug)
+
+    async def _leased(self) -> str | None:
+        """Return the tag of the lease in which a connection is opened, once it is in force.
+
+        Raises:
+            ServerUnavailableError: it has expired, and cannot be renewed.
+        """
+        if self.lease is None:
+            return None
+        if not self.lease.is_valid and self._renewed is not None:
+            await self._renewed(self.lease, timeout=self.server.connect_timeout / 2)
+        tag = self.lease.tag
+        self.check_lease(tag)
+        return tag
+
+    def check_lease(self, tag: str | None) -> None:
+        """Check that a connection that was opened with this tag may be kept: in any thread.
+
+        A process may be stopped during a login, and go on when others have got its connections.
+
+        Raises:
+            ServerUnavailableError: the lease has expired.
+        """
+        if self.lease is not None and not (self.lease.is_valid and self.lease.tag == tag):
+            raise ServerUnavailableError(
+                server=self.server.name,
+                reason="this process could not renew its part of the connections, which others may have by now",
+                retry_after=1.0,
+            )
+
+    def rename(self, name: str) -> str:
+        """Return the ``application_name`` of a tenant's connection, for the one that it would have: in any thread."""
+        return name if self.lease is None else tagged(name, self.lease.tag)
+
+    def statistics(self) -> BudgetStatistics:
+        """Return the current counts."""
+        counted = self.budget.statistics()
+        lease = self.lease
+        return counted if lease is None else replace(counted, guaranteed=lease.guaranteed, borrowed=lease.borrowed)
 
     async def _log_in(self, route: TenantRoute) -> DriverConnection:
         # read before the login, during which another login of the same tenant may replace it
@@ -328,6 +384,7 @@ class Connector:
             partial(self._keyring.open_password, route.tenant_id, sealed),
             tenant=route.slug,
             connection_class=DriverConnection,
+            rename=self.rename if self.lease is not None else None,
         )
 
     def open_password(self, route: TenantRoute) -> str:
@@ -521,4 +578,4 @@ def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args
         logger.debug("a connection outlived its event loop")
 
 
-__all__ = ["COMPILED_STATEMENTS", "Connector", "Record"]
+__all__ = ["ALONE", "COMPILED_STATEMENTS", "Connector", "Record"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -47,9 +48,18 @@ class Contention:
         server: The server's name.
         budget: Its budget.
         events: Receives events.
+        explain: Says which setting to change where the budget's limit, which it is given, is too small.
     """
 
-    def __init__(self, server: str, budget: Budget[Any], events: EventBus) -> None:
+    def __init__(
+        self,
+        server: str,
+        budget: Budget[Any],
+        events: EventBus,
+        *,
+        explain: Callable[[int], str] = lambda _: "pool.max_connections",
+    ) -> None:
+        self._explain = explain
         self._server = server
         self._budget = budget
         self._events = events
@@ -162,7 +172,7 @@ class Contention:
 
     def _limit_of(self, account: Account) -> tuple[int, str]:
         if account.open < account.limit:
-            return self._budget.limit, "pool.max_connections"
+            return self._budget.limit, self._explain(self._budget.limit)
         if account.limit < self._budget.per_tenant:
             return account.limit, f"connection_limit of tier {account.tier!r}"
         return account.limit, "pool.max_connections_per_tenant"

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from ..config import TenancyConfig
+from ..connections import ConnectionLeases
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.notifications import ConnectionRequest
 from ..errors import ConfigurationError
@@ -29,7 +30,7 @@ from ..servers.server import Server
 from ..tenant import Tenant
 from .budget import BudgetStatistics, Waiting
 from .connection import TenantConnection, TenantEngine
-from .connector import Connector
+from .connector import ALONE, Connector
 from .consistency import ConsistencyTokens
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
@@ -76,6 +77,7 @@ class Router:
         ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
         hears: Whether such requests of other processes arrive here now.
         tokens: Reads the tokens by which a read asks to see earlier writes.
+        leases: This process's parts of the servers' connections; None: it shares them with no other.
 
     The weights of the tiers are those of the configuration until ``reweigh``.
     """
@@ -92,6 +94,7 @@ class Router:
         ask: Ask | None = None,
         hears: Callable[[], bool] = lambda: True,
         tokens: ConsistencyTokens | None = None,
+        leases: ConnectionLeases | None = None,
     ) -> None:
         self._servers = servers
         self._events = events
@@ -114,8 +117,10 @@ class Router:
             passwords=passwords,
             ask=ask,
             hears=hears,
+            renewed=None if leases is None else leases.renewed,
         )
-        self._unused = BudgetStatistics(config.pool.max_connections, *(0,) * 7)
+        self._leases = leases
+        self._alone = config.pool.max_connections or ALONE
         if contradictions := list(_contradictions(config)):
             logger.warning("%s", "; ".join(contradictions))
         self._migration_timeout = config.migration.timeout
@@ -280,7 +285,7 @@ class Router:
             engines=len(self._cache),
             leased=self._cache.leased,
             servers={
-                name: self._unused if (known := self._connectors.get(name)) is None else known.budget.statistics()
+                name: self._unused(name) if (known := self._connectors.get(name)) is None else known.statistics()
                 for name in self._servers
             },
             replicas={
@@ -289,6 +294,19 @@ class Router:
             passed_over={name: dict(replicas.passed_over) for name, replicas in self._replicas.items()},
             down=tuple(name for name, known in self._connectors.items() if known.server.breaker.is_open),
         )
+
+    @property
+    def capacity(self) -> int:
+        """How many connections this process may have to the server that allows it the fewest, if others need none."""
+        if self._leases is None:
+            return self._alone
+        return min((self._leases.lease(name).most for name in self._servers), default=self._alone)
+
+    def _unused(self, name: str) -> BudgetStatistics:
+        if self._leases is None:
+            return BudgetStatistics(self._alone, *(0,) * 7)
+        lease = self._leases.lease(name)
+        return BudgetStatistics(lease.allowed, *(0,) * 7, guaranteed=lease.guaranteed, borrowed=lease.borrowed)
 
     async def close(self, *, timeout: float = CLOSE_SECONDS) -> None:
         """Close every connection: idle ones now, busy ones when returned, the rest after ``timeout`` seconds."""
@@ -320,16 +338,21 @@ class Router:
         connector = self._connectors.get(name)
         if connector is None:
             server = self._servers[name]
-            connector = self._connectors[name] = self._connect_to(server)
+            connector = self._connectors[name] = self._leased(server)
             if server.replicas:
                 replicas = self._replicas[name] = self._replicas_of(server)
                 connector.on_write = replicas.note_write
         return connector
 
+    def _leased(self, server: Server) -> Connector:
+        """Make a connector within this process's part of the connections; a replica has connections of its own."""
+        lease = None if self._leases is None else self._leases.lease(server.name, server)
+        return self._connect_to(server, lease=lease)
+
     def _replicas_of(self, server: Server) -> ServerReplicas:
         return ServerReplicas(
             server,
-            self._connect_to,
+            self._leased,
             max_engines=self._max_engines,
             events=self._events,
             tokens=self._tokens,

@@ -1,8 +1,8 @@
 """What a process does when PostgreSQL accepts no further connection of a tenant (53300).
 
-The connections may be idle in another process: a role's CONNECTION LIMIT, and the server's max_connections, are for all
-processes together. So a process that is refused asks the others, over the control database, to close some; and it
-tries again after a pause, with one connection of the tenant at a time. Waiting requests keep their order.
+The connections may be idle in another process: a role's CONNECTION LIMIT is for all processes together. So a process
+that is refused asks the others, over the control database, to close some; and it tries again after a pause, with one
+connection of the tenant at a time. Waiting requests keep their order.
 
 No process can starve another: one that has no connection of the tenant, and finds only busy ones elsewhere, gets the
 next one that is returned there. One that has some waits for its own.
@@ -22,6 +22,7 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool.base import _ConnectionRecord
 
+from ..connections.lease import Lease
 from ..control.notifications import ConnectionRequest
 from ..errors import ConnectionLimitError, ServerUnavailableError, TenancyError
 from ..postgres import connections
@@ -105,6 +106,7 @@ class Shortages:
         spawn: Starts a task in which no tenant is bound.
         ask: Sends requests to the other processes; None if there is no way to.
         discard: Closes a connection that counts as in use.
+        lease: This process's part of the connections that all processes may have; None: there are no others.
     """
 
     def __init__(
@@ -115,12 +117,14 @@ class Shortages:
         spawn: Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]],
         ask: Ask | None,
         discard: Callable[[_ConnectionRecord], None],
+        lease: Lease | None = None,
     ) -> None:
         self._server = server
         self._budget = budget
         self._spawn = spawn
         self._ask = ask
         self._discard = discard
+        self._lease = lease
         self._process = uuid4().hex
         self._by_tenant: dict[UUID, Shortage] = {}
         self._pending: dict[UUID, TenantRoute] = {}
@@ -201,33 +205,24 @@ class Shortages:
                 self._failure_logged = False
 
     def _request_of(self, route: TenantRoute) -> ConnectionRequest:
-        shortage = self._by_tenant.get(route.tenant_id)
-        limit = None if shortage is None else shortage.limit
         return ConnectionRequest(
             process=self._process,
             server=self._server.name,
             tenant_id=route.tenant_id,
             has_none=not route.share.account.open,
-            server_full=limit is not None and limit.kind == "server" and limit.is_believed,
         )
 
     # --- another process is refused ---------------------------------------------------------------------------------
 
     def give_up(self, request: ConnectionRequest) -> None:
-        """Close connections of a tenant for the process that asks, or promise it one.
-
-        If the server itself is full, an idle connection of any tenant is closed. A tenant alone cannot bring that
-        about: who asks has found that limit in PostgreSQL's own figures.
-        """
+        """Close connections of a tenant for the process that asks, or promise it one."""
         if request.process == self._process:
             return
         account = self._budget.account(request.tenant_id)
         taken = [] if account is None else self._budget.take_for_others(account, keep=0 if request.has_none else 1)
         for _, record in taken:
             self._discard(record)
-        if taken or (request.server_full and self._budget.make_room()):
-            return
-        if account is not None and account.open and request.has_none:
+        if not taken and account is not None and account.open and request.has_none:
             account.promised = time.monotonic() + PROMISE_SECONDS
 
     def gave_up(self, route: TenantRoute) -> None:
@@ -257,7 +252,7 @@ class Shortages:
         if kind == "database":
             return "the CONNECTION LIMIT of its database"
         if kind == "server":
-            return "max_connections of the PostgreSQL server, or lower pool.max_connections"
+            return "max_connections of the PostgreSQL server, or lower its cap (tenancy servers update)"
         return f"connection_limit of tier {route.tier!r}, or max_connections of the PostgreSQL server"
 
     def _find_limit(self, route: TenantRoute, shortage: Shortage) -> asyncio.Task[None]:
@@ -282,9 +277,9 @@ class Shortages:
         if found is None:
             return  # the connections have ended by now: what was found before stays
         shortage.limit = found
-        if found.kind == "server" and not self._budget.make_room():
-            shortage.asked_at = float("-inf")
-            self._request(route, shortage)
+        if found.kind == "server" and not self._budget.make_room() and self._lease is not None:
+            # others than the processes have more connections than when they were counted
+            self._lease.recount()
 
     async def _met_limit(self, route: TenantRoute) -> Limit | None:
         connection = await self._server.connect_admin(timeout=_LIMIT_SECONDS)

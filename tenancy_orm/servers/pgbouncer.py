@@ -237,7 +237,8 @@ def files(
         )
     user, pool = auth_user(names), least_limit // poolers
     host, port = dsn.hosts[0] if dsn.hosts else ("localhost", DEFAULT_PORT)
-    each = config.pool.max_connections
+    # where that is not set, the processes share what the server accepts
+    each = config.pool.max_connections or max(1, accepted // max(1, processes))
     pattern = quote_literal(f"^{names.tenant_stem}[0-9a-f]{{32}}$")
     separate = version >= AUTH_DATABASE_SINCE
     secret = _ROW_OF.format(user="username" if separate else "$1", pattern=pattern)

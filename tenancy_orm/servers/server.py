@@ -67,6 +67,7 @@ _POOLER = (
 )
 
 _ISOLATION = "default_transaction_isolation"
+_NAME = "application_name"
 
 C = TypeVar("C", bound="asyncpg.Connection[Any]")
 
@@ -343,6 +344,7 @@ class Server:
         connection_class: type[C] = asyncpg.Connection,
         timeout: float | None = None,
         direct: bool = False,
+        rename: Callable[[str], str] | None = None,
     ) -> C:
         """Log in to a tenant's database as its role. The caller checks the marker and closes the connection.
 
@@ -353,6 +355,8 @@ class Server:
             connection_class: The class of the connection.
             timeout: Seconds this may take; ``connect_timeout`` where None.
             direct: Whether to log in at the administrator's address, and not where sessions do.
+            rename: Returns the ``application_name`` for the one that it is given; not for sessions of a pooler, which
+                would set it with every change of clients.
 
         Raises:
             LoginRefusedError: PostgreSQL refuses the password or the role, or the role lacks a right.
@@ -366,6 +370,8 @@ class Server:
         address = self._direct if direct else self.traffic
 
         async def log_in(settings: Mapping[str, str], **options: Any) -> C:
+            if rename is not None and not address.is_pooled:
+                settings = {**settings, _NAME: rename(settings[_NAME])}
             opened: C = await self._connect(
                 login.connect,
                 "tenancy",

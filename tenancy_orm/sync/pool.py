@@ -196,7 +196,9 @@ class ThreadPool(RoutedPool):
         if not self._server.ready:
             self._probe()
             probed = True
+        tag = None if self.connector.lease is None else self.connector.lease.tag
         try:
+            self.connector.check_lease(tag)
             connection = self._log_in()
         except pg_errors.ConnectionTimeout as exc:
             self._hops.post(self._timed_out_here)
@@ -213,6 +215,7 @@ class ThreadPool(RoutedPool):
             raise
         try:
             self._verify(connection)
+            self.connector.check_lease(tag)
         except BaseException as exc:
             self._hops.post(self._not_completed_here, connection.ending, exc)
             if isinstance(exc, psycopg.Error):
@@ -230,6 +233,8 @@ class ThreadPool(RoutedPool):
         server, placement = self.connector.server, self.route.placement
         dsn = replace(server.traffic.dsn, hosts=hosts_to_try(server.traffic.dsn))
         settings, later = self._server.startup()
+        if not server.is_pooled:
+            settings = {**settings, "application_name": self.connector.rename(settings["application_name"])}
         check(dsn, user=placement.role, database=placement.database)
         parameters = dsn.libpq_parameters(
             user=placement.role,

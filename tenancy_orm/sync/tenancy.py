@@ -337,7 +337,6 @@ class SyncTenancy:
             Chosen.of(tenants, tier, status),
             registry=parts.registry,
             router=parts.router,
-            config=parts.config,
             concurrency=concurrency,
             yield_errors=yield_errors,
         )

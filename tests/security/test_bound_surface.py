@@ -24,7 +24,7 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.authentication.invitation_rows import Invitation
 from tenancy_orm.config import MeteringConfig
 from tenancy_orm.context import current_tenant_or_none
-from tenancy_orm.control.notifications import ConnectionRequest
+from tenancy_orm.control.notifications import ConnectionRequest, LeaseCall
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
 from tenancy_orm.events import EventBus
 from tenancy_orm.internals import Internals
@@ -71,7 +71,12 @@ EXCUSED = {
     "internals.directory.on_schema_change": "registers a callback",
     "internals.directory.is_key": "looks at a text alone",
     "internals.directory.on_connection_request": "registers a callback",
+    "internals.directory.on_lease_call": "registers a callback",
     "internals.directory.on_server_change": "registers a callback",
+    "internals.leases.close": "gives this process's own connections back",
+    "internals.leases.lease": "counts this process's own connections",
+    "internals.leases.open": "asks for this process's own connections",
+    "internals.leases.renewed": "waits until this process may open connections",
     "internals.directory.open": "begins to listen",
     "internals.directory.report_cross_tenant": "reports, for the middleware",
     "internals.directory.revalidate": "looks up again",
@@ -203,7 +208,7 @@ TRIED = [param for param in SURFACE if param.id not in EXCUSED]
 
 
 def _request(tenant: Tenant) -> ConnectionRequest:
-    return ConnectionRequest("another process", "default", tenant.id, has_none=True, server_full=False)
+    return ConnectionRequest("another process", "default", tenant.id, has_none=True)
 
 
 def names(plane: Plane, parameter: str) -> tuple[Any, ...]:
@@ -222,6 +227,7 @@ def names(plane: Plane, parameter: str) -> tuple[Any, ...]:
         "tenants": ([globex.slug], None),
         "request": (_request(globex),),
         "requests": ([_request(globex)],),
+        "call": (LeaseCall("default", frozenset()),),
     }
     return many.get(parameter, ())
 

@@ -22,7 +22,7 @@ async def test_a_tenant_cannot_ask_for_connections(tenancy: Tenancy) -> None:
     """What it sends in its own database is not heard, and it may not connect to the control database."""
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant
-    payload = ConnectionRequest("another", "default", acme.id, has_none=True, server_full=True).payload
+    payload = ConnectionRequest("another", "default", acme.id, has_none=True).payload
     notify = text("SELECT pg_notify(:channel, :payload)")
     values = {"channel": CONNECTIONS_CHANNEL, "payload": payload}
     await tenancy.fetch_value("SELECT 1", tenant=acme)

@@ -194,7 +194,7 @@ async def test_what_is_answered_from_memory_is_refused_elsewhere(tenancy: Tenanc
     await lease.consume()
     held = lease.unspent
     assert held > 0
-    request = ConnectionRequest("another process", "default", tenant.id, has_none=True, server_full=False)
+    request = ConnectionRequest("another process", "default", tenant.id, has_none=True)
     refused: dict[str, Callable[[], object]] = {
         "peek": lambda: tenancy.internals.directory.peek(acme.api_key),
         "peek_tenant": lambda: tenancy.internals.directory.peek_tenant("acme"),

@@ -253,7 +253,8 @@ async def test_a_connection_leads_to_the_tenants_own_database(side: Side, postgr
         assert await side.rows(_SETTINGS, {"names": sorted(PINNED)}, tenant="acme") == of_globex
         other = Side(tenancy, not side.is_sync)
         assert await other.rows(_SETTINGS, {"names": sorted(PINNED)}, tenant="acme") == of_globex
-        assert await side.value("SHOW application_name", tenant="acme") == "tenancy"
+        tag = tenancy.internals.leases.lease("default").tag
+        assert await side.value("SHOW application_name", tenant="acme") == f"tenancy/{tag}"
         tenancy.internals.router.retire((await tenancy.tenants.get("acme")).id)
         incidents: list[IsolationIncident] = []
         tenancy.events.subscribe(IsolationIncident, incidents.append)

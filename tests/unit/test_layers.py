@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"audit"}),
     frozenset({"secrets", "keys"}),
     frozenset({"servers"}),
-    frozenset({"registry"}),
+    frozenset({"registry", "connections"}),
     frozenset({"authentication", "quotas", "routing"}),
     frozenset({"provisioning"}),
     frozenset({"migrations", "tenants", "operations", "schedules"}),

@@ -105,7 +105,7 @@ def test_the_application_s_own_configuration_is_shown(project: Path, monkeypatch
     monkeypatch.setattr(sys, "path", list(sys.path))
     found = json.loads(CliRunner().invoke(app, ["config", "show", "--json"]).output)
     assert {"setting": "pool.max_engines", "value": "7", "from": "shop:config"} in found
-    assert {"setting": "pool.max_connections", "value": "20", "from": "default"} in found
+    assert {"setting": "pool.max_connections", "value": None, "from": "default"} in found
 
 
 def test_markup_in_a_value_is_text(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import asyncpg
 import pytest
 from sqlalchemy.engine import make_url
 
@@ -147,3 +148,23 @@ async def test_servers_by_command(cli: Cli, postgres: Postgres, empty_url: str) 
     assert other in table.out
     unknown = await cli("servers", "set-maintenance-database", "asia", other, "--yes", **moved)
     assert unknown.status == 1 and "'asia'" in unknown.err
+
+
+async def test_who_has_how_many_connections_is_shown(cli: Cli, control_url: str) -> None:
+    """Of every process but the command itself, with the caps that they share."""
+    connection = await asyncpg.connect(control_url)
+    try:
+        await connection.execute(
+            "INSERT INTO tenancy.connection_caps (server, others) VALUES ('default', 7);"
+            "INSERT INTO tenancy.connection_leases "
+            "(server, process, host, pid, granted, guaranteed, wanted, in_use, expires_at) "
+            "VALUES ('default', gen_random_uuid(), 'web-1', 4711, 30, 20, 40, 29, 'infinity')"
+        )
+    finally:
+        await connection.close()
+    [server] = json.loads((await cli("servers", "connections", "--json")).out)
+    [lease] = server["leases"]
+    assert (server["others"], lease["host"], lease["pid"], lease["borrowed"]) == (7, "web-1", 4711, 10)
+    assert server["cap"] < server["accepted"] - 7
+    shown = (await cli("servers", "connections")).out
+    assert all(word in shown for word in ("USED BY OTHERS", "web-1", "4711", "active"))

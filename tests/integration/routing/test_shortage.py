@@ -159,22 +159,10 @@ async def test_other_tenants_keep_their_connections(made: Databases, short: Tena
         assert (idle(first), idle(second)) == (2, 2)
 
 
-async def test_a_full_server_costs_the_idle_connection_that_is_worth_least(
-    made: Databases, config: TenancyConfig
-) -> None:
-    """Only if the request says that the server is full is a connection of another tenant closed."""
-    a, b = await made.create(), await made.create()
-    async with processes(made, config, 1) as (router,):
-        await fill(router, b, 2)
-        for full, left in ((False, 2), (True, 1)):
-            router.give_up(ConnectionRequest("another", "default", a.id, has_none=True, server_full=full))
-            assert idle(router) == left
-
-
 async def test_a_process_finds_out_that_the_server_is_full(
     made: Databases, config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By PostgreSQL's figures, which are changed here; then another tenant's connection is closed elsewhere."""
+    """By PostgreSQL's figures, which are changed here; then it closes another tenant's connection, if it has one."""
     figures = shortage._LIMITS.replace("r.rolconnlimit AS", "-1 AS").replace(
         "'max_connections')::int", "'port')::int * 0"
     )
@@ -184,10 +172,11 @@ async def test_a_process_finds_out_that_the_server_is_full(
     a, b = await made.create(connection_limit=0), await made.create()
     small = config.replace(pool={"checkout_timeout": 1.0})
     async with processes(made, small) as (first, second):
+        await fill(first, b, 1)
         await fill(second, b, 1)
         with pytest.raises(ConnectionLimitError) as caught:
             await ask(first, a)
-        assert idle(second) == 0
+        assert (idle(first), idle(second)) == (0, 1)
     assert "max_connections of the PostgreSQL server" in caught.value.setting
 
 
@@ -196,9 +185,9 @@ async def test_a_process_that_has_some_leaves_another_one(made: Databases, confi
     a = await made.create()
     async with processes(made, config, 1) as (router,):
         await fill(router, a)
-        router.give_up(ConnectionRequest("another", "default", a.id, has_none=False, server_full=False))
+        router.give_up(ConnectionRequest("another", "default", a.id, has_none=False))
         assert idle(router) == 1
-        router.give_up(ConnectionRequest("another", "default", a.id, has_none=True, server_full=False))
+        router.give_up(ConnectionRequest("another", "default", a.id, has_none=True))
         assert idle(router) == 0
 
 

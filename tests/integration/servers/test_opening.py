@@ -104,23 +104,22 @@ async def test_a_server_that_is_away_does_not_keep_others_from_opening(
     assert "server eu cannot be checked now" in caplog.text and "hunter2" not in caplog.text
 
 
-async def test_more_connections_than_the_server_accepts_are_a_warning(
-    tenancy_config: TenancyConfig, postgres: Postgres, caplog: pytest.LogCaptureFixture
+async def test_a_cap_above_what_the_server_accepts_is_a_warning(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It says the sum, over the processes that ``quotas.rate_processes`` counts."""
+    """It names both numbers; what the server accepts is without what it reserves."""
     async with postgres.connect() as connection:
         accepted = int(await connection.fetchval("SHOW max_connections"))
         for name in ("superuser_reserved_connections", "reserved_connections"):
             accepted -= int(await connection.fetchval("SELECT coalesce(current_setting($1, true), '0')", name))
-    fits = tenancy_config.replace(pool={"max_connections": accepted // 4}, quotas={"rate_processes": 4})
-    async with Tenancy(fits):
-        assert "accepts" not in caplog.text
-    each = accepted // 4 + 1
-    with caplog.at_level(logging.WARNING, "tenancy_orm"):
-        async with Tenancy(fits.replace(pool={"max_connections": each})):
-            pass
-    assert f"server default accepts {accepted} connections" in caplog.text
-    assert f"lets each process hold {each}, {4 * each} in 4 (quotas.rate_processes)" in caplog.text
+    for cap, warned in ((accepted, False), (accepted + 1, True)):
+        async with tenancy.internals.control.transaction() as connection:
+            await connection.execute(text("UPDATE tenancy.servers SET max_connections = :cap"), {"cap": cap})
+        with caplog.at_level(logging.WARNING, "tenancy_orm"):
+            async with Tenancy(tenancy_config):
+                pass
+        expected = f"the cap of server default is {cap} connections, and the server accepts {accepted}"
+        assert (expected in caplog.text) is warned
 
 
 async def test_a_statement_ends_behind_a_proxy_that_swallows_packets(
@@ -167,7 +166,8 @@ async def test_each_address_has_parameters_of_its_own(tenancy_config: TenancyCon
         async with tenancy.internals.router.connection(acme) as connection:
             assert await connection.scalar(text("SHOW search_path")) == "app"
             assert await connection.scalar(text("SHOW timezone")) != "Asia/Tokyo"
-            assert await connection.scalar(text("SHOW application_name")) == "shop/tenancy"
+            tag = tenancy.internals.leases.lease("default").tag
+            assert await connection.scalar(text("SHOW application_name")) == f"shop/tenancy/{tag}"
             assert connection.dialect.default_schema_name == "app"
         server = tenancy.internals.servers["default"]
         # it leads to PostgreSQL itself: statements are prepared once

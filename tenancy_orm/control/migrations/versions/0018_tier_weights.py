@@ -3,7 +3,7 @@
 from tenancy_orm.control.scripts import run_script
 
 revision = "0018_tier_weights"
-down_revision = "0015_servers"
+down_revision = "0016_connection_leases"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,129 @@
+"""Leases of connections. Each ``Tenancy`` is a process of its own here, as far as they can tell."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.connections import rows
+from tenancy_orm.connections.leases import FIRST
+from tenancy_orm.connections.rows import ServerLeases
+from tenancy_orm.errors import CheckoutTimeoutError
+from tests.support.postgres import Postgres
+from tests.support.processes import opened
+from tests.support.waiting import until
+
+
+async def leases_of(tenancy: Tenancy) -> ServerLeases:
+    [found] = await tenancy.internals.leases.read()
+    return found
+
+
+async def granted(tenancy: Tenancy, other: Tenancy) -> int | None:
+    """What another process has been granted."""
+    found = await leases_of(tenancy)
+    return {row.process: row.granted for row in found.leases}.get(other.internals.leases.process)
+
+
+async def set_cap(tenancy: Tenancy, cap: int) -> None:
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.servers SET max_connections = :cap"), {"cap": cap})
+
+
+async def test_a_process_has_some_from_its_opening_until_it_is_closed(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, postgres: Postgres
+) -> None:
+    """Without a setting: of what the server accepts, less what others use; and within its own bound."""
+    async with opened(tenancy_config.replace(pool={"max_connections": 2})) as other:
+        assert await granted(tenancy, other) == 2
+        assert other.internals.router.statistics().servers["default"].limit == 2
+        found = await leases_of(tenancy)
+        async with postgres.connect() as connection:
+            assert found.accepted is not None
+            assert FIRST < found.cap < found.accepted < int(await connection.fetchval("SHOW max_connections"))
+        assert [row.state for row in found.leases] == ["active", "active"]
+        acme = (await other.tenants.create("acme")).tenant
+
+        async def use() -> None:
+            async with other.session(acme) as session:
+                await session.execute(text("SELECT pg_sleep(0.01)"))
+                assert other.internals.router.statistics().servers["default"].open <= 2
+
+        await asyncio.gather(*(use() for _ in range(8)))
+    assert [row.granted for row in (await leases_of(tenancy)).leases] == [FIRST]
+
+
+async def test_where_there_are_more_processes_than_connections_the_error_says_so(
+    tenancy: Tenancy, tenancy_config: TenancyConfig
+) -> None:
+    """The latest has none; the oldest keeps its one."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    await set_cap(tenancy, 1)
+    await until(lambda: has_one(tenancy), seconds=30)
+    async with opened(tenancy_config.replace(pool={"checkout_timeout": 0.5})) as other:
+        with pytest.raises(CheckoutTimeoutError, match=r"may have none; raise the cap .* 2 processes"):
+            async with other.session(acme) as session:
+                await session.execute(text("SELECT 1"))
+        async with tenancy.session(acme) as session:
+            await session.execute(text("SELECT 1"))
+        # it gets it as soon as the other is closed
+        await tenancy.internals.leases.close()
+        async with other.session(acme) as session:
+            await session.execute(text("SELECT 1"))
+
+
+async def has_one(tenancy: Tenancy) -> bool:
+    return [row.granted for row in (await leases_of(tenancy)).leases] == [1]
+
+
+async def test_a_process_gives_back_what_another_one_needs(tenancy: Tenancy, tenancy_config: TenancyConfig) -> None:
+    """Idle connections at once, busy ones when they are returned; the other gets its half at least."""
+    created = [(await tenancy.tenants.create(f"t{number}", tier="enterprise")).tenant for number in range(4)]
+    await set_cap(tenancy, 8)
+
+    async def hold(one: Tenancy, stack: AsyncExitStack, number: int) -> None:
+        tenant = created[number % len(created)]
+        connection: Any = await stack.enter_async_context(one.internals.router.connection(tenant))
+        await connection.exec_driver_sql("SELECT 1")
+
+    async with opened(tenancy_config) as other, AsyncExitStack() as busy, AsyncExitStack() as more:
+        for number in range(7):
+            await hold(tenancy, busy, number)
+        waiting = [asyncio.create_task(hold(other, more, number)) for number in range(4)]
+        await until(lambda: sum(task.done() for task in waiting) == 1)
+        # nothing is taken away while it is in use; what is returned goes to the other
+        await busy.aclose()
+        await asyncio.gather(*waiting)
+        assert (await granted(tenancy, other) or 0) >= 4
+        assert sum(row.granted for row in (await leases_of(tenancy)).leases) <= 8
+
+
+async def test_the_connections_of_others_are_counted_again_when_the_server_is_full(
+    tenancy: Tenancy, postgres: Postgres
+) -> None:
+    """The cap is smaller then; a connection of a process is none of others."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    lease = tenancy.internals.leases.lease("default")
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(tenancy.internals.router.connection(acme))
+        for _ in range(12):
+            stack.push_async_callback((await asyncpg.connect(postgres.admin_url)).close)
+        before = (await leases_of(tenancy)).others
+        lease.recount()
+
+        async def counted() -> bool:
+            return ((await leases_of(tenancy)).others or 0) >= max(12, before or 0)
+
+        await until(counted, seconds=30)
+        found = await leases_of(tenancy)
+        assert found.accepted is not None and found.others is not None
+        assert found.cap < found.accepted - found.others
+        async with postgres.connect() as connection:
+            named = "SELECT count(*)::int FROM pg_stat_activity WHERE application_name = $1"
+            assert await connection.fetchval(named, f"tenancy/{rows.tag_of(tenancy.internals.leases.process)}") == 1
