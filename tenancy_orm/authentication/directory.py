@@ -35,7 +35,6 @@ from ..errors import ControlUnavailableError, InvalidCredentialError
 from ..events import CredentialRejected, EventBus
 from ..keys.format import MAX_KEY_LENGTH, KeyDigester, ParsedKey, parse_key
 from ..keys.networks import source_group
-from ..registry.rows import tenant_from_row
 from ..tenant import Status, Tenant
 from .admission import CredentialState
 from .admissions import Admissions
@@ -322,15 +321,15 @@ class Directory:
 
     async def _enter(self, digest: bytes, parsed: ParsedKey, found: _Verified) -> KeyEntry:
         """Cache what was found, once its tenant may be used."""
-        if (
-            found.row.revoked_at is None
-            and (waiting := self._tenants.before_use(tenant_from_row(found.row))) is not None
-        ):
+        state = credential_state(found.row, found.read_at)
+        assert state.tenant is not None  # noqa: S101 - a key has one
+        if not state.revoked and (waiting := self._tenants.before_use(state.tenant)) is not None:
             await waiting
             # of what was invalidated in between, the key revoked for example, nobody has told this look-up
             found = await self._verified(digest, parsed)
-        row, read_at, invalidated = found
-        entry = self._build(row, read_at)
+            state = credential_state(found.row, found.read_at)
+        row, _, invalidated = found
+        entry = self._build(row, state)
         self._cache.record_proven(digest, entry.refusal is None)
         if invalidated.isdisjoint((EVERYTHING, row.key_id, row.id)):
             self._cache.store_key(digest, entry)
@@ -348,8 +347,7 @@ class Directory:
         found, _ = await self._lookups.key(granted.credential_id)
         return found and credential_state(*found)
 
-    def _build(self, row: ControlRow, read_at: float) -> KeyEntry:
-        state = credential_state(row, read_at)
+    def _build(self, row: ControlRow, state: CredentialState) -> KeyEntry:
         assert state.tenant is not None  # noqa: S101 - a key has one
         tenant = replace(state.tenant, admission=self.admissions.admit(state))
         credential = Credential(
@@ -367,7 +365,7 @@ class Directory:
         refusal = "revoked" if state.revoked else None
         if tenant.status in _INACTIVE:
             refusal = refusal or f"tenant {tenant.status}"
-        return KeyEntry(credential, refusal, read_at, state.expires, self._config)
+        return KeyEntry(credential, refusal, state.read_at, state.expires, self._config)
 
     async def report_refused(self, error: InvalidCredentialError, source: str | None) -> None:
         """Record that a credential that is no key was refused, and count it unless it was valid at another time.

@@ -66,6 +66,7 @@ async def test_bench_memory_of_an_engine() -> None:
         async with router.lease(one):
             pass
     engines = measured()
+    print(f"\n{TENANTS} routed tenants: {(engines - before) / 1024**2:.0f} MiB (goal for 10,000: under 100 MB)", end="")
     print(
         f"\nmemory of {TENANTS} idle tenants: {(engines - before) / TENANTS / 1024:.2f} KiB each (goal: under 10), "
         f"of which the engine {(engines - identities) / TENANTS / 1024:.2f} KiB"

@@ -209,5 +209,12 @@ async def test_bench_session_of_a_cold_tenant(sides: Sides) -> None:
         async with sides.router.session(tenant) as session:
             assert await session.scalar(text("SELECT body FROM notes WHERE id = 1"))
 
-    report("first query of a cold tenant, by hand: login, query and close", *await turns(bare, cold, count=TURNS // 10))
+    async def cold_read() -> None:
+        sides.router.retire(tenant.id)
+        async with sides.router.session(tenant, read_only=True) as session:
+            assert await session.scalar(text("SELECT body FROM notes WHERE id = 1"))
+
+    by_hand, by_tenant, reading = await turns(bare, cold, cold_read, count=TURNS // 10)
+    report("first query of a cold tenant, by hand: login, query and close", by_hand, by_tenant)
+    report("the same in a read-only session", by_hand, reading)
     print()
