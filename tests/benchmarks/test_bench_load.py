@@ -83,8 +83,6 @@ class Load:
             "contender": contender,
             "address": address,
             "logins": self.logins,
-            # a part for each; where processes share a server's cap, its row has CONNECTIONS
-            "pool": {"max_connections": CONNECTIONS // PROCESSES},
             "schedule": {
                 "shape": shape,
                 "tenants": TENANTS,
@@ -126,6 +124,8 @@ async def test_bench_load(tenancy: Tenancy, postgres: Postgres, tmp_path: Path) 
             {"slug": tenant.slug, "role": placement.role, "password": password, "database": placement.database}
         )
         tenancy.internals.router.retire(tenant.id)
+    # all processes together
+    await tenancy.servers.update("default", max_connections=CONNECTIONS)
     load = Load(tenancy, postgres, tmp_path, logins)
     print(
         f"\n{TENANTS} tenants on {DATABASES} real databases, {PROCESSES} processes, {RATE:g} requests a second for "

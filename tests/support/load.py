@@ -69,7 +69,7 @@ async def contender(order: dict[str, Any]) -> AsyncIterator[Ask]:
     """What answers a request for the database of a number."""
     logins = order["logins"]
     if order["contender"] == "package":
-        config = TenancyConfig.from_env(metadata=Base.metadata, pool=order["pool"])
+        config = TenancyConfig.from_env(metadata=Base.metadata)
         async with Tenancy(config) as tenancy:
 
             async def ask(number: int) -> Any:
