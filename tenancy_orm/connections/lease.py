@@ -71,6 +71,7 @@ class Lease:
         valid_until: When the lease expires, in seconds of ``clock``: not later than it does by the database's clock.
         is_cut_off: Whether it could not be renewed for some time.
         is_present: Whether this process proves on the server itself that it lives.
+        was_cut: Whether connections in use were cut: PostgreSQL may still run their statements.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Lease:
         self.is_registered = False
         self.is_cut_off = False
         self.is_present = False
+        self.was_cut = False
         self.is_asking = False
         self.is_full = False
         self.is_miscounted = False

@@ -18,7 +18,7 @@ import os
 import random
 import socket
 from collections import ChainMap
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from contextvars import Context
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -49,6 +49,7 @@ FIRST = 5
 """How many connections a process gets when it opens, where they are free."""
 
 _ATTEMPT_SECONDS = 1.5  # how long the control database may take
+_END_SECONDS = 3.0  # how long the closing of a process waits for the end of what it has cut
 _SHRINK_SECONDS = 0.03  # how often a process that gives back looks which connections have been closed
 _FIRST_PAUSE = 0.02  # between two attempts to get more
 
@@ -160,12 +161,30 @@ class ConnectionLeases:
         await self._care.close()
         for connection in self._proofs.values():
             connection.terminate()
-        if any(lease.is_registered for lease in self._leases.values()):
-            await self._within(self._remove())
+        leases = [lease for lease in self._leases.values() if lease.is_registered]
+        # PostgreSQL does not notice that a socket was cut while it runs a statement
+        cut = [lease for lease in leases if lease.was_cut and lease.server in self._servers]
+        ended = await asyncio.gather(*map(self._end_rest, cut))
+        kept = [lease.server for lease, is_ended in zip(cut, ended, strict=True) if not is_ended]
+        if leases:
+            await self._within(self._remove(kept))
 
-    async def _remove(self) -> None:
+    async def _end_rest(self, lease: Lease) -> bool:
+        """End what is left of connections that were cut; if it cannot, another process does, once the lease expires."""
+        server = self._servers[lease.server]
+        if server.is_pooled:
+            return True
+        try:
+            async with asyncio.timeout(_END_SECONDS), usage.administration(server) as connection:
+                await usage.end_tagged(connection, lease.tag, timeout=_END_SECONDS)
+        except FAILURES as exc:
+            logger.debug("connections to server %s cannot be ended: %s", lease.server, type(exc).__name__)
+            return False
+        return True
+
+    async def _remove(self, kept: Collection[str]) -> None:
         async with self._control.connect() as connection:
-            await rows.close(connection, self.process)
+            await rows.close(connection, self.process, kept=kept)
 
     # --- the task ---------------------------------------------------------------------------------------------------
 
@@ -255,9 +274,11 @@ class ConnectionLeases:
             found = await rows.read(connection, accepted)
             for server, leases in found.items():
                 lease = self._leases[server]
-                parts = len(leases.leases) + 1
+                # its own is there where the answer to a former attempt was lost
+                others = [row.granted for row in leases.leases if row.process != self.process]
+                parts = len(others) + 1
                 first = FIRST if self._at_most is None else min(FIRST, self._at_most)
-                free = leases.cap - sum(claim.granted for claim in leases.claims)
+                free = leases.cap - sum(others)
                 lease.learn(cap=leases.cap, processes=parts, max_opening=leases.max_opening)
                 if leases.is_configured and leases.accepted is not None and leases.cap > leases.accepted:
                     logger.warning(
@@ -268,8 +289,10 @@ class ConnectionLeases:
                         leases.accepted,
                     )
                 granted[server] = (max(0, min(free, first)), leases.cap // parts, min(LEAST, first))
-            await rows.add(connection, self.process, host=self._host, pid=os.getpid(), granted=granted)
+            added = await rows.add(connection, self.process, host=self._host, pid=os.getpid(), granted=granted)
         for server, (number, guaranteed, _) in granted.items():
+            if server not in added:
+                continue
             lease = self._leases[server]
             lease.granted = lease.limit = number
             lease.next_guaranteed = guaranteed
@@ -336,14 +359,21 @@ class ConnectionLeases:
         """Get more connections of a server, or give some back, as the other processes' needs have it."""
         if not lease.is_registered:
             await self._register({lease.server: None})
+            if not lease.is_registered:
+                return
+        try:
+            await self._change_registered(lease)
+        except _LostError:
+            # not before the lock on the row of the cap is gone, which it takes again
+            await self._start_again()
+
+    async def _change_registered(self, lease: Lease) -> None:
         began = clock()
         async with self._control.transaction() as connection:
             await rows.lock_cap(connection, lease.server)
             leases = (await rows.read(connection, [lease.server]))[lease.server]
-            position = leases.position(self.process)
-            if position is None:
-                await self._start_again()
-                return
+            if (position := leases.position(self.process)) is None:
+                raise _LostError
             lease.learn(cap=leases.cap, processes=len(leases.leases), max_opening=leases.max_opening)
             needs = self._needs_more(lease)
             decision = self._decide(lease, leases, position, keep=None if needs else lease.remember(lease.wanted))
@@ -352,7 +382,8 @@ class ConnectionLeases:
             lease.limit = min(lease.limit, decision.limit)
             lease.apply()
             granted = max(decision.limit, lease.held)
-            await rows.grant(connection, self.process, lease.server, granted, lease.demand(lease.wanted))
+            if not await rows.grant(connection, self.process, lease.server, granted, lease.demand(lease.wanted)):
+                raise _LostError
             called = decision.debtors if granted < decision.share else ()
             if granted < before:
                 called += decision.creditors
@@ -455,6 +486,10 @@ async def read_leases(control: ControlDatabase) -> list[ServerLeases]:
     """
     async with control.connect() as connection:
         return await rows.read_all(connection)
+
+
+class _LostError(Exception):
+    """Ends a transaction: this process has no lease that it could change."""
 
 
 def _ignore(task: asyncio.Task[Any]) -> None:

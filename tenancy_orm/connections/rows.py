@@ -52,7 +52,11 @@ _ADD = text(
     "SELECT l.server, CAST(:process AS uuid), :host, CAST(:pid AS integer), l.granted, l.guaranteed, l.wanted, 0, "
     "clock_timestamp() + make_interval(secs => :seconds) FROM unnest(CAST(:servers AS text[]), "
     "CAST(:granted AS integer[]), CAST(:guaranteed AS integer[]), CAST(:wanted AS integer[])) "
-    "AS l (server, granted, guaranteed, wanted)"
+    "AS l (server, granted, guaranteed, wanted) "
+    # it is there already where the answer to a former attempt was lost; one that is being ended must not come back
+    "ON CONFLICT ON CONSTRAINT connection_leases_pkey DO UPDATE SET granted = excluded.granted, "
+    "guaranteed = excluded.guaranteed, wanted = excluded.wanted, in_use = 0, expires_at = excluded.expires_at "
+    "WHERE connection_leases.ending_at IS NULL RETURNING server"
 )
 _RENEW = text(
     "UPDATE tenancy.connection_leases AS l SET guaranteed = v.guaranteed, wanted = v.wanted, in_use = v.in_use, "
@@ -65,7 +69,8 @@ _RENEW = text(
 _GRANT = text(
     "UPDATE tenancy.connection_leases SET granted = :granted, guaranteed = :guaranteed, wanted = :wanted, "
     "in_use = :in_use, expires_at = clock_timestamp() + make_interval(secs => :seconds) "
-    "WHERE server = :server AND process = :process"
+    # another process may have begun to end its connections since the row was read
+    "WHERE server = :server AND process = :process AND ending_at IS NULL RETURNING true"
 )
 _COUNTED = text(
     # fewer than before are believed one by one: what was there a moment ago comes back
@@ -90,7 +95,8 @@ _REMOVE = text(
 )
 # one statement, since it is the last thing that a process does; those who miss connections learn of it
 _CLOSE = text(
-    "WITH gone AS (DELETE FROM tenancy.connection_leases WHERE process = :process RETURNING server, granted), "
+    "WITH gone AS (DELETE FROM tenancy.connection_leases WHERE process = :process "
+    "AND server <> ALL(CAST(:kept AS text[])) RETURNING server, granted), "
     "missed AS (SELECT l.server, json_agg(left(replace(l.process::text, '-', ''), 12)) AS called "
     "FROM tenancy.connection_leases AS l JOIN gone AS g ON g.server = l.server AND g.granted > 0 "
     "WHERE l.granted < l.wanted AND l.process <> :process GROUP BY 1) "
@@ -245,8 +251,8 @@ class Demand:
 
 async def add(
     connection: AsyncConnection, process: UUID, *, host: str, pid: int, granted: Mapping[str, tuple[int, int, int]]
-) -> None:
-    """Insert the leases of a process. The rows of the caps are locked.
+) -> set[str]:
+    """Insert the leases of a process, and return the servers of those that it has. The rows of the caps are locked.
 
     Args:
         connection: In a transaction.
@@ -256,7 +262,7 @@ async def add(
         granted: By server, how many connections are granted and guaranteed, and how many it wants.
     """
     values = list(granted.values())
-    await connection.execute(
+    added = await connection.scalars(
         _ADD,
         {
             "servers": list(granted),
@@ -269,6 +275,7 @@ async def add(
             "seconds": LEASE_SECONDS,
         },
     )
+    return set(added)
 
 
 async def renew(connection: AsyncConnection, process: UUID, demands: Mapping[str, Demand]) -> set[str]:
@@ -288,20 +295,21 @@ async def renew(connection: AsyncConnection, process: UUID, demands: Mapping[str
     return set(renewed)
 
 
-async def grant(connection: AsyncConnection, process: UUID, server: str, granted: int, demand: Demand) -> None:
-    """Change how many connections of a server a process has been granted. The row of the cap is locked."""
-    await connection.execute(
-        _GRANT,
-        {
-            "server": server,
-            "process": process,
-            "granted": granted,
-            "guaranteed": demand.guaranteed,
-            "wanted": demand.wanted,
-            "in_use": demand.in_use,
-            "seconds": LEASE_SECONDS,
-        },
-    )
+async def grant(connection: AsyncConnection, process: UUID, server: str, granted: int, demand: Demand) -> bool:
+    """Change how many connections of a server a process has been granted. The row of the cap is locked.
+
+    False: another process ends its connections.
+    """
+    parameters = {
+        "server": server,
+        "process": process,
+        "granted": granted,
+        "guaranteed": demand.guaranteed,
+        "wanted": demand.wanted,
+        "in_use": demand.in_use,
+        "seconds": LEASE_SECONDS,
+    }
+    return bool(await connection.scalar(_GRANT, parameters))
 
 
 async def call(connection: AsyncConnection, server: str, processes: Sequence[UUID]) -> None:
@@ -310,9 +318,9 @@ async def call(connection: AsyncConnection, server: str, processes: Sequence[UUI
     await connection.execute(_NOTIFY, {"channel": CONNECTIONS_CHANNEL, "payload": payload})
 
 
-async def close(connection: AsyncConnection, process: UUID) -> None:
-    """Remove a process's leases, and have those that miss connections look."""
-    await connection.execute(_CLOSE, {"process": process, "channel": CONNECTIONS_CHANNEL})
+async def close(connection: AsyncConnection, process: UUID, *, kept: Collection[str]) -> None:
+    """Remove a process's leases, but those of the servers ``kept``, and have those that miss connections look."""
+    await connection.execute(_CLOSE, {"process": process, "channel": CONNECTIONS_CHANNEL, "kept": list(kept)})
 
 
 async def claim_count(connection: AsyncConnection, server: str, *, every: float) -> bool:

@@ -550,6 +550,8 @@ class Connector:
         self._closed = True
         self.shortages.close()
         self.outage.close()
+        if self._endings and self.lease is not None:
+            self.lease.was_cut = True
         for ending in list(self._endings):
             ending.terminate()
         for task in self._tasks:

@@ -127,3 +127,81 @@ async def test_the_connections_of_others_are_counted_again_when_the_server_is_fu
         async with postgres.connect() as connection:
             named = "SELECT count(*)::int FROM pg_stat_activity WHERE application_name = $1"
             assert await connection.fetchval(named, f"tenancy/{rows.tag_of(tenancy.internals.leases.process)}") == 1
+
+
+async def test_a_process_is_not_closed_before_its_statements_have_ended(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, postgres: Postgres
+) -> None:
+    """PostgreSQL runs a statement on when its client's socket is cut, so others must not get the connection yet."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    statement = text("SELECT pg_sleep(60)")
+
+    async def use(one: Tenancy) -> None:
+        async with one.session(acme) as session:
+            await session.execute(statement)
+
+    def use_in_thread(one: Tenancy) -> None:
+        with one.sync.session(acme) as session:
+            session.execute(statement)
+
+    async with postgres.connect() as connection:
+        running = "SELECT count(*)::int FROM pg_stat_activity WHERE application_name = $1 AND state = 'active'"
+
+        async def run(name: str, number: int) -> bool:
+            return await connection.fetchval(running, name) == number
+
+        async with opened(tenancy_config) as other:
+            name = f"tenancy/{rows.tag_of(other.internals.leases.process)}"
+            tasks = [asyncio.create_task(use(other)), asyncio.create_task(asyncio.to_thread(use_in_thread, other))]
+            await until(lambda: run(name, 2), seconds=30)
+            await other.internals.router.close(timeout=0.1)
+            # the protection is not in the cutting of the sockets
+            assert await run(name, 2)
+        assert await run(name, 0)
+    assert len((await leases_of(tenancy)).leases) == 1
+    assert all(isinstance(result, Exception) for result in await asyncio.gather(*tasks, return_exceptions=True))
+
+
+async def test_a_registration_of_which_the_answer_was_lost_is_repeated(tenancy: Tenancy) -> None:
+    """Otherwise its own row would be in the way, and the process would have no connections as long as it runs."""
+    lease = tenancy.internals.leases.lease("default")
+    [before] = (await leases_of(tenancy)).leases
+    lease.is_registered = False
+    tenancy.internals.leases._renew_soon()
+    await until(lambda: lease.is_registered, seconds=30)
+    assert [row.process for row in (await leases_of(tenancy)).leases] == [before.process]
+    assert lease.is_valid and lease.limit == FIRST
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+async def test_a_process_that_others_are_ending_changes_nothing(tenancy: Tenancy, when: str) -> None:
+    """What it had may be another's in a moment: it gets a lease under another id, and at once."""
+    leases = tenancy.internals.leases
+    lease, former = leases.lease("default"), leases.process
+    end = text("UPDATE tenancy.connection_leases SET ending_at = clock_timestamp() WHERE process = :process")
+
+    async def end_it(*_: object) -> None:
+        async with tenancy.internals.control.transaction() as connection:
+            await connection.execute(end, {"process": former})
+
+    assert leases._runner is not None
+    leases._runner.cancel()  # this test does its work
+    if when == "before":
+        await end_it()
+        assert await leases._within(leases._change(lease))
+    else:
+        # the row is read, then another process begins
+        with pytest.MonkeyPatch.context() as patch:
+            grant = rows.grant
+
+            async def late(*args: Any) -> bool:
+                await end_it()
+                return await grant(*args)
+
+            patch.setattr(rows, "grant", late)
+            assert await leases._within(leases._change(lease))
+    assert leases.process != former and lease.is_valid and lease.limit > 0
+    assert {row.process: row.state for row in (await leases_of(tenancy)).leases} == {
+        former: "ending",
+        leases.process: "active",
+    }
