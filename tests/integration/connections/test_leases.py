@@ -148,7 +148,7 @@ async def test_a_process_is_not_closed_before_its_statements_have_ended(
         running = "SELECT count(*)::int FROM pg_stat_activity WHERE application_name = $1 AND state = 'active'"
 
         async def run(name: str, number: int) -> bool:
-            return await connection.fetchval(running, name) == number
+            return bool(await connection.fetchval(running, name) == number)
 
         async with opened(tenancy_config) as other:
             name = f"tenancy/{rows.tag_of(other.internals.leases.process)}"

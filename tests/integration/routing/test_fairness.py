@@ -127,7 +127,9 @@ async def test_who_cannot_be_served_in_time_is_refused_before_it(made: Databases
 async def test_a_queue_that_is_full_refuses(made: Databases, config: TenancyConfig) -> None:
     """The tenant's further requests, and nobody else's."""
     loud, quiet = await made.create_many(2)
-    small = config.replace(pool={"max_connections_per_tenant": 1, "max_waiting_per_tenant": 2})
+    small = config.replace(
+        pool={"max_connections_per_tenant": 1, "max_waiting_per_tenant": 2, "checkout_timeout": 60.0}
+    )
     async with support.router(made, small) as router:
         async with router.connection(loud):
             crowd = [asyncio.create_task(ask(router, loud)) for _ in range(2)]
