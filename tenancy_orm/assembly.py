@@ -61,6 +61,7 @@ from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry, differing
+from .warming import Warming
 
 logger = logging.getLogger("tenancy_orm")
 
@@ -187,6 +188,8 @@ class Assembly:
         # before it is open: an opening that is cancelled has begun to listen
         self._opened.append(self.directory.close)
         await self.directory.open()
+        if count := self.config.pool.warm_tenants:
+            self._start_warming(count)
 
     async def _open_control(self, initialise: bool) -> None:
         """Open the control database, and what seals the passwords and signs the audit log in it."""
@@ -493,11 +496,30 @@ class Assembly:
             # there may be a new one: what is sealed from now on should be sealed with it
             self._start(self._update_keys(self._data_keys))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         # unbound: whoever happens to run now
         task = asyncio.get_running_loop().create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _start_warming(self, count: int) -> None:
+        warming = Warming(
+            control=self.control,
+            servers=self.servers,
+            names=self.names,
+            directory=self.directory,
+            router=self.router,
+            count=count,
+        )
+        task = self._start(warming.run())
+
+        async def stop() -> None:
+            # first of all, while what it uses is open
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self._opened.append(stop)
 
     async def _update_keys_repeatedly(self, data_keys: DataKeys) -> None:
         """Read new data keys in a process that gets no notification, so that old ones can be deleted."""

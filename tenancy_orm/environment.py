@@ -220,7 +220,9 @@ class _Command:
     def _config(self) -> TenancyConfig:
         """The application's configuration, with the directory, file and section that Alembic runs with."""
         found, given = find_config(self.proxy.config), self.proxy.config
-        config = found.replace(migrations=self.proxy.script.dir, migration={"alembic_config": given})
+        config = found.replace(
+            migrations=self.proxy.script.dir, migration={"alembic_config": given}, pool={"warm_tenants": 0}
+        )
         if self.command in _CHANGES:
             self._refuse_another_schema(found, config)
         if shared := found.migration.x_arguments:

@@ -131,8 +131,8 @@ class Lifetime:
             return WrongEventLoopError(forked=True)
         return NotOpenError(f"this Tenancy is not open; use it within its lifespan, or: {remedy}")
 
-    async def open(self, *, initialise: bool | None) -> None:
-        """Open the parts, unless they are open.
+    async def open(self, *, initialise: bool | None, warm: bool = True) -> None:
+        """Open the parts, unless they are open; ``warm``: with connections to busy tenants, where that is configured.
 
         Raises:
             TenancyError: as ``Tenancy.open``.
@@ -140,7 +140,10 @@ class Lifetime:
         with self._at_home():
             async with self._opening:
                 if self.assembly is None:
-                    self.assembly = await _builders[-1](self._config, self._events, self._rates, initialise, self.seeds)
+                    config = self._config
+                    if not warm and config.pool.warm_tenants:
+                        config = config.replace(pool={"warm_tenants": 0})
+                    self.assembly = await _builders[-1](config, self._events, self._rates, initialise, self.seeds)
                     self._is_forked = False
 
     async def close(self, *, timeout: float) -> None:

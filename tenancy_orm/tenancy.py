@@ -572,7 +572,7 @@ class Tenancy:
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
-    async def open(self, *, initialise: bool | None = None) -> Self:
+    async def open(self, *, initialise: bool | None = None, warm: bool = True) -> Self:
         """Connect to the control database and make every part ready. Opening an open one does nothing.
 
         From then on until it is closed it belongs to the running event loop. Where that one was closed first, what is
@@ -581,6 +581,7 @@ class Tenancy:
         Args:
             initialise: Create or upgrade the control database first, as ``tenancy init`` does. None does so for an
                 embedded server alone.
+            warm: Whether to connect to busy tenants in the background, as many as ``pool.warm_tenants``.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -589,7 +590,7 @@ class Tenancy:
                 ``initialise``, a role would lose access to a database of a server, and nothing was changed.
             WrongEventLoopError: it is open in another event loop or thread.
         """
-        await self._lifetime.open(initialise=initialise)
+        await self._lifetime.open(initialise=initialise, warm=warm)
         return self
 
     async def close(self, *, timeout: float = DRAIN_TIMEOUT) -> None:

@@ -111,7 +111,7 @@ def run(command: Callable[[Tenancy], Awaitable[T]], *, initialise: bool | None =
 
     async def opened() -> T:
         tenancy = load_tenancy()
-        await tenancy.open(initialise=initialise)
+        await tenancy.open(initialise=initialise, warm=False)
         try:
             return await command(tenancy)
         finally:

@@ -120,6 +120,9 @@ class PoolConfig(Section, frozen=True):
     """How long opening a connection may take, in seconds; one to the control database too."""
     idle_timeout: SecondsOrZero = 600.0
     """An idle connection older than this many seconds is not used again."""
+    warm_tenants: AtLeastZero = 0
+    """For how many tenants that seem to be busy a process opens a connection in the background once it is open, before
+    their first requests."""
     full_reset: bool = False
     """Whether a connection is cleaned by DISCARD ALL at every return (about 200 us)."""
 

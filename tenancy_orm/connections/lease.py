@@ -5,6 +5,7 @@ State alone, in one event loop. A checkout looks at its budget's own limit and a
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import deque
@@ -26,6 +27,8 @@ MAX_OPENING = 16
 
 IN_VAIN_SECONDS = 0.2
 """The pause between two attempts to get more connections after which it is known that there are none now."""
+
+_LOOK_SECONDS = 0.02  # the pause between two looks at whether it has got some
 
 _REMEMBERED = 5  # renewals, over which the need of a process is remembered
 
@@ -130,6 +133,17 @@ class Lease:
         budget.on_full = self._full
         self._budgets.append(ref(budget))
         self.apply()
+
+    async def ask(self, *, timeout: float) -> bool:
+        """Ask for further connections that are free, and return whether there were some; others give none back."""
+        before = self.limit
+        self._full()
+        deadline = clock() + timeout
+        while self.limit <= before:
+            if not self.is_asking or clock() >= deadline:
+                return False
+            await asyncio.sleep(_LOOK_SECONDS)
+        return True
 
     def recount(self) -> None:
         """Have the connections of others counted soon: the server accepts fewer than the cap says."""

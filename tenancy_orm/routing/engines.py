@@ -20,7 +20,7 @@ from ..tenant import Placement, Tenant
 from .connection import TenantEngine
 from .connector import Connector
 from .guard import Owner
-from .pool import TenantPool
+from .pool import TenantPool, Warmth
 from .routed_pool import RoutedPool
 
 
@@ -198,6 +198,23 @@ class EngineCache:
             self._unleased[entry.owner[0]] = entry
             if len(self._entries) > self.max_engines:
                 self._trim()
+
+    async def warm(self, tenant: Tenant) -> Warmth:
+        """Open a tenant's first connection before it is needed, where that takes nothing from anybody.
+
+        No connection and no engine is dropped for it, nobody waits for what it takes, and afterwards at least half of
+        the process's connections to the server are still to be opened.
+
+        Raises:
+            TenancyError: as ``acquire``, and as a session's first statement.
+        """
+        if tenant.id not in self._entries and len(self._entries) >= self.max_engines:
+            return "full"
+        entry = self.acquire(tenant)
+        try:
+            return await entry.pool.warm()
+        finally:
+            self.release(entry)
 
     def lease(self, tenant: Tenant) -> Lease:
         """Lease the tenant's engine for the body of ``async with``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import cast
+from typing import Literal, TypeAlias, cast
 from uuid import UUID
 
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -23,6 +23,13 @@ from .contention import WaitRefusedError
 from .routed_pool import RoutedPool
 
 logger = logging.getLogger("tenancy_orm.routing")
+
+Warmth: TypeAlias = Literal["connected", "busy", "full"]
+"""What a pool answers that is to be warmed: it has a connection; not now, since others need what it takes; or half of
+the process's connections to the server are open already."""
+
+
+_ASK_SECONDS = 2.0  # how long it waits for connections that other processes leave unused
 
 
 class TenantPool(RoutedPool):
@@ -212,6 +219,27 @@ class TenantPool(RoutedPool):
             task.add_done_callback(self._return_unclaimed)
             raise
 
+    async def warm(self) -> Warmth:
+        """Open a connection where the tenant has none, in a slot that nobody needs; see ``EngineCache.warm``.
+
+        Raises:
+            TenancyError: as a session's first statement.
+        """
+        budget, lease = self.connector.budget, self.connector.lease
+        if self.share.account.open:
+            return "connected"
+        if budget.has_waiters:
+            return "busy"
+        most = budget.limit if lease is None else min(lease.most, max(lease.guaranteed, budget.limit))
+        if 2 * (budget.open + 1) > most:
+            return "full"
+        if budget.open >= budget.limit and lease is not None:
+            return "busy" if await lease.ask(timeout=_ASK_SECONDS) else "full"
+        if not budget.reserve(self.share):
+            return "busy"
+        self._do_return_conn(await self._open(reading=False))
+        return "connected"
+
     def _create(self, reading: bool) -> ConnectionPoolEntry:
         self._opening_for_reading = reading  # until ``_invoke_creator`` takes note of it, before anything is awaited
         return self._create_connection()
@@ -274,4 +302,4 @@ class TenantPool(RoutedPool):
         )
 
 
-__all__ = ["TenantPool"]
+__all__ = ["TenantPool", "Warmth"]

@@ -34,6 +34,7 @@ from .connector import ALONE, Connector
 from .consistency import ConsistencyTokens
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
+from .pool import Warmth
 from .replicas import ReplicaDemand, ReplicaEngine, ReplicaReads, ReplicaStatistics, ServerReplicas, check_demand
 from .shortage import Ask
 
@@ -370,6 +371,17 @@ def acquire(router: Router, tenant: Tenant) -> Entry:
     return router._cache.acquire(tenant)
 
 
+async def warm(router: Router, tenant: Tenant) -> Warmth:
+    """Open a tenant's first connection before it is needed, where that takes nothing from anybody.
+
+    Raises:
+        TenancyError: as a session's first statement.
+        CrossTenantError: another tenant is bound.
+    """
+    refuse_other_tenant(tenant)
+    return await router._cache.warm(tenant)
+
+
 def release(router: Router, entry: Entry) -> None:
     """End a lease of ``acquire``."""
     router._cache.release(entry)
@@ -645,4 +657,5 @@ __all__ = [
     "replica_demand",
     "replica_reads",
     "session_class_in",
+    "warm",
 ]

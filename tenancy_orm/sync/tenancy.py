@@ -344,7 +344,7 @@ class SyncTenancy:
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
-    def open(self, *, initialise: bool | None = None) -> Self:
+    def open(self, *, initialise: bool | None = None, warm: bool = True) -> Self:
         """Make this usable: open the ``Tenancy`` in a thread of its own, unless an event loop has it open already.
 
         Open it after a fork, in each process: what was opened before one stays the parent's. It is closed at the end of
@@ -352,6 +352,7 @@ class SyncTenancy:
 
         Args:
             initialise: As in ``Tenancy.open``.
+            warm: As in ``Tenancy.open``.
 
         Raises:
             TenancyError: as ``Tenancy.open``.
@@ -363,7 +364,7 @@ class SyncTenancy:
                 return self
             runner = LoopThread()
             try:
-                runner.run(self._lifetime.open(initialise=initialise))
+                runner.run(self._lifetime.open(initialise=initialise, warm=warm))
             except BaseException:
                 runner.stop()
                 raise

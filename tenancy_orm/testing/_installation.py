@@ -110,6 +110,7 @@ class Installation:
             name_prefix=self.prefix,
             encryption_keys={"1": self.encryption_key},
             control={"listen_url": None},
+            pool={"warm_tenants": 0},
             secrets={"provider": None, "options": None, "key_wrapper": None},
             keys={"peppers": None, "pepper_current": None},
         )

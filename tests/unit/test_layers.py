@@ -32,7 +32,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"provisioning"}),
     frozenset({"migrations", "tenants", "operations", "schedules"}),
     frozenset({"metering", "seeds"}),
-    frozenset({"housekeeping", "internals"}),
+    frozenset({"housekeeping", "internals", "warming"}),
     frozenset({"assembly", "scopes", "queries"}),
     frozenset({"lifetime"}),
     frozenset({"sync", "wrapping", "statements"}),
