@@ -58,6 +58,7 @@ EXCUSED = {
     "internals.control.check_names": "compares two names that it has already",
     "internals.control.close": "closes connections",
     "internals.control.connect": "plain SQL on the control database, which is an operator's by nature",
+    "internals.control.fetch": "as control.connect",
     "internals.control.open": "reads the schema's revision",
     "internals.control.transaction": "as control.connect",
     "internals.directory.close": "closes connections",
