@@ -242,8 +242,14 @@ class Connector:
             tenant=route.slug,
             timeout=self.server.connect_timeout,
             report=route.report_incident,
+            unavailable=partial(self._unproved, route),
         )
         driver_connection.prove(proof, self.spawn)
+
+    def _unproved(self, route: TenantRoute, error: Exception) -> ServerUnavailableError:
+        """Return the error for a connection of which the server has not said where it leads."""
+        self.server.breaker.failed(error)
+        return self.server.unavailable(error, tenant=route.slug, database=route.placement.database)
 
     async def _open(self, route: TenantRoute) -> tuple[DriverConnection, bool]:
         """Open a connection; returns it, and whether it has proved the marker."""

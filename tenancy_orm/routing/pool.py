@@ -12,7 +12,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
-from ..errors import MarkerMismatchError, ServerUnavailableError
+from ..errors import ServerUnavailableError, TenancyError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.sqlalchemy_versions import await_
@@ -270,7 +270,7 @@ class TenantPool(RoutedPool):
         connection = cast("TenantConnection", record.dbapi_connection)
         try:
             await connection._connection.reset(timeout=self.connector.server.connect_timeout)
-        except (*SERVER_FAILURES, MarkerMismatchError, asyncio.CancelledError) as exc:
+        except (*SERVER_FAILURES, TenancyError, asyncio.CancelledError) as exc:
             self.discard(record)
             if isinstance(exc, asyncio.CancelledError):
                 raise

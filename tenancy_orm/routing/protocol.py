@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import weakref
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 import asyncpg
 from asyncpg.protocol import Protocol as DriverProtocol
 
-from ..errors import MarkerMismatchError
+from ..errors import MarkerMismatchError, TenancyError
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import clear_tracebacks
 from ..servers.server import CLOSE_SECONDS
 from .marker import FIND, mismatch, refusal
 from .reading import SET_MODE
+
+logger = logging.getLogger("tenancy_orm.routing")
 
 # The beginning of an ErrorResponse after which the server ends the connection. Its severity is the first field, and the
 # second one too, not translated.
@@ -27,6 +33,7 @@ _BEGUN_SECONDS: Final = 0.05
 """How long a transaction that began with the proof waits for its first statement: ``now()`` is its beginning."""
 
 Report: TypeAlias = "Callable[[MarkerMismatchError], None]"
+Unavailable: TypeAlias = "Callable[[Exception], TenancyError]"
 Spawn: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]"
 
 
@@ -43,9 +50,13 @@ class Proof:
         tenant: The tenant's slug, for the error.
         timeout: Seconds that the server's answer may take.
         report: Gets the error where the database is another one.
+        unavailable: Returns the error to raise where the server does not answer as it should.
     """
 
-    __slots__ = ("_connection", "_marker", "_report", "_tenant", "_timeout", "claimed", "tag", "taken", "task", "then")
+    __slots__ = (
+        *("_connection", "_marker", "_report", "_tenant", "_timeout", "_unavailable"),
+        *("claimed", "tag", "taken", "task", "then"),
+    )
 
     def __init__(
         self,
@@ -56,6 +67,7 @@ class Proof:
         tenant: str,
         timeout: float,
         report: Report,
+        unavailable: Unavailable,
     ) -> None:
         # weakly: the connection has the protocol, which has this
         self._connection: weakref.ref[Any] = weakref.ref(connection)
@@ -63,6 +75,7 @@ class Proof:
         self._tenant = tenant
         self._timeout = timeout
         self._report = report
+        self._unavailable = unavailable
         self.then = then
         self.tag = ""
         """The command tag of ``then``."""
@@ -72,18 +85,36 @@ class Proof:
         """Whether there is a first operation, which waits for the proof."""
         self.task: asyncio.Task[None] | None = None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the caller has taken the ``BEGIN``: the transaction is the caller's, even one that was cancelled."""
+        return self.then == BEGIN and self.taken.done() and self.taken.result()
+
     async def run(self, protocol: UnprovedProtocol) -> None:
         """Prove the marker. Afterwards the connection is in a transaction if ``BEGIN`` was taken, and in none if not.
 
         Raises:
             MarkerMismatchError: the database is another tenant's. The connection is closed.
+            TenancyError: what ``unavailable`` has returned. The connection is closed.
         """
+        try:
+            await self._run(protocol)
+        except TenancyError:
+            raise  # some are also a PermissionError, and so an OSError
+        except SERVER_FAILURES as exc:
+            raise self._refuse(self._unavailable(exc)) from clear_tracebacks(exc)
+        finally:
+            # or the pool would keep a connection that has failed before its first use
+            if protocol.__class__ is UnprovedProtocol:
+                protocol.abort()
+
+    async def _run(self, protocol: UnprovedProtocol) -> None:
         # in a transaction of its own: what the application sets for its transaction must come before any query
         statement = f"BEGIN ISOLATION LEVEL READ COMMITTED; {refusal(self._marker)}; COMMIT; {self.then}"
         try:
             self.tag = await TenantProtocol.query(protocol, statement, self._timeout)
         except asyncpg.DivisionByZeroError as exc:
-            raise await self._fail(protocol) from exc
+            raise await self._mismatch(protocol) from exc
         if self.then == BEGIN:
             if not self.taken.done():
                 await asyncio.wait([self.taken], timeout=_BEGUN_SECONDS)
@@ -94,8 +125,9 @@ class Proof:
         protocol.__class__ = TenantProtocol
         del protocol.proof
 
-    async def _fail(self, protocol: UnprovedProtocol) -> MarkerMismatchError:
-        connection: Any = self._connection()
+    async def _mismatch(self, protocol: UnprovedProtocol) -> TenancyError:
+        """Report that the database is another tenant's, close the connection, and return the error."""
+        found = None
         try:
             await TenantProtocol.query(protocol, "ROLLBACK", self._timeout)
             # not by the connection's own methods, one of which waits for this
@@ -104,12 +136,22 @@ class Proof:
             )
             query._init_codecs()
             found = await TenantProtocol.bind_execute(protocol, query, (), "", 0, False, self._timeout)
-            connection.refused = error = mismatch(self._marker, self._tenant, found[0] if found else None)
-            self._report(error)
+        except SERVER_FAILURES:
+            # whose database it is instead is not known then, but that it is another one is
+            logger.debug("the marker of tenant %s cannot be read", self._tenant)
+        error = mismatch(self._marker, self._tenant, found[0] if found else None)
+        self._report(error)
+        self._refuse(error)
+        with suppress(*SERVER_FAILURES):
             # its slot is free once the server has one connection less
             await protocol.close(CLOSE_SECONDS)
-        finally:
-            protocol.abort()
+        return error
+
+    def _refuse(self, error: TenancyError) -> TenancyError:
+        """Have whoever uses the connection next get the same error."""
+        connection: Any = self._connection()
+        if connection is not None:
+            connection.refused = error
         return error
 
 
@@ -132,6 +174,9 @@ class TenantProtocol(DriverProtocol):  # type: ignore[misc]
         self.proof = proof
         proof.task = spawn(proof.run(self))
         proof.task.add_done_callback(_retrieve)
+
+    async def wait_until_proved(self) -> None:
+        """Wait until the marker is proved; raises as an operation would."""
 
     @property
     def is_proved(self) -> bool:
@@ -160,6 +205,10 @@ class UnprovedProtocol(TenantProtocol):
 
     proof: Proof
 
+    async def wait_until_proved(self) -> None:
+        """Wait until the marker is proved; raises as an operation would."""
+        await self._wait()
+
     @property
     def is_proved(self) -> bool:
         """Return False."""
@@ -171,14 +220,14 @@ class UnprovedProtocol(TenantProtocol):
         return "on" if self.proof.then == SET_MODE["on"] else None
 
     def is_in_transaction(self) -> bool:
-        """Return False: no operation has taken place."""
-        return False
+        """Whether the ``BEGIN`` that was sent with the proof was taken; no other operation has taken place."""
+        return self.proof.has_begun
 
     async def _wait(self, *, take: bool = False) -> bool:
         """Wait for the proof; returns whether the caller, who takes what was sent with it, is the first to do so.
 
         Raises:
-            MarkerMismatchError: the database is another tenant's. The connection is closed.
+            TenancyError: as ``Proof.run``.
             asyncpg.InterfaceError: another operation waits already.
         """
         proof = self.proof
@@ -193,6 +242,12 @@ class UnprovedProtocol(TenantProtocol):
         try:
             # for the next caller, whatever happens to this one
             await asyncio.shield(proof.task)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if proof.task.cancelled() and task is not None and not task.cancelling():
+                # the connector has shut down, and nobody has cancelled this caller
+                raise asyncpg.InterfaceError("cannot perform operation: connection is closed") from None
+            raise
         finally:
             proof.claimed = False
         return take

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, cast
 from uuid import uuid4
 
 import asyncpg
@@ -14,9 +14,10 @@ from asyncpg.protocol.protocol import BaseProtocol
 from sqlalchemy import text
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.errors import MarkerMismatchError
+from tenancy_orm.errors import MarkerMismatchError, ServerUnavailableError
 from tenancy_orm.events import EventBus, IsolationIncident
 from tenancy_orm.routing import Router, connector, marker, protocol
+from tenancy_orm.routing.direct import run_alone
 from tenancy_orm.tenant import Tenant
 from tests.support import databases as support
 from tests.support.databases import Databases, moved
@@ -290,6 +291,59 @@ async def test_a_second_operation_does_not_wait_beside_the_first(made: Databases
         results = await asyncio.gather(driver.transaction().start(), driver.execute("SELECT 1"), return_exceptions=True)
     assert results[0] is None
     assert isinstance(results[1], asyncpg.InterfaceError)
+
+
+async def alone(router: Router, tenant: Tenant, statement: str = "SELECT 1", *, writing: bool = False) -> Any:
+    answer = await run_alone(router, tenant, statement, {}, writing=writing)
+    assert answer is not None
+    return answer.row_count if writing else answer.value
+
+
+@pytest.mark.parametrize("use", [by_session, read_only, alone], ids=["session", "read-only session", "alone"])
+@pytest.mark.parametrize("ended", ["by the time-out", "by the server"])
+async def test_a_connection_that_cannot_prove_its_marker_is_closed(
+    made: Databases,
+    router: Router,
+    use: Callable[[Router, Tenant], Awaitable[object]],
+    ended: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The caller hears that the server does not answer, and the next one gets another connection."""
+    a = await made.create()
+    await read(router, await made.create())  # what the tenants of a server share is known
+    if ended == "by the time-out":
+        router._servers["default"].connect_timeout = 0.5
+    sleeping = "FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND starts_with(datname, $1)"
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "refusal", lambda _: "SELECT pg_catalog.pg_sleep(60)")
+        task = asyncio.create_task(cast("Coroutine[Any, Any, object]", use(router, a)))
+        if ended == "by the server":
+            await until(lambda: made.admin.fetchval(f"SELECT count(*) = 1 {sleeping}", made.names.stem))
+            await made.admin.execute(f"SELECT pg_cancel_backend(pid) {sleeping}", made.names.stem)
+        with pytest.raises(ServerUnavailableError) as caught:
+            await task
+    assert caught.value.tenant == a.slug
+    router._servers["default"].connect_timeout = 10.0
+    assert await alone(router, a) == 1
+    await use(router, a)
+
+
+async def test_a_begin_that_was_cancelled_is_not_left_to_the_next_caller(
+    made: Databases, router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been sent with the check: whatever came next would be rolled back with it."""
+    a = await made.create()
+    await read(router, await made.create())
+    monkeypatch.setattr(protocol, "refusal", lambda _: "SELECT pg_catalog.pg_sleep(0.3)")
+    async with router.connection(a) as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        begin = asyncio.create_task(driver.execute(protocol.BEGIN))
+        await until(driver.is_in_transaction)
+        begin.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await begin
+    assert await alone(router, a, WRITE, writing=True) == 1
+    assert await read(router, a) == ["written by another"]
 
 
 async def test_every_new_connection_is_checked(made: Databases, router: Router) -> None:
