@@ -22,13 +22,13 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..errors import ConfigurationError, MarkerMismatchError, PoolerError, QueryError
+from ..errors import ConfigurationError, PoolerError, QueryError, TenancyError
 from ..loops import HomeLoop
 from ..postgres.login import peer_of
 from ..postgres.poolers import LISTEN_NEEDS_A_SESSION, is_direct
 from ..postgres.sqlalchemy_versions import AdaptedConnection, forget_transaction, has_begun, roll_back
 from .protocol import BEGIN, Proof, Spawn, TenantProtocol
-from .reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
+from .reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain, mode_not_kept
 from .route import TenantRoute
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -70,8 +70,8 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         self.reading = False
         self.follows_server = False
         self.native_mode: str | None = None
-        self.refused: MarkerMismatchError | None = None
-        """Set where the connection was closed because its database is another tenant's."""
+        self.refused: TenancyError | None = None
+        """Set where the connection was closed because it has not proved that its database is the tenant's."""
 
     def prove(self, proof: Proof, spawn: Spawn) -> None:
         """Begin to prove the marker; whatever is done with this connection waits for that, and fails where it fails."""
@@ -110,10 +110,15 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
 
     @property
     def has_other_mode(self) -> bool:
-        """Whether the next statement, outside a transaction, would be run with the mode of another session."""
+        """Whether the next statement, outside a transaction, would be run with the mode of another session.
+
+        Also where that is not known yet.
+        """
         native, protocol = self.native_mode, self._protocol
         if native is None or protocol is None:
             return False
+        if self.reading and not protocol.is_proved:
+            return True
         return self.mode != ("on" if self.reading else native) and not protocol.is_in_transaction()
 
     async def set_mode(self) -> None:
@@ -125,7 +130,9 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         wanted = "on" if self.reading else self.native_mode
         if wanted is None:
             return
-        await super().execute(SET_MODE[wanted])
+        await self._protocol.wait_until_proved()
+        if self.mode != wanted:
+            await super().execute(SET_MODE[wanted])
         if self.mode != wanted:
             # what answers is not PostgreSQL itself, so leave nothing behind
             self.native_mode = None
@@ -137,8 +144,8 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
             begin = None if args else _BEGIN.fullmatch(query)
             if begin is not None and (self.reading or not self.follows_server):
                 query = self._begin(begin)
-            elif self.has_other_mode:
-                await self.set_mode()
+            elif query != RESET:
+                await self._enter_mode()
         status: str = await super().execute(query, *args, timeout=timeout)
         return status
 
@@ -153,19 +160,30 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         return f"{begin.string[:end]} READ {'ONLY' if self.native_mode == 'on' else 'WRITE'}{begin.string[end:]}"
 
     async def _get_statement(self, *args: Any, **options: Any) -> Any:
-        if self.has_other_mode:
-            await self.set_mode()
+        await self._enter_mode()
         return await super()._get_statement(*args, **options)
 
     async def _copy_in(self, *args: Any, **options: Any) -> Any:
-        if self.has_other_mode:
-            await self.set_mode()
+        await self._enter_mode()
         return await super()._copy_in(*args, **options)
 
     async def _copy_out(self, *args: Any, **options: Any) -> Any:
+        await self._enter_mode()
+        return await super()._copy_out(*args, **options)
+
+    async def _enter_mode(self) -> None:
+        """Prepare for an operation that begins no transaction.
+
+        Raises:
+            ReadOnlyError: outside a transaction nothing would keep the read-only session from writing.
+        """
         if self.has_other_mode:
             await self.set_mode()
-        return await super()._copy_out(*args, **options)
+        self._check_mode()
+
+    def _check_mode(self) -> None:
+        if self.reading and self.native_mode is None and not self.is_in_transaction():
+            raise mode_not_kept()
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +206,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
         Raises:
             PoolerError: a pooler is in between, which would let nothing through. Nothing was sent.
         """
-        if not await is_direct(self):
+        if (self.reading and self.native_mode is None) or not await is_direct(self):
             raise PoolerError(LISTEN_NEEDS_A_SESSION)
         await super().add_listener(channel, callback)
 
@@ -224,6 +242,7 @@ class PreparedStatement(prepared_stmt.PreparedStatement):  # type: ignore[misc]
     def _check_conn_validity(self, meth_name: str) -> None:
         super()._check_conn_validity(meth_name)
         self._connection._check_open()
+        self._connection._check_mode()
 
 
 ROWS_ONLY = "tenancy_rows_only"

@@ -19,6 +19,7 @@ from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
 from ..postgres.errors import READ_ONLY_SQL_TRANSACTION
+from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Tenant
 from .connection import TenantConnection, TenantEngine
 from .engines import Entry
@@ -202,6 +203,9 @@ async def _run(
         if connection._connection.native_mode is None:
             broken = False
             return None
+        if connection._connection.has_other_mode and not await _set_mode(connection, statement, values):
+            broken = False
+            return None
         connection.alone = True
         answer = await _send_again_if_outdated(connection, statement, values, writing=writing, first_row=first_row)
         broken = False
@@ -239,19 +243,26 @@ async def _send_again_if_outdated(
     return answer
 
 
-async def _send(connection: TenantConnection, statement: TextStatement, values: list[Any], first_row: bool) -> Answer:
-    driver, route = connection._connection, connection.route
+async def _set_mode(connection: TenantConnection, statement: TextStatement, values: list[Any]) -> bool:
+    """Return whether the connection keeps the mode: what answers may be something else than PostgreSQL."""
     try:
-        if driver.has_other_mode:
-            await driver.set_mode()
-        prepared, attributes = await connection._prepare(statement.operation, route.schema_valid_since())  # type: ignore[no-untyped-call]
+        await connection._connection.set_mode()
+        return connection._connection.native_mode is not None
+    except SERVER_FAILURES as exc:
+        failed = exc
+    raise _translated(connection, statement, values, failed)
+
+
+async def _send(connection: TenantConnection, statement: TextStatement, values: list[Any], first_row: bool) -> Answer:
+    try:
+        prepared, attributes = await connection._prepare(statement.operation, connection.route.schema_valid_since())  # type: ignore[no-untyped-call]
         if first_row:
             record = await prepared.fetchrow(*values)
             records = [] if record is None else [record]
         else:
             records = await prepared.fetch(*values)
         return Answer(statement, attributes, records, prepared.get_statusmsg())
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as exc:
+    except SERVER_FAILURES as exc:
         failed = exc
     raise _translated(connection, statement, values, failed)
 

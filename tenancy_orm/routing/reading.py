@@ -51,4 +51,12 @@ def control_refused(slug: str) -> ReadOnlyError:
     )
 
 
-__all__ = ["FIX_SNAPSHOT", "MODE", "SET_MODE", "control_refused", "controls_transaction", "is_plain"]
+def mode_not_kept() -> ReadOnlyError:
+    """The error for what a read-only session does on the driver's connection, where only a transaction is read-only."""
+    return ReadOnlyError(
+        "behind a connection pooler only a transaction is read-only, and this is outside one; begin one first: "
+        "async with connection.transaction(), or use the session's own methods"
+    )
+
+
+__all__ = ["FIX_SNAPSHOT", "MODE", "SET_MODE", "control_refused", "controls_transaction", "is_plain", "mode_not_kept"]

@@ -19,7 +19,7 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.errors import ConfigurationError, ReadOnlyError
 from tenancy_orm.postgres.sqlalchemy_versions import await_
-from tenancy_orm.routing.reading import controls_transaction, is_plain
+from tenancy_orm.routing.reading import SET_MODE, controls_transaction, is_plain
 from tests.support.models import Note, Tag
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
@@ -430,6 +430,44 @@ async def test_behind_a_pooler_each_session_is_a_transaction(
                     await tenancy.fetch_value("DELETE FROM notes RETURNING 1", tenant="acme")
             assert await tenancy.fetch_value("SHOW default_transaction_read_only", tenant="acme") == "off"
             assert len(await side.bodies()) == 6
+            if driver == "asyncpg":
+                await refused_outside_a_transaction(tenancy)
+                assert len(await side.bodies()) == 6
+
+
+async def refused_outside_a_transaction(tenancy: Tenancy) -> None:
+    """On asyncpg's own connection, where a pooler keeps no mode: each way to write without a transaction."""
+    write = "INSERT INTO notes (body) VALUES ('x')"
+    async with tenancy.session("acme", read_only=True) as session:
+        driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        attempts: tuple[Callable[[], Any], ...] = (
+            lambda: driver.execute(write),
+            lambda: driver.execute(f"BEGIN; {write}; COMMIT;"),
+            lambda: driver.fetch(write),
+            lambda: driver.executemany("INSERT INTO notes (body) VALUES ($1)", [("x",)]),
+            lambda: driver.copy_records_to_table("notes", records=[("x",)], columns=["body"]),
+            lambda: driver.copy_from_query(f"{write} RETURNING 1", output=print),
+        )
+        for attempt in attempts:
+            with pytest.raises(ReadOnlyError, match="transaction"):
+                await attempt()
+        async with driver.transaction():
+            assert await driver.fetchval("SELECT 1") == 1
+        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+            async with driver.transaction():
+                await driver.execute(write)
+
+
+async def test_where_a_mode_is_not_kept_no_statement_is_sent_alone(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a proxy in between, which may give each statement another session, and cannot be told from PostgreSQL."""
+    monkeypatch.setitem(SET_MODE, "on", "SELECT 1")
+    for _ in range(2):
+        for _ in range(2):
+            with pytest.raises(DBAPIError, match="read-only"):
+                await side.tenancy.fetch_value("DELETE FROM notes RETURNING 1", tenant="acme")
+            await side.use(partial(refused, statement="DELETE FROM notes RETURNING 1"))
+        side.tenancy.internals.router.retire((await side.tenancy.tenants.get("acme")).id)
+    assert await side.bodies() == ["kept"]
 
 
 def test_which_statements_are_sent_alone() -> None:
