@@ -256,7 +256,7 @@ class ThreadPool(RoutedPool):
         except BaseException as exc:
             clear_tracebacks(exc)
             raise
-        connection.answer_seconds = server.answer_seconds
+        connection.answer_seconds = server.connect_timeout  # until it has proved the marker
         if later:
             try:
                 connection.execute("; ".join(f"SET {name} TO {quote_literal(text)}" for name, text in later.items()))
@@ -272,6 +272,7 @@ class ThreadPool(RoutedPool):
         standby = self.connector.server.standby_proof(self.slug)
         if standby is not None and connection.execute(standby.encode()).statusmessage != PROVED:
             raise self.connector.server.no_standby(self.slug)
+        connection.answer_seconds = self.connector.server.answer_seconds
         connection.autocommit = False
 
     def _opened_here(self, ending: SocketEnding, seconds: float) -> None:
@@ -291,6 +292,8 @@ class ThreadPool(RoutedPool):
         self.connector.release_slot(self.share, ending)
         if isinstance(error, MarkerMismatchError):
             self.route.report_incident(error)
+        elif isinstance(error, psycopg.Error):
+            self.connector.server.breaker.suspect()
 
     # --- return -----------------------------------------------------------------------------------------------------
 

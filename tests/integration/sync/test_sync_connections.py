@@ -23,8 +23,8 @@ from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig, TenancyError
 from tenancy_orm.config import ServerAddresses
-from tenancy_orm.errors import EventLoopBlockedError, NotOpenError, SecretError
-from tenancy_orm.sync import hops
+from tenancy_orm.errors import EventLoopBlockedError, NotOpenError, SecretError, ServerUnavailableError
+from tenancy_orm.sync import hops, pool
 from tenancy_orm.sync.hops import Answer
 from tenancy_orm.sync.tenancy import hops_of
 from tenancy_orm.testing.embedded import fast_directory
@@ -151,6 +151,21 @@ async def test_behind_a_pooler(tenancy_config: TenancyConfig, postgres: Postgres
                 expected = await admin.fetchval("SHOW timezone")
             for _ in range(3):
                 assert await asyncio.to_thread(tenancy.sync.fetch_value, "SHOW timezone", tenant="acme") == expected
+
+
+async def test_a_server_that_does_not_say_whose_database_it_is_is_not_waited_for_for_long(
+    tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as for the login, and not as long as a statement of the application's may take."""
+    async with _opened(tenancy_config.replace(pool={"connect_timeout": 2.0})) as tenancy:
+        await tenancy.tenants.create("acme")
+        assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+        tenancy.internals.router.retire((await tenancy.tenants.get("acme")).id)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "proof", lambda _: "SELECT pg_catalog.pg_sleep(60)")
+            with pytest.raises(ServerUnavailableError, match="no answer within 2 seconds"):
+                await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme")
+        assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
 
 
 async def test_an_interrupted_thread_keeps_no_slot(tenancy: Tenancy) -> None:
