@@ -97,6 +97,22 @@ class ConnectionLeases:
         for server in accepted:
             self.lease(server)
         await self._register(accepted)
+        self._begin()
+
+    def open_like(self, former: ConnectionLeases) -> None:
+        """Begin with a first part that is not asked for, as far as another ``ConnectionLeases`` knows the servers.
+
+        For a short time, a test's: what goes beyond this part is asked for, and the first renewal registers it.
+        """
+        for server, known in former._leases.items():
+            lease = self.lease(server, former._replicas.get(server))
+            lease.learn(cap=known.cap, processes=known.processes, max_opening=known.max_opening)
+            lease.granted = lease.limit = min(FIRST, lease.most)
+            lease.renewed(clock())
+            lease.apply()
+        self._begin()
+
+    def _begin(self) -> None:
         self._renew_at = clock() + RENEW_SECONDS * random.uniform(0.5, 1.0)
         self._runner = asyncio.get_running_loop().create_task(self._run(), context=Context())
 

@@ -68,6 +68,7 @@ class ReopenedAssembly(Assembly):
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
         self._follow_servers()
         self._build_parts()
+        self.leases.open_like(first.leases)
         self.tiers = TierRegistry(self.control, self.audit)
         self._share_what_is_known(first)
         self._opened.append(self.directory.close)
