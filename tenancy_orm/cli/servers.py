@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from math import isinf
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
 import typer
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from ..audit.log import AuditLog
 from ..config import ServerAddresses, TenancyConfig
 from ..connections.rows import ServerLeases
 from ..control.database import ControlDatabase
 from ..errors import ConfigurationError, SettingError
+from ..postgres.dsn import Dsn
 from ..provisioning.known_servers import KnownServer
 from ..provisioning.server_fields import UNSET, Unset
 from ..servers.placement import PlacementExplanation
@@ -421,22 +421,25 @@ def _variable(name: str) -> str:
 
 def _has_password(url: str) -> bool:
     try:
-        found = make_url(url)
-    except ArgumentError:
+        return Dsn.parse(url).has_secret
+    except ConfigurationError:
         return False
-    return found.password is not None or "password" in found.query
 
 
 def _with_password(url: str, password: str) -> str:
     try:
-        found = make_url(url)
-    except ArgumentError:
-        fail("admin: is not a URL", kind="ConfigurationError")
+        found = Dsn.parse(url)
+    except ConfigurationError as exc:
+        fail(f"admin: {exc}", kind="ConfigurationError")
     if found.password is not None:
         fail("the URL has a password already", kind="ConfigurationError")
-    if found.username is None:
+    if found.user is None:
         fail("the URL names no user for the password", kind="ConfigurationError")
-    return found.set(password=password).render_as_string(hide_password=False)
+    if "://" not in url.partition("=")[0]:
+        value = password.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{url} password='{value}'"
+    # as a parameter: what is before it may name several hosts, or none
+    return f"{url}{'&' if '?' in url else '?'}password={quote(password, safe='')}"
 
 
 def _labels(given: Sequence[str] | None) -> dict[str, str]:

@@ -99,6 +99,9 @@ async def test_a_server_is_added_and_removed_by_command(cli: Cli, postgres: Post
     assert (shown["addresses_from"], shown["labels"], shown["tenants"]) == ("row", {"disk": "nvme"}, 1)
     changed = await cli("servers", "update", "eu", "--capacity", "none", "--weight", "2.5", "--json")
     assert (json.loads(changed.out)["capacity"], json.loads(changed.out)["weight"]) == (None, 2.5)
+    several = f"postgresql://{url.username}@127.0.0.1:1,{url.host}:{url.port}/{url.database}?sslmode=disable"
+    moved = await cli("servers", "update", "eu", "--admin", several, "--password-stdin", "--json", stdin=password)
+    assert moved.status == 0 and json.loads(moved.out)["port"] == 1, moved.err
     assert (await cli("servers", "activate", "us")).out == "server us is active\n"
     assert (await cli("servers", "drain", "us")).out == "server us is in drain\n"
     assert (await cli("servers", "remove", "eu", "--yes")).status == 1
