@@ -265,7 +265,7 @@ class Assembly:
         self.metrics = TenantMetrics(self.control)
         self.schedules = ScheduleManager(self.control, self.audit)
         self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
-        placer = Placer(config, self.control, self.servers)
+        placer, provided = Placer(config, self.control, self.servers), self._provided
         self.server_manager = ServerManager(
             config=config,
             control=self.control,
@@ -275,6 +275,7 @@ class Assembly:
             registry=self.registry,
             provisioner=self.provisioner,
             placer=placer,
+            embedded=provided is not None and config.servers == {"default": provided.server_url},
         )
         self.tenants = TenantManager(
             config=config,

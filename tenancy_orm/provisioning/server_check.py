@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Final
 
@@ -34,6 +35,15 @@ async def verify(server: Server) -> ServerFacts:
     except asyncpg.PostgresError as exc:
         raise server.unavailable(exc) from exc
     try:
+        return await _verify(server, connection)
+    except OSError as exc:  # no answer in time, for example
+        raise server.unavailable(exc) from exc
+    finally:
+        await connections.close(connection)
+
+
+async def _verify(server: Server, connection: connections.Connection) -> ServerFacts:
+    async with asyncio.timeout(server.connect_timeout):
         if (version := connections.version(connection)) < OLDEST_VERSION:
             raise ConfigurationError(
                 f"server {server.name!r} runs PostgreSQL {version}; {OLDEST_VERSION} or later can hold tenants"
@@ -44,18 +54,16 @@ async def verify(server: Server) -> ServerFacts:
                 "run there as a superuser: ALTER ROLE ... CREATEDB CREATEROLE"
             )
         return await server.learn(connection)
-    finally:
-        await connections.close(connection)
 
 
-def refuse_known_cluster(name: str, facts: ServerFacts, rows: Iterable[ServerRow]) -> None:
-    """Refuse a cluster that is a server already, by another name.
+def refuse_known_cluster(name: str, identity: str | None, rows: Iterable[ServerRow]) -> None:
+    """Refuse a cluster, by its identity, that is a server already, by another name.
 
     Raises:
         ConfigurationError: it is.
     """
     for row in rows:
-        if row.name != name and row.identity is not None and row.identity == facts.identity:
+        if row.name != name and row.identity is not None and row.identity == identity:
             raise ConfigurationError(
                 f"the address of server {name!r} leads to the cluster of server {row.name!r}: its connections and its "
                 "capacity would be counted twice; to add it all the same: --same-cluster (same_cluster=True)"

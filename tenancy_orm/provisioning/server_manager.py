@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -30,7 +30,7 @@ from ..registry.registry import Registry
 from ..servers import Server, Servers
 from ..servers.identity import differ
 from ..servers.placement import PlacementExplanation, Placer
-from ..servers.rows import ServerRow, list_servers
+from ..servers.rows import COLUMNS, ServerRow, list_servers
 from ..servers.sealed import SealedAddresses
 from ..servers.server import ServerFacts
 from ..tenant import Status, Tenant
@@ -69,7 +69,9 @@ class ServerManager:
         registry: Registry,
         provisioner: Provisioner,
         placer: Placer,
+        embedded: bool = False,
     ) -> None:
+        self._embedded = embedded
         self._config = config
         self._control = control
         self._audit = audit
@@ -138,7 +140,7 @@ class ServerManager:
         try:
             facts = await verify(server)
             if not same_cluster:
-                refuse_known_cluster(name, facts, rows.values())
+                refuse_known_cluster(name, facts.identity, rows.values())
             await self._provisioner.prepare(server)
             if facts.identity is None:
                 facts = await verify(server)  # the preparation has left a marker
@@ -146,6 +148,9 @@ class ServerManager:
             await server.close()
         values |= self._address_values(server, given, facts)
         async with self._control.transaction() as connection:
+            if not same_cluster:
+                await self._lock_table(connection)
+                await self._refuse_known_cluster(connection, name, facts.identity)
             statement = insert(table).values(name=name, **values).on_conflict_do_nothing()
             if not (await connection.execute(statement)).rowcount:
                 raise _exists(name)
@@ -354,6 +359,10 @@ class ServerManager:
     ) -> dict[str, Any]:
         """Verify the addresses of a server, the present ones where None, and return what changes in its row."""
         row = rows[name]
+        if self._embedded and name == "default":
+            raise ConfigurationError(
+                "server 'default' is the embedded one: its address changes with its starts, so it is not kept in a row"
+            )
         if addresses is not None:
             given = read_addresses(addresses)
         elif row.sealed_addresses is not None:
@@ -374,15 +383,21 @@ class ServerManager:
                 f"{row.maintenance_database!r}: name that one; to change it, stop every process and run: tenancy "
                 f"servers set-maintenance-database {name} {facts.database}"
             )
-        if differ(row.identity, facts.identity) and not accept_identity:
+        if row.identity not in (None, facts.identity) and not accept_identity:
+            answers = (
+                f"another cluster answers, {facts.identity or 'one without a marker'}, than the one that holds its "
+                f"tenants, {row.identity}; if they were moved there"
+                if differ(row.identity, facts.identity)
+                else f"this administrator can read {facts.identity or 'nothing'} and not {row.identity}, by which the "
+                "cluster that holds its tenants is known; if it is the same one"
+            )
             raise ServerIdentityError(
                 server=name,
                 address=server.dsn.address(),
-                reason=f"another cluster answers, {facts.identity}, than the one that holds its tenants, "
-                f"{row.identity}; if they were moved there, repeat this with --accept-identity (accept_identity=True)",
+                reason=f"{answers}, repeat this with --accept-identity (accept_identity=True)",
             )
         if differ(row.identity, facts.identity):
-            refuse_known_cluster(name, facts, rows.values())
+            refuse_known_cluster(name, facts.identity, rows.values())
         if addresses is None:
             return {"identity": facts.identity}
         return self._address_values(server, given, facts)
@@ -398,8 +413,12 @@ class ServerManager:
 
     async def _change(self, name: str, action: str, values: dict[str, Any], actor: Actor) -> ServerRow:
         async with self._control.transaction() as connection:
+            if "identity" in values:
+                await self._lock_table(connection)
             before = await self._lock(connection, name)
             if values:
+                if differ(before.identity, values.get("identity", before.identity)):
+                    await self._refuse_known_cluster(connection, name, values["identity"])
                 try:
                     await connection.execute(update(table).where(table.c.name == name).values(**values))
                 except DBAPIError as exc:
@@ -414,13 +433,21 @@ class ServerManager:
         await self._servers.refresh()
         return after
 
+    async def _lock_table(self, connection: AsyncConnection) -> None:
+        """Let nobody else add or change a server until this is committed; placements, which lock a row, do not wait."""
+        await connection.execute(text("LOCK TABLE tenancy.servers IN SHARE ROW EXCLUSIVE MODE"))
+
     async def _lock(self, connection: AsyncConnection, name: str, *, removing: bool = False) -> ServerRow:
-        columns = [table.c[field] for field in ServerRow.__dataclass_fields__ if field != "tenants"]
-        query = select(*columns).where(table.c.name == name).with_for_update(key_share=not removing)
+        query = select(*COLUMNS).where(table.c.name == name).with_for_update(key_share=not removing)
         row = (await connection.execute(query)).mappings().one_or_none()
         if row is None:
             raise UnknownServerError(name)
         return ServerRow(**row)
+
+    async def _refuse_known_cluster(self, connection: AsyncConnection, name: str, identity: str | None) -> None:
+        """Refuse a cluster that became a server, by another name, while this one was verified."""
+        rows = (await connection.execute(select(*COLUMNS))).mappings()
+        refuse_known_cluster(name, identity, [ServerRow(**row) for row in rows])
 
     async def _refuse_tenants(self, connection: AsyncConnection, name: str) -> None:
         query = select(func.count(), func.min(tenants.c.slug)).where(

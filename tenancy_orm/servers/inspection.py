@@ -62,7 +62,7 @@ def check_rows(rows: Sequence[ServerRow], found: Mapping[str, ServerFacts], *, n
                 "the address of server %s leads to another cluster, %s, than the one that holds its tenants, %s: it is "
                 "not used; if the server has moved on purpose, run: tenancy servers update %s --accept-identity",
                 row.name,
-                facts.identity,
+                facts.identity or "one without a marker",
                 row.identity,
                 row.name,
             )

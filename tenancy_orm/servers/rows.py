@@ -62,7 +62,8 @@ class ServerRow:
         return self.state == "active"
 
 
-_COLUMNS = tuple(servers.c[item.name] for item in fields(ServerRow) if item.name != "tenants")
+COLUMNS = tuple(servers.c[item.name] for item in fields(ServerRow) if item.name != "tenants")
+"""What a ``ServerRow`` is made of; tenants are counted by another query."""
 
 
 async def read_rows(control: ControlDatabase) -> list[ServerRow]:
@@ -74,7 +75,7 @@ async def read_rows(control: ControlDatabase) -> list[ServerRow]:
     """
     refuse_while_bound("listing servers")
     async with control.connect() as connection:
-        rows = await connection.execute(select(*_COLUMNS).order_by(servers.c.name))
+        rows = await connection.execute(select(*COLUMNS).order_by(servers.c.name))
         return [ServerRow(**row) for row in rows.mappings()]
 
 
@@ -93,7 +94,7 @@ async def list_servers(control: ControlDatabase) -> list[ServerRow]:
         .subquery()
     )
     query = (
-        select(*_COLUMNS, func.coalesce(counted.c.held, 0).label("tenants"))
+        select(*COLUMNS, func.coalesce(counted.c.held, 0).label("tenants"))
         .outerjoin(counted, counted.c.server == servers.c.name)
         .order_by(servers.c.name)
     )
@@ -140,4 +141,4 @@ async def set_maintenance_database(
     return former
 
 
-__all__ = ["ServerRow", "ServerState", "list_servers", "read_rows", "set_maintenance_database"]
+__all__ = ["COLUMNS", "ServerRow", "ServerState", "list_servers", "read_rows", "set_maintenance_database"]

@@ -228,7 +228,7 @@ class Server:
             database: The database; the one in the URL where None.
             role: The role to act as from the first statement on.
             settings: Further server settings, in force from the start.
-            timeout: Seconds this may take; ``connect_timeout`` where None.
+            timeout: Seconds this may take, and again the question which cluster it is; ``connect_timeout`` where None.
             purpose: What it is for, as its application_name says.
             always: Whether to try even while the server's breaker is open.
 
@@ -256,7 +256,7 @@ class Server:
                     connect_directly, purpose, startup, timeout=seconds, refusal=refusal, **options
                 )
                 self._is_proved = True
-            await self._check_identity(connection)
+            await self._check_identity(connection, timeout=seconds)
             return cast("Connection", connection)
         except SERVER_FAILURES as exc:
             clear_tracebacks(exc)
@@ -302,19 +302,20 @@ class Server:
             self._facts = facts
         return facts
 
-    async def _check_identity(self, connection: Connection) -> None:
+    async def _check_identity(self, connection: Connection, *, timeout: float) -> None:
         """Refuse another cluster than the one in the row; at times, since an address may lead elsewhere one day."""
         known = None if self.row is None else self.row.identity
         if known is None or time.monotonic() - self._identified_at < IDENTITY_SECONDS:
             return
         try:
-            found = await read_identity(connection, self.owner)
+            async with asyncio.timeout(timeout):
+                found = await read_identity(connection, self.owner)
             if differ(known, found):
                 raise ServerIdentityError(
                     server=self.name,
                     address=self.dsn.address(),
-                    reason=f"another cluster answers, {found}, than the one that holds its tenants, {known}; correct "
-                    "the address; if the server has moved to a new cluster on purpose, run: "
+                    reason=f"another cluster answers, {found or 'one without a marker'}, than the one that holds its "
+                    f"tenants, {known}; correct the address; if the server has moved to a new cluster on purpose, run: "
                     f"tenancy servers update {self.name} --accept-identity",
                 )
         except BaseException:

@@ -13,7 +13,15 @@ from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
-from tenancy_orm.errors import ConfigurationError, PlacementError, SecretError, ServerIdentityError, UnknownServerError
+from tenancy_orm.errors import (
+    ConfigurationError,
+    PlacementError,
+    SecretError,
+    ServerIdentityError,
+    ServerUnavailableError,
+    UnknownServerError,
+)
+from tenancy_orm.servers.identity import read_identity
 from tenancy_orm.servers.rows import ServerRow
 from tests.support.postgres import Postgres
 from tests.support.provisioning import plain_administrator, running_server
@@ -290,6 +298,12 @@ async def test_an_address_that_leads_to_another_cluster_is_refused(
             second.connect(make_url(plain).database or "") as admin,
         ):
             await admin.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+            async with second.connect("postgres") as there:
+                await there.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+                await there.execute(f'GRANT CONNECT ON DATABASE postgres TO "{make_url(plain).username}"')
+            unknown = make_url(plain).set(database="postgres").render_as_string(False)
+            with pytest.raises(ServerIdentityError, match=r"can read .* and not system:.*--accept-identity"):
+                await tenancy.servers.update("default", addresses=unknown)
             marked = (await tenancy.servers.add("marked", plain, same_cluster=True)).identity
             assert str(marked).startswith("marker:")
             assert (await tenancy.servers.update("marked", addresses=plain)).identity == marked
@@ -298,6 +312,38 @@ async def test_an_address_that_leads_to_another_cluster_is_refused(
             await admin.execute(f"COMMENT ON ROLE {tenancy.internals.provisioner.names.owner} IS 'tenancy server x'")
             with pytest.raises(ServerIdentityError, match="another cluster answers, marker:x"):
                 await tenancy.servers.update("marked", addresses=plain)
+            await admin.execute(f"COMMENT ON ROLE {tenancy.internals.provisioner.names.owner} IS NULL")
+            with pytest.raises(ServerIdentityError, match="another cluster answers, one without a marker"):
+                await tenancy.internals.servers["marked"].connect_admin()
+        # of two that add it at once, one is refused
+        racing = await asyncio.gather(
+            *(tenancy.servers.add(name, url) for name in ("one", "two")), return_exceptions=True
+        )
+        [refused] = [outcome for outcome in racing if isinstance(outcome, BaseException)]
+        assert "leads to the cluster of server" in str(refused), refused
+
+
+async def test_a_server_that_stops_answering_after_a_login_is_given_up(
+    tenancy: Tenancy, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question which cluster it is has the bound of the login, when a command verifies an address too."""
+    async with proxied(postgres.admin_url) as proxy:
+        url = proxy.url(postgres.admin_url) + "?connect_timeout=1"
+
+        async def freeze(*_: object) -> str | None:
+            proxy.swallow()
+            return await read_identity(*_)  # type: ignore[arg-type]
+
+        await tenancy.servers.update("default", addresses=url)
+        monkeypatch.setattr("tenancy_orm.servers.server.read_identity", freeze)
+        for work in (
+            tenancy.internals.servers["default"].connect_admin(),
+            tenancy.servers.update("default", addresses=url),
+        ):
+            async with asyncio.timeout(20):
+                with pytest.raises(ServerUnavailableError, match="no answer in time"):
+                    await work
+            proxy.restore()
 
 
 async def test_a_region_is_refused_by_code_and_by_the_database(tenancy: Tenancy, postgres: Postgres) -> None:

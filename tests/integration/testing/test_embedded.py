@@ -20,7 +20,9 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from sqlalchemy import MetaData
 
+from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import ConfigurationError, NotOpenError
 from tenancy_orm.testing.embedded import (
     EmbeddedProvider,
@@ -409,6 +411,16 @@ async def test_the_provider_creates_the_control_database_once(directory: Path) -
     assert second.server.password not in repr(second)
     await second.close()
     assert not second.server.is_running()
+
+
+async def test_its_address_is_not_kept_in_a_row(directory: Path) -> None:
+    """Its port may be another one at the next start: no command could open the installation, to correct the row."""
+    config = TenancyConfig(control_url=f"embedded:{directory}", metadata=MetaData())
+    async with Tenancy(config) as tenancy:
+        with pytest.raises(ConfigurationError, match="server 'default' is the embedded one"):
+            await tenancy.servers.update("default", from_settings=True)
+        assert (await tenancy.servers.update("default", capacity=9)).capacity == 9
+        assert (await tenancy.servers.get("default")).source == "settings"
 
 
 async def test_a_cancelled_opening_leaves_no_server(directory: Path) -> None:
