@@ -25,8 +25,9 @@ logger = logging.getLogger("tenancy_orm.servers")
 _FIRST_PAUSE: Final = 0.1
 _BELIEVED_SECONDS: Final = 1.0  # for how long a probe that has succeeded makes another one unnecessary
 
-# The server says of itself, at a login, that it serves nobody now. No tenant can make it say so.
-_AWAY: Final = "57P"
+# The server says of itself, at a login, that it serves nobody now (it starts, or stops). No tenant can make it say so.
+# What a server that stops says to a login under way (57P01) is said as well where a tenant's role ends that login.
+_AWAY: Final = "57P03"
 # Refusals that say that it does answer: of a role, a right or a database; it is full.
 _ANSWERED: Final = ("28", "3D", "42", "53", "22")
 
@@ -120,7 +121,7 @@ class Breaker:
         sqlstate = getattr(error, "sqlstate", None) or ""
         if sqlstate.startswith(_ANSWERED):
             return
-        if sqlstate.startswith(_AWAY):
+        if sqlstate == _AWAY:
             self._sqlstate = sqlstate
             self._ask(known=getattr(error, "reason", None) or reason_of(error))
         else:

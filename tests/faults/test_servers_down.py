@@ -141,7 +141,7 @@ async def test_writes_go_on_after_a_restart_and_none_is_made_twice(house: Tenanc
 async def test_no_tenant_can_open_the_breaker_of_its_server(
     house: Tenancy, other: TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slow statements, a locked or dropped database, a lost password, too many connections: its neighbours go on."""
+    """Slow statements, a locked or dropped database, a login that she ends, a lost password, too many connections: its neighbours go on."""
     eve = (await house.tenants.get("eve")).placement
     assert eve is not None
 
@@ -166,6 +166,14 @@ async def test_no_tenant_can_open_the_breaker_of_its_server(
         await until(lambda: admin.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND objid > 0"))
         house.internals.router.retire((await house.tenants.get("eve")).id)
         await fails("eve")
+        # which her role ends: the server says then (57P01) what it says where it is shut down
+        failing = asyncio.create_task(fails("eve"))
+        ends = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted AND objid > 0 AND pid <> $1"
+        await admin.execute(f'SET ROLE "{eve.role}"')
+        while not failing.done():
+            await admin.fetch(ends, dropper.get_server_pid())
+        await admin.execute("RESET ROLE")
+        assert getattr(await failing, "sqlstate", None) == "57P01"
         for pid in (dropper.get_server_pid(), holder.get_server_pid()):
             await admin.fetchval("SELECT pg_terminate_backend($1, 5000)", pid)
         await asyncio.gather(dropping, return_exceptions=True)
