@@ -343,6 +343,10 @@ class Budget(Generic[T]):
         """Remove a waiter from the queue. If it was served already, the caller must return what it got."""
         self._waiting.remove(share, waiter)
 
+    def dismiss(self) -> list[tuple[Share[T], Waiter[T | None]]]:
+        """Return everybody who waits, to be told that it is in vain; they do not wait any more."""
+        return self._waiting.dismiss()
+
     def look(self) -> list[tuple[Share[T], Waiter[T | None], Refusal]]:
         """Close what has been idle for ``KEEP_SECONDS`` for those that wait; to be called while some do.
 

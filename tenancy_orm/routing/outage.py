@@ -102,6 +102,8 @@ class Outage:
         if self._closed:
             return
         if breaker.is_open:
+            for share, waiter in self._budget.dismiss():
+                waiter.set_exception(breaker.error(tenant=share.account.slug))
             # when it answers again, it may be another machine
             self._drop_idle()
             self._events.emit(ServerDown(server=self._server.name, reason=breaker.reason))

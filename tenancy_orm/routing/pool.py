@@ -179,6 +179,7 @@ class TenantPool(RoutedPool):
     async def _wait(self, deadline: float, timeout: float, *, first: bool) -> Record | None:
         """Wait for a connection of this tenant (a record) or for a reserved slot (None)."""
         connector, account = self.connector, self.share.account
+        connector.outage.check(self.route.slug)
         waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
         refusal = connector.budget.wait(self.share, waiter, deadline=deadline, first=first)
         if refusal is not None:

@@ -157,6 +157,16 @@ class Queue(Generic[T]):
             self._leave(share)
         return found
 
+    def dismiss(self) -> list[tuple[Share[T], Waiter[T | None]]]:
+        """Remove, and return, everybody who waits."""
+        found = []
+        for share, queue in list(self._entries.items()):
+            found += [(share, entry.waiter) for entry in queue if not entry.waiter.done()]
+            share.account.queued -= len(queue)
+            queue.clear()
+            self._leave(share)
+        return found
+
     def reweigh(self, account: Account, weight: float, now: float) -> None:
         """Give a tenant another weight; its virtual time stays."""
         time = account.used(now) / account.weight

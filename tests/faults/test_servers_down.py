@@ -116,6 +116,30 @@ async def test_a_frozen_server_is_an_error_at_once_for_its_tenants_and_nothing_f
     assert statistics.in_use == statistics.opening == statistics.waiting == 0
 
 
+async def test_those_that_wait_for_a_connection_are_refused_when_the_breaker_opens(
+    house: Tenancy, other: TestServer
+) -> None:
+    """At once, on both sides, and not when their time is over."""
+    budget = house.internals.router._connector("other").budget
+    async with asyncio.timeout(SECONDS), AsyncExitStack() as stack:
+        for _ in range(budget.per_tenant):
+            session = await stack.enter_async_context(house.session("eve"))
+            await session.scalar(text("SELECT 1"))
+        with frozen(other):
+            threads = asyncio.create_task(asyncio.to_thread(ask_sync, house, "eve"))
+            waiting = [asyncio.create_task(ask(house, "eve")) for _ in range(2)]
+            await until(lambda: budget.statistics().waiting == 3)
+            waiting[0].cancel()
+            breaker(house).suspect()
+            errors = await asyncio.gather(threads, *waiting[1:], return_exceptions=True)
+            assert [type(error) for error in errors] == [ServerUnavailableError] * 2, errors
+            assert all(error.retry_after for error in errors if isinstance(error, ServerUnavailableError))
+            assert budget.statistics().waiting == 0 and breaker(house).is_open
+        await until(lambda: not breaker(house).is_open, seconds=SECONDS)
+    await until(lambda: answers(house, "eve"), seconds=SECONDS)
+    assert budget.statistics().waiting == 0
+
+
 @pytest.mark.parametrize("how", ["halt", "kill", "terminate"])
 async def test_writes_go_on_after_a_restart_and_none_is_made_twice(house: Tenancy, other: TestServer, how: str) -> None:
     """A clean restart, a crash, and all backends ended at once, on both sides. The other server's tenant sees none."""
