@@ -224,7 +224,8 @@ class ServerReplicas:
 
     async def _with(self, replicas: list[Replica], position: Position) -> list[Replica]:
         found = [replica for replica in replicas if replica.has(position)]
-        if not found:
+        known = replicas[0].position
+        if not found and known is not None and known.system == position.system:
             # by now it may have it; a look takes as long as the read on the primary, which it spares
             await self.monitor.ask_again(replicas[0])
             found = [replica for replica in replicas if replica.has(position)]

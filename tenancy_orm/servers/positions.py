@@ -19,7 +19,7 @@ from ..postgres.connections import Connection
 # A CASE, since each function raises an error on the other kind of server. The timeline of a standby is the latest that
 # it is known to follow: it learns of a new one only where that has all that it has replayed.
 _READ: Final = """
-SELECT r.recovering,
+SELECT r.recovering, pg_catalog.current_setting('transaction_read_only') = 'on' AS read_only,
     s.system_identifier::text AS system,
     EXTRACT(EPOCH FROM pg_catalog.pg_postmaster_start_time())::text AS instance,
     (CASE WHEN r.recovering THEN pg_catalog.pg_last_wal_replay_lsn()
@@ -65,11 +65,13 @@ class Reading:
 
     Attributes:
         recovering: Whether it is a standby.
+        read_only: Whether it takes no writes: a standby, or a former primary that is fenced.
         instance: When it was started, as text: no two servers of a cluster have the same.
         position: What it has written, or replayed.
     """
 
     recovering: bool
+    read_only: bool
     instance: str
     position: Position
 
@@ -85,7 +87,7 @@ async def read_position(connection: Connection) -> Reading:
     if not row["recovering"]:
         lsn = end_of_records(lsn, page=row["page"], segment=row["segment"])
     timeline = int(row["timeline"], 10 if row["recovering"] else 16)
-    return Reading(row["recovering"], row["instance"], Position(int(row["system"]), timeline, lsn))
+    return Reading(row["recovering"], row["read_only"], row["instance"], Position(int(row["system"]), timeline, lsn))
 
 
 def end_of_records(lsn: int, *, page: int, segment: int) -> int:

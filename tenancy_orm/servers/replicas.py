@@ -37,6 +37,9 @@ FIRST_SECONDS: Final = 1.0
 ANSWER_SECONDS: Final = 2.0
 """A replica that has not answered for this long is not read from."""
 
+AGAIN_SECONDS: Final = 0.25
+"""How long a read waits at most to hear whether a replica has what it must see."""
+
 _SAMPLES = 512  # positions of the primary that are kept; older ones are thinned out
 
 
@@ -139,8 +142,8 @@ class ReplicaMonitor:
         return found[start:] + found[:start]
 
     async def ask_again(self, replica: Replica) -> None:
-        """Learn what a replica has replayed by now."""
-        await asyncio.wait([self._start(replica)], timeout=self._patience)
+        """Learn what a replica has replayed by now, if it tells that soon."""
+        await asyncio.wait([self._start(replica)], timeout=AGAIN_SECONDS)
 
     def avoid(self, replica: Replica) -> None:
         """Read nothing from a replica for a moment: a connection to it could not be opened."""
@@ -221,8 +224,6 @@ class ReplicaMonitor:
             self._primary_failed = True
             return
         self._primary_failed = False
-        if answer.recovering:
-            return  # the address leads to a standby now; no other position of a primary is known
         position, known = answer.position, self._known
         if known is None or (position.system, position.timeline) != (known.system, known.timeline):
             # nothing is known of what replicas have of this history
@@ -324,6 +325,10 @@ class _Asked:
                     self._connection = await self._server.connect_admin(purpose="tenancy-replicas")
                     asked_at = time.monotonic()
                 answer = await read_position(self._connection)
+                if answer.read_only and not self._server.is_replica:
+                    # a standby, or a former primary: what it has written tells nothing of what the primary has, which
+                    # another login may find
+                    raise ConnectionError("it takes no writes")
         except (*SERVER_FAILURES, TenancyError) as exc:
             answer = clear_tracebacks(exc)
             connection, self._connection = self._connection, None

@@ -165,7 +165,7 @@ async def test_writes_go_on_after_a_restart_and_none_is_made_twice(house: Tenanc
 async def test_no_tenant_can_open_the_breaker_of_its_server(
     house: Tenancy, other: TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slow statements, a locked or dropped database, a login that she ends, a lost password, too many connections: its neighbours go on."""
+    """Slow statements, a locked database, logins that she ends, a lost password, no connection left: others go on."""
     eve = (await house.tenants.get("eve")).placement
     assert eve is not None
 

@@ -41,12 +41,13 @@ def standby(primary: TestServer) -> Iterator[Standby]:
 class Watch:
     """A monitor, what it has emitted, and which replicas' connections it had closed."""
 
-    def __init__(self, primary: TestServer, standby: TestServer) -> None:
+    def __init__(self, primary: TestServer, standby: TestServer, heir: TestServer | None = None) -> None:
         self.emitted: list[Event] = []
         self.closed: list[Replica] = []
         events = EventBus()
         events.subscribe(Event, self.emitted.append)
-        dsn = Dsn.parse(f"postgresql://plain:plain@127.0.0.1:{primary.port}/postgres")
+        hosts = f"127.0.0.1:{primary.port}" + ("" if heir is None else f",127.0.0.1:{heir.port}")
+        dsn = Dsn.parse(f"postgresql://plain:plain@{hosts}/postgres?target_session_attrs=read-write")
         replica = Dsn.parse(f"postgresql://127.0.0.1:{standby.port}")
         self.monitor = ReplicaMonitor(
             Server("eu", dsn, connect_timeout=5, replicas=[replica]), events, self.closed.append
@@ -178,6 +179,32 @@ async def test_a_standby_of_the_former_primary_is_not_read_from(primary: TestSer
             assert isinstance(lost, ReplicaLost) and "timeline" in lost.reason and watch.monitor.usable() == []
         finally:
             await watch.monitor.close()
+
+
+async def test_a_fenced_primary_makes_no_replica_fresh(primary: TestServer) -> None:
+    """It is up, and so is a replica of it that has all it has written; the new primary has more."""
+    with standby_of(primary, name="heir") as heir, standby_of(primary, name="left") as left:
+        heir.catch_up()
+        watch = Watch(primary, left, heir)
+        try:
+            await watch.follow()
+            await until(watch.monitor.usable)
+            before = await watch.monitor.position()
+            primary.query("ALTER SYSTEM SET default_transaction_read_only = on")
+            primary.query("SELECT pg_reload_conf()")
+            await until(lambda: watch.monitor._primary_failed)
+            fresh_at = watch.replica.fresh_at
+            heir.promote()
+            heir.query("SELECT pg_logical_emit_message(false, 'written', 'later', true)")
+            await until(lambda: watch.monitor._known != before)
+            after = await watch.monitor.position()
+            assert after.timeline > before.timeline and not watch.replica.has(after)
+            await until(lambda: watch.emitted)
+            assert watch.monitor.usable() == [] and watch.replica.fresh_at <= fresh_at
+        finally:
+            await watch.monitor.close()
+            primary.query("ALTER SYSTEM RESET default_transaction_read_only")
+            primary.query("SELECT pg_reload_conf()")
 
 
 def test_a_position_behind_a_header_is_the_end_of_the_page_before() -> None:
