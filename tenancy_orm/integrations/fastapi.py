@@ -29,6 +29,7 @@ from ..asgi.scopes import credential_of, demand_scopes
 from ..authentication.credential import Credential
 from ..context import current_tenant
 from ..errors import ConfigurationError, InvalidCredentialError, MissingExtraError
+from ..routing.replicas import check_demand
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 
@@ -136,6 +137,32 @@ TenantTransaction = Annotated[AsyncSession, Depends(_transaction, scope="functio
 """A session on the tenant's database, committed when the path operation returns, as ``tenancy.transaction()``."""
 
 
+def ReadSession(*, replica: bool = False, max_staleness: float | None = None) -> Any:  # noqa: N802 - as RequireScope
+    """Depend on a session that only reads, also on a replica: as ``tenancy.session(read_only=True, replica=True)``.
+
+    For ``Annotated[AsyncSession, ReadSession(replica=True, max_staleness=5.0)]``. Without ``replica`` it is what
+    ``TenantReadSession`` is.
+
+    Args:
+        replica: Whether a replica may serve it; where none can, the primary does.
+        max_staleness: How old what it sees on a replica may be, in seconds; ``replicas.max_staleness`` where None.
+
+    Raises:
+        ConfigurationError: the bound is no number of seconds above 0, or is given without ``replica``.
+    """
+    if not replica and max_staleness is not None:
+        raise ConfigurationError("max_staleness is a bound for reads on replicas: give replica=True as well")
+    check_demand(read_only=True, max_staleness=max_staleness, isolation_level=None)
+
+    async def session_of(
+        tenancy: Annotated[Tenancy, Depends(_tenancy)], tenant: Annotated[Tenant, Depends(_tenant)]
+    ) -> AsyncIterator[AsyncSession]:
+        async with tenancy.session(tenant, read_only=True, replica=replica, max_staleness=max_staleness) as session:
+            yield session
+
+    return Depends(session_of, scope="function")
+
+
 def RequireScope(*scopes: str) -> Any:  # noqa: N802 - capitalised like FastAPI's Depends and Security
     """Demand all ``scopes`` of the request's credential; the dependency's value is the ``Credential``.
 
@@ -212,6 +239,7 @@ __all__ = [
     "CurrentCredential",
     "CurrentTenancy",
     "CurrentTenant",
+    "ReadSession",
     "RequireScope",
     "TenantReadSession",
     "TenantSession",

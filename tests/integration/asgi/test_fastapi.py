@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.security import APIKeyCookie, APIKeyHeader, HTTPBearer
 from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.types import Message
 
 from tenancy_orm.asgi import TenancyMiddleware
@@ -23,6 +24,7 @@ from tenancy_orm.integrations.fastapi import (
     CurrentCredential,
     CurrentTenancy,
     CurrentTenant,
+    ReadSession,
     RequireScope,
     TenantReadSession,
     TenantSession,
@@ -92,6 +94,17 @@ def add_routes(app: FastAPI) -> None:
         found = await bodies(session)
         with pytest.raises(DBAPIError, match="read-only"):
             await session.execute(insert(Note).values(body="never"))
+        return {"notes": found}
+
+    @app.get("/anywhere")
+    async def anywhere(
+        session: Annotated[AsyncSession, ReadSession(replica=True, max_staleness=5.0)],
+        primary: Annotated[AsyncSession, ReadSession()],
+    ) -> dict[str, Any]:
+        found = await bodies(session)
+        for one in (session, primary):
+            with pytest.raises(DBAPIError, match="read-only"):
+                await one.execute(insert(Note).values(body="never"))
         return {"notes": found}
 
     @app.post("/invalid")
@@ -181,6 +194,11 @@ async def test_a_transaction_is_committed_before_the_response(
 async def test_a_read_session_reads(app: FastAPI, acme: CreatedTenant) -> None:
     """PostgreSQL refuses what it would write."""
     assert (await ask(app, "/reading", acme, "POST")).json() == {"notes": ["note of acme"]}
+    # where there is no replica, asking for one changes nothing; a bound is checked where the route is defined
+    assert (await ask(app, "/anywhere", acme)).json() == {"notes": ["note of acme"]}
+    for replica, bound in ((True, 0.0), (False, 5.0)):
+        with pytest.raises(ConfigurationError, match="max_staleness"):
+            ReadSession(replica=replica, max_staleness=bound)
 
 
 async def test_a_commit_that_fails_fails_the_request(app: FastAPI, acme: CreatedTenant) -> None:
