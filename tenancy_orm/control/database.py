@@ -49,7 +49,7 @@ from ..postgres.errors import (
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.poolers import connect_directly
-from .direct import ControlRow, check_out, give_back, rows_of
+from .direct import ControlRow, check_out, give_back, give_back_after, rows_of
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .names import Names
@@ -318,11 +318,11 @@ class ControlDatabase:
         try:
             rows = await rows_of(pooled, query, args)
         except BaseException as exc:
-            give_back(self.engine, pooled, exc, lost=is_unavailable(exc))
+            await give_back_after(self.engine, pooled, exc, lost=is_unavailable(exc))
             if isinstance(exc, Exception) and is_unavailable(exc):
                 raise self._unavailable(exc) from exc
             raise
-        pooled.close()
+        await give_back(self.engine, pooled)
         return rows
 
     def check_names(self, names: Names) -> None:

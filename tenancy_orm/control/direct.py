@@ -6,6 +6,7 @@ as long as a small query itself.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import asyncpg
@@ -46,7 +47,19 @@ async def rows_of(pooled: PoolProxiedConnection, query: str, args: tuple[Any, ..
     return rows
 
 
-def give_back(engine: AsyncEngine, pooled: PoolProxiedConnection, error: BaseException, *, lost: bool) -> None:
+async def give_back(engine: AsyncEngine, pooled: PoolProxiedConnection) -> None:
+    """Return a connection to the pool, which closes those that it has opened beyond its size."""
+    pool: Any = engine.sync_engine.pool
+    if pool.checkedin() >= pool.size():
+        # in a task of its own: whoever is cancelled leaves no socket open
+        await asyncio.shield(asyncio.create_task(greenlet_spawn(pooled.close)))
+    else:
+        pooled.close()
+
+
+async def give_back_after(
+    engine: AsyncEngine, pooled: PoolProxiedConnection, error: BaseException, *, lost: bool
+) -> None:
     """Return a connection to the pool after ``error``, or close it where its state is not known.
 
     Args:
@@ -62,7 +75,7 @@ def give_back(engine: AsyncEngine, pooled: PoolProxiedConnection, error: BaseExc
     elif lost or not isinstance(error, asyncpg.PostgresError):
         pooled.invalidate(error)
     else:
-        pooled.close()
+        await give_back(engine, pooled)
 
 
-__all__ = ["ControlRow", "check_out", "give_back", "rows_of"]
+__all__ = ["ControlRow", "check_out", "give_back", "give_back_after", "rows_of"]

@@ -71,3 +71,20 @@ async def test_a_server_that_does_not_answer_is_not_available() -> None:
     with pytest.raises(ControlUnavailableError, match="not available"):
         await control.fetch("SELECT 1")
     await control.close()
+
+
+async def test_a_burst_leaves_no_connection_open_beyond_the_size_of_the_pool(
+    control: ControlDatabase, postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that were opened for it are closed in order, also where its statement is refused, or its caller leaves."""
+    none_beyond = "SELECT count(*) <= 1 FROM pg_stat_activity WHERE datname = $1"
+    async with postgres.connect() as admin:
+        for query in ("SELECT pg_sleep(0.1)", "SELECT 1 / length(pg_sleep(0.1)::text)"):
+            await asyncio.gather(*(control.fetch(query) for _ in range(2)), return_exceptions=True)
+            await until(lambda: admin.fetchval(none_beyond, control.database))
+        tasks = [asyncio.create_task(control.fetch("SELECT pg_sleep(0.02)")) for _ in range(20)]
+        for number, task in enumerate(tasks):
+            asyncio.get_running_loop().call_later(number * 0.01, task.cancel)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await until(lambda: admin.fetchval(none_beyond, control.database))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
