@@ -203,6 +203,8 @@ class ThreadConnection(psycopg.Connection[Any]):
                 return
         if not self.reading or self._pipeline is not None:
             yield from self._exec_command(self._get_tx_start_command())
+            if self.reading:
+                yield from self._exec_command(FIX_SNAPSHOT.encode())
             return
         self.pgconn.send_query(self._get_tx_start_command() + f"; {FIX_SNAPSHOT}".encode())
         for result in (yield from generators.execute(self.pgconn)):

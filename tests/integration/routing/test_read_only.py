@@ -162,11 +162,11 @@ async def test_no_statement_makes_a_read_only_session_write(side: Side, postgres
     """Not itself, not the next statements of the session, and not those of the next session."""
     await side.with_functions(postgres)
 
-    def attempt(session: Session, statement: str, *, after_query: bool, commit: bool) -> None:
+    def attempt(session: Session, statement: str, *, after_query: bool, commit: bool, many: bool = False) -> None:
         if after_query:
             assert value(session, "SELECT 1") == 1
         try:
-            session.execute(text(statement))
+            session.execute(text(statement), [{}, {}] if many else {})
         except (DBAPIError, ReadOnlyError):
             session.rollback()
         if commit:
@@ -180,6 +180,7 @@ async def test_no_statement_makes_a_read_only_session_write(side: Side, postgres
         for after_query, commit in ((False, False), (False, True), (True, True)):
             await side.use(partial(attempt, statement=statement, after_query=after_query, commit=commit))
             await side.use(lambda session: refused(session, "INSERT INTO notes (body) VALUES ('x')"))
+        await side.use(partial(attempt, statement=statement, after_query=False, commit=False, many=True))
     assert await side.bodies() == ["kept"]
 
 
