@@ -7,12 +7,14 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
+from alembic import command
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
+from tenancy_orm.control.database import _alembic_config
 from tenancy_orm.errors import (
     ConfigurationError,
     PlacementError,
@@ -405,3 +407,58 @@ async def test_a_process_of_the_former_version_drains_too(tenancy: Tenancy) -> N
     await tenancy.servers.activate("default")
     async with tenancy.internals.control.connect() as connection:
         assert await connection.scalar(text("SELECT accepts_tenants FROM tenancy.servers")) is True
+
+
+async def test_an_installation_of_the_former_version_is_upgraded_with_its_tenants(
+    tenancy_config: TenancyConfig, postgres: Postgres, empty_url: str
+) -> None:
+    """On two servers, with a tombstone and a server that takes no tenants; its own role is no superuser."""
+    owner, database = postgres.new_name("control"), make_url(empty_url).database or ""
+    async with postgres.connect() as admin:
+        await admin.execute(f"CREATE ROLE \"{owner}\" LOGIN PASSWORD 'secret'")
+        await admin.execute(f'ALTER DATABASE "{database}" OWNER TO "{owner}"')
+    config = tenancy_config.replace(
+        control_url=postgres.url(database, user=owner, password="secret"),
+        servers={"default": postgres.admin_url, "eu": postgres.admin_url},
+        default_server="default",
+    )
+    opened = Tenancy(config)
+    await opened.open(initialise=True)
+    try:
+        await opened.servers.add("gone", postgres.admin_url, same_cluster=True)
+        await opened.tenants.create("acme")
+        await opened.tenants.create("globex", server="eu")
+        lost = (await opened.tenants.create("lost", server="gone")).tenant
+        await opened.tenants.delete("lost")
+        await opened.tenants.purge(lost)
+        await opened.servers.remove("gone", templates="forget")
+        # as the former version had it: there the tombstone's server is a row
+        async with opened.internals.control.connect() as connection:
+            await connection.run_sync(lambda sync: command.downgrade(_alembic_config(sync), "0014_schedules"))
+            await connection.execute(text("UPDATE tenancy.servers SET accepts_tenants = false WHERE name = 'eu'"))
+            await connection.commit()
+    finally:
+        await opened.close()
+    opened = Tenancy(config)
+    await opened.open(initialise=True)
+    try:
+        assert {known.name: (known.row.state, known.row.tenants) for known in await opened.servers.list()} == {
+            "default": ("active", 1),
+            "eu": ("drain", 1),
+            "removed": ("drain", 0),
+        }
+        for slug in ("acme", "globex"):
+            assert await opened.fetch_value("SELECT 1", tenant=slug) == 1
+        with pytest.raises(PlacementError, match="accepts no new tenants"):
+            await opened.tenants.create("initech", server="eu")
+        await opened.servers.remove("removed")
+        assert (await opened.tenants.get(lost.id)).status == "purged"
+        for slug in ("acme", "globex"):
+            tenant = await opened.tenants.get(slug)
+            await opened.tenants.delete(slug)
+            await opened.tenants.purge(tenant)
+    finally:
+        await opened.close()
+    async with postgres.connect() as admin, postgres.connect(database) as there:
+        await there.execute(f'REASSIGN OWNED BY "{owner}" TO CURRENT_USER; DROP OWNED BY "{owner}"')
+        await admin.execute(f'DROP ROLE "{owner}"')
