@@ -66,6 +66,7 @@ class Breaker:
         self._server = server
         self._probe = probe
         self._address = address
+        self._closed = False
         self._probing: asyncio.Task[None] | None = None
         self._asks = False
         self._believed_until = 0.0
@@ -132,14 +133,15 @@ class Breaker:
         self._ask()
 
     async def close(self) -> None:
-        """Ask no more."""
+        """Ask no more, and refuse nothing: sessions may be open on a server that was replaced or removed."""
+        self._closed, self.is_open = True, False
         task, self._probing = self._probing, None
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
     def _ask(self, *, known: str | None = None) -> None:
-        if not self.config.enabled or self._probing is not None:
+        if not self.config.enabled or self._closed or self._probing is not None:
             return
         if known is not None:
             self._open(known)

@@ -88,6 +88,14 @@ async def test_a_server_that_says_that_it_is_starting_opens_it_and_it_can_be_off
         breaker.failed(error)
         breaker.suspect()
         assert not breaker.is_open and breaker._probing is None and answers.asked == asked
+    # of a server that was replaced, on which sessions are open: nobody would stop the probes, or close the breaker
+    answers.error = ConnectionRefusedError("connection refused")
+    async with breaker_of(answers) as breaker:
+        breaker.failed(error)
+        await breaker.close()
+        breaker.failed(error)
+        breaker.suspect()
+        assert not breaker.is_open and breaker._probing is None
 
 
 async def test_the_probe_is_answered_by_whatever_is_postgresql(postgres: Postgres) -> None:
