@@ -211,6 +211,18 @@ class ThreadConnection(psycopg.Connection[Any]):
             if result.status == ExecStatus.FATAL_ERROR:
                 raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
 
+    def _exec_command(self, command: Any, *args: Any, **options: Any) -> Any:
+        # ``transaction`` and ``tpc_begin`` begin a transaction without ``_start_query``
+        if (
+            self.follows_server
+            and not self.reading
+            and isinstance(command, bytes)
+            and command.startswith(b"BEGIN")
+            and self._has_other_mode
+        ):
+            yield from self._set_mode()
+        return (yield from super()._exec_command(command, *args, **options))
+
     def _set_mode(self) -> Any:
         if self.follows_server and not self.reading:
             yield from self._exec_command(f"RESET {MODE}".encode())
@@ -231,6 +243,8 @@ class ThreadConnection(psycopg.Connection[Any]):
                 command += b" READ ONLY"
             return command.replace(b"READ WRITE", b"READ ONLY")
         if self.read_only is None and self._has_other_mode:
+            if self.follows_server:
+                return command  # a primary that was fenced would heed READ WRITE
             command += b" READ ONLY" if self.native_mode == "on" else b" READ WRITE"
         return command
 

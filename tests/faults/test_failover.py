@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -74,12 +75,30 @@ async def test_writes_move_to_a_promoted_standby_while_the_old_primary_is_up(
             with suppress(DBAPIError, TenancyError, OSError):
                 await asyncio.to_thread(read)
 
+        def fence(how: str) -> None:
+            old.query(f"ALTER SYSTEM {how}")
+            old.query("SELECT pg_reload_conf()")
+
+        def write_on_driver() -> None:
+            with tenancy.sync.session("eve") as session:
+                driver: Any = session.connection().connection.driver_connection
+                with driver.transaction():
+                    driver.execute("INSERT INTO notes (body) VALUES ('lost')")
+
+        # the transaction that psycopg itself begins, on a connection that only read before
+        await asyncio.to_thread(read)
+        await asyncio.to_thread(fence, "SET default_transaction_read_only = on")
+        await until(lambda: old.query("SHOW default_transaction_read_only") == "on")
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            await asyncio.to_thread(write_on_driver)
+        await asyncio.to_thread(fence, "RESET default_transaction_read_only")
+        await until(lambda: old.query("SHOW default_transaction_read_only") == "off")
+
         # with read-only sessions between, on the same connections
         readers = (partial(reads, tenancy, "acme", read_only=True), read_in_thread)
         async with running(*readers, *(w.write for w in writers)), asyncio.timeout(SECONDS):
             await until(lambda: all(len(writer.acknowledged) > 3 for writer in writers))
-            await asyncio.to_thread(old.query, "ALTER SYSTEM SET default_transaction_read_only = on")
-            await asyncio.to_thread(old.query, "SELECT pg_reload_conf()")
+            await asyncio.to_thread(fence, "SET default_transaction_read_only = on")
             await until(lambda: all(writer.failures for writer in writers))
             fenced = await asyncio.to_thread(rows, old)
             await asyncio.to_thread(new.catch_up)
