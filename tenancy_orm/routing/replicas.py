@@ -232,11 +232,12 @@ class ServerReplicas:
         return found
 
     def _is_busy(self, replica: Replica) -> bool:
-        """Whether a read would have to wait for a connection."""
+        """Whether a read would wait for a connection until another one is returned."""
         if (known := self._known.get(replica)) is None:
             return False
         budget = known.connector.budget
-        return bool(budget.idle == 0 and budget.open >= budget.limit)
+        # what waits makes the process ask for more of the connections that all processes share
+        return bool(budget.idle == 0 and budget.open >= max(budget.limit, budget.reachable))
 
     def _pass_over(self, tenant: Tenant, reason: str) -> None:
         self.passed_over[reason] += 1

@@ -438,6 +438,33 @@ async def test_a_busy_replica_lets_nobody_wait(
         assert app.reasons[-1] == "busy"
 
 
+async def test_a_process_gets_as_many_connections_to_a_replica_as_it_needs(
+    tenancy_config: TenancyConfig, primary: TestServer, standby: Standby
+) -> None:
+    """More than its first part of them, while other processes leave some."""
+    tiers = {"free": Tier("free", connection_limit=30)}
+    config = tenancy_config.replace(pool=PoolConfig(max_connections_per_tenant=30), tiers=tiers)
+    async with opened(config, primary, standby) as tenancy, AsyncExitStack() as stack:
+        await tenancy.tenants.create("acme")
+        await until(Application(tenancy, "asyncpg").on_replica)
+        held = 0
+
+        async def hold() -> None:
+            nonlocal held
+            async with AsyncExitStack() as entered:
+                session = await entered.enter_async_context(tenancy.session("acme", read_only=True, replica=True))
+                if await session.scalar(WHERE):
+                    held += 1
+                    stack.push_async_exit(entered.pop_all())
+
+        async def many() -> bool:
+            await hold()
+            return held == 12
+
+        await until(many)
+        assert tenancy.internals.router.statistics().replicas["default/1"].connections.in_use == 12
+
+
 async def test_processes_hand_connections_to_a_replica_over(
     tenancy_config: TenancyConfig, primary: TestServer, standby: Standby
 ) -> None:
