@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextvars import Context
 from typing import Any
@@ -29,6 +30,10 @@ COUNT_SECONDS = 30.0
 RECOUNT_SECONDS = 2.0
 """How often they are counted while the server accepts fewer connections than the cap says."""
 
+SET_SECONDS = 2.0
+"""How far the control database's clock moves against this machine's when it was set: less makes no lease expire that is
+renewed."""
+
 FAILURES = (TenancyError, DBAPIError, *SERVER_FAILURES)
 """What work on a server, or in the control database, fails with."""
 
@@ -52,6 +57,9 @@ class Care:
         self._changed = changed
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._looked_at: dict[UUID, float] = {}  # lost processes that live, by when that was seen
+        # how far the control database's clock is ahead of this machine's, at least and at most
+        self._ahead = (math.inf, -math.inf)
+        self._judges_from = 0.0  # when each process has renewed its leases by that clock, or is lost
 
     def start(self, kind: str, server: str, work: Coroutine[Any, Any, None]) -> None:
         """Start a task, unless one of this kind runs for this server. A failure is logged: the work is tried again."""
@@ -69,20 +77,22 @@ class Care:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    def look_after(self, leases: ServerLeases, process: UUID, *, recount: bool) -> None:
+    def look_after(self, leases: ServerLeases, process: UUID, *, began: float, recount: bool) -> None:
         """Begin what has to be done for a server.
 
         Args:
             leases: Its leases.
             process: The id of this process.
+            began: When they were asked for, in seconds of ``clock``.
             recount: Whether the server accepts fewer connections than its cap says.
         """
         server = self._servers.get(leases.server)
         if server is None:
             return
         now = clock()
+        judges = self._trusts(leases.now - now, leases.now - began, now)
         for row in leases.leases:
-            if not row.is_expired or row.process == process:
+            if not judges or not row.is_expired or row.process == process:
                 continue
             seen = now - self._looked_at.get(row.process, -LEASE_SECONDS) < LEASE_SECONDS
             if not seen or row.granted > row.guaranteed:
@@ -92,6 +102,19 @@ class Care:
         if leases.counted_ago > every and not server.is_pooled:
             tags = [rows.tag_of(row.process) for row in leases.leases]
             self.start("count", leases.server, self._count(leases.server, tags, every=every))
+
+    def _trusts(self, least: float, most: float, now: float) -> bool:
+        """Whether a lease has expired since nobody renewed it, and not since the control database's clock was set.
+
+        A slow answer leaves open when the clock was read, so only answers that exclude each other show that it was set.
+        """
+        known_least, known_most = self._ahead
+        if least > known_most + SET_SECONDS or most < known_least - SET_SECONDS:
+            self._judges_from = now + LEASE_SECONDS
+            self._ahead = (least, most)
+        else:
+            self._ahead = (max(least, known_least), min(most, known_most))
+        return now >= self._judges_from
 
     async def _run(self, kind: str, server: str, work: Coroutine[Any, Any, None]) -> None:
         try:

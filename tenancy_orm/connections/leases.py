@@ -273,8 +273,8 @@ class ConnectionLeases:
         self._renew_at = 0.0
         self._wake.set()
 
-    def _look_after(self, leases: ServerLeases, lease: Lease) -> None:
-        self._care.look_after(leases, self.process, recount=lease.is_miscounted)
+    def _look_after(self, leases: ServerLeases, lease: Lease, began: float) -> None:
+        self._care.look_after(leases, self.process, began=began, recount=lease.is_miscounted)
         lease.is_miscounted = False
 
     # --- registering, renewing, changing ----------------------------------------------------------------------------
@@ -360,7 +360,7 @@ class ConnectionLeases:
             if decision.limit < lease.limit or (decision.limit > lease.limit and lease.waits):
                 lease.is_asking, lease.next_ask = True, 0.0
             lease.apply()
-            self._look_after(leases, lease)
+            self._look_after(leases, lease, began)
 
     def _decide(self, lease: Lease, leases: ServerLeases, position: int, *, keep: int | None = None) -> Decision:
         claims = leases.claims
@@ -409,7 +409,7 @@ class ConnectionLeases:
         lease.granted, lease.limit = granted, decision.limit
         self._restored(lease, began)
         self._after_change(lease, grown)
-        self._look_after(leases, lease)
+        self._look_after(leases, lease, began)
 
     @staticmethod
     def _needs_more(lease: Lease) -> bool:

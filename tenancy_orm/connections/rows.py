@@ -22,6 +22,9 @@ LEASE_SECONDS = 8.0
 ENDING_SECONDS = 15.0
 """For how long nobody else ends a lost process's connections after one has begun to."""
 
+# Or further away than a renewal can have put it: the clock was set back since then.
+_IS_EXPIRED = f"NOT expires_at BETWEEN clock_timestamp() AND clock_timestamp() + interval '{LEASE_SECONDS + 1} s'"
+
 _MOST_CALLED = 400  # a notification holds 8,000 bytes
 
 # A process may be stopped in a transaction: PostgreSQL ends it, and its locks with it. Said by the statement that takes
@@ -38,10 +41,11 @@ _SAVE_CAPS = text(
     "RETURNING set_config('idle_in_transaction_session_timeout', '1500ms', true)"
 )
 _READ = text(
-    "SELECT c.server, c.accepted, c.others, s.max_connections, s.max_opening, "
-    "coalesce(extract(epoch FROM clock_timestamp() - c.counted_at), 'infinity')::float8 AS counted_ago, "
+    "SELECT c.server, c.accepted, c.others, s.max_connections, s.max_opening, "  # noqa: S608 - a constant of this module
+    "coalesce(abs(extract(epoch FROM clock_timestamp() - c.counted_at)), 'infinity')::float8 AS counted_ago, "
+    "extract(epoch FROM clock_timestamp())::float8 AS now, "
     "l.process, l.host, l.pid, l.granted, l.guaranteed, l.wanted, l.in_use, "
-    "l.expires_at < clock_timestamp() AS is_expired, l.ending_at IS NOT NULL AS is_ending "
+    f"{_IS_EXPIRED} AS is_expired, l.ending_at IS NOT NULL AS is_ending "
     "FROM tenancy.connection_caps AS c LEFT JOIN tenancy.servers AS s ON s.name = c.server "
     "LEFT JOIN tenancy.connection_leases AS l ON l.server = c.server "
     "WHERE c.server = ANY(CAST(:servers AS text[])) ORDER BY c.server, l.started_at, l.process"
@@ -79,16 +83,17 @@ _COUNTED = text(
 )
 _CLAIM_COUNT = text(
     "UPDATE tenancy.connection_caps SET counted_at = clock_timestamp() WHERE server = :server "
-    "AND (counted_at IS NULL OR counted_at < clock_timestamp() - make_interval(secs => :seconds)) RETURNING true"
+    "AND (counted_at BETWEEN clock_timestamp() - make_interval(secs => :seconds) AND clock_timestamp()) IS NOT TRUE "
+    "RETURNING true"
 )
 _BEGIN_END = text(
-    "UPDATE tenancy.connection_leases SET ending_at = clock_timestamp() WHERE server = :server AND process = :process "
-    "AND expires_at < clock_timestamp() "
+    "UPDATE tenancy.connection_leases SET ending_at = clock_timestamp() WHERE server = :server "  # noqa: S608 - the same
+    f"AND process = :process AND {_IS_EXPIRED} "
     "AND (ending_at IS NULL OR ending_at < clock_timestamp() - make_interval(secs => :seconds)) RETURNING true"
 )
 _KEEP_GUARANTEED = text(
-    "UPDATE tenancy.connection_leases SET granted = least(granted, guaranteed) WHERE server = :server "
-    "AND process = :process AND expires_at < clock_timestamp() AND ending_at IS NULL RETURNING granted"
+    "UPDATE tenancy.connection_leases SET granted = least(granted, guaranteed) WHERE server = :server "  # noqa: S608
+    f"AND process = :process AND {_IS_EXPIRED} AND ending_at IS NULL RETURNING granted"
 )
 _REMOVE = text(
     "DELETE FROM tenancy.connection_leases WHERE server = :server AND process = :process AND ending_at IS NOT NULL"
@@ -155,6 +160,7 @@ class ServerLeases:
         accepted: How many the server accepts, less those that it reserves, if it has ever said so.
         others: How many connections others had when they were last counted, if they were.
         counted_ago: Seconds since then.
+        now: The time by the control database's clock, in seconds, when this was read.
         leases: Those of the processes, the oldest first.
     """
 
@@ -165,6 +171,7 @@ class ServerLeases:
     accepted: int | None
     others: int | None
     counted_ago: float
+    now: float
     leases: tuple[LeaseRow, ...]
 
     @property
@@ -216,6 +223,7 @@ def _server_leases(rows: Sequence[Any]) -> ServerLeases:
         accepted=first.accepted,
         others=first.others,
         counted_ago=first.counted_ago,
+        now=first.now,
         leases=tuple(
             LeaseRow(
                 process=row.process,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.connections import rows
+from tenancy_orm.connections import Lease, rows
 from tenancy_orm.connections.leases import FIRST
 from tenancy_orm.connections.rows import ServerLeases
 from tenancy_orm.errors import CheckoutTimeoutError
+from tenancy_orm.events import ConnectionLeaseReclaimed
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.waiting import until
@@ -205,3 +207,50 @@ async def test_a_process_that_others_are_ending_changes_nothing(tenancy: Tenancy
         former: "ending",
         leases.process: "active",
     }
+
+
+def all_renewed(leases: list[Lease], since: list[float]) -> bool:
+    return all(lease.valid_until > before for lease, before in zip(leases, since, strict=True))
+
+
+async def test_the_clock_of_the_control_database_may_be_set(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward: no living process loses its connections. Back: what a dead one had does not stay lost for as long."""
+    reclaimed: list[ConnectionLeaseReclaimed] = []
+    tenancy.events.subscribe(ConnectionLeaseReclaimed, reclaimed.append)
+    control = tenancy.internals.control
+
+    async def run(statement: str) -> Any:
+        async with control.transaction() as connection:
+            return await connection.execute(text(statement))
+
+    await run("CREATE TABLE tenancy.clock (ahead interval NOT NULL)")
+    await run("INSERT INTO tenancy.clock VALUES ('0')")
+    shifted = "(clock_timestamp() + (SELECT ahead FROM tenancy.clock))"
+    for name, statement in vars(rows).items():
+        if isinstance(statement, TextClause):
+            monkeypatch.setattr(rows, name, text(statement.text.replace("clock_timestamp()", shifted)))
+    unrenewed = f"SELECT count(*) FROM tenancy.connection_leases WHERE expires_at NOT BETWEEN {shifted} AND {shifted}"
+
+    async def is_renewed() -> bool:
+        return not (await run(f"{unrenewed} + interval '1 minute'")).scalar()
+
+    async with opened(tenancy_config) as other:
+        other.events.subscribe(ConnectionLeaseReclaimed, reclaimed.append)
+        processes = [one.internals.leases.process for one in (tenancy, other)]
+        for ahead in ("1 hour", "0"):
+            # each has looked at the leases before
+            known = [one.internals.leases.lease("default") for one in (tenancy, other)]
+            seen = [lease.valid_until for lease in known]
+            await until(partial(all_renewed, known, seen), seconds=30)
+            await run(f"UPDATE tenancy.clock SET ahead = '{ahead}'")
+            if ahead == "0":
+                await run(
+                    "INSERT INTO tenancy.connection_leases SELECT server, gen_random_uuid(), host, pid, 1, 1, 1, 0, "
+                    "started_at, expires_at, NULL FROM tenancy.connection_leases LIMIT 1"
+                )
+                await until(lambda: reclaimed, seconds=60)
+            await until(is_renewed, seconds=30)
+            assert [one.internals.leases.process for one in (tenancy, other)] == processes
+        assert len(reclaimed) == 1
