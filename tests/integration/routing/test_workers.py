@@ -10,6 +10,7 @@ import time
 from collections import Counter
 
 import pytest
+from sqlalchemy import text
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.tenancy import Tenancy
@@ -46,7 +47,10 @@ async def listens(port: int) -> bool:
 async def test_the_defaults_serve_whatever_the_number_of_workers(
     tenancy: Tenancy, tenancy_config: TenancyConfig, workers: int
 ) -> None:
-    """For a tenant of every tier, bursts and the single requests after them are all answered, and soon."""
+    """For a tenant of every tier, bursts and the single requests after them are all answered, and soon.
+
+    So is a crowd of all tiers at once where the server's cap was just lowered to less than two for each worker.
+    """
     keys = [(await tenancy.tenants.create(f"of-{tier}", tier=tier)).api_key for tier in tenancy_config.tiers]
     async with uvicorn_command("create_guarded", tenancy_config, "--workers", str(workers)) as port:
         await until(lambda: listens(port), seconds=60)
@@ -59,6 +63,11 @@ async def test_the_defaults_serve_whatever_the_number_of_workers(
                 began = time.monotonic()
                 assert await ask(port, key) == 200
                 assert time.monotonic() - began < QUICK
+        async with tenancy.internals.control.transaction() as connection:
+            await connection.execute(text("UPDATE tenancy.servers SET max_connections = :cap"), {"cap": 2 * workers})
+        for _ in range(2):
+            answers = Counter(await asyncio.gather(*(ask(port, key) for key in keys for _ in range(BURST))))
+            assert answers == {200: len(keys) * BURST}
 
 
 @pytest.mark.parametrize(
