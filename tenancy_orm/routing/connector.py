@@ -259,7 +259,7 @@ class Connector:
                 raise NotOpenError("the router is closed; open another Tenancy")
             self.outage.check(route.slug)
             async with asyncio.timeout(self.server.connect_timeout):
-                tag = await self._leased()
+                tag = await self.leased()
                 if not self._shared.ready:
                     await self._prepare(self._shared.begin, route)
                 driver_connection = await self._log_in(route)
@@ -299,7 +299,7 @@ class Connector:
         if proof is not None and await driver_connection.execute(proof) != PROVED:
             raise self.server.no_standby(route.slug)
 
-    async def _leased(self) -> str | None:
+    async def leased(self) -> str | None:
         """Return the tag of the lease in which a connection is opened, once it is in force.
 
         Raises:

@@ -196,9 +196,12 @@ class ThreadPool(RoutedPool):
         if not self._server.ready:
             self._probe()
             probed = True
-        tag = None if self.connector.lease is None else self.connector.lease.tag
+        lease = self.connector.lease
         try:
-            self.connector.check_lease(tag)
+            if lease is not None and not lease.is_valid:
+                # as after a suspension of the machine: it is renewed in a moment
+                self._hops.run_async(self.connector.leased, unbound=True)
+            tag = None if lease is None else lease.tag
             connection = self._log_in()
         except pg_errors.ConnectionTimeout as exc:
             self._hops.post(self._timed_out_here)

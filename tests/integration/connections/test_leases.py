@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -254,3 +255,12 @@ async def test_the_clock_of_the_control_database_may_be_set(
             await until(is_renewed, seconds=30)
             assert [one.internals.leases.process for one in (tenancy, other)] == processes
         assert len(reclaimed) == 1
+
+
+async def test_what_is_opened_waits_for_a_lease_that_has_expired(tenancy: Tenancy) -> None:
+    """As after a suspension of the machine, in synchronous code too: it is renewed at once, and nothing is refused."""
+    for number, fetch in enumerate((tenancy.fetch_value, partial(asyncio.to_thread, tenancy.sync.fetch_value))):
+        before, slug = [(await tenancy.tenants.create(f"{name}{number}")).tenant.slug for name in ("before", "after")]
+        await fetch("SELECT 1", tenant=before)  # what the first login finds out is known
+        tenancy.internals.leases.lease("default").valid_until = -math.inf
+        assert await fetch("SELECT 1", tenant=slug) == 1
