@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -259,7 +260,12 @@ async def test_the_clock_of_the_control_database_may_be_set(
 
 async def test_what_is_opened_waits_for_a_lease_that_has_expired(tenancy: Tenancy) -> None:
     """As after a suspension of the machine, in synchronous code too: it is renewed at once, and nothing is refused."""
-    for number, fetch in enumerate((tenancy.fetch_value, partial(asyncio.to_thread, tenancy.sync.fetch_value))):
+
+    async def in_thread(statement: str, *, tenant: str) -> Any:
+        return await asyncio.to_thread(tenancy.sync.fetch_value, statement, tenant=tenant)
+
+    fetches: list[Callable[..., Any]] = [tenancy.fetch_value, in_thread]
+    for number, fetch in enumerate(fetches):
         before, slug = [(await tenancy.tenants.create(f"{name}{number}")).tenant.slug for name in ("before", "after")]
         await fetch("SELECT 1", tenant=before)  # what the first login finds out is known
         tenancy.internals.leases.lease("default").valid_until = -math.inf
