@@ -21,7 +21,7 @@ from ..servers.server import Server
 from ..tenancy import Tenancy
 from ..tenant import Status
 from .output import console, print_json
-from .runtime import EXIT_FAILED, Json, fail, run
+from .runtime import EXIT_FAILED, Json, fail, given_url, run
 
 _USERLIST = "userlist.txt"
 
@@ -36,7 +36,12 @@ def pgbouncer(
     poolers: Annotated[int, typer.Option(min=1, help="How many PgBouncers serve this server.")] = 1,
     check: Annotated[bool, typer.Option("--check", help="Ask the one at the server's address of tenants.")] = False,
     console_url: Annotated[
-        str | None, typer.Option("--console", help="With --check: the URL of its console, whose settings are compared.")
+        str | None,
+        typer.Option(
+            "--console",
+            help="With --check: the URL of its console, whose settings are compared; - reads it from the standard "
+            "input, $NAME from a variable.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -44,7 +49,7 @@ def pgbouncer(
     if console_url and not check:
         fail("--console goes with --check")
     if check:
-        _check(server, poolers, console_url, as_json=as_json)
+        _check(server, poolers, console_url and given_url(console_url), as_json=as_json)
         return
     password = _password_in(out) or new_password()
 
@@ -77,7 +82,9 @@ def pgbouncer(
     if out is not None:
         _write(out, made)
     if as_json:
-        print_json({"pgbouncer.ini": made.ini, "auth_query.sql": made.sql, "pool_size": made.pool_size})
+        fields = {"pgbouncer.ini": made.ini, "auth_query.sql": made.sql, "pool_size": made.pool_size}
+        # in a file it stays there; without one nobody else has the password that belongs to the verifier
+        print_json(fields if out is not None else {**fields, _USERLIST: made.userlist})
     elif out is not None:
         console.print(f"wrote pgbouncer.ini, auth_query.sql and {_USERLIST} to {out}", highlight=False)
     else:

@@ -142,6 +142,20 @@ def confirm(question: str) -> bool:
         fail("nothing was changed: the question got no answer; answer it with --yes")
 
 
+def given_url(url: str) -> str:
+    """Return the URL of an option that may have a password: ``-`` reads the standard input, ``$NAME`` a variable."""
+    if url == "-":
+        return sys.stdin.readline().strip()
+    return variable(url[1:]) if url.startswith("$") else url
+
+
+def variable(name: str) -> str:
+    """Return a variable's value; exit where it is not set."""
+    if not (value := os.environ.get(name)):
+        fail(f"the variable {name} is not set", kind="ConfigurationError")
+    return value
+
+
 def fail(message: str, *, kind: str = "Error") -> NoReturn:
     """Print ``message`` on standard error, as JSON with its kind after ``--json``, and exit with status 1.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,7 +26,7 @@ from ..tenancy import Tenancy
 from .output import console, errors, print_fields, print_json, print_table
 from .pgbouncer import pgbouncer
 from .preparation import settle_server
-from .runtime import Json, Yes, confirm, exit_on_error, fail, load_tenancy, operator, run
+from .runtime import Json, Yes, confirm, exit_on_error, fail, given_url, load_tenancy, operator, run, variable
 
 T = TypeVar("T")
 
@@ -387,17 +386,14 @@ def _addresses(
     if sum((ask_password, password_stdin, password_variable is not None)) > 1 or (url == "-" and password_stdin):
         fail("the password can come from one place only", kind="ConfigurationError")
     visible = url != "-" and not url.startswith("$")
-    if url == "-":
-        url = sys.stdin.readline().strip()
-    elif url.startswith("$"):
-        url = _variable(url[1:])
+    url = given_url(url)
     password = None
     if ask_password:
         password = typer.prompt("Password", hide_input=True, err=True)
     elif password_stdin:
         password = sys.stdin.readline().rstrip("\r\n")
     elif password_variable is not None:
-        password = _variable(password_variable)
+        password = variable(password_variable)
     if password is not None:
         url = _with_password(url, password)
     elif visible and _has_password(url):
@@ -410,13 +406,6 @@ def _addresses(
         return ServerAddresses(admin=url, tenants=tenants, replicas=tuple(replicas or ()))
     except SettingError as exc:
         fail("; ".join(f"{kind}: {reason}" for kind, reason in exc.problems.items()), kind="ConfigurationError")
-
-
-def _variable(name: str) -> str:
-    value = os.environ.get(name)
-    if not value:
-        fail(f"the variable {name} is not set", kind="ConfigurationError")
-    return value
 
 
 def _has_password(url: str) -> bool:

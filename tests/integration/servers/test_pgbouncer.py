@@ -43,9 +43,9 @@ def names(tenancy: Tenancy) -> Names:
 async def cli(tenancy: Tenancy, postgres: Postgres, tmp_path: Path, names: Names) -> AsyncIterator[Cli]:
     """The command, and afterwards no role of PgBouncer's on the server."""
 
-    async def command(*arguments: str, tenants: str | None = None) -> Finished:
+    async def command(*arguments: str, tenants: str | None = None, **changes: str) -> Finished:
         env = environment(
-            **variables(tenancy.config), TENANCY_METADATA="tests.support.models:Base.metadata", COLUMNS="200"
+            **variables(tenancy.config), TENANCY_METADATA="tests.support.models:Base.metadata", COLUMNS="200", **changes
         )
         if tenants is not None:
             env["TENANCY_SERVERS"] = f"default={postgres.admin_url} default.tenants={tenants}"
@@ -121,7 +121,7 @@ async def test_what_is_generated_serves_the_installation(cli: Cli, tenancy: Tena
                 assert await asyncio.to_thread(other.sync.fetch_value, "SHOW search_path", tenant="acme")
             user, password = json.loads("[" + userlist.strip().replace('" "', '", "') + "]")
             console = f"postgresql://{user}:{password}@127.0.0.1:{pooler.port}/pgbouncer"
-            checked = await cli("--check", "--json", "--console", console, tenants=address)
+            checked = await cli("--check", "--json", "--console", "$CONSOLE", tenants=address, CONSOLE=console)
             assert checked.status == 0, checked.out + checked.err
             found = [one["text"] for one in json.loads(checked.out)]
             assert "it cannot reach another tenant's database" in found
@@ -151,7 +151,7 @@ async def test_the_function_tells_no_other_secret_and_no_other_role(
     user, function = auth_user(names), function_name(names)
     async with postgres.connect() as admin:
         await admin.execute(json.loads(done.out)["auth_query.sql"])
-        await admin.execute(f"ALTER ROLE \"{user}\" PASSWORD 'known to this test'")
+        name, given = json.loads("[" + json.loads(done.out)["userlist.txt"].replace('" "', '", "') + "]")
         secret = await admin.fetchval("SELECT rolpassword FROM pg_authid WHERE rolname = $1", acme.placement.role)
         await admin.execute(f'GRANT CONNECT ON DATABASE postgres TO "{acme.placement.role}"')
         url = make_url(postgres.admin_url)
@@ -161,7 +161,8 @@ async def test_the_function_tells_no_other_secret_and_no_other_role(
                 url.set(username=name, password=password).render_as_string(hide_password=False)
             )
 
-        asking = await as_role(user, "known to this test")
+        assert name == user
+        asking = await as_role(user, given)
         try:
             query = f"SELECT secret FROM {function}($1)"
             assert await asking.fetchval(query, acme.placement.role) == secret
