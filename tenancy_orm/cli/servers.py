@@ -35,10 +35,13 @@ app = typer.Typer(help="The servers that hold tenants: add, change, drain and re
 Name = Annotated[str, typer.Argument(help="The server's name.")]
 Tenants = Annotated[
     str | None,
-    typer.Option("--tenants", help="Where tenants' sessions connect to, host and port: a pooler, for example."),
+    typer.Option(
+        "--tenants", help="Where tenants' sessions connect to, host and port: a pooler, for example; '' for none."
+    ),
 ]
 Replicas = Annotated[
-    list[str] | None, typer.Option("--replica", help="A standby that follows it, host and port; repeatable.")
+    list[str] | None,
+    typer.Option("--replica", help="A standby that follows it, host and port; repeatable, '' for none."),
 ]
 AskPassword = Annotated[
     bool, typer.Option("--password", help="Ask for the administrator's password, which the URL does not have.")
@@ -199,12 +202,12 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Change a server; what is not given stays. Every process follows without a restart."""
-    if url is None and (tenants or replica or ask_password or password_stdin or password_variable):
-        fail("give --admin as well: all of a server's addresses are changed at once", kind="ConfigurationError")
-    addresses = (
-        None if url is None else _addresses(url, tenants, replica, ask_password, password_stdin, password_variable)
-    )
+    if url is None and (ask_password or password_stdin or password_variable):
+        fail("give --admin as well, for the password", kind="ConfigurationError")
+    admin = None if url is None else _addresses(url, None, None, ask_password, password_stdin, password_variable).admin
     options: dict[str, Any] = {
+        "tenants_address": UNSET if tenants is None else tenants or None,
+        "replicas": UNSET if replica is None else [one for one in replica if one],
         "region": UNSET if region is None else region or None,
         "labels": UNSET if label is None else _labels(label) or {},
         "capacity": _number_or_unset(capacity),
@@ -216,7 +219,7 @@ def update(
     async def command(tenancy: Tenancy) -> ServerRow:
         return await tenancy.servers.update(
             server,
-            addresses=addresses,
+            addresses=admin,
             from_settings=from_settings,
             accept_identity=accept_identity,
             actor=operator(),
@@ -403,7 +406,7 @@ def _addresses(
             markup=False,
         )
     try:
-        return ServerAddresses(admin=url, tenants=tenants, replicas=tuple(replicas or ()))
+        return ServerAddresses(admin=url, tenants=tenants or None, replicas=tuple(one for one in replicas or () if one))
     except SettingError as exc:
         fail("; ".join(f"{kind}: {reason}" for kind, reason in exc.problems.items()), kind="ConfigurationError")
 

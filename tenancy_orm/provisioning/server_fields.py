@@ -55,8 +55,8 @@ def check_name(name: object) -> None:
         raise ConfigurationError(f"{name!r} is not the name of a server: 1 to 31 of a-z, 0-9, _ and -, from a letter")
 
 
-def read_addresses(given: ServerAddresses | str) -> ServerAddresses:
-    """Return addresses; a URL stands for all of them.
+def read_addresses(given: ServerAddresses | Mapping[str, Any] | str) -> ServerAddresses:
+    """Return addresses; a URL stands for all of them, and a mapping has them by kind.
 
     Raises:
         ConfigurationError: the URL is malformed. The message does not have it.
@@ -64,7 +64,7 @@ def read_addresses(given: ServerAddresses | str) -> ServerAddresses:
     if isinstance(given, ServerAddresses):
         return given
     try:
-        return ServerAddresses(admin=given)
+        return ServerAddresses(**({"admin": given} if isinstance(given, str) else given))
     except SettingError as exc:
         problem = "; ".join(f"{kind} {reason}" for kind, reason in exc.problems.items())
     raise ConfigurationError(f"the address of a server: {problem}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from sqlalchemy import delete, func, select, text, update
@@ -22,6 +22,7 @@ from ..control.models import tenants
 from ..errors import (
     ConfigurationError,
     PlacementError,
+    SecretError,
     ServerIdentityError,
     UnknownServerError,
 )
@@ -215,6 +216,8 @@ class ServerManager:
         name: str,
         *,
         addresses: ServerAddresses | str | None = None,
+        tenants_address: str | Unset | None = UNSET,
+        replicas: Sequence[str] | Unset = UNSET,
         from_settings: bool = False,
         accept_identity: bool = False,
         region: str | Unset | None = UNSET,
@@ -231,8 +234,10 @@ class ServerManager:
 
         Args:
             name: Its name.
-            addresses: Its new addresses, which are verified first. From now on they are in its row: no process looks
-                for them in its settings any more.
+            addresses: Its new addresses, or its administrative URL alone, which is verified first. From now on they
+                are in its row: no process looks for them in its settings any more.
+            tenants_address: Where tenants' sessions connect to; None: the host of the administrative URL.
+            replicas: The addresses of all of its replicas.
             from_settings: Take the addresses from this process's settings.
             accept_identity: Accept another cluster than the one that it was until now: the databases of its tenants
                 were moved there.
@@ -277,6 +282,8 @@ class ServerManager:
                     else f"server {name!r} is not in the settings of this process"
                 )
             addresses = self._config.server_addresses[name]
+        if isinstance(addresses, str) or tenants_address is not UNSET or replicas is not UNSET:
+            addresses = self._with_present(rows[name], addresses, tenants_address, replicas)
         if addresses is not None or accept_identity:
             values |= await self._new_addresses(rows, name, addresses, accept_identity=accept_identity)
         return await self._change(name, "server.update", values, actor)
@@ -363,14 +370,7 @@ class ServerManager:
             raise ConfigurationError(
                 "server 'default' is the embedded one: its address changes with its starts, so it is not kept in a row"
             )
-        if addresses is not None:
-            given = read_addresses(addresses)
-        elif row.sealed_addresses is not None:
-            given = self._addresses.open(row)
-        elif name in self._config.server_addresses:
-            given = self._config.server_addresses[name]
-        else:
-            raise UnknownServerError(name)
+        given = self._present_addresses(row) if addresses is None else read_addresses(addresses)
         # without its row, by which it would refuse another cluster
         server = self._servers.make(name, given)
         try:
@@ -401,6 +401,35 @@ class ServerManager:
         if addresses is None:
             return {"identity": facts.identity}
         return self._address_values(server, given, facts)
+
+    def _present_addresses(self, row: ServerRow) -> ServerAddresses:
+        if row.sealed_addresses is not None:
+            return self._addresses.open(row)
+        if row.name not in self._config.server_addresses:
+            raise UnknownServerError(row.name)
+        return self._config.server_addresses[row.name]
+
+    def _with_present(
+        self,
+        row: ServerRow,
+        addresses: ServerAddresses | str | None,
+        tenants_address: str | Unset | None,
+        replicas: Sequence[str] | Unset,
+    ) -> ServerAddresses:
+        """Return the addresses with those that the server has, where they are not given."""
+        try:
+            found = addresses if isinstance(addresses, ServerAddresses) else self._present_addresses(row)
+        except (SecretError, UnknownServerError):
+            if addresses is None:
+                raise
+            found = read_addresses(addresses)  # nobody can read the others any more
+        changes: dict[str, Any] = {} if addresses is None else {"admin": read_addresses(addresses).admin}
+        if not isinstance(tenants_address, Unset):
+            changes["tenants"] = tenants_address
+        if not isinstance(replicas, Unset):
+            changes["replicas"] = tuple(replicas)
+        given = {"admin": found.admin, "tenants": found.tenants, "replicas": found.replicas, **changes}
+        return read_addresses(given)
 
     def _address_values(self, server: Server, given: ServerAddresses, facts: ServerFacts) -> dict[str, Any]:
         return {

@@ -99,9 +99,17 @@ async def test_a_server_is_added_and_removed_by_command(cli: Cli, postgres: Post
     assert (shown["addresses_from"], shown["labels"], shown["tenants"]) == ("row", {"disk": "nvme"}, 1)
     changed = await cli("servers", "update", "eu", "--capacity", "none", "--weight", "2.5", "--json")
     assert (json.loads(changed.out)["capacity"], json.loads(changed.out)["weight"]) == (None, 2.5)
+    pooler, replica = f"postgresql://{url.host}:1", f"postgresql://{url.host}:2"
+    await cli("servers", "update", "eu", "--tenants", pooler, "--replica", replica)
     several = f"postgresql://{url.username}@127.0.0.1:1,{url.host}:{url.port}/{url.database}?sslmode=disable"
     moved = await cli("servers", "update", "eu", "--admin", several, "--password-stdin", "--json", stdin=password)
     assert moved.status == 0 and json.loads(moved.out)["port"] == 1, moved.err
+    # a new password, for example, leaves the other addresses
+    shown = json.loads((await cli("servers", "show", "eu", "--json")).out)
+    assert (shown["tenants_address"], shown["replicas"]) == (f"{url.host}:1", [f"{url.host}:2"])
+    await cli("servers", "update", "eu", "--tenants", "", "--replica", "")
+    shown = json.loads((await cli("servers", "show", "eu", "--json")).out)
+    assert (shown["port"], shown["tenants_address"], shown["replicas"]) == (1, None, [])
     assert (await cli("servers", "activate", "us")).out == "server us is active\n"
     assert (await cli("servers", "drain", "us")).out == "server us is in drain\n"
     assert (await cli("servers", "remove", "eu", "--yes")).status == 1
@@ -114,7 +122,8 @@ async def test_a_server_is_added_and_removed_by_command(cli: Cli, postgres: Post
         (("add", "x", postgres.admin_url, "--password-variable", "PATH"), "has a password already"),
         (("add", "x", bare, "--capacity", "many"), "neither a whole number"),
         (("add", "x", bare, "--label", "disk"), "a label is name=value"),
-        (("update", "eu", "--tenants", "postgresql://h"), "give --admin as well"),
+        (("update", "eu", "--password-variable", "PATH"), "give --admin as well"),
+        (("update", "eu", "--tenants", "postgresql://u@h"), "names a user"),
         (("update", "asia", "--weight", "2"), "'asia' is not known here"),
     ]:
         refused = await cli("servers", *arguments)
