@@ -12,6 +12,7 @@ import binascii
 import math
 import os
 import struct
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ TOKEN_SECONDS: Final = 300
 """How much older than a read's bound on staleness a token must be to be of no concern: the clocks of two machines
 differ by less."""
 
+_FORGET_SECONDS = 3_600.0
+_NOTES = 10_000  # tenants with notes, from which on old notes are dropped
 _LONGEST = 128  # characters; a token has 76
 _NONCE_BYTES = 12
 _FIELDS = struct.Struct(">BQIQQ")
@@ -56,6 +59,36 @@ class Consistency:
     def has_written(self) -> bool:
         """Whether anything was committed."""
         return self.written_at > -math.inf
+
+
+class WriteNotes:
+    """When something of each tenant was last committed, for a whole process: a server may be replaced in between.
+
+    What a request or a scope has committed is noted there, and the rest here.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[UUID, float] = {}
+        self._most = _NOTES
+        self._noting = threading.Lock()  # it protects these two
+
+    def add(self, tenant_id: UUID) -> None:
+        """Note that something of a tenant was committed just now. In any thread."""
+        now = time.monotonic()
+        found = current_consistency(tenant_id)
+        if found is not None:
+            found.written_at = now
+            return
+        with self._noting:
+            self._written[tenant_id] = now
+            if len(self._written) > self._most:
+                self._written = {one: at for one, at in self._written.items() if at > now - _FORGET_SECONDS}
+                self._most = max(_NOTES, 2 * len(self._written))
+
+    def last(self, tenant_id: UUID) -> float:
+        """When the running request, or code outside of all, has last committed something of a tenant."""
+        found = current_consistency(tenant_id)
+        return self._written.get(tenant_id, -math.inf) if found is None else found.written_at
 
 
 _current: ContextVar[Consistency | None] = ContextVar("tenancy_orm.consistency", default=None)
@@ -151,6 +184,7 @@ __all__ = [
     "Consistency",
     "ConsistencyTokens",
     "Marked",
+    "WriteNotes",
     "current_consistency",
     "noting_writes",
     "reset_consistency",

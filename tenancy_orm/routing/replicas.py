@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ from ..tenant import Tenant
 from .budget import BudgetStatistics
 from .connection import TenantEngine, VariantConnection
 from .connector import Connector
-from .consistency import ConsistencyTokens, current_consistency
+from .consistency import ConsistencyTokens, WriteNotes, current_consistency
 from .engines import EngineCache, Entry
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -56,9 +55,6 @@ _CONFLICTS = frozenset({"40001", "40P01"})
 
 WAIT_SECONDS: Final = 0.25
 """How long a read waits for a connection to a replica; then it is served elsewhere."""
-
-_FORGET_SECONDS = 3_600.0
-_NOTES = 10_000  # tenants with notes, from which on old notes are dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +126,7 @@ class ServerReplicas:
         max_engines: How many engines are kept for each replica.
         events: Receives what is lost, restored and passed over.
         tokens: Reads tokens.
+        notes: Tells what was written.
     """
 
     def __init__(
@@ -140,6 +137,7 @@ class ServerReplicas:
         max_engines: int,
         events: EventBus,
         tokens: ConsistencyTokens | None,
+        notes: WriteNotes,
     ) -> None:
         self.server = server
         self.monitor = ReplicaMonitor(server, events, self._forget)
@@ -148,30 +146,9 @@ class ServerReplicas:
         self._max_engines = max_engines
         self._events = events
         self._tokens = tokens
+        self._notes = notes
         self._known: dict[Replica, _Known] = {}
-        self._written: dict[UUID, float] = {}  # by code that runs in no request and no scope
-        self._most_notes = _NOTES
-        self._noting = threading.Lock()  # it protects these two
         self._closed = False
-
-    # --- writes -----------------------------------------------------------------------------------------------------
-
-    def note_write(self, tenant_id: UUID) -> None:
-        """Note that something of a tenant was committed just now. In any thread."""
-        now = time.monotonic()
-        found = current_consistency(tenant_id)
-        if found is not None:
-            found.written_at = now
-            return
-        with self._noting:
-            self._written[tenant_id] = now
-            if len(self._written) > self._most_notes:
-                self._written = {one: at for one, at in self._written.items() if at > now - _FORGET_SECONDS}
-                self._most_notes = max(_NOTES, 2 * len(self._written))
-
-    def _written_at(self, tenant_id: UUID) -> float:
-        found = current_consistency(tenant_id)
-        return self._written.get(tenant_id, -math.inf) if found is None else found.written_at
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +181,7 @@ class ServerReplicas:
         fresh = [replica for replica in usable if now - replica.fresh_at <= demand.max_staleness]
         if not fresh:
             return STALE
-        written_at = self._written_at(tenant_id)
+        written_at = self._notes.last(tenant_id)
         fresh = [replica for replica in fresh if replica.fresh_at >= written_at]
         if not fresh:
             return WRITTEN

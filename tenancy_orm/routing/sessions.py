@@ -31,7 +31,7 @@ from ..tenant import Tenant
 from .budget import BudgetStatistics, Waiting
 from .connection import TenantConnection, TenantEngine
 from .connector import ALONE, Connector
-from .consistency import ConsistencyTokens
+from .consistency import ConsistencyTokens, WriteNotes
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
 from .pool import Warmth
@@ -100,6 +100,7 @@ class Router:
         self._servers = servers
         self._events = events
         self._tokens = tokens
+        self._notes = WriteNotes()
         self._replicas: dict[str, ServerReplicas] = {}
         self._retired_replicas: list[ServerReplicas] = []
         self._max_engines = config.pool.max_engines
@@ -341,8 +342,8 @@ class Router:
             server = self._servers[name]
             connector = self._connectors[name] = self._leased(server)
             if server.replicas:
-                replicas = self._replicas[name] = self._replicas_of(server)
-                connector.on_write = replicas.note_write
+                self._replicas[name] = self._replicas_of(server)
+                connector.on_write = self._notes.add
         return connector
 
     def _leased(self, server: Server) -> Connector:
@@ -357,6 +358,7 @@ class Router:
             max_engines=self._max_engines,
             events=self._events,
             tokens=self._tokens,
+            notes=self._notes,
         )
 
 

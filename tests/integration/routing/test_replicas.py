@@ -263,6 +263,28 @@ async def test_what_was_written_is_read(app: Application) -> None:
     assert set(app.reasons) == {"written"}
 
 
+async def test_what_a_session_of_a_replaced_server_writes_is_read(
+    app: Application, primary: TestServer, standby: Standby
+) -> None:
+    """It was opened before the server's row was changed, and commits after that."""
+    tenancy, options = app.tenancy, {"max_staleness": math.inf}
+    async with tenancy.session("acme") as session:
+        session.add(Note(body="across"))
+        await session.flush()
+        before = tenancy.internals.servers["default"]
+        replicas = [f"postgresql://127.0.0.1:{standby.port}?connect_timeout=9"]
+        await tenancy.servers.update("default", addresses=ServerAddresses(admin=primary.url(), replicas=replicas))
+        await until(lambda: tenancy.internals.servers["default"] is not before)
+        primary.query("SELECT pg_switch_wal()")  # so that the session's INSERT is sent to the replica
+        await until(lambda: app.on_replica(**options))
+        standby.pause_replay()
+        try:
+            await session.commit()
+            assert await app.notes(**options) == ["kept", "across"]
+        finally:
+            standby.resume_replay()
+
+
 async def test_no_read_is_staler_than_its_bound(
     tenancy_config: TenancyConfig, primary: TestServer, standby: Standby
 ) -> None:
