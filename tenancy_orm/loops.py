@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import socket
 import weakref
 from contextlib import suppress
 from threading import get_ident
@@ -58,6 +59,11 @@ class HomeLoop:
         """
         if get_ident() != self.thread and self.loop is not None:
             raise WrongEventLoopError(forked=self.thread == _FORKED)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether it is the parent's: this process was forked from the one that the loop runs in."""
+        return self.thread == _FORKED
 
     @property
     def is_closed(self) -> bool:
@@ -126,15 +132,26 @@ def _forget_threads() -> None:
 
 
 def _leave_selector(loop: asyncio.AbstractEventLoop) -> None:
-    """Give the child's copy of a loop an epoll instance of its own.
+    """Give the child's copy of a loop an epoll instance of its own, and a pipe by which threads wake it.
 
-    The parent's is shared. A child that closes the loop, as ``asyncio.run`` does while ``sys.exit`` unwinds the stack,
-    would take the loop's own pipe out of it, and nothing would wake the parent's loop from another thread any more.
+    The parent's are shared. A child that closes the loop, as ``asyncio.run`` does while ``sys.exit`` unwinds the stack,
+    would take the pipe out of the epoll instance, and nothing would wake the parent's loop from another thread any
+    more. Before that ``asyncio.run`` waits for threads of the child: what they send must wake the child, and not the
+    parent.
     """
     selector: Any = getattr(loop, "_selector", None)
-    if type(selector).__name__ == "EpollSelector" and not loop.is_closed():
-        with suppress(OSError), select.epoll() as fresh:
-            os.dup2(fresh.fileno(), selector.fileno(), inheritable=False)
+    if type(selector).__name__ != "EpollSelector" or loop.is_closed():
+        return
+    reading: Any = getattr(loop, "_ssock", None)
+    writing: Any = getattr(loop, "_csock", None)
+    with suppress(OSError), select.epoll() as fresh:
+        if reading is not None and writing is not None:
+            for own, shared in zip(socket.socketpair(), (reading, writing), strict=True):
+                with own:
+                    own.setblocking(False)
+                    os.dup2(own.fileno(), shared.fileno(), inheritable=False)
+            fresh.register(reading.fileno(), select.EPOLLIN)
+        os.dup2(fresh.fileno(), selector.fileno(), inheritable=False)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -85,9 +85,12 @@ class HoldManager:
             yield
         finally:
             self._holds.pop(hold.id, None)
-            # in a task of its own, so that a cancelled body releases it as well
-            task = asyncio.ensure_future(self.release(hold))
-            await asyncio.shield(task)
+            if not self._control.home.is_forked:  # it is the parent's
+                await self._release_shielded(hold)
+
+    async def _release_shielded(self, hold: Hold) -> None:
+        # in a task of its own, so that a cancelled body releases it as well
+        await asyncio.shield(asyncio.ensure_future(self.release(hold)))
 
     async def release(self, hold: Hold) -> None:
         """Release the place. Where the database does not answer, it is free when the hold expires."""

@@ -506,6 +506,8 @@ class SessionContext:
         inner = session.sync_session
         busy = inner.in_transaction()
         if busy or get_ident() != self._cache.home.thread:
+            if kind is not None and self._cache.home.is_forked:
+                return  # what ends a forked process, ``sys.exit`` for example, goes on; the session is the parent's
             self._cache.home.check()
         self._session = self._entry = None
         try:
@@ -636,6 +638,8 @@ class ConnectionContext:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None and self._cache.home.is_forked:
+            return  # as a session
         self._cache.home.check()
         connection, entry = self._connection, self._entry
         self._connection = self._entry = None

@@ -106,6 +106,11 @@ class Hops:
         self._home = home
 
     @property
+    def is_forked(self) -> bool:
+        """Whether the loop is that of the process that this one was forked from."""
+        return self._home.is_forked
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The loop."""
         loop = self._home.loop

@@ -93,6 +93,8 @@ class ThreadSession:
         session, entry = self._session, self._entry
         if session is None or entry is None:
             return
+        if kind is not None and self._side.hops.is_forked:
+            return  # as ``SessionContext``
         if session.in_transaction():
             self._side.hops.threads.check()
         self._session = self._entry = None

@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig, forks, loops
+from tenancy_orm.config import Limit
 from tenancy_orm.errors import WrongEventLoopError
 from tests.support.models import Base
 from tests.support.waiting import until
@@ -101,6 +103,14 @@ def in_a_process(tenancy: Tenancy) -> None:
         assert tenancy.sync.fetch_value(_PID, tenant="acme")
 
 
+async def ending_by_a_thread() -> None:
+    """Wait for ever; the clean-up takes a moment in a thread."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await asyncio.to_thread(time.sleep, 0.02)
+
+
 class Ending:
     """Forks a child that ends in some way, and waits for it."""
 
@@ -108,11 +118,24 @@ class Ending:
         self.tenancy = tenancy
 
     async def leaves(self) -> None:
-        """The exception unwinds the stack, so that ``asyncio.run`` cancels the parent's tasks, and closes its loop."""
-        child = os.fork()
-        if child == 0:
-            sys.exit(0)
-        assert await asyncio.to_thread(end_of, child) == 0
+        """The exception unwinds the stack, so that ``asyncio.run`` cancels the parent's tasks, and closes its loop.
+
+        A task ends by means of a thread, which has to wake the child's loop. And the status is the child's own,
+        whatever it leaves open.
+        """
+        task = asyncio.create_task(ending_by_a_thread())
+        await asyncio.sleep(0)
+        async with (
+            self.tenancy.session("acme") as session,
+            self.tenancy.session("acme", read_only=True),
+            self.tenancy.quotas.hold("acme", "jobs"),
+        ):
+            await session.scalar(text(_PID))
+            child = os.fork()
+            if child == 0:
+                sys.exit(0)
+            assert await asyncio.to_thread(end_of, child) == 0
+        task.cancel()
 
     async def collects(self) -> None:
         """The garbage collector of the child gets all connections."""
@@ -172,6 +195,7 @@ async def sessions_end_with_the_parent(url: str) -> bool:
 async def endings(url: str, seconds: float) -> None:
     """Fork in every way; print what is not as it was in the parent, and end."""
     async with Tenancy(TenancyConfig.from_env(metadata=Base.metadata)) as tenancy:
+        await tenancy.quotas.set("acme", {"jobs": Limit(2, "concurrent")})
         await tenancy.fetch_value(_PID, tenant="acme")
         await asyncio.to_thread(tenancy.sync.fetch_value, _PID, tenant="acme")
         before = await sessions_of_this_program(url)
