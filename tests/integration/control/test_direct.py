@@ -11,6 +11,7 @@ import pytest
 
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.errors import ControlUnavailableError
+from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
 from tests.support.waiting import until
 
@@ -88,3 +89,22 @@ async def test_a_burst_leaves_no_connection_open_beyond_the_size_of_the_pool(
         await asyncio.gather(*tasks, return_exceptions=True)
         await until(lambda: admin.fetchval(none_beyond, control.database))
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_statements_through_a_pooler_in_transaction_mode(postgres: Postgres, empty_url: str) -> None:
+    """None is prepared on one connection and run on another, and the pooler is sent no parameter that it refuses."""
+    with pgbouncer(postgres, default_pool_size="2") as pooler:
+        control = ControlDatabase(pooler.url(empty_url), pool_size=6, hot=True)
+
+        async def ask(number: int) -> None:
+            for turn in range(20):
+                (row,) = await control.fetch("SELECT $1::int AS a, pg_backend_pid() AS pid", turn)
+                assert row.a == turn
+                (row,) = await control.fetch("SELECT $1::text AS b, $2::int AS c", str(turn), number)
+                assert (row.b, row.c) == (str(turn), number)
+
+        try:
+            await asyncio.gather(*map(ask, range(12)))
+            assert control.is_pooled
+        finally:
+            await control.close()
