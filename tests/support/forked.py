@@ -111,6 +111,20 @@ async def ending_by_a_thread() -> None:
         await asyncio.to_thread(time.sleep, 0.02)
 
 
+async def end_by_a_thread() -> None:
+    """A child that leaves ``asyncio.run`` ends, where nothing but a thread wakes its loop."""
+    home = loops.HomeLoop()
+    task = asyncio.create_task(ending_by_a_thread())
+    await asyncio.sleep(0)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        sys.exit(0)
+    assert await asyncio.to_thread(end_of, child) == 0
+    home.check()
+    task.cancel()
+
+
 class Ending:
     """Forks a child that ends in some way, and waits for it."""
 
@@ -255,5 +269,6 @@ if __name__ == "__main__":
         signal.alarm(8)
         asyncio.run(endings(sys.argv[1], 3))
     else:
+        asyncio.run(end_by_a_thread())
         asyncio.run(main())
         asyncio.run(endings(sys.argv[1], 60))
