@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol
 from uuid import UUID
 
+import asyncpg
+
 from .audit.checkpoints import Signer
 from .audit.log import AuditLog
 from .authentication.directory import Directory
@@ -19,9 +21,15 @@ from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
 from .config import TenancyConfig
 from .connections import ConnectionLeases
-from .control.database import ControlDatabase
+from .control.database import ControlDatabase, head
 from .control.names import Names
-from .errors import AdministratorNeededError, ConfigurationError, TenancyError
+from .errors import (
+    AdministratorNeededError,
+    ConfigurationError,
+    ProvisioningError,
+    ServerUnavailableError,
+    TenancyError,
+)
 from .events import EventBus, ServerChanged
 from .housekeeping import Housekeeping
 from .internals import Internals
@@ -138,6 +146,7 @@ class Assembly:
         self._registered_seeds = seeds
         self._opened: list[Callable[[], Awaitable[None]]] = []
         self._data_keys: DataKeys | None = None
+        self._is_new = False  # whether this opening has initialised the control database for the first time
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
@@ -181,8 +190,7 @@ class Assembly:
         self.tiers = TierRegistry(self.control, self.audit)
         await self._settle_tiers(initialise)
         if initialise:
-            for name in list(self.servers):
-                await self.provisioner.prepare_server(name)
+            await self._prepare_servers()
         self.servers.on_change(self._announce_server)
         self._start(self._refresh_servers_repeatedly())
         # before it is open: an opening that is cancelled has begun to listen
@@ -209,7 +217,10 @@ class Assembly:
             if self._provided is None:
                 # first, so that nothing has changed where it refuses; an embedded server is nobody else's
                 refuse_loss((await PreparationPlan.read_from(config, self.control, self.servers)).closings)
+            revision = await self.control.revision()
+            self._is_new = revision is None
             await self._upgrade_control()
+            self.control.upgraded_from = revision if revision != head() else None
         await self.control.open()
         await check_keys(self.control, encryption_keys=config.sealing_keys, peppers=config.keys.decoded_peppers)
         if config.secrets.key_wrapper is not None:
@@ -355,6 +366,25 @@ class Assembly:
         check_rows(rows, found, new=new)
         await self.leases.open({name: found[name].connections if name in found else None for name in self.servers})
 
+    async def _prepare_servers(self) -> None:
+        """Prepare every server. One that cannot be logged in to is no reason not to open: the others' tenants work.
+
+        A new installation is another matter: there it is a mistake, and nothing else is left to work.
+        """
+        names = list(self.servers)
+        work = (self.provisioner.prepare_server(name) for name in names)
+        failed: list[BaseException] = []
+        for name, error in zip(names, await asyncio.gather(*work, return_exceptions=True), strict=True):
+            if isinstance(error, (ServerUnavailableError, ProvisioningError)) and not self._is_new:
+                self.provisioner.unprepared[name] = error
+                logger.warning(
+                    "server %s is not prepared now, and is before the next tenant is created on it: %s", name, error
+                )
+            elif isinstance(error, BaseException):
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
         if initialise or not (in_force := await self.tiers.in_force()):
@@ -382,7 +412,10 @@ class Assembly:
             server = next((s for s in self.servers.values() if s.dsn.shares_host(own)), None)
             if server is None:
                 raise  # it is none of the tenants' servers, the ones that have an administrator
-            administrator = await server.connect_admin()
+            try:
+                administrator = await server.connect_admin()
+            except asyncpg.PostgresError as exc:
+                raise server.unavailable(exc) from exc
             try:
                 await self.control.upgrade(administrator=administrator)
             finally:

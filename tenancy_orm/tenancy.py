@@ -579,13 +579,16 @@ class Tenancy:
         left is given up with a warning, and it belongs to the loop that opens it next.
 
         Args:
-            initialise: Create or upgrade the control database first, as ``tenancy init`` does. None does so for an
-                embedded server alone.
+            initialise: Create or upgrade the control database first, put the configured tiers in force and prepare the
+                servers, as ``tenancy init`` does. A server that cannot be logged in to is a warning in the log, unless
+                the control database is new. None does so for an embedded server alone.
             warm: Whether to connect to busy tenants in the background, as many as ``pool.warm_tenants``.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
             ControlSchemaError: it is not initialised, or by another version.
+            ServerUnavailableError, ProvisioningError: with ``initialise``, the control database is new, and a server
+                cannot be prepared.
             ConfigurationError: a setting is missing; a key is not the one that was used under its id; or, with
                 ``initialise``, a role would lose access to a database of a server, and nothing was changed.
             WrongEventLoopError: it is open in another event loop or thread.

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +19,13 @@ import typer
 
 from ..config import TenancyConfig, project, sources
 from ..config.values import parse_keys
+from ..control.database import ControlDatabase, head
 from ..errors import ConfigurationError, MissingExtraError
 from ..postgres.dsn import Dsn
 from ..tenancy import Tenancy
 from . import preparation, setup
 from .output import console, print_json
-from .runtime import Json, TenantArgument, Yes, exit_on_error, extend_path, operator, run
+from .runtime import Json, TenantArgument, Yes, exit_on_error, extend_path, fail, operator, run
 
 _MIGRATIONS = "migrations"
 _VARIABLE = "TENANCY_CONTROL_URL"
@@ -82,9 +83,10 @@ def init(
     base = exit_on_error(setup.project_directory) if directory is None else here / directory
     named = None if migrations is None else (here if directory is None else base) / migrations
 
-    async def command(tenancy: Tenancy) -> tuple[str, str, bool]:
-        has_metadata = tenancy.config.metadata is not None
-        return str(tenancy.internals.control.installation), tenancy.migrations.services.names.owner, has_metadata
+    async def command(tenancy: Tenancy) -> tuple[ControlDatabase, str, bool, dict[str, str]]:
+        has_metadata, internals = tenancy.config.metadata is not None, tenancy.internals
+        unprepared = {name: str(exc) for name, exc in internals.provisioner.unprepared.items()}
+        return internals.control, tenancy.migrations.services.names.owner, has_metadata, unprepared
 
     with exit_on_error(lambda: setup.entered(base)), project.looking_from(base, above=False):
         extend_path()
@@ -114,18 +116,35 @@ def init(
         if dry_run:
             raise typer.Exit  # which removes a directory that was made to look from
         with plan.undone_on_failure():
-            installation, owner, has_metadata = run(command, initialise=True)
+            control, owner, has_metadata, unprepared = run(command, initialise=True)
             exit_on_error(plan.write)
+        installation = str(control.installation)
         if as_json:
             made = {"created": plan.made, "changed": plan.changed, "installation": installation}
-            print_json({**made, "preparation": settled, **plan.as_dict()})
+            upgraded = {"upgraded_from": control.upgraded_from, "unprepared": unprepared}
+            print_json({**made, "preparation": settled, **upgraded, **plan.as_dict()})
+            _report_unprepared(unprepared)
             return
         if base != here:
             console.print(f"the project is in {base}", markup=False, highlight=False, soft_wrap=True)
         setup.show_done(plan)
+        if control.upgraded_from is not None:
+            console.print(
+                f"the control database was upgraded from {control.upgraded_from} to {head()}", highlight=False
+            )
         console.print(f"the control database is ready (installation {installation})", highlight=False)
         setup.show_env(plan, owner)
         setup.show_next(plan, has_metadata=has_metadata)
+        _report_unprepared(unprepared)
+
+
+def _report_unprepared(unprepared: Mapping[str, str]) -> None:
+    """Exit with status 1 where there are servers that could not be prepared."""
+    if unprepared:
+        fail(
+            f"servers that are not prepared: {', '.join(unprepared)}; the control database and the other servers are "
+            f"ready. Run tenancy init again when they can be logged in to: {'; '.join(unprepared.values())}"
+        )
 
 
 def _settings(configured: sources.Found, control_url: str | None, migrations: str | None) -> str:

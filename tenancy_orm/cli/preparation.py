@@ -93,6 +93,7 @@ def settle(
             _show(plan, kept)
         else:
             _line("the embedded server is started, and made if it is missing; nobody else uses it")
+            _line("its control database is upgraded if it is at an older revision, as at each start")
         _line("nothing was changed (--dry-run)")
     elif plan is not None:
         if not as_json:
@@ -131,6 +132,8 @@ def settle_server(
         return await PreparationPlan.read(config)
 
     plan = exit_on_error(lambda: asyncio.run(read()))
+    if plan.unavailable:
+        fail(str(plan.unavailable[0]), kind=type(plan.unavailable[0]).__name__)
     kept = _roles_to_keep(plan, keep)
     if not as_json:
         _show(plan, kept)
@@ -194,6 +197,10 @@ def _show(plan: PreparationPlan, kept: Collection[str]) -> None:
     """Print the plan for people."""
     if plan.creates_control:
         _line(f"the control database {plan.control_address} does not exist, and is made; PUBLIC gets no rights on it")
+    if plan.upgrade is not None:
+        _line(f"the control database is upgraded from {plan.upgrade[0]} to {plan.upgrade[1]}")
+    for error in plan.unavailable:
+        _line(f"{error}; it is not prepared, and the others are")
     for closing in plan.closings:
         _show_closing(closing, kept)
     if plan.losing - frozenset(kept):
@@ -229,6 +236,8 @@ def _as_dict(plan: PreparationPlan, kept: Collection[str]) -> dict[str, Any]:
     return {
         "control_database": plan.control_address,
         "creates_control_database": plan.creates_control,
+        "upgrade": None if plan.upgrade is None else {"from": plan.upgrade[0], "to": plan.upgrade[1]},
+        "unavailable": {error.server: str(error) for error in plan.unavailable},
         "databases": [
             {
                 "server": closing.server,

@@ -81,6 +81,7 @@ _LISTEN_POOLER = (
 # Tables in a schema of the same name that no migration of this package has made: its first one makes "installation".
 _HAS_REVISION = text("SELECT to_regclass('tenancy.alembic_version') IS NOT NULL")
 _REVISION = text("SELECT version_num FROM tenancy.alembic_version")
+_IS_INITIALISED = text("SELECT to_regclass('tenancy.installation') IS NOT NULL")
 _OTHERS_SCHEMA = text(
     "SELECT to_regclass('tenancy.installation') IS NULL AND EXISTS (SELECT FROM pg_class c WHERE c.relkind IN "
     "('r', 'p', 'v', 'm', 'f') AND c.relnamespace = to_regnamespace('tenancy') AND c.relname <> 'alembic_version')"
@@ -157,6 +158,8 @@ class ControlDatabase:
         self.home = HomeLoop()
         self.dsn = dsn = dsn if isinstance(dsn, Dsn) else Dsn.parse(dsn)
         self.database = dsn.database or ""
+        self.upgraded_from: str | None = None
+        """The revision that an opening has upgraded the schema from; None where it was at the head, or new."""
         self._connect_timeout = min(connect_timeout, dsn.connect_timeout or connect_timeout)
         self._command_timeout = command_timeout
         self._login: dict[str, Any] = {
@@ -236,7 +239,7 @@ class ControlDatabase:
             PoolerError: no DSN leads to PostgreSQL itself, or the one that should does not.
         """
         await self._check_direct()
-        expected = _head()
+        expected = head()
         async with self.connect() as connection:
             if not await connection.scalar(_HAS_REVISION):
                 raise ControlSchemaError("the control database is not initialised; run: tenancy init")
@@ -397,6 +400,20 @@ class ControlDatabase:
 
     # --- schema -----------------------------------------------------------------------------------------------------
 
+    async def revision(self) -> str | None:
+        """Return the revision that the schema is at; None where the database is not initialised.
+
+        Raises:
+            ControlUnavailableError: the server does not answer.
+            ControlSchemaError: a later version of this package has upgraded the schema.
+        """
+        async with self.connect() as connection:
+            if not await connection.scalar(_IS_INITIALISED):
+                return None
+            revision: str | None = await connection.scalar(_REVISION)
+        _refuse_later([revision])
+        return revision
+
     async def upgrade(self, revision: str = "head", *, administrator: asyncpg.Connection[Any] | None = None) -> None:
         """Upgrade the schema to ``revision``; one process does so at a time, and the others wait for it.
 
@@ -439,7 +456,7 @@ class ControlDatabase:
                 await connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
                 revisions = await self._revisions(connection)
                 await connection.commit()
-                if revision not in ("head", "heads") or revisions != [_head()]:
+                if revision not in ("head", "heads") or revisions != [head()]:
                     _refuse_later(revisions)
                     # Alembic reads every revision and runs an environment, even where there is nothing to do
                     async with one_migration():
@@ -589,7 +606,7 @@ def _script_directory() -> ScriptDirectory:
 
 
 @functools.cache
-def _head() -> str | None:
+def head() -> str | None:
     """The newest revision, read once: this package's own files."""
     return _script_directory().get_current_head()
 

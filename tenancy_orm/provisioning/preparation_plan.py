@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 import asyncpg
 
 from ..config import TenancyConfig
-from ..control.database import ControlDatabase, foreign_schema
+from ..control.database import ControlDatabase, foreign_schema, head
 from ..control.models import SCHEMA
-from ..errors import ConfigurationError, ControlUnavailableError, DatabaseExistsError
+from ..errors import ConfigurationError, ControlUnavailableError, DatabaseExistsError, ServerUnavailableError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, sqlstate_of
@@ -44,14 +45,20 @@ class PreparationPlan:
     other_tables: tuple[str, ...]
     """Tables of somebody else in a control database that is not initialised yet, 20 at most."""
     closings: tuple[Closing, ...]
-    """The databases on which PUBLIC has rights."""
+    """The databases on which PUBLIC has rights, on the servers that answered."""
+    upgrade: tuple[str, str] | None = None
+    """The revisions that the control database is upgraded from and to; None where it is new or needs no upgrade."""
+    unavailable: tuple[ServerUnavailableError, ...] = ()
+    """Why servers did not answer. Their own preparation refuses to take access from anybody."""
 
     @classmethod
     async def read(cls, config: TenancyConfig) -> PreparationPlan:
         """Read the state of the control database and of every server.
 
         Raises:
-            ControlUnavailableError, ServerUnavailableError: one of them does not answer.
+            ControlUnavailableError: the control database does not answer.
+            ControlSchemaError: a later version of this package has upgraded it.
+            ServerUnavailableError: it is not initialised yet, and a server does not answer.
             ConfigurationError: a URL cannot be used.
         """
         async with _parts(config) as (control, servers):
@@ -62,18 +69,28 @@ class PreparationPlan:
         """As ``read``, through a control database and servers that the caller has opened."""
         facts = await _control_facts(control, config)
         shared = SharedDatabases(config.name_prefix, facts, (control.dsn.user,) if control.dsn.user else ())
+        revision = await control.revision() if facts is not None and facts.is_initialised else None
         closings: list[Closing] = []
+        unavailable: list[ServerUnavailableError] = []
         if config.provisioning.revoke_public:
-            for server in servers.values():
-                async with _administrator(server) as connection:
-                    closings += await shared.closings(connection, server.name)
-                    await server.learn(connection)  # an opening asks next
+            timeout = config.provisioning.timeout
+            reading = (_closings(server, shared, timeout=timeout) for server in servers.values())
+            for answer in await asyncio.gather(*reading, return_exceptions=True):
+                if isinstance(answer, ServerUnavailableError) and revision is not None:
+                    unavailable.append(answer)
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    closings += answer
+        target = head()
         return cls(
             control_database=control.database,
             control_address=str(control.dsn),
             creates_control=facts is None,
             other_tables=() if facts is None or facts.is_initialised else facts.other_tables,
             closings=tuple(closings),
+            upgrade=(revision, target) if revision and target and revision != target else None,
+            unavailable=tuple(unavailable),
         )
 
     @property
@@ -164,6 +181,17 @@ async def _control_facts(control: ControlDatabase, config: TenancyConfig) -> Con
                 "then run tenancy init again"
             ) from exc
         raise
+
+
+async def _closings(server: Server, shared: SharedDatabases, *, timeout: float) -> tuple[Closing, ...]:
+    async with _administrator(server) as connection:
+        try:
+            async with asyncio.timeout(timeout):
+                closings = await shared.closings(connection, server.name)
+                await server.learn(connection)  # an opening asks next
+                return closings
+        except OSError as exc:  # no answer in time, for example
+            raise server.unavailable(exc) from exc
 
 
 @asynccontextmanager

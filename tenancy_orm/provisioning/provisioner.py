@@ -22,7 +22,9 @@ from ..events import EventBus
 from ..keys.format import NewKey
 from ..loops import HomeLoop
 from ..postgres import connections, locks
+from ..postgres import errors as postgres_errors
 from ..postgres.connections import Connection
+from ..postgres.errors import sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
@@ -113,6 +115,8 @@ class Provisioner:
         )
         # by server: the settings of new roles
         self._prepared: dict[str, RoleSettings] = {}
+        self.unprepared: dict[str, TenancyError] = {}
+        """Why an opening that initialises could not prepare servers, by server."""
         # by server: held while it is prepared
         self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         servers.on_change(self._server_changed)
@@ -170,9 +174,7 @@ class Provisioner:
             raise
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
-                f"server {server.name!r} could not be prepared ({describe(exc)}); its administrator needs CREATEDB and "
-                "CREATEROLE on PostgreSQL 16 and later, or must be a superuser",
-                step="prepare",
+                f"server {server.name!r} could not be prepared ({describe(exc)}){_remedy(server, exc)}", step="prepare"
             ) from exc
 
     def _server_changed(self, name: str) -> None:
@@ -502,3 +504,17 @@ class Provisioner:
         await self._unfilled.close()
         await self._admin_connections.close()
         await self.watchdog.close()
+
+
+def _remedy(server: Server, error: BaseException) -> str:
+    match sqlstate_of(error):
+        case postgres_errors.INSUFFICIENT_PRIVILEGE:
+            return (
+                "; its administrator needs CREATEDB and CREATEROLE on PostgreSQL 16 and later, or must be a superuser"
+            )
+        case postgres_errors.INVALID_PASSWORD | postgres_errors.INVALID_AUTHORIZATION:
+            return (
+                "; correct the administrator's login: in the configuration, or, for a server with addresses of its own "
+                f"in the control database: tenancy servers update {server.name} --admin ... --password-stdin"
+            )
+    return ""

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from alembic import command
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.asgi.problems import problem_for
+from tenancy_orm.control.database import _alembic_config
 from tenancy_orm.errors import LoginRefusedError, ServerUnavailableError, TenancyError
 from tenancy_orm.events import Event, ServerDown, ServerUp
 from tenancy_orm.servers.breaker import Breaker, BreakerState
 from tests.support.outages import Writers, frozen, go_on, running
 from tests.support.postgres import Postgres
 from tests.support.replication import TestServer, primary_server
+from tests.support.shell import ROOT, environment, python_path
 from tests.support.waiting import until
+from tests.support.warm import run_module
 
 SECONDS = 30.0
 
@@ -250,3 +257,79 @@ async def test_a_password_and_a_database_change_under_open_pools(house: Tenancy,
     for writer in writers:
         await writer.check()
     assert breaker(house).opened_at == 0.0
+
+
+async def downgrade(tenancy: Tenancy) -> None:
+    """Leave the control database as a former version had it, and close."""
+    async with tenancy.internals.control.connect() as connection:
+        await connection.run_sync(lambda sync: command.downgrade(_alembic_config(sync), "0014_schedules"))
+        await connection.commit()
+    await tenancy.close()
+
+
+async def test_an_upgrade_of_the_package_passes_over_a_server_that_is_down(
+    house: Tenancy, other: TestServer, tmp_path: Path
+) -> None:
+    """``tenancy init`` upgrades the control database, prepares the others and names it; new code works from then on."""
+    config = house.config
+    assert config.servers is not None and config.encryption_keys is not None
+    variables = environment(
+        TENANCY_CONTROL_URL=config.control_url,
+        TENANCY_SERVERS=",".join(f"{name}={url}" for name, url in config.servers.items()),
+        TENANCY_ENCRYPTION_KEYS=",".join(f"{name}:{key!s}" for name, key in config.encryption_keys.items()),
+        TENANCY_NAME_PREFIX=config.name_prefix,
+        TENANCY_DEFAULT_SERVER="default",
+        TENANCY_POOL_CONNECT_TIMEOUT="2",
+        PYTHONPATH=python_path(ROOT),
+        COLUMNS="200",
+        NO_COLOR="1",
+    )
+    (tmp_path / "tenancy.toml").write_text('metadata = "tests.support.models:Base.metadata"\n')
+
+    async def init(*arguments: str) -> Any:
+        return await run_module("tenancy_orm.cli", "init", *arguments, cwd=tmp_path, env=variables)
+
+    await downgrade(house)
+    upgrade = "the control database is upgraded from 0014_schedules to 0018_tier_weights"
+    with frozen(other):
+        planned = await init("--dry-run")
+        assert (planned.status, upgrade in planned.out) == (0, True), planned.err
+        assert "server 'other' is not available" in planned.out
+        done = await init("--yes")
+        assert done.status == 1 and upgrade in done.out and upgrade.replace("is", "was") in done.out, done.err
+        assert "servers that are not prepared: other; the control database and the other servers are" in done.err
+        assert "Run tenancy init again" in done.err and "no answer in time" in done.err
+        assert list(json.loads((await init("--json")).out)["unprepared"]) == ["other"]
+        async with Tenancy(config) as tenancy:
+            assert await ask(tenancy, "acme") == 1
+            with pytest.raises((TenancyError, DBAPIError, OSError)):
+                await ask(tenancy, "eve")
+    again = await init()
+    assert again.status == 0 and "upgraded" not in again.out, again.err
+
+
+@pytest.mark.parametrize("how", ["frozen", "password"])
+async def test_an_opening_that_initialises_goes_on_without_a_server(
+    house: Tenancy, other: TestServer, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """Its tenants get their errors, everybody else works, and what is said is what happened."""
+    await downgrade(house)
+    config, servers = house.config, house.config.servers
+    assert servers is not None
+    if how == "password":
+        address = other.url().replace("://postgres:", "://postgres:not")
+        assert address != other.url()
+        config = config.replace(servers={"default": servers["default"], "other": address})
+    tenancy = Tenancy(config)
+    with frozen(other) if how == "frozen" else nullcontext(), caplog.at_level(logging.WARNING, "tenancy_orm"):
+        await tenancy.open(initialise=True)
+        try:
+            assert await ask(tenancy, "acme") == 1
+            assert list(tenancy.internals.provisioner.unprepared) == ["other"]
+            with pytest.raises(TenancyError, match="password authentication" if how == "password" else "not available"):
+                await tenancy.tenants.create("frank", server="other")
+        finally:
+            await tenancy.close()
+    [said] = [record.getMessage() for record in caplog.records if "is not prepared now" in record.getMessage()]
+    assert "CREATEDB" not in said
+    assert ("servers update other --admin ... --password-stdin" in said) is (how == "password")

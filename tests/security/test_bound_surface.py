@@ -60,6 +60,7 @@ EXCUSED = {
     "internals.control.connect": "plain SQL on the control database, which is an operator's by nature",
     "internals.control.fetch": "as control.connect",
     "internals.control.open": "reads the schema's revision",
+    "internals.control.revision": "reads the schema's revision",
     "internals.control.transaction": "as control.connect",
     "internals.directory.close": "closes connections",
     "internals.directory.invalidate": "forgets what is looked up again",

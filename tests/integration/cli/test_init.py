@@ -313,6 +313,18 @@ async def test_a_failure_leaves_nothing(nowhere: Shell, existing: bool) -> None:
     assert "cannot be used as the project's directory" in await nowhere.refused("file")
 
 
+async def test_a_new_installation_needs_its_servers(shell: Shell) -> None:
+    """An address or a password that is wrong is a mistake there: nothing else would be left to work."""
+    variables = dict(shell.variables)
+    wrong = variables["TENANCY_CONTROL_URL"].replace("://postgres:", "://postgres:not")
+    for url, reason in ((UNREACHABLE, "not available"), (wrong, "password authentication failed")):
+        shell.variables = {**variables, "TENANCY_SERVERS": f"default={url}"}
+        for arguments in (("--yes",), ("--leave-public",)):
+            said = await shell.refused(*arguments)
+            assert reason in said and "CREATEDB" not in said
+        shell.variables = variables
+
+
 # what is there before, as text of files; "generic" and "tenant" stand for what the templates of those names make
 Prepared = dict[str, str]
 
