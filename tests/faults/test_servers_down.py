@@ -22,6 +22,7 @@ from tenancy_orm.control.database import _alembic_config
 from tenancy_orm.errors import LoginRefusedError, ServerUnavailableError, TenancyError
 from tenancy_orm.events import Event, ServerDown, ServerUp
 from tenancy_orm.servers.breaker import Breaker, BreakerState
+from tests.support.models import Base
 from tests.support.outages import Writers, frozen, go_on, running
 from tests.support.postgres import Postgres
 from tests.support.replication import TestServer, primary_server
@@ -333,3 +334,19 @@ async def test_an_opening_that_initialises_goes_on_without_a_server(
     [said] = [record.getMessage() for record in caplog.records if "is not prepared now" in record.getMessage()]
     assert "CREATEDB" not in said
     assert ("servers update other --admin ... --password-stdin" in said) is (how == "password")
+
+
+async def test_an_embedded_control_database_opens_for_the_repair_of_a_server(other: TestServer, tmp_path: Path) -> None:
+    """It initialises at each start: a password that was changed must not keep away the command that corrects it."""
+    other.query("CREATE ROLE repaired SUPERUSER LOGIN PASSWORD 'former'")
+    config = TenancyConfig(control_url=f"embedded:{tmp_path}/data", metadata=Base.metadata, name_prefix="repaired")
+    address = "postgresql://repaired:{}@" + other.url().split("@")[1]
+    async with Tenancy(config) as tenancy:
+        await tenancy.servers.add("eu", address.format("former"))
+        await tenancy.tenants.create("acme", server="default")
+    other.query("ALTER ROLE repaired PASSWORD 'changed'")
+    async with Tenancy(config) as tenancy:
+        assert list(tenancy.internals.provisioner.unprepared) == ["eu"]
+        assert await ask(tenancy, "acme") == 1
+        await tenancy.servers.update("eu", addresses=address.format("changed"))
+        await tenancy.tenants.create("eve", server="eu")
