@@ -1073,8 +1073,9 @@ class FleetMigrationError(MigrationError):
 
 
 class ReadOnlyError(TenancyError):
-    """A read-only session was to flush changes, or to begin or end a transaction by a statement. Nothing was sent.
+    """A read-only session was to write an object, or to begin or end a transaction by a statement. Nothing was sent.
 
+    An object is refused when it is added, deleted or flushed, and when the session ends with one that is changed.
     What PostgreSQL refuses in such a session is SQLAlchemy's ``DBAPIError``, with SQLSTATE 25006.
     """
 

@@ -153,8 +153,9 @@ class Tenancy:
             CheckoutTimeoutError: (at the first statement) no connection became free in time.
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
-            ReadOnlyError: (later) with ``read_only``, changed objects are to be flushed, or a statement is to begin or
-                end a transaction; with ``replica``, a statement of SQLAlchemy's is to write or to lock.
+            ReadOnlyError: (later) with ``read_only``, an object is to be added, deleted or flushed, the session ends
+                with changed objects, or a statement is to begin or end a transaction; with ``replica``, a statement of
+                SQLAlchemy's is to write or to lock.
             ConfigurationError: ``replica`` without ``read_only``, or with what no replica has.
         """
         parts = self._lifetime.parts

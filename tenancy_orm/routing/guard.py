@@ -14,6 +14,7 @@ The guard checks objects, not data: values that were copied out of an object hav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 
@@ -45,7 +46,7 @@ class TenantSession(Session):
         bind: The tenant's engine, or one of its connections.
         tenant: The tenant's id and slug.
         on_refusal: Called with each error that the guard is going to raise.
-        read_only: Whether a flush is refused; that nothing else writes, PostgreSQL sees to.
+        read_only: Whether new objects, deletions and a flush are refused; that nothing else writes, PostgreSQL sees to.
         options: As ``sqlalchemy.orm.Session``.
     """
 
@@ -97,6 +98,29 @@ class TenantSession(Session):
         """Every merge calls this, also for related objects and for ``merge_frozen_result``."""
         self._check(state, "merging")
         return super()._merge(state, state_dict, **options)
+
+    def delete(self, instance: object) -> None:
+        """Mark an object as deleted, as in SQLAlchemy.
+
+        Raises:
+            ReadOnlyError: the session only reads.
+        """
+        if self.read_only:
+            raise self._read_only_error(instance, "deleted")
+        super().delete(instance)
+
+    if not SQLALCHEMY_2_0:
+
+        def delete_all(self, instances: Iterable[object]) -> None:
+            """Mark several as deleted, as in SQLAlchemy.
+
+            Raises:
+                ReadOnlyError: the session only reads. Nothing was marked.
+            """
+            instances = list(instances)
+            if self.read_only and instances:
+                raise self._read_only_error(instances[0], "deleted")
+            super().delete_all(instances)
 
     def bulk_save_objects(self, objects: Iterable[object], *args: Any, **options: Any) -> None:
         """Save objects without the unit of work, as in SQLAlchemy.
@@ -184,6 +208,20 @@ class TenantSession(Session):
             self._on_refusal(error)
         raise error
 
+    def unwritten(self) -> ReadOnlyError | None:
+        """Return the error of what a read-only session holds and cannot write; None where that is nothing."""
+        if not self.read_only or self._is_clean():
+            return None
+        dirty = (instance for instance in self.dirty if self.is_modified(instance))
+        changed = next(chain(self.new, self.deleted, dirty), None)
+        return None if changed is None else self._read_only_error(changed, "written")
+
+    def _read_only_error(self, instance: object, what: str) -> ReadOnlyError:
+        return ReadOnlyError(
+            f"tenant {self.tenant[1]!r}: a {type(instance).__name__} is to be {what}, but the session is read-only; "
+            "use tenancy.session() or tenancy.transaction() to write, or expunge an object that is not to be written"
+        )
+
     def _check_transaction(self) -> None:
         if self._refused is not None and self._refused.transaction is self.get_transaction():
             raise CrossTenantError(
@@ -201,25 +239,17 @@ def _mark(session: TenantSession, state: InstanceState[Any]) -> None:
 
 def _before_attach(session: TenantSession, state: InstanceState[Any]) -> None:
     session._check(state, "adding")
-
-
-def _is_changed(session: TenantSession, instance: object) -> bool:
-    return instance in session.new or instance in session.deleted or session.is_modified(instance)
+    # one with a key has a row: a detached object comes back to be read, also by ``merge(load=False)``
+    if session.read_only and state.key is None:
+        raise session._read_only_error(state.obj(), "added")
 
 
 def _before_flush(session: TenantSession, context: UOWTransaction, instances: object) -> None:
     session._check_transaction()
     for instance in (*session.new, *session.dirty, *session.deleted):
         session._check(instance_state(instance), "flushing")
-    if session.read_only:
-        changed = next(
-            (one for one in (*session.new, *session.deleted, *session.dirty) if _is_changed(session, one)), None
-        )
-        if changed is not None:
-            raise ReadOnlyError(
-                f"tenant {session.tenant[1]!r}: a {type(changed).__name__} is to be written, but the session is "
-                "read-only; use tenancy.session() or tenancy.transaction() to write"
-            )
+    if (error := session.unwritten()) is not None:
+        raise error
 
 
 event.listen(TenantSession, "loaded_as_persistent", _mark, raw=True)

@@ -151,7 +151,7 @@ class Router:
             RoutingError: (on entering) the tenant has no database, or its server is not configured.
             ConfigurationError: (on entering) ``options`` would bypass the tenant's engine or the guard, or there is no
                 such isolation level.
-            ReadOnlyError: (later) a read-only session is to flush changes.
+            ReadOnlyError: (later) a read-only session is to add, delete or flush an object, or ends with a changed one.
             CheckoutTimeoutError: (at the first statement) no connection became free in time.
             ServerUnavailableError: (at the first statement) the tenant's server does not answer.
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
@@ -510,6 +510,8 @@ class SessionContext:
                 return  # what ends a forked process, ``sys.exit`` for example, goes on; the session is the parent's
             self._cache.home.check()
         self._session = self._entry = None
+        # closing forgets what was changed; an error of the body says more than this one
+        unwritten = cast("TenantSession", inner).unwritten() if kind is None and self._read_only else None
         try:
             # Without a transaction there is no I/O, so no greenlet is needed. AsyncSession's context manager closes in
             # a task of its own, to survive a cancellation; here it need not: if a roll-back is cancelled, the connector
@@ -523,6 +525,8 @@ class SessionContext:
             if self._reading is not None:
                 self._reading.close()
             self._cache.release(entry)
+        if unwritten is not None:
+            raise unwritten
 
 
 def _has_nothing_to_end(entry: Entry, session: Session) -> bool:

@@ -98,6 +98,7 @@ class ThreadSession:
         if session.in_transaction():
             self._side.hops.threads.check()
         self._session = self._entry = None
+        unwritten = session.unwritten() if kind is None and self._read_only else None
         try:
             session.close()
         finally:
@@ -105,6 +106,8 @@ class ThreadSession:
             if self._reads is not None:
                 self._side.hops.post(self._reads.close)
             self._side.release(entry)
+        if unwritten is not None:
+            raise unwritten
 
 
 class EachTenant(TenantInTurn):

@@ -19,7 +19,7 @@ from starlette.types import Message
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.authentication.credential import Credential
 from tenancy_orm.context import current_tenant
-from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.errors import ConfigurationError, ReadOnlyError
 from tenancy_orm.integrations.fastapi import (
     CurrentCredential,
     CurrentTenancy,
@@ -95,6 +95,11 @@ def add_routes(app: FastAPI) -> None:
         with pytest.raises(DBAPIError, match="read-only"):
             await session.execute(insert(Note).values(body="never"))
         return {"notes": found}
+
+    @app.post("/changing")
+    async def changing(session: TenantReadSession) -> str:
+        (await session.scalars(select(Note))).one().body = "never"
+        return "changed"
 
     @app.get("/anywhere")
     async def anywhere(
@@ -194,6 +199,8 @@ async def test_a_transaction_is_committed_before_the_response(
 async def test_a_read_session_reads(app: FastAPI, acme: CreatedTenant) -> None:
     """PostgreSQL refuses what it would write."""
     assert (await ask(app, "/reading", acme, "POST")).json() == {"notes": ["note of acme"]}
+    with pytest.raises(ReadOnlyError, match="a Note is to be written"):
+        await ask(app, "/changing", acme, "POST")  # before anything was answered
     # where there is no replica, asking for one changes nothing; a bound is checked where the route is defined
     assert (await ask(app, "/anywhere", acme)).json() == {"notes": ["note of acme"]}
     for replica, bound in ((True, 0.0), (False, 5.0)):

@@ -251,24 +251,15 @@ async def test_the_next_session_writes_whatever_the_one_before_did(side: Side, p
 
 
 async def test_changed_objects_are_refused_before_anything_is_sent(side: Side) -> None:
-    """At the flush, which a query begins too; an object that is only read, or added without a flush, is none."""
+    """At the flush, which a query begins too; an object that is only read is none."""
 
     def body(session: Session) -> None:
         note = session.scalars(select(Note)).one()
-        added = Note(body="added")
-        session.add(added)
-        with pytest.raises(ReadOnlyError, match="a Note is to be written"):
-            session.scalars(select(Note)).all()
-        session.expunge(added)
         note.body = "kept"  # which it was
         assert session.scalars(select(Note.body)).all() == ["kept"]
         note.body = "changed"
         with pytest.raises(ReadOnlyError, match="'acme'"):
             session.commit()
-        session.rollback()
-        session.delete(session.scalars(select(Note)).one())
-        with pytest.raises(ReadOnlyError):
-            session.flush()
         session.rollback()
         with pytest.raises(DBAPIError, match="read-only"):
             session.bulk_insert_mappings(Note, [{"body": "bulk"}])
@@ -277,6 +268,60 @@ async def test_changed_objects_are_refused_before_anything_is_sent(side: Side) -
             session.execute(insert(Note), [{"body": "a"}, {"body": "b"}])
 
     await side.use(body)
+    assert await side.bodies() == ["kept"]
+
+
+async def test_new_and_deleted_objects_are_refused_at_once(side: Side) -> None:
+    """With and without a flush after it. Objects that have a row come back to be read, by adding and merging."""
+
+    def body(session: Session) -> None:
+        note = session.scalars(select(Note)).one()
+        for refused in (
+            partial(session.add, Note(body="new")),
+            partial(session.add_all, [Note(body="new")]),
+            partial(session.merge, Note(id=note.id + 1, body="new")),
+        ):
+            with pytest.raises(ReadOnlyError, match="a Note is to be added, but the session is read-only"):
+                refused()
+        with pytest.raises(ReadOnlyError, match="a Note is to be deleted"):
+            session.delete(note)
+        if hasattr(session, "delete_all"):
+            with pytest.raises(ReadOnlyError, match="a Note is to be deleted"):
+                session.delete_all([note])
+        session.expunge(note)
+        session.add(note)
+        session.expunge(note)
+        assert session.merge(note) is session.merge(Note(id=note.id, body="kept"), load=True)
+        assert session.merge(note, load=False).body == "kept"
+
+    await side.use(body)
+    assert await side.bodies() == ["kept"]
+
+
+async def test_a_change_that_is_left_behind_is_an_error_of_the_read_only_session(side: Side) -> None:
+    """Not of one that writes, of one that has failed, or of what the application has discarded itself."""
+
+    def change(session: Session, discard: str | None = None) -> None:
+        note = session.scalars(select(Note)).one()
+        note.body = "changed"
+        if discard == "fail":
+            raise LookupError
+        if discard is not None:
+            getattr(session, discard)()
+
+    def merge(session: Session) -> None:
+        session.merge(Note(id=session.scalars(select(Note.id)).one(), body="changed"))
+
+    for body in (change, merge):
+        with pytest.raises(ReadOnlyError, match="'acme': a Note is to be written"):
+            await side.use(body)
+    with pytest.raises(ReadOnlyError):
+        await side.use(change, isolation_level="REPEATABLE READ")
+    for discard in ("rollback", "close", "expunge_all"):
+        await side.use(partial(change, discard=discard))
+    with pytest.raises(LookupError):
+        await side.use(partial(change, discard="fail"))
+    await side.use(change, read_only=False)
     assert await side.bodies() == ["kept"]
 
 
