@@ -51,10 +51,17 @@ class Breaker:
         config: When it opens, and how often a server that is down is asked.
         probe: Asks the server, in bounded time; raises an ``OSError`` where it does not answer.
         address: The server's address, for errors.
+        is_replica: Whether it is a standby: then nobody is refused while it does not answer.
     """
 
     def __init__(
-        self, server: str, config: BreakerConfig, probe: Callable[[], Awaitable[None]], *, address: str
+        self,
+        server: str,
+        config: BreakerConfig,
+        probe: Callable[[], Awaitable[None]],
+        *,
+        address: str,
+        is_replica: bool = False,
     ) -> None:
         self.config = config
         self.is_open = False
@@ -66,6 +73,9 @@ class Breaker:
         self._server = server
         self._probe = probe
         self._address = address
+        self._kind, self._consequence = (
+            ("replica", "reads go elsewhere") if is_replica else ("server", "its tenants are refused")
+        )
         self._closed = False
         self._probing: asyncio.Task[None] | None = None
         self._asks = False
@@ -183,7 +193,9 @@ class Breaker:
             return
         self.is_open = True
         self.opened_at = time.monotonic()
-        logger.warning("server %s does not answer (%s): its tenants are refused until it does", self._server, reason)
+        logger.warning(
+            "%s %s does not answer (%s): %s until it does", self._kind, self._server, reason, self._consequence
+        )
         self._changed()
 
     def _close(self) -> None:
@@ -191,7 +203,8 @@ class Breaker:
             return
         self.is_open = False
         self._sqlstate = None
-        logger.warning("server %s answers again, after %.1f s", self._server, time.monotonic() - self.opened_at)
+        seconds = time.monotonic() - self.opened_at
+        logger.warning("%s %s answers again, after %.1f s", self._kind, self._server, seconds)
         self._changed()
 
     def _changed(self) -> None:

@@ -167,7 +167,7 @@ class Server:
         self._direct = TenantAddress(name, dsn, given, limits, direct=True)
         self.traffic = self._direct if tenants is None else TenantAddress(name, tenants, given, limits, direct=False)
         """Where tenants' sessions connect to."""
-        self.breaker = Breaker(name, breaker, self._ping, address=str(self.traffic.dsn))
+        self.breaker = Breaker(name, breaker, self._ping, address=str(self.traffic.dsn), is_replica=is_replica)
         """Whether it answers."""
         host, port = _first_host(self.traffic.dsn)
         self._tenant_base = URL.create("postgresql+asyncpg", host=host, port=port)

@@ -36,9 +36,11 @@ class Answers:
 
 
 @asynccontextmanager
-async def breaker_of(answers: Answers, **options: object) -> AsyncIterator[Breaker]:
+async def breaker_of(
+    answers: Answers, *, name: str = "eu", is_replica: bool = False, **options: object
+) -> AsyncIterator[Breaker]:
     config = BreakerConfig.model_validate({"longest_pause": 0.01, **options})
-    breaker = Breaker("eu", config, answers.probe, address="db.example:5432")
+    breaker = Breaker(name, config, answers.probe, address="db.example:5432", is_replica=is_replica)
     try:
         yield breaker
     finally:
@@ -73,6 +75,24 @@ async def test_a_failure_opens_it_only_where_the_probe_fails_too_and_an_answer_c
         await until(lambda: breaker.state is BreakerState.CLOSED)
         breaker.check()
     assert changes == [BreakerState.OPEN, BreakerState.CLOSED]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_replica", "line"),
+    [
+        ("eu", False, "server eu does not answer (starting up (57P03)): its tenants are refused until it does"),
+        ("eu/1", True, "replica eu/1 does not answer (starting up (57P03)): reads go elsewhere until it does"),
+    ],
+)
+async def test_the_log_says_who_is_concerned(
+    name: str, is_replica: bool, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is refused where a replica does not answer."""
+    async with breaker_of(Answers(), name=name, is_replica=is_replica) as breaker:
+        breaker.failed(asyncpg.CannotConnectNowError("starting up"))
+        await until(lambda: not breaker.is_open)
+    assert line in caplog.messages
+    assert caplog.messages[-1].startswith(f"{line.partition(' does')[0]} answers again")
 
 
 async def test_a_server_that_says_that_it_is_starting_opens_it_and_it_can_be_off() -> None:
