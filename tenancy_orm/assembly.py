@@ -286,6 +286,7 @@ class Assembly:
             registry=self.registry,
             provisioner=self.provisioner,
             placer=placer,
+            leases=self.leases,
             embedded=provided is not None and config.servers == {"default": provided.server_url},
         )
         self.tenants = TenantManager(

@@ -168,6 +168,18 @@ class ConnectionLeases:
         refuse_while_bound("reading leases of connections")
         return await read_leases(self._control)
 
+    async def warn_of_cap(self, server: str) -> None:
+        """Log where the processes that share a server's connections, without this one, are more than its cap.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        for found in await self.read():
+            if found.server == server:
+                others = sum(row.process != self.process for row in found.leases)
+                _warn_of_cap(server, found.cap, others)
+
     async def close(self) -> None:
         """Give everything back. The connections are closed by now."""
         runner, self._runner = self._runner, None
@@ -304,6 +316,7 @@ class ConnectionLeases:
                         leases.cap,
                         leases.accepted,
                     )
+                _warn_of_cap(server, leases.cap, parts)
                 granted[server] = (max(0, min(free, first)), leases.cap // parts, min(LEAST, first))
             added = await rows.add(connection, self.process, host=self._host, pid=os.getpid(), granted=granted)
         for server, (number, guaranteed, _) in granted.items():
@@ -502,6 +515,17 @@ async def read_leases(control: ControlDatabase) -> list[ServerLeases]:
     """
     async with control.connect() as connection:
         return await rows.read_all(connection)
+
+
+def _warn_of_cap(server: str, cap: int, processes: int) -> None:
+    if cap < processes:
+        logger.warning(
+            "the cap of server %s is %d connections, and %d processes share it: some have none of their own, and "
+            "borrow from the others; raise the cap (tenancy servers update --max-connections), or run fewer processes",
+            server,
+            cap,
+            processes,
+        )
 
 
 class _LostError(Exception):

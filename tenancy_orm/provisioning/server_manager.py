@@ -14,6 +14,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
 from ..config import ServerAddresses, TenancyConfig
 from ..config.placement import PlacementRequest, check_region
+from ..connections import ConnectionLeases
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.models import servers as table
@@ -70,6 +71,7 @@ class ServerManager:
         registry: Registry,
         provisioner: Provisioner,
         placer: Placer,
+        leases: ConnectionLeases,
         embedded: bool = False,
     ) -> None:
         self._embedded = embedded
@@ -81,6 +83,7 @@ class ServerManager:
         self._registry = registry
         self._provisioner = provisioner
         self._placer = placer
+        self._leases = leases
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
@@ -245,7 +248,8 @@ class ServerManager:
             labels: All of its labels.
             capacity: How many tenants it may hold; one that is below what it holds keeps further ones away.
             weight: Its share of new tenants.
-            max_connections: How many connections all processes together may have.
+            max_connections: How many connections all processes together may have. Fewer than there are processes is a
+                warning in the log.
             max_opening: How many connections may be opened at once.
             actor: Who does this, for the audit log.
 
@@ -286,7 +290,10 @@ class ServerManager:
             addresses = self._with_present(rows[name], addresses, tenants_address, replicas)
         if addresses is not None or accept_identity:
             values |= await self._new_addresses(rows, name, addresses, accept_identity=accept_identity)
-        return await self._change(name, "server.update", values, actor)
+        after = await self._change(name, "server.update", values, actor)
+        if values.get("max_connections") is not None:
+            await self._leases.warn_of_cap(name)
+        return after
 
     async def drain(self, name: str, *, actor: Actor = SYSTEM) -> ServerRow:
         """Place no new tenants on a server. Those that it has stay and are served.

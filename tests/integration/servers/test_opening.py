@@ -122,6 +122,24 @@ async def test_a_cap_above_what_the_server_accepts_is_a_warning(
         assert (expected in caplog.text) is warned
 
 
+async def test_a_cap_below_the_number_of_processes_is_a_warning(
+    tenancy_config: TenancyConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When it is set, and when the process opens that is one too many; the remedy is named."""
+    async with Tenancy(tenancy_config) as first, Tenancy(tenancy_config):
+        await first.servers.update("default", max_connections=1)
+        assert "the cap of server default" not in caplog.text  # the one that sets it may be a command
+        async with Tenancy(tenancy_config) as third:
+            expected = "the cap of server default is 1 connections, and 3 processes share it"
+            assert expected in caplog.text and "--max-connections" in caplog.text
+            caplog.clear()
+            await third.servers.update("default", max_connections=2)
+            await third.servers.update("default", weight=2.0)
+            assert "the cap of server" not in caplog.text
+            await third.servers.update("default", max_connections=1)
+            assert "the cap of server default is 1 connections, and 2 processes share it" in caplog.text
+
+
 async def test_a_statement_ends_behind_a_proxy_that_swallows_packets(
     tenancy_config: TenancyConfig, postgres: Postgres
 ) -> None:
