@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tenancy_orm.asgi")
 
 CREDENTIAL: Final = "tenancy"
+from .refusals import RefusalLog
 """Key of an ASGI scope: the ``Credential`` of the request, or None where it has none."""
 
 TENANCY: Final = "tenancy_orm.tenancy"
@@ -153,6 +154,7 @@ class TenancyMiddleware:
         self._keys_first, self._keys_alone = self.callers.keys_first, self.callers.keys_alone
         self._special_paths = self.callers.has_special_paths
 
+        self._refusals = RefusalLog()
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         kind = scope["type"]
@@ -351,5 +353,6 @@ class TenancyMiddleware:
         if problem is None:
             raise error
         if problem.status >= 500:
-            logger.warning("answered %d: %s", problem.status, error)
+            bound = None if credential is None else credential.bound
+            self._refusals.add(problem.code, problem.status, error, "" if bound is None else bound.slug)
         await problem(scope, connection.receive, connection.answer)

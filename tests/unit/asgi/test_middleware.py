@@ -17,6 +17,7 @@ from tenancy_orm.asgi import (
     SubdomainResolver,
     TenancyMiddleware,
     WebSocketKeyProtocol,
+    refusals,
 )
 from tenancy_orm.context import current_tenant, current_tenant_or_none, set_current
 from tenancy_orm.errors import (
@@ -25,11 +26,13 @@ from tenancy_orm.errors import (
     CrossTenantError,
     InvalidCredentialError,
     NotOpenError,
+    ServerUnavailableError,
     TenantNotFoundError,
 )
 from tenancy_orm.events import CredentialRejected, QuotaRefused
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.asgi import MemoryTenancy, http_scope, messages, request, websocket_scope
+from tests.support.waiting import until
 
 KEY = ("X-API-Key", "key-acme")
 BEARER = ("Authorization", "Bearer key-acme")
@@ -439,6 +442,24 @@ async def test_other_errors_of_the_application_pass(app: Recorder, tenants: Memo
         await request(build(app, tenants), headers=[KEY])
     assert caught.value is error
     assert current_tenant_or_none() is None
+
+
+async def test_answers_in_an_outage_are_not_a_line_each(
+    app: Recorder, tenants: MemoryTenancy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One at once, and one with their number later, for each tenant; a quiet second ends it. All are counted."""
+    monkeypatch.setattr(refusals, "SECONDS", 0.05)
+    tenants.add("globex")
+    served = build(app, tenants)
+    app.error = ServerUnavailableError(server="eu", tenant="acme", reason="refused")
+    for header in (KEY, ("X-API-Key", "key-globex")):
+        for _ in range(50):
+            assert (await request(served, headers=[header])).status == 503
+    await until(lambda: not served._refusals._windows)
+    first = [one for one in caplog.messages if one.startswith("answered 503: ")]
+    more = [one for one in caplog.messages if one.startswith("answered 503 to ")]
+    counted = sum(int(one.split()[3]) for one in more)
+    assert len(first) + counted == 100 and 2 <= len(first) + len(more) < 50
 
 
 async def test_answering_the_applications_errors_can_be_switched_off(app: Recorder, tenants: MemoryTenancy) -> None:
