@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
+from sqlalchemy.exc import DBAPIError
 from starlette.requests import ClientDisconnect
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,12 +18,20 @@ from ..authentication.credential import Credential
 from ..context import _current, close_generators_unbound, reset_current
 from ..correlation import attach_labels, reset_labels, set_labels
 from ..deadlines import check_deadline, reset_deadline, set_deadline
-from ..errors import CrossTenantError, TenancyError, TenantNotAllowedError, TenantNotNamedError, TooManyAttemptsError
+from ..errors import (
+    CrossTenantError,
+    ServerUnavailableError,
+    TenancyError,
+    TenantNotAllowedError,
+    TenantNotNamedError,
+    TooManyAttemptsError,
+)
 from ..events import OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
 from ..quotas.rates import Allowed, Denied
 from ..registry.lifecycle import check_usable
 from ..routing.consistency import Consistency, reset_consistency, set_consistency
+from ..routing.outage import lost_server
 from ..tenant import Status, Tenant
 from .authenticators import ApiKeyAuthenticator, Authenticator
 from .callers import PUBLIC, Callers, source_of
@@ -32,6 +41,7 @@ from .exempt import ExemptPaths
 from .preflight import Preflights
 from .problems import ADDRESS_LIMITED, RATE_LIMITED, problem_for, rate_headers
 from .proxies import ProxyWarning
+from .refusals import RefusalLog
 from .request_ids import RequestIds
 from .resolvers import Headers, Resolver
 
@@ -41,7 +51,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tenancy_orm.asgi")
 
 CREDENTIAL: Final = "tenancy"
-from .refusals import RefusalLog
 """Key of an ASGI scope: the ``Credential`` of the request, or None where it has none."""
 
 TENANCY: Final = "tenancy_orm.tenancy"
@@ -94,7 +103,8 @@ class TenancyMiddleware:
             is an operator's. An operator's request and its sessions are served, and ``OperatorAdmitted`` is emitted.
             Without it nobody is served during maintenance: no scope of a credential makes a request an operator's.
         map_errors: Whether a ``TenancyError`` that the application raises before its response has started is
-            answered by a problem document, where there is one for it. Other errors pass unchanged.
+            answered by a problem document, where there is one for it; and so is a ``DBAPIError`` of a connection that
+            was lost to a tenant's server, while its breaker is open. Other errors pass unchanged.
         deadline: How long a request would wait for connections, in seconds from its start, if that is less than
             ``pool.checkout_timeout``: give what its client waits for. None is no deadline. Websockets have none.
         request_id: Whether each request has an id: ``current_request_id()``, in logs, in the ``X-Request-ID`` of the
@@ -144,6 +154,7 @@ class TenancyMiddleware:
         )
         self.preflights = Preflights(app)
         self.proxy_warning = ProxyWarning()
+        self._refusals = RefusalLog()
         self._request_ids = RequestIds(request_id) if request_id else None
         self._tokens: ConsistencyTransport | None = None
         if consistency_header is not None or consistency_cookie is not None:
@@ -154,7 +165,6 @@ class TenancyMiddleware:
         self._keys_first, self._keys_alone = self.callers.keys_first, self.callers.keys_alone
         self._special_paths = self.callers.has_special_paths
 
-        self._refusals = RefusalLog()
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         kind = scope["type"]
@@ -250,6 +260,15 @@ class TenancyMiddleware:
                 await self._answer(refusal, scope, connection, admitted=admitted)
             elif connection.ended is None or kind == "http":
                 raise
+        except DBAPIError as error:
+            if labels is not None:
+                attach_labels(labels, error)
+            away = None if connection.started or not self.map_errors else self._server_away(error)
+            if away is None:
+                raise
+            # nobody further out logs it, since it is answered
+            logger.error("a connection to server %s was lost during a request", away.server, exc_info=error)
+            await self._answer(away, scope, connection, admitted=admitted)
         except BaseException as error:
             if labels is not None:
                 attach_labels(labels, error)
@@ -324,6 +343,16 @@ class TenancyMiddleware:
         problem = RATE_LIMITED if tenant is not None else ADDRESS_LIMITED
         await problem(scope, connection.receive, connection.send)
         return True
+
+    def _server_away(self, error: DBAPIError) -> ServerUnavailableError | None:
+        """Return the answer to a lost connection where the tenant's server does not answer now; None otherwise."""
+        name = lost_server(error)
+        if name is None:
+            return None
+        found = self.tenancy.internals.servers.get(name.partition("/")[0])
+        servers = () if found is None else (found, *found.replicas)
+        breaker = next((one.breaker for one in servers if one.name == name), None)
+        return breaker.error() if breaker is not None and breaker.is_open else None
 
     async def _answer(
         self, error: TenancyError, scope: Scope, connection: WatchedConnection, *, admitted: bool

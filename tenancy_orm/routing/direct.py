@@ -215,6 +215,8 @@ async def _run(
         sqlstate = getattr(exc.orig, "sqlstate", None)
         broken = sqlstate == READ_ONLY_SQL_TRANSACTION and pool.connector.outage.write_refused(connection)
         exc.connection_invalidated = exc.connection_invalidated or broken
+        if exc.connection_invalidated:
+            pool.connector.outage.lost(exc.orig)
         raise
     except Exception:
         # an answer was read to its end, or the connection is closed: the pool sees which

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from typing import Any, Final
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from ..errors import TenancyError
@@ -26,8 +27,16 @@ logger = logging.getLogger("tenancy_orm.routing")
 _MOST_PATIENCE = 30.0
 """The longest time, in seconds, after which a server that is waited for is probed again."""
 
+_LOST: Final = "tenancy_orm_server"
+"""The attribute of a driver's error in which the name of the server is, and not the server: errors are pickled."""
+
 _SETTLE_SECONDS = 1.0
 """How often idle connections are closed for a change of the primary, at most."""
+
+
+def lost_server(error: DBAPIError) -> str | None:
+    """Return the server, or replica, to which a tenant's connection was lost by this error; None where none was."""
+    return getattr(error.orig, _LOST, None) if error.connection_invalidated else None
 
 
 class Outage:
@@ -154,6 +163,10 @@ class Outage:
         for ending in endings:
             ending.terminate()
 
+    def lost(self, error: Any) -> None:
+        """Note at an error of the driver's that it is about a lost connection to this server."""
+        setattr(error, _LOST, self._server.name)
+
     # --- a server that takes no writes ------------------------------------------------------------------------------
 
     def is_disconnect(self, usual: Callable[..., bool]) -> Callable[..., bool]:
@@ -165,6 +178,7 @@ class Outage:
 
         def is_disconnect(error: Any, connection: Any, cursor: Any) -> bool:
             if usual(error, connection, cursor):
+                self.lost(error)
                 return True
             if getattr(error, "sqlstate", None) != READ_ONLY_SQL_TRANSACTION:
                 return False
@@ -214,4 +228,4 @@ class Outage:
             self._primary_changed(peer)
 
 
-__all__ = ["Outage"]
+__all__ = ["Outage", "lost_server"]

@@ -7,6 +7,7 @@ from contextvars import Context, copy_context
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
+from sqlalchemy.exc import DBAPIError
 from starlette.types import Scope
 
 from ..asgi.authenticators import ApiKeyAuthenticator, Authenticator
@@ -19,6 +20,7 @@ from ..correlation import set_labels
 from ..deadlines import set_deadline
 from ..errors import ConfigurationError, TenancyError
 from ..routing.consistency import set_consistency
+from ..routing.outage import lost_server
 from ..sync.hops import Answer, Hops
 from ..sync.tenancy import hops_of
 from .environ import adapt, scope_of
@@ -165,7 +167,7 @@ class _Serving:
     def serve(self, app: WSGIApplication) -> Iterable[bytes]:
         """Call the application, and return what the server iterates: up to its first part now, so that it has started.
 
-        A ``TenancyError`` before that is answered by the middleware.
+        A ``TenancyError`` before that is answered by the middleware, and so may be the loss of a connection.
         """
         try:
             self._parts = self._context.run(app, self._environ, self._begin)
@@ -180,6 +182,11 @@ class _Serving:
             self._commit()
         except TenancyError as error:
             if self._started:
+                self.close()
+                raise
+            return self._refuse(error)
+        except DBAPIError as error:
+            if self._started or lost_server(error) is None:
                 self.close()
                 raise
             return self._refuse(error)
@@ -261,7 +268,7 @@ class _Serving:
         self._hops.put(answer, self._exchange.part, answer)
         self._hops.wait(answer)
 
-    def _refuse(self, error: TenancyError) -> Iterable[bytes]:
+    def _refuse(self, error: TenancyError | DBAPIError) -> Iterable[bytes]:
         answer: Answer[Response] = Answer()
         self._hops.put(answer, self._exchange.fail, answer, error)
         try:
@@ -309,10 +316,11 @@ def demand_scopes(environ: WSGIEnvironment, *scopes: str) -> Credential:
     return check_scopes(credential_of(environ), scopes)
 
 
-def answer_with(environ: WSGIEnvironment, error: TenancyError) -> tuple[str, int]:
+def answer_with(environ: WSGIEnvironment, error: TenancyError | DBAPIError) -> tuple[str, int]:
     """Have the middleware answer with the problem document of ``error``, whatever the framework makes of it.
 
-    Flask turns exceptions into answers itself. So its error handler calls this, and returns what it returns:
+    Flask turns exceptions into answers itself. So its error handler calls this, and returns what it returns. Of a
+    ``DBAPIError``, give it those with ``connection_invalidated``: the middleware raises what has no such document.
 
     Example:
         >>> @app.errorhandler(TenancyError)

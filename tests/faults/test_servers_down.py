@@ -15,13 +15,18 @@ import pytest
 from alembic import command
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.asgi.problems import problem_for
 from tenancy_orm.control.database import _alembic_config
 from tenancy_orm.errors import LoginRefusedError, ServerUnavailableError, TenancyError
 from tenancy_orm.events import Event, ServerDown, ServerUp
+from tenancy_orm.routing.outage import lost_server
 from tenancy_orm.servers.breaker import Breaker, BreakerState
+from tests.support.asgi import request
 from tests.support.models import Base
 from tests.support.outages import Writers, frozen, go_on, running
 from tests.support.postgres import Postgres
@@ -70,9 +75,9 @@ async def ask(tenancy: Tenancy, slug: str, sql: str = "SELECT 1") -> Any:
         return await session.scalar(text(sql))
 
 
-def ask_sync(tenancy: Tenancy, slug: str) -> Any:
+def ask_sync(tenancy: Tenancy, slug: str, sql: str = "SELECT 1") -> Any:
     with tenancy.sync.session(slug) as session:
-        return session.scalar(text("SELECT 1"))
+        return session.scalar(text(sql))
 
 
 async def answers(tenancy: Tenancy, slug: str) -> bool:
@@ -122,6 +127,48 @@ async def test_a_frozen_server_is_an_error_at_once_for_its_tenants_and_nothing_f
     assert [type(event) for event in outages] == [ServerDown, ServerUp] and {e.server for e in outages} == {"other"}
     statistics = house.internals.router.statistics().servers["other"]
     assert statistics.in_use == statistics.opening == statistics.waiting == 0
+
+
+@pytest.mark.parametrize("how", ["session", "statement", "thread"])
+async def test_a_request_that_has_waited_for_a_frozen_server_is_answered_503(
+    house: Tenancy, other: TestServer, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When its connection is ended, with a traceback in the log; not for its own errors, and not without mapping."""
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        sql = {"/slow": "SELECT pg_sleep(0.5)", "/own": "SELECT 1/0"}.get(scope["path"], "SELECT 1")
+        if how == "thread":
+            await asyncio.to_thread(ask_sync, house, "eve", sql)
+        elif how == "statement":
+            await house.fetch_value(sql)
+        else:
+            await ask(house, "eve", sql)
+        await PlainTextResponse("answered")(scope, receive, send)
+
+    header = ("X-API-Key", (await house.keys.issue("eve", name="key")).text)
+    served = TenancyMiddleware(application, tenancy=house)
+    plain = TenancyMiddleware(application, tenancy=house, map_errors=False)
+    # so that there is an idle connection for each of them
+    await asyncio.gather(*(request(served, "/slow", [header]) for _ in range(2)))
+    async with asyncio.timeout(SECONDS):
+        with frozen(other):
+            asked = [asyncio.create_task(request(app, "/", [header])) for app in (served, plain)]
+            await asyncio.wait(asked)
+            assert breaker(house).is_open
+            answer = asked[0].result()
+            assert (answer.status, answer.json()["type"]) == (503, "urn:tenancy:problem:database-unavailable")
+            assert (answer.header("retry-after") or "").isdigit()
+            assert isinstance(asked[1].exception(), DBAPIError)
+            (record,) = [one for one in caplog.records if "was lost during a request" in one.message]
+            assert record.levelname == "ERROR" and record.exc_info is not None
+            assert isinstance(record.exc_info[1], DBAPIError)
+        await until(lambda: answers(house, "eve"), seconds=SECONDS)
+        with pytest.raises(DBAPIError, match="division"):
+            await request(served, "/own", [header])
+        # one that is lost while the server answers is the application's to handle
+        with pytest.raises(DBAPIError) as caught:
+            await ask(house, "eve", "SELECT pg_terminate_backend(pg_backend_pid())")
+        assert lost_server(caught.value) == "other" and served._server_away(caught.value) is None
 
 
 async def test_those_that_wait_for_a_connection_are_refused_when_the_breaker_opens(

@@ -20,6 +20,7 @@ from wsgiref.validate import validator
 import pytest
 from flask import Flask, Response, jsonify, request
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from tenancy_orm import Tenancy, TenancyConfig, TenancyError, current_request_id, current_tenant, current_tenant_or_none
 from tenancy_orm.context import set_current
@@ -85,6 +86,17 @@ def build(tenancy: Tenancy) -> Flask:
     def refused(error: TenancyError) -> tuple[str, int]:
         return answer_with(request.environ, error)
 
+    @app.errorhandler(DBAPIError)
+    def lost(error: DBAPIError) -> tuple[str, int]:
+        if not error.connection_invalidated:
+            raise error
+        return answer_with(request.environ, error)
+
+    def fail() -> Response:
+        with sync.session() as session:
+            session.execute(text(request.args["sql"]))
+        raise AssertionError("it was to fail")
+
     def notes(tenant: str | None = None) -> Response:
         rows = sync.fetch_all("SELECT body FROM notes", tenant=tenant)
         return jsonify([row.body for row in rows])
@@ -120,6 +132,7 @@ def build(tenancy: Tenancy) -> Flask:
     app.add_url_rule("/write", view_func=write, methods=["POST"])
     app.add_url_rule("/stream", view_func=stream)
     app.add_url_rule("/leak", view_func=leak)
+    app.add_url_rule("/fail", view_func=fail)
     return app
 
 
@@ -455,3 +468,28 @@ async def test_the_deadline_of_a_request_holds_in_the_application_s_thread(
         async with serve(middleware) as port, Wire.to(port) as wire:
             assert (await wire.request("/", two["key", "acme"].headers)).status == 200
     assert 0 < left[0] <= 30 and left[1] == math.inf
+
+
+async def test_a_connection_that_is_lost_to_a_server_that_is_down_is_answered_503(
+    tenancy: Tenancy,
+    two: dict[tuple[str, str], Caller],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not while the server answers, and no other error of the database."""
+    app = guarded(tenancy)
+    app.logger.disabled = True
+    headers = two["key", "acme"].headers
+    ended = "/fail?sql=SELECT%20pg_terminate_backend(pg_backend_pid())"
+    breaker = tenancy.internals.servers["default"].breaker
+    async with serve(app) as port, Wire.to(port) as wire:
+        assert (await wire.request("/fail?sql=SELECT%201/0", headers)).status == 500
+        monkeypatch.setattr(app.wsgi_app.middleware, "_server_away", lambda error: breaker.error())
+        answer = await wire.request(ended, headers)
+        assert (answer.status, answer.json()["type"]) == (503, "urn:tenancy:problem:database-unavailable")
+        assert answer.header("retry-after") is not None
+        assert "was lost during a request" in caplog.text and "pg_terminate_backend" in caplog.text
+        assert (await wire.request("/fail?sql=SELECT%201/0", headers)).status == 500
+    async with serve(app) as port, Wire.to(port) as wire:
+        monkeypatch.undo()
+        assert (await wire.request(ended, headers)).status == 500
