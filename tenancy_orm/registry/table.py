@@ -26,6 +26,10 @@ _REFUSALS = {
     "servers_capacity": "is full",
     "tenants_region": "is in another region than the tenant's",
 }
+_REMEDIES = {
+    "servers_state": "; or: tenancy servers activate {server}",
+    "servers_capacity": "; or: tenancy servers update {server} --capacity NUMBER",
+}
 
 
 def snapshot(tenant: Tenant) -> dict[str, Any]:
@@ -65,8 +69,9 @@ def placement_error(error: DBAPIError, server: str) -> PlacementError | None:
     if sqlstate_of(error) != _ILLEGAL_PLACEMENT:
         return None
     reason = _REFUSALS.get(constraint_of(error) or "", "does not take the tenant")
+    able = _REMEDIES.get(constraint_of(error) or "", "").format(server=server)
     return PlacementError(
-        f"server {server!r} {reason}; set default_server to another one, or name one", {server: reason}
+        f"server {server!r} {reason}; set default_server to another one, or name one{able}", {server: reason}
     )
 
 

@@ -115,7 +115,7 @@ class Placer:
             chosen = self._servers[server].name if server is not None else self._by_rule(rows, request)[0]
             row = next((row for row in rows if row.name == chosen), None)
             if row is not None and (refused := _refusal(row, request)) is not None:
-                raise self._refused(chosen, refused, asked=server is not None)
+                raise self._refused(row, refused, request, asked=server is not None)
             return chosen
         explained = await self.explain(request)
         if explained.chosen is None:
@@ -170,6 +170,9 @@ class Placer:
             (score or (0.0,), (row.tenants or 0) / row.weight, row.name) for row, score, no in verdicts if no is None
         ]
         chosen = min(takers)[2] if takers else None
+        if chosen is None and only:
+            # the rule has chosen a server that does not take it: that is the reason
+            rule = next((f"server {only} {no}" for row, _, no in verdicts if row.name == only), rule)
         return PlacementExplanation(
             request=request,
             rule=rule,
@@ -196,9 +199,9 @@ class Placer:
             return self._default, f"default_server is {self._default}"
         where = "" if request.region is None else f" in region {request.region}"
         if len(names) == 1:
-            return names[0], f"it is the only server{where}"
+            return names[0], f"{names[0]} is the only server{where}"
         if _DEFAULT in names:
-            return _DEFAULT, "it is called default"
+            return _DEFAULT, "where default_server is not set, it is the server called default"
         if not names:
             raise PlacementError(f"there is no server{where}; add one: tenancy servers add")
         raise PlacementError(
@@ -206,9 +209,15 @@ class Placer:
             "name the tenant's server (--server)"
         )
 
-    def _refused(self, name: str, reason: str, *, asked: bool) -> PlacementError:
-        remedy = "name another one" if asked else "set default_server to another one"
-        return PlacementError(f"server {name!r} {reason}; {remedy}", {name: reason})
+    def _refused(self, row: ServerRow, reason: str, request: PlacementRequest, *, asked: bool) -> PlacementError:
+        if asked:
+            remedy = "name another one"
+        elif request.region is not None and not row.accepts_tenants:
+            # default_server leads to no other server of a region that has this one alone
+            remedy = f"end it: tenancy servers activate {row.name}; or add a server in region {request.region}"
+        else:
+            remedy = "set default_server to another one"
+        return PlacementError(f"server {row.name!r} {reason}; {remedy}", {row.name: reason})
 
     async def _sizes(self) -> Mapping[str, int]:
         async with self._control.connect() as connection:
@@ -223,7 +232,7 @@ def _refusal(row: ServerRow, request: PlacementRequest, *, arrives: bool = True)
     if not arrives:
         return None
     if not row.accepts_tenants:
-        return "accepts no new tenants"
+        return "accepts no new tenants: it is in drain"
     if row.capacity is not None and row.tenants is not None and row.tenants >= row.capacity:
         return f"is full: it holds {row.tenants} tenants of {row.capacity}"
     return None

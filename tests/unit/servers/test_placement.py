@@ -72,7 +72,7 @@ async def test_the_rule_holds_within_a_region() -> None:
     with pytest.raises(PlacementError, match="server 'us2' is in region us, and the tenant belongs to region eu"):
         await found.choose(PlacementRequest(tier="free", region="eu"), server="us2")
     drained = (ServerRow(name="eu", host="h", port=1, state="drain"),)
-    with pytest.raises(PlacementError, match="server 'eu' accepts no new tenants; set default_server"):
+    with pytest.raises(PlacementError, match="server 'eu' accepts no new tenants: it is in drain; set default_server"):
         await placer(rows=drained, servers={"eu": URL}).choose(FREE)
 
 
