@@ -43,6 +43,9 @@ def pgbouncer(
             "input, $NAME from a variable.",
         ),
     ] = None,
+    directory: Annotated[
+        str, typer.Option(help="Where PgBouncer will find userlist.txt, whatever --out is.")
+    ] = "/etc/pgbouncer",
     as_json: Json = False,
 ) -> None:
     """Make the configuration of a PgBouncer for tenants' sessions, or check a running one."""
@@ -75,7 +78,7 @@ def pgbouncer(
             settings=found.session_settings,
             processes=processes,
             poolers=poolers,
-            directory=str(out.resolve()) if out is not None else "/etc/pgbouncer",
+            directory=directory,
         )
 
     made = run(command)
@@ -109,7 +112,8 @@ def _check(server: str | None, poolers: int, console_url: str | None, *, as_json
         found, names = _chosen(tenancy, server), _names(tenancy)
         if found.traffic.dsn == found.dsn:
             raise ConfigurationError(
-                f"tenants' sessions connect to server {found.name!r} directly; give the pooler's address as its tenants"
+                f"tenants' sessions connect to server {found.name!r} directly; give the pooler's address: tenancy "
+                f"servers update {found.name} --tenants 'postgresql://HOST:6432?statement_cache_size=0'"
             )
         admin = await found.connect_admin()
         try:

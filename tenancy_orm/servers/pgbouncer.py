@@ -60,7 +60,7 @@ _ASK = "SELECT name, secret FROM {function}($1)"
 
 _INI = """\
 ; PgBouncer {version} and later, for the tenants of server {server}; made by: tenancy servers pgbouncer
-; Its address: {server}.tenants = postgresql://HOST:{listen}?statement_cache_size=0
+; Then: tenancy servers update {server} --tenants 'postgresql://HOST:{listen}?statement_cache_size=0'
 ; (statement_cache_size=0 says at once that a pooler answers; without it the first login of each process finds out)
 
 [databases]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import shlex
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +30,7 @@ from tests.support.pgbouncer import PgBouncer, free_port, installed_version, pgb
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.served import variables
-from tests.support.shell import environment
+from tests.support.shell import ROOT, environment
 from tests.support.warm import Finished, run_module
 
 Cli = Callable[..., Awaitable[Finished]]
@@ -79,7 +82,25 @@ def started(directory: Path, **changes: str) -> Iterator[PgBouncer]:
         yield pooler
 
 
-async def test_what_is_generated_serves_the_installation(cli: Cli, tenancy: Tenancy, postgres: Postgres) -> None:
+def commands_of_the_page() -> list[list[str]]:
+    """What docs/pgbouncer.md says to run, in words."""
+    page = (ROOT / "docs" / "pgbouncer.md").read_text()
+    [block] = re.findall(r"```sh\n(tenancy servers pgbouncer eu --out.*?)```", page, re.DOTALL)
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def test_the_page_installs_the_files_for_the_user_of_the_package() -> None:
+    """Who that is, the service of the package says: ``postgres`` on Debian, ``pgbouncer`` elsewhere."""
+    service = Path("/lib/systemd/system/pgbouncer.service")
+    install = commands_of_the_page()[2]
+    users = re.findall(r"(?m)^User=(.+)$", service.read_text()) if service.exists() else ["postgres"]
+    assert users == ["pgbouncer"] or users == [install[install.index("-o") + 1]]
+    assert install[install.index("-m") + 1] == "600"
+
+
+async def test_what_is_generated_serves_the_installation(
+    cli: Cli, tenancy: Tenancy, postgres: Postgres, tmp_path: Path
+) -> None:
     """Tenants log in with their own secrets, and settings hold, also against a role's own.
 
     The check agrees, and notices what is changed.
@@ -89,17 +110,24 @@ async def test_what_is_generated_serves_the_installation(cli: Cli, tenancy: Tena
     with tempfile.TemporaryDirectory() as made:
         await asyncio.to_thread(Path(made).chmod, 0o711)
         directory = Path(made) / "pgbouncer"
+        directory.mkdir()
         version = installed_version()
-        done = await cli("--for", version, "--out", str(directory))
+        make, function, install, _ = commands_of_the_page()
+        out = tmp_path / make[-1]
+        done = await cli("--for", version, *make[4:])
         assert done.status == 0, done.err
-        assert (directory / "userlist.txt").stat().st_mode & 0o777 == 0o600
-        userlist = (directory / "userlist.txt").read_text()
-        again = await cli("--for", version, "--out", str(directory))
+        assert (out / "userlist.txt").stat().st_mode & 0o777 == 0o600
+        userlist = (out / "userlist.txt").read_text()
+        again = await cli("--for", version, *make[4:])
         assert again.status == 0, again.err
-        assert (directory / "userlist.txt").read_text() == userlist  # the role has this password already
+        assert (out / "userlist.txt").read_text() == userlist  # the role has this password already
         async with postgres.connect() as admin:
-            await admin.execute((directory / "auth_query.sql").read_text())
-        with started(directory) as pooler:
+            await admin.execute((tmp_path / function[-1]).read_text())
+        # as this user, and elsewhere
+        assert f"\nauth_file = {install[-1]}userlist.txt\n" in (out / "pgbouncer.ini").read_text()
+        install[install.index("-o") + 1], install[-1] = str(os.geteuid()), str(directory)
+        await asyncio.to_thread(subprocess.run, install[1:], cwd=tmp_path, check=True)
+        with started(directory, auth_file=str(directory / "userlist.txt")) as pooler:
             address = f"{pooler.address}?statement_cache_size=0"
             pooled = tenancy.config.replace(
                 servers={"default": ServerAddresses(admin=postgres.admin_url, tenants=address)}
@@ -135,6 +163,7 @@ async def test_what_is_generated_serves_the_installation(cli: Cli, tenancy: Tena
     direct = await cli("--check")
     assert direct.status == 1
     assert "connect to server 'default' directly" in direct.err
+    assert "tenancy servers update default --tenants 'postgresql://HOST:6432?" in direct.err
 
 
 async def test_the_function_tells_no_other_secret_and_no_other_role(
