@@ -20,6 +20,7 @@ from ..errors import ConfigurationError, SettingError
 from ..postgres.dsn import Dsn
 from ..provisioning.known_servers import KnownServer
 from ..provisioning.server_fields import UNSET, Unset
+from ..servers import Servers
 from ..servers.placement import PlacementExplanation
 from ..servers.rows import ServerRow, set_maintenance_database
 from ..tenancy import Tenancy
@@ -138,11 +139,16 @@ def list_servers(as_json: Json = False) -> None:
     if as_json:
         print_json([_known_fields(server) for server in found])
         return
-    columns = ("server", "address", "from", "region", "state", "tenants", "capacity", "weight", "maintenance database")
+    columns = (
+        *("server", "address", "tenants' address", "replicas", "from", "region", "state", "tenants", "capacity"),
+        *("weight", "maintenance database"),
+    )
     rows = [
         (
             known.name,
             f"{known.row.host}:{known.row.port}",
+            known.tenants_address,
+            len(known.replicas),
             known.source,
             known.row.region,
             known.row.state,
@@ -216,8 +222,11 @@ def update(
         "max_opening": _number_or_unset(max_opening),
     }
 
-    async def command(tenancy: Tenancy) -> ServerRow:
-        return await tenancy.servers.update(
+    moves = admin is not None or tenants is not None or replica is not None or from_settings
+
+    async def command(tenancy: Tenancy) -> tuple[ServerRow, bool]:
+        was_in_row = not moves or (await tenancy.servers.get(server)).source == "row"
+        changed = await tenancy.servers.update(
             server,
             addresses=admin,
             from_settings=from_settings,
@@ -225,8 +234,16 @@ def update(
             actor=operator(),
             **options,
         )
+        return changed, was_in_row
 
-    _print_row(run(command), "changed", as_json)
+    row, was_in_row = run(command)
+    _print_row(row, "changed", as_json)
+    if not was_in_row:
+        errors.print(
+            f"the addresses of server {server} are in its row from now on; what the settings say is ignored",
+            markup=False,
+            highlight=False,
+        )
 
 
 @app.command()
@@ -306,7 +323,7 @@ def explain(
 
 @app.command("connections")
 def show_connections(as_json: Json = False) -> None:
-    """Show which process has how many connections to which server, and the caps that they share."""
+    """Show which process has leased how many connections to which server, and the caps that they share."""
 
     async def command(tenancy: Tenancy) -> list[ServerLeases]:
         leases = tenancy.internals.leases
@@ -314,6 +331,7 @@ def show_connections(as_json: Json = False) -> None:
         return [
             replace(found, leases=tuple(row for row in found.leases if row.process != leases.process))
             for found in await leases.read()
+            if _is_there(tenancy.internals.servers, found.server)
         ]
 
     found = run(command)
@@ -331,10 +349,10 @@ def show_connections(as_json: Json = False) -> None:
         return
     print_table(
         "servers",
-        ("server", "cap", "given out", "accepted by the server", "used by others"),
+        ("server", "cap", "leased", "accepted by the server", "used by others"),
         [(one.server, one.cap, sum(row.granted for row in one.leases), one.accepted, one.others) for one in found],
     )
-    columns = ("server", "host", "pid", "guaranteed", "borrowed", "connections", "in use", "state")
+    columns = ("server", "host", "pid", "guaranteed", "borrowed", "leased", "in use", "state")
     print_table(
         "processes",
         columns,
@@ -454,6 +472,13 @@ def _number_or_unset(given: str | None) -> int | Unset | None:
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
+
+
+def _is_there(servers: Servers, name: str) -> bool:
+    """Whether this is not a replica that its server has no more; processes may have leases of it still."""
+    server, _, number = name.partition("/")
+    found = servers.get(server) if number else None
+    return found is None or any(replica.name == name for replica in found.replicas)
 
 
 def _print_row(row: ServerRow, what: str, as_json: bool) -> None:

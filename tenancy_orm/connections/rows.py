@@ -108,7 +108,20 @@ _CLOSE = text(
     "SELECT pg_notify(:channel, json_build_object('s', server, 'l', called)::text) FROM missed"
 )
 _NOTIFY = text("SELECT pg_notify(:channel, :payload)")
-_SERVERS = text("SELECT server FROM tenancy.connection_caps ORDER BY 1")
+# A process that goes on renews its lease of a removed server as well: a lease that disappears would say to it that
+# others are ending all its connections. A replica has the name of its server and a number, eu/1.
+_SERVERS = text(
+    "SELECT server FROM tenancy.connection_caps "
+    "WHERE split_part(server, '/', 1) IN (SELECT name FROM tenancy.servers) ORDER BY 1"
+)
+_FORGET_LEASES = text(
+    "DELETE FROM tenancy.connection_leases WHERE split_part(server, '/', 1) = :server "
+    "AND expires_at < clock_timestamp()"
+)
+_FORGET_CAPS = text(
+    "DELETE FROM tenancy.connection_caps AS c WHERE split_part(server, '/', 1) = :server "
+    "AND NOT EXISTS (SELECT FROM tenancy.connection_leases AS l WHERE l.server = c.server)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +261,12 @@ async def read_all(connection: AsyncConnection) -> list[ServerLeases]:
     return list((await read(connection, servers)).values())
 
 
+async def forget_server(connection: AsyncConnection, server: str) -> None:
+    """Remove what there is of a removed server and its replicas, but the leases of processes that still renew them."""
+    await connection.execute(_FORGET_LEASES, {"server": server})
+    await connection.execute(_FORGET_CAPS, {"server": server})
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
     """What a process says of itself when it renews a lease."""
@@ -374,6 +393,7 @@ __all__ = [
     "call",
     "claim_count",
     "close",
+    "forget_server",
     "grant",
     "keep_guaranteed",
     "lock_cap",

@@ -15,6 +15,7 @@ from ..audit.log import AuditLog
 from ..config import ServerAddresses, TenancyConfig
 from ..config.placement import PlacementRequest, check_region
 from ..connections import ConnectionLeases
+from ..connections.rows import forget_server
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.models import servers as table
@@ -286,11 +287,27 @@ class ServerManager:
                     else f"server {name!r} is not in the settings of this process"
                 )
             addresses = self._config.server_addresses[name]
-        if isinstance(addresses, str) or tenants_address is not UNSET or replicas is not UNSET:
+        keeps = isinstance(addresses, str) or tenants_address is not UNSET or replicas is not UNSET
+        if keeps:
+            moves = accept_identity and isinstance(addresses, str)
             addresses = self._with_present(rows[name], addresses, tenants_address, replicas)
+            kept = [
+                option
+                for option, value, given in (
+                    ("--tenants", addresses.tenants, tenants_address),
+                    ("--replica", addresses.replicas, replicas),
+                )
+                if value and isinstance(given, Unset)
+            ]
+            if moves and kept:
+                # a pooler in front of the former cluster would go on writing there
+                raise ConfigurationError(
+                    f"server {name!r} has other addresses, which may lead to the former cluster: give "
+                    f"{' and '.join(kept)} as well, '' for none"
+                )
         if addresses is not None or accept_identity:
             values |= await self._new_addresses(rows, name, addresses, accept_identity=accept_identity)
-        after = await self._change(name, "server.update", values, actor)
+        after = await self._change(name, "server.update", values, actor, based_on=rows[name] if keeps else None)
         if values.get("max_connections") is not None:
             await self._leases.warn_of_cap(name)
         return after
@@ -358,6 +375,7 @@ class ServerManager:
                     "--forget-templates"
                 )
             await connection.execute(delete(table).where(table.c.name == name))
+            await forget_server(connection, name)
             await self._write_audit(connection, "server.remove", name, actor, before, None)
         await self._servers.refresh()
 
@@ -447,11 +465,15 @@ class ServerManager:
             "sealed_addresses": self._addresses.seal(server.name, given),
         }
 
-    async def _change(self, name: str, action: str, values: dict[str, Any], actor: Actor) -> ServerRow:
+    async def _change(
+        self, name: str, action: str, values: dict[str, Any], actor: Actor, *, based_on: ServerRow | None = None
+    ) -> ServerRow:
         async with self._control.transaction() as connection:
             if "identity" in values:
                 await self._lock_table(connection)
             before = await self._lock(connection, name)
+            if based_on is not None and before.sealed_addresses != based_on.sealed_addresses:
+                raise ConfigurationError(f"the addresses of server {name!r} were changed at the same time: try again")
             if values:
                 if differ(before.identity, values.get("identity", before.identity)):
                     await self._refuse_known_cluster(connection, name, values["identity"])

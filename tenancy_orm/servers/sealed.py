@@ -58,7 +58,7 @@ class SealedAddresses:
         """
         if row.sealed_addresses is None:
             raise SecretError(f"the row of server {row.name!r} has no addresses")
-        remedy = f"give them again: tenancy servers update {row.name} --admin URL"
+        remedy = f"give all of them again: tenancy servers update {row.name} --admin URL"
         try:
             return ServerAddresses(
                 **json.loads(self._keyring.open(row.sealed_addresses, associated=_associated(row.name)))

@@ -89,11 +89,11 @@ async def test_a_server_is_added_and_removed_by_command(cli: Cli, postgres: Post
         ["default", "-", "0", "-", "-", "is in no region, and the tenant belongs to region eu"],
         ["eu", "eu", "1", "3", "-", "chosen (it is there)"],
         ["us", "us", "0", "-", "-", "is in region us, and the tenant belongs to region eu"],
-        [f"tenant acme {where} would be placed on eu now: it is the only server in region eu"],
+        [f"tenant acme {where} would be placed on eu now: eu is the only server in region eu"],
     ]
     found = await cli("servers", "explain", "--region", "us", "--json", TENANCY_PLACEMENT="fewest_tenants")
     verdicts = {one["server"]: one["refused"] for one in json.loads(found.out)["servers"]}
-    assert json.loads(found.out)["chosen"] is None and verdicts["us"] == "accepts no new tenants"
+    assert json.loads(found.out)["chosen"] is None and verdicts["us"] == "accepts no new tenants: it is in drain"
 
     shown = json.loads((await cli("servers", "show", "eu", "--json")).out)
     assert (shown["addresses_from"], shown["labels"], shown["tenants"]) == ("row", {"disk": "nvme"}, 1)
@@ -128,6 +128,48 @@ async def test_a_server_is_added_and_removed_by_command(cli: Cli, postgres: Post
     ]:
         refused = await cli("servers", *arguments)
         assert refused.status == 1 and message in refused.err, refused.err
+
+
+async def test_one_address_is_changed_by_command(cli: Cli, postgres: Postgres) -> None:
+    """The others stay, from the row or from the settings; an empty one is removed."""
+    pooler, standby = "postgresql://pooler.example:6432?statement_cache_size=0", "postgresql://standby.example"
+    first = await cli("servers", "update", "default", "--tenants", pooler)
+    assert first.status == 0, first.err
+    assert "the addresses of server default are in its row from now on" in first.err
+    second = await cli("servers", "update", "default", "--replica", standby)
+    assert (second.status, second.err) == (0, "")
+    # the administrative one alone
+    assert (await cli("servers", "update", "default", "--admin", "$URL", URL=postgres.admin_url)).status == 0
+
+    async def shown() -> tuple[str, str | None, list[str]]:
+        fields = json.loads((await cli("servers", "show", "default", "--json")).out)
+        return fields["addresses_from"], fields["tenants_address"], fields["replicas"]
+
+    assert await shown() == ("row", "pooler.example:6432", ["standby.example:5432"])
+    line = (await cli("servers", "list")).out.splitlines()[1]
+    assert re.split(" {2,}", line)[2:5] == ["pooler.example:6432", "1", "row"]
+    moved = await cli("servers", "update", "default", "--admin", "$URL", "--accept-identity", URL=postgres.admin_url)
+    assert moved.status == 1 and "give --tenants and --replica as well, '' for none" in moved.err
+    removed = await cli("servers", "update", "default", "--tenants", "", "--replica", "")
+    assert removed.status == 0 and await shown() == ("row", None, [])
+
+
+async def test_what_keeps_a_tenant_out_is_the_reason(cli: Cli, postgres: Postgres) -> None:
+    """Also where the rule without a policy has chosen the server; the remedy is one that helps."""
+    both = {"TENANCY_SERVERS": f"default={postgres.admin_url} eu={postgres.admin_url}"}
+    assert (await cli("servers", "update", "eu", "--region", "eu", **both)).status == 0
+    found = (await cli("servers", "explain", **both)).out
+    rule = "where default_server is not set, it is the server called default"
+    assert f"not chosen: {rule}" in found and f"would be placed on default: {rule}" in found
+    assert (await cli("servers", "drain", "eu", **both)).status == 0
+    found = (await cli("servers", "explain", "--region", "eu", **both)).out
+    assert "would not be placed: server eu accepts no new tenants: it is in drain" in found
+    refused = await cli("create", "acme", "--region", "eu", **both)
+    assert refused.status == 1 and "end it: tenancy servers activate eu; or add a server in region eu" in refused.err
+    assert (await cli("servers", "update", "eu", "--capacity", "0", **both)).status == 0
+    assert (await cli("servers", "activate", "eu", **both)).status == 0
+    refused = await cli("create", "acme", "--region", "eu", **both)
+    assert refused.status == 1 and "tenancy servers update eu --capacity NUMBER" in refused.err
 
 
 async def test_servers_by_command(cli: Cli, postgres: Postgres, empty_url: str) -> None:
@@ -167,7 +209,7 @@ async def test_who_has_how_many_connections_is_shown(cli: Cli, control_url: str)
     connection = await asyncpg.connect(control_url)
     try:
         await connection.execute(
-            "INSERT INTO tenancy.connection_caps (server, others) VALUES ('default', 7);"
+            "INSERT INTO tenancy.connection_caps (server, others) VALUES ('default', 7), ('gone', 0), ('default/1', 0);"
             "INSERT INTO tenancy.connection_leases "
             "(server, process, host, pid, granted, guaranteed, wanted, in_use, expires_at) "
             "VALUES ('default', gen_random_uuid(), 'web-1', 4711, 30, 20, 40, 29, 'infinity')"
@@ -179,4 +221,6 @@ async def test_who_has_how_many_connections_is_shown(cli: Cli, control_url: str)
     assert (server["others"], lease["host"], lease["pid"], lease["borrowed"]) == (7, "web-1", 4711, 10)
     assert server["cap"] < server["accepted"] - 7
     shown = (await cli("servers", "connections")).out
-    assert all(word in shown for word in ("USED BY OTHERS", "web-1", "4711", "active"))
+    assert all(word in shown for word in ("USED BY OTHERS", "LEASED", "web-1", "4711", "active"))
+    # neither a removed server nor a replica that there is no more
+    assert "gone" not in shown and "default/1" not in shown

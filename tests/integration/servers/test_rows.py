@@ -79,11 +79,20 @@ async def test_a_server_lives_and_every_process_follows(tenancy: Tenancy, other:
     await tenancy.tenants.purge(acme)
     with pytest.raises(ConfigurationError, match="has 1 template; drop them as well"):
         await tenancy.servers.remove("eu")
+    await statement(
+        tenancy,
+        "INSERT INTO tenancy.connection_leases "
+        "(server, process, host, pid, granted, guaranteed, wanted, in_use, expires_at) "
+        "VALUES ('eu', gen_random_uuid(), 'killed', 1, 1, 1, 1, 0, '-infinity')",
+    )
     # of the same cluster: the template is the other server's as well, which a removal of one leaves alone
     await tenancy.servers.remove("eu", templates="forget")
     await until(lambda: "eu" not in other.internals.servers)
     with pytest.raises(UnknownServerError, match="'eu' is not known here"):
         await other.tenants.create("globex", server="eu")
+    assert [found.server for found in await tenancy.internals.leases.read()] == ["default"]
+    async with tenancy.internals.control.connect() as connection:
+        assert not await connection.scalar(text("SELECT count(*) FROM tenancy.connection_leases WHERE host = 'killed'"))
     # the tombstone stays
     assert (await tenancy.tenants.get(acme.id)).slug == "acme"
 
@@ -189,6 +198,33 @@ async def test_sealed_addresses_belong_to_their_server(tenancy: Tenancy, postgre
     assert (report.resealed, set(report.failed), report.keys_in_use) == (1, {"server us"}, frozenset({"2"}))
     await tenancy.internals.servers.refresh()
     assert tenancy.internals.servers["eu"].dsn.password == password
+
+
+async def test_a_server_changes_one_address_and_keeps_the_others(tenancy: Tenancy, postgres: Postgres) -> None:
+    """From this process's settings where the row has none; two that change at the same time do not undo each other."""
+    pooler, standby = "postgresql://pooler.example:6432", "postgresql://standby.example"
+
+    async def known() -> ServerAddresses:
+        row = row_of(tenancy, "default")
+        assert row is not None
+        return tenancy.servers._addresses.open(row)
+
+    await tenancy.servers.update("default", tenants_address=pooler)
+    assert await known() == ServerAddresses(admin=postgres.admin_url, tenants=pooler)
+    await tenancy.servers.update("default", replicas=[standby])
+    named = postgres.admin_url + ("&" if "?" in postgres.admin_url else "?") + "application_name=moved"
+    await tenancy.servers.update("default", addresses=named)
+    assert await known() == ServerAddresses(admin=named, tenants=pooler, replicas=(standby,))
+    done = await asyncio.gather(
+        tenancy.servers.update("default", tenants_address=None),
+        tenancy.servers.update("default", replicas=()),
+        return_exceptions=True,
+    )
+    failed = [one for one in done if isinstance(one, BaseException)]
+    found = await known()
+    if failed:
+        assert "changed at the same time: try again" in str(failed[0])
+    assert (found.tenants is None) + (not found.replicas) == 2 - len(failed)
 
 
 async def test_rows_alone_need_no_setting(tenancy_config: TenancyConfig, tenancy: Tenancy, postgres: Postgres) -> None:
