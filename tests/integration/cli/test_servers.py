@@ -221,6 +221,6 @@ async def test_who_has_how_many_connections_is_shown(cli: Cli, control_url: str)
     assert (server["others"], lease["host"], lease["pid"], lease["borrowed"]) == (7, "web-1", 4711, 10)
     assert server["cap"] < server["accepted"] - 7
     shown = (await cli("servers", "connections")).out
-    assert all(word in shown for word in ("USED BY OTHERS", "LEASED", "web-1", "4711", "active"))
+    assert all(word in shown for word in ("USED BY OTHERS", "LEASED", "web-1", "4711", "lost"))
     # neither a removed server nor a replica that there is no more
     assert "gone" not in shown and "default/1" not in shown
