@@ -22,6 +22,7 @@ from tenancy_orm.metering.policies import TierPolicies
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.secrets.keyring import Keyring
 from tenancy_orm.servers import Servers
+from tenancy_orm.servers.placement import Placer
 from tenancy_orm.tenant import Tenant, TenantRef
 from tenancy_orm.tenants.manager import TenantManager
 from tests.support.postgres import Postgres
@@ -334,6 +335,7 @@ def manager_of(plane: QuotaPlane, before: Hook | None = None) -> Changing:
         names=Names(plane.config.name_prefix, plane.control.installation),
         keyring=Keyring(plane.config.sealing_keys),
         events=plane.events,
+        placer=Placer(plane.config, plane.control, Servers(plane.config)),
     )
     made.before = before
     return made
