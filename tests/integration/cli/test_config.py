@@ -88,6 +88,7 @@ def test_what_may_hold_credentials_is_hidden() -> None:
     }
     assert left_out - cli._SECRETS == {
         "metadata",
+        "placement",
         "tiers",
         "secrets.provider",
         "secrets.key_wrapper",
