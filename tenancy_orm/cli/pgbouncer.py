@@ -39,7 +39,7 @@ def pgbouncer(
         str | None,
         typer.Option(
             "--console",
-            help="With --check: the URL of its console, whose settings are compared; - reads it from the standard "
+            help="With --check: the URL of its console, to compare its settings; - reads it from the standard "
             "input, $NAME from a variable.",
         ),
     ] = None,

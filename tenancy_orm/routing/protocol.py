@@ -137,7 +137,7 @@ class Proof:
             query._init_codecs()
             found = await TenantProtocol.bind_execute(protocol, query, (), "", 0, False, self._timeout)
         except SERVER_FAILURES:
-            # whose database it is instead is not known then, but that it is another one is
+            # which tenant it belongs to is not known then, but that it is another one is
             logger.debug("the marker of tenant %s cannot be read", self._tenant)
         error = mismatch(self._marker, self._tenant, found[0] if found else None)
         self._report(error)
