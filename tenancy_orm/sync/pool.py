@@ -33,6 +33,7 @@ logger = logging.getLogger("tenancy_orm.sync")
 
 _asked = threading.local()  # ``reading``: what kind of session the checkout that begins in this thread is for
 _LEAST_SECONDS = 2  # libpq and psycopg wait at least as long for a login
+_PROBES = 3
 
 
 class ThreadPool(RoutedPool):
@@ -173,11 +174,12 @@ class ThreadPool(RoutedPool):
         """Open a connection in a reserved slot, and verify that it leads to the tenant's own database.
 
         libpq does not tell why a login was refused. So an asynchronous one tells that, in the same slot, and finds the
-        password if it has been rotated, or its key; after that the login is tried once more.
+        password if it has been rotated, or its key; after that the login is tried once more. It may be rotated again in
+        between, so that is done ``_PROBES`` times at most.
         """
         started = time.monotonic()
         try:
-            connection = self._open(probed=False)
+            connection = self._open()
         except psycopg.Error as exc:
             # the same error as of an asynchronous login, which did succeed; psycopg's own holds the password
             self._hops.post(self._failed_here)
@@ -192,10 +194,10 @@ class ThreadPool(RoutedPool):
             self._server.on_connect(adapted)
         return adapted
 
-    def _open(self, *, probed: bool) -> ThreadConnection:
+    def _open(self, *, probes: int = 0) -> ThreadConnection:
         if not self._server.ready:
             self._probe()
-            probed = True
+            probes += 1
         lease = self.connector.lease
         try:
             if lease is not None and not lease.is_valid:
@@ -207,12 +209,12 @@ class ThreadPool(RoutedPool):
             self._hops.post(self._timed_out_here)
             raise exc from None
         except (psycopg.Error, SecretError) as exc:
-            if probed:
+            if probes >= _PROBES:
                 if isinstance(exc, SecretError):
                     self._hops.post(self._failed_here)
                 raise
             self._probe()
-            return self._open(probed=True)
+            return self._open(probes=probes + 1)
         except BaseException:
             self._hops.post(self._failed_here)
             raise
