@@ -21,7 +21,7 @@ from tests.support.waiting import until
 
 CAP = 24
 TENANTS = 8
-LONG = 60.0
+LONG = 120.0
 
 
 class Sampler:
