@@ -388,15 +388,17 @@ class Assembly:
 
     async def _settle_tiers(self, initialise: bool) -> None:
         """Put the configured tiers in force where that was asked for, or where there are none yet."""
-        if initialise or not (in_force := await self.tiers.in_force()):
+        in_force = {} if initialise else await self.tiers.in_force()
+        if not in_force:
             await self.tiers.apply(self.config.tiers)
-        elif names := differing(in_force, self.config.tiers, await self.tiers.weights()):
+        weights = await self.tiers.weights()
+        if in_force and (names := differing(in_force, self.config.tiers, weights)):
             logger.warning(
                 "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
                 ", ".join(names),
             )
         # unbound: whoever opens it may be bound to a tenant of another one
-        Context().run(self.router.reweigh, await self.tiers.weights())
+        Context().run(self.router.reweigh, weights)
 
     async def _update_weights(self) -> None:
         try:

@@ -47,12 +47,12 @@ class TierRegistry:
     async def in_force(self) -> dict[str, dict[str, Any]]:
         """Return the limits of each tier, as JSON values, in ascending order of the tiers."""
         async with self._control.connect() as connection:
-            return await _read(connection)
+            return (await _read(connection))[0]
 
     async def weights(self) -> dict[str, float]:
         """Return the weight of each tier, by which its tenants share connections."""
         async with self._control.connect() as connection:
-            return await _read_weights(connection)
+            return (await _read(connection))[1]
 
     async def apply(self, configured: Mapping[str, Tier], *, actor: Actor = SYSTEM) -> TierChanges:
         """Put the configured tiers in force, in every process at once.
@@ -67,13 +67,17 @@ class TierRegistry:
         async with self._control.transaction() as connection:
             # one call at a time: two configurations must not be mixed
             await connection.execute(select(tiers.c.name).order_by(tiers.c.name).with_for_update())
-            before, weights = await _read(connection), await _read_weights(connection)
+            before, weights = await _read(connection)
             await write_tiers(connection, configured)
             changes = await _drop_others(connection, before, configured, weights)
             if changes:
-                after = _with_weights(await _read(connection), await _read_weights(connection))
+                after = await _read(connection)
                 await self._audit.append(
-                    connection, action="tiers.apply", actor=actor, before=_with_weights(before, weights), after=after
+                    connection,
+                    action="tiers.apply",
+                    actor=actor,
+                    before=_with_weights(before, weights),
+                    after=_with_weights(*after),
                 )
         return changes
 
@@ -113,14 +117,11 @@ async def write_tiers(connection: AsyncConnection, configured: Mapping[str, Tier
         )
 
 
-async def _read(connection: AsyncConnection) -> dict[str, dict[str, Any]]:
-    rows = await connection.execute(select(tiers.c.name, tiers.c.limits).order_by(tiers.c.rank, tiers.c.name))
-    return {row.name: dict(row.limits) for row in rows}
-
-
-async def _read_weights(connection: AsyncConnection) -> dict[str, float]:
-    rows = await connection.execute(select(tiers.c.name, tiers.c.weight).order_by(tiers.c.rank, tiers.c.name))
-    return {row.name: row.weight for row in rows}
+async def _read(connection: AsyncConnection) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Return the limits and the weights of the tiers, in ascending order."""
+    query = select(tiers.c.name, tiers.c.limits, tiers.c.weight).order_by(tiers.c.rank, tiers.c.name)
+    rows = (await connection.execute(query)).all()
+    return {row.name: dict(row.limits) for row in rows}, {row.name: row.weight for row in rows}
 
 
 def _with_weights(limits: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, dict[str, Any]]:
