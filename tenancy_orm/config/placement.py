@@ -224,13 +224,13 @@ def _is_among(server: PlacementCandidate, given: Sequence[str] | Mapping[str, st
     return server.name in given
 
 
-def check_region(region: str) -> str:
+def check_region(region: object) -> str:
     """Return the name of a region: 1 to 63 of a-z, 0-9, and inner ``. _ -``.
 
     Raises:
         ConfigurationError: it is not one.
     """
-    if not _REGION.fullmatch(region):
+    if not isinstance(region, str) or not _REGION.fullmatch(region):
         raise ConfigurationError(f"{region!r} is not the name of a region: 1 to 63 of a-z, 0-9, and inner . _ -")
     return region
 

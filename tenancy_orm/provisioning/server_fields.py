@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, Final
 
 from ..config import ServerAddresses
+from ..config.placement import check_region
 from ..errors import ConfigurationError, SettingError
 from ..servers.rows import ServerRow
 
@@ -70,7 +72,20 @@ def read_addresses(given: ServerAddresses | Mapping[str, Any] | str) -> ServerAd
     raise ConfigurationError(f"the address of a server: {problem}")
 
 
-def check_labels(labels: object) -> dict[str, str]:
+def check_fields(**given: object) -> dict[str, Any]:
+    """Return what a row has of the fields that are given; those that are ``UNSET`` are left out.
+
+    Raises:
+        ConfigurationError: one of them is malformed.
+    """
+    return {name: _CHECKS[name](value) for name, value in given.items() if value is not UNSET}
+
+
+def _check_region(region: object) -> str | None:
+    return None if region is None else check_region(region)
+
+
+def _check_labels(labels: object) -> dict[str, str]:
     """Return labels as jsonb can store them.
 
     Raises:
@@ -85,7 +100,7 @@ def check_labels(labels: object) -> dict[str, str]:
     return dict(labels)
 
 
-def check_number(name: str, value: object, *, least: int = 1) -> int | None:
+def _check_number(name: str, value: object, *, least: int = 1) -> int | None:
     """Return a whole number, or None.
 
     Raises:
@@ -98,7 +113,7 @@ def check_number(name: str, value: object, *, least: int = 1) -> int | None:
     return value
 
 
-def check_weight(weight: object) -> float:
+def _check_weight(weight: object) -> float:
     """Return a finite number above 0.
 
     Raises:
@@ -107,6 +122,16 @@ def check_weight(weight: object) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
         raise ConfigurationError("weight must be a number above 0")
     return float(weight)
+
+
+_CHECKS: Final[Mapping[str, Callable[[object], object]]] = {
+    "region": _check_region,
+    "labels": _check_labels,
+    "capacity": partial(_check_number, "capacity", least=0),
+    "weight": _check_weight,
+    "max_connections": partial(_check_number, "max_connections"),
+    "max_opening": partial(_check_number, "max_opening"),
+}
 
 
 def audited(row: ServerRow | None) -> dict[str, Any]:
@@ -118,9 +143,7 @@ __all__ = [
     "UNSET",
     "Unset",
     "audited",
-    "check_labels",
+    "check_fields",
     "check_name",
-    "check_number",
-    "check_weight",
     "read_addresses",
 ]

@@ -44,10 +44,8 @@ from .server_fields import (
     UNSET,
     Unset,
     audited,
-    check_labels,
+    check_fields,
     check_name,
-    check_number,
-    check_weight,
     read_addresses,
 )
 
@@ -129,15 +127,15 @@ class ServerManager:
         refuse_while_bound("adding a server")
         check_name(name)
         given = read_addresses(addresses)
-        values = {
-            "region": None if region is None else check_region(region),
-            "labels": check_labels(labels or {}),
-            "capacity": check_number("capacity", capacity, least=0),
-            "weight": check_weight(weight),
-            "state": "drain" if drain else "active",
-            "max_connections": check_number("max_connections", max_connections),
-            "max_opening": check_number("max_opening", max_opening),
-        }
+        values = check_fields(
+            region=region,
+            labels=labels or {},
+            capacity=capacity,
+            weight=weight,
+            max_connections=max_connections,
+            max_opening=max_opening,
+        )
+        values["state"] = "drain" if drain else "active"
         rows = {row.name: row for row in await list_servers(self._control)}
         if name in rows:
             raise _exists(name)
@@ -263,19 +261,14 @@ class ServerManager:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("changing a server")
-        values: dict[str, Any] = {}
-        if region is not UNSET:
-            values["region"] = None if region is None else check_region(region)
-        if labels is not UNSET:
-            values["labels"] = check_labels(labels)
-        if capacity is not UNSET:
-            values["capacity"] = check_number("capacity", capacity, least=0)
-        if weight is not UNSET:
-            values["weight"] = check_weight(weight)
-        if max_connections is not UNSET:
-            values["max_connections"] = check_number("max_connections", max_connections)
-        if max_opening is not UNSET:
-            values["max_opening"] = check_number("max_opening", max_opening)
+        values = check_fields(
+            region=region,
+            labels=labels,
+            capacity=capacity,
+            weight=weight,
+            max_connections=max_connections,
+            max_opening=max_opening,
+        )
         rows = {row.name: row for row in await list_servers(self._control)}
         if name not in rows:
             raise UnknownServerError(name)
