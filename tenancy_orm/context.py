@@ -56,13 +56,18 @@ def set_current(tenant: Tenant | None) -> Token[Tenant | None]:
 
 
 def reset_current(token: Token[Tenant | None]) -> None:
-    """Undo ``set_current``.
+    """Undo ``set_current``; in another context, which never had the binding, do nothing."""
+    reset_variable(_current, token)
 
-    Does nothing in another context than ``set_current``'s, which never had the binding: the event loop may close an
+
+def reset_variable(variable: ContextVar[T], token: Token[T]) -> None:
+    """Undo the ``set`` of a variable.
+
+    Does nothing in another context than that of the ``set``, which never had the value: the event loop may close an
     async generator in one.
     """
     try:  # noqa: SIM105 - contextlib.suppress costs 0.4 us, and this runs with every message of every request
-        _current.reset(token)
+        variable.reset(token)
     except ValueError:
         pass
 

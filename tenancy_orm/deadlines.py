@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 
+from .context import reset_variable
 from .errors import ConfigurationError
 
 _deadline: ContextVar[float] = ContextVar("tenancy_orm.deadline", default=math.inf)
@@ -52,8 +53,8 @@ def set_deadline(seconds: float) -> Token[float]:
 
 
 def reset_deadline(token: Token[float]) -> None:
-    """Undo ``set_deadline``."""
-    _deadline.reset(token)
+    """Undo ``set_deadline``; in another context, which never had it, do nothing."""
+    reset_variable(_deadline, token)
 
 
 def current_deadline() -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import replace
 from uuid import UUID
 
 import pytest
 
 from tenancy_orm.context import bind, current_tenant, current_tenant_or_none, refuse_other_tenant, set_current
+from tenancy_orm.deadlines import current_deadline, reset_deadline, set_deadline
 from tenancy_orm.errors import AdmissionEndedError, CrossTenantError, NoTenantError
 from tenancy_orm.tenant import Placement, Status, Tenant
 
@@ -146,3 +149,9 @@ def test_set_current_overrides_what_leaked() -> None:
     set_current(None)
     with pytest.raises(NoTenantError):
         current_tenant()
+
+
+def test_a_deadline_that_ends_in_another_context_does_nothing() -> None:
+    """As a binding does: the event loop may close an async generator in one."""
+    reset_deadline(Context().run(set_deadline, 1.0))
+    assert current_deadline() == math.inf

@@ -18,11 +18,11 @@ PACKAGE = Path(__file__).parents[2] / "tenancy_orm"
 # From the ground up: a room may import those of the floors below its own. Rooms on one floor do not know each other.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "forks"}),
-    frozenset({"protocols", "loops", "cancellation", "deadlines"}),
+    frozenset({"protocols", "loops", "cancellation"}),
     frozenset({"tenant", "events"}),
     frozenset({"postgres"}),
     frozenset({"context", "config"}),
-    frozenset({"correlation", "prefixes"}),
+    frozenset({"correlation", "deadlines", "prefixes"}),
     frozenset({"control"}),
     frozenset({"audit"}),
     frozenset({"secrets", "keys"}),
