@@ -398,35 +398,37 @@ class ConnectionLeases:
 
     async def _change_registered(self, lease: Lease) -> None:
         began = clock()
-        async with self._control.transaction() as connection:
-            await rows.lock_cap(connection, lease.server)
-            leases = (await rows.read(connection, [lease.server]))[lease.server]
-            if (position := leases.position(self.process)) is None:
-                raise _LostError
-            lease.learn(cap=leases.cap, processes=len(leases.leases), max_opening=leases.max_opening)
-            needs = self._needs_more(lease)
-            decision = self._decide(lease, leases, position, keep=None if needs else lease.remember(lease.wanted))
-            # first nothing is opened above the new limit, and then the row says so
-            before = leases.leases[position].granted
-            lease.limit = min(lease.limit, decision.limit)
-            lease.apply()
-            granted = max(decision.limit, lease.held)
-            if not await rows.grant(connection, self.process, lease.server, granted, lease.demand(lease.wanted)):
-                raise _LostError
-            called = decision.debtors if granted < decision.share else ()
-            if granted < before:
-                called += decision.creditors
-            if called:
-                await rows.call(connection, lease.server, [leases.leases[other].process for other in called])
+        asked = False
+        try:
+            async with self._control.transaction() as connection:
+                await rows.lock_cap(connection, lease.server)
+                leases = (await rows.read(connection, [lease.server]))[lease.server]
+                if (position := leases.position(self.process)) is None:
+                    raise _LostError
+                lease.learn(cap=leases.cap, processes=len(leases.leases), max_opening=leases.max_opening)
+                asked, lease.is_full = lease.is_full, False
+                needs = asked or lease.waits
+                decision = self._decide(lease, leases, position, keep=None if needs else lease.remember(lease.wanted))
+                # first nothing is opened above the new limit, and then the row says so
+                before = leases.leases[position].granted
+                lease.limit = min(lease.limit, decision.limit)
+                lease.apply()
+                granted = max(decision.limit, lease.held)
+                if not await rows.grant(connection, self.process, lease.server, granted, lease.demand(lease.wanted)):
+                    raise _LostError
+                called = decision.debtors if granted < decision.share else ()
+                if granted < before:
+                    called += decision.creditors
+                if called:
+                    await rows.call(connection, lease.server, [leases.leases[other].process for other in called])
+        except BaseException:
+            lease.is_full = lease.is_full or asked
+            raise
         grown = granted > before
         lease.granted, lease.limit = granted, decision.limit
         self._restored(lease, began)
         self._after_change(lease, grown)
         self._look_after(leases, lease, began)
-
-    @staticmethod
-    def _needs_more(lease: Lease) -> bool:
-        return lease.is_full or lease.waits
 
     def _after_change(self, lease: Lease, grown: bool) -> None:
         now = clock()
@@ -437,8 +439,8 @@ class ConnectionLeases:
         elif now - lease.shrinking_since > RECALL_SECONDS and lease.open > lease.limit:
             lease.shrinking_since = now
             self._care.start("recall", lease.server, self._recall(lease))
-        lease.is_asking = lease.waits
-        lease.is_full = False
+        # who asked after this look had begun is served by the next one
+        lease.is_asking = lease.waits or lease.is_full
         lease.pause = _FIRST_PAUSE if grown else min(max(_FIRST_PAUSE, lease.pause * 2), RENEW_SECONDS)
         lease.next_ask = now + lease.pause
         lease.apply()

@@ -17,6 +17,7 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.connections import Lease, rows
 from tenancy_orm.connections.leases import FIRST
 from tenancy_orm.connections.rows import ServerLeases
+from tenancy_orm.control.notifications import LeaseCall
 from tenancy_orm.errors import CheckoutTimeoutError
 from tenancy_orm.events import ConnectionLeaseReclaimed
 from tests.support.postgres import Postgres
@@ -270,3 +271,23 @@ async def test_what_is_opened_waits_for_a_lease_that_has_expired(tenancy: Tenanc
         await fetch("SELECT 1", tenant=before)  # what the first login finds out is known
         tenancy.internals.leases.lease("default").valid_until = -math.inf
         assert await fetch("SELECT 1", tenant=slug) == 1
+
+
+async def test_what_is_asked_for_during_a_look_is_not_forgotten(tenancy: Tenancy) -> None:
+    """The look had begun without that need, and ends after it has come up."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    leases = tenancy.internals.leases
+    lease = leases.lease("default")
+    async with tenancy.internals.router.connection(acme), tenancy.internals.router.connection(acme):
+        async with tenancy.internals.control.transaction() as connection:
+            await connection.execute(text("SELECT FROM tenancy.connection_leases FOR UPDATE"))
+            leases.called(LeaseCall("default", frozenset({rows.tag_of(leases.process)})))
+            blocked = text("SELECT pg_backend_pid() = ANY(pg_blocking_pids(pid)) FROM pg_stat_activity")
+
+            async def is_blocked() -> bool:
+                return True in (await connection.scalars(blocked)).all()
+
+            await until(is_blocked)
+            asked = asyncio.create_task(lease.ask(timeout=30))
+            await asyncio.sleep(0)
+        assert await asked
