@@ -36,8 +36,7 @@ from .internals import Internals
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
-from .migrations import AlembicSchema, FleetMigrator, FleetServices, MetadataSchema
-from .migrations.catch_up import CatchUp
+from .migrations import AlembicSchema, FleetServices, MetadataSchema
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
@@ -50,6 +49,8 @@ from .quotas.rates import Rates
 from .registry.registry import Registry
 from .routing import Router
 from .routing.consistency import ConsistencyTokens
+from .runs import FleetMigrator
+from .runs.catch_up import CatchUp
 from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys

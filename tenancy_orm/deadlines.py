@@ -1,4 +1,4 @@
-"""Until when the running code would wait for a connection, if that is sooner than ``pool.checkout_timeout``."""
+"""Until when the running code would wait for a connection, and the clock of what expires."""
 
 from __future__ import annotations
 
@@ -62,4 +62,9 @@ def current_deadline() -> float:
     return _deadline.get()
 
 
-__all__ = ["check_deadline", "current_deadline", "deadline", "reset_deadline", "set_deadline"]
+def clock() -> float:
+    """Seconds of a clock that nobody sets, and that goes on while the machine is suspended, where there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+__all__ = ["check_deadline", "clock", "current_deadline", "deadline", "reset_deadline", "set_deadline"]

@@ -37,16 +37,17 @@ from sqlalchemy import MetaData
 from .config import TenancyConfig, project
 from .config.values import load_object
 from .errors import ConfigurationError, FleetMigrationError, TenancyError
-from .migrations import AlembicSchema, FleetMigrator, local, logs
+from .migrations import AlembicSchema, local, logs
 from .migrations.autogenerate import with_imports
 from .migrations.commands import CommandResult
 from .migrations.configuration import alembic_config, leads_to, name_of, with_x
 from .migrations.execution import printing_sql
 from .migrations.failures import FleetCommandError, describe
-from .migrations.fleet import DEFAULT_CONCURRENCY
 from .migrations.plan import Plan
-from .migrations.report import NO_TENANTS
 from .migrations.scripts import Environment, capture_options, load
+from .migrations.selection import NO_TENANTS
+from .runs import FleetMigrator
+from .runs.migrator import DEFAULT_CONCURRENCY
 from .tenancy import Tenancy
 from .tenant import Tenant
 

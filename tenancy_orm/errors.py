@@ -77,6 +77,7 @@
     │   ├── FleetSeedError                   some tenants failed in a run over the fleet
     │   └── TemplateError
     │       └── ExtensionUnavailableError    a server does not have a configured extension
+    ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
     │   └── FleetMigrationError
     ├── ReadOnlyError                        a read-only session was to write, or to end its transaction by SQL
@@ -1070,6 +1071,14 @@ class FleetMigrationError(MigrationError):
         super().__init__(f"{len(failures)} of {counted(total)} failed to migrate: {names}")
         self.failures = dict(failures)
         self.total = total
+
+
+class JobLostError(TenancyError):
+    """This process could not renew its claim on a job in time, so that another one does it by now."""
+
+    def __init__(self) -> None:
+        """Use the standard message."""
+        super().__init__("the claim could not be renewed in time; another process goes on with it")
 
 
 class ReadOnlyError(TenancyError):

@@ -25,13 +25,13 @@ from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
-from .migrations.catch_up import CatchUp
 from .postgres.failures import SERVER_FAILURES
 from .postgres.login import reason_of
 from .provisioning import Provisioner
 from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .registry.registry import Registry
+from .runs.catch_up import CatchUp
 from .tenant import Tenant
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.manager import TenantManager

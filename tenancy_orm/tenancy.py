@@ -25,7 +25,6 @@ from .housekeeping import HousekeepingReport
 from .internals import Internals
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
-from .migrations import FleetMigrator
 from .provisioning import TemplateManager
 from .provisioning.rotation import SecretManager
 from .provisioning.server_manager import ServerManager
@@ -35,6 +34,7 @@ from .quotas.rates import Rates
 from .routing.consistency import noting_writes
 from .routing.replicas import ReplicaDemand
 from .routing.sessions import replica_demand
+from .runs import FleetMigrator
 from .schedules import ScheduleManager
 from .scopes import BoundTenants, ResolvedSession, resolve
 from .seeds import Seed, SeedManager, seed

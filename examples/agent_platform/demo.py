@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tenancy_orm import Tenancy
-from tenancy_orm.migrations import TenantOutcome
+from tenancy_orm.runs import TenantOutcome
 from tenancy_orm.testing.embedded import EmbeddedProvider, ProvidedServer
 
 from .models import EMBEDDING_DIMENSIONS

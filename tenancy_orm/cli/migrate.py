@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress as ProgressBar
 
-from ..migrations import FleetReport, Progress, TenantOutcome
-from ..migrations.report import NO_TENANTS
+from ..migrations.selection import NO_TENANTS
+from ..runs import FleetReport, Progress, TenantOutcome
 from ..tenancy import Tenancy
 from . import seed
 from .output import console, failures_listed, print_json, print_table, progress_bar

@@ -13,13 +13,13 @@ from uuid import UUID
 from sqlalchemy.exc import DBAPIError
 
 from ..control.database import ControlDatabase
+from ..deadlines import clock
 from ..errors import TenancyError
 from ..events import ConnectionLeaseReclaimed, EventBus
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.locks import try_lock
 from ..servers.server import Server
 from . import rows, usage
-from .lease import clock
 from .rows import LEASE_SECONDS, LeaseRow, ServerLeases
 
 logger = logging.getLogger("tenancy_orm.connections")

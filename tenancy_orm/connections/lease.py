@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 from weakref import ReferenceType, ref
 
+from ..deadlines import clock
 from .rows import LEASE_SECONDS, Demand
 from .shares import HEADROOM, LEAST
 
@@ -31,11 +31,6 @@ IN_VAIN_SECONDS = 0.2
 _LOOK_SECONDS = 0.02  # the pause between two looks at whether it has got some
 
 _REMEMBERED = 5  # renewals, over which the need of a process is remembered
-
-
-def clock() -> float:
-    """Seconds of a clock that nobody sets, and that goes on while the machine is suspended, where there is one."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class Limited(Protocol):
@@ -264,4 +259,4 @@ class Lease:
         self.apply()
 
 
-__all__ = ["CUT_OFF_SECONDS", "END_SECONDS", "MAX_OPENING", "Lease", "Limited", "clock"]
+__all__ = ["CUT_OFF_SECONDS", "END_SECONDS", "MAX_OPENING", "Lease", "Limited"]

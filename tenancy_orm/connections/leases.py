@@ -26,6 +26,7 @@ from uuid import UUID, uuid4
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.notifications import LeaseCall
+from ..deadlines import clock
 from ..events import ConnectionLeaseLost, ConnectionLeaseRestored, EventBus
 from ..loops import HomeLoop
 from ..postgres.connections import Connection
@@ -33,7 +34,7 @@ from ..postgres.locks import try_lock
 from ..servers.server import Server
 from . import rows, usage
 from .care import FAILURES, Care
-from .lease import CUT_OFF_SECONDS, END_SECONDS, Lease, clock
+from .lease import CUT_OFF_SECONDS, END_SECONDS, Lease
 from .rows import LEASE_SECONDS, ServerLeases
 from .shares import LEAST, Claim, Decision, decide
 

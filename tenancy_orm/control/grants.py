@@ -58,6 +58,10 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "schedule_runs": "SELECT, INSERT, UPDATE, DELETE",
     "connection_caps": "SELECT, INSERT, UPDATE, DELETE",
     "connection_leases": "SELECT, INSERT, UPDATE, DELETE",
+    "jobs": "SELECT, INSERT, UPDATE, DELETE",
+    "migration_runs": "SELECT, INSERT, UPDATE, DELETE",
+    "migration_run_tenants": "SELECT, INSERT, UPDATE, DELETE",
+    "warm_databases": "SELECT, INSERT, UPDATE, DELETE",
     "active_tenants": "SELECT",
     "tier_distribution": "SELECT",
 }

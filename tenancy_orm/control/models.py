@@ -534,4 +534,110 @@ connection_leases = Table(
     CheckConstraint("granted >= 0", name="granted"),
 )
 
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("due_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    # who does it now, and until when nobody else does
+    Column("claim", Uuid, nullable=True),
+    Column("host", Text, nullable=True),
+    Column("pid", Integer, nullable=True),
+    Column("claimed_until", DateTime(timezone=True), nullable=True),
+    Column("started_at", DateTime(timezone=True), nullable=True),
+    Column("ended_at", DateTime(timezone=True), nullable=True),
+    # how often in a row it failed, and with what
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("error", Text, nullable=True),
+    Column("result", JSONB, nullable=True),
+    CheckConstraint("length(name) BETWEEN 1 AND 200", name="name"),
+    Index("jobs_due_at_idx", "due_at"),
+)
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+migration_runs = Table(
+    "migration_runs",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("command", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    # the run that this one undoes
+    Column("undoes", BigInteger, ForeignKey("migration_runs.id"), nullable=True),
+    Column("actor_kind", Text, nullable=False),
+    Column("actor_id", Text, nullable=True),
+    Column("host", Text, nullable=False),
+    Column("package_version", Text, nullable=False),
+    # the version of the application, where it is known
+    Column("code_version", Text, nullable=True),
+    # of the revisions and their options: a process with others must not take part
+    Column("fingerprint", Text, nullable=False),
+    # the arguments, the waves, the concurrency
+    Column("plan", JSONB, nullable=False),
+    Column("state", Text, nullable=False, server_default="running"),
+    # the wave that runs now, from 0
+    Column("wave", Integer, nullable=False, server_default="0"),
+    # why it is paused, or failed as a whole
+    Column("reason", Text, nullable=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("ended_at", DateTime(timezone=True), nullable=True),
+    CheckConstraint("command IN ('upgrade', 'downgrade', 'stamp', 'extensions', 'undo')", name="command"),
+    CheckConstraint("state IN ('running', 'paused', 'done', 'failed', 'cancelled')", name="state"),
+)
+
+migration_run_tenants = Table(
+    "migration_run_tenants",
+    metadata,
+    Column("run", BigInteger, ForeignKey("migration_runs.id", ondelete="CASCADE"), nullable=False),
+    _tenant_id_column(),
+    Column("server", Text, nullable=False),
+    Column("wave", Integer, nullable=False, server_default="0"),
+    # the order within its wave
+    Column("position", Integer, nullable=False),
+    Column("state", Text, nullable=False, server_default="waiting"),
+    # the process that migrates it, and until when no other does
+    Column("claim", Uuid, nullable=True),
+    Column("host", Text, nullable=True),
+    Column("claimed_until", DateTime(timezone=True), nullable=True),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    # the revision that it had before this run, and whether that was read; written before the tenant is changed
+    Column("revision_before", Text, nullable=True),
+    Column("is_read", Boolean, nullable=False, server_default="false"),
+    Column("revision_after", Text, nullable=True),
+    Column("changed", Boolean, nullable=False, server_default="false"),
+    Column("started_at", DateTime(timezone=True), nullable=True),
+    Column("ended_at", DateTime(timezone=True), nullable=True),
+    Column("seconds", Double, nullable=True),
+    Column("sqlstate", Text, nullable=True),
+    Column("error", Text, nullable=True),
+    # what further parts of the run keep for this tenant: progress of data migrations, for example
+    Column("detail", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
+    PrimaryKeyConstraint("run", "tenant_id"),
+    CheckConstraint("state IN ('waiting', 'running', 'done', 'failed', 'skipped')", name="state"),
+    Index("migration_run_tenants_state_idx", "run", "wave", "state", "position"),
+    Index("migration_run_tenants_tenant_id_idx", "tenant_id"),
+)
+
+# --- warm databases ---------------------------------------------------------------------------------------------------
+
+warm_databases = Table(
+    "warm_databases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("server", Text, ForeignKey("servers.name", ondelete="CASCADE"), nullable=False),
+    Column("role_name", Text, nullable=False),
+    # sealed for this name; sealed again for the tenant when a creation claims it
+    Column("sealed_password", LargeBinary, nullable=False),
+    # the template that it was cloned from, which names its schema
+    Column("template", Text, nullable=False),
+    Column("revision", Text, nullable=True),
+    # "making" until it is complete: reconcile removes what stays so
+    Column("state", Text, nullable=False, server_default="making"),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    CheckConstraint("state IN ('making', 'ready')", name="state"),
+    Index("warm_databases_server_idx", "server", "template", "state", "created_at"),
+)
+
 __all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

@@ -83,6 +83,15 @@ VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "quota_pressure": ("tenant_id", "resource", "tier", "since"),
     "tenant_metrics": ("tenant_id", "sampled_at", "size_bytes", "connections", "queries", "errors"),
     "schedule_runs": ("schedule", "tenant_id", "sent_for", "sent_at", "attempts"),
+    "migration_run_tenants": (
+        "run",
+        "tenant_id",
+        "state",
+        "revision_before",
+        "revision_after",
+        "started_at",
+        "ended_at",
+    ),
     "audit_log": (
         "sequence",
         "occurred_at",

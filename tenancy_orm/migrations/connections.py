@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from sqlalchemy.engine import URL
 
 from ..control.database import is_unavailable
-from ..errors import ServerUnavailableError, TenantNotFoundError
+from ..errors import (
+    ExtensionUnavailableError,
+    MigrationError,
+    ServerUnavailableError,
+    TemplateError,
+    TenantNotFoundError,
+)
 from ..postgres.connections import Connection
 from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
 from .database import ConnectionAdapter, Limits, Target
 from .extensions import WantedExtensions
+from .failures import describe
+from .logs import logger
 from .services import FleetServices
 
 _FAILURES = 2  # failed connects in a row after which a server's other tenants are not tried
@@ -131,3 +140,28 @@ def is_down(error: BaseException) -> bool:
     if sqlstate_of(error) == TOO_MANY_CONNECTIONS:
         return False
     return isinstance(error, ServerUnavailableError) or is_unavailable(error)
+
+
+async def prepare_servers(names: Iterable[str], prepare: Callable[[str], Awaitable[None]], health: Health) -> None:
+    """Prepare the servers of a run, before a tenant is touched. Those that do not answer are recorded in ``health``.
+
+    Raises:
+        MigrationError: a template could not be built, or a server lacks an extension.
+    """
+    names = tuple(names)
+    errors = await asyncio.gather(*(prepare(name) for name in names), return_exceptions=True)
+    for name, error in zip(names, errors, strict=True):
+        if error is None:
+            continue
+        if not isinstance(error, Exception):
+            raise error
+        if isinstance(error, ExtensionUnavailableError):
+            raise MigrationError(f"no tenant was touched: {describe(error)}") from error
+        if isinstance(error, MigrationError | TemplateError):
+            raise MigrationError(
+                f"the template could not be built, no tenant was touched: {describe(error)}"
+            ) from error
+        if not is_down(error):
+            raise error
+        logger.error("server %s does not answer: %s", name, describe(error))
+        health.down(name)

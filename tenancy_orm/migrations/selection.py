@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from uuid import UUID
 
-from ..errors import TenantNotFoundError, TenantProvisioningError
+from ..errors import ControlUnavailableError, TenantNotFoundError, TenantProvisioningError
+from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
 from ..registry.registry import Registry
 from ..tenant import Status, Tenant, TenantRef
+
+NO_TENANTS = "there are no tenants in this installation: tenancy config show says which settings are in force"
 
 
 class Selection:
@@ -32,8 +35,16 @@ class Selection:
         found = [await self._one(ref) for ref in tenants]
         return list({tenant.id: tenant for tenant in found}.values())
 
-    async def is_gone(self, tenant: Tenant) -> bool:
-        """Whether a tenant has been purged, or is being purged."""
+    async def is_gone(self, tenant: Tenant, error: Exception) -> bool:
+        """Whether the database does not exist because the tenant has been purged since the list was made."""
+        if sqlstate_of(error) != INVALID_CATALOG_NAME:
+            return False
+        try:
+            return await self._is_purged(tenant)
+        except ControlUnavailableError:
+            return False
+
+    async def _is_purged(self, tenant: Tenant) -> bool:
         if (await self._registry.get(tenant.id)).status is Status.PURGED:
             return True
         unfinished = await self._registry.find_unfinished(tenant.id)

@@ -14,11 +14,10 @@ from ..context import refuse_while_bound
 from ..errors import ConfigurationError, UnknownTierError
 from ..events import TenantSeeded, TenantSeedingFailed
 from ..migrations.concurrency import interleave, map_concurrently
-from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.connections import Connections, Health, placement_of, prepare_servers
 from ..migrations.database import close
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED
-from ..migrations.run import is_gone, prepare_servers
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..postgres.connections import Connection
@@ -263,7 +262,7 @@ class SeedManager:
         try:
             await self._apply(tenant, wanted, health, work, dry_run=dry_run)
         except Exception as exc:
-            if await is_gone(self._selection, tenant, exc):
+            if await self._selection.is_gone(tenant, exc):
                 return None
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc

@@ -8,7 +8,7 @@ from typing import Protocol
 from uuid import UUID
 
 from ..errors import FleetSeedError, counted
-from ..migrations.report import NO_TENANTS
+from ..migrations.selection import NO_TENANTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,7 +60,11 @@ INSERT INTO tenancy.usage_records (tenant_id, resource, period, period_start, pe
     VALUES ({id}, 'users', 'month', 'epoch', now(), 3, {id});
 INSERT INTO tenancy.tenant_metrics VALUES ({id}, now(), 1, 1, 1, 1);
 INSERT INTO tenancy.schedules (name) VALUES ('daily') ON CONFLICT DO NOTHING;
-INSERT INTO tenancy.schedule_runs (schedule, tenant_id) VALUES ('daily', {id})
+INSERT INTO tenancy.schedule_runs (schedule, tenant_id) VALUES ('daily', {id});
+WITH run AS (
+    INSERT INTO tenancy.migration_runs (command, target, actor_kind, host, package_version, fingerprint, plan)
+    VALUES ('upgrade', 'head', 'operator', 'here', '0', '', '{{}}') RETURNING id
+) INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, position) SELECT id, {id}, 'default', 0 FROM run
 """
 
 

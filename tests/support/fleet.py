@@ -13,9 +13,10 @@ import asyncpg
 import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
-from tenancy_orm.migrations import FleetMigrator, FleetServices
+from tenancy_orm.migrations import FleetServices
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.registry.registry import Registry
+from tenancy_orm.runs import FleetMigrator
 from tenancy_orm.servers.server import Server
 from tests.support import waiting
 from tests.support.postgres import Postgres

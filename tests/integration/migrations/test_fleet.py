@@ -18,9 +18,9 @@ from tenancy_orm.errors import (
     WrongEventLoopError,
 )
 from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
-from tenancy_orm.migrations import FleetReport, TenantOutcome
 from tenancy_orm.migrations.plan import Plan
 from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.runs import FleetReport, TenantOutcome
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.alembic_proxies import assert_nothing_is_active, run_plain_alembic
 from tests.support.fleet import Fleet, activity, count_queries, until

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from tenancy_orm.config import TenancyConfig
-from tenancy_orm.migrations import FleetMigrator
+from tenancy_orm.runs import FleetMigrator
 from tests.support.fleet import Fleet, activity, open_fleet, until
 from tests.support.projects import NOTES, Project
 

@@ -23,7 +23,7 @@ from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.errors import TenantProvisioningError, TenantSuspendedError
 from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
-from tenancy_orm.migrations import catch_up
+from tenancy_orm.runs import catch_up
 from tests.support.fleet import Fleet, open_fleet, until
 from tests.support.projects import Project
 

@@ -67,7 +67,7 @@ async def test_a_tenant_is_placed_by_a_rule(tenancy_config: TenancyConfig, postg
         assert placement is not None and placement.server == "default"
         async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("UPDATE tenancy.servers SET accepts_tenants = (name <> 'default')"))
-        with pytest.raises(ConfigurationError, match="server .default. accepts no new tenants.*; set default_server"):
+        with pytest.raises(ConfigurationError, match=r"server .default. accepts no new tenants.*; set default_server"):
             await tenancy.tenants.create("globex")
     async with Tenancy(tenancy_config.replace(servers=both, default_server="eu")) as tenancy:
         placement = (await tenancy.tenants.create("globex")).tenant.placement

@@ -7,8 +7,7 @@ from typing import Protocol
 from uuid import UUID
 
 from ..errors import FleetMigrationError, counted
-
-NO_TENANTS = "there are no tenants in this installation: tenancy config show says which settings are in force"
+from ..migrations.selection import NO_TENANTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,11 @@ from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..errors import MigrationError, TenantProvisioningError
+from ..migrations.failures import describe
+from ..migrations.plan import Plan, format_revision
 from ..provisioning.templates import SchemaSource
 from ..tenant import Status, Tenant
-from .failures import describe
-from .fleet import FleetMigrator
-from .plan import Plan, format_revision
+from .migrator import FleetMigrator
 from .report import FleetReport
 
 logger = logging.getLogger("tenancy_orm.migrations")

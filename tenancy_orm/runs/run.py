@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from uuid import UUID
 
 from ..cancellation import run_to_completion
 from ..errors import (
     ControlUnavailableError,
-    ExtensionUnavailableError,
     MigrationError,
     NotOpenError,
-    TemplateError,
     TenancyError,
 )
 from ..events import TenantMigrated, TenantMigrationFailed
-from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
+from ..migrations.concurrency import interleave, map_concurrently
+from ..migrations.connections import Connections, Health, placement_of, prepare_servers
+from ..migrations.database import DatabaseMigration, close
+from ..migrations.failures import describe
+from ..migrations.logs import TENANT_FAILED, logger, warning_once
+from ..migrations.plan import Plan, format_revision
+from ..migrations.selection import Selection
+from ..migrations.services import FleetServices
+from ..postgres.errors import sqlstate_of
 from ..tenant import Tenant, TenantRef
-from .concurrency import interleave, map_concurrently
-from .connections import Connections, Health, is_down, placement_of
-from .database import DatabaseMigration, close
-from .failures import describe
-from .logs import TENANT_FAILED, logger, warning_once
-from .plan import Plan, format_revision
 from .report import FleetReport, Progress, TenantOutcome
-from .selection import Selection
-from .services import FleetServices
 
 _PASSES = 10  # how often a run looks for tenants that were created during it
 
@@ -151,7 +148,7 @@ class Run:
             if migration.changed:
                 await self.services.provisioner.apply_grants(tenant)
         except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
-            if await is_gone(self.selection, tenant, exc):
+            if await self.selection.is_gone(tenant, exc):
                 self.gone.add(tenant.id)
                 return
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
@@ -220,38 +217,3 @@ class Run:
             self.stopped = self.stopped or self.stop_on_failure
         if self.progress is not None:
             self.progress.done(outcome)
-
-
-async def prepare_servers(names: Iterable[str], prepare: Callable[[str], Awaitable[None]], health: Health) -> None:
-    """Prepare the servers of a run, before a tenant is touched. Those that do not answer are recorded in ``health``.
-
-    Raises:
-        MigrationError: a template could not be built, or a server lacks an extension.
-    """
-    names = tuple(names)
-    errors = await asyncio.gather(*(prepare(name) for name in names), return_exceptions=True)
-    for name, error in zip(names, errors, strict=True):
-        if error is None:
-            continue
-        if not isinstance(error, Exception):
-            raise error
-        if isinstance(error, ExtensionUnavailableError):
-            raise MigrationError(f"no tenant was touched: {describe(error)}") from error
-        if isinstance(error, MigrationError | TemplateError):
-            raise MigrationError(
-                f"the template could not be built, no tenant was touched: {describe(error)}"
-            ) from error
-        if not is_down(error):
-            raise error
-        logger.error("server %s does not answer: %s", name, describe(error))
-        health.down(name)
-
-
-async def is_gone(selection: Selection, tenant: Tenant, error: Exception) -> bool:
-    """Whether the database does not exist because the tenant has been purged since the list was made."""
-    if sqlstate_of(error) != INVALID_CATALOG_NAME:
-        return False
-    try:
-        return await selection.is_gone(tenant)
-    except ControlUnavailableError:
-        return False

@@ -10,21 +10,21 @@ from sqlalchemy import Connection as SyncConnection
 
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError
+from ..migrations import local
+from ..migrations.commands import CommandResult, CommandRunner
+from ..migrations.concurrency import map_concurrently
+from ..migrations.configuration import alembic_config
+from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.database import State, close, read_state
+from ..migrations.failures import describe
+from ..migrations.plan import Heads, Plan, format_revision
+from ..migrations.scripts import Environment, load
+from ..migrations.selection import Selection
+from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
-from . import local
-from .commands import CommandResult, CommandRunner
-from .concurrency import map_concurrently
-from .configuration import alembic_config
-from .connections import Connections, Health, placement_of
-from .database import State, close, read_state
-from .extension_run import ExtensionRun
-from .failures import describe
-from .plan import Heads, Plan, format_revision
+from .extensions import ExtensionRun
 from .report import FleetReport, Progress
 from .run import Run
-from .scripts import Environment, load
-from .selection import Selection
-from .services import FleetServices
 from .status import TenantRevision
 
 DEFAULT_CONCURRENCY = 8

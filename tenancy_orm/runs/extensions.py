@@ -6,17 +6,16 @@ import time
 from collections.abc import Iterable
 from uuid import UUID
 
+from ..migrations.concurrency import interleave, map_concurrently
+from ..migrations.connections import Connections, Health, placement_of, prepare_servers
+from ..migrations.database import Target, close, install, lock, read_state
+from ..migrations.failures import describe
+from ..migrations.logs import labelled, logger
+from ..migrations.selection import Selection
+from ..migrations.services import FleetServices
 from ..postgres.errors import sqlstate_of
 from ..tenant import Tenant, TenantRef
-from .concurrency import interleave, map_concurrently
-from .connections import Connections, Health, placement_of
-from .database import Target, close, install, lock, read_state
-from .failures import describe
-from .logs import labelled, logger
 from .report import FleetReport, Progress, TenantOutcome
-from .run import is_gone, prepare_servers
-from .selection import Selection
-from .services import FleetServices
 
 
 class ExtensionRun:
@@ -69,7 +68,7 @@ class ExtensionRun:
             try:
                 installed = await self._install_missing(self._connections.target(tenant, self._health))
             except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
-                if await is_gone(self._selection, tenant, exc):
+                if await self._selection.is_gone(tenant, exc):
                     return
                 logger.error("tenant %s: %s", tenant.slug, describe(exc))
                 error = exc

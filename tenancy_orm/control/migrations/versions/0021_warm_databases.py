@@ -1,0 +1,37 @@
+"""Warm databases: cloned ahead of need, with their roles, until a creation claims them."""
+
+from tenancy_orm.control.scripts import for_applications, run_script
+
+revision = "0021_warm_databases"
+down_revision = "0020_migration_runs"
+branch_labels = None
+depends_on = None
+
+TABLES = """
+CREATE TABLE tenancy.warm_databases (
+    name text CONSTRAINT warm_databases_pkey PRIMARY KEY,
+    server text NOT NULL
+        CONSTRAINT warm_databases_server_fkey REFERENCES tenancy.servers (name) ON DELETE CASCADE,
+    role_name text NOT NULL,
+    -- sealed for this name; sealed again for the tenant when a creation claims it
+    sealed_password bytea NOT NULL,
+    -- the template that it was cloned from, which names its schema
+    template text NOT NULL,
+    revision text,
+    -- 'making' until it is complete: reconcile removes what stays so
+    state text NOT NULL DEFAULT 'making'
+        CONSTRAINT warm_databases_state_check CHECK (state IN ('making', 'ready')),
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX warm_databases_server_idx ON tenancy.warm_databases (server, template, state, created_at);
+"""
+
+
+def upgrade() -> None:
+    """Add the table."""
+    run_script(TABLES + for_applications("GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.warm_databases TO %1$I"))
+
+
+def downgrade() -> None:
+    """Drop it: what is left on the servers is removed by reconcile."""
+    run_script("DROP TABLE tenancy.warm_databases")

@@ -1,0 +1,1 @@
+"""Drift: schemas of tenants that are not what their revisions say."""

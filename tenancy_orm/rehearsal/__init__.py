@@ -1,0 +1,1 @@
+"""Rehearsal: a migration, tried on clones of tenants before it runs."""

@@ -1,0 +1,8 @@
+"""Runs: one migration of all tenants' databases."""
+
+from .catch_up import CatchUpReport
+from .migrator import FleetMigrator
+from .report import FleetReport, Progress, TenantOutcome
+from .status import TenantRevision
+
+__all__ = ["CatchUpReport", "FleetMigrator", "FleetReport", "Progress", "TenantOutcome", "TenantRevision"]
