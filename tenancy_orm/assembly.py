@@ -33,6 +33,7 @@ from .errors import (
 from .events import EventBus, ServerChanged
 from .housekeeping import Housekeeping
 from .internals import Internals
+from .jobs import Job, Jobs
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
@@ -71,6 +72,7 @@ from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry, differing
 from .warming import Warming
+from .worker import built_in_jobs
 
 logger = logging.getLogger("tenancy_orm")
 
@@ -124,6 +126,8 @@ class Assembly:
     tenants: TenantManager
     domains: DomainManager
     housekeeping: Housekeeping
+    jobs: Jobs
+    built_in_jobs: Sequence[Job]
     sealed: SealedPasswords
     addresses: SealedAddresses
     secrets: SecretManager
@@ -320,6 +324,8 @@ class Assembly:
             tier_policies=self.tier_policies,
             usage_exporter=self.usage_exporter,
         )
+        self.jobs = Jobs(self.control)
+        self.built_in_jobs = built_in_jobs(config, self.housekeeping)
         self.internals = Internals(
             control=self.control,
             registry=self.registry,

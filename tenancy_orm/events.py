@@ -543,6 +543,43 @@ class SessionTerminated(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent(Event):
+    """Base of all events about a job of a worker."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDone(JobEvent):
+    """This process has done a job, in ``seconds``."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailed(JobEvent):
+    """A job of this process failed after ``seconds``, as so many times in a row; ``error`` is without secrets."""
+
+    error: str
+    failures: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobTakenOver(JobEvent):
+    """This process does a job that another one, ``taken_from`` (its host and pid), had begun and has not finished."""
+
+    taken_from: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobLost(JobEvent):
+    """This process stopped a job after ``seconds``: it could not renew its claim, and another one goes on with it."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TenantMigrated(TenantEvent):
     """A tenant's schema is at ``revision``; ``changed`` if a migration was applied."""
 

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, Self, TypeVar, overload
 
@@ -23,6 +24,7 @@ from .errors import ConfigurationError
 from .events import DRAIN_TIMEOUT, EventBus
 from .housekeeping import HousekeepingReport
 from .internals import Internals
+from .jobs import Job, JobResult, Jobs
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
 from .provisioning import TemplateManager
@@ -44,6 +46,7 @@ from .tenant import Status, Tenant, TenantRef
 from .tenants.domains import DomainManager
 from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry
+from .worker import Worker
 from .wrapping import Binding, wrap
 
 P = ParamSpec("P")
@@ -76,6 +79,7 @@ class Tenancy:
         self._lifetime = Lifetime(self._configured, self.events, rates)
         self._statements = Statements(self._lifetime)
         self._sync: SyncTenancy | None = None
+        self._jobs: list[Job] = []
 
     def __repr__(self) -> str:
         """Tell whether it is open; no configuration, which holds credentials."""
@@ -570,6 +574,73 @@ class Tenancy:
         """
         refuse_while_bound("run_housekeeping")
         return await self._lifetime.parts.housekeeping.run(actor=actor)
+
+    # --- jobs -------------------------------------------------------------------------------------------------------
+
+    @property
+    def jobs(self) -> Jobs:
+        """What workers do: when each job is due, who does it, how its last run has ended."""
+        return self._lifetime.parts.jobs
+
+    def job(
+        self, *, every: float, name: str | None = None
+    ) -> Callable[[Callable[[], Awaitable[JobResult | None]]], Job]:
+        """Make a job of a coroutine function, which ``tenancy worker`` does from time to time, one process at a time.
+
+        ```python
+        @tenancy.job(every=3600)
+        async def send_digests() -> None:
+            async for tenant in tenancy.each():
+                ...
+        ```
+
+        No tenant is bound in it. It may be cancelled, and what was cancelled or failed is done again: commit in steps.
+
+        Args:
+            every: The seconds from its end to its next beginning, more or less a tenth.
+            name: What its row is called; the function's name where None.
+
+        Raises:
+            ConfigurationError: there is a job of this name, or it cannot be one.
+        """
+
+        def register(function: Callable[[], Awaitable[JobResult | None]]) -> Job:
+            made = Job(name or str(getattr(function, "__name__", "")), every, function)
+            if made.name in (job.name for job in self._jobs):
+                raise ConfigurationError(f"there are two jobs of the name {made.name!r}")
+            self._jobs.append(made)
+            return made
+
+        return register
+
+    def worker(
+        self, jobs: Iterable[str] | None = None, *, stop_seconds: float | None = None, alive_file: Path | None = None
+    ) -> Worker:
+        """Return a worker that does jobs until its ``stop`` is called: ``await tenancy.worker().run()``.
+
+        Args:
+            jobs: The names of those to do; all where None.
+            stop_seconds: How long running jobs may go on after ``stop``; ``worker.stop_seconds`` where None.
+            alive_file: A file whose modification time shows that the worker's event loop runs.
+
+        Raises:
+            ConfigurationError: there is no job of such a name, or there are two.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("worker")
+        parts = self._lifetime.parts
+        found = {job.name: job for job in (*self._jobs, *parts.built_in_jobs)}
+        if len(found) < len(self._jobs) + len(parts.built_in_jobs):
+            raise ConfigurationError(f"a job has the name of a built-in one: {', '.join(sorted(found))}")
+        names = list(found) if jobs is None else list(dict.fromkeys(jobs))
+        if unknown := [name for name in names if name not in found]:
+            raise ConfigurationError(
+                f"there is no job {', '.join(map(repr, unknown))}; there are {', '.join(sorted(found))}"
+            )
+        stop = parts.config.worker.stop_seconds if stop_seconds is None else stop_seconds
+        return Worker(
+            parts.jobs, [found[name] for name in names], self.events, stop_seconds=stop, alive_file=alive_file
+        )
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 

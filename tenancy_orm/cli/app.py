@@ -25,6 +25,7 @@ from . import (
     dev,
     domains,
     each,
+    jobs,
     keys,
     members,
     migrate,
@@ -60,6 +61,7 @@ app.add_typer(tiers.app, name="tiers")
 app.add_typer(template.app, name="template")
 app.add_typer(servers.app, name="servers")
 app.add_typer(domains.app, name="domains")
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
 app.add_typer(secrets.app, name="secrets")
@@ -72,6 +74,7 @@ app.command("each", cls=each.EachCommand)(each.each)
 app.command("url")(each.url)
 app.command("run")(call.call)
 app.command("seed")(seed.seed)
+app.command("worker")(jobs.worker)
 
 # at 80 columns: slug, status, tier and id
 _LISTED = (

@@ -29,6 +29,7 @@ from .sections import (
     SecretsConfig,
     SessionConfig,
     WatchdogConfig,
+    WorkerConfig,
 )
 from .settings import TenancyConfig
 from .tiers import Limit, Tier, TierPolicy
@@ -64,4 +65,5 @@ __all__ = [
     "Tier",
     "TierPolicy",
     "WatchdogConfig",
+    "WorkerConfig",
 ]

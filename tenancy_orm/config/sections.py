@@ -481,6 +481,16 @@ class DomainConfig(Section, frozen=True):
         return given
 
 
+class WorkerConfig(Section, frozen=True):
+    """Workers: the processes that do what is due, on any number of machines."""
+
+    housekeeping_seconds: Seconds = 60.0
+    """How often housekeeping runs, in seconds from the end of one run to the beginning of the next."""
+    stop_seconds: SecondsOrZero = 25.0
+    """How long jobs may go on after SIGTERM, in seconds; those that are not done by then are cancelled, and another
+    worker does them."""
+
+
 class RetentionConfig(Section, frozen=True):
     """For how long things are kept that nobody uses any more."""
 

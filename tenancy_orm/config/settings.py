@@ -34,6 +34,7 @@ from .sections import (
     SecretsConfig,
     SessionConfig,
     WatchdogConfig,
+    WorkerConfig,
 )
 from .tiers import Tiers, default_tiers
 from .validation import _Checked, replaced
@@ -136,6 +137,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Tenants' own domains."""
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     """For how long things are kept that nobody uses any more."""
+    worker: WorkerConfig = Field(default_factory=WorkerConfig)
+    """Workers: the processes that do what is due, on any number of machines."""
 
     @classmethod
     def settings_customise_sources(

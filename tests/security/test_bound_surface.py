@@ -28,6 +28,7 @@ from tenancy_orm.control.notifications import ConnectionRequest, LeaseCall
 from tenancy_orm.errors import ApiKeyNotFoundError, CrossTenantError, TenancyError
 from tenancy_orm.events import EventBus
 from tenancy_orm.internals import Internals
+from tenancy_orm.jobs import Claimant, ClaimedJob
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning import TemplateManager
 from tenancy_orm.provisioning.extensions import Extensions
@@ -276,6 +277,9 @@ def others(plane: Plane) -> dict[str, Any]:
         "every": 60.0,
         "addresses": {},
         "names": ("vector",),
+        "claimant": Claimant(),
+        "job": ClaimedJob("housekeeping", Claimant(), 0),
+        "after": 60.0,
         "weights": {"free": 100.0},
         "parts": ("taskiq", "report", "1"),
         "signature": "A" * 43,
