@@ -52,6 +52,7 @@ from .routing import Router
 from .routing.consistency import ConsistencyTokens
 from .runs import FleetMigrator
 from .runs.catch_up import CatchUp
+from .runs.compatibility import Compatibility, load_compatibility
 from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys
@@ -123,6 +124,7 @@ class Assembly:
     migrations: FleetMigrator
     seeds: SeedManager
     catch_up: CatchUp
+    compatibility: Compatibility | None
     tenants: TenantManager
     domains: DomainManager
     housekeeping: Housekeeping
@@ -189,6 +191,8 @@ class Assembly:
         if provided := self._provided:
             self._opened.append(provided.close)
         self._close_with(self.config.secrets.provider, self.config.secrets.key_wrapper)
+        # before anything is changed: its declaration may be wrong
+        self.compatibility = await load_compatibility(self.config)
         await self._open_control(initialise)
         self._build_parts()
         await self._check_servers()
@@ -498,6 +502,8 @@ class Assembly:
         self.catch_up = CatchUp(self.migrations, schema)
         self._opened.append(self.catch_up.close)
         self.directory.before_use(self.catch_up.before_use)
+        if self.compatibility is not None:
+            self.directory.judge_by(self.compatibility.refusal)
 
     def _build_members(self) -> None:
         read = None if self._data_keys is None else self._data_keys.open

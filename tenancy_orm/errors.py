@@ -31,6 +31,7 @@
     │   ├── LoginNotBlockedError             suspended or deleted, but its login was not blocked in time
     │   └── TenantUnavailableError           its status does not admit sessions
     │       ├── TenantProvisioningError
+    │       ├── TenantRevisionError          its schema is at a revision that this code cannot work with
     │       ├── TenantSuspendedError
     │       ├── TenantMaintenanceError
     │       └── TenantDeletedError
@@ -517,6 +518,26 @@ class TenantProvisioningError(TenantUnavailableError):
     def __init__(self, tenant: str, *, reason: str = "it is still being created") -> None:
         """Name the ``tenant`` (slug) and what it waits for."""
         super().__init__(tenant, reason=reason)
+
+
+class TenantRevisionError(TenantUnavailableError):
+    """The tenant's schema is at a revision that this code cannot work with, or on the way to one.
+
+    Remedy: wait for the migration that runs, or migrate the tenant; where newer code has migrated it, replace the code.
+
+    Attributes:
+        revision: Its revision, as the control database has it.
+        retry_after: After how many seconds another attempt may succeed.
+    """
+
+    status = "revision"
+    _state = "not served by this code"
+
+    def __init__(self, tenant: str, *, reason: str, revision: str | None = None) -> None:
+        """Name the ``tenant`` (slug), its ``revision`` and what this code works with."""
+        super().__init__(tenant, reason=reason)
+        self.revision = revision
+        self.retry_after = 10.0
 
 
 class TenantSuspendedError(TenantUnavailableError):
@@ -1145,6 +1166,7 @@ class TaskRefusedError(TenancyError):
 
 _TASK_REASONS = {
     "provisioning": "the tenant is being provisioned",
+    "revision": "the tenant's schema is at a revision that this code cannot work with",
     "maintenance": "the tenant is in maintenance",
     "suspended": "the tenant is suspended",
     "deleted": "the tenant is deleted",

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from .authentication.directory import Directory
 from .context import TenantInTurn, current_tenant_or_none
 from .errors import NoTenantError
-from .registry.lifecycle import check_usable
+from .registry.lifecycle import check_revision, check_usable
 from .routing import Router
 from .tenant import Tenant, TenantRef
 
@@ -53,10 +53,13 @@ def check_session(tenant: Tenant, *, operator: bool) -> None:
     """Check that a session may be opened on a tenant now.
 
     Raises:
-        TenantUnavailableError: its status admits no session.
+        TenantUnavailableError: its status admits no session, or its revision none of this code.
     """
     bound = current_tenant_or_none()
     check_usable(tenant, operator=operator or (bound is not None and bound.operator))
+    if not operator:
+        # an operator's request is served by the same code as everybody's
+        check_revision(tenant)
 
 
 def admit(session: Session) -> None:

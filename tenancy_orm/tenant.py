@@ -42,6 +42,9 @@ def _frozen(value: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
     return MappingProxyType(dict(value or {}))
 
 
+_OF_THIS_PROCESS = frozenset({"admission", "revision_refusal"})
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tenant:
     """A tenant as it was when it was looked up. Two are equal when their ids are.
@@ -50,8 +53,9 @@ class Tenant:
     mappings of JSON values. ``suspend_at`` and ``purge_at`` are when it is to be suspended or purged. ``reason`` is
     what the operator gave for the suspension. ``aliases`` are its former slugs that still redirect and its verified
     domains. ``region`` is where its data has to stay, None for anywhere. ``operator`` is True where it was bound for an
-    operator, who may use a tenant in maintenance; the middleware's ``operators`` decides that. ``admission`` is that of
-    the request it was bound for, else None; it is not pickled.
+    operator, who may use a tenant in maintenance; the middleware's ``operators`` decides that. ``revision_refusal`` is
+    why this process does not serve its ``schema_revision``, None where it does. ``admission`` is that of the request it
+    was bound for, else None. These two are not pickled.
     """
 
     id: UUID
@@ -73,6 +77,7 @@ class Tenant:
     region: str | None = field(default=None, repr=False)
     aliases: frozenset[str] = field(default=frozenset(), repr=False)
     operator: bool = field(default=False, repr=False)
+    revision_refusal: str | None = field(default=None, repr=False)
     admission: Admission | None = field(default=None, repr=False)
 
     def __eq__(self, other: object) -> bool:
@@ -85,7 +90,7 @@ class Tenant:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by field, since a mapping proxy cannot be pickled."""
-        values = {name: getattr(self, name) for name in self.__slots__ if name != "admission"}
+        values = {name: getattr(self, name) for name in self.__slots__ if name not in _OF_THIS_PROCESS}
         values["metadata"] = dict(self.metadata)
         values["quotas"] = dict(self.quotas)
         return (_restore, (values,))

@@ -29,7 +29,7 @@ from ..errors import (
 from ..events import OperatorAdmitted, QuotaRefused
 from ..quotas.overrides import REQUEST_RATE
 from ..quotas.rates import Allowed, Denied
-from ..registry.lifecycle import check_usable
+from ..registry.lifecycle import check_revision, check_usable
 from ..routing.consistency import Consistency, reset_consistency, set_consistency
 from ..routing.outage import lost_server
 from ..tenant import Status, Tenant
@@ -226,7 +226,11 @@ class TenancyMiddleware:
                     scope[CREDENTIAL] = credential
                     connection.admitted = (None, scope, self.tenancy)
                 else:
-                    if self._needs_check or (tenant.status is not _ACTIVE and tenant.status is not _TRIAL):
+                    if (
+                        self._needs_check
+                        or (tenant.status is not _ACTIVE and tenant.status is not _TRIAL)
+                        or tenant.revision_refusal is not None
+                    ):
                         redirect = self._check(scope, headers, credential, tenant)
                         if redirect is not None and kind == "http":
                             await RedirectResponse(redirect, 308)(scope, connection.receive, connection.send)
@@ -306,6 +310,8 @@ class TenancyMiddleware:
                 redirect = resolver.redirect_url(scope, claimed, tenant)
         for adapting in self._adapting:
             adapting.adapt_scope(scope)
+        # an operator's request, too: the same code serves it
+        check_revision(tenant)
         return redirect
 
     def _is_operator_request(self, scope: Scope, credential: Credential, tenant: Tenant) -> bool:

@@ -38,6 +38,7 @@ from ..errors import (
     TenantNotFoundError,
     TenantNotNamedError,
     TenantProvisioningError,
+    TenantRevisionError,
     TenantSuspendedError,
     TenantUnavailableError,
     TooManyAttemptsError,
@@ -145,6 +146,13 @@ PROVISIONING = Problem(
     "Tenant not ready",
     "this tenant is being created or upgraded; try again shortly",
     _retry_after(2),
+)
+REVISION = Problem(
+    503,
+    "tenant-revision",
+    "Tenant being upgraded",
+    "this tenant's data is at another version than this service works with; try again shortly",
+    _retry_after(10),
 )
 MAINTENANCE = Problem(
     503,
@@ -294,6 +302,7 @@ _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], 
     MissingScopeError: _missing_scope,
     TenantNotFoundError: NOT_FOUND,
     TenantProvisioningError: PROVISIONING,
+    TenantRevisionError: REVISION,
     TenantMaintenanceError: MAINTENANCE,
     TenantSuspendedError: SUSPENDED,
     TenantUnavailableError: UNAVAILABLE,

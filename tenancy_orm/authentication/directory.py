@@ -349,7 +349,7 @@ class Directory:
 
     def _build(self, row: ControlRow, state: CredentialState) -> KeyEntry:
         assert state.tenant is not None  # noqa: S101 - a key has one
-        tenant = replace(state.tenant, admission=self.admissions.admit(state))
+        tenant = replace(self._tenants.judged(state.tenant), admission=self.admissions.admit(state))
         credential = Credential(
             "key",
             row.key_id,
@@ -464,6 +464,13 @@ class Directory:
         """
         self._tenants.before_use = callback
 
+    def judge_by(self, judge: Callable[[Tenant], str | None]) -> None:
+        """Call ``judge`` with each tenant that was looked up; it returns why its revision is not served, or None.
+
+        From then on a tenant is looked up again when its migration begins, too, and not only when it has ended.
+        """
+        self._tenants.judge = judge
+
     def invalidate(self, tenant_id: UUID | None = None, key_id: str | None = None) -> None:
         """Remove a key from the cache, or a tenant and its keys, or everything where neither is given."""
         self._home.check()
@@ -513,8 +520,8 @@ class Directory:
 
     def _changed(self, change: Change) -> None:
         if change.kind in (SCHEMA_CHANGING, SCHEMA_CHANGED) and change.tenant_id is not None:
-            if change.kind == SCHEMA_CHANGED:
-                # the cached tenant has the former revision; its engine and its admissions remain
+            if change.kind == SCHEMA_CHANGED or self._tenants.judge is not None:
+                # the cached tenant has the former revision, or target; its engine and its admissions remain
                 self._lookups.invalidate(change.tenant_id)
                 self._cache.invalidate_tenant(change.tenant_id)
                 self.subjects.invalidate(change.tenant_id)

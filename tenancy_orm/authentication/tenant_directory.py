@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from threading import get_ident
 from uuid import UUID
 
@@ -35,6 +36,13 @@ class TenantDirectory:
         self._entry = cache.tenant_entry
         self.before_use: Callable[[Tenant], Awaitable[None] | None] = lambda tenant: None
         """See ``Directory.before_use``."""
+        self.judge: Callable[[Tenant], str | None] | None = None
+        """See ``Directory.judge_by``."""
+
+    def judged(self, tenant: Tenant) -> Tenant:
+        """Return a tenant that was looked up with the reason for which this process does not serve its revision."""
+        refusal = None if self.judge is None else self.judge(tenant)
+        return tenant if refusal is None else replace(tenant, revision_refusal=refusal)
 
     def peek(self, ref: str | UUID | Tenant) -> Tenant | None:
         """See ``Directory.peek_tenant``."""
@@ -91,6 +99,7 @@ class TenantDirectory:
             await waiting
             # what was invalidated in between is not in ``invalidated``
             return await self._look_up(wanted, wait=False)
+        tenant = self.judged(tenant)
         if invalidated.isdisjoint((EVERYTHING, tenant.id)):
             self._cache.store_tenant(tenant, read_at)
         return tenant

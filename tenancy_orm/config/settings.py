@@ -15,6 +15,7 @@ from ..postgres.dsn import Dsn
 from . import sources
 from .addresses import ServerAddresses, ServerUrls
 from .placement import Placement
+from .revisions import CompatibleRevisions
 from .sections import (
     BreakerConfig,
     ControlConfig,
@@ -87,6 +88,11 @@ class TenancyConfig(_Checked, BaseSettings):
     migrations: DirectoryPath | None = None
     """Directory of the application's Alembic environment (made by ``tenancy init``). ``from_env`` reads a relative one
     as relative to the project's directory."""
+    compatible_revisions: CompatibleRevisions = None
+    """The revisions of ``migrations`` that the application's code can work with: a tenant at another one is not served.
+    A list of revisions and ranges: ``["0012", "0013"]``, ``"head"``, ``"0012:0014"`` (both included), ``"0012:head"``
+    up to this code's own head, ``"0012:"`` later ones included. From Python, also a function that takes a revision.
+    Where None, every tenant is served. As text: separated by commas."""
     extensions: Names = ()
     """PostgreSQL extensions that every tenant database has: the template has them, and an upgrade installs them in
     existing databases. As text: separated by commas."""
@@ -194,6 +200,8 @@ class TenancyConfig(_Checked, BaseSettings):
         for policy in self.metering.tier_policies:
             if unknown := {*policy.next_tier, *policy.next_tier.values()} - set(self.tiers):
                 problems["metering.tier_policies"] = f"unknown tiers: {', '.join(sorted(unknown))}"
+        if self.compatible_revisions is not None and self.migrations is None:
+            problems["compatible_revisions"] = "needs migrations, which have the revisions"
         peppers, current = self.keys.decoded_peppers, self.keys.pepper_current
         known = self.keys.peppers is not None or "key_peppers" not in (self.secrets.options or ())
         if known and current not in (None, "0", *peppers):

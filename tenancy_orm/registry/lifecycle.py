@@ -19,6 +19,7 @@ from ..errors import (
     TenantMaintenanceError,
     TenantNotFoundError,
     TenantProvisioningError,
+    TenantRevisionError,
     TenantSuspendedError,
 )
 from ..tenant import Status, Tenant
@@ -50,12 +51,12 @@ def check_transition(slug: str, current: Status, target: Status) -> None:
 
 
 def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
-    """Refuse a tenant if its status does not admit sessions.
+    """Refuse a tenant if its status does not admit sessions, or its revision none of this code.
 
     Args:
         tenant: The tenant that a session is requested for.
-        operator: Whether the caller is an operator, who may use a tenant in maintenance. Nobody may use a suspended
-            one: PostgreSQL refuses its role.
+        operator: Whether the caller is an operator, who may use a tenant in maintenance, and at any revision. Nobody
+            may use a suspended one: PostgreSQL refuses its role.
 
     Raises:
         TenantUnavailableError: one of its subclasses, by status.
@@ -63,6 +64,8 @@ def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
     """
     status = tenant.status
     if status in _RUNNING:
+        if tenant.revision_refusal is not None and not operator:
+            check_revision(tenant)
         return
     if status is Status.PROVISIONING:
         raise TenantProvisioningError(tenant.slug)
@@ -74,6 +77,16 @@ def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
         raise TenantSuspendedError(tenant.slug, reason=tenant.reason)
     if not operator:
         raise TenantMaintenanceError(tenant.slug, reason=tenant.reason)
+
+
+def check_revision(tenant: Tenant) -> None:
+    """Refuse a tenant if its schema is at a revision that this code cannot work with, as the directory has judged.
+
+    Raises:
+        TenantRevisionError: it is.
+    """
+    if tenant.revision_refusal is not None:
+        raise TenantRevisionError(tenant.slug, reason=tenant.revision_refusal, revision=tenant.schema_revision)
 
 
 async def lock_tenant_for_share(connection: AsyncConnection, tenant_id: UUID) -> tuple[str, Status]:

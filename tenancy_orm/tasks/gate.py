@@ -209,8 +209,8 @@ class TaskGate:
         except TenantNotFoundError as exc:
             reason, error = Reason.PURGED, exc
         except TenantUnavailableError as exc:
-            assert tenant is not None  # noqa: S101 - the look-up itself refuses no status
-            reason, error = Reason(tenant.status.value), exc
+            # its class has the status; the look-up raises one too, of a tenant with an upgrade that takes long
+            reason, error = Reason(exc.status), exc
         except ControlUnavailableError as exc:
             reason, error = Reason.UNAVAILABLE, exc
         else:

@@ -24,9 +24,10 @@ class Outcome(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a task could not run. An ``ArrivalPolicy`` answers the first six; the others are rejected."""
+    """Why a task could not run. An ``ArrivalPolicy`` answers the first seven; the others are rejected."""
 
     PROVISIONING = "provisioning"
+    REVISION = "revision"
     MAINTENANCE = "maintenance"
     SUSPENDED = "suspended"
     DELETED = "deleted"
@@ -40,6 +41,7 @@ class Reason(StrEnum):
 
 _ANSWERED = (
     Reason.PROVISIONING,
+    Reason.REVISION,
     Reason.MAINTENANCE,
     Reason.SUSPENDED,
     Reason.DELETED,
@@ -53,7 +55,8 @@ class ArrivalPolicy:
     """The answer to each status of a tenant in which a task cannot run: "retry", "reject" or "drop".
 
     Attributes:
-        provisioning: Its database is being made.
+        provisioning: Its database is being made, or its schema upgraded.
+        revision: Its schema is at a revision that this code cannot work with.
         maintenance: An operator is at work on it.
         suspended: It may stay suspended for long.
         deleted: It may be restored.
@@ -64,6 +67,7 @@ class ArrivalPolicy:
     """
 
     provisioning: Answer = "retry"
+    revision: Answer = "retry"
     maintenance: Answer = "retry"
     suspended: Answer = "reject"
     deleted: Answer = "reject"

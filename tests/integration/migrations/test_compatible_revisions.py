@@ -1,0 +1,160 @@
+"""Tenants at revisions that the running code cannot work with: refused, and only they."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextvars import Context
+
+import pytest
+from sqlalchemy import text
+from starlette.types import Receive, Scope, Send
+
+from tenancy_orm import TenancyConfig
+from tenancy_orm.asgi import TenancyMiddleware
+from tenancy_orm.errors import ConfigurationError, TaskRefusedError, TenantRevisionError
+from tenancy_orm.tasks import ArrivalPolicy
+from tenancy_orm.tasks.gate import Message, TaskGate
+from tests.support.asgi import messages, websocket_scope
+from tests.support.fleet import until
+from tests.support.projects import Project
+from tests.support.releases import Release, create, next_project, released
+
+
+@pytest.fixture
+async def old(config: TenancyConfig, project: Project) -> AsyncIterator[Release]:
+    """The present release: it is at 0002, and works with that alone."""
+    next_project(project)
+    async with released(config.replace(compatible_revisions="0002"), "*", initialise=True) as release:
+        yield release
+
+
+@pytest.fixture
+async def new(old: Release, config: TenancyConfig, project: Project) -> AsyncIterator[Release]:
+    """The next release: it is at 0003, and needs that."""
+    migrations = Project(project.root.parent / "next").migrations
+    async with released(config.replace(migrations=migrations, compatible_revisions="0003:"), "id, rating") as release:
+        yield release
+
+
+async def test_a_tenant_outside_is_refused_and_only_that_one(old: Release, new: Release) -> None:
+    """At every way in; and it is served again once its revision fits."""
+    acme, globex = [await create(old, slug) for slug in ("acme", "globex")]
+    assert [await old.get(acme), await old.get(globex)] == [200, 200]
+    # new code, before anything was migrated
+    answer = await new.client.get("/notes", headers={"X-API-Key": acme})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+    assert answer.json()["type"] == "urn:tenancy:problem:tenant-revision"
+    (await new.fleet.migrations.upgrade(tenants=["acme"])).raise_for_failures()
+    # the notification has come by the time that this one has
+    await until(lambda: old.get(acme), 503)
+    await until(lambda: new.get(acme), 200)
+    assert [await old.get(globex), await new.get(globex)] == [200, 503]
+
+    tenancy = old.tenancy
+    with pytest.raises(
+        TenantRevisionError, match=r"'acme' .*: its schema is at 0003, and this code works with 0002$"
+    ) as raised:
+        async with tenancy.session("acme"):
+            pass
+    assert (raised.value.revision, raised.value.tenant, raised.value.status) == ("0003", "acme", "revision")
+    with pytest.raises(TenantRevisionError):
+        await tenancy.fetch_value("SELECT 1", tenant="acme")
+    with pytest.raises(TenantRevisionError):
+        await tenancy.run("acme", tenancy.execute, "SELECT 1")
+    with pytest.raises(TenantRevisionError):
+        await tenancy.wrap(asyncio.sleep, "acme")(0)
+    with pytest.raises(TenantRevisionError):
+        await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme")
+    # operators look at any
+    assert await tenancy.fetch_value("SELECT count(rating) FROM notes", tenant="acme", operator=True) == 0
+    assert await tenancy.fetch_value("SELECT 1", tenant="globex") == 1
+
+    await new.fleet.migrations.downgrade("0002", tenants=["acme"])
+    await until(lambda: old.get(acme), 200)
+    assert await new.get(acme) == 503
+
+
+async def test_a_tenant_that_moves_out_gets_no_further_session(old: Release, new: Release) -> None:
+    """A transaction that is open goes on; the next one of the same request is refused."""
+    acme = await create(old, "acme")
+    tenancy = old.tenancy
+    async with tenancy.scope("acme"):
+        async with tenancy.session() as session:
+            assert await session.scalar(text("SELECT count(*) FROM notes")) == 1
+            await session.rollback()
+            # an operator's, with none bound
+            run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["acme"]), context=Context())
+            (await run).raise_for_failures()
+            await until(lambda: old.get(acme), 503)
+            assert await session.scalar(text("SELECT count(*) FROM notes")) == 1
+        with pytest.raises(TenantRevisionError):
+            async with tenancy.session():
+                pass
+
+
+async def test_a_websocket_is_refused_and_an_open_one_gets_no_session(old: Release, new: Release) -> None:
+    """Before it is accepted, by a document where the server can send one; an open one is not closed."""
+    acme = await create(old, "acme")
+    go_on, outcomes = asyncio.Event(), list[str]()
+
+    async def chat(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        for _ in range(2):
+            try:
+                async with old.tenancy.session() as session:
+                    outcomes.append(str(await session.scalar(text("SELECT 'served'"))))
+            except TenantRevisionError:
+                outcomes.append("refused")
+            await go_on.wait()
+        await send({"type": "websocket.close"})
+
+    app = TenancyMiddleware(chat, tenancy=old.tenancy)
+    headers = [("x-api-key", acme)]
+    open_one = asyncio.create_task(messages(app, websocket_scope(headers=headers), [{"type": "websocket.connect"}]))
+    await until(lambda: asyncio.sleep(0, outcomes), ["served"])
+    await new.fleet.migrations.upgrade(tenants=["acme"])
+    await until(lambda: old.get(acme), 503)
+    go_on.set()
+    assert [message["type"] for message in await open_one] == ["websocket.accept", "websocket.close"]
+    assert outcomes == ["served", "refused"]
+    refused = await messages(app, websocket_scope(headers=headers), [{"type": "websocket.connect"}])
+    assert [(message["type"], message.get("code")) for message in refused] == [("websocket.close", 1008)]
+    scope = websocket_scope(headers=headers, extensions={"websocket.http.response": {}})
+    answered = await messages(app, scope, [{"type": "websocket.connect"}])
+    assert answered[0]["status"] == 503
+
+
+async def test_a_task_for_a_tenant_outside_is_retried(old: Release, new: Release) -> None:
+    """Later, by this or by newer code; the policy may say otherwise."""
+    await old.fleet.create("acme")
+    gate = TaskGate(old.tenancy, queue="tests")
+    message = Message(task="count", id="1", arguments=())
+    async with old.tenancy.scope("acme"):
+        header = gate.send(message)
+    assert (await gate.arrive(header, message)).tenant == old.fleet.tenants["acme"]
+    await new.fleet.migrations.upgrade(tenants=["acme"])
+
+    async def refusal(gate: TaskGate) -> str:
+        try:
+            await gate.arrive(header, message)
+        except TaskRefusedError as exc:
+            return f"{exc.reason} {exc.outcome} {exc.retry_seconds}"
+        return "none"
+
+    await until(lambda: refusal(gate), "revision retry 60.0")
+    assert (
+        await refusal(TaskGate(old.tenancy, queue="tests", policy=ArrivalPolicy(revision="drop")))
+        == "revision drop None"
+    )
+    # newer code runs it
+    await until(lambda: refusal(TaskGate(new.tenancy, queue="tests")), "none")
+
+
+async def test_a_declaration_without_the_codes_own_head_opens_nothing(config: TenancyConfig, project: Project) -> None:
+    """It would refuse the tenants that it creates."""
+    project.add("0002", down="0001")
+    with pytest.raises(ConfigurationError, match="does not have 0002"):
+        async with released(config.replace(compatible_revisions="0001"), "*", initialise=True):
+            pass
