@@ -1,0 +1,104 @@
+"""The way of a database to a set of heads that it had before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from alembic.runtime.migration import RevisionStep
+from alembic.script import Script, ScriptDirectory
+from alembic.util.exc import CommandError
+
+from ..errors import MigrationError
+from ..migrations.plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
+from ..migrations.scripts import Environment
+from .downgrades import missing_downgrade
+
+
+def heads_of(revision: str | None) -> Heads:
+    """Return the heads of a text by ``format_revision``."""
+    return frozenset(filter(None, (revision or "").split(",")))
+
+
+class Return(Plan):
+    """A plan whose target is a set of heads, however many: the revisions that are not of their history are taken back.
+
+    It also upgrades, where an earlier run had downgraded. ``return_to`` makes one.
+    """
+
+    def _find_path(self, heads: Heads) -> MigrationPath:
+        wanted = frozenset(() if self.revision == "base" else self.revision)
+        try:
+            # the base class's attributes have slots, and it is made again by its decorator
+            path = Plan._find_path(self, heads)
+        except (AssertionError, KeyError, AttributeError) as exc:
+            raise MigrationError(f"cannot return from {format_revision(heads) or 'base'}: {exc}") from exc
+        if path.end != wanted:
+            raise MigrationError(
+                f"cannot return from {format_revision(heads) or 'base'} to {format_revision(wanted) or 'base'}: that "
+                f"would end at {format_revision(path.end) or 'base'}"
+            )
+        return path
+
+
+def return_to(environment: Environment, revision: str | None, *, stamp: bool = False) -> Plan:
+    """Plan the way to ``revision``, which is a text by ``format_revision``; ``stamp`` runs no revision.
+
+    Raises:
+        MigrationError: this code does not know one of the revisions.
+    """
+    wanted = heads_of(revision)
+    script: Any = environment.script
+
+    def steps(found: Any, context: Any) -> Iterable[MigrationStep]:
+        if stamp:
+            return cast(list[MigrationStep], script._stamp_revs(tuple(sorted(wanted)) or "base", found))
+        return steps_between(script, frozenset(found), wanted)
+
+    return Return.of(environment, "stamp" if stamp else "undo", tuple(sorted(wanted)) or "base", function=steps)
+
+
+def steps_between(script: ScriptDirectory, heads: Heads, wanted: Heads) -> list[MigrationStep]:
+    """Return the steps that lead from ``heads`` to ``wanted``: downgrades first, in the order of Alembic's own.
+
+    Raises:
+        CommandError: a revision is unknown, or has no function for its step.
+    """
+    revision_map: Any = script.revision_map
+    now, then = (_history(script, some) for some in (heads, wanted))
+    steps: list[MigrationStep] = []
+    for revisions, tops, is_upgrade in ((now - then, heads, False), (then - now, wanted, True)):
+        scripts = [script.get_revision(one) for one in sorted(revisions)]
+        order = revision_map._topological_sort(scripts, [script.get_revision(one) for one in sorted(tops)])
+        names = reversed(order) if is_upgrade else order
+        steps += [_step(revision_map, script.get_revision(name), is_upgrade) for name in names]
+    return steps
+
+
+def _step(revision_map: Any, found: Script, is_upgrade: bool) -> RevisionStep:
+    if not hasattr(found.module, "upgrade" if is_upgrade else "downgrade"):
+        raise CommandError(f"revision {found.revision} has no {'upgrade' if is_upgrade else 'downgrade'}()")
+    return RevisionStep(revision_map, found, is_upgrade)
+
+
+def _history(script: ScriptDirectory, heads: Heads) -> set[str]:
+    """Return the revisions that a database at ``heads`` has run."""
+    tops = script.get_revisions(tuple(sorted(heads)))
+    revision_map: Any = script.revision_map
+    return {one.revision for one in tops} | {one.revision for one in revision_map._get_ancestor_nodes(tops)}
+
+
+def taken_back(script: ScriptDirectory, heads: Heads, wanted: Heads) -> dict[str, str]:
+    """Return the revisions between ``heads`` and ``wanted`` that cannot be taken back, each with the reason.
+
+    Raises:
+        CommandError: a revision is unknown.
+    """
+    found = {}
+    for name in sorted(_history(script, heads) - _history(script, wanted)):
+        if reason := missing_downgrade(script.get_revision(name)):
+            found[name] = reason
+    return found
+
+
+__all__ = ["Return", "heads_of", "return_to", "steps_between", "taken_back"]
