@@ -39,12 +39,13 @@ from .config.values import load_object
 from .errors import ConfigurationError, FleetMigrationError, TenancyError
 from .migrations import AlembicSchema, local, logs
 from .migrations.autogenerate import with_imports
+from .migrations.checks import ask_before_migrations
 from .migrations.commands import CommandResult
 from .migrations.configuration import alembic_config, leads_to, name_of, with_x
 from .migrations.execution import printing_sql
 from .migrations.failures import FleetCommandError, describe
 from .migrations.plan import Plan
-from .migrations.scripts import Environment, capture_options, load
+from .migrations.scripts import Environment, capture_options, is_reading, load
 from .migrations.selection import NO_TENANTS
 from .runs import FleetMigrator
 from .runs.migrator import DEFAULT_CONCURRENCY
@@ -56,7 +57,7 @@ T = TypeVar("T")
 _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
 _HISTORY = ("history", "show", "edit")
-_OURS = ("tenant", "concurrency", "stop_on_failure")
+_OURS = ("tenant", "concurrency", "stop_on_failure", "skip_preflight")
 
 
 def run(
@@ -70,7 +71,8 @@ def run(
     A new ``Tenancy`` is opened from the application's configuration, which ``find_config`` finds.
 
     ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` sets how many run at once (8), and
-    ``-x stop_on_failure=true`` starts no other tenant after a failure.
+    ``-x stop_on_failure=true`` starts no other tenant after a failure. ``-x skip_preflight=true`` asks no check of a
+    revision's ``preflight()``.
 
     Works with and without a running event loop.
 
@@ -99,6 +101,31 @@ def run(
         raise FleetCommandError(exc.failures, total=exc.total) from exc
     except TenancyError as exc:
         raise CommandError(str(exc)) from exc
+
+
+def preflight(context: ModuleType | EnvironmentContext, *, timeout: float = 60.0) -> None:
+    """Honour ``preflight()`` of revisions in an env.py of plain Alembic, for the one database that it connects to.
+
+    Call it between ``context.configure`` and ``context.run_migrations``. The checks of all pending revisions are asked
+    before the first of them runs. ``run`` needs no such call.
+
+    ```python
+    with context.begin_transaction():
+        environment.preflight(context)
+        context.run_migrations()
+    ```
+
+    Args:
+        context: ``alembic.context``.
+        timeout: How long each check may take, in seconds.
+
+    ``context.run_migrations`` then raises:
+        CommandError: a check did not pass; nothing was changed.
+    """
+    proxy = context if isinstance(context, EnvironmentContext) else context._proxy
+    if is_reading() or proxy.is_offline_mode():
+        return
+    ask_before_migrations(proxy.get_context(), timeout)
 
 
 def find_config(config: Config) -> TenancyConfig:
@@ -156,19 +183,23 @@ class _Arguments:
     tenants: tuple[str, ...] | None
     concurrency: int
     stop_on_failure: bool
+    skip_preflight: bool
 
     @classmethod
-    def parse(cls, given: Sequence[str]) -> _Arguments:
-        pairs = [(key, value) for key, _, value in (text.partition("=") for text in given)]
+    def parse(cls, arguments: Sequence[str]) -> _Arguments:
+        pairs = [(key, value) for key, _, value in (text.partition("=") for text in arguments)]
         tenants = tuple(value for key, value in pairs if key == "tenant")
         named = dict(pairs)
         concurrency = named.get("concurrency", str(DEFAULT_CONCURRENCY))
         if not concurrency.isdecimal() or int(concurrency) < 1:
             raise CommandError(f"-x concurrency={concurrency}: give a number of at least 1")
-        stop = named.get("stop_on_failure", "false").lower()
-        if stop not in ("true", "false"):
-            raise CommandError(f"-x stop_on_failure={stop}: give true or false")
-        return cls(tenants or None, int(concurrency), stop == "true")
+        flags = {}
+        for name in ("stop_on_failure", "skip_preflight"):
+            given = named.get(name, "false").lower()
+            if given not in ("true", "false"):
+                raise CommandError(f"-x {name}={given}: give true or false")
+            flags[name] = given == "true"
+        return cls(tenants or None, int(concurrency), **flags)
 
 
 class _Command:
@@ -270,7 +301,11 @@ class _Command:
         )
         arguments = self.arguments
         report = await migrator.execute(
-            plan, arguments.tenants, arguments.concurrency, stop_on_failure=arguments.stop_on_failure
+            plan,
+            arguments.tenants,
+            arguments.concurrency,
+            stop_on_failure=arguments.stop_on_failure,
+            checks="never" if arguments.skip_preflight else "ahead",
         )
         for slug, reason in report.reasons.items():
             self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
@@ -348,4 +383,4 @@ def _block_on(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return executor.submit(here.run, asyncio.run, main()).result()
 
 
-__all__ = ["find_config", "run"]
+__all__ = ["find_config", "preflight", "run"]

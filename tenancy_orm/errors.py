@@ -80,7 +80,8 @@
     │       └── ExtensionUnavailableError    a server does not have a configured extension
     ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
-    │   └── FleetMigrationError
+    │   ├── FleetMigrationError
+    │   └── PreflightError                   checks of pending revisions do not pass; no tenant was touched
     ├── ReadOnlyError                        a read-only session was to write, or to end its transaction by SQL
     ├── QueryError                           a query over the fleet was refused in a tenant's database
     ├── FleetQueryError                      a query failed for some tenants, and was answered by the others
@@ -1090,6 +1091,20 @@ class FleetMigrationError(MigrationError):
         """Give the reason by the slug of each tenant that failed; ``total`` is how many were to be migrated."""
         names = ", ".join(sorted(failures)[:5]) + (", ..." if len(failures) > 5 else "")
         super().__init__(f"{len(failures)} of {counted(total)} failed to migrate: {names}")
+        self.failures = dict(failures)
+        self.total = total
+
+
+class PreflightError(MigrationError):
+    """Checks of pending revisions do not pass for some tenants; no tenant was touched."""
+
+    def __init__(self, failures: Mapping[str, str], *, total: int) -> None:
+        """Give what did not pass by the slug of each tenant; ``total`` is how many were asked."""
+        shown = [f"{slug}: {reason}" for slug, reason in list(failures.items())[:3]]
+        more = ["..."] if len(failures) > 3 else []
+        super().__init__(
+            f"preflight: {len(failures)} of {counted(total)} failed, and none was touched: {'; '.join(shown + more)}"
+        )
         self.failures = dict(failures)
         self.total = total
 

@@ -29,6 +29,7 @@ from . import (
     keys,
     members,
     migrate,
+    migrate_preflight,
     quotas,
     revocations,
     schedule,
@@ -55,6 +56,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(members.app, name="members")
 app.add_typer(revocations.app, name="revocations")
 app.add_typer(migrate.app, name="migrate")
+migrate.app.command("preflight")(migrate_preflight.preflight)
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
 app.add_typer(tiers.app, name="tiers")

@@ -20,6 +20,7 @@ app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_h
 
 Only = Annotated[list[str] | None, typer.Option("--tenant", "-t", help="Only this tenant; repeatable.")]
 Concurrency = Annotated[int, typer.Option(min=1, max=64, help="Tenants migrated at once.")]
+SkipPreflight = Annotated[bool, typer.Option("--skip-preflight", help="Ask no check of a revision's preflight().")]
 Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Start no further tenant after a failure.")]
 
 
@@ -29,13 +30,19 @@ def upgrade(
     tenant: Only = None,
     concurrency: Concurrency = 8,
     stop_on_failure: Stop = False,
+    skip_preflight: SkipPreflight = False,
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
         return await tenancy.migrations.upgrade(
-            revision, tenants=tenant, concurrency=concurrency, stop_on_failure=stop_on_failure, progress=progress
+            revision,
+            tenants=tenant,
+            concurrency=concurrency,
+            stop_on_failure=stop_on_failure,
+            skip_preflight=skip_preflight,
+            progress=progress,
         )
 
     _run("upgrade", command, as_json)

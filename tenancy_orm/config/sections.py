@@ -408,6 +408,8 @@ class MigrationConfig(Section, frozen=True):
     """How long a migration waits for another run that migrates the same tenant, in seconds."""
     timeout: Seconds = 3_600.0
     """How long the migration of one tenant may take, in seconds."""
+    preflight_timeout: Seconds = 60.0
+    """How long each check of a revision's ``preflight()`` may take on one tenant, in seconds."""
     alembic_config: AlembicFile | None = None
     """Alembic's file for ``migrations``: an ini file, or a ``pyproject.toml`` with ``[tool.alembic]``. Where None, the
     one that ``ALEMBIC_CONFIG`` names, or one that is found by its ``script_location``. From Python, also Alembic's own

@@ -19,9 +19,10 @@ from ..postgres.connections import Connection
 from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
-from .database import ConnectionAdapter, Limits, Target
+from .database import ConnectionAdapter, Target
 from .extensions import WantedExtensions
 from .failures import describe
+from .limits import Limits
 from .logs import logger
 from .services import FleetServices
 
@@ -72,6 +73,7 @@ class Connections:
             wait=config.migration.wait,
             total=config.migration.timeout,
             notice=config.migration.notice,
+            preflight=config.migration.preflight_timeout,
         )
 
     def adapter(self, server: str) -> ConnectionAdapter:

@@ -25,16 +25,18 @@ from ..cancellation import run_to_completion
 from ..errors import MarkerMismatchError, MigrationError
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..postgres.errors import INVALID_PARAMETER_VALUE, UNDEFINED_TABLE, sqlstate_of
+from ..postgres.errors import INVALID_PARAMETER_VALUE, UNDEFINED_TABLE
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.sqlalchemy_versions import await_
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
+from .checks import ask_in_place, preceded, script_of
 from .execution import StatementObserver, may_need_care, refuse_input_for_psql, run_script
 from .extensions import WantedExtensions, hint, skip_existing_extension
-from .failures import TRANSIENT, describe
+from .failures import describe
 from .indexes import InvalidIndex, build_missing, drop_invalid
+from .limits import Limits, try_repeatedly
 from .logs import labelled, logger, quiet
 from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
@@ -131,21 +133,6 @@ class ConnectionAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Time limits of a migration, in seconds, and how many attempts it has if it cannot get a lock.
-
-    ``connect`` bounds opening a connection and reading the revision, ``wait`` waiting for another run, ``total`` the
-    whole migration of one database. ``notice`` is the time between the announcement of a change and the change.
-    """
-
-    connect: float = 10.0
-    wait: float = 300.0
-    total: float = 3600.0
-    attempts: int = 5
-    notice: float = 0.25
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
     """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker.
 
@@ -172,6 +159,9 @@ class DatabaseMigration:
     failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
     heads or installed any. ``announce`` is called before the first change, and
     ``announced`` tells whether it was.
+
+    ``checks`` are the revisions with a ``preflight()`` that is asked right before they run; None means all, as without
+    a preflight of the fleet.
     """
 
     def __init__(
@@ -182,6 +172,7 @@ class DatabaseMigration:
         adapter: ConnectionAdapter,
         limits: Limits,
         announce: Callable[[], Awaitable[None]] | None = None,
+        checks: frozenset[str] | None = None,
     ) -> None:
         self.plan = plan
         self.target = target
@@ -193,6 +184,7 @@ class DatabaseMigration:
         self.installed: tuple[str, ...] = ()
         self.announced = False
         self._announce = announce
+        self._checks = checks
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._dropped: list[InvalidIndex] = []
         self._step: MigrationStep | None = None
@@ -209,22 +201,11 @@ class DatabaseMigration:
             deadline = asyncio.timeout(self.limits.total)
             try:
                 async with deadline:
-                    await self._try_repeatedly()
+                    await try_repeatedly(self._attempt, self.limits)
             except TimeoutError as exc:
                 if not deadline.expired():
                     raise
                 raise MigrationError(f"not done within {self.limits.total:g} s; raise migration.timeout") from exc
-
-    async def _try_repeatedly(self) -> None:
-        for attempt in range(1, self.limits.attempts + 1):
-            try:
-                await self._attempt()
-                return
-            except Exception as exc:
-                if attempt == self.limits.attempts or sqlstate_of(exc) not in TRANSIENT:
-                    raise
-                logger.info("attempt %d of %d: %s", attempt, self.limits.attempts, describe(exc))
-                await asyncio.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.1 * 2**attempt))
 
     async def _attempt(self) -> None:
         connection = await self.target.connect()
@@ -330,7 +311,9 @@ class DatabaseMigration:
     def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
         environment, observer = self.plan.environment, StatementObserver(self.plan.environment)
-        context = environment.context(fn=lambda heads, context: self._tracking(steps, observer), **self.plan.options)
+        context = environment.context(
+            fn=lambda heads, context: self._tracking(steps, observer, connection), **self.plan.options
+        )
         with (
             active(context, connection, environment, self.target.tenant),
             observer.on(context, connection),
@@ -342,11 +325,21 @@ class DatabaseMigration:
                 _preset_heads(context, state.heads)
             context.run_migrations()
 
-    def _tracking(self, steps: tuple[MigrationStep, ...], observer: StatementObserver) -> Iterator[MigrationStep]:
+    def _tracking(
+        self, steps: tuple[MigrationStep, ...], observer: StatementObserver, connection: SyncConnection
+    ) -> Iterator[MigrationStep]:
         for step in steps:
             self._step = step
             observer.begin(step)
-            yield step
+            yield self._checked(step, connection)
+
+    def _checked(self, step: MigrationStep, connection: SyncConnection) -> MigrationStep:
+        """The step, with its revision's checks before it where they have not been asked yet."""
+        script = script_of(step)
+        if script is None or (self._checks is not None and script.revision not in self._checks):
+            return step
+        tenant, timeout = self.target.tenant, self.limits.preflight
+        return preceded(step, lambda: ask_in_place(connection, script, tenant, timeout))
 
 
 @contextmanager

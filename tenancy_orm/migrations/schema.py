@@ -24,8 +24,9 @@ from sqlalchemy.schema import CreateSchema, CreateTable
 from ..config import MigrationConfig
 from ..provisioning.templates import Connect
 from .configuration import alembic_config, influences
-from .database import ConnectionAdapter, DatabaseMigration, Limits, Target, close
+from .database import ConnectionAdapter, DatabaseMigration, Target, close
 from .inputs import Inputs, digest_of, files_below, stamps_below
+from .limits import Limits
 from .plan import Plan, format_revision
 from .recording import normal, recorded
 from .scripts import load, script_directory

@@ -135,6 +135,11 @@ def capture_options(options: Mapping[str, Any]) -> bool:
     return True
 
 
+def is_reading() -> bool:
+    """Whether ``load`` is running an env.py, which must not use a database."""
+    return _reading.get() is not None
+
+
 def script_directory(config: Config) -> ScriptDirectory:
     """Open the directory; ``prepend_sys_path`` adds nothing to ``sys.path`` that is already in it."""
     before = list(sys.path)

@@ -25,7 +25,9 @@ _COMMENT_END = re.compile(r"/\*|\*/")
 
 _ENDS_TRANSACTION = frozenset({"BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT"})
 # these change nothing that a failure leaves behind
-_READS = frozenset({"SELECT", "VALUES", "TABLE", "SHOW", "EXPLAIN", "SET", "RESET", "LOCK", "SAVEPOINT", "RELEASE"})
+_READS = frozenset(
+    {"SELECT", "VALUES", "TABLE", "SHOW", "EXPLAIN", "SET", "RESET", "LOCK", "SAVEPOINT", "RELEASE", "ROLLBACK"}
+)
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 
 _CREATE_SCHEMA = re.compile(

@@ -18,6 +18,7 @@ from ..migrations.connections import Connections, Health, placement_of
 from ..migrations.database import State, close, read_state
 from ..migrations.failures import describe
 from ..migrations.plan import Heads, Plan, format_revision
+from ..migrations.preflight import ChecksAsked, Preflight, PreflightReport
 from ..migrations.scripts import Environment, load
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
@@ -58,6 +59,7 @@ class FleetMigrator:
         stop_on_failure: bool = False,
         progress: Progress | None = None,
         x: Sequence[str] = (),
+        skip_preflight: bool = False,
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
 
@@ -74,16 +76,47 @@ class FleetMigrator:
             progress: Called as the run proceeds.
             x: The arguments that ``context.get_x_argument`` returns to the revisions of these tenants, after the
                 setting ``migration.x_arguments``. Templates do not get them.
+            skip_preflight: Whether no check of a revision's ``preflight()`` is asked.
 
         Raises:
             ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet.
+            PreflightError: a check does not pass for some tenants; no tenant was touched.
             MigrationError: the revision does not exist, or fails on the template; no tenant was touched.
             TenantNotFoundError: one of ``tenants`` does not exist.
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(x), "upgrade", revision)
-        return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
+        return await self.execute(
+            plan,
+            tenants,
+            concurrency,
+            stop_on_failure=stop_on_failure,
+            progress=progress,
+            checks="never" if skip_preflight else "ahead",
+        )
+
+    async def preflight(
+        self,
+        revision: str = "head",
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        x: Sequence[str] = (),
+    ) -> PreflightReport:
+        """Ask the checks of the revisions that an upgrade to ``revision`` would run, and change nothing.
+
+        ``upgrade`` does this itself, before the first tenant is changed. A tenant that does not pass, or that could not
+        be asked, is in the report; its ``raise_for_failures`` raises an error.
+
+        Raises:
+            ConfigurationError, MigrationError, TenantNotFoundError, ControlUnavailableError: as ``upgrade``.
+        """
+        refuse_while_bound("looking at all tenants' rows")
+        _check_concurrency(concurrency)
+        plan = Plan.of(await self.environment(x), "upgrade", revision)
+        asking = Preflight(plan, self._connections, self._selection, concurrency=concurrency, health=Health())
+        return await asking.ask(await self._selection.choose(tenants))
 
     async def downgrade(
         self,
@@ -184,8 +217,9 @@ class FleetMigrator:
         *,
         stop_on_failure: bool = False,
         progress: Progress | None = None,
+        checks: ChecksAsked = "ahead",
     ) -> FleetReport:
-        """Apply ``plan`` to tenants; the arguments are as for ``upgrade``."""
+        """Apply ``plan`` to tenants; the arguments are as for ``upgrade``. ``checks`` says when to ask checks."""
         refuse_while_bound("migrating tenants")
         _check_concurrency(concurrency)
         local.install()
@@ -196,6 +230,7 @@ class FleetMigrator:
             concurrency=concurrency,
             stop_on_failure=stop_on_failure,
             progress=progress,
+            checks=checks,
         )
         return await run.execute(tenants)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from uuid import UUID
 
 from ..cancellation import run_to_completion
@@ -20,6 +20,7 @@ from ..migrations.database import DatabaseMigration, close
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED, logger, warning_once
 from ..migrations.plan import Plan, format_revision
+from ..migrations.preflight import ChecksAsked, Preflight
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..postgres.errors import sqlstate_of
@@ -39,6 +40,8 @@ class Run:
         concurrency: How many tenants at once.
         stop_on_failure: Start no other tenant after a failure.
         progress: Called as the run proceeds.
+        checks: When checks of revisions are asked: of all tenants before the first is changed, of each right before a
+            revision runs, or never.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Run:
         concurrency: int,
         stop_on_failure: bool,
         progress: Progress | None,
+        checks: ChecksAsked = "ahead",
     ) -> None:
         self.plan = plan
         self.services = services
@@ -63,6 +67,8 @@ class Run:
         self.order: dict[UUID, str] = {}  # every tenant this run has seen, with its slug
         self.gone: set[UUID] = set()
         self.stopped = False
+        self.checks = checks
+        self.deferred: Mapping[UUID, frozenset[str]] = {}  # by tenant: the revisions with checks that are still to ask
 
     async def execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
         """Apply the plan to ``tenants``, or to all, and return the report."""
@@ -73,6 +79,11 @@ class Run:
         started = time.monotonic()
         pending = await self.selection.choose(tenants)
         await self._prepare(pending)
+        if self.checks == "ahead":
+            preflight = Preflight(
+                self.plan, self.connections, self.selection, concurrency=self.concurrency, health=self.health
+            )
+            self.deferred = await preflight.before_run(pending)
         if tenants is None and self.plan.command != "upgrade":
             # until it has ended nobody knows where the fleet is, and no tenant may be upgraded by itself
             await self.services.registry.set_fleet_revision(None)
@@ -141,6 +152,7 @@ class Run:
             adapter=self.connections.adapter(placement_of(tenant).server),
             limits=self.connections.limits,
             announce=lambda: self._announce(tenant),
+            checks=frozenset() if self.checks == "never" else self.deferred.get(tenant.id),
         )
         error: Exception | None = None
         try:

@@ -14,12 +14,14 @@ _REVISION = '''\
 import sqlalchemy as sa
 from alembic import context, op
 
+from tenancy_orm.migrations import Check
+
 revision = {revision!r}
 down_revision = {down!r}
 branch_labels = None
 depends_on = {depends!r}
 
-
+{preflight}
 def upgrade():
 {upgrade}
 
@@ -59,8 +61,9 @@ class Project:
         down: str | tuple[str, ...] | None = None,
         depends: str | None = None,
         message: str = "a change",
+        preflight: str | None = None,
     ) -> Path:
-        """Write a revision; ``upgrade`` and ``downgrade`` are the bodies of its functions."""
+        """Write a revision; ``upgrade``, ``downgrade`` and ``preflight`` are the bodies of its functions."""
         path = self.migrations / "versions" / f"{revision}.py"
         path.write_text(
             _REVISION.format(
@@ -68,6 +71,7 @@ class Project:
                 revision=revision,
                 down=down,
                 depends=depends,
+                preflight="" if preflight is None else f"\ndef preflight():\n{_body(preflight)}\n\n",
                 upgrade=_body(upgrade),
                 downgrade=_body(downgrade),
             )

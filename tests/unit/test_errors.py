@@ -44,6 +44,7 @@ SAMPLES: list[TenancyError] = [
     errors.ServerUnavailableError(server="default", tenant="acme", sqlstate="57P03"),
     errors.ProvisioningError("it failed", tenant="acme", step="role"),
     errors.FleetMigrationError({"acme": "it failed"}, total=3),
+    errors.PreflightError({"acme": "0002 no NULLs: 3 rows"}, total=3),
 ]
 
 

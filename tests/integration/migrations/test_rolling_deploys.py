@@ -275,10 +275,10 @@ async def test_many_tenants_are_used_at_once(old: Release, new_config: TenancyCo
         at_once: list[int] = []
         execute = new.fleet.migrations.execute
 
-        async def counted(*arguments: Any) -> Any:
+        async def counted(*arguments: Any, **options: Any) -> Any:
             at_once.append(at_once[-1] + 1 if at_once else 1)
             try:
-                return await execute(*arguments)
+                return await execute(*arguments, **options)
             finally:
                 at_once.append(at_once[-1] - 1)
 

@@ -1,0 +1,255 @@
+"""The preflight of a run: the checks of every tenant's pending revisions, asked before the first tenant is changed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+from uuid import UUID
+
+from alembic.operations import Operations
+from alembic.script import Script
+from sqlalchemy import Connection as SyncConnection
+
+from ..errors import MigrationError, PreflightError, counted
+from ..postgres.connections import Connection
+from ..tenant import Tenant
+from . import local
+from .checks import Finding, ask, refuse_foreign_code, script_of
+from .concurrency import interleave, map_concurrently
+from .connections import Connections, Health, placement_of
+from .database import State, active, close, read_state
+from .failures import describe
+from .limits import try_repeatedly
+from .logs import labelled, logger
+from .plan import Heads, Plan, format_revision
+from .selection import Selection
+
+ChecksAsked: TypeAlias = Literal["ahead", "in_place", "never"]
+"""When a run asks checks: of all tenants before the first is changed, right before their revision, or not at all."""
+
+# for the whole session: a revision that ends the transaction begins another one like it
+_READ_ONLY_SESSION = "SET default_transaction_read_only = on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightOutcome:
+    """The result for one tenant.
+
+    ``revision`` is the one that the tenant is at, ``checks`` how many of its pending revisions' checks were asked, and
+    ``findings`` those that did not pass. ``deferred`` are the revisions with checks that can be asked only when earlier
+    ones have run. ``error`` is set if the tenant could not be asked at all.
+    """
+
+    tenant_id: UUID
+    slug: str
+    server: str
+    revision: str | None
+    checks: int = 0
+    findings: tuple[Finding, ...] = ()
+    deferred: tuple[str, ...] = ()
+    error: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed or is deferred."""
+        return self.error is None and not self.findings
+
+    @property
+    def reason(self) -> str | None:
+        """One line with what did not pass; None if all did."""
+        if self.ok:
+            return None
+        return "; ".join(([] if self.error is None else [self.error]) + [str(one) for one in self.findings])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightReport:
+    """The results for all tenants that were asked."""
+
+    target: str
+    outcomes: tuple[PreflightOutcome, ...]
+    seconds: float
+
+    @property
+    def failures(self) -> tuple[PreflightOutcome, ...]:
+        """The tenants that do not pass."""
+        return tuple(outcome for outcome in self.outcomes if not outcome.ok)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tenant passes."""
+        return not self.failures
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """What did not pass, by slug."""
+        return {outcome.slug: outcome.reason or "" for outcome in self.failures}
+
+    def raise_for_failures(self) -> None:
+        """Raise if a tenant does not pass.
+
+        Raises:
+            PreflightError: it has what did not pass for each tenant.
+        """
+        if not self.ok:
+            raise PreflightError(self.reasons, total=len(self.outcomes))
+
+    def summary(self) -> str:
+        """Return one line: how many tenants and checks, and how many tenants do not pass."""
+        checks = sum(outcome.checks for outcome in self.outcomes)
+        counts = [f"{checks} check{'s' * (checks != 1)} asked", f"{len(self.failures)} failed"]
+        if deferred := {revision for outcome in self.outcomes for revision in outcome.deferred}:
+            counts.append(f"deferred: {', '.join(sorted(deferred))}")
+        return f"preflight of {self.target}: {counted(len(self.outcomes))}, {', '.join(counts)}, {self.seconds:.1f} s"
+
+
+class Preflight:
+    """The checks of a plan's revisions, for many tenants.
+
+    Args:
+        plan: The plan.
+        connections: Connects to the databases.
+        selection: Looks up tenants.
+        concurrency: How many tenants at once.
+        health: Which servers are down.
+    """
+
+    def __init__(
+        self, plan: Plan, connections: Connections, selection: Selection, *, concurrency: int, health: Health
+    ) -> None:
+        self._plan = plan
+        self._connections = connections
+        self._selection = selection
+        self._concurrency = concurrency
+        self._health = health
+
+    async def before_run(self, tenants: Sequence[Tenant]) -> Mapping[UUID, frozenset[str]]:
+        """Ask ``tenants``, and return for each the revisions with checks that were deferred.
+
+        If, according to the registry, no tenant has a check ahead, none is asked, and nothing is returned: a run with
+        nothing to do must cost no more. ``DatabaseMigration`` asks checks that it meets all the same.
+
+        Raises:
+            PreflightError: a tenant does not pass.
+        """
+        if not any(self._has_checks(tenant) for tenant in tenants):
+            return {}
+        report = await self.ask(tenants)
+        logger.info("%s", report.summary())
+        report.raise_for_failures()
+        return {outcome.tenant_id: frozenset(outcome.deferred) for outcome in report.outcomes}
+
+    async def ask(self, tenants: Sequence[Tenant]) -> PreflightReport:
+        """Ask ``tenants``, and return the report. A tenant that was purged since it was listed is not in it."""
+        started = time.monotonic()
+        order = {tenant.id: number for number, tenant in enumerate(tenants)}
+        found = await map_concurrently(self._outcome, interleave(list(tenants)), self._concurrency)
+        outcomes = sorted((one for one in found if one is not None), key=lambda one: order[one.tenant_id])
+        return PreflightReport(target=self._plan.target, outcomes=tuple(outcomes), seconds=time.monotonic() - started)
+
+    def _has_checks(self, tenant: Tenant) -> bool:
+        return bool(self._pending(frozenset((tenant.schema_revision or "").split(",")) - {""}))
+
+    def _pending(self, heads: Heads) -> list[tuple[int, Script]]:
+        """The revisions with checks on the path from ``heads``, each with how many revisions run before it."""
+        if self._plan.command != "upgrade":
+            return []
+        try:
+            steps = self._plan.path_from(heads).steps
+        except MigrationError:
+            return []  # nothing will run there: that tenant's migration fails
+        scripts = ((number, script_of(step)) for number, step in enumerate(steps))
+        return [(number, script) for number, script in scripts if script is not None]
+
+    async def _outcome(self, tenant: Tenant) -> PreflightOutcome | None:
+        started = time.monotonic()
+        question = _Question(self, tenant)
+        error: str | None = None
+        limits = self._connections.limits
+        with local.isolated(), labelled(tenant.slug):
+            try:
+                async with asyncio.timeout(limits.total):
+                    await try_repeatedly(question.ask, limits)
+            except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
+                if await self._selection.is_gone(tenant, exc):
+                    return None
+                logger.debug("tenant %s could not be asked", tenant.slug, exc_info=exc)
+                error = f"not asked: {describe(exc)}"
+        return PreflightOutcome(
+            tenant_id=tenant.id,
+            slug=tenant.slug,
+            server=placement_of(tenant).server,
+            revision=None if question.state is None else format_revision(question.state.heads),
+            checks=question.asked,
+            findings=tuple(question.findings),
+            deferred=tuple(question.deferred),
+            error=error,
+            seconds=time.monotonic() - started,
+        )
+
+
+class _Question:
+    """What one tenant is asked, and what it answers."""
+
+    def __init__(self, preflight: Preflight, tenant: Tenant) -> None:
+        self._plan = preflight._plan
+        self._pending = preflight._pending
+        self._connections = preflight._connections
+        self._tenant = tenant
+        self._target = preflight._connections.target(tenant, preflight._health)
+        self.state: State | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.asked = 0
+        self.findings: list[Finding] = []
+        self.deferred: list[str] = []
+
+    async def ask(self) -> None:
+        """Ask, on one connection."""
+        self._forget()
+        connection = await self._target.connect()
+        try:
+            await self._ask(connection)
+        finally:
+            await close(connection)
+
+    async def _ask(self, connection: Connection) -> None:
+        limits, environment = self._connections.limits, self._plan.environment
+        self.state = state = await read_state(connection, environment, self._target, timeout=limits.connect)
+        pending = self._pending(state.heads)
+        if not pending:
+            return
+        wanted = self._target.extensions
+        lacks_extensions = wanted is not None and bool(wanted.missing(state.extensions))
+        await connection.execute(_READ_ONLY_SESSION)
+        adapter = self._connections.adapter(placement_of(self._tenant).server)
+        async with adapter.adapt(connection, self._target.url) as adapted:
+            await adapted.run_sync(self._ask_each, pending, lacks_extensions)
+
+    def _ask_each(self, connection: SyncConnection, pending: list[tuple[int, Script]], lacks_extensions: bool) -> None:
+        context = self._plan.environment.context(**self._plan.options)
+        with connection.begin() as transaction, active(context, connection, self._plan.environment, self._tenant):
+            refuse_foreign_code(connection, self._tenant)
+            with Operations.context(context.get_context()):
+                for number, script in pending:
+                    result = ask(
+                        connection,
+                        script,
+                        self._connections.limits.preflight,
+                        ahead=True,
+                        may_wait=number > 0 or lacks_extensions,
+                    )
+                    self.asked += result.asked
+                    self.findings += result.findings
+                    if result.deferred:
+                        self.deferred.append(script.revision)
+            if transaction.is_active:
+                transaction.rollback()
+
+
+__all__ = ["ChecksAsked", "Preflight", "PreflightOutcome", "PreflightReport"]
