@@ -475,6 +475,7 @@ class Assembly:
             unfilled=schema,
             events=self.events,
             seeds=NewTenantSeeds(seeds, self.router, timeout=timeout),
+            requests_wait=lambda server: bool(self.router.waiting().get(server)),
         )
         self._opened.append(self.provisioner.close)
         self.secrets = SecretManager(

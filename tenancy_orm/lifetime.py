@@ -132,7 +132,7 @@ class Lifetime:
         return NotOpenError(f"this Tenancy is not open; use it within its lifespan, or: {remedy}")
 
     async def open(self, *, initialise: bool | None, warm: bool = True) -> None:
-        """Open the parts, unless they are open; ``warm``: with connections to busy tenants, where that is configured.
+        """Open the parts, unless they are open; ``warm``: with what is configured to run ahead of need.
 
         Raises:
             TenancyError: as ``Tenancy.open``.
@@ -141,8 +141,8 @@ class Lifetime:
             async with self._opening:
                 if self.assembly is None:
                     config = self._config
-                    if not warm and config.pool.warm_tenants:
-                        config = config.replace(pool={"warm_tenants": 0})
+                    if not warm:
+                        config = config.replace(pool={"warm_tenants": 0}, provisioning={"warm_pool_background": False})
                     self.assembly = await _builders[-1](config, self._events, self._rates, initialise, self.seeds)
                     self._is_forked = False
 

@@ -27,7 +27,7 @@ from .internals import Internals
 from .jobs import Job, JobResult, Jobs
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
-from .provisioning import TemplateManager
+from .provisioning import TemplateManager, WarmPool
 from .provisioning.rotation import SecretManager
 from .provisioning.server_manager import ServerManager
 from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
@@ -515,6 +515,11 @@ class Tenancy:
         return self._lifetime.parts.provisioner.templates
 
     @property
+    def warm_pool(self) -> WarmPool:
+        """The databases that are made before their tenants come: count them, make what is missing, drop them."""
+        return self._lifetime.parts.provisioner.warm_pool
+
+    @property
     def internals(self) -> Internals:
         """The machinery below the parts, for what they do not offer.
 
@@ -654,7 +659,8 @@ class Tenancy:
             initialise: Create or upgrade the control database first, put the configured tiers in force and prepare the
                 servers, as ``tenancy init`` does. A server that cannot be logged in to is a warning in the log, unless
                 the control database is new. None does so for an embedded server alone.
-            warm: Whether to connect to busy tenants in the background, as many as ``pool.warm_tenants``.
+            warm: Whether to connect to busy tenants in the background, as many as ``pool.warm_tenants``, and to refill
+                the pool of databases for new tenants after a creation, if ``provisioning.warm_pool_background``.
 
         Raises:
             ControlUnavailableError: the control database does not answer.

@@ -40,6 +40,7 @@ from . import (
     template,
     tiers,
     usage,
+    warm_pool,
 )
 from .metadata import Metadata, MetadataFilter, NewMetadata, SetMetadata, UnsetMetadata, parse_merge, parse_metadata
 from .output import Column, console, note, print_fields, print_json, print_report, print_table, tenant_fields
@@ -61,6 +62,7 @@ app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
 app.add_typer(tiers.app, name="tiers")
 app.add_typer(template.app, name="template")
+app.add_typer(warm_pool.app, name="warm-pool")
 app.add_typer(servers.app, name="servers")
 app.add_typer(domains.app, name="domains")
 app.add_typer(jobs.app, name="jobs")

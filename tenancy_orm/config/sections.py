@@ -294,6 +294,16 @@ class ProvisioningConfig(Section, frozen=True):
     """How long creating or removing one database may take, in seconds."""
     concurrency: Count = 4
     """How many databases are created at once on one server."""
+    warm_pool: AtLeastZero = 0
+    """How many databases are kept ready for new tenants on each server that takes tenants; 0 is none. The worker fills
+    the pool, and every process that has created a tenant does."""
+    warm_pool_max: AtLeastZero = 50
+    """Up to how many the pool of a server grows: it follows the busiest ten minutes of creations of the last day."""
+    warm_pool_concurrency: Count = 1
+    """How many databases one process makes at once for the pool of a server."""
+    warm_pool_background: bool = True
+    """Whether a process that has created a tenant refills the pool in the background; where False, the worker alone
+    does, or ``tenancy warm-pool refill``."""
     role_settings: OptionalPairs = Field(default_factory=_nothing)
     """PostgreSQL's settings for each tenant's role, by name, over the defaults of ``ROLE_SETTINGS``; "" leaves a
     default out. As text: ``name=value``, separated by semicolons."""

@@ -625,19 +625,21 @@ migration_run_tenants = Table(
 warm_databases = Table(
     "warm_databases",
     metadata,
+    # of the database, and of its role
     Column("name", Text, primary_key=True),
     Column("server", Text, ForeignKey("servers.name", ondelete="CASCADE"), nullable=False),
-    Column("role_name", Text, nullable=False),
-    # sealed for this name; sealed again for the tenant when a creation claims it
-    Column("sealed_password", LargeBinary, nullable=False),
-    # the template that it was cloned from, which names its schema
+    # the template that it was cloned from
     Column("template", Text, nullable=False),
+    # a digest of all that decides what a new tenant's database is like: a creation claims those of its own recipe
+    Column("recipe", Text, nullable=False),
     Column("revision", Text, nullable=True),
-    # "making" until it is complete: reconcile removes what stays so
+    # only a "ready" one can be claimed; one that stays in another state is removed
     Column("state", Text, nullable=False, server_default="making"),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
-    CheckConstraint("state IN ('making', 'ready')", name="state"),
-    Index("warm_databases_server_idx", "server", "template", "state", "created_at"),
+    # when a process with this recipe last asked for it; others drop it some time later
+    Column("wanted_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    CheckConstraint("state IN ('making', 'ready', 'dropping')", name="state"),
+    Index("warm_databases_server_idx", "server", "recipe", "state", "created_at"),
 )
 
 __all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

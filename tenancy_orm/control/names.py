@@ -49,13 +49,17 @@ class Names:
         """The prefix of the names of all tenants' databases and roles."""
         return f"{self.stem}_t_"
 
-    def tenant(self, tenant_id: UUID) -> str:
-        """The name of a tenant's database, and of its login role."""
-        return f"{self.tenant_stem}{tenant_id.hex}"
+    def tenant(self, number: UUID) -> str:
+        """The name of a tenant's database, and of its login role.
 
-    def login(self, tenant_id: UUID, token: str) -> str:
-        """The name of a temporary login for a tenant; ``token`` is six characters of a-z and 2-7."""
-        return f"{login_stem(self.tenant(tenant_id))}{token}"
+        Args:
+            number: The tenant's id; of a warm database, which is made before its tenant, a number of its own.
+        """
+        return f"{self.tenant_stem}{number.hex}"
+
+    def login(self, role: str, token: str) -> str:
+        """The name of a temporary login for a tenant's role; ``token`` is six characters of a-z and 2-7."""
+        return f"{login_stem(role)}{token}"
 
     def template(self, fingerprint: str) -> str:
         """The name of the template for the schema with this fingerprint (hexadecimal digits)."""
@@ -70,11 +74,14 @@ class Names:
         return f"{self.stem}_r_{token[:16]}"
 
     def parse(self, name: str) -> UUID | None:
-        """The tenant's id in the name of one of this installation's databases or roles, or None."""
+        """The number in the name of one of this installation's tenants' databases or roles, or None.
+
+        It is the id of the tenant, unless the database comes from the warm pool: the registry knows whose it is.
+        """
         match = self._tenant.fullmatch(name)
         return UUID(hex=match[1]) if match else None
 
-    def tenant_of(self, role: str) -> UUID | None:
-        """The id of the tenant that a role logs in for: its own one, or a temporary login's. None for other roles."""
+    def role_of(self, role: str) -> str | None:
+        """The tenant's role that a role is, or is a temporary login for. None for other roles."""
         match = self._tenants_login.fullmatch(role)
-        return UUID(hex=match[1]) if match else None
+        return self.tenant(UUID(hex=match[1])) if match else None

@@ -5,6 +5,7 @@ from .provisioner import Provisioner
 from .reconcile import ReconcileReport
 from .template_manager import Template, TemplateManager, TemplatePruneReport
 from .templates import SchemaSource, TemplateInfo
+from .warm_pool import WarmPool, WarmReport, WarmStatus
 from .watchdog import EndedSession, WatchReport
 
 __all__ = [
@@ -17,5 +18,8 @@ __all__ = [
     "TemplateInfo",
     "TemplateManager",
     "TemplatePruneReport",
+    "WarmPool",
+    "WarmReport",
+    "WarmStatus",
     "WatchReport",
 ]

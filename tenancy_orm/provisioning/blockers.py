@@ -142,7 +142,7 @@ class Blockers:
 
     def may_end(self, role: str) -> bool:
         """Whether this role's sessions may be ended: it is a tenant's, or the owner of their databases."""
-        return self._names.tenant_of(role) is not None or role == self._names.owner
+        return self._names.role_of(role) is not None or role == self._names.owner
 
     async def run(self, connection: Connection, work: Callable[[], Awaitable[T]], *, role: str | None = None) -> T:
         """Await ``work``, end its blockers, and repeat it if it fails because of a concurrent change.

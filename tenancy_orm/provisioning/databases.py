@@ -132,6 +132,11 @@ async def open_to_owner(connection: Connection, name: str) -> None:
     )
 
 
+async def seal(connection: Connection, name: str) -> None:
+    """Let nobody connect to a database. Its open connections stay."""
+    await connection.execute(f"ALTER DATABASE {quote_identifier(name)} WITH ALLOW_CONNECTIONS false")
+
+
 async def close_to_public(connection: Connection, name: str, *, but: Iterable[str] = ()) -> None:
     """Revoke every right on a database from PUBLIC, which has CONNECT and TEMP on every database by default.
 

@@ -45,6 +45,7 @@ from .role_settings import RoleSettings
 from .scram import scram_verifier
 from .templates import TemplateInfo, Templates
 from .tenant_rights import TenantRights
+from .warm_records import WarmRecords
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
@@ -82,6 +83,7 @@ class ProvisioningServices:
     templates: Templates
     events: EventBus
     blockers: Callable[[Server], Blockers]
+    warm_records: WarmRecords
     seeds: TenantSeeds | None = None
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import MappingProxyType
@@ -49,6 +49,9 @@ from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
 from .temporary_logins import TemporaryLogins
 from .tenant_rights import TenantRights
+from .warm_creation import WarmCreation
+from .warm_pool import WarmPool
+from .warm_records import WarmRecords
 from .watchdog import Watchdog, WatchReport
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -74,6 +77,7 @@ class Provisioner:
         events: EventBus,
         seeds: TenantSeeds | None = None,
         unfilled: SchemaSource | None = None,
+        requests_wait: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.names = names
         self._control = control
@@ -107,9 +111,16 @@ class Provisioner:
             templates=self._templates,
             events=events,
             blockers=blockers,
+            warm_records=WarmRecords(control),
             seeds=seeds,
         )
         self.watchdog = Watchdog(self._services)
+        self._creating: Counter[str] = Counter()  # by server: creations that run or wait
+        self.warm_pool = WarmPool(
+            self._services,
+            prepared=self._prepared_with_settings,
+            is_busy=lambda name: bool(self._creating[name]) or requests_wait(name),
+        )
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provisioning.concurrency)
         )
@@ -245,6 +256,9 @@ class Provisioner:
             await self.prepare_server(name)
         return settings
 
+    async def _prepared_with_settings(self, name: str) -> tuple[Server, RoleSettings]:
+        return await self._prepared_server(name), await self._settings_of(name)
+
     # --- tenants ----------------------------------------------------------------------------------------------------
 
     async def create(
@@ -281,10 +295,28 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
+        self._creating[draft.server] += 1
+        try:
+            return await self._create(draft, key, key_name, scopes, strategy, seed, actor)
+        finally:
+            self._creating[draft.server] -= 1
+            self.warm_pool.refill_soon(draft.server)
+
+    async def _create(
+        self,
+        draft: TenantDraft,
+        key: NewKey | None,
+        key_name: str,
+        scopes: Sequence[str],
+        strategy: Strategy,
+        seed: bool,
+        actor: Actor,
+    ) -> Tenant:
         server = await self._prepared_server(draft.server)
         template = await self._templates.ensure(server)
+        kind = WarmCreation if self._services.config.provisioning.warm_pool else Creation
         async with self._slots[draft.server]:
-            creation = Creation(
+            creation = kind(
                 self._services,
                 server,
                 template,
@@ -500,6 +532,7 @@ class Provisioner:
 
     async def close(self) -> None:
         """Close the administrative connections that are kept open between creations, and the watchdog's."""
+        await self.warm_pool.close()
         await self._templates.close()
         await self._unfilled.close()
         await self._admin_connections.close()

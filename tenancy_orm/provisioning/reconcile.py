@@ -29,6 +29,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.reading import TenantFilter
 from ..registry.rows import Unfinished
+from ..routing import marker
 from ..tenant import Placement, Status, Tenant
 from . import databases, grants, removal, role_settings, roles, server_state, temporary_logins
 from .alignment import align_role, role_deviations
@@ -189,6 +190,7 @@ class Reconciler:
         try:
             for one in unfinished:
                 await self._do(connection, one.tenant.slug, partial(self._resume, connection, one))
+            await self._drop_warm(server, connection)
             await self._drop_orphans(server, connection)
             await self._drop_logins(server, connection)
             await self._drop_retired(server, connection)
@@ -304,17 +306,18 @@ class Reconciler:
         # the registry is read second: a creation writes its row before it creates its database
         known = await self._services.registry.database_names(server)
         for name in sorted(present - known):
-            tenant_id = names.parse(name)
-            if tenant_id is not None:
-                await self._do(connection, name, partial(self._drop_orphan, server, connection, name, tenant_id))
+            number = names.parse(name)
+            if number is not None:
+                await self._do(connection, name, partial(self._drop_orphan, server, connection, name, number))
 
-    async def _drop_orphan(self, server: str, connection: Connection, name: str, tenant_id: UUID) -> None:
-        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
-            status = await self._status(tenant_id)
-            if not free or status not in (None, Status.PURGED):
+    async def _drop_orphan(self, server: str, connection: Connection, name: str, number: UUID) -> None:
+        async with self._try_locked(connection, tenant_key(number)) as free:
+            status = await self._status(server, name) or await self._status_of(number)
+            if not free or status not in (None, Status.PURGED) or await self._is_warm(name):
                 return
             state = await databases.state(connection, name)
-            marked = state is not None and state.comment is not None
+            never_used = (None, marker.warm_text(self._services.installation))
+            marked = state is not None and state.comment not in never_used
             if marked and status is None and not self._drop_unknown:
                 logger.error(
                     "database %s on server %s has belonged to a tenant that the registry does not know; it is kept; "
@@ -328,12 +331,46 @@ class Reconciler:
                 await self._remove(connection, server, name, name)
             self._findings.orphans.append(name)
 
-    async def _status(self, tenant_id: UUID) -> Status | None:
+    async def _status(self, server: str, name: str) -> Status | None:
+        """The status of the tenant that has a database or role; None if the registry does not know it."""
+        tenant_id = await self._services.registry.id_by_database(server, name)
+        return None if tenant_id is None else await self._status_of(tenant_id)
+
+    async def _status_of(self, tenant_id: UUID) -> Status | None:
         """The tenant's status, on any server; None if the registry does not know the tenant."""
         try:
             return (await self._services.registry.get(tenant_id)).status
         except TenantNotFoundError:
             return None
+
+    async def _is_warm(self, name: str) -> bool:
+        return await self._services.warm_records.find(name) is not None
+
+    async def _drop_warm(self, server: str, connection: Connection) -> None:
+        """Drop warm databases that are incomplete, that a server has lost, or that somebody has opened."""
+        records = await self._services.warm_records.of_server(server)
+        if not records:
+            return
+        async with asyncio.timeout(self._timeout):
+            sealed = set(await server_state.sealed(connection, marker.warm_text(self._services.installation)))
+        for record in records:
+            if record.state != "ready" or record.name not in sealed:
+                await self._do(connection, record.name, partial(self._drop_warm_one, server, connection, record.name))
+
+    async def _drop_warm_one(self, server: str, connection: Connection, name: str) -> None:
+        number = self._services.names.parse(name)
+        if number is None:
+            return
+        async with self._try_locked(connection, tenant_key(number)) as free:
+            found = await self._services.warm_records.find(name) if free else None
+            if found is None:
+                return  # it is being made, or a creation has claimed it
+            if not self._check:
+                if not await self._services.warm_records.withdraw(name):
+                    return
+                await self._remove(connection, server, name, name)
+                await self._services.warm_records.remove(name)
+            self._findings.orphans.append(name)
 
     async def _drop_retired(self, server: str, connection: Connection) -> None:
         """Drop the roles of purged tenants that the purge could not drop."""
@@ -456,7 +493,9 @@ class Reconciler:
             settings = await role_settings.resolve(connection, self._services.config.provisioning.role_settings)
             found = await role_settings.read(connection, self._services.names.tenant_stem)
         for role, one in found.items():
-            if settings.differs_from(one) and (tenant_id := self._services.names.parse(role)) is not None:
+            if not settings.differs_from(one) or self._services.names.parse(role) is None:
+                continue
+            if (tenant_id := await self._services.registry.id_by_database(server, role)) is not None:
                 work = partial(self._correct_setting, server, connection, role, tenant_id, *settings.describe(one))
                 await self._do(connection, role, work)
 
@@ -464,7 +503,7 @@ class Reconciler:
         self, server: str, connection: Connection, role: str, tenant_id: UUID, detail: str, dangerous: bool
     ) -> None:
         async with self._try_locked(connection, tenant_key(tenant_id)) as free:
-            if not free or await self._status(tenant_id) in (None, Status.PROVISIONING, Status.PURGED):
+            if not free or await self._status(server, role) in (None, Status.PROVISIONING, Status.PURGED):
                 return
             tenant = await self._services.registry.get(tenant_id)
             configured = self._services.config.provisioning.role_settings

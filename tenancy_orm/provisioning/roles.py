@@ -74,6 +74,15 @@ async def create(
     )
 
 
+async def create_sealed(connection: Connection, name: str, *, settings: Sequence[str] = ()) -> None:
+    """Create the role of a warm database: as ``create``, but it has no password, and cannot log in.
+
+    Raises:
+        DatabaseExistsError: a role of that name exists.
+    """
+    await _create(connection, name, f"NO{_TENANT_ROLE} CONNECTION LIMIT 0", *settings)
+
+
 async def create_owner(connection: Connection, name: str) -> None:
     """Create the NOLOGIN role that owns tenants' databases and their tables.
 
@@ -193,6 +202,7 @@ __all__ = [
     "RoleState",
     "create",
     "create_owner",
+    "create_sealed",
     "drop",
     "end_connections",
     "exists",

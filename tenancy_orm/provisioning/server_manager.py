@@ -20,10 +20,11 @@ from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.models import servers as table
 from ..control.models import templates as template_table
-from ..control.models import tenants
+from ..control.models import tenants, warm_databases
 from ..errors import (
     ConfigurationError,
     PlacementError,
+    ProvisioningError,
     SecretError,
     ServerIdentityError,
     UnknownServerError,
@@ -332,14 +333,15 @@ class ServerManager:
 
         Args:
             name: Its name.
-            templates: "drop" drops its templates first; "forget" leaves them there, for a server that does not exist
-                any more.
+            templates: "drop" drops its templates and warm databases first; "forget" leaves them there, for a server
+                that does not exist any more.
             actor: Who does this, for the audit log.
 
         Raises:
             UnknownServerError: there is none of this name.
-            ConfigurationError: it holds tenants, deleted ones count too until they are purged, or templates; or the
-                settings of this process have its address, which would add it again.
+            ConfigurationError: it holds tenants, deleted ones count too until they are purged, templates or warm
+                databases; or the settings of this process have its address, which would add it again.
+            ProvisioningError: a warm database could not be dropped.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
             CrossTenantError: a tenant is bound.
         """
@@ -354,19 +356,22 @@ class ServerManager:
             await self._refuse_tenants(connection, name)
         if templates == "drop":
             await self._provisioner.templates.drop_all(name, actor=actor)
+            if errors := (await self._provisioner.warm_pool.drain(servers=[name])).errors:
+                raise ProvisioningError(f"the warm pool could not be emptied: {errors[0]}", step="drain")
         async with self._control.transaction() as connection:
             # no tenant is placed on it that this does not see
             before = await self._lock(connection, name, removing=True)
             await self._refuse_tenants(connection, name)
-            recorded = template_table.c.server == name
-            if templates == "forget":
-                await connection.execute(delete(template_table).where(recorded))
-            elif held := await connection.scalar(select(func.count()).select_from(template_table).where(recorded)):
-                raise ConfigurationError(
-                    f"server {name!r} has {held} template{'s' * (held != 1)}; drop them as well: "
-                    f"tenancy servers remove {name} --drop-templates; if the server does not exist any more: "
-                    "--forget-templates"
-                )
+            for kind, of_server in (("template", template_table), ("warm database", warm_databases)):
+                recorded = of_server.c.server == name
+                if templates == "forget":
+                    await connection.execute(delete(of_server).where(recorded))
+                elif held := await connection.scalar(select(func.count()).select_from(of_server).where(recorded)):
+                    raise ConfigurationError(
+                        f"server {name!r} has {held} {kind}{'s' * (held != 1)}; drop them as well: "
+                        f"tenancy servers remove {name} --drop-templates; if the server does not exist any more: "
+                        "--forget-templates"
+                    )
             await connection.execute(delete(table).where(table.c.name == name))
             await forget_server(connection, name)
             await self._write_audit(connection, "server.remove", name, actor, before, None)

@@ -101,6 +101,21 @@ async def read(connection: Connection, names: Names, *, only: Placement | None =
     return ServerState({one.name: one for one in databases}, {one.name: one for one in found})
 
 
+async def sealed(connection: Connection, marker: str) -> list[str]:
+    """Return the names of the warm databases that are as they were made: sealed, with a role that cannot log in.
+
+    Args:
+        connection: An administrative one, to any database of the server.
+        marker: The comment of warm databases.
+    """
+    rows = await connection.fetch(
+        "SELECT d.datname::text FROM pg_database d JOIN pg_roles r ON r.rolname = d.datname "
+        "WHERE NOT d.datallowconn AND NOT r.rolcanlogin AND shobj_description(d.oid, 'pg_database') = $1",
+        marker,
+    )
+    return [row[0] for row in rows]
+
+
 def deviations(state: ServerState, names: Names, placement: Placement, *, marker: str) -> Iterator[Deviation]:
     """What differs for one tenant. The first one tells whether the database may be touched at all.
 

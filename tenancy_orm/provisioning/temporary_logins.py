@@ -222,7 +222,8 @@ class TemporaryLogins:
         """
         refuse_other_tenant(tenant)
         self._home.check()
-        if self._names.tenant_of(role) != tenant.id or self._names.parse(role) is not None:
+        own = None if tenant.placement is None else tenant.placement.role
+        if own is None or self._names.role_of(role) != own or role == own:
             raise ConfigurationError(f"role {role!r} is no temporary login of tenant {tenant.slug!r}")
         async with self._connected(tenant) as (connection, blockers):
             await drop(connection, blockers, self._names, role)
@@ -273,7 +274,7 @@ class TemporaryLogins:
 async def find_over(connection: Connection, names: Names) -> list[str]:
     """Return the temporary logins that have expired or were ended, by name."""
     rows = await connection.fetch(_OVER, names.tenant_stem)
-    return [row["name"] for row in rows if names.tenant_of(row["name"]) and names.parse(row["name"]) is None]
+    return [row["name"] for row in rows if names.role_of(row["name"]) not in (None, row["name"])]
 
 
 async def drop(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
@@ -298,9 +299,8 @@ async def drop(connection: Connection, blockers: Blockers, names: Names, role: s
 
 async def _give_away(blockers: Blockers, names: Names, role: str) -> None:
     """Give what a temporary login owns in the tenant's database to the tenant's role."""
-    tenant_id = names.tenant_of(role)
-    assert tenant_id is not None  # noqa: S101 - for the type checker
-    owner = names.tenant(tenant_id)
+    owner = names.role_of(role)
+    assert owner is not None  # noqa: S101 - for the type checker
     # the tenant's database has the name of its role
     with suppress(TenancyError, asyncpg.InvalidCatalogNameError):
         connection = await blockers.connect(owner)
@@ -330,7 +330,7 @@ async def _create(
     # to name a role in a setting one must be able to SET ROLE to it
     async with roles.joined(connection, owner):
         for _ in range(_ATTEMPTS):
-            name = names.login(tenant.id, _token())
+            name = names.login(owner, _token())
             try:
                 await connection.execute("; ".join([*statements(name, expires_at), *settings.statements(name)]))
             except (asyncpg.DuplicateObjectError, asyncpg.UniqueViolationError):

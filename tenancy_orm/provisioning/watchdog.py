@@ -16,7 +16,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 from uuid import UUID
 
@@ -186,7 +186,7 @@ class Watchdog:
         self._home.check()
         refuse_while_bound("ending sessions")
         reports = await asyncio.gather(*(self._attempt(watched) for watched in await self._watch_present()))
-        ended = tuple(one for report in reports for one in report.ended)
+        ended = await self._with_ids(tuple(one for report in reports for one in report.ended))
         for one in ended:
             self._services.events.emit(
                 SessionTerminated(
@@ -227,6 +227,20 @@ class Watchdog:
             if name not in self._watched:
                 self._watched[name] = _WatchedServer(server, self._services.blockers(server))
         return list(self._watched.values())
+
+    async def _with_ids(self, ended: tuple[EndedSession, ...]) -> tuple[EndedSession, ...]:
+        """The ended sessions with the tenants' ids, which are not in the names of databases from the warm pool."""
+        found: list[EndedSession] = []
+        try:
+            async with asyncio.timeout(self._config.pool.connect_timeout):
+                for one in ended:
+                    name = self._services.names.tenant(one.tenant_id)
+                    tenant_id = await self._services.registry.id_by_database(one.server, name)
+                    found.append(replace(one, tenant_id=tenant_id or one.tenant_id))
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            # the control database may be on the affected server
+            logger.warning("the tenants of ended sessions are known by their roles' names only: %s", describe(exc))
+        return (*found, *ended[len(found) :])
 
     async def _record(self, ended: Iterable[EndedSession], actor: Actor) -> None:
         for one in ended:
@@ -347,7 +361,8 @@ class Watchdog:
         self._report(watched, session.role, reason, session.locks, session.open_seconds)
 
     def _report(self, watched: _WatchedServer, role: str, reason: str, locks: int, seconds: float | None) -> None:
-        tenant_id = self._services.names.tenant_of(role)
+        own = self._services.names.role_of(role)
+        number = None if own is None else self._services.names.parse(own)
         logger.error(
             "a session of role %s on server %s was ended (%s): it held %d locks, and its transaction was open for %s s",
             role,
@@ -356,8 +371,8 @@ class Watchdog:
             locks,
             "?" if seconds is None else round(seconds, 1),
         )
-        if tenant_id is not None:
-            watched.ended.append(EndedSession(tenant_id, watched.server.name, reason, locks, seconds))
+        if number is not None:
+            watched.ended.append(EndedSession(number, watched.server.name, reason, locks, seconds))
 
     # --- prepared transactions --------------------------------------------------------------------------------------
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import and_, delete, insert, text, update
+from sqlalchemy import and_, delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_other_tenant, refuse_while_bound
-from ..control.models import tenants
-from ..errors import InvalidTransitionError
+from ..control.models import tenants, warm_databases
+from ..errors import InvalidTransitionError, TenantNotFoundError
 from ..keys.format import NewKey
 from ..keys.rows import insert_key
 from ..tenant import Status, Tenant
@@ -19,11 +20,40 @@ from .rows import TENANT_COLUMNS, TenantDraft, tenant_from_row
 from .table import TenantTable, constraint_error, placement_error, snapshot
 
 
+def _claimed(draft: TenantDraft, recipe: str) -> dict[str, Any]:
+    """The names in a tenant's row: those of a warm database that this statement claims, or else the draft's."""
+    # ready ones only; one that another transaction claims or drops at this moment is locked
+    ready = (
+        select(warm_databases.c.name)
+        .where(
+            warm_databases.c.server == draft.server,
+            warm_databases.c.recipe == recipe,
+            warm_databases.c.state == "ready",
+        )
+        .order_by(warm_databases.c.created_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+    claimed = delete(warm_databases).where(warm_databases.c.name == ready).returning(warm_databases.c.name)
+    name = select(claimed.cte("claimed").c.name).scalar_subquery()
+    return {
+        "database_name": func.coalesce(name, draft.database),
+        "role_name": func.coalesce(name, draft.role),
+    }
+
+
 class Creation(TenantTable):
     """Registers tenants, and records the progress of their creation."""
 
-    async def register(self, draft: TenantDraft, *, actor: Actor = SYSTEM) -> Tenant:
+    async def register(self, draft: TenantDraft, *, recipe: str | None = None, actor: Actor = SYSTEM) -> Tenant:
         """Insert the row of a tenant that is being provisioned; its slug is taken from now on.
+
+        Args:
+            draft: The tenant's values.
+            recipe: Claim a warm database of this recipe on its server, if there is one: the row has that one's name
+                then in place of the draft's, and no other creation gets it.
+            actor: Who does this, for the audit log.
 
         Raises:
             TenantExistsError: the slug is taken.
@@ -48,9 +78,10 @@ class Creation(TenantTable):
             "next_status": draft.target_status,
             "step": "registered",
         }
+        named = values if recipe is None else values | _claimed(draft, recipe)
         try:
             async with self._control.transaction() as connection:
-                row = (await connection.execute(insert(tenants).values(values).returning(*TENANT_COLUMNS))).one()
+                row = (await connection.execute(insert(tenants).values(named).returning(*TENANT_COLUMNS))).one()
                 tenant = tenant_from_row(row)
                 await self._write_audit(connection, "tenant.create", tenant, actor, after=snapshot(tenant))
         except IntegrityError as exc:
@@ -58,6 +89,19 @@ class Creation(TenantTable):
         except DBAPIError as exc:
             raise (placement_error(exc, draft.server) or exc) from exc
         return tenant
+
+    async def rename_database(self, tenant_id: UUID, name: str) -> None:
+        """Give a tenant that is being provisioned another database and role than those in its row.
+
+        Raises:
+            TenantNotFoundError: the row does not exist any more.
+        """
+        refuse_other_tenant(tenant_id)
+        unfinished = and_(tenants.c.id == tenant_id, tenants.c.status == Status.PROVISIONING)
+        async with self._control.transaction() as connection:
+            changed = update(tenants).where(unfinished).values(database_name=name, role_name=name)
+            if not (await connection.execute(changed)).rowcount:
+                raise TenantNotFoundError(tenant_id)
 
     async def record_step(self, tenant_id: UUID, step: str) -> None:
         """Record that ``step`` is about to start.

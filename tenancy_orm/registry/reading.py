@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, tru
 
 from ..context import as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.lookup import check_name, has_name
-from ..control.models import tenants
+from ..control.models import tenants, warm_databases
 from ..errors import TenantNotFoundError
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
@@ -187,8 +187,17 @@ class Reading(TenantTable):
         return found
 
     async def database_names(self, server: str) -> set[str]:
-        """Return the names of all tenants' databases on ``server``, without tombstones."""
+        """Return the names of all tenants' databases on ``server``, without tombstones, and of all warm databases."""
         refuse_while_bound("listing databases")
-        query = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
+        placed = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
+        # in one statement: a creation that claims a warm database takes its name from one table to the other
+        query = placed.union_all(select(warm_databases.c.name).where(warm_databases.c.server == server))
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
+
+    async def id_by_database(self, server: str, name: str) -> UUID | None:
+        """Return the id of the tenant that has, or had, the database of this name on ``server``; None if none has."""
+        refuse_while_bound("finding a tenant by its database")
+        query = select(tenants.c.id).where(tenants.c.server == server, tenants.c.database_name == name)
+        async with self._control.connect() as connection:
+            return await connection.scalar(query)

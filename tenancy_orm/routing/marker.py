@@ -37,6 +37,11 @@ def marker_text(installation: UUID, tenant_id: UUID) -> str:
     return f"tenancy:{installation}:{tenant_id}"
 
 
+def warm_text(installation: UUID) -> str:
+    """Return the comment of a warm database, which no tenant has had."""
+    return f"tenancy-warm:{installation}"
+
+
 def proof(marker: str) -> str:
     """Return the statement that proves a marker: its command tag is ``SELECT 1`` where the database has it."""
     return f"SELECT{_WHERE}{quote_literal(marker)}"
@@ -76,4 +81,4 @@ async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *,
         raise mismatch(expected, tenant or str(tenant_id), await connection.fetchrow(FIND))
 
 
-__all__ = ["FIND", "PROVED", "marker_text", "mismatch", "proof", "refusal", "verify"]
+__all__ = ["FIND", "PROVED", "marker_text", "mismatch", "proof", "refusal", "verify", "warm_text"]

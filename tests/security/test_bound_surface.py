@@ -114,9 +114,12 @@ EXCUSED = {
     "sync.open": "opens nothing where it is open",
     "tiers.in_force": "tiers are nobody's own, and tenants may know them",
     "tiers.weights": "tiers are nobody's own, and tenants may know them",
+    "warm_pool.close": "ends what makes databases",
+    "warm_pool.refill_soon": "makes databases that are no tenant's, unbound",
 }
 
 HELD_EXCUSED = {
+    "internals.provisioner.warm_pool": "is tried as warm_pool",
     "internals.directory.admissions": "ends what no longer holds, and names no tenant",
     "internals.directory.subjects": "answers the middleware, about the credential that it is given",
 }

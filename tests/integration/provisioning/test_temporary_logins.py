@@ -11,7 +11,7 @@ from tenancy_orm.context import bind
 from tenancy_orm.control.names import is_installations
 from tenancy_orm.errors import ConfigurationError, CrossTenantError
 from tests.support.postgres import ENDED
-from tests.support.provisioning import Workshop
+from tests.support.provisioning import Workshop, placement
 from tests.support.waiting import until
 
 
@@ -61,7 +61,7 @@ async def test_its_sessions_are_bounded_like_the_tenants(workshop: Workshop) -> 
     assert tenant.placement is not None
     watching = workshop.provisioner_of(watchdog={"max_idle_transaction_seconds": 0.01})
     async with workshop.provisioner.logins.open(tenant) as login:
-        assert workshop.names.tenant_of(login.role) == tenant.id
+        assert workshop.names.role_of(login.role) == placement(tenant).role
         assert workshop.names.parse(login.role) is None
         assert is_installations(login.role)
         connection: Any = await asyncpg.connect(login.url)

@@ -9,21 +9,23 @@ depends_on = None
 
 TABLES = """
 CREATE TABLE tenancy.warm_databases (
+    -- of the database, and of its role
     name text CONSTRAINT warm_databases_pkey PRIMARY KEY,
     server text NOT NULL
         CONSTRAINT warm_databases_server_fkey REFERENCES tenancy.servers (name) ON DELETE CASCADE,
-    role_name text NOT NULL,
-    -- sealed for this name; sealed again for the tenant when a creation claims it
-    sealed_password bytea NOT NULL,
-    -- the template that it was cloned from, which names its schema
+    -- the template that it was cloned from
     template text NOT NULL,
+    -- a digest of all that decides what a new tenant's database is like: a creation claims those of its own recipe
+    recipe text NOT NULL,
     revision text,
-    -- 'making' until it is complete: reconcile removes what stays so
+    -- only a 'ready' one can be claimed; one that stays in another state is removed
     state text NOT NULL DEFAULT 'making'
-        CONSTRAINT warm_databases_state_check CHECK (state IN ('making', 'ready')),
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+        CONSTRAINT warm_databases_state_check CHECK (state IN ('making', 'ready', 'dropping')),
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- when a process with this recipe last asked for it; others drop it some time later
+    wanted_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-CREATE INDEX warm_databases_server_idx ON tenancy.warm_databases (server, template, state, created_at);
+CREATE INDEX warm_databases_server_idx ON tenancy.warm_databases (server, recipe, state, created_at);
 """
 
 
