@@ -16,8 +16,8 @@ from .downgrades import missing_downgrade
 
 
 def heads_of(revision: str | None) -> Heads:
-    """Return the heads of a text by ``format_revision``."""
-    return frozenset(filter(None, (revision or "").split(",")))
+    """Return the heads of a text by ``format_revision``; of ``base`` none."""
+    return frozenset(filter(None, ("" if revision in (None, "base") else revision).split(",")))
 
 
 class Return(Plan):
@@ -41,8 +41,16 @@ class Return(Plan):
         return path
 
 
-def return_to(environment: Environment, revision: str | None, *, stamp: bool = False) -> Plan:
-    """Plan the way to ``revision``, which is a text by ``format_revision``; ``stamp`` runs no revision.
+def return_to(
+    environment: Environment, revision: str | None, *, stamp: bool = False, stamp_irreversible: bool = False
+) -> Plan:
+    """Plan the way to ``revision``, which is a text by ``format_revision``.
+
+    Args:
+        environment: The scripts.
+        revision: The heads to return to; None or ``base`` for none.
+        stamp: Run no revision.
+        stamp_irreversible: Run none that has no downgrade; only the version table forgets it.
 
     Raises:
         MigrationError: this code does not know one of the revisions.
@@ -53,12 +61,14 @@ def return_to(environment: Environment, revision: str | None, *, stamp: bool = F
     def steps(found: Any, context: Any) -> Iterable[MigrationStep]:
         if stamp:
             return cast(list[MigrationStep], script._stamp_revs(tuple(sorted(wanted)) or "base", found))
-        return steps_between(script, frozenset(found), wanted)
+        return steps_between(script, frozenset(found), wanted, stamp_irreversible=stamp_irreversible)
 
     return Return.of(environment, "stamp" if stamp else "undo", tuple(sorted(wanted)) or "base", function=steps)
 
 
-def steps_between(script: ScriptDirectory, heads: Heads, wanted: Heads) -> list[MigrationStep]:
+def steps_between(
+    script: ScriptDirectory, heads: Heads, wanted: Heads, *, stamp_irreversible: bool = False
+) -> list[MigrationStep]:
     """Return the steps that lead from ``heads`` to ``wanted``: downgrades first, in the order of Alembic's own.
 
     Raises:
@@ -71,14 +81,31 @@ def steps_between(script: ScriptDirectory, heads: Heads, wanted: Heads) -> list[
         scripts = [script.get_revision(one) for one in sorted(revisions)]
         order = revision_map._topological_sort(scripts, [script.get_revision(one) for one in sorted(tops)])
         names = reversed(order) if is_upgrade else order
-        steps += [_step(revision_map, script.get_revision(name), is_upgrade) for name in names]
+        steps += [_step(revision_map, script.get_revision(name), is_upgrade, stamp_irreversible) for name in names]
     return steps
 
 
-def _step(revision_map: Any, found: Script, is_upgrade: bool) -> RevisionStep:
-    if not hasattr(found.module, "upgrade" if is_upgrade else "downgrade"):
-        raise CommandError(f"revision {found.revision} has no {'upgrade' if is_upgrade else 'downgrade'}()")
+def _step(revision_map: Any, found: Script, is_upgrade: bool, stamp_irreversible: bool) -> RevisionStep:
+    if not is_upgrade and (reason := missing_downgrade(found)):
+        if stamp_irreversible:
+            return _Forgotten(revision_map, found)
+        if not hasattr(found.module, "downgrade"):
+            raise CommandError(f"revision {found.revision}: {reason}")
     return RevisionStep(revision_map, found, is_upgrade)
+
+
+class _Forgotten(RevisionStep):
+    """A downgrade that runs nothing."""
+
+    def __init__(self, revision_map: Any, revision: Script) -> None:
+        self.revision_map = revision_map
+        self.revision = revision
+        self.is_upgrade = False
+        self.migration_fn = _nothing
+
+
+def _nothing(**arguments: Any) -> None:
+    """Run instead of a downgrade that is missing."""
 
 
 def _history(script: ScriptDirectory, heads: Heads) -> set[str]:

@@ -236,15 +236,13 @@ class Waves:
                     )
 
     def as_json(self) -> dict[str, Any]:
-        """Return them as JSON values, as a run's record keeps them."""
-        return {"waves": [wave.as_json() for wave in self.waves], "seed": self.seed}
+        """Return them as a part of a run's plan: JSON values by ``waves`` and ``wave_seed``."""
+        return {"waves": [wave.as_json() for wave in self.waves], "wave_seed": self.seed}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any] | None) -> Waves:
-        """Return the waves of a record; one for all tenants where it has none."""
-        if not value:
-            return cls()
-        return cls(tuple(Wave(**wave) for wave in value["waves"]), value.get("seed", ""))
+    def from_json(cls, plan: Mapping[str, Any]) -> Waves:
+        """Return the waves of a run's plan; one for all tenants where it has none."""
+        return cls(tuple(Wave(**wave) for wave in plan.get("waves") or ()), plan.get("wave_seed", ""))
 
     def _rank(self, tenant: Tenant) -> bytes:
         return hashlib.sha256(f"{self.seed}\0{tenant.id}".encode()).digest()

@@ -77,8 +77,9 @@ def test_what_cannot_be_taken_back_is_known_first(environment: Environment) -> N
         "a2": "its downgrade() does nothing",
     }
     assert taken_back(environment.script, heads_of("4"), heads_of("m")) == {}
-    with pytest.raises(MigrationError, match="revision 9 has no downgrade"):
+    with pytest.raises(MigrationError, match="revision 9: it has no downgrade"):
         return_to(environment, "4").path_from(heads_of("9"))
+    assert len(return_to(environment, "4", stamp_irreversible=True).path_from(heads_of("9")).steps) == 1
     with pytest.raises(MigrationError, match="Can't locate revision"):
         return_to(environment, "77")
     with pytest.raises(MigrationError, match="Can't locate revision"):

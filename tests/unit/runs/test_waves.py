@@ -104,7 +104,7 @@ def test_what_is_between_waves() -> None:
         ("5% label=a label=b=1,2", False),
         ("rest", False),
     ]
-    assert Waves.from_json(None) == Waves()
+    assert Waves.from_json({}) == Waves()
     assert Wave(tenants=TENANTS[0], functions=load_object).as_json() == {  # type: ignore[arg-type]
         "name": f"tenant={UUID(int=1)}",
         "tenants": [str(UUID(int=1))],
