@@ -53,6 +53,7 @@ from .routing.consistency import ConsistencyTokens
 from .runs import FleetMigrator
 from .runs.catch_up import CatchUp
 from .runs.compatibility import Compatibility, load_compatibility
+from .runs.first_use import FirstUse
 from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys
@@ -125,6 +126,7 @@ class Assembly:
     seeds: SeedManager
     catch_up: CatchUp
     compatibility: Compatibility | None
+    first_use: FirstUse
     tenants: TenantManager
     domains: DomainManager
     housekeeping: Housekeeping
@@ -501,8 +503,9 @@ class Assembly:
         self.migrations = FleetMigrator(services)
         self.seeds = SeedManager(services, seeds, self.router)
         self.catch_up = CatchUp(self.migrations, schema)
-        self._opened.append(self.catch_up.close)
-        self.directory.before_use(self.catch_up.before_use)
+        self.first_use = FirstUse(self.catch_up, self.control, schema, self.compatibility)
+        self._opened.append(self.first_use.close)
+        self.directory.before_use(self.first_use.before_use)
         if self.compatibility is not None:
             self.directory.judge_by(self.compatibility.refusal)
 

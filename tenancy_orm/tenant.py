@@ -50,12 +50,13 @@ class Tenant:
     """A tenant as it was when it was looked up. Two are equal when their ids are.
 
     Times are aware datetimes in UTC. ``metadata`` and ``quotas`` (overrides of the tier's limits) are read-only
-    mappings of JSON values. ``suspend_at`` and ``purge_at`` are when it is to be suspended or purged. ``reason`` is
-    what the operator gave for the suspension. ``aliases`` are its former slugs that still redirect and its verified
-    domains. ``region`` is where its data has to stay, None for anywhere. ``operator`` is True where it was bound for an
-    operator, who may use a tenant in maintenance; the middleware's ``operators`` decides that. ``revision_refusal`` is
-    why this process does not serve its ``schema_revision``, None where it does. ``admission`` is that of the request it
-    was bound for, else None. These two are not pickled.
+    mappings of JSON values. ``migrating_to`` is the revision that a migration brings it to now ("base" for none), None
+    where none has begun to change it. ``suspend_at`` and ``purge_at`` are when it is to be suspended or purged.
+    ``reason`` is what the operator gave for the suspension. ``aliases`` are its former slugs that still redirect and
+    its verified domains. ``region`` is where its data has to stay, None for anywhere. ``operator`` is True where it was
+    bound for an operator, who may use a tenant in maintenance; the middleware's ``operators`` decides that.
+    ``revision_refusal`` is why this process does not serve its ``schema_revision``, None where it does. ``admission``
+    is that of the request it was bound for, else None. These two are not pickled.
     """
 
     id: UUID
@@ -77,6 +78,7 @@ class Tenant:
     region: str | None = field(default=None, repr=False)
     aliases: frozenset[str] = field(default=frozenset(), repr=False)
     operator: bool = field(default=False, repr=False)
+    migrating_to: str | None = field(default=None, repr=False)
     revision_refusal: str | None = field(default=None, repr=False)
     admission: Admission | None = field(default=None, repr=False)
 

@@ -436,6 +436,12 @@ class MigrationConfig(Section, frozen=True):
     catch_up: bool = True
     """Whether a tenant that older code has created after the migration of all the others is upgraded by itself: before
     its first use by new code, or by housekeeping."""
+    on_demand: bool = False
+    """Whether a tenant that is behind is upgraded before its use: one at a revision that ``compatible_revisions`` does
+    not have, or any that is not at the code's own head where that is not set."""
+    upgrade_wait: SecondsOrZero = 10.0
+    """How long requests wait for such an upgrade of their tenant, in seconds from its beginning. Then they are answered
+    503, later ones at once; the upgrade goes on."""
 
 
 class WatchdogConfig(Section, frozen=True):

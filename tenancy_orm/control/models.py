@@ -152,6 +152,11 @@ tenants = Table(
     Column("migrated_at", DateTime(timezone=True), nullable=True),
     # where the tenant's data has to stay; None: anywhere
     Column("region", Text, nullable=True),
+    # the revision that a migration brings it to now ("base" for none), and until when that can last
+    Column("migrating_to", Text, nullable=True),
+    Column("migrating_until", DateTime(timezone=True), nullable=True),
+    # when an operator last moved it to another revision than by an upgrade; None since its next upgrade
+    Column("held_at", DateTime(timezone=True), nullable=True),
     CheckConstraint("region ~ '^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$'", name="region"),
     CheckConstraint(r"slug ~ '^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$'", name="slug"),
     CheckConstraint(
@@ -618,6 +623,24 @@ migration_run_tenants = Table(
     CheckConstraint("state IN ('waiting', 'running', 'done', 'failed', 'skipped')", name="state"),
     Index("migration_run_tenants_state_idx", "run", "wave", "state", "position"),
     Index("migration_run_tenants_tenant_id_idx", "tenant_id"),
+)
+
+# an upgrade before a tenant's use that runs now, or has failed
+tenant_upgrades = Table(
+    "tenant_upgrades",
+    metadata,
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    Column("target", Text, nullable=False),
+    # who does it now, and until when nobody else does
+    Column("claim", Uuid, nullable=True),
+    Column("host", Text, nullable=True),
+    Column("claimed_until", DateTime(timezone=True), nullable=True),
+    # how often in a row it has failed, with what, and until when it is not tried again
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("error", Text, nullable=True),
+    Column("sqlstate", Text, nullable=True),
+    Column("failed_at", DateTime(timezone=True), nullable=True),
+    Column("next_at", DateTime(timezone=True), nullable=True),
 )
 
 # --- warm databases ---------------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
         "started_at",
         "ended_at",
     ),
+    "tenant_upgrades": ("tenant_id", "target", "failures", "failed_at", "next_at"),
     "audit_log": (
         "sequence",
         "occurred_at",

@@ -189,6 +189,11 @@ class DatabaseMigration:
         self._dropped: list[InvalidIndex] = []
         self._step: MigrationStep | None = None
 
+    @property
+    def target_revision(self) -> str | None:
+        """The revision that it is brought to; known once ``before`` is."""
+        return format_revision(self._path.end)
+
     async def run(self) -> None:
         """Migrate the database.
 

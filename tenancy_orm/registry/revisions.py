@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import func, select, text, true, update
+from sqlalchemy import ColumnElement, func, select, text, true, update
 
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.models import fleet_revision, tenants
@@ -14,31 +15,70 @@ from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, tenant_from_row
 from .table import TenantTable
 
-_NOTIFY = text("SELECT pg_notify(:channel, :payload)")
+BASE: Final = "base"
+"""What a migration to no revision at all is announced as."""
+
+# each in one round trip, which is one transaction
+_SET_REVISION = text(
+    "WITH changed AS (UPDATE tenancy.tenants SET schema_revision = CAST(:revision AS text), "
+    "migrating_to = NULL, migrating_until = NULL, "
+    "migrated_at = CASE WHEN schema_revision IS DISTINCT FROM CAST(:revision AS text) THEN now() ELSE migrated_at END, "
+    "held_at = CASE WHEN schema_revision IS NOT DISTINCT FROM CAST(:revision AS text) THEN held_at "
+    "WHEN :held THEN clock_timestamp() END "
+    "WHERE id = :id AND (schema_revision IS DISTINCT FROM CAST(:revision AS text) OR migrating_to IS NOT NULL)), "
+    # upgrades before its use that have failed; the one that runs has its own end
+    "forgotten AS (DELETE FROM tenancy.tenant_upgrades u USING tenancy.tenants t WHERE u.tenant_id = :id "
+    "AND t.id = :id AND t.schema_revision IS DISTINCT FROM CAST(:revision AS text) "
+    "AND coalesce(u.claimed_until < clock_timestamp(), true)) "
+    "SELECT pg_notify(:channel, :payload)"
+)
+_ANNOUNCE = text(
+    "WITH marked AS (UPDATE tenancy.tenants SET migrating_to = :target, "
+    "migrating_until = clock_timestamp() + make_interval(secs => :seconds) WHERE id = :id) "
+    "SELECT pg_notify(:channel, :payload)"
+)
+_END = text(
+    "WITH ended AS (UPDATE tenancy.tenants SET migrating_to = NULL, migrating_until = NULL "
+    "WHERE id = :id AND migrating_to IS NOT NULL) SELECT pg_notify(:channel, :payload)"
+)
 
 
 class Revisions(TenantTable):
     """Stores which schema revision a tenant has, and which one the last migration of the whole fleet brought about."""
 
-    async def set_revision(self, tenant_id: UUID, revision: str | None) -> None:
-        """Store the schema revision that was read back from the tenant's database, and notify every process."""
-        refuse_other_tenant(tenant_id)
-        async with self._control.transaction() as connection:
-            await connection.execute(
-                update(tenants)
-                .where(tenants.c.id == tenant_id, tenants.c.schema_revision.is_distinct_from(revision))
-                .values(schema_revision=revision, migrated_at=func.now())
-            )
-            await connection.execute(_NOTIFY, _notification(tenant_id, SCHEMA_CHANGED))
+    async def set_revision(self, tenant_id: UUID, revision: str | None, *, held: bool = False) -> None:
+        """Store the schema revision that was read back from the tenant's database, and notify every process.
 
-    async def announce_migration(self, tenant_id: UUID, *, ended: bool = False) -> None:
+        Args:
+            tenant_id: The tenant.
+            revision: The revision.
+            held: Whether an operator has moved it there otherwise than by an upgrade, so that no process upgrades it by
+                itself.
+        """
+        refuse_other_tenant(tenant_id)
+        values = {"id": tenant_id, "revision": revision, "held": held, **_notification(tenant_id, SCHEMA_CHANGED)}
+        async with self._control.connect() as connection:
+            await connection.execute(_SET_REVISION, values)
+
+    async def announce_migration(
+        self, tenant_id: UUID, *, target: str | None = None, seconds: float = 0.0, ended: bool = False
+    ) -> None:
         """Notify every process that the tenant's schema is about to change: each statement is prepared again.
 
         That holds until ``set_revision`` says that the migration has ended, or this does, where it was interrupted.
+
+        Args:
+            tenant_id: The tenant.
+            target: The revision that it is brought to; code that cannot work with that serves it no more.
+            seconds: How long that can take at most: if the migration is killed, nobody says that it has ended.
+            ended: Whether it has ended instead.
         """
         refuse_other_tenant(tenant_id)
+        values = {"id": tenant_id, **_notification(tenant_id, SCHEMA_CHANGED if ended else SCHEMA_CHANGING)}
+        if not ended:
+            values |= {"target": target or BASE, "seconds": seconds}
         async with self._control.connect() as connection:
-            await connection.execute(_NOTIFY, _notification(tenant_id, SCHEMA_CHANGED if ended else SCHEMA_CHANGING))
+            await connection.execute(_END if ended else _ANNOUNCE, values)
 
     async def fleet_revision(self) -> str | None:
         """Return the revision that the last successful migration of all tenants brought about; None if unknown."""
@@ -59,6 +99,18 @@ class Revisions(TenantTable):
             revision: The fleet's revision.
             tenant_id: Only this tenant; all where None.
         """
+        return await self._behind(revision, tenant_id, tenants.c.migrated_at.is_(None))
+
+    async def behind(self, revision: str, tenant_id: UUID | None = None) -> list[Tenant]:
+        """Return the tenants at another revision than ``revision``, without those that an operator has moved back.
+
+        Args:
+            revision: The revision.
+            tenant_id: Only this tenant; all where None.
+        """
+        return await self._behind(revision, tenant_id, tenants.c.held_at.is_(None))
+
+    async def _behind(self, revision: str, tenant_id: UUID | None, condition: ColumnElement[bool]) -> list[Tenant]:
         if tenant_id is None:
             refuse_while_bound("listing tenants")
         else:
@@ -68,7 +120,7 @@ class Revisions(TenantTable):
             .where(
                 # not one without a revision: it may have tables that no revision has made
                 tenants.c.schema_revision != revision,
-                tenants.c.migrated_at.is_(None),
+                condition,
                 tenants.c.status.not_in([Status.PROVISIONING, Status.PURGED]),
                 tenants.c.purge_started_at.is_(None),
                 true() if tenant_id is None else tenants.c.id == tenant_id,
@@ -79,5 +131,5 @@ class Revisions(TenantTable):
             return [tenant_from_row(row) for row in await connection.execute(query)]
 
 
-def _notification(tenant_id: UUID, kind: str) -> dict[str, str]:
+def _notification(tenant_id: UUID, kind: str) -> dict[str, Any]:
     return {"channel": CHANNEL, "payload": json.dumps({"t": str(tenant_id), "k": None, "c": kind})}

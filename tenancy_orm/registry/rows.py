@@ -17,6 +17,8 @@ from sqlalchemy import (
     ColumnElement,
     Row,
     Text,
+    case,
+    func,
     literal_column,
 )
 
@@ -34,6 +36,8 @@ TENANT_COLUMNS: tuple[ColumnElement[Any], ...] = (
     tenants.c.role_name,
     tenants.c.sealed_password,
     tenants.c.schema_revision,
+    # a migration that was killed says no more that it has ended
+    case((tenants.c.migrating_until > func.now(), tenants.c.migrating_to)).label("migrating_to"),
     tenants.c.metadata,
     tenants.c.quotas,
     tenants.c.reason,
@@ -81,6 +85,7 @@ def tenant_from_row(row: Row[*tuple[Any, ...]] | ControlRow) -> Tenant:
         tier=row.tier,
         placement=placement,
         schema_revision=row.schema_revision,
+        migrating_to=row.migrating_to,
         metadata=_json_object(row.metadata),
         quotas=_json_object(row.quotas),
         reason=row.reason,

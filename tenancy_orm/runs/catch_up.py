@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Sequence
-from contextvars import Context
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+from alembic.util.exc import CommandError
+
 from ..audit.actor import SYSTEM, Actor
-from ..errors import MigrationError, TenantProvisioningError
-from ..migrations.failures import describe
+from ..errors import MigrationError
 from ..migrations.plan import Plan, format_revision
 from ..provisioning.templates import SchemaSource
-from ..tenant import Status, Tenant
+from ..tenant import Tenant
 from .migrator import FleetMigrator
 from .report import FleetReport
 
 logger = logging.getLogger("tenancy_orm.migrations")
-
-WAIT_SECONDS = 10.0
-"""How long after its beginning the uses of a tenant wait for its upgrade; later ones are refused at once."""
-
-_FAILED_SECONDS = 60.0  # for how long a tenant is used as it is after its upgrade has failed, or is not to be done
-_IDLE_SECONDS = 5.0  # for how long no tenant is looked at after the fleet was found at another revision
-_SERVED = frozenset({Status.TRIAL, Status.ACTIVE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +47,12 @@ class CatchUp:
 
     def __init__(self, migrations: FleetMigrator, schema: SchemaSource) -> None:
         self._migrations = migrations
-        self._services = migrations.services
+        self.services = migrations.services
         self._schema = schema
-        self._enabled = self._services.config.migrations is not None and self._services.config.migration.catch_up
-        self._head: str | None = None
+        config = self.services.config
+        self.enabled = config.migrations is not None and config.migration.catch_up
+        """Whether tenants that older code created are upgraded by themselves."""
         self._plan: Plan | None = None
-        self._slots = asyncio.Semaphore(self._services.config.provisioning.concurrency)
-        self._running: dict[UUID, tuple[asyncio.Task[None], float]] = {}  # until when a use waits for it
-        self._settled: dict[UUID, float] = {}  # until when a tenant is used as it is
-        self._idle_until = 0.0  # until when every tenant is
 
     async def run(self, *, actor: Actor = SYSTEM) -> CatchUpReport:
         """Upgrade every tenant that is behind; a failure does not stop the others.
@@ -71,91 +60,51 @@ class CatchUp:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        if not self._enabled:
+        behind = await self.behind(None) if self.enabled else None
+        report = await self.upgrade(behind, actor) if behind else None
+        if report is None:
             return CatchUpReport()
-        return await self._upgrade(await self._behind(None) or (), actor)
+        done = tuple(outcome.slug for outcome in report.outcomes if outcome.ok)
+        return CatchUpReport(done, tuple(f"{slug}: {reason}" for slug, reason in report.reasons.items()))
 
-    def before_use(self, tenant: Tenant) -> Awaitable[None] | None:
-        """Return what upgrades a tenant before it is used; None if it can be used at once, as in the common case.
-
-        Concurrent calls share one upgrade, which a cancellation of the caller does not end. If it fails, the tenant is
-        used as it is.
-
-        Awaiting it raises:
-            TenantProvisioningError: the upgrade takes longer than ``WAIT_SECONDS``; it goes on.
-        """
-        if not self._enabled or tenant.schema_revision is None or tenant.status not in _SERVED:
-            return None
-        if tenant.schema_revision == self._head:
-            return None
-        if time.monotonic() < max(self._idle_until, self._settled.get(tenant.id, 0.0)):
-            return None
-        return self._wait(tenant)
-
-    async def _wait(self, tenant: Tenant) -> None:
-        task, until = self._running.get(tenant.id) or self._begin(tenant)
-        # from its beginning: requests for a tenant with a long upgrade must not pile up
-        await asyncio.wait({task}, timeout=max(0.0, until - time.monotonic()))
-        if not task.done() or task.cancelled():
-            raise TenantProvisioningError(tenant.slug, reason="its schema is being upgraded")
-
-    def _begin(self, tenant: Tenant) -> tuple[asyncio.Task[None], float]:
-        # unbound: the upgrade is an operator's work, whoever runs now
-        task = asyncio.get_running_loop().create_task(self._upgrade_one(tenant), context=Context())
-        task.add_done_callback(lambda _: self._running.pop(tenant.id, None))
-        self._running[tenant.id] = begun = task, time.monotonic() + WAIT_SECONDS
-        return begun
-
-    async def close(self) -> None:
-        """End the upgrades that run; whatever they have not committed is rolled back."""
-        tasks = [task for task, _ in self._running.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _upgrade_one(self, tenant: Tenant) -> None:
-        try:
-            # in a thread: it reads every revision
-            self._head = self._head or await asyncio.to_thread(self._schema.head)
-            if tenant.schema_revision == self._head:
-                return
-            behind = await self._behind(tenant.id)
-            if behind is None:
-                self._idle_until = time.monotonic() + _IDLE_SECONDS
-                return
-            # as many at once as there are creations: each needs an administrative connection
-            async with self._slots:
-                if (await self._upgrade(behind, SYSTEM)).upgraded:
-                    return
-        except Exception as exc:  # noqa: BLE001 - env.py and revisions may raise anything, and no request fails for it
-            logger.warning("tenant %s is not upgraded before its use: %s", tenant.slug, describe(exc))
-        self._settle(tenant.id)
-
-    def _settle(self, tenant_id: UUID) -> None:
-        now = time.monotonic()
-        self._settled = {known: until for known, until in self._settled.items() if until > now}
-        self._settled[tenant_id] = now + _FAILED_SECONDS
-
-    async def _behind(self, tenant_id: UUID | None) -> list[Tenant] | None:
-        """Return the tenants to upgrade; None if the fleet is not at the head of the code that runs."""
-        registry = self._services.registry
+    async def behind(self, tenant_id: UUID | None) -> list[Tenant] | None:
+        """Return the tenants to upgrade, or this one if it is to be; None if the fleet is not at this code's head."""
+        registry = self.services.registry
         fleet = await registry.fleet_revision()
         if fleet is None or fleet != await asyncio.to_thread(self._schema.head):
             return None
         return await registry.created_behind(fleet, tenant_id)
 
-    async def _upgrade(self, tenants: Sequence[Tenant], actor: Actor) -> CatchUpReport:
-        if not tenants:
-            return CatchUpReport()
+    async def upgradable(self, tenant_id: UUID) -> Tenant | None:
+        """Return a tenant that is behind, whoever has created it; None where it is not to be upgraded by itself.
+
+        That is so where an operator has moved it back, and in code that is older than the fleet.
+        """
+        head = await asyncio.to_thread(self._schema.head)
+        fleet = await self.services.registry.fleet_revision()
+        if head is None or (fleet is not None and not _knows(await self._load_plan(), fleet)):
+            return None
+        found = await self.services.registry.behind(head, tenant_id)
+        return found[0] if found else None
+
+    async def upgrade(
+        self, tenants: Sequence[Tenant], actor: Actor, action: str = "tenant.catch_up"
+    ) -> FleetReport | None:
+        """Upgrade tenants to this code's head; None where this code has no way for any of them.
+
+        Args:
+            tenants: The tenants, as they are now.
+            actor: Who does it, for the audit log.
+            action: What the audit log calls it.
+        """
         plan = await self._load_plan()
         known = [tenant for tenant in tenants if _can_upgrade(plan, tenant)]
         if not known:
-            return CatchUpReport()
+            return None
         # a tenant that does not pass is not to stop the others
         report = await self._migrations.execute(plan, known, checks="in_place")
-        await self._record(report, {tenant.id: tenant for tenant in known}, actor)
-        done = tuple(outcome.slug for outcome in report.outcomes if outcome.ok)
-        return CatchUpReport(done, tuple(f"{slug}: {reason}" for slug, reason in report.reasons.items()))
+        await self._record(report, {tenant.id: tenant for tenant in known}, actor, action)
+        return report
 
     async def _load_plan(self) -> Plan:
         head = await asyncio.to_thread(self._schema.head)
@@ -163,15 +112,23 @@ class CatchUp:
             self._plan = Plan.of(await self._migrations.environment(), "upgrade", "heads")
         return self._plan
 
-    async def _record(self, report: FleetReport, known: dict[UUID, Tenant], actor: Actor) -> None:
+    async def _record(self, report: FleetReport, known: dict[UUID, Tenant], actor: Actor, action: str) -> None:
         for outcome in report.changed:
             logger.info("tenant %s was behind the fleet, and is at %s now", outcome.slug, outcome.after)
-            await self._services.registry.record(
+            await self.services.registry.record(
                 outcome.tenant_id,
-                "tenant.catch_up",
+                action,
                 detail={"before": known[outcome.tenant_id].schema_revision, "after": outcome.after},
                 actor=actor,
             )
+
+
+def _knows(plan: Plan, revision: str) -> bool:
+    try:
+        plan.environment.script.get_revisions(revision.split(","))
+    except CommandError:
+        return False
+    return True
 
 
 def _can_upgrade(plan: Plan, tenant: Tenant) -> bool:

@@ -19,6 +19,7 @@ from ..errors import ConfigurationError
 from ..migrations.configuration import alembic_config
 from ..migrations.plan import Heads, format_revision
 from ..migrations.scripts import script_directory
+from ..registry.revisions import BASE
 from ..tenant import Tenant
 
 logger = logging.getLogger("tenancy_orm.migrations")
@@ -74,7 +75,10 @@ class Compatibility:
     def refusal(self, tenant: Tenant) -> str | None:
         """Return why a tenant is not served; None where it is."""
         if not self.allows(tenant.schema_revision):
-            return f"its schema is at {tenant.schema_revision or 'base'}, and this code works with {self.text}"
+            return f"its schema is at {tenant.schema_revision or BASE}, and this code works with {self.text}"
+        target = tenant.migrating_to
+        if target is not None and not self.allows(None if target == BASE else target):
+            return f"its schema is being migrated to {target}, and this code works with {self.text}"
         return None
 
     def _ask(self, revision: str | None) -> bool:

@@ -151,7 +151,7 @@ class Run:
             self.connections.target(tenant, self.health),
             adapter=self.connections.adapter(placement_of(tenant).server),
             limits=self.connections.limits,
-            announce=lambda: self._announce(tenant),
+            announce=lambda: self._announce(tenant, migration),
             checks=frozenset() if self.checks == "never" else self.deferred.get(tenant.id),
         )
         error: Exception | None = None
@@ -173,10 +173,12 @@ class Run:
         unrecorded = await self._record(tenant, migration)
         self._done(tenant, migration, error or unrecorded, time.monotonic() - started)
 
-    async def _announce(self, tenant: Tenant) -> None:
+    async def _announce(self, tenant: Tenant, migration: DatabaseMigration) -> None:
         """Tell every process that the schema changes now, so that open connections prepare their statements again."""
         try:
-            await self.services.registry.announce_migration(tenant.id)
+            await self.services.registry.announce_migration(
+                tenant.id, target=migration.target_revision, seconds=self.services.config.migration.timeout
+            )
         except ControlUnavailableError as exc:
             logger.warning("open connections cannot be told that the schema changes: %s", exc)
 
@@ -194,7 +196,8 @@ class Run:
         if format_revision(migration.after) == tenant.schema_revision and not migration.announced:
             return None
         try:
-            await self.services.registry.set_revision(tenant.id, format_revision(migration.after))
+            held = self.plan.command != "upgrade"
+            await self.services.registry.set_revision(tenant.id, format_revision(migration.after), held=held)
         except TenancyError as exc:
             return MigrationError(
                 f"it is at {format_revision(migration.after) or 'base'}, but the registry could not record that: {exc}"

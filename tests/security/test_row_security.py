@@ -64,7 +64,8 @@ INSERT INTO tenancy.schedule_runs (schedule, tenant_id) VALUES ('daily', {id});
 WITH run AS (
     INSERT INTO tenancy.migration_runs (command, target, actor_kind, host, package_version, fingerprint, plan)
     VALUES ('upgrade', 'head', 'operator', 'here', '0', '', '{{}}') RETURNING id
-) INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, position) SELECT id, {id}, 'default', 0 FROM run
+) INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, position) SELECT id, {id}, 'default', 0 FROM run;
+INSERT INTO tenancy.tenant_upgrades (tenant_id, target) VALUES ({id}, '0002');
 """
 
 

@@ -158,3 +158,49 @@ async def test_a_declaration_without_the_codes_own_head_opens_nothing(config: Te
     with pytest.raises(ConfigurationError, match="does not have 0002"):
         async with released(config.replace(compatible_revisions="0001"), "*", initialise=True):
             pass
+
+
+async def test_a_tenant_is_refused_from_the_notice_of_its_migration_on(
+    old: Release, new: Release, config: TenancyConfig
+) -> None:
+    """Not only once the registry has its new revision: old code sends nothing to a schema that may have changed.
+
+    It is served again where the migration fails, or is interrupted.
+    """
+    await old.fleet.create("acme")
+
+    async def served(release: Release) -> bool:
+        try:
+            return bool(await release.tenancy.fetch_value("SELECT 1", tenant="acme") == 1)
+        except TenantRevisionError:
+            return False
+
+    assert await served(old)
+    async with old.fleet.connect("acme") as other:
+        transaction = other.transaction()
+        await transaction.start()
+        await other.execute("LOCK TABLE notes")
+        run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["acme"]))
+        await until(lambda: served(old), False)
+        assert (await old.fleet.revision("acme"), await old.fleet.recorded("acme")) == ("0002", "0002")
+        with pytest.raises(TenantRevisionError, match="is being migrated to 0003"):
+            await old.tenancy.fetch_value("SELECT 1", tenant="acme")
+        # a process that is started now has heard no notice
+        async with released(config.replace(compatible_revisions="0002"), "*") as late:
+            assert not await served(late)
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+        await transaction.rollback()
+    await until(lambda: served(old))
+    await old.fleet.execute("acme", "ALTER TABLE notes ADD rating text")
+    assert not (await new.fleet.migrations.upgrade(tenants=["acme"])).ok
+    await until(lambda: served(old))
+    # a migration that was killed says nothing: until it is resumed, or can last no longer
+    registry = new.fleet.registry
+    await registry.announce_migration(old.fleet.tenants["acme"].id, target="0003", seconds=3600.0)
+    await until(lambda: served(old), False)
+    await old.fleet.execute("acme", "ALTER TABLE notes DROP rating")
+    (await new.fleet.migrations.upgrade(tenants=["acme"])).raise_for_failures()
+    await until(lambda: served(new))
+    await registry.announce_migration(old.fleet.tenants["acme"].id, target=None, seconds=0.0)
+    assert (await registry.find("acme")).migrating_to is None

@@ -12,7 +12,6 @@ import pytest
 from tenancy_orm import TenancyConfig, Tenant
 from tenancy_orm.errors import TenantProvisioningError, TenantSuspendedError
 from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
-from tenancy_orm.runs import catch_up
 from tests.support.fleet import until
 from tests.support.projects import Project
 from tests.support.releases import Release, create, next_project, released
@@ -159,21 +158,19 @@ async def test_a_failed_upgrade_is_reported_and_not_tried_at_each_request(old: R
     assert any("catch_up" in error for error in report.errors)
 
 
-async def test_an_upgrade_that_takes_long_is_not_waited_for(
-    old: Release, new: Release, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_upgrade_that_takes_long_is_not_waited_for(old: Release, new_config: TenancyConfig) -> None:
     """The answer is 503, with a time after which to try again, and the upgrade goes on."""
-    await new.fleet.migrations.upgrade()
-    key = await create(old, "late")
-    monkeypatch.setattr(catch_up, "WAIT_SECONDS", 0.05)
-    async with old.fleet.connect("late") as other, other.transaction():
-        await other.execute("LOCK TABLE notes")
-        answer = await new.client.get("/notes", headers={"X-API-Key": key})
-        assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
-        with pytest.raises(TenantProvisioningError):
-            await new.tenancy.fetch_value("SELECT 1", tenant="late")
-    await until(lambda: new.fleet.recorded("late"), "0003")
-    assert await new.get(key) == 200
+    async with released(new_config.replace(migration={"upgrade_wait": 0.05}), "id, rating") as new:
+        await new.fleet.migrations.upgrade()
+        key = await create(old, "late")
+        async with old.fleet.connect("late") as other, other.transaction():
+            await other.execute("LOCK TABLE notes")
+            answer = await new.client.get("/notes", headers={"X-API-Key": key})
+            assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
+            with pytest.raises(TenantProvisioningError):
+                await new.tenancy.fetch_value("SELECT 1", tenant="late")
+        await until(lambda: new.fleet.recorded("late"), "0003")
+        assert await new.get(key) == 200
 
 
 async def test_what_changes_during_an_upgrade_counts(old: Release, new: Release) -> None:
@@ -187,9 +184,9 @@ async def test_what_changes_during_an_upgrade_counts(old: Release, new: Release)
     async def stopped(tenant: Tenant) -> None:
         begun.set()
         await go_on.wait()
-        new.tenancy._lifetime.parts.catch_up._settle(tenant.id)  # as after a failure
+        new.tenancy._lifetime.parts.first_use._settle(tenant.id, 60.0)  # as after a failure
 
-    new.tenancy._lifetime.parts.catch_up._upgrade_one = stopped  # type: ignore[method-assign]
+    new.tenancy._lifetime.parts.first_use._upgrade = stopped  # type: ignore[method-assign]
     requests = [asyncio.create_task(new.get(key)) for key in keys]
     fetch = asyncio.create_task(new.tenancy.fetch_value("SELECT 1", tenant="later"))
     await begun.wait()
