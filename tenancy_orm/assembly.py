@@ -54,6 +54,7 @@ from .runs import FleetMigrator
 from .runs.catch_up import CatchUp
 from .runs.compatibility import Compatibility, load_compatibility
 from .runs.first_use import FirstUse
+from .runs.served import RevisionGate
 from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
 from .secrets.key_checks import check_keys, report_unknown_keys
@@ -507,7 +508,8 @@ class Assembly:
         self._opened.append(self.first_use.close)
         self.directory.before_use(self.first_use.before_use)
         if self.compatibility is not None:
-            self.directory.judge_by(self.compatibility.refusal)
+            gate = RevisionGate(self.compatibility, self.registry, self.events, start=self._start)
+            self.directory.judge_by(gate.judge)
 
     def _build_members(self) -> None:
         read = None if self._data_keys is None else self._data_keys.open

@@ -596,6 +596,17 @@ class TenantMigrationFailed(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantRevisionRefused(TenantEvent):
+    """A tenant was looked up and is not served, since its revision, or the one that it is migrated to, is outside.
+
+    It is emitted at each look-up, and not at each request.
+    """
+
+    revision: str | None
+    migrating_to: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TenantSeeded(TenantEvent):
     """An existing tenant got the seeds and reference data of these ``names``. Creations do not emit it."""
 

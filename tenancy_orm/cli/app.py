@@ -29,6 +29,7 @@ from . import (
     keys,
     members,
     migrate,
+    migrate_compatible,
     migrate_preflight,
     quotas,
     revocations,
@@ -58,6 +59,7 @@ app.add_typer(members.app, name="members")
 app.add_typer(revocations.app, name="revocations")
 app.add_typer(migrate.app, name="migrate")
 migrate.app.command("preflight")(migrate_preflight.preflight)
+migrate.app.command("compatible")(migrate_compatible.compatible)
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
 app.add_typer(tiers.app, name="tiers")

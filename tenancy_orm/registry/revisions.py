@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
@@ -41,6 +43,34 @@ _END = text(
     "WITH ended AS (UPDATE tenancy.tenants SET migrating_to = NULL, migrating_until = NULL "
     "WHERE id = :id AND migrating_to IS NOT NULL) SELECT pg_notify(:channel, :payload)"
 )
+
+
+_COUNTS = text(
+    "SELECT schema_revision AS revision, count(*) AS tenants, "
+    "count(*) FILTER (WHERE migrating_until > clock_timestamp()) AS migrating FROM tenancy.tenants "
+    "WHERE status NOT IN ('provisioning', 'deleted', 'purged') GROUP BY 1 ORDER BY 1 NULLS FIRST"
+)
+_FAILED = text(
+    "SELECT u.*, t.slug FROM tenancy.tenant_upgrades u JOIN tenancy.tenants t ON t.id = u.tenant_id "
+    "WHERE u.failures > 0 ORDER BY u.failed_at DESC LIMIT :limit"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedUpgrade:
+    """A tenant with an upgrade before its use that has failed, ``failures`` times in a row.
+
+    ``error`` is one line, ``next_at`` when the next attempt may begin. The next migration that succeeds ends it.
+    """
+
+    tenant_id: UUID
+    slug: str
+    target: str
+    failures: int
+    error: str | None
+    sqlstate: str | None
+    failed_at: datetime
+    next_at: datetime
 
 
 class Revisions(TenantTable):
@@ -91,6 +121,34 @@ class Revisions(TenantTable):
         refuse_while_bound("setting the fleet's revision")
         async with self._control.transaction() as connection:
             await connection.execute(update(fleet_revision).values(revision=revision, set_at=func.now()))
+
+    async def count_revisions(self) -> list[tuple[str | None, int, int]]:
+        """Return each revision with how many tenants have it, and how many of them are being migrated now.
+
+        Tenants that are being created, deleted or purged do not count.
+        """
+        refuse_while_bound("counting tenants")
+        async with self._control.connect() as connection:
+            return [(row.revision, row.tenants, row.migrating) for row in await connection.execute(_COUNTS)]
+
+    async def failed_upgrades(self, *, limit: int = 100) -> list[FailedUpgrade]:
+        """Return the tenants with upgrades before their use that have failed, the latest first."""
+        refuse_while_bound("listing the upgrades that have failed")
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_FAILED, {"limit": limit})).all()
+        return [
+            FailedUpgrade(
+                tenant_id=row.tenant_id,
+                slug=row.slug,
+                target=row.target,
+                failures=row.failures,
+                error=row.error,
+                sqlstate=row.sqlstate,
+                failed_at=row.failed_at,
+                next_at=row.next_at,
+            )
+            for row in rows
+        ]
 
     async def created_behind(self, revision: str, tenant_id: UUID | None = None) -> list[Tenant]:
         """Return the tenants that were created at another revision than ``revision``, and never migrated.

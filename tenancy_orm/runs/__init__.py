@@ -3,14 +3,17 @@
 from .catch_up import CatchUpReport
 from .migrator import FleetMigrator
 from .report import FleetReport, Progress, TenantOutcome
+from .served import CompatibilityReport, RevisionCount
 from .status import TenantRevision
 from .waves import Wave, Waves
 
 __all__ = [
     "CatchUpReport",
+    "CompatibilityReport",
     "FleetMigrator",
     "FleetReport",
     "Progress",
+    "RevisionCount",
     "TenantOutcome",
     "TenantRevision",
     "Wave",

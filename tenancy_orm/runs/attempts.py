@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Final
 from uuid import UUID
 
 from sqlalchemy import text
 
-from ..context import refuse_other_tenant, refuse_while_bound
+from ..context import refuse_other_tenant
 from ..control.database import ControlDatabase
 from ..jobs import CLAIM_SECONDS, Claimant
 
@@ -48,10 +47,6 @@ _END = text("DELETE FROM tenancy.tenant_upgrades WHERE tenant_id = :tenant AND c
 _RELEASE = text(
     "UPDATE tenancy.tenant_upgrades SET claim = NULL, claimed_until = NULL WHERE tenant_id = :tenant AND claim = :claim"
 )
-_FAILED = text(
-    "SELECT u.*, t.slug FROM tenancy.tenant_upgrades u JOIN tenancy.tenants t ON t.id = u.tenant_id "
-    "WHERE u.failures > 0 ORDER BY u.failed_at DESC LIMIT :limit"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +55,6 @@ class Claim:
 
     granted: bool
     pause: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailedUpgrade:
-    """A tenant with an upgrade before its use that has failed, ``failures`` times in a row.
-
-    ``error`` is one line, ``next_at`` when the next attempt may begin. The next migration that succeeds ends it.
-    """
-
-    tenant_id: UUID
-    slug: str
-    target: str
-    failures: int
-    error: str | None
-    sqlstate: str | None
-    failed_at: datetime
-    next_at: datetime
 
 
 class UpgradeAttempts:
@@ -133,31 +111,8 @@ class UpgradeAttempts:
         async with self._control.connect() as connection:
             await connection.execute(_RELEASE, self._mine(tenant_id))
 
-    async def failed(self, *, limit: int = 100) -> list[FailedUpgrade]:
-        """Return the tenants with upgrades that have failed, the latest first.
-
-        Raises:
-            CrossTenantError: a tenant is bound.
-        """
-        refuse_while_bound("listing the upgrades that have failed")
-        async with self._control.connect() as connection:
-            rows = (await connection.execute(_FAILED, {"limit": limit})).all()
-        return [
-            FailedUpgrade(
-                tenant_id=row.tenant_id,
-                slug=row.slug,
-                target=row.target,
-                failures=row.failures,
-                error=row.error,
-                sqlstate=row.sqlstate,
-                failed_at=row.failed_at,
-                next_at=row.next_at,
-            )
-            for row in rows
-        ]
-
     def _mine(self, tenant_id: UUID) -> dict[str, UUID]:
         return {"tenant": tenant_id, "claim": self._claimant.id}
 
 
-__all__ = ["Claim", "FailedUpgrade", "UpgradeAttempts"]
+__all__ = ["Claim", "UpgradeAttempts"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection as SyncConnection
 
+from ..config.revisions import Declared
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError
 from ..migrations import local
@@ -23,9 +24,11 @@ from ..migrations.scripts import Environment, load
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
+from .compatibility import load_compatibility
 from .extensions import ExtensionRun
 from .report import FleetReport, Progress
 from .run import Run
+from .served import CompatibilityReport, compatibility_report, with_declaration
 from .status import TenantRevision
 
 DEFAULT_CONCURRENCY = 8
@@ -193,6 +196,22 @@ class FleetMigrator:
             return await self._status(tenant, environment, heads, health)
 
         return await map_concurrently(read, await self._selection.choose(tenants), concurrency)
+
+    async def compatibility(self, declared: Declared | None = None) -> CompatibilityReport:
+        """Count the tenants by revision, and say which this code serves; it asks the control database alone.
+
+        For a readiness check, a metric, or a gate before a release.
+
+        Args:
+            declared: In place of the setting ``compatible_revisions``: what another release declares.
+
+        Raises:
+            ConfigurationError: the declaration is malformed, or there are no migrations.
+            ControlUnavailableError: the control database does not answer.
+        """
+        refuse_while_bound("counting tenants")
+        compatibility = await load_compatibility(with_declaration(self.services.config, declared))
+        return await compatibility_report(self.services.registry, compatibility)
 
     async def environment(self, x: Sequence[str] = ()) -> Environment:
         """Load the migration directory.

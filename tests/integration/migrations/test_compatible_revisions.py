@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextvars import Context
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -12,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from tenancy_orm import TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
-from tenancy_orm.errors import ConfigurationError, TaskRefusedError, TenantRevisionError
+from tenancy_orm.errors import ConfigurationError, SettingError, TaskRefusedError, TenantRevisionError
+from tenancy_orm.events import TenantRevisionRefused
 from tenancy_orm.tasks import ArrivalPolicy
 from tenancy_orm.tasks.gate import Message, TaskGate
 from tests.support.asgi import messages, websocket_scope
@@ -204,3 +206,25 @@ async def test_a_tenant_is_refused_from_the_notice_of_its_migration_on(
     await until(lambda: served(new))
     await registry.announce_migration(old.fleet.tenants["acme"].id, target=None, seconds=0.0)
     assert (await registry.find("acme")).migrating_to is None
+
+
+async def test_it_is_known_how_many_tenants_are_outside(old: Release, new: Release, caplog: Any) -> None:
+    """As a report, for any declaration; in the log when one is refused, and as an event for each."""
+    acme, *_ = [await create(old, slug) for slug in ("acme", "globex", "hooli")]
+    await new.fleet.migrations.upgrade(tenants=["globex"])
+    report = await new.fleet.migrations.compatibility()
+    assert [(x.revision, x.tenants, x.migrating, x.served) for x in report.revisions] == [
+        ("0002", 2, 0, False),
+        ("0003", 1, 0, True),
+    ]
+    assert (report.declared, report.total, report.outside, report.ok) == ("0003:", 3, 2, False)
+    assert report.summary() == "3 tenants, 2 of them at revisions outside 0003:"
+    assert (await new.fleet.migrations.compatibility("0002:")).ok
+    with pytest.raises(SettingError):
+        await new.fleet.migrations.compatibility("a b")
+    heard: list[tuple[str, str | None]] = []
+    new.tenancy.events.subscribe(TenantRevisionRefused, lambda event: heard.append((event.slug, event.revision)))
+    for _ in range(3):
+        assert await new.get(acme) == 503
+    assert heard == [("acme", "0002")]
+    await until(lambda: asyncio.sleep(0, "3 tenants, 2 of them at revisions outside 0003:" in caplog.text))
