@@ -325,6 +325,9 @@ class ProvisioningConfig(Section, frozen=True):
     seed_timeout: Seconds = 30.0
     """How long one seed, or the rows of one reference table, may take in one database, in seconds. At a creation,
     ``timeout`` bounds them all together as well."""
+    client_programs: str | None = None
+    """The directory of ``pg_dump`` and ``pg_restore``. Where None, they are looked for on ``PATH``, where packages of
+    PostgreSQL put them, and in the package of the extra ``embedded``."""
 
     @field_validator("tenant_privileges", mode="after")
     @classmethod
@@ -442,6 +445,16 @@ class MigrationConfig(Section, frozen=True):
     upgrade_wait: SecondsOrZero = 10.0
     """How long requests wait for such an upgrade of their tenant, in seconds from its beginning. Then they are answered
     503, later ones at once; the upgrade goes on."""
+
+
+class RehearsalConfig(Section, frozen=True):
+    """Clones of tenants that a migration is tried on."""
+
+    max_bytes: Count = 10 * 1024**3
+    """How large the database of a tenant may be that is cloned with its data, in bytes: the clone takes as much space
+    on the tenant's server."""
+    timeout: Seconds = 3_600.0
+    """How long copying one tenant may take, and again all that is done on the clone, in seconds."""
 
 
 class WatchdogConfig(Section, frozen=True):

@@ -30,6 +30,7 @@ from .sections import (
     ProvisioningConfig,
     QuotaConfig,
     References,
+    RehearsalConfig,
     ReplicaConfig,
     RetentionConfig,
     SecretsConfig,
@@ -133,6 +134,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """How tenants' databases and roles are made."""
     migration: MigrationConfig = Field(default_factory=MigrationConfig)
     """Migrations of the tenants' databases."""
+    rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)
+    """Clones of tenants that a migration is tried on."""
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     """What the watchdog ends of the tenants' sessions."""
     quotas: QuotaConfig = Field(default_factory=QuotaConfig)

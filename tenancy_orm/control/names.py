@@ -6,13 +6,19 @@ import re
 from uuid import UUID
 
 _ANY_INSTALLATION = re.compile(
-    r".+_[0-9a-f]{8}_(t_[0-9a-f]{32}(_[a-z2-7]{6})?|r_[0-9a-f]{1,16}|owner|viewer)", re.DOTALL
+    r".+_[0-9a-f]{8}_(t_[0-9a-f]{32}(_[a-z2-7]{6})?|[rx]_[0-9a-f]{1,16}|owner|viewer)", re.DOTALL
 )
+_SCRATCH = re.compile(r".+_[0-9a-f]{8}_x_[0-9a-f]{1,16}", re.DOTALL)
 
 
 def is_installations(role: str) -> bool:
     """Whether a role is named as an installation names its own, whichever its prefix; others are an operator's."""
     return _ANY_INSTALLATION.fullmatch(role) is not None
+
+
+def is_scratch(role: str) -> bool:
+    """Whether a role is named as the short-lived one that copies a database, or that a copy is restored by."""
+    return _SCRATCH.fullmatch(role) is not None
 
 
 def login_stem(role: str) -> str:
@@ -66,7 +72,7 @@ class Names:
         return f"{self.stem}_m_{fingerprint[:12]}"
 
     def scratch(self, token: str) -> str:
-        """The name of a short-lived database; ``token`` is hexadecimal digits."""
+        """The name of a short-lived database, or of a role for one; ``token`` is hexadecimal digits."""
         return f"{self.stem}_x_{token[:16]}"
 
     def retired(self, token: str) -> str:

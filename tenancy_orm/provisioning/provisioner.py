@@ -36,6 +36,7 @@ from . import access, removal
 from .admin_connections import AdminConnections
 from .alignment import align_role
 from .blockers import Blockers
+from .copies import Copies
 from .databases import Strategy
 from .extensions import Extensions
 from .pipeline import Creation, ProvisioningServices, TenantSeeds, describe, tenant_key
@@ -99,6 +100,7 @@ class Provisioner:
             blockers=blockers,
         )
         self.logins = TemporaryLogins(config, registry, servers, names, blockers)
+        self.copies = Copies(config, servers, names, blockers)
         self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self._services = ProvisioningServices(
             config=config,

@@ -195,6 +195,7 @@ class Reconciler:
             await self._drop_logins(server, connection)
             await self._drop_retired(server, connection)
             await self._drop_leftovers(server, connection)
+            await self._drop_leftover_roles(server, connection)
             await self._check_tenants(server, connection)
             await self._correct_roles(server, connection)
             await self._correct_settings(server, connection)
@@ -411,6 +412,24 @@ class Reconciler:
             if state is not None and not state.is_template:
                 if not self._check:
                     await removal.drop_database(connection, self._blockers(server), name)
+                self._findings.orphans.append(name)
+
+    async def _drop_leftover_roles(self, server: str, connection: Connection) -> None:
+        """Drop the logins of copies that no process is using."""
+        async with asyncio.timeout(self._timeout):
+            found = await roles.states(connection, self._services.names.scratch(""))
+        for name in found:
+            await self._do(connection, name, partial(self._drop_leftover_role, server, connection, name))
+
+    async def _drop_leftover_role(self, server: str, connection: Connection, name: str) -> None:
+        async with self._try_locked(connection, locks.lock_key(name)) as free:
+            if not free or not await roles.exists(connection, name):
+                return
+            if not self._check:
+                await roles.expire(connection, name)
+                await roles.terminate(connection, name, timeout=connections.CLOSE_SECONDS)
+                await removal.drop_retired(connection, self._blockers(server), self._services.names, name)
+            if name not in self._findings.orphans:  # its database has the same name
                 self._findings.orphans.append(name)
 
     # --- databases --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import asyncpg
 
 from ..cancellation import run_to_completion
 from ..config.sections import ROLE_SETTINGS
-from ..control.names import login_stem
+from ..control.names import is_scratch, login_stem
 from ..errors import ConfigurationError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
@@ -165,8 +165,8 @@ async def read(connection: Connection, stem: str) -> dict[str, CurrentSettings]:
         elif database_id == 0:
             one.settings.update((entry.partition("=")[0].lower(), entry.partition("=")[2]) for entry in config)
     for role, member, grantor in await connection.fetch(_MEMBERSHIPS, stem):
-        if member.startswith(login_stem(role)):
-            continue  # a temporary login for this role: only administrators can create roles
+        if member.startswith(login_stem(role)) or is_scratch(member):
+            continue  # a temporary login for this role, or what copies it: only administrators can create roles
         found[role if role in found else member].memberships.append((role, member, grantor))
     return found
 

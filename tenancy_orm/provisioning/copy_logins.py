@@ -1,0 +1,93 @@
+"""The two logins of a copy: one that reads a tenant's database, and one that owns what is restored from it.
+
+A dump is text that its source has influenced: restoring it runs functions of the tenant's choice, in CHECK constraints
+and indexes for example. So neither login is the administrator, and neither can do more than its work:
+
+- The *reader* is a member of the owner of tenants' databases, and of the tenant's role if that owns something. What it
+  runs is one read-only transaction.
+- The *restorer* may connect to the copy alone, and owns everything in it. It is a member of no role, and may neither
+  grant others the right to connect, nor change another database.
+
+Both have random passwords and an expiry. Their names are those of short-lived databases, so ``reconcile`` drops those
+that a killed process leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+
+from ..postgres import connections, login
+from ..postgres.connections import Connection
+from ..postgres.dsn import Dsn
+from ..postgres.quoting import quote_identifier, quote_literal
+from ..secrets.keyring import new_password
+from .scram import scram_verifier
+
+_ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE INHERIT NOREPLICATION NOBYPASSRLS"
+_CONNECTIONS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyLogin:
+    """A login to one database, for a limited time. Its password is stored nowhere else."""
+
+    role: str
+    database: str
+    password: str = field(repr=False)
+    dsn: Dsn = field(repr=False)
+
+    async def connect(
+        self, *, timeout: float, settings: Mapping[str, str] = MappingProxyType({}), purpose: str = "tenancy-copy"
+    ) -> Connection:
+        """Open a connection; the caller closes it.
+
+        Raises:
+            asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the server refuses, or does not answer.
+        """
+        return await login.connect(
+            self.dsn,
+            purpose=purpose,
+            timeout=timeout,
+            settings=settings,
+            password=self.password,
+            user=self.role,
+            database=self.database,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Return libpq's variables for a program, the password included."""
+        login.check(self.dsn, user=self.role, database=self.database)
+        found = self.dsn.environment(user=self.role, database=self.database, purpose="tenancy-copy")
+        return {**found, "PGPASSWORD": self.password}
+
+
+async def create_login(
+    connection: Connection, dsn: Dsn, role: str, database: str, *, seconds: float, member_of: Sequence[str] = ()
+) -> CopyLogin:
+    """Create a login.
+
+    Args:
+        connection: An administrative one.
+        dsn: The administrator's, of the same server; the login's programs get none of its credentials.
+        role: Its name, which is new.
+        database: Where it connects to.
+        seconds: For how long its password is valid.
+        member_of: The roles that it has the rights of.
+    """
+    password = new_password()
+    expires_at: datetime = await connection.fetchval(
+        "SELECT clock_timestamp() + make_interval(secs => $1)", float(seconds)
+    )
+    options = " WITH INHERIT TRUE, SET FALSE, ADMIN FALSE" if connections.version(connection) >= 16 else ""
+    name = quote_identifier(role)
+    secret = quote_literal(scram_verifier(password))
+    statements = [
+        f"CREATE ROLE {name} {_ATTRIBUTES} CONNECTION LIMIT {_CONNECTIONS}",
+        f"ALTER ROLE {name} PASSWORD {secret} VALID UNTIL {quote_literal(expires_at.isoformat())}",
+        *(f"GRANT {quote_identifier(granted)} TO {name}{options}" for granted in member_of),
+    ]
+    await connection.execute("; ".join(statements))
+    return CopyLogin(role=role, database=database, password=password, dsn=dsn.without_service())
